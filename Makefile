@@ -1,0 +1,30 @@
+# Everything a person or CI does with this repository.  make quickstart | test | check | bench | clean
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: quickstart test check format bench clean
+
+$(BIN)/harness: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[dev]'
+	touch $@
+
+quickstart: $(BIN)/harness
+	$(BIN)/harness run --dataset digits --variants he2015 --depths 20 --epochs 15 --gpus 0 --workers 2 --out runs/quickstart
+
+check: $(BIN)/harness
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest -q
+
+format: $(BIN)/harness
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
