@@ -1,0 +1,345 @@
+"""Many runs on the GPUs of a Ray cluster: each one a DDP job of Ray Train, several at a time where they fit.
+
+Generic over what is run: `train(spec, worker, report)` is called once in each of a run's workers, inside an
+initialised process group (NCCL on GPUs, gloo on CPUs) when there are several. Ray is imported when it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from ray.train import Result
+
+Spec = TypeVar("Spec")
+Outcome = TypeVar("Outcome")
+Report = Callable[[Any], None]
+
+CONNECT_SECONDS = 30.0
+COLLECTIVE_SECONDS = 300  # a peer that stops without dying is noticed after this, not after torch's 30 minutes
+
+_ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # also the pace at which reports are taken: 2 s by default
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_DEDUP_LOGS": "1",
+}
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot be reached or has too little; the message is one line for the user."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Worker:
+    """What one worker of a run knows about its place."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: str = "cpu"  # "cuda:0" or "cpu"
+    threads: int = 1
+    attempt: int = 1
+    entered_at: float = 0.0  # time.time() when its function was entered
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failed:
+    """A run that gave no result. `died` means that a process ended without an exception of its own."""
+
+    exception: str  # type name, "" for a death
+    message: str
+    traceback: str
+    died: bool
+    attempts: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    """Progress: an attempt at a run begins (its workers are being placed)."""
+
+    attempt: int
+    reason: str = ""  # why there is another attempt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """What a cluster has, in whole CPUs and GPUs."""
+
+    cpus: int
+    gpus: int
+    nodes: int = 1
+
+
+def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False) -> Cluster:
+    """Join the Ray cluster at `address`, or start one in this machine with so many CPUs and GPUs.
+
+    Raises ClusterError where no cluster answers within 30 seconds.
+    """
+    os.environ.update({k: v for k, v in _ENVIRONMENT.items() if k not in os.environ})
+    if address is not None:
+        _knock(address)
+    import ray
+
+    options: dict[str, Any] = {
+        "log_to_driver": verbose,
+        "logging_level": "INFO" if verbose else "ERROR",
+    }
+    if address is None:
+        options |= {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False, "address": "local"}
+        options["object_store_memory"] = 256 * 2**20  # nothing large travels through Ray
+    else:
+        options["address"] = address
+    _within(CONNECT_SECONDS, lambda: ray.init(**options), f"no Ray cluster answers at {address!r}")
+    have = ray.cluster_resources()
+    return Cluster(
+        cpus=int(have.get("CPU", 0)),
+        gpus=int(have.get("GPU", 0)),
+        nodes=sum(1 for node in ray.nodes() if node["Alive"]),
+    )
+
+
+def disconnect() -> None:
+    """Leave the cluster; one that `connect` started ends with this, and every process in it."""
+    import ray
+
+    ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Fail early and clearly: ray.init itself retries for minutes."""
+    place = address.removeprefix("ray://")
+    if place in ("auto", "local"):
+        return
+    host, _, port = place.rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterError(f"--address {address!r} is not HOST:PORT, ray://HOST:PORT or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ClusterError(f"no Ray cluster answers at {address!r}: {error.strerror or error}") from None
+
+
+def _within(seconds: float, call: Callable[[], Any], complaint: str) -> None:
+    """Run `call` for so long at most; it is left behind in its thread when it takes longer."""
+    failures: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            call()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise ClusterError(f"{complaint} within {seconds:.0f} seconds")
+    if failures:
+        first = (str(failures[0]) or type(failures[0]).__name__).strip().splitlines()[0]
+        raise ClusterError(f"{complaint}: {first}")
+
+
+def launch(
+    train: Callable[[Spec, Worker, Report], Outcome],
+    specs: Sequence[Spec],
+    *,
+    workers: int,
+    slots: int,
+    gpu: bool,
+    threads: int,
+    storage: Path,
+    progress: Callable[[Spec, Any], None],
+    retries: int = 2,
+) -> Iterator[tuple[Spec, Outcome | Failed]]:
+    """Run every spec, `slots` at a time with `workers` processes each; yield each as it ends.
+
+    A worker that dies (killed, out of host memory, node lost) is retried; an exception is not, since it would
+    come again. `progress(spec, event)` is called in this thread with `Started` and with everything that rank 0
+    reports. Call `connect` before. `storage` is for Ray's own files and must be seen by every node.
+    """
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class Board:
+        """Callbacks of Ray Train run in another process: what they see waits here for the driver."""
+
+        def __init__(self) -> None:
+            self.events: list[tuple[int, Any]] = []
+
+        def put(self, index: int, event: Any) -> None:
+            self.events.append((index, event))
+
+        def drain(self) -> list[tuple[int, Any]]:
+            events, self.events = self.events, []
+            return events
+
+    board = Board.remote()
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    ended: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    stop = threading.Event()
+    for index in range(len(specs)):
+        waiting.put(index)
+
+    def serve() -> None:
+        while not stop.is_set():
+            try:
+                index = waiting.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                outcome = _run_one(
+                    train, specs[index], index, board,
+                    workers=workers, gpu=gpu, threads=threads, storage=storage, retries=retries, stop=stop,
+                )  # fmt: skip
+            except BaseException as error:
+                outcome = _failed(error, attempts=1)
+            ended.put((index, outcome))
+
+    for _ in range(min(slots, len(specs))):
+        threading.Thread(target=serve, daemon=True).start()
+    try:
+        for _ in specs:
+            done: tuple[int, Any] | None = None
+            while done is None:
+                with contextlib.suppress(queue.Empty):
+                    done = ended.get(timeout=0.2)
+                for index, event in ray.get(board.drain.remote()):
+                    progress(specs[index], event)
+            yield specs[done[0]], done[1]
+    finally:
+        stop.set()
+        ray.kill(board)
+        shutil.rmtree(storage, ignore_errors=True)
+
+
+def _run_one(
+    train: Callable[[Spec, Worker, Report], Outcome],
+    spec: Spec,
+    index: int,
+    board: Any,
+    *,
+    workers: int,
+    gpu: bool,
+    threads: int,
+    storage: Path,
+    retries: int,
+    stop: threading.Event,
+) -> Outcome | Failed:
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    class Relay(ray.train.UserCallback):
+        """Runs in Ray Train's controller, whose errors would end the run: so it raises none."""
+
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            with contextlib.suppress(Exception):
+                board.put.remote(index, metrics[0]["event"])
+
+    class QuietTrainer(TorchTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            # needs the dashboard and complains once a second without it; only Tune needs what it does
+            kept = super()._create_default_callbacks()
+            return [c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+    reason = ""
+    for attempt in range(1, retries + 2):
+        board.put.remote(index, Started(attempt=attempt, reason=reason))
+
+        def loop(attempt: int = attempt) -> Any:
+            from ray.train import get_context
+            from ray.train.torch import get_device
+
+            context = get_context()
+            worker = Worker(
+                rank=context.get_world_rank(),
+                world_size=context.get_world_size(),
+                device=str(get_device()),
+                threads=threads,
+                attempt=attempt,
+                entered_at=time.time(),
+            )
+
+            def report(event: Any) -> None:
+                # a barrier among the ranks in Ray Train; what the others report is not looked at
+                ray.train.report({"event": event if worker.rank == 0 else None})
+
+            return train(spec, worker, report)
+
+        trainer = QuietTrainer(
+            loop,
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers,
+                use_gpu=gpu,
+                resources_per_worker={"CPU": threads, **({"GPU": 1} if gpu else {})},
+                placement_strategy="PACK",
+            ),
+            run_config=ray.train.RunConfig(
+                # a name used twice would resume the first run of that name
+                name=f"run-{index}-{uuid.uuid4().hex[:12]}",
+                storage_path=str(storage),
+                callbacks=[Relay()],
+                failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=3),
+                logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        try:
+            result: Result = trainer.fit()
+        except Exception as error:
+            failed = _failed(error, attempts=attempt)
+            if not failed.died or attempt > retries or stop.is_set():
+                return failed
+            reason = failed.message
+            continue
+        outcome: Outcome = result.return_value
+        return outcome
+    raise AssertionError("unreachable")
+
+
+def _failed(error: BaseException, *, attempts: int) -> Failed:
+    """What went wrong, seen from the worker that raised it rather than from Ray around it."""
+    import traceback
+
+    from ray.exceptions import RayError, RayTaskError
+
+    causes = list(getattr(error, "worker_failures", {}).values()) or [error]
+    # a peer's death makes the others raise in their collective: the death is the cause
+    causes.sort(key=lambda e: not _is_death(e))
+    cause = causes[0]
+    if isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
+        cause = cause.cause
+    died = _is_death(cause)
+    text = str(cause).strip() or type(cause).__name__
+    if died:
+        text = "a worker process died (killed, or its node was lost)"
+    elif isinstance(cause, RayError):
+        text = text.splitlines()[-1]
+    return Failed(
+        exception="" if died else type(cause).__name__,
+        message=text.splitlines()[0],
+        traceback="".join(traceback.format_exception(cause))[-20_000:],
+        died=died,
+        attempts=attempts,
+    )
+
+
+def _is_death(error: BaseException) -> bool:
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & {"WorkerHealthCheckFailedError", "ActorDiedError", "RayActorError", "NodeDiedError",
+                         "WorkerGroupStartupFailedError", "WorkerCrashedError"})  # fmt: skip

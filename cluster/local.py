@@ -1,0 +1,42 @@
+"""The same signature as `cluster.launch.launch`, in this process and without Ray: one worker, for debugging."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.launch import Failed, Outcome, Report, Spec, Started, Worker
+
+
+def launch(
+    train: Callable[[Spec, Worker, Report], Outcome],
+    specs: Sequence[Spec],
+    *,
+    workers: int,
+    slots: int,
+    gpu: bool,
+    threads: int,
+    storage: Path,
+    progress: Callable[[Spec, Any], None],
+    retries: int = 0,
+) -> Iterator[tuple[Spec, Outcome | Failed]]:
+    """Run every spec, one after another; yield each as it ends. Raises ValueError for more than one worker."""
+    del slots, storage, retries
+    if workers != 1:
+        raise ValueError(f"the local launcher runs one worker, not {workers}: use --launcher ray")
+    for spec in specs:
+        progress(spec, Started(attempt=1))
+        worker = Worker(device="cuda:0" if gpu else "cpu", threads=threads, entered_at=time.time())
+        try:
+            outcome: Outcome | Failed = train(spec, worker, lambda event, spec=spec: progress(spec, event))  # type: ignore[misc]
+        except Exception as error:
+            outcome = Failed(
+                exception=type(error).__name__,
+                message=(str(error).strip() or type(error).__name__).splitlines()[0],
+                traceback=traceback.format_exc()[-20_000:],
+                died=False,
+            )
+        yield spec, outcome
