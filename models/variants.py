@@ -1,11 +1,13 @@
 """All variants, as plain data: the network, the recipe that trains it, and where both come from.
 
-THE place to add one. A variant is a function of depth that returns a `Variant`; put its name into `VARIANTS` at
-the end of this file and the command line, the plan, the tests and the tables follow. Nothing here imports torch.
+THE place to add one. A variant is a function of depth that returns a `Variant`; put its name into `VARIANTS`
+at the end of this file and the command line, the plan, the tests and the tables follow. No torch here.
 """
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -23,10 +25,11 @@ class Network:
     depth: int
     architecture: Literal["cifar"] = "cifar"
     shortcut: Literal["A", "identity-conv"] = "A"
-    """At a change of width. A: subsample and zero-pad channels, no parameters (arXiv:1512.03385, section 4.2).
+    """At a change of width. A: subsample, zero-pad channels, no parameters (arXiv:1512.03385, section 4.2).
     identity-conv: 1x1 convolution of stride 2 that starts as the identity (apark263/cfmz)."""
     head_batch_norm: bool = False
     """Batch norm on the output of the final affine layer (apark263/cfmz)."""
+    batch_norm_eps: float = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +53,8 @@ class Recipe:
     label_smoothing: float = 0.0
     mixup: float = 0.0  # alpha; 0 is off
     normalize: Literal["pixel-mean", "channel-mean", "channel-mean-std", "imagenet"] = "pixel-mean"
-    """What is subtracted from an image of range 0..1, and what it is divided by: the training set's mean image,
-    its mean colour, its mean colour and standard deviation, or ImageNet's colours."""
+    """What is subtracted from an image of range 0..1, and what it is divided by: the training set's mean
+    image, its mean colour, its mean colour and standard deviation, or ImageNet's colours."""
     pad: int = 4
     pad_mode: Literal["zero", "black", "reflect"] = "zero"  # zero: after normalisation; black: before it
     crop: int | None = None  # side of the random crop; None: the image's own
@@ -101,11 +104,20 @@ def he2015(depth: int = 20) -> Variant:
 
 
 def msra(depth: int = 20) -> Variant:
-    """apark263/cfmz, written for neon: batch norm on the output, projections that start as the identity."""
+    """apark263/cfmz, written for neon: batch norm on the output, projections that start as the identity.
+
+    Its images are bytes less the mean colour, of range 255 where ours is 1; the batch norm after the stem
+    makes the two equal. Its border is each image's own row and column means, ours the mean colour.
+    """
     check_depth(depth, multiple=6)
     return Variant(
         name="msra",
-        network=Network(depth=depth, shortcut="identity-conv", head_batch_norm=True),
+        network=Network(
+            depth=depth,
+            shortcut="identity-conv",
+            head_batch_norm=True,
+            batch_norm_eps=1e-3,  # neon's
+        ),
         recipe=Recipe(duration=180, milestones=(90, 135), normalize="channel-mean"),
         source="github.com/apark263/cfmz",
         summary="180 epochs, lr 0.1 dropped at 90 and 135, batch norm on the output",
@@ -113,3 +125,26 @@ def msra(depth: int = 20) -> Variant:
 
 
 VARIANTS: tuple[VariantFunction, ...] = (he2015, msra)
+
+
+def default_depth(function: VariantFunction) -> int:
+    """The depth that a variant has when none is asked for."""
+    default: int = inspect.signature(function).parameters["depth"].default
+    return default
+
+
+def variant_names() -> tuple[str, ...]:
+    """Every name, in the order of `VARIANTS`."""
+    return tuple(_BY_NAME)
+
+
+def find_variant(name: str) -> VariantFunction:
+    """The variant of that name. Raises ValueError where there is none."""
+    if name in _BY_NAME:
+        return _BY_NAME[name]
+    close = difflib.get_close_matches(name, _BY_NAME, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(_BY_NAME)}"
+    raise ValueError(f"unknown variant {name!r}: {hint}")
+
+
+_BY_NAME = {function(default_depth(function)).name: function for function in VARIANTS}
