@@ -2,24 +2,35 @@
 
     <out>/<name>/            a finished run: record.json, epochs.jsonl, weights.safetensors
     <out>/<name>.partial/    a run that is going on, was interrupted, or failed (then it holds record.json too)
+    <out>/.superseded/       finished runs that were run again
 
-`record.json` is the last file to be written, and the folder gets its final name only after it.
+`record.json` is the last file to be written, and the folder gets its final name only after it. The epochs stand
+in `epochs.jsonl` alone, so that a table over thousands of runs reads a page of text for each.
 """
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Any, Literal
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 SCHEMA_VERSION = 1
+
+RECORD, EPOCHS, SPEC = "record.json", "epochs.jsonl", "spec.json"
+PARTIAL, SUPERSEDED = ".partial", ".superseded"
 
 
 class Value(BaseModel):
     """Frozen, and nothing unknown gets in: a hand-edited record with a misspelt field is named, not guessed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, ser_json_inf_nan="constants")
 
 
 class Reading(Value):
@@ -61,7 +72,7 @@ class RunResult(Value):
 
     parameters: int
     evaluated_on: Literal["test", "val"]
-    epochs: tuple[EpochMetrics, ...]
+    epochs: tuple[EpochMetrics, ...] = ()  # empty in what `load_records` gives: `load_epochs(folder)`
     final_error: float
     best_error: float
     best_epoch: int
@@ -70,6 +81,7 @@ class RunResult(Value):
     warmup_epochs: int  # epochs left out of that median at the start
     eval_seconds: float | None
     images_per_second: float | None
+    wait_share: float | None = None  # percent of the timed epochs' train_seconds; `finish` works it out
     setup_seconds: float  # from entering the train function to the first training step: data, network, engine
     start_seconds: float | None = None  # launcher: from asking for the run to entering the train function
     train_seconds: float  # sum over epochs
@@ -79,6 +91,7 @@ class RunResult(Value):
     batch_size_per_gpu: int
     threads: int  # CPU threads of one worker
     device: str  # "NVIDIA H200", "AMD EPYC"
+    machine: dict[str, Any] = {}  # host, GPU, driver, versions, on the rank 0 worker
     attempts: int = 1
 
 
@@ -108,3 +121,304 @@ class Record(Value):
     environment: dict[str, Any]  # commit, dirty, versions, gpu, driver, host, command
     started_at: datetime
     finished_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A record and where it lies."""
+
+    record: Record
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """A run that is going on or was stopped: no record yet. `spec` is empty where the folder does not say."""
+
+    name: str
+    folder: Path
+    epochs: int  # done
+    of: int | None
+    spec: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A folder that could not be read, and why, in one line."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class Loaded(NamedTuple):
+    """Everything found under some paths, in the order of the paths and then of the names."""
+
+    records: list[Stored]
+    interrupted: list[Interrupted]
+    problems: list[Problem]
+
+
+def run_name(dataset: str, variant: str, depth: int, seed: int, key: str) -> str:
+    """A folder name that a person can read: "cifar10-q75_msra-20_s0_1a2b3c4d". Safe in every file system."""
+
+    def safe(word: str) -> str:
+        return re.sub(r"[^A-Za-z0-9.+]+", "-", word).strip("-.")[:60] or "x"
+
+    return f"{safe(dataset)}_{safe(variant)}-{depth}_s{seed}_{safe(key)[:8]}"
+
+
+def partial_dir(out: Path, name: str) -> Path:
+    """Where a run that has not finished lives."""
+    return out / f"{name}{PARTIAL}"
+
+
+def finished_dir(out: Path, name: str) -> Path:
+    """Where a finished run lives."""
+    return out / name
+
+
+def start(out: Path, name: str, spec: dict[str, Any]) -> Path:
+    """Make the partial folder of a run, or take up the one that is there, and note its spec in it.
+
+    Epochs and checkpoints of an interrupted run stay. The record of an earlier failure is kept beside them as
+    `failed_<time>.json`: a run that is under way has no record.
+    """
+    folder = partial_dir(out, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / RECORD
+    if record.exists():
+        record.rename(folder / f"failed_{_timestamp()}.json")
+    _write(folder / SPEC, json.dumps(spec, indent=1, allow_nan=True) + "\n")
+    return folder
+
+
+def append_epoch(folder: Path, metrics: EpochMetrics) -> None:
+    """Add one line to epochs.jsonl and hand it to the operating system. A line cut off by a kill goes first."""
+    with (folder / EPOCHS).open("ab+") as file:
+        if size := file.seek(0, os.SEEK_END):
+            file.seek(size - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(metrics.model_dump_json().encode() + b"\n")
+
+
+def write_epochs(folder: Path, epochs: Iterable[EpochMetrics]) -> None:
+    """Replace epochs.jsonl, whole or not at all."""
+    _write(folder / EPOCHS, "".join(epoch.model_dump_json() + "\n" for epoch in epochs))
+
+
+def load_epochs(folder: Path) -> list[EpochMetrics]:
+    """Read epochs.jsonl, ordered by epoch; empty where there is none.
+
+    An epoch that was run again after a resumption counts in its last form. A last line that was cut off by a kill
+    is left out; any other line that does not parse raises ValueError naming file and line.
+    """
+    path = folder / EPOCHS
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    epochs: dict[int, EpochMetrics] = {}
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            metrics = EpochMetrics.model_validate_json(line)
+        except ValidationError as error:
+            if number == len(lines):  # no newline after it: the write was cut off
+                break
+            raise ValueError(f"{path} line {number}: {_first(error)}") from None
+        epochs[metrics.epoch] = metrics
+    return [epochs[number] for number in sorted(epochs)]
+
+
+def finish(out: Path, record: Record) -> Path:
+    """Store a finished run: record.json into its partial folder, then the folder gets its final name.
+
+    A finished run of the same name moves to `.superseded/<name>_<time>` first: nothing stored is ever lost.
+    """
+    if record.status != "done" or record.result is None:
+        raise ValueError(f"run {record.name} is {record.status}: only a run with a result can be finished")
+    folder, final = partial_dir(out, record.name), finished_dir(out, record.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    if record.result.epochs:
+        write_epochs(folder, record.result.epochs)
+    if record.result.wait_share is None:
+        result = record.result.model_copy(update={"wait_share": _wait_share(record.result.epochs)})
+        record = record.model_copy(update={"result": result})
+    _write_record(folder, record)
+    (folder / SPEC).unlink(missing_ok=True)
+    if final.exists():
+        old = out / SUPERSEDED / f"{record.name}_{_timestamp()}"
+        old.parent.mkdir(exist_ok=True)
+        final.rename(old)
+    folder.rename(final)
+    _sync(out)
+    return final
+
+
+def fail(out: Path, record: Record) -> Path:
+    """Store why a run failed: record.json stays in its partial folder, beside the epochs it reached."""
+    if record.status != "failed" or record.failure is None:
+        raise ValueError(f"run {record.name} is {record.status}: a failed run needs its failure")
+    folder = partial_dir(out, record.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_record(folder, record)
+    return folder
+
+
+def load_records(paths: Iterable[Path]) -> Loaded:
+    """Read every run under some paths, each a folder of runs or one run's folder.
+
+    Never raises for what it finds: a folder that is no run, or holds a broken, half-written, hand-edited record or
+    one of another schema version, becomes a Problem. A copy of a run met before (same key, same instant) is passed
+    over. Records come without their epochs: `load_epochs(folder)`.
+    """
+    loaded = Loaded([], [], [])
+    seen: set[tuple[str, datetime]] = set()
+    for folder in _folders(paths, loaded.problems):
+        try:
+            text = (folder / RECORD).read_bytes()
+        except FileNotFoundError:
+            if folder.name.endswith(PARTIAL):
+                loaded.interrupted.append(_interrupted(folder))
+            else:
+                loaded.problems.append(Problem(folder, f"no run: it has no {RECORD}"))
+            continue
+        except OSError as error:
+            loaded.problems.append(Problem(folder, f"{RECORD} cannot be read: {error.strerror}"))
+            continue
+        try:
+            record = Record.model_validate_json(text)
+        except ValidationError as error:
+            loaded.problems.append(Problem(folder, _explain(text, error)))
+            continue
+        if reason := _contradiction(record):
+            loaded.problems.append(Problem(folder, reason))
+        elif (identity := (record.key, record.finished_at)) not in seen:
+            seen.add(identity)
+            loaded.records.append(Stored(record, folder))
+    return loaded
+
+
+def finished_keys(out: Path) -> set[str]:
+    """The keys of all finished runs in a folder; empty where it does not exist."""
+    if not out.is_dir():
+        return set()
+    return {stored.record.key for stored in load_records([out]).records if stored.record.status == "done"}
+
+
+def _folders(paths: Iterable[Path], problems: list[Problem]) -> Iterator[Path]:
+    """The run folders under some paths, each once."""
+    seen: set[str] = set()
+    for path in paths:
+        if not path.is_dir():
+            problems.append(Problem(path, "not a folder" if path.exists() else "no such folder"))
+            continue
+        if path.name.endswith(PARTIAL) or (path / RECORD).exists():
+            found: Sequence[str] = [str(path)]
+        else:
+            with os.scandir(path) as entries:
+                found = sorted(e.path for e in entries if not e.name.startswith(".") and e.is_dir())
+        for folder in found:
+            real = os.path.abspath(folder)  # noqa: PTH100  (resolve() costs a system call per path component)
+            if real not in seen:
+                seen.add(real)
+                yield Path(folder)
+
+
+def _interrupted(folder: Path) -> Interrupted:
+    try:
+        spec = json.loads((folder / SPEC).read_bytes())
+    except (OSError, ValueError):
+        spec = {}
+    if not isinstance(spec, dict):
+        spec = {}
+    try:
+        done = len(load_epochs(folder))
+    except (OSError, ValueError):
+        done = 0
+    return Interrupted(folder.name.removesuffix(PARTIAL), folder, done, expected_epochs(spec), spec)
+
+
+def expected_epochs(spec: dict[str, Any]) -> int | None:
+    """How many epochs a spec asks for, where it says so in epochs."""
+    recipe = spec.get("recipe")
+    epochs = spec.get("epochs")
+    if epochs is None and isinstance(recipe, dict) and recipe.get("unit") == "epoch":
+        epochs = recipe.get("duration")
+    return int(epochs) if isinstance(epochs, int | float) and epochs > 0 else None
+
+
+def _wait_share(epochs: Sequence[EpochMetrics]) -> float | None:
+    timed = [epoch for epoch in epochs if epoch.timed]
+    train_seconds = sum(epoch.train_seconds for epoch in timed)
+    return 100 * sum(epoch.wait_seconds for epoch in timed) / train_seconds if train_seconds > 0 else None
+
+
+def _contradiction(record: Record) -> str | None:
+    """What is wrong with a record whose fields are each valid."""
+    if record.schema_version != SCHEMA_VERSION:
+        return _version(record.schema_version)
+    if record.status == "done" and record.result is None:
+        return f"{RECORD} says done and has no result"
+    if record.status == "failed" and record.failure is None:
+        return f"{RECORD} says failed and has no failure"
+    return None
+
+
+def _version(version: int) -> str:
+    age = "newer" if version > SCHEMA_VERSION else "older"
+    return f"{RECORD} has schema_version {version}, {age} than the {SCHEMA_VERSION} read here"
+
+
+def _explain(text: bytes, error: ValidationError) -> str:
+    """Why a record is invalid, in one line; another schema version explains everything else."""
+    try:
+        version = json.loads(text)["schema_version"]
+    except (ValueError, TypeError, KeyError):
+        version = SCHEMA_VERSION
+    if isinstance(version, int) and version != SCHEMA_VERSION:
+        return _version(version)
+    return f"{RECORD} is broken: {_first(error)}"
+
+
+def _first(error: ValidationError) -> str:
+    """The first of a validation's complaints, and how many more there are."""
+    errors = error.errors(include_url=False, include_context=False)
+    place = ".".join(map(str, errors[0]["loc"]))
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    message = " ".join(errors[0]["msg"].split())
+    return f"{place}: {message}{more}" if place else f"{message}{more}"
+
+
+def _write_record(folder: Path, record: Record) -> None:
+    _write(folder / RECORD, record.model_dump_json(indent=1, exclude={"result": {"epochs"}}) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all, through a temporary one beside it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename inside a folder last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _timestamp() -> str:
+    return datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")

@@ -1,0 +1,225 @@
+"""The store: whole or not at all, nothing lost, everything broken named in one line."""
+
+import json
+import math
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from results import store
+from results.store import EpochMetrics, Failure, Memory, Reading, Record, RunResult
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def make_epoch(epoch: int, **changes: Any) -> EpochMetrics:
+    values: dict[str, Any] = {
+        "epoch": epoch, "steps": 391, "images": 50_000, "loss": 1.5, "error": 40.0 - epoch, "lr": 0.1,
+        "train_seconds": 10.0, "wait_seconds": 0.5, "eval_seconds": 1.0, "images_per_second": 5_000.0,
+    }  # fmt: skip
+    return EpochMetrics(**(values | changes))
+
+
+def make_result(**changes: Any) -> RunResult:
+    none = Reading(value=None, reason="no GPU")
+    values: dict[str, Any] = {
+        "parameters": 272_292, "evaluated_on": "test",
+        "epochs": tuple(make_epoch(k, timed=k > 1) for k in (1, 2, 3)),
+        "final_error": 8.3, "best_error": 8.1, "best_epoch": 2, "epoch_seconds": 10.0, "warmup_epochs": 1,
+        "eval_seconds": 1.0, "images_per_second": 5_000.0, "setup_seconds": 3.0, "train_seconds": 30.0,
+        "memory": Memory(torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none,
+                         rss_mib=Reading(value=700.0)),
+        "workers": 1, "batch_size": 128, "batch_size_per_gpu": 128, "threads": 2, "device": "AMD EPYC",
+    }  # fmt: skip
+    return RunResult(**(values | changes))
+
+
+def make_record(seed: int = 0, **changes: Any) -> Record:
+    key = f"{seed:08x}deadbeef"
+    values: dict[str, Any] = {
+        "key": key, "name": store.run_name("cifar10-q75", "msra", 20, seed, key), "status": "done",
+        "variant": "msra", "depth": 20, "seed": seed, "dataset": "cifar10-q75", "original": False,
+        "spec": {"variant": "msra", "seed": seed, "epochs": 3}, "result": make_result(),
+        "environment": {"commit": "abc"}, "started_at": NOW, "finished_at": NOW + timedelta(minutes=1),
+    }  # fmt: skip
+    return Record(**(values | changes))
+
+
+def make_failed(seed: int = 0) -> Record:
+    return make_record(seed, status="failed", result=None, failure=Failure(kind="OOM", message="out of memory"))
+
+
+def test_run_name_is_readable_and_safe() -> None:
+    assert store.run_name("cifar10-q75", "msra", 20, 0, "1a2b3c4d5e6f") == "cifar10-q75_msra-20_s0_1a2b3c4d"
+    name = store.run_name("folder:/data/../my set|x", "a/b", 20, 7, "1a2b3c4d")
+    assert name == "folder-data-..-my-set-x_a-b-20_s7_1a2b3c4d"
+    assert Path(name).name == name
+    assert not store.run_name("..", "v", 20, 0, "k").startswith(".")
+
+
+def test_a_finished_run_reads_back_equal(tmp_path: Path) -> None:
+    record = make_record()
+    folder = store.finish(tmp_path, record)
+    assert folder == store.finished_dir(tmp_path, record.name)
+    assert not store.partial_dir(tmp_path, record.name).exists()
+    loaded = store.load_records([tmp_path])
+    assert (loaded.interrupted, loaded.problems) == ([], [])
+    (stored,) = loaded.records
+    assert stored.folder == folder
+    assert stored.record.result is not None
+    assert stored.record.result.wait_share == pytest.approx(100 * 0.5 / 10)
+    epochs = tuple(store.load_epochs(folder))
+    result = stored.record.result.model_copy(update={"epochs": epochs, "wait_share": None})
+    assert stored.record.model_copy(update={"result": result}) == record
+    assert store.finished_keys(tmp_path) == {record.key}
+
+
+def test_wait_share_leaves_untimed_epochs_out(tmp_path: Path) -> None:
+    epochs = (make_epoch(1, wait_seconds=9.0, timed=False), make_epoch(2, wait_seconds=2.0, train_seconds=8.0))
+    folder = store.finish(
+        tmp_path, make_record(result=make_result(epochs=0).model_copy(update={"epochs": epochs}))
+    )
+    record = store.load_records([folder]).records[0].record
+    assert record.result is not None
+    assert record.result.wait_share == pytest.approx(25.0)
+
+
+def test_running_again_keeps_what_was_stored(tmp_path: Path) -> None:
+    first, second = make_record(), make_record(finished_at=NOW + timedelta(days=1))
+    store.finish(tmp_path, first)
+    store.finish(tmp_path, second)
+    assert [s.record.finished_at for s in store.load_records([tmp_path]).records] == [second.finished_at]
+    (old,) = (tmp_path / store.SUPERSEDED).iterdir()
+    assert store.load_records([old]).records[0].record.finished_at == first.finished_at
+
+
+def test_epochs_survive_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    store.append_epoch(tmp_path, make_epoch(1))
+    store.append_epoch(tmp_path, make_epoch(2))
+    path = tmp_path / store.EPOCHS
+    path.write_bytes(path.read_bytes()[:-20])
+    assert [e.epoch for e in store.load_epochs(tmp_path)] == [1]
+    store.append_epoch(tmp_path, make_epoch(2, attempt=2))
+    store.append_epoch(tmp_path, make_epoch(3, attempt=2))
+    assert [(e.epoch, e.attempt) for e in store.load_epochs(tmp_path)] == [(1, 1), (2, 2), (3, 2)]
+
+
+def test_a_line_cut_off_in_the_first_epoch(tmp_path: Path) -> None:
+    (tmp_path / store.EPOCHS).write_text('{"epoch": 1, "st')
+    assert store.load_epochs(tmp_path) == []
+    store.append_epoch(tmp_path, make_epoch(1))
+    assert store.load_epochs(tmp_path) == [make_epoch(1)]
+
+
+def test_an_epoch_run_again_counts_in_its_last_form(tmp_path: Path) -> None:
+    for epoch, attempt in ((1, 1), (2, 1), (3, 1), (2, 2)):
+        store.append_epoch(tmp_path, make_epoch(epoch, attempt=attempt))
+    assert [(e.epoch, e.attempt) for e in store.load_epochs(tmp_path)] == [(1, 1), (2, 2), (3, 1)]
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    store.write_epochs(tmp_path, [make_epoch(1), make_epoch(2)])
+    path = tmp_path / store.EPOCHS
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "{}", lines[1]]) + "\n")
+    with pytest.raises(ValueError, match=r"epochs\.jsonl line 2: epoch: Field required \(and 9 more\)"):
+        store.load_epochs(tmp_path)
+
+
+def test_values_that_are_no_numbers_come_back(tmp_path: Path) -> None:
+    store.append_epoch(tmp_path, make_epoch(1, loss=math.nan, error=math.inf))
+    (epoch,) = store.load_epochs(tmp_path)
+    assert math.isnan(epoch.loss)
+    assert epoch.error == math.inf
+    folder = store.finish(tmp_path, make_record(result=make_result(final_error=math.nan)))
+    (stored,) = store.load_records([folder]).records
+    assert stored.record.result is not None
+    assert math.isnan(stored.record.result.final_error)
+
+
+def test_a_failed_run_says_why_and_may_be_tried_again(tmp_path: Path) -> None:
+    failed = make_failed()
+    folder = store.fail(tmp_path, failed)
+    assert folder == store.partial_dir(tmp_path, failed.name)
+    assert store.load_records([tmp_path]).records == [store.Stored(failed, folder)]
+    assert store.finished_keys(tmp_path) == set()
+    assert store.start(tmp_path, failed.name, {"epochs": 3}) == folder
+    loaded = store.load_records([tmp_path])
+    assert loaded.records == []
+    assert [i.name for i in loaded.interrupted] == [failed.name]
+    assert len(list(folder.glob("failed_*.json"))) == 1  # kept
+
+
+def test_an_interrupted_run_says_how_far_it_came(tmp_path: Path) -> None:
+    folder = store.start(tmp_path, "a_b-20_s0_1", {"epochs": None, "recipe": {"unit": "epoch", "duration": 180}})
+    store.append_epoch(folder, make_epoch(1))
+    store.append_epoch(folder, make_epoch(2))
+    store.start(tmp_path, "a_b-20_s0_1", {"epochs": 5})  # taken up again: epochs stay
+    store.partial_dir(tmp_path, "bare").mkdir()
+    one, two = store.load_records([tmp_path]).interrupted
+    assert (one.name, one.epochs, one.of, one.spec) == ("a_b-20_s0_1", 2, 5, {"epochs": 5})
+    assert (two.name, two.epochs, two.of, two.spec) == ("bare", 0, None, {})
+
+
+def test_only_what_belongs_there_is_stored(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="only a run with a result"):
+        store.finish(tmp_path, make_failed())
+    with pytest.raises(ValueError, match="needs its failure"):
+        store.fail(tmp_path, make_record())
+    assert list(tmp_path.iterdir()) == []
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    path = folder / store.RECORD
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_every_broken_folder_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
+    good = store.finish(tmp_path, make_record(0))
+    folders = [store.finish(tmp_path, make_record(seed)) for seed in range(1, 9)]
+    path = folders[0] / store.RECORD
+    path.write_text(path.read_text()[:200])  # half-written
+    edit(folders[1], variannt="x")
+    edit(folders[2], schema_version=2, something_new=1)
+    edit(folders[3], schema_version=0)
+    (folders[4] / store.RECORD).unlink()
+    edit(folders[5], depth="twenty", seed=None)
+    edit(folders[6], result=None)
+    (folders[7] / store.RECORD).write_bytes(b"\x00\xff")
+    (tmp_path / "a-file").write_text("")
+    loaded = store.load_records([tmp_path, tmp_path / "nowhere", tmp_path / "a-file"])
+    assert [s.folder for s in loaded.records] == [good]
+    expected = [
+        "EOF while parsing",
+        "variannt: Extra inputs are not permitted",
+        "schema_version 2, newer than the 1 read here",
+        "schema_version 0, older than the 1 read here",
+        "no run: it has no record.json",
+        "depth: Input should be a valid integer",
+        "says done and has no result",
+        "record.json is broken",
+        "no such folder",
+        "not a folder",
+    ]
+    assert len(loaded.problems) == len(expected)
+    for problem, words in zip(loaded.problems, expected, strict=True):
+        assert words in problem.reason
+        assert "\n" not in str(problem)
+
+
+def test_any_mixture_of_paths_gives_each_run_once(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    first = store.finish(here, make_record(0))
+    store.finish(here, make_record(1))
+    store.finish(there, make_record(0))  # the same run, copied to another store
+    store.fail(there, make_failed(2))
+    loaded = store.load_records([first, here, there, store.partial_dir(there, make_failed(2).name)])
+    assert [(s.record.seed, s.folder.parent.name) for s in loaded.records] == [
+        (0, "here"),
+        (1, "here"),
+        (2, "there"),
+    ]
+    assert loaded.problems == []
+    assert store.finished_keys(tmp_path / "nowhere") == set()
