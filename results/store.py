@@ -11,6 +11,7 @@ in `epochs.jsonl` alone, so that a table over thousands of runs reads a page of 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -339,19 +340,21 @@ def _interrupted(folder: Path) -> Interrupted:
     if not isinstance(spec, dict):
         spec = {}
     try:
-        done = len(load_epochs(folder))
+        epochs = load_epochs(folder)
     except (OSError, ValueError):
-        done = 0
-    return Interrupted(folder.name.removesuffix(PARTIAL), folder, done, expected_epochs(spec), spec)
+        epochs = []
+    of = _expected_epochs(spec, epochs[0].steps if epochs else None)
+    return Interrupted(folder.name.removesuffix(PARTIAL), folder, len(epochs), of, spec)
 
 
-def expected_epochs(spec: dict[str, Any]) -> int | None:
-    """How many epochs a spec asks for, where it says so in epochs."""
+def _expected_epochs(spec: dict[str, Any], steps: int | None) -> int | None:
+    """How many epochs a spec asks for; for a duration in steps, from the steps of one epoch."""
     recipe = spec.get("recipe")
-    epochs = spec.get("epochs")
-    if epochs is None and isinstance(recipe, dict) and recipe.get("unit") == "epoch":
-        epochs = recipe.get("duration")
-    return int(epochs) if isinstance(epochs, int | float) and epochs > 0 else None
+    if not isinstance(recipe, dict) or not isinstance(duration := recipe.get("duration"), int | float):
+        return None
+    if recipe.get("unit") == "epoch":
+        return math.ceil(duration)
+    return math.ceil(duration / steps) if steps else None
 
 
 def _wait_share(epochs: Sequence[EpochMetrics]) -> float | None:

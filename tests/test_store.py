@@ -78,9 +78,7 @@ def test_a_finished_run_reads_back_equal(tmp_path: Path) -> None:
 
 def test_wait_share_leaves_untimed_epochs_out(tmp_path: Path) -> None:
     epochs = (make_epoch(1, wait_seconds=9.0, timed=False), make_epoch(2, wait_seconds=2.0, train_seconds=8.0))
-    folder = store.finish(
-        tmp_path, make_record(result=make_result(epochs=0).model_copy(update={"epochs": epochs}))
-    )
+    folder = store.finish(tmp_path, make_record(result=make_result(epochs=epochs)))
     record = store.load_records([folder]).records[0].record
     assert record.result is not None
     assert record.result.wait_share == pytest.approx(25.0)
@@ -153,14 +151,17 @@ def test_a_failed_run_says_why_and_may_be_tried_again(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_says_how_far_it_came(tmp_path: Path) -> None:
-    folder = store.start(tmp_path, "a_b-20_s0_1", {"epochs": None, "recipe": {"unit": "epoch", "duration": 180}})
+    folder = store.start(tmp_path, "a_b-20_s0_1", {"recipe": {"unit": "epoch", "duration": 180}})
     store.append_epoch(folder, make_epoch(1))
     store.append_epoch(folder, make_epoch(2))
-    store.start(tmp_path, "a_b-20_s0_1", {"epochs": 5})  # taken up again: epochs stay
+    spec = {"recipe": {"unit": "step", "duration": 64_000}}
+    store.start(tmp_path, "a_b-20_s0_1", spec)  # taken up again: epochs stay
+    store.append_epoch(store.start(tmp_path, "a_b-20_s1_1", {"recipe": 7}), make_epoch(1))
     store.partial_dir(tmp_path, "bare").mkdir()
-    one, two = store.load_records([tmp_path]).interrupted
-    assert (one.name, one.epochs, one.of, one.spec) == ("a_b-20_s0_1", 2, 5, {"epochs": 5})
-    assert (two.name, two.epochs, two.of, two.spec) == ("bare", 0, None, {})
+    one, two, bare = store.load_records([tmp_path]).interrupted
+    assert (one.name, one.epochs, one.of, one.spec) == ("a_b-20_s0_1", 2, 164, spec)  # of 391 steps each
+    assert (two.epochs, two.of) == (1, None)
+    assert (bare.name, bare.epochs, bare.of, bare.spec) == ("bare", 0, None, {})
 
 
 def test_only_what_belongs_there_is_stored(tmp_path: Path) -> None:
