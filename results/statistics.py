@@ -1,0 +1,285 @@
+"""Statistics of a few runs: spread, intervals, tests. Plain Python, so that a table needs no numpy.
+
+Errors and times over seeds are taken as normal; with the three to ten runs of a benchmark that cannot be checked,
+and everything here is exact only under it.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+MAX_SEEDS = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """n values, as a table or a paper gives them. `std` divides by n - 1; None where n is 1."""
+
+    n: int
+    mean: float
+    std: float | None = None
+
+    @property
+    def variance_of_mean(self) -> float | None:
+        """std^2 / n: the squared standard error."""
+        return None if self.std is None else self.std**2 / self.n
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Mean of a minus mean of b, with Welch's interval and two-sided p."""
+
+    difference: float
+    interval: Interval
+    p: float
+
+
+@dataclass(frozen=True, slots=True)
+class Equivalence:
+    """Two one-sided tests. "~": the runs allow neither verdict. `interval` is that of 1 - 2 alpha."""
+
+    verdict: Literal["equivalent", "different", "~"]
+    p: float  # the larger of the two one-sided p: below alpha means equivalent
+    interval: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Ours against a published number, lower being better. `interval`: where the published number was expected."""
+
+    verdict: Literal["consistent", "better", "worse"]
+    p: float
+    interval: Interval
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean; NaN where a value is not finite. Raises ValueError for no values."""
+    if not values:
+        raise ValueError("the mean of no values")
+    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def std(values: Sequence[float]) -> float | None:
+    """Standard deviation with n - 1; None for fewer than two values, NaN where one is not finite."""
+    if len(values) < 2:
+        return None
+    centre = mean(values)
+    if math.isnan(centre):
+        return math.nan
+    return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1))
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle value, or the mean of the two middle ones. Raises ValueError for no values."""
+    if not values:
+        raise ValueError("the median of no values")
+    ordered, half = sorted(values), len(values) // 2
+    return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2
+
+
+def sample(values: Sequence[float]) -> Sample:
+    """n, mean and std of some values."""
+    return Sample(len(values), mean(values), std(values))
+
+
+def confidence_interval(runs: Sample, level: float = 0.95) -> Interval | None:
+    """Student's interval for the mean; None for one run."""
+    if runs.variance_of_mean is None:
+        return None
+    half = t_quantile(0.5 + level / 2, runs.n - 1) * math.sqrt(runs.variance_of_mean)
+    return Interval(runs.mean - half, runs.mean + half)
+
+
+def compare_with_published(ours: Sample, published: Sample, alpha: float = 0.05) -> Verdict | None:
+    """Could the published number have come out of runs like ours? None where neither side has a spread.
+
+    A single published value is tested against the prediction interval of one further run (Hahn and Meeker,
+    Statistical Intervals, 1991, section 4.7): mean ± t(n-1) std sqrt(1 + 1/n). A published mean of m runs without
+    std takes 1/m in place of 1; with std, and more than one run on each side, Welch's test decides. One run of
+    ours is tested against the interval of a published mean ± std in the same way.
+    """
+    difference = ours.mean - published.mean
+    if ours.std is not None and published.std is not None and published.n > 1:
+        error, freedom = _welch(ours, published)
+    elif ours.std is not None:
+        error, freedom = ours.std * math.sqrt(1 / ours.n + 1 / published.n), ours.n - 1.0
+    elif published.std is not None and published.n > 1:
+        error, freedom = published.std * math.sqrt(1 / ours.n + 1 / published.n), published.n - 1.0
+    else:
+        return None
+    p = _two_sided(difference, error, freedom)
+    half = t_quantile(1 - alpha / 2, freedom) * error
+    word: Literal["consistent", "better", "worse"] = "consistent"
+    if p < alpha:
+        word = "better" if difference < 0 else "worse"
+    return Verdict(word, p, Interval(ours.mean - half, ours.mean + half))
+
+
+def seeds_to_tell(std: float, difference: float, published_n: int = 1, alpha: float = 0.05) -> int | None:
+    """How many runs of ours it takes until a published number this far away lies outside the prediction interval.
+
+    None where no number does: the published runs have a spread of their own.
+    """
+    if difference == 0:
+        return None
+
+    def enough(n: int) -> bool:
+        return t_quantile(1 - alpha / 2, n - 1) * std * math.sqrt(1 / n + 1 / published_n) < abs(difference)
+
+    return _smallest(enough)
+
+
+def seeds_needed(std: float, difference: float, alpha: float = 0.05, power: float = 0.8) -> int | None:
+    """Runs on each side for a two-sided t-test to see a true difference with this power; None above 1,000.
+
+    The smallest n >= 2 with n >= 2 (std / difference)^2 (t(1 - alpha/2) + t(power))^2, at 2n - 2 degrees of
+    freedom: the usual iteration (Chow, Shao and Wang, Sample Size Calculations in Clinical Research, 2008,
+    section 3.2).
+    """
+    if difference == 0:
+        return None
+    ratio = 2 * (std / difference) ** 2
+
+    def enough(n: int) -> bool:
+        return n >= ratio * (t_quantile(1 - alpha / 2, 2 * n - 2) + t_quantile(power, 2 * n - 2)) ** 2
+
+    return _smallest(enough)
+
+
+def _smallest(enough: Callable[[int], bool]) -> int | None:
+    """The smallest number of runs, from 2, for which something holds that goes on holding for more."""
+    n = 2 + bisect_left(range(2, MAX_SEEDS + 1), True, key=enough)
+    return n if n <= MAX_SEEDS else None
+
+
+def welch(a: Sample, b: Sample, level: float = 0.95) -> Difference | None:
+    """Difference of two means without assuming equal spread; None where a side has one run.
+
+    B. L. Welch, The generalization of "Student's" problem when several different population variances are
+    involved, Biometrika 34, 1947.
+    """
+    if a.std is None or b.std is None:
+        return None
+    difference = a.mean - b.mean
+    error, freedom = _welch(a, b)
+    half = t_quantile(0.5 + level / 2, freedom) * error
+    interval = Interval(difference - half, difference + half)
+    return Difference(difference, interval, _two_sided(difference, error, freedom))
+
+
+def tost(a: Sample, b: Sample, margin: float, alpha: float = 0.05) -> Equivalence | None:
+    """Are two means the same within ±margin? None where a side has one run.
+
+    Two one-sided Welch tests (D. J. Schuirmann, A comparison of the two one-sided tests procedure and the power
+    approach, J. Pharmacokinetics and Biopharmaceutics 15, 1987): equivalent where the interval of 1 - 2 alpha lies
+    inside the margin, different where it lies outside of it whole.
+    """
+    if margin <= 0:
+        raise ValueError(f"margin {margin} is not above 0")
+    if a.std is None or b.std is None:
+        return None
+    difference = a.mean - b.mean
+    error, freedom = _welch(a, b)
+    above, below = _one_sided(difference + margin, error, freedom), _one_sided(margin - difference, error, freedom)
+    half = t_quantile(1 - alpha, freedom) * error
+    interval = Interval(difference - half, difference + half)
+    verdict: Literal["equivalent", "different", "~"] = "~"
+    if max(above, below) < alpha:
+        verdict = "equivalent"
+    elif interval.low > margin or interval.high < -margin:
+        verdict = "different"
+    return Equivalence(verdict, max(above, below), interval)
+
+
+def _welch(a: Sample, b: Sample) -> tuple[float, float]:
+    """Standard error of the difference, and the Welch-Satterthwaite degrees of freedom."""
+    first, second = a.variance_of_mean or 0.0, b.variance_of_mean or 0.0
+    total = first + second
+    if total == 0:
+        return 0.0, float(a.n + b.n - 2)
+    # as shares of the total: squares of tiny variances would underflow
+    share = first / total
+    return math.sqrt(total), 1 / (share**2 / (a.n - 1) + (1 - share) ** 2 / (b.n - 1))
+
+
+def _two_sided(difference: float, error: float, freedom: float) -> float:
+    if error == 0:
+        return 1.0 if difference == 0 else 0.0
+    return min(1.0, 2 * t_survival(abs(difference / error), freedom))
+
+
+def _one_sided(difference: float, error: float, freedom: float) -> float:
+    """p of the hypothesis that the true difference is at most 0."""
+    if error == 0:
+        return 0.0 if difference > 0 else 1.0
+    return t_survival(difference / error, freedom)
+
+
+def t_survival(t: float, freedom: float) -> float:
+    """P(T > t) for Student's t: half of I_x(freedom/2, 1/2) at x = freedom / (freedom + t^2), for t >= 0."""
+    if math.isnan(t) or math.isnan(freedom):
+        return math.nan
+    if math.isinf(t):
+        return 0.0 if t > 0 else 1.0
+    half = _incomplete_beta(freedom / (freedom + t * t), t * t / (freedom + t * t), freedom / 2, 0.5) / 2
+    return half if t >= 0 else 1 - half
+
+
+@cache
+def t_quantile(p: float, freedom: float) -> float:
+    """The t that Student's distribution stays below with probability p, by bisection."""
+    if not 0 < p < 1:
+        raise ValueError(f"probability {p} is not between 0 and 1")
+    if math.isnan(freedom):
+        return math.nan
+    if p == 0.5:
+        return 0.0
+    if p < 0.5:
+        return -t_quantile(1 - p, freedom)
+    low, high = 0.0, 1.0
+    while t_survival(high, freedom) > 1 - p:
+        low, high = high, 2 * high
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (middle, high) if t_survival(middle, freedom) > 1 - p else (low, middle)
+    return high
+
+
+def _incomplete_beta(x: float, y: float, a: float, b: float) -> float:
+    """I_x(a, b), regularised, with y = 1 - x: the continued fraction DLMF 8.17.22, evaluated from the front."""
+    if x <= 0:
+        return 0.0
+    if y <= 0:
+        return 1.0
+    if x > (a + 1) / (a + b + 2):  # where the fraction of the mirrored function converges fast
+        return 1 - _incomplete_beta(y, x, b, a)
+    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log(y)
+    tiny = 1e-300
+    numerator, denominator = 1.0, 0.0  # of successive convergents: the modified Lentz method (DLMF 3.10.ii)
+    value = 1.0
+    for k in range(1_000):
+        m = k // 2
+        if k == 0:
+            term = 1.0
+        elif k % 2 == 0:
+            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        else:
+            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        denominator = 1 / (1 + term * denominator or tiny)
+        numerator = 1 + term / numerator or tiny
+        step = numerator * denominator
+        value *= step
+        if abs(step - 1) < 1e-15:
+            break
+    # the first convergent above is 1 + 1/(1 + ...): take the leading 1 off
+    return math.exp(log_front) * (value - 1) / a

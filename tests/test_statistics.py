@@ -1,0 +1,216 @@
+"""The statistics against scipy, published worked examples, and properties that hold for every sample."""
+
+import math
+import statistics as stdlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from results.statistics import (
+    Sample,
+    compare_with_published,
+    confidence_interval,
+    mean,
+    median,
+    sample,
+    seeds_needed,
+    seeds_to_tell,
+    std,
+    t_quantile,
+    t_survival,
+    tost,
+    welch,
+)
+
+errors = st.integers(50, 6_000).map(lambda hundredths: hundredths / 100)  # percent, as 10,000 images give it
+some = st.lists(errors, min_size=2, max_size=8)
+
+
+@given(some)
+def test_mean_std_and_median_are_the_usual_ones(values: list[float]) -> None:
+    assert mean(values) == pytest.approx(stdlib.fmean(values))
+    assert std(values) == pytest.approx(stdlib.stdev(values), rel=1e-9, abs=1e-12)
+    assert median(values) == stdlib.median(values)
+
+
+def test_values_without_a_spread_or_a_mean() -> None:
+    assert std([7.0]) is None
+    assert sample([7.0]) == Sample(1, 7.0, None)
+    assert math.isnan(mean([1.0, math.nan]))
+    assert math.isnan(mean([math.inf, -math.inf]))
+    spread = std([1.0, math.inf])
+    assert spread is not None
+    assert math.isnan(spread)
+    for function in (mean, median):
+        with pytest.raises(ValueError, match="no values"):
+            function([])
+
+
+@settings(max_examples=200)
+@given(st.floats(-80, 80), st.floats(1, 1e4))
+def test_students_t_is_scipys(t: float, freedom: float) -> None:
+    assert t_survival(t, freedom) == pytest.approx(stats.t.sf(t, freedom), rel=1e-9, abs=1e-300)
+
+
+@settings(max_examples=100)
+@given(st.floats(0.001, 0.999), st.floats(1, 1e3))
+def test_the_quantile_is_scipys(p: float, freedom: float) -> None:
+    assert t_quantile(p, freedom) == pytest.approx(stats.t.ppf(p, freedom), rel=1e-8, abs=1e-10)
+
+
+def test_the_quantile_is_the_printed_tables() -> None:
+    # any textbook's table of Student's t, 95 % two-sided
+    for freedom, t in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
+        assert t_quantile(0.975, freedom) == pytest.approx(t, abs=6e-4)
+    with pytest.raises(ValueError, match="probability"):
+        t_quantile(1.0, 3)
+
+
+@given(some)
+def test_the_confidence_interval_is_scipys(values: list[float]) -> None:
+    runs = sample(values)
+    interval = confidence_interval(runs)
+    assert interval is not None
+    assert runs.std is not None
+    if runs.std > 1e-9:
+        low, high = stats.t.interval(0.95, runs.n - 1, runs.mean, runs.std / math.sqrt(runs.n))
+        assert (interval.low, interval.high) == pytest.approx((low, high), rel=1e-9)
+    assert interval.low <= runs.mean <= interval.high
+
+
+def test_one_run_has_no_interval() -> None:
+    assert confidence_interval(Sample(1, 8.0)) is None
+    assert welch(Sample(1, 8.0), Sample(5, 8.0, 0.2)) is None
+    assert tost(Sample(5, 8.0, 0.2), Sample(1, 8.0), 0.2) is None
+    assert compare_with_published(Sample(1, 8.0), Sample(1, 8.75)) is None
+
+
+@given(some, some)
+def test_welch_is_scipys(a: list[float], b: list[float]) -> None:
+    first, second = sample(a), sample(b)
+    if not first.std or not second.std:  # scipy warns
+        return
+    ours = welch(first, second)
+    theirs = stats.ttest_ind(a, b, equal_var=False)
+    assert ours is not None
+    interval = theirs.confidence_interval(0.95)
+    assert ours.p == pytest.approx(theirs.pvalue, rel=1e-6, abs=1e-12)
+    assert (ours.interval.low, ours.interval.high) == pytest.approx((interval.low, interval.high), rel=1e-6)
+
+
+@given(some, some, st.floats(0.01, 5))
+def test_equivalence_is_two_one_sided_tests_of_scipy(a: list[float], b: list[float], margin: float) -> None:
+    first, second = sample(a), sample(b)
+    if not first.std or not second.std:  # scipy warns
+        return
+    ours = tost(first, second, margin)
+    assert ours is not None
+    above = stats.ttest_ind([v + margin for v in a], b, equal_var=False, alternative="greater").pvalue
+    below = stats.ttest_ind([v - margin for v in a], b, equal_var=False, alternative="less").pvalue
+    assert ours.p == pytest.approx(max(above, below), rel=1e-6, abs=1e-12)
+    inside = -margin < ours.interval.low and ours.interval.high < margin
+    if abs(ours.p - 0.05) > 1e-9:
+        assert (ours.verdict == "equivalent") == inside
+    swapped = tost(second, first, margin)
+    assert swapped is not None
+    assert swapped.verdict == ours.verdict
+
+
+def test_equivalence_of_a_published_example() -> None:
+    # D. Lakens, Equivalence Tests, Social Psychological and Personality Science 8, 2017: Moon and Roeder (2014),
+    # bounds of ±0.384 points: t(182) = -2.69, p = .004
+    result = tost(Sample(95, 5.25, 0.95), Sample(89, 5.22, 0.83), 0.384)
+    assert result is not None
+    assert result.verdict == "equivalent"
+    assert round(result.p, 3) == 0.004
+
+
+def test_three_verdicts_of_equivalence() -> None:
+    runs = Sample(5, 8.0, 0.1)
+    for other, verdict in ((8.01, "equivalent"), (9.0, "different"), (8.2, "~")):
+        result = tost(runs, Sample(5, other, 0.1), 0.2)
+        assert result is not None
+        assert result.verdict == verdict
+    result = tost(Sample(3, 8.0, 0.0), Sample(3, 8.0, 0.0), 0.2)
+    assert result is not None
+    assert (result.verdict, result.p) == ("equivalent", 0.0)
+    with pytest.raises(ValueError, match="margin"):
+        tost(runs, runs, 0)
+
+
+@given(some, errors)
+def test_one_published_value_is_one_more_run(ours: list[float], published: float) -> None:
+    runs = sample(ours)
+    if (runs.std or 0) < 1e-6:
+        return
+    verdict = compare_with_published(runs, Sample(1, published))
+    assert verdict is not None
+    # the two-sample t-test with a second sample of one: its pooled variance is ours alone
+    theirs = stats.ttest_ind_from_stats(runs.mean, runs.std, runs.n, published, 0.0, 1, equal_var=True)
+    assert verdict.p == pytest.approx(theirs.pvalue, rel=1e-6, abs=1e-12)
+    if abs(verdict.p - 0.05) > 1e-9:
+        assert (verdict.verdict == "consistent") == (verdict.interval.low <= published <= verdict.interval.high)
+
+
+def test_against_a_published_mean() -> None:
+    he2015 = Sample(5, 6.61, 0.16)  # arXiv:1512.03385, Table 6, ResNet-110
+    ours = Sample(3, 6.20, 0.10)
+    verdict = compare_with_published(ours, he2015)
+    theirs = stats.ttest_ind_from_stats(6.20, 0.10, 3, 6.61, 0.16, 5, equal_var=False)
+    assert verdict is not None
+    assert verdict.p == pytest.approx(theirs.pvalue)
+    assert verdict.verdict == "better"
+    single = compare_with_published(Sample(1, 7.5), he2015)  # their spread serves for our single run
+    assert single is not None
+    assert single.verdict == "worse"
+    assert single.p == pytest.approx(2 * stats.t.sf((7.5 - 6.61) / (0.16 * math.sqrt(1 + 1 / 5)), 4))
+
+
+def test_equal_runs_leave_no_doubt() -> None:
+    same = compare_with_published(Sample(3, 8.0, 0.0), Sample(1, 8.0))
+    other = compare_with_published(Sample(3, 8.0, 0.0), Sample(1, 8.1))
+    assert same is not None
+    assert other is not None
+    assert (same.verdict, same.p) == ("consistent", 1.0)
+    assert (other.verdict, other.p) == ("better", 0.0)
+
+
+@settings(max_examples=50)
+@given(st.floats(0.05, 1), st.floats(0.25, 1))
+def test_the_seeds_needed_reach_the_power(spread: float, difference: float) -> None:
+    n = seeds_needed(spread, difference)
+    assert n is not None
+
+    def power(n: int) -> float:
+        freedom, shift = 2 * n - 2, difference / spread * math.sqrt(n / 2)
+        edge = stats.t.ppf(0.975, freedom)
+        return float(stats.nct.sf(edge, freedom, shift) + stats.nct.cdf(-edge, freedom, shift))
+
+    assert power(n) > 0.79
+    assert n <= 4 or power(n - 2) < 0.8  # not many more than it takes
+
+
+def test_seeds_of_a_textbook() -> None:
+    # standardised difference 0.5, power 0.8, two-sided 0.05: 64 in each group (Cohen, 1988, table 2.4.1)
+    assert seeds_needed(1.0, 0.5) == 64
+    assert seeds_needed(1.0, 0.0) is None
+    assert seeds_needed(1.0, 0.01) is None
+
+
+@settings(max_examples=50)
+@given(st.floats(0.05, 1), st.floats(0.1, 3), st.integers(1, 5))
+def test_seeds_to_tell_is_where_the_verdict_turns(spread: float, difference: float, published: int) -> None:
+    n = seeds_to_tell(spread, difference, published)
+    if n is None:
+        assert difference <= stats.norm.ppf(0.975) * spread * math.sqrt(1 / published + 1e-3) * 1.01
+        return
+
+    def verdict(n: int) -> str:
+        result = compare_with_published(Sample(n, 8.0 + difference, spread), Sample(published, 8.0))
+        assert result is not None
+        return result.verdict
+
+    assert verdict(n) == "worse"
+    assert n == 2 or verdict(n - 1) == "consistent"
