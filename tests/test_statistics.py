@@ -90,7 +90,7 @@ def test_one_run_has_no_interval() -> None:
 @given(some, some)
 def test_welch_is_scipys(a: list[float], b: list[float]) -> None:
     first, second = sample(a), sample(b)
-    if not first.std or not second.std:  # scipy warns
+    if min(first.std or 0, second.std or 0) < 1e-6:  # scipy warns
         return
     ours = welch(first, second)
     theirs = stats.ttest_ind(a, b, equal_var=False)
@@ -103,7 +103,7 @@ def test_welch_is_scipys(a: list[float], b: list[float]) -> None:
 @given(some, some, st.floats(0.01, 5))
 def test_equivalence_is_two_one_sided_tests_of_scipy(a: list[float], b: list[float], margin: float) -> None:
     first, second = sample(a), sample(b)
-    if not first.std or not second.std:  # scipy warns
+    if min(first.std or 0, second.std or 0) < 1e-6:  # scipy warns
         return
     ours = tost(first, second, margin)
     assert ours is not None
