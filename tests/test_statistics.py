@@ -178,7 +178,7 @@ def test_equal_runs_leave_no_doubt() -> None:
 
 
 @settings(max_examples=50)
-@given(st.floats(0.05, 1), st.floats(0.25, 1))
+@given(st.floats(0.2, 1), st.floats(0.25, 1))
 def test_the_seeds_needed_reach_the_power(spread: float, difference: float) -> None:
     n = seeds_needed(spread, difference)
     assert n is not None
