@@ -2,25 +2,144 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from models.resnet import IdentityConv, OptionA, build, count_parameters
-from models.variants import Network, he2015, msra
+from models.flops import count_flops
+from models.resnet import SMALLEST_IMAGE, IdentityConv, OptionA, PreactBlock, build, count_parameters
+from models.variants import VARIANTS, Network, convnet, fattorib, find_variant, he2015, msra, preact, xresnet
+from models.xresnet import AverageShortcut, SqueezeExcite
 
-PARAMETERS = {
-    he2015: {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962},
-    msra: {20: 272_292},
+PARAMETERS = {  # trainable, for ten classes
+    "he2015": {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962, 1202: 19_421_274},
+    "msra": {20: 272_292},
+    "preact": {20: 269_722},  # as many batch norms of each width as in he2015
+    "xresnet": {20: 273_114, 32: 467_546, 44: 661_978, 56: 856_410},
+    "mxresnet": {20: 273_114, 32: 467_546, 44: 661_978, 56: 856_410},
+    "se-mxresnet": {20: 275_130, 32: 470_906, 44: 666_682, 56: 862_458},
+    "xresnext-16x2d": {29: 332_170, 47: 531_978, 65: 731_786, 83: 931_594},
+    "se-mxresnext-16x2d": {29: 364_426, 47: 585_738, 65: 807_050, 83: 1_028_362},
 }
 
 
+def legal_depths(function, count):
+    """The smallest depths that the variant can have."""
+
+    def search():
+        for depth in range(3, 100):
+            try:
+                yield function(depth).network.depth
+            except ValueError:
+                continue
+
+    return list(islice(search(), count))
+
+
+EVERY = [(function, depth) for function in VARIANTS for depth in legal_depths(function, 2)]
+EVERY_IDS = [f"{function.__name__}-{depth}" for function, depth in EVERY]
+
+
 @pytest.mark.parametrize(
-    ("function", "depth", "count"),
-    [(function, depth, count) for function, counts in PARAMETERS.items() for depth, count in counts.items()],
+    ("name", "depth", "count"),
+    [(name, depth, count) for name, counts in PARAMETERS.items() for depth, count in counts.items()],
 )
-def test_published_parameter_counts(function, depth, count):
-    assert count_parameters(build(function(depth).network, num_classes=10)) == count
+def test_published_parameter_counts(name, depth, count):
+    with torch.device("meta"):
+        assert count_parameters(build(find_variant(name)(depth).network, num_classes=10)) == count
+
+
+def test_fattorib_has_a_wide_convolution_more_and_a_narrow_one_less():
+    with torch.device("meta"):
+        late = count_parameters(build(fattorib(20).network, num_classes=10))
+    batch_norm = 2 * 64 - 2 * 16
+    assert late == 269_722 + 9 * (64 * 64 - 16 * 16) + batch_norm
+
+
+def test_convnet_parameters_counted_by_hand():
+    convs = 3 * 16 * 9 + sum(w * v * 10 + v * v * 9 for w, v in ((16, 32), (32, 64), (64, 128)))
+    assert count_parameters(build(convnet(8).network, num_classes=2)) == convs + 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("depth", "millions"), [(20, 40.55), (32, 68.86), (44, 97.17), (56, 125.49), (110, 252.89)]
+)
+def test_multiply_adds_of_the_paper(depth, millions):
+    n = (depth - 2) // 6
+    stem = 32 * 32 * 9 * 3 * 16
+    first = 2 * n * 32 * 32 * 9 * 16 * 16
+    others = 2 * (
+        2 * n * 32 * 32 * 9 * 16 * 16 - 32 * 32 * 9 * 16 * 16 // 2
+    )  # one convolution from half the width
+    flops = count_flops(he2015(depth).network, num_classes=10)
+    assert flops == stem + first + others + 64 * 10
+    assert flops / 1e6 == pytest.approx(millions, abs=0.005)
+    # the late network does the same work: the convolution that it adds and the one that it lacks cost the same
+    assert count_flops(fattorib(depth).network, num_classes=10) == flops
+
+
+def test_multiply_adds_grow_with_the_image():
+    network = find_variant("miniplaces")(18).network
+    small, large = count_flops(network, 100, 112), count_flops(network, 100, 224)
+    affine = 256 * 100
+    assert large - affine == 4 * (small - affine)
+
+
+@pytest.mark.parametrize(("function", "depth"), EVERY, ids=EVERY_IDS)
+def test_forward_and_backward(function, depth):
+    torch.manual_seed(0)
+    module = build(function(depth).network, num_classes=7)
+    images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
+    logits = module(images)
+    assert logits.shape == (4, 7)
+    F.cross_entropy(logits, torch.tensor([0, 3, 6, 1])).backward()
+    # None: not called (zeros would not do: a squeezed width of 1 may be dead from the start)
+    assert [name for name, parameter in module.named_parameters() if parameter.grad is None] == []
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+    module.eval()
+    with torch.inference_mode():
+        assert module(images[:, :, :17, :17]).shape == (4, 7)  # odd at every stage
+
+
+@pytest.mark.parametrize("function", VARIANTS, ids=lambda f: f.__name__)
+def test_the_seed_decides_the_weights(function):
+    network = function(legal_depths(function, 1)[0]).network
+
+    def weights(seed):
+        torch.manual_seed(seed)
+        return nn.utils.parameters_to_vector(build(network, num_classes=5).parameters())
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_an_image_smaller_than_the_strides_is_refused():
+    for function in (he2015, find_variant("miniplaces")):
+        network = function(legal_depths(function, 1)[0]).network
+        smallest = SMALLEST_IMAGE[network.architecture]
+        assert build(network, 3, smallest).eval()(torch.randn(1, 3, smallest, smallest)).shape == (1, 3)
+        with pytest.raises(ValueError, match=f"too small for this network: at least {smallest}"):
+            build(network, 3, smallest - 1)
+    with pytest.raises(ValueError, match="at least 2"):
+        build(he2015(20).network, num_classes=1)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Network(depth=19),
+        Network(depth=2),
+        Network(depth=20, architecture="convnet"),
+        Network(depth=20, architecture="imagenet"),
+        Network(depth=21, architecture="xresnet", block="bottleneck", cardinality=16, group_width=2),
+    ],
+)
+def test_build_refuses_an_illegal_depth(network):
+    with pytest.raises(ValueError, match=f"depth {network.depth} is n"):
+        build(network, num_classes=10)
 
 
 @pytest.mark.parametrize("size", [8, 7])
@@ -39,27 +158,103 @@ def test_option_a_keeps_channels_last():
     assert OptionA(16, 32)(x).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_identity_conv_starts_as_the_identity_and_trains():
-    conv = IdentityConv(16, 32)
+def test_identity_conv_starts_as_the_identity():
     x = torch.randn(2, 16, 8, 8)
-    out = conv(x)
+    out = IdentityConv(16, 32)(x)
     torch.testing.assert_close(out[:, :16], x[:, :, ::2, ::2])
     assert not out[:, 16:].any()
-    module = build(msra(20).network, num_classes=10)
-    convs = [layer for layer in module.modules() if isinstance(layer, IdentityConv)]
-    assert [tuple(c.weight.shape) for c in convs] == [(32, 16, 1, 1), (64, 32, 1, 1)]
-    assert all(torch.equal(c.weight.sum(), torch.tensor(float(c.in_channels))) for c in convs)
+    # and the initialisation of the whole network leaves it so
+    convs = [layer for layer in build(msra(20).network, 10).modules() if isinstance(layer, IdentityConv)]
+    assert [tuple(conv.weight.shape) for conv in convs] == [(32, 16, 1, 1), (64, 32, 1, 1)]
+    for conv in convs:
+        torch.testing.assert_close(conv.weight[:, :, 0, 0], torch.eye(conv.out_channels, conv.in_channels))
 
 
-def test_he_initialisation_keeps_the_variance_of_the_paper():
-    module = build(he2015(20).network, num_classes=10)
-    for layer in module.modules():
+def test_he_initialisation_by_fan_in():
+    for layer in build(he2015(20).network, num_classes=10).modules():
         if isinstance(layer, nn.Conv2d) and layer.in_channels >= 16:
-            fan_in = layer.in_channels * 9
-            assert layer.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.1)
+            assert layer.weight.std().item() == pytest.approx((2 / (9 * layer.in_channels)) ** 0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("depth", [19, 2, -4, 21])
-def test_build_refuses_a_depth_that_is_not_6n_plus_2(depth):
-    with pytest.raises(ValueError, match=r"6n\+2"):
-        build(Network(depth=depth), num_classes=10)
+def test_a_stage_of_fattorib_ends_at_the_next_one_s_shape():
+    def shapes(network):
+        x = torch.zeros(1, 16, 32, 32)
+        return [tuple((x := stage(x)).shape[1:]) for stage in build(network, 10).eval().stages]
+
+    assert shapes(fattorib(20).network) == [(32, 16, 16), (64, 8, 8), (64, 8, 8)]
+    assert shapes(he2015(20).network) == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    last = build(fattorib(20).network, 10).stages[0][-1]
+    assert (last.conv1.stride, last.conv2.stride) == ((1, 1), (2, 2))
+
+
+def test_the_preact_shortcut_is_clean():
+    block = PreactBlock(16, 16, nn.Identity(), eps=1e-5, first=False)
+    nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(2, 16, 8, 8)  # of both signs: no ReLU after the sum
+    torch.testing.assert_close(block(x), x)
+    first = build(preact(20).network, 10).stages[0][0]
+    assert isinstance(first.activation1, nn.Identity)
+
+
+def test_batch_statistics_make_training_and_evaluation_the_same():
+    module = build(convnet(8).network, num_classes=2)
+    images = torch.randn(8, 3, 32, 32)
+    trained = module.train()(images)
+    torch.testing.assert_close(module.eval()(images), trained)
+    assert (module(images[:4]) - trained[:4]).abs().max() > 1e-3  # the batch matters
+    assert list(module.buffers()) == []
+
+
+def test_convnet_weights_are_uniform_within_the_root_of_the_inverse_fan_in():
+    module = build(convnet(8).network, num_classes=2)
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            assert layer.bias is None
+            bound = layer.weight[0].numel() ** -0.5
+            assert 0.8 * bound < layer.weight.abs().max().item() <= bound
+
+
+@pytest.mark.parametrize("size", [8, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_average_shortcut_divides_by_the_pixels_that_exist(stride, size):
+    shortcut = AverageShortcut(3, 3, stride).eval()
+    nn.init.dirac_(shortcut.conv.weight)
+    x = torch.randn(2, 3, size, size)
+    expected = torch.stack(
+        [
+            torch.stack([x[:, :, i : i + 2, j : j + 2].mean((2, 3)) for j in range(0, size, stride)], dim=-1)
+            for i in range(0, size, stride)
+        ],
+        dim=-2,
+    )
+    torch.testing.assert_close(shortcut(x), expected / (1 + 1e-3) ** 0.5)
+
+
+def test_squeeze_and_excitation_weighs_channels():
+    layer = SqueezeExcite(32, 2)
+    x = torch.randn(2, 32, 5, 5)
+    for image, out in zip(x, layer(x), strict=True):
+        hidden = (layer.squeeze.weight @ image.mean((1, 2))).clamp(min=0)
+        weights = 1 / (1 + torch.exp(-(layer.excite.weight @ hidden)))
+        torch.testing.assert_close(
+            out, torch.stack([w * channel for w, channel in zip(weights, image, strict=True)])
+        )
+
+
+def test_the_ladder_pools_the_mean_and_the_maximum():
+    module = build(xresnet(8).network, num_classes=10).eval()
+    seen = []
+    module.fc.register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
+    module.activation.register_forward_hook(lambda _module, _args, output: seen.append(output))
+    module(torch.randn(2, 3, 32, 32))
+    maps, pooled = seen
+    torch.testing.assert_close(pooled[:, :64], F.adaptive_avg_pool2d(maps, 1).flatten(1))
+    torch.testing.assert_close(pooled[:, 64:], F.adaptive_max_pool2d(maps, 1).flatten(1))
+
+
+def test_only_the_shortcut_s_batch_norm_of_the_ladder_has_keras_defaults():
+    network = build(xresnet(20).network, num_classes=10)
+    norms = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+    for name, norm in norms.items():
+        assert (norm.eps, norm.momentum) == ((1e-3, 0.01) if "shortcut" in name else (2e-5, 0.1))
+    assert sum("shortcut" in name for name in norms) == 2

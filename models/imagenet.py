@@ -1,0 +1,73 @@
+"""Residual networks of four stages for larger images, as written for Mini-Places2 (apark263/mpmz)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.resnet import conv3x3, he_init
+from models.variants import IMAGENET_BLOCKS, Network, check_imagenet_depth
+
+
+class ImageNetResNet(nn.Module):
+    """3x3 stem of stride 2, stages of width 32, 64, 128, 256, global average pooling, affine without bias.
+
+    An image of 112 pixels leaves maps of 7, as in arXiv:1512.03385, table 1, whose blocks a stage these are at
+    depths 18, 34 and 50; at 50 a block is a bottleneck and its output four times as wide.
+    """
+
+    def __init__(self, network: Network, num_classes: int) -> None:
+        super().__init__()
+        check_imagenet_depth(network.depth)
+        eps = network.batch_norm_eps
+        bottleneck = network.block == "bottleneck"
+        self.conv = conv3x3(3, 32, stride=2)
+        self.bn = nn.BatchNorm2d(32, eps=eps)
+        self.stages = nn.Sequential()
+        in_width = 32
+        for index, blocks in enumerate(IMAGENET_BLOCKS[network.depth]):
+            stage = nn.Sequential()
+            middle = 32 << index
+            width = 4 * middle if bottleneck else middle
+            for position in range(blocks):
+                stride = 2 if index > 0 and position == 0 else 1
+                stage.append(ResidualBlock(in_width, middle, width, stride, eps, bottleneck=bottleneck))
+                in_width = width
+            self.stages.append(stage)
+        self.fc = nn.Linear(in_width, num_classes, bias=False)
+        he_init(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x)), inplace=True)
+        logits: Tensor = self.fc(self.stages(x).mean((2, 3)))
+        return logits
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, or 1x1, 3x3, 1x1 as a bottleneck; a 1x1 projection where the shape changes."""
+
+    def __init__(
+        self, in_width: int, middle: int, width: int, stride: int, eps: float, *, bottleneck: bool
+    ) -> None:
+        super().__init__()
+        if bottleneck:
+            convs = [conv1x1(in_width, middle), conv3x3(middle, middle, stride), conv1x1(middle, width)]
+        else:
+            convs = [conv3x3(in_width, middle, stride), conv3x3(middle, width)]
+        self.residual = nn.Sequential()
+        for conv in convs:
+            self.residual.extend([conv, nn.BatchNorm2d(conv.out_channels, eps=eps), nn.ReLU(inplace=True)])
+        del self.residual[-1]  # the last ReLU follows the sum
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_width != width:
+            self.shortcut = nn.Sequential(conv1x1(in_width, width, stride), nn.BatchNorm2d(width, eps=eps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.residual(x)
+        out += self.shortcut(x)
+        return F.relu(out, inplace=True)
+
+
+def conv1x1(in_width: int, width: int, stride: int = 1) -> nn.Conv2d:
+    """1x1 convolution; no bias, a batch norm follows it."""
+    return nn.Conv2d(in_width, width, 1, stride, bias=False)

@@ -1,0 +1,125 @@
+"""XResNet and XResNeXt for CIFAR (iamVarunAnand/image_classification): pre-activation, average-pool shortcuts."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.resnet import conv3x3, he_init
+from models.variants import Network, check_depth
+
+
+class XResNet(nn.Module):
+    """3x3 stem, three stages of n pre-activation blocks, both global poolings side by side, affine.
+
+    Basic blocks of width 16, 32, 64 make 6n+2 layers, bottlenecks of width 64, 128, 256 make 9n+2. The original
+    is written for Keras, whose 3x3 convolutions of stride 2 pad an even image after its last pixel alone; here
+    all four sides are padded.
+    """
+
+    def __init__(self, network: Network, num_classes: int) -> None:
+        super().__init__()
+        bottleneck = network.block == "bottleneck"
+        per_block = 3 if bottleneck else 2
+        check_depth(network.depth, multiple=3 * per_block)
+        blocks = (network.depth - 2) // (3 * per_block)
+        base = 64 if bottleneck else 16
+
+        self.conv = conv3x3(3, base)
+        self.stages = nn.Sequential()
+        in_width = base
+        for index in range(3):
+            width = base << index
+            stage = nn.Sequential()
+            for position in range(blocks):
+                first = position == 0
+                stage.append(XBlock(network, in_width, width, stride=2 if first and index > 0 else 1, first=first))
+                in_width = width
+            self.stages.append(stage)
+        self.activation = make_activation(network, in_width)
+        self.fc = nn.Linear(2 * in_width, num_classes)
+        he_init(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.activation(self.stages(self.conv(x)))
+        # amax rather than a pooling layer: its backward pass is deterministic on CUDA
+        logits: Tensor = self.fc(torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1))
+        return logits
+
+
+class XBlock(nn.Module):
+    """Pre-activation block: two 3x3 convolutions, or a bottleneck whose 3x3 convolution is grouped.
+
+    The first block of a stage takes its shortcut from the activated input: 2x2 average, 1x1 convolution, batch
+    norm. A basic block of stride 1 keeps its width and has the plain shortcut even there.
+    """
+
+    def __init__(self, network: Network, in_width: int, width: int, stride: int, *, first: bool) -> None:
+        super().__init__()
+        if network.block == "bottleneck":
+            groups = network.cardinality
+            middle = groups * network.group_width * width // 64
+            convs = [
+                nn.Conv2d(in_width, middle, 1, bias=False),
+                conv3x3(middle, middle, stride, groups),
+                nn.Conv2d(middle, width, 1, bias=False),
+            ]
+        else:
+            convs = [conv3x3(in_width, width, stride), conv3x3(width, width)]
+        self.activation = make_activation(network, in_width)
+        self.residual = nn.Sequential(convs[0])
+        for conv in convs[1:]:
+            self.residual.extend([make_activation(network, conv.in_channels), conv])
+        if network.squeeze_ratio:
+            self.residual.append(SqueezeExcite(width, width // network.squeeze_ratio))
+        projects = first and (network.block == "bottleneck" or stride == 2)
+        self.shortcut = AverageShortcut(in_width, width, stride) if projects else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = self.activation(x)
+        out: Tensor = self.residual(activated)
+        out += x if self.shortcut is None else self.shortcut(activated)
+        return out
+
+
+class AverageShortcut(nn.Module):
+    """Mean of 2x2 pixels at the given stride, cut off at the border, then 1x1 convolution and batch norm.
+
+    Its batch norm has Keras's defaults where the others have values of their own: eps 1e-3, momentum 0.99, which
+    torch counts as 0.01.
+    """
+
+    def __init__(self, in_width: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv = nn.Conv2d(in_width, width, 1, bias=False)
+        self.bn = nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride == 1:
+            # the mean of a pixel, the next, and those below: what padding by one adds before them is dropped
+            x = F.avg_pool2d(x, 2, 1, padding=1, count_include_pad=False)[:, :, 1:, 1:]
+        else:
+            x = F.avg_pool2d(x, 2, ceil_mode=True)
+        out: Tensor = self.bn(self.conv(x))
+        return out
+
+
+class SqueezeExcite(nn.Module):
+    """Each channel times a weight computed from the means of all of them (arXiv:1709.01507), without biases."""
+
+    def __init__(self, width: int, squeezed: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Linear(width, squeezed, bias=False)
+        self.excite = nn.Linear(squeezed, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.excite(F.relu(self.squeeze(x.mean((2, 3))), inplace=True))
+        return x * weight.sigmoid()[:, :, None, None]
+
+
+def make_activation(network: Network, width: int) -> nn.Sequential:
+    """Batch norm, and ReLU or Mish (arXiv:1908.08681)."""
+    activation = nn.Mish() if network.activation == "mish" else nn.ReLU(inplace=True)
+    return nn.Sequential(nn.BatchNorm2d(width, eps=network.batch_norm_eps), activation)
