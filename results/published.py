@@ -1,0 +1,57 @@
+"""Published numbers, read from published.toml beside this file."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from results.statistics import Sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """One number of a paper or a repository. Errors in percent; None: not published."""
+
+    dataset: str
+    variant: str
+    depth: int
+    error: float | None = None
+    std: float | None = None
+    n: int = 1
+    top5_error: float | None = None
+    rule: Literal["last", "best", "unstated"]
+    recipe: Literal["same", "other"]
+    memory_mib: float | None = None
+    epoch_seconds: float | None = None
+    hardware: str | None = None
+    source: str
+    note: str | None = None
+
+    @property
+    def sample(self) -> Sample | None:
+        """The error, for the statistics."""
+        return None if self.error is None else Sample(self.n, self.error, self.std)
+
+
+@cache
+def load_published() -> tuple[Published, ...]:
+    """All published numbers, in the order of the file."""
+    text = (Path(__file__).parent / "published.toml").read_text(encoding="utf-8")
+    return tuple(Published(**entry) for entry in tomllib.loads(text)["published"])
+
+
+def find_published(dataset: str, variant: str, depth: int) -> Published | None:
+    """The published number that may stand beside runs of this variant on this data set: the first of its recipe."""
+    return _same_recipe().get((dataset, variant, depth))
+
+
+@cache
+def _same_recipe() -> dict[tuple[str, str, int], Published]:
+    found: dict[tuple[str, str, int], Published] = {}
+    for entry in load_published():
+        if entry.recipe == "same":
+            found.setdefault((entry.dataset, entry.variant, entry.depth), entry)
+    return found
