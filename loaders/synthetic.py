@@ -1,0 +1,47 @@
+"""One constant batch: what training costs when loading costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .datasets import Split
+from .loader import Augment, Normalize, Plan
+from .resident import ResidentLoader
+
+
+class SyntheticLoader:
+    """The first batch of the plan's epoch 0, again and again; a last batch of another size is cut from it."""
+
+    def __init__(
+        self,
+        split: Split,
+        augment: Augment,
+        normalize: Normalize,
+        plan: Plan,
+        device: torch.device,
+        threads: int,
+        channels_last: bool,
+    ) -> None:
+        ends = plan.draw(0).ends
+        self._sizes = [end - begin for begin, end in zip((0, *ends), ends, strict=False)]
+        first = plan.draw(0).index[: self._sizes[0]]
+        few = Split(split.images[first], split.labels[first])
+        once = replace(plan, images=len(few), batch_size=len(few), rank=0, world=1)
+        loader = ResidentLoader(few, augment, normalize, once, device, threads, channels_last)
+        self._images, self._labels = next(loader.epoch(0))
+
+    @property
+    def steps(self) -> int:
+        return len(self._sizes)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        del epoch
+        for size in self._sizes[start:]:
+            yield self._images[:size], self._labels[:size]
+
+    def close(self) -> None:
+        del self._images, self._labels
