@@ -178,7 +178,7 @@ def _word(value: object) -> str:
 
 def _surroundings(record: Record, result: RunResult) -> dict[str, str]:
     """What changes figures and is no part of a spec. `device` takes the place of the spec's "cuda" or "cpu"."""
-    around = {"hardware": result.device, "threads": str(result.threads)}
+    around = {"label": record.dataset, "hardware": result.device, "threads": str(result.threads)}
     versions = record.environment.get("versions")
     if isinstance(versions, dict) and isinstance(torch := versions.get("torch"), str):
         around["torch"] = ".".join(torch.split("+")[0].split(".")[:2])
@@ -228,9 +228,10 @@ def _make_row(group: _Group) -> Row:
 
 def _one_a_seed(runs: list[Stored]) -> tuple[list[Stored], int]:
     """The last run of each seed, by seed, and how many others there are: a seed repeated is no further sample."""
-    last: dict[tuple[int, str], Stored] = {}
+    last: dict[tuple[int, str, str], Stored] = {}
     for run in sorted(runs, key=lambda run: run.record.finished_at):
-        last[run.record.seed, run.record.key] = run
+        if result := run.record.result:  # two devices are two samples, where one row may hold both
+            last[run.record.seed, run.record.key, json.dumps(_surroundings(run.record, result))] = run
     return [last[key] for key in sorted(last)], len(runs) - len(last)
 
 
@@ -283,24 +284,10 @@ def _against(row: Row) -> Against | None:
     return Against(published, ours, ours.mean - theirs.mean, compare_with_published(ours, theirs))
 
 
-SHOWN = frozenset(
-    [
-        "variant",
-        "network.depth",
-        "dataset",
-        "limit_train",
-        "overrides",
-        "recipe.duration",
-        "recipe.unit",
-        "recipe.batch_size",
-        "loader",
-        "precision",
-        "engine",
-        "workers",
-        "device",
-        "hardware",
-    ]
-)
+SHOWN = {
+    "variant", "network.depth", "dataset", "label", "limit_train", "overrides", "recipe.duration", "recipe.unit",
+    "recipe.batch_size", "loader", "precision", "engine", "workers", "device", "hardware",
+}  # fmt: skip
 """Fields that have a column of their own."""
 
 
@@ -453,7 +440,7 @@ def _runs(row: Row) -> str:
 DESCRIPTORS: tuple[Column, ...] = (
     Column("variant", "variant", lambda r: _either(r, "variant", r.variant), right=False, stays=True),
     Column("depth", "depth", lambda r: _either(r, "network.depth", str(r.depth or NONE)), stays=True),
-    Column("dataset", "data set", lambda r: _either(r, "dataset", r.dataset), right=False),
+    Column("dataset", "data set", lambda r: _either(r, "label", r.dataset), right=False),
     Column(
         "limit_train", "images", lambda r: "all" if r.limit_train is None else f"{r.limit_train:,}",
         "of the training set that were used",

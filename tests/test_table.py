@@ -1,0 +1,310 @@
+"""The table: what may be averaged, what is told apart, what is said beside every number."""
+
+import csv
+import hashlib
+import io
+import json
+import re
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from results.published import find_published
+from results.store import (
+    EpochMetrics,
+    Failure,
+    Interrupted,
+    Memory,
+    Reading,
+    Record,
+    RunResult,
+    Stored,
+)
+from results.table import FORMATS, Row, render, summarise
+
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+def make_spec(depth: int = 20, seed: int = 0, *, lr: float = 0.1, **changes: Any) -> dict[str, Any]:
+    spec: dict[str, Any] = {
+        "variant": "msra", "network": {"depth": depth, "shortcut": "identity-conv"},
+        "recipe": {"duration": 180, "unit": "epoch", "batch_size": 128, "lr": lr, "milestones": [90, 135]},
+        "overrides": [], "dataset": "cifar10", "fingerprint": "f" * 64, "limit_train": None, "loader": "dali",
+        "precision": "fp32", "engine": "eager", "device": "cuda", "workers": 1, "seed": seed,
+    }  # fmt: skip
+    return spec | changes
+
+
+def make_result(error: float = 8.4, **changes: Any) -> RunResult:
+    memory = Memory(
+        torch_allocated_mib=Reading(value=417.0),
+        torch_reserved_mib=Reading(value=512.0),
+        nvml_process_mib=Reading(value=1890.0),
+        rss_mib=Reading(value=2500.0),
+    )
+    values: dict[str, Any] = {
+        "parameters": 272_292, "evaluated_on": "test", "final_error": error, "best_error": error - 0.2,
+        "best_epoch": 170, "epoch_seconds": 4.5, "warmup_epochs": 1, "eval_seconds": 0.5,
+        "images_per_second": 11_111.0, "wait_share": 1.25, "setup_seconds": 9.0, "train_seconds": 810.0,
+        "memory": memory, "workers": 1, "batch_size": 128, "batch_size_per_gpu": 128, "threads": 8,
+        "device": "NVIDIA H200",
+    }  # fmt: skip
+    return RunResult(**(values | changes))
+
+
+def make_run(
+    seed: int = 0, error: float = 8.4, *, depth: int = 20, dataset: str = "cifar10", original: bool = True,
+    failure: Failure | None = None, result: dict[str, Any] | None = None, torch: str = "2.15.0+cu130",
+    finished: int = 0, **spec: Any,
+) -> Stored:  # fmt: skip
+    """A run as it is read from the store; `result` and `spec` change fields of theirs."""
+    whole = make_spec(depth, seed, **spec)
+    record = Record(
+        key=hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16], name=f"{dataset}_msra-{depth}_s{seed}", variant="msra", depth=depth, seed=seed,
+        status="failed" if failure else "done", dataset=dataset, original=original,
+        spec=whole, result=None if failure else make_result(error, **(result or {})),
+        failure=failure, environment={"versions": {"torch": torch}}, started_at=NOW,
+        finished_at=NOW + timedelta(seconds=finished),
+    )  # fmt: skip
+    return Stored(record, Path("runs") / record.name)
+
+
+def text(rows: list[Row], **options: Any) -> str:
+    return render(rows, "table", **options)
+
+
+def test_seeds_are_averaged_and_nothing_else() -> None:
+    (row,) = summarise([make_run(0, 8.0), make_run(1, 8.3), make_run(2, 8.6)])
+    assert row.error is not None
+    assert (row.error.n, row.error.mean, row.error.std) == (3, pytest.approx(8.3), pytest.approx(0.3))
+    assert row.best_minus_last == pytest.approx(-0.2)
+    page = text([row])
+    assert "8.30 ± 0.30" in page
+    assert "−0.20" in page
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"loader": "resident"},
+    {"precision": "bf16"},
+    {"engine": "compile"},
+    {"workers": 8},
+    {"limit_train": 5000},
+    {"lr": 0.05},
+    {"fingerprint": "0" * 64},
+    {"overrides": ["epochs=2"]},
+    {"torch": "2.11.0"},
+    {"result": {"device": "NVIDIA A100"}},
+    {"result": {"threads": 4}},
+    {"network": {"depth": 20, "shortcut": "A"}},
+    {"brand_new_field": 1},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
+def test_whatever_differs_gets_a_row_of_its_own_that_a_reader_can_tell(change: dict[str, Any]) -> None:
+    rows = summarise([make_run(0), make_run(1), make_run(2, **change), make_run(3, **change)])
+    assert sorted(len(row.done) for row in rows) == [2, 2]
+    for format in ("table", "markdown"):
+        body = [line for line in render(rows, format).splitlines() if "msra" in line]
+        assert len(set(body)) == len(body)
+
+
+def test_a_hidden_difference_between_rows_that_look_different_is_named_too() -> None:
+    rows = summarise([make_run(0), make_run(0, loader="resident", torch="2.11.1")])
+    assert [row.differs for row in rows] == [("torch=2.15",), ("torch=2.11",)]
+    rows = summarise([make_run(0), make_run(0, depth=56)])  # the depth has its own column
+    assert [row.differs for row in rows] == [(), ()]
+
+
+def test_a_seed_run_twice_counts_once_with_its_last_run() -> None:
+    first, second = make_run(0, 9.0, finished=1), make_run(0, 8.0, finished=2)
+    (row,) = summarise([second, first])
+    assert row.error is not None
+    assert (row.error.n, row.error.mean) == (1, 8.0)
+    assert "counts with its last run" in text([row])
+
+
+def test_across_averages_what_was_asked_for_and_says_so() -> None:
+    runs = [make_run(0, 8.0), make_run(1, 8.2), make_run(0, 8.4, workers=8)]
+    (row,) = summarise(runs, across=["workers"])
+    assert row.error is not None
+    assert row.error.n == 3
+    page = text([row])
+    assert "averaged over workers: 1, 8, as asked for" in page
+    assert "1/8 of 128" in page
+    with pytest.raises(ValueError, match="no field 'wrokers' in these runs: they have dataset, device"):
+        summarise(runs, across=["wrokers"])
+
+
+def test_medians_peaks_and_missing_readings() -> None:
+    none = Reading(value=None, reason="NVML: not permitted")
+    runs = []
+    for seed, seconds in enumerate((4.0, 9.0, 5.0)):
+        memory = make_result().memory.model_copy(
+            update={"torch_allocated_mib": Reading(value=400.0 + seed), "nvml_process_mib": none}
+        )
+        runs.append(make_run(seed, result={"epoch_seconds": seconds, "memory": memory}))
+    (row,) = summarise(runs)
+    assert row.epoch_seconds == 5.0
+    assert row.torch_allocated_mib.value == 402.0
+    assert row.nvml_process_mib == none
+    page = text([row])
+    assert "NVML not measured: NVML: not permitted" in page
+    assert "  NVML" not in page.split("¹")[0]  # no empty column
+    assert "torch.cuda.max_memory_allocated" in page
+
+
+def test_memory_on_the_cpu_goes_by_its_own_name() -> None:
+    no_gpu = Reading(value=None, reason="no CUDA device")
+    memory = Memory(
+        torch_allocated_mib=no_gpu,
+        torch_reserved_mib=no_gpu,
+        nvml_process_mib=no_gpu,
+        rss_mib=Reading(value=812.4),
+    )
+    page = text(summarise([make_run(result={"memory": memory, "device": "AMD EPYC"}, device="cpu")]))
+    assert re.search(r"RSS\n.*\n.* 812\n", page)
+    assert "alloc, resvd, NVML not measured: no CUDA device" in page
+    assert "peak resident" in page
+    assert "RSS" not in text(summarise([make_run()]))
+
+
+def test_failed_and_pending_runs_say_why() -> None:
+    oom = Failure(kind="OOM", message="CUDA out of memory.\nTried to allocate 20.00 MiB")
+    spec = make_spec(56, 4)
+    rows = summarise(
+        [make_run(0, depth=56), make_run(1, depth=56, failure=oom), make_run(0, depth=110, failure=oom)],
+        [
+            Interrupted("cifar10_msra-56_s4_x", Path("x"), 57, 180, spec),
+            Interrupted("cifar10_msra-32_s0_x", Path("y"), 0, 180, make_spec(32, 0)),
+            Interrupted("strange", Path("z"), 3, None, {}),
+        ],
+    )
+    assert [(row.name, len(row.done), len(row.failed), len(row.interrupted)) for row in rows] == [
+        ("msra-32", 0, 0, 1), ("msra-56", 1, 1, 1), ("msra-110", 0, 1, 0), ("strange-0", 0, 0, 1),
+    ]  # fmt: skip
+    page = text(rows)
+    for line in (
+        "no epoch yet", "1 of 3", "0 of 1", "OOM", "epoch 3",
+        "msra-56 seed 1 failed, OOM: CUDA out of memory. Tried to allocate 20.00 MiB",
+        "msra-56 seed 4 is not done: epoch 57 of 180", "strange is not done: epoch 3",
+    ):  # fmt: skip
+        assert line in page
+    for format in FORMATS:
+        assert render(rows, format)
+
+
+def test_a_failure_that_was_made_good_is_no_longer_shown() -> None:
+    (row,) = summarise([make_run(0), make_run(0, failure=Failure(kind="killed", message="node died"))])
+    assert "killed" not in text([row])
+
+
+def test_published_numbers_stand_only_beside_what_they_were_measured_on() -> None:
+    published = find_published("cifar10", "msra", 20)
+    assert published is not None
+    assert published.error == 8.29
+    runs = [make_run(0, 8.3), make_run(1, 8.5), make_run(2, 8.4)]
+    (row,) = summarise(runs)
+    assert row.against is not None
+    assert row.against.difference == pytest.approx(8.4 - 8.29)
+    assert row.against.verdict is not None
+    assert row.against.verdict.verdict == "consistent"
+    page = text([row])
+    assert "8.29 (+0.11)" in page
+    assert "apark263/cfmz" in page
+    different: list[dict[str, Any]] = [
+        {"original": False}, {"limit_train": 5000}, {"overrides": ["lr=0.05"]}, {"dataset": "digits"}, {"depth": 44},
+        {"result": {"evaluated_on": "val"}},
+    ]  # fmt: skip
+    for change in different:
+        (row,) = summarise([make_run(0, **change)])
+        assert row.against is None, change
+        assert "8.29" not in text([row])
+
+
+def test_marks_for_data_that_is_not_comparable() -> None:
+    page = text(summarise([make_run(dataset="cifar10-q75", original=False, limit_train=5000)]))
+    assert "cifar10-q75¹" in page
+    assert "never compared with published errors" in page
+    assert "training images: 5,000²" in page
+    page = text(summarise([make_run(result={"evaluated_on": "val"})]))
+    assert "of held-out training images, not of the test set" in page
+
+
+def test_what_all_rows_share_is_said_once_and_the_table_fits() -> None:
+    rows = summarise([make_run(s, depth=d) for s in range(3) for d in (20, 32, 56, 110)])
+    page = text(rows)
+    assert page.splitlines()[0] == "cifar10 · 180 epochs · dali · fp32 · eager · 1×128 · NVIDIA H200"
+    assert max(map(len, page.splitlines())) <= 100
+    many = summarise([make_run(depth=d, loader=x, precision=p, result={"device": g}, workers=w, dataset=n)
+                      for d in (20, 110) for x in ("dali", "dataloader") for p in ("fp32", "bf16")
+                      for g in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB") for w in (1, 8)
+                      for n in ("cifar10", "a-data-set-with-a-rather-long-name")])  # fmt: skip
+    page = text(many)
+    assert max(map(len, page.splitlines())) <= 100
+    assert len(many) == 64
+    assert page.count("\n64 ") == 3  # one row goes through three tables by its number
+    assert "\x1b" not in page
+    assert "\x1b[" in text(many, colour=True)
+
+
+def test_names_cannot_break_the_page() -> None:
+    evil = "[red]a|b*c_d\x1b[31m\n<b>`"
+    rows = summarise([make_run(dataset=evil), make_run(dataset="ok")])
+    assert "\x1b" not in text(rows)
+    page = render(rows, "markdown")
+    line = next(line for line in page.splitlines() if "red" in line)
+    assert line.replace("\\|", "").count("|") == next(x for x in page.splitlines() if "| ok" in x).count("|")
+    assert r"\<b\>\`" in line
+    assert "\x1b" not in page
+    assert len(list(csv.DictReader(io.StringIO(render(rows, "csv"))))) == 2
+
+
+def test_csv_and_json_carry_raw_numbers_with_units() -> None:
+    error = 8.123456789
+    rows = summarise([make_run(0, error), make_run(1, error, depth=56, result={"final_error": float("nan")})])
+    first, second = csv.DictReader(io.StringIO(render(rows, "csv")))
+    assert float(first["error_percent_mean"]) == error
+    assert float(first["epoch_seconds"]) == 4.5
+    assert float(first["torch_allocated_mib"]) == 417.0
+    assert second["error_percent_mean"] == ""
+    page = json.loads(render(rows, "json"))
+    assert page["rows"][0]["error_percent_mean"] == error
+    assert page["rows"][1]["error_percent_mean"] is None
+    assert "NaN" not in render(rows, "json")
+    assert "published" in page["definitions"]
+    assert list(first) == list(page["rows"][0])
+
+
+def test_no_runs() -> None:
+    assert summarise([]) == []
+    assert render([], "table") == "no runs\n"
+    assert render([], "csv") == ""
+    assert json.loads(render([], "json"))["rows"] == []
+
+
+def test_the_whole_page() -> None:
+    runs = [make_run(0, 8.3), make_run(1, 8.5), make_run(0, 6.5, depth=56), make_run(1, 6.3, depth=56)]
+    page = text(summarise(runs))
+    assert page.split("\n\n")[:3] == [
+        "cifar10 · 180 epochs · dali · fp32 · eager · 1×128 · NVIDIA H200",
+        "variant  depth  params  n      error %  best %    b−l    published¹  verdict\n"
+        "───────  ─────  ──────  ─  ───────────  ──────  ─────  ────────────  ────────────────\n"
+        "msra        20   0.27M  2  8.40 ± 0.14    8.20  −0.20  8.29 (+0.11)  consistent p=.64\n"
+        "msra        56   0.27M  2  6.40 ± 0.14    6.20  −0.20  6.31 (+0.09)  consistent p=.69",
+        "variant  depth  s/epoch   img/s  wait %  alloc  resvd   NVML\n"
+        "───────  ─────  ───────  ──────  ──────  ─────  ─────  ─────\n"
+        "msra        20     4.50  11,111     1.2    417    512  1,890\n"
+        "msra        56     4.50  11,111     1.2    417    512  1,890",
+    ]
+    assert render(summarise(runs), "markdown").splitlines()[4] == (
+        "| msra      |      20 |    0.27M |   2 | 8.40 ± 0.14 |     8.20 | −0.20 | 8.29 (+0.11) | consistent p=.64 "
+        "|      4.50 |  11,111 |      1.2 |     417 |     512 |  1,890 |"
+    )
+
+
+def test_epochs_are_not_needed_for_a_table() -> None:
+    assert make_result().epochs == ()
+    assert EpochMetrics.model_fields["timed"].default is True
