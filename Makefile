@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# bytecode is worth seconds in every process that Ray starts
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test check format bench clean
 

@@ -1,1 +1,140 @@
-def main() -> None: ...
+"""The `harness` command: parse, call, print, exit code. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from harness.run import UserError
+
+app = typer.Typer(
+    name="harness",
+    help="Train every depth and variant of a family of residual networks, and compare what was measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def run(
+    depths: Annotated[
+        str | None, typer.Option(help="Depths, as in 20,32,56,110. Default: each variant's own.")
+    ] = None,
+    variants: Annotated[str, typer.Option(help="Variants, as in msra,he2015: see `harness variants`.")] = "he2015",
+    seeds: Annotated[str, typer.Option(help="A count (3 is seeds 0,1,2) or the seeds themselves (0,7).")] = "1",
+    dataset: Annotated[str, typer.Option(help="cifar10, cifar2, digits, miniplaces or folder:PATH.")] = "cifar10",
+    data_dir: Annotated[Path | None, typer.Option(help="Where the images are. Default: downloaded once.")] = None,
+    loader: Annotated[str, typer.Option(help="dali, resident, dataloader or synthetic.")] = "dali",
+    epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's; its schedule is stretched.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Global, over all workers. Default: the recipe's.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16.")] = "fp32",
+    val: Annotated[int | None, typer.Option(help="Training images to hold out and evaluate on.")] = None,
+    limit_train: Annotated[
+        int | None, typer.Option(help="Train on so many images only; marked in tables.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs to use, 0 for the CPU. Default: all there are.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="DDP processes of one run; gpus/workers runs go at a time. Default: --gpus.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of results; finished runs in it are not repeated.")] = Path(
+        "runs"
+    ),
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster: HOST:PORT or auto.")] = None,
+    launcher: Annotated[str, typer.Option(help="ray, or local: one worker in this process.")] = "ray",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what is done already.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train finished runs again; the old ones are kept.")
+    ] = False,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first run that fails.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own messages.")] = False,
+) -> None:
+    """Train what is missing of every variant x depth x seed, and print the table."""
+    from rich.console import Console
+
+    from harness import plan
+    from harness.execute import Options, run_sweep
+
+    sweep = plan.Sweep(
+        variants=plan.parse_words(variants, "--variants"),
+        depths=plan.parse_depths(depths) if depths is not None else (),
+        seeds=plan.parse_seeds(seeds),
+        dataset=dataset,
+        loader=loader,
+        precision=precision,
+        epochs=epochs,
+        batch_size=batch_size,
+        val=val,
+        limit_train=limit_train,
+    )
+    options = Options(
+        out=out,
+        data_dir=data_dir,
+        gpus=gpus,
+        workers=workers,
+        address=address,
+        launcher=launcher,
+        dry_run=dry_run,
+        force=force,
+        fail_fast=fail_fast,
+        verbose=verbose,
+    )
+    raise typer.Exit(run_sweep(sweep, options, Console()))
+
+
+@app.command()
+def report(
+    paths: Annotated[list[Path] | None, typer.Argument(help="Folders of results, or of single runs.")] = None,
+    format: Annotated[str, typer.Option(help="table, markdown, csv or json.")] = "table",
+) -> None:
+    """Print the comparison table of stored runs: mean and spread over seeds."""
+    from rich.console import Console
+
+    from harness.report import print_report
+
+    found = print_report(paths or [Path("runs")], Console(), format=format)
+    raise typer.Exit(0 if found else 2)
+
+
+@app.command()
+def variants() -> None:
+    """List the variants: what they are and where they come from."""
+    from rich.console import Console
+
+    from harness.report import print_variants
+
+    print_variants(Console())
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit code 2, a bug shows its traceback."""
+    import click
+
+    code: Any
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        code = _complain(str(error))
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        code = 2
+    except click.ClickException as error:
+        code = _complain(error.format_message())
+    except (KeyboardInterrupt, click.Abort):
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str) -> int:
+    print(f"harness: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""A sweep from start to finish: plan, launch, record, table. What `harness run` does."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import types
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cluster.launch import ClusterError, Failed, Started, connect, disconnect
+from harness import plan, profiler
+from harness.live import Progress
+from harness.optim import total_epochs
+from harness.plan import Sweep, Width
+from harness.report import make_record, name_of
+from harness.run import Places, RunSpec, UserError
+from loaders.datasets import DataError, Dataset, load_dataset
+from results.store import fail, finish, finished_dir, finished_keys, partial_dir, start
+
+if TYPE_CHECKING:
+    pass
+
+EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_STOPPED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """How a sweep is carried out; none of it changes what a run computes."""
+
+    out: Path
+    data_dir: Path | None = None
+    cache_dir: Path | None = None
+    gpus: int | None = None
+    workers: int | None = None
+    address: str | None = None
+    launcher: str = "ray"
+    force: bool = False
+    fail_fast: bool = False
+    dry_run: bool = False
+    verbose: bool = False
+
+
+def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
+    """Train what is missing of a sweep, store it, print the table. Returns the exit code.
+
+    Raises UserError, before anything is started or written, for whatever cannot work.
+    """
+    plan.check_sweep(sweep)
+    plan.check_word(options.launcher, plan.LAUNCHERS, "--launcher")
+    if not options.dry_run:
+        options = replace(options, out=plan.check_out(options.out))
+    with ExitStack() as stack:
+        width = _lay_out(sweep, options, stack)
+        dataset = _load(sweep, options, console)
+        specs = plan.expand(sweep, width, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
+        finished = finished_keys(options.out)
+        todo = specs if options.force else plan.pending(specs, finished)
+        if options.dry_run:
+            console.print(_plan_table(specs, dataset, options, finished))
+            return EXIT_DONE
+        code = EXIT_DONE
+        if todo:
+            if options.address is None and options.launcher == "ray":
+                _connect(stack, None, cpus=width.threads * width.workers * width.slots, gpus=width.gpus,
+                         verbose=options.verbose)  # fmt: skip
+            code = _train(todo, width, dataset, options, console, stack)
+    from harness.report import print_report
+
+    names = [name_of(spec, dataset.label) for spec in specs]
+    folders = [finished_dir(options.out, name) for name in names] + [
+        partial_dir(options.out, name) for name in names
+    ]
+    print_report([folder for folder in folders if folder.is_dir()], console)
+    if not todo:
+        console.print(f"all {len(specs)} runs were done already; --force trains them again", style="dim")
+    console.print(f"stored in {escape(str(options.out))}", style="dim", soft_wrap=True)
+    return code
+
+
+def _lay_out(sweep: Sweep, options: Options, stack: ExitStack) -> Width:
+    """Count what there is, in the cluster at --address or in this machine, and lay the runs over it."""
+    if options.address is not None:
+        if options.launcher == "local":
+            raise UserError("--address is for --launcher ray: the local launcher uses this process alone")
+        cluster = _connect(stack, options.address, cpus=0, gpus=0, verbose=options.verbose)
+        have_gpus, have_cpus, where = cluster.gpus, cluster.cpus, f"the cluster at {options.address}"
+    else:
+        have_gpus, have_cpus, where = profiler.count_gpus(), profiler.count_cpus(), "this machine"
+    workers = options.workers
+    if options.launcher == "local":
+        workers = workers or 1
+        if workers != 1:
+            raise UserError(f"--launcher local runs one worker, not {workers}; --launcher ray runs more")
+    width = plan.make_width(
+        gpus=options.gpus, workers=workers, have_gpus=have_gpus, have_cpus=have_cpus,
+        precision=sweep.precision, where=where,
+    )  # fmt: skip
+    return replace(width, slots=1) if options.launcher == "local" else width
+
+
+def _connect(stack: ExitStack, address: str | None, *, cpus: int, gpus: int, verbose: bool) -> Any:
+    try:
+        cluster = connect(address, cpus=cpus, gpus=gpus, verbose=verbose)
+    except ClusterError as error:
+        raise UserError(str(error)) from None
+    stack.callback(disconnect)
+    return cluster
+
+
+def _load(sweep: Sweep, options: Options, console: Console) -> Dataset:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    with Bar(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(escape(what), total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        try:
+            return load_dataset(sweep.dataset, options.data_dir, options.cache_dir, progress)
+        except DataError as error:
+            raise UserError(str(error)) from None
+
+
+def _epochs(spec: RunSpec, dataset: Dataset) -> int:
+    images = (spec.limit_train or len(dataset.train)) - spec.recipe.val
+    return total_epochs(spec.recipe, -(-images // spec.recipe.batch_size))
+
+
+def _plan_table(specs: list[RunSpec], dataset: Dataset, options: Options, finished: set[str]) -> Table:
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left", title_style="",
+        title=f"{len(specs)} runs on {escape(dataset.label)}, "
+        f"{sum(spec.key in finished for spec in specs)} of them done already",
+    )  # fmt: skip
+    for name in ("variant", "depth", "seed", "epochs", "batch", "loader", "precision", "width", "key", "state"):
+        table.add_column(name, justify="right" if name in ("depth", "seed", "epochs", "batch") else "left")
+    for spec in specs:
+        name = name_of(spec, dataset.label)
+        if spec.key in finished:
+            state = "done" + (", again by --force" if options.force else "")
+        elif partial_dir(options.out, name).is_dir():
+            state = "resumes"
+        else:
+            state = "to do"
+        per = spec.recipe.batch_size // spec.workers
+        table.add_row(
+            spec.variant, str(spec.network.depth), str(spec.seed), str(_epochs(spec, dataset)),
+            str(spec.recipe.batch_size), spec.loader, spec.precision,
+            f"{spec.workers} × {per} on {'GPU' if spec.device == 'cuda' else 'CPU'}", spec.key[:8], state,
+        )  # fmt: skip
+    return table
+
+
+@contextlib.contextmanager
+def _stopping_on_sigterm() -> Iterator[None]:
+    """A scheduler's SIGTERM stops as Ctrl-C does."""
+
+    def stop(number: int, frame: types.FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _lock(specs: list[RunSpec], dataset: Dataset, out: Path, stack: ExitStack) -> None:
+    """Two commands must not train one run into one folder."""
+    (out / ".locks").mkdir(exist_ok=True)
+    for spec in specs:
+        name = name_of(spec, dataset.label)
+        try:
+            stack.enter_context(FileLock(out / ".locks" / f"{name}.lock", blocking=False))
+        except Timeout:
+            raise UserError(f"{spec.title} is being trained by another harness command in --out {out}") from None
+
+
+def _train(
+    specs: list[RunSpec],
+    width: Width,
+    dataset: Dataset,
+    options: Options,
+    console: Console,
+    stack: ExitStack,
+) -> int:
+    """Launch every spec and record every outcome."""
+    from harness.train import train
+
+    if options.launcher == "ray":
+        from cluster.launch import launch
+    else:
+        from cluster.local import launch
+    _lock(specs, dataset, options.out, stack)
+    places = Places(
+        out=options.out,
+        data_dir=None if options.data_dir is None else options.data_dir.expanduser().absolute(),
+        cache_dir=None if options.cache_dir is None else options.cache_dir.expanduser().absolute(),
+        label=dataset.label,
+    )
+    started: dict[str, datetime] = {}
+    failures = 0
+    display = Progress(specs, {spec.key: _epochs(spec, dataset) for spec in specs}, console, slots=width.slots)
+
+    def progress(spec: RunSpec, event: Any) -> None:
+        if isinstance(event, Started) and spec.key not in started:
+            started[spec.key] = datetime.now(UTC)
+            start(options.out, name_of(spec, dataset.label), spec.to_json())
+        display.event(spec, event)
+
+    work: AbstractContextManager[Any] = contextlib.closing(
+        launch(
+            partial(train, places=places), specs,
+            workers=width.workers, slots=width.slots, gpu=width.device == "cuda", threads=width.threads,
+            storage=options.out / ".ray", progress=progress,
+        )  # type: ignore[type-var]
+    )  # fmt: skip
+    try:
+        with _stopping_on_sigterm(), display, work as outcomes:
+            for spec, outcome in outcomes:
+                record = make_record(
+                    spec, outcome, places=places, original=dataset.original, started_at=started[spec.key],
+                    concurrent=min(width.slots, len(specs)), launcher=options.launcher,
+                )  # fmt: skip
+                if isinstance(outcome, Failed):
+                    fail(options.out, record)
+                    failures += 1
+                else:
+                    finish(options.out, record)
+                display.ended(spec, outcome)
+                if failures and options.fail_fast:
+                    break
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from the last finished epochs", soft_wrap=True)
+        raise
+    return EXIT_FAILED if failures else EXIT_DONE

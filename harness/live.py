@@ -1,0 +1,154 @@
+"""What a person sees while runs go on: one table that keeps up, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from cluster.launch import Failed, Started
+from harness.run import RunSpec
+from results.store import EpochMetrics, RunResult
+
+
+@dataclass(slots=True)
+class _Line:
+    spec: RunSpec
+    epochs: int
+    state: str = "waiting"
+    note: str = ""
+    last: EpochMetrics | None = None
+    seconds: list[float] = field(default_factory=list)  # of whole epochs, evaluation too
+    since: float = 0.0
+
+
+class Progress:
+    """Shows runs as they go on; `event` takes what `launch` reports, `ended` the outcome."""
+
+    def __init__(self, specs: list[RunSpec], epochs: dict[str, int], console: Console, *, slots: int) -> None:
+        self.lines = {spec.key: _Line(spec, epochs[spec.key]) for spec in specs}
+        self.console = console
+        self.slots = slots
+        self.many_seeds = len({spec.seed for spec in specs}) > 1
+        self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Progress:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line above the table."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    def event(self, spec: RunSpec, event: Any) -> None:
+        """An attempt began, or an epoch ended."""
+        line = self.lines[spec.key]
+        now = time.monotonic()
+        if isinstance(event, Started):
+            line.state, line.since = "starting", now
+            line.note = f"attempt {event.attempt}: {event.reason}" if event.reason else ""
+            if line.note:
+                self.say(f"{spec.title}: {event.reason}; trying again ({event.attempt})")
+            elif not self.console.is_terminal:
+                self.say(f"{spec.title}: starting")
+        elif isinstance(event, EpochMetrics):
+            line.state, line.last, line.since = "training", event, now
+            line.seconds.append(event.train_seconds + event.eval_seconds)
+            if not self.console.is_terminal:
+                self.say(
+                    f"{spec.title}: epoch {event.epoch}/{line.epochs}  loss {event.loss:.3f}"
+                    f"  error {event.error:.2f} %  {event.train_seconds:.2f} s/epoch  left {_clock(self._left(line))}"
+                )
+
+    def ended(self, spec: RunSpec, outcome: RunResult | Failed) -> None:
+        """A run gave its result, or failed."""
+        line = self.lines[spec.key]
+        if isinstance(outcome, Failed):
+            line.state, line.note = "failed", outcome.message
+            self.say(f"{spec.title}: FAILED: {outcome.message}")
+        else:
+            line.state = "done"
+            if not self.console.is_terminal:
+                self.say(f"{spec.title}: done, final error {outcome.final_error:.2f} %")
+
+    def _left(self, line: _Line) -> float | None:
+        """Seconds, by the median epoch so far; of a run that has not begun, by runs of the same network."""
+        if line.state in ("done", "failed"):
+            return 0.0
+        done = line.last.epoch if line.last else 0
+        seconds = line.seconds or [
+            s
+            for other in self.lines.values()
+            for s in other.seconds
+            if other.spec.network == line.spec.network and other.spec.recipe == line.spec.recipe
+        ]
+        return (line.epochs - done) * statistics.median(seconds) if seconds else None
+
+    def _draw(self) -> Group:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for name in ("run", "epoch", ""):
+            table.add_column(name, no_wrap=True)
+        for name in ("loss", "error %", "s/epoch", "left"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("", overflow="ellipsis", no_wrap=True)
+        shown = self._shown()
+        for line in shown:
+            last = line.last
+            done = last.epoch if last else 0
+            style = {"done": "green", "failed": "red", "waiting": "dim"}.get(line.state, "")
+            title = line.spec.title if self.many_seeds else line.spec.title.split(" seed")[0]
+            table.add_row(
+                title,
+                f"{done}/{line.epochs}",
+                ProgressBar(total=line.epochs, completed=done, width=24),
+                f"{last.loss:.3f}" if last else "",
+                f"{last.error:.2f}" if last else "",
+                f"{last.train_seconds:.2f}" if last else "",
+                _clock(self._left(line)) if line.state == "training" else line.state,
+                line.note,
+                style=style,
+            )
+        hidden = len(self.lines) - len(shown)
+        ended = sum(line.state in ("done", "failed") for line in self.lines.values())
+        lefts = [self._left(line) for line in self.lines.values()]
+        known = [left for left in lefts if left is not None]
+        total = _clock(sum(known) / self.slots) if len(known) == len(lefts) else "?"
+        footer = f"{ended} of {len(self.lines)} runs ended, left {total}"
+        if hidden:
+            footer += f", {hidden} not shown"
+        return Group(table, Text(footer + "   Ctrl-C stops; the same command resumes", style="dim"))
+
+    def _shown(self) -> list[_Line]:
+        """What fits on the screen: running ones first of all, then the order of the plan."""
+        room = max(4, self.console.height - 4)
+        lines = list(self.lines.values())
+        if len(lines) <= room:
+            return lines
+        ranked = sorted(
+            lines, key=lambda line: {"training": 0, "starting": 0, "failed": 1, "waiting": 2}.get(line.state, 3)
+        )
+        kept = {id(line) for line in ranked[:room]}
+        return [line for line in lines if id(line) in kept]
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

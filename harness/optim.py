@@ -1,0 +1,61 @@
+"""Recipe -> optimizer, and the learning rate of every step."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from models.variants import Recipe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    return round(recipe.duration * (steps_per_epoch if recipe.unit == "epoch" else 1))
+
+
+def total_epochs(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Epochs of the whole run; the last one may be cut short (64,000 steps are 163.7 epochs of 391)."""
+    return math.ceil(total_steps(recipe, steps_per_epoch) / steps_per_epoch)
+
+
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """The lr of one optimizer step, counted from 0 over the whole run."""
+    unit = steps_per_epoch if recipe.unit == "epoch" else 1
+    warmup = round(recipe.warmup * unit)
+    if step < warmup:
+        if recipe.warmup_shape == "constant":
+            return recipe.warmup_lr
+        return recipe.warmup_lr + (recipe.lr - recipe.warmup_lr) * step / warmup
+    end = total_steps(recipe, steps_per_epoch)
+    match recipe.schedule:
+        case "multistep":
+            drops = sum(step >= round(milestone * unit) for milestone in recipe.milestones)
+            return recipe.lr * recipe.gamma**drops
+        case "linear":
+            return recipe.lr * (1 - (step - warmup) / (end - warmup))
+        case "cosine":
+            return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup)))
+
+
+def make_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
+    """SGD over the network's parameters, with weight decay on all of them or on the kernels only."""
+    import torch
+
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    # kernels are what has two axes or more: batch norm's scale and every bias have one
+    decayed = [p for p in parameters if recipe.decay == "all" or p.ndim > 1]
+    others = [p for p in parameters if recipe.decay != "all" and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}]
+    if others:
+        groups.append({"params": others, "weight_decay": 0.0})
+    return torch.optim.SGD(
+        groups,
+        lr=learning_rate(recipe, 0, 1),
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        fused=True,
+    )

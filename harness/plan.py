@@ -1,0 +1,224 @@
+"""Sweep -> list[RunSpec]: every check of what a user typed, and which runs are still missing. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from harness.run import Precision, RunSpec, UserError
+from models.variants import Recipe, default_depth, find_variant
+
+LOADERS = ("dali", "resident", "dataloader", "synthetic")
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+LAUNCHERS = ("ray", "local")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """What a user asked for, words made into values."""
+
+    variants: tuple[str, ...]
+    depths: tuple[int, ...] = ()  # none: each variant's default
+    seeds: tuple[int, ...] = (0,)
+    dataset: str = "cifar10"
+    loader: str = "dali"
+    precision: str = "fp32"
+    epochs: int | None = None
+    batch_size: int | None = None
+    val: int | None = None
+    limit_train: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Width:
+    """How runs lie over the machine: `slots` at a time, `workers` ranks each, `threads` CPU threads a rank."""
+
+    device: Literal["cuda", "cpu"]
+    gpus: int
+    workers: int
+    slots: int
+    threads: int
+
+
+def parse_words(text: str, what: str) -> tuple[str, ...]:
+    """ "a,b" -> ("a", "b"), each once."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise UserError(f"{what} {text!r}: a list with commas and no empty places is allowed, as in a,b")
+    return tuple(dict.fromkeys(words))
+
+
+def parse_depths(text: str) -> tuple[int, ...]:
+    """ "20,32" -> (20, 32). Whether a depth is legal depends on the variant."""
+    return tuple(_whole(word, "--depths", text) for word in parse_words(text, "--depths"))
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """ "3" -> (0, 1, 2), a count; "0,7" -> (0, 7), the seeds themselves; "7," -> (7,)."""
+    if "," not in text:
+        count = _whole(text, "--seeds", text)
+        if not 1 <= count <= 1000:
+            raise UserError(f"--seeds {text}: a count from 1 to 1000 is allowed, or a list of seeds as in 0,7")
+        return tuple(range(count))
+    return tuple(_whole(word, "--seeds", text) for word in parse_words(text.rstrip(","), "--seeds"))
+
+
+def _whole(word: str, option: str, text: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", word.strip()):
+        raise UserError(f"{option} {text!r}: {word!r} is not a whole number")
+    return int(word)
+
+
+def check_word(word: str, allowed: Sequence[str], option: str) -> None:
+    """Raise UserError, with the nearest allowed word, unless `word` is one."""
+    if word not in allowed:
+        near = difflib.get_close_matches(word, allowed, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"{option} {word!r} is unknown{hint} (allowed: {', '.join(allowed)})")
+
+
+def check_count(value: int | None, option: str, *, least: int = 1) -> None:
+    """Raise UserError unless `value` is None or at least `least`."""
+    if value is not None and value < least:
+        raise UserError(f"{option} {value}: at least {least} is allowed")
+
+
+def check_sweep(sweep: Sweep) -> None:
+    """Every check that needs neither data nor devices."""
+    from loaders.datasets import DataError, check_dataset_name
+
+    check_word(sweep.loader, LOADERS, "--loader")
+    check_word(sweep.precision, PRECISIONS, "--precision")
+    check_count(sweep.epochs, "--epochs")
+    check_count(sweep.batch_size, "--batch-size")
+    check_count(sweep.limit_train, "--limit-train")
+    check_count(sweep.val, "--val", least=0)
+    try:
+        check_dataset_name(sweep.dataset)
+        for name in sweep.variants:
+            function = find_variant(name)
+            for depth in sweep.depths or (default_depth(function),):
+                function(depth)
+    except DataError as error:
+        raise UserError(str(error)) from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def make_width(
+    *, gpus: int | None, workers: int | None, have_gpus: int, have_cpus: int, precision: str, where: str
+) -> Width:
+    """Lay runs over what `where` has. Asking for more than there is raises UserError, before anything starts."""
+    if gpus is None:
+        gpus = have_gpus
+    check_count(gpus, "--gpus", least=0)
+    check_count(workers, "--workers")
+    if gpus > have_gpus:
+        have = f"{have_gpus} GPU{'s' * (have_gpus != 1)}" if have_gpus else "no GPU"
+        raise UserError(f"--gpus {gpus}: {where} has {have}" + ("; --gpus 0 trains on the CPU" * (not have_gpus)))
+    if gpus == 0:
+        workers = workers or 1
+        if workers > have_cpus:
+            raise UserError(f"--workers {workers}: {where} has {have_cpus} CPU cores, and each worker needs one")
+        if precision in ("tf32", "fp16"):
+            raise UserError(f"--precision {precision} needs a GPU; on the CPU fp32 and bf16 are allowed")
+        return Width(device="cpu", gpus=0, workers=workers, slots=1, threads=have_cpus // workers)
+    workers = workers or gpus
+    if gpus % workers:
+        fitting = ", ".join(str(n) for n in range(1, gpus + 1) if gpus % n == 0)
+        raise UserError(f"--workers {workers} does not divide --gpus {gpus} (allowed: {fitting})")
+    return Width(
+        device="cuda", gpus=gpus, workers=workers, slots=gpus // workers, threads=max(1, have_cpus // gpus)
+    )
+
+
+def override(recipe: Recipe, sweep: Sweep) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with what the user changed, and the names of what is changed.
+
+    Another number of epochs stretches the whole schedule: drops and warm-up keep their share of the run.
+    """
+    changed: list[str] = []
+    if sweep.epochs is not None and not (recipe.unit == "epoch" and recipe.duration == sweep.epochs):
+        factor = sweep.epochs / recipe.duration
+        recipe = replace(
+            recipe,
+            duration=sweep.epochs,
+            unit="epoch",
+            milestones=tuple(m * factor for m in recipe.milestones),
+            warmup=recipe.warmup * factor,
+        )
+        changed.append(f"epochs={sweep.epochs}")
+    if sweep.batch_size is not None and sweep.batch_size != recipe.batch_size:
+        recipe = replace(recipe, batch_size=sweep.batch_size)
+        changed.append(f"batch_size={sweep.batch_size}")
+    if sweep.val is not None and sweep.val != recipe.val:
+        recipe = replace(recipe, val=sweep.val)
+        changed.append(f"val={sweep.val}")
+    return recipe, tuple(changed)
+
+
+def expand(sweep: Sweep, width: Width, *, fingerprint: str, train_images: int) -> list[RunSpec]:
+    """Every run of a sweep: seeds outermost, so that a table over all depths and variants is there early."""
+    if sweep.limit_train is not None and sweep.limit_train > train_images:
+        raise UserError(f"--limit-train {sweep.limit_train}: {sweep.dataset} has {train_images} training images")
+    specs = []
+    for seed in sweep.seeds:
+        for name in sweep.variants:
+            function = find_variant(name)
+            for depth in sweep.depths or (default_depth(function),):
+                variant = function(depth)
+                recipe, changed = override(variant.recipe, sweep)
+                check_batch(recipe, width)
+                images = sweep.limit_train or train_images
+                if recipe.val >= images:
+                    raise UserError(f"{recipe.val} validation images of {images}: none are left to train on")
+                specs.append(
+                    RunSpec(
+                        variant=name,
+                        network=variant.network,
+                        recipe=recipe,
+                        overrides=changed,
+                        dataset=sweep.dataset,
+                        fingerprint=fingerprint,
+                        limit_train=sweep.limit_train,
+                        loader=sweep.loader,
+                        precision=sweep.precision,  # type: ignore[arg-type]
+                        device=width.device,
+                        workers=width.workers,
+                        seed=seed,
+                    )
+                )
+    return list(dict.fromkeys(specs))
+
+
+def check_batch(recipe: Recipe, width: Width) -> None:
+    """Raise UserError unless every rank gets an equal share of the global batch."""
+    if recipe.batch_size % width.workers:
+        fitting = [n for n in range(1, recipe.batch_size + 1) if recipe.batch_size % n == 0 and n <= 64]
+        raise UserError(
+            f"--workers {width.workers} does not divide the global batch of {recipe.batch_size} "
+            f"(allowed: {', '.join(map(str, fitting))})"
+        )
+
+
+def pending(specs: Iterable[RunSpec], finished: set[str]) -> list[RunSpec]:
+    """The runs that are still missing."""
+    return [spec for spec in specs if spec.key not in finished]
+
+
+def check_out(out: Path) -> Path:
+    """Make the folder for results; raise UserError unless it can be written to."""
+    out = out.expanduser().absolute()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".write-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written to: {error.strerror or error}") from None
+    return out

@@ -1,0 +1,192 @@
+"""Where time and memory go, and on what machine. What cannot be read here is null with its reason, never 0."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from results.store import Memory, Reading
+
+if TYPE_CHECKING:
+    import torch
+
+MIB = 2**20
+Item = TypeVar("Item")
+
+
+def count_cpus() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use: NVML's, less what CUDA_VISIBLE_DEVICES hides. Needs no torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and (visible.strip() in ("", "-1", "NoDevFiles")):
+        return 0
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return 0
+    try:
+        count = int(pynvml.nvmlDeviceGetCount())
+    finally:
+        pynvml.nvmlShutdown()
+    return count if visible is None else min(count, len(visible.split(",")))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+class Waiting:
+    """Iterate over a loader and add up the seconds in which it kept its caller waiting."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The same items."""
+        iterator = iter(items)
+        while True:
+            asked_at = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.perf_counter() - asked_at
+            yield item
+
+
+class MemoryMeter:
+    """Peaks since the last `reset`, which belongs after warm-up."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._nvml = _NvmlProcess(device.index or 0) if device.type == "cuda" else None
+
+    def reset(self) -> None:
+        """Forget the peaks so far. The host's peak is the process's own and cannot be reset."""
+        if self._nvml is not None:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._nvml.peak = None
+
+    def sample(self) -> None:
+        """NVML tells what is used now, so it is asked after each epoch."""
+        if self._nvml is not None:
+            self._nvml.sample()
+
+    def read(self) -> Memory:
+        """The peaks, in MiB."""
+        rss = Reading(value=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB)
+        if self._nvml is None:
+            none = Reading(value=None, reason="no GPU was used")
+            return Memory(torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none, rss_mib=rss)
+        import torch
+
+        return Memory(
+            torch_allocated_mib=Reading(value=torch.cuda.max_memory_allocated(self.device) / MIB),
+            torch_reserved_mib=Reading(value=torch.cuda.max_memory_reserved(self.device) / MIB),
+            nvml_process_mib=self._nvml.read(),
+            rss_mib=rss,
+        )
+
+
+class _NvmlProcess:
+    """Memory of this process on one GPU as NVML counts it: CUDA context, DALI's pools and NCCL's buffers too."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.peak: float | None = None
+        self.reason = "never sampled"
+
+    def sample(self) -> None:
+        import pynvml
+        import torch
+
+        try:
+            pynvml.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties(self.index).uuid)
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            used = [p.usedGpuMemory for p in processes if p.pid == os.getpid()]
+        except Exception as error:
+            self.reason = f"NVML: {error}"
+            return
+        if not used:
+            self.reason = "NVML does not list this process (another PID namespace, as in containers)"
+        elif used[0] is None:
+            self.reason = "NVML does not tell the memory of processes here"
+        else:
+            self.peak = max(self.peak or 0.0, used[0] / MIB)
+
+    def read(self) -> Reading:
+        self.sample()
+        return Reading(value=self.peak, reason=None if self.peak is not None else self.reason)
+
+
+def largest(readings: Iterable[Memory]) -> Memory:
+    """The peak of each figure over the ranks."""
+    ranks = list(readings)
+
+    def peak(name: str) -> Reading:
+        read = [getattr(rank, name) for rank in ranks]
+        values = [r.value for r in read if r.value is not None]
+        return Reading(value=max(values)) if values else read[0]
+
+    return Memory(**{name: peak(name) for name in Memory.model_fields})
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Host, processor, GPU, driver and the versions of what computes. Taken where the run runs."""
+    import torch
+
+    machine: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": count_cpus(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "gpu": None,
+        "driver": None,
+    }
+    if device.type == "cuda":
+        machine["gpu"] = device_name(device)
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            machine["driver"] = str(pynvml.nvmlSystemGetDriverVersion())
+        except Exception as error:
+            machine["driver"] = f"unknown: {error}"
+    return machine

@@ -1,0 +1,167 @@
+"""RunResult -> Record; records -> the page a person reads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.launch import Failed
+from harness.run import Places, RunSpec, UserError
+from results.store import Failure, Record, RunResult, run_name
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py",
+            "nvidia-dali-cuda120", "nvidia-dali-cuda130")  # fmt: skip
+
+
+def name_of(spec: RunSpec, label: str) -> str:
+    """The run's folder name."""
+    return run_name(label, spec.variant, spec.network.depth, spec.seed, spec.key)
+
+
+@cache
+def describe_code() -> dict[str, Any]:
+    """Commit, whether the tree differs from it, versions, and the command line."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    # an installed copy may lie inside somebody else's checkout: only the project's own counts
+    own = git("rev-parse", "--show-toplevel") == str(root)
+    status = git("status", "--porcelain") if own else None
+    return {
+        "commit": git("rev-parse", "HEAD") if own else None,
+        "dirty": None if status is None else bool(status),
+        "versions": versions,
+        "command": ["harness", *sys.argv[1:]],
+    }
+
+
+def classify(failed: Failed) -> Failure:
+    """A failure in the four words of the table."""
+    if failed.died:
+        kind = "killed"
+    elif "OutOfMemory" in failed.exception or failed.exception == "MemoryError":
+        kind = "OOM"
+    elif failed.exception == "DivergedError":
+        kind = "NaN"
+    else:
+        kind = "exception"
+    message = failed.message if kind != "exception" else f"{failed.exception}: {failed.message}"
+    return Failure(kind=kind, message=message, traceback=failed.traceback)  # type: ignore[arg-type]
+
+
+def make_record(
+    spec: RunSpec,
+    outcome: RunResult | Failed,
+    *,
+    places: Places,
+    original: bool,
+    started_at: datetime,
+    concurrent: int,
+    launcher: str,
+) -> Record:
+    """Everything that is kept of one run."""
+    failed = isinstance(outcome, Failed)
+    return Record(
+        key=spec.key,
+        name=name_of(spec, places.label),
+        status="failed" if failed else "done",
+        variant=spec.variant,
+        depth=spec.network.depth,
+        seed=spec.seed,
+        dataset=places.label,
+        original=original,
+        spec=spec.to_json(),
+        result=None if isinstance(outcome, Failed) else outcome,
+        failure=classify(outcome) if isinstance(outcome, Failed) else None,
+        environment={**describe_code(), "launcher": launcher, "concurrent_runs": concurrent},
+        started_at=started_at,
+        finished_at=datetime.now(UTC),
+    )
+
+
+def print_report(
+    paths: Sequence[Path], console: Console, *, format: str = "table", across: Sequence[str] = ()
+) -> bool:
+    """Print the table of all runs under `paths`; what could not be read goes to standard error, a line each.
+
+    Returns whether there was a run. Raises UserError for an unknown format or a path that does not exist.
+    """
+    from harness.plan import check_word
+    from results.store import load_records
+    from results.table import FORMATS, render, summarise
+
+    check_word(format, FORMATS, "--format")
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(
+                f"no folder of results at {str(path)!r}; `harness run` makes one (--out, default runs)"
+            )
+    loaded = load_records(paths)
+    for problem in loaded.problems:
+        print(f"harness: passed over: {problem}", file=sys.stderr)
+    try:
+        rows = summarise(loaded.records, loaded.interrupted, across)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if format == "table":  # written as it is: the table is laid out for this width already
+        text = render(rows, "table", width=console.width, colour=console.is_terminal and not console.no_color)
+    else:
+        text = render(rows, format)  # type: ignore[arg-type]
+    console.file.write(text if text.endswith("\n") else text + "\n")
+    console.file.flush()
+    return bool(rows)
+
+
+def print_variants(console: Console) -> None:
+    """Print every variant at its default depth: parameters, multiply-adds, recipe, source."""
+    import torch
+    from rich.table import Table
+
+    from models.flops import count_flops
+    from models.resnet import build, count_parameters
+    from models.variants import VARIANTS, default_depth
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("variant", "depth", "parameters", "MMAC", "recipe", "source"):
+        right = name in ("depth", "parameters", "MMAC")
+        table.add_column(name, justify="right" if right else "left", no_wrap=right or name == "variant")
+    for function in VARIANTS:
+        variant = function(default_depth(function))
+        classes, side = (100, 112) if variant.network.architecture == "imagenet" else (10, 32)
+        with torch.device("meta"):
+            parameters = count_parameters(build(variant.network, classes, side))
+        table.add_row(
+            variant.name,
+            str(variant.network.depth),
+            f"{parameters:,}",
+            f"{count_flops(variant.network, classes, side) / 1e6:.1f}",
+            variant.summary,
+            variant.source,
+        )
+    console.print(table)
+    console.print(
+        "parameters and multiply-adds of one 32x32 image and 10 classes (miniplaces: 112x112, 100)", style="dim"
+    )

@@ -1,0 +1,311 @@
+"""One run: `train(spec, worker, report, places=...)` -> `RunResult`. The training step stands here, whole."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cluster.launch import Worker
+from harness import profiler
+from harness.checkpoint import load_checkpoint, save_checkpoint
+from harness.evaluate import evaluate
+from harness.optim import learning_rate, make_optimizer, total_epochs, total_steps
+from harness.run import DivergedError, Places, Precision, RunSpec
+from loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
+from loaders.loader import Augment, Loader, make_loaders, make_normalize
+from models.resnet import build
+from results.store import EpochMetrics, RunResult, append_epoch, partial_dir, run_name, write_epochs
+
+EVAL_BATCH_SIZE = 1000
+WARMUP_EPOCHS = 1  # of every attempt: first kernels, first allocations, caches that fill
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The three sets of a run, of which it uses two."""
+
+    train: Split
+    held: Split  # evaluated after each epoch
+    held_name: str
+
+
+def split_data(spec: RunSpec, dataset: Dataset) -> Data:
+    """Cut the run's sets out of the data set: first the limit, then the validation split by seed."""
+    train = dataset.train if spec.limit_train is None else limit(dataset.train, spec.limit_train)
+    if spec.recipe.val:
+        train, val = hold_out(train, spec.recipe.val, spec.seed)
+        return Data(train, val, "val")
+    return Data(train, dataset.test, "test")
+
+
+def set_precision(precision: Precision) -> None:
+    """What fp32 arithmetic means: TF32 in convolutions and matrix products, or not."""
+    mode = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = mode  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = mode
+
+
+def make_autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """bf16 and fp16 by autocast: weights, momentum and batch norm's statistics stay in fp32."""
+    if precision in ("fp32", "tf32"):
+        return nullcontext()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=True)
+
+
+class Averages:
+    """Sums over an epoch that stay on the device, so that no step waits for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, images
+
+    def add(self, loss_sum: torch.Tensor, images: int) -> None:
+        """Add the loss summed over this rank's images of one step."""
+        self.sums[0] += loss_sum
+        self.sums[1] += images
+
+    def read(self) -> tuple[float, int]:
+        """Mean loss and number of images over all ranks; waits for the device."""
+        if dist.is_initialized():
+            dist.all_reduce(self.sums)
+        loss, images = self.sums.tolist()
+        return loss / images, round(images)
+
+
+def train_epoch(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    loader: Loader,
+    spec: RunSpec,
+    *,
+    epoch: int,
+    steps: int,
+    images: int,
+    world_size: int,
+    device: torch.device,
+    on_first_step: Callable[[], None],
+) -> EpochMetrics:
+    """`steps` optimizer steps of one epoch, timed from the first batch asked for to the last weight written."""
+    recipe = spec.recipe
+    averages = Averages(device)
+    waiting = profiler.Waiting()
+    lr = 0.0
+    profiler.synchronize(device)
+    started_at = time.perf_counter()
+    for step, (batch, labels) in enumerate(waiting.over(loader.epoch(epoch))):
+        lr = learning_rate(recipe, epoch * loader.steps + step, loader.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.zero_grad(set_to_none=True)
+        with make_autocast(device, spec.precision):
+            logits = network(batch)
+        # ranks may hold shares of unequal size: summed here, divided by the global batch, so that DDP's mean
+        # over ranks gives the gradient of one process
+        share = max(min(recipe.batch_size, images - step * recipe.batch_size), world_size) / world_size
+        loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=recipe.label_smoothing)
+        scaler.scale(loss_sum / share).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        averages.add(loss_sum.detach(), len(labels))
+        if step == 0:
+            on_first_step()
+        if step + 1 == steps:
+            break
+    profiler.synchronize(device)
+    train_seconds = time.perf_counter() - started_at
+    loss, seen = averages.read()
+    return EpochMetrics(
+        epoch=epoch + 1,
+        steps=steps,
+        images=seen,
+        loss=loss,
+        error=float("nan"),
+        lr=lr,
+        train_seconds=train_seconds,
+        wait_seconds=waiting.seconds,
+        eval_seconds=0.0,
+        images_per_second=seen / train_seconds,
+    )
+
+
+def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None], *, places: Places) -> RunResult:
+    """Train and measure one run, in this process as one of `worker.world_size` ranks.
+
+    Resumes from the newest checkpoint in the run's folder. Raises DivergedError when the loss is not finite,
+    CheckpointError for another run's checkpoint, and DataError when the images are not those of the spec.
+    """
+    entered_at = time.perf_counter()
+    device = torch.device(worker.device)
+    rank, world_size = worker.rank, worker.world_size
+    torch.set_num_threads(worker.threads)
+    set_precision(spec.precision)
+    torch.backends.cudnn.benchmark = True
+    folder = partial_dir(places.out, run_name(places.label, spec.variant, spec.network.depth, spec.seed, spec.key))
+
+    dataset = load_dataset(spec.dataset, places.data_dir, places.cache_dir)
+    if dataset.fingerprint != spec.fingerprint:
+        raise RuntimeError(
+            f"the images on this node are {dataset.fingerprint[:12]}, the run asks for {spec.fingerprint[:12]}"
+        )
+    data = split_data(spec, dataset)
+    recipe = spec.recipe
+    train_loader, held_loader = make_loaders(
+        spec.loader,
+        data.train,
+        data.held,
+        augment=Augment(recipe.pad, recipe.pad_mode, recipe.crop, recipe.flip and dataset.flip),
+        normalize=make_normalize(recipe.normalize, data.train),
+        batch_size=recipe.batch_size,
+        eval_batch_size=min(EVAL_BATCH_SIZE, len(data.held)),
+        seed=spec.seed,
+        rank=rank,
+        world=world_size,
+        device=device,
+        threads=worker.threads,
+        channels_last=True,
+    )
+
+    torch.manual_seed(spec.seed)
+    network = build(spec.network, dataset.num_classes, recipe.crop or dataset.image_size)
+    parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(recipe, network)
+    scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
+
+    warnings_seen: list[str] = []
+
+    def warn(message: str) -> None:
+        warnings_seen.append(message)
+        warnings.warn(message, stacklevel=2)
+
+    history: list[EpochMetrics] = []
+    attempt = 1
+    state = load_checkpoint(folder / "checkpoints", spec.key, warn)
+    if state is not None:
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        history = [EpochMetrics.model_validate(row) for row in state["history"]]
+        attempt = int(state["attempt"]) + 1
+        del state
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_epochs(folder, history)
+
+    trained: nn.Module = network
+    if world_size > 1:
+        trained = DistributedDataParallel(
+            network,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # once an epoch, below, in place of once a step: rank 0's either way
+            gradient_as_bucket_view=True,
+        )
+
+    steps_all = total_steps(recipe, train_loader.steps)
+    epochs = total_epochs(recipe, train_loader.steps)
+    meter = profiler.MemoryMeter(device)
+    setup_seconds = 0.0
+
+    def first_step_done() -> None:
+        nonlocal setup_seconds
+        if setup_seconds == 0.0:
+            profiler.synchronize(device)
+            setup_seconds = time.perf_counter() - entered_at
+
+    first = len(history)
+    for epoch in range(first, epochs):
+        steps = min(train_loader.steps, steps_all - epoch * train_loader.steps)
+        metrics = train_epoch(
+            trained, optimizer, scaler, train_loader, spec,
+            epoch=epoch, steps=steps, images=len(data.train), world_size=world_size, device=device,
+            on_first_step=first_step_done,
+        )  # fmt: skip
+        if not torch.tensor(metrics.loss).isfinite():
+            raise DivergedError(epoch + 1, (epoch + 1) * train_loader.steps)
+        if world_size > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+        evaluation_at = time.perf_counter()
+        evaluation = evaluate(
+            network, held_loader, images=len(data.held), autocast=make_autocast(device, spec.precision)
+        )
+        warm = epoch - first >= WARMUP_EPOCHS or epochs == 1
+        metrics = metrics.model_copy(
+            update={
+                "error": evaluation.error,
+                "top5_error": evaluation.top5_error,
+                "eval_seconds": time.perf_counter() - evaluation_at,
+                "timed": warm and steps == train_loader.steps,
+                "attempt": attempt,
+            }
+        )
+        history.append(metrics)
+        meter.sample()
+        if epoch - first + 1 == WARMUP_EPOCHS < epochs - first:
+            meter.reset()
+        if rank == 0:
+            save_checkpoint(
+                folder / "checkpoints",
+                epoch + 1,
+                {
+                    "key": spec.key,
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                    "history": [row.model_dump() for row in history],
+                    "attempt": attempt,
+                },
+            )
+            append_epoch(folder, metrics)
+        report(metrics)
+
+    if rank == 0:
+        weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
+        about = {"key": spec.key, "variant": spec.variant, "depth": str(spec.network.depth)}
+        save_file(weights, folder / "weights.safetensors", metadata=about)
+    memory = meter.read()
+    if world_size > 1:
+        of_ranks: list[Any] = [None] * world_size
+        dist.all_gather_object(of_ranks, memory)
+        memory = profiler.largest(of_ranks)
+    train_loader.close()
+    held_loader.close()
+
+    timed = [row for row in history if row.timed]
+    best = min(history, key=lambda row: row.error)
+    return RunResult(
+        parameters=parameters,
+        evaluated_on="val" if data.held_name == "val" else "test",
+        epochs=tuple(history),
+        final_error=history[-1].error,
+        best_error=best.error,
+        best_epoch=best.epoch,
+        final_top5_error=history[-1].top5_error,
+        epoch_seconds=statistics.median(row.train_seconds for row in timed) if timed else None,
+        warmup_epochs=WARMUP_EPOCHS if epochs > 1 else 0,
+        eval_seconds=statistics.median(row.eval_seconds for row in history),
+        images_per_second=statistics.median(row.images_per_second for row in timed) if timed else None,
+        setup_seconds=setup_seconds,
+        train_seconds=sum(row.train_seconds for row in history),
+        memory=memory,
+        workers=world_size,
+        batch_size=recipe.batch_size,
+        batch_size_per_gpu=recipe.batch_size // world_size,
+        threads=worker.threads,
+        device=profiler.device_name(device),
+        machine=profiler.describe_machine(device),
+        attempts=attempt,
+    )

@@ -1,0 +1,110 @@
+"""Runs through Ray Train and in this process: results, progress, failures, retries, refusals."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import cloudpickle
+
+from cluster import local
+from cluster.launch import ClusterError, Failed, Started, Worker, connect, disconnect, launch
+
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
+
+
+class TooBigError(Exception):
+    """Stands for an error of the train function."""
+
+
+def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
+    """A run that does what its spec says, in every rank."""
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor([float(worker.rank + 1)])
+    if worker.world_size > 1:
+        dist.all_reduce(total)
+    for epoch in range(spec["epochs"]):
+        report({"epoch": epoch, "rank": worker.rank})
+    if spec.get("raises") and worker.rank == worker.world_size - 1:
+        raise TooBigError("does not fit\nsecond line")
+    if spec.get("dies") and worker.attempt <= spec["dies"] and worker.rank == worker.world_size - 1:
+        time.sleep(0.5)  # let the reports out
+        os._exit(1)
+    if worker.world_size > 1:
+        dist.barrier()
+    return {"total": total.item(), "attempt": worker.attempt, "threads": worker.threads, "device": worker.device}
+
+
+def collect(runs: Any, specs: list[dict[str, Any]], **options: Any) -> tuple[dict[str, Any], list[Any]]:
+    events: list[Any] = []
+    outcomes = {
+        spec["name"]: outcome
+        for spec, outcome in runs(
+            toy, specs, gpu=False, threads=1, progress=lambda s, e: events.append((s["name"], e)), **options
+        )
+    }
+    return outcomes, events
+
+
+@pytest.mark.ray
+def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
+    cluster = connect(None, cpus=2, gpus=0)
+    try:
+        assert (cluster.cpus, cluster.gpus) == (2, 0)
+        specs = [
+            {"name": "good", "epochs": 2},
+            {"name": "raises", "epochs": 1, "raises": True},
+            {"name": "dies once", "epochs": 1, "dies": 1},
+        ]
+        outcomes, events = collect(launch, specs, workers=2, slots=1, storage=tmp_path / "ray")
+    finally:
+        disconnect()
+    assert outcomes["good"] == {"total": 3.0, "attempt": 1, "threads": 1, "device": "cpu"}
+    failed = outcomes["raises"]
+    assert isinstance(failed, Failed)
+    assert (failed.exception, failed.message, failed.died) == ("TooBigError", "does not fit", False)
+    assert failed.attempts == 1, "an exception would come again: no retry"
+    assert "second line" in failed.traceback
+    assert outcomes["dies once"]["attempt"] == 2
+    of_good = [e for name, e in events if name == "good"]
+    assert of_good == [Started(attempt=1), {"epoch": 0, "rank": 0}, {"epoch": 1, "rank": 0}]
+    again = [e for name, e in events if name == "dies once" and isinstance(e, Started)]
+    assert [e.attempt for e in again] == [1, 2]
+    assert "died" in again[1].reason
+    assert not (tmp_path / "ray").exists()
+
+
+def test_local_has_the_same_signature_and_outcomes(tmp_path: Path) -> None:
+    specs = [{"name": "good", "epochs": 1}, {"name": "raises", "epochs": 0, "raises": True}]
+    outcomes, events = collect(local.launch, specs, workers=1, slots=1, storage=tmp_path)
+    assert outcomes["good"]["total"] == 1.0
+    assert isinstance(outcomes["raises"], Failed)
+    assert outcomes["raises"].exception == "TooBigError"
+    assert events[0] == ("good", Started(attempt=1))
+    with pytest.raises(ValueError, match="one worker, not 2"):
+        collect(local.launch, specs, workers=2, slots=1, storage=tmp_path)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:x", "127.0.0.1:1"])
+def test_an_address_that_cannot_be_is_refused_at_once(address: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match=address):
+        connect(address, cpus=1, gpus=0)
+    assert time.monotonic() - began < 5
+
+
+def test_private_names_of_ray_that_are_used_exist() -> None:
+    os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    assert hasattr(TorchTrainer, "_create_default_callbacks")
+    assert hasattr(ray.train, "UserCallback")
+    assert issubclass(ray.train.TrainingFailedError, Exception)
