@@ -107,15 +107,14 @@ def summarise(
     """
     groups: dict[str, _Group] = {}
     by_spec: dict[str, _Group] = {}  # a spec's own fields -> the first of its groups
-    met: dict[tuple[str, str], _Group] = {}
+    met: dict[tuple[str, Surroundings | None], _Group] = {}
     known: dict[str, None] = {}
 
-    def group(spec: Mapping[str, Any], surroundings: Mapping[str, str] | None) -> _Group:
+    def group(spec: Mapping[str, Any], surroundings: Surroundings | None) -> _Group:
         """The group of a run; one without result knows no surroundings and joins the runs of its spec."""
-        text = json.dumps({name: value for name, value in spec.items() if name != "seed"}, sort_keys=True)
-        identity = (text, json.dumps(surroundings))
+        identity = (repr({name: value for name, value in spec.items() if name != "seed"}), surroundings)
         if identity not in met:  # runs of other seeds are looked up, not flattened again
-            fields, around = _flatten(spec), surroundings or {}
+            fields, around = _flatten(spec), dict(surroundings or ())
             known.update(dict.fromkeys((*fields, *around)))
             kept = {name: value for name, value in fields.items() if name not in across}
             whole = {**kept, **{name: value for name, value in around.items() if name not in across}}
@@ -176,12 +175,15 @@ def _word(value: object) -> str:
     return NONE if value is None else str(value)
 
 
-def _surroundings(record: Record, result: RunResult) -> dict[str, str]:
-    """What changes figures and is no part of a spec. `device` takes the place of the spec's "cuda" or "cpu"."""
-    around = {"label": record.dataset, "hardware": result.device, "threads": str(result.threads)}
+Surroundings = tuple[tuple[str, str], ...]
+
+
+def _surroundings(record: Record, result: RunResult) -> Surroundings:
+    """What changes figures and is no part of a spec, by name; "hardware" is what the spec calls "cuda" or "cpu"."""
+    around = (("label", record.dataset), ("hardware", result.device), ("threads", str(result.threads)))
     versions = record.environment.get("versions")
     if isinstance(versions, dict) and isinstance(torch := versions.get("torch"), str):
-        around["torch"] = ".".join(torch.split("+")[0].split(".")[:2])
+        return (*around, ("torch", ".".join(torch.split("+")[0].split(".")[:2])))
     return around
 
 
@@ -197,46 +199,50 @@ def _make_row(group: _Group) -> Row:
     else:
         name = group.interrupted[0].name
         variant = str(spec.get("variant", name))
-        depth = int(_mapping(spec.get("network")).get("depth", 0))
+        depth = int(_number(_mapping(spec.get("network")).get("depth"), 0))
         dataset, original = (name.split("_")[0] if spec else NONE), False
-    result = done[0].record.result if done else None
+    results = [stored.record.result for stored in done if stored.record.result is not None]
+    first = results[0] if results else None
+    limit = spec.get("limit_train")
     row = Row(
         variant=variant,
         depth=depth,
         dataset=dataset,
         original=original,
-        limit_train=spec.get("limit_train"),
-        overrides=tuple(map(str, spec.get("overrides") or ())),
-        duration=float(recipe.get("duration", math.nan)),
+        limit_train=limit if isinstance(limit, int) else None,
+        overrides=tuple(map(str, overrides)) if isinstance(overrides := spec.get("overrides"), list) else (),
+        duration=_number(recipe.get("duration"), math.nan),
         duration_unit=str(recipe.get("unit", "epoch")),
         loader=str(spec.get("loader", NONE)),
         precision=str(spec.get("precision", NONE)),
         engine=str(spec.get("engine", NONE)),
-        device=result.device if result else NONE,
-        workers=result.workers if result else int(spec.get("workers", 1)),
-        batch_size=result.batch_size if result else int(recipe.get("batch_size", 0)),
-        evaluated_on=result.evaluated_on if result else ("val" if recipe.get("val") else "test"),
+        device=first.device if first else NONE,
+        workers=first.workers if first else int(_number(spec.get("workers"), 1)),
+        batch_size=first.batch_size if first else int(_number(recipe.get("batch_size"), 0)),
+        evaluated_on=first.evaluated_on if first else ("val" if recipe.get("val") else "test"),
         fields=group.fields,
         averaged_over={n: tuple(v) for n, v in group.averaged_over.items() if len(v) > 1},
         done=tuple(done),
         failed=tuple(s for s in group.failed if s.record.seed not in finished_seeds),
         interrupted=tuple(group.interrupted),
         repeated=repeated,
+        **(_measure(results) if results else {}),
     )
-    return _measure(row) if done else row
+    against = _against(row)
+    return replace(row, against=against) if against else row
 
 
 def _one_a_seed(runs: list[Stored]) -> tuple[list[Stored], int]:
     """The last run of each seed, by seed, and how many others there are: a seed repeated is no further sample."""
-    last: dict[tuple[int, str, str], Stored] = {}
+    last: dict[tuple[int, str, Surroundings], Stored] = {}
     for run in sorted(runs, key=lambda run: run.record.finished_at):
         if result := run.record.result:  # two devices are two samples, where one row may hold both
-            last[run.record.seed, run.record.key, json.dumps(_surroundings(run.record, result))] = run
+            last[run.record.seed, run.record.key, _surroundings(run.record, result)] = run
     return [last[key] for key in sorted(last)], len(runs) - len(last)
 
 
-def _measure(row: Row) -> Row:
-    results = [stored.record.result for stored in row.done if stored.record.result is not None]
+def _measure(results: list[RunResult]) -> dict[str, Any]:
+    """The figures of a row."""
 
     def middle(get: Callable[[RunResult], float | None]) -> float | None:
         values = [value for result in results if (value := get(result)) is not None]
@@ -248,23 +254,21 @@ def _measure(row: Row) -> Row:
         return Reading(value=max(values)) if values else readings[0]
 
     top5 = [result.final_top5_error for result in results if result.final_top5_error is not None]
-    row = replace(
-        row,
-        parameters=results[0].parameters,
-        error=sample([result.final_error for result in results]),
-        best_error=sample([result.best_error for result in results]),
-        top5_error=sample(top5) if len(top5) == len(results) else None,
-        epoch_seconds=middle(lambda result: result.epoch_seconds),
-        eval_seconds=middle(lambda result: result.eval_seconds),
-        setup_seconds=middle(lambda result: result.setup_seconds),
-        images_per_second=middle(lambda result: result.images_per_second),
-        wait_share=middle(lambda result: result.wait_share),
-        torch_allocated_mib=peak(lambda result: result.memory.torch_allocated_mib),
-        torch_reserved_mib=peak(lambda result: result.memory.torch_reserved_mib),
-        nvml_process_mib=peak(lambda result: result.memory.nvml_process_mib),
-        rss_mib=peak(lambda result: result.memory.rss_mib),
-    )
-    return replace(row, against=_against(row))
+    return {
+        "parameters": results[0].parameters,
+        "error": sample([result.final_error for result in results]),
+        "best_error": sample([result.best_error for result in results]),
+        "top5_error": sample(top5) if len(top5) == len(results) else None,
+        "epoch_seconds": middle(lambda result: result.epoch_seconds),
+        "eval_seconds": middle(lambda result: result.eval_seconds),
+        "setup_seconds": middle(lambda result: result.setup_seconds),
+        "images_per_second": middle(lambda result: result.images_per_second),
+        "wait_share": middle(lambda result: result.wait_share),
+        "torch_allocated_mib": peak(lambda result: result.memory.torch_allocated_mib),
+        "torch_reserved_mib": peak(lambda result: result.memory.torch_reserved_mib),
+        "nvml_process_mib": peak(lambda result: result.memory.nvml_process_mib),
+        "rss_mib": peak(lambda result: result.memory.rss_mib),
+    }
 
 
 def _against(row: Row) -> Against | None:
@@ -312,7 +316,8 @@ def _tell_apart(rows: list[Row]) -> list[Row]:
     for row in rows:
         fields = row.fields.items()
         differing = {n: v for n, v in fields if n not in SHOWN and len(values[scope(n, row)]) > 1}
-        told.append(replace(row, differs=tuple(f"{name}={_brief(v)}" for name, v in differing.items())))
+        words = tuple(f"{name}={_brief(v)}" for name, v in differing.items())
+        told.append(replace(row, differs=words) if words else row)
     # runs of an older program may lack a field: then its absence is the difference
     alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for index, row in enumerate(told):
@@ -328,6 +333,11 @@ def _tell_apart(rows: list[Row]) -> list[Row]:
 
 def _brief(value: str) -> str:
     return value if len(value) <= 16 else f"{value[:12]}…"
+
+
+def _number(value: object, default: float) -> float:
+    """A number of a spec, which nothing has checked."""
+    return value if isinstance(value, int | float) else default
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
@@ -531,6 +541,9 @@ def make_notes(rows: Sequence[Row]) -> list[Note]:
             note(f"averaged over {name}: {', '.join(values)}, as asked for", i, "n")
         if row.evaluated_on == "val":
             note("of held-out training images, not of the test set", i, "error")
+        together = {str(stored.record.environment.get("concurrent_runs", 1)) for stored in row.done}
+        if together - {"1"}:
+            note(f"timed with {' or '.join(sorted(together))} runs going on at a time", i, "epoch_seconds")
         if row.repeated:
             note("a seed that was run more than once counts with its last run", i, "n")
         for stored in row.failed:
@@ -611,8 +624,11 @@ def _lay_out(rows: Sequence[Row]) -> _Layout:
     """Which columns stand in the table, what is said once above it, and which marks go where."""
     cpu = all(row.torch_allocated_mib.value is None for row in rows)
     columns, shared = [NUMBER], []
+    words = {
+        column.name: [column.text(row) for row in rows] for column in (*DESCRIPTORS, DIFFERS, *ERRORS, *COSTS)
+    }
     for column in (*DESCRIPTORS, DIFFERS, *ERRORS, *COSTS):
-        texts = {column.text(row) for row in rows}
+        texts = set(words[column.name])
         if column.name == "rss_mib" and not cpu:
             continue  # on the GPU it is in csv and json
         if texts == {NONE} or (column.name == "limit_train" and texts == {"all"}):
@@ -639,15 +655,15 @@ def _lay_out(rows: Sequence[Row]) -> _Layout:
                     marks[i, name].append(mark)
     pieces = []
     for column in shared:
-        text = next(text for row in rows if (text := column.text(row)) != NONE)
+        text = next(text for text in words[column.name] if text != NONE)
         if column.name == "limit_train":
             text = f"training images: {text}"
         pieces.append(text + ",".join(everywhere[column.name]))
     headers = [column.header + ",".join(everywhere[column.name]) for column in columns]
-    cells = [
-        [str(i + 1), *(_clean(c.text(row) + ",".join(marks.get((i, c.name), ()))) for c in columns[1:])]
-        for i, row in enumerate(rows)
-    ]
+    for (i, name), found in marks.items():
+        words[name][i] += ",".join(found)
+    words[NUMBER.name] = [str(i) for i in range(1, len(rows) + 1)]
+    cells = [[_clean(words[column.name][i]) for column in columns] for i in range(len(rows))]
     return _Layout(
         caption=_clean(" · ".join(pieces)),
         columns=columns,
@@ -852,12 +868,17 @@ def _csv(rows: Sequence[Row]) -> str:
 
 def _json(rows: Sequence[Row]) -> str:
     columns = (*DESCRIPTORS, *ERRORS, *COSTS)
-    page = {
-        "rows": [_raw(row) for row in rows],
-        "notes": [
-            {"text": note.text, "cells": [{"row": i, "column": name} for i, name in sorted(note.cells)]}
-            for note in make_notes(rows)
-        ],
-        "definitions": {column.name: column.means for column in columns if column.means},
-    }
-    return json.dumps(page, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    notes = [
+        {"text": note.text, "cells": [{"row": i, "column": name} for i, name in sorted(note.cells)]}
+        for note in make_notes(rows)
+    ]
+    definitions = [{"column": column.name, "means": column.means} for column in columns if column.means]
+    parts = {"rows": [_raw(row) for row in rows], "notes": notes, "definitions": definitions}
+    # one value a line: json's own indenting takes twenty times as long, and nobody reads it
+    lines = (
+        f"{json.dumps(name)}: [\n"
+        + ",\n".join(json.dumps(value, ensure_ascii=False, allow_nan=False) for value in values)
+        + "\n]"
+        for name, values in parts.items()
+    )
+    return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -12,16 +12,7 @@ from typing import Any
 import pytest
 
 from results.published import find_published
-from results.store import (
-    EpochMetrics,
-    Failure,
-    Interrupted,
-    Memory,
-    Reading,
-    Record,
-    RunResult,
-    Stored,
-)
+from results.store import Failure, Interrupted, Memory, Reading, Record, RunResult, Stored
 from results.table import FORMATS, Row, render, summarise
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -274,7 +265,7 @@ def test_csv_and_json_carry_raw_numbers_with_units() -> None:
     assert page["rows"][0]["error_percent_mean"] == error
     assert page["rows"][1]["error_percent_mean"] is None
     assert "NaN" not in render(rows, "json")
-    assert "published" in page["definitions"]
+    assert "published" in {entry["column"] for entry in page["definitions"]}
     assert list(first) == list(page["rows"][0])
 
 
@@ -305,6 +296,23 @@ def test_the_whole_page() -> None:
     )
 
 
-def test_epochs_are_not_needed_for_a_table() -> None:
-    assert make_result().epochs == ()
-    assert EpochMetrics.model_fields["timed"].default is True
+def test_a_spec_that_was_edited_by_hand_breaks_nothing() -> None:
+    bad: list[dict[str, Any]] = [
+        {"recipe": "none"}, {"recipe": {"duration": "long", "batch_size": "big"}}, {"workers": "two"},
+        {"overrides": "epochs=2"}, {"limit_train": "some"}, {"network": []}, {"loader": None},
+    ]  # fmt: skip
+    oom = Failure(kind="OOM", message="")
+    for change in bad:
+        partial = Interrupted("x", Path("x"), 1, None, make_spec(seed=2, **change))
+        (row,) = summarise([make_run(0, **change), make_run(1, failure=oom, **change)], [partial])
+        assert "8.40" in text([row])
+        for rows in (summarise([make_run(1, failure=oom, **change)]), summarise([], [partial])):
+            for format in FORMATS:
+                assert render(rows, format)
+
+
+def test_runs_that_shared_the_machine_are_marked() -> None:
+    run = make_run(0)
+    record = run.record.model_copy(update={"environment": {"concurrent_runs": 4}})
+    assert "timed with 4 runs going on at a time" in text(summarise([Stored(record, run.folder)]))
+    assert "timed with" not in text(summarise([run]))
