@@ -1,0 +1,146 @@
+"""From what a user typed to specs: lists, checks, overrides, widths, keys."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.plan import (
+    Sweep,
+    check_out,
+    check_sweep,
+    expand,
+    make_width,
+    override,
+    parse_depths,
+    parse_seeds,
+    parse_words,
+    pending,
+)
+from harness.run import UserError
+from models.variants import he2015, msra
+
+CPU = make_width(gpus=0, workers=1, have_gpus=0, have_cpus=2, precision="fp32", where="this machine")
+
+
+def specs(**changes: Any) -> list[Any]:
+    sweep = Sweep(variants=("he2015",), depths=(20,), **changes)
+    return expand(sweep, CPU, fingerprint="f" * 64, train_images=50_000)
+
+
+def test_lists() -> None:
+    assert parse_depths("20, 32,20") == (20, 32)
+    assert parse_seeds("3") == (0, 1, 2)
+    assert parse_seeds("0,7") == (0, 7)
+    assert parse_seeds("7,") == (7,)
+    assert parse_words("msra,he2015", "--variants") == ("msra", "he2015")
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: parse_depths("20,x"), "--depths '20,x': 'x' is not a whole number"),
+        (lambda: parse_depths("20,,32"), "no empty places"),
+        (lambda: parse_seeds("0"), "from 1 to 1000"),
+        (lambda: parse_seeds("-1"), "not a whole number"),
+        (lambda: check_sweep(Sweep(variants=("he2015",), depths=(21,))), "depth 21 is not 6n\\+2: try 20 or 26"),
+        (lambda: check_sweep(Sweep(variants=("he2051",))), "did you mean .?he2015"),
+        (lambda: check_sweep(Sweep(variants=("msra",), loader="dalli")), "did you mean dali"),
+        (lambda: check_sweep(Sweep(variants=("msra",), dataset="cifar")), "did you mean .cifar"),
+        (lambda: check_sweep(Sweep(variants=("msra",), precision="fp64")), "allowed: fp32, tf32, bf16, fp16"),
+        (lambda: check_sweep(Sweep(variants=("msra",), epochs=0)), "--epochs 0: at least 1"),
+        (lambda: specs(limit_train=50_001), "has 50000 training images"),
+        (lambda: specs(val=50_000), "none are left to train on"),
+    ],
+)
+def test_mistakes_are_one_line_that_says_what_is_allowed(call: Any, says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def width(**changes: Any) -> Any:
+    asked = {"gpus": None, "workers": None, "have_gpus": 8, "have_cpus": 64, "precision": "fp32", "where": "here"}
+    return make_width(**(asked | changes))
+
+
+def test_widths() -> None:
+    one = width()
+    assert (one.gpus, one.workers, one.slots, one.device, one.threads) == (8, 8, 1, "cuda", 8)
+    four = width(workers=2)
+    assert (four.workers, four.slots) == (2, 4)
+    cpu = width(gpus=0)
+    assert (cpu.workers, cpu.slots, cpu.device, cpu.threads) == (1, 1, "cpu", 64)
+    assert width(gpus=0, workers=3).threads == 21
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"gpus": 9}, "--gpus 9: here has 8 GPUs"),
+        ({"gpus": 1, "have_gpus": 0}, "here has no GPU; --gpus 0 trains on the CPU"),
+        ({"gpus": 8, "workers": 3}, "--workers 3 does not divide --gpus 8 \\(allowed: 1, 2, 4, 8\\)"),
+        ({"gpus": 0, "workers": 65}, "here has 64 CPU cores"),
+        ({"gpus": 0, "precision": "fp16"}, "needs a GPU"),
+        ({"gpus": -1}, "at least 0"),
+    ],
+)
+def test_widths_that_cannot_be(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        width(**changes)
+
+
+def test_a_width_that_does_not_divide_the_batch() -> None:
+    three = replace(CPU, workers=3)
+    with pytest.raises(UserError, match="does not divide the global batch of 128"):
+        expand(Sweep(variants=("msra",)), three, fingerprint="f", train_images=50_000)
+
+
+def test_epochs_stretch_the_whole_schedule() -> None:
+    recipe, changed = override(msra(20).recipe, Sweep(variants=(), epochs=18))
+    assert (recipe.duration, recipe.milestones) == (18, (9, 13.5))
+    assert changed == ("epochs=18",)
+    paper, changed = override(he2015(110).recipe, Sweep(variants=(), epochs=16))
+    assert (paper.unit, paper.duration, paper.milestones) == ("epoch", 16, (8, 12))
+    assert paper.warmup == pytest.approx(16 * 400 / 64_000)
+    same, changed = override(msra(20).recipe, Sweep(variants=(), epochs=180, batch_size=128))
+    assert (same, changed) == (msra(20).recipe, ())
+
+
+def test_every_run_once_seeds_outermost() -> None:
+    sweep = Sweep(variants=("msra", "he2015"), depths=(20, 32), seeds=(0, 1))
+    all_of = expand(sweep, CPU, fingerprint="f", train_images=50_000)
+    assert [(s.seed, s.variant, s.network.depth) for s in all_of][:4] == [
+        (0, "msra", 20), (0, "msra", 32), (0, "he2015", 20), (0, "he2015", 32)
+    ]  # fmt: skip
+    assert len({s.key for s in all_of}) == 8
+    assert pending(all_of, {all_of[0].key}) == all_of[1:]
+
+
+def test_a_key_is_the_whole_contents() -> None:
+    (spec,) = specs()
+    assert spec.key == specs()[0].key
+    for other in (
+        replace(spec, seed=1),
+        replace(spec, fingerprint="0" * 64),
+        replace(spec, workers=2),
+        replace(spec, precision="bf16"),
+        replace(spec, recipe=replace(spec.recipe, lr=0.2)),
+        replace(spec, network=replace(spec.network, shortcut="identity-conv")),
+    ):
+        assert other.key != spec.key
+
+
+def test_a_field_at_its_default_leaves_the_key_alone() -> None:
+    # so that a field added to Network, Recipe or RunSpec later does not orphan what is stored
+    assert specs()[0].key == "efd25de3ec8d7030"
+
+
+def test_out_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written to"):
+        check_out(tmp_path / "file" / "runs")
+    assert check_out(tmp_path / "runs").is_dir()

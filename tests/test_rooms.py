@@ -1,0 +1,80 @@
+"""The star of imports, and what must not be imported to parse, plan and report."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("harness", "models", "loaders", "cluster", "results")
+HEAVY = ("torch", "ray", "nvidia", "sklearn", "torchvision", "scipy.stats", "pandas", "optuna", "altair")
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room != "harness"])
+def test_rooms_import_none_of_ours_but_harness_may(room: str) -> None:
+    others = set(ROOMS) - {room}
+    for path in (ROOT / room).glob("*.py"):
+        assert not imported(path) & others, f"{path.relative_to(ROOT)} reaches into another room"
+
+
+@pytest.mark.parametrize(
+    ("room", "forbidden"),
+    [
+        ("models", {"ray", "nvidia", "numpy"}),
+        ("cluster", {"torch", "nvidia"}),
+        ("results", {"torch", "ray", "nvidia"}),
+    ],
+)
+def test_rooms_know_only_their_libraries(room: str, forbidden: set[str]) -> None:
+    for path in (ROOT / room).glob("*.py"):
+        assert not imported(path) & forbidden, f"{path.relative_to(ROOT)} imports {imported(path) & forbidden}"
+
+
+def test_only_dali_py_knows_dali() -> None:
+    users = [p.relative_to(ROOT).as_posix() for room in ROOMS for p in (ROOT / room).glob("*.py") if "nvidia" in imported(p)]
+    assert users in ([], ["loaders/dali.py"])
+
+
+LIGHT = {
+    "help": "import harness.cli as c, sys; sys.argv = ['harness', '--help']",
+    "plan": """
+from harness import plan
+sweep = plan.Sweep(variants=('he2015', 'msra'), depths=(20, 32))
+plan.check_sweep(sweep)
+width = plan.make_width(gpus=None, workers=None, have_gpus=0, have_cpus=2, precision='fp32', where='here')
+assert len(plan.expand(sweep, width, fingerprint='f', train_images=50_000)) == 4
+""",
+    "report": """
+import pathlib, sys, tempfile
+from rich.console import Console
+from harness.report import print_report
+with tempfile.TemporaryDirectory() as folder:
+    print_report([pathlib.Path(folder)], Console(file=open('/dev/null', 'w')))
+""",
+}
+
+
+@pytest.mark.parametrize("what", LIGHT)
+def test_nothing_heavy_is_imported_to(what: str) -> None:
+    ending = "\nimport sys\nprint([name for name in %r if name in sys.modules])" % (HEAVY,)
+    main = "\ntry:\n    c.main()\nexcept SystemExit as e:\n    assert not e.code" if what == "help" else ""
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT[what] + main + ending], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
