@@ -7,7 +7,6 @@ could not be resumed from an epoch and a step alone.
 
 from __future__ import annotations
 
-import gc
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,7 +105,7 @@ class DaliLoader:
                 )
             )
         pipeline.build()
-        self._pipeline = pipeline
+        self._pipeline: Any = pipeline
 
     @property
     def steps(self) -> int:
@@ -125,11 +124,10 @@ class DaliLoader:
                     yield batch
 
     def close(self) -> None:
-        """DALI must be gone before the CUDA context is; it refers to this loader in a circle."""
-        del self._pipeline, self._pixels, self._labels
+        """The pipeline ends with the last reference to it, and must do so before the CUDA context does."""
+        self._pipeline = self._pixels = None
         self._fed.clear()
         self._kept.clear()
-        gc.collect()
 
     def _take(self, epoch: int, first: int) -> tuple[Tensor, Tensor]:
         """The macrobatch that begins there. What was made ahead and is not wanted is dropped."""

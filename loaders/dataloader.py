@@ -54,7 +54,7 @@ class TorchLoader:
             )
 
     def close(self) -> None:
-        del self._loader
+        self._loader = DataLoader(self._loader.dataset)  # worker processes end with the last reference to theirs
 
 
 class _Batches:

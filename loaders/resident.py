@@ -71,7 +71,7 @@ class ResidentLoader:
         return images.permute(0, 3, 1, 2).contiguous(memory_format=self._format)
 
     def close(self) -> None:
-        del self._pixels, self._labels
+        self._pixels = self._labels = torch.empty(0)
 
 
 def crop(images: Tensor, index: Tensor, offset: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:

@@ -44,4 +44,4 @@ class SyntheticLoader:
             yield self._images[:size], self._labels[:size]
 
     def close(self) -> None:
-        del self._images, self._labels
+        self._images = self._labels = torch.empty(0)
