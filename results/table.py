@@ -1,9 +1,4 @@
-"""Records -> rows -> text.
-
-A row stands for all runs that differ in nothing but the seed. Runs that differ in anything else (a field of the
-spec, the device, a worker's threads, torch's minor version) are never averaged together silently: they get rows
-of their own, and rows that would look the same say in what they differ.
-"""
+"""Rows -> the page a person reads, or numbers for a program."""
 
 from __future__ import annotations
 
@@ -13,338 +8,30 @@ import json
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
-from unicodedata import combining, east_asian_width
 
-from results.published import Published, find_published
-from results.statistics import Sample, Verdict, compare_with_published, median, sample, seeds_to_tell
-from results.store import Interrupted, Reading, Record, RunResult, Stored, collector_paused
+from results.published import Published
+from results.rows import NONE, Against, Row, summarise
+from results.statistics import Sample, seeds_to_tell
+from results.store import Interrupted, Reading, Stored
+from results.text import (
+    SUPERSCRIPT,
+    Sheet,
+    clean,
+    escape_latex,
+    escape_markdown,
+    for_latex,
+    for_markdown,
+    for_terminal,
+    paint,
+)
 
-Format = Literal["table", "markdown", "csv", "json"]
-FORMATS: tuple[Format, ...] = ("table", "markdown", "csv", "json")
-NONE = "–"
-UNMEASURED = Reading(value=None)
+__all__ = ["FORMATS", "Format", "Row", "render", "summarise"]
 
-
-@dataclass(frozen=True, slots=True)
-class Against:
-    """Our error beside a published one: difference = ours - published, in points."""
-
-    published: Published
-    ours: Sample  # the best epochs where the published number is one, else the last ones
-    difference: float
-    verdict: Verdict | None  # None: neither side has a spread
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """All runs of one spec but for the seed. Errors in percent; None: nothing measured it."""
-
-    variant: str
-    depth: int
-    dataset: str  # label
-    original: bool
-    limit_train: int | None
-    overrides: tuple[str, ...]
-    duration: float
-    duration_unit: str  # "epoch", "step"
-    loader: str
-    precision: str
-    engine: str
-    device: str
-    workers: int
-    batch_size: int
-    evaluated_on: str
-    fields: Mapping[str, str]  # everything in which rows can differ, flattened
-    differs: tuple[str, ...] = ()  # ("recipe.lr=0.05",): tells this row from others that look the same
-    averaged_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # field -> its values, as asked for
-
-    done: tuple[Stored, ...]  # one a seed
-    failed: tuple[Stored, ...]
-    interrupted: tuple[Interrupted, ...]
-    repeated: int = 0  # earlier runs of seeds that are counted once
-
-    parameters: int | None = None
-    error: Sample | None = None  # last epoch
-    best_error: Sample | None = None
-    top5_error: Sample | None = None  # last epoch
-    epoch_seconds: float | None = None
-    eval_seconds: float | None = None
-    setup_seconds: float | None = None
-    images_per_second: float | None = None
-    wait_share: float | None = None  # percent
-    torch_allocated_mib: Reading = UNMEASURED
-    torch_reserved_mib: Reading = UNMEASURED
-    nvml_process_mib: Reading = UNMEASURED
-    rss_mib: Reading = UNMEASURED
-    against: Against | None = None
-
-    @property
-    def name(self) -> str:
-        """msra-20, say."""
-        return f"{self.variant}-{self.depth}"
-
-    @property
-    def best_minus_last(self) -> float | None:
-        """Points that choosing the epoch by the error shown would take off; at most 0."""
-        return self.best_error.mean - self.error.mean if self.error and self.best_error else None
-
-
-# --- records -> rows ---
-
-
-@collector_paused()
-def summarise(
-    done_and_failed: Iterable[Stored], interrupted: Iterable[Interrupted] = (), across: Sequence[str] = ()
-) -> list[Row]:
-    """Group runs by everything but the seed, ordered by data set, variant and depth.
-
-    `across` names fields (of `Row.fields`: "workers", "recipe.lr") whose values may be averaged together; the table
-    then says so in a footnote. Raises ValueError for a field that no run has.
-    """
-    groups: dict[str, _Group] = {}
-    by_spec: dict[str, _Group] = {}  # a spec's own fields -> the first of its groups
-    met: dict[tuple[str, Surroundings | None], _Group] = {}
-    known: dict[str, None] = {}
-
-    def group(spec: Mapping[str, Any], surroundings: Surroundings | None) -> _Group:
-        """The group of a run; one without result knows no surroundings and joins the runs of its spec."""
-        identity = (repr({name: value for name, value in spec.items() if name != "seed"}), surroundings)
-        if identity not in met:  # runs of other seeds are looked up, not flattened again
-            fields, around = _flatten(spec), dict(surroundings or ())
-            known.update(dict.fromkeys((*fields, *around)))
-            kept = {name: value for name, value in fields.items() if name not in across}
-            whole = {**kept, **{name: value for name, value in around.items() if name not in across}}
-            bare, key = json.dumps(kept), json.dumps(whole)
-            found = by_spec.get(bare) if surroundings is None else groups.get(key)
-            met[identity] = found or groups.setdefault(key, _Group(whole))
-            by_spec.setdefault(bare, met[identity])
-            for name in across:
-                if (value := {**fields, **around}.get(name)) is not None:
-                    met[identity].averaged_over[name][value] = None
-        return met[identity]
-
-    without_result = []
-    for stored in done_and_failed:
-        if stored.record.result is None:
-            without_result.append(stored)
-        else:
-            group(stored.record.spec, _surroundings(stored.record, stored.record.result)).done.append(stored)
-    for stored in without_result:
-        group(stored.record.spec, None).failed.append(stored)
-    for partial in interrupted:
-        group(partial.spec or {"run": partial.name}, None).interrupted.append(partial)
-    if unknown := [name for name in across if name not in known]:
-        raise ValueError(f"no field {unknown[0]!r} in these runs: they have {', '.join(sorted(known))}")
-    rows = [_make_row(group) for group in groups.values()]
-    rows.sort(key=lambda row: (row.dataset, row.variant, row.depth, row.workers, tuple(row.fields.items())))
-    return _tell_apart(rows)
-
-
-@dataclass(slots=True)
-class _Group:
-    fields: dict[str, str]
-    done: list[Stored] = field(default_factory=list)
-    failed: list[Stored] = field(default_factory=list)
-    interrupted: list[Interrupted] = field(default_factory=list)
-    averaged_over: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
-
-
-def _flatten(spec: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """{"recipe": {"lr": 0.1}, "seed": 0} -> {"recipe.lr": "0.1"}, sorted by name."""
-    flat: dict[str, str] = {}
-    for name in sorted(spec):
-        value = spec[name]
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
-        elif prefix or name != "seed":
-            flat[prefix + name] = _word(value)
-    return flat
-
-
-def _word(value: object) -> str:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list | tuple):
-        return ",".join(map(_word, value)) or NONE
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return NONE if value is None else str(value)
-
-
-Surroundings = tuple[tuple[str, str], ...]
-
-
-def _surroundings(record: Record, result: RunResult) -> Surroundings:
-    """What changes figures and is no part of a spec, by name; "hardware" is what the spec calls "cuda" or "cpu"."""
-    around = (("label", record.dataset), ("hardware", result.device), ("threads", str(result.threads)))
-    versions = record.environment.get("versions")
-    if isinstance(versions, dict) and isinstance(torch := versions.get("torch"), str):
-        return (*around, ("torch", ".".join(torch.split("+")[0].split(".")[:2])))
-    return around
-
-
-def _make_row(group: _Group) -> Row:
-    done, repeated = _one_a_seed(group.done)
-    members = [*done, *group.failed]
-    spec: Mapping[str, Any] = members[0].record.spec if members else group.interrupted[0].spec
-    finished_seeds = {stored.record.seed for stored in done}
-    recipe = _mapping(spec.get("recipe"))
-    if members:
-        record = members[0].record
-        variant, depth, dataset, original = record.variant, record.depth, record.dataset, record.original
-    else:
-        name = group.interrupted[0].name
-        variant = str(spec.get("variant", name))
-        depth = int(_number(_mapping(spec.get("network")).get("depth"), 0))
-        dataset, original = (name.split("_")[0] if spec else NONE), False
-    results = [stored.record.result for stored in done if stored.record.result is not None]
-    first = results[0] if results else None
-    limit = spec.get("limit_train")
-    row = Row(
-        variant=variant,
-        depth=depth,
-        dataset=dataset,
-        original=original,
-        limit_train=limit if isinstance(limit, int) else None,
-        overrides=tuple(map(str, overrides)) if isinstance(overrides := spec.get("overrides"), list) else (),
-        duration=_number(recipe.get("duration"), math.nan),
-        duration_unit=str(recipe.get("unit", "epoch")),
-        loader=str(spec.get("loader", NONE)),
-        precision=str(spec.get("precision", NONE)),
-        engine=str(spec.get("engine", NONE)),
-        device=first.device if first else NONE,
-        workers=first.workers if first else int(_number(spec.get("workers"), 1)),
-        batch_size=first.batch_size if first else int(_number(recipe.get("batch_size"), 0)),
-        evaluated_on=first.evaluated_on if first else ("val" if recipe.get("val") else "test"),
-        fields=group.fields,
-        averaged_over={n: tuple(v) for n, v in group.averaged_over.items() if len(v) > 1},
-        done=tuple(done),
-        failed=tuple(s for s in group.failed if s.record.seed not in finished_seeds),
-        interrupted=tuple(group.interrupted),
-        repeated=repeated,
-        **(_measure(results) if results else {}),
-    )
-    against = _against(row)
-    return replace(row, against=against) if against else row
-
-
-def _one_a_seed(runs: list[Stored]) -> tuple[list[Stored], int]:
-    """The last run of each seed, by seed, and how many others there are: a seed repeated is no further sample."""
-    last: dict[tuple[int, str, Surroundings], Stored] = {}
-    for run in sorted(runs, key=lambda run: run.record.finished_at):
-        if result := run.record.result:  # two devices are two samples, where one row may hold both
-            last[run.record.seed, run.record.key, _surroundings(run.record, result)] = run
-    return [last[key] for key in sorted(last)], len(runs) - len(last)
-
-
-def _measure(results: list[RunResult]) -> dict[str, Any]:
-    """The figures of a row."""
-
-    def middle(get: Callable[[RunResult], float | None]) -> float | None:
-        values = [value for result in results if (value := get(result)) is not None]
-        return median(values) if values else None
-
-    def peak(get: Callable[[RunResult], Reading]) -> Reading:
-        readings = [get(result) for result in results]
-        values = [reading.value for reading in readings if reading.value is not None]
-        return Reading(value=max(values)) if values else readings[0]
-
-    top5 = [result.final_top5_error for result in results if result.final_top5_error is not None]
-    return {
-        "parameters": results[0].parameters,
-        "error": sample([result.final_error for result in results]),
-        "best_error": sample([result.best_error for result in results]),
-        "top5_error": sample(top5) if len(top5) == len(results) else None,
-        "epoch_seconds": middle(lambda result: result.epoch_seconds),
-        "eval_seconds": middle(lambda result: result.eval_seconds),
-        "setup_seconds": middle(lambda result: result.setup_seconds),
-        "images_per_second": middle(lambda result: result.images_per_second),
-        "wait_share": middle(lambda result: result.wait_share),
-        "torch_allocated_mib": peak(lambda result: result.memory.torch_allocated_mib),
-        "torch_reserved_mib": peak(lambda result: result.memory.torch_reserved_mib),
-        "nvml_process_mib": peak(lambda result: result.memory.nvml_process_mib),
-        "rss_mib": peak(lambda result: result.memory.rss_mib),
-    }
-
-
-def _against(row: Row) -> Against | None:
-    """The published number, only where data, training set and recipe are the published ones, on test images."""
-    if not row.original or row.limit_train is not None or row.overrides or row.evaluated_on != "test":
-        return None
-    published = find_published(row.dataset, row.variant, row.depth)
-    if published is None:
-        return None
-    theirs = published.sample
-    if theirs is not None:
-        ours = row.best_error if published.rule == "best" else row.error
-    else:
-        ours, theirs = row.top5_error, Sample(1, published.top5_error or math.nan)
-    if ours is None or not math.isfinite(ours.mean):
-        return None
-    return Against(published, ours, ours.mean - theirs.mean, compare_with_published(ours, theirs))
-
-
-SHOWN = {
-    "variant", "network.depth", "dataset", "label", "limit_train", "overrides", "recipe.duration", "recipe.unit",
-    "recipe.batch_size", "loader", "precision", "engine", "workers", "device", "hardware",
-}  # fmt: skip
-"""Fields that have a column of their own."""
-
-
-def _tell_apart(rows: list[Row]) -> list[Row]:
-    """Name, in each row, the fields without a column of their own in which comparable rows differ.
-
-    Networks and recipes are compared within a variant and depth, fingerprints within a data set, all else over all
-    rows: two loaders cannot be compared where one of them ran with another version of torch unnoticed.
-    """
-
-    def scope(name: str, row: Row) -> tuple[object, ...]:
-        if name.startswith(("recipe.", "network.")):
-            return (name, row.dataset, row.variant, row.depth, row.overrides)
-        return (name, row.dataset) if name == "fingerprint" else (name,)
-
-    values: dict[tuple[object, ...], set[str]] = defaultdict(set)
-    for row in rows:
-        for name, value in row.fields.items():
-            if name not in SHOWN:
-                values[scope(name, row)].add(value)
-    told = []
-    for row in rows:
-        fields = row.fields.items()
-        differing = {n: v for n, v in fields if n not in SHOWN and len(values[scope(n, row)]) > 1}
-        words = tuple(f"{name}={_brief(v)}" for name, v in differing.items())
-        told.append(replace(row, differs=words) if words else row)
-    # runs of an older program may lack a field: then its absence is the difference
-    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for index, row in enumerate(told):
-        alike[tuple(column.text(row) for column in (*DESCRIPTORS, DIFFERS))].append(index)
-    for indices in alike.values():
-        names = {name for index in indices for name in told[index].fields} if len(indices) > 1 else set()
-        telling = [n for n in sorted(names) if len({told[index].fields.get(n) for index in indices}) > 1]
-        for index in indices if telling else ():
-            words = tuple(f"{name}={_brief(told[index].fields.get(name, NONE))}" for name in telling)
-            told[index] = replace(told[index], differs=(*told[index].differs, *words))
-    return told
-
-
-def _brief(value: str) -> str:
-    return value if len(value) <= 16 else f"{value[:12]}…"
-
-
-def _number(value: object, default: float) -> float:
-    """A number of a spec, which nothing has checked."""
-    return value if isinstance(value, int | float) else default
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-# --- columns ---
+Format = Literal["table", "markdown", "csv", "json", "latex"]
+FORMATS: tuple[Format, ...] = ("table", "markdown", "csv", "json", "latex")
 
 
 @dataclass(frozen=True, slots=True)
@@ -507,6 +194,7 @@ COSTS: tuple[Column, ...] = (
            "MiB, all the process holds on the GPU: with CUDA context, NCCL and DALI", stays=True),
     Column("rss_mib", "RSS", lambda r: _mib(r.rss_mib), "MiB, peak resident memory on the host", stays=True),
 )  # fmt: skip
+COLUMNS = (*DESCRIPTORS, DIFFERS, *ERRORS, *COSTS)
 
 
 # --- notes ---
@@ -596,8 +284,8 @@ def _shorten(text: str, limit: int = 160) -> str:
 def render(rows: Sequence[Row], format: Format = "table", *, width: int = 100, colour: bool = False) -> str:
     """The table as text, with a line of what all rows share above it and its definitions below.
 
-    table: for a terminal of that width; split in two where it would not fit. markdown: one table. csv and json: raw
-    numbers, units in the names, nothing rounded.
+    table: for a terminal of that width; in two or three parts where it would not fit. markdown, latex: one table.
+    csv, json: raw numbers, units in the names, nothing rounded.
     """
     if format == "csv":
         return _csv(rows)
@@ -606,16 +294,16 @@ def render(rows: Sequence[Row], format: Format = "table", *, width: int = 100, c
     if not rows:
         return "no runs\n"
     layout = _lay_out(rows)
-    return _markdown(layout) if format == "markdown" else _terminal(layout, rows, width, colour)
+    if format == "markdown":
+        return _markdown(layout)
+    return _latex(layout) if format == "latex" else _terminal(layout, rows, width, colour)
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
     caption: str
-    columns: list[Column]
-    headers: list[str]  # with the marks of notes that hold for the whole column
-    cells: list[list[str]]
-    widths: list[int]
+    columns: list[Column]  # the first numbers the rows
+    sheet: Sheet
     notes: list[str]  # "¹ ..."
     means: list[str]  # "error %: ..."
 
@@ -624,10 +312,8 @@ def _lay_out(rows: Sequence[Row]) -> _Layout:
     """Which columns stand in the table, what is said once above it, and which marks go where."""
     cpu = all(row.torch_allocated_mib.value is None for row in rows)
     columns, shared = [NUMBER], []
-    words = {
-        column.name: [column.text(row) for row in rows] for column in (*DESCRIPTORS, DIFFERS, *ERRORS, *COSTS)
-    }
-    for column in (*DESCRIPTORS, DIFFERS, *ERRORS, *COSTS):
+    words = {column.name: [column.text(row) for row in rows] for column in COLUMNS}
+    for column in COLUMNS:
         texts = set(words[column.name])
         if column.name == "rss_mib" and not cpu:
             continue  # on the GPU it is in csv and json
@@ -659,72 +345,40 @@ def _lay_out(rows: Sequence[Row]) -> _Layout:
         if column.name == "limit_train":
             text = f"training images: {text}"
         pieces.append(text + ",".join(everywhere[column.name]))
-    headers = [column.header + ",".join(everywhere[column.name]) for column in columns]
     for (i, name), found in marks.items():
         words[name][i] += ",".join(found)
     words[NUMBER.name] = [str(i) for i in range(1, len(rows) + 1)]
-    cells = [[_clean(words[column.name][i]) for column in columns] for i in range(len(rows))]
-    return _Layout(
-        caption=_clean(" · ".join(pieces)),
-        columns=columns,
-        headers=headers,
-        cells=cells,
-        widths=[max(map(_cell_width, column)) for column in zip(headers, *cells, strict=True)],
-        notes=[_clean(note) for note in notes],
-        means=[f"{column.header}: {column.means}" for column in columns if column.means],
+    sheet = Sheet(
+        [column.header + ",".join(everywhere[column.name]) for column in columns],
+        [column.right for column in columns],
+        [[clean(words[column.name][i]) for column in columns] for i in range(len(rows))],
     )
-
-
-SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-def _clean(text: str) -> str:
-    """No control characters: a name from a folder must not steer the terminal or break a line."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "�" for c in text)
+    means = [f"{column.header}: {column.means}" for column in columns if column.means]
+    return _Layout(clean(" · ".join(pieces)), columns, sheet, list(map(clean, notes)), means)
 
 
 def _terminal(layout: _Layout, rows: Sequence[Row], width: int, colour: bool) -> str:
-    """Plain columns. Written here because rich needs five seconds for the rows of 10,000 runs, this a twentieth."""
-
-    def paint(text: str, style: str) -> str:
-        return f"\x1b[{ANSI[style]}m{text}\x1b[0m" if colour and style and text.strip() else text
-
-    def table(wanted: Sequence[int]) -> Iterator[str]:
-        sizes = _fit(layout, wanted, width)
-        folded = {j: sizes[j] < layout.widths[j] for j in wanted}
-        header = [_pad(layout.headers[j], sizes[j], layout.columns[j].right) for j in wanted]
-        yield "  ".join(header).rstrip()
-        yield "  ".join("─" * sizes[j] for j in wanted)
-        for row, cells in zip(rows, layout.cells, strict=True):
-            lines = [textwrap.wrap(cells[j], sizes[j]) or [""] if folded[j] else [cells[j]] for j in wanted]
-            for parts in zip_longest(*lines, fillvalue=""):
-                painted = [
-                    paint(_pad(part, sizes[j], layout.columns[j].right), _style(layout.columns[j].name, row))
-                    for j, part in zip(wanted, parts, strict=True)
-                ]
-                yield "  ".join(painted).rstrip()
-        yield ""
-
-    output = [paint(line, "bold") for line in textwrap.wrap(layout.caption, width)]
+    output = [paint(line, "bold" if colour else "") for line in textwrap.wrap(layout.caption, width)]
     output += [""] if output else []
     for part in _parts(layout, width):
-        output += table(part)
+        styles = [[_style(layout.columns[j].name, row) for j in part] for row in rows] if colour else None
+        output += [*for_terminal(layout.sheet.select(part), width, styles), ""]
     for line in layout.notes:
         output += textwrap.wrap(line, width, subsequent_indent="  ")
-    output += [paint(part, "dim") for part in textwrap.wrap(" · ".join(layout.means), width)]
+    output += [paint(line, "dim" if colour else "") for line in textwrap.wrap(" · ".join(layout.means), width)]
     return "\n".join(output) + "\n"
 
 
 def _parts(layout: _Layout, width: int) -> list[list[int]]:
     """The columns of each table that is printed: all in one where they fit, else errors and costs apart, and where
     that is still too wide, what the rows are in a table of its own that numbers them."""
-    every = list(range(len(layout.columns)))
     groups = {c.name: k for k, columns in enumerate(((*DESCRIPTORS, DIFFERS), ERRORS, COSTS)) for c in columns}
-    number, *rest = every
+    number, *rest = range(len(layout.columns))
     what, errors, costs = ([j for j in rest if groups[layout.columns[j].name] == k] for k in range(3))
+    widths = layout.sheet.widths
 
     def fits(part: list[int]) -> bool:
-        return sum(layout.widths[j] for j in part) + 2 * (len(part) - 1) <= width
+        return sum(widths[j] for j in part) + 2 * (len(part) - 1) <= width
 
     if fits(rest):
         return [rest]
@@ -735,9 +389,6 @@ def _parts(layout: _Layout, width: int) -> list[list[int]]:
     return [part for part in ([number, *what], [*short, *errors], [*short, *costs]) if len(part) > len(short)]
 
 
-ANSI = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
-
-
 def _style(name: str, row: Row) -> str:
     if name == "error" and row.error is None:
         return "red" if row.failed else "yellow"
@@ -746,50 +397,30 @@ def _style(name: str, row: Row) -> str:
     return "bold" if name in ("variant", "depth", "error") else ""
 
 
-def _fit(layout: _Layout, wanted: Sequence[int], width: int) -> dict[int, int]:
-    """Column widths; where they do not fit, the widest columns of words are folded, to no less than 12."""
-    sizes = {j: layout.widths[j] for j in wanted}
-    words = [j for j in wanted if not layout.columns[j].right]
-    while (excess := sum(sizes.values()) + 2 * (len(sizes) - 1) - width) > 0 and words:
-        widest = max(words, key=lambda j: sizes[j])
-        words.remove(widest)
-        sizes[widest] = min(sizes[widest], max(12, sizes[widest] - excess))
-    return sizes
-
-
-def _pad(text: str, size: int, right: bool) -> str:
-    space = " " * (size - _cell_width(text))
-    return space + text if right else text + space
-
-
-def _cell_width(text: str) -> int:
-    """Columns of a terminal that a text takes: two for the wide letters of East Asia, none for combining marks."""
-    if text.isascii():
-        return len(text)
-    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
-
-
 def _markdown(layout: _Layout) -> str:
-    from tabulate import tabulate
-
-    table = tabulate(
-        [[_escape_markdown(cell) for cell in cells[1:]] for cells in layout.cells],
-        headers=[_escape_markdown(header) for header in layout.headers[1:]],
-        tablefmt="github",
-        colalign=["right" if column.right else "left" for column in layout.columns[1:]],
-        disable_numparse=True,
-    )
     parts = [
-        _escape_markdown(layout.caption),
-        table,
-        "  \n".join(_escape_markdown(line) for line in layout.notes),
-        "\n".join(f"- {_escape_markdown(line)}" for line in layout.means),
+        escape_markdown(layout.caption),
+        for_markdown(_whole(layout)),
+        "  \n".join(map(escape_markdown, layout.notes)),
+        "\n".join(f"- {escape_markdown(line)}" for line in layout.means),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _escape_markdown(text: str) -> str:
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|~#" else c for c in text)
+def _latex(layout: _Layout) -> str:
+    small = [*layout.notes, "; ".join(layout.means)]
+    parts = [
+        "% needs \\usepackage{booktabs}",
+        rf"\noindent {escape_latex(layout.caption)}\par\smallskip" if layout.caption else "",
+        for_latex(_whole(layout)),
+        "\\par\\smallskip{\\footnotesize\n" + " \\\\\n".join(map(escape_latex, small)) + "\\par}",
+    ]
+    return "\n".join(part for part in parts if part) + "\n"
+
+
+def _whole(layout: _Layout) -> Sheet:
+    """Every column but the numbers of the rows."""
+    return layout.sheet.select(range(1, len(layout.columns)))
 
 
 # --- rows -> numbers ---
@@ -867,12 +498,11 @@ def _csv(rows: Sequence[Row]) -> str:
 
 
 def _json(rows: Sequence[Row]) -> str:
-    columns = (*DESCRIPTORS, *ERRORS, *COSTS)
     notes = [
         {"text": note.text, "cells": [{"row": i, "column": name} for i, name in sorted(note.cells)]}
         for note in make_notes(rows)
     ]
-    definitions = [{"column": column.name, "means": column.means} for column in columns if column.means]
+    definitions = [{"column": column.name, "means": column.means} for column in COLUMNS if column.means]
     parts = {"rows": [_raw(row) for row in rows], "notes": notes, "definitions": definitions}
     # one value a line: json's own indenting takes twenty times as long, and nobody reads it
     lines = (
