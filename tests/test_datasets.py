@@ -355,6 +355,7 @@ def test_no_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_digits(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = load_dataset("digits", cache_dir=cache)
     assert (len(dataset.train), len(dataset.test), dataset.image_size, dataset.num_classes) == (1437, 360, 32, 10)
+    assert dataset.fingerprint.startswith("09a5676e728262a7"), "the same images everywhere, whatever the versions"
     assert dataset.original
     assert not dataset.flip, "a mirrored digit is another sign"
     for split in (dataset.train, dataset.test):
