@@ -231,7 +231,7 @@ def _train(
             partial(train, places=places), specs,
             workers=width.workers, slots=width.slots, gpu=width.device == "cuda", threads=width.threads,
             storage=options.out / ".ray", progress=progress,
-        )  # type: ignore[type-var]
+        )
     )  # fmt: skip
     try:
         with _stopping_on_sigterm(), display, work as outcomes:

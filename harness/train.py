@@ -8,8 +8,9 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from harness.evaluate import evaluate
 from harness.optim import learning_rate, make_optimizer, total_epochs, total_steps
 from harness.run import DivergedError, Places, Precision, RunSpec
 from loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
-from loaders.loader import Augment, Loader, make_loaders, make_normalize
+from loaders.loader import Augment, Loader, Normalize, make_evaluation_loader, make_loaders, make_normalize
 from models.resnet import build
 from results.store import EpochMetrics, RunResult, append_epoch, partial_dir, run_name, write_epochs
 
@@ -50,6 +51,15 @@ def split_data(spec: RunSpec, dataset: Dataset) -> Data:
     return Data(train, dataset.test, "test")
 
 
+def mix(images: torch.Tensor, alpha: float, random: np.random.Generator) -> torch.Tensor:
+    """Mixup in the form of iamVarunAnand/image_classification: each image keeps the larger part of itself, and so
+    its label. lambda = max(l, 1 - l), l ~ Beta(alpha + 1, alpha), drawn for each image."""
+    share = random.beta(alpha + 1, alpha, len(images)).astype(np.float32)
+    other = torch.from_numpy(np.minimum(share, 1 - share)).to(images.device, non_blocking=True)
+    partner = torch.from_numpy(random.permutation(len(images))).to(images.device, non_blocking=True)
+    return images.lerp(images[partner], other[:, None, None, None])
+
+
 def set_precision(precision: Precision) -> None:
     """What fp32 arithmetic means: TF32 in convolutions and matrix products, or not."""
     mode = "tf32" if precision == "tf32" else "ieee"
@@ -63,6 +73,19 @@ def make_autocast(device: torch.device, precision: Precision) -> AbstractContext
         return nullcontext()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     return torch.autocast(device.type, dtype=dtype, cache_enabled=True)
+
+
+class _Place(TypedDict):
+    device: torch.device
+    threads: int
+    rank: int
+    world: int
+    channels_last: bool
+
+
+class _View(TypedDict):
+    augment: Augment
+    normalize: Normalize
 
 
 class Averages:
@@ -100,6 +123,8 @@ def train_epoch(
 ) -> EpochMetrics:
     """`steps` optimizer steps of one epoch, timed from the first batch asked for to the last weight written."""
     recipe = spec.recipe
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    random = np.random.default_rng([spec.seed, epoch, rank])  # of mixup alone: the loader's plan has its own
     averages = Averages(device)
     waiting = profiler.Waiting()
     lr = 0.0
@@ -110,6 +135,8 @@ def train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
+        if recipe.mixup:
+            batch = mix(batch, recipe.mixup, random)
         with make_autocast(device, spec.precision):
             logits = network(batch)
         # ranks may hold shares of unequal size: summed here, divided by the global batch, so that DDP's mean
@@ -162,20 +189,20 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         )
     data = split_data(spec, dataset)
     recipe = spec.recipe
+    place = _Place(device=device, threads=worker.threads, rank=rank, world=world_size, channels_last=True)
+    view = _View(
+        augment=Augment(recipe.pad, recipe.pad_mode, recipe.crop, recipe.flip and dataset.flip),
+        normalize=make_normalize(recipe.normalize, data.train),
+    )
     train_loader, held_loader = make_loaders(
         spec.loader,
         data.train,
         data.held,
-        augment=Augment(recipe.pad, recipe.pad_mode, recipe.crop, recipe.flip and dataset.flip),
-        normalize=make_normalize(recipe.normalize, data.train),
+        **view,
+        **place,
         batch_size=recipe.batch_size,
         eval_batch_size=min(EVAL_BATCH_SIZE, len(data.held)),
         seed=spec.seed,
-        rank=rank,
-        world=world_size,
-        device=device,
-        threads=worker.threads,
-        channels_last=True,
     )
 
     torch.manual_seed(spec.seed)
@@ -276,6 +303,15 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
         about = {"key": spec.key, "variant": spec.variant, "depth": str(spec.network.depth)}
         save_file(weights, folder / "weights.safetensors", metadata=about)
+    on_test = None
+    if data.held_name != "test":
+        test_loader = make_evaluation_loader(
+            spec.loader, dataset.test, **view, **place, eval_batch_size=min(EVAL_BATCH_SIZE, len(dataset.test))
+        )
+        on_test = evaluate(
+            network, test_loader, images=len(dataset.test), autocast=make_autocast(device, spec.precision)
+        )
+        test_loader.close()
     memory = meter.read()
     if world_size > 1:
         of_ranks: list[Any] = [None] * world_size
@@ -294,6 +330,8 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         best_error=best.error,
         best_epoch=best.epoch,
         final_top5_error=history[-1].top5_error,
+        test_error=on_test.error if on_test else None,
+        test_top5_error=on_test.top5_error if on_test else None,
         epoch_seconds=statistics.median(row.train_seconds for row in timed) if timed else None,
         warmup_epochs=WARMUP_EPOCHS if epochs > 1 else 0,
         eval_seconds=statistics.median(row.eval_seconds for row in history),

@@ -249,14 +249,45 @@ def make_loaders(
     padded image, less than one image a rank.
     """
     check_loader_name(kind)
+    plan = Plan(len(train), batch_size, augment.span(train), augment.flip, seed, rank, world)
+    make, _ = _loader_types(kind)
+    loader = make(train, augment, normalize, plan, device, threads, channels_last)
+    held = make_evaluation_loader(
+        kind,
+        test,
+        augment=augment,
+        normalize=normalize,
+        eval_batch_size=eval_batch_size,
+        rank=rank,
+        world=world,
+        device=device,
+        threads=threads,
+        channels_last=channels_last,
+    )
+    return loader, held
+
+
+def make_evaluation_loader(
+    kind: str,
+    test: Split,
+    *,
+    augment: Augment,
+    normalize: Normalize,
+    eval_batch_size: int,
+    rank: int,
+    world: int,
+    device: torch.device,
+    threads: int,
+    channels_last: bool,
+) -> Loader:
+    """Every image of `test` once over all ranks, in a fixed mixed order: the centre crop, never flipped."""
+    check_loader_name(kind)
     # The centre crop of the padded image is that of the image itself, so evaluation needs no padding.
     fits = augment.crop is None or augment.crop <= min(test.images.shape[1:3])
     centre = replace(augment, pad=0 if fits else augment.pad, flip=False)
-    plan = Plan(len(train), batch_size, augment.span(train), augment.flip, seed, rank, world)
-    test_plan = Plan(len(test), eval_batch_size, centre.span(test), False, 0, rank, world, train=False)
-    make, make_test = _loader_types(kind)
-    loader = make(train, augment, normalize, plan, device, threads, channels_last)
-    return loader, make_test(test, centre, normalize, test_plan, device, threads, channels_last)
+    plan = Plan(len(test), eval_batch_size, centre.span(test), False, 0, rank, world, train=False)
+    _, make = _loader_types(kind)
+    return make(test, centre, normalize, plan, device, threads, channels_last)
 
 
 class _Make(Protocol):

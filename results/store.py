@@ -80,6 +80,8 @@ class RunResult(Value):
     best_error: float
     best_epoch: int
     final_top5_error: float | None = None
+    test_error: float | None = None  # of the last epoch, where `evaluated_on` is a validation set
+    test_top5_error: float | None = None
     epoch_seconds: float | None  # median over timed epochs; None where none was timed
     warmup_epochs: int  # epochs left out of that median at the start
     eval_seconds: float | None

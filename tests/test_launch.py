@@ -14,7 +14,6 @@ from ray import cloudpickle
 from cluster import local
 from cluster.launch import ClusterError, Failed, Started, Worker, connect, disconnect, launch
 
-
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
 

@@ -46,7 +46,12 @@ def test_rooms_know_only_their_libraries(room: str, forbidden: set[str]) -> None
 
 
 def test_only_dali_py_knows_dali() -> None:
-    users = [p.relative_to(ROOT).as_posix() for room in ROOMS for p in (ROOT / room).glob("*.py") if "nvidia" in imported(p)]
+    users = [
+        p.relative_to(ROOT).as_posix()
+        for room in ROOMS
+        for p in (ROOT / room).glob("*.py")
+        if "nvidia" in imported(p)
+    ]
     assert users in ([], ["loaders/dali.py"])
 
 
@@ -71,7 +76,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 @pytest.mark.parametrize("what", LIGHT)
 def test_nothing_heavy_is_imported_to(what: str) -> None:
-    ending = "\nimport sys\nprint([name for name in %r if name in sys.modules])" % (HEAVY,)
+    ending = f"\nimport sys\nprint([name for name in {HEAVY!r} if name in sys.modules])"
     main = "\ntry:\n    c.main()\nexcept SystemExit as e:\n    assert not e.code" if what == "help" else ""
     done = subprocess.run(
         [sys.executable, "-c", LIGHT[what] + main + ending], capture_output=True, text=True, cwd=ROOT, check=False

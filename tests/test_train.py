@@ -1,0 +1,217 @@
+"""One run: the same seed gives the same losses, ranks add up to one process, nothing is lost by an interruption."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from cluster.launch import Worker
+from harness.run import CheckpointError, DivergedError, Places, RunSpec
+from harness.train import EpochMetrics, mix, train, train_epoch
+from loaders.datasets import limit, load_dataset
+from loaders.loader import Augment, make_loaders, make_normalize
+from models.resnet import build
+from models.variants import he2015
+from results.store import RunResult, load_epochs, partial_dir, run_name
+
+
+@cache
+def fingerprint() -> str:
+    return load_dataset("digits").fingerprint
+
+
+def spec(**changes: Any) -> RunSpec:
+    """ResNet-8 on 150 digits: two steps of 64 and a tail of 22."""
+    variant = he2015(8)
+    recipe = replace(variant.recipe, duration=3, unit="epoch", milestones=(2,), batch_size=64, lr=0.05)
+    recipe = replace(recipe, **changes.pop("recipe", {}))
+    whole: dict[str, Any] = {
+        "variant": "he2015",
+        "network": variant.network,
+        "recipe": recipe,
+        "dataset": "digits",
+        "fingerprint": fingerprint(),
+        "limit_train": 150,
+        "loader": "resident",
+        "device": "cpu",
+    }
+    return RunSpec(**(whole | changes))
+
+
+def run(asked: RunSpec, out: Path, stop_after: int | None = None) -> RunResult:
+    def report(metrics: EpochMetrics) -> None:
+        if metrics.epoch == stop_after:
+            raise KeyboardInterrupt
+
+    return train(asked, Worker(threads=1), report, places=Places(out=out, label="digits"))
+
+
+def losses(result: RunResult) -> list[float]:
+    return [row.loss for row in result.epochs]
+
+
+def folder(asked: RunSpec, out: Path) -> Path:
+    return partial_dir(out, run_name("digits", asked.variant, asked.network.depth, asked.seed, asked.key))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """An undisturbed run."""
+    return run(spec(), tmp_path_factory.mktemp("whole"))
+
+
+def test_a_run_learns_and_measures(whole: RunResult, tmp_path: Path) -> None:
+    assert [row.epoch for row in whole.epochs] == [1, 2, 3]
+    assert [row.images for row in whole.epochs] == [150, 150, 150]
+    assert losses(whole)[-1] < 0.9 * losses(whole)[0]
+    assert [row.lr for row in whole.epochs] == pytest.approx([0.05, 0.05, 0.005])
+    assert [row.timed for row in whole.epochs] == [False, True, True]
+    assert whole.final_error == whole.epochs[-1].error
+    assert whole.best_error == min(row.error for row in whole.epochs)
+    assert whole.epoch_seconds == pytest.approx(np.median([row.train_seconds for row in whole.epochs[1:]]))
+    assert whole.setup_seconds > 0
+    assert whole.memory.rss_mib.value is not None
+    assert whole.memory.rss_mib.value > 50
+    assert whole.memory.nvml_process_mib.value is None
+    assert whole.memory.nvml_process_mib.reason
+    assert whole.parameters == sum(p.numel() for p in build(spec().network, 10).parameters())
+
+
+def test_the_same_seed_gives_the_same_losses_bit_for_bit(whole: RunResult, tmp_path: Path) -> None:
+    again = run(spec(), tmp_path / "again")
+    assert losses(again) == losses(whole)
+    assert [row.error for row in again.epochs] == [row.error for row in whole.epochs]
+    assert losses(run(spec(seed=1), tmp_path / "other")) != losses(whole)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_interrupted_and_resumed_is_the_same_run(whole: RunResult, tmp_path: Path, stop_after: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(spec(), tmp_path, stop_after=stop_after)
+    assert [row.epoch for row in load_epochs(folder(spec(), tmp_path))] == list(range(1, stop_after + 1))
+    resumed = run(spec(), tmp_path)
+    assert losses(resumed) == losses(whole)
+    assert resumed.final_error == whole.final_error
+    assert resumed.attempts == 2
+    assert [row.attempt for row in resumed.epochs] == [1] * stop_after + [2] * (3 - stop_after)
+    assert len(load_epochs(folder(spec(), tmp_path))) == 3
+
+
+def test_a_damaged_checkpoint_falls_back_aloud(whole: RunResult, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(spec(), tmp_path, stop_after=2)
+    kept = sorted((folder(spec(), tmp_path) / "checkpoints").glob("*.pt"))
+    assert [path.name for path in kept] == ["epoch-000001.pt", "epoch-000002.pt"]
+    kept[-1].write_bytes(kept[-1].read_bytes()[:1000])
+    with pytest.warns(UserWarning, match=r"epoch-000002.pt is damaged, taking the one before"):
+        resumed = run(spec(), tmp_path)
+    assert losses(resumed) == losses(whole)
+    assert [row.attempt for row in resumed.epochs] == [1, 2, 2]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(spec(), tmp_path, stop_after=1)
+    other = spec(seed=3)
+    folder(spec(), tmp_path).rename(folder(other, tmp_path))
+    with pytest.raises(CheckpointError, match=f"belongs to run {spec().key}, not to {other.key}"):
+        run(other, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="not finite in epoch 1"):
+        run(spec(recipe={"lr": 1e30}), tmp_path)
+
+
+def test_other_images_than_planned_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="the images on this node are"):
+        run(spec(fingerprint="0" * 64), tmp_path)
+
+
+def test_a_validation_split_is_evaluated_and_the_test_set_once(tmp_path: Path) -> None:
+    result = run(spec(recipe={"val": 30, "mixup": 0.4, "label_smoothing": 0.1, "duration": 1}), tmp_path)
+    assert result.evaluated_on == "val"
+    assert result.epochs[0].images == 120
+    assert result.test_error is not None
+    assert (result.final_error * 30 / 100) % 1 == pytest.approx(0, abs=1e-6)
+    assert (result.test_error * 360 / 100) % 1 == pytest.approx(0, abs=1e-6)
+
+
+def test_mixup_keeps_the_larger_part() -> None:
+    images = torch.arange(6.0).reshape(6, 1, 1, 1).expand(6, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    mixed = mix(images, 0.4, np.random.default_rng(0))
+    reference = np.random.default_rng(0)
+    share = np.maximum(lam := reference.beta(1.4, 0.4, 6), 1 - lam)
+    partner = reference.permutation(6)
+    expected = share * np.arange(6) + (1 - share) * partner
+    assert mixed[:, 0, 0, 0].numpy() == pytest.approx(expected, abs=1e-6)
+    assert share.min() >= 0.5
+    assert mixed.is_contiguous(memory_format=torch.channels_last)
+
+
+# --- two ranks against one ---
+
+
+def _port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _rank(rank: int, world: int, port: int, asked: RunSpec, out: Path) -> None:
+    """Three epochs of one rank with batch norm frozen; rank 0 saves losses and weights."""
+    torch.set_num_threads(1)
+    if world > 1:
+        address = f"tcp://127.0.0.1:{port}"
+        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    data = load_dataset("digits")
+    train_split = limit(data.train, 150)
+    device = torch.device("cpu")
+    loader, _ = make_loaders(
+        "resident", train_split, data.test, augment=Augment(4, "zero", None, False),
+        normalize=make_normalize("pixel-mean", train_split), batch_size=64, eval_batch_size=100, seed=0,
+        rank=rank, world=world, device=device, threads=1, channels_last=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    network = build(asked.network, 10).double()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    trained = nn.parallel.DistributedDataParallel(network) if world > 1 else network
+    double = nn.Sequential(_Double(), trained)
+    seen = []
+    for epoch in range(2):
+        metrics = train_epoch(
+            double, optimizer, torch.amp.GradScaler("cpu", enabled=False), loader, asked,
+            epoch=epoch, steps=loader.steps, images=150, world_size=world, device=device, on_first_step=lambda: None,
+        )  # fmt: skip
+        seen.append(metrics.loss)
+    if rank == 0:
+        torch.save({"losses": seen, "weights": list(network.state_dict().values())}, out)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+class _Double(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.double()
+
+
+def test_two_ranks_equal_one_on_the_same_global_batch(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.pt", tmp_path / "two.pt"
+    _rank(0, 1, 0, spec(), one)
+    mp.start_processes(_rank, args=(2, _port(), spec(), two), nprocs=2, start_method="spawn")
+    a, b = torch.load(one, weights_only=True), torch.load(two, weights_only=True)
+    assert a["losses"] == pytest.approx(b["losses"], rel=1e-6)
+    for mine, theirs in zip(a["weights"], b["weights"], strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-6, atol=1e-9)
