@@ -419,6 +419,8 @@ def _cached(signature: list[str], read: Callable[[], _Content], cache: Path) -> 
     What the cache holds is checked against its fingerprint; anything wrong with it means reading again. A cache
     that cannot be written costs time at every start, so it is warned of, but is no error.
     """
+    from safetensors import SafetensorError
+
     key = hashlib.sha256("\n".join((str(CACHE_FORMAT), *signature)).encode()).hexdigest()
     index = cache / "index" / f"{key}.json"
     found = _load_cached(index, cache)
@@ -435,7 +437,7 @@ def _cached(signature: list[str], read: Callable[[], _Content], cache: Path) -> 
             _save_content(content, cache / f"{fingerprint}.safetensors")
             _write_whole(index, lambda part: part.write_text(json.dumps({"fingerprint": fingerprint})))
             return content, fingerprint
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # no room, no permission
         warnings.warn(f"{cache}: the cache cannot be written ({error}): decoding anew", stacklevel=2)
         content = read()
         return content, content.fingerprint()
