@@ -57,7 +57,7 @@ class Worker:
     device: str = "cpu"  # "cuda:0" or "cpu"
     threads: int = 1
     attempt: int = 1
-    entered_at: float = 0.0  # time.time() when its function was entered
+    start_seconds: float = 0.0  # from asking for the attempt until its function was entered (two clocks on two nodes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,8 +255,9 @@ def _run_one(
     reason = ""
     for attempt in range(1, retries + 2):
         board.put.remote(index, Started(attempt=attempt, reason=reason))
+        asked_at = time.time()
 
-        def loop(attempt: int = attempt) -> Any:
+        def loop(attempt: int = attempt, asked_at: float = asked_at) -> Any:
             from ray.train import get_context
             from ray.train.torch import get_device
 
@@ -267,7 +268,7 @@ def _run_one(
                 device=str(get_device()),
                 threads=threads,
                 attempt=attempt,
-                entered_at=time.time(),
+                start_seconds=time.time() - asked_at,
             )
 
             def report(event: Any) -> None:

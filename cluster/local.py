@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ def launch(
         raise ValueError(f"the local launcher runs one worker, not {workers}: use --launcher ray")
     for spec in specs:
         progress(spec, Started(attempt=1))
-        worker = Worker(device="cuda:0" if gpu else "cpu", threads=threads, entered_at=time.time())
+        worker = Worker(device="cuda:0" if gpu else "cpu", threads=threads)
         try:
             outcome: Outcome | Failed = train(spec, worker, lambda event, spec=spec: progress(spec, event))  # type: ignore[misc]
         except Exception as error:

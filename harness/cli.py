@@ -112,21 +112,61 @@ def variants() -> None:
     print_variants(Console())
 
 
+@app.command("eval")
+def evaluate(
+    weights: Annotated[Path, typer.Option(help="A run's weights.safetensors, or a torch checkpoint.")],
+    variant: Annotated[str, typer.Option(help="Whose network it is: see `harness variants`.")],
+    depth: Annotated[int | None, typer.Option(help="Default: the variant's own.")] = None,
+    dataset: Annotated[str, typer.Option(help="cifar10, cifar2, digits, miniplaces or folder:PATH.")] = "cifar10",
+    data_dir: Annotated[Path | None, typer.Option(help="Where the images are. Default: downloaded once.")] = None,
+    scales: Annotated[
+        str | None, typer.Option(help="Average over sizes in pixels, as in 96,112,128, and mirrored.")
+    ] = None,
+    mean: Annotated[str | None, typer.Option(help="R,G,B of images in 0..1. Default: the recipe's.")] = None,
+    std: Annotated[str | None, typer.Option(help="R,G,B of images in 0..1. Default: the recipe's.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="Write each image's likeliest classes (CSV).")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Default: training's 1000, less for large scales.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate so many images only, classes in turn.")] = None,
+) -> None:
+    """Print the top-1 and top-5 error of stored weights on a test set."""
+    from rich.console import Console
+
+    from harness import evaluate_weights as ew
+
+    options = ew.EvalOptions(
+        weights=weights,
+        variant=variant,
+        depth=depth,
+        dataset=dataset,
+        data_dir=data_dir,
+        scales=ew.parse_scales(scales) if scales is not None else (),
+        normalize=ew.parse_normalize(mean, std),
+        predictions=predictions,
+        batch_size=batch_size,
+        limit=limit,
+    )
+    ew.print_answer(ew.evaluate_weights(options), Console())
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2, a bug shows its traceback."""
-    import click
-
+    # typer brings its own copy of click or uses click itself, by version: the class they share has this name
+    usage_error = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
     code: Any
     try:
         code = app(standalone_mode=False)
     except UserError as error:
         code = _complain(str(error))
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        code = 2
-    except click.ClickException as error:
-        code = _complain(error.format_message())
-    except (KeyboardInterrupt, click.Abort):
+    except usage_error as error:
+        message = error.format_message()  # type: ignore[attr-defined]
+        if message.startswith("Usage:"):  # no command was named
+            print(message)
+            code = 2
+        else:
+            code = _complain(message)
+    except (KeyboardInterrupt, typer.Abort):
         code = 130
     sys.exit(code if isinstance(code, int) else 0)
 
