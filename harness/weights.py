@@ -87,11 +87,13 @@ def _align(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[tu
     Of as many tensors as there should be, each has its partner. Of fewer or more, those at both ends that agree;
     what lies between is where tensors are missing or too many.
     """
-    pairs, backwards = list(zip(wanted, given, strict=False)), list(zip(reversed(wanted), reversed(given), strict=False))
+    ours, theirs = list(wanted), list(given)
+    pairs = list(zip(ours, theirs, strict=False))
     if len(wanted) == len(given):
         return pairs
     head = list(takewhile(lambda pair: _fits(wanted, given, pair), pairs))
-    tail = list(takewhile(lambda pair: _fits(wanted, given, pair), backwards[: len(pairs) - len(head)]))
+    backwards = list(zip(reversed(ours), reversed(theirs), strict=False))[: len(pairs) - len(head)]
+    tail = list(takewhile(lambda pair: _fits(wanted, given, pair), backwards))
     return head + tail
 
 
