@@ -37,6 +37,7 @@ METRICS = {
         Metric("error", "error %", lambda r: r.final_error, False),
         Metric("best_error", "best %", lambda r: r.best_error, False),
         Metric("top5_error", "top-5 %", lambda r: r.final_top5_error, False),
+        Metric("test_error", "test %", lambda r: r.test_error, False),
         Metric("epoch_seconds", "s/epoch", lambda r: r.epoch_seconds, True),
         Metric("images_per_second", "img/s", lambda r: r.images_per_second, True),
         Metric("torch_allocated_mib", "alloc MiB", lambda r: r.memory.torch_allocated_mib.value, True),

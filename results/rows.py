@@ -64,6 +64,8 @@ class Row:
     error: Sample | None = None  # last epoch
     best_error: Sample | None = None
     top5_error: Sample | None = None  # last epoch
+    test_error: Sample | None = None  # last epoch, where the errors above are of images held out
+    test_top5_error: Sample | None = None
     epoch_seconds: float | None = None
     eval_seconds: float | None = None
     setup_seconds: float | None = None
@@ -243,12 +245,17 @@ def _measure(results: list[RunResult]) -> dict[str, Any]:
         values = [reading.value for reading in readings if reading.value is not None]
         return Reading(value=max(values)) if values else readings[0]
 
-    top5 = [result.final_top5_error for result in results if result.final_top5_error is not None]
+    def spread(get: Callable[[RunResult], float | None]) -> Sample | None:
+        values = [value for result in results if (value := get(result)) is not None]
+        return sample(values) if len(values) == len(results) else None
+
     return {
         "parameters": results[0].parameters,
         "error": sample([result.final_error for result in results]),
         "best_error": sample([result.best_error for result in results]),
-        "top5_error": sample(top5) if len(top5) == len(results) else None,
+        "top5_error": spread(lambda result: result.final_top5_error),
+        "test_error": spread(lambda result: result.test_error),
+        "test_top5_error": spread(lambda result: result.test_top5_error),
         "epoch_seconds": middle(lambda result: result.epoch_seconds),
         "eval_seconds": middle(lambda result: result.eval_seconds),
         "setup_seconds": middle(lambda result: result.setup_seconds),
@@ -263,16 +270,19 @@ def _measure(results: list[RunResult]) -> dict[str, Any]:
 
 def _against(row: Row) -> Against | None:
     """The published number, only where data, training set and recipe are the published ones, on test images."""
-    if not row.original or row.limit_train is not None or row.overrides or row.evaluated_on != "test":
+    if not row.original or row.limit_train is not None or row.overrides:
         return None
     published = find_published(row.dataset, row.variant, row.depth)
     if published is None:
         return None
+    last, top5, best = row.error, row.top5_error, row.best_error
+    if row.evaluated_on != "test":  # the best epoch was then chosen, and measured, on other images
+        last, top5, best = row.test_error, row.test_top5_error, None
     theirs = published.sample
     if theirs is not None:
-        ours = row.best_error if published.rule == "best" else row.error
+        ours = best if published.rule == "best" else last
     else:
-        ours, theirs = row.top5_error, Sample(1, published.top5_error or math.nan)
+        ours, theirs = top5, Sample(1, published.top5_error or math.nan)
     if ours is None or not math.isfinite(ours.mean):
         return None
     return Against(published, ours, ours.mean - theirs.mean, compare_with_published(ours, theirs))

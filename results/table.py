@@ -169,6 +169,8 @@ ERRORS: tuple[Column, ...] = (
         "best minus last, in points: what choosing the epoch on the evaluated images takes off", stays=True,
     ),
     Column("top5", "top-5 %", lambda r: _percent(r.top5_error), "top-5 after the last epoch", stays=True),
+    Column("test", "test %", lambda r: _percent(r.test_error),
+           "top-1 of the test set after the last epoch, where the other errors are of images held out", stays=True),
     Column("published", "published", _beside, "the published error (and ours minus it, in points)", stays=True),
     Column(
         "verdict", "verdict", _verdict, "could the published number be one more run of ours? prediction interval of 95 %",
@@ -452,7 +454,13 @@ def _raw(row: Row) -> dict[str, Any]:
         "n": len(row.done),
         "seeds": " ".join(str(stored.record.seed) for stored in row.done),
     }
-    for name, value in (("error", row.error), ("best_error", row.best_error), ("top5_error", row.top5_error)):
+    for name, value in (
+        ("error", row.error),
+        ("best_error", row.best_error),
+        ("top5_error", row.top5_error),
+        ("test_error", row.test_error),
+        ("test_top5_error", row.test_top5_error),
+    ):
         values[f"{name}_percent_mean"] = value.mean if value else None
         values[f"{name}_percent_std"] = value.std if value else None
     values |= {

@@ -60,6 +60,10 @@ def _errors(
         yield f"best {row.best_error.mean:.2f} % = mean of each run's smallest error; minus last = {row.best_minus_last:+.2f}"
         for stored, result in runs:
             yield f"  seed {stored.record.seed}  {result.best_error:.4f}  in epoch {result.best_epoch}"
+    if row.test_error is not None:
+        yield f"test set {_spread(row.test_error)} % = the same over the test set, after the last epoch"
+        for stored, result in runs:
+            yield f"  seed {stored.record.seed}  {_figure(result.test_error)}"
     if row.against is not None:
         published, verdict = row.against.published, row.against.verdict
         number = published.error if published.error is not None else published.top5_error

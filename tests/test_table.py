@@ -215,6 +215,17 @@ def test_published_numbers_stand_only_beside_what_they_were_measured_on() -> Non
         assert "8.29" not in text([row])
 
 
+def test_the_test_set_stands_beside_images_held_out() -> None:
+    runs = [make_run(s, 9.0 + s, result={"evaluated_on": "val", "test_error": 8.3 + 0.2 * s}) for s in range(2)]
+    (row,) = summarise(runs)
+    assert row.against is not None
+    assert row.against.difference == pytest.approx(8.4 - 8.29)
+    page = text([row])
+    assert "9.50 ± 0.71" in page
+    assert "8.40 ± 0.14" in page
+    assert "test %" not in text(summarise([make_run()]))
+
+
 def test_marks_for_data_that_is_not_comparable() -> None:
     page = text(summarise([make_run(dataset="cifar10-q75", original=False, limit_train=5000)]))
     assert "cifar10-q75¹" in page
