@@ -21,7 +21,7 @@ from harness.run import RunSpec, UserError
 from harness.train import EVAL_BATCH_SIZE, set_precision, split_data
 from harness.weights import WeightsError, load_metadata, load_weights, match_weights
 from loaders.datasets import Dataset, Split, limit, load_dataset
-from loaders.loader import Augment, Loader, Normalize, Plan, make_loaders, make_normalize
+from loaders.loader import Augment, Loader, Normalize, Plan, make_evaluation_loader, make_normalize
 from models.resnet import SMALLEST_IMAGE, build
 from models.variants import Variant, default_depth, find_variant
 from results.store import load_records
@@ -146,16 +146,13 @@ def _prepare(options: EvalOptions) -> _Prepared:
         test = limit(test, options.limit)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = min(options.batch_size or _batch_size(options.scales), len(test))
-    _, loader = make_loaders(
+    loader = make_evaluation_loader(
         "resident",
-        test,  # nothing is trained
         test,
         augment=Augment(0 if options.scales else recipe.pad, recipe.pad_mode, crop, flip=False),
         normalize=options.normalize
         or make_normalize(recipe.normalize, _training_images(weights, variant, dataset)),
-        batch_size=batch_size,
         eval_batch_size=batch_size,
-        seed=0,
         rank=0,
         world=1,
         device=device,

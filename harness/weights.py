@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
     while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
         content = next((content[name] for name in NESTINGS if isinstance(content.get(name), Mapping)), None)
-    if content is None:
+    if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds no tensors, neither by themselves nor under {', '.join(NESTINGS)}")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     while wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in tensors)), None):
@@ -149,10 +150,19 @@ def _read_pickled(path: Path) -> Any:
             warnings.simplefilter("ignore")  # torch's, about the pickle's age
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a broken file can make the unpickler raise nearly anything
-        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        if isinstance(error, OSError) and error.strerror:
+            raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
+        found = re.search(r"GLOBAL ([\w.]*\w)(?![\w.])", str(error))
+        if found or _is_other_pickle(path, error):
+            what = f" ({found[1]})" if found else ""
             raise WeightsError(
-                f"{path}: refused, and nothing in it was run: it holds pickled code or objects ({code[1]}); "
+                f"{path}: refused, and nothing in it was run: it holds pickled code or objects{what}; "
                 "only tensors are read"
             ) from None
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "damaged, or another format"
-        raise WeightsError(f"{path}: not a checkpoint that torch can read: {reason}") from None
+        raise WeightsError(f"{path}: not a checkpoint that torch can read: damaged, or another format") from None
+
+
+def _is_other_pickle(path: Path, error: Exception) -> bool:
+    """Whether it is a pickle that torch did not write; one of torch's that is cut off raises other errors."""
+    with path.open("rb") as file:
+        return isinstance(error, pickle.UnpicklingError) and file.read(1) == b"\x80"
