@@ -1,0 +1,171 @@
+"""Ways to start a cluster: valid by the schemas that read them, pinned to our Ray, closed to strangers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import typer.main
+import yaml
+
+from harness import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+CLUSTER = ROOT / "cluster"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+WHEEL = f"{PROJECT['name'].replace('-', '_')}-*.whl"
+CLOUDS = ("aws.yaml", "gcp.yaml")
+
+
+def load(name: str) -> Any:
+    return yaml.safe_load((CLUSTER / name).read_text())
+
+
+def ray_schema() -> Any:
+    spec = find_spec("ray")
+    assert spec is not None
+    assert spec.origin is not None
+    return json.loads((Path(spec.origin).parent / "autoscaler" / "ray-schema.json").read_text())
+
+
+def harness_lines(text: str) -> list[list[str]]:
+    """Every `harness run ...` in a text, as words."""
+    found = re.findall(r"harness run (.*?)(?:'|\"\$@\"|$)", text.replace("\\\n", " "), flags=re.MULTILINE)
+    return [shlex.split(line.split("  #")[0]) for line in found]
+
+
+def check_run(words: list[str]) -> None:
+    """Our own command line takes these words."""
+    run = typer.main.get_command(cli.app).commands["run"]  # type: ignore[attr-defined]
+    run.make_context("run", list(words), resilient_parsing=False)
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_ray_up_files_are_what_ray_reads(name: str) -> None:
+    config = load(name)
+    jsonschema.validate(config, ray_schema())
+    assert config["head_node_type"] in config["available_node_types"]
+    assert config["file_mounts"]["/home/ray/dist"] == "dist"
+    assert any(WHEEL in line for line in config["setup_commands"]), "nodes install our wheel"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(config | {"max_worker": 1}, ray_schema())
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_ray_up_keeps_the_token_and_the_dashboard_in(name: str) -> None:
+    config = load(name)
+    assert "/home/ray/.ray/auth_token" in config["file_mounts"]
+    starts = [
+        line
+        for key in ("head_start_ray_commands", "worker_start_ray_commands")
+        for line in config[key]
+        if "ray start" in line
+    ]
+    assert len(starts) == 2
+    assert all("RAY_AUTH_MODE=token" in line for line in starts)
+    assert "--dashboard-host=127.0.0.1" in starts[0]
+
+
+def test_kuberay_job() -> None:
+    job = load("kuberay.yaml")
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = job["spec"]
+    assert set(spec) <= {"entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished",
+                         "activeDeadlineSeconds", "runtimeEnvYAML", "submissionMode", "rayClusterSpec"}  # fmt: skip
+    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    assert spec["rayClusterSpec"]["headGroupSpec"]["serviceType"] == "ClusterIP"
+    (words,) = harness_lines(" ".join(spec["entrypoint"].split()))
+    check_run(words)
+    (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    gpus = container["resources"]["limits"]["nvidia.com/gpu"] * group["replicas"]
+    assert words[words.index("--gpus") + 1] == str(gpus)
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in group["template"]["spec"]["volumes"]}
+    assert container["image"] == f"{PROJECT['name']}:{PROJECT['version']}"
+
+
+def test_every_file_names_one_ray_within_our_pin() -> None:
+    (pin,) = [line for line in PROJECT["dependencies"] if line.startswith("ray[")]
+    low, high = re.findall(r"[<>]=?(\d+)\.(\d+)", pin)
+    named = {
+        "kuberay.yaml": load("kuberay.yaml")["spec"]["rayClusterSpec"]["rayVersion"],
+        "aws.yaml": load("aws.yaml")["docker"]["image"],
+        "gcp.yaml": load("gcp.yaml")["docker"]["image"],
+        "Dockerfile": (CLUSTER / "Dockerfile").read_text(),
+    }
+    for name, text in named.items():
+        (version,) = set(re.findall(r"\b(\d+)\.(\d+)\.\d+(?=-py|$)", text, flags=re.MULTILINE))
+        assert tuple(map(int, low)) <= tuple(map(int, version)) < tuple(map(int, high)), name
+
+
+def test_slurm_script_parses_and_starts_ray_everywhere() -> None:
+    path = CLUSTER / "slurm.sh"
+    done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    text = path.read_text()
+    assert "RAY_AUTH_MODE=token" in text
+    assert "RAY_AUTH_TOKEN=" in text
+    # what symmetric-run refuses
+    after = text.split("symmetric-run")[1].split("-- harness")[0]
+    assert not re.search(r"--(head|node-ip-address|port|block)\b", after)
+
+
+def test_slurm_script_with_a_slurm_of_two_nodes(tmp_path: Path) -> None:
+    """The script itself, under commands that only write down how they are called."""
+    calls = tmp_path / "calls"
+    stubs = {
+        "scontrol": "printf 'n1\\nn2\\n'",
+        "srun": f'if [[ "$*" == *hostname* ]]; then echo "10.0.0.1 fe80::1"; else echo "$RAY_AUTH_MODE '
+        f'${{#RAY_AUTH_TOKEN}} $*" >> {calls}; fi',
+        "python": "exec python3 \"$@\"",
+    }  # fmt: skip
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "activate").write_text("")
+    for name, body in stubs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(CLUSTER / "slurm.sh"), "--depths", "20", "--out", "/shared/my runs"],
+        env={
+            "PATH": f"{tmp_path}/bin:/usr/local/bin:/usr/bin:/bin", "HOME": str(tmp_path), "HARNESS_VENV": str(tmp_path),
+            "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "71", "SLURM_GPUS_ON_NODE": "8",
+        },
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    line = calls.read_text().strip()
+    assert line.startswith(
+        "token 64 --nodes=2 --ntasks=2 --ntasks-per-node=1 ray symmetric-run --address 10.0.0.1:20071"
+    )
+    assert line.endswith("-- harness run --address 10.0.0.1:20071 --depths 20 --out /shared/my runs")
+
+
+def test_dockerfile_installs_our_wheel() -> None:
+    lines = (CLUSTER / "Dockerfile").read_text().splitlines()
+    assert any(line.startswith("COPY") and f"dist/{WHEEL}" in line for line in lines)
+    assert any(line.startswith("RUN pip install") and WHEEL in line for line in lines)
+
+
+def test_commands_of_the_page_parse() -> None:
+    text = (CLUSTER / "README.md").read_text()
+    lines = harness_lines("\n".join(line for line in text.splitlines() if line.startswith("    $ ")))
+    assert len(lines) >= 2
+    for words in lines:
+        check_run(words)
+    for name in re.findall(r"cluster/([a-z]+\.(?:yaml|sh)|Dockerfile)", text):
+        assert (CLUSTER / name).exists()
+
+
+def test_every_file_is_in_the_wheel() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["cluster"]
+    for name in (*CLOUDS, "kuberay.yaml", "slurm.sh", "Dockerfile"):
+        assert any(Path(name).match(pattern) for pattern in listed), name
