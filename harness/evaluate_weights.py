@@ -217,12 +217,13 @@ def _check_origin(weights: Path, variant: Variant) -> None:
 def _training_images(weights: Path, variant: Variant, dataset: Dataset) -> Split:
     """The images that a run measured its mean over: what it left out is in the record beside its weights.
 
-    Without one, all the recipe trains on, with validation images drawn by seed 0.
+    Without one, those the recipe trains on, with validation images drawn by seed 0 if there are enough.
     """
+    enough = variant.recipe.val < len(dataset.train)
     spec = RunSpec(
         variant=variant.name,
         network=variant.network,
-        recipe=variant.recipe,
+        recipe=variant.recipe if enough else replace(variant.recipe, val=0),
         dataset=dataset.name,
         fingerprint=dataset.fingerprint,
         loader="resident",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -153,7 +152,7 @@ def _read_pickled(path: Path) -> Any:
         if isinstance(error, OSError) and error.strerror:
             raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
         found = re.search(r"GLOBAL ([\w.]*\w)(?![\w.])", str(error))
-        if found or _is_other_pickle(path, error):
+        if found or _is_other_pickle(path):
             what = f" ({found[1]})" if found else ""
             raise WeightsError(
                 f"{path}: refused, and nothing in it was run: it holds pickled code or objects{what}; "
@@ -162,7 +161,7 @@ def _read_pickled(path: Path) -> Any:
         raise WeightsError(f"{path}: not a checkpoint that torch can read: damaged, or another format") from None
 
 
-def _is_other_pickle(path: Path, error: Exception) -> bool:
-    """Whether it is a pickle that torch did not write; one of torch's that is cut off raises other errors."""
+def _is_other_pickle(path: Path) -> bool:
+    """Whether it is a pickle of a later protocol than torch writes, so that one of torch's that is cut off is not."""
     with path.open("rb") as file:
-        return isinstance(error, pickle.UnpicklingError) and file.read(1) == b"\x80"
+        return file.read(2) in (b"\x80\x03", b"\x80\x04", b"\x80\x05")
