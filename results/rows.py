@@ -57,6 +57,7 @@ class Row:
 
     done: tuple[Stored, ...]  # one a seed
     failed: tuple[Stored, ...]
+    stopped: tuple[Stored, ...] = ()  # by a search, before their end
     interrupted: tuple[Interrupted, ...]
     repeated: int = 0  # earlier runs of seeds that are counted once
 
@@ -126,7 +127,8 @@ def summarise(
         else:
             group(stored.record.spec, _surroundings(stored.record, stored.record.result)).done.append(stored)
     for stored in without_result:
-        group(stored.record.spec, None).failed.append(stored)
+        found = group(stored.record.spec, None)
+        (found.stopped if stored.record.stopped else found.failed).append(stored)
     for partial in interrupted:
         group(partial.spec or {"run": partial.name}, None).interrupted.append(partial)
     if unknown := [name for name in across if name not in known]:
@@ -141,6 +143,7 @@ class _Group:
     fields: dict[str, str]
     done: list[Stored] = field(default_factory=list)
     failed: list[Stored] = field(default_factory=list)
+    stopped: list[Stored] = field(default_factory=list)
     interrupted: list[Interrupted] = field(default_factory=list)
     averaged_over: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
 
@@ -181,7 +184,7 @@ def _surroundings(record: Record, result: RunResult) -> Surroundings:
 
 def _make_row(group: _Group) -> Row:
     done, repeated = _one_a_seed(group.done)
-    members = [*done, *group.failed]
+    members = [*done, *group.failed, *group.stopped]
     spec: Mapping[str, Any] = members[0].record.spec if members else group.interrupted[0].spec
     finished_seeds = {stored.record.seed for stored in done}
     recipe = _mapping(spec.get("recipe"))
@@ -216,6 +219,7 @@ def _make_row(group: _Group) -> Row:
         averaged_over={n: tuple(v) for n, v in group.averaged_over.items() if len(v) > 1},
         done=tuple(done),
         failed=tuple(s for s in group.failed if s.record.seed not in finished_seeds),
+        stopped=tuple(s for s in group.stopped if s.record.seed not in finished_seeds),
         interrupted=tuple(group.interrupted),
         repeated=repeated,
         **(_measure(results) if results else {}),

@@ -1,7 +1,9 @@
 """The store: one folder a run, written whole or not at all, and the values that are kept in it.
 
     <out>/<name>/            a finished run: record.json, epochs.jsonl, weights.safetensors
-    <out>/<name>.partial/    a run that is going on, was interrupted, or failed (then it holds record.json too)
+    <out>/<name>.partial/    a run that is going on, was interrupted, failed or was stopped by a search (these two
+                             hold record.json too)
+    <out>/tune/<sweep>/      what a search asked for and tried; its trials are runs like any other
     <out>/.superseded/       finished runs that were run again
 
 `record.json` is the last file to be written, and the folder gets its final name only after it. The epochs stand
@@ -27,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 SCHEMA_VERSION = 1
 
 RECORD, EPOCHS, SPEC = "record.json", "epochs.jsonl", "spec.json"
-PARTIAL, SUPERSEDED = ".partial", ".superseded"
+PARTIAL, SUPERSEDED, SWEEPS = ".partial", ".superseded", "tune"
 
 
 class Value(BaseModel):
@@ -108,13 +110,24 @@ class Failure(Value):
     traceback: str = ""
 
 
+class Stopped(Value):
+    """A run that a search gave up before its end. What it reached is no result, and is averaged with none."""
+
+    by: str  # the rule, "asha" or "median"
+    sweep: str  # name of the search
+    epoch: int  # the last one
+    of: int
+    error: float  # after that epoch
+    evaluated_on: Literal["test", "val"]
+
+
 class Record(Value):
     """One run, as it is kept: whole spec, result or failure, and everything needed to repeat or distrust it."""
 
     schema_version: int = SCHEMA_VERSION
     key: str  # hash of the whole spec
     name: str  # folder
-    status: Literal["done", "failed"]
+    status: Literal["done", "failed", "stopped"]
     variant: str
     depth: int
     seed: int
@@ -123,6 +136,7 @@ class Record(Value):
     spec: dict[str, Any]
     result: RunResult | None = None
     failure: Failure | None = None
+    stopped: Stopped | None = None
     environment: dict[str, Any]  # commit, dirty, versions, gpu, driver, host, command
     started_at: datetime
     finished_at: datetime
@@ -188,14 +202,15 @@ def finished_dir(out: Path, name: str) -> Path:
 def start(out: Path, name: str, spec: dict[str, Any]) -> Path:
     """Make the partial folder of a run, or take up the one that is there, and note its spec in it.
 
-    Epochs and checkpoints of an interrupted run stay. The record of an earlier failure is kept beside them as
-    `failed_<time>.json`: a run that is under way has no record.
+    Epochs and checkpoints of an interrupted run stay. The record of an earlier failure or stop is kept beside them
+    as `failed_<time>.json` or `stopped_<time>.json`: a run that is under way has no record.
     """
     folder = partial_dir(out, name)
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / RECORD
     if record.exists():
-        record.rename(folder / f"failed_{_timestamp()}.json")
+        word = "stopped" if b'"status": "stopped"' in record.read_bytes() else "failed"
+        record.rename(folder / f"{word}_{_timestamp()}.json")
     _write(folder / SPEC, json.dumps(spec, indent=1, allow_nan=True) + "\n")
     return folder
 
@@ -276,6 +291,16 @@ def fail(out: Path, record: Record) -> Path:
     return folder
 
 
+def give_up(out: Path, record: Record) -> Path:
+    """Store that a search stopped a run: record.json in its partial folder, from which it can still go on."""
+    if record.status != "stopped" or record.stopped is None:
+        raise ValueError(f"run {record.name} is {record.status}: a stopped run needs to say where")
+    folder = partial_dir(out, record.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_record(folder, record)
+    return folder
+
+
 def load_records(paths: Iterable[Path]) -> Loaded:
     """Read every run under some paths, each a folder of runs or one run's folder.
 
@@ -345,7 +370,9 @@ def _folders(paths: Iterable[Path], problems: list[Problem]) -> Iterator[Path]:
             found: Sequence[str] = [str(path)]
         else:
             with os.scandir(path) as entries:
-                found = sorted(e.path for e in entries if not e.name.startswith(".") and e.is_dir())
+                found = sorted(
+                    e.path for e in entries if not e.name.startswith(".") and e.name != SWEEPS and e.is_dir()
+                )
         for folder in found:
             real = os.path.abspath(folder)  # noqa: PTH100  (resolve() costs a system call per path component)
             if real not in seen:
@@ -392,6 +419,8 @@ def _contradiction(record: Record) -> str | None:
         return f"{RECORD} says done and has no result"
     if record.status == "failed" and record.failure is None:
         return f"{RECORD} says failed and has no failure"
+    if (record.status == "stopped") != (record.stopped is not None) or (record.stopped and record.result):
+        return f"{RECORD} contradicts itself: a run is stopped or it is done"
     return None
 
 

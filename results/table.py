@@ -96,12 +96,19 @@ def _error(row: Row) -> str:
         return _percent(row.error)
     if row.failed:
         return _kinds(row.failed)
+    if row.stopped:
+        return _stop(row.stopped[0])
     return _progress(row.interrupted[0])
 
 
 def _kinds(failed: Sequence[Stored]) -> str:
     kinds = dict.fromkeys(stored.record.failure.kind for stored in failed if stored.record.failure)
     return ", ".join(kinds)
+
+
+def _stop(stored: Stored) -> str:
+    stopped = stored.record.stopped
+    return f"stopped at {stopped.epoch} of {stopped.of}" if stopped else NONE
 
 
 def _progress(partial: Interrupted) -> str:
@@ -130,7 +137,7 @@ def _p(p: float) -> str:
 
 
 def _runs(row: Row) -> str:
-    missing = len(row.failed) + len(row.interrupted)
+    missing = len(row.failed) + len(row.stopped) + len(row.interrupted)
     return f"{len(row.done)} of {len(row.done) + missing}" if missing else str(len(row.done))
 
 
@@ -234,6 +241,9 @@ def make_notes(rows: Sequence[Row]) -> list[Note]:
         together = {str(stored.record.environment.get("concurrent_runs", 1)) for stored in row.done}
         if together - {"1"}:
             note(f"timed with {' or '.join(sorted(together))} runs going on at a time", i, "epoch_seconds")
+        shares = {str(stored.record.environment.get("gpu_share", 1)) for stored in row.done}
+        if shares - {"1"}:
+            note(f"packed: timed on {' or '.join(sorted(shares))} of a GPU, beside other runs", i, "epoch_seconds")
         if row.repeated:
             note("a seed that was run more than once counts with its last run", i, "n")
         for stored in row.failed:
@@ -244,6 +254,11 @@ def make_notes(rows: Sequence[Row]) -> list[Note]:
                     i,
                     "n" if row.done else "error",
                 )
+        for stored in row.stopped:
+            if row.done:
+                note(f"{row.name} seed {stored.record.seed} was {_stop(stored)} epochs by a search", i, "n")
+            else:
+                note("stopped by a search before its end: averaged with nothing", i, "error")
         for partial in row.interrupted:
             seed = partial.spec.get("seed")
             who = f"{row.name} seed {seed}" if seed is not None else partial.name
@@ -484,6 +499,7 @@ def _raw(row: Row) -> dict[str, Any]:
         "failed": "; ".join(
             f"seed {s.record.seed}: {s.record.failure.kind}" for s in row.failed if s.record.failure
         ),
+        "stopped": "; ".join(f"seed {s.record.seed}: {_stop(s)}" for s in row.stopped),
         "interrupted": "; ".join(f"{p.name}: {_progress(p)}" for p in row.interrupted),
     }
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -23,6 +23,13 @@ def why(row: Row) -> str:
     for stored in row.failed:
         if failure := stored.record.failure:
             lines += [f"seed {stored.record.seed} failed: {failure.kind}, {failure.message}", f"  {stored.folder}"]
+    for stored in row.stopped:
+        if stopped := stored.record.stopped:
+            lines += [
+                f"seed {stored.record.seed} was stopped by {stopped.by} of sweep {stopped.sweep} after epoch "
+                f"{stopped.epoch} of {stopped.of}, at {stopped.error:g} % of the {stopped.evaluated_on} set",
+                f"  {stored.folder}",
+            ]
     for partial in row.interrupted:
         of = f" of {partial.of}" if partial.of else ""
         lines += [f"{partial.name} is not done: epoch {partial.epochs}{of}", f"  {partial.folder}"]
