@@ -35,6 +35,10 @@ def run(
         int | None, typer.Option(help="Global, over all workers. Default: the recipe's.")
     ] = None,
     precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16.")] = "fp32",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="FIELD=VALUE of recipe or network, as in lr=0.05. Repeatable."),
+    ] = None,
     val: Annotated[int | None, typer.Option(help="Training images to hold out and evaluate on.")] = None,
     limit_train: Annotated[
         int | None, typer.Option(help="Train on so many images only; marked in tables.")
@@ -58,7 +62,7 @@ def run(
     """Train what is missing of every variant x depth x seed, and print the table."""
     from rich.console import Console
 
-    from harness import plan
+    from harness import plan, space
     from harness.execute import Options, run_sweep
 
     sweep = plan.Sweep(
@@ -72,6 +76,7 @@ def run(
         batch_size=batch_size,
         val=val,
         limit_train=limit_train,
+        settings=space.parse_settings(settings or ()),
     )
     options = Options(
         out=out,
@@ -148,6 +153,20 @@ def evaluate(
         limit=limit,
     )
     ew.print_answer(ew.evaluate_weights(options), Console())
+
+
+@app.command()
+def doctor(
+    out: Annotated[Path, typer.Option(help="Where results would go.")] = Path("runs"),
+    data_dir: Annotated[Path | None, typer.Option(help="Where the images are.")] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster: HOST:PORT or auto.")] = None,
+) -> None:
+    """Say what is missing here: GPU, driver, DALI, NCCL, Ray, storage, data. Exit code 1 if CPU runs cannot work."""
+    from rich.console import Console
+
+    from harness.doctor import check
+
+    raise typer.Exit(check(out, data_dir, address, Console()))
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.launch import ClusterError, Failed, Started, connect, disconnect
+from cluster.launch import Cluster, ClusterError, Failed, Started, connect, disconnect
 from harness import plan, profiler
 from harness.live import Progress
 from harness.optim import total_epochs
@@ -62,7 +62,7 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
         options = replace(options, out=plan.check_out(options.out))
     with ExitStack() as stack:
         width = _lay_out(sweep, options, stack)
-        dataset = _load(sweep, options, console)
+        dataset = load_data(sweep, options, console)
         specs = plan.expand(sweep, width, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
         finished = finished_keys(options.out)
         todo = specs if options.force else plan.pending(specs, finished)
@@ -72,7 +72,7 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
         code = EXIT_DONE
         if todo:
             if options.address is None and options.launcher == "ray":
-                _connect(stack, None, cpus=width.threads * width.workers * width.slots, gpus=width.gpus,
+                join_cluster(stack, None, cpus=width.threads * width.workers * width.slots, gpus=width.gpus,
                          verbose=options.verbose)  # fmt: skip
             code = _train(todo, width, dataset, options, console, stack)
     from harness.report import print_report
@@ -93,7 +93,7 @@ def _lay_out(sweep: Sweep, options: Options, stack: ExitStack) -> Width:
     if options.address is not None:
         if options.launcher == "local":
             raise UserError("--address is for --launcher ray: the local launcher uses this process alone")
-        cluster = _connect(stack, options.address, cpus=0, gpus=0, verbose=options.verbose)
+        cluster = join_cluster(stack, options.address, cpus=0, gpus=0, verbose=options.verbose)
         have_gpus, have_cpus, where = cluster.gpus, cluster.cpus, f"the cluster at {options.address}"
     else:
         have_gpus, have_cpus, where = profiler.count_gpus(), profiler.count_cpus(), "this machine"
@@ -109,7 +109,8 @@ def _lay_out(sweep: Sweep, options: Options, stack: ExitStack) -> Width:
     return replace(width, slots=1) if options.launcher == "local" else width
 
 
-def _connect(stack: ExitStack, address: str | None, *, cpus: int, gpus: int, verbose: bool) -> Any:
+def join_cluster(stack: ExitStack, address: str | None, *, cpus: int, gpus: int, verbose: bool) -> Cluster:
+    """Connect to Ray until the stack closes. Raises UserError where no cluster answers."""
     try:
         cluster = connect(address, cpus=cpus, gpus=gpus, verbose=verbose)
     except ClusterError as error:
@@ -118,7 +119,8 @@ def _connect(stack: ExitStack, address: str | None, *, cpus: int, gpus: int, ver
     return cluster
 
 
-def _load(sweep: Sweep, options: Options, console: Console) -> Dataset:
+def load_data(sweep: Sweep, options: Options, console: Console) -> Dataset:
+    """Load the data set, with a bar while it is downloaded and unpacked. Raises UserError where that fails."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
@@ -139,7 +141,8 @@ def _load(sweep: Sweep, options: Options, console: Console) -> Dataset:
             raise UserError(str(error)) from None
 
 
-def _epochs(spec: RunSpec, dataset: Dataset) -> int:
+def count_epochs(spec: RunSpec, dataset: Dataset) -> int:
+    """Epochs of the whole run."""
     images = (spec.limit_train or len(dataset.train)) - spec.recipe.val
     return total_epochs(spec.recipe, -(-images // spec.recipe.batch_size))
 
@@ -162,7 +165,7 @@ def _plan_table(specs: list[RunSpec], dataset: Dataset, options: Options, finish
             state = "to do"
         per = spec.recipe.batch_size // spec.workers
         table.add_row(
-            spec.variant, str(spec.network.depth), str(spec.seed), str(_epochs(spec, dataset)),
+            spec.variant, str(spec.network.depth), str(spec.seed), str(count_epochs(spec, dataset)),
             str(spec.recipe.batch_size), spec.loader, spec.precision,
             f"{spec.workers} × {per} on {'GPU' if spec.device == 'cuda' else 'CPU'}", spec.key[:8], state,
         )  # fmt: skip
@@ -170,7 +173,7 @@ def _plan_table(specs: list[RunSpec], dataset: Dataset, options: Options, finish
 
 
 @contextlib.contextmanager
-def _stopping_on_sigterm() -> Iterator[None]:
+def stopping_on_sigterm() -> Iterator[None]:
     """A scheduler's SIGTERM stops as Ctrl-C does."""
 
     def stop(number: int, frame: types.FrameType | None) -> None:
@@ -183,15 +186,25 @@ def _stopping_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _lock(specs: list[RunSpec], dataset: Dataset, out: Path, stack: ExitStack) -> None:
-    """Two commands must not train one run into one folder."""
+def lock_run(spec: RunSpec, label: str, out: Path) -> FileLock:
+    """Lock a run: two commands must not train it into one folder. Raises UserError where another one does."""
     (out / ".locks").mkdir(exist_ok=True)
-    for spec in specs:
-        name = name_of(spec, dataset.label)
-        try:
-            stack.enter_context(FileLock(out / ".locks" / f"{name}.lock", blocking=False))
-        except Timeout:
-            raise UserError(f"{spec.title} is being trained by another harness command in --out {out}") from None
+    lock = FileLock(out / ".locks" / f"{name_of(spec, label)}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{spec.title} is being trained by another harness command in --out {out}") from None
+    return lock
+
+
+def make_places(options: Options, dataset: Dataset) -> Places:
+    """Where the runs find their data and keep their files."""
+    return Places(
+        out=options.out,
+        data_dir=None if options.data_dir is None else options.data_dir.expanduser().absolute(),
+        cache_dir=None if options.cache_dir is None else options.cache_dir.expanduser().absolute(),
+        label=dataset.label,
+    )
 
 
 def _train(
@@ -209,16 +222,14 @@ def _train(
         from cluster.launch import launch
     else:
         from cluster.local import launch
-    _lock(specs, dataset, options.out, stack)
-    places = Places(
-        out=options.out,
-        data_dir=None if options.data_dir is None else options.data_dir.expanduser().absolute(),
-        cache_dir=None if options.cache_dir is None else options.cache_dir.expanduser().absolute(),
-        label=dataset.label,
-    )
+    for spec in specs:
+        stack.callback(lock_run(spec, dataset.label, options.out).release)
+    places = make_places(options, dataset)
     started: dict[str, datetime] = {}
     failures = 0
-    display = Progress(specs, {spec.key: _epochs(spec, dataset) for spec in specs}, console, slots=width.slots)
+    display = Progress(
+        specs, {spec.key: count_epochs(spec, dataset) for spec in specs}, console, slots=width.slots
+    )
 
     def progress(spec: RunSpec, event: Any) -> None:
         if isinstance(event, Started) and spec.key not in started:
@@ -234,7 +245,7 @@ def _train(
         )
     )  # fmt: skip
     try:
-        with _stopping_on_sigterm(), display, work as outcomes:
+        with stopping_on_sigterm(), display, work as outcomes:
             for spec, outcome in outcomes:
                 record = make_record(
                     spec, outcome, places=places, original=dataset.original, started_at=started[spec.key],

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from harness.run import Precision, RunSpec, UserError
+from harness.space import apply
 from models.variants import Recipe, default_depth, find_variant
 
 LOADERS = ("dali", "resident", "dataloader", "synthetic")
@@ -32,6 +33,9 @@ class Sweep:
     batch_size: int | None = None
     val: int | None = None
     limit_train: int | None = None
+    settings: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # fields of recipe and network: `space.parse_settings`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +101,8 @@ def check_sweep(sweep: Sweep) -> None:
     check_count(sweep.epochs, "--epochs")
     check_count(sweep.batch_size, "--batch-size")
     check_count(sweep.limit_train, "--limit-train")
+    if sweep.batch_size is not None and "batch_size" in sweep.settings:
+        raise UserError("batch_size is given twice: leave --batch-size or --set batch_size=... out")
     check_count(sweep.val, "--val", least=0)
     try:
         check_dataset_name(sweep.dataset)
@@ -171,7 +177,7 @@ def expand(sweep: Sweep, width: Width, *, fingerprint: str, train_images: int) -
         for name in sweep.variants:
             function = find_variant(name)
             for depth in sweep.depths or (default_depth(function),):
-                variant = function(depth)
+                variant, settings = apply(function(depth), sweep.settings)
                 recipe, changed = override(variant.recipe, sweep)
                 check_batch(recipe, width)
                 images = sweep.limit_train or train_images
@@ -182,7 +188,7 @@ def expand(sweep: Sweep, width: Width, *, fingerprint: str, train_images: int) -
                         variant=name,
                         network=variant.network,
                         recipe=recipe,
-                        overrides=changed,
+                        overrides=settings + changed,
                         dataset=sweep.dataset,
                         fingerprint=fingerprint,
                         limit_train=sweep.limit_train,
