@@ -1,0 +1,92 @@
+"""`harness doctor`: what is here is ok, what is not is named with what to do, and the exit code follows."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import cli, doctor
+from harness.doctor import Finding
+
+
+def run(words: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["harness", "doctor", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def test_a_machine_that_runs_these_tests_is_ready(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = run(["--out", str(tmp_path / "runs")], capsys, monkeypatch)
+    lines = out.splitlines()
+    assert (code, err, lines[-1]) == (0, "", "ready")
+    for name in ("Python", "torch", "DALI", "Ray", "storage", "disk"):
+        assert any(line.startswith(f"ok       {name}: ") for line in lines), name
+    assert any(line[9:].startswith(("GPU: ",)) for line in lines)
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_what_is_missing_is_one_line_with_advice(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = doctor.version
+    missing = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")
+
+    def version(package: str) -> str:
+        if package in missing:
+            raise doctor.PackageNotFoundError(package)
+        return {"ray": "2.61.0", "pynvml": "13.0.1"}.get(package) or whole(package)
+
+    monkeypatch.setattr(doctor, "version", version)
+    code, out, _ = run(["--out", str(tmp_path), "--data-dir", str(tmp_path)], capsys, monkeypatch)
+    assert code == 1
+    lines = out.splitlines()
+    assert any("missing  DALI: not installed; the default loader" in line for line in lines)
+    assert any("missing  Ray: 2.61.0" in line and "<2.61" in line for line in lines)
+    assert any("missing  data: nothing known in" in line for line in lines)
+    assert any("absent   pynvml" in line and "pip uninstall pynvml" in line for line in lines)
+    assert lines[-1] == "3 of what a run needs is missing"
+
+
+def test_data_folders_are_recognised(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    assert not doctor._data(tmp_path).ok
+    (tmp_path / "test").mkdir()
+    assert doctor._data(tmp_path).found.startswith("class folders in ")
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/proc/self").exists(), reason="needs a folder nobody writes to")
+def test_a_folder_that_takes_nothing() -> None:
+    finding = doctor._storage(Path("/proc/self/nowhere"))
+    assert not finding.ok
+    assert finding.needed
+    assert "/proc/self" in finding.found
+
+
+def test_no_cluster_is_a_finding_and_a_bad_address_a_mistake(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding = doctor._cluster("127.0.0.1:1")
+    assert finding is not None
+    assert not finding.ok
+    assert "no Ray cluster answers" in finding.line()
+    code, _, err = run(["--address", "nonsense"], capsys, monkeypatch)
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_a_probe_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Finding:
+        raise OSError("libcudart.so: cannot open\nand more")
+
+    for name in ("_torch", "_nvml", "_gpu", "_nccl", "_dali"):
+        monkeypatch.setattr(doctor, name, broken)
+    found = {finding.name: finding for finding in doctor.examine(tmp_path)}
+    assert found["DALI"].found == "the probe failed: libcudart.so: cannot open"
+    assert not found["torch"].ok
