@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 import math
@@ -28,7 +29,7 @@ from results.text import (
     paint,
 )
 
-__all__ = ["FORMATS", "Format", "Row", "render", "summarise"]
+__all__ = ["FORMATS", "Format", "Row", "render", "sort_rows", "summarise"]
 
 Format = Literal["table", "markdown", "csv", "json", "latex"]
 FORMATS: tuple[Format, ...] = ("table", "markdown", "csv", "json", "latex")
@@ -204,6 +205,50 @@ COSTS: tuple[Column, ...] = (
     Column("rss_mib", "RSS", lambda r: _mib(r.rss_mib), "MiB, peak resident memory on the host", stays=True),
 )  # fmt: skip
 COLUMNS = (*DESCRIPTORS, DIFFERS, *ERRORS, *COSTS)
+FIELDS = {"best": "best_error", "top5": "top5_error", "test": "test_error", "width": "workers"}
+"""Columns that are called otherwise in `Row`."""
+
+
+def sort_value(name: str, row: Row) -> float | str | None:
+    """What a column is sorted by: a number where it shows one; None, or NaN, where there is nothing."""
+    if name == "n":
+        return len(row.done)
+    if name == "published":
+        return row.against.difference if row.against else None
+    if name == "verdict":
+        return row.against.verdict.p if row.against and row.against.verdict else None
+    value = getattr(row, FIELDS.get(name, name), None)
+    if isinstance(value, Sample):
+        return value.mean
+    if isinstance(value, Reading):
+        return value.value
+    return ", ".join(value) if isinstance(value, tuple) else value
+
+
+def sort_rows(rows: Sequence[Row], by: str) -> list[Row]:
+    """Order rows by a column, smallest first; "-error": largest first. Rows without a value stand last either way.
+
+    Raises ValueError for a column that does not exist.
+    """
+    name, descending = by.removeprefix("-"), by.startswith("-")
+    _check_columns([name], [column.name for column in COLUMNS])
+    have: list[Row] = []
+    lack: list[Row] = []
+    for row in rows:
+        value = sort_value(name, row)
+        nothing = value is None or (isinstance(value, float) and math.isnan(value))
+        (lack if nothing else have).append(row)
+    return [*sorted(have, key=lambda row: sort_value(name, row), reverse=descending), *lack]  # type: ignore[arg-type, return-value]
+
+
+def _check_columns(names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(
+                f"no column {name!r}: "
+                + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
+            )
 
 
 # --- notes ---
@@ -298,35 +343,61 @@ def _shorten(text: str, limit: int = 160) -> str:
 # --- rows -> text ---
 
 
-def render(rows: Sequence[Row], format: Format = "table", *, width: int = 100, colour: bool = False) -> str:
+def render(
+    rows: Sequence[Row],
+    format: Format = "table",
+    *,
+    width: int = 100,
+    colour: bool = False,
+    columns: Sequence[str] = (),
+) -> str:
     """The table as text, with a line of what all rows share above it and its definitions below.
 
     table: for a terminal of that width; in two or three parts where it would not fit. markdown, latex: one table.
-    csv, json: raw numbers, units in the names, nothing rounded.
+    csv, json: raw numbers, units in the names, nothing rounded. `columns` chooses and orders what is shown: names of
+    `COLUMNS`, or for csv and json names of theirs; none: all that say something. Raises ValueError for an unknown one.
     """
     if format == "csv":
-        return _csv(rows)
+        return _csv(_chosen(rows, columns))
     if format == "json":
-        return _json(rows)
+        return _json(rows, _chosen(rows, columns))
     if not rows:
         return "no runs\n"
-    layout = _lay_out(rows)
+    layout = lay_out(rows, columns)
     if format == "markdown":
         return _markdown(layout)
     return _latex(layout) if format == "latex" else _terminal(layout, rows, width, colour)
 
 
 @dataclass(frozen=True, slots=True)
-class _Layout:
-    caption: str
+class Layout:
+    """What stands in the table, above it and below it."""
+
+    caption: str  # what all rows share
     columns: list[Column]  # the first numbers the rows
-    sheet: Sheet
-    notes: list[str]  # "¹ ..."
+    words: dict[str, list[str]]  # column -> a cell for each row, without marks
+    marks: dict[tuple[int, str], list[int]]  # (row, column) -> numbers of notes
+    header_marks: dict[str, list[int]]  # column -> numbers of notes that hold for all its cells
+    sheet: Sheet  # the words with their marks
+    notes: list[str]
     means: list[str]  # "error %: ..."
 
+    @property
+    def numbered(self) -> list[str]:
+        """The notes, each with its mark."""
+        return [f"{_mark([number])} {note}" for number, note in enumerate(self.notes, 1)]
 
-def _lay_out(rows: Sequence[Row]) -> _Layout:
-    """Which columns stand in the table, what is said once above it, and which marks go where."""
+
+def _mark(numbers: Sequence[int]) -> str:
+    return ",".join(str(number).translate(SUPERSCRIPT) for number in numbers)
+
+
+def lay_out(rows: Sequence[Row], wanted: Sequence[str] = ()) -> Layout:
+    """Which columns stand in the table, what is said once above it, and which marks go where.
+
+    Raises ValueError for a wanted column that does not exist.
+    """
+    _check_columns(wanted, [column.name for column in COLUMNS])
     cpu = all(row.torch_allocated_mib.value is None for row in rows)
     columns, shared = [NUMBER], []
     words = {column.name: [column.text(row) for row in rows] for column in COLUMNS}
@@ -342,51 +413,63 @@ def _lay_out(rows: Sequence[Row]) -> _Layout:
             shared.append(column)
         else:
             columns.append(column)
+    if wanted:
+        by_name = {column.name: column for column in COLUMNS}
+        columns = [NUMBER, *(by_name[name] for name in dict.fromkeys(wanted))]
+        shared = [column for column in shared if column not in columns]
     shown = {column.name for column in columns}
-    everywhere: dict[str, list[str]] = defaultdict(list)  # column -> marks
-    marks: dict[tuple[int, str], list[str]] = defaultdict(list)
-    notes = []
-    for number, note in enumerate(make_notes(rows), 1):
-        mark = str(number).translate(SUPERSCRIPT)
-        notes.append(f"{mark} {note.text}")
+    everywhere: dict[str, list[int]] = defaultdict(list)
+    marks: dict[tuple[int, str], list[int]] = defaultdict(list)
+    notes = make_notes(rows)
+    for number, note in enumerate(notes, 1):
         for name in dict.fromkeys(name for _, name in sorted(note.cells)):
             where = [i for i, n in note.cells if n == name]
             if len(where) == len(rows) or name not in shown:
-                everywhere[name].append(mark)
+                everywhere[name].append(number)
             else:
                 for i in where:
-                    marks[i, name].append(mark)
+                    marks[i, name].append(number)
     pieces = []
     for column in shared:
         text = next(text for text in words[column.name] if text != NONE)
         if column.name == "limit_train":
             text = f"training images: {text}"
-        pieces.append(text + ",".join(everywhere[column.name]))
-    for (i, name), found in marks.items():
-        words[name][i] += ",".join(found)
+        pieces.append(text + _mark(everywhere[column.name]))
     words[NUMBER.name] = [str(i) for i in range(1, len(rows) + 1)]
+    words = {column.name: [clean(text) for text in words[column.name]] for column in columns}
+    marked = {name: list(texts) for name, texts in words.items()}
+    for (i, name), numbers in marks.items():
+        marked[name][i] += _mark(numbers)
     sheet = Sheet(
-        [column.header + ",".join(everywhere[column.name]) for column in columns],
+        [column.header + _mark(everywhere[column.name]) for column in columns],
         [column.right for column in columns],
-        [[clean(words[column.name][i]) for column in columns] for i in range(len(rows))],
+        [[marked[column.name][i] for column in columns] for i in range(len(rows))],
     )
-    means = [f"{column.header}: {column.means}" for column in columns if column.means]
-    return _Layout(clean(" · ".join(pieces)), columns, sheet, list(map(clean, notes)), means)
+    return Layout(
+        caption=clean(" · ".join(pieces)),
+        columns=columns,
+        words=words,
+        marks=dict(marks),
+        header_marks=dict(everywhere),
+        sheet=sheet,
+        notes=[clean(note.text) for note in notes],
+        means=[f"{column.header}: {column.means}" for column in columns if column.means],
+    )
 
 
-def _terminal(layout: _Layout, rows: Sequence[Row], width: int, colour: bool) -> str:
+def _terminal(layout: Layout, rows: Sequence[Row], width: int, colour: bool) -> str:
     output = [paint(line, "bold" if colour else "") for line in textwrap.wrap(layout.caption, width)]
     output += [""] if output else []
     for part in _parts(layout, width):
         styles = [[_style(layout.columns[j].name, row) for j in part] for row in rows] if colour else None
         output += [*for_terminal(layout.sheet.select(part), width, styles), ""]
-    for line in layout.notes:
+    for line in layout.numbered:
         output += textwrap.wrap(line, width, subsequent_indent="  ")
     output += [paint(line, "dim" if colour else "") for line in textwrap.wrap(" · ".join(layout.means), width)]
     return "\n".join(output) + "\n"
 
 
-def _parts(layout: _Layout, width: int) -> list[list[int]]:
+def _parts(layout: Layout, width: int) -> list[list[int]]:
     """The columns of each table that is printed: all in one where they fit, else errors and costs apart, and where
     that is still too wide, what the rows are in a table of its own that numbers them."""
     groups = {c.name: k for k, columns in enumerate(((*DESCRIPTORS, DIFFERS), ERRORS, COSTS)) for c in columns}
@@ -414,18 +497,18 @@ def _style(name: str, row: Row) -> str:
     return "bold" if name in ("variant", "depth", "error") else ""
 
 
-def _markdown(layout: _Layout) -> str:
+def _markdown(layout: Layout) -> str:
     parts = [
         escape_markdown(layout.caption),
         for_markdown(_whole(layout)),
-        "  \n".join(map(escape_markdown, layout.notes)),
+        "  \n".join(map(escape_markdown, layout.numbered)),
         "\n".join(f"- {escape_markdown(line)}" for line in layout.means),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _latex(layout: _Layout) -> str:
-    small = [*layout.notes, "; ".join(layout.means)]
+def _latex(layout: Layout) -> str:
+    small = [*layout.numbered, "; ".join(layout.means)]
     parts = [
         "% needs \\usepackage{booktabs}",
         rf"\noindent {escape_latex(layout.caption)}\par\smallskip" if layout.caption else "",
@@ -435,7 +518,7 @@ def _latex(layout: _Layout) -> str:
     return "\n".join(part for part in parts if part) + "\n"
 
 
-def _whole(layout: _Layout) -> Sheet:
+def _whole(layout: Layout) -> Sheet:
     """Every column but the numbers of the rows."""
     return layout.sheet.select(range(1, len(layout.columns)))
 
@@ -511,9 +594,17 @@ def _seeds_to_tell(against: Against | None) -> int | None:
     return seeds_to_tell(against.ours.std, against.difference, against.published.n)
 
 
-def _csv(rows: Sequence[Row]) -> str:
-    output = io.StringIO()
+def _chosen(rows: Sequence[Row], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Every row as plain values, or only those asked for."""
     raw = [_raw(row) for row in rows]
+    if not columns or not raw:
+        return raw
+    _check_columns(columns, list(raw[0]))
+    return [{name: values[name] for name in columns} for values in raw]
+
+
+def _csv(raw: list[dict[str, Any]]) -> str:
+    output = io.StringIO()
     writer = csv.DictWriter(output, list(raw[0]) if raw else [], lineterminator="\n")
     if raw:
         writer.writeheader()
@@ -521,13 +612,13 @@ def _csv(rows: Sequence[Row]) -> str:
     return output.getvalue()
 
 
-def _json(rows: Sequence[Row]) -> str:
+def _json(rows: Sequence[Row], raw: list[dict[str, Any]]) -> str:
     notes = [
         {"text": note.text, "cells": [{"row": i, "column": name} for i, name in sorted(note.cells)]}
         for note in make_notes(rows)
     ]
     definitions = [{"column": column.name, "means": column.means} for column in COLUMNS if column.means]
-    parts = {"rows": [_raw(row) for row in rows], "notes": notes, "definitions": definitions}
+    parts = {"rows": raw, "notes": notes, "definitions": definitions}
     # one value a line: json's own indenting takes twenty times as long, and nobody reads it
     lines = (
         f"{json.dumps(name)}: [\n"
