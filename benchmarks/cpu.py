@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--depth", type=int, default=20)
     args = parser.parse_args()
+    torch.set_flush_denormal(True)  # as train does
     torch.set_num_threads(args.threads)
     device = torch.device("cpu")
     dataset = load_dataset("cifar10", args.data_dir)

@@ -80,6 +80,11 @@ class Started:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Entered:
+    """Progress: the attempt's workers are placed and its train function was entered."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Cluster:
     """What a cluster has, in whole CPUs and GPUs."""
 
@@ -275,6 +280,7 @@ def _run_one(
                 # a barrier among the ranks in Ray Train; what the others report is not looked at
                 ray.train.report({"event": event if worker.rank == 0 else None})
 
+            report(Entered())
             return train(spec, worker, report)
 
         trainer = QuietTrainer(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.launch import Failed, Outcome, Report, Spec, Started, Worker
+from cluster.launch import Entered, Failed, Outcome, Report, Spec, Started, Worker
 
 
 def launch(
@@ -28,6 +28,7 @@ def launch(
         raise ValueError(f"the local launcher runs one worker, not {workers}: use --launcher ray")
     for spec in specs:
         progress(spec, Started(attempt=1))
+        progress(spec, Entered())
         worker = Worker(device="cuda:0" if gpu else "cpu", threads=threads)
         try:
             outcome: Outcome | Failed = train(spec, worker, lambda event, spec=spec: progress(spec, event))  # type: ignore[misc]

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.launch import Failed, Started
+from cluster.launch import Entered, Failed, Started
 from harness.run import RunSpec
 from results.store import EpochMetrics, RunResult
 
@@ -66,6 +66,8 @@ class Progress:
                 self.say(f"{spec.title}: {event.reason}; trying again ({event.attempt})")
             elif not self.console.is_terminal:
                 self.say(f"{spec.title}: starting")
+        elif isinstance(event, Entered):
+            line.state = "training"
         elif isinstance(event, EpochMetrics):
             line.state, line.last, line.since = "training", event, now
             line.seconds.append(event.train_seconds + event.eval_seconds)

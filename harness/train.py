@@ -89,21 +89,23 @@ class _View(TypedDict):
 
 
 class Averages:
-    """Sums over an epoch that stay on the device, so that no step waits for them."""
+    """Sums over an epoch; the loss stays on the device, so that no step waits for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, images
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.images = 0
 
     def add(self, loss_sum: torch.Tensor, images: int) -> None:
         """Add the loss summed over this rank's images of one step."""
-        self.sums[0] += loss_sum
-        self.sums[1] += images
+        self.loss_sum += loss_sum
+        self.images += images
 
     def read(self) -> tuple[float, int]:
         """Mean loss and number of images over all ranks; waits for the device."""
+        sums = torch.stack([self.loss_sum, torch.full_like(self.loss_sum, self.images)])
         if dist.is_initialized():
-            dist.all_reduce(self.sums)
-        loss, images = self.sums.tolist()
+            dist.all_reduce(sums)
+        loss, images = sums.tolist()
         return loss / images, round(images)
 
 
@@ -177,6 +179,11 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     entered_at = time.perf_counter()
     device = torch.device(worker.device)
     rank, world_size = worker.rank, worker.world_size
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        # a constant batch's vanishing gradients are denormal numbers, which cost a CPU many times as much
+        torch.set_flush_denormal(True)
     torch.set_num_threads(worker.threads)
     set_precision(spec.precision)
     torch.backends.cudnn.benchmark = True

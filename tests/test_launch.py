@@ -12,7 +12,7 @@ import pytest
 from ray import cloudpickle
 
 from cluster import local
-from cluster.launch import ClusterError, Failed, Started, Worker, connect, disconnect, launch
+from cluster.launch import ClusterError, Entered, Failed, Started, Worker, connect, disconnect, launch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -73,7 +73,7 @@ def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
     assert "second line" in failed.traceback
     assert outcomes["dies once"]["attempt"] == 2
     of_good = [e for name, e in events if name == "good"]
-    assert of_good == [Started(attempt=1), {"epoch": 0, "rank": 0}, {"epoch": 1, "rank": 0}]
+    assert of_good == [Started(attempt=1), Entered(), {"epoch": 0, "rank": 0}, {"epoch": 1, "rank": 0}]
     again = [e for name, e in events if name == "dies once" and isinstance(e, Started)]
     assert [e.attempt for e in again] == [1, 2]
     assert "died" in again[1].reason
