@@ -208,7 +208,7 @@ def launch(
                     workers=workers, gpu=gpu, threads=threads, storage=storage, retries=retries, stop=stop,
                 )  # fmt: skip
             except BaseException as error:
-                outcome = _failed(error, attempts=1)
+                outcome = make_failed(error, attempts=1)
             ended.put((index, outcome))
 
     for _ in range(min(slots, len(specs))):
@@ -304,7 +304,7 @@ def _run_one(
         try:
             result: Result = trainer.fit()
         except Exception as error:
-            failed = _failed(error, attempts=attempt)
+            failed = make_failed(error, attempts=attempt)
             if not failed.died or attempt > retries or stop.is_set():
                 return failed
             reason = failed.message
@@ -314,7 +314,7 @@ def _run_one(
     raise AssertionError("unreachable")
 
 
-def _failed(error: BaseException, *, attempts: int) -> Failed:
+def make_failed(error: BaseException, *, attempts: int) -> Failed:
     """What went wrong, seen from the worker that raised it rather than from Ray around it."""
     import traceback
 
@@ -322,11 +322,11 @@ def _failed(error: BaseException, *, attempts: int) -> Failed:
 
     causes = list(getattr(error, "worker_failures", {}).values()) or [error]
     # a peer's death makes the others raise in their collective: the death is the cause
-    causes.sort(key=lambda e: not _is_death(e))
+    causes.sort(key=lambda e: not is_death(e))
     cause = causes[0]
     if isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
         cause = cause.cause
-    died = _is_death(cause)
+    died = is_death(cause)
     text = str(cause).strip() or type(cause).__name__
     if died:
         text = "a worker process died (killed, or its node was lost)"
@@ -341,7 +341,7 @@ def _failed(error: BaseException, *, attempts: int) -> Failed:
     )
 
 
-def _is_death(error: BaseException) -> bool:
+def is_death(error: BaseException) -> bool:
     names = {cls.__name__ for cls in type(error).__mro__}
     return bool(names & {"WorkerHealthCheckFailedError", "ActorDiedError", "RayActorError", "NodeDiedError",
                          "WorkerGroupStartupFailedError", "WorkerCrashedError"})  # fmt: skip
