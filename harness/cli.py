@@ -96,15 +96,75 @@ def run(
 @app.command()
 def report(
     paths: Annotated[list[Path] | None, typer.Argument(help="Folders of results, or of single runs.")] = None,
-    format: Annotated[str, typer.Option(help="table, markdown, csv or json.")] = "table",
+    format: Annotated[str, typer.Option(help="table, markdown, csv, json or latex.")] = "table",
+    sort: Annotated[str | None, typer.Option(help="A column, as in error; -error: largest first.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Which columns, as in variant,depth,error.")] = None,
+    across: Annotated[str | None, typer.Option(help="Fields to average over, as in workers,threads.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write to this file.")] = None,
 ) -> None:
     """Print the comparison table of stored runs: mean and spread over seeds."""
     from rich.console import Console
 
+    from harness.plan import parse_words
     from harness.report import print_report
 
-    found = print_report(paths or [Path("runs")], Console(), format=format)
+    found = print_report(
+        paths or [Path("runs")],
+        Console(),
+        format=format,
+        sort=sort,
+        columns=parse_words(columns, "--columns") if columns is not None else (),
+        across=parse_words(across, "--across") if across is not None else (),
+        output=output,
+    )
     raise typer.Exit(0 if found else 2)
+
+
+@app.command()
+def compare(
+    paths: Annotated[list[Path], typer.Argument(help="Two folders of results, A and B; or one, with --by.")],
+    by: Annotated[str | None, typer.Option(help="Compare runs that differ in this field, as in loader.")] = None,
+    fail_on: Annotated[
+        str | None, typer.Option(help="Exit code 1 if so, as in 'error>+0.3,epoch_seconds>5%'.")
+    ] = None,
+    across: Annotated[str | None, typer.Option(help="Fields to average over, as in threads.")] = None,
+    format: Annotated[str, typer.Option(help="table, markdown or json.")] = "table",
+) -> None:
+    """Compare two sets of runs: difference, interval, and whether they are equivalent."""
+    from rich.console import Console
+
+    from harness.answers import print_comparison
+    from harness.plan import parse_words
+
+    overlooked = parse_words(across, "--across") if across is not None else ()
+    code = print_comparison(paths, Console(), by=by, fail_on=fail_on, format=format, across=overlooked)
+    raise typer.Exit(code)
+
+
+@app.command()
+def why(
+    row: Annotated[str, typer.Argument(help="A row of `harness report PATH`: msra-20, or its number.")],
+    path: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("runs"),
+) -> None:
+    """Print the runs, epochs and formulas behind a row's figures."""
+    from rich.console import Console
+
+    from harness.answers import print_why
+
+    print_why(row, path, Console())
+
+
+@app.command()
+def repro(
+    run: Annotated[str, typer.Argument(help="A run's folder, or its name or key in PATH.")],
+    path: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("runs"),
+) -> None:
+    """Print the command, commit and versions that train a stored run again."""
+    from rich.console import Console
+
+    from harness.answers import print_repro
+
+    print_repro(run, path, Console())
 
 
 @app.command()
@@ -172,7 +232,9 @@ def doctor(
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2, a bug shows its traceback."""
     # typer brings its own copy of click or uses click itself, by version: the class they share has this name
-    usage_error = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+    usage_error: type[Exception] = next(
+        cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException"
+    )
     code: Any
     try:
         code = app(standalone_mode=False)

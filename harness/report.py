@@ -18,6 +18,9 @@ from results.store import Failure, Record, RunResult, run_name
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from results.rows import Row
+    from results.store import Loaded
+
 PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py",
             "nvidia-dali-cuda120", "nvidia-dali-cuda130")  # fmt: skip
 
@@ -102,18 +105,13 @@ def make_record(
     )
 
 
-def print_report(
-    paths: Sequence[Path], console: Console, *, format: str = "table", across: Sequence[str] = ()
-) -> bool:
-    """Print the table of all runs under `paths`; what could not be read goes to standard error, a line each.
+def load_runs(paths: Sequence[Path]) -> Loaded:
+    """Read all runs under `paths`; what cannot be read goes to standard error, a line each.
 
-    Returns whether there was a run. Raises UserError for an unknown format or a path that does not exist.
+    Raises UserError for a path that is no folder.
     """
-    from harness.plan import check_word
     from results.store import load_records
-    from results.table import FORMATS, render, summarise
 
-    check_word(format, FORMATS, "--format")
     for path in paths:
         if not path.is_dir():
             raise UserError(
@@ -122,17 +120,65 @@ def print_report(
     loaded = load_records(paths)
     for problem in loaded.problems:
         print(f"harness: passed over: {problem}", file=sys.stderr)
+    return loaded
+
+
+def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
+    """The rows of a table. Raises UserError for a field to average over that no run has."""
+    from results.rows import summarise
+
     try:
-        rows = summarise(loaded.records, loaded.interrupted, across)
+        return summarise(loaded.records, loaded.interrupted, across)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if format == "table":  # written as it is: the table is laid out for this width already
-        text = render(rows, "table", width=console.width, colour=console.is_terminal and not console.no_color)
-    else:
-        text = render(rows, format)  # type: ignore[arg-type]
-    console.file.write(text if text.endswith("\n") else text + "\n")
-    console.file.flush()
+
+
+def print_report(
+    paths: Sequence[Path],
+    console: Console,
+    *,
+    format: str = "table",
+    across: Sequence[str] = (),
+    sort: str | None = None,
+    columns: Sequence[str] = (),
+    output: Path | None = None,
+) -> bool:
+    """Print the table of all runs under `paths`, or write it to a file.
+
+    Returns whether there was a run. Raises UserError for an unknown format, column or field, a path that does not
+    exist, and a file that cannot be written.
+    """
+    from harness.plan import check_word
+    from results.table import FORMATS, render, sort_rows
+
+    check_word(format, FORMATS, "--format")
+    rows = make_rows(load_runs(paths), across)
+    try:
+        if sort is not None:
+            rows = sort_rows(rows, sort)
+        if format == "table":  # written as it is: the table is laid out for this width already
+            colour = output is None and console.is_terminal and not console.no_color
+            text = render(rows, "table", width=console.width, colour=colour, columns=columns)
+        else:
+            text = render(rows, format, columns=columns)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    print_text(text, console, output)
     return bool(rows)
+
+
+def print_text(text: str, console: Console, output: Path | None = None) -> None:
+    """Write text as it is, to the console or a file. Raises UserError where the file cannot be written."""
+    text = text if text.endswith("\n") else text + "\n"
+    if output is None:
+        console.file.write(text)
+        console.file.flush()
+        return
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror or error}") from None
 
 
 def print_variants(console: Console) -> None:

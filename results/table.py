@@ -421,6 +421,8 @@ def lay_out(rows: Sequence[Row], wanted: Sequence[str] = ()) -> Layout:
     everywhere: dict[str, list[int]] = defaultdict(list)
     marks: dict[tuple[int, str], list[int]] = defaultdict(list)
     notes = make_notes(rows)
+    if wanted:  # what is said of other columns goes with them
+        notes = [note for note in notes if any(name in shown for _, name in note.cells)]
     for number, note in enumerate(notes, 1):
         for name in dict.fromkeys(name for _, name in sorted(note.cells)):
             where = [i for i, n in note.cells if n == name]

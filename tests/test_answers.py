@@ -1,0 +1,234 @@
+"""compare, why, repro and the options of report: answers, exit codes, mistakes."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import shlex
+import sys
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import cli, plan
+from harness.answers import make_command, make_repro
+from harness.space import parse_settings
+from results.store import Failure, Memory, Reading, Record, RunResult, Stored, fail, finish
+
+NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
+ENVIRONMENT = {
+    "commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False,
+    "versions": {"resnet-harness": "0.1.0", "torch": "2.15.0", "ray": "2.60.0"},
+    "command": ["harness", "run", "--depths", "20,32", "--data-dir", "my data"],
+}  # fmt: skip
+
+
+def make_record(
+    seed: int, error: float, *, seconds: float = 4.0, failure: Failure | None = None,
+    epochs: int | None = None, settings: tuple[str, ...] = (), workers: int = 1, environment: dict[str, Any] = ENVIRONMENT,
+    **sweep: Any,
+) -> Record:  # fmt: skip
+    """A run whose spec is a real plan's."""
+    values = {"variants": ("msra",), "depths": (20,), "dataset": "cifar10"} | sweep
+    asked = plan.Sweep(seeds=(seed,), epochs=epochs, settings=parse_settings(settings), **values)
+    width = plan.Width(device="cuda", gpus=workers, workers=workers, slots=1, threads=8)
+    (spec,) = plan.expand(asked, width, fingerprint="f" * 64, train_images=50_000)
+    none = Reading(value=None, reason="no GPU was used")
+    memory = Memory(
+        torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none, rss_mib=Reading(value=900.0)
+    )
+    result = RunResult(
+        parameters=272_292, evaluated_on="test", final_error=error, best_error=error - 0.2, best_epoch=170,
+        epoch_seconds=seconds, warmup_epochs=1, eval_seconds=0.5, images_per_second=50_000 / seconds, setup_seconds=9.0,
+        train_seconds=180 * seconds, memory=memory, workers=workers, batch_size=128, batch_size_per_gpu=128 // workers,
+        threads=8, device="NVIDIA H200", machine={"python": "3.12.1", "gpu": "NVIDIA H200", "driver": "580.1"},
+    )  # fmt: skip
+    network = spec.network
+    return Record(
+        key=spec.key, name=f"cifar10_{spec.variant}-{network.depth}_s{seed}_{spec.key[:8]}", variant=spec.variant,
+        status="failed" if failure else "done", depth=network.depth, seed=seed, dataset="cifar10", original=True,
+        spec=spec.to_json(), result=None if failure else result, failure=failure, environment=environment,
+        started_at=NOW, finished_at=NOW,
+    )  # fmt: skip
+
+
+def harness(line: str, capsys: Any) -> tuple[int, str, str]:
+    before = sys.argv
+    sys.argv = ["harness", *shlex.split(line)]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A: dali, three seeds of two depths. B: dataloader, slower by a tenth and worse by a point. A failed run in A."""
+    for seed, error in enumerate((8.0, 8.1, 8.2)):
+        for depth in (20, 32):
+            finish(tmp_path / "a", make_record(seed, error - depth / 100, depths=(depth,)))
+            finish(
+                tmp_path / "b",
+                make_record(seed, error - depth / 100 + 1, depths=(depth,), loader="dataloader", seconds=4.4),
+            )
+    fail(tmp_path / "a", make_record(3, 0.0, failure=Failure(kind="OOM", message="out of memory")))
+    return tmp_path
+
+
+def test_compare_folders_and_by_field(runs: Path, capsys: Any) -> None:
+    code, out, err = harness(f"compare {runs}/a {runs}/b", capsys)
+    assert (code, err) == (0, "")
+    assert "loader dali → dataloader" in out
+    assert "+1.00" in out
+    assert "+10.00 %" in out
+    assert out.count("different") >= 2
+    code, by, _ = harness(f"compare {runs}/a {runs}/b --by loader --format markdown", capsys)
+    assert code == 0
+    assert "loader dali → dataloader" in by
+    assert by.count("s/epoch") >= 2
+    code, text, _ = harness(f"compare {runs}/a {runs}/b --format json", capsys)
+    figures = json.loads(text)["pairs"][0]["figures"]
+    assert [figure["metric"] for figure in figures] == ["error", "epoch_seconds"]
+    assert figures[0]["difference"] == pytest.approx(1.0)
+
+
+def test_fail_on_decides_the_exit_code(runs: Path, capsys: Any) -> None:
+    for condition, expected in (("error>+0.3", 1), ("error>1.5", 0), ("error<1.5,epoch_seconds>5%", 1)):
+        code, _, err = harness(f"compare {runs}/a {runs}/b --fail-on '{condition}'", capsys)
+        assert code == expected
+        assert ("fails" in err) == (expected == 1)
+
+
+MISTAKES = {
+    "compare A": "compare takes two folders, or --by FIELD: 1 folder given",
+    "compare A B A": "3 folders given",
+    "compare A nowhere": "no folder of results",
+    "compare A empty": "no finished run in",
+    "compare A --by loader": "all runs have loader dali",
+    "compare A --by lodaer": "did you mean 'loader'",
+    "compare A B --fail-on error=3": "--fail-on: cannot read 'error=3'",
+    "compare A B --fail-on eror>3": "did you mean 'error'",
+    "compare A B --format csv": "allowed: table, markdown, json",
+    "why mrsa-20 A": "did you mean msra-20",
+    "why 0 A": "has rows 1 to 2",
+    "why 3 A": "has rows 1 to 2",
+    "repro nonsense A": "no run 'nonsense' among the 7",
+    "report A --sort eror": "did you mean 'error'",
+    "report A --columns variant,eror": "did you mean 'error'",
+    "report A --columns eror --format csv": "no column 'eror'",
+    "report A --across wokers": "no field 'wokers'",
+    "report A --output A": "cannot be written",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(line: str, runs: Path, capsys: Any) -> None:
+    (runs / "empty").mkdir()
+    names = {"A": runs / "a", "B": runs / "b", "nowhere": runs / "nowhere", "empty": runs / "empty"}
+    words = [str(names.get(word, word)) for word in line.split()]
+    code, out, err = harness(shlex.join(words), capsys)
+    assert (code, out) == (2, "")
+    assert MISTAKES[line] in err
+    assert err.count("\n") == 1
+
+
+def test_report_sorts_chooses_columns_and_writes_a_file(runs: Path, capsys: Any) -> None:
+    line = f"report {runs}/a {runs}/b --sort -error --columns depth,loader,error_percent_mean --format csv"
+    line += f" --output {runs}/deep/table.csv"
+    code, out, _ = harness(line, capsys)
+    assert (code, out) == (0, "")
+    table = list(csv.reader(io.StringIO((runs / "deep/table.csv").read_text())))
+    assert table[0] == ["depth", "loader", "error_percent_mean"]
+    assert [row[:2] for row in table[1:]] == [
+        ["20", "dataloader"],
+        ["32", "dataloader"],
+        ["20", "dali"],
+        ["32", "dali"],
+    ]
+    code, out, _ = harness(f"report {runs}/a --columns error,depth --sort depth --format markdown", capsys)
+    lines = [line.split("|") for line in out.splitlines() if line.startswith("|")]
+    assert [cell.strip() for cell in lines[0][1:3]] == ["error %", "depth"]
+    assert "alloc" not in out
+    code, out, _ = harness(f"report {runs}/a {runs}/b --across loader --format csv", capsys)
+    assert [row["n"] for row in csv.DictReader(io.StringIO(out))] == ["6", "6"]
+
+
+def test_why_by_name_and_by_number(runs: Path, capsys: Any) -> None:
+    code, by_name, _ = harness(f"why msra-20 {runs}/a", capsys)
+    assert code == 0
+    for words in ("error 7.90 ± 0.10", "seed 3 failed: OOM", "loader = dali"):
+        assert words in by_name
+    assert harness(f"why 1 {runs}/a", capsys)[1] == by_name
+    assert harness(f"why 2 {runs}/a", capsys)[1].startswith("msra-32")
+
+
+REPEATED: list[dict[str, Any]] = [
+    {},
+    {"epochs": 30, "batch_size": 256, "val": 5000},
+    {"settings": ("lr=0.05", "weight_decay=0.0005")},
+    {"workers": 8, "precision": "bf16", "loader": "dataloader", "limit_train": 1000},
+    {"variants": ("he2015",), "depths": (110,)},
+]
+
+
+@pytest.mark.parametrize("changes", REPEATED, ids=lambda changes: ",".join(changes) or "none")
+def test_the_command_of_repro_plans_the_same_run(changes: dict[str, Any]) -> None:
+    record = make_record(7, 8.0, **changes)
+    command, same = make_command(record)
+    assert same
+    options = dict(zip(command[2::2], command[3::2], strict=True))
+    sweep = plan.Sweep(
+        variants=plan.parse_words(options["--variants"], ""),
+        depths=plan.parse_depths(options["--depths"]),
+        seeds=plan.parse_seeds(options["--seeds"]),
+        dataset=options["--dataset"], loader=options["--loader"], precision=options["--precision"],
+        epochs=int(options["--epochs"]) if "--epochs" in options else None,
+        batch_size=int(options["--batch-size"]) if "--batch-size" in options else None,
+        val=int(options["--val"]) if "--val" in options else None,
+        limit_train=int(options["--limit-train"]) if "--limit-train" in options else None,
+        settings=parse_settings(v for k, v in pairwise(command) if k == "--set"),
+    )  # fmt: skip
+    workers = int(options["--workers"])
+    width = plan.make_width(gpus=int(options["--gpus"]), workers=workers, have_gpus=8, have_cpus=8,
+                            precision=sweep.precision, where="here")  # fmt: skip
+    (spec,) = plan.expand(sweep, width, fingerprint="f" * 64, train_images=50_000)
+    assert spec.key == record.key
+    assert options["--data-dir"] == "my data"
+
+
+def test_repro_says_what_it_cannot_promise(runs: Path, capsys: Any) -> None:
+    record = make_record(0, 8.0)
+    text = make_repro(Stored(record, Path("x")))
+    assert f"git checkout {ENVIRONMENT['commit']}\n" in text
+    assert "pip install torch==2.15.0 ray==2.60.0\n" in text
+    assert "driver 580.1" in text
+    assert "harness run --depths 20,32 --data-dir 'my data'" in text
+    other = record.model_copy(
+        update={"spec": record.spec | {"recipe": {}}, "key": hashlib.sha256(b"x").hexdigest()[:16]}
+    )
+    dirty = other.model_copy(update={"environment": ENVIRONMENT | {"dirty": True}})
+    text = make_repro(Stored(dirty, Path("x")))
+    assert "uncommitted changes" in text
+    assert "another spec" in text
+    assert "not known" in make_repro(Stored(other.model_copy(update={"environment": {}}), Path("x")))
+    for run in (record.key[:6], record.name, f"{runs}/a/{record.name}"):
+        code, out, _ = harness(f"repro {run} {runs}/a", capsys)
+        assert code == 0
+        assert f"# {record.name}, done 2026-01-02 03:04 UTC" in out
+
+
+def test_repro_is_not_led_astray_by_a_name(runs: Path) -> None:
+    """What it prints may be run by a shell: a record's words stay words, and comments stay one line."""
+    record = make_record(0, 8.0)
+    evil = record.model_copy(update={"name": "x\nrm -rf /", "spec": record.spec | {"dataset": "a; rm -rf /"}})
+    lines = make_repro(Stored(evil, Path("x"))).splitlines()
+    assert not [line for line in lines if line.startswith("rm")]
+    assert "'a; rm -rf /'" in "\n".join(lines)
