@@ -52,6 +52,7 @@ def run(
     ),
     address: Annotated[str | None, typer.Option(help="A running Ray cluster: HOST:PORT or auto.")] = None,
     launcher: Annotated[str, typer.Option(help="ray, or local: one worker in this process.")] = "ray",
+    format: Annotated[str, typer.Option(help="table, or jsonl: a JSON object an epoch, no table.")] = "table",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what is done already.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Train finished runs again; the old ones are kept.")
@@ -89,6 +90,7 @@ def run(
         force=force,
         fail_fast=fail_fast,
         verbose=verbose,
+        format=format,
     )
     raise typer.Exit(run_sweep(sweep, options, Console()))
 

@@ -20,13 +20,13 @@ from rich.table import Table
 
 from cluster.launch import Cluster, ClusterError, Failed, Started, connect, disconnect
 from harness import plan, profiler
-from harness.live import Progress
+from harness.live import JsonLines, Progress
 from harness.optim import total_epochs
 from harness.plan import Sweep, Width
 from harness.report import make_record, name_of
 from harness.run import Places, RunSpec, UserError
 from loaders.datasets import DataError, Dataset, load_dataset
-from results.store import fail, finish, finished_dir, finished_keys, partial_dir, start
+from results.store import fail, finish, finished_dir, finished_keys, load_epochs, partial_dir, start
 
 if TYPE_CHECKING:
     pass
@@ -49,6 +49,7 @@ class Options:
     fail_fast: bool = False
     dry_run: bool = False
     verbose: bool = False
+    format: str = "table"  # jsonl: a JSON object an epoch, and no table
 
 
 def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
@@ -58,6 +59,7 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
     """
     plan.check_sweep(sweep)
     plan.check_word(options.launcher, plan.LAUNCHERS, "--launcher")
+    plan.check_word(options.format, ("table", "jsonl"), "--format")
     if not options.dry_run:
         options = replace(options, out=plan.check_out(options.out))
     with ExitStack() as stack:
@@ -71,10 +73,14 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
             return EXIT_DONE
         code = EXIT_DONE
         if todo:
+            if options.address is not None:
+                _check_nodes(sweep, dataset, options, console)
             if options.address is None and options.launcher == "ray":
                 join_cluster(stack, None, cpus=width.threads * width.workers * width.slots, gpus=width.gpus,
                          verbose=options.verbose)  # fmt: skip
             code = _train(todo, width, dataset, options, console, stack)
+    if options.format == "jsonl":
+        return code
     from harness.report import print_report
 
     names = [name_of(spec, dataset.label) for spec in specs]
@@ -172,6 +178,19 @@ def _plan_table(specs: list[RunSpec], dataset: Dataset, options: Options, finish
     return table
 
 
+def _check_nodes(sweep: Sweep, dataset: Dataset, options: Options, console: Console) -> None:
+    """Refuse a cluster of several nodes that are not alike. Raises UserError."""
+    from cluster.preflight import working_nodes
+    from harness.preflight import check_nodes
+
+    if len(working_nodes()) > 1:
+        places = make_places(options, dataset)
+        check_nodes(
+            sweep.dataset, dataset.fingerprint,
+            out=places.out, data_dir=places.data_dir, cache_dir=places.cache_dir, console=console,
+        )  # fmt: skip
+
+
 @contextlib.contextmanager
 def stopping_on_sigterm() -> Iterator[None]:
     """A scheduler's SIGTERM stops as Ctrl-C does."""
@@ -227,14 +246,18 @@ def _train(
     places = make_places(options, dataset)
     started: dict[str, datetime] = {}
     failures = 0
-    display = Progress(
-        specs, {spec.key: count_epochs(spec, dataset) for spec in specs}, console, slots=width.slots
-    )
+    display: Progress | JsonLines
+    if options.format == "jsonl":
+        display = JsonLines(console.file)
+    else:
+        epochs = {spec.key: count_epochs(spec, dataset) for spec in specs}
+        display = Progress(specs, epochs, console, slots=width.slots)
 
     def progress(spec: RunSpec, event: Any) -> None:
         if isinstance(event, Started) and spec.key not in started:
             started[spec.key] = datetime.now(UTC)
-            start(options.out, name_of(spec, dataset.label), spec.to_json())
+            folder = start(options.out, name_of(spec, dataset.label), spec.to_json())
+            display.resumes(spec, load_epochs(folder))
         display.event(spec, event)
 
     work: AbstractContextManager[Any] = contextlib.closing(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -54,6 +56,14 @@ class Progress:
     def say(self, text: str) -> None:
         """A line above the table."""
         self.console.print(Text(text), soft_wrap=True)
+
+    def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
+        """A run takes up what an earlier command left."""
+        if history:
+            line = self.lines[spec.key]
+            line.last = history[-1]
+            line.seconds = [row.train_seconds + row.eval_seconds for row in history]
+            self.say(f"{spec.title}: goes on after epoch {history[-1].epoch}/{line.epochs}")
 
     def event(self, spec: RunSpec, event: Any) -> None:
         """An attempt began, or an epoch ended."""
@@ -146,6 +156,43 @@ class Progress:
         )
         kept = {id(line) for line in ranked[:room]}
         return [line for line in lines if id(line) in kept]
+
+
+class JsonLines:
+    """In place of the table: a JSON object an epoch, for programs. "time" is training seconds since epoch 0 began."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
+        """Epochs of an earlier command count in the time; they are not printed again."""
+        self.seconds[spec.key] = sum(row.train_seconds for row in history)
+
+    def event(self, spec: RunSpec, event: Any) -> None:
+        """Print an epoch, counted from 0; accuracies are shares of 1."""
+        if isinstance(event, EpochMetrics):
+            self.seconds[spec.key] += event.train_seconds
+            measured = "val_acc" if spec.recipe.val else "test_acc"
+            self._print(
+                spec, epoch=event.epoch - 1, **{measured: round(1 - event.error / 100, 6)},
+                time=self.seconds[spec.key], loss=event.loss,
+            )  # fmt: skip
+
+    def ended(self, spec: RunSpec, outcome: RunResult | Failed) -> None:
+        """Print a failure; a result has been printed by its last epoch."""
+        if isinstance(outcome, Failed):
+            self._print(spec, failed=outcome.message)
+
+    def _print(self, spec: RunSpec, **what: Any) -> None:
+        row = {**what, "variant": spec.variant, "depth": spec.network.depth, "seed": spec.seed, "key": spec.key}
+        print(json.dumps(row), file=self.file, flush=True)
 
 
 def _clock(seconds: float | None) -> str:

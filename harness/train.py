@@ -46,7 +46,7 @@ def split_data(spec: RunSpec, dataset: Dataset) -> Data:
     """Cut the run's sets out of the data set: first the limit, then the validation split by seed."""
     train = dataset.train if spec.limit_train is None else limit(dataset.train, spec.limit_train)
     if spec.recipe.val:
-        train, val = hold_out(train, spec.recipe.val, spec.seed)
+        train, val = hold_out(train, spec.recipe.val, spec.seed, stratified=spec.recipe.val_stratified)
         return Data(train, val, "val")
     return Data(train, dataset.test, "test")
 

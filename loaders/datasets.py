@@ -135,17 +135,23 @@ def limit(split: Split, count: int) -> Split:
     return Split(split.images[chosen], split.labels[chosen])
 
 
-def hold_out(split: Split, count: int, seed: int) -> tuple[Split, Split]:
-    """Split into (rest, `count` held out), every class in proportion, drawn by `seed`. Raises DataError."""
+def hold_out(split: Split, count: int, seed: int, *, stratified: bool = True) -> tuple[Split, Split]:
+    """Split into (rest, `count` held out), drawn by `seed`; stratified: every class in proportion.
+
+    Both keep the order of `split`. Raises DataError.
+    """
     if not 0 < count < len(split):
         raise DataError(f"cannot hold out {count} of {len(split)} images: allowed are 1 to {len(split) - 1}")
+    generator = np.random.Generator(np.random.PCG64(seed))
+    held = np.zeros(len(split), bool)
+    if not stratified:
+        held[generator.permutation(len(split))[:count]] = True
+        return Split(split.images[~held], split.labels[~held]), Split(split.images[held], split.labels[held])
     classes, sizes = np.unique(split.labels, return_counts=True)
     exact = sizes * count / len(split)
     shares = exact.astype(np.int64)
     largest_remainder = np.argsort(shares - exact, kind="stable")[: count - shares.sum()]
     shares[largest_remainder] += 1
-    generator = np.random.Generator(np.random.PCG64(seed))
-    held = np.zeros(len(split), bool)
     for label, share in zip(classes, shares, strict=True):
         mine = np.flatnonzero(split.labels == label)
         held[generator.permutation(mine)[:share]] = True

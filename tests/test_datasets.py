@@ -493,3 +493,16 @@ def test_real_images(tmp_path: Path, cache: Path) -> None:
         assert np.array_equal(dataset.train.images[64], np.asarray(image))
     index = json.loads(next((cache / "index").glob("*.json")).read_text())
     assert index["fingerprint"] == dataset.fingerprint
+
+
+def test_a_plain_split_is_drawn_from_all_images_and_keeps_their_order() -> None:
+    split = Split(np.arange(400, dtype=np.uint8).repeat(12).reshape(400, 2, 2, 3) % 251, np.arange(400) // 100)
+    rest, held = hold_out(split, 100, seed=1, stratified=False)
+    assert (len(rest), len(held)) == (300, 100)
+    whole = sorted([*map(bytes, rest.images), *map(bytes, held.images)])
+    assert whole == sorted(map(bytes, split.images))
+    counts = np.bincount(held.labels, minlength=4)
+    assert counts.sum() == 100
+    assert not (counts == 25).all(), "seed 1 draws the classes unequally; a stratified split never does"
+    again = hold_out(split, 100, seed=1, stratified=False)[1]
+    assert (again.images == held.images).all()
