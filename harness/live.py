@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, TextIO
+from typing import IO, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -161,7 +161,7 @@ class Progress:
 class JsonLines:
     """In place of the table: a JSON object an epoch, for programs. "time" is training seconds since epoch 0 began."""
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: IO[str]) -> None:
         self.file = file
         self.seconds: dict[str, float] = defaultdict(float)
 

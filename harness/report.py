@@ -184,30 +184,25 @@ def print_text(text: str, console: Console, output: Path | None = None) -> None:
 def print_variants(console: Console) -> None:
     """Print every variant at its default depth: parameters, multiply-adds, recipe, source."""
     import torch
-    from rich.table import Table
+    from rich.text import Text
 
     from models.flops import count_flops
     from models.resnet import build, count_parameters
     from models.variants import VARIANTS, default_depth
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("variant", "depth", "parameters", "MMAC", "recipe", "source"):
-        right = name in ("depth", "parameters", "MMAC")
-        table.add_column(name, justify="right" if right else "left", no_wrap=right or name == "variant")
     for function in VARIANTS:
         variant = function(default_depth(function))
         classes, side = (100, 112) if variant.network.architecture == "imagenet" else (10, 32)
         with torch.device("meta"):
             parameters = count_parameters(build(variant.network, classes, side))
-        table.add_row(
-            variant.name,
-            str(variant.network.depth),
-            f"{parameters:,}",
-            f"{count_flops(variant.network, classes, side) / 1e6:.1f}",
-            variant.summary,
-            variant.source,
-        )
-    console.print(table)
+        macs = count_flops(variant.network, classes, side) / 1e6
+        line = Text()
+        line.append(f"{variant.name:27}", style="bold")
+        line.append(f"depth {variant.network.depth:<4} {parameters:>9,} parameters {macs:>7.1f} MMAC")
+        console.print(line, soft_wrap=True)
+        console.print(Text(f"    {variant.summary} ({variant.source})", style="dim"), soft_wrap=True)
     console.print(
-        "parameters and multiply-adds of one 32x32 image and 10 classes (miniplaces: 112x112, 100)", style="dim"
+        "\nEach at its default depth, for one 32x32 image and 10 classes (miniplaces: 112x112 and 100). "
+        "MMAC: million multiply-adds, forward.",
+        style="dim",
     )
