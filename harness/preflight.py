@@ -1,0 +1,177 @@
+"""Before a run on several nodes: do they all have the same code, versions, data and results folder?"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.preflight import Unanswered, ask_every_node
+from harness.run import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+OURS = ("harness", "models", "loaders", "cluster", "results")
+COMPARED = ("torch", "torchvision", "ray", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
+LEAST_DISK_GIB = 2.0
+LARGEST_CLOCK_ERROR_SECONDS = 60.0
+ROWS_SHOWN = 40
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """What each node is asked about. Paths absolute."""
+
+    out: Path
+    marker: str  # name of a file that the driver has put into `out`
+    dataset: str
+    data_dir: Path | None
+    cache_dir: Path | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """One thing on one node that is not as it is here, or not as it must be."""
+
+    node: str
+    what: str
+    there: str
+    here: str
+
+
+def hash_code() -> str:
+    """SHA-256 over the sources of our five packages, as this process would import them; 12 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in OURS:
+        spec = find_spec(name)
+        for folder in (spec.submodule_search_locations if spec else None) or ():
+            for path in sorted(Path(folder).glob("*.py")):
+                digest.update(f"{name}/{path.name}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _describe() -> dict[str, str]:
+    """What must be equal everywhere; "" for a package that is not installed."""
+    facts = {"python": platform.python_version(), "code": hash_code()}
+    for package in COMPARED:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = ""
+    return facts
+
+
+def answer(question: Question) -> dict[str, str]:
+    """The facts of the node this runs on, as text. Leaves a file in `out`."""
+    facts = {**_describe(), "clock": f"{time.time()}"}
+    try:
+        seen = (question.out / question.marker).exists()
+        mine = question.out / f"{question.marker}-{uuid.uuid4().hex}"
+        if seen:
+            mine.write_bytes(b"")
+        facts["out"] = mine.name if seen else "another folder, or none"
+        facts["disk"] = f"{shutil.disk_usage(question.out).free / GIB:.1f}" if seen else ""
+    except OSError as error:
+        facts["out"], facts["disk"] = error.strerror or str(error), ""
+    from loaders.datasets import DataError, load_dataset
+
+    try:
+        facts["data"] = load_dataset(question.dataset, question.data_dir, question.cache_dir).fingerprint[:12]
+    except (DataError, OSError) as error:
+        facts["data"] = str(error)
+    return facts
+
+
+def compare(
+    here: Mapping[str, str],
+    answers: Mapping[str, Mapping[str, str] | Unanswered],
+    *,
+    written: frozenset[str],
+    asked_at: float,
+    answered_at: float,
+) -> list[Difference]:
+    """Everything that differs. `written` are the names that the driver finds in its own results folder."""
+    found = []
+    for node, facts in sorted(answers.items()):
+        if isinstance(facts, Unanswered):
+            found.append(Difference(node=node, what="answer", there=facts.reason, here=""))
+            continue
+        for what in ("python", "code", "data", *COMPARED):
+            if facts[what] != here[what]:
+                there, mine = facts[what] or "not installed", here[what] or "not installed"
+                found.append(Difference(node=node, what=what, there=there, here=mine))
+        if facts["out"] not in written:
+            found.append(Difference(node=node, what="--out", there=facts["out"], here="must be one shared folder"))
+        elif float(facts["disk"]) < LEAST_DISK_GIB:
+            found.append(Difference(node=node, what="disk", there=f"{facts['disk']} GiB free",
+                                    here=f"at least {LEAST_DISK_GIB:.0f} GiB"))  # fmt: skip
+        clock = float(facts["clock"])
+        error = max(asked_at - clock, clock - answered_at)
+        if error > LARGEST_CLOCK_ERROR_SECONDS:
+            side = "behind" if clock < asked_at else "ahead"
+            found.append(Difference(node=node, what="clock", there=f"{error:.0f} s {side}", here=""))
+    return found
+
+
+def check_nodes(
+    dataset: str, fingerprint: str, *, out: Path, data_dir: Path | None, cache_dir: Path | None, console: Console
+) -> None:
+    """Compare every node with this process, and with what a run needs.
+
+    Prints a table of what differs and raises UserError, or does nothing. Call `cluster.launch.connect` before.
+    """
+    question = Question(
+        out=out,
+        marker=f".preflight-{uuid.uuid4().hex[:12]}",
+        dataset=dataset,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+    )
+    marker = out / question.marker
+    marker.write_bytes(b"")
+    try:
+        asked_at = time.time()
+        answers = ask_every_node(partial(answer, question))
+        answered_at = time.time()
+        written = frozenset(name for name in os.listdir(out) if name.startswith(question.marker))  # noqa: PTH208
+    finally:
+        for path in out.glob(f"{question.marker}*"):
+            path.unlink(missing_ok=True)
+    here = {**_describe(), "data": fingerprint[:12]}
+    differences = compare(here, answers, written=written, asked_at=asked_at, answered_at=answered_at)
+    if differences:
+        console.print(_table(differences))
+        nodes = len({difference.node for difference in differences})
+        raise UserError(f"{nodes} of {len(answers)} nodes are not ready: the table says what differs")
+
+
+def _table(differences: list[Difference]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    more = len(differences) - ROWS_SHOWN
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), caption_justify="left",
+        caption=f"and {more} more" if more > 0 else None,
+    )  # fmt: skip
+    for name in ("node", "what", "there", "here"):
+        table.add_column(name, overflow="fold")
+    for difference in differences[:ROWS_SHOWN]:
+        # Text: a path or a message of another machine is never taken for markup
+        table.add_row(
+            *(Text(word) for word in (difference.node, difference.what, difference.there, difference.here))
+        )
+    return table
