@@ -160,7 +160,7 @@ def make_command(record: Record) -> tuple[list[str], bool]:
     spec = record.spec
     recipe = _mapping(spec.get("recipe"))
     options = {"variants": record.variant, "depths": record.depth, "seeds": f"{record.seed},"}
-    for name in ("dataset", "loader", "precision", "limit_train"):
+    for name in ("dataset", "loader", "precision", "limit_train", "limit_test"):
         if spec.get(name) is not None:
             options[name] = spec[name]
     settings = []
@@ -199,7 +199,7 @@ def _key(
         sweep = Sweep(
             variants=(record.variant,), depths=(record.depth,), seeds=(record.seed,), dataset=spec["dataset"],
             loader=spec["loader"], precision=spec["precision"], epochs=number("epochs"),
-            batch_size=number("batch_size"), val=number("val"), limit_train=number("limit_train"),
+            batch_size=number("batch_size"), val=number("val"), limit_train=number("limit_train"), limit_test=number("limit_test"),
             settings=parse_settings(settings),
         )  # fmt: skip
         workers = int(spec["workers"])

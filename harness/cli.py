@@ -43,6 +43,7 @@ def run(
     limit_train: Annotated[
         int | None, typer.Option(help="Train on so many images only; marked in tables.")
     ] = None,
+    limit_test: Annotated[int | None, typer.Option(help="Evaluate on so many test images only; marked.")] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs to use, 0 for the CPU. Default: all there are.")] = None,
     workers: Annotated[
         int | None, typer.Option(help="DDP processes of one run; gpus/workers runs go at a time. Default: --gpus.")
@@ -77,6 +78,7 @@ def run(
         batch_size=batch_size,
         val=val,
         limit_train=limit_train,
+        limit_test=limit_test,
         settings=space.parse_settings(settings or ()),
     )
     options = Options(

@@ -33,6 +33,7 @@ class Sweep:
     batch_size: int | None = None
     val: int | None = None
     limit_train: int | None = None
+    limit_test: int | None = None
     settings: Mapping[str, Any] = field(
         default_factory=dict
     )  # fields of recipe and network: `space.parse_settings`
@@ -101,6 +102,7 @@ def check_sweep(sweep: Sweep) -> None:
     check_count(sweep.epochs, "--epochs")
     check_count(sweep.batch_size, "--batch-size")
     check_count(sweep.limit_train, "--limit-train")
+    check_count(sweep.limit_test, "--limit-test")
     if sweep.batch_size is not None and "batch_size" in sweep.settings:
         raise UserError("batch_size is given twice: leave --batch-size or --set batch_size=... out")
     check_count(sweep.val, "--val", least=0)
@@ -192,6 +194,7 @@ def expand(sweep: Sweep, width: Width, *, fingerprint: str, train_images: int) -
                         dataset=sweep.dataset,
                         fingerprint=fingerprint,
                         limit_train=sweep.limit_train,
+                        limit_test=sweep.limit_test,
                         loader=sweep.loader,
                         precision=sweep.precision,  # type: ignore[arg-type]
                         device=width.device,

@@ -42,6 +42,7 @@ class RunSpec:
     dataset: str
     fingerprint: str  # of the images and labels, sha256
     limit_train: int | None = None
+    limit_test: int | None = None
     loader: str
     precision: Precision = "fp32"
     engine: str = "eager"

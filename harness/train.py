@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -38,17 +38,19 @@ class Data:
     """The three sets of a run, of which it uses two."""
 
     train: Split
-    held: Split  # evaluated after each epoch
-    held_name: str
+    held: Split  # evaluated after each epoch: the validation split, or the test set where there is none
+    test: Split
+    held_name: Literal["val", "test"]
 
 
 def split_data(spec: RunSpec, dataset: Dataset) -> Data:
     """Cut the run's sets out of the data set: first the limit, then the validation split by seed."""
+    test = dataset.test if spec.limit_test is None else limit(dataset.test, spec.limit_test)
     train = dataset.train if spec.limit_train is None else limit(dataset.train, spec.limit_train)
     if spec.recipe.val:
         train, val = hold_out(train, spec.recipe.val, spec.seed, stratified=spec.recipe.val_stratified)
-        return Data(train, val, "val")
-    return Data(train, dataset.test, "test")
+        return Data(train, val, test, "val")
+    return Data(train, test, test, "test")
 
 
 def mix(images: torch.Tensor, alpha: float, random: np.random.Generator) -> torch.Tensor:
@@ -313,10 +315,10 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     on_test = None
     if data.held_name != "test":
         test_loader = make_evaluation_loader(
-            spec.loader, dataset.test, **view, **place, eval_batch_size=min(EVAL_BATCH_SIZE, len(dataset.test))
+            spec.loader, data.test, **view, **place, eval_batch_size=min(EVAL_BATCH_SIZE, len(data.test))
         )
         on_test = evaluate(
-            network, test_loader, images=len(dataset.test), autocast=make_autocast(device, spec.precision)
+            network, test_loader, images=len(data.test), autocast=make_autocast(device, spec.precision)
         )
         test_loader.close()
     memory = meter.read()
@@ -331,7 +333,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     best = min(history, key=lambda row: row.error)
     return RunResult(
         parameters=parameters,
-        evaluated_on="val" if data.held_name == "val" else "test",
+        evaluated_on=data.held_name,
         epochs=tuple(history),
         final_error=history[-1].error,
         best_error=best.error,

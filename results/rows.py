@@ -41,6 +41,7 @@ class Row:
     dataset: str  # label
     original: bool
     limit_train: int | None
+    limit_test: int | None
     overrides: tuple[str, ...]
     duration: float
     duration_unit: str  # "epoch", "step"
@@ -198,13 +199,14 @@ def _make_row(group: _Group) -> Row:
         dataset, original = (name.split("_")[0] if spec else NONE), False
     results = [stored.record.result for stored in done if stored.record.result is not None]
     first = results[0] if results else None
-    limit = spec.get("limit_train")
+    limit, limit_test = spec.get("limit_train"), spec.get("limit_test")
     row = Row(
         variant=variant,
         depth=depth,
         dataset=dataset,
         original=original,
         limit_train=limit if isinstance(limit, int) else None,
+        limit_test=limit_test if isinstance(limit_test, int) else None,
         overrides=tuple(map(str, overrides)) if isinstance(overrides := spec.get("overrides"), list) else (),
         duration=_number(recipe.get("duration"), math.nan),
         duration_unit=str(recipe.get("unit", "epoch")),
@@ -274,7 +276,7 @@ def _measure(results: list[RunResult]) -> dict[str, Any]:
 
 def _against(row: Row) -> Against | None:
     """The published number, only where data, training set and recipe are the published ones, on test images."""
-    if not row.original or row.limit_train is not None or row.overrides:
+    if not row.original or row.limit_train is not None or row.limit_test is not None or row.overrides:
         return None
     published = find_published(row.dataset, row.variant, row.depth)
     if published is None:

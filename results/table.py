@@ -279,6 +279,8 @@ def make_notes(rows: Sequence[Row]) -> list[Note]:
     for i, row in enumerate(rows):
         if row.limit_train is not None:
             note("trained on a part of the training set: not comparable with published errors", i, "limit_train")
+        if row.limit_test is not None:
+            note(f"of {row.limit_test:,} of the test images: not comparable with published errors", i, "error")
         for name, values in row.averaged_over.items():
             note(f"averaged over {name}: {', '.join(values)}, as asked for", i, "n")
         if row.evaluated_on == "val":
@@ -311,7 +313,11 @@ def make_notes(rows: Sequence[Row]) -> list[Note]:
         if row.against is not None:
             note(_cite(row.against.published), i, "published")
         missing: dict[str, list[Column]] = defaultdict(list)
+        if row.done and row.epoch_seconds is None:
+            note("no epoch was timed: each was the first of its attempt, which is warm-up", i, "epoch_seconds")
         for column in COSTS if row.done else ():
+            if row.fields.get("device") == "cpu" and column.name != "rss_mib":
+                continue  # nobody misses a GPU's memory where none was asked for
             reading = getattr(row, column.name)
             if isinstance(reading, Reading) and reading.value is None and reading.reason:
                 missing[reading.reason].append(column)
@@ -538,6 +544,7 @@ def _raw(row: Row) -> dict[str, Any]:
         "dataset_is_original": row.original,
         "fingerprint": row.fields.get("fingerprint"),
         "limit_train": row.limit_train,
+        "limit_test": row.limit_test,
         "evaluated_on": row.evaluated_on,
         "duration": row.duration,
         "duration_unit": row.duration_unit,
