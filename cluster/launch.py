@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import shutil
 import socket
 import subprocess
@@ -29,6 +30,9 @@ Outcome = TypeVar("Outcome")
 Report = Callable[[Any], None]
 
 CONNECT_SECONDS = 20.0
+WAIT_SECONDS = 1800.0  # for room in the cluster: as long as a cloud may take to bring another node
+SHOW_WAIT_SECONDS = 10.0
+PLACEMENTS = ("pack", "strict-pack", "spread")
 COLLECTIVE_SECONDS = 300  # a peer that stops without dying is noticed after this, not after torch's 30 minutes
 
 _ENVIRONMENT = {
@@ -57,7 +61,9 @@ class Worker:
     device: str = "cpu"  # "cuda:0" or "cpu"
     threads: int = 1
     attempt: int = 1
-    start_seconds: float = 0.0  # from asking for the attempt until its function was entered (two clocks on two nodes)
+    start_seconds: float = (
+        0.0  # from asking for the attempt until its function was entered (two clocks on two nodes)
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,12 +91,41 @@ class Entered:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cluster:
-    """What a cluster has, in whole CPUs and GPUs."""
+class Waiting:
+    """Progress: an attempt cannot begin, the cluster has too little room now."""
+
+    seconds: float  # so far
+    reason: str  # "2 GPU wanted, 1 free"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Node:
+    """What one node has, in whole CPUs and GPUs."""
 
     cpus: int
     gpus: int
-    nodes: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """What a cluster has, node by node."""
+
+    members: tuple[Node, ...]
+
+    @property
+    def cpus(self) -> int:
+        """CPUs of all nodes."""
+        return sum(node.cpus for node in self.members)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all nodes."""
+        return sum(node.gpus for node in self.members)
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes are alive."""
+        return len(self.members)
 
 
 def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False) -> Cluster:
@@ -117,12 +152,29 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
     except (ConnectionError, RuntimeError) as error:
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise ClusterError(f"no Ray cluster answers at {address!r}: {first}") from None
-    have = ray.cluster_resources()
-    return Cluster(
-        cpus=int(have.get("CPU", 0)),
-        gpus=int(have.get("GPU", 0)),
-        nodes=sum(1 for node in ray.nodes() if node["Alive"]),
-    )
+    has = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Cluster(members=tuple(Node(cpus=int(h.get("CPU", 0)), gpus=int(h.get("GPU", 0))) for h in has))
+
+
+def fit(cluster: Cluster, *, workers: int, slots: int, gpu: bool, placement: str) -> tuple[int, int]:
+    """How many of `slots` runs of `workers` workers can go on at a time, and with how many CPUs a worker.
+
+    The most CPUs a worker with which the most runs go on; (0, 0) where not one run can be placed.
+    """
+
+    def runs(threads: int) -> int:
+        room = [min(n.cpus // threads, n.gpus) if gpu else n.cpus // threads for n in cluster.members]
+        if placement == "strict-pack":
+            return min(slots, sum(r // workers for r in room))
+        return min(slots, sum(room) // workers)
+
+    most = runs(1)
+    if not most:
+        return 0, 0
+    threads = 1
+    while threads * workers * most < cluster.cpus and runs(threads + 1) == most:
+        threads += 1
+    return most, threads
 
 
 def disconnect() -> None:
@@ -167,12 +219,17 @@ def launch(
     storage: Path,
     progress: Callable[[Spec, Any], None],
     retries: int = 2,
+    placement: str = "pack",
+    wait_seconds: float = WAIT_SECONDS,
 ) -> Iterator[tuple[Spec, Outcome | Failed]]:
     """Run every spec, `slots` at a time with `workers` processes each; yield each as it ends.
 
     A worker that dies (killed, out of host memory, node lost) is retried; an exception is not, since it would
-    come again. `progress(spec, event)` is called in this thread with `Started` and with everything that rank 0
-    reports. Call `connect` before. `storage` is for Ray's own files and must be seen by every node.
+    come again. An attempt that finds no room, since a node was lost or others use the cluster, waits for it
+    without counting, up to `wait_seconds` in all. `progress(spec, event)` is called in this thread with `Started`,
+    `Waiting`, `Entered` and with everything that rank 0 reports. Call `connect` before. `storage` is for Ray's own
+    files and must be seen by every node. `placement`: pack prefers one node for a run's workers, strict-pack
+    insists on it, spread prefers many.
     """
     import ray
 
@@ -181,6 +238,7 @@ def launch(
 
         def __init__(self) -> None:
             self.events: list[tuple[int, Any]] = []
+            self.placed: dict[int, Any] = {}
 
         def put(self, index: int, event: Any) -> None:
             self.events.append((index, event))
@@ -188,6 +246,12 @@ def launch(
         def drain(self) -> list[tuple[int, Any]]:
             events, self.events = self.events, []
             return events
+
+        def place(self, index: int, group: Any) -> None:
+            self.placed[index] = group
+
+        def displace(self, index: int) -> Any:
+            return self.placed.pop(index, None)
 
     board = ray.remote(num_cpus=0)(Board).remote()
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -206,6 +270,7 @@ def launch(
                 outcome = _run_one(
                     train, specs[index], index, board,
                     workers=workers, gpu=gpu, threads=threads, storage=storage, retries=retries, stop=stop,
+                    placement=placement, wait_seconds=wait_seconds,
                 )  # fmt: skip
             except BaseException as error:
                 outcome = make_failed(error, attempts=1)
@@ -240,7 +305,10 @@ def _run_one(
     storage: Path,
     retries: int,
     stop: threading.Event,
+    placement: str,
+    wait_seconds: float,
 ) -> Outcome | Failed:
+    import ray
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -253,18 +321,25 @@ def _run_one(
 
     class QuietTrainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            # needs the dashboard and complains once a second without it; only Tune needs what it does
+            # needs the dashboard and complains once a second without it; what it does is done in _free below
             kept = super()._create_default_callbacks()
             return [c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
-    reason = ""
-    for attempt in range(1, retries + 2):
+    bundle = {"CPU": float(threads), **({"GPU": 1.0} if gpu else {})}
+    reason, attempt, waited = "", 1, 0.0
+    while True:
+        seconds = _wait_for_room(bundle, workers, index, board, stop, waited, wait_seconds)
+        if seconds is None:
+            return Failed(exception="", message=f"no room in the cluster for {workers} x {_say(bundle)} within "
+                          f"{wait_seconds / 60:.0f} minutes", traceback="", died=True, attempts=attempt)  # fmt: skip
+        waited += seconds
         board.put.remote(index, Started(attempt=attempt, reason=reason))
         asked_at = time.time()
 
         def loop(attempt: int = attempt, asked_at: float = asked_at) -> Any:
             from ray.train import get_context
             from ray.train.torch import get_device
+            from ray.util import get_current_placement_group
 
             context = get_context()
             worker = Worker(
@@ -280,6 +355,8 @@ def _run_one(
                 # a barrier among the ranks in Ray Train; what the others report is not looked at
                 ray.train.report({"event": event if worker.rank == 0 else None})
 
+            if worker.rank == 0:
+                board.place.remote(index, get_current_placement_group())
             report(Entered())
             return train(spec, worker, report)
 
@@ -289,44 +366,100 @@ def _run_one(
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,
                 use_gpu=gpu,
-                resources_per_worker={"CPU": threads, **({"GPU": 1} if gpu else {})},
-                placement_strategy="PACK",
+                resources_per_worker=bundle,
+                placement_strategy=placement.upper().replace("-", "_"),
             ),
             run_config=ray.train.RunConfig(
                 # a name used twice would resume the first run of that name
                 name=f"run-{index}-{uuid.uuid4().hex[:12]}",
                 storage_path=str(storage),
                 callbacks=[Relay()],
-                failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=3),
+                failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),
         )
         try:
             result: Result = trainer.fit()
         except Exception as error:
+            _free(board, index)
             failed = make_failed(error, attempts=attempt)
+            if failed.exception == "WorkerGroupStartupTimeoutError" and not stop.is_set():
+                # room that others were quicker to take, or that lies scattered over nodes
+                waited += time.time() - asked_at
+                board.put.remote(index, Waiting(seconds=waited, reason=f"no place for {workers} x {_say(bundle)}"))
+                continue
             if not failed.died or attempt > retries or stop.is_set():
                 return failed
             reason = failed.message
+            attempt += 1
             continue
         outcome: Outcome = result.return_value
         return outcome
-    raise AssertionError("unreachable")
+
+
+def _wait_for_room(
+    bundle: dict[str, float],
+    workers: int,
+    index: int,
+    board: Any,
+    stop: threading.Event,
+    waited: float,
+    wait_seconds: float,
+) -> float | None:
+    """Wait until the cluster has `workers` bundles free; the seconds that took, or None where it took too long.
+
+    Ray Train itself would wait a minute, in silence, and then fail the run.
+    """
+    import ray
+
+    began = time.monotonic()
+    show_at = 3.0
+    while not stop.is_set():
+        free = ray.available_resources()
+        lacking = [
+            f"{need * workers:g} {name} wanted, {free.get(name, 0.0):g} free"
+            for name, need in bundle.items()
+            if free.get(name, 0.0) < need * workers - 1e-6
+        ]
+        seconds = time.monotonic() - began
+        if (lacking or waited) and waited + seconds > wait_seconds:
+            return None
+        if not lacking:
+            return seconds
+        if seconds >= show_at:
+            board.put.remote(index, Waiting(seconds=waited + seconds, reason="; ".join(lacking)))
+            show_at = seconds + SHOW_WAIT_SECONDS
+        stop.wait(0.2)
+    return None
+
+
+def _free(board: Any, index: int) -> None:
+    """Give back what a failed attempt had: Ray keeps it until the job's end where Ray Train's controller died."""
+    import ray
+    from ray.util import remove_placement_group
+
+    with contextlib.suppress(Exception):
+        group = ray.get(board.displace.remote(index), timeout=30)
+        if group is not None:
+            remove_placement_group(group)
+
+
+def _say(bundle: dict[str, float]) -> str:
+    """ "2 CPU + 1 GPU" """
+    return " + ".join(f"{amount:g} {name}" for name, amount in bundle.items())
 
 
 def make_failed(error: BaseException, *, attempts: int) -> Failed:
     """What went wrong, seen from the worker that raised it rather than from Ray around it."""
     import traceback
 
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import RayError
 
-    causes = list(getattr(error, "worker_failures", {}).values()) or [error]
-    # a peer's death makes the others raise in their collective: the death is the cause
-    causes.sort(key=lambda e: not is_death(e))
-    cause = causes[0]
-    if isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
-        cause = cause.cause
-    died = is_death(cause)
+    failures = [_unwrap(e) for e in getattr(error, "worker_failures", {}).values()]
+    # the end of one worker makes the others raise in their collective: its death or its own error is the cause
+    cause = min(failures or [_unwrap(getattr(error, "controller_failure", error))],
+                key=lambda e: 0 if is_death(e) else 2 if is_lost_peer(e) else 1)  # fmt: skip
+    died = is_death(cause) or is_lost_peer(cause)
     text = str(cause).strip() or type(cause).__name__
     if died:
         text = "a worker process died (killed, or its node was lost)"
@@ -341,7 +474,23 @@ def make_failed(error: BaseException, *, attempts: int) -> Failed:
     )
 
 
+def _unwrap(error: BaseException) -> BaseException:
+    """The exception that was raised in another process."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """A collective that ended because another rank is gone, which is noticed before Ray notices a lost node."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if names & {"DistBackendError", "DistNetworkError", "DistStoreError"}:
+        return True
+    pattern = r"[Cc]onnection (closed by peer|reset by peer|refused)|Broken pipe|gloo.*(timed out|Timed out)"
+    return "RuntimeError" in names and re.search(pattern, str(error)) is not None
+
+
 def is_death(error: BaseException) -> bool:
+    """A process or node that ended without an exception of its own."""
     names = {cls.__name__ for cls in type(error).__mro__}
     return bool(names & {"WorkerHealthCheckFailedError", "ActorDiedError", "RayActorError", "NodeDiedError",
                          "WorkerGroupStartupFailedError", "WorkerCrashedError"})  # fmt: skip

@@ -21,9 +21,11 @@ def launch(
     storage: Path,
     progress: Callable[[Spec, Any], None],
     retries: int = 0,
+    placement: str = "pack",
+    wait_seconds: float = 0.0,
 ) -> Iterator[tuple[Spec, Outcome | Failed]]:
     """Run every spec, one after another; yield each as it ends. Raises ValueError for more than one worker."""
-    del slots, storage, retries
+    del slots, storage, retries, placement, wait_seconds
     if workers != 1:
         raise ValueError(f"the local launcher runs one worker, not {workers}: use --launcher ray")
     for spec in specs:
