@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.launch import Cluster, ClusterError, Failed, Started, connect, disconnect
+from cluster.launch import PLACEMENTS, Cluster, ClusterError, Failed, Started, connect, disconnect, fit
 from harness import plan, profiler
 from harness.live import JsonLines, Progress
 from harness.optim import total_epochs
@@ -45,6 +45,8 @@ class Options:
     workers: int | None = None
     address: str | None = None
     launcher: str = "ray"
+    placement: str = "pack"
+    checkpoint_every: int = 1
     force: bool = False
     fail_fast: bool = False
     dry_run: bool = False
@@ -59,11 +61,13 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
     """
     plan.check_sweep(sweep)
     plan.check_word(options.launcher, plan.LAUNCHERS, "--launcher")
+    plan.check_word(options.placement, PLACEMENTS, "--placement")
+    plan.check_count(options.checkpoint_every, "--checkpoint-every")
     plan.check_word(options.format, ("table", "jsonl"), "--format")
     if not options.dry_run:
         options = replace(options, out=plan.check_out(options.out))
     with ExitStack() as stack:
-        width = _lay_out(sweep, options, stack)
+        width = lay_out(sweep, options, stack)
         dataset = load_data(sweep, options, console)
         specs = plan.expand(sweep, width, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
         finished = finished_keys(options.out)
@@ -94,7 +98,7 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
     return code
 
 
-def _lay_out(sweep: Sweep, options: Options, stack: ExitStack) -> Width:
+def lay_out(sweep: Sweep, options: Options, stack: ExitStack) -> Width:
     """Count what there is, in the cluster at --address or in this machine, and lay the runs over it."""
     if options.address is not None:
         if options.launcher == "local":
@@ -112,7 +116,24 @@ def _lay_out(sweep: Sweep, options: Options, stack: ExitStack) -> Width:
         gpus=options.gpus, workers=workers, have_gpus=have_gpus, have_cpus=have_cpus,
         precision=sweep.precision, where=where,
     )  # fmt: skip
+    if options.address is not None:
+        return _fit(width, cluster, options)
     return replace(width, slots=1) if options.launcher == "local" else width
+
+
+def _fit(width: Width, cluster: Cluster, options: Options) -> Width:
+    """Lay the runs over the nodes as they are. Raises UserError where not one run can ever be placed."""
+    slots, threads = fit(
+        cluster, workers=width.workers, slots=width.slots, gpu=width.device == "cuda", placement=options.placement
+    )
+    if not slots:
+        what = "GPUs" if width.device == "cuda" else "CPUs"
+        largest = max((n.gpus if width.device == "cuda" else n.cpus for n in cluster.members), default=0)
+        raise UserError(
+            f"--workers {width.workers} --placement {options.placement}: no room in the cluster at "
+            f"{options.address}, whose largest node has {largest} {what} (each worker needs a CPU)"
+        )
+    return replace(width, slots=slots, threads=threads)
 
 
 def join_cluster(stack: ExitStack, address: str | None, *, cpus: int, gpus: int, verbose: bool) -> Cluster:
@@ -223,6 +244,7 @@ def make_places(options: Options, dataset: Dataset) -> Places:
         data_dir=None if options.data_dir is None else options.data_dir.expanduser().absolute(),
         cache_dir=None if options.cache_dir is None else options.cache_dir.expanduser().absolute(),
         label=dataset.label,
+        checkpoint_every=options.checkpoint_every,
     )
 
 
@@ -264,7 +286,7 @@ def _train(
         launch(
             partial(train, places=places), specs,
             workers=width.workers, slots=width.slots, gpu=width.device == "cuda", threads=width.threads,
-            storage=options.out / ".ray", progress=progress,
+            storage=options.out / ".ray", progress=progress, placement=options.placement,
         )
     )  # fmt: skip
     try:

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.launch import Entered, Failed, Started
+from cluster.launch import Entered, Failed, Started, Waiting
 from harness.run import RunSpec
 from results.store import EpochMetrics, RunResult
 
@@ -76,6 +76,10 @@ class Progress:
                 self.say(f"{spec.title}: {event.reason}; trying again ({event.attempt})")
             elif not self.console.is_terminal:
                 self.say(f"{spec.title}: starting")
+        elif isinstance(event, Waiting):
+            line.state, line.note = "waiting", f"for room: {event.reason}"
+            if not self.console.is_terminal:
+                self.say(f"{spec.title}: waiting for room since {clock(event.seconds)}: {event.reason}")
         elif isinstance(event, Entered):
             line.state = "training"
         elif isinstance(event, EpochMetrics):
@@ -84,7 +88,7 @@ class Progress:
             if not self.console.is_terminal:
                 self.say(
                     f"{spec.title}: epoch {event.epoch}/{line.epochs}  loss {event.loss:.3f}"
-                    f"  error {event.error:.2f} %  {event.train_seconds:.2f} s/epoch  left {_clock(self._left(line))}"
+                    f"  error {event.error:.2f} %  {event.train_seconds:.2f} s/epoch  left {clock(self._left(line))}"
                 )
 
     def ended(self, spec: RunSpec, outcome: RunResult | Failed) -> None:
@@ -131,7 +135,7 @@ class Progress:
                 f"{last.loss:.3f}" if last else "",
                 f"{last.error:.2f}" if last else "",
                 f"{last.train_seconds:.2f}" if last else "",
-                _clock(self._left(line)) if line.state == "training" else line.state,
+                clock(self._left(line)) if line.state == "training" else line.state,
                 line.note,
                 style=style,
             )
@@ -139,7 +143,7 @@ class Progress:
         ended = sum(line.state in ("done", "failed") for line in self.lines.values())
         lefts = [self._left(line) for line in self.lines.values()]
         known = [left for left in lefts if left is not None]
-        total = _clock(sum(known) / self.slots) if len(known) == len(lefts) else "?"
+        total = clock(sum(known) / self.slots) if len(known) == len(lefts) else "?"
         footer = f"{ended} of {len(self.lines)} runs ended, left {total}"
         if hidden:
             footer += f", {hidden} not shown"
@@ -195,7 +199,7 @@ class JsonLines:
         print(json.dumps(row), file=self.file, flush=True)
 
 
-def _clock(seconds: float | None) -> str:
+def clock(seconds: float | None) -> str:
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds), 60)

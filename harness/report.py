@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.launch import Failed
 from harness.run import Places, RunSpec, UserError
-from results.store import Failure, Record, RunResult, run_name
+from results.store import Failure, Record, RunResult, Stopped, run_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +77,7 @@ def classify(failed: Failed) -> Failure:
 
 def make_record(
     spec: RunSpec,
-    outcome: RunResult | Failed,
+    outcome: RunResult | Failed | Stopped,
     *,
     places: Places,
     original: bool,
@@ -86,19 +86,22 @@ def make_record(
     launcher: str,
 ) -> Record:
     """Everything that is kept of one run."""
-    failed = isinstance(outcome, Failed)
+    status: Literal["done", "failed", "stopped"] = "done"
+    if not isinstance(outcome, RunResult):
+        status = "failed" if isinstance(outcome, Failed) else "stopped"
     return Record(
         key=spec.key,
         name=name_of(spec, places.label),
-        status="failed" if failed else "done",
+        status=status,
         variant=spec.variant,
         depth=spec.network.depth,
         seed=spec.seed,
         dataset=places.label,
         original=original,
         spec=spec.to_json(),
-        result=None if isinstance(outcome, Failed) else outcome,
+        result=outcome if isinstance(outcome, RunResult) else None,
         failure=classify(outcome) if isinstance(outcome, Failed) else None,
+        stopped=outcome if isinstance(outcome, Stopped) else None,
         environment={**describe_code(), "launcher": launcher, "concurrent_runs": concurrent},
         started_at=started_at,
         finished_at=datetime.now(UTC),
