@@ -53,6 +53,10 @@ def run(
     ),
     address: Annotated[str | None, typer.Option(help="A running Ray cluster: HOST:PORT or auto.")] = None,
     launcher: Annotated[str, typer.Option(help="ray, or local: one worker in this process.")] = "ray",
+    placement: Annotated[
+        str, typer.Option(help="A run's workers: pack (one node if it can be), strict-pack (must), spread.")
+    ] = "pack",
+    checkpoint_every: Annotated[int, typer.Option(help="Epochs from one checkpoint to the next.")] = 1,
     format: Annotated[str, typer.Option(help="table, or jsonl: a JSON object an epoch, no table.")] = "table",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what is done already.")] = False,
     force: Annotated[
@@ -88,6 +92,8 @@ def run(
         workers=workers,
         address=address,
         launcher=launcher,
+        placement=placement,
+        checkpoint_every=checkpoint_every,
         dry_run=dry_run,
         force=force,
         fail_fast=fail_fast,

@@ -89,3 +89,4 @@ class Places:
     data_dir: Path | None = None
     cache_dir: Path | None = None
     label: str = ""  # of the data set, for folder names and tables
+    checkpoint_every: int = 1  # epochs

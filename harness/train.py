@@ -293,18 +293,19 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         if epoch - first + 1 == WARMUP_EPOCHS < epochs - first:
             meter.reset()
         if rank == 0:
-            save_checkpoint(
-                folder / "checkpoints",
-                epoch + 1,
-                {
-                    "key": spec.key,
-                    "network": network.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "history": [row.model_dump() for row in history],
-                    "attempt": attempt,
-                },
-            )
+            if (epoch + 1) % places.checkpoint_every == 0 or epoch + 1 == epochs:
+                save_checkpoint(
+                    folder / "checkpoints",
+                    epoch + 1,
+                    {
+                        "key": spec.key,
+                        "network": network.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "scaler": scaler.state_dict(),
+                        "history": [row.model_dump() for row in history],
+                        "attempt": attempt,
+                    },
+                )
             append_epoch(folder, metrics)
         report(metrics)
 
