@@ -75,7 +75,7 @@ class Board:
 
     def summary(self) -> str:
         """3 running, 4 stopped, 9 finished, 1 failed of 32; best ...; left 1:20."""
-        counts = {state: 0 for state in ("running", "stopped", "finished", "failed")}
+        counts = dict.fromkeys(("running", "stopped", "finished", "failed"), 0)
         for trial in self.trials:
             counts[trial.state] += 1
         words = ", ".join(f"{count} {state}" for state, count in counts.items() if count)

@@ -104,6 +104,90 @@ def run(
 
 
 @app.command()
+def tune(
+    context: typer.Context,
+    search: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FIELD=loguniform(a,b), uniform, randint, choice or grid; of recipe or network. Repeatable."
+        ),
+    ] = None,
+    variant: Annotated[str, typer.Option(help="Whose recipe and network: see `harness variants`.")] = "he2015",
+    depth: Annotated[int | None, typer.Option(help="Default: the variant's own.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Trials, or trials of each grid point. Default: 16, with a grid 1.")
+    ] = None,
+    search_algorithm: Annotated[str, typer.Option(help="random, or optuna (TPE).")] = "random",
+    scheduler: Annotated[str, typer.Option(help="Stops poor trials early: asha, median or none.")] = "asha",
+    metric: Annotated[
+        str, typer.Option(help="To make small: error, top5_error, loss or epoch_seconds.")
+    ] = "error",
+    seed: Annotated[int, typer.Option(help="Of the proposals, and of every trial.")] = 0,
+    dataset: Annotated[str, typer.Option(help="cifar10, cifar2, digits, miniplaces or folder:PATH.")] = "cifar10",
+    data_dir: Annotated[Path | None, typer.Option(help="Where the images are. Default: downloaded once.")] = None,
+    loader: Annotated[str, typer.Option(help="dali, resident, dataloader or synthetic.")] = "dali",
+    epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's; its schedule is stretched.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Global, over all workers. Default: the recipe's.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16.")] = "fp32",
+    val: Annotated[
+        int | None,
+        typer.Option(
+            help="Training images held out to judge by; 0 judges by the test set. Default: 5000 or a tenth."
+        ),
+    ] = None,
+    limit_train: Annotated[
+        int | None, typer.Option(help="Train on so many images only; marked in tables.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs to use, 0 for the CPU. Default: all there are.")] = None,
+    workers: Annotated[int | None, typer.Option(help="DDP processes of one trial. Default: 1.")] = None,
+    gpus_per_trial: Annotated[
+        float, typer.Option(help="0.25 packs four trials on a GPU, where only the error matters.")
+    ] = 1.0,
+    concurrent: Annotated[int | None, typer.Option(help="Trials at a time. Default: all that fit.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of results; trials are runs in it like any other.")] = Path(
+        "runs"
+    ),
+    resume: Annotated[str | None, typer.Option(help="Go on with the sweep of that name in --out.")] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster: HOST:PORT or auto.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own messages.")] = False,
+) -> None:
+    """Search for the best recipe or network: many trials, poor ones stopped early."""
+    from rich.console import Console
+
+    from harness.execute import Options
+    from harness.tune import Search
+    from harness.tune import tune as run_search
+
+    asked = Search(
+        variant=variant,
+        depth=depth,
+        search=tuple(search or ()),
+        samples=samples,
+        search_algorithm=search_algorithm,
+        scheduler=scheduler,
+        metric=metric,
+        seed=seed,
+        dataset=dataset,
+        data_dir=None if data_dir is None else data_dir.expanduser().absolute(),
+        loader=loader,
+        precision=precision,
+        epochs=epochs,
+        batch_size=batch_size,
+        val=val,
+        limit_train=limit_train,
+        gpus=gpus,
+        workers=workers,
+        gpus_per_trial=gpus_per_trial,
+        concurrent=concurrent,
+    )
+    given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
+    options = Options(out=out, address=address, verbose=verbose)
+    raise typer.Exit(run_search(asked, options, Console(), resume=resume, given=given))
+
+
+@app.command()
 def report(
     paths: Annotated[list[Path] | None, typer.Argument(help="Folders of results, or of single runs.")] = None,
     format: Annotated[str, typer.Option(help="table, markdown, csv, json or latex.")] = "table",
