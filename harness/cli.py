@@ -190,11 +190,12 @@ def tune(
 @app.command()
 def report(
     paths: Annotated[list[Path] | None, typer.Argument(help="Folders of results, or of single runs.")] = None,
-    format: Annotated[str, typer.Option(help="table, markdown, csv, json or latex.")] = "table",
+    format: Annotated[str, typer.Option(help="table, markdown, csv, json, latex or html.")] = "table",
     sort: Annotated[str | None, typer.Option(help="A column, as in error; -error: largest first.")] = None,
     columns: Annotated[str | None, typer.Option(help="Which columns, as in variant,depth,error.")] = None,
     across: Annotated[str | None, typer.Option(help="Fields to average over, as in workers,threads.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write to this file.")] = None,
+    curves: Annotated[Path | None, typer.Option(help="Draw the charts into this folder, as SVG and PNG.")] = None,
 ) -> None:
     """Print the comparison table of stored runs: mean and spread over seeds."""
     from rich.console import Console
@@ -210,6 +211,7 @@ def report(
         columns=parse_words(columns, "--columns") if columns is not None else (),
         across=parse_words(across, "--across") if across is not None else (),
         output=output,
+        curves=curves,
     )
     raise typer.Exit(0 if found else 2)
 

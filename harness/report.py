@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from results.rows import Row
-    from results.store import Loaded
+    from results.store import Loaded, Problem
 
 PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py",
             "nvidia-dali-cuda120", "nvidia-dali-cuda130")  # fmt: skip
@@ -145,8 +146,9 @@ def print_report(
     sort: str | None = None,
     columns: Sequence[str] = (),
     output: Path | None = None,
+    curves: Path | None = None,
 ) -> bool:
-    """Print the table of all runs under `paths`, or write it to a file.
+    """Print the table of all runs under `paths`, or write it to a file; draw the charts into the folder `curves`.
 
     Returns whether there was a run. Raises UserError for an unknown format, column or field, a path that does not
     exist, and a file that cannot be written.
@@ -154,12 +156,15 @@ def print_report(
     from harness.plan import check_word
     from results.table import FORMATS, render, sort_rows
 
-    check_word(format, FORMATS, "--format")
-    rows = make_rows(load_runs(paths), across)
+    check_word(format, (*FORMATS, "html"), "--format")
+    loaded = load_runs(paths)
+    rows = make_rows(loaded, across)
     try:
         if sort is not None:
             rows = sort_rows(rows, sort)
-        if format == "table":  # written as it is: the table is laid out for this width already
+        if format == "html":
+            text = make_html(rows, loaded.problems, columns)
+        elif format == "table":  # written as it is: the table is laid out for this width already
             colour = output is None and console.is_terminal and not console.no_color
             text = render(rows, "table", width=console.width, colour=colour, columns=columns)
         else:
@@ -167,7 +172,26 @@ def print_report(
     except ValueError as error:
         raise UserError(str(error)) from None
     print_text(text, console, output)
+    if curves is not None:
+        from results.charts import write_charts
+
+        try:
+            for path in write_charts(rows, curves):
+                print(f"harness: drawn: {path}", file=sys.stderr)
+        except OSError as error:
+            raise UserError(f"--curves {curves} cannot be written to: {error.strerror or error}") from None
     return bool(rows)
+
+
+def make_html(rows: Sequence[Row], problems: Sequence[Problem] = (), columns: Sequence[str] = ()) -> str:
+    """The page for a browser. Raises ValueError for a column that does not exist."""
+    from results.charts import load_bundle
+    from results.page import make_page
+
+    cache = Path(os.environ.get("HARNESS_CACHE") or Path.home() / ".cache" / "resnet-harness")
+    return make_page(
+        rows, bundle=load_bundle(cache), made_at=datetime.now(UTC), columns=columns, problems=problems
+    )
 
 
 def print_text(text: str, console: Console, output: Path | None = None) -> None:

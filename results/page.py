@@ -1,0 +1,394 @@
+"""Rows -> one page for a browser: table, charts, runs, environments. It loads nothing from anywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from results.charts import Panel, make_panels
+from results.rows import NONE, Row
+from results.store import Interrupted, Problem, Record, RunResult, Stored
+from results.table import Column, Layout, lay_out, sort_value
+from results.text import clean
+
+MAX_FAILED = 300  # whose tracebacks are printed
+MAX_TRACEBACK = 4_000  # characters, the last ones
+MAX_SETTINGS = 400  # rows whose settings are all printed
+MAX_ENVIRONMENTS = 50
+MAX_COMMANDS = 5
+HERE = Path(__file__).parent
+
+
+def make_page(
+    rows: Sequence[Row],
+    *,
+    bundle: str,
+    made_at: datetime,
+    title: str = "Residual networks, compared",
+    columns: Sequence[str] = (),
+    problems: Sequence[Problem] = (),
+) -> str:
+    """The whole page as one HTML text; `bundle` is `charts.load_bundle()`.
+
+    Raises ValueError for a column that does not exist.
+    """
+    layout = lay_out(rows, columns)
+    panels = make_panels(rows)
+    environments = _Environments()
+    runs = [[_run(stored, environments) for stored in row.done] for row in rows]
+    if not environments.numbers:  # a run that failed knows less of where it was
+        for stored in (stored for row in rows for stored in row.failed):
+            environments.add(stored.record)
+    data = {
+        "panels": [_panel(panel) for panel in panels],
+        "columns": list(RUN_COLUMNS),
+        "runs": runs,
+    }
+    swatches = {i: panel.styles[i].colour for panel in panels for i in panel.styles}
+    body = [
+        f"<header><h1>{_text(title)}</h1><p class=lede>{_text(_lede(rows))}</p>"
+        f"<p class=shared>{_text(layout.caption)}</p></header><main>",
+        *_comparison(rows, layout, swatches),
+        *(part for k, panel in enumerate(panels) for part in _charts(k, panel, len(rows))),
+        *_unfinished(rows, problems),
+        *_runs(rows),
+        *environments.html(),
+        f"</main><footer>made {made_at:%Y-%m-%d %H:%M} UTC by <code>harness report</code>; this page loads nothing from the "
+        "network</footer>",
+    ]
+    # "<" inside a script could end it; JSON and JavaScript strings may hold it in this form
+    stored_data = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace(
+        "<", "\\u003c"
+    )
+    scripts = [bundle.replace("</script", "<\\/script"), (HERE / "page.js").read_text(encoding="utf-8")]
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">',
+            f'<meta http-equiv=Content-Security-Policy content="{POLICY}"><meta name=color-scheme content="light dark">',
+            f"<title>{_text(title)}</title>",
+            f"<style>{(HERE / 'page.css').read_text(encoding='utf-8')}</style></head><body>",
+            *body,
+            f"<script type=application/json id=data>{stored_data}</script>",
+            *(f"<script>{script}</script>" for script in (scripts if panels else scripts[1:])),
+            "</body></html>",
+            "",
+        ]
+    )
+
+
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data:; "
+    "base-uri 'none'; form-action 'none'"
+)
+"""The browser itself keeps the page from the network; Vega compiles its expressions, hence unsafe-eval."""
+
+
+def _text(value: object) -> str:
+    return escape(clean(str(value)))
+
+
+def _lede(rows: Sequence[Row]) -> str:
+    done = sum(len(row.done) for row in rows)
+    missing = sum(len(row.failed) + len(row.interrupted) for row in rows)
+    parts = [_count(done, "run"), f"in {_count(len(rows), 'row')}"]
+    if missing:
+        parts.append(f"· {missing} not finished")
+    return " ".join(parts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+# --- the table ---
+
+
+def _comparison(rows: Sequence[Row], layout: Layout, swatches: Mapping[int, str]) -> Iterator[str]:
+    yield "<section id=comparison><h2>Comparison</h2>"
+    if not rows:
+        yield "<p>no runs</p></section>"
+        return
+    columns = layout.columns[1:]
+    if [column.name for column in columns[:2]] == [
+        "variant",
+        "depth",
+    ]:  # the first column stays when the rest scrolls
+        columns = [NETWORK, *columns[2:]]
+    yield '<div class="scroll first-stays" tabindex=0 role=region aria-label="comparison table"><table class=sortable><thead><tr>'
+    for column in columns:
+        side = " class=r" if column.right else ""
+        tip = f' title="{_text(column.means)}"' if column.means else ""
+        yield (
+            f"<th scope=col{side}{tip}><button type=button>{_text(column.header)}</button>"
+            f"{_marks(layout.header_marks.get(column.name, ()))}</th>"
+        )
+    yield "</tr></thead><tbody>"
+    for i, row in enumerate(rows):
+        cells = "".join(_cell(k, column, i, row, layout, swatches) for k, column in enumerate(columns))
+        yield f"<tr>{cells}</tr>"
+    yield "</tbody></table></div>"
+    if layout.notes:
+        notes = "".join(f"<li id=note-{k}>{_text(note)}</li>" for k, note in enumerate(layout.notes, 1))
+        yield f"<ol class=notes>{notes}</ol>"
+    yield "<details class=means><summary>What the columns mean</summary><dl>"
+    for column in columns:
+        if column.means:
+            yield f"<dt>{_text(column.header)}</dt><dd>{_text(column.means)}</dd>"
+    yield "</dl></details></section>"
+
+
+NETWORK = Column("network", "network", lambda r: r.name, right=False)
+
+
+def _cell(k: int, column: Column, i: int, row: Row, layout: Layout, swatches: Mapping[int, str]) -> str:
+    if column is NETWORK:
+        words, value = column.text(row), f"{row.variant} {row.depth:06}"
+    else:
+        words, value = layout.words[column.name][i], sort_value(column.name, row)
+    if isinstance(value, float) and not math.isfinite(value):
+        value = None
+    kinds = ["r"] if column.right else []
+    if column.name == "error" and row.error is None:
+        kinds.append("bad" if row.failed else "warn")
+    inside = _text(words)
+    if column.name == "verdict" and row.against and row.against.verdict:
+        inside = f"<span class={row.against.verdict.verdict}>{inside}</span>"
+    if k == 0:
+        colour = swatches.get(i)
+        inside = (f'<i class=swatch style="background:{colour}"></i>' if colour else "") + inside
+    attributes = f' class="{" ".join(kinds)}"' if kinds else ""
+    if value is not None:
+        attributes += f' data-v="{_text(repr(value) if isinstance(value, float) else value)}"'
+    tag = "th scope=row" if k == 0 else "td"
+    return f"<{tag}{attributes}>{inside}{_marks(layout.marks.get((i, column.name), ()))}</{tag[:2]}>"
+
+
+def _marks(numbers: Sequence[int]) -> str:
+    links = ",".join(f'<a href="#note-{number}">{number}</a>' for number in numbers)
+    return f"<sup>{links}</sup>" if links else ""
+
+
+# --- the charts ---
+
+
+def _charts(k: int, panel: Panel, rows: int) -> Iterator[str]:
+    yield f"<section class=panel data-panel={k}><h2>{_text(panel.title)}</h2>"
+    if panel.left_out:
+        shown = len({curve.row for curve in panel.curves})
+        yield (
+            f"<p class=hint>Curves of {_count(shown, 'row')}, those with the smallest error; {panel.left_out:,} more are in "
+            "the table and the charts of cost.</p>"
+        )
+    yield '<div class=chips role=group aria-label="rows shown in the charts"></div><div class=figures>'
+    for chart in panel.specs:
+        yield (
+            f"<figure><div class=chart data-chart={chart} role=img "
+            f'aria-label="{_text(panel.captions[chart])}"></div>'
+            f"<figcaption>{_text(panel.captions[chart])}</figcaption></figure>"
+        )
+    yield "</div><noscript><p>The charts need JavaScript.</p></noscript></section>"
+
+
+def _panel(panel: Panel) -> dict[str, Any]:
+    """What the script needs of a panel; errors rounded to what the table shows."""
+    return {
+        "names": {str(i): name for i, name in panel.labels.items()},
+        "styles": {str(i): [style.colour, list(style.dash)] for i, style in panel.styles.items()},
+        "specs": panel.specs,
+        "curves": [
+            {
+                "row": curve.row,
+                "epochs": _epochs(curve.epochs),
+                "mean": _round(curve.mean),
+                **({} if curve.runs == 1 else {"low": _round(curve.low), "high": _round(curve.high)}),
+                **({"unfinished": True} if curve.unfinished else {}),
+            }
+            for curve in panel.curves
+        ],
+        "points": {
+            chart: [[p.row, float(f"{p.cost:.6g}"), round(p.error, 2), None if p.std is None else round(p.std, 2), p.best]
+                    for p in points]
+            for chart, points in panel.points.items()
+        },
+    }  # fmt: skip
+
+
+def _epochs(epochs: list[int]) -> int | list[int]:
+    """Only their number where they are 1, 2, 3, ..."""
+    return len(epochs) if epochs == list(range(1, len(epochs) + 1)) else epochs
+
+
+def _round(values: Iterable[float]) -> list[float]:
+    return [round(value, 2) for value in values]
+
+
+# --- the runs ---
+
+RUN_COLUMNS = (
+    "seed", "error %", "best %", "in epoch", "top-5 %", "test %", "s/epoch", "eval s", "set-up s", "start s", "training s",
+    "img/s", "wait %", "alloc MiB", "resvd MiB", "NVML MiB", "RSS MiB", "attempts", "finished", "folder", "environment",
+)  # fmt: skip
+
+
+def _run(stored: Stored, environments: _Environments) -> list[str]:
+    """The cells of a run, in the order of `RUN_COLUMNS`."""
+    record, result = stored.record, stored.record.result
+    assert result is not None  # a row's finished runs
+    memory = result.memory
+    return [
+        str(record.seed), _figure(result.final_error, 2), _figure(result.best_error, 2), str(result.best_epoch),
+        _figure(result.final_top5_error, 2), _figure(result.test_error, 2), _figure(result.epoch_seconds, 3),
+        _figure(result.eval_seconds, 3), _figure(result.setup_seconds, 1), _figure(result.start_seconds, 1),
+        _figure(result.train_seconds, 1), _figure(result.images_per_second, 0), _figure(result.wait_share, 1),
+        *(_figure(reading.value, 0) for reading in (memory.torch_allocated_mib, memory.torch_reserved_mib,
+                                                     memory.nvml_process_mib, memory.rss_mib)),
+        str(result.attempts), f"{record.finished_at:%Y-%m-%d %H:%M}", clean(stored.folder.name),
+        str(environments.add(record)),
+    ]  # fmt: skip
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return NONE if value is None else f"{value:,.{digits}f}"
+
+
+def _runs(rows: Sequence[Row]) -> Iterator[str]:
+    """One line a row; the script writes its runs into it when it is opened."""
+    done = [(i, row) for i, row in enumerate(rows) if row.done]
+    if not done:
+        return
+    yield "<section id=runs><h2>Runs</h2>"
+    if len(done) > MAX_SETTINGS:
+        yield "<p class=hint>All settings of a row: <code>harness why ROW</code>.</p>"
+    for i, row in done:
+        about = " · ".join([row.dataset, row.loader, row.precision, row.device, *row.differs])
+        yield (
+            f"<details class=row data-row={i}><summary><b>{_text(row.name)}</b> <span>{_text(about)}</span> "
+            f"<em>{_count(len(row.done), 'run')}</em></summary><div class=scroll></div>"
+        )
+        if len(done) <= MAX_SETTINGS:
+            yield f"<details><summary>All settings</summary>{_plain(row.fields)}</details>"
+        yield "</details>"
+    yield "</section>"
+
+
+def _plain(fields: Mapping[str, object]) -> str:
+    lines = "".join(
+        f"<tr><th scope=row>{_text(n)}</th><td>{_text(value)}</td></tr>" for n, value in fields.items()
+    )
+    return f"<div class=scroll><table class=plain>{lines}</table></div>"
+
+
+def _unfinished(rows: Sequence[Row], problems: Sequence[Problem]) -> Iterator[str]:
+    """Runs that failed or did not finish, and folders that could not be read, each with its reason."""
+    failed = [(row, stored) for row in rows for stored in row.failed]
+    partial = [(row, interrupted) for row in rows for interrupted in row.interrupted]
+    if not (failed or partial or problems):
+        return
+    yield "<section id=unfinished><h2>Not finished</h2>"
+    for row, stored in failed[:MAX_FAILED]:
+        if failure := stored.record.failure:
+            yield (
+                f"<article class=failed><p><strong>{_text(failure.kind)}</strong> {_text(row.name)} seed "
+                f"{stored.record.seed}: {_text(' '.join(failure.message.split()))}</p>"
+                f"<p class=hint>{_text(stored.folder.name)}</p>"
+            )
+            if failure.traceback:
+                cut = len(failure.traceback) > MAX_TRACEBACK
+                yield (
+                    f"<details><summary>traceback{', its end' if cut else ''}</summary>"
+                    f"<pre>{escape(failure.traceback[-MAX_TRACEBACK:])}</pre></details>"
+                )
+            yield "</article>"
+    if len(failed) > MAX_FAILED:
+        yield f"<p class=hint>and {len(failed) - MAX_FAILED:,} more that failed</p>"
+    for row, interrupted in partial[:MAX_FAILED]:
+        yield f"<article><p><strong>interrupted</strong> {_text(_who(row, interrupted))}</p></article>"
+    if len(partial) > MAX_FAILED:
+        yield f"<p class=hint>and {len(partial) - MAX_FAILED:,} more that were interrupted</p>"
+    for problem in problems[:MAX_FAILED]:
+        yield f"<article><p><strong>not read</strong> {_text(problem.path.name)}: {_text(problem.reason)}</p></article>"
+    if len(problems) > MAX_FAILED:
+        yield f"<p class=hint>and {len(problems) - MAX_FAILED:,} more that were not read</p>"
+    yield "</section>"
+
+
+def _who(row: Row, interrupted: Interrupted) -> str:
+    seed = interrupted.spec.get("seed")
+    of = f" of {interrupted.of}" if interrupted.of else ""
+    return f"{row.name}{'' if seed is None else f' seed {seed}'} after epoch {interrupted.epochs}{of}: {interrupted.name}"
+
+
+# --- the environments ---
+
+
+class _Environments:
+    """Every surrounding that runs were made in, once each, numbered from 1."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+        self.fields: list[dict[str, object]] = []
+        self.commands: list[dict[str, None]] = []
+        self.runs: list[int] = []
+
+    def add(self, record: Record) -> int:
+        """The number of a run's environment."""
+        fields = _environment(record)
+        identity = repr(fields)
+        if identity not in self.numbers:
+            self.numbers[identity] = len(self.numbers) + 1
+            self.fields.append(fields)
+            self.commands.append({})
+            self.runs.append(0)
+        number = self.numbers[identity]
+        self.runs[number - 1] += 1
+        command = record.environment.get("command")
+        if isinstance(command, list):
+            self.commands[number - 1][shlex.join(map(str, command))] = None
+        return number
+
+    def html(self) -> Iterator[str]:
+        """A section of the page."""
+        if not self.fields:
+            return
+        yield "<section id=environments><h2>Environments</h2>"
+        for number, (fields, commands, runs) in enumerate(
+            list(zip(self.fields, self.commands, self.runs, strict=True))[:MAX_ENVIRONMENTS], 1
+        ):
+            some = list(commands)[:MAX_COMMANDS]
+            more = [f"and {len(commands) - len(some):,} more"] if len(commands) > len(some) else []
+            shown = {**fields, **({"command": "\n".join([*some, *more])} if some else {})}
+            opened = " open" if len(self.fields) == 1 else ""
+            yield (
+                f"<details{opened}><summary><b>{number}</b> <span>{_text(fields.get('device', fields.get('host', '')))}</span> "
+                f"<em>{_count(runs, 'run')}</em></summary>{_plain(shown)}</details>"
+            )
+        if len(self.fields) > MAX_ENVIRONMENTS:
+            yield f"<p class=hint>and {len(self.fields) - MAX_ENVIRONMENTS:,} more</p>"
+        yield "</section>"
+
+
+def _environment(record: Record) -> dict[str, object]:
+    """What a run was made in: commit, versions, machine. The command is told apart."""
+    result: RunResult | None = record.result
+    fields: dict[str, object] = {}
+    if result is not None:
+        fields |= {"device": result.device, "threads a worker": result.threads}
+        fields |= {name: value for name, value in result.machine.items() if value is not None}
+    for name, value in record.environment.items():
+        if name == "versions" and isinstance(value, dict):
+            fields["versions"] = ", ".join(f"{package} {version}" for package, version in value.items())
+        elif name == "dirty":
+            if value:
+                fields["commit"] = (
+                    f"{fields.get('commit', record.environment.get('commit'))} and uncommitted changes"
+                )
+        elif name != "command" and value is not None:
+            fields.setdefault(name, value)
+    return fields
