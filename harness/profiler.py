@@ -8,6 +8,7 @@ import resource
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -107,6 +108,108 @@ class MemoryMeter:
         )
 
 
+TAINTS = (
+    "another process used the GPU",
+    "the GPU was throttled",
+    "the GPU's clock fell",
+    "the machine swapped",
+    "the clock was set or the machine slept",
+)
+"""Why an epoch's seconds are not to be trusted. Such an epoch is kept, named, and left out of the median."""
+
+_SLOWDOWN = 0x08 | 0x20 | 0x40 | 0x80  # NVML's reasons: hardware, software thermal, hardware thermal, power brake
+_CLOCK_SHARE = 0.9  # of the highest SM clock seen in this run
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What one window saw: energy in joules of this rank's own GPU (None: not told), and which TAINTS."""
+
+    joules: float | None
+    taints: tuple[str, ...]
+
+
+class Watch:
+    """Look at the device and the host around a timed window; nothing is asked inside it.
+
+    Each rank has a GPU of its own, so the sum over ranks counts every GPU once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._handle: Any = None
+        self._highest_clock = 0
+        if device.type == "cuda":
+            self._handle = _nvml_handle(device.index or 0)
+        self.begin()
+
+    def begin(self) -> None:
+        """Open the window."""
+        self._swapped = _pages_swapped()
+        self._clocks = (time.time(), time.monotonic())
+        self._millijoules = self._ask("nvmlDeviceGetTotalEnergyConsumption")
+
+    def end(self) -> Watched:
+        """Close it. Call after the device was waited for."""
+        joules = self._ask("nvmlDeviceGetTotalEnergyConsumption")
+        if joules is not None and self._millijoules is not None:
+            joules = (joules - self._millijoules) / 1000
+        else:
+            joules = None
+        wall, steady = time.time() - self._clocks[0], time.monotonic() - self._clocks[1]
+        swapped = _pages_swapped()
+        seen = (
+            self._others_on_gpu(),
+            bool((self._ask("nvmlDeviceGetCurrentClocksThrottleReasons") or 0) & _SLOWDOWN),
+            self._clock_fell(),
+            swapped is not None and self._swapped is not None and swapped > self._swapped,
+            abs(wall - steady) > 1.0,
+        )
+        return Watched(joules, tuple(name for name, yes in zip(TAINTS, seen, strict=True) if yes))
+
+    def _ask(self, question: str, *arguments: Any) -> Any:
+        """NVML's answer about the GPU, None where it has none: every reading is optional."""
+        if self._handle is None:
+            return None
+        import pynvml
+
+        try:
+            return getattr(pynvml, question)(self._handle, *arguments)
+        except Exception:
+            return None
+
+    def _others_on_gpu(self) -> bool:
+        pids = {process.pid for process in self._ask("nvmlDeviceGetComputeRunningProcesses") or ()}
+        return os.getpid() in pids and len(pids) > 1  # in another PID namespace nothing can be said
+
+    def _clock_fell(self) -> bool:
+        clock = self._ask("nvmlDeviceGetClockInfo", 1) or 0  # 1: NVML_CLOCK_SM
+        self._highest_clock = max(self._highest_clock, clock)
+        return clock < _CLOCK_SHARE * self._highest_clock
+
+
+def _pages_swapped() -> int | None:
+    """Pages the machine has swapped in since it started."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("pswpin "))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def _nvml_handle(index: int) -> Any:
+    """NVML's handle of torch's GPU `index`, which CUDA_VISIBLE_DEVICES may have renumbered; None without NVML."""
+    import torch
+
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(index).uuid)
+        return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+    except Exception:
+        return None
+
+
 class _NvmlProcess:
     """Memory of this process on one GPU as NVML counts it: CUDA context, DALI's pools and NCCL's buffers too."""
 
@@ -117,12 +220,12 @@ class _NvmlProcess:
 
     def sample(self) -> None:
         import pynvml
-        import torch
 
+        handle = _nvml_handle(self.index)
+        if handle is None:
+            self.reason = "NVML cannot be asked here"
+            return
         try:
-            pynvml.nvmlInit()
-            uuid = str(torch.cuda.get_device_properties(self.index).uuid)
-            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
             processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
             used = [p.usedGpuMemory for p in processes if p.pid == os.getpid()]
         except Exception as error:

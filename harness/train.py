@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
@@ -27,7 +27,7 @@ from harness.run import DivergedError, Places, Precision, RunSpec
 from loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
 from loaders.loader import Augment, Loader, Normalize, make_evaluation_loader, make_loaders, make_normalize
 from models.resnet import build
-from results.store import EpochMetrics, RunResult, append_epoch, partial_dir, run_name, write_epochs
+from results.store import EpochMetrics, Reading, RunResult, append_epoch, partial_dir, run_name, write_epochs
 
 EVAL_BATCH_SIZE = 1000
 WARMUP_EPOCHS = 1  # of every attempt: first kernels, first allocations, caches that fill
@@ -172,6 +172,25 @@ def train_epoch(
     )
 
 
+def over_ranks(watched: profiler.Watched, device: torch.device) -> tuple[float | None, tuple[str, ...]]:
+    """Joules summed over the ranks, None unless all have them; and what tainted the epoch of any of them."""
+    marks = [float(taint in watched.taints) for taint in profiler.TAINTS]
+    told = torch.tensor([watched.joules or 0.0, float(watched.joules is None), *marks], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(told)
+    joules, missing, *marks = told.tolist()
+    return None if missing else joules, tuple(t for t, mark in zip(profiler.TAINTS, marks, strict=True) if mark)
+
+
+def total_energy(history: Sequence[EpochMetrics], device: torch.device) -> Reading:
+    """Joules of all epochs, or why there is no such figure."""
+    joules = [row.energy_joules for row in history if row.energy_joules is not None]
+    if len(joules) == len(history):
+        return Reading(value=sum(joules))
+    reason = "no GPU was used" if device.type == "cpu" else "NVML does not count this GPU's energy"
+    return Reading(value=None, reason=reason)
+
+
 def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None], *, places: Places) -> RunResult:
     """Train and measure one run, in this process as one of `worker.world_size` ranks.
 
@@ -252,7 +271,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
 
     steps_all = total_steps(recipe, train_loader.steps)
     epochs = total_epochs(recipe, train_loader.steps)
-    meter = profiler.MemoryMeter(device)
+    meter, watch = profiler.MemoryMeter(device), profiler.Watch(device)
     setup_seconds = 0.0
 
     def first_step_done() -> None:
@@ -264,6 +283,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     first = len(history)
     for epoch in range(first, epochs):
         steps = min(train_loader.steps, steps_all - epoch * train_loader.steps)
+        watch.begin()
         metrics = train_epoch(
             trained, optimizer, scaler, train_loader, spec,
             epoch=epoch, steps=steps, images=len(data.train), world_size=world_size, device=device,
@@ -274,6 +294,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         if world_size > 1:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
+        joules, taints = over_ranks(watch.end(), device)
         evaluation_at = time.perf_counter()
         evaluation = evaluate(
             network, held_loader, images=len(data.held), autocast=make_autocast(device, spec.precision)
@@ -284,7 +305,9 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
                 "error": evaluation.error,
                 "top5_error": evaluation.top5_error,
                 "eval_seconds": time.perf_counter() - evaluation_at,
-                "timed": warm and steps == train_loader.steps,
+                "timed": warm and steps == train_loader.steps and not taints,
+                "energy_joules": joules,
+                "taints": taints,
                 "attempt": attempt,
             }
         )
@@ -349,6 +372,8 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         setup_seconds=setup_seconds,
         start_seconds=worker.start_seconds,
         train_seconds=sum(row.train_seconds for row in history),
+        energy_joules=total_energy(history, device),
+        taints=tuple(dict.fromkeys(taint for row in history for taint in row.taints)),
         memory=memory,
         workers=world_size,
         batch_size=recipe.batch_size,

@@ -59,7 +59,9 @@ class EpochMetrics(Value):
     wait_seconds: float  # of train_seconds, spent waiting for the loader
     eval_seconds: float
     images_per_second: float
-    timed: bool = True  # False: left out of the median (warm-up, partial epoch, resumed inside)
+    timed: bool = True  # False: left out of the median (warm-up, partial epoch, resumed inside, tainted)
+    energy_joules: float | None = None  # of all GPUs of the run while it trained
+    taints: tuple[str, ...] = ()  # why these seconds are not to be trusted
     attempt: int = 1
 
 
@@ -92,6 +94,8 @@ class RunResult(Value):
     setup_seconds: float  # from entering the train function to the first training step: data, network, engine
     start_seconds: float | None = None  # launcher: from asking for the run to entering the train function
     train_seconds: float  # sum over epochs
+    energy_joules: Reading = Reading(value=None, reason="not measured")  # of all GPUs, sum over epochs
+    taints: tuple[str, ...] = ()  # of any epoch
     memory: Memory
     workers: int  # DDP width, the number of ranks
     batch_size: int  # global
