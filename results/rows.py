@@ -73,6 +73,7 @@ class Row:
     setup_seconds: float | None = None
     images_per_second: float | None = None
     wait_share: float | None = None  # percent
+    energy_joules: float | None = None  # of a whole run, while it trained
     torch_allocated_mib: Reading = UNMEASURED
     torch_reserved_mib: Reading = UNMEASURED
     nvml_process_mib: Reading = UNMEASURED
@@ -267,6 +268,7 @@ def _measure(results: list[RunResult]) -> dict[str, Any]:
         "setup_seconds": middle(lambda result: result.setup_seconds),
         "images_per_second": middle(lambda result: result.images_per_second),
         "wait_share": middle(lambda result: result.wait_share),
+        "energy_joules": middle(lambda result: result.energy_joules.value),
         "torch_allocated_mib": peak(lambda result: result.memory.torch_allocated_mib),
         "torch_reserved_mib": peak(lambda result: result.memory.torch_reserved_mib),
         "nvml_process_mib": peak(lambda result: result.memory.nvml_process_mib),

@@ -196,6 +196,8 @@ COSTS: tuple[Column, ...] = (
         "wait_share", "wait %", lambda r: NONE if r.wait_share is None else f"{r.wait_share:.1f}",
         "share of the training time spent waiting for the loader", stays=True,
     ),
+    Column("energy_joules", "kJ", lambda r: _figures(None if r.energy_joules is None else r.energy_joules / 1000),
+           "energy of all GPUs while a run trained, by NVML's counter; median over the runs", stays=True),
     Column("torch_allocated_mib", "alloc", lambda r: _mib(r.torch_allocated_mib),
            "MiB, torch.cuda.max_memory_allocated: tensors alive at the peak", stays=True),
     Column("torch_reserved_mib", "resvd", lambda r: _mib(r.torch_reserved_mib),
@@ -291,6 +293,10 @@ def make_notes(rows: Sequence[Row]) -> list[Note]:
         shares = {str(stored.record.environment.get("gpu_share", 1)) for stored in row.done}
         if shares - {"1"}:
             note(f"packed: timed on {' or '.join(sorted(shares))} of a GPU, beside other runs", i, "epoch_seconds")
+        for taint in dict.fromkeys(
+            t for stored in row.done if stored.record.result for t in stored.record.result.taints
+        ):
+            note(f"{taint} in some epochs: they are left out", i, "epoch_seconds")
         if row.repeated:
             note("a seed that was run more than once counts with its last run", i, "n")
         for stored in row.failed:
@@ -577,6 +583,7 @@ def _raw(row: Row) -> dict[str, Any]:
         "setup_seconds": row.setup_seconds,
         "images_per_second": row.images_per_second,
         "wait_percent": row.wait_share,
+        "energy_joules": row.energy_joules,
         "torch_allocated_mib": row.torch_allocated_mib.value,
         "torch_reserved_mib": row.torch_reserved_mib.value,
         "nvml_process_mib": row.nvml_process_mib.value,

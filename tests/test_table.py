@@ -343,3 +343,16 @@ def test_runs_that_shared_the_machine_are_marked() -> None:
     record = run.record.model_copy(update={"environment": {"concurrent_runs": 4}})
     assert "timed with 4 runs going on at a time" in text(summarise([Stored(record, run.folder)]))
     assert "timed with" not in text(summarise([run]))
+
+
+def test_energy_and_disturbed_epochs() -> None:
+    runs = [
+        make_run(seed=seed, result={"energy_joules": Reading(value=joules), "taints": taints})
+        for seed, joules, taints in ((0, 52_000.0, ()), (1, 54_000.0, ("the GPU was throttled",)))
+    ]
+    page = text(summarise(runs))
+    assert re.search(r"\bkJ\b", page)
+    assert re.search(r"\b53\b", page)
+    assert "the GPU was throttled in some epochs: they are left out" in " ".join(page.split())
+    (row,) = json.loads(render(summarise(runs), "json"))["rows"]
+    assert row["energy_joules"] == 53_000.0
