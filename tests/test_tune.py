@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_store import make_record
 
 import cluster.search
 from cluster.launch import Started, Worker
@@ -21,7 +22,9 @@ from harness.space import Dimension, parse_search, parse_settings
 from harness.study import Asha, Log, Median, Never, Trial
 from harness.tune import weigh
 from models.variants import he2015, msra
-from results.store import load_epochs, load_records
+from results.store import SWEEPS, Stopped, finish, finished_keys, give_up, load_epochs, load_records, start
+from results.table import render, summarise
+from results.why import why
 
 TINY = "--dataset digits --depth 8 --limit-train 128 --gpus 0 --loader resident"
 
@@ -265,6 +268,38 @@ def test_importance_names_the_field_that_matters() -> None:
     assert found.fields[0][2] == "more is better"
     assert all(share < 0.6 for _, share, _ in found.fields[1:])
     assert weigh((), trials[:3], optuna=False) is None
+
+
+# --- what is kept ---
+
+
+def test_a_stopped_run_is_shown_and_averaged_with_nothing(tmp_path: Path) -> None:
+    stopped = Stopped(by="asha", sweep="s", epoch=3, of=30, error=45.0, evaluated_on="val")
+    finish(tmp_path, make_record(0))
+    folder = give_up(tmp_path, make_record(1, status="stopped", result=None, stopped=stopped))
+    assert folder.name.endswith(".partial")
+    (tmp_path / SWEEPS / "some-sweep").mkdir(parents=True)
+    loaded = load_records([tmp_path])
+    assert (loaded.problems, loaded.interrupted) == ([], [])
+    assert finished_keys(tmp_path) == {make_record(0).key}
+    (row,) = summarise(loaded.records)
+    assert row.error is not None
+    assert (row.error.n, row.error.mean, len(row.done), len(row.stopped)) == (1, 8.3, 1, 1)
+    text = render([row], "markdown")
+    assert "1 of 2" in text
+    assert "seed 1 was stopped at 3 of 30 epochs by a search" in text
+    (alone,) = summarise([s for s in loaded.records if s.record.status == "stopped"])
+    assert alone.error is None
+    assert "stopped at 3 of 30" in render([alone], "table", width=200)
+    assert "stopped by asha of sweep s after epoch 3 of 30, at 45 %" in why(alone)
+
+    start(tmp_path, make_record(1).name, {})  # taken up again: the record of the stop is kept beside
+    assert len(list(folder.glob("stopped_*.json"))) == 1
+    with pytest.raises(ValueError, match="needs to say where"):
+        give_up(tmp_path, make_record(1))
+    broken = make_record(2, stopped=stopped)
+    finish(tmp_path, broken)
+    assert "contradicts itself" in load_records([tmp_path]).problems[0].reason
 
 
 # --- sweeps ---

@@ -1,0 +1,98 @@
+"""What a search costs beside its training, and whether one goes on after its driver was killed.
+
+    python benchmarks/tune.py overhead [--workers 2]     seconds a trial beside training, after the first
+    python benchmarks/tune.py kill [--kills 3]           SIGKILL the driver, resume, compare with an undisturbed sweep
+
+Both run `harness tune` on digits with a network of depth 8, on the CPU. Exit code 1 where a claim does not hold: at
+most 2 s of overhead a trial for one worker; the same trials, curves and ends after kills as without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+BASE = "tune --dataset digits --depth 8 --limit-train 256 --gpus 0 --loader resident --search lr=loguniform(0.003,0.3)"
+LIMIT_SECONDS = 2.0
+
+
+def harness(words: str, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "harness.cli", *words.split(), "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def load_trials(out: Path) -> list[dict[str, Any]]:
+    (path,) = out.glob("tune/*/trials.json")
+    trials: list[dict[str, Any]] = json.loads(path.read_text())["trials"]
+    return trials
+
+
+def measure_overhead(folder: Path, workers: int) -> bool:
+    """Wall time from the end of the first trial to the end of the last, less training and evaluation."""
+    words = f"{BASE} --epochs 3 --samples 9 --scheduler none --concurrent 1 --workers {workers}"
+    process = harness(words, folder)
+    assert process.stdout is not None
+    ends = [time.monotonic() for line in process.stdout if re.match(r"trial \d+/\d+: finished", line)]
+    assert process.wait() == 0
+    trials = load_trials(folder)[1:]
+    training = sum(trial["seconds"] for trial in trials)
+    each = (ends[-1] - ends[0] - training) / len(trials)
+    print(f"{len(trials)} trials after the first, {workers} worker(s): {ends[-1] - ends[0]:.1f} s, of which training "
+          f"{training:.1f} s; {each:.2f} s a trial beside it")  # fmt: skip
+    return each <= LIMIT_SECONDS or workers > 1
+
+
+def kill_and_compare(folder: Path, kills: int, algorithm: str) -> bool:
+    words = f"{BASE} --epochs 4 --samples 8 --concurrent 1 --search-algorithm {algorithm}"
+    whole = harness(words, folder / "whole")
+    whole.communicate()
+    cut = folder / "cut"
+    done = 0
+    while True:
+        sweeps = [path.parent.name for path in cut.glob("tune/*/sweep.json")]
+        process = harness(f"tune --resume {sweeps[0]}" if sweeps else words, cut)
+        assert process.stdout is not None
+        left = random.randint(2, 5)
+        for line in process.stdout:
+            left -= " epoch " in line
+            if left == 0 and done < kills:
+                time.sleep(random.random())
+                process.send_signal(signal.SIGKILL)
+                done += 1
+                break
+        process.stdout.close()
+        if process.wait() == 0:
+            break
+    same = ("number", "fields", "key", "state", "epochs", "curve", "value")
+    one, other = ([{k: t[k] for k in same} for t in load_trials(out)] for out in (folder / "whole", cut))
+    print(f"{done} kills, {len(other)} trials ({', '.join(t['state'] for t in other)}): "
+          + ("the same as undisturbed" if one == other else f"NOT the same:\n{one}\n{other}"))  # fmt: skip
+    return one == other
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("overhead", "kill"))
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--algorithm", default="random")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.what == "overhead":
+            held = measure_overhead(Path(folder), arguments.workers)
+        else:
+            held = kill_and_compare(Path(folder), arguments.kills, arguments.algorithm)
+    return 0 if held else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
