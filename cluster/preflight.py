@@ -37,12 +37,15 @@ def ask_every_node(
     from ray.exceptions import RayError, RayTaskError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    def on_node() -> Answer:
+        return ask()
+
     asked = {}
-    task = ray.remote(num_cpus=0, max_retries=0)(ask)
+    task = ray.remote(num_cpus=0, max_retries=0)(on_node)  # takes no partial
     for node in working_nodes():
-        on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-        asked[name] = task.options(scheduling_strategy=on_node).remote()
+        asked[name] = task.options(scheduling_strategy=there).remote()
     answers: dict[str, Answer | Unanswered] = {}
     until = time.monotonic() + timeout_seconds
     for name, reference in asked.items():

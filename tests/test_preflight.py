@@ -1,0 +1,126 @@
+"""Nodes that differ are named, with what differs; nodes that are alike pass, and nothing is left behind."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cluster.preflight import Unanswered
+from harness import preflight
+from harness.preflight import COMPARED, Difference, Question, answer, check_nodes, compare, hash_code
+from harness.run import UserError
+from loaders.datasets import load_dataset
+
+HERE = {"python": "3.11.7", "code": "c0de", "data": "da7a", **dict.fromkeys(COMPARED, "1.0")}
+ALIKE = {**HERE, "out": "m-1", "disk": "50.0", "clock": "1000.5"}
+
+
+def differences(**facts: str) -> list[Difference]:
+    return compare(
+        HERE, {"n": {**ALIKE, **facts}}, written=frozenset({"m", "m-1"}), asked_at=1000, answered_at=1001
+    )
+
+
+def test_equal_nodes_differ_in_nothing() -> None:
+    assert differences() == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "what", "there"),
+    [
+        ({"code": "0ther"}, "code", "0ther"),
+        ({"torch": "2.11.0"}, "torch", "2.11.0"),
+        ({"nvidia-dali-cuda120": ""}, "nvidia-dali-cuda120", "not installed"),
+        ({"data": "/data: no such folder"}, "data", "/data: no such folder"),
+        ({"out": "another folder, or none"}, "--out", "another folder, or none"),
+        ({"out": "m-2"}, "--out", "m-2"),  # it wrote, and the driver does not see it
+        ({"disk": "0.5"}, "disk", "0.5 GiB free"),
+        ({"clock": "800.0"}, "clock", "200 s behind"),
+        ({"clock": "1100.0"}, "clock", "99 s ahead"),
+    ],
+)
+def test_what_differs_is_found(facts: dict[str, str], what: str, there: str) -> None:
+    (difference,) = differences(**facts)
+    assert (difference.node, difference.what, difference.there) == ("n", what, there)
+
+
+def test_this_machine_answers(tmp_path: Path) -> None:
+    fingerprint = load_dataset("digits").fingerprint
+    question = Question(out=tmp_path, marker=".marker", dataset="digits", data_dir=None, cache_dir=None)
+    assert answer(question)["out"] == "another folder, or none"
+    assert not list(tmp_path.iterdir()), "a folder that is not the driver's is left alone"
+    (tmp_path / ".marker").write_bytes(b"")
+    began = time.time()
+    facts = answer(question)
+    assert facts["data"] == fingerprint[:12]
+    assert facts["code"] == hash_code()
+    assert began <= float(facts["clock"]) <= time.time()
+    assert (tmp_path / facts["out"]).exists()
+    missing = answer(
+        Question(out=tmp_path, marker=".marker", dataset="cifar10", data_dir=tmp_path / "no", cache_dir=None)
+    )
+    assert "no such folder" in missing["data"]
+
+
+def test_the_hash_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in preflight.OURS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.py").write_text("x = 1")
+
+    class Found:
+        def __init__(self, name: str) -> None:
+            self.submodule_search_locations = [str(tmp_path / name)]
+
+    monkeypatch.setattr(preflight, "find_spec", Found)
+    before = hash_code()
+    assert hash_code() == before
+    (tmp_path / "models" / "a.py").write_text("x = 2")
+    changed = hash_code()
+    (tmp_path / "models" / "a.py").rename(tmp_path / "models" / "b.py")
+    assert len({before, changed, hash_code()}) == 3
+
+
+def check(answers: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(preflight, "ask_every_node", answers)
+    console = Console(file=io.StringIO(), width=120)
+    fingerprint = load_dataset("digits").fingerprint
+    try:
+        check_nodes("digits", fingerprint, out=out, data_dir=None, cache_dir=None, console=console)
+    finally:
+        assert not list(out.iterdir())
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def test_alike_nodes_pass_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check(lambda ask: {"a": ask(), "b": ask()}, tmp_path, monkeypatch) == ""
+
+
+def test_a_table_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(ask: Any) -> Any:
+        return {
+            "a": ask(),
+            "b [red]": {**ask(), "code": "0ther"},
+            "c": Unanswered(reason="ModuleNotFoundError: x"),
+        }
+
+    console = Console(file=io.StringIO(), width=120)
+    monkeypatch.setattr(preflight, "ask_every_node", answers)
+    with pytest.raises(UserError, match="2 of 3 nodes are not ready"):
+        check_nodes(
+            "digits",
+            load_dataset("digits").fingerprint,
+            out=tmp_path,
+            data_dir=None,
+            cache_dir=None,
+            console=console,
+        )
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert any(line.split() == ["b", "[red]", "code", "0ther", hash_code()] for line in lines)
+    assert any("ModuleNotFoundError: x" in line for line in lines)
+    assert not list(tmp_path.iterdir())

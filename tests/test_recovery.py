@@ -1,0 +1,231 @@
+"""What a run survives, and that its numbers are then those of a run that nothing happened to."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.multiprocessing
+import two_nodes
+from ray import cloudpickle
+
+from cluster.launch import (
+    Cluster,
+    Entered,
+    Failed,
+    Node,
+    Started,
+    Waiting,
+    Worker,
+    connect,
+    disconnect,
+    fit,
+    launch,
+    make_failed,
+)
+from cluster.preflight import Unanswered, ask_every_node
+from results.store import load_epochs, load_records
+
+ROOT = Path(__file__).resolve().parent.parent
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
+
+
+def load_chaos() -> Any:
+    spec = spec_from_file_location("chaos", ROOT / "benchmarks" / "chaos.py")
+    assert spec is not None
+    assert spec.loader is not None
+    chaos = module_from_spec(spec)
+    sys.modules["chaos"] = chaos
+    spec.loader.exec_module(chaos)
+    return chaos
+
+
+@pytest.mark.ray
+def test_a_lost_node_costs_time_and_nothing_else(tmp_path: Path) -> None:
+    """Two raylets, DDP over both, one killed in mid-run, another brought: every loss is as without."""
+    out, plain = tmp_path / "two", tmp_path / "plain"
+    script = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "two_nodes.py"), str(out)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    torch.multiprocessing.spawn(two_nodes.train_undisturbed, (str(tmp_path / "rendezvous"), str(plain)), nprocs=2)
+    stdout, _ = script.communicate(timeout=240)
+    answer = json.loads(stdout.splitlines()[-1])
+    text = "\n".join(answer["lines"])
+    assert answer["code"] == 0, text
+    assert "waiting for room" in text
+    assert "2 CPU wanted, 1 free" in text
+    assert "died (killed, or its node was lost); trying again (2)" in text
+    (stored,) = load_records([out]).records
+    assert stored.record.result.attempts == 2
+    (partial,) = plain.glob("*.partial")
+    disturbed, whole = load_epochs(stored.folder), load_epochs(partial)
+    assert [row.loss for row in disturbed] == [row.loss for row in whole]
+    assert [row.error for row in disturbed] == [row.error for row in whole]
+    attempts = [row.attempt for row in disturbed]
+    assert attempts[:3] == [1, 1, 1], "what was trained before is not trained again"
+    assert attempts[-1] == 2
+    assert {row.images for row in disturbed} == {two_nodes.IMAGES}
+
+
+def test_killed_at_a_random_moment_the_same_command_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+    """A short benchmarks/chaos.py."""
+    chaos = load_chaos()
+    size = {"epochs": 8, "images": 128}
+    whole = chaos.run(chaos.make_command("local", tmp_path / "whole", **size))
+    assert whole.wait() == 0
+    reference = chaos.read_outcome(tmp_path / "whole")
+    at = [moment - whole.began for moment, _ in whole.epochs()]
+    chance = random.Random()
+    moment = chance.uniform(at[0], at[-1])
+    trial = chaos.try_once("local", "group", tmp_path / "killed", reference, moment, chance, **size)
+    assert trial.equal, trial
+
+
+def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
+    """Reports once and lasts `seconds` in its first attempt."""
+    report({"epoch": 0})
+    if worker.attempt == 1:
+        time.sleep(spec["seconds"])
+    return {"attempt": worker.attempt}
+
+
+def kill_controller() -> int:
+    """SIGKILL to Ray Train's controller, the process between this one and its workers. How many there were."""
+    ours = [pid for pid, title in load_chaos().descendants(os.getpid()) if "TrainController" in title]
+    for pid in ours:
+        os.kill(pid, signal.SIGKILL)
+    return len(ours)
+
+
+@pytest.fixture(scope="module")
+def one_cpu() -> Iterator[Cluster]:
+    yield connect(None, cpus=1, gpus=0)
+    disconnect()
+
+
+@pytest.mark.ray
+def test_a_dead_controller_leaves_its_room_to_the_next_attempt(one_cpu: Cluster, tmp_path: Path) -> None:
+    assert one_cpu == Cluster(members=(Node(cpus=1, gpus=0),))
+    events: list[Any] = []
+    killed: list[int] = []
+
+    def progress(spec: Any, event: Any) -> None:
+        events.append(event)
+        if event == {"epoch": 0} and not killed:
+            killed.append(kill_controller())
+
+    runs = launch(
+        toy, [{"seconds": 60}], workers=1, slots=1, gpu=False, threads=1, storage=tmp_path / "ray",
+        progress=progress, wait_seconds=60,
+    )  # fmt: skip
+    ((_, outcome),) = list(runs)
+    assert killed == [1]
+    assert outcome == {"attempt": 2}, "the room of attempt 1 was not given back"
+    assert [event for event in events if isinstance(event, Started)][1].reason
+    assert Entered() in events
+
+    import ray
+    from ray.util import placement_group_table
+
+    until = time.monotonic() + 10
+    while time.monotonic() < until and ray.available_resources().get("CPU") != 1.0:
+        time.sleep(0.1)
+    assert ray.available_resources()["CPU"] == 1.0
+    assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
+
+
+@pytest.mark.ray
+def test_waiting_for_room_is_shown_and_ends(one_cpu: Cluster, tmp_path: Path) -> None:
+    events: list[Any] = []
+    began = time.monotonic()
+    runs = launch(
+        toy, [{"seconds": 0}], workers=2, slots=1, gpu=False, threads=1, storage=tmp_path / "ray",
+        progress=lambda _, event: events.append(event), wait_seconds=5,
+    )  # fmt: skip
+    ((_, outcome),) = list(runs)
+    assert isinstance(outcome, Failed)
+    assert outcome.died
+    assert "no room in the cluster for 2 x 1 CPU" in outcome.message
+    (waiting,) = events
+    assert isinstance(waiting, Waiting)
+    assert waiting.reason == "2 CPU wanted, 1 free"
+    assert 5 <= time.monotonic() - began < 20
+
+
+@pytest.mark.ray
+def test_every_node_answers_or_says_why_not(one_cpu: Cluster) -> None:
+    def ask() -> int:
+        return os.getpid()
+
+    def broken() -> int:
+        raise FileNotFoundError("no /shared here")
+
+    def endless() -> int:
+        time.sleep(60)
+        return 0
+
+    (pid,) = ask_every_node(ask).values()
+    assert pid != os.getpid()
+    assert list(ask_every_node(broken).values()) == [Unanswered(reason="FileNotFoundError: no /shared here")]
+    (answer,) = ask_every_node(endless, timeout_seconds=1).values()
+    assert answer == Unanswered(reason="no answer within 1 seconds")
+
+
+def nodes(*sizes: tuple[int, int]) -> Cluster:
+    return Cluster(members=tuple(Node(cpus=cpus, gpus=gpus) for cpus, gpus in sizes))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "workers", "slots", "gpu", "placement", "expected"),
+    [
+        (nodes((8, 0)), 2, 1, False, "pack", (1, 4)),
+        (nodes((1, 0), (3, 0)), 2, 1, False, "pack", (1, 1)),  # 2 CPUs a worker would fit once
+        (nodes((0, 0), (4, 0), (4, 0)), 2, 1, False, "spread", (1, 4)),
+        (nodes((4, 0), (4, 0)), 2, 1, False, "strict-pack", (1, 2)),
+        (nodes((4, 0), (4, 0)), 8, 1, False, "strict-pack", (0, 0)),
+        (nodes((64, 8), (64, 8)), 8, 2, True, "strict-pack", (2, 8)),
+        (nodes((64, 8), (64, 8)), 16, 1, True, "strict-pack", (0, 0)),
+        (nodes((64, 8), (64, 8)), 16, 1, True, "pack", (1, 8)),
+        (nodes((96, 0), (8, 8)), 4, 2, True, "pack", (2, 1)),  # the head's CPUs are of no use to a GPU
+        (nodes((12, 6), (12, 6)), 4, 3, True, "strict-pack", (2, 3)),  # a third would lie across
+    ],
+)
+def test_runs_are_laid_over_nodes_as_they_are(
+    cluster: Cluster, workers: int, slots: int, gpu: bool, placement: str, expected: tuple[int, int]
+) -> None:
+    assert fit(cluster, workers=workers, slots=slots, gpu=gpu, placement=placement) == expected
+
+
+class WorkerGroupError(Exception):
+    """Carries what Ray Train's carries."""
+
+    def __init__(self, *errors: BaseException) -> None:
+        self.worker_failures = dict(enumerate(errors))
+
+
+class ActorDiedError(Exception):
+    """Named as Ray's."""
+
+
+def test_the_cause_is_told_from_its_consequences() -> None:
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.3]:60000")
+    alone = make_failed(WorkerGroupError(lost), attempts=1)
+    assert (alone.died, alone.exception) == (True, ""), "its peer is gone: to be tried again"
+    own = make_failed(WorkerGroupError(lost, ValueError("a bug")), attempts=1)
+    assert (own.died, own.exception, own.message) == (False, "ValueError", "a bug")
+    killed = make_failed(WorkerGroupError(lost, ValueError("a bug"), ActorDiedError("node")), attempts=1)
+    assert killed.died
+    plain = make_failed(WorkerGroupError(RuntimeError("shape mismatch")), attempts=1)
+    assert not plain.died

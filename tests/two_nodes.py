@@ -1,0 +1,102 @@
+"""Two nodes in one machine, for tests: `python two_nodes.py OUT` trains over both, kills one, brings another.
+
+The script holds the nodes, as a person's cluster would; the command under test is a process of its own. Prints one
+JSON object: the command's exit code and lines, and the seconds that things took.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MEMORY = 100 * 2**20  # of each node's object store
+EPOCHS, IMAGES = 12, 256
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",  # these nodes exist for a minute, on loopback
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "PYTHONPATH": str(ROOT),
+    # a lost node is noticed within 2 s: 40 s by default
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_initial_delay_ms": "0",
+}
+
+
+def train_undisturbed(rank: int, rendezvous: str, out: str) -> None:
+    """The same run without Ray, as one of two plain processes."""
+    import warnings
+
+    import torch.distributed as dist
+
+    warnings.simplefilter("ignore")
+    from cluster.launch import Worker
+    from harness import plan
+    from harness.run import Places
+    from harness.train import train
+    from loaders.datasets import load_dataset
+
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    dataset = load_dataset("digits")
+    sweep = plan.Sweep(
+        variants=("he2015",), depths=(8,), dataset="digits", loader="resident", epochs=EPOCHS, limit_train=IMAGES
+    )
+    width = plan.Width(device="cpu", gpus=0, workers=2, slots=1, threads=1)
+    (spec,) = plan.expand(sweep, width, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
+    worker = Worker(rank=rank, world_size=2, threads=1)
+    train(spec, worker, lambda _: None, places=Places(out=Path(out), label="digits"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def add_node(cluster: Any, address: str) -> Any:
+    """A node with one CPU and an address of its own, as Ray Train counts nodes by address."""
+    return cluster.add_node(num_cpus=1, node_ip_address=address, object_store_memory=MEMORY)
+
+
+def main(out: Path) -> None:
+    """Start, train, kill, replace, print."""
+    os.environ |= ENVIRONMENT
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": MEMORY}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    add_node(cluster, "127.0.0.2")
+    doomed = add_node(cluster, "127.0.0.3")
+    words = f"""run --dataset digits --depths 8 --limit-train {IMAGES} --epochs {EPOCHS} --gpus 0 --loader resident
+                --workers 2 --placement spread --address {cluster.address}"""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness.cli", *words.split(), "--out", str(out)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    lines: list[str] = []
+    killed_at = replaced_at = going_on_at = None
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        if killed_at is None and "epoch 3/" in line:
+            cluster.remove_node(doomed, allow_graceful=False)
+            killed_at = time.monotonic()
+        elif killed_at and replaced_at is None and "waiting for room" in line:
+            add_node(cluster, "127.0.0.4")
+            replaced_at = time.monotonic()
+        elif replaced_at and going_on_at is None and "epoch" in line:
+            going_on_at = time.monotonic()
+    answer = {"code": process.wait(), "lines": lines}
+    if killed_at and replaced_at and going_on_at:
+        answer |= {"waited_seconds": replaced_at - killed_at, "recovery_seconds": going_on_at - replaced_at}
+    print(json.dumps(answer))
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
