@@ -149,6 +149,7 @@ class Panel {
         data: { name: spec.data.name, values: ofCurves ? this.values : pointValues(this.panel, chart) },
       }, {
         mode: "vega-lite", renderer: "svg", actions: false, defaultStyle: false, config: colours(),
+        logLevel: 1, // errors alone: to hide every row is no reason to warn
         tooltip: { disableDefaultStyle: true, theme: "own" },
       });
       const view = result.view;

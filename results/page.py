@@ -17,6 +17,7 @@ from results.store import Interrupted, Problem, Record, RunResult, Stored
 from results.table import Column, Layout, lay_out, sort_value
 from results.text import clean
 
+TALL = 40  # rows: a longer table scrolls in itself, so that the charts are not out of reach
 MAX_FAILED = 300  # whose tracebacks are printed
 MAX_TRACEBACK = 4_000  # characters, the last ones
 MAX_SETTINGS = 400  # rows whose settings are all printed
@@ -121,7 +122,11 @@ def _comparison(rows: Sequence[Row], layout: Layout, swatches: Mapping[int, str]
         "depth",
     ]:  # the first column stays when the rest scrolls
         columns = [NETWORK, *columns[2:]]
-    yield '<div class="scroll first-stays" tabindex=0 role=region aria-label="comparison table"><table class=sortable><thead><tr>'
+    tall = " tall" if len(rows) > TALL else ""
+    yield (
+        f'<div class="scroll first-stays{tall}" tabindex=0 role=region aria-label="comparison table">'
+        "<table class=sortable><thead><tr>"
+    )
     for column in columns:
         side = " class=r" if column.right else ""
         tip = f' title="{_text(column.means)}"' if column.means else ""
@@ -148,10 +153,8 @@ NETWORK = Column("network", "network", lambda r: r.name, right=False)
 
 
 def _cell(k: int, column: Column, i: int, row: Row, layout: Layout, swatches: Mapping[int, str]) -> str:
-    if column is NETWORK:
-        words, value = column.text(row), f"{row.variant} {row.depth:06}"
-    else:
-        words, value = layout.words[column.name][i], sort_value(column.name, row)
+    words = layout.words[column.name][i] if column is not NETWORK else column.text(row)
+    value = sort_value(column.name, row) if column is not NETWORK else f"{row.variant} {row.depth:06}"
     if isinstance(value, float) and not math.isfinite(value):
         value = None
     kinds = ["r"] if column.right else []

@@ -8,53 +8,17 @@ import io
 import json
 import shlex
 import sys
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from records import ENVIRONMENT, make_record
 
 from harness import cli, plan
 from harness.answers import make_command, make_repro
 from harness.space import parse_settings
-from results.store import Failure, Memory, Reading, Record, RunResult, Stored, fail, finish
-
-NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
-ENVIRONMENT = {
-    "commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False,
-    "versions": {"resnet-harness": "0.1.0", "torch": "2.15.0", "ray": "2.60.0"},
-    "command": ["harness", "run", "--depths", "20,32", "--data-dir", "my data"],
-}  # fmt: skip
-
-
-def make_record(
-    seed: int, error: float, *, seconds: float = 4.0, failure: Failure | None = None,
-    epochs: int | None = None, settings: tuple[str, ...] = (), workers: int = 1, environment: dict[str, Any] = ENVIRONMENT,
-    **sweep: Any,
-) -> Record:  # fmt: skip
-    """A run whose spec is a real plan's."""
-    values = {"variants": ("msra",), "depths": (20,), "dataset": "cifar10"} | sweep
-    asked = plan.Sweep(seeds=(seed,), epochs=epochs, settings=parse_settings(settings), **values)
-    width = plan.Width(device="cuda", gpus=workers, workers=workers, slots=1, threads=8)
-    (spec,) = plan.expand(asked, width, fingerprint="f" * 64, train_images=50_000)
-    none = Reading(value=None, reason="no GPU was used")
-    memory = Memory(
-        torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none, rss_mib=Reading(value=900.0)
-    )
-    result = RunResult(
-        parameters=272_292, evaluated_on="test", final_error=error, best_error=error - 0.2, best_epoch=170,
-        epoch_seconds=seconds, warmup_epochs=1, eval_seconds=0.5, images_per_second=50_000 / seconds, setup_seconds=9.0,
-        train_seconds=180 * seconds, memory=memory, workers=workers, batch_size=128, batch_size_per_gpu=128 // workers,
-        threads=8, device="NVIDIA H200", machine={"python": "3.12.1", "gpu": "NVIDIA H200", "driver": "580.1"},
-    )  # fmt: skip
-    network = spec.network
-    return Record(
-        key=spec.key, name=f"cifar10_{spec.variant}-{network.depth}_s{seed}_{spec.key[:8]}", variant=spec.variant,
-        status="failed" if failure else "done", depth=network.depth, seed=seed, dataset="cifar10", original=True,
-        spec=spec.to_json(), result=None if failure else result, failure=failure, environment=environment,
-        started_at=NOW, finished_at=NOW,
-    )  # fmt: skip
+from results.store import Failure, Stored, fail, finish
 
 
 def harness(line: str, capsys: Any) -> tuple[int, str, str]:

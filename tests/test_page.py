@@ -1,0 +1,389 @@
+"""The page, the charts and every format: golden files, names that try to break out, and a real browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from datetime import timedelta
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chromium import Browser, find_chromium
+from records import NOW, make_record
+
+from results.charts import MAX_RUNS, complete_spec, load_bundle, make_labels, make_panels, write_charts
+from results.page import make_page
+from results.rows import Row, summarise
+from results.store import (
+    EpochMetrics,
+    Failure,
+    Memory,
+    Problem,
+    Reading,
+    Record,
+    fail,
+    finish,
+    load_records,
+    start,
+    write_epochs,
+)
+from results.table import Format, render
+
+GOLDEN = Path(__file__).parent / "golden"
+ERRORS = {20: 8.4, 32: 7.5, 56: 6.6, 110: 6.2}
+
+
+def make_spec(
+    depth: int, seed: int, loader: str, dataset: str = "cifar10", variant: str = "msra"
+) -> dict[str, Any]:
+    """Fixed by hand: golden files do not follow the variants."""
+    return {
+        "variant": variant, "network": {"depth": depth, "shortcut": "B"},
+        "recipe": {"duration": 12, "unit": "epoch", "batch_size": 128, "lr": 0.1}, "overrides": [], "dataset": dataset,
+        "fingerprint": "f" * 64, "limit_train": None, "loader": loader, "precision": "fp32", "engine": "eager",
+        "device": "cuda", "workers": 1, "seed": seed,
+    }  # fmt: skip
+
+
+def make_curve(depth: int, seed: int, epochs: int = 12) -> tuple[EpochMetrics, ...]:
+    return tuple(
+        EpochMetrics(
+            epoch=k, steps=391, images=50_000, loss=1 / k, error=round(ERRORS[depth] + 40 * math.exp(-k) + 0.1 * seed, 4),
+            lr=0.1, train_seconds=2.0, wait_seconds=0.1, eval_seconds=0.2, images_per_second=25_000.0, timed=k > 1,
+        )
+        for k in range(1, epochs + 1)
+    )  # fmt: skip
+
+
+def make_run(
+    depth: int, seed: int, loader: str = "dali", failure: Failure | None = None, dataset: str = "cifar10", variant: str = "msra"
+) -> Record:  # fmt: skip
+    record = make_record(seed, 8.0, failure=failure)
+    epochs = make_curve(depth, seed)
+    seconds = 2 + depth / 20 + (loader == "dataloader")
+    memory = Memory(
+        torch_allocated_mib=Reading(value=200.0 + 8 * depth), torch_reserved_mib=Reading(value=300.0 + 8 * depth),
+        nvml_process_mib=Reading(value=None, reason="NVML shows no processes here"), rss_mib=Reading(value=2000.0),
+    )  # fmt: skip
+    result = None
+    if record.result is not None:
+        result = record.result.model_copy(
+            update={
+                "epochs": epochs, "final_error": epochs[-1].error, "best_error": epochs[-1].error - 0.1, "best_epoch": 11,
+                "epoch_seconds": seconds, "images_per_second": 50_000 / seconds, "memory": memory,
+            }
+        )  # fmt: skip
+    name = f"{dataset}_{variant}-{depth}_s{seed}_{loader}".replace("/", "-")[:80]
+    return record.model_copy(
+        update={
+            "key": name, "name": name, "depth": depth, "spec": make_spec(depth, seed, loader, dataset, variant),
+            "result": result, "dataset": dataset, "variant": variant, "finished_at": NOW + timedelta(minutes=seed),
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These runs need not outlast a power cut."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[Row]:
+    """Two depths, two loaders, three seeds; one run failed, one was interrupted."""
+    out = tmp_path / "runs"
+    for loader in ("dali", "dataloader"):
+        for depth in (20, 56):
+            for seed in range(3):
+                if (loader, depth, seed) == ("dataloader", 56, 2):
+                    trace = 'Traceback:\n  File "train.py"\nDivergedError: <b>loss</b>'
+                    failed = make_run(
+                        depth, seed, loader, Failure(kind="NaN", message="loss is not finite", traceback=trace)
+                    )
+                    write_epochs(start(out, failed.name, failed.spec), make_curve(depth, seed, 5))
+                    fail(out, failed)
+                elif (loader, depth, seed) == ("dataloader", 20, 2):
+                    run = make_run(depth, seed, loader)
+                    write_epochs(start(out, run.name, run.spec), make_curve(depth, seed, 7))
+                else:
+                    finish(out, make_run(depth, seed, loader))
+    loaded = load_records([out])
+    assert not loaded.problems
+    return summarise(loaded.records, loaded.interrupted)
+
+
+def page(rows: list[Row], bundle: str = "/* vega */", **options: Any) -> str:
+    return make_page(rows, bundle=bundle, made_at=NOW, **options)
+
+
+@pytest.mark.parametrize("format", ["table", "markdown", "csv", "json", "latex", "html"])
+def test_every_format_is_as_it_was_approved(format: Format, rows: list[Row]) -> None:
+    """UPDATE_GOLDEN=1 writes the files anew: then read the difference before it is committed."""
+    text = page(rows) if format == "html" else render(rows, format)  # type: ignore[comparison-overlap]
+    for own in ("css", "js"):  # those are looked at in the browser
+        if format == "html":  # type: ignore[comparison-overlap]
+            text = text.replace((GOLDEN.parents[1] / f"results/page.{own}").read_text(), f"/* page.{own} */")
+    path = GOLDEN / f"report.{format}"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+class Tags(HTMLParser):
+    """What a browser would see in a text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.attributes: set[str] = set()
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        for name, value in attributes:
+            self.attributes.add(name)
+            if name in ("href", "src"):
+                self.links.append(value or "")
+            if name == "id":
+                self.ids.add(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+NASTY = '"><script>alert(1)</script><img src=x onerror=alert(2)></script><!-- &amp; \x1b[31m ‮ \n'
+
+
+def test_no_name_breaks_out(tmp_path: Path) -> None:
+    run = make_run(20, 0, dataset=NASTY, variant=NASTY)
+    nasty = run.model_copy(
+        update={"name": "x", "environment": {"commit": NASTY, "command": ["harness", NASTY], NASTY: NASTY}}
+    )
+    nasty = nasty.model_copy(update={"spec": nasty.spec | {"loader": NASTY, "recipe": {"lr": NASTY}}})
+    finish(tmp_path, nasty)
+    failure = Failure(kind="exception", message=NASTY, traceback=NASTY)
+    fail(
+        tmp_path,
+        nasty.model_copy(update={"name": "y", "key": "y", "status": "failed", "result": None, "failure": failure}),
+    )
+    loaded = load_records([tmp_path])
+    text = page(summarise(loaded.records, loaded.interrupted), title=NASTY, problems=[Problem(Path(NASTY), NASTY)])
+    tags = Tags()
+    tags.feed(text)
+    assert "img" not in tags.tags
+    assert tags.tags.count("script") == 3
+    assert "onerror" not in tags.attributes
+    assert not [link for link in tags.links if not link.startswith("#")]
+    assert "\x1b" not in text
+    assert "‮" not in text
+    for folder in write_charts(summarise(loaded.records), tmp_path / "charts"):
+        assert folder.parent == tmp_path / "charts"
+
+
+def test_the_page_is_well_formed_and_its_notes_have_targets(rows: list[Row]) -> None:
+    tags = Tags()
+    tags.feed(page(rows))
+    assert not tags.open
+    assert {link.removeprefix("#") for link in tags.links} <= tags.ids
+
+
+def test_what_did_not_finish_says_why(rows: list[Row]) -> None:
+    text = page(rows, problems=[Problem(Path("runs/broken"), "record.json is broken: EOF")])
+    for words in (
+        "<strong>NaN</strong> msra-56 seed 2",
+        "&lt;b&gt;loss",
+        "msra-20 seed 2 after epoch 7 of 12",
+        "broken: EOF",
+    ):
+        assert words in text
+    assert "no runs" in page([])
+
+
+def page_data(text: str) -> Any:
+    found = re.search(r"<script type=application/json id=data>(.*?)</script>", text, re.DOTALL)
+    assert found
+    return json.loads(found.group(1))
+
+
+def test_the_curves_are_the_stored_epochs(rows: list[Row]) -> None:
+    (panel,) = page_data(page(rows))["panels"]
+    labels = panel["names"]
+    by_name = {labels[str(c["row"])]: c for c in panel["curves"] if not c.get("unfinished")}
+    assert set(by_name) == {"msra-20 · dali", "msra-20 · dataloader", "msra-56 · dali", "msra-56 · dataloader"}
+    curve = by_name["msra-56 · dali"]
+    stored = [make_curve(56, seed) for seed in range(3)]
+    assert curve["epochs"] == 12
+    for k in range(12):
+        errors = [run[k].error for run in stored]
+        assert curve["mean"][k] == pytest.approx(sum(errors) / 3, abs=0.0051)
+        assert curve["low"][k] == pytest.approx(min(errors), abs=0.0051)
+        assert curve["high"][k] == pytest.approx(max(errors), abs=0.0051)
+    partial = {labels[str(c["row"])]: len(c["mean"]) for c in panel["curves"] if c.get("unfinished")}
+    assert partial == {"msra-56 · dataloader": 5, "msra-20 · dataloader": 7}
+
+
+def test_the_frontier_holds_what_no_other_row_beats(rows: list[Row]) -> None:
+    (panel,) = make_panels(rows)
+    for points in panel.points.values():
+        for point in points:
+            beaten = any(
+                (o.cost <= point.cost and o.error < point.error)
+                or (o.cost < point.cost and o.error <= point.error)
+                for o in points
+            )
+            assert point.best != beaten or any(
+                o != point and (o.cost, o.error) == (point.cost, point.error) for o in points
+            )
+
+
+def test_many_runs_thin_the_curves_and_say_so(tmp_path: Path) -> None:
+    for number in range(MAX_RUNS // 2 + 10):  # two runs a row
+        for seed in range(2):
+            record = make_run(20, seed, f"loader{number}")
+            assert record.result is not None
+            error = 8 + number / 100
+            curve = tuple(epoch.model_copy(update={"error": error}) for epoch in make_curve(20, 0, 4))
+            result = record.result.model_copy(update={"final_error": error, "epochs": curve})
+            finish(tmp_path, record.model_copy(update={"result": result}))
+    rows = summarise(load_records([tmp_path]).records)
+    text = page(rows)
+    (panel,) = page_data(text)["panels"]
+    assert len(panel["curves"]) == MAX_RUNS // 2
+    assert {panel["names"][str(c["row"])] for c in panel["curves"]} == {
+        f"msra-20 · loader{n}" for n in range(MAX_RUNS // 2)
+    }
+    assert f"Curves of {MAX_RUNS // 2} rows, those with the smallest error; 10 more are in the table" in text
+
+
+def test_labels_differ(rows: list[Row]) -> None:
+    labels = make_labels([*rows, *rows])
+    assert len(set(labels)) == 8
+
+
+def test_charts_are_drawn_without_a_browser(rows: list[Row], tmp_path: Path) -> None:
+    written = write_charts(rows, tmp_path / "charts")
+    names = ("curves", "zoom", "seconds", "memory")
+    assert [path.name for path in written] == [f"cifar10-{name}.{e}" for name in names for e in ("svg", "png")]
+    svg = (tmp_path / "charts/cifar10-curves.svg").read_text()
+    for words in ("msra-20 · dali", "test error, %", "epoch"):
+        assert words in svg
+    assert (
+        len(set(re.findall(r'stroke="(#[0-9a-f]{6})"', svg)) & {"#3b7dd8", "#e8743b"}) == 2
+    )  # one colour a network
+    assert (tmp_path / "charts/cifar10-zoom.png").read_bytes().startswith(b"\x89PNG")
+    (panel,) = make_panels(rows)
+    assert len(complete_spec(panel, "curves")["data"]["values"]) == 4 * 12 + 5 + 7
+
+
+def test_the_bundle_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = load_bundle(tmp_path / "cache")
+    assert "vegaEmbed" in bundle
+    assert "</script" not in bundle
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_text("kept")
+    assert load_bundle(tmp_path / "cache") == "kept"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setitem(sys.modules, "vl_convert", type("", (), {"javascript_bundle": lambda *_, **__: "made"}))
+    assert load_bundle(tmp_path / "file") == "made"  # cannot be kept there
+
+
+@pytest.fixture(scope="module")
+def bundle() -> str:
+    return load_bundle(Path(os.environ["HARNESS_CACHE"]))
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed")
+def test_in_a_real_browser(rows: list[Row], bundle: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(page(rows, bundle))
+    with Browser() as browser:
+        browser.open(path)
+        # curves: a line for each row in both charts, a band where there are seeds, two dotted runs; points for all rows
+        marks = "[...document.querySelectorAll('[data-chart={}] .mark-{} path')].filter((p) => p.getBBox().width > 50).length"
+        assert browser.ask(marks.format("curves", "line")) == 6
+        assert browser.ask(marks.format("zoom", "line")) >= 4
+        assert browser.ask(marks.format("curves", "area")) == 4
+        assert browser.ask("document.querySelectorAll('[data-chart=seconds] .mark-symbol path').length") == 4
+        assert browser.ask("document.querySelectorAll('[data-chart=memory] .mark-symbol path').length") == 4
+
+        # sorting, both ways, by number and not by text; what has no value stays last
+        first = "[...document.querySelectorAll('.sortable tbody tr')].map((r) => r.cells[{}].textContent)"
+        headers = browser.ask("[...document.querySelectorAll('.sortable thead button')].map((b) => b.textContent)")
+        seconds = headers.index("s/epoch")
+        click = f"document.querySelectorAll('.sortable thead button')[{seconds}].click()"
+        for expected in (["3.00", "4.00", "4.80", "5.80"], ["5.80", "4.80", "4.00", "3.00"]):
+            browser.ask(click)
+            assert browser.ask(first.format(seconds)) == expected
+        header = f"document.querySelectorAll('.sortable thead th')[{seconds}].getAttribute('aria-sort')"
+        assert browser.ask(header) == "descending"
+
+        # a row's runs appear when it is opened
+        browser.ask("document.querySelector('details.row').open = true")
+        browser.wait_for("document.querySelectorAll('details.row .runs tbody tr').length === 3")
+
+        # a chip hides its row in all charts, and brings it back
+        chip = "document.querySelector('.chips button')"
+        browser.ask(f"{chip}.click()")
+        browser.wait_for(f"{marks.format('curves', 'line')} === 5")
+        assert browser.ask(f"{chip}.getAttribute('aria-pressed')") == "false"
+        browser.ask(f"{chip}.click()")
+        browser.wait_for(f"{marks.format('curves', 'line')} === 6")
+
+        # pointing into the curves tells each row's error at that epoch
+        box = browser.ask("(({left, top, width, height}) => [left + width / 2, top + height / 2])"
+                          "(document.querySelector('[data-chart=curves] svg').getBoundingClientRect())")  # fmt: skip
+        browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
+        browser.wait_for("document.querySelector('.chips b').textContent.endsWith('8.50')"
+                         " || Number(document.querySelector('.chips b').textContent) > 8")  # fmt: skip
+        assert browser.complaints == []
+        assert [url for url in browser.requests if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed")
+def test_on_a_phone_and_in_the_dark(rows: list[Row], bundle: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(page(rows, bundle))
+    with Browser() as browser:
+        light = "getComputedStyle(document.body).backgroundColor"
+        browser.open(path, width=390, height=844)
+        assert browser.ask("document.documentElement.scrollWidth") <= 390  # the table scrolls in itself
+        assert (
+            browser.ask("document.querySelector('[data-chart=curves] svg').getBoundingClientRect().width") <= 390
+        )
+        before = browser.ask(light)
+        axis = "document.querySelector('[data-chart=curves] .role-axis-label text').getAttribute('fill')"
+        ink = browser.ask(axis)
+        browser.open(path, width=390, height=844, dark=True)
+        assert browser.ask(light) != before
+        assert browser.ask(axis) != ink
+        assert browser.complaints == []
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed")
+def test_a_nasty_name_does_nothing_in_a_browser(bundle: str, tmp_path: Path) -> None:
+    nasty = (
+        '"><script>document.title="broken out"</script><img src=x onerror="document.title=\'broken out\'"> · \\'
+    )
+    out = tmp_path / "runs"
+    for number in (20, 56):
+        run = make_run(number, 0, dataset=nasty, variant=nasty)
+        finish(out, run.model_copy(update={"name": f"x{number}", "key": f"x{number}"}))
+    path = tmp_path / "report.html"
+    path.write_text(page(summarise(load_records([out]).records), bundle))
+    with Browser() as browser:
+        browser.open(path)
+        assert browser.ask("document.title") == "Residual networks, compared"
+        browser.ask("for (const d of document.querySelectorAll('details')) d.open = true")
+        browser.wait_for("document.querySelectorAll('details.row .runs tbody tr').length === 2")
+        assert browser.ask("document.querySelectorAll('img').length") == 0
+        assert "<script>" in browser.ask("document.querySelector('.sortable tbody th').textContent")
+        assert browser.complaints == []
