@@ -118,7 +118,7 @@ def test_trials_end_stop_raise_and_die_and_every_cpu_is_free_afterwards(tmp_path
     assert pair.outcomes["stopped"] is None
     assert isinstance(pair.outcomes["raises"], Failed)
     assert pair.outcomes["raises"].exception == "TooBigError", "the cause, not rank 0's broken collective"
-    assert pair.outcomes["dies"]["total"] == 48.0, "a peer's death is tried again"
+    assert pair.outcomes["dies"]["total"] == 24.0, "a peer's death is tried again"
     assert not (tmp_path / "tune").exists()
 
 
