@@ -44,6 +44,10 @@ def run(
         int | None, typer.Option(help="Train on so many images only; marked in tables.")
     ] = None,
     limit_test: Annotated[int | None, typer.Option(help="Evaluate on so many test images only; marked.")] = None,
+    until_ci: Annotated[
+        float | None, typer.Option(help="Add seeds until the 95 % interval of the error is ± so many points.")
+    ] = None,
+    max_seeds: Annotated[int | None, typer.Option(help="For --until-ci: of one row. Default: 10.")] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs to use, 0 for the CPU. Default: all there are.")] = None,
     workers: Annotated[
         int | None, typer.Option(help="DDP processes of one run; gpus/workers runs go at a time. Default: --gpus.")
@@ -94,6 +98,8 @@ def run(
         launcher=launcher,
         placement=placement,
         checkpoint_every=checkpoint_every,
+        until_ci=until_ci,
+        max_seeds=max_seeds,
         dry_run=dry_run,
         force=force,
         fail_fast=fail_fast,

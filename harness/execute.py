@@ -26,11 +26,12 @@ from harness.plan import Sweep, Width
 from harness.report import make_record, name_of
 from harness.run import Places, RunSpec, UserError
 from loaders.datasets import DataError, Dataset, load_dataset
-from results.store import fail, finish, finished_dir, finished_keys, load_epochs, partial_dir, start
+from results.store import fail, finish, finished_dir, finished_keys, load_epochs, load_records, partial_dir, start
 
 if TYPE_CHECKING:
     pass
 
+MAX_SEEDS = 10  # of a row, for --until-ci
 EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_STOPPED = 0, 1, 2, 130
 
 
@@ -47,6 +48,8 @@ class Options:
     launcher: str = "ray"
     placement: str = "pack"
     checkpoint_every: int = 1
+    until_ci: float | None = None  # points
+    max_seeds: int | None = None
     force: bool = False
     fail_fast: bool = False
     dry_run: bool = False
@@ -63,6 +66,7 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
     plan.check_word(options.launcher, plan.LAUNCHERS, "--launcher")
     plan.check_word(options.placement, PLACEMENTS, "--placement")
     plan.check_count(options.checkpoint_every, "--checkpoint-every")
+    plan.check_until_ci(sweep, options.until_ci, options.max_seeds)
     plan.check_word(options.format, ("table", "jsonl"), "--format")
     if not options.dry_run:
         options = replace(options, out=plan.check_out(options.out))
@@ -74,28 +78,61 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
         todo = specs if options.force else plan.pending(specs, finished)
         if options.dry_run:
             console.print(_plan_table(specs, dataset, options, finished))
+            if options.until_ci is not None:
+                console.print(f"and further seeds, to {options.max_seeds or MAX_SEEDS} of a row, until its error is known "
+                              f"to ±{options.until_ci:g} points")  # fmt: skip
             return EXIT_DONE
-        code = EXIT_DONE
-        if todo:
-            if options.address is not None:
-                _check_nodes(sweep, dataset, options, console)
-            if options.address is None and options.launcher == "ray":
-                join_cluster(stack, None, cpus=width.threads * width.workers * width.slots, gpus=width.gpus,
-                         verbose=options.verbose)  # fmt: skip
-            code = _train(todo, width, dataset, options, console, stack)
+        code, batch, trained = EXIT_DONE, todo, False
+        while True:
+            if batch and not trained:
+                trained = True
+                if options.address is not None:
+                    _check_nodes(sweep, dataset, options, console)
+                elif options.launcher == "ray":
+                    join_cluster(stack, None, cpus=width.threads * width.workers * width.slots, gpus=width.gpus,
+                                 verbose=options.verbose)  # fmt: skip
+            if batch:
+                code = max(code, _train(batch, width, dataset, options, console, stack))
+            if options.until_ci is None or (code != EXIT_DONE and options.fail_fast):
+                break
+            more = plan.more_seeds(
+                specs, finished_errors(options.out), until_ci=options.until_ci,
+                max_seeds=options.max_seeds or MAX_SEEDS, slots=width.slots,
+            )  # fmt: skip
+            if not more:
+                break
+            specs += more
+            batch = plan.pending(more, finished_keys(options.out))
     if options.format == "jsonl":
         return code
-    from harness.report import print_report
+    from harness.report import print_report, write_page
 
     names = [name_of(spec, dataset.label) for spec in specs]
     folders = [finished_dir(options.out, name) for name in names] + [
         partial_dir(options.out, name) for name in names
     ]
     print_report([folder for folder in folders if folder.is_dir()], console)
-    if not todo:
+    if options.until_ci is not None:
+        for row, half in plan.error_half_widths(specs, finished_errors(options.out)).items():
+            if half is not None and half > options.until_ci:
+                seeds = sum(replace(spec, seed=0) == row for spec in specs)
+                console.print(f"{row.variant}-{row.network.depth}: after {seeds} seeds its error is known to ±{half:.2f} points, not to "
+                              f"±{options.until_ci:g}", soft_wrap=True)  # fmt: skip
+    if not trained:
         console.print(f"all {len(specs)} runs were done already; --force trains them again", style="dim")
     console.print(f"stored in {escape(str(options.out))}", style="dim", soft_wrap=True)
+    try:
+        page = write_page(options.out)
+        console.print(f"page: {escape(str(page))}", style="dim", soft_wrap=True)
+    except UserError as error:  # the runs are stored, whatever becomes of their page
+        console.print(f"no page: {error}", style="dim", soft_wrap=True, markup=False)
     return code
+
+
+def finished_errors(out: Path) -> dict[str, float]:
+    """The last-epoch errors of all finished runs in a folder, by key."""
+    records = (stored.record for stored in load_records([out]).records)
+    return {record.key: record.result.final_error for record in records if record.result is not None}
 
 
 def lay_out(sweep: Sweep, options: Options, stack: ExitStack) -> Width:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import math
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any, Literal, get_args
 from harness.run import Precision, RunSpec, UserError
 from harness.space import apply
 from models.variants import Recipe, default_depth, find_variant
+from results.statistics import confidence_interval, sample
 
 LOADERS = ("dali", "resident", "dataloader", "synthetic")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -203,6 +207,60 @@ def expand(sweep: Sweep, width: Width, *, fingerprint: str, train_images: int) -
                     )
                 )
     return list(dict.fromkeys(specs))
+
+
+def check_until_ci(sweep: Sweep, until_ci: float | None, max_seeds: int | None) -> None:
+    """Raise UserError unless seeds can be added until an interval is narrow enough."""
+    if until_ci is None:
+        if max_seeds is not None:
+            raise UserError(f"--max-seeds {max_seeds} is for --until-ci, which says until when seeds are added")
+        return
+    if not (until_ci > 0 and math.isfinite(until_ci)):
+        raise UserError(f"--until-ci {until_ci:g}: points of error above 0 are allowed, as in 0.10")
+    if max_seeds is not None and max_seeds < max(2, len(sweep.seeds)):
+        raise UserError(
+            f"--max-seeds {max_seeds}: at least {max(2, len(sweep.seeds))} is allowed, which --seeds begins with"
+        )
+
+
+def error_half_widths(specs: Iterable[RunSpec], errors: Mapping[str, float]) -> dict[RunSpec, float | None]:
+    """Half the 95 % interval of the mean last-epoch error, in points, for every spec (as seed 0) but for its seed.
+
+    `errors` holds finished runs' errors by key. None: a run is missing or its error is not finite. One run: infinite.
+    """
+    rows: dict[RunSpec, list[float]] = defaultdict(list)
+    for spec in specs:
+        rows[replace(spec, seed=0)].append(errors.get(spec.key, math.nan))
+    halves: dict[RunSpec, float | None] = {}
+    for row, values in rows.items():
+        interval = confidence_interval(sample(values))
+        half = (interval.high - interval.low) / 2 if interval else math.inf
+        halves[row] = half if all(map(math.isfinite, values)) else None
+    return halves
+
+
+def more_seeds(
+    specs: Sequence[RunSpec], errors: Mapping[str, float], *, until_ci: float, max_seeds: int, slots: int
+) -> list[RunSpec]:
+    """The next runs of those rows whose interval is still wider than ±until_ci; none: all are narrow, or at their limit.
+
+    One seed a row at a time, more only where GPUs would stand idle. A row with a run that failed gets no further one.
+    """
+    used: dict[RunSpec, set[int]] = defaultdict(set)
+    for spec in specs:
+        used[replace(spec, seed=0)].add(spec.seed)
+    halves = error_half_widths(specs, errors)
+    wide = [
+        row for row, half in halves.items() if half is not None and half > until_ci and len(used[row]) < max_seeds
+    ]
+    more = []
+    for _ in range(max(1, slots // len(wide)) if wide else 0):
+        for row in wide:
+            if len(used[row]) < max_seeds:
+                seed = next(n for n in itertools.count() if n not in used[row])
+                used[row].add(seed)
+                more.append(replace(row, seed=seed))
+    return more
 
 
 def check_batch(recipe: Recipe, width: Width) -> None:

@@ -183,6 +183,25 @@ def print_report(
     return bool(rows)
 
 
+PAGE = "report.html"
+
+
+def write_page(out: Path) -> Path:
+    """Write the page of all runs in a folder into it. Raises UserError where it cannot be written."""
+    from results.store import load_records
+
+    loaded = load_records([out])
+    text = make_html(make_rows(loaded), loaded.problems)
+    path = out / PAGE
+    temporary = path.with_name(f".{PAGE}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    return path
+
+
 def make_html(rows: Sequence[Row], problems: Sequence[Problem] = (), columns: Sequence[str] = ()) -> str:
     """The page for a browser. Raises ValueError for a column that does not exist."""
     from results.charts import load_bundle

@@ -129,7 +129,7 @@ def _choose(rows: Sequence[Row]) -> set[int]:
     chosen: set[int] = set()
     runs = 0
     for i in sorted(range(len(rows)), key=error):
-        runs += len(rows[i].done) + len(rows[i].failed) + len(rows[i].interrupted)
+        runs += len(rows[i].done) + len(rows[i].failed) + len(rows[i].stopped) + len(rows[i].interrupted)
         if runs > MAX_RUNS and chosen:
             break
         chosen.add(i)
@@ -201,7 +201,7 @@ def _load_curves(i: int, row: Row) -> Iterator[Curve]:
                 list(map(min, columns)),
                 list(map(max, columns)),
             )
-    unfinished: list[Stored | Interrupted] = [*row.failed, *row.interrupted]
+    unfinished: list[Stored | Interrupted] = [*row.failed, *row.stopped, *row.interrupted]
     for partial in unfinished:
         if epochs := [e for e in _epochs(partial) if math.isfinite(e.error)]:
             errors = [e.error for e in epochs]

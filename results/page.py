@@ -97,7 +97,7 @@ def _text(value: object) -> str:
 
 def _lede(rows: Sequence[Row]) -> str:
     done = sum(len(row.done) for row in rows)
-    missing = sum(len(row.failed) + len(row.interrupted) for row in rows)
+    missing = sum(len(row.failed) + len(row.stopped) + len(row.interrupted) for row in rows)
     parts = [_count(done, "run"), f"in {_count(len(rows), 'row')}"]
     if missing:
         parts.append(f"· {missing} not finished")
@@ -291,8 +291,9 @@ def _plain(fields: Mapping[str, object]) -> str:
 def _unfinished(rows: Sequence[Row], problems: Sequence[Problem]) -> Iterator[str]:
     """Runs that failed or did not finish, and folders that could not be read, each with its reason."""
     failed = [(row, stored) for row in rows for stored in row.failed]
+    stopped = [(row, stored, at) for row in rows for stored in row.stopped if (at := stored.record.stopped)]
     partial = [(row, interrupted) for row in rows for interrupted in row.interrupted]
-    if not (failed or partial or problems):
+    if not (failed or stopped or partial or problems):
         return
     yield "<section id=unfinished><h2>Not finished</h2>"
     for row, stored in failed[:MAX_FAILED]:
@@ -311,6 +312,13 @@ def _unfinished(rows: Sequence[Row], problems: Sequence[Problem]) -> Iterator[st
             yield "</article>"
     if len(failed) > MAX_FAILED:
         yield f"<p class=hint>and {len(failed) - MAX_FAILED:,} more that failed</p>"
+    for row, stored, at in stopped[:MAX_FAILED]:
+        yield (
+            f"<article><p><strong>stopped</strong> {_text(row.name)} seed {stored.record.seed} by {_text(at.by)} of sweep "
+            f"{_text(at.sweep)} after epoch {at.epoch} of {at.of}, at {at.error:.2f} %: {_text(stored.folder.name)}</p></article>"
+        )
+    if len(stopped) > MAX_FAILED:
+        yield f"<p class=hint>and {len(stopped) - MAX_FAILED:,} more that were stopped</p>"
     for row, interrupted in partial[:MAX_FAILED]:
         yield f"<article><p><strong>interrupted</strong> {_text(_who(row, interrupted))}</p></article>"
     if len(partial) > MAX_FAILED:
