@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import signal
 import types
 from collections.abc import Iterator
@@ -271,7 +272,16 @@ def lock_run(spec: RunSpec, label: str, out: Path) -> FileLock:
         lock.acquire(blocking=False)
     except Timeout:
         raise UserError(f"{spec.title} is being trained by another harness command in --out {out}") from None
+    except OSError as error:
+        raise UserError(f"{spec.title} cannot be locked in --out {out}: {error.strerror}") from None
     return lock
+
+
+def _allow_open_files(more: int) -> None:
+    """Each lock is an open file, and 1024 is a usual limit: raise it as far as is needed and allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def make_places(options: Options, dataset: Dataset) -> Places:
@@ -300,6 +310,7 @@ def _train(
         from cluster.launch import launch
     else:
         from cluster.local import launch
+    _allow_open_files(len(specs))
     for spec in specs:
         stack.callback(lock_run(spec, dataset.label, options.out).release)
     places = make_places(options, dataset)
