@@ -1,0 +1,66 @@
+"""harness.load: stored runs in a notebook."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from records import make_record
+
+import harness
+from harness.run import UserError
+from results.store import EpochMetrics, Failure, fail, finish
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    for depth in (20, 32):
+        for seed in (0, 1):
+            record = make_record(seed, 8.0 + seed - depth / 100, depths=(depth,), settings=("lr=0.05",))
+            assert record.result is not None
+            epochs = tuple(
+                EpochMetrics(epoch=k, steps=1, images=1, loss=1.0, error=9.0 - k, lr=0.05, train_seconds=1.0,
+                             wait_seconds=0.0, eval_seconds=0.1, images_per_second=1.0)
+                for k in (1, 2, 3)
+            )  # fmt: skip
+            finish(
+                tmp_path, record.model_copy(update={"result": record.result.model_copy(update={"epochs": epochs})})
+            )
+    fail(tmp_path, make_record(2, 0.0, failure=Failure(kind="OOM", message="no room")))
+    return tmp_path
+
+
+def test_one_line_a_run(runs: Path) -> None:
+    frame = harness.load(runs)
+    assert len(frame) == 5
+    done = frame[frame.status == "done"]
+    means = done.groupby("depth")["final_error"].mean()
+    assert means.to_dict() == pytest.approx({20: 8.3, 32: 8.18})
+    assert set(done["recipe.lr"]) == {0.05}
+    assert set(done["rss_mib"]) == {900.0}
+    assert done["torch_allocated_mib"].isna().all()
+    assert set(done["device"]) == {"NVIDIA H200"}
+    (failed,) = frame[frame.status == "failed"].itertuples()
+    assert failed.failure == "OOM: no room"
+    assert failed.final_error != failed.final_error
+
+
+def test_one_line_an_epoch(runs: Path) -> None:
+    frame = harness.load(str(runs), epochs=True)
+    assert len(frame) == 4 * 3
+    last = frame.sort_values("epoch").groupby(["depth", "seed"]).error.last()
+    assert set(last) == {6.0}
+    assert {"name", "loader", "recipe.lr", "train_seconds"} <= set(frame.columns)
+
+
+def test_it_complains_and_stays_light(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder of results"):
+        harness.load(tmp_path / "nowhere")
+    code = "import harness, sys; sys.exit('pandas' in sys.modules or 'torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False).returncode == 0
+    )
