@@ -63,6 +63,9 @@ def run(
     checkpoint_every: Annotated[int, typer.Option(help="Epochs from one checkpoint to the next.")] = 1,
     format: Annotated[str, typer.Option(help="table, or jsonl: a JSON object an epoch, no table.")] = "table",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what is done already.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write each run's event file beside its record.")
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Train finished runs again; the old ones are kept.")
     ] = False,
@@ -100,6 +103,7 @@ def run(
         checkpoint_every=checkpoint_every,
         until_ci=until_ci,
         max_seeds=max_seeds,
+        tensorboard=tensorboard,
         dry_run=dry_run,
         force=force,
         fail_fast=fail_fast,
@@ -254,6 +258,21 @@ def why(
     from harness.answers import print_why
 
     print_why(row, path, Console())
+
+
+@app.command()
+def export(
+    paths: Annotated[list[Path] | None, typer.Argument(help="Folders of results, or of single runs.")] = None,
+    to: Annotated[
+        str,
+        typer.Option(help="tensorboard (event files in the runs' folders), mlflow or wandb (by their variables)."),
+    ] = "tensorboard",
+) -> None:
+    """Give stored runs, epoch by epoch, to TensorBoard, MLflow or Weights & Biases."""
+    from harness.report import export_runs
+
+    exported = export_runs(paths or [Path("runs")], to)
+    print(f"{exported} run{'s' * (exported != 1)} exported to {to}; those it had already were left alone")
 
 
 @app.command()

@@ -51,6 +51,7 @@ class Options:
     checkpoint_every: int = 1
     until_ci: float | None = None  # points
     max_seeds: int | None = None
+    tensorboard: bool = False
     force: bool = False
     fail_fast: bool = False
     dry_run: bool = False
@@ -104,9 +105,13 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
                 break
             specs += more
             batch = plan.pending(more, finished_keys(options.out))
+    from harness.report import export_runs, print_report, write_page
+
+    if options.tensorboard:
+        folders = [finished_dir(options.out, name_of(spec, dataset.label)) for spec in specs]
+        export_runs([folder for folder in folders if folder.is_dir()], "tensorboard")
     if options.format == "jsonl":
         return code
-    from harness.report import print_report, write_page
 
     names = [name_of(spec, dataset.label) for spec in specs]
     folders = [finished_dir(options.out, name) for name in names] + [

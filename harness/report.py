@@ -202,6 +202,23 @@ def write_page(out: Path) -> Path:
     return path
 
 
+def export_runs(paths: Sequence[Path], to: str) -> int:
+    """Give the finished, failed and stopped runs under `paths` to another tool; returns how many it did not have.
+
+    Raises UserError for a tool that is unknown or not installed, and for epochs that cannot be read.
+    """
+    from harness.plan import check_word
+    from results.export import TARGETS, export
+
+    check_word(to, tuple(TARGETS), "--to")
+    try:
+        return export(load_runs(paths).records, TARGETS[to])
+    except ImportError as error:
+        raise UserError(f"--to {to}: {error}; pip install 'resnet-harness[{to}]'") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"--to {to}: {error}") from None
+
+
 def make_html(rows: Sequence[Row], problems: Sequence[Problem] = (), columns: Sequence[str] = ()) -> str:
     """The page for a browser. Raises ValueError for a column that does not exist."""
     from results.charts import load_bundle

@@ -1,0 +1,109 @@
+"""Stored runs in TensorBoard, MLflow and Weights & Biases: what was stored arrives, once."""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from records import make_record
+
+from harness.report import export_runs
+from harness.run import UserError
+from results.export import TARGETS, export
+from results.store import EpochMetrics, Failure, fail, finish, load_records, start, write_epochs
+
+
+def make_epochs(seed: int) -> tuple[EpochMetrics, ...]:
+    return tuple(
+        EpochMetrics(epoch=k, steps=1, images=1, loss=1 / k, error=10.0 - k + seed, lr=0.1, train_seconds=2.0,
+                     wait_seconds=0.0, eval_seconds=0.5, images_per_second=1.0)
+        for k in (1, 2, 3)
+    )  # fmt: skip
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two finished runs and one that failed after two epochs."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    out = tmp_path / "runs"
+    for seed in (0, 1):
+        record = make_record(seed, 7.0 + seed)
+        assert record.result is not None
+        result = record.result.model_copy(update={"epochs": make_epochs(seed)})
+        finish(out, record.model_copy(update={"result": result}))
+    failed = make_record(2, 0.0, failure=Failure(kind="NaN", message="loss is not finite"))
+    write_epochs(start(out, failed.name, failed.spec), make_epochs(2)[:2])
+    fail(out, failed)
+    return out
+
+
+def read_events(path: Path) -> Iterator[Any]:
+    """TFRecord: length, its checksum, the event, its checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data = path.read_bytes()
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        yield Event.FromString(data[12 : 12 + length])
+        data = data[16 + length :]
+
+
+def test_tensorboard_holds_every_epoch(runs: Path, capsys: Any) -> None:
+    assert export_runs([runs], "tensorboard") == 3
+    for stored in load_records([runs]).records:
+        (path,) = stored.folder.glob("events.out.tfevents.*")
+        scalars = [
+            (v.tag, e.step, v.simple_value, e.wall_time) for e in read_events(path) for v in e.summary.value
+        ]
+        seed = stored.record.seed
+        errors = {step: value for tag, step, value, _ in scalars if tag == "error"}
+        assert errors == {k: 10.0 - k + seed for k in ((1, 2) if seed == 2 else (1, 2, 3))}
+        times = [time for tag, _, _, time in scalars if tag == "loss"]
+        assert times[0] == pytest.approx(stored.record.started_at.timestamp() + 2.5)
+        assert times[1] - times[0] == pytest.approx(2.5)
+        assert not [tag for tag, *_ in scalars if tag == "top5_error"]  # it was not measured
+    assert export_runs([runs], "tensorboard") == 0
+    assert len(load_records([runs]).records) == 3  # an event file is no harm to a run's folder
+
+
+@pytest.mark.filterwarnings("ignore")  # MLflow's own, about SQLAlchemy
+def test_mlflow_holds_every_epoch(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    assert export(load_records([runs]).records, TARGETS["mlflow"]) == 3
+    assert export(load_records([runs]).records, TARGETS["mlflow"]) == 0
+    client = mlflow.MlflowClient()
+    found = client.search_runs([client.get_experiment_by_name("cifar10").experiment_id])
+    assert sorted(run.info.status for run in found) == ["FAILED", "FINISHED", "FINISHED"]
+    by_seed = {int(run.data.params["seed"]): run for run in found}
+    history = client.get_metric_history(by_seed[1].info.run_id, "error")
+    assert [(m.step, m.value) for m in history] == [(1, 10.0), (2, 9.0), (3, 8.0)]
+    assert by_seed[0].data.metrics["final_error"] == 7.0
+    assert by_seed[0].data.params["recipe.lr"] == "0.1"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wandb_writes_a_run_each(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    assert export(load_records([runs]).records, TARGETS["wandb"]) == 3
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 3
+
+
+def test_mistakes_are_one_line(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="did you mean tensorboard"):
+        export_runs([runs], "tensorbord")
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(UserError, match=r"pip install 'resnet-harness\[mlflow\]'"):
+        export_runs([runs], "mlflow")
+    (finished,) = [s.folder for s in load_records([runs]).records if s.record.seed == 0]
+    (finished / "epochs.jsonl").write_text("nonsense\n")
+    with pytest.raises(UserError, match=r"epochs.jsonl line 1"):
+        export_runs([runs], "tensorboard")
