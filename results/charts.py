@@ -342,13 +342,20 @@ PARAMS = [{"name": "hidden", "value": []}, {"name": "lit", "value": None}]
 SEEN = [{"filter": "indexof(hidden, datum.row) < 0"}]
 
 
+def _epoch_ticks(first: float, last: float) -> list[int]:
+    """At most ten or so whole epochs, round ones."""
+    steps = (size * 10**power for power in range(7) for size in (1, 2, 5))
+    step = next(step for step in steps if (last - first) / step <= 10)
+    return list(range(math.ceil(first / step) * step, math.floor(last) + 1, step))
+
+
 def _curves_spec(
     scale: _Scale, title: str, epochs: Sequence[int], errors: Sequence[float], *, clip: bool
 ) -> dict[str, Any]:
     y_scale = {"domain": list(errors), "zero": False, "nice": False}
     y = {"type": "quantitative", "title": title, "scale": y_scale, "axis": {"tickCount": 7}}
     x = {"field": "epoch", "type": "quantitative", "title": "epoch",
-         "scale": {"domain": list(epochs), "nice": False}, "axis": {"format": "d", "tickMinStep": 1, "grid": False, "tickCount": 10}}  # fmt: skip
+         "scale": {"domain": list(epochs), "nice": False}, "axis": {"format": "d", "grid": False, "values": _epoch_ticks(*epochs)}}  # fmt: skip
     mean_of = {"field": "mean", **y}
     shared = {"color": scale.colour, "detail": {"field": "curve"}}
     return {
@@ -380,7 +387,8 @@ def _curves_spec(
             },
             {
                 "mark": {"type": "rule", "clip": clip, "color": "#8888", "opacity": {"expr": "at > 0 ? 1 : 0"}},
-                "encoding": {"x": {"datum": {"expr": "at"}, "type": "quantitative"}},
+                # hidden, it stands inside the plot: outside, it would take its room
+                "encoding": {"x": {"datum": {"expr": f"at > 0 ? at : {epochs[0]}"}, "type": "quantitative"}},
             },
         ],
     }  # fmt: skip
