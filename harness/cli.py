@@ -72,7 +72,7 @@ def run(
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first run that fails.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own messages.")] = False,
 ) -> None:
-    """Train what is missing of every variant x depth x seed, and print the table."""
+    """Train what is missing of a sweep, and print the table."""
     from rich.console import Console
 
     from harness import plan, space
@@ -163,7 +163,7 @@ def tune(
     address: Annotated[str | None, typer.Option(help="A running Ray cluster: HOST:PORT or auto.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own messages.")] = False,
 ) -> None:
-    """Search for the best recipe or network: many trials, poor ones stopped early."""
+    """Search for the best recipe; poor trials stop early."""
     from rich.console import Console
 
     from harness.execute import Options
@@ -207,7 +207,7 @@ def report(
     output: Annotated[Path | None, typer.Option(help="Write to this file.")] = None,
     curves: Annotated[Path | None, typer.Option(help="Draw the charts into this folder, as SVG and PNG.")] = None,
 ) -> None:
-    """Print the comparison table of stored runs: mean and spread over seeds."""
+    """Print the comparison table of stored runs."""
     from rich.console import Console
 
     from harness.plan import parse_words
@@ -236,7 +236,7 @@ def compare(
     across: Annotated[str | None, typer.Option(help="Fields to average over, as in threads.")] = None,
     format: Annotated[str, typer.Option(help="table, markdown or json.")] = "table",
 ) -> None:
-    """Compare two sets of runs: difference, interval, and whether they are equivalent."""
+    """Compare two sets of runs: better, worse or the same?"""
     from rich.console import Console
 
     from harness.answers import print_comparison
@@ -252,7 +252,7 @@ def why(
     row: Annotated[str, typer.Argument(help="A row of `harness report PATH`: msra-20, or its number.")],
     path: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("runs"),
 ) -> None:
-    """Print the runs, epochs and formulas behind a row's figures."""
+    """Print what is behind a row's figures."""
     from rich.console import Console
 
     from harness.answers import print_why
@@ -268,7 +268,7 @@ def export(
         typer.Option(help="tensorboard (event files in the runs' folders), mlflow or wandb (by their variables)."),
     ] = "tensorboard",
 ) -> None:
-    """Give stored runs, epoch by epoch, to TensorBoard, MLflow or Weights & Biases."""
+    """Give stored runs to TensorBoard, MLflow or W&B."""
     from harness.report import export_runs
 
     exported = export_runs(paths or [Path("runs")], to)
@@ -280,7 +280,7 @@ def repro(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name or key in PATH.")],
     path: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("runs"),
 ) -> None:
-    """Print the command, commit and versions that train a stored run again."""
+    """Print how a stored run can be made again."""
     from rich.console import Console
 
     from harness.answers import print_repro
@@ -316,7 +316,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate so many images only, classes in turn.")] = None,
 ) -> None:
-    """Print the top-1 and top-5 error of stored weights on a test set."""
+    """Print the errors of stored weights on a test set."""
     from rich.console import Console
 
     from harness import evaluate_weights as ew
@@ -342,7 +342,7 @@ def doctor(
     data_dir: Annotated[Path | None, typer.Option(help="Where the images are.")] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster: HOST:PORT or auto.")] = None,
 ) -> None:
-    """Say what is missing here: GPU, driver, DALI, NCCL, Ray, storage, data. Exit code 1 if CPU runs cannot work."""
+    """Say what is missing on this machine, if anything."""
     from rich.console import Console
 
     from harness.doctor import check
