@@ -236,7 +236,7 @@ def _round(values: Iterable[float]) -> list[float]:
 
 RUN_COLUMNS = (
     "seed", "error %", "best %", "in epoch", "top-5 %", "test %", "s/epoch", "eval s", "set-up s", "start s", "training s",
-    "img/s", "wait %", "alloc MiB", "resvd MiB", "NVML MiB", "RSS MiB", "attempts", "finished", "folder", "environment",
+    "img/s", "wait %", "energy kJ", "alloc MiB", "resvd MiB", "NVML MiB", "RSS MiB", "attempts", "finished", "folder", "environment",
 )  # fmt: skip
 
 
@@ -250,6 +250,7 @@ def _run(stored: Stored, environments: _Environments) -> list[str]:
         _figure(result.final_top5_error, 2), _figure(result.test_error, 2), _figure(result.epoch_seconds, 3),
         _figure(result.eval_seconds, 3), _figure(result.setup_seconds, 1), _figure(result.start_seconds, 1),
         _figure(result.train_seconds, 1), _figure(result.images_per_second, 0), _figure(result.wait_share, 1),
+        _figure(None if result.energy_joules.value is None else result.energy_joules.value / 1000, 1),
         *(_figure(reading.value, 0) for reading in (memory.torch_allocated_mib, memory.torch_reserved_mib,
                                                      memory.nvml_process_mib, memory.rss_mib)),
         str(result.attempts), f"{record.finished_at:%Y-%m-%d %H:%M}", clean(stored.folder.name),
