@@ -386,6 +386,7 @@ def _curves_spec(
                 "encoding": {"y": mean_of, "opacity": _lit(1.0), **shared},
             },
             {
+                "data": {"values": [{}]},  # one rule, not one a value
                 "mark": {"type": "rule", "clip": clip, "color": "#8888", "opacity": {"expr": "at > 0 ? 1 : 0"}},
                 # hidden, it stands inside the plot: outside, it would take its room
                 "encoding": {"x": {"datum": {"expr": f"at > 0 ? at : {epochs[0]}"}, "type": "quantitative"}},
