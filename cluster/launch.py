@@ -32,6 +32,7 @@ Report = Callable[[Any], None]
 CONNECT_SECONDS = 20.0
 WAIT_SECONDS = 1800.0  # for room in the cluster: as long as a cloud may take to bring another node
 SHOW_WAIT_SECONDS = 10.0
+LOOPBACK = "127.0.0.1"
 PLACEMENTS = ("pack", "strict-pack", "spread")
 COLLECTIVE_SECONDS = 300  # a peer that stops without dying is noticed after this, not after torch's 30 minutes
 
@@ -145,10 +146,14 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
     if address is None:
         options |= {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False, "address": "local"}
         options["object_store_memory"] = 256 * 2**20  # nothing large travels through Ray
+        options["_node_ip_address"] = LOOPBACK
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     else:
         options["address"] = address
     try:
-        ray.init(**options)
+        with _staying_on_loopback() if address is None else contextlib.nullcontext():
+            ray.init(**options)
     except (ConnectionError, RuntimeError) as error:
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise ClusterError(f"no Ray cluster answers at {address!r}: {first}") from None
@@ -175,6 +180,20 @@ def fit(cluster: Cluster, *, workers: int, slots: int, gpu: bool, placement: str
     while threads * workers * most < cluster.cpus and runs(threads + 1) == most:
         threads += 1
     return most, threads
+
+
+@contextlib.contextmanager
+def _staying_on_loopback() -> Iterator[None]:
+    """A cluster of this machine alone listens on 127.0.0.1: Ray would put the machine's own address in its place,
+    and then listen on all of them."""
+    import ray._private.services as services
+
+    before = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = before
 
 
 def disconnect() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -144,6 +145,31 @@ def test_a_dead_controller_leaves_its_room_to_the_next_attempt(one_cpu: Cluster,
         time.sleep(0.1)
     assert ray.available_resources()["CPU"] == 1.0
     assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
+
+
+def listening_addresses(pids: set[int]) -> set[str]:
+    """Local addresses, in the kernel's hexadecimal, on which these processes wait for TCP connections."""
+    sockets = set()
+    for pid in pids:
+        for path in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                sockets.add(path.readlink().name)
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
+                found.add(words[1].split(":")[0])
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of sockets")
+def test_a_cluster_of_this_machine_listens_on_loopback_alone(one_cpu: Cluster) -> None:
+    assert ask_every_node(os.getpid)
+    found = listening_addresses({pid for pid, _ in load_chaos().descendants(os.getpid())})
+    assert found, "a cluster that listens nowhere?"
+    assert found <= {"0100007F", "0000000000000000FFFF00000100007F"}
 
 
 @pytest.mark.ray
