@@ -50,6 +50,12 @@ class Running:
         """When which epoch was said to be done."""
         return [(at, int(found[1])) for at, line in self.lines if (found := EPOCH.search(line))]
 
+    def reached(self, epoch: int) -> bool:
+        """Whether that many epochs were said to be done; 0: whether the run was said to start."""
+        if epoch:
+            return any(number >= epoch for _, number in self.epochs())
+        return any("starting" in line for _, line in self.lines)
+
     def wait(self) -> int:
         """The exit code, when all lines are read."""
         code = self.process.wait(timeout=600)
@@ -156,7 +162,7 @@ class Trial:
     launcher: str
     kind: str
     at_seconds: float  # from the command's start
-    epoch: int  # the last one said to be done before
+    epoch: int  # the last one said to be done before; 0 while starting
     commands: int  # how often the command was given
     outcome: Outcome
     equal: bool
@@ -164,15 +170,25 @@ class Trial:
 
 
 def try_once(
-    launcher: str, kind: str, out: Path, reference: Outcome, seconds: float, chance: random.Random, **size: int
+    launcher: str,
+    kind: str,
+    out: Path,
+    reference: Outcome,
+    point: tuple[int, float],
+    chance: random.Random,
+    **size: int,
 ) -> Trial:
-    """Start, kill after `seconds`, give the command again until it ends well, compare."""
+    """Start, kill so many seconds after so many epochs, give the command again until it ends well, compare."""
     command = make_command(launcher, out, **size)
     running = run(command)
-    time.sleep(max(0.0, seconds - (time.monotonic() - running.began)))
+    epoch, seconds = point
+    while running.process.poll() is None and not running.reached(epoch):
+        time.sleep(0.005)
+    time.sleep(seconds)
     while not (struck := strike(running, kind, chance)) and running.process.poll() is None:
         time.sleep(0.02)
     killed_at = time.monotonic()
+    at_seconds = killed_at - running.began
     commands, codes = 1, [running.wait()]
     before = [number for at, number in running.epochs() if at <= killed_at]
     after = [at for at, _ in running.epochs() if at > killed_at]
@@ -184,7 +200,7 @@ def try_once(
     if codes[-1]:
         text = "\n".join(line for _, line in running.lines[-30:])
         raise SystemExit(
-            f"{' '.join(command)}\nended with {codes} after {kind} was killed at {seconds:.1f} s:\n{text}"
+            f"{' '.join(command)}\nended with {codes} after {kind} was killed at {at_seconds:.1f} s:\n{text}"
         )
     outcome = read_outcome(out)
     equal = (outcome.losses, outcome.errors, outcome.weights) == (
@@ -193,8 +209,8 @@ def try_once(
         reference.weights,
     )
     return Trial(
-        launcher=launcher, kind=kind if struck else f"{kind} (had ended)", at_seconds=killed_at - running.began
-        if commands == 1 else seconds, epoch=max(before, default=0), commands=commands, outcome=outcome, equal=equal,
+        launcher=launcher, kind=kind if struck else f"{kind} (had ended)", at_seconds=at_seconds,
+        epoch=max(before, default=0), commands=commands, outcome=outcome, equal=equal,
         recovery_seconds=min(after) - killed_at if after else None,
     )  # fmt: skip
 
@@ -205,24 +221,24 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--launcher", choices=("both", *KINDS), default="both")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="an empty or absent folder")
     options = parser.parse_args()
     chance = random.Random(options.seed)
     size = {"epochs": options.epochs, "images": options.images}
     launchers = tuple(KINDS) if options.launcher == "both" else (options.launcher,)
-    references: dict[str, tuple[Outcome, float, float]] = {}
+    references: dict[str, tuple[Outcome, float, float]] = {}  # seconds to the first epoch's end, of one more
     for launcher in launchers:
         whole = run(make_command(launcher, options.out / f"{launcher}-whole", **size))
         if whole.wait():
             raise SystemExit("\n".join(line for _, line in whole.lines))
+        starting = next(at for at, line in whole.lines if "starting" in line)
         at = [at for at, _ in whole.epochs()]
-        # from a second before the first epoch's end until the last epoch's: start-up is struck too, now and then
         references[launcher] = (
             read_outcome(options.out / f"{launcher}-whole"),
-            at[0] - whole.began - 1.0,
-            at[-1] - whole.began,
+            at[0] - starting,
+            (at[-1] - at[0]) / (len(at) - 1),
         )
     print(
         "| launcher | killed | after s | epoch | commands | attempts | epochs kept | equal | s to the next epoch |"
@@ -233,9 +249,11 @@ def main() -> int:
         launcher = launchers[number % len(launchers)]
         kinds = KINDS[launcher]
         kind = kinds[number // len(launchers) % len(kinds)]
-        reference, first, last = references[launcher]
+        reference, first, each = references[launcher]
         out = options.out / f"{launcher}-{number}"
-        trial = try_once(launcher, kind, out, reference, chance.uniform(first, last), chance, **size)
+        epoch = chance.randrange(options.epochs)  # every epoch alike; 0: while it starts
+        point = (epoch, chance.uniform(0, each if epoch else first))
+        trial = try_once(launcher, kind, out, reference, point, chance, **size)
         shutil.rmtree(out)
         trials.append(trial)
         recovery = "" if trial.recovery_seconds is None else f"{trial.recovery_seconds:.1f}"
