@@ -27,7 +27,16 @@ from harness.run import DivergedError, Places, Precision, RunSpec
 from loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
 from loaders.loader import Augment, Loader, Normalize, make_evaluation_loader, make_loaders, make_normalize
 from models.resnet import build
-from results.store import EpochMetrics, Reading, RunResult, append_epoch, partial_dir, run_name, write_epochs
+from results.store import (
+    EpochMetrics,
+    Memory,
+    Reading,
+    RunResult,
+    append_epoch,
+    partial_dir,
+    run_name,
+    write_epochs,
+)
 
 EVAL_BATCH_SIZE = 1000
 WARMUP_EPOCHS = 1  # of every attempt: first kernels, first allocations, caches that fill
@@ -191,15 +200,24 @@ def total_energy(history: Sequence[EpochMetrics], device: torch.device) -> Readi
     return Reading(value=None, reason=reason)
 
 
-def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None], *, places: Places) -> RunResult:
-    """Train and measure one run, in this process as one of `worker.world_size` ranks.
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a run needs before its first step."""
 
-    Resumes from the newest checkpoint in the run's folder. Raises DivergedError when the loss is not finite,
-    CheckpointError for another run's checkpoint, and DataError when the images are not those of the spec.
-    """
-    entered_at = time.perf_counter()
+    data: Data
+    place: _Place
+    view: _View
+    train_loader: Loader
+    held_loader: Loader
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+def prepare(spec: RunSpec, worker: Worker, places: Places) -> Prepared:
+    """Set the device up and make data, loaders, network and optimizer. Raises DataError and RuntimeError where the
+    images are not those of the spec."""
     device = torch.device(worker.device)
-    rank, world_size = worker.rank, worker.world_size
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -208,7 +226,6 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     torch.set_num_threads(worker.threads)
     set_precision(spec.precision)
     torch.backends.cudnn.benchmark = True
-    folder = partial_dir(places.out, run_name(places.label, spec.variant, spec.network.depth, spec.seed, spec.key))
 
     dataset = load_dataset(spec.dataset, places.data_dir, places.cache_dir)
     if dataset.fingerprint != spec.fingerprint:
@@ -217,7 +234,9 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         )
     data = split_data(spec, dataset)
     recipe = spec.recipe
-    place = _Place(device=device, threads=worker.threads, rank=rank, world=world_size, channels_last=True)
+    place = _Place(
+        device=device, threads=worker.threads, rank=worker.rank, world=worker.world_size, channels_last=True
+    )
     view = _View(
         augment=Augment(recipe.pad, recipe.pad_mode, recipe.crop, recipe.flip and dataset.flip),
         normalize=make_normalize(recipe.normalize, data.train),
@@ -235,10 +254,46 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
 
     torch.manual_seed(spec.seed)
     network = build(spec.network, dataset.num_classes, recipe.crop or dataset.image_size)
-    parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(recipe, network)
     scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
+    return Prepared(data, place, view, train_loader, held_loader, network, optimizer, scaler)
+
+
+def spread(network: nn.Module, world_size: int, device: torch.device) -> nn.Module:
+    """The network as it is trained: under DDP where there are several ranks."""
+    if world_size == 1:
+        return network
+    return DistributedDataParallel(
+        network,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,  # once an epoch, in `train`, in place of once a step: rank 0's either way
+        gradient_as_bucket_view=True,
+    )
+
+
+def memory_over_ranks(memory: Memory, world_size: int) -> Memory:
+    """The peak of each figure over the ranks."""
+    if world_size == 1:
+        return memory
+    of_ranks: list[Any] = [None] * world_size
+    dist.all_gather_object(of_ranks, memory)
+    return profiler.largest(of_ranks)
+
+
+def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None], *, places: Places) -> RunResult:
+    """Train and measure one run, in this process as one of `worker.world_size` ranks.
+
+    Resumes from the newest checkpoint in the run's folder. Raises DivergedError when the loss is not finite,
+    CheckpointError for another run's checkpoint, and DataError when the images are not those of the spec.
+    """
+    entered_at = time.perf_counter()
+    prepared = prepare(spec, worker, places)
+    data, network, optimizer, scaler = prepared.data, prepared.network, prepared.optimizer, prepared.scaler
+    train_loader, held_loader = prepared.train_loader, prepared.held_loader
+    recipe, rank, world_size, device = spec.recipe, worker.rank, worker.world_size, prepared.place["device"]
+    parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    folder = partial_dir(places.out, run_name(places.label, spec.variant, spec.network.depth, spec.seed, spec.key))
 
     warnings_seen: list[str] = []
 
@@ -260,15 +315,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         folder.mkdir(parents=True, exist_ok=True)
         write_epochs(folder, history)
 
-    trained: nn.Module = network
-    if world_size > 1:
-        trained = DistributedDataParallel(
-            network,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,  # once an epoch, below, in place of once a step: rank 0's either way
-            gradient_as_bucket_view=True,
-        )
-
+    trained = spread(network, world_size, device)
     steps_all = total_steps(recipe, train_loader.steps)
     epochs = total_epochs(recipe, train_loader.steps)
     meter, watch = profiler.MemoryMeter(device), profiler.Watch(device)
@@ -339,17 +386,17 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     on_test = None
     if data.held_name != "test":
         test_loader = make_evaluation_loader(
-            spec.loader, data.test, **view, **place, eval_batch_size=min(EVAL_BATCH_SIZE, len(data.test))
+            spec.loader,
+            data.test,
+            **prepared.view,
+            **prepared.place,
+            eval_batch_size=min(EVAL_BATCH_SIZE, len(data.test)),
         )
         on_test = evaluate(
             network, test_loader, images=len(data.test), autocast=make_autocast(device, spec.precision)
         )
         test_loader.close()
-    memory = meter.read()
-    if world_size > 1:
-        of_ranks: list[Any] = [None] * world_size
-        dist.all_gather_object(of_ranks, memory)
-        memory = profiler.largest(of_ranks)
+    memory = memory_over_ranks(meter.read(), world_size)
     train_loader.close()
     held_loader.close()
 
