@@ -251,6 +251,7 @@ def launch(
     insists on it, spread prefers many.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     class Board:
         """Callbacks of Ray Train run in another process: what they see waits here for the driver."""
@@ -272,7 +273,9 @@ def launch(
         def displace(self, index: int) -> Any:
             return self.placed.pop(index, None)
 
-    board = ray.remote(num_cpus=0)(Board).remote()
+    # beside the driver: on another node it would be lost with that node, and every run with it
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     ended: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     stop = threading.Event()
@@ -345,14 +348,16 @@ def _run_one(
             return [c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
     bundle = {"CPU": float(threads), **({"GPU": 1.0} if gpu else {})}
-    reason, attempt, waited = "", 1, 0.0
+    reason, attempt, announced, waited = "", 1, 0, 0.0
     while True:
         seconds = _wait_for_room(bundle, workers, index, board, stop, waited, wait_seconds)
         if seconds is None:
             return Failed(exception="", message=f"no room in the cluster for {workers} x {_say(bundle)} within "
                           f"{wait_seconds / 60:.0f} minutes", traceback="", died=True, attempts=attempt)  # fmt: skip
         waited += seconds
-        board.put.remote(index, Started(attempt=attempt, reason=reason))
+        if attempt > announced:
+            board.put.remote(index, Started(attempt=attempt, reason=reason))
+            announced = attempt
         asked_at = time.time()
 
         def loop(attempt: int = attempt, asked_at: float = asked_at) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import resource
 import signal
 import types
@@ -27,12 +28,13 @@ from harness.plan import Sweep, Width
 from harness.report import make_record, name_of
 from harness.run import Places, RunSpec, UserError
 from loaders.datasets import DataError, Dataset, load_dataset
-from results.store import fail, finish, finished_dir, finished_keys, load_epochs, load_records, partial_dir, start
+from results.store import Record, fail, finish, finished_dir, finished_keys, load_epochs, load_records, partial_dir, start
 
 if TYPE_CHECKING:
     pass
 
 MAX_SEEDS = 10  # of a row, for --until-ci
+ATTEMPTS = "attempts.jsonl"
 EXIT_DONE, EXIT_FAILED, EXIT_USER, EXIT_STOPPED = 0, 1, 2, 130
 
 
@@ -300,6 +302,29 @@ def make_places(options: Options, dataset: Dataset) -> Places:
     )
 
 
+def _note_attempt(folder: Path, reason: str) -> None:
+    """Add a line to attempts.jsonl: when an attempt began, and why there was another after the first."""
+    path = folder / ATTEMPTS
+    if path.exists() and not reason:
+        reason = "the command was given again"
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"started_at": datetime.now(UTC).isoformat(), "reason": reason}) + "\n")
+
+
+def _with_attempts(record: Record, folder: Path) -> Record:
+    """The record with all attempts at the run, those of earlier commands too."""
+    attempts = []
+    for line in (folder / ATTEMPTS).read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # cut off by a kill
+            attempts.append(json.loads(line))
+    update: dict[str, Any] = {"environment": {**record.environment, "attempts": attempts}}
+    if record.result is not None:
+        # training counts from its checkpoints, and there may have been none
+        most = max(record.result.attempts, len(attempts))
+        update["result"] = record.result.model_copy(update={"attempts": most})
+    return record.model_copy(update=update)
+
+
 def _train(
     specs: list[RunSpec],
     width: Width,
@@ -329,10 +354,13 @@ def _train(
         display = Progress(specs, epochs, console, slots=width.slots)
 
     def progress(spec: RunSpec, event: Any) -> None:
-        if isinstance(event, Started) and spec.key not in started:
-            started[spec.key] = datetime.now(UTC)
-            folder = start(options.out, name_of(spec, dataset.label), spec.to_json())
-            display.resumes(spec, load_epochs(folder))
+        if isinstance(event, Started):
+            name = name_of(spec, dataset.label)
+            if spec.key not in started:
+                started[spec.key] = datetime.now(UTC)
+                folder = start(options.out, name, spec.to_json())
+                display.resumes(spec, load_epochs(folder))
+            _note_attempt(partial_dir(options.out, name), event.reason)
         display.event(spec, event)
 
     work: AbstractContextManager[Any] = contextlib.closing(
@@ -349,6 +377,7 @@ def _train(
                     spec, outcome, places=places, original=dataset.original, started_at=started[spec.key],
                     concurrent=min(width.slots, len(specs)), launcher=options.launcher,
                 )  # fmt: skip
+                record = _with_attempts(record, partial_dir(options.out, record.name))
                 if isinstance(outcome, Failed):
                     fail(options.out, record)
                     failures += 1

@@ -70,6 +70,8 @@ def test_a_lost_node_costs_time_and_nothing_else(tmp_path: Path) -> None:
     assert "died (killed, or its node was lost); trying again (2)" in text
     (stored,) = load_records([out]).records
     assert stored.record.result.attempts == 2
+    first, second = stored.record.environment["attempts"]
+    assert (first["reason"], "died" in second["reason"]) == ("", True)
     (partial,) = plain.glob("*.partial")
     disturbed, whole = load_epochs(stored.folder), load_epochs(partial)
     assert [row.loss for row in disturbed] == [row.loss for row in whole]
@@ -91,6 +93,11 @@ def test_killed_at_a_random_moment_the_same_command_ends_as_if_nothing_had_been(
     point = (chance.randrange(1, size["epochs"]), chance.uniform(0, 0.3))
     trial = chaos.try_once("local", "group", tmp_path / "killed", reference, point, chance, **size)
     assert trial.equal, (point, trial)
+    (stored,) = load_records([tmp_path / "killed"]).records
+    assert [attempt["reason"] for attempt in stored.record.environment["attempts"]] == [
+        "",
+        "the command was given again",
+    ]
 
 
 def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
