@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
@@ -220,9 +220,6 @@ def prepare(spec: RunSpec, worker: Worker, places: Places) -> Prepared:
     device = torch.device(worker.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        # a constant batch's vanishing gradients are denormal numbers, which cost a CPU many times as much
-        torch.set_flush_denormal(True)
     torch.set_num_threads(worker.threads)
     set_precision(spec.precision)
     torch.backends.cudnn.benchmark = True
@@ -281,6 +278,17 @@ def memory_over_ranks(memory: Memory, world_size: int) -> Memory:
     return profiler.largest(of_ranks)
 
 
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Denormal numbers cost a CPU many times as much, and a constant batch's vanishing gradients are full of them."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@flushed_denormals()
 def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None], *, places: Places) -> RunResult:
     """Train and measure one run, in this process as one of `worker.world_size` ranks.
 

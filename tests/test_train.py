@@ -215,3 +215,8 @@ def test_two_ranks_equal_one_on_the_same_global_batch(tmp_path: Path) -> None:
     assert a["losses"] == pytest.approx(b["losses"], rel=1e-6)
     for mine, theirs in zip(a["weights"], b["weights"], strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_a_run_leaves_the_processors_arithmetic_as_it_was(tmp_path: Path) -> None:
+    run(spec(recipe={"duration": 1}), tmp_path)
+    assert float(torch.tensor(1e-310, dtype=torch.float64) * 1.0) != 0.0
