@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from results.rows import Row
     from results.store import Loaded, Problem
+    from results.sweeps import Sweeps, SweepSummary
 
 PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py",
             "nvidia-dali-cuda120", "nvidia-dali-cuda130")  # fmt: skip
@@ -127,6 +128,16 @@ def load_runs(paths: Sequence[Path]) -> Loaded:
     return loaded
 
 
+def load_searches(paths: Sequence[Path]) -> Sweeps:
+    """Read all sweeps under `paths`; what cannot be read goes to standard error, a line each."""
+    from results.sweeps import load_sweeps
+
+    found = load_sweeps(paths)
+    for problem in found.problems:
+        print(f"harness: passed over: {problem}", file=sys.stderr)
+    return found
+
+
 def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
     """The rows of a table. Raises UserError for a field to average over that no run has."""
     from results.rows import summarise
@@ -154,16 +165,18 @@ def print_report(
     exist, and a file that cannot be written.
     """
     from harness.plan import check_word
+    from results.sweeps import Sweeps, write_sweep_charts
     from results.table import FORMATS, render, sort_rows
 
     check_word(format, (*FORMATS, "html"), "--format")
     loaded = load_runs(paths)
     rows = make_rows(loaded, across)
+    found = load_searches(paths) if format == "html" or curves is not None else Sweeps([], [])
     try:
         if sort is not None:
             rows = sort_rows(rows, sort)
         if format == "html":
-            text = make_html(rows, loaded.problems, columns)
+            text = make_html(rows, [*loaded.problems, *found.problems], columns, found.sweeps)
         elif format == "table":  # written as it is: the table is laid out for this width already
             colour = output is None and console.is_terminal and not console.no_color
             text = render(rows, "table", width=console.width, colour=colour, columns=columns)
@@ -176,7 +189,7 @@ def print_report(
         from results.charts import write_charts
 
         try:
-            for path in write_charts(rows, curves):
+            for path in [*write_charts(rows, curves), *write_sweep_charts(found.sweeps, curves)]:
                 print(f"harness: drawn: {path}", file=sys.stderr)
         except OSError as error:
             raise UserError(f"--curves {curves} cannot be written to: {error.strerror or error}") from None
@@ -189,9 +202,10 @@ PAGE = "report.html"
 def write_page(out: Path) -> Path:
     """Write the page of all runs in a folder into it. Raises UserError where it cannot be written."""
     from results.store import load_records
+    from results.sweeps import load_sweeps
 
-    loaded = load_records([out])
-    text = make_html(make_rows(loaded), loaded.problems)
+    loaded, found = load_records([out]), load_sweeps([out])
+    text = make_html(make_rows(loaded), [*loaded.problems, *found.problems], sweeps=found.sweeps)
     path = out / PAGE
     temporary = path.with_name(f".{PAGE}.{os.getpid()}")
     try:
@@ -219,14 +233,24 @@ def export_runs(paths: Sequence[Path], to: str) -> int:
         raise UserError(f"--to {to}: {error}") from None
 
 
-def make_html(rows: Sequence[Row], problems: Sequence[Problem] = (), columns: Sequence[str] = ()) -> str:
+def make_html(
+    rows: Sequence[Row],
+    problems: Sequence[Problem] = (),
+    columns: Sequence[str] = (),
+    sweeps: Sequence[SweepSummary] = (),
+) -> str:
     """The page for a browser. Raises ValueError for a column that does not exist."""
     from results.charts import load_bundle
     from results.page import make_page
 
     cache = Path(os.environ.get("HARNESS_CACHE") or Path.home() / ".cache" / "resnet-harness")
     return make_page(
-        rows, bundle=load_bundle(cache), made_at=datetime.now(UTC), columns=columns, problems=problems
+        rows,
+        bundle=load_bundle(cache),
+        made_at=datetime.now(UTC),
+        columns=columns,
+        problems=problems,
+        sweeps=sweeps,
     )
 
 

@@ -58,17 +58,11 @@ from results.store import (
     partial_dir,
     start,
 )
+from results.sweeps import METRICS, TRIALS
 from results.text import Sheet, for_terminal
 
 ALGORITHMS = get_args(Algorithm)
 SCHEDULERS = ("asha", "median", "none")
-METRICS = {
-    "error": "error %",
-    "top5_error": "top-5 error %",
-    "loss": "training loss",
-    "epoch_seconds": "s/epoch",
-}
-"""What can be made small, and its heading."""
 VAL = 5_000
 SEEDS = 5  # of the command that trains the winner
 
@@ -180,7 +174,9 @@ def tune(asked: Search, options: Options, console: Console, *, resume: str | Non
         except KeyboardInterrupt:
             console.print(f"stopped; harness tune --resume {made.name} goes on", soft_wrap=True, highlight=False)
             raise
-    _print_answer(made, log.trials, console)
+    weights = weigh(made.dimensions, log.trials, optuna=asked.search_algorithm == "optuna")
+    _write_json(made.folder / TRIALS, _summary(made, log.trials, weights))
+    _print_answer(made, log.trials, weights, console)
     return EXIT_DONE if any(trial.state == "finished" for trial in log.trials) else EXIT_FAILED
 
 
@@ -516,7 +512,7 @@ class _Trials:
     def _end(self, trial: Trial, state: Any, value: float | None = None, reason: str = "") -> None:
         self.log.ended(trial, state, value, reason)
         made = self.made
-        _write_json(made.folder / "trials.json", _summary(made, self.log.trials))
+        _write_json(made.folder / TRIALS, _summary(made, self.log.trials))
         shown = f", {made.asked.metric} {value:.4g}" if value is not None else ""
         self.board.line(trial, f"{state}{shown}{f' ({reason})' if reason else ''}   [{self.board.summary()}]")
 
@@ -541,13 +537,15 @@ def _final(result: RunResult, rows: Sequence[EpochMetrics], metric: str) -> floa
     return _measure(rows, metric)
 
 
-def _summary(made: _Plan, trials: Sequence[Trial]) -> dict[str, Any]:
-    """The search for a program: what was searched and what each trial came to."""
+def _summary(made: _Plan, trials: Sequence[Trial], weights: Weights | None = None) -> dict[str, Any]:
+    """The search for a program: what was searched, what each trial came to and, at the end, what mattered."""
     asked = made.asked
+    searched = any(dimension.field == "depth" for dimension in made.dimensions)
     return {
         "schema_version": 1,
         "name": made.name,
         "variant": asked.variant,
+        "depth": None if searched else asked.depth or default_depth(find_variant(asked.variant)),
         "dataset": made.places.label,
         "metric": asked.metric,
         "selected_on": "val" if asked.val else "test",
@@ -569,6 +567,10 @@ def _summary(made: _Plan, trials: Sequence[Trial]) -> dict[str, Any]:
             }
             for trial in trials
         ],
+        "importance": None if weights is None else {
+            "how": weights.how, "epoch": weights.epoch, "trials": weights.trials,
+            "fields": [{"field": name, "value": value, "sign": sign} for name, value, sign in weights.fields],
+        },
     }  # fmt: skip
 
 
@@ -581,7 +583,7 @@ def _write_json(path: Path, value: Any) -> None:
 # --- after ---
 
 
-def _print_answer(made: _Plan, trials: Sequence[Trial], console: Console) -> None:
+def _print_answer(made: _Plan, trials: Sequence[Trial], weights: Weights | None, console: Console) -> None:
     """The table of all trials, what mattered, and the command that trains the winner."""
     asked = made.asked
     names = [dimension.field for dimension in made.dimensions]
@@ -601,7 +603,7 @@ def _print_answer(made: _Plan, trials: Sequence[Trial], console: Console) -> Non
     lines += for_terminal(sheet, width)
     lines.append(f"\nseconds: of training and evaluation. {METRICS[asked.metric]}: {_said(asked)}; of stopped and "
                  "failed trials as far as they came")  # fmt: skip
-    if weights := weigh(made.dimensions, trials, optuna=asked.search_algorithm == "optuna"):
+    if weights is not None:
         lines.append(f"\nimportance ({weights.how}, {weights.trials} trials at epoch {weights.epoch}):")
         lines += [f"  {name:<16} {value:.2f}  {sign}" for name, value, sign in weights.fields]
     whole = [trial for trial in best_first(trials) if trial.state == "finished"]

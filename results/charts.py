@@ -458,6 +458,7 @@ LIGHT = {
     "view": {"stroke": None},
     "axis": {"domainColor": "#bbb", "gridColor": "#e8e8e8", "tickColor": "#bbb", "labelColor": "#444",
              "titleColor": "#222", "titleFontWeight": "normal", "labelFontSize": 11, "titleFontSize": 12},
+    "text": {"color": "#444"},
     "title": {"anchor": "start", "fontSize": 13, "fontWeight": 600, "color": "#222", "subtitleColor": "#555"},
     "legend": {"labelColor": "#333", "labelLimit": 320, "symbolStrokeWidth": 2.5, "titleColor": "#333"},
 }  # fmt: skip
@@ -468,24 +469,30 @@ def write_charts(rows: Sequence[Row], folder: Path) -> list[Path]:
 
     Returns the files. Raises OSError where one cannot be written.
     """
-    import vl_convert
-
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[Path] = []
     names: dict[str, int] = defaultdict(int)
     for panel in make_panels(rows):
         stem = re.sub(r"[^A-Za-z0-9.+]+", "-", panel.title).strip("-.")[:60] or "x"
         names[stem] += 1
         stem += f"-{names[stem]}" if names[stem] > 1 else ""
         for chart in panel.specs:
-            spec = complete_spec(panel, chart)
-            for ending, drawn in (
-                ("svg", vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE, config=LIGHT).encode()),
-                ("png", vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, config=LIGHT, scale=2)),
-            ):
-                path = folder / f"{stem}-{chart}.{ending}"
-                path.write_bytes(drawn)
-                written.append(path)
+            written += draw(complete_spec(panel, chart), folder, f"{stem}-{chart}")
+    return written
+
+
+def draw(spec: dict[str, Any], folder: Path, stem: str) -> list[Path]:
+    """Draw a spec that stands alone, as <stem>.svg and <stem>.png. Raises OSError where it cannot be written."""
+    import vl_convert
+
+    written = []
+    for ending, drawn in (
+        ("svg", vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE, config=LIGHT).encode()),
+        ("png", vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, config=LIGHT, scale=2)),
+    ):
+        path = folder / f"{stem}.{ending}"
+        path.write_bytes(drawn)
+        written.append(path)
     return written
 
 

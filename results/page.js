@@ -50,6 +50,10 @@ for (const details of document.querySelectorAll("details.row"))
     }
   });
 
+// A link to a row opens it.
+for (const link of document.querySelectorAll('a[href^="#row-"]'))
+  link.addEventListener("click", () => { document.querySelector(link.getAttribute("href")).open = true; });
+
 // --- charts ---
 
 function colours() {
@@ -61,6 +65,7 @@ function colours() {
       domainColor: get("--line"), tickColor: get("--line"), gridColor: get("--grid"), labelColor: get("--soft"),
       titleColor: get("--soft"), titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 12,
     },
+    text: { color: get("--ink") },
   };
 }
 
@@ -90,6 +95,33 @@ function pointValues(panel, chart) {
       low: error - (std || 0), high: error + (std || 0),
     };
   });
+}
+
+function embed(place, spec) {
+  return vegaEmbed(place, {
+    ...spec, width: "container", height: "container", autosize: { type: "fit", contains: "padding" },
+  }, {
+    mode: "vega-lite", renderer: "svg", actions: false, defaultStyle: false, config: colours(),
+    logLevel: 1, // errors alone: to hide every row is no reason to warn
+    tooltip: { disableDefaultStyle: true, theme: "own" },
+  });
+}
+
+// A sweep's charts come with their data: they are drawn, and no more.
+class Sweep {
+  constructor(section) {
+    this.section = section;
+    this.results = [];
+  }
+
+  async draw() {
+    for (const result of this.results) result.finalize();
+    this.results = [];
+    for (const place of this.section.querySelectorAll(".chart")) {
+      place.replaceChildren();
+      this.results.push(await embed(place, data.sweeps[this.section.dataset.sweep][place.dataset.chart]));
+    }
+  }
 }
 
 class Panel {
@@ -144,14 +176,8 @@ class Panel {
     for (const place of this.section.querySelectorAll(".chart")) {
       const chart = place.dataset.chart, spec = this.panel.specs[chart], ofCurves = spec.data.name === "curves";
       place.replaceChildren();
-      const result = await vegaEmbed(place, {
-        ...spec, width: "container", height: "container", autosize: { type: "fit", contains: "padding" },
-        data: { name: spec.data.name, values: ofCurves ? this.values : pointValues(this.panel, chart) },
-      }, {
-        mode: "vega-lite", renderer: "svg", actions: false, defaultStyle: false, config: colours(),
-        logLevel: 1, // errors alone: to hide every row is no reason to warn
-        tooltip: { disableDefaultStyle: true, theme: "own" },
-      });
+      const values = ofCurves ? this.values : pointValues(this.panel, chart);
+      const result = await embed(place, { ...spec, data: { name: spec.data.name, values } });
       const view = result.view;
       if (this.hidden.size) view.signal("hidden", [...this.hidden]).run();
       this.views.push({ view, result, ofCurves });
@@ -185,6 +211,7 @@ class Panel {
 
 async function main() {
   const panels = [...document.querySelectorAll(".panel")].map((section) => new Panel(section));
+  panels.push(...[...document.querySelectorAll(".sweep")].map((section) => new Sweep(section)));
   const draw = async () => { for (const panel of panels) await panel.draw(); };
   await draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);

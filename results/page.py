@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from results.charts import Panel, make_panels
 from results.rows import NONE, Row
 from results.store import Interrupted, Problem, Record, RunResult, Stored
+from results.sweeps import SweepSummary, SweepTrial, finite, make_sweep_charts, show
 from results.table import Column, Layout, lay_out, sort_value
 from results.text import clean
 
@@ -34,6 +35,7 @@ def make_page(
     title: str = "Residual networks, compared",
     columns: Sequence[str] = (),
     problems: Sequence[Problem] = (),
+    sweeps: Sequence[SweepSummary] = (),
 ) -> str:
     """The whole page as one HTML text; `bundle` is `charts.load_bundle()`.
 
@@ -51,14 +53,24 @@ def make_page(
         "columns": list(RUN_COLUMNS),
         "runs": runs,
     }
+    drawn = [make_sweep_charts(sweep) for sweep in sweeps]
+    if sweeps:
+        data["sweeps"] = [{chart: spec for chart, (_, spec) in charts.items()} for charts in drawn]
+    searched = {trial.run for sweep in sweeps for trial in sweep.trials}
+    places = {s.folder.name: i for i, row in enumerate(rows) for s in row.done if s.folder.name in searched}
     swatches = {i: panel.styles[i].colour for panel in panels for i in panel.styles}
     body = [
         f"<header><h1>{_text(title)}</h1><p class=lede>{_text(_lede(rows))}</p>"
         f"<p class=shared>{_text(layout.caption)}</p></header><main>",
         *_comparison(rows, layout, swatches),
         *(part for k, panel in enumerate(panels) for part in _charts(k, panel, len(rows))),
+        *(
+            part
+            for k, (sweep, charts) in enumerate(zip(sweeps, drawn, strict=True))
+            for part in _sweep(k, sweep, {chart: caption for chart, (caption, _) in charts.items()}, places)
+        ),
         *_unfinished(rows, problems),
-        *_runs(rows),
+        *_runs(rows, set(places.values())),
         *environments.html(),
         f"</main><footer>made {made_at:%Y-%m-%d %H:%M} UTC by <code>harness report</code>; this page loads nothing from the "
         "network</footer>",
@@ -77,7 +89,7 @@ def make_page(
             f"<style>{(HERE / 'page.css').read_text(encoding='utf-8')}</style></head><body>",
             *body,
             f"<script type=application/json id=data>{stored_data}</script>",
-            *(f"<script>{script}</script>" for script in (scripts if panels else scripts[1:])),
+            *(f"<script>{script}</script>" for script in (scripts if panels or any(drawn) else scripts[1:])),
             "</body></html>",
             "",
         ]
@@ -232,6 +244,94 @@ def _round(values: Iterable[float]) -> list[float]:
     return [round(value, 2) for value in values]
 
 
+# --- sweeps ---
+
+
+def _sweep(k: int, sweep: SweepSummary, captions: Mapping[str, str], places: Mapping[str, int]) -> Iterator[str]:
+    """One search: what was searched and how, its plots, what mattered, every trial."""
+    trials = sweep.best_first()
+    states = ", ".join(
+        f"{n} {state}"
+        for state in ("running", "finished", "stopped", "failed")
+        if (n := sum(trial.state == state for trial in trials))
+    )
+    space = ", ".join(f"{d.field}={d.function}({','.join(map(show, d.values))})" for d in sweep.dimensions)
+    yield (
+        f"<section class=sweep data-sweep={k} id=sweep-{k}><h2>Sweep of {_text(sweep.title)} on {_text(sweep.dataset)}</h2>"
+        f"<p class=hint>{len(trials)} of {_count(sweep.total, 'trial')} of {_count(sweep.epochs, 'epoch')}"
+        f"{': ' + states if states else ''} · scheduler {_text(sweep.scheduler)} · proposals {_text(sweep.search_algorithm)}"
+        f" · judged by {_text(sweep.judged)} · <code>{_text(space)}</code> · {_text(sweep.name)}</p>"
+    )
+    if captions:
+        yield "<div class=figures>"
+        for chart, caption in captions.items():
+            wide = " class=wide" if chart == "parallel" else ""
+            yield (
+                f'<figure{wide}><div class=chart data-chart="{_text(chart)}" role=img aria-label="{_text(caption)}"></div>'
+                f"<figcaption>{_text(caption)}</figcaption></figure>"
+            )
+        yield "</div><noscript><p>The charts need JavaScript.</p></noscript>"
+    if weights := sweep.importance:
+        yield (
+            f"<h3>Importance</h3><p class=hint>{_text(weights.how)}, {_count(weights.trials, 'trial')} at epoch "
+            f"{weights.epoch}</p><div class=scroll><table class=importance>"
+        )
+        for weight in weights.fields:
+            share = finite(weight.value)
+            width = 0.0 if share is None else 100 * min(max(share, 0.0), 1.0)
+            yield (
+                f"<tr><th scope=row>{_text(weight.field)}</th><td class=r>{_figure(share, 2)}</td>"
+                f'<td class=bar><i style="width:{width:.0f}%"></i></td><td>{_text(weight.sign)}</td></tr>'
+            )
+        yield "</table></div>"
+    yield "<h3>Trials</h3>"
+    if not trials:
+        yield "<p class=hint>none yet</p></section>"
+        return
+    tall = " tall" if len(trials) > TALL else ""
+    yield (
+        f'<div class="scroll first-stays{tall}" tabindex=0 role=region aria-label="trials of {_text(sweep.name)}">'
+        "<table class=sortable><thead><tr>"
+    )
+    fields = [d.field for d in sweep.dimensions]
+    for header in ("trial", *fields, sweep.heading, "epochs", "state", "seconds", "run"):
+        side = " class=r" if header not in ("state", "run") else ""
+        yield f"<th scope=col{side}><button type=button>{_text(header)}</button></th>"
+    yield "</tr></thead><tbody>"
+    for trial in trials:
+        yield "<tr>" + "".join(_trial(sweep, trial, fields, places)) + "</tr>"
+    yield "</tbody></table></div></section>"
+
+
+STATES = {"failed": "bad", "stopped": "warn", "running": "warn"}
+
+
+def _trial(
+    sweep: SweepSummary, trial: SweepTrial, fields: Sequence[str], places: Mapping[str, int]
+) -> Iterator[str]:
+    """The cells of a trial."""
+
+    def number(value: float | None, shown: str) -> str:
+        known = finite(value)
+        return f"<td class=r>{NONE}</td>" if known is None else f'<td class=r data-v="{known!r}">{shown}</td>'
+
+    yield f"<th scope=row class=r data-v={trial.number}>{trial.number}</th>"
+    for name in fields:
+        value = trial.fields[name]
+        by = repr(value) if isinstance(value, int | float) and not isinstance(value, bool) else show(value)
+        yield f'<td class=r data-v="{_text(by)}">{_text(show(value))}</td>'
+    yield number(trial.last, f"{trial.last:.4g}" if trial.last is not None else "")
+    yield f"<td class=r data-v={trial.epochs}>{trial.epochs}/{sweep.epochs}</td>"
+    kind = f" class={STATES[trial.state]}" if trial.state in STATES else ""
+    reason = f", {trial.reason}" if trial.reason else ""
+    yield f"<td class=reason data-v={trial.state}><span{kind}>{trial.state}</span>{_text(reason)}</td>"
+    yield number(trial.seconds, f"{trial.seconds:,.1f}")
+    run = _text(trial.run)
+    yield f'<td data-v="{run}">' + (
+        f'<a href="#row-{places[trial.run]}">{run}</a></td>' if trial.run in places else f"{run}</td>"
+    )
+
+
 # --- the runs ---
 
 RUN_COLUMNS = (
@@ -262,8 +362,8 @@ def _figure(value: float | None, digits: int) -> str:
     return NONE if value is None else f"{value:,.{digits}f}"
 
 
-def _runs(rows: Sequence[Row]) -> Iterator[str]:
-    """One line a row; the script writes its runs into it when it is opened."""
+def _runs(rows: Sequence[Row], targets: Collection[int]) -> Iterator[str]:
+    """One line a row; the script writes its runs into it when it is opened. `targets`: rows that a sweep links to."""
     done = [(i, row) for i, row in enumerate(rows) if row.done]
     if not done:
         return
@@ -273,7 +373,7 @@ def _runs(rows: Sequence[Row]) -> Iterator[str]:
     for i, row in done:
         about = " · ".join([row.dataset, row.loader, row.precision, row.device, *row.differs])
         yield (
-            f"<details class=row data-row={i}><summary><b>{_text(row.name)}</b> <span>{_text(about)}</span> "
+            f"<details class=row data-row={i}{f' id=row-{i}' if i in targets else ''}><summary><b>{_text(row.name)}</b> <span>{_text(about)}</span> "
             f"<em>{_count(len(row.done), 'run')}</em></summary><div class=scroll></div>"
         )
         if len(done) <= MAX_SETTINGS:

@@ -23,6 +23,7 @@ from harness.study import Asha, Log, Median, Never, Trial
 from harness.tune import weigh
 from models.variants import he2015, msra
 from results.store import SWEEPS, Stopped, finish, finished_keys, give_up, load_epochs, load_records, start
+from results.sweeps import load_sweeps
 from results.table import render, summarise
 from results.why import why
 
@@ -353,6 +354,9 @@ def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
     assert "judged by error % of 12 held-out training images, a tenth of 128" in out
     whole = trials_of(tmp_path / "whole")
     assert [t["number"] for t in whole["trials"]] == [1, 2, 3, 4]
+    read = load_sweeps([tmp_path / "whole"])  # the page reads what was written
+    assert not read.problems
+    assert [t.number for t in read.sweeps[0].trials] == [1, 2, 3, 4]
     assert (whole["selected_on"], whole["val"], whole["metric"]) == ("val", 12, "error")
     states = [t["state"] for t in whole["trials"]]
     assert states[0] == "finished"
