@@ -63,6 +63,9 @@ def run(
     checkpoint_every: Annotated[int, typer.Option(help="Epochs from one checkpoint to the next.")] = 1,
     format: Annotated[str, typer.Option(help="table, or jsonl: a JSON object an epoch, no table.")] = "table",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what is done already.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Probe 30 steps of what is missing; print hours, memory and energy.")
+    ] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write each run's event file beside its record.")
     ] = False,
@@ -105,6 +108,7 @@ def run(
         max_seeds=max_seeds,
         tensorboard=tensorboard,
         dry_run=dry_run,
+        estimate=estimate,
         force=force,
         fail_fast=fail_fast,
         verbose=verbose,

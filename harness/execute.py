@@ -57,6 +57,7 @@ class Options:
     force: bool = False
     fail_fast: bool = False
     dry_run: bool = False
+    estimate: bool = False  # probe what is missing, train nothing
     verbose: bool = False
     format: str = "table"  # jsonl: a JSON object an epoch, and no table
 
@@ -72,6 +73,9 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
     plan.check_count(options.checkpoint_every, "--checkpoint-every")
     plan.check_until_ci(sweep, options.until_ci, options.max_seeds)
     plan.check_word(options.format, ("table", "jsonl"), "--format")
+    if options.estimate and (options.dry_run or options.format == "jsonl"):
+        other = "--dry-run" if options.dry_run else "--format jsonl"
+        raise UserError(f"--estimate and {other} exclude each other: an estimate probes and prints a table")
     if not options.dry_run:
         options = replace(options, out=plan.check_out(options.out))
     with ExitStack() as stack:
@@ -80,13 +84,21 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
         specs = plan.expand(sweep, width, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
         finished = finished_keys(options.out)
         todo = specs if options.force else plan.pending(specs, finished)
+        code = EXIT_DONE
         if options.dry_run:
             console.print(_plan_table(specs, dataset, options, finished))
+        elif options.estimate:
+            from harness.estimate import estimate
+
+            if todo and options.address is not None:
+                _check_nodes(sweep, dataset, options, console)
+            code = estimate(todo, width, dataset, options, console, stack)
+        if options.dry_run or options.estimate:
             if options.until_ci is not None:
                 console.print(f"and further seeds, to {options.max_seeds or MAX_SEEDS} of a row, until its error is known "
                               f"to ±{options.until_ci:g} points")  # fmt: skip
-            return EXIT_DONE
-        code, batch, trained = EXIT_DONE, todo, False
+            return code
+        batch, trained = todo, False
         while True:
             if batch and not trained:
                 trained = True

@@ -139,11 +139,14 @@ def load_searches(paths: Sequence[Path]) -> Sweeps:
 
 
 def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
-    """The rows of a table. Raises UserError for a field to average over that no run has."""
+    """The rows of a table, with their predictions. Raises UserError for a field to average over that no run has."""
     from results.rows import summarise
+    from results.store import load_predictions
 
+    folders = [*(run.folder for run in loaded.records), *(run.folder for run in loaded.interrupted)]
+    outs = dict.fromkeys(folder.parent for folder in folders)
     try:
-        return summarise(loaded.records, loaded.interrupted, across)
+        return summarise(loaded.records, loaded.interrupted, across, load_predictions(outs))
     except ValueError as error:
         raise UserError(str(error)) from None
 

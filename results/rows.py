@@ -16,7 +16,7 @@ from typing import Any
 
 from results.published import Published, find_published
 from results.statistics import Sample, Verdict, compare_with_published, median, sample
-from results.store import Interrupted, Reading, Record, RunResult, Stored, collector_paused
+from results.store import Interrupted, Prediction, Reading, Record, RunResult, Stored, collector_paused
 
 NONE = "–"
 UNMEASURED = Reading(value=None)
@@ -79,6 +79,12 @@ class Row:
     nvml_process_mib: Reading = UNMEASURED
     rss_mib: Reading = UNMEASURED
     against: Against | None = None
+    predicted: Prediction | None = None  # by a probe on such a device, with as many threads
+
+    @property
+    def predicted_epoch_seconds(self) -> float | None:
+        """Seconds per epoch as a probe predicted them."""
+        return self.predicted.epoch_seconds if self.predicted else None
 
     @property
     def name(self) -> str:
@@ -93,7 +99,10 @@ class Row:
 
 @collector_paused()
 def summarise(
-    done_and_failed: Iterable[Stored], interrupted: Iterable[Interrupted] = (), across: Sequence[str] = ()
+    done_and_failed: Iterable[Stored],
+    interrupted: Iterable[Interrupted] = (),
+    across: Sequence[str] = (),
+    predictions: Iterable[Prediction] = (),
 ) -> list[Row]:
     """Group runs by everything but the seed, ordered by data set, variant and depth.
 
@@ -135,7 +144,7 @@ def summarise(
         group(partial.spec or {"run": partial.name}, None).interrupted.append(partial)
     if unknown := [name for name in across if name not in known]:
         raise ValueError(f"no field {unknown[0]!r} in these runs: they have {', '.join(sorted(known))}")
-    rows = [_make_row(group) for group in groups.values()]
+    rows = _predicted([_make_row(group) for group in groups.values()], predictions)
     rows.sort(key=lambda row: (row.dataset, row.variant, row.depth, row.workers, tuple(row.fields.items())))
     return _tell_apart(rows)
 
@@ -173,6 +182,7 @@ def _word(value: object) -> str:
 
 
 Surroundings = tuple[tuple[str, str], ...]
+AROUND = ("label", "hardware", "threads", "torch")
 
 
 def _surroundings(record: Record, result: RunResult) -> Surroundings:
@@ -229,6 +239,24 @@ def _make_row(group: _Group) -> Row:
     )
     against = _against(row)
     return replace(row, against=against) if against else row
+
+
+def _predicted(rows: list[Row], predictions: Iterable[Prediction]) -> list[Row]:
+    """The rows with the last prediction of each spec beside them, where it was made for what the row ran on."""
+    by_spec: dict[str, list[Prediction]] = defaultdict(list)
+    for prediction in predictions:
+        by_spec[json.dumps(_flatten(prediction.spec))].append(prediction)
+    if not by_spec:
+        return rows
+    told = []
+    for row in rows:
+        fields = {name: value for name, value in row.fields.items() if name not in AROUND}
+        for prediction in by_spec.get(json.dumps(fields), ()):
+            where = (prediction.device, str(prediction.threads))
+            if not row.done or where == (row.device, row.fields.get("threads")):
+                row = replace(row, predicted=prediction)
+        told.append(row)
+    return told
 
 
 def _one_a_seed(runs: list[Stored]) -> tuple[list[Stored], int]:

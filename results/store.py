@@ -5,6 +5,7 @@
                              hold record.json too)
     <out>/tune/<sweep>/      what a search asked for and tried; its trials are runs like any other
     <out>/.superseded/       finished runs that were run again
+    <out>/.estimates/        what probes predicted, a file for all seeds of a run
 
 `record.json` is the last file to be written, and the folder gets its final name only after it. The epochs stand
 in `epochs.jsonl` alone, so that a table over thousands of runs reads a page of text for each.
@@ -29,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 SCHEMA_VERSION = 1
 
 RECORD, EPOCHS, SPEC = "record.json", "epochs.jsonl", "spec.json"
-PARTIAL, SUPERSEDED, SWEEPS = ".partial", ".superseded", "tune"
+PARTIAL, SUPERSEDED, SWEEPS, ESTIMATES = ".partial", ".superseded", "tune", ".estimates"
 
 
 class Value(BaseModel):
@@ -144,6 +145,37 @@ class Record(Value):
     environment: dict[str, Any]  # commit, dirty, versions, gpu, driver, host, command
     started_at: datetime
     finished_at: datetime
+
+
+class Prediction(Value):
+    """What a short probe predicts of a run, whatever its seed. Warm-up is left out."""
+
+    schema_version: int = SCHEMA_VERSION
+    spec: dict[str, Any]  # of the run, whole but for its seed
+    steps: int  # training steps that were timed
+    epoch_seconds: float  # training only, as in `RunResult`
+    eval_seconds: float  # one evaluation
+    setup_seconds: float  # from asking for the probe until it was warm
+    epochs: float  # of the whole run; the last one may be a part
+    energy_joules: Reading  # of all GPUs while they train an epoch
+    memory: Memory
+    taints: tuple[str, ...] = ()  # why the seconds are not to be trusted
+    workers: int
+    threads: int  # CPU threads of one worker
+    device: str
+    made_at: datetime
+
+    @property
+    def run_seconds(self) -> float:
+        """The whole run: set-up, epochs, an evaluation after each."""
+        return self.setup_seconds + self.epochs * self.epoch_seconds + math.ceil(self.epochs) * self.eval_seconds
+
+    @property
+    def run_joules(self) -> Reading:
+        """Energy of all GPUs while the whole run trains."""
+        if self.energy_joules.value is None:
+            return self.energy_joules
+        return Reading(value=self.epochs * self.energy_joules.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,6 +386,29 @@ def _load(paths: Iterable[Path], loaded: Loaded) -> None:
         elif (identity := (record.key, record.finished_at)) not in seen:
             seen.add(identity)
             loaded.records.append(Stored(record, folder))
+
+
+def keep_prediction(out: Path, key: str, prediction: Prediction) -> Path:
+    """Store what was predicted of the run of that key; an earlier prediction is replaced."""
+    path = out / ESTIMATES / f"{key}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, prediction.model_dump_json(indent=1) + "\n")
+    return path
+
+
+def load_predictions(outs: Iterable[Path]) -> list[Prediction]:
+    """Read the predictions kept in some folders of results, oldest first. What cannot be read is passed over: a
+    prediction can be had again, and no figure rests on it."""
+    predictions = []
+    for out in outs:
+        for path in sorted((out / ESTIMATES).glob("*.json")):
+            try:
+                prediction = Prediction.model_validate_json(path.read_bytes())
+            except (OSError, ValidationError):
+                continue
+            if prediction.schema_version == SCHEMA_VERSION:
+                predictions.append(prediction)
+    return sorted(predictions, key=lambda prediction: prediction.made_at)
 
 
 def finished_keys(out: Path) -> set[str]:

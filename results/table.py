@@ -191,6 +191,8 @@ COSTS: tuple[Column, ...] = (
         "training only, median over the epochs after warm-up, then over the runs; evaluation, set-up and compilation "
         "are left out", stays=True,
     ),
+    Column("predicted_epoch_seconds", "predicted", lambda r: _figures(r.predicted_epoch_seconds),
+           "s/epoch as a probe of some steps predicted it before", stays=True),
     Column("images_per_second", "img/s", lambda r: _figures(r.images_per_second), "of all workers, same medians", stays=True),
     Column(
         "wait_share", "wait %", lambda r: NONE if r.wait_share is None else f"{r.wait_share:.1f}",
@@ -579,6 +581,7 @@ def _raw(row: Row) -> dict[str, Any]:
     values |= {
         "best_minus_last_points": row.best_minus_last,
         "epoch_seconds": row.epoch_seconds,
+        "predicted_epoch_seconds": row.predicted_epoch_seconds,
         "eval_seconds": row.eval_seconds,
         "setup_seconds": row.setup_seconds,
         "images_per_second": row.images_per_second,

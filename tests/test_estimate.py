@@ -1,0 +1,175 @@
+"""A probe predicts what a run then measures, and the sums over a sweep are those of a hand calculation."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import harness.estimate
+from cluster.launch import Failed, Worker
+from harness import cli, plan
+from harness.estimate import Cell, all_seconds, count_cells, extrapolate, print_estimate, probe, total_joules
+from harness.run import Places, RunSpec
+from loaders.datasets import load_dataset
+from results.store import Memory, Prediction, Reading, load_predictions, load_records
+
+QUICK = "--dataset digits --depths 8 --limit-train 128 --gpus 0 --loader resident --launcher local --epochs 1"
+MEANS = "predicted:"  # the column's definition, under the table
+NONE = Reading(value=None, reason="no GPU was used")
+
+
+def harness_(line: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
+    """Run a command line in this process; exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["harness", *shlex.split(line)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, err
+
+
+def make_specs(*, device: str = "cuda", workers: int = 2, **sweep: Any) -> list[RunSpec]:
+    values: dict[str, Any] = {"variants": ("msra",), "depths": (20, 56), "seeds": (0, 1, 2)} | sweep
+    width = plan.Width(device=device, gpus=4, workers=workers, slots=2, threads=4)  # type: ignore[arg-type]
+    return plan.expand(plan.Sweep(**values), width, fingerprint="f" * 64, train_images=50_000)
+
+
+def make_prediction(spec: RunSpec, seconds: float, joules: Reading = NONE) -> Prediction:
+    """10 s of set-up, 2.5 epochs, 1 s an evaluation."""
+    asked = spec.to_json()
+    del asked["seed"]
+    return Prediction(
+        spec=asked, steps=30, epoch_seconds=seconds, eval_seconds=1.0, setup_seconds=10.0, epochs=2.5,
+        energy_joules=joules, workers=spec.workers, threads=4, device="NVIDIA H200", made_at=datetime.now(UTC),
+        memory=Memory(torch_allocated_mib=Reading(value=1234.4), torch_reserved_mib=Reading(value=2000.0),
+                      nvml_process_mib=NONE, rss_mib=Reading(value=900.0)),
+    )  # fmt: skip
+
+
+def test_an_epoch_is_extrapolated_at_the_pace_of_its_later_steps() -> None:
+    # 30 steps in 3.5 s, of which the last 25 took 2.5: 100 ms each; 361 more of them
+    assert extrapolate(3.5, 2.5, steps=30, of=391) == pytest.approx(3.5 + 36.1)
+    assert extrapolate(3.5, 2.5, steps=30, of=30) == 3.5  # a whole epoch is what it took
+    assert extrapolate(0.4, 99.0, steps=4, of=4) == 0.4
+
+
+def test_a_run_is_set_up_epochs_and_evaluations() -> None:
+    prediction = make_prediction(make_specs()[0], 100.0, Reading(value=4000.0))
+    assert prediction.run_seconds == 10 + 2.5 * 100 + 3 * 1
+    assert prediction.run_joules.value == 10_000
+    assert make_prediction(make_specs()[0], 100.0).run_joules == NONE
+
+
+def test_seeds_share_a_cell_and_runs_wait_for_a_slot() -> None:
+    todo = make_specs()
+    cells = count_cells(todo[1:])  # the first run is done
+    assert {(spec.network.depth, spec.seed): n for spec, n in cells.items()} == {(56, 0): 3, (20, 0): 2}
+    seconds = {spec: 100.0 if spec.network.depth == 20 else 300.0 for spec in cells}
+    # 56, 20, 56, 20, 56 on two slots: 0-300, 0-100, 100-400, 300-400, 400-700
+    assert all_seconds(todo[1:], seconds, 2) == 700
+    assert all_seconds(todo[1:], seconds, 1) == 1100
+    assert all_seconds(todo[1:], {}, 1) == 0
+
+
+def test_the_sums_of_a_sweep(capsys: Any) -> None:
+    todo = make_specs()
+    shallow, deep = count_cells(todo)
+    one = Cell(shallow, 3, make_prediction(shallow, 720.0, Reading(value=4000.0)))
+    two = Cell(deep, 3, make_prediction(deep, 1434.8, Reading(value=8000.0)))
+    assert one.gpu_hours == pytest.approx(3 * 2 * 1813 / 3600)
+    assert total_joules([one, two]).value == 3 * 2.5 * 12_000
+    failed = Failed(exception="OutOfMemoryError", message="CUDA out of memory", traceback="", died=False)
+    assert total_joules([one, Cell(deep, 3, failed)]).value is None
+    assert Cell(replace(shallow, device="cpu"), 3, one.outcome).gpu_hours is None
+
+    console = Console(width=200)
+    print_estimate([one, two], todo, 2, console)
+    text = capsys.readouterr().out
+    # 1813 and 3600 s in turn, on two slots: 1813 + 1813 + 1813 + 3600 beside 3600 + 3600
+    assert "in all 6 runs, 2 at a time: 2.51 hours, 9.02 GPU-hours, 90 kJ" in text
+    assert "1,234" in text
+    assert "NVML cannot be had: no GPU was used" in text
+
+    print_estimate([one, Cell(deep, 3, failed)], todo, 2, console)
+    text = capsys.readouterr().out
+    assert "msra-56 failed, OOM: CUDA out of memory" in text
+    assert "in all 3 runs" in text
+    assert "– kJ" in text
+
+
+def test_a_probe_times_steps_and_writes_nothing(tmp_path: Path) -> None:
+    dataset = load_dataset("digits")
+    sweep = plan.Sweep(variants=("he2015",), depths=(8,), dataset="digits", loader="resident", limit_train=500,
+                       limit_test=50, batch_size=10, epochs=2)  # fmt: skip
+    width = plan.Width(device="cpu", gpus=0, workers=1, slots=1, threads=1)
+    (spec,) = plan.expand(sweep, width, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
+    prediction = probe(spec, Worker(start_seconds=5.0), print, places=Places(out=tmp_path))
+    assert prediction.steps == 30  # of 50
+    assert prediction.epochs == 2
+    assert prediction.setup_seconds > 5
+    assert 0 < prediction.eval_seconds < prediction.epoch_seconds < 60
+    assert prediction.energy_joules == NONE
+    assert prediction.memory.torch_allocated_mib.reason
+    assert (prediction.memory.rss_mib.value or 0) > 50
+    assert "seed" not in prediction.spec
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_predicted_stands_beside_actual(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = f"run {QUICK} --seeds 2 --out {tmp_path}/runs"
+    code, out, err = harness_(f"{line} --estimate", capsys, monkeypatch)
+    assert (code, err) == (0, "")
+    assert "in all 2 runs, 1 at a time" in out
+    assert "alloc, resvd, NVML, kJ cannot be had: no GPU was used" in out
+    (prediction,) = load_predictions([tmp_path / "runs"])
+    assert prediction.steps == 1  # an epoch has no more
+    assert load_records([tmp_path / "runs"]) == ([], [], [])
+
+    train = f"{line} --format jsonl"
+    assert harness_(f"{train} --limit-test 50", capsys, monkeypatch)[0] == 0  # nothing was predicted of these
+    assert MEANS not in harness_(f"report {tmp_path}/runs", capsys, monkeypatch)[1]
+    assert harness_(train, capsys, monkeypatch)[0] == 0
+    assert MEANS in harness_(f"report {tmp_path}/runs", capsys, monkeypatch)[1]
+    rows = json.loads(harness_(f"report {tmp_path}/runs --format json", capsys, monkeypatch)[1])["rows"]
+    predicted = {row["limit_test"]: row["predicted_epoch_seconds"] for row in rows}
+    assert predicted == {None: prediction.epoch_seconds, 50: None}
+
+    code, out, _ = harness_(f"{line} --estimate", capsys, monkeypatch)
+    assert (code, "nothing to estimate: all runs are done already" in out) == (0, True)
+    # a prediction of another device, or one that cannot be read, is nobody's
+    (path,) = (tmp_path / "runs" / ".estimates").iterdir()
+    path.write_text(prediction.model_copy(update={"device": "another"}).model_dump_json())
+    (path.parent / "broken.json").write_text("{")
+    _, out, _ = harness_(f"report {tmp_path}/runs", capsys, monkeypatch)
+    assert MEANS not in out
+
+
+def test_a_probe_that_fails_is_a_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stub(spec: RunSpec, worker: Worker, report: Any, *, places: Places) -> Prediction:
+        if spec.variant == "msra":
+            raise MemoryError("no room for the activations")
+        return make_prediction(spec, 36.0)
+
+    monkeypatch.setattr(harness.estimate, "probe", stub)
+    line = f"run {QUICK} --variants msra,he2015 --estimate --out {tmp_path}/runs"
+    code, out, _ = harness_(line, capsys, monkeypatch)
+    assert code == 1
+    assert "msra-8 failed, OOM: no room for the activations" in out
+    assert "in all 1 runs" in out
+    assert len(load_predictions([tmp_path / "runs"])) == 1
+
+
+@pytest.mark.parametrize("other", ["--dry-run", "--format jsonl"])
+def test_estimate_excludes(other: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, err = harness_(f"run {QUICK} --estimate {other} --out {tmp_path}/runs", capsys, monkeypatch)
+    assert code == 2
+    assert f"--estimate and {other} exclude each other" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
