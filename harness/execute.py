@@ -28,7 +28,17 @@ from harness.plan import Sweep, Width
 from harness.report import make_record, name_of
 from harness.run import Places, RunSpec, UserError
 from loaders.datasets import DataError, Dataset, load_dataset
-from results.store import Record, fail, finish, finished_dir, finished_keys, load_epochs, load_records, partial_dir, start
+from results.store import (
+    Record,
+    fail,
+    finish,
+    finished_dir,
+    finished_keys,
+    load_epochs,
+    load_records,
+    partial_dir,
+    start,
+)
 
 if TYPE_CHECKING:
     pass
