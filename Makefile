@@ -14,7 +14,7 @@ $(BIN)/harness: pyproject.toml
 	touch $@
 
 quickstart: $(BIN)/harness
-	$(BIN)/harness run --dataset digits --variants he2015 --depths 20 --epochs 15 --gpus 0 --workers 2 --out runs/quickstart
+	$(BIN)/harness run --dataset digits --variants msra --depths 20 --epochs 15 --gpus 0 --workers 2 --out runs/quickstart
 
 check: $(BIN)/harness
 	$(BIN)/ruff check .
