@@ -261,12 +261,13 @@ def spread(network: nn.Module, world_size: int, device: torch.device) -> nn.Modu
     """The network as it is trained: under DDP where there are several ranks."""
     if world_size == 1:
         return network
-    return DistributedDataParallel(
-        network,
-        device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # once an epoch, in `train`, in place of once a step: rank 0's either way
-        gradient_as_bucket_view=True,
+    parallel = DistributedDataParallel(
+        network, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
+    # Once an epoch, in `train`, in place of once a step: rank 0's either way. Set here and not above, since the
+    # argument is called otherwise in newer releases of torch.
+    parallel.broadcast_buffers = False
+    return parallel
 
 
 def memory_over_ranks(memory: Memory, world_size: int) -> Memory:
