@@ -1,4 +1,4 @@
-"""What all tests share: a cache of their own, one CPU thread, real images where they are."""
+"""What all tests share: a cache of their own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Neither read nor write the person's cache; hide GPUs, so that tests mean the same everywhere."""
+    """Neither read nor write the person's cache."""
     before = os.environ.get("HARNESS_CACHE")
     os.environ["HARNESS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield

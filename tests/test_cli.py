@@ -12,27 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import harness
 
 from harness import cli
 from results.store import load_epochs, load_records
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = "--dataset digits --depths 8 --limit-train 128 --epochs 2 --gpus 0 --loader resident"
-
-
-def harness(line: str, capsys: Any) -> tuple[int, str, str]:
-    """Run a command line in this process; exit code, standard output, standard error."""
-    before = sys.argv
-    sys.argv = ["harness", *shlex.split(line)]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def only_record(out: Path) -> Any:
@@ -85,32 +71,29 @@ def test_dry_run_starts_and_writes_nothing(tmp_path: Path, capsys: Any) -> None:
 def test_a_run_that_fails_is_a_row_and_the_others_go_on(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import harness.train
+    from harness import train as training
 
-    whole = harness.train.train
+    whole = training.train
 
     def broken(spec: Any, worker: Any, report: Any, *, places: Any) -> Any:
         if spec.seed == 0:
             raise MemoryError("no room for the activations")
         return whole(spec, worker, report, places=places)
 
-    monkeypatch.setattr(harness.train, "train", broken)
+    monkeypatch.setattr(training, "train", broken)
     line = f"run {QUICK} --launcher local --out {tmp_path}/runs --seeds"
-    code, out, _ = harness_(f"{line} 2", capsys)
+    code, out, _ = harness(f"{line} 2", capsys)
     assert code == 1
     assert "he2015-8 seed 0: FAILED: no room for the activations" in out
     assert "OOM" in out
     assert "seed 1: done" in out
-    code, out, _ = harness_(f"{line} 0,2 --fail-fast", capsys)
+    code, out, _ = harness(f"{line} 0,2 --fail-fast", capsys)
     assert code == 1
     assert "seed 2: starting" not in out
     monkeypatch.undo()
-    code, out, _ = harness_(f"{line} 2", capsys)
+    code, out, _ = harness(f"{line} 2", capsys)
     assert code == 0, "a failed run is tried again"
     assert "OOM" not in out
-
-
-harness_ = harness
 
 
 def test_killed_and_run_again_it_resumes(tmp_path: Path, capsys: Any) -> None:

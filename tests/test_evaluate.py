@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import os
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import harness
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness import cli, profiler
+from harness import profiler
 from harness.evaluate import MultiScale, resize
 from harness.evaluate_weights import Answer, EvalOptions, evaluate_weights, parse_normalize
 from harness.run import UserError
@@ -82,21 +81,6 @@ def store(network: nn.Module, path: Path, **about: str) -> Path:
 def ask(folder: Path, weights: Path, **changes: Any) -> Answer:
     options: dict[str, Any] = {"variant": "he2015", "depth": 8, "dataset": f"folder:{folder}"}
     return evaluate_weights(EvalOptions(weights=weights, **(options | changes)))
-
-
-def harness(line: str, capsys: Any) -> tuple[int, str, str]:
-    """Run a command line in this process; exit code, standard output, standard error."""
-    before = sys.argv
-    sys.argv = ["harness", *shlex.split(line)]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def tensors(images: NDArray[np.uint8], mean: Any, std: Any = 1.0) -> Tensor:

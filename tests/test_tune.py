@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from command import harness
 from test_store import make_record
 
 import cluster.search
 from cluster.launch import Started, Worker
-from harness import cli, space, study
+from harness import space, study
 from harness.board import best_first
 from harness.run import UserError
 from harness.space import Dimension, parse_search, parse_settings
@@ -28,20 +27,6 @@ from results.table import render, summarise
 from results.why import why
 
 TINY = "--dataset digits --depth 8 --limit-train 128 --gpus 0 --loader resident"
-
-
-def harness(line: str, capsys: Any) -> tuple[int, str, str]:
-    before = sys.argv
-    sys.argv = ["harness", *shlex.split(line)]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 # --- words ---
