@@ -22,8 +22,8 @@ export RAY_USAGE_STATS_ENABLED=0
 # where a host name maps to 127.0.x.x, name the interface that joins the nodes:
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
 
-first="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-head="$(srun --nodes=1 --ntasks=1 --nodelist="$first" hostname -I | awk '{print $1}')"
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+read -r head _ < <(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname -I)
 port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one network do not meet
 
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
