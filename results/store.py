@@ -66,6 +66,13 @@ class EpochMetrics(Value):
     attempt: int = 1
 
 
+OWNERS = (
+    "weights", "gradients", "optimizer state", "activations", "allocator slack", "data loader", "NCCL",
+    "CUDA context", "unaccounted",
+)  # fmt: skip
+"""Of memory, in the order they are shown; "unaccounted" makes the sum that of the whole, and may be negative."""
+
+
 class Memory(Value):
     """Peaks over the run, after warm-up, of the rank that used most. MiB = 2**20 bytes."""
 
@@ -73,6 +80,7 @@ class Memory(Value):
     torch_reserved_mib: Reading  # torch.cuda.max_memory_reserved
     nvml_process_mib: Reading  # NVML's used memory of this process: with DALI, NCCL and the CUDA context
     rss_mib: Reading  # peak resident memory on the host
+    by_owner_mib: dict[str, float] = {}  # who holds how much of nvml_process_mib (on the CPU: of rss_mib): OWNERS
 
 
 class RunResult(Value):
