@@ -244,15 +244,19 @@ class _NvmlProcess:
 
 
 def largest(readings: Iterable[Memory]) -> Memory:
-    """The peak of each figure over the ranks."""
+    """The peak of each figure over the ranks; by owner, that of the rank that used most."""
     ranks = list(readings)
+    most = max(ranks, key=lambda rank: rank.nvml_process_mib.value or rank.rss_mib.value or 0.0)
 
     def peak(name: str) -> Reading:
         read = [getattr(rank, name) for rank in ranks]
         values = [r.value for r in read if r.value is not None]
         return Reading(value=max(values)) if values else read[0]
 
-    return Memory(**{name: peak(name) for name in Memory.model_fields})
+    figures = {
+        name: peak(name) for name in Memory.model_fields if name.endswith("_mib") and name != "by_owner_mib"
+    }
+    return Memory(**figures, by_owner_mib=most.by_owner_mib)
 
 
 def device_name(device: torch.device) -> str:
