@@ -35,6 +35,9 @@ def run(
         int | None, typer.Option(help="Global, over all workers. Default: the recipe's.")
     ] = None,
     precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16.")] = "fp32",
+    engine: Annotated[
+        str | None, typer.Option(help="eager, compile or graph. Default: graph on GPUs, eager on the CPU.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="FIELD=VALUE of recipe or network, as in lr=0.05. Repeatable."),
@@ -57,6 +60,9 @@ def run(
     ),
     address: Annotated[str | None, typer.Option(help="A running Ray cluster: HOST:PORT or auto.")] = None,
     launcher: Annotated[str, typer.Option(help="ray, or local: one worker in this process.")] = "ray",
+    pack: Annotated[
+        int, typer.Option(help="Seeds of a row to train at the same time on one GPU; their seconds do not count.")
+    ] = 1,
     placement: Annotated[
         str, typer.Option(help="A run's workers: pack (one node if it can be), strict-pack (must), spread.")
     ] = "pack",
@@ -88,6 +94,7 @@ def run(
         dataset=dataset,
         loader=loader,
         precision=precision,
+        engine=engine,
         epochs=epochs,
         batch_size=batch_size,
         val=val,
@@ -102,6 +109,7 @@ def run(
         workers=workers,
         address=address,
         launcher=launcher,
+        pack=pack,
         placement=placement,
         checkpoint_every=checkpoint_every,
         until_ci=until_ci,
@@ -145,6 +153,9 @@ def tune(
         int | None, typer.Option(help="Global, over all workers. Default: the recipe's.")
     ] = None,
     precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16.")] = "fp32",
+    engine: Annotated[
+        str | None, typer.Option(help="eager, compile or graph. Default: graph on GPUs, eager on the CPU.")
+    ] = None,
     val: Annotated[
         int | None,
         typer.Option(
@@ -187,6 +198,7 @@ def tune(
         data_dir=None if data_dir is None else data_dir.expanduser().absolute(),
         loader=loader,
         precision=precision,
+        engine=engine,
         epochs=epochs,
         batch_size=batch_size,
         val=val,
