@@ -101,11 +101,12 @@ def set_precision(precision: Precision) -> None:
 
 
 def make_autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """bf16 and fp16 by autocast: weights, momentum and batch norm's statistics stay in fp32."""
+    """bf16 and fp16 by autocast: weights, momentum and batch norm's statistics stay in fp32. Casts are not kept: a
+    captured graph would go on with those of its first step."""
     if precision in ("fp32", "tf32"):
         return nullcontext()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype=dtype, cache_enabled=True)
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 class _Place(TypedDict):

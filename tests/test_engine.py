@@ -15,7 +15,7 @@ import harness.train
 from cluster.launch import Worker
 from harness.engine import Captured, Engine, compile_network, nothing_to_restore
 from harness.optim import make_optimizer, set_lr
-from harness.train import Step, train_packed
+from harness.train import Step, make_autocast, train_packed
 from models.resnet import build
 from results.store import EpochMetrics, RunResult
 from tests.tape import Tape
@@ -273,3 +273,18 @@ def test_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
     assert sum(owners.values()) == pytest.approx(result.memory.rss_mib.value)
     kernels = sum(p.numel() for p in nn.ParameterList(build(asked.network, 10).parameters()))
     assert owners["gradients"] == pytest.approx(kernels * 4 / 2**20)
+
+
+def test_half_precision_weights_are_not_frozen_in_a_graph() -> None:
+    """Autocast may keep weights that it has cast, and a graph would go on with those for ever."""
+    network = nn.Conv2d(3, 4, 3)
+    captured = Captured(network, nothing_to_restore, Tape)
+    images, _ = batch(2)
+    seen = []
+    for _ in range(2):
+        with torch.no_grad(), make_autocast(torch.device("cpu"), "bf16"):
+            seen.append(captured(images).clone())
+        with torch.no_grad():
+            network.weight.mul_(2)
+    assert seen[0].dtype == torch.bfloat16
+    assert not torch.equal(*seen)
