@@ -72,6 +72,9 @@ def run(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Probe 30 steps of what is missing; print hours, memory and energy.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Time the parts of a step of what is missing: data, forward, ...")
+    ] = False,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write each run's event file beside its record.")
     ] = False,
@@ -117,6 +120,7 @@ def run(
         tensorboard=tensorboard,
         dry_run=dry_run,
         estimate=estimate,
+        profile=profile,
         force=force,
         fail_fast=fail_fast,
         verbose=verbose,

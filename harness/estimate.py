@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from loaders.datasets import Dataset
     from loaders.loader import Loader
 
+Found = TypeVar("Found")
 WARMUP_STEPS = 10  # not timed
 STEPS = 30
 QUEUE_STEPS = 5  # of STEPS: taken from what the loader made ahead, so no measure of its pace
@@ -214,18 +215,37 @@ def estimate(
     console: Console,
     stack: ExitStack,
 ) -> int:
-    """Probe every cell of the missing runs, keep and print what is predicted. Returns 1 where a probe failed.
+    """Probe every cell of the missing runs, keep and print what is predicted. Returns 1 where a probe failed."""
+    cells = count_cells(todo)
+    probed: list[Cell] = []
+    for spec, outcome in probe_cells(probe, list(cells), width, dataset, options, console, stack):
+        if isinstance(outcome, Prediction):
+            keep_prediction(options.out, spec.key, outcome)
+        probed.append(Cell(spec, cells[spec], outcome))
+    print_estimate(probed, todo, width.slots, console)
+    return 1 if any(isinstance(cell.outcome, Failed) for cell in probed) else 0
+
+
+def probe_cells(
+    function: Callable[..., Found],
+    cells: Sequence[RunSpec],
+    width: Width,
+    dataset: Dataset,
+    options: Options,
+    console: Console,
+    stack: ExitStack,
+) -> list[tuple[RunSpec, Found | Failed]]:
+    """Call a probe, of `probe`'s signature, for each cell where its runs would be run; outcomes in the cells' order.
 
     The cluster at --address is joined already. One worker is probed in this process unless it is there.
     """
-    from harness.execute import EXIT_DONE, EXIT_FAILED, join_cluster, make_places, stopping_on_sigterm
+    from harness.execute import join_cluster, make_places, stopping_on_sigterm
 
     here = width.workers == 1 and options.address is None
     if here:
         from cluster.local import launch
     else:
         from cluster.launch import launch
-    cells = count_cells(todo)
     if cells and not here and options.address is None:
         join_cluster(stack, None, cpus=width.threads * width.workers * width.slots, gpus=width.gpus,
                      verbose=options.verbose)  # fmt: skip
@@ -234,22 +254,16 @@ def estimate(
         if isinstance(event, Started):
             console.print(f"{name_cell(spec)}: probing", style="dim", soft_wrap=True, markup=False)
 
-    probed: list[Cell] = []
     work: AbstractContextManager[Any] = contextlib.closing(
         launch(
-            partial(probe, places=make_places(options, dataset)), list(cells),
+            partial(function, places=make_places(options, dataset)), cells,
             workers=width.workers, slots=width.slots, gpu=width.device == "cuda", threads=width.threads,
             storage=options.out / ".ray", progress=progress, placement=options.placement,
         )
     )  # fmt: skip
     with stopping_on_sigterm(), work as outcomes:
-        for spec, outcome in outcomes:
-            if isinstance(outcome, Prediction):
-                keep_prediction(options.out, spec.key, outcome)
-            probed.append(Cell(spec, cells[spec], outcome))
-    probed.sort(key=lambda cell: list(cells).index(cell.spec))
-    print_estimate(probed, todo, width.slots, console)
-    return EXIT_FAILED if any(isinstance(cell.outcome, Failed) for cell in probed) else EXIT_DONE
+        found = dict(outcomes)
+    return [(spec, found[spec]) for spec in cells]
 
 
 def name_cell(spec: RunSpec) -> str:
@@ -280,7 +294,7 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], slots: int, c
         memory = {name: getattr(found.memory, field) for name, field in MEMORY.items()}
         seconds = (found.epoch_seconds, found.eval_seconds, found.run_seconds / 3600, cell.gpu_hours)
         figures = [*seconds, *(reading.value for reading in memory.values())]
-        lines.append([*what, *map(_say, figures), _say(joules.value, 1e-3)])
+        lines.append([*what, *map(say, figures), say(joules.value, 1e-3)])
         for name, reading in {**memory, "kJ": joules}.items():
             if reading.value is None:
                 missing[str(reading.reason)][name] = None
@@ -301,9 +315,9 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], slots: int, c
     hours = all_seconds(todo, {spec: found.run_seconds for spec, found in told.items()}, slots) / 3600
     gpu_hours = [value for cell in cells if (value := cell.gpu_hours) is not None]
     joules = total_joules(cells)
-    sums = [f"{_say(hours)} hours"]
+    sums = [f"{say(hours)} hours"]
     if first.device == "cuda":
-        sums += [f"{_say(sum(gpu_hours) if gpu_hours else None)} GPU-hours", f"{_say(joules.value, 1e-3)} kJ"]
+        sums += [f"{say(sum(gpu_hours) if gpu_hours else None)} GPU-hours", f"{say(joules.value, 1e-3)} kJ"]
     runs = sum(cell.runs for cell in cells if cell.spec in told)
     console.print(f"in all {runs} runs, {slots} at a time: {', '.join(sums)}", style="bold", soft_wrap=True)
     for note in (*notes, *(f"{', '.join(names)} cannot be had: {reason}" for reason, names in missing.items())):
@@ -329,7 +343,7 @@ def total_joules(cells: Sequence[Cell]) -> Reading:
     return Reading(value=total)
 
 
-def _say(value: float | None, scale: float = 1) -> str:
+def say(value: float | None, scale: float = 1) -> str:
     """Three figures, or a dash where there is nothing."""
     if value is None:
         return "–"

@@ -72,6 +72,7 @@ class Options:
     fail_fast: bool = False
     dry_run: bool = False
     estimate: bool = False  # probe what is missing, train nothing
+    profile: bool = False  # the same, for where a step's time goes
     verbose: bool = False
     format: str = "table"  # jsonl: a JSON object an epoch, and no table
 
@@ -88,9 +89,14 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
     plan.check_count(options.checkpoint_every, "--checkpoint-every")
     plan.check_until_ci(sweep, options.until_ci, options.max_seeds)
     plan.check_word(options.format, ("table", "jsonl"), "--format")
-    if options.estimate and (options.dry_run or options.format == "jsonl"):
-        other = "--dry-run" if options.dry_run else "--format jsonl"
-        raise UserError(f"--estimate and {other} exclude each other: an estimate probes and prints a table")
+    if options.estimate or options.profile:
+        asked = "--estimate" if options.estimate else "--profile"
+        others = {
+            "--profile": options.estimate and options.profile, "--dry-run": options.dry_run,
+            "--format jsonl": options.format == "jsonl",
+        }  # fmt: skip
+        if other := next((name for name, given in others.items() if given), None):
+            raise UserError(f"{asked} and {other} exclude each other: {asked} probes and prints a table")
     if not options.dry_run:
         options = replace(options, out=plan.check_out(options.out))
     with ExitStack() as stack:
@@ -102,12 +108,16 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
         code = EXIT_DONE
         if options.dry_run:
             console.print(_plan_table(specs, dataset, options, finished))
-        elif options.estimate:
+        elif options.estimate or options.profile:
+            from harness.breakdown import profile
             from harness.estimate import estimate
 
             if todo and options.address is not None:
                 _check_nodes(sweep, dataset, options, console)
-            code = estimate(todo, width, dataset, options, console, stack)
+            probe = estimate if options.estimate else profile
+            code = probe(todo, width, dataset, options, console, stack)
+            if options.profile:
+                return code
         if options.dry_run or options.estimate:
             if options.until_ci is not None:
                 console.print(f"and further seeds, to {options.max_seeds or MAX_SEEDS} of a row, until its error is known "

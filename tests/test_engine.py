@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import harness.train
 from cluster.launch import Worker
-from harness.engine import Captured, Engine, compile_network, nothing_to_restore
+from harness.engine import Captured, Engine, compile_network, make_graphs, nothing_to_restore
 from harness.optim import make_optimizer, set_lr
-from harness.train import Step, make_autocast, train_packed
+from harness.train import Step, make_autocast, train, train_packed
 from models.resnet import build
 from results.store import EpochMetrics, RunResult
 from tests.tape import Tape
@@ -300,3 +300,67 @@ def test_half_precision_weights_are_not_frozen_in_a_graph() -> None:
             network.weight.mul_(2)
     assert seen[0].dtype == torch.bfloat16
     assert not torch.equal(*seen)
+
+
+# --- on a GPU ---
+
+
+def run_on_gpu(out: Path, **changes: Any) -> RunResult:
+    places = Places(out=out, label="digits")
+    return train(spec(device="cuda", **changes), Worker(device="cuda:0", threads=1), lambda _: None, places=places)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("loader", ["resident", "dali"])
+def test_a_cuda_graph_gives_eagers_losses(tmp_path: Path, precision: str, loader: str) -> None:
+    """The same kernels on the same numbers; cuDNN may sum a weight's gradient in any order, so to rounding."""
+    ways = {
+        engine: run_on_gpu(tmp_path / engine, engine=engine, precision=precision, loader=loader)
+        for engine in ("eager", "graph", "compile")
+    }
+    assert {engine: way.engine for engine, way in ways.items()} == {engine: engine for engine in ways}
+    tolerance = 1e-3 if precision == "fp32" else 2e-2
+    for engine in ("graph", "compile"):
+        assert losses(ways[engine]) == pytest.approx(losses(ways["eager"]), rel=tolerance)
+
+
+@pytest.mark.gpu
+def test_a_real_capture_leaves_no_trace_and_reads_the_lr(tmp_path: Path) -> None:
+    device = torch.device("cuda", 0)
+    asked = spec(device="cuda", engine="graph", recipe={"momentum": 0.0, "weight_decay": 0.0})
+    made = harness.train.prepare(asked, Worker(device="cuda:0", threads=1), Places(out=tmp_path, label="digits"))
+    step = harness.train.make_step(made, ddp=False)
+    captured = Captured(step, step.snapshot, make_graphs(device))
+    images, labels = (tensor.to(device) for tensor in batch(64))
+    before = everything(step)
+    set_lr(step.optimizer, 0.0)
+    captured(images, labels, 64)
+    weights = len(step.parameters)
+    assert equal(everything(step)[:weights], before[:weights])
+    counts = [int(norm.num_batches_tracked) for norm in step.norms]
+    assert set(counts) == {1}, "one replay, and nothing of warm-up and capture"
+    set_lr(step.optimizer, 0.1)
+    captured(images, labels, 64)
+    assert not equal(everything(step)[:weights], before[:weights])
+
+
+@pytest.mark.gpu
+def test_packed_seeds_on_a_gpu_are_within_rounding_of_single_ones(tmp_path: Path) -> None:
+    specs = tuple(spec(device="cuda", engine="graph", seed=seed) for seed in (0, 1))
+    places = Places(out=tmp_path, label="digits")
+    packed = train_packed(specs, Worker(device="cuda:0", threads=1), lambda *_: None, places=places)
+    for seed, mine in enumerate(packed):
+        assert isinstance(mine, RunResult)
+        assert mine.engine == "graph"
+        alone = run_on_gpu(tmp_path / str(seed), engine="graph", seed=seed)
+        assert losses(mine) == pytest.approx(losses(alone), rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_owners_add_up_to_what_nvml_counts(tmp_path: Path) -> None:
+    memory = run_on_gpu(tmp_path, engine="graph").memory
+    assert memory.by_owner_mib["activations"] > 0
+    assert memory.by_owner_mib["CUDA context"] > 100
+    if memory.nvml_process_mib.value is not None:
+        assert sum(memory.by_owner_mib.values()) == pytest.approx(memory.nvml_process_mib.value)
