@@ -138,7 +138,6 @@ def test_equals_reference(
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("loader", REAL)
 @pytest.mark.parametrize("kind", ["pixel-mean", "channel-mean-std"])
 @pytest.mark.parametrize("pad_mode", ["zero", "reflect"])
