@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from results import owners
 from results.charts import Panel, make_panels
 from results.rows import NONE, Row
 from results.store import Interrupted, Problem, Record, RunResult, Stored
@@ -203,12 +204,40 @@ def _charts(k: int, panel: Panel, rows: int) -> Iterator[str]:
         )
     yield '<div class=chips role=group aria-label="rows shown in the charts"></div><div class=figures>'
     for chart in panel.specs:
+        size = f' style="height:{owners.height(len(panel.owners))}px"' if chart == "owners" else ""
         yield (
-            f"<figure><div class=chart data-chart={chart} role=img "
+            f"<figure{' class=wide' if chart == 'owners' else ''}>{_legend(panel) if chart == 'owners' else ''}"
+            f"<div class=chart data-chart={chart}{size} role=img "
             f'aria-label="{_text(panel.captions[chart])}"></div>'
             f"<figcaption>{_text(panel.captions[chart])}</figcaption></figure>"
         )
-    yield "</div><noscript><p>The charts need JavaScript.</p></noscript></section>"
+    yield "</div>"
+    if panel.owners:
+        yield from _owners(panel)
+    else:
+        yield f"<p class=hint>{owners.NOT_RECORDED}</p>"
+    yield "<noscript><p>The charts need JavaScript.</p></noscript></section>"
+
+
+def _legend(panel: Panel) -> str:
+    """The owners and their colours; it wraps where Vega's own would be cut off."""
+    parts = (f'<li><i style="background:{c}"></i>{_text(n)}</li>' for n, c in owners.colours(panel.owners).items())
+    return f"<ul class=legend>{''.join(parts)}</ul>"
+
+
+def _owners(panel: Panel) -> Iterator[str]:
+    """The same as a table, for whom colours say little."""
+    names = list(owners.colours(panel.owners))
+    heads = "".join(f"<th scope=col class=r>{_text(name)}</th>" for name in (*names, "in all"))
+    yield (
+        "<details class=means><summary>Memory by owner in numbers, MiB</summary><div class=scroll><table><thead><tr>"
+        f"<th scope=col>row</th>{heads}</tr></thead><tbody>"
+    )
+    for i, parts in panel.owners.items():
+        values = [*(parts.get(name) for name in names), sum(parts.values())]
+        cells = "".join(f"<td class=r>{NONE if value is None else owners.mib(value)}</td>" for value in values)
+        yield f"<tr><th scope=row>{_text(panel.labels[i])}</th>{cells}</tr>"
+    yield "</tbody></table></div></details>"
 
 
 def _panel(panel: Panel) -> dict[str, Any]:
@@ -232,6 +261,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
                     for p in points]
             for chart, points in panel.points.items()
         },
+        "owners": {str(i): {name: round(value, 2) for name, value in parts.items()} for i, parts in panel.owners.items()},
     }  # fmt: skip
 
 

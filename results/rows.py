@@ -78,6 +78,9 @@ class Row:
     torch_reserved_mib: Reading = UNMEASURED
     nvml_process_mib: Reading = UNMEASURED
     rss_mib: Reading = UNMEASURED
+    by_owner_mib: Mapping[str, float] = field(
+        default_factory=dict
+    )  # of the run that used most; empty: not recorded
     against: Against | None = None
     predicted: Prediction | None = None  # by a probe on such a device, with as many threads
 
@@ -301,7 +304,18 @@ def _measure(results: list[RunResult]) -> dict[str, Any]:
         "torch_reserved_mib": peak(lambda result: result.memory.torch_reserved_mib),
         "nvml_process_mib": peak(lambda result: result.memory.nvml_process_mib),
         "rss_mib": peak(lambda result: result.memory.rss_mib),
+        "by_owner_mib": _owners(results),
     }
+
+
+def _owners(results: Sequence[RunResult]) -> Mapping[str, float]:
+    """Who held the memory of the run that used most, of those that say so."""
+
+    def whole(result: RunResult) -> float:
+        memory = result.memory
+        return memory.nvml_process_mib.value or memory.rss_mib.value or 0.0
+
+    return max((r for r in results if r.memory.by_owner_mib), key=whole, default=results[0]).memory.by_owner_mib
 
 
 def _against(row: Row) -> Against | None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from results.published import Published
 from results.rows import NONE, Against, Row, summarise
 from results.statistics import Sample, seeds_to_tell
-from results.store import Interrupted, Reading, Stored
+from results.store import OWNERS, Interrupted, Reading, Stored
 from results.text import (
     SUPERSCRIPT,
     Sheet,
@@ -591,6 +591,7 @@ def _raw(row: Row) -> dict[str, Any]:
         "torch_reserved_mib": row.torch_reserved_mib.value,
         "nvml_process_mib": row.nvml_process_mib.value,
         "rss_mib": row.rss_mib.value,
+        **{f"{_name(owner)}_mib": row.by_owner_mib.get(owner) for owner in OWNERS},
         "published_error_percent": against.published.error if against else None,
         "published_top5_error_percent": against.published.top5_error if against else None,
         "published_difference_points": against.difference if against else None,
@@ -605,6 +606,11 @@ def _raw(row: Row) -> dict[str, Any]:
         "interrupted": "; ".join(f"{p.name}: {_progress(p)}" for p in row.interrupted),
     }
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _name(owner: str) -> str:
+    """ "optimizer state" -> "memory_optimizer_state" """
+    return f"memory_{owner.lower().replace(' ', '_')}"
 
 
 def _seeds_to_tell(against: Against | None) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from results import owners
 from results.rows import Row
 from results.statistics import Sample, confidence_interval, median, seeds_needed, seeds_to_tell
 from results.store import EpochMetrics, Reading, RunResult, Stored, load_epochs
@@ -125,6 +126,10 @@ def _memory(runs: list[tuple[Stored, RunResult]]) -> Iterator[str]:
             f"{_reading(memory.torch_reserved_mib)}, NVML {_reading(memory.nvml_process_mib)}, "
             f"RSS {_reading(memory.rss_mib)}"
         )
+        if memory.by_owner_mib:
+            yield f"    by owner: {owners.in_words(memory.by_owner_mib)}"
+    if not any(result.memory.by_owner_mib for _, result in runs):
+        yield f"  {owners.NOT_RECORDED}"
     yield ""
 
 
