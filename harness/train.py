@@ -355,13 +355,19 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         evaluation = evaluate(
             network, held_loader, images=len(data.held), autocast=make_autocast(device, spec.precision)
         )
-        warm = epoch - first >= WARMUP_EPOCHS or epochs == 1
+        reasons = (
+            "warm-up" if epoch - first < WARMUP_EPOCHS and epochs > 1 else "",
+            "partial epoch" if steps < train_loader.steps else "",
+            f"tainted: {', '.join(taints)}" if taints else "",
+        )
+        untimed = "; ".join(filter(None, reasons))
         metrics = metrics.model_copy(
             update={
                 "error": evaluation.error,
                 "top5_error": evaluation.top5_error,
                 "eval_seconds": time.perf_counter() - evaluation_at,
-                "timed": warm and steps == train_loader.steps and not taints,
+                "timed": not untimed,
+                "untimed": untimed,
                 "energy_joules": joules,
                 "taints": taints,
                 "attempt": attempt,

@@ -11,8 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from results import owners
-from results.charts import Panel, make_panels
+from results import owners, predicted
+from results.charts import Panel, make_labels, make_panels
 from results.rows import NONE, Row
 from results.store import Interrupted, Problem, Record, RunResult, Stored
 from results.sweeps import SweepSummary, SweepTrial, finite, make_sweep_charts, show
@@ -23,6 +23,7 @@ TALL = 40  # rows: a longer table scrolls in itself, so that the charts are not 
 MAX_FAILED = 300  # whose tracebacks are printed
 MAX_TRACEBACK = 4_000  # characters, the last ones
 MAX_SETTINGS = 400  # rows whose settings are all printed
+MAX_PREDICTED = 100  # rows
 MAX_ENVIRONMENTS = 50
 MAX_COMMANDS = 5
 HERE = Path(__file__).parent
@@ -70,6 +71,7 @@ def make_page(
             for k, (sweep, charts) in enumerate(zip(sweeps, drawn, strict=True))
             for part in _sweep(k, sweep, {chart: caption for chart, (caption, _) in charts.items()}, places)
         ),
+        *_predicted(rows),
         *_unfinished(rows, problems),
         *_runs(rows, set(places.values())),
         *environments.html(),
@@ -360,6 +362,44 @@ def _trial(
     yield f'<td data-v="{run}">' + (
         f'<a href="#row-{places[trial.run]}">{run}</a></td>' if trial.run in places else f"{run}</td>"
     )
+
+
+# --- predictions ---
+
+
+def _predicted(rows: Sequence[Row]) -> Iterator[str]:
+    """What probes predicted, beside what was measured: a line for each row that was probed."""
+    probed = [(i, pairs) for i, row in enumerate(rows) if (pairs := predicted.foretold(row))]
+    if not probed:
+        return
+    labels = make_labels(rows)
+    figures = list(dict.fromkeys(pair.figure for _, pairs in probed for pair in pairs))
+    heads = "".join(f"<th scope=col class=r>{figure}</th>" for figure in figures)
+    yield (
+        "<section id=predicted><h2>Predicted → measured</h2><p class=hint>By <code>harness run --estimate</code>, a probe of "
+        "some steps before the runs; below, measured minus predicted.</p>"
+        '<div class="scroll" tabindex=0 role=region aria-label="predicted and measured"><table class=predicted><thead>'
+        f"<tr><th scope=col>row</th>{heads}</tr></thead><tbody>"
+    )
+    reasons: dict[str, None] = {}
+    for i, pairs in probed[:MAX_PREDICTED]:
+        by_figure = {pair.figure: pair for pair in pairs}
+        cells = "".join(_foretold(by_figure.get(figure)) for figure in figures)
+        yield f"<tr><th scope=row>{_text(labels[i])}</th>{cells}</tr>"
+        reasons |= dict.fromkeys(f"{pair.figure} {pair.reason}" for pair in pairs if pair.reason)
+    yield "</tbody></table></div>"
+    if reasons:
+        yield f"<ul class=notes>{''.join(f'<li>{_text(reason)}</li>' for reason in reasons)}</ul>"
+    if len(probed) > MAX_PREDICTED:
+        yield f"<p class=hint>and {len(probed) - MAX_PREDICTED:,} more rows: <code>harness why ROW</code></p>"
+    yield "</section>"
+
+
+def _foretold(pair: predicted.Foretold | None) -> str:
+    if pair is None or (pair.predicted.value is None and pair.actual.value is None):
+        return f"<td class=r>{NONE}</td>"
+    below = "" if pair.difference is None else f"<small>{predicted.show_difference(pair)}</small>"
+    return f"<td class=r>{predicted.show(pair.predicted.value)} → {predicted.show(pair.actual.value)}{below}</td>"
 
 
 # --- the runs ---

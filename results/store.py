@@ -60,7 +60,10 @@ class EpochMetrics(Value):
     wait_seconds: float  # of train_seconds, spent waiting for the loader
     eval_seconds: float
     images_per_second: float
-    timed: bool = True  # False: left out of the median (warm-up, partial epoch, resumed inside, tainted)
+    timed: bool = True  # False: left out of the median
+    untimed: str = (
+        ""  # why: "warm-up", "partial epoch", "tainted: the machine swapped"; empty in older records too
+    )
     energy_joules: float | None = None  # of all GPUs of the run while it trained
     taints: tuple[str, ...] = ()  # why these seconds are not to be trusted
     attempt: int = 1
