@@ -19,7 +19,7 @@ from results import owners
 from results.rows import Row
 from results.statistics import mean
 from results.store import EpochMetrics, Interrupted, Stored, load_epochs
-from results.table import lay_out
+from results.table import Layout, lay_out
 from results.text import clean
 
 MAX_RUNS = 200
@@ -87,9 +87,12 @@ class Panel:
     left_out: int  # rows whose curves are not shown
 
 
-def make_panels(rows: Sequence[Row]) -> list[Panel]:
-    """Charts for every data set that has a finished run or a curve. Reads the epochs of `MAX_RUNS` runs at most."""
-    labels = make_labels(rows)
+def make_panels(rows: Sequence[Row], labels: Sequence[str] = ()) -> list[Panel]:
+    """Charts for every data set that has a finished run or a curve. Reads the epochs of `MAX_RUNS` runs at most.
+
+    `labels` are `make_labels(rows)`, where they are at hand.
+    """
+    labels = labels or make_labels(rows)
     chosen = _choose(rows)
     panels: dict[tuple[str, str], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
@@ -98,11 +101,14 @@ def make_panels(rows: Sequence[Row]) -> list[Panel]:
     return [panel for panel in made if panel.specs]
 
 
-def make_labels(rows: Sequence[Row]) -> list[str]:
-    """A name for each row, all different: variant-depth and whatever else tells it from the others."""
+def make_labels(rows: Sequence[Row], layout: Layout | None = None) -> list[str]:
+    """A name for each row, all different: variant-depth and whatever else tells it from the others.
+
+    `layout` is `lay_out(rows)`, where it is at hand.
+    """
     if not rows:
         return []
-    layout = lay_out(rows)
+    layout = layout or lay_out(rows)
     telling = [
         column.name
         for column in layout.columns

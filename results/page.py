@@ -44,7 +44,8 @@ def make_page(
     Raises ValueError for a column that does not exist.
     """
     layout = lay_out(rows, columns)
-    panels = make_panels(rows)
+    labels = make_labels(rows, None if columns else layout)
+    panels = make_panels(rows, labels)
     environments = _Environments()
     runs = [[_run(stored, environments) for stored in row.done] for row in rows]
     if not environments.numbers:  # a run that failed knows less of where it was
@@ -71,7 +72,7 @@ def make_page(
             for k, (sweep, charts) in enumerate(zip(sweeps, drawn, strict=True))
             for part in _sweep(k, sweep, {chart: caption for chart, (caption, _) in charts.items()}, places)
         ),
-        *_predicted(rows),
+        *_predicted(rows, labels),
         *_unfinished(rows, problems),
         *_runs(rows, set(places.values())),
         *environments.html(),
@@ -367,12 +368,11 @@ def _trial(
 # --- predictions ---
 
 
-def _predicted(rows: Sequence[Row]) -> Iterator[str]:
+def _predicted(rows: Sequence[Row], labels: Sequence[str]) -> Iterator[str]:
     """What probes predicted, beside what was measured: a line for each row that was probed."""
     probed = [(i, pairs) for i, row in enumerate(rows) if (pairs := predicted.foretold(row))]
     if not probed:
         return
-    labels = make_labels(rows)
     figures = list(dict.fromkeys(pair.figure for _, pairs in probed for pair in pairs))
     heads = "".join(f"<th scope=col class=r>{figure}</th>" for figure in figures)
     yield (
