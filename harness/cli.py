@@ -36,6 +36,9 @@ def run(
         int | None, typer.Option(help="Global, over all workers. Default: the recipe's.")
     ] = None,
     precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16.")] = "fp32",
+    engine: Annotated[
+        str | None, typer.Option(help="eager, compile or graph. Default: graph on GPUs, eager on the CPU.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="FIELD=VALUE of recipe or network, as in lr=0.05. Repeatable."),
@@ -62,6 +65,9 @@ def run(
         str | None,
         typer.Option(help="Stop then as by Ctrl-C: after 9m or 2h30m, or at 18:00. The same command goes on."),
     ] = None,
+    pack: Annotated[
+        int, typer.Option(help="Seeds of a row to train at the same time on one GPU; their seconds do not count.")
+    ] = 1,
     placement: Annotated[
         str, typer.Option(help="A run's workers: pack (one node if it can be), strict-pack (must), spread.")
     ] = "pack",
@@ -94,6 +100,7 @@ def run(
         dataset=dataset,
         loader=loader,
         precision=precision,
+        engine=engine,
         epochs=epochs,
         batch_size=batch_size,
         val=val,
@@ -108,6 +115,7 @@ def run(
         workers=workers,
         address=address,
         launcher=launcher,
+        pack=pack,
         placement=placement,
         checkpoint_every=checkpoint_every,
         until_ci=until_ci,
@@ -152,6 +160,9 @@ def tune(
         int | None, typer.Option(help="Global, over all workers. Default: the recipe's.")
     ] = None,
     precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16.")] = "fp32",
+    engine: Annotated[
+        str | None, typer.Option(help="eager, compile or graph. Default: graph on GPUs, eager on the CPU.")
+    ] = None,
     val: Annotated[
         int | None,
         typer.Option(
@@ -199,6 +210,7 @@ def tune(
         data_dir=None if data_dir is None else data_dir.expanduser().absolute(),
         loader=loader,
         precision=precision,
+        engine=engine,
         epochs=epochs,
         batch_size=batch_size,
         val=val,

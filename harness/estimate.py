@@ -11,6 +11,7 @@ import gc
 import heapq
 import itertools
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -31,7 +32,15 @@ from harness.evaluate import evaluate
 from harness.optim import total_steps
 from harness.report import classify
 from harness.run import Places, RunSpec
-from harness.train import make_autocast, memory_over_ranks, over_ranks, prepare, spread, train_epoch
+from harness.train import (
+    finish_run,
+    make_autocast,
+    make_trainer,
+    memory_over_ranks,
+    over_ranks,
+    prepare,
+    train_epoch,
+)
 from results.store import Prediction, Reading, keep_prediction
 
 if TYPE_CHECKING:
@@ -99,27 +108,31 @@ def probe(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, place
     gc.collect()
     if worker.device != "cpu":
         torch.cuda.empty_cache()  # of an earlier probe in this process
-    prepared = prepare(spec, worker, places)
+    meter = profiler.MemoryMeter(torch.device(worker.device))
+    prepared = prepare(spec, worker, places, meter)
     device, world_size = prepared.place["device"], worker.world_size
     network, loader, held_loader = prepared.network, prepared.train_loader, prepared.held_loader
     with contextlib.closing(loader), contextlib.closing(held_loader):
-        meter, watch = profiler.MemoryMeter(device), profiler.Watch(device)
+        watch = profiler.Watch(device)
         held = Part(held_loader, EVAL_BATCHES, device)
         held_images = held.images()
-        trained = spread(network, world_size, device)
-        part = Part(loader, STEPS, device)
+        with meter.owner("NCCL"):
+            trainer = make_trainer(prepared, lambda message: warnings.warn(message, stacklevel=2))
+        part = trainer.loader = Part(loader, STEPS, device)
 
         def take(epoch: int, steps: int) -> float:
             """Train so many steps, in seconds."""
-            return train_epoch(
-                trained, prepared.optimizer, prepared.scaler, part, spec, epoch=epoch, steps=steps,
-                images=len(prepared.data.train), world_size=world_size, device=device, on_first_step=lambda: None,
-            ).train_seconds  # fmt: skip
+            images = len(prepared.data.train)
+            epoch_of_steps = train_epoch(
+                trainer, epoch=epoch, steps=steps, images=images, on_first_step=lambda: None
+            )
+            return finish_run(epoch_of_steps).train_seconds
 
         def look() -> float:
             """Evaluate the few batches, in seconds."""
             began = time.perf_counter()
-            evaluate(network, held, images=held_images, autocast=make_autocast(device, spec.precision))
+            autocast = make_autocast(device, spec.precision)
+            evaluate(network, held, images=held_images, autocast=autocast, forward=trainer.forward)
             return time.perf_counter() - began
 
         take(0, min(WARMUP_STEPS, part.steps))
@@ -132,7 +145,7 @@ def probe(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, place
         joules, taints = over_ranks(watch.end(), device)
         eval_seconds = look() * held_loader.steps / max(1, held.steps)
         meter.sample()
-        memory = memory_over_ranks(meter.read(), world_size)
+        memory = memory_over_ranks(meter.read(network, prepared.optimizer, trainer.graphs), world_size)
 
     if device.type == "cpu":
         energy = Reading(value=None, reason="no GPU was used")

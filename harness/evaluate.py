@@ -63,10 +63,12 @@ def evaluate(
     *,
     images: int,
     autocast: AbstractContextManager[None],
+    forward: Callable[[Tensor], Tensor] | None = None,
     on_ranked: Callable[[Tensor], None] | None = None,
 ) -> Evaluation:
     """Evaluate `network` on the loader's set; `images` is how many the set has.
 
+    `forward` is the network as it is carried out, captured say; its logits need to last until the next batch only.
     `on_ranked` is given each batch's likeliest classes: (n, 5), best first, or fewer where there are fewer classes.
 
     Raises RuntimeError where the ranks together saw another number: an error over part of a set is not its error.
@@ -77,7 +79,7 @@ def evaluate(
     classes = 0
     with torch.inference_mode(), autocast:
         for batch, labels in loader.epoch(0):
-            logits = network(batch)
+            logits = (forward or network)(batch)
             classes = logits.shape[1]
             ranked = logits.topk(min(5, classes), dim=1).indices
             hits = ranked == labels[:, None]

@@ -43,7 +43,10 @@ from results.store import (
 )
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Callable
+
+    from cluster.launch import Worker
+    from results.store import RunResult
 
 MAX_SEEDS = 10  # of a row, for --until-ci
 ATTEMPTS = "attempts.jsonl"
@@ -61,6 +64,7 @@ class Options:
     workers: int | None = None
     address: str | None = None
     launcher: str = "ray"
+    pack: int = 1  # seeds of one row in a process
     placement: str = "pack"
     checkpoint_every: int = 1
     until_ci: float | None = None  # points
@@ -99,6 +103,7 @@ def _run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
     plan.check_sweep(sweep)
     plan.check_word(options.launcher, plan.LAUNCHERS, "--launcher")
     plan.check_word(options.placement, PLACEMENTS, "--placement")
+    plan.check_pack(options.pack, options.workers)
     plan.check_count(options.checkpoint_every, "--checkpoint-every")
     plan.check_until_ci(sweep, options.until_ci, options.max_seeds)
     plan.check_word(options.format, ("table", "jsonl"), "--format")
@@ -199,7 +204,7 @@ def lay_out(sweep: Sweep, options: Options, stack: ExitStack) -> Width:
         have_gpus, have_cpus, where = cluster.gpus, cluster.cpus, f"the cluster at {options.address}"
     else:
         have_gpus, have_cpus, where = profiler.count_gpus(), profiler.count_cpus(), "this machine"
-    workers = options.workers
+    workers = options.workers if options.pack == 1 else 1
     if options.launcher == "local":
         workers = workers or 1
         if workers != 1:
@@ -272,7 +277,19 @@ def _plan_table(specs: list[RunSpec], dataset: Dataset, options: Options, finish
         title=f"{len(specs)} runs on {escape(dataset.label)}, "
         f"{sum(spec.key in finished for spec in specs)} of them done already",
     )  # fmt: skip
-    for name in ("variant", "depth", "seed", "epochs", "batch", "loader", "precision", "width", "key", "state"):
+    for name in (
+        "variant",
+        "depth",
+        "seed",
+        "epochs",
+        "batch",
+        "loader",
+        "precision",
+        "engine",
+        "width",
+        "key",
+        "state",
+    ):
         table.add_column(name, justify="right" if name in ("depth", "seed", "epochs", "batch") else "left")
     for spec in specs:
         name = name_of(spec, dataset.label)
@@ -285,7 +302,7 @@ def _plan_table(specs: list[RunSpec], dataset: Dataset, options: Options, finish
         per = spec.recipe.batch_size // spec.workers
         table.add_row(
             spec.variant, str(spec.network.depth), str(spec.seed), str(count_epochs(spec, dataset)),
-            str(spec.recipe.batch_size), spec.loader, spec.precision,
+            str(spec.recipe.batch_size), spec.loader, spec.precision, spec.engine,
             f"{spec.workers} × {per} on {'GPU' if spec.device == 'cuda' else 'CPU'}", spec.key[:8], state,
         )  # fmt: skip
     return table
@@ -381,8 +398,6 @@ def _train(
     stack: ExitStack,
 ) -> int:
     """Launch every spec and record every outcome."""
-    from harness.train import train
-
     if options.launcher == "ray":
         from cluster.launch import launch
     else:
@@ -391,6 +406,8 @@ def _train(
     for spec in specs:
         stack.callback(lock_run(spec, dataset.label, options.out).release)
     places = make_places(options, dataset)
+    packs = plan.make_packs(specs, options.pack)
+    at_a_time = min(width.slots, len(packs))
     started: dict[str, datetime] = {}
     failures = 0
     display: Progress | JsonLines
@@ -398,39 +415,47 @@ def _train(
         display = JsonLines(console.file)
     else:
         epochs = {spec.key: count_epochs(spec, dataset) for spec in specs}
-        display = Progress(specs, epochs, console, slots=width.slots)
+        display = Progress(specs, epochs, console, slots=at_a_time * options.pack)
 
-    def progress(spec: RunSpec, event: Any) -> None:
-        if isinstance(event, Started):
-            name = name_of(spec, dataset.label)
-            if spec.key not in started:
-                started[spec.key] = datetime.now(UTC)
-                folder = start(options.out, name, spec.to_json())
-                display.resumes(spec, load_epochs(folder))
-            _note_attempt(partial_dir(options.out, name), event.reason)
-        display.event(spec, event)
+    def progress(pack: tuple[RunSpec, ...], event: Any) -> None:
+        """An epoch is of one run of the pack, all else of all its runs."""
+        if isinstance(event, OfOne):
+            display.event(pack[event.index], event.event)
+            return
+        for spec in pack:
+            if isinstance(event, Started):
+                name = name_of(spec, dataset.label)
+                if spec.key not in started:
+                    started[spec.key] = datetime.now(UTC)
+                    folder = start(options.out, name, spec.to_json())
+                    display.resumes(spec, load_epochs(folder))
+                _note_attempt(partial_dir(options.out, name), event.reason)
+            display.event(spec, event)
 
     work: AbstractContextManager[Any] = contextlib.closing(
         launch(
-            partial(train, places=places), specs,
+            partial(_train_pack, places=places), packs,
             workers=width.workers, slots=width.slots, gpu=width.device == "cuda", threads=width.threads,
             storage=options.out / ".ray", progress=progress, placement=options.placement,
         )
     )  # fmt: skip
     try:
-        with stopping_on_sigterm(), display, work as outcomes:
-            for spec, outcome in outcomes:
-                record = make_record(
-                    spec, outcome, places=places, original=dataset.original, started_at=started[spec.key],
-                    concurrent=min(width.slots, len(specs)), launcher=options.launcher,
-                )  # fmt: skip
-                record = _with_attempts(record, partial_dir(options.out, record.name))
-                if isinstance(outcome, Failed):
-                    fail(options.out, record)
-                    failures += 1
-                else:
-                    finish(options.out, record)
-                display.ended(spec, outcome)
+        with stopping_on_sigterm(), display, work as ended:
+            for pack, outcomes in ended:
+                for spec, outcome in zip(
+                    pack, [outcomes] * len(pack) if isinstance(outcomes, Failed) else outcomes, strict=True
+                ):
+                    record = make_record(
+                        spec, outcome, places=places, original=dataset.original, started_at=started[spec.key],
+                        concurrent=at_a_time, launcher=options.launcher,
+                    )  # fmt: skip
+                    record = _with_attempts(record, partial_dir(options.out, record.name))
+                    if isinstance(outcome, Failed):
+                        fail(options.out, record)
+                        failures += 1
+                    else:
+                        finish(options.out, record)
+                    display.ended(spec, outcome)
                 if failures and options.fail_fast:
                     break
     except TimeUp:
@@ -439,3 +464,22 @@ def _train(
         say("stopped; the same command goes on from the last finished epochs", options, console)
         raise
     return EXIT_FAILED if failures else EXIT_DONE
+
+
+@dataclass(frozen=True, slots=True)
+class OfOne:
+    """What one run of a pack reports."""
+
+    index: int
+    event: Any
+
+
+def _train_pack(
+    pack: tuple[RunSpec, ...], worker: Worker, report: Callable[[OfOne], None], *, places: Places
+) -> tuple[RunResult | Failed, ...]:
+    """Train the runs of a pack in this process; one alone is trained as ever."""
+    from harness.train import train, train_packed
+
+    if len(pack) == 1:
+        return (train(pack[0], worker, lambda metrics: report(OfOne(0, metrics)), places=places),)
+    return train_packed(pack, worker, lambda index, metrics: report(OfOne(index, metrics)), places=places)

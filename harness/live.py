@@ -99,6 +99,8 @@ class Progress:
             self.say(f"{spec.title}: FAILED: {outcome.message}")
         else:
             line.state = "done"
+            for warning in outcome.warnings:
+                self.say(f"{spec.title}: {warning}")
             if not self.console.is_terminal:
                 self.say(f"{spec.title}: done, final error {outcome.final_error:.2f} %")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from models.variants import Recipe
 
@@ -41,8 +41,11 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
             return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup)))
 
 
-def make_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
-    """SGD over the network's parameters, with weight decay on all of them or on the kernels only."""
+def make_optimizer(recipe: Recipe, network: nn.Module, *, lr_on_device: bool = False) -> torch.optim.Optimizer:
+    """SGD over the network's parameters, with weight decay on all of them or on the kernels only.
+
+    `lr_on_device` keeps the lr in a tensor beside the weights, where a captured step reads it at every replay.
+    """
     import torch
 
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -52,10 +55,41 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}]
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
-    return torch.optim.SGD(
+    lr = learning_rate(recipe, 0, 1)
+    optimizer = torch.optim.SGD(
         groups,
-        lr=learning_rate(recipe, 0, 1),
+        lr=torch.tensor(lr, device=parameters[0].device) if lr_on_device else lr,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
         fused=True,
     )
+    if recipe.momentum:
+        for parameter in parameters:  # zeros are what the first step begins from, and it is like all others so
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the lr of all groups."""
+    import torch
+
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its state_dict, the same whether or not the lr lies on a device."""
+    state = optimizer.state_dict()
+    return state | {"param_groups": [group | {"lr": float(group["lr"])} for group in state["param_groups"]]}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load what `optimizer_state` gave; an lr on a device stays there."""
+    kept = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, lr in zip(optimizer.param_groups, kept, strict=True):
+        loaded, group["lr"] = group["lr"], lr
+    set_lr(optimizer, loaded)

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from harness.run import Precision, RunSpec, UserError
+from harness.run import Engine, Precision, RunSpec, UserError
 from harness.space import apply
 from models.variants import Recipe, default_depth, find_variant
 from results.statistics import confidence_interval, sample
 
 LOADERS = ("dali", "resident", "dataloader", "synthetic")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+ENGINES: tuple[str, ...] = get_args(Engine)
 LAUNCHERS = ("ray", "local")
 
 
@@ -33,6 +34,7 @@ class Sweep:
     dataset: str = "cifar10"
     loader: str = "dali"
     precision: str = "fp32"
+    engine: str | None = None  # None: graph on a GPU, eager on a CPU
     epochs: int | None = None
     batch_size: int | None = None
     val: int | None = None
@@ -103,6 +105,8 @@ def check_sweep(sweep: Sweep) -> None:
 
     check_word(sweep.loader, LOADERS, "--loader")
     check_word(sweep.precision, PRECISIONS, "--precision")
+    if sweep.engine is not None:
+        check_word(sweep.engine, ENGINES, "--engine")
     check_count(sweep.epochs, "--epochs")
     check_count(sweep.batch_size, "--batch-size")
     check_count(sweep.limit_train, "--limit-train")
@@ -147,6 +151,28 @@ def make_width(
     return Width(
         device="cuda", gpus=gpus, workers=workers, slots=gpus // workers, threads=max(1, have_cpus // gpus)
     )
+
+
+def choose_engine(asked: str | None, device: str) -> Engine:
+    """The engine asked for, or the fastest that computes the same as eager, kernel by kernel."""
+    if asked == "graph" and device == "cpu":
+        raise UserError("--engine graph needs a GPU; on the CPU eager and compile are allowed")
+    return asked or ("graph" if device == "cuda" else "eager")  # type: ignore[return-value]
+
+
+def check_pack(pack: int, workers: int | None) -> None:
+    """Raise UserError unless so many seeds can be trained by one process."""
+    check_count(pack, "--pack")
+    if pack > 1 and workers not in (None, 1):
+        raise UserError(f"--pack {pack}: packed seeds have one worker, not {workers}; leave --workers out")
+
+
+def make_packs(specs: Iterable[RunSpec], pack: int) -> list[tuple[RunSpec, ...]]:
+    """Specs that differ in nothing but the seed, up to `pack` together, in their order."""
+    rows: dict[RunSpec, list[RunSpec]] = defaultdict(list)
+    for spec in specs:
+        rows[replace(spec, seed=0)].append(spec)
+    return [tuple(row[i : i + pack]) for row in rows.values() for i in range(0, len(row), pack)]
 
 
 def override(recipe: Recipe, sweep: Sweep) -> tuple[Recipe, tuple[str, ...]]:
@@ -201,6 +227,7 @@ def expand(sweep: Sweep, width: Width, *, fingerprint: str, train_images: int) -
                         limit_test=sweep.limit_test,
                         loader=sweep.loader,
                         precision=sweep.precision,  # type: ignore[arg-type]
+                        engine=choose_engine(sweep.engine, width.device),
                         device=width.device,
                         workers=width.workers,
                         seed=seed,

@@ -8,14 +8,17 @@ import resource
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import linear_regression
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from results.store import Memory, Reading
+from results.store import OWNERS, Memory, Reading
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 MIB = 2**20
 Item = TypeVar("Item")
@@ -45,11 +48,11 @@ def count_gpus() -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device; nothing to wait for on a CPU."""
+    """Wait for what this caller's stream was given, not for what a loader makes ahead on its own."""
     if device.type == "cuda":
         import torch
 
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
 
 
 class Waiting:
@@ -73,14 +76,53 @@ class Waiting:
 
 
 class MemoryMeter:
-    """Peaks since the last `reset`, which belongs after warm-up."""
+    """Peaks since the last `reset`, which belongs after warm-up, and who holds how much.
+
+    Make it before anything else touches the device: what a GPU uses then belongs to others.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._owners: dict[str, float] = {}
+        self._in_use: list[float] = []
+        self._loader_tensors = 0.0
         self._nvml = _NvmlProcess(device.index or 0) if device.type == "cuda" else None
+        self._others = 0.0
+        if self._nvml is None:
+            self._owners["process at its start"] = _resident_mib()
+        else:
+            import torch
+
+            self._others = _nvml_used(device.index or 0) or 0.0
+            torch.zeros(1, device=device)
+            self._owners["CUDA context"] = self._outside_torch()
+
+    def _outside_torch(self) -> float:
+        """MiB of the GPU in use, by this process and since it began, that torch's allocator does not hold."""
+        import torch
+
+        used = _nvml_used(self.device.index or 0)
+        return 0.0 if used is None else used - self._others - torch.cuda.memory_reserved(self.device) / MIB
+
+    @contextmanager
+    def owner(self, name: str) -> Iterator[None]:
+        """What comes into use inside belongs to `name`, one of OWNERS."""
+        if self._nvml is None:
+            before = _resident_mib()
+            yield
+            self._owners[name] = self._owners.get(name, 0.0) + max(0.0, _resident_mib() - before)
+            return
+        import torch
+
+        before, allocated = self._outside_torch(), torch.cuda.memory_allocated(self.device) / MIB
+        yield
+        tensors = torch.cuda.memory_allocated(self.device) / MIB - allocated
+        self._owners[name] = self._owners.get(name, 0.0) + max(0.0, self._outside_torch() - before) + tensors
+        self._loader_tensors += tensors
 
     def reset(self) -> None:
         """Forget the peaks so far. The host's peak is the process's own and cannot be reset."""
+        self._in_use.clear()
         if self._nvml is not None:
             import torch
 
@@ -89,23 +131,99 @@ class MemoryMeter:
 
     def sample(self) -> None:
         """NVML tells what is used now, so it is asked after each epoch."""
-        if self._nvml is not None:
-            self._nvml.sample()
+        if self._nvml is None:
+            self._in_use.append(_resident_mib())
+        else:
+            import torch
 
-    def read(self) -> Memory:
-        """The peaks, in MiB."""
+            self._nvml.sample()
+            self._in_use.append(torch.cuda.memory_reserved(self.device) / MIB + self._outside_torch())
+
+    def read(
+        self, network: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None, graphs: Any = None
+    ) -> Memory:
+        """The peaks, in MiB. With the network and its optimizer, by owner too; `graphs` has `reserved_bytes`."""
         rss = Reading(value=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB)
+        growth = _slope(self._in_use)
         if self._nvml is None:
             none = Reading(value=None, reason="no GPU was used")
-            return Memory(torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none, rss_mib=rss)
+            return Memory(
+                torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none, rss_mib=rss,
+                growth_mib_per_epoch=growth, by_owner_mib=self._by_owner(rss.value, _sizes(network, optimizer)),
+            )  # fmt: skip
         import torch
 
+        captured = getattr(graphs, "reserved_bytes", 0) / MIB
+        allocated = torch.cuda.max_memory_allocated(self.device) / MIB
+        reserved = torch.cuda.max_memory_reserved(self.device) / MIB
+        process = self._nvml.read()
+        total = process.value
+        if total is None and (used := _nvml_used(self.device.index or 0)) is not None:
+            total = used - self._others  # right where nobody else began or ended on this GPU
+        sizes = _sizes(network, optimizer)
+        if sizes:
+            # a captured graph holds its activations in a pool that torch counts as reserved alone
+            kept = sum(sizes.values()) + self._loader_tensors
+            pool = max(0.0, captured - sizes["gradients"])
+            sizes |= {"activations": allocated - kept + pool, "allocator slack": reserved - allocated - pool}
         return Memory(
-            torch_allocated_mib=Reading(value=torch.cuda.max_memory_allocated(self.device) / MIB),
-            torch_reserved_mib=Reading(value=torch.cuda.max_memory_reserved(self.device) / MIB),
-            nvml_process_mib=self._nvml.read(),
+            torch_allocated_mib=Reading(value=allocated + captured),
+            torch_reserved_mib=Reading(value=reserved),
+            nvml_process_mib=process,
             rss_mib=rss,
+            growth_mib_per_epoch=growth,
+            by_owner_mib=self._by_owner(total, sizes),
         )
+
+    def _by_owner(self, total: float | None, sizes: dict[str, float]) -> dict[str, float]:
+        if total is None or not sizes:
+            return {}
+        owners = self._owners | sizes
+        owners["unaccounted"] = total - sum(owners.values())
+        return {name: owners[name] for name in OWNERS if owners.get(name)}
+
+
+def _sizes(network: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> dict[str, float]:
+    """MiB of the network's weights (and statistics), its gradients and the optimizer's state."""
+    if network is None or optimizer is None:
+        return {}
+
+    def mib(tensors: Iterable[torch.Tensor]) -> float:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
+
+    return {
+        "weights": mib([*network.parameters(), *network.buffers()]),
+        "gradients": mib(p for p in network.parameters() if p.requires_grad),
+        "optimizer state": mib(v for state in optimizer.state.values() for v in state.values() if v is not None),
+    }
+
+
+def _slope(in_use: list[float]) -> Reading:
+    """MiB an epoch by least squares, from three epochs on."""
+    if len(in_use) < 3:
+        return Reading(value=None, reason="fewer than three epochs after warm-up")
+    return Reading(value=linear_regression(range(len(in_use)), in_use).slope)
+
+
+def _resident_mib() -> float:
+    """Resident memory of this process now."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / MIB
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def _nvml_used(index: int) -> float | None:
+    """MiB of torch's GPU `index` in use by all its processes."""
+    handle = _nvml_handle(index)
+    if handle is None:
+        return None
+    import pynvml
+
+    try:
+        return float(pynvml.nvmlDeviceGetMemoryInfo(handle).used) / MIB
+    except Exception:
+        return None
 
 
 TAINTS = (

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from models.variants import Network, Recipe
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Engine = Literal["eager", "compile", "graph"]
 
 
 class UserError(Exception):
@@ -45,7 +46,7 @@ class RunSpec:
     limit_test: int | None = None
     loader: str
     precision: Precision = "fp32"
-    engine: str = "eager"
+    engine: Engine = "eager"
     device: Literal["cuda", "cpu"]
     workers: int = 1
     seed: int = 0

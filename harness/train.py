@@ -1,14 +1,20 @@
-"""One run: `train(spec, worker, report, places=...)` -> `RunResult`. The training step stands here, whole."""
+"""One run: `train(spec, worker, report, places=...)` -> `RunResult`. The training step stands here, whole.
+
+`training` is the same as a generator that pauses after each step, so that `train_packed` can train several seeds of a
+spec at a time, each exactly as it is alone.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -18,11 +24,27 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.launch import Worker
+from cluster.launch import Failed, Worker
 from harness import profiler
 from harness.checkpoint import load_checkpoint, save_checkpoint
+from harness.engine import (
+    Captured,
+    Engine,
+    compile_network,
+    make_graphs,
+    nothing_to_restore,
+    sum_gradients,
+)
 from harness.evaluate import evaluate
-from harness.optim import learning_rate, make_optimizer, total_epochs, total_steps
+from harness.optim import (
+    learning_rate,
+    load_optimizer_state,
+    make_optimizer,
+    optimizer_state,
+    set_lr,
+    total_epochs,
+    total_steps,
+)
 from harness.run import DivergedError, Places, Precision, RunSpec
 from loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
 from loaders.loader import Augment, Loader, Normalize, make_evaluation_loader, make_loaders, make_normalize
@@ -79,11 +101,12 @@ def set_precision(precision: Precision) -> None:
 
 
 def make_autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """bf16 and fp16 by autocast: weights, momentum and batch norm's statistics stay in fp32."""
+    """bf16 and fp16 by autocast: weights, momentum and batch norm's statistics stay in fp32. Casts are not kept: a
+    captured graph would go on with those of its first step."""
     if precision in ("fp32", "tf32"):
         return nullcontext()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype=dtype, cache_enabled=True)
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
 
 
 class _Place(TypedDict):
@@ -99,85 +122,126 @@ class _View(TypedDict):
     normalize: Normalize
 
 
-class Averages:
-    """Sums over an epoch; the loss stays on the device, so that no step waits for it."""
+Result = TypeVar("Result")
+Paused = Generator[None, None, Result]  # pauses after each training step
 
-    def __init__(self, device: torch.device) -> None:
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.images = 0
 
-    def add(self, loss_sum: torch.Tensor, images: int) -> None:
-        """Add the loss summed over this rank's images of one step."""
-        self.loss_sum += loss_sum
-        self.images += images
+def ignore(_: str) -> None:
+    """Nobody asks where a step's time goes."""
 
-    def read(self) -> tuple[float, int]:
-        """Mean loss and number of images over all ranks; waits for the device."""
-        sums = torch.stack([self.loss_sum, torch.full_like(self.loss_sum, self.images)])
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        loss, images = sums.tolist()
-        return loss / images, round(images)
+
+@dataclass(slots=True)
+class Step:
+    """One optimizer step, whole: forward, backward, sum over the ranks, SGD.
+
+    Every call does the same work on tensors that stay where they are and nothing waits for the device, so that it
+    can be captured as a CUDA graph.
+    """
+
+    network: Callable[[torch.Tensor], torch.Tensor]  # as it is trained: compiled, or under DDP
+    parameters: Sequence[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    spec: RunSpec
+    loss_sum: torch.Tensor  # float64, (), over this rank's images of the epoch so far
+    world_size: int
+    mark: Callable[[str], None] = ignore  # told the name of each part when it has been queued
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, global_images: float) -> None:
+        """images (n, 3, H, W), labels (n,): this rank's share of a step over `global_images`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with make_autocast(images.device, self.spec.precision):
+            logits = self.network(images)
+        loss_sum = F.cross_entropy(
+            logits.float(), labels, reduction="sum", label_smoothing=self.spec.recipe.label_smoothing
+        )
+        # ranks may hold shares of unequal size: summed here and divided by the global batch, of which DDP's mean
+        # over ranks has done a part
+        by_ddp = isinstance(self.network, DistributedDataParallel)
+        loss = loss_sum / (global_images / self.world_size if by_ddp else global_images)
+        self.mark("forward")
+        self.scaler.scale(loss).backward()
+        self.mark("backward")
+        if self.world_size > 1 and not by_ddp:
+            sum_gradients(self.parameters)
+            self.mark("all-reduce")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.loss_sum += loss_sum.detach()
+        self.mark("optimizer")
+
+    def snapshot(self) -> Callable[[], None]:
+        """Remember all that a step changes. What is returned puts it back, every tensor at its place."""
+        with torch.no_grad():
+            places = [*self.parameters, *self.buffers(), self.loss_sum]
+            places += [v for state in self.optimizer.state.values() for v in state.values() if v is not None]
+            values = [tensor.detach().clone() for tensor in places]
+            scaler = self.scaler.state_dict()
+
+        def restore() -> None:
+            with torch.no_grad():
+                for place, value in zip(places, values, strict=True):
+                    place.copy_(value)
+            self.optimizer.zero_grad(set_to_none=True)
+            if scaler:
+                self.scaler.load_state_dict(scaler)
+
+        return restore
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Batch norm's statistics."""
+        return list(self.network.buffers()) if isinstance(self.network, nn.Module) else []
 
 
 def train_epoch(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    loader: Loader,
-    spec: RunSpec,
-    *,
-    epoch: int,
-    steps: int,
-    images: int,
-    world_size: int,
-    device: torch.device,
-    on_first_step: Callable[[], None],
-) -> EpochMetrics:
-    """`steps` optimizer steps of one epoch, timed from the first batch asked for to the last weight written."""
-    recipe = spec.recipe
+    run: Trainer, *, epoch: int, steps: int, images: int, on_first_step: Callable[[], None]
+) -> Paused[EpochMetrics]:
+    """`steps` optimizer steps of one epoch over `images`, timed from the first batch asked for to the last weight
+    written. No step waits for the device."""
+    recipe, device, loader = run.step.spec.recipe, run.device, run.loader
     rank = dist.get_rank() if dist.is_initialized() else 0
-    random = np.random.default_rng([spec.seed, epoch, rank])  # of mixup alone: the loader's plan has its own
-    averages = Averages(device)
+    random = np.random.default_rng(
+        [run.step.spec.seed, epoch, rank]
+    )  # of mixup alone: the loader's plan has its own
     waiting = profiler.Waiting()
-    lr = 0.0
+    run.step.loss_sum.zero_()
+    seen, lr = 0, float("nan")
     profiler.synchronize(device)
     started_at = time.perf_counter()
     for step, (batch, labels) in enumerate(waiting.over(loader.epoch(epoch))):
-        lr = learning_rate(recipe, epoch * loader.steps + step, loader.steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad(set_to_none=True)
+        before, lr = lr, learning_rate(recipe, epoch * loader.steps + step, loader.steps)
+        if lr != before:
+            set_lr(run.step.optimizer, lr)
         if recipe.mixup:
             batch = mix(batch, recipe.mixup, random)
-        with make_autocast(device, spec.precision):
-            logits = network(batch)
-        # ranks may hold shares of unequal size: summed here, divided by the global batch, so that DDP's mean
-        # over ranks gives the gradient of one process
-        share = max(min(recipe.batch_size, images - step * recipe.batch_size), world_size) / world_size
-        loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=recipe.label_smoothing)
-        scaler.scale(loss_sum / share).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        averages.add(loss_sum.detach(), len(labels))
+        run.step.mark("data")
+        # a last batch smaller than the ranks are many was filled up
+        run.engine(
+            batch, labels, max(min(recipe.batch_size, images - step * recipe.batch_size), run.step.world_size)
+        )
+        seen += len(labels)
         if step == 0:
             on_first_step()
         if step + 1 == steps:
             break
+        yield
     profiler.synchronize(device)
     train_seconds = time.perf_counter() - started_at
-    loss, seen = averages.read()
+    sums = torch.stack([run.step.loss_sum, torch.full_like(run.step.loss_sum, seen)])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    loss, all_seen = sums.tolist()
     return EpochMetrics(
         epoch=epoch + 1,
         steps=steps,
-        images=seen,
-        loss=loss,
+        images=round(all_seen),
+        loss=loss / all_seen,
         error=float("nan"),
         lr=lr,
         train_seconds=train_seconds,
         wait_seconds=waiting.seconds,
         eval_seconds=0.0,
-        images_per_second=seen / train_seconds,
+        images_per_second=all_seen / train_seconds,
     )
 
 
@@ -191,8 +255,10 @@ def over_ranks(watched: profiler.Watched, device: torch.device) -> tuple[float |
     return None if missing else joules, tuple(t for t, mark in zip(profiler.TAINTS, marks, strict=True) if mark)
 
 
-def total_energy(history: Sequence[EpochMetrics], device: torch.device) -> Reading:
+def total_energy(history: Sequence[EpochMetrics], device: torch.device, packed: int) -> Reading:
     """Joules of all epochs, or why there is no such figure."""
+    if packed > 1:
+        return Reading(value=None, reason=f"{packed} runs shared the device")
     joules = [row.energy_joules for row in history if row.energy_joules is not None]
     if len(joules) == len(history):
         return Reading(value=sum(joules))
@@ -204,6 +270,7 @@ def total_energy(history: Sequence[EpochMetrics], device: torch.device) -> Readi
 class Prepared:
     """What a run needs before its first step."""
 
+    spec: RunSpec
     data: Data
     place: _Place
     view: _View
@@ -214,7 +281,7 @@ class Prepared:
     scaler: torch.amp.GradScaler
 
 
-def prepare(spec: RunSpec, worker: Worker, places: Places) -> Prepared:
+def prepare(spec: RunSpec, worker: Worker, places: Places, meter: profiler.MemoryMeter | None = None) -> Prepared:
     """Set the device up and make data, loaders, network and optimizer. Raises DataError and RuntimeError where the
     images are not those of the spec."""
     device = torch.device(worker.device)
@@ -224,47 +291,101 @@ def prepare(spec: RunSpec, worker: Worker, places: Places) -> Prepared:
     set_precision(spec.precision)
     torch.backends.cudnn.benchmark = True
 
-    dataset = load_dataset(spec.dataset, places.data_dir, places.cache_dir)
-    if dataset.fingerprint != spec.fingerprint:
-        raise RuntimeError(
-            f"the images on this node are {dataset.fingerprint[:12]}, the run asks for {spec.fingerprint[:12]}"
-        )
-    data = split_data(spec, dataset)
     recipe = spec.recipe
     place = _Place(
         device=device, threads=worker.threads, rank=worker.rank, world=worker.world_size, channels_last=True
     )
-    view = _View(
-        augment=Augment(recipe.pad, recipe.pad_mode, recipe.crop, recipe.flip and dataset.flip),
-        normalize=make_normalize(recipe.normalize, data.train),
-    )
-    train_loader, held_loader = make_loaders(
-        spec.loader,
-        data.train,
-        data.held,
-        **view,
-        **place,
-        batch_size=recipe.batch_size,
-        eval_batch_size=min(EVAL_BATCH_SIZE, len(data.held)),
-        seed=spec.seed,
-    )
+    with meter.owner("data loader") if meter else nullcontext():
+        dataset = load_dataset(spec.dataset, places.data_dir, places.cache_dir)
+        if dataset.fingerprint != spec.fingerprint:
+            raise RuntimeError(
+                f"the images on this node are {dataset.fingerprint[:12]}, the run asks for {spec.fingerprint[:12]}"
+            )
+        data = split_data(spec, dataset)
+        view = _View(
+            augment=Augment(recipe.pad, recipe.pad_mode, recipe.crop, recipe.flip and dataset.flip),
+            normalize=make_normalize(recipe.normalize, data.train),
+        )
+        train_loader, held_loader = make_loaders(
+            spec.loader,
+            data.train,
+            data.held,
+            **view,
+            **place,
+            batch_size=recipe.batch_size,
+            eval_batch_size=min(EVAL_BATCH_SIZE, len(data.held)),
+            seed=spec.seed,
+        )
+        if device.type == "cuda":  # pools are filled at the first batch
+            next(train_loader.epoch(0))
 
     torch.manual_seed(spec.seed)
     network = build(spec.network, dataset.num_classes, recipe.crop or dataset.image_size)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = make_optimizer(recipe, network)
+    optimizer = make_optimizer(recipe, network, lr_on_device=captures(spec))
     scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
-    return Prepared(data, place, view, train_loader, held_loader, network, optimizer, scaler)
+    scaler.scale(torch.zeros((), device=device))  # makes its tensors, which a capture must find
+    return Prepared(spec, data, place, view, train_loader, held_loader, network, optimizer, scaler)
 
 
-def spread(network: nn.Module, world_size: int, device: torch.device) -> nn.Module:
-    """The network as it is trained: under DDP where there are several ranks."""
-    if world_size == 1:
-        return network
+def captures(spec: RunSpec) -> bool:
+    """Whether its steps are captured and replayed."""
+    return spec.engine == "graph" or (spec.engine == "compile" and spec.device == "cuda")
+
+
+@dataclass(slots=True)
+class Trainer:
+    """A run's step and evaluation as they are carried out."""
+
+    step: Step
+    engine: Engine
+    forward: Engine  # of evaluation
+    loader: Loader
+    device: torch.device
+    graphs: Any = None  # what captures, None where nothing does
+
+
+def make_trainer(made: Prepared, warn: Callable[[str], None]) -> Trainer:
+    """Spread the network over the ranks and choose how its steps are carried out: `spec.engine`, or what works."""
+    spec, network, device = made.spec, made.network, made.place["device"]
+    world_size = made.place["world"]
+    plain: Callable[[torch.Tensor], torch.Tensor] = network
+    if world_size > 1 and spec.engine == "eager":
+        plain = spread(network, device)
+    elif world_size > 1:  # `Step` sums the gradients itself
+        for tensor in network.state_dict().values():
+            dist.broadcast(tensor, 0)
+    step = Step(
+        plain, [p for p in network.parameters() if p.requires_grad], made.optimizer, made.scaler, spec,
+        torch.zeros((), dtype=torch.float64, device=device), world_size,
+    )  # fmt: skip
+    graphs = make_graphs(device) if captures(spec) else None
+    steps: list[tuple[str, Callable[..., Any]]] = [("eager", step)]
+    forwards: list[tuple[str, Callable[..., Any]]] = [("eager", network)]
+    if graphs is not None:
+        steps.insert(0, ("graph", Captured(step, step.snapshot, graphs)))
+        forwards.insert(0, ("graph", Captured(network, nothing_to_restore, graphs)))
+    if spec.engine == "compile":
+        compiled: Callable[..., Any] = replace(step, network=compile_network(network))
+        if graphs is not None:
+            compiled = Captured(compiled, step.snapshot, graphs)
+        steps.insert(0, ("compile", compiled))
+    return Trainer(
+        step,
+        Engine(steps, step.snapshot, warn),
+        Engine(forwards, nothing_to_restore, warn),
+        made.train_loader,
+        device,
+        graphs,
+    )
+
+
+def spread(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network under DDP."""
     parallel = DistributedDataParallel(
         network, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
-    # Once an epoch, in `train`, in place of once a step: rank 0's either way. Set here and not above, since the
+    # Once an epoch, in `training`, in place of once a step: rank 0's either way. Set here and not above, since the
     # argument is called otherwise in newer releases of torch.
     parallel.broadcast_buffers = False
     return parallel
@@ -289,6 +410,16 @@ def flushed_denormals() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
+def finish_run(run: Paused[Result]) -> Result:
+    """Let a run go on to its end, without pauses."""
+    while True:
+        try:
+            next(run)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
 @flushed_denormals()
 def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None], *, places: Places) -> RunResult:
     """Train and measure one run, in this process as one of `worker.world_size` ranks.
@@ -296,8 +427,59 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     Resumes from the newest checkpoint in the run's folder. Raises DivergedError when the loss is not finite,
     CheckpointError for another run's checkpoint, and DataError when the images are not those of the spec.
     """
+    return finish_run(training(spec, worker, report, places=places))
+
+
+@flushed_denormals()
+def train_packed(
+    specs: tuple[RunSpec, ...], worker: Worker, report: Callable[[int, EpochMetrics], None], *, places: Places
+) -> tuple[RunResult | Failed, ...]:
+    """Train several seeds of one spec at the same time, step by step in turn, each on a CUDA stream of its own.
+
+    Each has exactly the result that it has alone. One that fails becomes a Failed, and the others go on; a lack of
+    memory is raised. `report` is given the index of a run and its metrics.
+    """
+    device = torch.device(worker.device)
+
+    def on_stream(index: int) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(streams[index]) if streams else nullcontext()
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    streams = [torch.cuda.Stream(device) for _ in specs] if device.type == "cuda" else []
+    runs = {
+        index: training(spec, worker, partial(report, index), places=places, packed=len(specs))
+        for index, spec in enumerate(specs)
+    }
+    outcomes: dict[int, RunResult | Failed] = {}
+    while runs:
+        for index in list(runs):
+            try:
+                with on_stream(index):
+                    next(runs[index])
+            except StopIteration as end:
+                outcomes[index] = end.value
+            except (torch.OutOfMemoryError, MemoryError):
+                raise
+            except Exception as error:
+                outcomes[index] = Failed(
+                    exception=type(error).__name__,
+                    message=str(error),
+                    traceback=traceback.format_exc(),
+                    died=False,
+                )
+            if index in outcomes:
+                del runs[index]
+    return tuple(outcomes[index] for index in range(len(specs)))
+
+
+def training(
+    spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None], *, places: Places, packed: int = 1
+) -> Paused[RunResult]:
+    """`train`, pausing after each step; `packed` says how many such runs are taken in turn."""
     entered_at = time.perf_counter()
-    prepared = prepare(spec, worker, places)
+    meter = profiler.MemoryMeter(torch.device(worker.device))
+    prepared = prepare(spec, worker, places, meter)
     data, network, optimizer, scaler = prepared.data, prepared.network, prepared.optimizer, prepared.scaler
     train_loader, held_loader = prepared.train_loader, prepared.held_loader
     recipe, rank, world_size, device = spec.recipe, worker.rank, worker.world_size, prepared.place["device"]
@@ -315,7 +497,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     state = load_checkpoint(folder / "checkpoints", spec.key, warn)
     if state is not None:
         network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(optimizer, state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         history = [EpochMetrics.model_validate(row) for row in state["history"]]
         attempt = int(state["attempt"]) + 1
@@ -324,10 +506,11 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         folder.mkdir(parents=True, exist_ok=True)
         write_epochs(folder, history)
 
-    trained = spread(network, world_size, device)
+    with meter.owner("NCCL"):
+        trainer = make_trainer(prepared, warn)
     steps_all = total_steps(recipe, train_loader.steps)
     epochs = total_epochs(recipe, train_loader.steps)
-    meter, watch = profiler.MemoryMeter(device), profiler.Watch(device)
+    watch = profiler.Watch(device)
     setup_seconds = 0.0
 
     def first_step_done() -> None:
@@ -340,11 +523,9 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     for epoch in range(first, epochs):
         steps = min(train_loader.steps, steps_all - epoch * train_loader.steps)
         watch.begin()
-        metrics = train_epoch(
-            trained, optimizer, scaler, train_loader, spec,
-            epoch=epoch, steps=steps, images=len(data.train), world_size=world_size, device=device,
-            on_first_step=first_step_done,
-        )  # fmt: skip
+        metrics = yield from train_epoch(
+            trainer, epoch=epoch, steps=steps, images=len(data.train), on_first_step=first_step_done
+        )
         if not torch.tensor(metrics.loss).isfinite():
             raise DivergedError(epoch + 1, (epoch + 1) * train_loader.steps)
         if world_size > 1:
@@ -353,12 +534,14 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         joules, taints = over_ranks(watch.end(), device)
         evaluation_at = time.perf_counter()
         evaluation = evaluate(
-            network, held_loader, images=len(data.held), autocast=make_autocast(device, spec.precision)
-        )
+            network, held_loader, images=len(data.held), autocast=make_autocast(device, spec.precision),
+            forward=trainer.forward,
+        )  # fmt: skip
         reasons = (
             "warm-up" if epoch - first < WARMUP_EPOCHS and epochs > 1 else "",
             "partial epoch" if steps < train_loader.steps else "",
             f"tainted: {', '.join(taints)}" if taints else "",
+            f"{packed} runs at the same time" if packed > 1 else "",
         )
         untimed = "; ".join(filter(None, reasons))
         metrics = metrics.model_copy(
@@ -368,7 +551,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
                 "eval_seconds": time.perf_counter() - evaluation_at,
                 "timed": not untimed,
                 "untimed": untimed,
-                "energy_joules": joules,
+                "energy_joules": joules if packed == 1 else None,
                 "taints": taints,
                 "attempt": attempt,
             }
@@ -385,7 +568,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
                     {
                         "key": spec.key,
                         "network": network.state_dict(),
-                        "optimizer": optimizer.state_dict(),
+                        "optimizer": optimizer_state(optimizer),
                         "scaler": scaler.state_dict(),
                         "history": [row.model_dump() for row in history],
                         "attempt": attempt,
@@ -411,11 +594,12 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
             network, test_loader, images=len(data.test), autocast=make_autocast(device, spec.precision)
         )
         test_loader.close()
-    memory = memory_over_ranks(meter.read(), world_size)
+    memory = memory_over_ranks(meter.read(network, optimizer, trainer.graphs), world_size)
     train_loader.close()
     held_loader.close()
 
     timed = [row for row in history if row.timed]
+    later = [row.train_seconds for row in history[first + WARMUP_EPOCHS :]]
     best = min(history, key=lambda row: row.error)
     return RunResult(
         parameters=parameters,
@@ -434,7 +618,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         setup_seconds=setup_seconds,
         start_seconds=worker.start_seconds,
         train_seconds=sum(row.train_seconds for row in history),
-        energy_joules=total_energy(history, device),
+        energy_joules=total_energy(history, device, packed),
         taints=tuple(dict.fromkeys(taint for row in history for taint in row.taints)),
         memory=memory,
         workers=world_size,
@@ -444,4 +628,8 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         device=profiler.device_name(device),
         machine=profiler.describe_machine(device),
         attempts=attempt,
+        engine=trainer.engine.name,
+        packed=packed,
+        seed_epochs_per_second=packed / statistics.median(later) if packed > 1 and later else None,
+        warnings=tuple(warnings_seen),
     )

@@ -84,6 +84,7 @@ class Search:
     data_dir: Path | None = None
     loader: str = "dali"
     precision: str = "fp32"
+    engine: str | None = None
     epochs: int | None = None
     batch_size: int | None = None
     val: int | None = None  # None: 5,000 or a tenth
@@ -268,6 +269,7 @@ def _make_sweep(asked: Search, settings: Mapping[str, Any]) -> Sweep:
         dataset=asked.dataset,
         loader=asked.loader,
         precision=asked.precision,
+        engine=asked.engine,
         epochs=asked.epochs,
         batch_size=asked.batch_size,
         val=asked.val,

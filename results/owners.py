@@ -13,9 +13,10 @@ from results.text import clean
 COLOURS = {
     "weights": "#455f7f", "gradients": "#44c6ff", "optimizer state": "#5b975f", "activations": "#f19b06",
     "allocator slack": "#835a17", "data loader": "#e1a497", "NCCL": "#9e2bad", "CUDA context": "#6b6f74",
+    "process at its start": "#6b6f74",
     "unaccounted": "#b5bbc3",
 }  # fmt: skip
-"""Told apart by the colour-blind too, neighbours most of all: found by a search over CIELAB distances as seen without
+"""A GPU's and a CPU's owners are told apart by the colour-blind too, neighbours most of all: found by a search over CIELAB distances as seen without
 one of the cones, on white and on the dark page."""
 OTHER = "#8d7b68"  # an owner that this version does not know
 MAX_BARS = 40

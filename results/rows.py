@@ -190,7 +190,11 @@ AROUND = ("label", "hardware", "threads", "torch")
 
 def _surroundings(record: Record, result: RunResult) -> Surroundings:
     """What changes figures and is no part of a spec, by name; "hardware" is what the spec calls "cuda" or "cpu"."""
-    around = (("label", record.dataset), ("hardware", result.device), ("threads", str(result.threads)))
+    around: Surroundings = (
+        ("label", record.dataset), ("hardware", result.device), ("threads", str(result.threads)),
+    )  # fmt: skip
+    if result.engine is not None and result.engine != record.spec.get("engine"):  # the one asked for did not work
+        around = (*around, ("engine", result.engine))
     versions = record.environment.get("versions")
     if isinstance(versions, dict) and isinstance(torch := versions.get("torch"), str):
         return (*around, ("torch", ".".join(torch.split("+")[0].split(".")[:2])))
@@ -226,7 +230,7 @@ def _make_row(group: _Group) -> Row:
         duration_unit=str(recipe.get("unit", "epoch")),
         loader=str(spec.get("loader", NONE)),
         precision=str(spec.get("precision", NONE)),
-        engine=str(spec.get("engine", NONE)),
+        engine=group.fields.get("engine", NONE),
         device=first.device if first else NONE,
         workers=first.workers if first else int(_number(spec.get("workers"), 1)),
         batch_size=first.batch_size if first else int(_number(recipe.get("batch_size"), 0)),

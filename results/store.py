@@ -71,9 +71,10 @@ class EpochMetrics(Value):
 
 OWNERS = (
     "weights", "gradients", "optimizer state", "activations", "allocator slack", "data loader", "NCCL",
-    "CUDA context", "unaccounted",
+    "CUDA context", "process at its start", "unaccounted",
 )  # fmt: skip
-"""Of memory, in the order they are shown; "unaccounted" makes the sum that of the whole, and may be negative."""
+"""Of memory, in the order they are shown. "process at its start" is of the CPU: Python and its libraries, while the
+activations are not told from the rest there. "unaccounted" makes the sum that of the whole, and may be negative."""
 
 
 class Memory(Value):
@@ -83,6 +84,9 @@ class Memory(Value):
     torch_reserved_mib: Reading  # torch.cuda.max_memory_reserved
     nvml_process_mib: Reading  # NVML's used memory of this process: with DALI, NCCL and the CUDA context
     rss_mib: Reading  # peak resident memory on the host
+    growth_mib_per_epoch: Reading = Reading(
+        value=None, reason="not measured"
+    )  # slope of what is in use, after warm-up
     by_owner_mib: dict[str, float] = {}  # who holds how much of nvml_process_mib (on the CPU: of rss_mib): OWNERS
 
 
@@ -119,6 +123,12 @@ class RunResult(Value):
     device: str  # "NVIDIA H200", "AMD EPYC"
     machine: dict[str, Any] = {}  # host, GPU, driver, versions, on the rank 0 worker
     attempts: int = 1
+    engine: str | None = None  # that did the work, where another was asked for too; None in older records
+    packed: int = 1  # runs that were trained at the same time by one process: more, and no epoch is timed
+    seed_epochs_per_second: float | None = (
+        None  # of packed runs: epochs of all of them, over the seconds these took
+    )
+    warnings: tuple[str, ...] = ()  # said while it ran: a damaged checkpoint, an engine given up
 
 
 class Failure(Value):

@@ -295,6 +295,14 @@ def make_notes(rows: Sequence[Row]) -> list[Note]:
         shares = {str(stored.record.environment.get("gpu_share", 1)) for stored in row.done}
         if shares - {"1"}:
             note(f"packed: timed on {' or '.join(sorted(shares))} of a GPU, beside other runs", i, "epoch_seconds")
+        for result in (stored.record.result for stored in row.done):
+            if result is not None and result.packed > 1:
+                pace = result.seed_epochs_per_second
+                told = f": {pace:.3g} seeds × epochs a second" if pace else ""
+                note(f"{result.packed} seeds trained at the same time{told}; s/epoch is of single runs alone", i, "epoch_seconds")  # fmt: skip
+            for warning in result.warnings if result is not None else ():
+                if warning.startswith("engine "):
+                    note(warning, i, "engine")
         for taint in dict.fromkeys(
             t for stored in row.done if stored.record.result for t in stored.record.result.taints
         ):

@@ -143,8 +143,12 @@ def cielab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def test_owners_are_told_apart_by_the_colour_blind() -> None:
+    of_gpu = [
+        owner for owner in OWNERS if owner != "process at its start"
+    ]  # that of a CPU has the CUDA context's place
+    assert COLOURS["process at its start"] == COLOURS["CUDA context"]
     for sight in SEEN:
-        seen = [cielab(sight @ linear(COLOURS[owner])) for owner in OWNERS]
+        seen = [cielab(sight @ linear(COLOURS[owner])) for owner in of_gpu]
         assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 15
         assert min(np.linalg.norm(a - b) for a, b in itertools.pairwise(seen)) > 25
 

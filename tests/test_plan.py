@@ -11,8 +11,11 @@ import pytest
 from harness.plan import (
     Sweep,
     check_out,
+    check_pack,
     check_sweep,
+    choose_engine,
     expand,
+    make_packs,
     make_width,
     override,
     parse_depths,
@@ -91,6 +94,28 @@ def test_widths() -> None:
 def test_widths_that_cannot_be(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         width(**changes)
+
+
+def test_the_engine_is_the_fastest_that_is_safe() -> None:
+    assert [choose_engine(None, device) for device in ("cuda", "cpu")] == ["graph", "eager"]
+    assert choose_engine("compile", "cpu") == "compile"
+    with pytest.raises(UserError, match="--engine graph needs a GPU; on the CPU eager and compile are allowed"):
+        choose_engine("graph", "cpu")
+    with pytest.raises(UserError, match="--engine 'grahp' is unknown; did you mean graph"):
+        check_sweep(Sweep(variants=("msra",), engine="grahp"))
+
+
+def test_packs_hold_seeds_of_one_row() -> None:
+    sweep = Sweep(variants=("msra",), depths=(20, 32), seeds=(0, 1, 2))
+    runs = expand(sweep, CPU, fingerprint="f" * 64, train_images=50_000)
+    packs = make_packs(sorted(runs, key=lambda spec: spec.network.depth), 2)
+    assert [[(s.network.depth, s.seed) for s in pack] for pack in packs] == [
+        [(20, 0), (20, 1)], [(20, 2)], [(32, 0), (32, 1)], [(32, 2)],
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="--pack 2: packed seeds have one worker, not 4"):
+        check_pack(2, 4)
+    with pytest.raises(UserError, match="--pack 0: at least 1"):
+        check_pack(0, None)
 
 
 def test_a_width_that_does_not_divide_the_batch() -> None:

@@ -15,8 +15,9 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from cluster.launch import Worker
+from harness.engine import Engine
 from harness.run import CheckpointError, DivergedError, Places, RunSpec
-from harness.train import EpochMetrics, mix, train, train_epoch
+from harness.train import EpochMetrics, Step, Trainer, finish_run, mix, train, train_epoch
 from loaders.datasets import limit, load_dataset
 from loaders.loader import Augment, make_loaders, make_normalize
 from models.resnet import build
@@ -202,15 +203,20 @@ def _rank(rank: int, world: int, port: int, asked: RunSpec, out: Path) -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
-    trained = nn.parallel.DistributedDataParallel(network) if world > 1 else network
-    double = nn.Sequential(_Double(), trained)
+    trained: nn.Module = nn.Sequential(_Double(), network)
+    if world > 1 and asked.engine == "eager":
+        trained = nn.parallel.DistributedDataParallel(trained)
+    step = Step(
+        trained, list(network.parameters()), optimizer, torch.amp.GradScaler("cpu", enabled=False), asked,
+        torch.zeros((), dtype=torch.float64), world,
+    )  # fmt: skip
+    trainer = Trainer(
+        step, Engine([("eager", step)], step.snapshot, print), Engine([], step.snapshot, print), loader, device
+    )
     seen = []
     for epoch in range(2):
-        metrics = train_epoch(
-            double, optimizer, torch.amp.GradScaler("cpu", enabled=False), loader, asked,
-            epoch=epoch, steps=loader.steps, images=150, world_size=world, device=device, on_first_step=lambda: None,
-        )  # fmt: skip
-        seen.append(metrics.loss)
+        part = train_epoch(trainer, epoch=epoch, steps=loader.steps, images=150, on_first_step=lambda: None)
+        seen.append(finish_run(part).loss)
     if rank == 0:
         torch.save({"losses": seen, "weights": list(network.state_dict().values())}, out)
     if world > 1:
@@ -222,10 +228,12 @@ class _Double(nn.Module):
         return images.double()
 
 
-def test_two_ranks_equal_one_on_the_same_global_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_two_ranks_equal_one_on_the_same_global_batch(tmp_path: Path, engine: str) -> None:
+    """By DDP, and by the one all-reduce of a step that can be captured."""
     one, two = tmp_path / "one.pt", tmp_path / "two.pt"
-    _rank(0, 1, 0, spec(), one)
-    mp.start_processes(_rank, args=(2, _port(), spec(), two), nprocs=2, start_method="spawn")
+    _rank(0, 1, 0, spec(engine=engine), one)
+    mp.start_processes(_rank, args=(2, _port(), spec(engine=engine), two), nprocs=2, start_method="spawn")
     a, b = torch.load(one, weights_only=True), torch.load(two, weights_only=True)
     assert a["losses"] == pytest.approx(b["losses"], rel=1e-6)
     for mine, theirs in zip(a["weights"], b["weights"], strict=True):

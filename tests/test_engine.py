@@ -1,0 +1,290 @@
+"""Engines: the same losses from the same seed, drops of the lr that act, no trace of a warm-up."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import harness.train
+from cluster.launch import Worker
+from harness.engine import Captured, Engine, compile_network, nothing_to_restore
+from harness.optim import make_optimizer, set_lr
+from harness.train import Step, make_autocast, train_packed
+from models.resnet import build
+from results.store import EpochMetrics, RunResult
+from tests.tape import Tape
+from tests.test_train import Places, folder, losses, run, spec
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """Graphs of the CPU in place of CUDA's; the list holds those that were made."""
+    made: list[Tape] = []
+
+    def make(device: torch.device) -> Callable[[], Tape]:
+        def one() -> Tape:
+            made.append(Tape())
+            return made[-1]
+
+        return one
+
+    monkeypatch.setattr(harness.train, "make_graphs", make)
+    return made
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    return run(spec(), tmp_path_factory.mktemp("eager"))
+
+
+def make_step(**changes: Any) -> Step:
+    asked = spec(**changes)
+    torch.manual_seed(0)
+    network = build(asked.network, 10).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(asked.recipe, network, lr_on_device=asked.engine == "graph")
+    return Step(
+        network, list(network.parameters()), optimizer, torch.amp.GradScaler("cpu", enabled=False), asked,
+        torch.zeros((), dtype=torch.float64), 1,
+    )  # fmt: skip
+
+
+def batch(images: int) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(images)
+    pixels = torch.randn(images, 3, 32, 32, generator=random).contiguous(memory_format=torch.channels_last)
+    return pixels, torch.randint(10, (images,), generator=random)
+
+
+def everything(step: Step) -> list[Tensor]:
+    momentum = [state["momentum_buffer"] for state in step.optimizer.state.values()]
+    return [t.detach().clone() for t in (*step.parameters, *step.buffers(), *momentum, step.loss_sum)]
+
+
+def equal(some: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def test_a_captured_run_is_the_eager_one_bit_for_bit(eager: RunResult, tapes: list[Tape], tmp_path: Path) -> None:
+    captured = run(spec(engine="graph"), tmp_path)
+    assert losses(captured) == losses(eager)
+    assert [row.error for row in captured.epochs] == [row.error for row in eager.epochs]
+    assert (captured.engine, eager.engine) == ("graph", "eager")
+    # 64 and the tail of 22 each have a graph of their own, and so has the evaluation's one batch
+    assert len(tapes) == 3
+    assert captured.warnings == ()
+
+
+def test_a_captured_run_resumes_bit_for_bit(eager: RunResult, tapes: list[Tape], tmp_path: Path) -> None:
+    asked = spec(engine="graph")
+    with pytest.raises(KeyboardInterrupt):
+        run(asked, tmp_path, stop_after=2)
+    resumed = run(asked, tmp_path)
+    assert losses(resumed) == losses(eager)
+    assert resumed.attempts == 2
+
+
+def test_a_checkpoint_serves_every_engine(eager: RunResult, tapes: list[Tape], tmp_path: Path) -> None:
+    from harness.checkpoint import load_checkpoint
+    from harness.optim import load_optimizer_state
+
+    asked = spec(engine="graph")
+    with pytest.raises(KeyboardInterrupt):
+        run(asked, tmp_path, stop_after=2)
+    state = load_checkpoint(folder(asked, tmp_path) / "checkpoints", asked.key, print)
+    assert state is not None
+    plain, on_device = make_step().optimizer, make_step(engine="graph").optimizer
+    for optimizer in (plain, on_device):
+        load_optimizer_state(optimizer, state["optimizer"])
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.05)
+        buffers = [s["momentum_buffer"] for s in optimizer.state.values()]
+        assert sum(float(b.abs().sum()) for b in buffers) > 0
+    assert isinstance(plain.param_groups[0]["lr"], float)
+    assert isinstance(on_device.param_groups[0]["lr"], Tensor)
+
+
+def test_the_lr_drops_inside_a_graph(tapes: list[Tape]) -> None:
+    """A number that Python holds is frozen in a graph: with lr = 0 after the capture, nothing may move."""
+    step = make_step(engine="graph", recipe={"weight_decay": 0.0, "momentum": 0.0})
+    captured = Captured(step, step.snapshot, Tape)
+    set_lr(step.optimizer, 0.1)
+    captured(*batch(16), 16)
+    moved = everything(step)
+    set_lr(step.optimizer, 0.0)
+    captured(*batch(16), 16)
+    weights = len(step.parameters)
+    assert equal(everything(step)[:weights], moved[:weights])
+    set_lr(step.optimizer, 0.1)
+    captured(*batch(16), 16)
+    assert not equal(everything(step)[:weights], moved[:weights])
+
+
+def test_the_stand_in_freezes_a_python_number() -> None:
+    """The test above can fail: an lr that is no tensor goes on as it was captured."""
+    step = make_step(recipe={"weight_decay": 0.0, "momentum": 0.0})
+    captured = Captured(step, step.snapshot, Tape)
+    set_lr(step.optimizer, 0.1)
+    captured(*batch(16), 16)
+    before = everything(step)
+    set_lr(step.optimizer, 0.0)
+    captured(*batch(16), 16)
+    assert not equal(everything(step)[: len(step.parameters)], before[: len(step.parameters)])
+
+
+def test_warm_up_and_capture_leave_no_trace() -> None:
+    step, alone = make_step(engine="graph"), make_step()
+
+    class Idle(Tape):
+        """Does nothing at a replay: what is left then was left by warm-up and capture."""
+
+        def replay(self) -> None:
+            pass
+
+    for one in (step, alone):  # with a momentum and statistics that are not those of the start
+        one(*batch(16), 16)
+    before = everything(step)
+    Captured(step, step.snapshot, Idle)(*batch(16), 16)
+    assert equal(everything(step), before)
+    assert equal(before, everything(alone))
+
+
+def test_no_trace_of_a_warm_up_in_the_loss_scale() -> None:
+    """fp16's scaler counts its steps: its tensors are put back too."""
+    step = make_step(engine="graph")
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+    step.scaler.scale(torch.zeros(()))
+    restore = step.snapshot()
+    for _ in range(3):
+        step(*batch(16), 16)
+    assert step.scaler.get_scale() == 128.0
+    restore()
+    assert step.scaler.get_scale() == 64.0
+    assert step.scaler.state_dict()["_growth_tracker"] == 0
+
+
+def test_an_engine_that_does_not_work_is_given_up_aloud(
+    eager: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(device: torch.device) -> Callable[[], Tape]:
+        class Broken(Tape):
+            def replay(self) -> None:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+        return Broken
+
+    monkeypatch.setattr(harness.train, "make_graphs", broken)
+    with pytest.warns(UserWarning, match="engine graph does not work here"):
+        result = run(spec(engine="graph"), tmp_path)
+    assert losses(result) == losses(eager)
+    assert result.engine == "eager"
+    assert "going on with eager: operation not permitted when stream is capturing" in result.warnings[0]
+
+
+def test_a_lack_of_memory_is_no_reason_to_give_an_engine_up() -> None:
+    def hungry(x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine = Engine([("graph", hungry), ("eager", lambda x: x)], nothing_to_restore, print)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine(torch.zeros(1))
+    assert engine.name == "graph"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: a CPU's kernels cannot be compiled")
+def test_compiled_kernels_give_the_same_losses() -> None:
+    """The sums of a batch norm are taken in another order, so equal to rounding alone."""
+    plain, compiled = make_step(), make_step()
+    for step in (plain, compiled):
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(8, 10),
+        )  # fmt: skip
+        step.network, step.parameters = network, list(network.parameters())
+        step.optimizer = make_optimizer(step.spec.recipe, network)
+    compiled.network = compile_network(compiled.network)  # type: ignore[arg-type]
+    seen = []
+    for step in (plain, compiled):
+        step(*batch(16), 16)
+        first = float(step.loss_sum)
+        for _ in range(9):
+            step(*batch(16), 16)
+        seen.append(float(step.loss_sum))
+        assert seen[-1] < 0.97 * 10 * first
+    assert seen[1] == pytest.approx(seen[0], rel=1e-5)
+
+
+def test_a_network_that_cannot_be_compiled_is_trained_all_the_same(
+    eager: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(network: nn.Module) -> Callable[[Tensor], Tensor]:
+        def forward(images: Tensor) -> Tensor:
+            raise RuntimeError("no compiler")
+
+        return forward
+
+    monkeypatch.setattr(harness.train, "compile_network", fails)
+    with pytest.warns(UserWarning, match="engine compile does not work here, going on with eager: no compiler"):
+        result = run(spec(engine="compile"), tmp_path)
+    assert losses(result) == losses(eager)
+    assert result.engine == "eager"
+
+
+def test_packed_seeds_are_the_single_ones_bit_for_bit(eager: RunResult, tmp_path: Path) -> None:
+    seen: list[tuple[int, EpochMetrics]] = []
+    specs = tuple(spec(seed=seed) for seed in (0, 1, 2))
+    places = Places(out=tmp_path, label="digits")
+    packed = train_packed(
+        specs, Worker(threads=1), lambda index, metrics: seen.append((index, metrics)), places=places
+    )
+    single = [eager, run(spec(seed=1), tmp_path / "1"), run(spec(seed=2), tmp_path / "2")]
+    for mine, alone in zip(packed, single, strict=True):
+        assert isinstance(mine, RunResult)
+        assert losses(mine) == losses(alone)
+        assert mine.final_error == alone.final_error
+        assert mine.packed == 3
+        assert mine.epoch_seconds is None
+        assert not any(row.timed for row in mine.epochs)
+    assert [(index, row.epoch) for index, row in seen] == [(i, e) for e in (1, 2, 3) for i in (0, 1, 2)]
+    assert seen[4][1].loss == losses(single[1])[1]
+
+
+def test_a_packed_seed_that_diverges_leaves_the_others(eager: RunResult, tmp_path: Path) -> None:
+    wild = spec(seed=1, recipe={"lr": 1e30})
+    places = Places(out=tmp_path, label="digits")
+    tame, failed = train_packed((spec(), wild), Worker(threads=1), lambda *_: None, places=places)
+    assert isinstance(tame, RunResult)
+    assert losses(tame) == losses(eager)
+    assert not isinstance(failed, RunResult)
+    assert failed.exception == "DivergedError"
+
+
+def test_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
+    asked = spec(limit_train=64, limit_test=64, recipe={"duration": 20})
+    result = run(asked, tmp_path)
+    growth = result.memory.growth_mib_per_epoch.value
+    assert growth is not None
+    assert growth < 0.5
+    owners = result.memory.by_owner_mib
+    assert sum(owners.values()) == pytest.approx(result.memory.rss_mib.value)
+    kernels = sum(p.numel() for p in nn.ParameterList(build(asked.network, 10).parameters()))
+    assert owners["gradients"] == pytest.approx(kernels * 4 / 2**20)
+
+
+def test_half_precision_weights_are_not_frozen_in_a_graph() -> None:
+    """Autocast may keep weights that it has cast, and a graph would go on with those for ever."""
+    network = nn.Conv2d(3, 4, 3)
+    captured = Captured(network, nothing_to_restore, Tape)
+    images, _ = batch(2)
+    seen = []
+    for _ in range(2):
+        with torch.no_grad(), make_autocast(torch.device("cpu"), "bf16"):
+            seen.append(captured(images).clone())
+        with torch.no_grad():
+            network.weight.mul_(2)
+    assert seen[0].dtype == torch.bfloat16
+    assert not torch.equal(*seen)
