@@ -468,7 +468,7 @@ def _frontier_spec(scale: _Scale, title: str, what: str, *, labelled: bool) -> d
             {
                 **text,
                 "mark": {"type": "text", "align": "right", "dx": -8, "dy": -7, "fontSize": 11},
-                "encoding": {"y": error, "text": {"field": "name"}, "color": scale.colour, "opacity": _lit(1.0)},
+                "encoding": {"y": error, "text": {"field": "name"}, "opacity": _lit(1.0)},
             },
         ],
     }  # fmt: skip

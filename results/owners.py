@@ -19,7 +19,7 @@ COLOURS = {
 """A GPU's and a CPU's owners are told apart by the colour-blind too, neighbours most of all: found by a search over CIELAB distances as seen without
 one of the cones, on white and on the dark page."""
 OTHER = "#8d7b68"  # an owner that this version does not know
-MAX_BARS = 40
+MAX_BARS = 24
 BAR, HEAD, FOOT = 44, 8, 46  # pixels: of a row, above the first and below the last
 NOT_RECORDED = "memory by owner: no record of these runs has it"
 

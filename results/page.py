@@ -181,7 +181,8 @@ def _cell(k: int, column: Column, i: int, row: Row, layout: Layout, swatches: Ma
         inside = f"<span class={row.against.verdict.verdict}>{inside}</span>"
     if k == 0:
         colour = swatches.get(i)
-        inside = (f'<i class=swatch style="background:{colour}"></i>' if colour else "") + inside
+        swatch = f'<i class=swatch style="background:{colour}"></i>' if colour else ""
+        inside = f"<span class=name>{swatch}{inside}</span>"
     attributes = f' class="{" ".join(kinds)}"' if kinds else ""
     if value is not None:
         attributes += f' data-v="{_text(repr(value) if isinstance(value, float) else value)}"'
@@ -385,7 +386,7 @@ def _predicted(rows: Sequence[Row], labels: Sequence[str]) -> Iterator[str]:
     for i, pairs in probed[:MAX_PREDICTED]:
         by_figure = {pair.figure: pair for pair in pairs}
         cells = "".join(_foretold(by_figure.get(figure)) for figure in figures)
-        yield f"<tr><th scope=row>{_text(labels[i])}</th>{cells}</tr>"
+        yield f"<tr><th scope=row><span class=name>{_text(labels[i])}</span></th>{cells}</tr>"
         reasons |= dict.fromkeys(f"{pair.figure} {pair.reason}" for pair in pairs if pair.reason)
     yield "</tbody></table></div>"
     if reasons:

@@ -126,6 +126,8 @@ def _memory(runs: list[tuple[Stored, RunResult]]) -> Iterator[str]:
             f"{_reading(memory.torch_reserved_mib)}, NVML {_reading(memory.nvml_process_mib)}, "
             f"RSS {_reading(memory.rss_mib)}"
         )
+        if (growth := memory.growth_mib_per_epoch.value) is not None:
+            yield f"    what is in use grows by {growth:+.2g} MiB an epoch, by least squares over the epochs after warm-up"
         if memory.by_owner_mib:
             yield f"    by owner: {owners.in_words(memory.by_owner_mib)}"
     if not any(result.memory.by_owner_mib for _, result in runs):
