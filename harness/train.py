@@ -146,11 +146,12 @@ class Step:
     loss_sum: torch.Tensor  # float64, (), over this rank's images of the epoch so far
     world_size: int
     mark: Callable[[str], None] = ignore  # told the name of each part when it has been queued
+    norms: Sequence[Any] = ()  # batch norms that count
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, global_images: float) -> None:
         """images (n, 3, H, W), labels (n,): this rank's share of a step over `global_images`."""
         self.optimizer.zero_grad(set_to_none=True)
-        with make_autocast(images.device, self.spec.precision):
+        with make_autocast(images.device, self.spec.precision), self._counted_at_once():
             logits = self.network(images)
         loss_sum = F.cross_entropy(
             logits.float(), labels, reduction="sum", label_smoothing=self.spec.recipe.label_smoothing
@@ -169,6 +170,20 @@ class Step:
         self.scaler.update()
         self.loss_sum += loss_sum.detach()
         self.mark("optimizer")
+
+    @contextmanager
+    def _counted_at_once(self) -> Iterator[None]:
+        """Batch norms count their batches, a kernel each: as many as there are convolutions. Here they count by one."""
+        counters = [norm.num_batches_tracked for norm in self.norms]
+        for norm in self.norms:
+            norm.num_batches_tracked = None
+        try:
+            yield
+        finally:
+            for norm, counter in zip(self.norms, counters, strict=True):
+                norm.num_batches_tracked = counter
+        if counters:
+            torch._foreach_add_(counters, 1)
 
     def snapshot(self) -> Callable[[], None]:
         """Remember all that a step changes. What is returned puts it back, every tensor at its place."""
@@ -282,8 +297,28 @@ class Prepared:
 
 
 def prepare(spec: RunSpec, worker: Worker, places: Places, meter: profiler.MemoryMeter | None = None) -> Prepared:
-    """Set the device up and make data, loaders, network and optimizer. Raises DataError and RuntimeError where the
-    images are not those of the spec."""
+    """Load the images and make everything of them. Raises DataError and RuntimeError where they are not those of the
+    spec."""
+    with meter.owner("data loader") if meter else nullcontext():
+        dataset = load_dataset(spec.dataset, places.data_dir, places.cache_dir)
+    if dataset.fingerprint != spec.fingerprint:
+        raise RuntimeError(
+            f"the images on this node are {dataset.fingerprint[:12]}, the run asks for {spec.fingerprint[:12]}"
+        )
+    data = split_data(spec, dataset)
+    return assemble(spec, data, worker, num_classes=dataset.num_classes, flip=dataset.flip, meter=meter)
+
+
+def assemble(
+    spec: RunSpec,
+    data: Data,
+    worker: Worker,
+    *,
+    num_classes: int,
+    flip: bool,
+    meter: profiler.MemoryMeter | None = None,
+) -> Prepared:
+    """Set the device up and make loaders, network and optimizer. `flip`: whether these images may be mirrored."""
     device = torch.device(worker.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -296,14 +331,8 @@ def prepare(spec: RunSpec, worker: Worker, places: Places, meter: profiler.Memor
         device=device, threads=worker.threads, rank=worker.rank, world=worker.world_size, channels_last=True
     )
     with meter.owner("data loader") if meter else nullcontext():
-        dataset = load_dataset(spec.dataset, places.data_dir, places.cache_dir)
-        if dataset.fingerprint != spec.fingerprint:
-            raise RuntimeError(
-                f"the images on this node are {dataset.fingerprint[:12]}, the run asks for {spec.fingerprint[:12]}"
-            )
-        data = split_data(spec, dataset)
         view = _View(
-            augment=Augment(recipe.pad, recipe.pad_mode, recipe.crop, recipe.flip and dataset.flip),
+            augment=Augment(recipe.pad, recipe.pad_mode, recipe.crop, recipe.flip and flip),
             normalize=make_normalize(recipe.normalize, data.train),
         )
         train_loader, held_loader = make_loaders(
@@ -320,7 +349,7 @@ def prepare(spec: RunSpec, worker: Worker, places: Places, meter: profiler.Memor
             next(train_loader.epoch(0))
 
     torch.manual_seed(spec.seed)
-    network = build(spec.network, dataset.num_classes, recipe.crop or dataset.image_size)
+    network = build(spec.network, num_classes, recipe.crop or data.train.images.shape[1])
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(recipe, network, lr_on_device=captures(spec))
     scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
@@ -348,17 +377,7 @@ class Trainer:
 def make_trainer(made: Prepared, warn: Callable[[str], None]) -> Trainer:
     """Spread the network over the ranks and choose how its steps are carried out: `spec.engine`, or what works."""
     spec, network, device = made.spec, made.network, made.place["device"]
-    world_size = made.place["world"]
-    plain: Callable[[torch.Tensor], torch.Tensor] = network
-    if world_size > 1 and spec.engine == "eager":
-        plain = spread(network, device)
-    elif world_size > 1:  # `Step` sums the gradients itself
-        for tensor in network.state_dict().values():
-            dist.broadcast(tensor, 0)
-    step = Step(
-        plain, [p for p in network.parameters() if p.requires_grad], made.optimizer, made.scaler, spec,
-        torch.zeros((), dtype=torch.float64, device=device), world_size,
-    )  # fmt: skip
+    step = make_step(made, ddp=spec.engine == "eager")
     graphs = make_graphs(device) if captures(spec) else None
     steps: list[tuple[str, Callable[..., Any]]] = [("eager", step)]
     forwards: list[tuple[str, Callable[..., Any]]] = [("eager", network)]
@@ -377,6 +396,31 @@ def make_trainer(made: Prepared, warn: Callable[[str], None]) -> Trainer:
         made.train_loader,
         device,
         graphs,
+    )
+
+
+def make_step(made: Prepared, *, ddp: bool) -> Step:
+    """The step of a prepared run. Where there are several ranks their gradients are summed by DDP, or by the step."""
+    network, device, world_size = made.network, made.place["device"], made.place["world"]
+    trained: nn.Module = network
+    if world_size > 1 and ddp:
+        trained = spread(network, device)
+    elif world_size > 1:
+        for tensor in network.state_dict().values():
+            dist.broadcast(tensor, 0)
+    return Step(
+        trained,
+        [p for p in network.parameters() if p.requires_grad],
+        made.optimizer,
+        made.scaler,
+        made.spec,
+        torch.zeros((), dtype=torch.float64, device=device),
+        world_size,
+        norms=[
+            m
+            for m in network.modules()
+            if isinstance(m, nn.BatchNorm2d) and m.num_batches_tracked is not None and m.momentum
+        ],
     )
 
 

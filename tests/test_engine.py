@@ -79,6 +79,18 @@ def test_a_captured_run_is_the_eager_one_bit_for_bit(eager: RunResult, tapes: li
     assert captured.warnings == ()
 
 
+def test_batch_norms_count_their_batches(tmp_path: Path, tapes: list[Tape]) -> None:
+    from safetensors.torch import load_file
+
+    for engine in ("eager", "graph"):
+        asked = spec(engine=engine)
+        run(asked, tmp_path / engine)
+        weights = load_file(folder(asked, tmp_path / engine) / "weights.safetensors")
+        counts = [int(v) for name, v in weights.items() if name.endswith("num_batches_tracked")]
+        assert set(counts) == {9}  # three epochs of three steps
+        assert len(counts) == 7
+
+
 def test_a_captured_run_resumes_bit_for_bit(eager: RunResult, tapes: list[Tape], tmp_path: Path) -> None:
     asked = spec(engine="graph")
     with pytest.raises(KeyboardInterrupt):

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.launch import Worker
 from harness.evaluate import evaluate
-from harness.optim import make_optimizer
 from harness.run import RunSpec
-from harness.train import make_autocast, train_epoch
+from harness.train import Data, assemble, finish_run, make_autocast, make_trainer, train_epoch
 from loaders.datasets import Split
-from loaders.loader import Augment, make_loaders, make_normalize
-from models.resnet import build
 from models.variants import VARIANTS, VariantFunction, default_depth
 
 SECOND_DEPTH = {"miniplaces": 50, "convnet": 8}
@@ -43,23 +41,15 @@ def test_two_steps_and_an_evaluation(function: VariantFunction, depth: int) -> N
         variant=variant.name, network=variant.network, recipe=recipe, dataset="none", fingerprint="", loader="resident",
         device="cpu",
     )  # fmt: skip
-    device = torch.device("cpu")
-    loader, held = make_loaders(
-        "resident", split, split,
-        augment=Augment(recipe.pad, recipe.pad_mode, recipe.crop, recipe.flip),
-        normalize=make_normalize(recipe.normalize, split), batch_size=4, eval_batch_size=8, seed=0, rank=0, world=1,
-        device=device, threads=1, channels_last=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    network = build(variant.network, 4, recipe.crop or side).to(memory_format=torch.channels_last)
+    data = Data(split, split, split, "test")
+    made = assemble(spec, data, Worker(threads=1), num_classes=4, flip=True)
+    network = made.network
     before = [p.detach().clone() for p in network.parameters()]
-    metrics = train_epoch(
-        network, make_optimizer(recipe, network), torch.amp.GradScaler("cpu", enabled=False), loader, spec,
-        epoch=7, steps=2, images=8, world_size=1, device=device, on_first_step=lambda: None,
-    )  # fmt: skip
+    trainer = make_trainer(made, print)
+    metrics = finish_run(train_epoch(trainer, epoch=7, steps=2, images=8, on_first_step=lambda: None))
     assert metrics.images == 8
     assert np.isfinite(metrics.loss)
     changed = [not torch.equal(p, q) for p, q in zip(before, network.parameters(), strict=True)]
     assert sum(changed) >= 0.9 * len(changed), "nearly every parameter takes part"
-    found = evaluate(network, held, images=8, autocast=make_autocast(device, "fp32"))
+    found = evaluate(network, made.held_loader, images=8, autocast=make_autocast(made.place["device"], "fp32"))
     assert (found.images, found.error % 12.5) == (8, 0)
