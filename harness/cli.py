@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,6 +61,10 @@ def run(
     ),
     address: Annotated[str | None, typer.Option(help="A running Ray cluster: HOST:PORT or auto.")] = None,
     launcher: Annotated[str, typer.Option(help="ray, or local: one worker in this process.")] = "ray",
+    until: Annotated[
+        str | None,
+        typer.Option(help="Stop then as by Ctrl-C: after 9m or 2h30m, or at 18:00. The same command goes on."),
+    ] = None,
     pack: Annotated[
         int, typer.Option(help="Seeds of a row to train at the same time on one GPU; their seconds do not count.")
     ] = 1,
@@ -89,6 +94,7 @@ def run(
 
     from harness import plan, space
     from harness.execute import Options, run_sweep
+    from harness.until import parse_until
 
     sweep = plan.Sweep(
         variants=plan.parse_words(variants, "--variants"),
@@ -117,6 +123,7 @@ def run(
         checkpoint_every=checkpoint_every,
         until_ci=until_ci,
         max_seeds=max_seeds,
+        until=None if until is None else parse_until(until, datetime.now()),
         tensorboard=tensorboard,
         dry_run=dry_run,
         estimate=estimate,
@@ -178,6 +185,10 @@ def tune(
     out: Annotated[Path, typer.Option(help="Folder of results; trials are runs in it like any other.")] = Path(
         "runs"
     ),
+    until: Annotated[
+        str | None,
+        typer.Option(help="Stop then as by Ctrl-C: after 9m or 2h30m, or at 18:00. --resume goes on."),
+    ] = None,
     resume: Annotated[str | None, typer.Option(help="Go on with the sweep of that name in --out.")] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster: HOST:PORT or auto.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own messages.")] = False,
@@ -188,6 +199,7 @@ def tune(
     from harness.execute import Options
     from harness.tune import Search
     from harness.tune import tune as run_search
+    from harness.until import parse_until
 
     asked = Search(
         variant=variant,
@@ -213,7 +225,8 @@ def tune(
         concurrent=concurrent,
     )
     given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
-    options = Options(out=out, address=address, verbose=verbose)
+    stop_at = None if until is None else parse_until(until, datetime.now())
+    options = Options(out=out, address=address, until=stop_at, verbose=verbose)
     raise typer.Exit(run_search(asked, options, Console(), resume=resume, given=given))
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import resource
 import signal
+import sys
 import types
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -27,6 +28,7 @@ from harness.optim import total_epochs
 from harness.plan import Sweep, Width
 from harness.report import make_record, name_of
 from harness.run import Places, RunSpec, UserError
+from harness.until import TimeUp, say_moment, stopping_at
 from loaders.datasets import DataError, Dataset, load_dataset
 from results.store import (
     Record,
@@ -67,6 +69,7 @@ class Options:
     checkpoint_every: int = 1
     until_ci: float | None = None  # points
     max_seeds: int | None = None
+    until: datetime | None = None  # local time, at which to stop
     tensorboard: bool = False
     force: bool = False
     fail_fast: bool = False
@@ -82,6 +85,22 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
 
     Raises UserError, before anything is started or written, for whatever cannot work.
     """
+    try:
+        return _run_sweep(sweep, options, console)
+    except TimeUp as up:
+        say(f"{up}; the same command goes on", options, console)
+        return EXIT_STOPPED
+
+
+def say(text: str, options: Options, console: Console) -> None:
+    """A line for people; where the output is for programs, to standard error."""
+    if options.format == "jsonl":
+        print(text, file=sys.stderr)
+    else:
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
+def _run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
     plan.check_sweep(sweep)
     plan.check_word(options.launcher, plan.LAUNCHERS, "--launcher")
     plan.check_word(options.placement, PLACEMENTS, "--placement")
@@ -99,7 +118,9 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
             raise UserError(f"{asked} and {other} exclude each other: {asked} probes and prints a table")
     if not options.dry_run:
         options = replace(options, out=plan.check_out(options.out))
-    with ExitStack() as stack:
+        if options.until is not None:
+            say(f"until {options.until:%A} {say_moment(options.until)}", options, console)
+    with ExitStack() as stack, stopping_at(None if options.dry_run else options.until):
         width = lay_out(sweep, options, stack)
         dataset = load_data(sweep, options, console)
         specs = plan.expand(sweep, width, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
@@ -133,7 +154,11 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
                     join_cluster(stack, None, cpus=width.threads * width.workers * width.slots, gpus=width.gpus,
                                  verbose=options.verbose)  # fmt: skip
             if batch:
-                code = max(code, _train(batch, width, dataset, options, console, stack))
+                try:
+                    code = max(code, _train(batch, width, dataset, options, console, stack))
+                except TimeUp:  # as the last run was being stored, perhaps: then there is nothing left
+                    if options.force or options.until_ci or plan.pending(specs, finished_keys(options.out)):
+                        raise
             if options.until_ci is None or (code != EXIT_DONE and options.fail_fast):
                 break
             more = plan.more_seeds(
@@ -443,8 +468,10 @@ def _train(
                     display.ended(spec, outcome)
                 if failures and options.fail_fast:
                     break
+    except TimeUp:
+        raise
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from the last finished epochs", soft_wrap=True)
+        say("stopped; the same command goes on from the last finished epochs", options, console)
         raise
     return EXIT_FAILED if failures else EXIT_DONE
 

@@ -42,16 +42,21 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
 
 def make_optimizer(recipe: Recipe, network: nn.Module, *, lr_on_device: bool = False) -> torch.optim.Optimizer:
-    """SGD over the network's parameters, with weight decay on all of them or on the kernels only.
+    """SGD over the network's parameters, with weight decay on those that `recipe.decay` names.
 
     `lr_on_device` keeps the lr in a tensor beside the weights, where a captured step reads it at every replay.
     """
     import torch
 
+    from models.xresnet import SqueezeExcite
+
     parameters = [p for p in network.parameters() if p.requires_grad]
     # kernels are what has two axes or more: batch norm's scale and every bias have one
-    decayed = [p for p in parameters if recipe.decay == "all" or p.ndim > 1]
-    others = [p for p in parameters if recipe.decay != "all" and p.ndim <= 1]
+    spared = {p for p in parameters if p.ndim <= 1} if recipe.decay != "all" else set()
+    if recipe.decay == "kernels-but-squeeze":
+        spared |= {p for m in network.modules() if isinstance(m, SqueezeExcite) for p in m.parameters()}
+    decayed = [p for p in parameters if p not in spared]
+    others = [p for p in parameters if p in spared]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}]
     if others:
         groups.append({"params": others, "weight_decay": 0.0})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.launch import Failed
 from harness.run import Places, RunSpec, UserError
-from results.store import Failure, Record, RunResult, Stopped, run_name
+from results.store import Failure, Record, RunResult, Stopped, collector_paused, run_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -151,6 +151,7 @@ def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
         raise UserError(str(error)) from None
 
 
+@collector_paused()
 def print_report(
     paths: Sequence[Path],
     console: Console,
@@ -202,6 +203,7 @@ def print_report(
 PAGE = "report.html"
 
 
+@collector_paused()
 def write_page(out: Path) -> Path:
     """Write the page of all runs in a folder into it. Raises UserError where it cannot be written."""
     from results.store import load_records

@@ -581,13 +581,20 @@ def training(
             network, held_loader, images=len(data.held), autocast=make_autocast(device, spec.precision),
             forward=trainer.forward,
         )  # fmt: skip
-        warm = epoch - first >= WARMUP_EPOCHS or epochs == 1
+        reasons = (
+            "warm-up" if epoch - first < WARMUP_EPOCHS and epochs > 1 else "",
+            "partial epoch" if steps < train_loader.steps else "",
+            f"tainted: {', '.join(taints)}" if taints else "",
+            f"{packed} runs at the same time" if packed > 1 else "",
+        )
+        untimed = "; ".join(filter(None, reasons))
         metrics = metrics.model_copy(
             update={
                 "error": evaluation.error,
                 "top5_error": evaluation.top5_error,
                 "eval_seconds": time.perf_counter() - evaluation_at,
-                "timed": warm and steps == train_loader.steps and not taints and packed == 1,
+                "timed": not untimed,
+                "untimed": untimed,
                 "energy_joules": joules if packed == 1 else None,
                 "taints": taints,
                 "attempt": attempt,

@@ -40,6 +40,7 @@ from harness.report import classify, describe_code, make_record, name_of
 from harness.run import Places, RunSpec, UserError
 from harness.space import Dimension, format_value, parse_search
 from harness.study import Algorithm, Log, Trial, count_trials, make_optuna_study, make_rule, propose
+from harness.until import stopping_at
 from loaders.datasets import Dataset
 from models.variants import default_depth, find_variant
 from results.store import (
@@ -128,7 +129,7 @@ def tune(asked: Search, options: Options, console: Console, *, resume: str | Non
     options = replace(
         options, out=out, data_dir=asked.data_dir, gpus=asked.gpus, workers=asked.workers or 1, launcher="ray"
     )
-    with ExitStack() as stack:
+    with ExitStack() as stack, stopping_at(options.until):
         sweep = _make_sweep(asked, {})
         width = lay_out(sweep, options, stack)
         dataset = load_data(sweep, options, console)
@@ -172,8 +173,9 @@ def tune(asked: Search, options: Options, console: Console, *, resume: str | Non
             )
         try:
             _run(made, log, console)
-        except KeyboardInterrupt:
-            console.print(f"stopped; harness tune --resume {made.name} goes on", soft_wrap=True, highlight=False)
+        except KeyboardInterrupt as stop:
+            why = str(stop) or "stopped"  # TimeUp says more
+            console.print(f"{why}; harness tune --resume {made.name} goes on", soft_wrap=True, highlight=False)
             raise
     weights = weigh(made.dimensions, log.trials, optuna=asked.search_algorithm == "optuna")
     _write_json(made.folder / TRIALS, _summary(made, log.trials, weights))

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from results import owners
 from results.rows import Row
 from results.statistics import mean
 from results.store import EpochMetrics, Interrupted, Stored, load_epochs
-from results.table import lay_out
+from results.table import Layout, lay_out
 from results.text import clean
 
 MAX_RUNS = 200
@@ -80,12 +81,18 @@ class Panel:
     points: dict[str, list[Point]]  # chart -> its points
     specs: dict[str, dict[str, Any]]  # chart -> spec, reading the data set "curves" or "points"
     captions: dict[str, str]
+    owners: dict[
+        int, dict[str, float]
+    ]  # row -> who holds how much of its memory, MiB; those of the chart "owners"
     left_out: int  # rows whose curves are not shown
 
 
-def make_panels(rows: Sequence[Row]) -> list[Panel]:
-    """Charts for every data set that has a finished run or a curve. Reads the epochs of `MAX_RUNS` runs at most."""
-    labels = make_labels(rows)
+def make_panels(rows: Sequence[Row], labels: Sequence[str] = ()) -> list[Panel]:
+    """Charts for every data set that has a finished run or a curve. Reads the epochs of `MAX_RUNS` runs at most.
+
+    `labels` are `make_labels(rows)`, where they are at hand.
+    """
+    labels = labels or make_labels(rows)
     chosen = _choose(rows)
     panels: dict[tuple[str, str], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
@@ -94,11 +101,14 @@ def make_panels(rows: Sequence[Row]) -> list[Panel]:
     return [panel for panel in made if panel.specs]
 
 
-def make_labels(rows: Sequence[Row]) -> list[str]:
-    """A name for each row, all different: variant-depth and whatever else tells it from the others."""
+def make_labels(rows: Sequence[Row], layout: Layout | None = None) -> list[str]:
+    """A name for each row, all different: variant-depth and whatever else tells it from the others.
+
+    `layout` is `lay_out(rows)`, where it is at hand.
+    """
     if not rows:
         return []
-    layout = lay_out(rows)
+    layout = layout or lay_out(rows)
     telling = [
         column.name
         for column in layout.columns
@@ -165,9 +175,25 @@ def _make_panel(rows: Sequence[Row], labels: Sequence[str], members: Sequence[in
             points[name] = found
             specs[name] = _frontier_spec(scale, title, what, labelled=len(found) <= 24)
             captions[name] = f"Error against {what}; the line joins rows that no other row beats in both"
+    held = {i: owners.known(rows[i].by_owner_mib) for i in owners.choose(rows, members)}
+    if held:
+        of = (
+            "GPU memory of the process"
+            if rows[next(iter(held))].fields.get("device") == "cuda"
+            else "resident memory"
+        )
+        labelled = [names[i] for i in held]
+        specs["owners"] = owners.owners_spec(owners.colours(held), labelled, f"{of}, MiB")
+        captions["owners"] = (
+            f"Who holds the {of}: of the run of a row that used most; the tick is what was measured"
+        )
+        if any(value < 0 for parts in held.values() for value in parts.values()):
+            captions["owners"] += "; left of zero: what the owners count twice"
+        if len(held) == owners.MAX_BARS:
+            captions["owners"] += f"; the {owners.MAX_BARS} rows with the smallest error"
     shown = {curve.row for curve in curves}
     left_out = sum(1 for i in members if rows[i].done and i not in shown) if len(chosen) < len(rows) else 0
-    return Panel(clean(first.dataset), names, styles, curves, points, specs, captions, left_out)
+    return Panel(clean(first.dataset), names, styles, curves, points, specs, captions, held, left_out)
 
 
 def _make_styles(names: Mapping[int, str]) -> dict[int, Style]:
@@ -442,7 +468,7 @@ def _frontier_spec(scale: _Scale, title: str, what: str, *, labelled: bool) -> d
             {
                 **text,
                 "mark": {"type": "text", "align": "right", "dx": -8, "dy": -7, "fontSize": 11},
-                "encoding": {"y": error, "text": {"field": "name"}, "color": scale.colour, "opacity": _lit(1.0)},
+                "encoding": {"y": error, "text": {"field": "name"}, "opacity": _lit(1.0)},
             },
         ],
     }  # fmt: skip
@@ -459,6 +485,7 @@ LIGHT = {
     "axis": {"domainColor": "#bbb", "gridColor": "#e8e8e8", "tickColor": "#bbb", "labelColor": "#444",
              "titleColor": "#222", "titleFontWeight": "normal", "labelFontSize": 11, "titleFontSize": 12},
     "text": {"color": "#444"},
+    "style": {"owner": {"stroke": "white", "strokeWidth": 0.8}, "whole": {"color": "#222"}},
     "title": {"anchor": "start", "fontSize": 13, "fontWeight": 600, "color": "#222", "subtitleColor": "#555"},
     "legend": {"labelColor": "#333", "labelLimit": 320, "symbolStrokeWidth": 2.5, "titleColor": "#333"},
 }  # fmt: skip
@@ -499,6 +526,22 @@ def draw(spec: dict[str, Any], folder: Path, stem: str) -> list[Path]:
 def complete_spec(panel: Panel, chart: str) -> dict[str, Any]:
     """A chart that stands alone: with its data, title, size and legend."""
     spec = panel.specs[chart]
+    title = {"text": panel.title, "subtitle": panel.captions[chart]}
+    schema = {"$schema": f"https://vega.github.io/schema/vega-lite/v{VEGA_LITE}.json"}
+    if chart == "owners":
+        size = {"width": FIGURE["width"], "height": owners.BAR * len(panel.owners)}
+        bars = {**spec["layer"][0], "encoding": dict(spec["layer"][0]["encoding"])}
+        legend: dict[str, Any] = {"title": None, "symbolType": "square", "orient": "bottom", "columns": 5}
+        bars["encoding"]["color"] = {**bars["encoding"]["color"], "legend": legend}
+        values = owners.owner_values(panel.labels, panel.owners)
+        return {
+            **schema,
+            **spec,
+            **size,
+            "layer": [bars, *spec["layer"][1:]],
+            "title": title,
+            "data": {"values": values},
+        }
     of_curves = spec["data"]["name"] == "curves"
     values = curve_values(panel) if of_curves else point_values(panel, chart)
     shown = {value["row"] for value in values}
@@ -509,11 +552,7 @@ def complete_spec(panel: Panel, chart: str) -> dict[str, Any]:
         for encoding in (layer["encoding"] for layer in layers):
             for channel in encoding.keys() & {"color", "strokeDash", "shape"}:
                 encoding[channel] = {**encoding[channel], "legend": legend}
-    title = {"text": panel.title, "subtitle": panel.captions[chart]}
-    return {
-        "$schema": f"https://vega.github.io/schema/vega-lite/v{VEGA_LITE}.json",
-        **spec, **FIGURE, "layer": layers, "title": title, "data": {"values": values},
-    }  # fmt: skip
+    return {**schema, **spec, **FIGURE, "layer": layers, "title": title, "data": {"values": values}}
 
 
 def load_bundle(cache: Path | None = None) -> str:

@@ -51,9 +51,10 @@ def _summary(run: Stored) -> dict[str, float]:
     memory = result.memory
     values = {
         "final_error": result.final_error, "best_error": result.best_error, "final_top5_error": result.final_top5_error,
-        "test_error": result.test_error, "epoch_seconds": result.epoch_seconds,
+        "test_error": result.test_error, "epoch_seconds": result.epoch_seconds, "energy_joules": result.energy_joules.value,
         "torch_allocated_mib": memory.torch_allocated_mib.value, "torch_reserved_mib": memory.torch_reserved_mib.value,
         "nvml_process_mib": memory.nvml_process_mib.value, "rss_mib": memory.rss_mib.value,
+        **{f"by_owner_mib.{owner}": value for owner, value in memory.by_owner_mib.items()},
     }  # fmt: skip
     return {name: value for name, value in values.items() if value is not None}
 

@@ -67,4 +67,7 @@ def _figures(run: Stored) -> dict[str, Any]:
 def _readings(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """A reading counts with its value: the reason for a missing one is in the record."""
     for name, value in values.items():
-        yield name, value["value"] if isinstance(value, dict) and set(value) == {"value", "reason"} else value
+        if name == "by_owner_mib":
+            yield from _flatten(value, f"{name}.")
+        else:
+            yield name, value["value"] if isinstance(value, dict) and set(value) == {"value", "reason"} else value

@@ -66,6 +66,7 @@ function colours() {
       titleColor: get("--soft"), titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 12,
     },
     text: { color: get("--ink") },
+    style: { owner: { stroke: get("--card"), strokeWidth: 0.8 }, whole: { color: get("--ink") } },
   };
 }
 
@@ -94,6 +95,13 @@ function pointValues(panel, chart) {
       row: panel.names[row], name: cheapest.get(name) === point ? name : "", cost, error, best,
       low: error - (std || 0), high: error + (std || 0),
     };
+  });
+}
+
+function ownerValues(panel) {
+  return Object.entries(panel.owners).flatMap(([row, parts]) => {
+    const whole = Object.values(parts).reduce((sum, mib) => sum + mib, 0);
+    return Object.entries(parts).map(([owner, mib], order) => ({ row: panel.names[row], owner, mib, order, whole }));
   });
 }
 
@@ -176,7 +184,8 @@ class Panel {
     for (const place of this.section.querySelectorAll(".chart")) {
       const chart = place.dataset.chart, spec = this.panel.specs[chart], ofCurves = spec.data.name === "curves";
       place.replaceChildren();
-      const values = ofCurves ? this.values : pointValues(this.panel, chart);
+      const values = ofCurves ? this.values
+        : chart === "owners" ? ownerValues(this.panel) : pointValues(this.panel, chart);
       const result = await embed(place, { ...spec, data: { name: spec.data.name, values } });
       const view = result.view;
       if (this.hidden.size) view.signal("hidden", [...this.hidden]).run();

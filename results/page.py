@@ -11,7 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from results.charts import Panel, make_panels
+from results import owners, predicted
+from results.charts import Panel, make_labels, make_panels
 from results.rows import NONE, Row
 from results.store import Interrupted, Problem, Record, RunResult, Stored
 from results.sweeps import SweepSummary, SweepTrial, finite, make_sweep_charts, show
@@ -22,6 +23,7 @@ TALL = 40  # rows: a longer table scrolls in itself, so that the charts are not 
 MAX_FAILED = 300  # whose tracebacks are printed
 MAX_TRACEBACK = 4_000  # characters, the last ones
 MAX_SETTINGS = 400  # rows whose settings are all printed
+MAX_PREDICTED = 100  # rows
 MAX_ENVIRONMENTS = 50
 MAX_COMMANDS = 5
 HERE = Path(__file__).parent
@@ -42,7 +44,8 @@ def make_page(
     Raises ValueError for a column that does not exist.
     """
     layout = lay_out(rows, columns)
-    panels = make_panels(rows)
+    labels = make_labels(rows, None if columns else layout)
+    panels = make_panels(rows, labels)
     environments = _Environments()
     runs = [[_run(stored, environments) for stored in row.done] for row in rows]
     if not environments.numbers:  # a run that failed knows less of where it was
@@ -69,6 +72,7 @@ def make_page(
             for k, (sweep, charts) in enumerate(zip(sweeps, drawn, strict=True))
             for part in _sweep(k, sweep, {chart: caption for chart, (caption, _) in charts.items()}, places)
         ),
+        *_predicted(rows, labels),
         *_unfinished(rows, problems),
         *_runs(rows, set(places.values())),
         *environments.html(),
@@ -177,7 +181,8 @@ def _cell(k: int, column: Column, i: int, row: Row, layout: Layout, swatches: Ma
         inside = f"<span class={row.against.verdict.verdict}>{inside}</span>"
     if k == 0:
         colour = swatches.get(i)
-        inside = (f'<i class=swatch style="background:{colour}"></i>' if colour else "") + inside
+        swatch = f'<i class=swatch style="background:{colour}"></i>' if colour else ""
+        inside = f"<span class=name>{swatch}{inside}</span>"
     attributes = f' class="{" ".join(kinds)}"' if kinds else ""
     if value is not None:
         attributes += f' data-v="{_text(repr(value) if isinstance(value, float) else value)}"'
@@ -203,12 +208,40 @@ def _charts(k: int, panel: Panel, rows: int) -> Iterator[str]:
         )
     yield '<div class=chips role=group aria-label="rows shown in the charts"></div><div class=figures>'
     for chart in panel.specs:
+        size = f' style="height:{owners.height(len(panel.owners))}px"' if chart == "owners" else ""
         yield (
-            f"<figure><div class=chart data-chart={chart} role=img "
+            f"<figure{' class=wide' if chart == 'owners' else ''}>{_legend(panel) if chart == 'owners' else ''}"
+            f"<div class=chart data-chart={chart}{size} role=img "
             f'aria-label="{_text(panel.captions[chart])}"></div>'
             f"<figcaption>{_text(panel.captions[chart])}</figcaption></figure>"
         )
-    yield "</div><noscript><p>The charts need JavaScript.</p></noscript></section>"
+    yield "</div>"
+    if panel.owners:
+        yield from _owners(panel)
+    else:
+        yield f"<p class=hint>{owners.NOT_RECORDED}</p>"
+    yield "<noscript><p>The charts need JavaScript.</p></noscript></section>"
+
+
+def _legend(panel: Panel) -> str:
+    """The owners and their colours; it wraps where Vega's own would be cut off."""
+    parts = (f'<li><i style="background:{c}"></i>{_text(n)}</li>' for n, c in owners.colours(panel.owners).items())
+    return f"<ul class=legend>{''.join(parts)}</ul>"
+
+
+def _owners(panel: Panel) -> Iterator[str]:
+    """The same as a table, for whom colours say little."""
+    names = list(owners.colours(panel.owners))
+    heads = "".join(f"<th scope=col class=r>{_text(name)}</th>" for name in (*names, "in all"))
+    yield (
+        "<details class=means><summary>Memory by owner in numbers, MiB</summary><div class=scroll><table><thead><tr>"
+        f"<th scope=col>row</th>{heads}</tr></thead><tbody>"
+    )
+    for i, parts in panel.owners.items():
+        values = [*(parts.get(name) for name in names), sum(parts.values())]
+        cells = "".join(f"<td class=r>{NONE if value is None else owners.mib(value)}</td>" for value in values)
+        yield f"<tr><th scope=row>{_text(panel.labels[i])}</th>{cells}</tr>"
+    yield "</tbody></table></div></details>"
 
 
 def _panel(panel: Panel) -> dict[str, Any]:
@@ -232,6 +265,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
                     for p in points]
             for chart, points in panel.points.items()
         },
+        "owners": {str(i): {name: round(value, 2) for name, value in parts.items()} for i, parts in panel.owners.items()},
     }  # fmt: skip
 
 
@@ -330,6 +364,43 @@ def _trial(
     yield f'<td data-v="{run}">' + (
         f'<a href="#row-{places[trial.run]}">{run}</a></td>' if trial.run in places else f"{run}</td>"
     )
+
+
+# --- predictions ---
+
+
+def _predicted(rows: Sequence[Row], labels: Sequence[str]) -> Iterator[str]:
+    """What probes predicted, beside what was measured: a line for each row that was probed."""
+    probed = [(i, pairs) for i, row in enumerate(rows) if (pairs := predicted.foretold(row))]
+    if not probed:
+        return
+    figures = list(dict.fromkeys(pair.figure for _, pairs in probed for pair in pairs))
+    heads = "".join(f"<th scope=col class=r>{figure}</th>" for figure in figures)
+    yield (
+        "<section id=predicted><h2>Predicted → measured</h2><p class=hint>By <code>harness run --estimate</code>, a probe of "
+        "some steps before the runs; below, measured minus predicted.</p>"
+        '<div class="scroll" tabindex=0 role=region aria-label="predicted and measured"><table class=predicted><thead>'
+        f"<tr><th scope=col>row</th>{heads}</tr></thead><tbody>"
+    )
+    reasons: dict[str, None] = {}
+    for i, pairs in probed[:MAX_PREDICTED]:
+        by_figure = {pair.figure: pair for pair in pairs}
+        cells = "".join(_foretold(by_figure.get(figure)) for figure in figures)
+        yield f"<tr><th scope=row><span class=name>{_text(labels[i])}</span></th>{cells}</tr>"
+        reasons |= dict.fromkeys(f"{pair.figure} {pair.reason}" for pair in pairs if pair.reason)
+    yield "</tbody></table></div>"
+    if reasons:
+        yield f"<ul class=notes>{''.join(f'<li>{_text(reason)}</li>' for reason in reasons)}</ul>"
+    if len(probed) > MAX_PREDICTED:
+        yield f"<p class=hint>and {len(probed) - MAX_PREDICTED:,} more rows: <code>harness why ROW</code></p>"
+    yield "</section>"
+
+
+def _foretold(pair: predicted.Foretold | None) -> str:
+    if pair is None or (pair.predicted.value is None and pair.actual.value is None):
+        return f"<td class=r>{NONE}</td>"
+    below = "" if pair.difference is None else f"<small>{predicted.show_difference(pair)}</small>"
+    return f"<td class=r>{predicted.show(pair.predicted.value)} → {predicted.show(pair.actual.value)}{below}</td>"
 
 
 # --- the runs ---

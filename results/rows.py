@@ -78,6 +78,9 @@ class Row:
     torch_reserved_mib: Reading = UNMEASURED
     nvml_process_mib: Reading = UNMEASURED
     rss_mib: Reading = UNMEASURED
+    by_owner_mib: Mapping[str, float] = field(
+        default_factory=dict
+    )  # of the run that used most; empty: not recorded
     against: Against | None = None
     predicted: Prediction | None = None  # by a probe on such a device, with as many threads
 
@@ -305,7 +308,14 @@ def _measure(results: list[RunResult]) -> dict[str, Any]:
         "torch_reserved_mib": peak(lambda result: result.memory.torch_reserved_mib),
         "nvml_process_mib": peak(lambda result: result.memory.nvml_process_mib),
         "rss_mib": peak(lambda result: result.memory.rss_mib),
+        "by_owner_mib": _owners(results),
     }
+
+
+def _owners(results: Sequence[RunResult]) -> Mapping[str, float]:
+    """Who held the memory of the run that used most, of those that say so."""
+
+    return max((result.memory.by_owner_mib for result in results), key=lambda owners: sum(owners.values()))
 
 
 def _against(row: Row) -> Against | None:
@@ -344,19 +354,22 @@ def _tell_apart(rows: list[Row]) -> list[Row]:
 
     def scope(name: str, row: Row) -> tuple[object, ...]:
         if name.startswith(("recipe.", "network.")):
-            return (name, row.dataset, row.variant, row.depth, row.overrides)
-        return (name, row.dataset) if name == "fingerprint" else (name,)
+            return (row.dataset, row.variant, row.depth, row.overrides)
+        return (row.dataset,) if name == "fingerprint" else ()
 
-    values: dict[tuple[object, ...], set[str]] = defaultdict(set)
-    for row in rows:
-        for name, value in row.fields.items():
-            if name not in SHOWN:
-                values[scope(name, row)].add(value)
+    differing: dict[str, set[tuple[object, ...]]] = {}  # field -> the scopes within which it differs
+    for name in dict.fromkeys(name for row in rows for name in row.fields if name not in SHOWN):
+        having = [row for row in rows if name in row.fields]
+        if len({row.fields[name] for row in having}) == 1:  # as most fields are: told without looking at scopes
+            continue
+        values: dict[tuple[object, ...], set[str]] = defaultdict(set)
+        for row in having:
+            values[scope(name, row)].add(row.fields[name])
+        differing[name] = {where for where, found in values.items() if len(found) > 1}
     told = []
     for row in rows:
-        fields = row.fields.items()
-        differing = {n: v for n, v in fields if n not in SHOWN and len(values[scope(n, row)]) > 1}
-        words = tuple(f"{name}={_brief(v)}" for name, v in differing.items())
+        telling = [name for name in row.fields if name in differing and scope(name, row) in differing[name]]
+        words = tuple(f"{name}={_brief(row.fields[name])}" for name in telling)
         told.append(replace(row, differs=words) if words else row)
     # runs of an older program may lack a field: then its absence is the difference
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)

@@ -19,13 +19,13 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 SCHEMA_VERSION = 1
 
@@ -60,7 +60,10 @@ class EpochMetrics(Value):
     wait_seconds: float  # of train_seconds, spent waiting for the loader
     eval_seconds: float
     images_per_second: float
-    timed: bool = True  # False: left out of the median (warm-up, partial epoch, resumed inside, tainted)
+    timed: bool = True  # False: left out of the median
+    untimed: str = (
+        ""  # why: "warm-up", "partial epoch", "tainted: the machine swapped"; empty in older records too
+    )
     energy_joules: float | None = None  # of all GPUs of the run while it trained
     taints: tuple[str, ...] = ()  # why these seconds are not to be trusted
     attempt: int = 1
@@ -85,6 +88,9 @@ class Memory(Value):
         value=None, reason="not measured"
     )  # slope of what is in use, after warm-up
     by_owner_mib: dict[str, float] = {}  # who holds how much of nvml_process_mib (on the CPU: of rss_mib): OWNERS
+
+
+_EPOCHS = TypeAdapter(list[EpochMetrics])
 
 
 class RunResult(Value):
@@ -297,6 +303,12 @@ def load_epochs(folder: Path) -> list[EpochMetrics]:
     except FileNotFoundError:
         return []
     epochs: dict[int, EpochMetrics] = {}
+    written = list(filter(None, lines))
+    with suppress(ValidationError):  # all lines at once takes half the time; where one is broken, each alone
+        whole = _EPOCHS.validate_json(b"[" + b",".join(written) + b"]")
+        if len(whole) == len(written):
+            epochs = {metrics.epoch: metrics for metrics in whole}
+            return [epochs[number] for number in sorted(epochs)]
     for number, line in enumerate(lines, 1):
         if not line:
             continue

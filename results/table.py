@@ -16,7 +16,7 @@ from typing import Any, Literal
 from results.published import Published
 from results.rows import NONE, Against, Row, summarise
 from results.statistics import Sample, seeds_to_tell
-from results.store import Interrupted, Reading, Stored
+from results.store import OWNERS, Interrupted, Prediction, Reading, Stored
 from results.text import (
     SUPERSCRIPT,
     Sheet,
@@ -57,7 +57,7 @@ def _signed(value: float | None) -> str:
     return NONE if value is None else f"{value:+.2f}".replace("-", "−")
 
 
-def _figures(value: float | None) -> str:
+def figures(value: float | None) -> str:
     """Three figures, never in powers of ten: 0.0123, 1.23, 12.3, 123, 12,345."""
     if value is None or not math.isfinite(value):
         return NONE if value is None else str(value)
@@ -187,18 +187,18 @@ ERRORS: tuple[Column, ...] = (
 )  # fmt: skip
 COSTS: tuple[Column, ...] = (
     Column(
-        "epoch_seconds", "s/epoch", lambda r: _figures(r.epoch_seconds),
+        "epoch_seconds", "s/epoch", lambda r: figures(r.epoch_seconds),
         "training only, median over the epochs after warm-up, then over the runs; evaluation, set-up and compilation "
         "are left out", stays=True,
     ),
-    Column("predicted_epoch_seconds", "predicted", lambda r: _figures(r.predicted_epoch_seconds),
+    Column("predicted_epoch_seconds", "predicted", lambda r: figures(r.predicted_epoch_seconds),
            "s/epoch as a probe of some steps predicted it before", stays=True),
-    Column("images_per_second", "img/s", lambda r: _figures(r.images_per_second), "of all workers, same medians", stays=True),
+    Column("images_per_second", "img/s", lambda r: figures(r.images_per_second), "of all workers, same medians", stays=True),
     Column(
         "wait_share", "wait %", lambda r: NONE if r.wait_share is None else f"{r.wait_share:.1f}",
         "share of the training time spent waiting for the loader", stays=True,
     ),
-    Column("energy_joules", "kJ", lambda r: _figures(None if r.energy_joules is None else r.energy_joules / 1000),
+    Column("energy_joules", "kJ", lambda r: figures(None if r.energy_joules is None else r.energy_joules / 1000),
            "energy of all GPUs while a run trained, by NVML's counter; median over the runs", stays=True),
     Column("torch_allocated_mib", "alloc", lambda r: _mib(r.torch_allocated_mib),
            "MiB, torch.cuda.max_memory_allocated: tensors alive at the peak", stays=True),
@@ -589,7 +589,7 @@ def _raw(row: Row) -> dict[str, Any]:
     values |= {
         "best_minus_last_points": row.best_minus_last,
         "epoch_seconds": row.epoch_seconds,
-        "predicted_epoch_seconds": row.predicted_epoch_seconds,
+        **_predicted(row.predicted),
         "eval_seconds": row.eval_seconds,
         "setup_seconds": row.setup_seconds,
         "images_per_second": row.images_per_second,
@@ -599,6 +599,7 @@ def _raw(row: Row) -> dict[str, Any]:
         "torch_reserved_mib": row.torch_reserved_mib.value,
         "nvml_process_mib": row.nvml_process_mib.value,
         "rss_mib": row.rss_mib.value,
+        **{f"{_name(owner)}_mib": row.by_owner_mib.get(owner) for owner in OWNERS},
         "published_error_percent": against.published.error if against else None,
         "published_top5_error_percent": against.published.top5_error if against else None,
         "published_difference_points": against.difference if against else None,
@@ -613,6 +614,24 @@ def _raw(row: Row) -> dict[str, Any]:
         "interrupted": "; ".join(f"{p.name}: {_progress(p)}" for p in row.interrupted),
     }
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def _predicted(probe: Prediction | None) -> dict[str, float | None]:
+    """What a probe predicted, by the names of what was then measured."""
+    return {
+        "predicted_epoch_seconds": probe.epoch_seconds if probe else None,
+        "predicted_eval_seconds": probe.eval_seconds if probe else None,
+        "predicted_energy_joules": probe.run_joules.value if probe else None,
+        **{
+            f"predicted_{name}": getattr(probe.memory, name).value if probe else None
+            for name in ("torch_allocated_mib", "torch_reserved_mib", "nvml_process_mib", "rss_mib")
+        },
+    }
+
+
+def _name(owner: str) -> str:
+    """ "optimizer state" -> "memory_optimizer_state" """
+    return f"memory_{owner.lower().replace(' ', '_')}"
 
 
 def _seeds_to_tell(against: Against | None) -> int | None:

@@ -46,9 +46,13 @@ def clean(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "�" for c in text)
 
 
+UNCOMMON = re.compile("[\u0300-\u1fff\u20d0-\u20ff\u2300-\U0010ffff]")
+"""Outside of these every letter takes one column."""
+
+
 def cell_width(text: str) -> int:
     """Columns of a terminal that a text takes: two for the wide letters of East Asia, none for combining marks."""
-    if text.isascii():
+    if text.isascii() or not UNCOMMON.search(text):
         return len(text)
     return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
 

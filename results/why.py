@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from results import owners, predicted
 from results.rows import Row
 from results.statistics import Sample, confidence_interval, median, seeds_needed, seeds_to_tell
 from results.store import EpochMetrics, Reading, RunResult, Stored, load_epochs
@@ -20,6 +21,7 @@ def why(row: Row) -> str:
         lines += _errors(row, row.error, runs, epochs)
         lines += _seconds(row, runs, epochs)
         lines += _memory(runs)
+        lines += [*predicted.in_words(row), ""] if row.predicted else []
     for stored in row.failed:
         if failure := stored.record.failure:
             lines += [f"seed {stored.record.seed} failed: {failure.kind}, {failure.message}", f"  {stored.folder}"]
@@ -104,11 +106,10 @@ def _seconds(
             yield f"{text}  {curve}"
             continue
         timed = [epoch.train_seconds for epoch in curve if epoch.timed]
-        out = [epoch.epoch for epoch in curve if not epoch.timed]
         if timed:
             text += f"  {len(timed)} epochs timed, {min(timed):.4g} to {max(timed):.4g}"
-        if out:
-            text += f"; left out: {_ranges(out)}"
+        if out := _left_out(curve):
+            text += f"; left out: {out}"
         if timed and result.epoch_seconds is not None and not _equal(median(timed), result.epoch_seconds):
             text += f"; but epochs.jsonl gives {median(timed):.4g}"
         yield text
@@ -125,6 +126,12 @@ def _memory(runs: list[tuple[Stored, RunResult]]) -> Iterator[str]:
             f"{_reading(memory.torch_reserved_mib)}, NVML {_reading(memory.nvml_process_mib)}, "
             f"RSS {_reading(memory.rss_mib)}"
         )
+        if (growth := memory.growth_mib_per_epoch.value) is not None:
+            yield f"    what is in use grows by {growth:+.2g} MiB an epoch, by least squares over the epochs after warm-up"
+        if memory.by_owner_mib:
+            yield f"    by owner: {owners.in_words(memory.by_owner_mib)}"
+    if not any(result.memory.by_owner_mib for _, result in runs):
+        yield f"  {owners.NOT_RECORDED}"
     yield ""
 
 
@@ -144,6 +151,16 @@ def _spread(value: Sample) -> str:
 
 def _equal(a: float, b: float) -> bool:
     return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) or (math.isnan(a) and math.isnan(b))
+
+
+def _left_out(epochs: Sequence[EpochMetrics]) -> str:
+    """ "1 (warm-up), 7-9 (tainted: the machine swapped)"; older records do not say all."""
+    by_reason: dict[str, list[int]] = {}
+    for epoch in epochs:
+        if not epoch.timed:
+            reason = epoch.untimed or ("tainted: " + ", ".join(epoch.taints) if epoch.taints else "")
+            by_reason.setdefault(reason, []).append(epoch.epoch)
+    return ", ".join(f"{_ranges(n)} ({reason})" if reason else _ranges(n) for reason, n in by_reason.items())
 
 
 def _ranges(numbers: Sequence[int]) -> str:

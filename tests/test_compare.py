@@ -171,12 +171,19 @@ def test_the_page_of_a_comparison() -> None:
 
 
 def test_why_names_records_epochs_and_formula(tmp_path: Path) -> None:
+    untimed: list[dict[str, Any]] = [{"untimed": "warm-up"}, {}, {}, {}, {"taints": ("it swapped",)}, {}]
     for seed in range(2):
         run = make_run(seed, 8.3 + 0.2 * seed)
         assert run.record.result is not None
         epochs = tuple(
-            make_epoch(k, error=9.0 if k < 4 else 8.3 + 0.2 * seed, train_seconds=4.4 + 0.05 * k, timed=k > 1)
-            for k in range(1, 5)
+            make_epoch(
+                k,
+                error=9.0 if k < 6 else 8.3 + 0.2 * seed,
+                train_seconds=4.4 + 0.05 * k,
+                timed=k in (2, 3, 4),
+                **more,
+            )
+            for k, more in enumerate(untimed, 1)
         )
         result = run.record.result.model_copy(update={"epochs": epochs, "epoch_seconds": 4.55})
         finish(tmp_path, run.record.model_copy(update={"result": result}))
@@ -186,7 +193,8 @@ def test_why_names_records_epochs_and_formula(tmp_path: Path) -> None:
     for words in (
         "error 8.40 ± 0.14 % = mean ± std (n − 1) of the last epoch's error over 2 run(s), on the test set",
         f"seed 0  8.3000  {runs[0].folder}",
-        "in epoch 170", "published 8.29 %", "consistent: p = ", "3 epochs timed, 4.5 to 4.6; left out: 1",
+        "in epoch 170", "published 8.29 %", "consistent: p = ",
+        "3 epochs timed, 4.5 to 4.6; left out: 1 (warm-up), 5 (tainted: it swapped), 6\n",
         "NVML 1,890", "network.depth = 20",
     ):  # fmt: skip
         assert words in text

@@ -140,6 +140,8 @@ def test_predicted_stands_beside_actual(tmp_path: Path, capsys: Any, monkeypatch
     rows = json.loads(harness_(f"report {tmp_path}/runs --format json", capsys, monkeypatch)[1])["rows"]
     predicted = {row["limit_test"]: row["predicted_epoch_seconds"] for row in rows}
     assert predicted == {None: prediction.epoch_seconds, 50: None}
+    rss = {row["limit_test"]: row["predicted_rss_mib"] for row in rows}
+    assert rss == {None: prediction.memory.rss_mib.value, 50: None}
 
     code, out, _ = harness_(f"{line} --estimate", capsys, monkeypatch)
     assert (code, "nothing to estimate: all runs are done already" in out) == (0, True)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from harness.optim import learning_rate, make_optimizer, total_epochs, total_steps
-from models.variants import Recipe, he2015, msra
+from models.resnet import build
+from models.variants import Recipe, he2015, msra, mxresnet, se_mxresnet, xresnext_16x2d
 
 STEPS = 7
 
@@ -72,3 +73,16 @@ def test_who_gets_weight_decay(decay: str, spared: int) -> None:
     assert len(free) == spared
     assert all(p.ndim == 1 for p in free)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 5
+
+
+def test_the_ladder_spares_squeeze_and_excitation_as_its_source_does() -> None:
+    variant = se_mxresnet(8)
+    network = build(variant.network, 10)
+    decayed, free = make_optimizer(variant.recipe, network).param_groups
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    assert (decayed["weight_decay"], free["weight_decay"]) == (2e-4, 0.0)
+    squeezing = [n for p in free["params"] if "squeeze" in (n := names[id(p)]) or "excite" in n]
+    assert len(squeezing) == 2 * 3  # two kernels a block
+    assert not [p for p in free["params"] if p.ndim > 1 and names[id(p)] not in squeezing]
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert mxresnet(8).recipe.decay == xresnext_16x2d(29).recipe.decay == "kernels"

@@ -386,4 +386,6 @@ def test_a_nasty_name_does_nothing_in_a_browser(bundle: str, tmp_path: Path) -> 
         browser.wait_for("document.querySelectorAll('details.row .runs tbody tr').length === 2")
         assert browser.ask("document.querySelectorAll('img').length") == 0
         assert "<script>" in browser.ask("document.querySelector('.sortable tbody th').textContent")
+        browser.open(path, width=390, height=844)  # a long name leaves room for the columns that scroll beside it
+        assert browser.ask("document.querySelector('.sortable tbody th').offsetWidth") < 200
         assert browser.complaints == []

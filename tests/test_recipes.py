@@ -16,7 +16,7 @@ from harness.train import Data, assemble, finish_run, make_autocast, make_traine
 from loaders.datasets import Split
 from models.variants import VARIANTS, VariantFunction, default_depth
 
-SECOND_DEPTH = {"miniplaces": 50, "convnet": 8}
+SECOND_DEPTH = {"miniplaces": 50, "convnet": 8, "xresnet-bottleneck": 38}
 
 
 def cases() -> list[Any]:

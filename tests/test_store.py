@@ -126,6 +126,13 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
         store.load_epochs(tmp_path)
 
 
+def test_a_line_of_two_epochs_is_no_line(tmp_path: Path) -> None:
+    line = make_epoch(1).model_dump_json()
+    (tmp_path / store.EPOCHS).write_text(f"{line},{line}\n{line}\n")
+    with pytest.raises(ValueError, match=r"epochs\.jsonl line 1: "):
+        store.load_epochs(tmp_path)
+
+
 def test_values_that_are_no_numbers_come_back(tmp_path: Path) -> None:
     store.append_epoch(tmp_path, make_epoch(1, loss=math.nan, error=math.inf))
     (epoch,) = store.load_epochs(tmp_path)

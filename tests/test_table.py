@@ -8,12 +8,14 @@ import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unicodedata import combining, east_asian_width
 
 import pytest
 
 from results.published import find_published
 from results.store import Failure, Interrupted, Memory, Reading, Record, RunResult, Stored
 from results.table import FORMATS, Row, render, summarise
+from results.text import UNCOMMON, cell_width
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -343,6 +345,15 @@ def test_runs_that_shared_the_machine_are_marked() -> None:
     record = run.record.model_copy(update={"environment": {"concurrent_runs": 4}})
     assert "timed with 4 runs going on at a time" in text(summarise([Stored(record, run.folder)]))
     assert "timed with" not in text(summarise([run]))
+
+
+def test_letters_of_common_width_are_counted_without_a_look() -> None:
+    for number in range(0x110000):
+        letter = chr(number)
+        if letter.isprintable() and not UNCOMMON.match(letter):  # `clean` leaves no others
+            assert not combining(letter)
+            assert east_asian_width(letter) not in "WF"
+    assert [cell_width(text) for text in ("8.40 ± 0.08¹", "−0.10", "2×64", "語", "é", "–")] == [12, 5, 4, 2, 1, 1]
 
 
 def test_energy_and_disturbed_epochs() -> None:

@@ -76,6 +76,7 @@ def test_a_run_learns_and_measures(whole: RunResult, tmp_path: Path) -> None:
     assert losses(whole)[-1] < 0.9 * losses(whole)[0]
     assert [row.lr for row in whole.epochs] == pytest.approx([0.05, 0.05, 0.005])
     assert [row.timed for row in whole.epochs] == [False, True, True]
+    assert [row.untimed for row in whole.epochs] == ["warm-up", "", ""]
     assert whole.final_error == whole.epochs[-1].error
     assert whole.best_error == min(row.error for row in whole.epochs)
     assert whole.epoch_seconds == pytest.approx(np.median([row.train_seconds for row in whole.epochs[1:]]))
@@ -85,6 +86,20 @@ def test_a_run_learns_and_measures(whole: RunResult, tmp_path: Path) -> None:
     assert whole.memory.nvml_process_mib.value is None
     assert whole.memory.nvml_process_mib.reason
     assert whole.parameters == sum(p.numel() for p in build(spec().network, 10).parameters())
+
+
+def test_an_untimed_epoch_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    swapped = ("the machine swapped",)
+    monkeypatch.setattr("harness.train.over_ranks", lambda *_: (None, swapped))
+    short = spec()
+    short = replace(short, recipe=replace(short.recipe, duration=4, unit="step", milestones=()))  # 3 an epoch
+    epochs = run(short, tmp_path).epochs
+    assert [row.steps for row in epochs] == [3, 1]
+    assert [row.untimed for row in epochs] == [
+        "warm-up; tainted: the machine swapped",
+        "partial epoch; tainted: the machine swapped",
+    ]
+    assert not any(row.timed for row in epochs)
 
 
 def test_the_same_seed_gives_the_same_losses_bit_for_bit(whole: RunResult, tmp_path: Path) -> None:

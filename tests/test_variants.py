@@ -81,7 +81,7 @@ def test_each_step_of_the_ladder_changes_one_thing():
     ]
     assert differences == [
         {"activation": "mish"},
-        {"squeeze_ratio": 16},
+        {"squeeze_ratio": 16, "decay": "kernels-but-squeeze"},  # as its source decays none of the new weights
         {"schedule": "cosine", "milestones": (), "warmup": 5, "warmup_lr": 0.0, "warmup_shape": "linear"},
         {"label_smoothing": 0.1},
         {"mixup": 0.4},
