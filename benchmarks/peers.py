@@ -109,6 +109,8 @@ class Peer:
                             raise PeerError(f"{self.name} ended in epoch {number}:\n{said}")
                         yield PeerEpoch(epoch=number, **json.loads(answer))
             finally:
+                with contextlib.suppress(BrokenPipeError):
+                    child.stdin.close()
                 child.kill()
                 child.wait()
 
@@ -198,8 +200,7 @@ def serve(job: dict[str, Any]) -> None:
     data, device = Path(job["data"]), job["device"]
     turns = Turns(sys.stdin, os.fdopen(job["answers"], "w", encoding="utf-8"), device)
     if device == "cpu":
-        torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
-        torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment, method-assign]
+        torch.Tensor.cuda = torch.nn.Module.cuda = _stay  # type: ignore[method-assign]
 
     class OurImages(torchvision.datasets.CIFAR10):  # type: ignore[misc]
         """CIFAR10 wherever the peer says it lies."""
@@ -207,17 +208,27 @@ def serve(job: dict[str, Any]) -> None:
         def __init__(self, root: object, train: bool = True, transform: Any = None, **kwargs: Any) -> None:
             super().__init__(data, train=train, transform=transform, download=False)
 
-    torchvision.datasets.cifar.check_integrity = lambda *args: True  # the checksums are the published images'
+    torchvision.datasets.cifar.check_integrity = _unchecked
     torchvision.datasets.CIFAR10 = OurImages
     _, runner, _ = RUNNERS[job["peer"]]
     runner(Path(job["path"]), job, turns)
+
+
+def _stay(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """`.cuda()` on a machine without CUDA."""
+    return self
+
+
+def _unchecked(*args: Any) -> bool:
+    """The checksums in torchvision are the published images'."""
+    return True
 
 
 def _run_akamaster(path: Path, job: dict[str, Any], turns: Turns) -> None:
     import torch
 
     sys.path.insert(0, str(path))
-    trainer = importlib.import_module("trainer")
+    trainer: Any = importlib.import_module("trainer")
     turns.watch(torch.utils.data.DataLoader)
     validate = trainer.validate
 
@@ -250,7 +261,7 @@ def _run_fattorib(path: Path, job: dict[str, Any], turns: Turns) -> None:
         turns.after_epoch = lambda: _test_error(self.model, self.testloader)
 
     model.ResNet.__init__ = deep
-    torch.utils.data.random_split = split_in_proportion
+    torch.utils.data.random_split = split_in_proportion  # type: ignore[assignment]
     training.Train_Model.__init__ = started
     turns.watch(torch.utils.data.DataLoader)
     runpy.run_path(str(path / "src/models/train_model_script.py"), run_name="__main__")
