@@ -183,6 +183,7 @@ def answer_table(record: Path, log: Sequence[dict[str, Any]]) -> Answer | None:
         verdict += (
             f"; GPU memory is {_range(memory)} times what it was." if memory else "; GPU memory was not measured."
         )
+    verdict += f" Errors: {', '.join(f'{_spread(row.error)} % at {row.depth} layers' for row in rows)}."
     note = ("The 2016 table (github.com/apark263/cfmz) does not say how its memory was read. Its errors are of the published "
             "images." + ("" if rows[0].original else " They are not shown beside these."))  # fmt: skip
     return Answer(verdict, [_table(headers, cells), "", note])
@@ -251,7 +252,7 @@ def answer_cifar2(record: Path, log: Sequence[dict[str, Any]]) -> Answer | None:
     seconds = sample([s.record.result.train_seconds for s in row.done if s.record.result])
     accuracy = Sample(error.n, 100 - error.mean, error.std)
     return Answer(
-        f"{_spread(accuracy)} % accuracy over {error.n} runs of {row.duration:g} epochs, in {_spread(seconds)} s of training.",
+        f"{_spread(accuracy)} % accuracy over {error.n} runs of {_epochs(row.duration)}, in {_spread(seconds)} s of training.",
         [f"{_figure(row.epoch_seconds)} s/epoch (median without warm-up) on {row.device}; images: {row.dataset}."],
     )
 
@@ -273,7 +274,7 @@ def answer_places(record: Path, log: Sequence[dict[str, Any]]) -> Answer | None:
         if found:
             cells.append([what, found[1], found[2] or NONE])
     details = [
-        f"{row.name}, {row.duration:g} epochs, {row.precision}, {_figure(row.epoch_seconds)} s/epoch on {row.device}."
+        f"{row.name}, {_epochs(row.duration)}, {row.precision}, {_figure(row.epoch_seconds)} s/epoch on {row.device}."
     ]
     if cells:
         details = [_table(["", "top-1 error %", "top-5 error %"], cells), "", *details]
@@ -302,7 +303,11 @@ def answer_loaders(record: Path, log: Sequence[dict[str, Any]]) -> Answer | None
             [row.loader, str(len(row.done)), _figure(row.epoch_seconds), f"{ratio:.2f}" if ratio else NONE, error]
         )
     same = []
+    seeds = {row.loader: [s.record.result.final_error for s in row.done if s.record.result] for row in rows}
     for pair in compare_by([row for row in rows if row.loader != "synthetic"], "loader") if len(cells) > 2 else []:
+        if seeds[pair.a.loader] == seeds[pair.b.loader]:
+            same.append(f"{pair.a.loader} and {pair.b.loader} the same in every run, seed by seed")
+            continue
         figure = next(figure for figure in pair.figures if figure.metric == "error")
         words = {"equivalent": "equal within", "different": "different by more than", "~": "cannot be told within"}
         same.append(f"{pair.a.loader} and {pair.b.loader} {words[figure.verdict]} ±{figure.margin:g} points")
@@ -318,6 +323,7 @@ def answer_peers(record: Path, log: Sequence[dict[str, Any]]) -> Answer | None:
     """Other people's code against ours: seconds, and errors after as many epochs."""
     folder = record / "runs/7-peers"
     peers = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    peers.sort(key=lambda peer: (peer["peer"], peer["depth"]))
     rows = [row for row in load_rows([folder]) if row.done]
     if not peers:
         return None
@@ -341,7 +347,7 @@ def answer_peers(record: Path, log: Sequence[dict[str, Any]]) -> Answer | None:
         if ratio is not None:
             verdicts.append(
                 f"{name}: {ratio:.1f} times ours"
-                + ("" if epochs == peer["asked_epochs"] else f" (after {epochs} epochs)")
+                + ("" if epochs == peer["asked_epochs"] else f" (after {_epochs(epochs)})")
             )
     headers = [
         "theirs",
@@ -464,6 +470,10 @@ def _figure(value: float | None) -> str:
 
 def _whole(value: float | None) -> str:
     return NONE if value is None else f"{value:,.0f}"
+
+
+def _epochs(number: float) -> str:
+    return "1 epoch" if number == 1 else f"{number:g} epochs"
 
 
 def _range(values: Sequence[float]) -> str:

@@ -233,6 +233,10 @@ def test_loaders_are_set_against_the_bound(tmp_path: Path) -> None:
     assert "resident 1.02, dali 1.10." in found.verdict
     assert "dali and resident equal within ±0.2 points" in found.verdict
     assert "90.00" not in found.details[0]
+    keep(tmp_path, "6-loaders", 8.0, 8.01, 7.99, loader="dataloader", seconds=9.0)
+    again = findings.answer_loaders(tmp_path, [])
+    assert again
+    assert "dali and dataloader the same in every run, seed by seed" in again.verdict
 
 
 def test_a_peer_stands_beside_the_runs_of_its_network(tmp_path: Path) -> None:
@@ -242,7 +246,7 @@ def test_a_peer_stands_beside_the_runs_of_its_network(tmp_path: Path) -> None:
     (tmp_path / "runs/7-peers/akamaster-20.json").write_text(json.dumps(peer))
     found = findings.answer_peers(tmp_path, [])
     assert found
-    assert found.verdict == "Seconds per epoch: akamaster-20: 8.0 times ours (after 1 epochs)."
+    assert found.verdict == "Seconds per epoch: akamaster-20: 8.0 times ours (after 1 epoch)."
 
 
 # --- peers ---
