@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from results.compare import compare_by
@@ -27,6 +28,9 @@ LADDER = (
      "se-mxresnet-reflect"),
     ("xresnext-16x2d", "se-mxresnext-16x2d", "se-mxresnext-16x2d-reflect"),
 )  # fmt: skip
+
+
+SWEEP_CHARTS = r"-(parallel|slice-.*|importance)$"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +68,16 @@ def shift(a: Sample, b: Sample) -> Shift:
         return Shift(difference, apart.interval)
     several, single = (a, b) if a.n > 1 else (b, a)
     verdict = compare_with_published(several, Sample(1, single.mean)) if several.n > 1 else None
-    if verdict is None:
+    if verdict is None or not several.std:  # no spread at all is no measure of one
         return Shift(difference, None)
     half = (verdict.interval.high - verdict.interval.low) / 2
     return Shift(difference, Interval(difference - half, difference + half))
 
 
-def write_findings(record: Path, log: Sequence[dict[str, Any]]) -> None:
-    """Write findings.md and README.md into a folder that holds runs/<part>."""
+def write_findings(
+    record: Path, log: Sequence[dict[str, Any]], todo: Mapping[int, Sequence[str]] = MappingProxyType({})
+) -> None:
+    """Write findings.md and README.md into a folder that holds runs/<part>. `todo`: what is still to be run of each part."""
     found = [(number, name, question, answer(record, log)) for number, name, question, answer in QUESTIONS]
     rows = load_rows(sorted((record / "runs").glob("*")))
     lines = ["# Findings", "", *_conditions(rows), ""]
@@ -80,6 +86,13 @@ def write_findings(record: Path, log: Sequence[dict[str, Any]]) -> None:
     lines += ["", (__doc__ or "").split("\n\n")[1].replace("\n", " ")]
     for number, name, question, answer in found:
         lines += ["", f"## {number}. {question}", ""]
+        if left := todo.get(number):
+            lines += [
+                f"Not all of it was run. {len(left)} of its commands are open:",
+                "",
+                *(f"    {line}" for line in left),
+                "",
+            ]
         if answer is None:
             lines.append("Not run.")
             continue
@@ -90,7 +103,7 @@ def write_findings(record: Path, log: Sequence[dict[str, Any]]) -> None:
         if links:
             lines += ["", "The harness's own tables: " + ", ".join(links)]
         for path in sorted((record / "curves" / stem).glob("*.svg")):
-            if re.search(r"-(curves|zoom|parallel|slice-.*)$", path.stem):
+            if re.search(SWEEP_CHARTS if name == "sweep" else r"-(curves|zoom)$", path.stem):
                 lines += ["", f"![{path.stem}](curves/{stem}/{path.name})"]
     (record / "findings.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (record / "README.md").write_text(_readme(rows, log), encoding="utf-8")
@@ -374,7 +387,8 @@ def answer_sweep(record: Path, log: Sequence[dict[str, Any]]) -> Answer | None:
     """The best trial, what mattered, and the table of all."""
     sweeps = load_sweeps([record / "runs/8-sweep"]).sweeps
     if not sweeps:
-        return None
+        begun = any(record.glob("runs/8-sweep/tune/*/sweep.json"))
+        return Answer("The sweep has not come to its end.", []) if begun else None
     sweep = sweeps[-1]
     whole = [trial for trial in sweep.best_first() if trial.state == "finished" and trial.value is not None]
     states = [trial.state for trial in sweep.trials]
@@ -385,7 +399,7 @@ def answer_sweep(record: Path, log: Sequence[dict[str, Any]]) -> Answer | None:
     if whole:
         best = " ".join(f"{d.field}={show(whole[0].fields[d.field])}" for d in sweep.dimensions)
         verdict = (
-            f"{best}: {sweep.heading} {whole[0].value:.4g}, the best of {len(states)} trials ({counts}){took}."
+            f"{best}: {whole[0].value:.4g} {sweep.heading}, the best of {len(states)} trials ({counts}){took}."
         )
     details = [
         f"{sweep.title} on {sweep.dataset}; judged by {sweep.judged}; {sweep.scheduler}, {sweep.search_algorithm}."
@@ -425,7 +439,8 @@ QUESTIONS: tuple[tuple[int, str, str, Answerer], ...] = (
 def _counterpart(rows: Sequence[Row], peer: dict[str, Any]) -> Row | None:
     """Our runs that a peer's stand beside: the same network and depth; for zoo those in half precision, if there are."""
     variant = "fattorib" if peer["peer"] == "fattorib" else "he2015"
-    known = [row for row in rows if row.variant == variant and row.depth == peer["depth"]]
+    known = [row for row in rows if (row.variant, row.depth, row.limit_train, row.limit_test, row.fields["fingerprint"])
+             == (variant, peer["depth"], peer["limit_train"], peer["limit_test"], peer["fingerprint"])]  # fmt: skip
     half = [row for row in known if row.loader == "resident"]
     if peer["peer"] == "zoo":
         return next(iter(half or known), None)

@@ -388,7 +388,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     done: list[PeerEpoch] = []
     about = {
         "peer": peer.name, "commit": peer.commit, "compares_error": peer.compares_error, "depth": arguments.depth,
-        "dataset": images.label, "fingerprint": images.fingerprint, "train_images": len(train), "test_images": len(test),
+        "dataset": images.label, "fingerprint": images.fingerprint, "limit_train": arguments.limit_train, "limit_test": arguments.limit_test,
         "batch_size": arguments.batch_size, "asked_epochs": arguments.epochs, "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
     }  # fmt: skip

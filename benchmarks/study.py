@@ -173,19 +173,19 @@ PARTS = (
             Command(
                 words="run --variants he2015 --depths 20 --seeds 3 --epochs 10 --set milestones=64000 "
                 "--set normalize=imagenet --set pad_mode=black {images}",
-                tiny="--seeds 2",
+                tiny="--seeds 2 --limit-train 128 --limit-test 100",
             ),
             Command(
                 words="run --variants fattorib --depths 20 --seeds 3 --epochs 10 --set milestones=180 {images}",
-                tiny="--seeds 2 --val 13",
+                tiny="--seeds 2 --val 6 --limit-train 128 --limit-test 100",
             ),
             Command(
                 words="run --variants he2015 --depths 20 --epochs 10 --precision bf16 --loader resident {images}",
-                tiny="--precision fp32",
+                tiny="--precision fp32 --limit-train 128 --limit-test 100",
             ),
             Command(
                 words="run --variants he2015,fattorib --depths 110 --epochs 3 {images}",
-                tiny="--variants he2015 --depths 14",
+                tiny="--depths 32 --val 6 --limit-train 128 --limit-test 100",
             ),
         ),
     ),
@@ -231,6 +231,7 @@ class Step:
     words: tuple[str, ...]  # of `harness`, or of benchmarks/peers.py
     output: Path | None = None
     missing: str = ""
+    finished: bool = False  # what comes of it is there, whatever the log says
 
     @property
     def line(self) -> str:
@@ -292,8 +293,9 @@ def _make_step(part: Part, setting: Setting, kind: str, words: list[str], output
         whole += places.get(word, [word.replace("{folder}", folder).replace("{peer_name}", name)])
     if kind in ("run", "tune"):
         whole += ["--out", folder]
-    if kind == "tune" and (begun := find_unfinished_sweep(setting.folder(part))):
-        whole = ["tune", "--resume", begun, "--out", folder]
+    sweeps = sorted(setting.folder(part).glob("tune/*/sweep.json")) if kind == "tune" else []
+    if sweeps:
+        whole = ["tune", "--resume", sweeps[-1].parent.name, "--out", folder]
     identity = shlex.join(words).replace("{peer}", f"--peer {name}").replace("{peer_name}", name)
     program = ["python", "benchmarks/peers.py"] if kind == "peers" else ["harness", kind]
     return Step(
@@ -302,6 +304,7 @@ def _make_step(part: Part, setting: Setting, kind: str, words: list[str], output
         words=(*program, *whole[1:]),
         output=setting.folder(part) / output if output else None,
         missing=missing,
+        finished=any(path.with_name("trials.json").exists() for path in sweeps),
     )
 
 
@@ -315,12 +318,6 @@ def _weights(part: Part, setting: Setting) -> str:
     """The weights of the part's own run, once it is done."""
     found = sorted(setting.folder(part).glob("*/weights.safetensors"))
     return str(found[0]) if found else f"{setting.folder(part)}/NAME/weights.safetensors"
-
-
-def find_unfinished_sweep(folder: Path) -> str | None:
-    """The name of a sweep that was begun in a folder and has not come to its end."""
-    begun = [path.parent for path in sorted(folder.glob("tune/*/sweep.json"))]
-    return next((sweep.name for sweep in begun if not (sweep / "trials.json").exists()), None)
 
 
 # --- what was done ---
@@ -340,7 +337,7 @@ def load_log(out: Path) -> list[dict[str, Any]]:
 def state_of(step: Step, log: Sequence[dict[str, Any]]) -> str:
     """done, to do, goes on (it was stopped), again (it failed), or what is missing for it."""
     codes = [entry["exit_code"] for entry in log if entry["step"] == f"{step.part.number} {step.identity}"]
-    if 0 in codes:
+    if 0 in codes or step.finished:
         return "done"
     if step.missing:
         return f"cannot be run: {step.missing}"
@@ -480,7 +477,7 @@ def show(part: Part, setting: Setting) -> None:
 
 def collect(setting: Setting, record: Path) -> None:
     """Gather what is worth keeping: records and epochs without weights, sweeps, tables, curves, commands, findings."""
-    from findings import write_findings
+    from findings import SWEEP_CHARTS, write_findings
 
     record.mkdir(parents=True, exist_ok=True)
     for name in ("runs", "tables", "curves"):
@@ -494,12 +491,24 @@ def collect(setting: Setting, record: Path) -> None:
     for path in (setting.out / "tables").glob("*.md"):
         _copy(path, record / "tables" / path.name)
     for path in (setting.out / "curves").glob("*/*.svg"):
+        if path.parent.name.endswith("-sweep") and not re.search(SWEEP_CHARTS, path.stem):
+            continue  # of trials stopped at different epochs
         _copy(path, record / "curves" / path.parent.name / path.name)
     log = load_log(setting.out)
-    lines = [f"# {entry['started_at'][:19]}Z, {entry['seconds']:,.0f} s, exit code {entry['exit_code']}\n{entry['command']}\n"
+    lines = [f"# {entry['started_at'][:19]}Z, {entry['seconds']:,.0f} s, exit code {entry['exit_code']}\n{_portable(entry['command'])}\n"
              for entry in log]  # fmt: skip
     (record / "commands.txt").write_text("\n".join(lines), encoding="utf-8")
-    write_findings(record, log)
+    todo = {
+        part.number: [f"{_portable(step.line)}    ({state})" for step in make_steps(part, setting)
+                      if (state := state_of(step, log)) != "done"]
+        for part in PARTS
+    }  # fmt: skip
+    write_findings(record, log, todo)
+
+
+def _portable(command: str) -> str:
+    """A command with folders by their last names: where somebody keeps images is no fact of a study."""
+    return re.sub(r"(?<=\s)/(?:[^/\s]+/)*(?=[^/\s])", "", command)
 
 
 def _copy(source: Path, target: Path) -> None:

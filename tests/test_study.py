@@ -132,7 +132,9 @@ def test_a_sweep_goes_on_by_its_name(tmp_path: Path) -> None:
     assert again.words[:4] == ("harness", "tune", "--resume", "msra-20_x")
     assert again.identity == fresh.identity
     (sweep / "trials.json").write_text("{}")
-    assert study.find_unfinished_sweep(setting.folder(part)) is None
+    (done,) = study.make_steps(part, setting)
+    assert study.state_of(again, []) == "to do"
+    assert study.state_of(done, []) == "done"  # though the command was stopped after its end, say
 
 
 def test_at_the_deadline_a_command_is_stopped_as_by_ctrl_c(tmp_path: Path) -> None:
@@ -173,6 +175,7 @@ def test_a_part_for_real_and_again(tmp_path: Path, monkeypatch: Any, capfd: Any)
     text = (record / "findings.md").read_text()
     assert "A trial of the study itself" in text
     assert text.count("Not run.") == 14  # seven of eight questions, each twice
+    assert "Not all of it" not in text
     capfd.readouterr()
     assert study.main(words) == 0
     assert len(study.load_log(tmp_path / "out")) == 1
@@ -242,11 +245,16 @@ def test_loaders_are_set_against_the_bound(tmp_path: Path) -> None:
 def test_a_peer_stands_beside_the_runs_of_its_network(tmp_path: Path) -> None:
     keep(tmp_path, "7-peers", 30.0, 31.0, 32.0, variants=("he2015",), seconds=0.5)
     peer = {"peer": "akamaster", "commit": "d5489e8995e8", "compares_error": True, "depth": 20, "dataset": "cifar10-q75",
+            "fingerprint": "f" * 64, "limit_train": None, "limit_test": None,
             "epoch_seconds": 4.0, "asked_epochs": 10, "epochs": [{"error": 33.0}]}  # fmt: skip
     (tmp_path / "runs/7-peers/akamaster-20.json").write_text(json.dumps(peer))
     found = findings.answer_peers(tmp_path, [])
     assert found
     assert found.verdict == "Seconds per epoch: akamaster-20: 8.0 times ours (after 1 epoch)."
+    (tmp_path / "runs/7-peers/akamaster-20.json").write_text(json.dumps(peer | {"limit_train": 128}))
+    other = findings.answer_peers(tmp_path, [])
+    assert other
+    assert other.verdict == "No run of ours to compare with."
 
 
 # --- peers ---
