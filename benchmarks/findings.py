@@ -88,7 +88,7 @@ def write_findings(
         lines += ["", f"## {number}. {question}", ""]
         if left := todo.get(number):
             lines += [
-                f"Not all of it was run. {len(left)} of its commands are open:",
+                "Not all of it was run; these commands are open:",
                 "",
                 *(f"    {line}" for line in left),
                 "",
