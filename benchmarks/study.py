@@ -60,7 +60,7 @@ class Part:
     question: str
     commands: tuple[Command, ...]
     reads: tuple[int, ...] = ()  # other parts whose runs stand in its table
-    show: tuple[str, ...] = ("report {runs} --format markdown --output {tables}.md",)
+    show: tuple[str, ...] = ("report {runs} --format markdown --output {tables}.md",)  # harness's own commands
 
 
 TINY = {
@@ -200,7 +200,7 @@ PARTS = (
                 tiny="--depth 8 --samples 5",
             ),
         ),
-        show=("report {runs} --format html --output {folder}/report.html --curves {curves}",),
+        show=("report {runs} --format csv --output {folder}/trials.csv --curves {curves}",),
     ),
 )
 
@@ -435,6 +435,12 @@ def run_parts(parts: Sequence[Part], setting: Setting, deadline: float | None) -
                 print("time is up: the same command goes on", flush=True)
                 return touched, EXIT_STOPPED
             code = EXIT_FAILED if ended else code
+            if ended == EXIT_USER:
+                print(
+                    f"part {part.number} ({part.name}) is left out: its next command would be wrong as well",
+                    flush=True,
+                )
+                break
     return touched, code
 
 
@@ -475,6 +481,14 @@ def show(part: Part, setting: Setting) -> None:
             path.write_text(done.stdout, encoding="utf-8")
 
 
+def show_page(setting: Setting) -> None:
+    """Write OUT/report.html, one page of all parts."""
+    runs = [str(folder) for part in PARTS if any((folder := setting.folder(part)).glob("*/record.json"))]
+    if runs:
+        words = ["report", *runs, "--format", "html", "--output", str(setting.out / "report.html")]
+        subprocess.run([sys.executable, "-m", "harness.cli", *words], check=False)
+
+
 def collect(setting: Setting, record: Path) -> None:
     """Gather what is worth keeping: records and epochs without weights, sweeps, tables, curves, commands, findings."""
     from findings import SWEEP_CHARTS, write_findings
@@ -485,7 +499,7 @@ def collect(setting: Setting, record: Path) -> None:
     for part in PARTS:
         folder = setting.folder(part)
         kept = [*folder.glob("*/record.json"), *folder.glob("*/epochs.jsonl"), *folder.glob("*/attempts.jsonl"),
-                *folder.glob("tune/*/*.json*"), *folder.glob("*.json"), *folder.glob("*.txt")]  # fmt: skip
+                *folder.glob("tune/*/*.json*"), *folder.glob("*.json"), *folder.glob("*.txt"), *folder.glob("*.csv")]  # fmt: skip
         for path in kept:
             _copy(path, record / "runs" / folder.name / path.relative_to(folder))
     for path in (setting.out / "tables").glob("*.md"):
@@ -608,6 +622,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in PARTS:
         if part.number in touched or touched.intersection(part.reads):
             show(part, setting)
+    show_page(setting)
     record = arguments.record or setting.out / "record"
     collect(setting, record)
     print(f"\nfindings: {record / 'findings.md'}")
