@@ -345,7 +345,7 @@ def answer_peers(record: Path, log: Sequence[dict[str, Any]]) -> Answer | None:
         ours = _counterpart(rows, peer)
         seconds, epochs = peer["epoch_seconds"], len(peer["epochs"])
         ratio = seconds / ours.epoch_seconds if ours and ours.epoch_seconds else None
-        our_error = _error_after(ours, epochs) if ours and peer["compares_error"] else None
+        our_error = _error_after(ours, epochs) if ours and peer["compares_error"] and _same_lr(ours) else None
         against = NONE
         if our_error is not None:
             moved = shift(our_error, Sample(1, peer["epochs"][-1]["error"]))
@@ -445,6 +445,13 @@ def _counterpart(rows: Sequence[Row], peer: dict[str, Any]) -> Row | None:
     if peer["peer"] == "zoo":
         return next(iter(half or known), None)
     return next((row for row in known if row not in half), None)
+
+
+def _same_lr(row: Row) -> bool:
+    """Whether our lr is still theirs at the end: not dropped, and without the warm-up of depth 110 and more."""
+    milestones = row.fields["recipe.milestones"]
+    dropped = milestones != NONE and any(float(word) < row.duration for word in milestones.split(","))
+    return not dropped and row.fields["recipe.warmup"] == "0"
 
 
 def _error_after(row: Row, epochs: int) -> Sample | None:

@@ -16,7 +16,7 @@ import typer
 
 from harness import cli, plan
 from harness.space import parse_settings
-from results.store import finish
+from results.store import Stored, finish
 from tests.records import make_record
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -255,6 +255,16 @@ def test_a_peer_stands_beside_the_runs_of_its_network(tmp_path: Path) -> None:
     other = findings.answer_peers(tmp_path, [])
     assert other
     assert other.verdict == "No run of ours to compare with."
+
+
+def test_errors_are_compared_with_peers_only_at_the_same_lr() -> None:
+    def row(**fields: Any) -> findings.Row:
+        (found,) = findings.summarise([Stored(make_record(0, 9.0, variants=("he2015",), **fields), Path())])
+        return found
+
+    assert findings._same_lr(row(depths=(20,), epochs=10, settings=("milestones=64000",)))
+    assert not findings._same_lr(row(depths=(20,), epochs=10))
+    assert not findings._same_lr(row(depths=(110,), epochs=10, settings=("milestones=64000",)))
 
 
 # --- peers ---
