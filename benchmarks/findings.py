@@ -57,7 +57,7 @@ class Shift:
 
     def __str__(self) -> str:
         if self.interval is None:
-            return f"{_signed(self.difference)} (one run each, no interval)"
+            return f"{_signed(self.difference)} (no interval)"
         return f"{_signed(self.difference)} [{_signed(self.interval.low)}, {_signed(self.interval.high)}]"
 
 
