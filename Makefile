@@ -1,11 +1,11 @@
-# Everything a person or CI does with this repository.  make quickstart | test | check | bench | clean
+# Everything a person or CI does with this repository.  make quickstart | test | check | study | clean
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 # bytecode is worth seconds in every process that Ray starts
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test check format bench clean
+.PHONY: quickstart test check format study clean
 
 $(BIN)/harness: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,10 @@ check: $(BIN)/harness
 
 test: check
 	$(BIN)/python -m pytest -q
+
+# make study DATA=data/cifar10-q75 [OUT=runs/study] [MORE='--until 9m --parts 1,2']; benchmarks/study.py says more
+study: $(BIN)/harness
+	$(BIN)/python benchmarks/study.py --data-dir '$(DATA)' --out '$(or $(OUT),runs/study)' $(MORE)
 
 format: $(BIN)/harness
 	$(BIN)/ruff check --fix .

@@ -17,13 +17,15 @@ TFLOP/s, whichever takes longer.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,6 +38,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.peers import load_peer, write_cifar10
 from cluster.launch import Worker
 from harness import profiler
 from harness.report import describe_code
@@ -70,7 +73,7 @@ class Way:
     engine: str
     precision: str
     loader: str
-    epochs: Iterator[float]
+    epochs: Generator[float, None, None]
     setup_seconds: float = 0.0
     seconds: list[list[float]] = field(default_factory=list)  # by round
     clock_mhz: list[int | None] = field(default_factory=list)  # after each round
@@ -82,7 +85,7 @@ class Way:
         return [s for round_ in self.seconds for s in round_]
 
 
-def ours(spec: RunSpec, data: Data, dataset: Dataset, worker: Worker) -> Iterator[float]:
+def ours(spec: RunSpec, data: Data, dataset: Dataset, worker: Worker) -> Generator[float, None, None]:
     """The harness's own training, by its own code."""
     made = assemble(spec, data, worker, num_classes=dataset.num_classes, flip=dataset.flip)
     check(count_parameters(made.network), spec.network.depth, made.train_loader.steps, len(data.train))
@@ -101,7 +104,7 @@ def ours(spec: RunSpec, data: Data, dataset: Dataset, worker: Worker) -> Iterato
             raise RuntimeError(f"engine {spec.engine} does not work here")
 
 
-def bare(spec: RunSpec, data: Data, device: torch.device) -> Iterator[float]:
+def bare(spec: RunSpec, data: Data, device: torch.device) -> Generator[float, None, None]:
     """What anybody would write in twenty lines, its images as floats on the device and not augmented: a bound."""
     set_precision(spec.precision)
     torch.manual_seed(0)
@@ -171,15 +174,11 @@ def make_ways(
     for engine, precision, loader in chosen:
         made = ours(spec(engine, precision, loader), data, dataset, worker)
         ways.append(Way("harness", depth, engine, precision, loader, made))
-    for path in args.peer:
-        from peers import load_peer
-
-        peer = load_peer(path)
-        for precision in peer.precisions if device.type == "cuda" else ("fp32",):
-            seconds = (
-                epoch.seconds for epoch in peer.epochs(depth, data, device, batch_size=BATCH, precision=precision)
-            )
-            ways.append(Way(peer.name, depth, "eager", precision, "its own", seconds))
+    for peer in args.peers:
+        asked = WARMUP_EPOCHS + args.rounds * (1 + -(-args.epochs // args.rounds))
+        epochs = peer.epochs(depth, args.peer_data, device.type, asked, BATCH)
+        precision = "fp16" if peer.name == "zoo" and device.type == "cuda" else "fp32"
+        ways.append(Way(peer.name, depth, "eager", precision, "its own", (epoch.seconds for epoch in epochs)))
     return ways
 
 
@@ -290,12 +289,22 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--json", type=Path, help="write every reading there, after each depth")
     args = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        compare(args, stack)
+
+
+def compare(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
+    """Depth after depth: make the ways, let them take turns, print, write."""
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     torch.set_num_threads(args.threads)
     dataset = load_dataset("cifar10", args.data_dir)
     train = dataset.train if args.images is None else limit(dataset.train, args.images)
     data = Data(train, dataset.test, dataset.test, "test")
     console = Console(width=None if sys.stdout.isatty() else 130)
+    args.peers = [load_peer(path) for path in args.peer]
+    args.peer_data = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    if args.peers:
+        write_cifar10(args.peer_data, train, dataset.test, dataset.classes)
     told: dict[str, Any] = {
         **describe_code(), "command": sys.argv, "machine": profiler.describe_machine(device), "data": dataset.label,
         "images": len(train), "batch_size": BATCH, "warmup_epochs": WARMUP_EPOCHS, "threads": args.threads,
@@ -309,6 +318,8 @@ def main() -> None:
         take_turns(ways, args.rounds, args.epochs, device, console)
         print_ways(ways, len(train), device, console)
         for way in ways:
+            with contextlib.suppress(Exception):
+                way.epochs.close()
             entry = {name: getattr(way, name) for name in Way.__slots__ if name != "epochs"}
             told["ways"].append({**entry, "floor_seconds": floor_seconds(depth, -(-len(train) // BATCH))})
         if args.json:

@@ -14,6 +14,7 @@ from rich.text import Text
 from harness.live import clock
 from harness.space import format_value
 from harness.study import Trial
+from results.sweeps import METRICS
 
 
 def describe(trial: Trial) -> str:
@@ -84,17 +85,23 @@ class Board:
         return f"{words or 'none begun'} of {self.total}{best}; left {clock(self.left())}"
 
     def _draw(self) -> Group:
+        names = list(dict.fromkeys(name for trial in self.trials for name in trial.fields))
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for name in ("trial", "epoch", self.metric):
+        for name in ("trial", "epoch", METRICS.get(self.metric, self.metric), *names):
             table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
-        table.add_column("fields", overflow="ellipsis", no_wrap=True)
-        shown = sorted(self.trials, key=lambda t: (t.state != "running", -t.number))
+        table.add_column("", no_wrap=True, overflow="ellipsis")
+        best = next((trial for trial in best_first(self.trials) if trial.state == "finished"), None)
+        shown = sorted(self.trials, key=lambda t: (t.state != "running", t is not best, -t.number))
         for trial in sorted(shown[: max(4, self.console.height - 5)], key=lambda t: t.number):
             style = {"finished": "green", "failed": "red", "stopped": "dim"}.get(trial.state, "")
             last = "" if trial.last is None else f"{trial.last:.4g}"
+            state: str = "finished, the best so far" if trial is best else trial.state
+            if trial.state == "running" and trial.epochs == self.epochs:
+                state = "last evaluation"
+            fields = (format_value(trial.fields[name]) if name in trial.fields else "" for name in names)
             table.add_row(
-                str(trial.number), f"{trial.epochs}/{self.epochs}", last, trial.state,
-                f"{describe(trial)}  {trial.reason}", style=style,
+                str(trial.number), f"{trial.epochs}/{self.epochs}", last, *fields, f"{state} {trial.reason}".rstrip(),
+                style="bold green" if trial is best else style,
             )  # fmt: skip
-        return Group(table, Text(self.summary() + "   Ctrl-C stops; --resume goes on", style="dim"))
+        hint = Text("Ctrl-C stops; the same sweep goes on with --resume", style="dim")
+        return Group(table, Text(self.summary(), style="dim"), hint)

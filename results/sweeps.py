@@ -202,7 +202,7 @@ def make_sweep_charts(sweep: SweepSummary) -> dict[str, tuple[str, dict[str, Any
     charts = {"parallel": (caption + faint, _parallel_spec(sweep, drawn))}
     for d in sweep.dimensions:
         said = f"{sweep.heading} against {clean(d.field)}{' on a log scale' if d.log else ''}"
-        charts[f"slice-{clean(d.field)}"] = (said, _slice_spec(sweep, d, drawn))
+        charts[f"slice-{clean(d.field)}"] = (said + faint, _slice_spec(sweep, d, drawn))
     return charts
 
 
@@ -340,6 +340,32 @@ def _number_axis(title: str, points: Sequence[float], low: float, high: float, *
     return _Axis(title, [place(point) for point in points], sorted(ticks))
 
 
+def _importance_chart(sweep: SweepSummary) -> dict[str, tuple[str, dict[str, Any]]]:
+    """For files alone: the page has a table of it."""
+    if sweep.importance is None:
+        return {}
+    how = sweep.importance
+    values = [
+        {"field": clean(f.field), "value": min(max(finite(f.value) or 0.0, 0.0), 1.0), "sign": clean(f.sign)}
+        for f in how.fields
+    ]
+    y = {"field": "field", "type": "nominal", "sort": None, "title": None}
+    x = {"field": "value", "type": "quantitative", "title": "importance", "scale": {"domain": [0, 1.25]},
+         "axis": {"values": [0, 0.25, 0.5, 0.75, 1], "format": "~g", "grid": False}}  # fmt: skip
+    spec = {
+        "data": {"values": values},
+        "encoding": {"x": x, "y": y},
+        "layer": [
+            {"mark": {"type": "bar", "color": RANGE[0], "height": {"band": 0.5}}},
+            {"mark": {"type": "text", "align": "left", "dx": 6}, "encoding": {"text": {"field": "sign"}}},
+        ],
+    }
+    said = (
+        f"Importance of each field for {sweep.heading}; {clean(how.how)}, {how.trials} trials at epoch {how.epoch}"
+    )
+    return {"importance": (said, spec)}
+
+
 # --- files ---
 
 
@@ -352,7 +378,7 @@ def write_sweep_charts(sweeps: Sequence[SweepSummary], folder: Path) -> list[Pat
     written: list[Path] = []
     stems: set[str] = set()
     for sweep in sweeps:
-        for chart, (caption, spec) in make_sweep_charts(sweep).items():
+        for chart, (caption, spec) in (make_sweep_charts(sweep) | _importance_chart(sweep)).items():
             stem = re.sub(r"[^A-Za-z0-9.+_]+", "-", f"{sweep.name[:80]}-{chart[:40]}").strip("-.") or "x"
             while stem in stems:
                 stem += "-x"
@@ -364,5 +390,6 @@ def write_sweep_charts(sweeps: Sequence[SweepSummary], folder: Path) -> list[Pat
             schema = f"https://vega.github.io/schema/vega-lite/v{VEGA_LITE}.json"
             if chart == "parallel":
                 title["offset"] = 18  # the names of the axes stand above the plot
-            written += draw({"$schema": schema, **spec, **FIGURE, "title": title}, folder, stem)
+            size = {**FIGURE, "height": {"step": 44}} if chart == "importance" else FIGURE
+            written += draw({"$schema": schema, **spec, **size, "title": title}, folder, stem)
     return written

@@ -214,14 +214,14 @@ def test_no_name_breaks_out(tmp_path: Path) -> None:
     assert "\x1b" not in text
     folder = tmp_path / "charts"
     written = write_sweep_charts(load_sweeps([tmp_path]).sweeps, folder)
-    assert len(written) == len(set(written)) == 6
+    assert len(written) == len(set(written)) == 8
     assert {path.parent for path in written} == {folder}
 
 
 def test_the_plots_are_drawn_without_a_browser(tmp_path: Path) -> None:
     sweep = SweepSummary.model_validate(make_sweep())
     written = write_sweep_charts([sweep], tmp_path)
-    charts = ("parallel", "slice-lr", "slice-momentum", "slice-shortcut")
+    charts = ("parallel", "slice-lr", "slice-momentum", "slice-shortcut", "importance")
     assert [path.name for path in written] == [f"{sweep.name}-{c}.{e}" for c in charts for e in ("svg", "png")]
     svg = written[0].read_text()
     for words in ("shortcut", "error %", "momentum", "0.01", "msra-20 on cifar10"):
