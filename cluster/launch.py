@@ -84,6 +84,7 @@ class Started:
 
     attempt: int
     reason: str = ""  # why there is another attempt
+    workers: int | None = None  # where these are fewer than were asked for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,8 +158,35 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
     except (ConnectionError, RuntimeError) as error:
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise ClusterError(f"no Ray cluster answers at {address!r}: {first}") from None
+    return _look()
+
+
+def _look() -> Cluster:
+    """The nodes that are alive, as far as Ray has noticed."""
+    import ray
+
     has = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Cluster(members=tuple(Node(cpus=int(h.get("CPU", 0)), gpus=int(h.get("GPU", 0))) for h in has))
+
+
+def count_runs(cluster: Cluster, *, workers: int, threads: int, gpu: bool, placement: str) -> int:
+    """How many runs of `workers` workers with `threads` CPUs each an idle cluster could hold."""
+    room = [min(n.cpus // threads, n.gpus) if gpu else n.cpus // threads for n in cluster.members]
+    if placement == "strict-pack":
+        return sum(r // workers for r in room)
+    return sum(room) // workers
+
+
+def choose_width(cluster: Cluster, widths: Sequence[int], *, threads: int, gpu: bool, placement: str) -> int:
+    """The widest of `widths` (widest first) of which the cluster can hold a run; the first where it can hold none.
+
+    What other runs use now is not looked at: a run waits for them, and goes on narrower only where the cluster
+    itself has become too small.
+    """
+    for workers in widths:
+        if count_runs(cluster, workers=workers, threads=threads, gpu=gpu, placement=placement):
+            return workers
+    return widths[0]
 
 
 def fit(cluster: Cluster, *, workers: int, slots: int, gpu: bool, placement: str) -> tuple[int, int]:
@@ -168,10 +196,7 @@ def fit(cluster: Cluster, *, workers: int, slots: int, gpu: bool, placement: str
     """
 
     def runs(threads: int) -> int:
-        room = [min(n.cpus // threads, n.gpus) if gpu else n.cpus // threads for n in cluster.members]
-        if placement == "strict-pack":
-            return min(slots, sum(r // workers for r in room))
-        return min(slots, sum(room) // workers)
+        return min(slots, count_runs(cluster, workers=workers, threads=threads, gpu=gpu, placement=placement))
 
     most = runs(1)
     if not most:
@@ -240,6 +265,7 @@ def launch(
     retries: int = 2,
     placement: str = "pack",
     wait_seconds: float = WAIT_SECONDS,
+    fewer: Sequence[int] = (),
 ) -> Iterator[tuple[Spec, Outcome | Failed]]:
     """Run every spec, `slots` at a time with `workers` processes each; yield each as it ends.
 
@@ -248,7 +274,9 @@ def launch(
     without counting, up to `wait_seconds` in all. `progress(spec, event)` is called in this thread with `Started`,
     `Waiting`, `Entered` and with everything that rank 0 reports. Call `connect` before. `storage` is for Ray's own
     files and must be seen by every node. `placement`: pack prefers one node for a run's workers, strict-pack
-    insists on it, spread prefers many.
+    insists on it, spread prefers many. `fewer`, widest first: with how many workers an attempt may go on instead,
+    where the cluster has lost so much that it cannot hold `workers`; the next attempt after it has grown again is
+    of `workers`.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -292,7 +320,7 @@ def launch(
                 outcome = _run_one(
                     train, specs[index], index, board,
                     workers=workers, gpu=gpu, threads=threads, storage=storage, retries=retries, stop=stop,
-                    placement=placement, wait_seconds=wait_seconds,
+                    placement=placement, wait_seconds=wait_seconds, fewer=fewer,
                 )  # fmt: skip
             except BaseException as error:
                 outcome = make_failed(error, attempts=1)
@@ -329,6 +357,7 @@ def _run_one(
     stop: threading.Event,
     placement: str,
     wait_seconds: float,
+    fewer: Sequence[int],
 ) -> Outcome | Failed:
     import ray
     import ray.train
@@ -348,16 +377,26 @@ def _run_one(
             return [c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
     bundle = {"CPU": float(threads), **({"GPU": 1.0} if gpu else {})}
-    reason, attempt, announced, waited = "", 1, 0, 0.0
+    reason, attempt, announced, waited = "", 1, (0, workers), 0.0
+
+    def width() -> int:
+        if not fewer:
+            return workers
+        return choose_width(_look(), (workers, *fewer), threads=threads, gpu=gpu, placement=placement)
+
     while True:
-        seconds = _wait_for_room(bundle, workers, index, board, stop, waited, wait_seconds)
+        seconds, now = _wait_for_room(bundle, width, index, board, stop, waited, wait_seconds)
         if seconds is None:
             return Failed(exception="", message=f"no room in the cluster for {workers} x {_say(bundle)} within "
                           f"{wait_seconds / 60:.0f} minutes", traceback="", died=True, attempts=attempt)  # fmt: skip
         waited += seconds
-        if attempt > announced:
-            board.put.remote(index, Started(attempt=attempt, reason=reason))
-            announced = attempt
+        if (attempt, now) != announced:
+            if attempt == announced[0]:
+                reason = "the cluster has changed before the workers were placed"
+            board.put.remote(
+                index, Started(attempt=attempt, reason=reason, workers=now if now != workers else None)
+            )
+            announced = (attempt, now)
         asked_at = time.time()
 
         def loop(attempt: int = attempt, asked_at: float = asked_at) -> Any:
@@ -388,7 +427,7 @@ def _run_one(
             loop,
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=workers,
+                num_workers=now,
                 use_gpu=gpu,
                 resources_per_worker=bundle,
                 placement_strategy=placement.upper().replace("-", "_"),
@@ -410,7 +449,7 @@ def _run_one(
             if failed.exception == "WorkerGroupStartupTimeoutError" and not stop.is_set():
                 # room that others were quicker to take, or that lies scattered over nodes
                 waited += time.time() - asked_at
-                board.put.remote(index, Waiting(seconds=waited, reason=f"no place for {workers} x {_say(bundle)}"))
+                board.put.remote(index, Waiting(seconds=waited, reason=f"no place for {now} x {_say(bundle)}"))
                 continue
             if not failed.died or attempt > retries or stop.is_set():
                 return failed
@@ -423,14 +462,15 @@ def _run_one(
 
 def _wait_for_room(
     bundle: dict[str, float],
-    workers: int,
+    width: Callable[[], int],
     index: int,
     board: Any,
     stop: threading.Event,
     waited: float,
     wait_seconds: float,
-) -> float | None:
-    """Wait until the cluster has `workers` bundles free; the seconds that took, or None where it took too long.
+) -> tuple[float | None, int]:
+    """Wait until the cluster has `width()` bundles free; the seconds that took, None where it took too long, and how
+    many bundles.
 
     Ray Train itself would wait a minute, in silence, and then fail the run.
     """
@@ -438,6 +478,7 @@ def _wait_for_room(
 
     began = time.monotonic()
     show_at = 3.0
+    workers = width()
     while not stop.is_set():
         free = ray.available_resources()
         lacking = [
@@ -447,14 +488,15 @@ def _wait_for_room(
         ]
         seconds = time.monotonic() - began
         if (lacking or waited) and waited + seconds > wait_seconds:
-            return None
+            return None, workers
         if not lacking:
-            return seconds
+            return seconds, workers
         if seconds >= show_at:
             board.put.remote(index, Waiting(seconds=waited + seconds, reason="; ".join(lacking)))
             show_at = seconds + SHOW_WAIT_SECONDS
         stop.wait(0.2)
-    return None
+        workers = width()
+    return None, workers
 
 
 def _free(board: Any, index: int) -> None:

@@ -23,9 +23,10 @@ def launch(
     retries: int = 0,
     placement: str = "pack",
     wait_seconds: float = 0.0,
+    fewer: Sequence[int] = (),
 ) -> Iterator[tuple[Spec, Outcome | Failed]]:
     """Run every spec, one after another; yield each as it ends. Raises ValueError for more than one worker."""
-    del slots, storage, retries, placement, wait_seconds
+    del slots, storage, retries, placement, wait_seconds, fewer
     if workers != 1:
         raise ValueError(f"the local launcher runs one worker, not {workers}: use --launcher ray")
     for spec in specs:

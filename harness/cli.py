@@ -60,6 +60,9 @@ def run(
     placement: Annotated[
         str, typer.Option(help="A run's workers: pack (one node if it can be), strict-pack (must), spread.")
     ] = "pack",
+    elastic: Annotated[
+        int | None, typer.Option(help="Go on with so few workers at least where a cluster lost nodes; marked.")
+    ] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Epochs from one checkpoint to the next.")] = 1,
     format: Annotated[str, typer.Option(help="table, or jsonl: a JSON object an epoch, no table.")] = "table",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what is done already.")] = False,
@@ -103,6 +106,7 @@ def run(
         address=address,
         launcher=launcher,
         placement=placement,
+        elastic=elastic,
         checkpoint_every=checkpoint_every,
         until_ci=until_ci,
         max_seeds=max_seeds,

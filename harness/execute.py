@@ -60,6 +60,7 @@ class Options:
     address: str | None = None
     launcher: str = "ray"
     placement: str = "pack"
+    elastic: int | None = None  # fewest workers that a run may go on with
     checkpoint_every: int = 1
     until_ci: float | None = None  # points
     max_seeds: int | None = None
@@ -92,6 +93,7 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
         width = lay_out(sweep, options, stack)
         dataset = load_data(sweep, options, console)
         specs = plan.expand(sweep, width, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
+        plan.narrower_widths(options.elastic, specs)
         finished = finished_keys(options.out)
         todo = specs if options.force else plan.pending(specs, finished)
         code = EXIT_DONE
@@ -324,13 +326,17 @@ def make_places(options: Options, dataset: Dataset) -> Places:
     )
 
 
-def _note_attempt(folder: Path, reason: str) -> None:
-    """Add a line to attempts.jsonl: when an attempt began, and why there was another after the first."""
-    path = folder / ATTEMPTS
+def _note_attempt(folder: Path, event: Started) -> None:
+    """Add a line to attempts.jsonl: when an attempt began, why there was another after the first, and with how many
+    workers where these were fewer."""
+    path, reason = folder / ATTEMPTS, event.reason
     if path.exists() and not reason:
         reason = "the command was given again"
+    line: dict[str, Any] = {"started_at": datetime.now(UTC).isoformat(), "reason": reason}
+    if event.workers is not None:
+        line["workers"] = event.workers
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"started_at": datetime.now(UTC).isoformat(), "reason": reason}) + "\n")
+        file.write(json.dumps(line) + "\n")
 
 
 def _with_attempts(record: Record, folder: Path) -> Record:
@@ -382,7 +388,7 @@ def _train(
                 started[spec.key] = datetime.now(UTC)
                 folder = start(options.out, name, spec.to_json())
                 display.resumes(spec, load_epochs(folder))
-            _note_attempt(partial_dir(options.out, name), event.reason)
+            _note_attempt(partial_dir(options.out, name), event)
         display.event(spec, event)
 
     work: AbstractContextManager[Any] = contextlib.closing(
@@ -390,6 +396,7 @@ def _train(
             partial(train, places=places), specs,
             workers=width.workers, slots=width.slots, gpu=width.device == "cuda", threads=width.threads,
             storage=options.out / ".ray", progress=progress, placement=options.placement,
+            fewer=plan.narrower_widths(options.elastic, specs),
         )
     )  # fmt: skip
     try:

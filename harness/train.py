@@ -200,6 +200,13 @@ def total_energy(history: Sequence[EpochMetrics], device: torch.device) -> Readi
     return Reading(value=None, reason=reason)
 
 
+def widths_of(history: Sequence[EpochMetrics], workers: int) -> tuple[int, ...]:
+    """The DDP widths that the epochs went through, (2, 1, 2); () where they were always `workers`."""
+    widths = [row.workers or workers for row in history]
+    changes = tuple(width for width, before in zip(widths, [0, *widths], strict=False) if width != before)
+    return () if changes == (workers,) else changes
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """What a run needs before its first step."""
@@ -361,10 +368,11 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
                 "error": evaluation.error,
                 "top5_error": evaluation.top5_error,
                 "eval_seconds": time.perf_counter() - evaluation_at,
-                "timed": warm and steps == train_loader.steps and not taints,
+                "timed": warm and steps == train_loader.steps and not taints and world_size == spec.workers,
                 "energy_joules": joules,
                 "taints": taints,
                 "attempt": attempt,
+                "workers": None if world_size == spec.workers else world_size,
             }
         )
         history.append(metrics)
@@ -431,9 +439,10 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         energy_joules=total_energy(history, device),
         taints=tuple(dict.fromkeys(taint for row in history for taint in row.taints)),
         memory=memory,
-        workers=world_size,
+        workers=spec.workers,
+        widths=widths_of(history, spec.workers),
         batch_size=recipe.batch_size,
-        batch_size_per_gpu=recipe.batch_size // world_size,
+        batch_size_per_gpu=recipe.batch_size // spec.workers,
         threads=worker.threads,
         device=profiler.device_name(device),
         machine=profiler.describe_machine(device),

@@ -182,12 +182,20 @@ def _word(value: object) -> str:
 
 
 Surroundings = tuple[tuple[str, str], ...]
-AROUND = ("label", "hardware", "threads", "torch")
+AROUND = ("label", "hardware", "threads", "torch", "widths")
 
 
 def _surroundings(record: Record, result: RunResult) -> Surroundings:
-    """What changes figures and is no part of a spec, by name; "hardware" is what the spec calls "cuda" or "cpu"."""
-    around = (("label", record.dataset), ("hardware", result.device), ("threads", str(result.threads)))
+    """What changes figures and is no part of a spec, by name; "hardware" is what the spec calls "cuda" or "cpu".
+
+    "widths" is of runs alone that went on with fewer workers: neither their seconds nor, since batch norm sees
+    other shares of a batch, their errors are averaged with those of others.
+    """
+    around: Surroundings = (
+        ("label", record.dataset), ("hardware", result.device), ("threads", str(result.threads)),
+    )  # fmt: skip
+    if result.widths:
+        around = (*around, ("widths", "→".join(map(str, result.widths))))
     versions = record.environment.get("versions")
     if isinstance(versions, dict) and isinstance(torch := versions.get("torch"), str):
         return (*around, ("torch", ".".join(torch.split("+")[0].split(".")[:2])))

@@ -64,6 +64,7 @@ class EpochMetrics(Value):
     energy_joules: float | None = None  # of all GPUs of the run while it trained
     taints: tuple[str, ...] = ()  # why these seconds are not to be trusted
     attempt: int = 1
+    workers: int | None = None  # DDP width of this epoch, where it is not the one that was asked for
 
 
 OWNERS = (
@@ -106,7 +107,8 @@ class RunResult(Value):
     energy_joules: Reading = Reading(value=None, reason="not measured")  # of all GPUs, sum over epochs
     taints: tuple[str, ...] = ()  # of any epoch
     memory: Memory
-    workers: int  # DDP width, the number of ranks
+    workers: int  # DDP width, the number of ranks that was asked for
+    widths: tuple[int, ...] = ()  # that the run went through, (2, 1), where it was not always `workers`
     batch_size: int  # global
     batch_size_per_gpu: int
     threads: int  # CPU threads of one worker

@@ -109,6 +109,8 @@ def _seconds(
             text += f"  {len(timed)} epochs timed, {min(timed):.4g} to {max(timed):.4g}"
         if out:
             text += f"; left out: {_ranges(out)}"
+        if result.widths:
+            text += f"; DDP width {'→'.join(map(str, result.widths))}, asked for {result.workers}"
         if timed and result.epoch_seconds is not None and not _equal(median(timed), result.epoch_seconds):
             text += f"; but epochs.jsonl gives {median(timed):.4g}"
         yield text

@@ -28,6 +28,7 @@ from cluster.launch import (
     Started,
     Waiting,
     Worker,
+    choose_width,
     connect,
     disconnect,
     fit,
@@ -52,6 +53,12 @@ def load_chaos() -> Any:
     return chaos
 
 
+def train_plainly(out: Path, workers: int, last: int = two_nodes.EPOCHS) -> None:
+    """Train or go on without Ray in so many processes, to epoch `last`."""
+    rendezvous = str(out.with_name(f"{out.name}-{workers}-{last}"))
+    torch.multiprocessing.spawn(two_nodes.train_plainly, (workers, rendezvous, str(out), last), nprocs=workers)
+
+
 @pytest.mark.ray
 def test_a_lost_node_costs_time_and_nothing_else(tmp_path: Path) -> None:
     """Two raylets, DDP over both, one killed in mid-run, another brought: every loss is as without."""
@@ -60,7 +67,7 @@ def test_a_lost_node_costs_time_and_nothing_else(tmp_path: Path) -> None:
         [sys.executable, str(ROOT / "tests" / "two_nodes.py"), str(out)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
-    torch.multiprocessing.spawn(two_nodes.train_undisturbed, (str(tmp_path / "rendezvous"), str(plain)), nprocs=2)
+    train_plainly(plain, 2)
     stdout, _ = script.communicate(timeout=240)
     answer = json.loads(stdout.splitlines()[-1])
     text = "\n".join(answer["lines"])
@@ -80,6 +87,64 @@ def test_a_lost_node_costs_time_and_nothing_else(tmp_path: Path) -> None:
     assert attempts[:3] == [1, 1, 1], "what was trained before is not trained again"
     assert attempts[-1] == 2
     assert {row.images for row in disturbed} == {two_nodes.IMAGES}
+
+
+@pytest.mark.ray
+def test_an_elastic_run_goes_on_with_fewer_workers_and_grows_again(tmp_path: Path) -> None:
+    """Two raylets, one killed, no other in its place: one worker goes on. A node comes, the worker dies: two again.
+
+    A rank's batch norm sees its share of a batch, so the losses at another width are others: they are compared, bit
+    for bit, with those of plain processes whose number changes after the same epochs, and the end with a run of two.
+    """
+    out, plain, whole = tmp_path / "two", tmp_path / "plain", tmp_path / "whole"
+    script = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "two_nodes.py"), str(out), "--elastic"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=240, check=True,
+    )  # fmt: skip
+    answer = json.loads(script.stdout.splitlines()[-1])
+    text = "\n".join(answer["lines"])
+    assert answer["code"] == 0, text
+    assert "trying again (2) with 1 of 2 workers" in text
+    assert "DDP width 2→1→2: the cluster had no room for 2 workers" in text
+    (stored,) = load_records([out]).records
+    result = stored.record.result
+    assert (result.workers, result.widths, result.attempts) == (2, (2, 1, 2), 3)
+    assert [attempt.get("workers") for attempt in stored.record.environment["attempts"]] == [None, 1, None]
+    epochs = load_epochs(stored.folder)
+    assert {row.timed for row in epochs if row.workers == 1} == {False}, "another width is another measurement"
+    assert {row.images for row in epochs} == {two_nodes.IMAGES}
+
+    narrow = [row.epoch for row in epochs if row.workers == 1]
+    train_plainly(plain, 2, narrow[0] - 1)
+    train_plainly(plain, 1, narrow[-1])
+    train_plainly(plain, 2)
+    (partial,) = plain.glob("*.partial")
+    assert [(row.loss, row.error) for row in epochs] == [(row.loss, row.error) for row in load_epochs(partial)]
+    train_plainly(whole, 2)
+    (partial,) = whole.glob("*.partial")
+    undisturbed = load_epochs(partial)
+    assert [row.loss for row in epochs[: narrow[0] - 1]] == [row.loss for row in undisturbed[: narrow[0] - 1]]
+    assert [row.lr for row in epochs] == [row.lr for row in undisturbed]
+    assert abs(epochs[-1].loss - undisturbed[-1].loss) < 0.2
+    assert abs(epochs[-1].error - undisturbed[-1].error) < 15  # percent, of a network that has learned for seconds
+
+
+@pytest.mark.parametrize(
+    ("alive", "placement", "expected"),
+    [
+        (((8, 4), (8, 4)), "pack", 8),
+        (((8, 4),), "pack", 4),
+        (((8, 4), (2, 1)), "pack", 4),  # five would fit, and divide no batch
+        (((8, 4), (8, 4)), "strict-pack", 4),
+        (((8, 4), (2, 4)), "pack", 4),  # a GPU without a CPU is of no use
+        (((8, 1),), "pack", 8),  # not even the narrowest: it waits for what was asked for
+        ((), "pack", 8),
+    ],
+)
+def test_the_width_is_the_widest_that_the_cluster_can_hold(
+    alive: tuple[tuple[int, int], ...], placement: str, expected: int
+) -> None:
+    assert choose_width(nodes(*alive), (8, 4, 2), threads=1, gpu=True, placement=placement) == expected
 
 
 def test_killed_at_a_random_moment_the_same_command_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
