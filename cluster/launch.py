@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from ray.train import Result
@@ -98,6 +98,25 @@ class Waiting:
 
     seconds: float  # so far
     reason: str  # "2 GPU wanted, 1 free"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watched:
+    """Progress: an attempt ends well, and this is what was seen of one of its nodes."""
+
+    node: Any
+
+
+class Watching(Protocol):
+    """Something that looks at a node in its own thread."""
+
+    def stop(self) -> Any:
+        """End it; what it saw."""
+
+
+Watch = Callable[[str | None], Watching]
+"""Starts to look at the node it is called on; the argument is CUDA_VISIBLE_DEVICES of a run's workers there: "" of a
+run without GPUs, None for all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -266,6 +285,7 @@ def launch(
     placement: str = "pack",
     wait_seconds: float = WAIT_SECONDS,
     fewer: Sequence[int] = (),
+    watch: Watch | None = None,
 ) -> Iterator[tuple[Spec, Outcome | Failed]]:
     """Run every spec, `slots` at a time with `workers` processes each; yield each as it ends.
 
@@ -276,7 +296,8 @@ def launch(
     files and must be seen by every node. `placement`: pack prefers one node for a run's workers, strict-pack
     insists on it, spread prefers many. `fewer`, widest first: with how many workers an attempt may go on instead,
     where the cluster has lost so much that it cannot hold `workers`; the next attempt after it has grown again is
-    of `workers`.
+    of `workers`. `watch` is called on each node of an attempt, in an actor that ends with it; what it saw comes as
+    `Watched`.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -320,7 +341,7 @@ def launch(
                 outcome = _run_one(
                     train, specs[index], index, board,
                     workers=workers, gpu=gpu, threads=threads, storage=storage, retries=retries, stop=stop,
-                    placement=placement, wait_seconds=wait_seconds, fewer=fewer,
+                    placement=placement, wait_seconds=wait_seconds, fewer=fewer, watch=watch,
                 )  # fmt: skip
             except BaseException as error:
                 outcome = make_failed(error, attempts=1)
@@ -358,6 +379,7 @@ def _run_one(
     placement: str,
     wait_seconds: float,
     fewer: Sequence[int],
+    watch: Watch | None,
 ) -> Outcome | Failed:
     import ray
     import ray.train
@@ -421,7 +443,16 @@ def _run_one(
             if worker.rank == 0:
                 board.place.remote(index, get_current_placement_group())
             report(Entered())
-            return train(spec, worker, report)
+            watching = None
+            if watch is not None and context.get_local_rank() == 0:
+                watching = _start_watching(watch, os.environ.get("CUDA_VISIBLE_DEVICES") if gpu else "")
+            outcome = train(spec, worker, report)
+            if watching is not None:
+                with contextlib.suppress(Exception):  # a figure is missing, the run is not
+                    seen = Watched(node=ray.get(watching.stop.remote(), timeout=10))
+                    ray.get(board.put.remote(index, seen), timeout=10)
+                    ray.kill(watching)
+            return outcome
 
         trainer = QuietTrainer(
             loop,
@@ -458,6 +489,26 @@ def _run_one(
             continue
         outcome: Outcome = result.return_value
         return outcome
+
+
+def _start_watching(watch: Watch, visible: str | None) -> Any:
+    """An actor on this worker's node, owned by it: Ray ends it with the worker. None where it cannot be."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    class NodeWatch:
+        """A process of its own, so that nothing it does takes time from the step."""
+
+        def __init__(self, watch: Watch, visible: str | None) -> None:
+            self.watching = watch(visible)
+
+        def stop(self) -> Any:
+            return self.watching.stop()
+
+    with contextlib.suppress(Exception):
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return ray.remote(num_cpus=0, scheduling_strategy=here)(NodeWatch).remote(watch, visible)
+    return None
 
 
 def _wait_for_room(

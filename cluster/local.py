@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.launch import Entered, Failed, Outcome, Report, Spec, Started, Worker
+from cluster.launch import Entered, Failed, Outcome, Report, Spec, Started, Watch, Watched, Worker
 
 
 def launch(
@@ -24,6 +26,7 @@ def launch(
     placement: str = "pack",
     wait_seconds: float = 0.0,
     fewer: Sequence[int] = (),
+    watch: Watch | None = None,
 ) -> Iterator[tuple[Spec, Outcome | Failed]]:
     """Run every spec, one after another; yield each as it ends. Raises ValueError for more than one worker."""
     del slots, storage, retries, placement, wait_seconds, fewer
@@ -33,6 +36,11 @@ def launch(
         progress(spec, Started(attempt=1))
         progress(spec, Entered())
         worker = Worker(device="cuda:0" if gpu else "cpu", threads=threads)
+        watching = None
+        if watch is not None:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            with contextlib.suppress(Exception):
+                watching = watch(visible if gpu else "")
         try:
             outcome: Outcome | Failed = train(spec, worker, lambda event, spec=spec: progress(spec, event))  # type: ignore[misc]
         except Exception as error:
@@ -42,4 +50,8 @@ def launch(
                 traceback=traceback.format_exc()[-20_000:],
                 died=False,
             )
+        finally:
+            if watching is not None:
+                with contextlib.suppress(Exception):
+                    progress(spec, Watched(node=watching.stop()))
         yield spec, outcome

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.launch import PLACEMENTS, Cluster, ClusterError, Failed, Started, connect, disconnect, fit
+from cluster.launch import PLACEMENTS, Cluster, ClusterError, Failed, Started, Watched, connect, disconnect, fit
 from harness import plan, profiler
 from harness.live import JsonLines, Progress
 from harness.optim import total_epochs
@@ -29,6 +29,7 @@ from harness.report import make_record, name_of
 from harness.run import Places, RunSpec, UserError
 from loaders.datasets import DataError, Dataset, load_dataset
 from results.store import (
+    NodeUse,
     Record,
     fail,
     finish,
@@ -362,6 +363,7 @@ def _train(
     stack: ExitStack,
 ) -> int:
     """Launch every spec and record every outcome."""
+    from harness.sampler import watch
     from harness.train import train
 
     if options.launcher == "ray":
@@ -373,6 +375,7 @@ def _train(
         stack.callback(lock_run(spec, dataset.label, options.out).release)
     places = make_places(options, dataset)
     started: dict[str, datetime] = {}
+    nodes: dict[str, list[NodeUse]] = {}
     failures = 0
     display: Progress | JsonLines
     if options.format == "jsonl":
@@ -382,8 +385,12 @@ def _train(
         display = Progress(specs, epochs, console, slots=width.slots)
 
     def progress(spec: RunSpec, event: Any) -> None:
+        if isinstance(event, Watched):
+            nodes[spec.key].append(event.node)
+            return
         if isinstance(event, Started):
             name = name_of(spec, dataset.label)
+            nodes[spec.key] = []
             if spec.key not in started:
                 started[spec.key] = datetime.now(UTC)
                 folder = start(options.out, name, spec.to_json())
@@ -396,12 +403,15 @@ def _train(
             partial(train, places=places), specs,
             workers=width.workers, slots=width.slots, gpu=width.device == "cuda", threads=width.threads,
             storage=options.out / ".ray", progress=progress, placement=options.placement,
-            fewer=plan.narrower_widths(options.elastic, specs),
+            fewer=plan.narrower_widths(options.elastic, specs), watch=watch,
         )
     )  # fmt: skip
     try:
         with stopping_on_sigterm(), display, work as outcomes:
             for spec, outcome in outcomes:
+                if not isinstance(outcome, Failed):
+                    of_run = tuple(sorted(nodes[spec.key], key=lambda node: node.host))
+                    outcome = outcome.model_copy(update={"nodes": of_run})
                 record = make_record(
                     spec, outcome, places=places, original=dataset.original, started_at=started[spec.key],
                     concurrent=min(width.slots, len(specs)), launcher=options.launcher,

@@ -23,6 +23,7 @@ from harness import profiler
 from harness.checkpoint import load_checkpoint, save_checkpoint
 from harness.evaluate import evaluate
 from harness.optim import learning_rate, make_optimizer, total_epochs, total_steps
+from harness.ranks import find_slowest, gather_ranks
 from harness.run import DivergedError, Places, Precision, RunSpec
 from loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
 from loaders.loader import Augment, Loader, Normalize, make_evaluation_loader, make_loaders, make_normalize
@@ -358,6 +359,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
         joules, taints = over_ranks(watch.end(), device)
+        skew, slowest_rank = find_slowest(metrics.train_seconds, world_size, device)
         evaluation_at = time.perf_counter()
         evaluation = evaluate(
             network, held_loader, images=len(data.held), autocast=make_autocast(device, spec.precision)
@@ -373,6 +375,8 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
                 "taints": taints,
                 "attempt": attempt,
                 "workers": None if world_size == spec.workers else world_size,
+                "skew": skew,
+                "slowest_rank": slowest_rank,
             }
         )
         history.append(metrics)
@@ -413,7 +417,9 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
             network, test_loader, images=len(data.test), autocast=make_autocast(device, spec.precision)
         )
         test_loader.close()
-    memory = memory_over_ranks(meter.read(), world_size)
+    memory = meter.read()
+    ranks = gather_ranks(rank, world_size, memory, history[first:])
+    memory = memory_over_ranks(memory, world_size)
     train_loader.close()
     held_loader.close()
 
@@ -447,4 +453,5 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         device=profiler.device_name(device),
         machine=profiler.describe_machine(device),
         attempts=attempt,
+        ranks=ranks,
     )

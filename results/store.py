@@ -65,6 +65,8 @@ class EpochMetrics(Value):
     taints: tuple[str, ...] = ()  # why these seconds are not to be trusted
     attempt: int = 1
     workers: int | None = None  # DDP width of this epoch, where it is not the one that was asked for
+    skew: float | None = None  # slowest over fastest rank's train_seconds; None of one rank alone
+    slowest_rank: int | None = None
 
 
 OWNERS = (
@@ -82,6 +84,42 @@ class Memory(Value):
     nvml_process_mib: Reading  # NVML's used memory of this process: with DALI, NCCL and the CUDA context
     rss_mib: Reading  # peak resident memory on the host
     by_owner_mib: dict[str, float] = {}  # who holds how much of nvml_process_mib (on the CPU: of rss_mib): OWNERS
+
+
+class GpuUse(Value):
+    """One GPU of a node, sampled about once a second while a run was on it, whoever else used it."""
+
+    gpu: str  # as CUDA_VISIBLE_DEVICES names it
+    utilisation_percent: Reading  # mean of the samples: share of time in which some kernel ran
+    power_watts: Reading  # mean
+    power_peak_watts: Reading
+    energy_joules: Reading  # NVML's counter, over the whole window
+    memory_peak_mib: Reading  # of all processes
+
+
+class NodeUse(Value):
+    """One node of a run, from its workers' start to their end: set-up, evaluation and checkpoints too."""
+
+    host: str
+    seconds: float
+    samples: int
+    cpu_percent: Reading  # mean over all processors of the node, of all processes
+    memory_peak_mib: Reading  # of the node
+    gpus: tuple[GpuUse, ...] = ()
+    gpus_reason: str | None = None  # why there is none
+
+
+class RankUse(Value):
+    """One rank, in the attempt that ended the run: medians over its timed epochs, and peaks as in `Memory`."""
+
+    rank: int
+    host: str
+    train_seconds: float | None
+    wait_seconds: float | None  # of these, for the loader
+    torch_allocated_mib: float | None
+    torch_reserved_mib: float | None
+    nvml_process_mib: float | None
+    rss_mib: float | None
 
 
 class RunResult(Value):
@@ -115,6 +153,8 @@ class RunResult(Value):
     device: str  # "NVIDIA H200", "AMD EPYC"
     machine: dict[str, Any] = {}  # host, GPU, driver, versions, on the rank 0 worker
     attempts: int = 1
+    ranks: tuple[RankUse, ...] = ()
+    nodes: tuple[NodeUse, ...] = ()  # in the attempt that ended the run
 
 
 class Failure(Value):

@@ -27,6 +27,7 @@ from cluster.launch import (
     Node,
     Started,
     Waiting,
+    Watched,
     Worker,
     choose_width,
     connect,
@@ -77,10 +78,14 @@ def test_a_lost_node_costs_time_and_nothing_else(tmp_path: Path) -> None:
     assert "died (killed, or its node was lost); trying again (2)" in text
     (stored,) = load_records([out]).records
     assert stored.record.result.attempts == 2
+    assert [rank.rank for rank in stored.record.result.ranks] == [0, 1]
+    assert len(stored.record.result.nodes) == 2, "each node was watched"
+    assert all(node.gpus_reason == "no GPU was used" for node in stored.record.result.nodes)
     first, second = stored.record.environment["attempts"]
     assert (first["reason"], "died" in second["reason"]) == ("", True)
     (partial,) = plain.glob("*.partial")
     disturbed, whole = load_epochs(stored.folder), load_epochs(partial)
+    assert all(row.skew is not None and row.skew >= 1 and row.slowest_rank in (0, 1) for row in disturbed)
     assert [row.loss for row in disturbed] == [row.loss for row in whole]
     assert [row.error for row in disturbed] == [row.error for row in whole]
     attempts = [row.attempt for row in disturbed]
@@ -173,6 +178,16 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
     return {"attempt": worker.attempt}
 
 
+class Looking:
+    """Stands for what looks at a node: sees two things."""
+
+    def __init__(self, visible: str | None) -> None:
+        assert visible == "", "a run without GPUs"
+
+    def stop(self) -> str:
+        return "2 looks"
+
+
 def kill_controller() -> int:
     """SIGKILL to Ray Train's controller, the process between this one and its workers. How many there were."""
     ours = [pid for pid, title in load_chaos().descendants(os.getpid()) if "TrainController" in title]
@@ -200,7 +215,7 @@ def test_a_dead_controller_leaves_its_room_to_the_next_attempt(one_cpu: Cluster,
 
     runs = launch(
         toy, [{"seconds": 60}], workers=1, slots=1, gpu=False, threads=1, storage=tmp_path / "ray",
-        progress=progress, wait_seconds=60,
+        progress=progress, wait_seconds=60, watch=Looking,
     )  # fmt: skip
     ((_, outcome),) = list(runs)
     assert killed == [1]
@@ -216,6 +231,16 @@ def test_a_dead_controller_leaves_its_room_to_the_next_attempt(one_cpu: Cluster,
         time.sleep(0.1)
     assert ray.available_resources()["CPU"] == 1.0
     assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
+    assert [event.node for event in events if isinstance(event, Watched)] == ["2 looks"], "of the last attempt"
+    until = time.monotonic() + 10
+    while (left := watching()) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not left, "an attempt's watch ends with it, however it ends"
+
+
+def watching() -> list[str]:
+    """Titles of the processes that watch a node."""
+    return [title for _, title in load_chaos().descendants(os.getpid()) if "NodeWatch" in title]
 
 
 def listening_addresses(pids: set[int]) -> set[str]:
