@@ -279,7 +279,7 @@ def launch(
     slots: int,
     gpu: bool,
     threads: int,
-    storage: Path,
+    storage: Path | str,
     progress: Callable[[Spec, Any], None],
     retries: int = 2,
     placement: str = "pack",
@@ -293,7 +293,7 @@ def launch(
     come again. An attempt that finds no room, since a node was lost or others use the cluster, waits for it
     without counting, up to `wait_seconds` in all. `progress(spec, event)` is called in this thread with `Started`,
     `Waiting`, `Entered` and with everything that rank 0 reports. Call `connect` before. `storage` is for Ray's own
-    files and must be seen by every node. `placement`: pack prefers one node for a run's workers, strict-pack
+    files and must be seen by every node: a shared folder, or a URI that pyarrow opens. `placement`: pack prefers one node for a run's workers, strict-pack
     insists on it, spread prefers many. `fewer`, widest first: with how many workers an attempt may go on instead,
     where the cluster has lost so much that it cannot hold `workers`; the next attempt after it has grown again is
     of `workers`. `watch` is called on each node of an attempt, in an actor that ends with it; what it saw comes as
@@ -361,7 +361,18 @@ def launch(
     finally:
         stop.set()
         ray.kill(board)
+        _remove(storage)
+
+
+def _remove(storage: Path | str) -> None:
+    if isinstance(storage, Path):
         shutil.rmtree(storage, ignore_errors=True)
+        return
+    from pyarrow.fs import FileSystem
+
+    with contextlib.suppress(OSError):
+        files, path = FileSystem.from_uri(storage)
+        files.delete_dir(path)
 
 
 def _run_one(
@@ -373,7 +384,7 @@ def _run_one(
     workers: int,
     gpu: bool,
     threads: int,
-    storage: Path,
+    storage: Path | str,
     retries: int,
     stop: threading.Event,
     placement: str,

@@ -20,7 +20,7 @@ def launch(
     slots: int,
     gpu: bool,
     threads: int,
-    storage: Path,
+    storage: Path | str,
     progress: Callable[[Spec, Any], None],
     retries: int = 0,
     placement: str = "pack",

@@ -52,9 +52,9 @@ def run(
     workers: Annotated[
         int | None, typer.Option(help="DDP processes of one run; gpus/workers runs go at a time. Default: --gpus.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of results; finished runs in it are not repeated.")] = Path(
-        "runs"
-    ),
+    out: Annotated[
+        str, typer.Option(help="Folder of results, or s3://, gs://; finished runs in it are not repeated.")
+    ] = "runs",
     address: Annotated[str | None, typer.Option(help="A running Ray cluster: HOST:PORT or auto.")] = None,
     launcher: Annotated[str, typer.Option(help="ray, or local: one worker in this process.")] = "ray",
     placement: Annotated[
@@ -83,6 +83,7 @@ def run(
 
     from harness import plan, space
     from harness.execute import Options, run_sweep
+    from results.storage import is_uri
 
     sweep = plan.Sweep(
         variants=plan.parse_words(variants, "--variants"),
@@ -99,7 +100,8 @@ def run(
         settings=space.parse_settings(settings or ()),
     )
     options = Options(
-        out=out,
+        out=plan.stage_of(out) if is_uri(out) else Path(out),
+        mirror=out if is_uri(out) else "",
         data_dir=data_dir,
         gpus=gpus,
         workers=workers,
@@ -207,7 +209,9 @@ def tune(
 
 @app.command()
 def report(
-    paths: Annotated[list[Path] | None, typer.Argument(help="Folders of results, or of single runs.")] = None,
+    paths: Annotated[
+        list[str] | None, typer.Argument(help="Folders of results, s3:// or gs://, or of single runs.")
+    ] = None,
     format: Annotated[str, typer.Option(help="table, markdown, csv, json, latex or html.")] = "table",
     sort: Annotated[str | None, typer.Option(help="A column, as in error; -error: largest first.")] = None,
     columns: Annotated[str | None, typer.Option(help="Which columns, as in variant,depth,error.")] = None,
@@ -219,10 +223,10 @@ def report(
     from rich.console import Console
 
     from harness.plan import parse_words
-    from harness.report import print_report
+    from harness.report import find_results, print_report
 
     found = print_report(
-        paths or [Path("runs")],
+        find_results(paths or ["runs"]),
         Console(),
         format=format,
         sort=sort,
@@ -236,7 +240,7 @@ def report(
 
 @app.command()
 def compare(
-    paths: Annotated[list[Path], typer.Argument(help="Two folders of results, A and B; or one, with --by.")],
+    paths: Annotated[list[str], typer.Argument(help="Two folders of results, A and B; or one, with --by.")],
     by: Annotated[str | None, typer.Option(help="Compare runs that differ in this field, as in loader.")] = None,
     fail_on: Annotated[
         str | None, typer.Option(help="Exit code 1 if so, as in 'error>+0.3,epoch_seconds>5%'.")
@@ -249,23 +253,27 @@ def compare(
 
     from harness.answers import print_comparison
     from harness.plan import parse_words
+    from harness.report import find_results
 
     overlooked = parse_words(across, "--across") if across is not None else ()
-    code = print_comparison(paths, Console(), by=by, fail_on=fail_on, format=format, across=overlooked)
+    code = print_comparison(
+        find_results(paths), Console(), by=by, fail_on=fail_on, format=format, across=overlooked
+    )
     raise typer.Exit(code)
 
 
 @app.command()
 def why(
     row: Annotated[str, typer.Argument(help="A row of `harness report PATH`: msra-20, or its number.")],
-    path: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("runs"),
+    path: Annotated[str, typer.Argument(help="Folder of results.")] = "runs",
 ) -> None:
     """Print what is behind a row's figures."""
     from rich.console import Console
 
     from harness.answers import print_why
+    from harness.report import find_results
 
-    print_why(row, path, Console())
+    print_why(row, find_results([path])[0], Console())
 
 
 @app.command()

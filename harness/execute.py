@@ -7,7 +7,7 @@ import json
 import resource
 import signal
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -28,7 +28,9 @@ from harness.plan import Sweep, Width
 from harness.report import make_record, name_of
 from harness.run import Places, RunSpec, UserError
 from loaders.datasets import DataError, Dataset, load_dataset
+from results import storage
 from results.store import (
+    ESTIMATES,
     NodeUse,
     Record,
     fail,
@@ -54,6 +56,7 @@ class Options:
     """How a sweep is carried out; none of it changes what a run computes."""
 
     out: Path
+    mirror: str = ""  # the URI that `out` stands for, if it does
     data_dir: Path | None = None
     cache_dir: Path | None = None
     gpus: int | None = None
@@ -90,6 +93,8 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
         raise UserError(f"--estimate and {other} exclude each other: an estimate probes and prints a table")
     if not options.dry_run:
         options = replace(options, out=plan.check_out(options.out))
+    if options.mirror:
+        plan.stage_out(options.mirror, write=not options.dry_run)
     with ExitStack() as stack:
         width = lay_out(sweep, options, stack)
         dataset = load_data(sweep, options, console)
@@ -106,6 +111,7 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
             if todo and options.address is not None:
                 _check_nodes(sweep, dataset, options, console)
             code = estimate(todo, width, dataset, options, console, stack)
+            send(storage.send_run, options.mirror, options.out / ESTIMATES, console)
         if options.dry_run or options.estimate:
             if options.until_ci is not None:
                 console.print(f"and further seeds, to {options.max_seeds or MAX_SEEDS} of a row, until its error is known "
@@ -137,6 +143,9 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
     if options.tensorboard:
         folders = [finished_dir(options.out, name_of(spec, dataset.label)) for spec in specs]
         export_runs([folder for folder in folders if folder.is_dir()], "tensorboard")
+        for folder in folders:
+            if folder.is_dir():
+                send(storage.send_run, options.mirror, folder, console)
     if options.format == "jsonl":
         return code
 
@@ -153,9 +162,12 @@ def run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
                               f"±{options.until_ci:g}", soft_wrap=True)  # fmt: skip
     if not trained:
         console.print(f"all {len(specs)} runs were done already; --force trains them again", style="dim")
-    console.print(f"stored in {escape(str(options.out))}", style="dim", soft_wrap=True)
+    console.print(
+        f"stored in {escape(options.mirror.partition('?')[0] or str(options.out))}", style="dim", soft_wrap=True
+    )
     try:
         page = write_page(options.out)
+        send(storage.send_file, options.mirror, page, console)
         console.print(f"page: {escape(str(page))}", style="dim", soft_wrap=True)
     except UserError as error:  # the runs are stored, whatever becomes of their page
         console.print(f"no page: {error}", style="dim", soft_wrap=True, markup=False)
@@ -278,7 +290,7 @@ def _check_nodes(sweep: Sweep, dataset: Dataset, options: Options, console: Cons
         places = make_places(options, dataset)
         check_nodes(
             sweep.dataset, dataset.fingerprint,
-            out=places.out, data_dir=places.data_dir, cache_dir=places.cache_dir, console=console,
+            out=places.out, data_dir=places.data_dir, cache_dir=places.cache_dir, console=console, mirror=places.mirror,
         )  # fmt: skip
 
 
@@ -324,7 +336,29 @@ def make_places(options: Options, dataset: Dataset) -> Places:
         cache_dir=None if options.cache_dir is None else options.cache_dir.expanduser().absolute(),
         label=dataset.label,
         checkpoint_every=options.checkpoint_every,
+        mirror=options.mirror,
     )
+
+
+def send(how: Callable[[str, Path], None], mirror: str, path: Path, console: Console) -> bool:
+    """Send to --out URI, if it is one; whether that went well. If not, the path stays here, and it is said."""
+    try:
+        if mirror:
+            how(mirror, path)
+    except storage.StorageError as error:
+        console.print(f"not sent: {error}; it is kept in {path}, and the same command sends it", markup=False,
+                      soft_wrap=True)  # fmt: skip
+        return False
+    return True
+
+
+def bring(mirror: str, folder: Path) -> None:
+    """Bring a partial run from --out URI, if it is one. Raises UserError."""
+    try:
+        if mirror:
+            storage.bring_run(mirror, folder)
+    except storage.StorageError as error:
+        raise UserError(f"--out {error}") from None
 
 
 def _note_attempt(folder: Path, event: Started) -> None:
@@ -393,16 +427,18 @@ def _train(
             nodes[spec.key] = []
             if spec.key not in started:
                 started[spec.key] = datetime.now(UTC)
+                bring(options.mirror, partial_dir(options.out, name))
                 folder = start(options.out, name, spec.to_json())
                 display.resumes(spec, load_epochs(folder))
             _note_attempt(partial_dir(options.out, name), event)
+            send(storage.send_run, options.mirror, partial_dir(options.out, name), console)
         display.event(spec, event)
 
     work: AbstractContextManager[Any] = contextlib.closing(
         launch(
             partial(train, places=places), specs,
             workers=width.workers, slots=width.slots, gpu=width.device == "cuda", threads=width.threads,
-            storage=options.out / ".ray", progress=progress, placement=options.placement,
+            storage=storage.join_uri(options.mirror, ".ray") if options.mirror and options.address else options.out / ".ray", progress=progress, placement=options.placement,
             fewer=plan.narrower_widths(options.elastic, specs), watch=watch,
         )
     )  # fmt: skip
@@ -418,10 +454,12 @@ def _train(
                 )  # fmt: skip
                 record = _with_attempts(record, partial_dir(options.out, record.name))
                 if isinstance(outcome, Failed):
-                    fail(options.out, record)
+                    send(storage.send_run, options.mirror, fail(options.out, record), console)
                     failures += 1
                 else:
-                    finish(options.out, record)
+                    bring(options.mirror, partial_dir(options.out, record.name))  # what rank 0 wrote on its node
+                    folder = finish(options.out, record)
+                    failures += not send(storage.send_finished, options.mirror, folder, console)
                 display.ended(spec, outcome)
                 if failures and options.fail_fast:
                     break

@@ -300,6 +300,29 @@ def pending(specs: Iterable[RunSpec], finished: set[str]) -> list[RunSpec]:
     return [spec for spec in specs if spec.key not in finished]
 
 
+def stage_out(uri: str, *, write: bool) -> None:
+    """Bring the records that are at --out URI into the local folder in which its runs are worked on.
+
+    Raises UserError where that cannot be, and with `write` unless results can be written there.
+    """
+    from results.storage import StorageError, bring_results, check_uri
+
+    try:
+        if write:
+            check_uri(uri)
+        bring_results(uri, stage_of(uri))
+    except StorageError as error:
+        raise UserError(f"--out {error}") from None
+
+
+def stage_of(uri: str) -> Path:
+    """The local folder that stands for a URI, absolute."""
+    from results.storage import stage
+
+    cache = Path(os.environ.get("HARNESS_CACHE") or Path.home() / ".cache" / "resnet-harness")
+    return stage(uri, cache.expanduser().absolute())
+
+
 def check_out(out: Path) -> Path:
     """Make the folder for results; raise UserError unless it can be written to."""
     out = out.expanduser().absolute()

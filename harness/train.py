@@ -28,6 +28,7 @@ from harness.run import DivergedError, Places, Precision, RunSpec
 from loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
 from loaders.loader import Augment, Loader, Normalize, make_evaluation_loader, make_loaders, make_normalize
 from models.resnet import build
+from results.storage import Mirror
 from results.store import (
     EpochMetrics,
     Memory,
@@ -320,6 +321,8 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
 
     history: list[EpochMetrics] = []
     attempt = 1
+    mirror = Mirror(places.mirror, folder, warn)
+    mirror.bring(rank)
     state = load_checkpoint(folder / "checkpoints", spec.key, warn)
     if state is not None:
         network.load_state_dict(state["network"])
@@ -398,12 +401,15 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
                     },
                 )
             append_epoch(folder, metrics)
+            if (epoch + 1) % places.checkpoint_every == 0:
+                mirror.send()
         report(metrics)
 
     if rank == 0:
         weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
         about = {"key": spec.key, "variant": spec.variant, "depth": str(spec.network.depth)}
         save_file(weights, folder / "weights.safetensors", metadata=about)
+        mirror.send(must=True)
     on_test = None
     if data.held_name != "test":
         test_loader = make_evaluation_loader(
