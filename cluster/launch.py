@@ -286,11 +286,13 @@ def launch(
     wait_seconds: float = WAIT_SECONDS,
     fewer: Sequence[int] = (),
     watch: Watch | None = None,
+    reached: Callable[[Any], float] = lambda _: 0.0,
 ) -> Iterator[tuple[Spec, Outcome | Failed]]:
     """Run every spec, `slots` at a time with `workers` processes each; yield each as it ends.
 
     A worker that dies (killed, out of host memory, node lost) is retried; an exception is not, since it would
-    come again. An attempt that finds no room, since a node was lost or others use the cluster, waits for it
+    come again. `retries` are those in a row that came no further than the ones before: `reached(event)` says how far
+    a run has come by what rank 0 reported. An attempt that finds no room, since a node was lost or others use the cluster, waits for it
     without counting, up to `wait_seconds` in all. `progress(spec, event)` is called in this thread with `Started`,
     `Waiting`, `Entered` and with everything that rank 0 reports. Call `connect` before. `storage` is for Ray's own
     files and must be seen by every node: a shared folder, or a URI that pyarrow opens. `placement`: pack prefers one node for a run's workers, strict-pack
@@ -327,6 +329,7 @@ def launch(
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     ended: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    furthest = [0.0] * len(specs)
     stop = threading.Event()
     for index in range(len(specs)):
         waiting.put(index)
@@ -342,6 +345,7 @@ def launch(
                     train, specs[index], index, board,
                     workers=workers, gpu=gpu, threads=threads, storage=storage, retries=retries, stop=stop,
                     placement=placement, wait_seconds=wait_seconds, fewer=fewer, watch=watch,
+                    furthest=furthest,
                 )  # fmt: skip
             except BaseException as error:
                 outcome = make_failed(error, attempts=1)
@@ -356,6 +360,7 @@ def launch(
                 with contextlib.suppress(queue.Empty):
                     done = ended.get(timeout=0.2)
                 for index, event in ray.get(board.drain.remote()):
+                    furthest[index] = max(furthest[index], reached(event))
                     progress(specs[index], event)
             yield specs[done[0]], done[1]
     finally:
@@ -391,10 +396,13 @@ def _run_one(
     wait_seconds: float,
     fewer: Sequence[int],
     watch: Watch | None,
+    furthest: Sequence[float],
 ) -> Outcome | Failed:
     import ray
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    from cluster.loopback import LoopbackConfig
 
     class Relay(ray.train.UserCallback):
         """Runs in Ray Train's controller, whose errors would end the run: so it raises none."""
@@ -409,8 +417,11 @@ def _run_one(
             kept = super()._create_default_callbacks()
             return [c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
+    alone = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]] == [LOOPBACK]
+    make_config = LoopbackConfig if alone else TorchConfig
     bundle = {"CPU": float(threads), **({"GPU": 1.0} if gpu else {})}
     reason, attempt, announced, waited = "", 1, (0, workers), 0.0
+    deaths, came = 0, 0.0  # in a row without coming further; how far the attempts before came
 
     def width() -> int:
         if not fewer:
@@ -467,7 +478,7 @@ def _run_one(
 
         trainer = QuietTrainer(
             loop,
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
+            torch_config=make_config(backend="nccl" if gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=now,
                 use_gpu=gpu,
@@ -493,7 +504,8 @@ def _run_one(
                 waited += time.time() - asked_at
                 board.put.remote(index, Waiting(seconds=waited, reason=f"no place for {now} x {_say(bundle)}"))
                 continue
-            if not failed.died or attempt > retries or stop.is_set():
+            deaths, came = count_deaths(deaths, came, furthest[index])
+            if not failed.died or deaths > retries or stop.is_set():
                 return failed
             reason = failed.message
             attempt += 1
@@ -575,6 +587,15 @@ def _free(board: Any, index: int) -> None:
 def _say(bundle: dict[str, float]) -> str:
     """ "2 CPU + 1 GPU" """
     return " + ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+
+
+def count_deaths(deaths: int, came: float, reached: float) -> tuple[int, float]:
+    """Deaths in a row, this one too, in which no attempt came further; and how far a run has come by now.
+
+    `deaths` and `came` are what this gave after the attempts before. An attempt that came further has earned the run
+    all its retries again; one that dies where another died has not, however many epochs it repeated.
+    """
+    return (1, reached) if reached > came else (deaths + 1, came)
 
 
 def make_failed(error: BaseException, *, attempts: int) -> Failed:

@@ -27,9 +27,10 @@ def launch(
     wait_seconds: float = 0.0,
     fewer: Sequence[int] = (),
     watch: Watch | None = None,
+    reached: Callable[[Any], float] = lambda _: 0.0,
 ) -> Iterator[tuple[Spec, Outcome | Failed]]:
     """Run every spec, one after another; yield each as it ends. Raises ValueError for more than one worker."""
-    del slots, storage, retries, placement, wait_seconds, fewer
+    del slots, storage, retries, placement, wait_seconds, fewer, reached
     if workers != 1:
         raise ValueError(f"the local launcher runs one worker, not {workers}: use --launcher ray")
     for spec in specs:

@@ -31,6 +31,7 @@ from loaders.datasets import DataError, Dataset, load_dataset
 from results import storage
 from results.store import (
     ESTIMATES,
+    EpochMetrics,
     NodeUse,
     Record,
     fail,
@@ -440,6 +441,7 @@ def _train(
             workers=width.workers, slots=width.slots, gpu=width.device == "cuda", threads=width.threads,
             storage=storage.join_uri(options.mirror, ".ray") if options.mirror and options.address else options.out / ".ray", progress=progress, placement=options.placement,
             fewer=plan.narrower_widths(options.elastic, specs), watch=watch,
+            reached=lambda event: event.epoch if isinstance(event, EpochMetrics) else 0,
         )
     )  # fmt: skip
     try:
