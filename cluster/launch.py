@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from ray.train import Result
@@ -84,6 +84,7 @@ class Started:
 
     attempt: int
     reason: str = ""  # why there is another attempt
+    workers: int | None = None  # where these are fewer than were asked for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +98,25 @@ class Waiting:
 
     seconds: float  # so far
     reason: str  # "2 GPU wanted, 1 free"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watched:
+    """Progress: an attempt ends well, and this is what was seen of one of its nodes."""
+
+    node: Any
+
+
+class Watching(Protocol):
+    """Something that looks at a node in its own thread."""
+
+    def stop(self) -> Any:
+        """End it; what it saw."""
+
+
+Watch = Callable[[str | None], Watching]
+"""Starts to look at the node it is called on; the argument is CUDA_VISIBLE_DEVICES of a run's workers there: "" of a
+run without GPUs, None for all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,8 +177,35 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
     except (ConnectionError, RuntimeError) as error:
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise ClusterError(f"no Ray cluster answers at {address!r}: {first}") from None
+    return _look()
+
+
+def _look() -> Cluster:
+    """The nodes that are alive, as far as Ray has noticed."""
+    import ray
+
     has = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Cluster(members=tuple(Node(cpus=int(h.get("CPU", 0)), gpus=int(h.get("GPU", 0))) for h in has))
+
+
+def count_runs(cluster: Cluster, *, workers: int, threads: int, gpu: bool, placement: str) -> int:
+    """How many runs of `workers` workers with `threads` CPUs each an idle cluster could hold."""
+    room = [min(n.cpus // threads, n.gpus) if gpu else n.cpus // threads for n in cluster.members]
+    if placement == "strict-pack":
+        return sum(r // workers for r in room)
+    return sum(room) // workers
+
+
+def choose_width(cluster: Cluster, widths: Sequence[int], *, threads: int, gpu: bool, placement: str) -> int:
+    """The widest of `widths` (widest first) of which the cluster can hold a run; the first where it can hold none.
+
+    What other runs use now is not looked at: a run waits for them, and goes on narrower only where the cluster
+    itself has become too small.
+    """
+    for workers in widths:
+        if count_runs(cluster, workers=workers, threads=threads, gpu=gpu, placement=placement):
+            return workers
+    return widths[0]
 
 
 def fit(cluster: Cluster, *, workers: int, slots: int, gpu: bool, placement: str) -> tuple[int, int]:
@@ -168,10 +215,7 @@ def fit(cluster: Cluster, *, workers: int, slots: int, gpu: bool, placement: str
     """
 
     def runs(threads: int) -> int:
-        room = [min(n.cpus // threads, n.gpus) if gpu else n.cpus // threads for n in cluster.members]
-        if placement == "strict-pack":
-            return min(slots, sum(r // workers for r in room))
-        return min(slots, sum(room) // workers)
+        return min(slots, count_runs(cluster, workers=workers, threads=threads, gpu=gpu, placement=placement))
 
     most = runs(1)
     if not most:
@@ -235,20 +279,27 @@ def launch(
     slots: int,
     gpu: bool,
     threads: int,
-    storage: Path,
+    storage: Path | str,
     progress: Callable[[Spec, Any], None],
     retries: int = 2,
     placement: str = "pack",
     wait_seconds: float = WAIT_SECONDS,
+    fewer: Sequence[int] = (),
+    watch: Watch | None = None,
+    reached: Callable[[Any], float] = lambda _: 0.0,
 ) -> Iterator[tuple[Spec, Outcome | Failed]]:
     """Run every spec, `slots` at a time with `workers` processes each; yield each as it ends.
 
     A worker that dies (killed, out of host memory, node lost) is retried; an exception is not, since it would
-    come again. An attempt that finds no room, since a node was lost or others use the cluster, waits for it
+    come again. `retries` are those in a row that came no further than the ones before: `reached(event)` says how far
+    a run has come by what rank 0 reported. An attempt that finds no room, since a node was lost or others use the cluster, waits for it
     without counting, up to `wait_seconds` in all. `progress(spec, event)` is called in this thread with `Started`,
     `Waiting`, `Entered` and with everything that rank 0 reports. Call `connect` before. `storage` is for Ray's own
-    files and must be seen by every node. `placement`: pack prefers one node for a run's workers, strict-pack
-    insists on it, spread prefers many.
+    files and must be seen by every node: a shared folder, or a URI that pyarrow opens. `placement`: pack prefers one node for a run's workers, strict-pack
+    insists on it, spread prefers many. `fewer`, widest first: with how many workers an attempt may go on instead,
+    where the cluster has lost so much that it cannot hold `workers`; the next attempt after it has grown again is
+    of `workers`. `watch` is called on each node of an attempt, in an actor that ends with it; what it saw comes as
+    `Watched`.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -278,6 +329,7 @@ def launch(
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     ended: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    furthest = [0.0] * len(specs)
     stop = threading.Event()
     for index in range(len(specs)):
         waiting.put(index)
@@ -292,7 +344,8 @@ def launch(
                 outcome = _run_one(
                     train, specs[index], index, board,
                     workers=workers, gpu=gpu, threads=threads, storage=storage, retries=retries, stop=stop,
-                    placement=placement, wait_seconds=wait_seconds,
+                    placement=placement, wait_seconds=wait_seconds, fewer=fewer, watch=watch,
+                    furthest=furthest,
                 )  # fmt: skip
             except BaseException as error:
                 outcome = make_failed(error, attempts=1)
@@ -307,12 +360,24 @@ def launch(
                 with contextlib.suppress(queue.Empty):
                     done = ended.get(timeout=0.2)
                 for index, event in ray.get(board.drain.remote()):
+                    furthest[index] = max(furthest[index], reached(event))
                     progress(specs[index], event)
             yield specs[done[0]], done[1]
     finally:
         stop.set()
         ray.kill(board)
+        _remove(storage)
+
+
+def _remove(storage: Path | str) -> None:
+    if isinstance(storage, Path):
         shutil.rmtree(storage, ignore_errors=True)
+        return
+    from pyarrow.fs import FileSystem
+
+    with contextlib.suppress(OSError):
+        files, path = FileSystem.from_uri(storage)
+        files.delete_dir(path)
 
 
 def _run_one(
@@ -324,15 +389,20 @@ def _run_one(
     workers: int,
     gpu: bool,
     threads: int,
-    storage: Path,
+    storage: Path | str,
     retries: int,
     stop: threading.Event,
     placement: str,
     wait_seconds: float,
+    fewer: Sequence[int],
+    watch: Watch | None,
+    furthest: Sequence[float],
 ) -> Outcome | Failed:
     import ray
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    from cluster.loopback import LoopbackConfig
 
     class Relay(ray.train.UserCallback):
         """Runs in Ray Train's controller, whose errors would end the run: so it raises none."""
@@ -347,17 +417,30 @@ def _run_one(
             kept = super()._create_default_callbacks()
             return [c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
+    alone = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]] == [LOOPBACK]
+    make_config = LoopbackConfig if alone else TorchConfig
     bundle = {"CPU": float(threads), **({"GPU": 1.0} if gpu else {})}
-    reason, attempt, announced, waited = "", 1, 0, 0.0
+    reason, attempt, announced, waited = "", 1, (0, workers), 0.0
+    deaths, came = 0, 0.0  # in a row without coming further; how far the attempts before came
+
+    def width() -> int:
+        if not fewer:
+            return workers
+        return choose_width(_look(), (workers, *fewer), threads=threads, gpu=gpu, placement=placement)
+
     while True:
-        seconds = _wait_for_room(bundle, workers, index, board, stop, waited, wait_seconds)
+        seconds, now = _wait_for_room(bundle, width, index, board, stop, waited, wait_seconds)
         if seconds is None:
             return Failed(exception="", message=f"no room in the cluster for {workers} x {_say(bundle)} within "
                           f"{wait_seconds / 60:.0f} minutes", traceback="", died=True, attempts=attempt)  # fmt: skip
         waited += seconds
-        if attempt > announced:
-            board.put.remote(index, Started(attempt=attempt, reason=reason))
-            announced = attempt
+        if (attempt, now) != announced:
+            if attempt == announced[0]:
+                reason = "the cluster has changed before the workers were placed"
+            board.put.remote(
+                index, Started(attempt=attempt, reason=reason, workers=now if now != workers else None)
+            )
+            announced = (attempt, now)
         asked_at = time.time()
 
         def loop(attempt: int = attempt, asked_at: float = asked_at) -> Any:
@@ -382,13 +465,22 @@ def _run_one(
             if worker.rank == 0:
                 board.place.remote(index, get_current_placement_group())
             report(Entered())
-            return train(spec, worker, report)
+            watching = None
+            if watch is not None and context.get_local_rank() == 0:
+                watching = _start_watching(watch, os.environ.get("CUDA_VISIBLE_DEVICES") if gpu else "")
+            outcome = train(spec, worker, report)
+            if watching is not None:
+                with contextlib.suppress(Exception):  # a figure is missing, the run is not
+                    seen = Watched(node=ray.get(watching.stop.remote(), timeout=10))
+                    ray.get(board.put.remote(index, seen), timeout=10)
+                    ray.kill(watching)
+            return outcome
 
         trainer = QuietTrainer(
             loop,
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
+            torch_config=make_config(backend="nccl" if gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=workers,
+                num_workers=now,
                 use_gpu=gpu,
                 resources_per_worker=bundle,
                 placement_strategy=placement.upper().replace("-", "_"),
@@ -410,9 +502,10 @@ def _run_one(
             if failed.exception == "WorkerGroupStartupTimeoutError" and not stop.is_set():
                 # room that others were quicker to take, or that lies scattered over nodes
                 waited += time.time() - asked_at
-                board.put.remote(index, Waiting(seconds=waited, reason=f"no place for {workers} x {_say(bundle)}"))
+                board.put.remote(index, Waiting(seconds=waited, reason=f"no place for {now} x {_say(bundle)}"))
                 continue
-            if not failed.died or attempt > retries or stop.is_set():
+            deaths, came = count_deaths(deaths, came, furthest[index])
+            if not failed.died or deaths > retries or stop.is_set():
                 return failed
             reason = failed.message
             attempt += 1
@@ -421,16 +514,37 @@ def _run_one(
         return outcome
 
 
+def _start_watching(watch: Watch, visible: str | None) -> Any:
+    """An actor on this worker's node, owned by it: Ray ends it with the worker. None where it cannot be."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    class NodeWatch:
+        """A process of its own, so that nothing it does takes time from the step."""
+
+        def __init__(self, watch: Watch, visible: str | None) -> None:
+            self.watching = watch(visible)
+
+        def stop(self) -> Any:
+            return self.watching.stop()
+
+    with contextlib.suppress(Exception):
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return ray.remote(num_cpus=0, scheduling_strategy=here)(NodeWatch).remote(watch, visible)
+    return None
+
+
 def _wait_for_room(
     bundle: dict[str, float],
-    workers: int,
+    width: Callable[[], int],
     index: int,
     board: Any,
     stop: threading.Event,
     waited: float,
     wait_seconds: float,
-) -> float | None:
-    """Wait until the cluster has `workers` bundles free; the seconds that took, or None where it took too long.
+) -> tuple[float | None, int]:
+    """Wait until the cluster has `width()` bundles free; the seconds that took, None where it took too long, and how
+    many bundles.
 
     Ray Train itself would wait a minute, in silence, and then fail the run.
     """
@@ -438,6 +552,7 @@ def _wait_for_room(
 
     began = time.monotonic()
     show_at = 3.0
+    workers = width()
     while not stop.is_set():
         free = ray.available_resources()
         lacking = [
@@ -447,14 +562,15 @@ def _wait_for_room(
         ]
         seconds = time.monotonic() - began
         if (lacking or waited) and waited + seconds > wait_seconds:
-            return None
+            return None, workers
         if not lacking:
-            return seconds
+            return seconds, workers
         if seconds >= show_at:
             board.put.remote(index, Waiting(seconds=waited + seconds, reason="; ".join(lacking)))
             show_at = seconds + SHOW_WAIT_SECONDS
         stop.wait(0.2)
-    return None
+        workers = width()
+    return None, workers
 
 
 def _free(board: Any, index: int) -> None:
@@ -471,6 +587,15 @@ def _free(board: Any, index: int) -> None:
 def _say(bundle: dict[str, float]) -> str:
     """ "2 CPU + 1 GPU" """
     return " + ".join(f"{amount:g} {name}" for name, amount in bundle.items())
+
+
+def count_deaths(deaths: int, came: float, reached: float) -> tuple[int, float]:
+    """Deaths in a row, this one too, in which no attempt came further; and how far a run has come by now.
+
+    `deaths` and `came` are what this gave after the attempts before. An attempt that came further has earned the run
+    all its retries again; one that dies where another died has not, however many epochs it repeated.
+    """
+    return (1, reached) if reached > came else (deaths + 1, came)
 
 
 def make_failed(error: BaseException, *, attempts: int) -> Failed:

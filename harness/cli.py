@@ -56,9 +56,9 @@ def run(
     workers: Annotated[
         int | None, typer.Option(help="DDP processes of one run; gpus/workers runs go at a time. Default: --gpus.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of results; finished runs in it are not repeated.")] = Path(
-        "runs"
-    ),
+    out: Annotated[
+        str, typer.Option(help="Folder of results, or s3://, gs://; finished runs in it are not repeated.")
+    ] = "runs",
     address: Annotated[str | None, typer.Option(help="A running Ray cluster: HOST:PORT or auto.")] = None,
     launcher: Annotated[str, typer.Option(help="ray, or local: one worker in this process.")] = "ray",
     until: Annotated[
@@ -71,6 +71,9 @@ def run(
     placement: Annotated[
         str, typer.Option(help="A run's workers: pack (one node if it can be), strict-pack (must), spread.")
     ] = "pack",
+    elastic: Annotated[
+        int | None, typer.Option(help="Go on with so few workers at least where a cluster lost nodes; marked.")
+    ] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Epochs from one checkpoint to the next.")] = 1,
     format: Annotated[str, typer.Option(help="table, or jsonl: a JSON object an epoch, no table.")] = "table",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what is done already.")] = False,
@@ -95,6 +98,7 @@ def run(
     from harness import plan, space
     from harness.execute import Options, run_sweep
     from harness.until import parse_until
+    from results.storage import is_uri
 
     sweep = plan.Sweep(
         variants=plan.parse_words(variants, "--variants"),
@@ -112,7 +116,8 @@ def run(
         settings=space.parse_settings(settings or ()),
     )
     options = Options(
-        out=out,
+        out=plan.stage_of(out) if is_uri(out) else Path(out),
+        mirror=out if is_uri(out) else "",
         data_dir=data_dir,
         gpus=gpus,
         workers=workers,
@@ -120,6 +125,7 @@ def run(
         launcher=launcher,
         pack=pack,
         placement=placement,
+        elastic=elastic,
         checkpoint_every=checkpoint_every,
         until_ci=until_ci,
         max_seeds=max_seeds,
@@ -232,7 +238,9 @@ def tune(
 
 @app.command()
 def report(
-    paths: Annotated[list[Path] | None, typer.Argument(help="Folders of results, or of single runs.")] = None,
+    paths: Annotated[
+        list[str] | None, typer.Argument(help="Folders of results, s3:// or gs://, or of single runs.")
+    ] = None,
     format: Annotated[str, typer.Option(help="table, markdown, csv, json, latex or html.")] = "table",
     sort: Annotated[str | None, typer.Option(help="A column, as in error; -error: largest first.")] = None,
     columns: Annotated[str | None, typer.Option(help="Which columns, as in variant,depth,error.")] = None,
@@ -244,10 +252,10 @@ def report(
     from rich.console import Console
 
     from harness.plan import parse_words
-    from harness.report import print_report
+    from harness.report import find_results, print_report
 
     found = print_report(
-        paths or [Path("runs")],
+        find_results(paths or ["runs"]),
         Console(),
         format=format,
         sort=sort,
@@ -261,7 +269,7 @@ def report(
 
 @app.command()
 def compare(
-    paths: Annotated[list[Path], typer.Argument(help="Two folders of results, A and B; or one, with --by.")],
+    paths: Annotated[list[str], typer.Argument(help="Two folders of results, A and B; or one, with --by.")],
     by: Annotated[str | None, typer.Option(help="Compare runs that differ in this field, as in loader.")] = None,
     fail_on: Annotated[
         str | None, typer.Option(help="Exit code 1 if so, as in 'error>+0.3,epoch_seconds>5%'.")
@@ -274,23 +282,27 @@ def compare(
 
     from harness.answers import print_comparison
     from harness.plan import parse_words
+    from harness.report import find_results
 
     overlooked = parse_words(across, "--across") if across is not None else ()
-    code = print_comparison(paths, Console(), by=by, fail_on=fail_on, format=format, across=overlooked)
+    code = print_comparison(
+        find_results(paths), Console(), by=by, fail_on=fail_on, format=format, across=overlooked
+    )
     raise typer.Exit(code)
 
 
 @app.command()
 def why(
     row: Annotated[str, typer.Argument(help="A row of `harness report PATH`: msra-20, or its number.")],
-    path: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("runs"),
+    path: Annotated[str, typer.Argument(help="Folder of results.")] = "runs",
 ) -> None:
     """Print what is behind a row's figures."""
     from rich.console import Console
 
     from harness.answers import print_why
+    from harness.report import find_results
 
-    print_why(row, path, Console())
+    print_why(row, find_results([path])[0], Console())
 
 
 @app.command()

@@ -8,7 +8,7 @@ import resource
 import signal
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.launch import PLACEMENTS, Cluster, ClusterError, Failed, Started, connect, disconnect, fit
+from cluster.launch import PLACEMENTS, Cluster, ClusterError, Failed, Started, Watched, connect, disconnect, fit
 from harness import plan, profiler
 from harness.live import JsonLines, Progress
 from harness.optim import total_epochs
@@ -30,7 +30,10 @@ from harness.report import make_record, name_of
 from harness.run import Places, RunSpec, UserError
 from harness.until import TimeUp, say_moment, stopping_at
 from loaders.datasets import DataError, Dataset, load_dataset
+from results import storage
 from results.store import (
+    ESTIMATES,
+    NodeUse,
     Record,
     fail,
     finish,
@@ -58,6 +61,7 @@ class Options:
     """How a sweep is carried out; none of it changes what a run computes."""
 
     out: Path
+    mirror: str = ""  # the URI that `out` stands for, if it does
     data_dir: Path | None = None
     cache_dir: Path | None = None
     gpus: int | None = None
@@ -66,6 +70,7 @@ class Options:
     launcher: str = "ray"
     pack: int = 1  # seeds of one row in a process
     placement: str = "pack"
+    elastic: int | None = None  # fewest workers that a run may go on with
     checkpoint_every: int = 1
     until_ci: float | None = None  # points
     max_seeds: int | None = None
@@ -120,10 +125,13 @@ def _run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
         options = replace(options, out=plan.check_out(options.out))
         if options.until is not None:
             say(f"until {options.until:%A} {say_moment(options.until)}", options, console)
+    if options.mirror:
+        plan.stage_out(options.mirror, write=not options.dry_run)
     with ExitStack() as stack, stopping_at(None if options.dry_run else options.until):
         width = lay_out(sweep, options, stack)
         dataset = load_data(sweep, options, console)
         specs = plan.expand(sweep, width, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
+        plan.narrower_widths(options.elastic, specs)
         finished = finished_keys(options.out)
         todo = specs if options.force else plan.pending(specs, finished)
         code = EXIT_DONE
@@ -139,6 +147,7 @@ def _run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
             code = probe(todo, width, dataset, options, console, stack)
             if options.profile:
                 return code
+            send(storage.send_run, options.mirror, options.out / ESTIMATES, console)
         if options.dry_run or options.estimate:
             if options.until_ci is not None:
                 console.print(f"and further seeds, to {options.max_seeds or MAX_SEEDS} of a row, until its error is known "
@@ -174,6 +183,9 @@ def _run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
     if options.tensorboard:
         folders = [finished_dir(options.out, name_of(spec, dataset.label)) for spec in specs]
         export_runs([folder for folder in folders if folder.is_dir()], "tensorboard")
+        for folder in folders:
+            if folder.is_dir():
+                send(storage.send_run, options.mirror, folder, console)
     if options.format == "jsonl":
         return code
 
@@ -190,9 +202,12 @@ def _run_sweep(sweep: Sweep, options: Options, console: Console) -> int:
                               f"±{options.until_ci:g}", soft_wrap=True)  # fmt: skip
     if not trained:
         console.print(f"all {len(specs)} runs were done already; --force trains them again", style="dim")
-    console.print(f"stored in {escape(str(options.out))}", style="dim", soft_wrap=True)
+    console.print(
+        f"stored in {escape(options.mirror.partition('?')[0] or str(options.out))}", style="dim", soft_wrap=True
+    )
     try:
         page = write_page(options.out)
+        send(storage.send_file, options.mirror, page, console)
         console.print(f"page: {escape(str(page))}", style="dim", soft_wrap=True)
     except UserError as error:  # the runs are stored, whatever becomes of their page
         console.print(f"no page: {error}", style="dim", soft_wrap=True, markup=False)
@@ -327,7 +342,7 @@ def _check_nodes(sweep: Sweep, dataset: Dataset, options: Options, console: Cons
         places = make_places(options, dataset)
         check_nodes(
             sweep.dataset, dataset.fingerprint,
-            out=places.out, data_dir=places.data_dir, cache_dir=places.cache_dir, console=console,
+            out=places.out, data_dir=places.data_dir, cache_dir=places.cache_dir, console=console, mirror=places.mirror,
         )  # fmt: skip
 
 
@@ -373,16 +388,42 @@ def make_places(options: Options, dataset: Dataset) -> Places:
         cache_dir=None if options.cache_dir is None else options.cache_dir.expanduser().absolute(),
         label=dataset.label,
         checkpoint_every=options.checkpoint_every,
+        mirror=options.mirror,
     )
 
 
-def _note_attempt(folder: Path, reason: str) -> None:
-    """Add a line to attempts.jsonl: when an attempt began, and why there was another after the first."""
-    path = folder / ATTEMPTS
+def send(how: Callable[[str, Path], None], mirror: str, path: Path, console: Console) -> bool:
+    """Send to --out URI, if it is one; whether that went well. If not, the path stays here, and it is said."""
+    try:
+        if mirror:
+            how(mirror, path)
+    except storage.StorageError as error:
+        console.print(f"not sent: {error}; it is kept in {path}, and the same command sends it", markup=False,
+                      soft_wrap=True)  # fmt: skip
+        return False
+    return True
+
+
+def bring(mirror: str, folder: Path) -> None:
+    """Bring a partial run from --out URI, if it is one. Raises UserError."""
+    try:
+        if mirror:
+            storage.bring_run(mirror, folder)
+    except storage.StorageError as error:
+        raise UserError(f"--out {error}") from None
+
+
+def _note_attempt(folder: Path, event: Started) -> None:
+    """Add a line to attempts.jsonl: when an attempt began, why there was another after the first, and with how many
+    workers where these were fewer."""
+    path, reason = folder / ATTEMPTS, event.reason
     if path.exists() and not reason:
         reason = "the command was given again"
+    line: dict[str, Any] = {"started_at": datetime.now(UTC).isoformat(), "reason": reason}
+    if event.workers is not None:
+        line["workers"] = event.workers
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"started_at": datetime.now(UTC).isoformat(), "reason": reason}) + "\n")
+        file.write(json.dumps(line) + "\n")
 
 
 def _with_attempts(record: Record, folder: Path) -> Record:
@@ -408,6 +449,8 @@ def _train(
     stack: ExitStack,
 ) -> int:
     """Launch every spec and record every outcome."""
+    from harness.sampler import watch
+
     if options.launcher == "ray":
         from cluster.launch import launch
     else:
@@ -419,6 +462,7 @@ def _train(
     packs = plan.make_packs(specs, options.pack)
     at_a_time = min(width.slots, len(packs))
     started: dict[str, datetime] = {}
+    nodes: dict[str, list[NodeUse]] = {}
     failures = 0
     display: Progress | JsonLines
     if options.format == "jsonl":
@@ -433,20 +477,28 @@ def _train(
             display.event(pack[event.index], event.event)
             return
         for spec in pack:
+            if isinstance(event, Watched):
+                nodes[spec.key].append(event.node)
+                continue
             if isinstance(event, Started):
                 name = name_of(spec, dataset.label)
+                nodes[spec.key] = []
                 if spec.key not in started:
                     started[spec.key] = datetime.now(UTC)
+                    bring(options.mirror, partial_dir(options.out, name))
                     folder = start(options.out, name, spec.to_json())
                     display.resumes(spec, load_epochs(folder))
-                _note_attempt(partial_dir(options.out, name), event.reason)
+                _note_attempt(partial_dir(options.out, name), event)
+                send(storage.send_run, options.mirror, partial_dir(options.out, name), console)
             display.event(spec, event)
 
     work: AbstractContextManager[Any] = contextlib.closing(
         launch(
             partial(_train_pack, places=places), packs,
             workers=width.workers, slots=width.slots, gpu=width.device == "cuda", threads=width.threads,
-            storage=options.out / ".ray", progress=progress, placement=options.placement,
+            storage=storage.join_uri(options.mirror, ".ray") if options.mirror and options.address else options.out / ".ray", progress=progress, placement=options.placement,
+            fewer=plan.narrower_widths(options.elastic, specs), watch=watch,
+            reached=lambda event: event.event.epoch if isinstance(event, OfOne) else 0,
         )
     )  # fmt: skip
     try:
@@ -455,16 +507,23 @@ def _train(
                 for spec, outcome in zip(
                     pack, [outcomes] * len(pack) if isinstance(outcomes, Failed) else outcomes, strict=True
                 ):
+                    if not isinstance(outcome, Failed):
+                        of_run = tuple(sorted(nodes[spec.key], key=lambda node: node.host))
+                        outcome = outcome.model_copy(update={"nodes": of_run})
                     record = make_record(
                         spec, outcome, places=places, original=dataset.original, started_at=started[spec.key],
                         concurrent=at_a_time, launcher=options.launcher,
                     )  # fmt: skip
                     record = _with_attempts(record, partial_dir(options.out, record.name))
                     if isinstance(outcome, Failed):
-                        fail(options.out, record)
+                        send(storage.send_run, options.mirror, fail(options.out, record), console)
                         failures += 1
                     else:
-                        finish(options.out, record)
+                        bring(
+                            options.mirror, partial_dir(options.out, record.name)
+                        )  # what rank 0 wrote on its node
+                        folder = finish(options.out, record)
+                        failures += not send(storage.send_finished, options.mirror, folder, console)
                     display.ended(spec, outcome)
                 if failures and options.fail_fast:
                     break

@@ -72,8 +72,11 @@ class Progress:
         if isinstance(event, Started):
             line.state, line.since = "starting", now
             line.note = f"attempt {event.attempt}: {event.reason}" if event.reason else ""
-            if line.note:
-                self.say(f"{spec.title}: {event.reason}; trying again ({event.attempt})")
+            if event.workers is not None:
+                line.note = f"{event.workers} of {spec.workers} workers; {line.note}"
+            if event.reason:
+                width = f" with {event.workers} of {spec.workers} workers" if event.workers else ""
+                self.say(f"{spec.title}: {event.reason}; trying again ({event.attempt}){width}")
             elif not self.console.is_terminal:
                 self.say(f"{spec.title}: starting")
         elif isinstance(event, Waiting):

@@ -300,9 +300,54 @@ def check_batch(recipe: Recipe, width: Width) -> None:
         )
 
 
+def narrower_widths(elastic: int | None, specs: Sequence[RunSpec]) -> tuple[int, ...]:
+    """The widths below --workers, widest first, with which runs may go on where a cluster has lost nodes.
+
+    At least `elastic`, and such that every rank gets an equal share of every spec's global batch. Raises UserError
+    where there is none.
+    """
+    if elastic is None or not specs:
+        return ()
+    workers = specs[0].workers
+    if not 1 <= elastic <= workers:
+        raise UserError(f"--elastic {elastic}: from 1 to the {workers} of --workers is allowed")
+    batches = sorted({spec.recipe.batch_size for spec in specs})
+    widths = [n for n in range(workers - 1, 0, -1) if not any(batch % n for batch in batches)]
+    fitting = tuple(n for n in widths if n >= elastic)
+    if not fitting and elastic < workers:
+        raise UserError(
+            f"--elastic {elastic}: no width from {elastic} to {workers - 1} divides the global batch of "
+            f"{' and '.join(map(str, batches))} (allowed: {', '.join(map(str, widths))})"
+        )
+    return fitting
+
+
 def pending(specs: Iterable[RunSpec], finished: set[str]) -> list[RunSpec]:
     """The runs that are still missing."""
     return [spec for spec in specs if spec.key not in finished]
+
+
+def stage_out(uri: str, *, write: bool) -> None:
+    """Bring the records that are at --out URI into the local folder in which its runs are worked on.
+
+    Raises UserError where that cannot be, and with `write` unless results can be written there.
+    """
+    from results.storage import StorageError, bring_results, check_uri
+
+    try:
+        if write:
+            check_uri(uri)
+        bring_results(uri, stage_of(uri))
+    except StorageError as error:
+        raise UserError(f"--out {error}") from None
+
+
+def stage_of(uri: str) -> Path:
+    """The local folder that stands for a URI, absolute."""
+    from results.storage import stage
+
+    cache = Path(os.environ.get("HARNESS_CACHE") or Path.home() / ".cache" / "resnet-harness")
+    return stage(uri, cache.expanduser().absolute())
 
 
 def check_out(out: Path) -> Path:

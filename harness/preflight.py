@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from cluster.preflight import Unanswered, ask_every_node
 from harness.run import UserError
+from results.storage import StorageError, find_marks, leave_mark, remove_marks
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,6 +37,7 @@ class Question:
     """What each node is asked about. Paths absolute."""
 
     out: Path
+    mirror: str  # the URI that `out` stands for, if it does
     marker: str  # name of a file that the driver has put into `out`
     dataset: str
     data_dir: Path | None
@@ -74,18 +76,30 @@ def _describe() -> dict[str, str]:
     return facts
 
 
+def _leave_mark(question: Question) -> tuple[str, str]:
+    """Answer the driver's file with one beside it: its name, and the GiB free where this node writes."""
+    mine = f"{question.marker}-{uuid.uuid4().hex}"
+    if question.mirror:
+        seen = question.marker in find_marks(question.mirror, question.marker)
+        question.out.mkdir(parents=True, exist_ok=True)
+        if seen:
+            leave_mark(question.mirror, mine)
+    else:
+        seen = (question.out / question.marker).exists()
+        if seen:
+            (question.out / mine).write_bytes(b"")
+    if not seen:
+        return "another folder, or none", ""
+    return mine, f"{shutil.disk_usage(question.out).free / GIB:.1f}"
+
+
 def answer(question: Question) -> dict[str, str]:
     """The facts of the node this runs on, as text. Leaves a file in `out`."""
     facts = {**_describe(), "clock": f"{time.time()}"}
     try:
-        seen = (question.out / question.marker).exists()
-        mine = question.out / f"{question.marker}-{uuid.uuid4().hex}"
-        if seen:
-            mine.write_bytes(b"")
-        facts["out"] = mine.name if seen else "another folder, or none"
-        facts["disk"] = f"{shutil.disk_usage(question.out).free / GIB:.1f}" if seen else ""
-    except OSError as error:
-        facts["out"], facts["disk"] = error.strerror or str(error), ""
+        facts["out"], facts["disk"] = _leave_mark(question)
+    except (OSError, StorageError) as error:
+        facts["out"], facts["disk"] = getattr(error, "strerror", None) or str(error), ""
     from loaders.datasets import DataError, load_dataset
 
     try:
@@ -127,7 +141,14 @@ def compare(
 
 
 def check_nodes(
-    dataset: str, fingerprint: str, *, out: Path, data_dir: Path | None, cache_dir: Path | None, console: Console
+    dataset: str,
+    fingerprint: str,
+    *,
+    out: Path,
+    data_dir: Path | None,
+    cache_dir: Path | None,
+    console: Console,
+    mirror: str = "",
 ) -> None:
     """Compare every node with this process, and with what a run needs.
 
@@ -135,19 +156,25 @@ def check_nodes(
     """
     question = Question(
         out=out,
+        mirror=mirror,
         marker=f".preflight-{uuid.uuid4().hex[:12]}",
         dataset=dataset,
         data_dir=data_dir,
         cache_dir=cache_dir,
     )
-    marker = out / question.marker
-    marker.write_bytes(b"")
+    if mirror:
+        leave_mark(mirror, question.marker)
+    else:
+        (out / question.marker).write_bytes(b"")
     try:
         asked_at = time.time()
         answers = ask_every_node(partial(answer, question))
         answered_at = time.time()
-        written = frozenset(name for name in os.listdir(out) if name.startswith(question.marker))  # noqa: PTH208
+        names = find_marks(mirror, question.marker) if mirror else os.listdir(out)  # noqa: PTH208
+        written = frozenset(name for name in names if name.startswith(question.marker))
     finally:
+        if mirror:
+            remove_marks(mirror, question.marker)
         for path in out.glob(f"{question.marker}*"):
             path.unlink(missing_ok=True)
     here = {**_describe(), "data": fingerprint[:12]}

@@ -110,6 +110,24 @@ def make_record(
     )
 
 
+def find_results(words: Sequence[str]) -> list[Path]:
+    """Folders as they are; of a URI, the local folder into which its records were brought. Raises UserError."""
+    from harness.plan import stage_of
+    from results.storage import StorageError, bring_results, is_uri
+
+    paths = []
+    for word in words:
+        if not is_uri(word):
+            paths.append(Path(word))
+            continue
+        paths.append(stage_of(word))
+        try:
+            bring_results(word, paths[-1])
+        except StorageError as error:
+            raise UserError(str(error)) from None
+    return paths
+
+
 def load_runs(paths: Sequence[Path]) -> Loaded:
     """Read all runs under `paths`; what cannot be read goes to standard error, a line each.
 

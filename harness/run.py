@@ -91,3 +91,4 @@ class Places:
     cache_dir: Path | None = None
     label: str = ""  # of the data set, for folder names and tables
     checkpoint_every: int = 1  # epochs
+    mirror: str = ""  # the URI that `out` stands for, if it does

@@ -45,10 +45,12 @@ from harness.optim import (
     total_epochs,
     total_steps,
 )
+from harness.ranks import find_slowest, gather_ranks
 from harness.run import DivergedError, Places, Precision, RunSpec
 from loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
 from loaders.loader import Augment, Loader, Normalize, make_evaluation_loader, make_loaders, make_normalize
 from models.resnet import build
+from results.storage import Mirror
 from results.store import (
     EpochMetrics,
     Memory,
@@ -279,6 +281,13 @@ def total_energy(history: Sequence[EpochMetrics], device: torch.device, packed: 
         return Reading(value=sum(joules))
     reason = "no GPU was used" if device.type == "cpu" else "NVML does not count this GPU's energy"
     return Reading(value=None, reason=reason)
+
+
+def widths_of(history: Sequence[EpochMetrics], workers: int) -> tuple[int, ...]:
+    """The DDP widths that the epochs went through, (2, 1, 2); () where they were always `workers`."""
+    widths = [row.workers or workers for row in history]
+    changes = tuple(width for width, before in zip(widths, [0, *widths], strict=False) if width != before)
+    return () if changes == (workers,) else changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -538,6 +547,8 @@ def training(
 
     history: list[EpochMetrics] = []
     attempt = 1
+    mirror = Mirror(places.mirror, folder, warn)
+    mirror.bring(rank)
     state = load_checkpoint(folder / "checkpoints", spec.key, warn)
     if state is not None:
         network.load_state_dict(state["network"])
@@ -576,6 +587,7 @@ def training(
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
         joules, taints = over_ranks(watch.end(), device)
+        skew, slowest_rank = find_slowest(metrics.train_seconds, world_size, device)
         evaluation_at = time.perf_counter()
         evaluation = evaluate(
             network, held_loader, images=len(data.held), autocast=make_autocast(device, spec.precision),
@@ -586,6 +598,7 @@ def training(
             "partial epoch" if steps < train_loader.steps else "",
             f"tainted: {', '.join(taints)}" if taints else "",
             f"{packed} runs at the same time" if packed > 1 else "",
+            f"another width: {world_size} workers" if world_size != spec.workers else "",
         )
         untimed = "; ".join(filter(None, reasons))
         metrics = metrics.model_copy(
@@ -598,6 +611,9 @@ def training(
                 "energy_joules": joules if packed == 1 else None,
                 "taints": taints,
                 "attempt": attempt,
+                "workers": None if world_size == spec.workers else world_size,
+                "skew": skew,
+                "slowest_rank": slowest_rank,
             }
         )
         history.append(metrics)
@@ -619,12 +635,15 @@ def training(
                     },
                 )
             append_epoch(folder, metrics)
+            if (epoch + 1) % places.checkpoint_every == 0:
+                mirror.send()
         report(metrics)
 
     if rank == 0:
         weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
         about = {"key": spec.key, "variant": spec.variant, "depth": str(spec.network.depth)}
         save_file(weights, folder / "weights.safetensors", metadata=about)
+        mirror.send(must=True)
     on_test = None
     if data.held_name != "test":
         test_loader = make_evaluation_loader(
@@ -638,7 +657,9 @@ def training(
             network, test_loader, images=len(data.test), autocast=make_autocast(device, spec.precision)
         )
         test_loader.close()
-    memory = memory_over_ranks(meter.read(network, optimizer, trainer.graphs), world_size)
+    memory = meter.read(network, optimizer, trainer.graphs)
+    ranks = gather_ranks(rank, world_size, memory, history[first:])
+    memory = memory_over_ranks(memory, world_size)
     train_loader.close()
     held_loader.close()
 
@@ -665,9 +686,10 @@ def training(
         energy_joules=total_energy(history, device, packed),
         taints=tuple(dict.fromkeys(taint for row in history for taint in row.taints)),
         memory=memory,
-        workers=world_size,
+        workers=spec.workers,
+        widths=widths_of(history, spec.workers),
         batch_size=recipe.batch_size,
-        batch_size_per_gpu=recipe.batch_size // world_size,
+        batch_size_per_gpu=recipe.batch_size // spec.workers,
         threads=worker.threads,
         device=profiler.device_name(device),
         machine=profiler.describe_machine(device),
@@ -676,4 +698,5 @@ def training(
         packed=packed,
         seed_epochs_per_second=packed / statistics.median(later) if packed > 1 and later else None,
         warnings=tuple(warnings_seen),
+        ranks=ranks,
     )

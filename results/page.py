@@ -448,9 +448,58 @@ def _runs(rows: Sequence[Row], targets: Collection[int]) -> Iterator[str]:
             f"<em>{_count(len(row.done), 'run')}</em></summary><div class=scroll></div>"
         )
         if len(done) <= MAX_SETTINGS:
+            yield from _uses(row)
             yield f"<details><summary>All settings</summary>{_plain(row.fields)}</details>"
         yield "</details>"
     yield "</section>"
+
+
+MAX_USES = 200  # lines of a row's nodes, and of its ranks
+NODE_COLUMNS = ("seed", "node", "CPU %", "host MiB", "GPU", "used %", "mean W", "peak W", "J", "peak MiB")
+RANK_COLUMNS = ("seed", "rank", "node", "s/epoch", "wait s", "alloc MiB", "resvd MiB", "NVML MiB", "RSS MiB")
+
+
+def _uses(row: Row) -> Iterator[str]:
+    """What the nodes did while the row's runs went on, and what each rank used."""
+    nodes: list[tuple[str, ...]] = []
+    ranks: list[tuple[str, ...]] = []
+    for stored in row.done:
+        result = stored.record.result
+        if result is None:
+            continue
+        seed = str(stored.record.seed)
+        for node in result.nodes:
+            host = (seed, node.host, _figure(node.cpu_percent.value, 0), _figure(node.memory_peak_mib.value, 0))
+            if not node.gpus:
+                nodes.append((*host, node.gpus_reason or NONE, NONE, NONE, NONE, NONE, NONE))
+            for gpu in node.gpus:
+                readings = (gpu.utilisation_percent, gpu.power_watts, gpu.power_peak_watts, gpu.energy_joules,
+                            gpu.memory_peak_mib)  # fmt: skip
+                nodes.append((*host, gpu.gpu, *(_figure(reading.value, 0) for reading in readings)))
+        if len(result.ranks) > 1:
+            ranks += [
+                (
+                    seed, str(rank.rank), rank.host, _figure(rank.train_seconds, 3), _figure(rank.wait_seconds, 3),
+                    *(_figure(mib, 0) for mib in (rank.torch_allocated_mib, rank.torch_reserved_mib,
+                                                  rank.nvml_process_mib, rank.rss_mib)),
+                )
+                for rank in result.ranks
+            ]  # fmt: skip
+    for title, columns, lines in (
+        ("Nodes, sampled each second from the workers' start to their end", NODE_COLUMNS, nodes),
+        ("Ranks: medians of the last attempt, and peaks", RANK_COLUMNS, ranks),
+    ):
+        if not lines:
+            continue
+        head = "".join(f"<th scope=col>{_text(column)}</th>" for column in columns)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{_text(word)}</td>" for word in line) + "</tr>" for line in lines[:MAX_USES]
+        )
+        more = f"<p class=hint>and {len(lines) - MAX_USES:,} more</p>" if len(lines) > MAX_USES else ""
+        yield (
+            f"<details><summary>{_text(title)}</summary><div class=scroll><table class=runs><thead><tr>{head}</tr></thead>"
+            f"<tbody>{body}</tbody></table></div>{more}</details>"
+        )
 
 
 def _plain(fields: Mapping[str, object]) -> str:

@@ -185,14 +185,20 @@ def _word(value: object) -> str:
 
 
 Surroundings = tuple[tuple[str, str], ...]
-AROUND = ("label", "hardware", "threads", "torch")
+AROUND = ("label", "hardware", "threads", "torch", "widths")
 
 
 def _surroundings(record: Record, result: RunResult) -> Surroundings:
-    """What changes figures and is no part of a spec, by name; "hardware" is what the spec calls "cuda" or "cpu"."""
+    """What changes figures and is no part of a spec, by name; "hardware" is what the spec calls "cuda" or "cpu".
+
+    "widths" is of runs alone that went on with fewer workers: neither their seconds nor, since batch norm sees
+    other shares of a batch, their errors are averaged with those of others.
+    """
     around: Surroundings = (
         ("label", record.dataset), ("hardware", result.device), ("threads", str(result.threads)),
     )  # fmt: skip
+    if result.widths:
+        around = (*around, ("widths", "→".join(map(str, result.widths))))
     if result.engine is not None and result.engine != record.spec.get("engine"):  # the one asked for did not work
         around = (*around, ("engine", result.engine))
     versions = record.environment.get("versions")

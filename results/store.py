@@ -67,6 +67,9 @@ class EpochMetrics(Value):
     energy_joules: float | None = None  # of all GPUs of the run while it trained
     taints: tuple[str, ...] = ()  # why these seconds are not to be trusted
     attempt: int = 1
+    workers: int | None = None  # DDP width of this epoch, where it is not the one that was asked for
+    skew: float | None = None  # slowest over fastest rank's train_seconds; None of one rank alone
+    slowest_rank: int | None = None
 
 
 OWNERS = (
@@ -93,6 +96,42 @@ class Memory(Value):
 _EPOCHS = TypeAdapter(list[EpochMetrics])
 
 
+class GpuUse(Value):
+    """One GPU of a node, sampled about once a second while a run was on it, whoever else used it."""
+
+    gpu: str  # as CUDA_VISIBLE_DEVICES names it
+    utilisation_percent: Reading  # mean of the samples: share of time in which some kernel ran
+    power_watts: Reading  # mean
+    power_peak_watts: Reading
+    energy_joules: Reading  # NVML's counter, over the whole window
+    memory_peak_mib: Reading  # of all processes
+
+
+class NodeUse(Value):
+    """One node of a run, from its workers' start to their end: set-up, evaluation and checkpoints too."""
+
+    host: str
+    seconds: float
+    samples: int
+    cpu_percent: Reading  # mean over all processors of the node, of all processes
+    memory_peak_mib: Reading  # of the node
+    gpus: tuple[GpuUse, ...] = ()
+    gpus_reason: str | None = None  # why there is none
+
+
+class RankUse(Value):
+    """One rank, in the attempt that ended the run: medians over its timed epochs, and peaks as in `Memory`."""
+
+    rank: int
+    host: str
+    train_seconds: float | None
+    wait_seconds: float | None  # of these, for the loader
+    torch_allocated_mib: float | None
+    torch_reserved_mib: float | None
+    nvml_process_mib: float | None
+    rss_mib: float | None
+
+
 class RunResult(Value):
     """What one run measured."""
 
@@ -116,7 +155,8 @@ class RunResult(Value):
     energy_joules: Reading = Reading(value=None, reason="not measured")  # of all GPUs, sum over epochs
     taints: tuple[str, ...] = ()  # of any epoch
     memory: Memory
-    workers: int  # DDP width, the number of ranks
+    workers: int  # DDP width, the number of ranks that was asked for
+    widths: tuple[int, ...] = ()  # that the run went through, (2, 1), where it was not always `workers`
     batch_size: int  # global
     batch_size_per_gpu: int
     threads: int  # CPU threads of one worker
@@ -129,6 +169,8 @@ class RunResult(Value):
         None  # of packed runs: epochs of all of them, over the seconds these took
     )
     warnings: tuple[str, ...] = ()  # said while it ran: a damaged checkpoint, an engine given up
+    ranks: tuple[RankUse, ...] = ()
+    nodes: tuple[NodeUse, ...] = ()  # in the attempt that ended the run
 
 
 class Failure(Value):

@@ -307,6 +307,9 @@ def make_notes(rows: Sequence[Row]) -> list[Note]:
             t for stored in row.done if stored.record.result for t in stored.record.result.taints
         ):
             note(f"{taint} in some epochs: they are left out", i, "epoch_seconds")
+        if widths := row.fields.get("widths"):
+            note(f"DDP width {widths}: the cluster had no room for {row.workers} workers; epochs at another width are "
+                 "left out of the seconds", i, "epoch_seconds", "error")  # fmt: skip
         if row.repeated:
             note("a seed that was run more than once counts with its last run", i, "n")
         for stored in row.failed:

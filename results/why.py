@@ -21,6 +21,8 @@ def why(row: Row) -> str:
         lines += _errors(row, row.error, runs, epochs)
         lines += _seconds(row, runs, epochs)
         lines += _memory(runs)
+        lines += _ranks(runs, epochs)
+        lines += _nodes(runs)
         lines += [*predicted.in_words(row), ""] if row.predicted else []
     for stored in row.failed:
         if failure := stored.record.failure:
@@ -110,6 +112,8 @@ def _seconds(
             text += f"  {len(timed)} epochs timed, {min(timed):.4g} to {max(timed):.4g}"
         if out := _left_out(curve):
             text += f"; left out: {out}"
+        if result.widths:
+            text += f"; DDP width {'→'.join(map(str, result.widths))}, asked for {result.workers}"
         if timed and result.epoch_seconds is not None and not _equal(median(timed), result.epoch_seconds):
             text += f"; but epochs.jsonl gives {median(timed):.4g}"
         yield text
@@ -133,6 +137,62 @@ def _memory(runs: list[tuple[Stored, RunResult]]) -> Iterator[str]:
     if not any(result.memory.by_owner_mib for _, result in runs):
         yield f"  {owners.NOT_RECORDED}"
     yield ""
+
+
+RANKS_SHOWN = 64
+
+
+def _ranks(runs: list[tuple[Stored, RunResult]], epochs: list[Sequence[EpochMetrics] | str]) -> Iterator[str]:
+    """Who was slowest, and what each rank used; nothing of runs with one."""
+    several = [(stored, result, curve) for (stored, result), curve in zip(runs, epochs, strict=True)
+               if len(result.ranks) > 1]  # fmt: skip
+    if not several:
+        return
+    yield "ranks = medians over the timed epochs of the last attempt, and peaks; they wait for one another in each step"
+    for stored, result, curve in several:
+        skews = [] if isinstance(curve, str) else [row for row in curve if row.timed and row.skew is not None]
+        text = f"  seed {stored.record.seed}"
+        if skews:
+            worst = max(skews, key=lambda row: row.skew or 0.0)
+            text += (
+                f"  slowest over fastest rank's epoch: median {median([row.skew or 0.0 for row in skews]):.3f}, at most "
+                f"{worst.skew:.3f} (rank {worst.slowest_rank} in epoch {worst.epoch})"
+            )
+        yield text
+        for rank in result.ranks[:RANKS_SHOWN]:
+            yield (
+                f"    rank {rank.rank} on {rank.host}  {_figure(rank.train_seconds)} s/epoch, waiting "
+                f"{_figure(rank.wait_seconds)} s  MiB: torch allocated {_whole(rank.torch_allocated_mib)}, reserved "
+                f"{_whole(rank.torch_reserved_mib)}, NVML {_whole(rank.nvml_process_mib)}, RSS {_whole(rank.rss_mib)}"
+            )
+        if len(result.ranks) > RANKS_SHOWN:
+            yield f"    and {len(result.ranks) - RANKS_SHOWN} more in its record"
+    yield ""
+
+
+def _nodes(runs: list[tuple[Stored, RunResult]]) -> Iterator[str]:
+    """What each node did meanwhile."""
+    if not any(result.nodes for _, result in runs):
+        return
+    yield "nodes, sampled each second from the workers' start to their end, all processes on them:"
+    for stored, result in runs:
+        for node in result.nodes:
+            yield (
+                f"  seed {stored.record.seed}  {node.host}  {node.seconds:.0f} s, {node.samples} samples  CPU "
+                f"{_reading(node.cpu_percent)} %, memory at most {_reading(node.memory_peak_mib)} MiB"
+                + (f"  no GPU: {node.gpus_reason}" if node.gpus_reason else "")
+            )
+            for gpu in node.gpus:
+                yield (
+                    f"    GPU {gpu.gpu}  used {_reading(gpu.utilisation_percent)} %  {_reading(gpu.power_watts)} W, at most "
+                    f"{_reading(gpu.power_peak_watts)} W  {_reading(gpu.energy_joules)} J  memory at most "
+                    f"{_reading(gpu.memory_peak_mib)} MiB"
+                )
+    yield ""
+
+
+def _whole(value: float | None) -> str:
+    return "null" if value is None else f"{value:,.0f}"
 
 
 def _reading(reading: Reading) -> str:

@@ -12,7 +12,17 @@ import pytest
 from ray import cloudpickle
 
 from cluster import local
-from cluster.launch import ClusterError, Entered, Failed, Started, Worker, connect, disconnect, launch
+from cluster.launch import (
+    ClusterError,
+    Entered,
+    Failed,
+    Started,
+    Worker,
+    connect,
+    count_deaths,
+    disconnect,
+    launch,
+)
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -29,7 +39,8 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
     total = torch.tensor([float(worker.rank + 1)])
     if worker.world_size > 1:
         dist.all_reduce(total)
-    for epoch in range(spec["epochs"]):
+    first = worker.attempt if spec.get("further") else 0
+    for epoch in range(first, first + spec["epochs"]):
         report({"epoch": epoch, "rank": worker.rank})
     if spec.get("raises") and worker.rank == worker.world_size - 1:
         raise TooBigError("does not fit\nsecond line")
@@ -60,9 +71,12 @@ def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
         specs = [
             {"name": "good", "epochs": 2},
             {"name": "raises", "epochs": 1, "raises": True},
-            {"name": "dies once", "epochs": 1, "dies": 1},
+            {"name": "dies twice, further on", "epochs": 1, "dies": 2, "further": True},
         ]
-        outcomes, events = collect(launch, specs, workers=2, slots=1, storage=tmp_path / "ray")
+        outcomes, events = collect(
+            launch, specs, workers=2, slots=1, storage=tmp_path / "ray", retries=1,
+            reached=lambda event: event["epoch"] + 1 if isinstance(event, dict) else 0,
+        )  # fmt: skip
     finally:
         disconnect()
     assert outcomes["good"] == {"total": 3.0, "attempt": 1, "threads": 1, "device": "cpu"}
@@ -71,11 +85,11 @@ def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
     assert (failed.exception, failed.message, failed.died) == ("TooBigError", "does not fit", False)
     assert failed.attempts == 1, "an exception would come again: no retry"
     assert "second line" in failed.traceback
-    assert outcomes["dies once"]["attempt"] == 2
+    assert outcomes["dies twice, further on"]["attempt"] == 3, "of one retry: it had come further"
     of_good = [e for name, e in events if name == "good"]
     assert of_good == [Started(attempt=1), Entered(), {"epoch": 0, "rank": 0}, {"epoch": 1, "rank": 0}]
-    again = [e for name, e in events if name == "dies once" and isinstance(e, Started)]
-    assert [e.attempt for e in again] == [1, 2]
+    again = [e for name, e in events if name == "dies twice, further on" and isinstance(e, Started)]
+    assert [e.attempt for e in again] == [1, 2, 3]
     assert "died" in again[1].reason
     assert not (tmp_path / "ray").exists()
 
@@ -107,3 +121,11 @@ def test_private_names_of_ray_that_are_used_exist() -> None:
     assert hasattr(TorchTrainer, "_create_default_callbacks")
     assert hasattr(ray.train, "UserCallback")
     assert issubclass(ray.train.TrainingFailedError, Exception)
+
+
+def test_a_death_counts_against_the_limit_unless_the_run_had_come_further() -> None:
+    came, deaths, counted = 0.0, 0, []
+    for reached in (0, 0, 3, 3, 3, 4, 4):  # the furthest epoch reported before each death
+        deaths, came = count_deaths(deaths, came, reached)
+        counted.append(deaths)
+    assert counted == [1, 2, 1, 2, 3, 1, 2]

@@ -17,6 +17,7 @@ from harness.plan import (
     expand,
     make_packs,
     make_width,
+    narrower_widths,
     override,
     parse_depths,
     parse_seeds,
@@ -169,3 +170,31 @@ def test_out_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written to"):
         check_out(tmp_path / "file" / "runs")
     assert check_out(tmp_path / "runs").is_dir()
+
+
+def wide(workers: int, **changes: Any) -> list[Any]:
+    width = make_width(gpus=0, workers=workers, have_gpus=0, have_cpus=64, precision="fp32", where="this machine")
+    return expand(Sweep(variants=("he2015",), depths=(20,), **changes), width, fingerprint="f" * 64,
+                  train_images=50_000)  # fmt: skip
+
+
+def test_narrower_widths_divide_the_global_batch_and_change_no_key() -> None:
+    assert narrower_widths(None, wide(8)) == ()
+    assert narrower_widths(1, wide(8)) == (4, 2, 1)
+    assert narrower_widths(4, wide(8)) == (4,)
+    assert narrower_widths(2, wide(8, batch_size=120)) == (6, 5, 4, 3, 2)
+    assert narrower_widths(8, wide(8)) == (), "as many as were asked for: never fewer"
+    assert narrower_widths(1, wide(1)) == ()
+
+
+@pytest.mark.parametrize(
+    ("elastic", "says"),
+    [
+        (0, "--elastic 0: from 1 to the 8 of --workers is allowed"),
+        (9, "--elastic 9: from 1 to the 8 of --workers is allowed"),
+        (5, r"--elastic 5: no width from 5 to 7 divides the global batch of 128 \(allowed: 4, 2, 1\)"),
+    ],
+)
+def test_a_width_that_cannot_be_is_refused(elastic: int, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        narrower_widths(elastic, wide(8))

@@ -51,7 +51,7 @@ def test_what_differs_is_found(facts: dict[str, str], what: str, there: str) -> 
 
 def test_this_machine_answers(tmp_path: Path) -> None:
     fingerprint = load_dataset("digits").fingerprint
-    question = Question(out=tmp_path, marker=".marker", dataset="digits", data_dir=None, cache_dir=None)
+    question = Question(out=tmp_path, mirror="", marker=".marker", dataset="digits", data_dir=None, cache_dir=None)
     assert answer(question)["out"] == "another folder, or none"
     assert not list(tmp_path.iterdir()), "a folder that is not the driver's is left alone"
     (tmp_path / ".marker").write_bytes(b"")
@@ -62,7 +62,9 @@ def test_this_machine_answers(tmp_path: Path) -> None:
     assert began <= float(facts["clock"]) <= time.time()
     assert (tmp_path / facts["out"]).exists()
     missing = answer(
-        Question(out=tmp_path, marker=".marker", dataset="cifar10", data_dir=tmp_path / "no", cache_dir=None)
+        Question(
+            out=tmp_path, mirror="", marker=".marker", dataset="cifar10", data_dir=tmp_path / "no", cache_dir=None
+        )
     )
     assert "no such folder" in missing["data"]
 

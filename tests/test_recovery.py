@@ -27,7 +27,9 @@ from cluster.launch import (
     Node,
     Started,
     Waiting,
+    Watched,
     Worker,
+    choose_width,
     connect,
     disconnect,
     fit,
@@ -35,9 +37,12 @@ from cluster.launch import (
     make_failed,
 )
 from cluster.preflight import Unanswered, ask_every_node
-from results.store import load_epochs, load_records
+from results.store import EpochMetrics, load_epochs, load_records
 
 ROOT = Path(__file__).resolve().parent.parent
+# An idle machine of two cores takes about 7 and 12 seconds: these are for a busy one, and below the minute for which
+# Ray Train waits by itself, torch's five and its own thirty for a peer that is gone
+NOTICED_SECONDS, RECOVERED_SECONDS = 60, 120
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -52,34 +57,112 @@ def load_chaos() -> Any:
     return chaos
 
 
+def train_plainly(out: Path, workers: int, last: int = two_nodes.EPOCHS) -> None:
+    """Train or go on without Ray in so many processes, to epoch `last`."""
+    rendezvous = str(out.with_name(f"{out.name}-{workers}-{last}"))
+    torch.multiprocessing.spawn(two_nodes.train_plainly, (workers, rendezvous, str(out), last), nprocs=workers)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[EpochMetrics]:
+    """The run of two_nodes.py by two plain processes to which nothing happens."""
+    out = tmp_path_factory.mktemp("undisturbed") / "runs"
+    train_plainly(out, 2)
+    (partial,) = out.glob("*.partial")
+    return load_epochs(partial)
+
+
 @pytest.mark.ray
-def test_a_lost_node_costs_time_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.timeout(600)  # the suite's 300 are little on a busy machine
+def test_a_lost_node_costs_time_and_nothing_else(tmp_path: Path, undisturbed: list[EpochMetrics]) -> None:
     """Two raylets, DDP over both, one killed in mid-run, another brought: every loss is as without."""
-    out, plain = tmp_path / "two", tmp_path / "plain"
-    script = subprocess.Popen(
+    out = tmp_path / "two"
+    script = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "two_nodes.py"), str(out)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=500, check=True,
     )  # fmt: skip
-    torch.multiprocessing.spawn(two_nodes.train_undisturbed, (str(tmp_path / "rendezvous"), str(plain)), nprocs=2)
-    stdout, _ = script.communicate(timeout=240)
-    answer = json.loads(stdout.splitlines()[-1])
+    answer = json.loads(script.stdout.splitlines()[-1])
     text = "\n".join(answer["lines"])
     assert answer["code"] == 0, text
     assert "waiting for room" in text
     assert "2 CPU wanted, 1 free" in text
     assert "died (killed, or its node was lost); trying again (2)" in text
+    assert answer["waited_seconds"] < NOTICED_SECONDS, "from the kill until the run was seen to wait"
+    assert answer["recovery_seconds"] < RECOVERED_SECONDS, "from the new node until an epoch"
     (stored,) = load_records([out]).records
     assert stored.record.result.attempts == 2
+    assert [rank.rank for rank in stored.record.result.ranks] == [0, 1]
+    assert len(stored.record.result.nodes) == 2, "each node was watched"
+    assert all(node.gpus_reason == "no GPU was used" for node in stored.record.result.nodes)
     first, second = stored.record.environment["attempts"]
     assert (first["reason"], "died" in second["reason"]) == ("", True)
-    (partial,) = plain.glob("*.partial")
-    disturbed, whole = load_epochs(stored.folder), load_epochs(partial)
+    disturbed, whole = load_epochs(stored.folder), undisturbed
+    assert all(row.skew is not None and row.skew >= 1 and row.slowest_rank in (0, 1) for row in disturbed)
     assert [row.loss for row in disturbed] == [row.loss for row in whole]
     assert [row.error for row in disturbed] == [row.error for row in whole]
     attempts = [row.attempt for row in disturbed]
     assert attempts[:3] == [1, 1, 1], "what was trained before is not trained again"
     assert attempts[-1] == 2
     assert {row.images for row in disturbed} == {two_nodes.IMAGES}
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_an_elastic_run_goes_on_with_fewer_workers_and_grows_again(
+    tmp_path: Path, undisturbed: list[EpochMetrics]
+) -> None:
+    """Two raylets, one killed, no other in its place: one worker goes on. A node comes, the worker dies: two again.
+
+    A rank's batch norm sees its share of a batch, so the losses at another width are others: they are compared, bit
+    for bit, with those of plain processes whose number changes after the same epochs; and the last loss, roughly, with a run of two.
+    """
+    out, plain = tmp_path / "two", tmp_path / "plain"
+    script = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "two_nodes.py"), str(out), "--elastic"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=500, check=True,
+    )  # fmt: skip
+    answer = json.loads(script.stdout.splitlines()[-1])
+    text = "\n".join(answer["lines"])
+    assert answer["code"] == 0, text
+    assert "trying again (2) with 1 of 2 workers" in text
+    assert answer["waited_seconds"] < NOTICED_SECONDS, "from the kill until it went on narrower"
+    assert answer["recovery_seconds"] < RECOVERED_SECONDS, "from then until an epoch"
+    assert "DDP width 2→1→2: the cluster had no room for 2 workers" in text
+    (stored,) = load_records([out]).records
+    result = stored.record.result
+    assert (result.workers, result.widths, result.attempts) == (2, (2, 1, 2), 3)
+    assert [attempt.get("workers") for attempt in stored.record.environment["attempts"]] == [None, 1, None]
+    epochs = load_epochs(stored.folder)
+    assert {row.timed for row in epochs if row.workers == 1} == {False}, "another width is another measurement"
+    assert {row.images for row in epochs} == {two_nodes.IMAGES}
+
+    narrow = [row.epoch for row in epochs if row.workers == 1]
+    train_plainly(plain, 2, narrow[0] - 1)
+    train_plainly(plain, 1, narrow[-1])
+    train_plainly(plain, 2)
+    (partial,) = plain.glob("*.partial")
+    assert [(row.loss, row.error) for row in epochs] == [(row.loss, row.error) for row in load_epochs(partial)]
+    assert [row.loss for row in epochs[: narrow[0] - 1]] == [row.loss for row in undisturbed[: narrow[0] - 1]]
+    assert [row.lr for row in epochs] == [row.lr for row in undisturbed]
+    assert abs(epochs[-1].loss - undisturbed[-1].loss) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("alive", "placement", "expected"),
+    [
+        (((8, 4), (8, 4)), "pack", 8),
+        (((8, 4),), "pack", 4),
+        (((8, 4), (2, 1)), "pack", 4),  # five would fit, and divide no batch
+        (((8, 4), (8, 4)), "strict-pack", 4),
+        (((8, 4), (2, 4)), "pack", 4),  # a GPU without a CPU is of no use
+        (((8, 1),), "pack", 8),  # not even the narrowest: it waits for what was asked for
+        ((), "pack", 8),
+    ],
+)
+def test_the_width_is_the_widest_that_the_cluster_can_hold(
+    alive: tuple[tuple[int, int], ...], placement: str, expected: int
+) -> None:
+    assert choose_width(nodes(*alive), (8, 4, 2), threads=1, gpu=True, placement=placement) == expected
 
 
 def test_killed_at_a_random_moment_the_same_command_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
@@ -106,6 +189,16 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
     if worker.attempt == 1:
         time.sleep(spec["seconds"])
     return {"attempt": worker.attempt}
+
+
+class Looking:
+    """Stands for what looks at a node: sees two things."""
+
+    def __init__(self, visible: str | None) -> None:
+        assert visible == "", "a run without GPUs"
+
+    def stop(self) -> str:
+        return "2 looks"
 
 
 def kill_controller() -> int:
@@ -135,7 +228,7 @@ def test_a_dead_controller_leaves_its_room_to_the_next_attempt(one_cpu: Cluster,
 
     runs = launch(
         toy, [{"seconds": 60}], workers=1, slots=1, gpu=False, threads=1, storage=tmp_path / "ray",
-        progress=progress, wait_seconds=60,
+        progress=progress, wait_seconds=60, watch=Looking,
     )  # fmt: skip
     ((_, outcome),) = list(runs)
     assert killed == [1]
@@ -151,6 +244,16 @@ def test_a_dead_controller_leaves_its_room_to_the_next_attempt(one_cpu: Cluster,
         time.sleep(0.1)
     assert ray.available_resources()["CPU"] == 1.0
     assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
+    assert [event.node for event in events if isinstance(event, Watched)] == ["2 looks"], "of the last attempt"
+    until = time.monotonic() + 10
+    while (left := watching()) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not left, "an attempt's watch ends with it, however it ends"
+
+
+def watching() -> list[str]:
+    """Titles of the processes that watch a node."""
+    return [title for _, title in load_chaos().descendants(os.getpid()) if "NodeWatch" in title]
 
 
 def listening_addresses(pids: set[int]) -> set[str]:
@@ -169,10 +272,24 @@ def listening_addresses(pids: set[int]) -> set[str]:
     return found
 
 
+def look_at_sockets(spec: Any, worker: Worker, report: Any) -> set[str]:
+    """Where a rank's own process listens while its process group is up."""
+    import torch.distributed as dist
+
+    assert dist.is_initialized()
+    dist.barrier()
+    return {address.removeprefix("0000000000000000FFFF0000") for address in listening_addresses({os.getpid()})}
+
+
 @pytest.mark.ray
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of sockets")
-def test_a_cluster_of_this_machine_listens_on_loopback_alone(one_cpu: Cluster) -> None:
+def test_a_cluster_of_this_machine_listens_on_loopback_alone(one_cpu: Cluster, tmp_path: Path) -> None:
     assert ask_every_node(os.getpid)
+    runs = launch(
+        look_at_sockets, [{}], workers=1, slots=1, gpu=False, threads=1, storage=tmp_path, progress=lambda *_: None
+    )
+    ((_, of_rank),) = list(runs)
+    assert of_rank == {"0100007F"}, "where its ranks find each other"
     found = listening_addresses({pid for pid, _ in load_chaos().descendants(os.getpid())})
     assert found, "a cluster that listens nowhere?"
     assert found <= {"0100007F", "0000000000000000FFFF00000100007F"}

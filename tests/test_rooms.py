@@ -42,7 +42,10 @@ def test_rooms_import_none_of_ours_but_harness_may(room: str) -> None:
 )
 def test_rooms_know_only_their_libraries(room: str, forbidden: set[str]) -> None:
     for path in (ROOT / room).glob("*.py"):
-        assert not imported(path) & forbidden, f"{path.relative_to(ROOT)} imports {imported(path) & forbidden}"
+        found = imported(path) & forbidden
+        if path.name == "loopback.py":  # what Ray Train does by torch, on loopback
+            found -= {"torch"}
+        assert not found, f"{path.relative_to(ROOT)} imports {found}"
 
 
 def test_only_dali_py_knows_dali() -> None:

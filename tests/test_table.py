@@ -367,3 +367,18 @@ def test_energy_and_disturbed_epochs() -> None:
     assert "the GPU was throttled in some epochs: they are left out" in " ".join(page.split())
     (row,) = json.loads(render(summarise(runs), "json"))["rows"]
     assert row["energy_joules"] == 53_000.0
+
+
+def test_a_run_whose_width_changed_is_averaged_with_no_other() -> None:
+    steady = [make_run(seed, workers=2, result={"workers": 2}) for seed in (0, 1)]
+    changed = make_run(2, workers=2, result={"workers": 2, "widths": (2, 1), "epoch_seconds": 9.0})
+    plain, elastic = summarise([*steady, changed])
+    assert (plain.epoch_seconds, len(plain.done)) == (4.5, 2)
+    assert (elastic.epoch_seconds, len(elastic.done)) == (9.0, 1)
+    page = text([plain, elastic])
+    assert "widths=2→1" in page
+    assert "DDP width 2→1: the cluster had no room for 2 workers" in page
+    (alone,) = summarise([changed])
+    assert "DDP width 2→1" in text([alone]), "said of a row that stands alone, too"
+    (together,) = summarise([*steady, changed], across=["widths"])
+    assert len(together.done) == 3

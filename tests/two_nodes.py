@@ -1,13 +1,17 @@
 """Two nodes in one machine, for tests: `python two_nodes.py OUT` trains over both, kills one, brings another.
 
+With `--elastic` the run goes on with one worker in the meantime, until that one is killed too.
+
 The script holds the nodes, as a person's cluster would; the command under test is a process of its own. Prints one
 JSON object: the command's exit code and lines, and the seconds that things took.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = 100 * 2**20  # of each node's object store
 EPOCHS, IMAGES = 12, 256
+MARK = f"TWO_NODES={os.getpid()}"  # in the environment of every process of these nodes
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",  # these nodes exist for a minute, on loopback
     "RAY_prestart_worker_first_driver": "0",
@@ -32,8 +37,13 @@ ENVIRONMENT = {
 }
 
 
-def train_undisturbed(rank: int, rendezvous: str, out: str) -> None:
-    """The same run without Ray, as one of two plain processes."""
+class EnoughError(Exception):
+    """A phase of a run has reached its last epoch."""
+
+
+def train_plainly(rank: int, world_size: int, rendezvous: str, out: str, last: int = EPOCHS) -> None:
+    """The same run without Ray, as one of `world_size` plain processes; up to epoch `last`, then it can be resumed."""
+    import contextlib
     import warnings
 
     import torch.distributed as dist
@@ -44,18 +54,27 @@ def train_undisturbed(rank: int, rendezvous: str, out: str) -> None:
     from harness.run import Places
     from harness.train import train
     from loaders.datasets import load_dataset
+    from results.store import EpochMetrics
 
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     dataset = load_dataset("digits")
     sweep = plan.Sweep(
         variants=("he2015",), depths=(8,), dataset="digits", loader="resident", epochs=EPOCHS, limit_train=IMAGES
     )
     width = plan.Width(device="cpu", gpus=0, workers=2, slots=1, threads=1)
     (spec,) = plan.expand(sweep, width, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
-    worker = Worker(rank=rank, world_size=2, threads=1)
-    train(spec, worker, lambda _: None, places=Places(out=Path(out), label="digits"))
-    dist.barrier()
-    dist.destroy_process_group()
+    worker = Worker(rank=rank, world_size=world_size, threads=1)
+
+    def report(metrics: EpochMetrics) -> None:
+        if metrics.epoch == last < EPOCHS:
+            raise EnoughError
+
+    with contextlib.suppress(EnoughError):
+        train(spec, worker, report, places=Places(out=Path(out), label="digits"))
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def add_node(cluster: Any, address: str) -> Any:
@@ -63,9 +82,18 @@ def add_node(cluster: Any, address: str) -> Any:
     return cluster.add_node(num_cpus=1, node_ip_address=address, object_store_memory=MEMORY)
 
 
-def main(out: Path) -> None:
+def kill_workers() -> None:
+    """SIGKILL to the processes that train, on whatever node."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            ours = MARK.encode() in path.with_name("environ").read_bytes()
+            if ours and b"RayTrainWorker" in path.read_bytes():
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def main(out: Path, *, elastic: bool) -> None:
     """Start, train, kill, replace, print."""
-    os.environ |= ENVIRONMENT
+    os.environ |= {**ENVIRONMENT, **dict([MARK.split("=")])}
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": MEMORY}
@@ -73,7 +101,7 @@ def main(out: Path) -> None:
     add_node(cluster, "127.0.0.2")
     doomed = add_node(cluster, "127.0.0.3")
     words = f"""run --dataset digits --depths 8 --limit-train {IMAGES} --epochs {EPOCHS} --gpus 0 --loader resident
-                --workers 2 --placement spread --address {cluster.address}"""
+                --workers 2 --placement spread --address {cluster.address} {"--elastic 1" * elastic}"""
     process = subprocess.Popen(
         [sys.executable, "-m", "harness.cli", *words.split(), "--out", str(out)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -86,11 +114,13 @@ def main(out: Path) -> None:
         if killed_at is None and "epoch 3/" in line:
             cluster.remove_node(doomed, allow_graceful=False)
             killed_at = time.monotonic()
-        elif killed_at and replaced_at is None and "waiting for room" in line:
+        elif killed_at and replaced_at is None and ("with 1 of 2" if elastic else "waiting for room") in line:
             add_node(cluster, "127.0.0.4")
             replaced_at = time.monotonic()
         elif replaced_at and going_on_at is None and "epoch" in line:
             going_on_at = time.monotonic()
+            if elastic:
+                kill_workers()
     answer = {"code": process.wait(), "lines": lines}
     if killed_at and replaced_at and going_on_at:
         answer |= {"waited_seconds": replaced_at - killed_at, "recovery_seconds": going_on_at - replaced_at}
@@ -99,4 +129,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), elastic="--elastic" in sys.argv)
