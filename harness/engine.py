@@ -11,6 +11,7 @@ changes between steps (images, labels, lr) lives in tensors that stay where they
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -180,6 +181,7 @@ def compile_network(network: nn.Module) -> Callable[[Tensor], Tensor]:
     """Compiled for each batch size on its own; loud where a part of it cannot be compiled."""
     import torch._dynamo
 
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses a GPU, where there is none
     torch._dynamo.config.recompile_limit = 64  # networks of many runs share their code, and the limit counts that
     return torch.compile(network, dynamic=False, fullgraph=True)
 

@@ -85,9 +85,11 @@ class MemoryMeter:
         self.device = device
         self._owners: dict[str, float] = {}
         self._in_use: list[float] = []
-        self._loader_tensors = 0.0
+        self._owned_tensors = 0.0
         self._nvml = _NvmlProcess(device.index or 0) if device.type == "cuda" else None
         self._others = 0.0
+        reason = "no GPU was used" if self._nvml is None else "there was no epoch after warm-up"
+        self._warmup = (Reading(value=None, reason=reason),) * 2  # allocated, reserved
         if self._nvml is None:
             self._owners["process at its start"] = _resident_mib()
         else:
@@ -118,14 +120,16 @@ class MemoryMeter:
         yield
         tensors = torch.cuda.memory_allocated(self.device) / MIB - allocated
         self._owners[name] = self._owners.get(name, 0.0) + max(0.0, self._outside_torch() - before) + tensors
-        self._loader_tensors += tensors
+        self._owned_tensors += tensors
 
     def reset(self) -> None:
-        """Forget the peaks so far. The host's peak is the process's own and cannot be reset."""
+        """Warm-up is over: keep its peaks apart. The host's peak is the process's own and cannot be reset."""
         self._in_use.clear()
         if self._nvml is not None:
             import torch
 
+            allocated, reserved = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
+            self._warmup = Reading(value=allocated(self.device) / MIB), Reading(value=reserved(self.device) / MIB)
             torch.cuda.reset_peak_memory_stats(self.device)
             self._nvml.peak = None
 
@@ -149,6 +153,7 @@ class MemoryMeter:
             none = Reading(value=None, reason="no GPU was used")
             return Memory(
                 torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none, rss_mib=rss,
+                warmup_allocated_mib=self._warmup[0], warmup_reserved_mib=self._warmup[1],
                 growth_mib_per_epoch=growth, by_owner_mib=self._by_owner(rss.value, _sizes(network, optimizer)),
             )  # fmt: skip
         import torch
@@ -162,15 +167,17 @@ class MemoryMeter:
             total = used - self._others  # right where nobody else began or ended on this GPU
         sizes = _sizes(network, optimizer)
         if sizes:
-            # a captured graph holds its activations in a pool that torch counts as reserved alone
-            kept = sum(sizes.values()) + self._loader_tensors
-            pool = max(0.0, captured - sizes["gradients"])
-            sizes |= {"activations": allocated - kept + pool, "allocator slack": reserved - allocated - pool}
+            # a captured graph holds its activations and gradients in a pool that torch counts as reserved alone
+            kept = sum(sizes.values()) + self._owned_tensors
+            rest = allocated + captured - kept
+            sizes |= {"activations": rest, "allocator slack": reserved - allocated - captured}
         return Memory(
             torch_allocated_mib=Reading(value=allocated + captured),
             torch_reserved_mib=Reading(value=reserved),
             nvml_process_mib=process,
             rss_mib=rss,
+            warmup_allocated_mib=self._warmup[0],
+            warmup_reserved_mib=self._warmup[1],
             growth_mib_per_epoch=growth,
             by_owner_mib=self._by_owner(total, sizes),
         )

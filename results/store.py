@@ -87,6 +87,8 @@ class Memory(Value):
     torch_reserved_mib: Reading  # torch.cuda.max_memory_reserved
     nvml_process_mib: Reading  # NVML's used memory of this process: with DALI, NCCL and the CUDA context
     rss_mib: Reading  # peak resident memory on the host
+    warmup_allocated_mib: Reading = Reading(value=None, reason="not measured")  # peaks of set-up and warm-up
+    warmup_reserved_mib: Reading = Reading(value=None, reason="not measured")
     growth_mib_per_epoch: Reading = Reading(
         value=None, reason="not measured"
     )  # slope of what is in use, after warm-up

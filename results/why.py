@@ -130,6 +130,11 @@ def _memory(runs: list[tuple[Stored, RunResult]]) -> Iterator[str]:
             f"{_reading(memory.torch_reserved_mib)}, NVML {_reading(memory.nvml_process_mib)}, "
             f"RSS {_reading(memory.rss_mib)}"
         )
+        if memory.warmup_allocated_mib.value is not None:
+            yield (
+                f"    in set-up and warm-up: torch allocated {_reading(memory.warmup_allocated_mib)}, reserved "
+                f"{_reading(memory.warmup_reserved_mib)}"
+            )
         if (growth := memory.growth_mib_per_epoch.value) is not None:
             yield f"    what is in use grows by {growth:+.2g} MiB an epoch, by least squares over the epochs after warm-up"
         if memory.by_owner_mib:

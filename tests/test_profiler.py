@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from harness import profiler
 from results.store import Memory, Reading
@@ -133,3 +134,53 @@ def test_waiting_counts_what_the_loader_took() -> None:
     for _ in waiting.over(slow()):
         time.sleep(0.02)
     assert 0.06 <= waiting.seconds < 0.12
+
+
+def test_owners_add_up_to_what_the_process_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of invented figures, in MiB: the loader's tensors and DALI's pools, a graph's pool, what nobody claims."""
+    mib = 2**20
+    now = {"used": 1000.0, "reserved": 0.0, "allocated": 0.0}
+
+    class Nvml:
+        peak: float | None = None
+
+        def __init__(self, index: int) -> None:
+            pass
+
+        def sample(self) -> None:
+            pass
+
+        def read(self) -> Reading:
+            return Reading(value=now["used"] - 1000)
+
+    def zeros(*size: int, device: Any) -> None:  # makes the context, and the allocator's first block
+        now.update(used=1452, reserved=2, allocated=0)
+
+    monkeypatch.setattr(profiler, "_NvmlProcess", Nvml)
+    monkeypatch.setattr(profiler, "_nvml_used", lambda _: now["used"])
+    monkeypatch.setattr(torch, "zeros", zeros)
+    for name in ("memory_reserved", "max_memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: now["reserved"] * mib)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: now["allocated"] * mib)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    meter = profiler.MemoryMeter(torch.device("cuda", 0))
+    with meter.owner("data loader"):  # 20 MiB of tensors, 64 of its own
+        now.update(used=1452 + 20 + 64, reserved=22, allocated=20)
+    meter.reset()
+    network = nn.Linear(1023, 1024)  # 4 MiB
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    for parameter in network.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter)
+    graphs = SimpleNamespace(reserved_bytes=100 * mib)  # with the gradients in it
+    now.update(used=2000, reserved=22 + 8 + 6 + 100, allocated=20 + 8 + 2)
+    memory = meter.read(network, optimizer, graphs)
+    assert memory.by_owner_mib == pytest.approx(
+        {
+            "weights": 4, "gradients": 4, "optimizer state": 4, "activations": 2 + 100 - 4, "allocator slack": 6,
+            "data loader": 84, "CUDA context": 450, "unaccounted": 1000 - 136 - 64 - 450,
+        }
+    )  # fmt: skip
+    assert sum(memory.by_owner_mib.values()) == pytest.approx(1000)
+    assert memory.torch_allocated_mib.value == pytest.approx(130)
+    assert (memory.warmup_allocated_mib.value, memory.warmup_reserved_mib.value) == (20, 22)
