@@ -62,18 +62,21 @@ def make_result(spec: RunSpec) -> RunResult:
     )  # fmt: skip
 
 
-def run_at_once(train: Any, spec: RunSpec, index: int, board: Any, **rest: Any) -> RunResult:
+def run_at_once(
+    train: Any, pack: tuple[RunSpec, ...], index: int, board: Any, **rest: Any
+) -> tuple[RunResult, ...]:
     """Stands for cluster.launch._run_one: the same events and outcome, no workers."""
     import ray
 
     del train, rest
     board.put.remote(index, Started(attempt=1))
     board.put.remote(index, Entered())
+    (spec,) = pack
     result = make_result(spec)
     for epoch in result.epochs:
-        last = board.put.remote(index, epoch)
+        last = board.put.remote(index, execute.OfOne(0, epoch))
     ray.get(last)  # training would take longer than this
-    return result
+    return (result,)
 
 
 def timed(seconds: dict[str, float], name: str, function: Any) -> Any:

@@ -46,6 +46,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_DEDUP_LOGS": "1",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that asks Ray after the end would start it again
 }
 
 

@@ -424,9 +424,19 @@ def _run(stored: Stored, environments: _Environments) -> list[str]:
         _figure(None if result.energy_joules.value is None else result.energy_joules.value / 1000, 1),
         *(_figure(reading.value, 0) for reading in (memory.torch_allocated_mib, memory.torch_reserved_mib,
                                                      memory.nvml_process_mib, memory.rss_mib)),
-        str(result.attempts), f"{record.finished_at:%Y-%m-%d %H:%M}", clean(stored.folder.name),
+        _attempts(record, result.attempts), f"{record.finished_at:%Y-%m-%d %H:%M}", clean(stored.folder.name),
         str(environments.add(record)),
     ]  # fmt: skip
+
+
+def _attempts(record: Record, count: int) -> str:
+    """How many there were, and why there was another."""
+    told = record.environment.get("attempts")
+    found = (
+        [attempt.get("reason") for attempt in told if isinstance(attempt, dict)] if isinstance(told, list) else []
+    )
+    reasons = dict.fromkeys(clean(str(reason)) for reason in found if reason)
+    return f"{count}: {'; '.join(reasons)}" if reasons else str(count)
 
 
 def _figure(value: float | None, digits: int) -> str:
@@ -621,6 +631,6 @@ def _environment(record: Record) -> dict[str, object]:
                 fields["commit"] = (
                     f"{fields.get('commit', record.environment.get('commit'))} and uncommitted changes"
                 )
-        elif name != "command" and value is not None:
+        elif name not in ("command", "attempts") and value is not None:  # these are a run's own
             fields.setdefault(name, value)
     return fields
