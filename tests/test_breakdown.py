@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from command import harness
+from test_train import spec
 
 from cluster.launch import Worker
 from harness.breakdown import PARTS, StepClock, break_down
 from harness.run import Places
-from tests.test_train import spec
 
 
 def test_a_part_lasts_from_the_mark_before_it() -> None:

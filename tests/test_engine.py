@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from tape import Tape
+from test_train import Places, folder, losses, run, spec
 from torch import Tensor, nn
 
 import harness.train
@@ -18,8 +20,6 @@ from harness.optim import make_optimizer, set_lr
 from harness.train import Step, make_autocast, train, train_packed
 from models.resnet import build
 from results.store import EpochMetrics, RunResult
-from tests.tape import Tape
-from tests.test_train import Places, folder, losses, run, spec
 
 
 @pytest.fixture

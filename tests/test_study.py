@@ -13,11 +13,11 @@ from typing import Any
 import click
 import pytest
 import typer
+from records import make_record
 
 from harness import cli, plan
 from harness.space import parse_settings
 from results.store import Stored, finish
-from tests.records import make_record
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
