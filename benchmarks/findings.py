@@ -15,13 +15,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from results.compare import compare_by
-from results.published import find_published
-from results.rows import NONE, Row, summarise
-from results.statistics import Interval, Sample, compare_with_published, sample, welch
-from results.store import RunResult, load_epochs, load_records
-from results.sweeps import SweepSummary, load_sweeps, show
-from results.text import Sheet, for_markdown
+from harness.results.compare import compare_by
+from harness.results.published import find_published
+from harness.results.report.sweeps import SweepSummary, load_sweeps, show
+from harness.results.report.text import Sheet, for_markdown
+from harness.results.rows import NONE, Row, summarise
+from harness.results.statistics import Interval, Sample, compare_with_published, sample, welch
+from harness.results.store import RunResult, load_epochs, load_records
 
 LADDER = (
     ("he2015", "xresnet", "mxresnet", "se-mxresnet", "se-mxresnet-cosine", "se-mxresnet-smooth", "se-mxresnet-mixup",

@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from loaders.datasets import Split, load_dataset
-from loaders.loader import LOADERS, Augment, Loader, make_loaders, make_normalize
+from harness.loaders.datasets import Split, load_dataset
+from harness.loaders.loader import LOADERS, Augment, Loader, make_loaders, make_normalize
 
 RECIPES = (
     ("pixel mean, zeros after it", "pixel-mean", "zero"),

@@ -128,7 +128,7 @@ def load_peer(path: Path) -> Peer:
 
 
 def write_cifar10(folder: Path, train: Any, test: Any, classes: tuple[str, ...]) -> None:
-    """Write two splits (`loaders.datasets.Split`) as torchvision's CIFAR10 reads them: cifar-10-batches-py."""
+    """Write two splits (`harness.loaders.datasets.Split`) as torchvision's CIFAR10 reads them: cifar-10-batches-py."""
     batches = folder / "cifar-10-batches-py"
     batches.mkdir(parents=True, exist_ok=True)
 
@@ -328,8 +328,8 @@ def _akamaster_network(module: Any, depth: int) -> Any:
 
 
 def _our_network(depth: int) -> Any:
-    from models.resnet import build
-    from models.variants import he2015
+    from harness.models.resnet import build
+    from harness.models.variants import he2015
 
     return build(he2015(depth).network, 10)
 
@@ -378,7 +378,7 @@ def main() -> int:
 def _measure(arguments: argparse.Namespace) -> None:
     import torch
 
-    from loaders.datasets import limit, load_dataset
+    from harness.loaders.datasets import limit, load_dataset
 
     peer = load_peer(arguments.peer)
     images = load_dataset(arguments.dataset, arguments.data_dir)

@@ -40,7 +40,7 @@ class Step:
 class Network:
     """An all-reduce in the alpha-beta model: seconds of each of its rounds, seconds of each byte."""
 
-    start_seconds: float  # the call, and the rounds within a node
+    launch_seconds: float  # the call, and the rounds within a node
     hop_seconds: float  # a message from node to node
     node_bytes_per_second: float  # of a GPU, within a node
     bytes_per_second: float  # of a GPU, between nodes
@@ -53,7 +53,7 @@ class Network:
         if gpus == 1:
             return 0.0
         inside = min(gpus, GPUS_PER_NODE)
-        seconds = self.start_seconds + 2 * (inside - 1) / inside * size_bytes / self.node_bytes_per_second
+        seconds = self.launch_seconds + 2 * (inside - 1) / inside * size_bytes / self.node_bytes_per_second
         nodes = math.ceil(gpus / GPUS_PER_NODE)
         if nodes > 1:
             share = size_bytes / inside  # each GPU of a node carries its part between nodes
@@ -87,7 +87,7 @@ GRAPH = h200(
     tensors=14,
     blocks=3,
 )
-ASSUMED = Network(start_seconds=20e-6, hop_seconds=10e-6, node_bytes_per_second=300e9, bytes_per_second=40e9)
+ASSUMED = Network(launch_seconds=20e-6, hop_seconds=10e-6, node_bytes_per_second=300e9, bytes_per_second=40e9)
 """NVLink within a node, a 400 Gbit/s port for each GPU between nodes. Assumed: round figures of such machines."""
 
 
@@ -146,8 +146,8 @@ def measure() -> None:
     import torch.multiprocessing
     import torch.nn.functional as F
 
-    from models.resnet import build
-    from models.variants import find_variant
+    from harness.models.resnet import build
+    from harness.models.variants import find_variant
 
     torch.set_num_threads(1)
     seconds = {}
@@ -196,7 +196,7 @@ def main() -> int:
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--fixed-ms", type=float, help="of a step, whatever the batch; for every depth")
     parser.add_argument("--image-us", type=float, help="of each image of a step; for every depth")
-    parser.add_argument("--start-us", type=float, default=ASSUMED.start_seconds * 1e6)
+    parser.add_argument("--start-us", type=float, default=ASSUMED.launch_seconds * 1e6)
     parser.add_argument("--hop-us", type=float, default=ASSUMED.hop_seconds * 1e6)
     parser.add_argument("--node-gb-per-second", type=float, default=ASSUMED.node_bytes_per_second / 1e9)
     parser.add_argument("--gb-per-second", type=float, default=ASSUMED.bytes_per_second / 1e9)
@@ -211,7 +211,7 @@ def main() -> int:
             image_seconds=dict.fromkeys(DEPTHS, (options.image_us or 0) / 1e6),
         )]  # fmt: skip
     print_tables(steps, Network(
-        start_seconds=options.start_us / 1e6, hop_seconds=options.hop_us / 1e6,
+        launch_seconds=options.start_us / 1e6, hop_seconds=options.hop_us / 1e6,
         node_bytes_per_second=options.node_gb_per_second * 1e9, bytes_per_second=options.gb_per_second * 1e9,
     ))  # fmt: skip
     return 0

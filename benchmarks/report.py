@@ -18,8 +18,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from results import store
-from results.store import EpochMetrics, Failure, Memory, Reading, Record, RunResult
+from harness.results import store
+from harness.results.store import EpochMetrics, Failure, Measurement, Memory, Record, RunResult
 
 ROOT = Path(__file__).resolve().parent.parent
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -39,7 +39,7 @@ def make_epochs(random: Random, epochs: int) -> tuple[EpochMetrics, ...]:
             error=8 + 60 / k + random.random() / 4,
             lr=0.1 if k < 90 else 0.01,
             train_seconds=10 + random.random() / 5,
-            wait_seconds=random.random() / 5,
+            data_stall_seconds=random.random() / 5,
             eval_seconds=0.8,
             images_per_second=5_000.0,
             timed=k > 1,
@@ -68,7 +68,7 @@ def make_record(number: int, epochs: int) -> Record:
     }  # fmt: skip
     key = f"{number:016x}"
     failed = number % 50 == 49
-    none = Reading(value=None, reason="not permitted")
+    none = Measurement(value=None, reason="not permitted")
     curve = make_epochs(random, epochs)
     result = RunResult(
         parameters=272_292,
@@ -81,14 +81,14 @@ def make_record(number: int, epochs: int) -> Record:
         warmup_epochs=1,
         eval_seconds=0.8,
         images_per_second=5_000.0,
-        wait_share=1.0,
+        data_stall_percent=1.0,
         setup_seconds=9.0,
         train_seconds=1_800.0,
         memory=Memory(
-            torch_allocated_mib=Reading(value=400.0 + random.random()),
-            torch_reserved_mib=Reading(value=512.0),
+            torch_allocated_mib=Measurement(value=400.0 + random.random()),
+            torch_reserved_mib=Measurement(value=512.0),
             nvml_process_mib=none,
-            rss_mib=Reading(value=2_000.0),
+            rss_mib=Measurement(value=2_000.0),
         ),
         workers=1,
         batch_size=128,

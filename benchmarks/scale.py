@@ -21,14 +21,15 @@ from typing import Any
 
 from rich.console import Console
 
-import cluster.launch
-from cluster.launch import Cluster, Entered, Node, Started
-from harness import execute, plan
-from harness.execute import Options
-from harness.plan import Sweep
-from harness.run import RunSpec
-from loaders.datasets import load_dataset
-from results.store import EpochMetrics, Memory, Reading, RunResult
+import harness.cluster.launch
+from harness import plan
+from harness.cluster.launch import Cluster, Entered, Node, Started
+from harness.commands import run as execute
+from harness.commands.run import Options
+from harness.loaders.datasets import load_dataset
+from harness.plan import Grid
+from harness.results.store import EpochMetrics, Measurement, Memory, RunResult
+from harness.spec import RunSpec
 
 NODES, GPUS_PER_NODE, CPUS_PER_NODE = 64, 8, 64
 DEPTHS = (20, 32, 44, 56, 110)
@@ -48,11 +49,11 @@ def make_result(spec: RunSpec) -> RunResult:
     epochs = tuple(
         EpochMetrics(
             epoch=k, steps=391, images=50_000, loss=1 / k, error=error + EPOCHS - k, lr=0.1, train_seconds=2.0,
-            wait_seconds=0.1, eval_seconds=0.2, images_per_second=25_000, timed=k > 1,
+            data_stall_seconds=0.1, eval_seconds=0.2, images_per_second=25_000, timed=k > 1,
         )
         for k in range(1, EPOCHS + 1)
     )  # fmt: skip
-    none = Reading(value=None, reason="simulated")
+    none = Measurement(value=None, reason="simulated")
     return RunResult(
         parameters=270_000, evaluated_on="test", epochs=epochs, final_error=error, best_error=error, best_epoch=EPOCHS,
         epoch_seconds=2.0, warmup_epochs=1, eval_seconds=0.2, images_per_second=25_000, setup_seconds=3.0,
@@ -65,7 +66,7 @@ def make_result(spec: RunSpec) -> RunResult:
 def run_at_once(
     train: Any, pack: tuple[RunSpec, ...], index: int, board: Any, **rest: Any
 ) -> tuple[RunResult, ...]:
-    """Stands for cluster.launch._run_one: the same events and outcome, no workers."""
+    """Stands for harness.cluster.launch._run_one: the same events and outcome, no workers."""
     import ray
 
     del train, rest
@@ -100,9 +101,9 @@ def main() -> int:
     options = parser.parse_args()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     seeds = -(-options.runs // (len(DEPTHS) * len(VARIANTS)))
-    sweep = Sweep(variants=VARIANTS, depths=DEPTHS, seeds=tuple(range(seeds)), dataset="digits", loader="resident")
+    sweep = Grid(variants=VARIANTS, depths=DEPTHS, seeds=tuple(range(seeds)), dataset="digits", loader="resident")
     simulated = Cluster(members=(Node(cpus=CPUS_PER_NODE, gpus=GPUS_PER_NODE),) * NODES)
-    connect = cluster.launch.connect
+    connect = harness.cluster.launch.connect
 
     def connect_here(address: str | None, **rest: Any) -> Cluster:
         connect(None, cpus=1, gpus=0)
@@ -116,20 +117,20 @@ def main() -> int:
     }
     for name, function in replaced.items():
         setattr(execute, name, function)
-    cluster.launch._run_one = run_at_once  # type: ignore[assignment]
+    harness.cluster.launch._run_one = run_at_once  # type: ignore[assignment]
     plan.expand = timed(seconds, "expand", plan.expand)
     execute.finished_keys = timed(seconds, "finished", execute.finished_keys)
 
     load_dataset("digits")
     console = Console(file=io.StringIO(), width=120)
     asked = Options(out=options.out, gpus=NODES * GPUS_PER_NODE, workers=GPUS_PER_NODE, address="simulated:1")
-    code = execute.run_sweep(sweep, asked, console)
+    code = execute.run_grid(sweep, asked, console)
     runs = len(list(options.out.glob("*/record.json")))
     assert (code, runs) == (0, seeds * len(DEPTHS) * len(VARIANTS)), (code, runs)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     began = time.perf_counter()
-    execute.run_sweep(sweep, asked, console)
+    execute.run_grid(sweep, asked, console)
     again = time.perf_counter() - began
     reports = []
     for _ in range(3):

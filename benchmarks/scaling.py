@@ -28,16 +28,16 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cluster.launch import Worker
-from harness import profiler
-from harness.breakdown import Breakdown, break_down
-from harness.report import describe_code
-from harness.run import Places, RunSpec
-from loaders.datasets import load_dataset
-from models.variants import he2015
+from harness.cluster.launch import Worker
+from harness.commands.breakdown import Breakdown, break_down
+from harness.commands.report import describe_code
+from harness.loaders.datasets import load_dataset
+from harness.models.variants import he2015
+from harness.spec import RunPaths, RunSpec
+from harness.training import profiler
 
 
-def one_rank(rank: int, world: int, port: int, spec: RunSpec, places: Places, out: Any) -> None:
+def one_rank(rank: int, world: int, port: int, spec: RunSpec, places: RunPaths, out: Any) -> None:
     """Measure as one of `world` ranks; rank 0 tells."""
     gpu = spec.device == "cuda"
     if gpu:
@@ -55,7 +55,7 @@ def one_rank(rank: int, world: int, port: int, spec: RunSpec, places: Places, ou
         dist.destroy_process_group()
 
 
-def measure(world: int, spec: RunSpec, places: Places) -> Breakdown:
+def measure(world: int, spec: RunSpec, places: RunPaths) -> Breakdown:
     """A step's parts with `world` ranks of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     dataset = load_dataset("cifar10", args.data_dir)
-    places = Places(out=Path("unused"), data_dir=args.data_dir and args.data_dir.absolute(), label=dataset.label)
+    places = RunPaths(out=Path("unused"), data_dir=args.data_dir and args.data_dir.absolute(), label=dataset.label)
     device = "cuda" if gpus else "cpu"
     console = Console(width=None if sys.stdout.isatty() else 110)
     where = profiler.device_name(torch.device(device))

@@ -39,11 +39,15 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.peers import load_peer, write_cifar10
-from cluster.launch import Worker
-from harness import profiler
-from harness.report import describe_code
-from harness.run import RunSpec
-from harness.train import (
+from harness.cluster.launch import Worker
+from harness.commands.report import describe_code
+from harness.loaders.datasets import Dataset, limit, load_dataset
+from harness.loaders.loader import make_normalize
+from harness.models.resnet import build, count_parameters
+from harness.models.variants import he2015
+from harness.spec import RunSpec
+from harness.training import profiler
+from harness.training.train import (
     Data,
     assemble,
     finish_run,
@@ -53,10 +57,6 @@ from harness.train import (
     set_precision,
     train_epoch,
 )
-from loaders.datasets import Dataset, limit, load_dataset
-from loaders.loader import make_normalize
-from models.resnet import build, count_parameters
-from models.variants import he2015
 
 PARAMETERS = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962}  # option A
 BATCH = 128

@@ -63,7 +63,7 @@ class Worker:
     device: str = "cpu"  # "cuda:0" or "cpu"
     threads: int = 1
     attempt: int = 1
-    start_seconds: float = (
+    launch_seconds: float = (
         0.0  # from asking for the attempt until its function was entered (two clocks on two nodes)
     )
 
@@ -209,14 +209,16 @@ def choose_width(cluster: Cluster, widths: Sequence[int], *, threads: int, gpu: 
     return widths[0]
 
 
-def fit(cluster: Cluster, *, workers: int, slots: int, gpu: bool, placement: str) -> tuple[int, int]:
-    """How many of `slots` runs of `workers` workers can go on at a time, and with how many CPUs a worker.
+def fit(cluster: Cluster, *, workers: int, concurrent_runs: int, gpu: bool, placement: str) -> tuple[int, int]:
+    """How many of `concurrent_runs` runs of `workers` workers can go on at a time, and with how many CPUs a worker.
 
     The most CPUs a worker with which the most runs go on; (0, 0) where not one run can be placed.
     """
 
     def runs(threads: int) -> int:
-        return min(slots, count_runs(cluster, workers=workers, threads=threads, gpu=gpu, placement=placement))
+        return min(
+            concurrent_runs, count_runs(cluster, workers=workers, threads=threads, gpu=gpu, placement=placement)
+        )
 
     most = runs(1)
     if not most:
@@ -277,24 +279,24 @@ def launch(
     specs: Sequence[Spec],
     *,
     workers: int,
-    slots: int,
+    concurrent_runs: int,
     gpu: bool,
     threads: int,
     storage: Path | str,
     progress: Callable[[Spec, Any], None],
     retries: int = 2,
     placement: str = "pack",
-    wait_seconds: float = WAIT_SECONDS,
+    placement_timeout_seconds: float = WAIT_SECONDS,
     fewer: Sequence[int] = (),
     watch: Watch | None = None,
     reached: Callable[[Any], float] = lambda _: 0.0,
 ) -> Iterator[tuple[Spec, Outcome | Failed]]:
-    """Run every spec, `slots` at a time with `workers` processes each; yield each as it ends.
+    """Run every spec, `concurrent_runs` at a time with `workers` processes each; yield each as it ends.
 
     A worker that dies (killed, out of host memory, node lost) is retried; an exception is not, since it would
     come again. `retries` are those in a row that came no further than the ones before: `reached(event)` says how far
     a run has come by what rank 0 reported. An attempt that finds no room, since a node was lost or others use the cluster, waits for it
-    without counting, up to `wait_seconds` in all. `progress(spec, event)` is called in this thread with `Started`,
+    without counting, up to `placement_timeout_seconds` in all. `progress(spec, event)` is called in this thread with `Started`,
     `Waiting`, `Entered` and with everything that rank 0 reports. Call `connect` before. `storage` is for Ray's own
     files and must be seen by every node: a shared folder, or a URI that pyarrow opens. `placement`: pack prefers one node for a run's workers, strict-pack
     insists on it, spread prefers many. `fewer`, widest first: with how many workers an attempt may go on instead,
@@ -345,14 +347,14 @@ def launch(
                 outcome = _run_one(
                     train, specs[index], index, board,
                     workers=workers, gpu=gpu, threads=threads, storage=storage, retries=retries, stop=stop,
-                    placement=placement, wait_seconds=wait_seconds, fewer=fewer, watch=watch,
+                    placement=placement, placement_timeout_seconds=placement_timeout_seconds, fewer=fewer, watch=watch,
                     furthest=furthest,
                 )  # fmt: skip
             except BaseException as error:
                 outcome = make_failed(error, attempts=1)
             ended.put((index, outcome))
 
-    for _ in range(min(slots, len(specs))):
+    for _ in range(min(concurrent_runs, len(specs))):
         threading.Thread(target=serve, daemon=True).start()
     try:
         for _ in specs:
@@ -394,7 +396,7 @@ def _run_one(
     retries: int,
     stop: threading.Event,
     placement: str,
-    wait_seconds: float,
+    placement_timeout_seconds: float,
     fewer: Sequence[int],
     watch: Watch | None,
     furthest: Sequence[float],
@@ -403,7 +405,7 @@ def _run_one(
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from cluster.loopback import LoopbackConfig
+    from harness.cluster.loopback import LoopbackConfig
 
     class Relay(ray.train.UserCallback):
         """Runs in Ray Train's controller, whose errors would end the run: so it raises none."""
@@ -430,10 +432,10 @@ def _run_one(
         return choose_width(_look(), (workers, *fewer), threads=threads, gpu=gpu, placement=placement)
 
     while True:
-        seconds, now = _wait_for_room(bundle, width, index, board, stop, waited, wait_seconds)
+        seconds, now = _wait_for_room(bundle, width, index, board, stop, waited, placement_timeout_seconds)
         if seconds is None:
-            return Failed(exception="", message=f"no room in the cluster for {workers} x {_say(bundle)} within "
-                          f"{wait_seconds / 60:.0f} minutes", traceback="", died=True, attempts=attempt)  # fmt: skip
+            return Failed(exception="", message=f"no room in the cluster for {workers} x {_describe_bundle(bundle)} within "
+                          f"{placement_timeout_seconds / 60:.0f} minutes", traceback="", died=True, attempts=attempt)  # fmt: skip
         waited += seconds
         if (attempt, now) != announced:
             if attempt == announced[0]:
@@ -456,7 +458,7 @@ def _run_one(
                 device=str(get_device()),
                 threads=threads,
                 attempt=attempt,
-                start_seconds=time.time() - asked_at,
+                launch_seconds=time.time() - asked_at,
             )
 
             def report(event: Any) -> None:
@@ -503,9 +505,11 @@ def _run_one(
             if failed.exception == "WorkerGroupStartupTimeoutError" and not stop.is_set():
                 # room that others were quicker to take, or that lies scattered over nodes
                 waited += time.time() - asked_at
-                board.put.remote(index, Waiting(seconds=waited, reason=f"no place for {now} x {_say(bundle)}"))
+                board.put.remote(
+                    index, Waiting(seconds=waited, reason=f"no place for {now} x {_describe_bundle(bundle)}")
+                )
                 continue
-            deaths, came = count_deaths(deaths, came, furthest[index])
+            deaths, came = count_failures(deaths, came, furthest[index])
             if not failed.died or deaths > retries or stop.is_set():
                 return failed
             reason = failed.message
@@ -542,7 +546,7 @@ def _wait_for_room(
     board: Any,
     stop: threading.Event,
     waited: float,
-    wait_seconds: float,
+    placement_timeout_seconds: float,
 ) -> tuple[float | None, int]:
     """Wait until the cluster has `width()` bundles free; the seconds that took, None where it took too long, and how
     many bundles.
@@ -562,7 +566,7 @@ def _wait_for_room(
             if free.get(name, 0.0) < need * workers - 1e-6
         ]
         seconds = time.monotonic() - began
-        if (lacking or waited) and waited + seconds > wait_seconds:
+        if (lacking or waited) and waited + seconds > placement_timeout_seconds:
             return None, workers
         if not lacking:
             return seconds, workers
@@ -585,12 +589,12 @@ def _free(board: Any, index: int) -> None:
             remove_placement_group(group)
 
 
-def _say(bundle: dict[str, float]) -> str:
+def _describe_bundle(bundle: dict[str, float]) -> str:
     """ "2 CPU + 1 GPU" """
     return " + ".join(f"{amount:g} {name}" for name, amount in bundle.items())
 
 
-def count_deaths(deaths: int, came: float, reached: float) -> tuple[int, float]:
+def count_failures(deaths: int, came: float, reached: float) -> tuple[int, float]:
     """Deaths in a row, this one too, in which no attempt came further; and how far a run has come by now.
 
     `deaths` and `came` are what this gave after the attempts before. An attempt that came further has earned the run

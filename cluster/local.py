@@ -1,4 +1,4 @@
-"""The same signature as `cluster.launch.launch`, in this process and without Ray: one worker, for debugging."""
+"""The same signature as `harness.cluster.launch.launch`, in this process and without Ray: one worker, for debugging."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.launch import Entered, Failed, Outcome, Report, Spec, Started, Watch, Watched, Worker
+from harness.cluster.launch import Entered, Failed, Outcome, Report, Spec, Started, Watch, Watched, Worker
 
 
 def launch(
@@ -17,20 +17,20 @@ def launch(
     specs: Sequence[Spec],
     *,
     workers: int,
-    slots: int,
+    concurrent_runs: int,
     gpu: bool,
     threads: int,
     storage: Path | str,
     progress: Callable[[Spec, Any], None],
     retries: int = 0,
     placement: str = "pack",
-    wait_seconds: float = 0.0,
+    placement_timeout_seconds: float = 0.0,
     fewer: Sequence[int] = (),
     watch: Watch | None = None,
     reached: Callable[[Any], float] = lambda _: 0.0,
 ) -> Iterator[tuple[Spec, Outcome | Failed]]:
     """Run every spec, one after another; yield each as it ends. Raises ValueError for more than one worker."""
-    del slots, storage, retries, placement, wait_seconds, fewer, reached
+    del concurrent_runs, storage, retries, placement, placement_timeout_seconds, fewer, reached
     if workers != 1:
         raise ValueError(f"the local launcher runs one worker, not {workers}: use --launcher ray")
     for spec in specs:

@@ -1,7 +1,7 @@
-"""Trials of a search by Ray Tune: proposed one after another, judged after every report, stopped early or not.
+"""Trials of a search by Ray Tune: proposed one after another, judged after every report, pruned early or not.
 
 One Tune trial is one DDP run: rank 0 is Tune's own actor, the other ranks are actors in the rest of the trial's
-placement group, so that nothing can outlive a trial. Tune gives slots, actors that serve many trials, placement and
+placement group, so that nothing can outlive a trial. Tune gives concurrent_runs, actors that serve many trials, placement and
 retries. What to try and whom to stop is the study's business, and so is remembering it: Tune's own state is thrown
 away, and a search whose driver was killed goes on from what its study has written down.
 """
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from cluster.launch import (
+from harness.cluster.launch import (
     COLLECTIVE_SECONDS,
     Failed,
     Outcome,
@@ -43,7 +43,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the caller's: there is no state to save
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",  # a stopped trial may take this long to give its memory back
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",  # a pruned trial may take this long to give its memory back
     "TUNE_WARN_THRESHOLD_S": "60",
 }
 
@@ -62,7 +62,7 @@ class Study(Protocol[Proposed, Found]):
         """Rank 0 of a trial reported (or `Started`: an attempt at it begins). True stops the trial."""
 
     def ended(self, name: str, outcome: Found | Failed | None) -> None:
-        """A trial is over. None: it was stopped."""
+        """A trial is over. None: it was pruned."""
 
 
 def search(
@@ -70,16 +70,16 @@ def search(
     study: Study[Spec, Outcome],
     *,
     workers: int,
-    slots: int,
+    concurrent_runs: int,
     gpus: float,
     threads: int,
     storage: Path,
     retries: int = 2,
 ) -> None:
-    """Run all that the study proposes, `slots` trials at a time.
+    """Run all that the study proposes, `concurrent_runs` trials at a time.
 
     Each trial has `workers` processes with `threads` CPUs and `gpus` GPUs (0, 1, or a share of one). A process that
-    dies is retried; an exception is not, since it would come again. In a trial that is stopped, `report` raises
+    dies is retried; an exception is not, since it would come again. In a trial that is pruned, `report` raises
     SystemExit. Call `connect` before, in the main thread. `storage` is for Tune's own files.
     """
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
@@ -95,7 +95,7 @@ def search(
 
     class Proposals(Searcher):
         def suggest(self, trial_id: str) -> Any:
-            if len(running) >= slots:
+            if len(running) >= concurrent_runs:
                 return None
             proposal = study.propose()
             if proposal is None:
@@ -181,7 +181,7 @@ def _make_trial(
 
         worker = Worker(
             rank=0, world_size=workers, device="cuda:0" if gpus else "cpu", threads=threads,
-            start_seconds=max(0.0, time.time() - config["asked_at"]),
+            launch_seconds=max(0.0, time.time() - config["asked_at"]),
         )  # fmt: skip
 
         def report(event: Any) -> None:
@@ -230,7 +230,7 @@ def _peers(
             _join(rank, worker.world_size, url, gpus)
             peer = Worker(
                 rank=rank, world_size=worker.world_size, device=worker.device, threads=worker.threads,
-                start_seconds=worker.start_seconds,
+                launch_seconds=worker.launch_seconds,
             )  # fmt: skip
             try:
                 train(spec, peer, lambda _: None)

@@ -18,8 +18,8 @@ def load(*paths: str | Path, epochs: bool = False) -> pandas.DataFrame:
     Errors are in percent; units are in the names of the columns. Folders that cannot be read are named on standard
     error and left out. Raises UserError for a path that is no folder.
     """
-    from harness.report import load_runs
-    from results.frame import make_frame
+    from harness.commands.report import load_runs
+    from harness.results.frame import make_frame
 
     loaded = load_runs([Path(path) for path in paths or ("runs",)])
     return make_frame(loaded.records, epochs=epochs)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from harness.run import UserError
+from harness.spec import UserError
 
 app = typer.Typer(
     name="harness",
@@ -95,12 +95,13 @@ def run(
     """Train what is missing of a sweep, and print the table."""
     from rich.console import Console
 
-    from harness import plan, space
-    from harness.execute import Options, run_sweep
-    from harness.until import parse_until
-    from results.storage import is_uri
+    from harness import plan
+    from harness import search_space as space
+    from harness.commands.run import Options, run_grid
+    from harness.deadline import parse_until
+    from harness.results.remote import is_uri
 
-    sweep = plan.Sweep(
+    sweep = plan.Grid(
         variants=plan.parse_words(variants, "--variants"),
         depths=plan.parse_depths(depths) if depths is not None else (),
         seeds=plan.parse_seeds(seeds),
@@ -116,8 +117,8 @@ def run(
         settings=space.parse_settings(settings or ()),
     )
     options = Options(
-        out=plan.stage_of(out) if is_uri(out) else Path(out),
-        mirror=out if is_uri(out) else "",
+        out=plan.cache_of(out) if is_uri(out) else Path(out),
+        remote=out if is_uri(out) else "",
         data_dir=data_dir,
         gpus=gpus,
         workers=workers,
@@ -139,7 +140,7 @@ def run(
         verbose=verbose,
         format=format,
     )
-    raise typer.Exit(run_sweep(sweep, options, Console()))
+    raise typer.Exit(run_grid(sweep, options, Console()))
 
 
 @app.command()
@@ -202,10 +203,10 @@ def tune(
     """Search for the best recipe; poor trials stop early."""
     from rich.console import Console
 
-    from harness.execute import Options
-    from harness.tune import Search
-    from harness.tune import tune as run_search
-    from harness.until import parse_until
+    from harness.commands.run import Options
+    from harness.commands.tune import Search
+    from harness.commands.tune import tune as run_search
+    from harness.deadline import parse_until
 
     asked = Search(
         variant=variant,
@@ -246,13 +247,15 @@ def report(
     columns: Annotated[str | None, typer.Option(help="Which columns, as in variant,depth,error.")] = None,
     across: Annotated[str | None, typer.Option(help="Fields to average over, as in workers,threads.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write to this file.")] = None,
-    curves: Annotated[Path | None, typer.Option(help="Draw the charts into this folder, as SVG and PNG.")] = None,
+    curves: Annotated[
+        Path | None, typer.Option(help="EpochSample the charts into this folder, as SVG and PNG.")
+    ] = None,
 ) -> None:
     """Print the comparison table of stored runs."""
     from rich.console import Console
 
+    from harness.commands.report import find_results, print_report
     from harness.plan import parse_words
-    from harness.report import find_results, print_report
 
     found = print_report(
         find_results(paths or ["runs"]),
@@ -280,9 +283,9 @@ def compare(
     """Compare two sets of runs: better, worse or the same?"""
     from rich.console import Console
 
-    from harness.answers import print_comparison
+    from harness.commands.compare import print_comparison
+    from harness.commands.report import find_results
     from harness.plan import parse_words
-    from harness.report import find_results
 
     overlooked = parse_words(across, "--across") if across is not None else ()
     code = print_comparison(
@@ -299,8 +302,8 @@ def why(
     """Print what is behind a row's figures."""
     from rich.console import Console
 
-    from harness.answers import print_why
-    from harness.report import find_results
+    from harness.commands.compare import print_why
+    from harness.commands.report import find_results
 
     print_why(row, find_results([path])[0], Console())
 
@@ -314,7 +317,7 @@ def export(
     ] = "tensorboard",
 ) -> None:
     """Give stored runs to TensorBoard, MLflow or W&B."""
-    from harness.report import export_runs
+    from harness.commands.report import export_runs
 
     exported = export_runs(paths or [Path("runs")], to)
     print(f"{exported} run{'s' * (exported != 1)} exported to {to}; those it had already were left alone")
@@ -328,7 +331,7 @@ def repro(
     """Print how a stored run can be made again."""
     from rich.console import Console
 
-    from harness.answers import print_repro
+    from harness.commands.compare import print_repro
 
     print_repro(run, path, Console())
 
@@ -338,7 +341,7 @@ def variants() -> None:
     """List the variants: what they are and where they come from."""
     from rich.console import Console
 
-    from harness.report import print_variants
+    from harness.commands.report import print_variants
 
     print_variants(Console())
 
@@ -364,7 +367,7 @@ def evaluate(
     """Print the errors of stored weights on a test set."""
     from rich.console import Console
 
-    from harness import evaluate_weights as ew
+    from harness.commands import evaluate as ew
 
     options = ew.EvalOptions(
         weights=weights,
@@ -390,7 +393,7 @@ def doctor(
     """Say what is missing on this machine, if anything."""
     from rich.console import Console
 
-    from harness.doctor import check
+    from harness.commands.doctor import check
 
     raise typer.Exit(check(out, data_dir, address, Console()))
 

@@ -1,4 +1,4 @@
-"""Sweep -> list[RunSpec]: every check of what a user typed, and which runs are still missing. Imports no torch."""
+"""Grid -> list[RunSpec]: every check of what a user typed, and which runs are still missing. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from harness.run import Engine, Precision, RunSpec, UserError
-from harness.space import apply
-from models.variants import Recipe, default_depth, find_variant
-from results.statistics import confidence_interval, sample
+from harness.models.variants import Recipe, default_depth, find_variant
+from harness.results.statistics import confidence_interval, sample
+from harness.search_space import apply
+from harness.spec import Engine, Precision, RunSpec, UserError
 
 LOADERS = ("dali", "resident", "dataloader", "synthetic")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -25,7 +25,7 @@ LAUNCHERS = ("ray", "local")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sweep:
+class Grid:
     """What a user asked for, words made into values."""
 
     variants: tuple[str, ...]
@@ -46,13 +46,13 @@ class Sweep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Width:
-    """How runs lie over the machine: `slots` at a time, `workers` ranks each, `threads` CPU threads a rank."""
+class Allocation:
+    """How runs lie over the machine: `concurrent_runs` at a time, `workers` ranks each, `threads` CPU threads a rank."""
 
     device: Literal["cuda", "cpu"]
     gpus: int
     workers: int
-    slots: int
+    concurrent_runs: int
     threads: int
 
 
@@ -99,9 +99,9 @@ def check_count(value: int | None, option: str, *, least: int = 1) -> None:
         raise UserError(f"{option} {value}: at least {least} is allowed")
 
 
-def check_sweep(sweep: Sweep) -> None:
+def check_grid(sweep: Grid) -> None:
     """Every check that needs neither data nor devices."""
-    from loaders.datasets import DataError, check_dataset_name
+    from harness.loaders.datasets import DataError, check_dataset_name
 
     check_word(sweep.loader, LOADERS, "--loader")
     check_word(sweep.precision, PRECISIONS, "--precision")
@@ -126,9 +126,9 @@ def check_sweep(sweep: Sweep) -> None:
         raise UserError(str(error)) from None
 
 
-def make_width(
+def allocate(
     *, gpus: int | None, workers: int | None, have_gpus: int, have_cpus: int, precision: str, where: str
-) -> Width:
+) -> Allocation:
     """Lay runs over what `where` has. Asking for more than there is raises UserError, before anything starts."""
     if gpus is None:
         gpus = have_gpus
@@ -143,13 +143,17 @@ def make_width(
             raise UserError(f"--workers {workers}: {where} has {have_cpus} CPU cores, and each worker needs one")
         if precision in ("tf32", "fp16"):
             raise UserError(f"--precision {precision} needs a GPU; on the CPU fp32 and bf16 are allowed")
-        return Width(device="cpu", gpus=0, workers=workers, slots=1, threads=have_cpus // workers)
+        return Allocation(device="cpu", gpus=0, workers=workers, concurrent_runs=1, threads=have_cpus // workers)
     workers = workers or gpus
     if gpus % workers:
         fitting = ", ".join(str(n) for n in range(1, gpus + 1) if gpus % n == 0)
         raise UserError(f"--workers {workers} does not divide --gpus {gpus} (allowed: {fitting})")
-    return Width(
-        device="cuda", gpus=gpus, workers=workers, slots=gpus // workers, threads=max(1, have_cpus // gpus)
+    return Allocation(
+        device="cuda",
+        gpus=gpus,
+        workers=workers,
+        concurrent_runs=gpus // workers,
+        threads=max(1, have_cpus // gpus),
     )
 
 
@@ -175,7 +179,7 @@ def make_packs(specs: Iterable[RunSpec], pack: int) -> list[tuple[RunSpec, ...]]
     return [tuple(row[i : i + pack]) for row in rows.values() for i in range(0, len(row), pack)]
 
 
-def override(recipe: Recipe, sweep: Sweep) -> tuple[Recipe, tuple[str, ...]]:
+def override(recipe: Recipe, sweep: Grid) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe with what the user changed, and the names of what is changed.
 
     Another number of epochs stretches the whole schedule: drops and warm-up keep their share of the run.
@@ -200,7 +204,7 @@ def override(recipe: Recipe, sweep: Sweep) -> tuple[Recipe, tuple[str, ...]]:
     return recipe, tuple(changed)
 
 
-def expand(sweep: Sweep, width: Width, *, fingerprint: str, train_images: int) -> list[RunSpec]:
+def expand(sweep: Grid, width: Allocation, *, fingerprint: str, train_images: int) -> list[RunSpec]:
     """Every run of a sweep: seeds outermost, so that a table over all depths and variants is there early."""
     if sweep.limit_train is not None and sweep.limit_train > train_images:
         raise UserError(f"--limit-train {sweep.limit_train}: {sweep.dataset} has {train_images} training images")
@@ -236,7 +240,7 @@ def expand(sweep: Sweep, width: Width, *, fingerprint: str, train_images: int) -
     return list(dict.fromkeys(specs))
 
 
-def check_until_ci(sweep: Sweep, until_ci: float | None, max_seeds: int | None) -> None:
+def check_until_ci(sweep: Grid, until_ci: float | None, max_seeds: int | None) -> None:
     """Raise UserError unless seeds can be added until an interval is narrow enough."""
     if until_ci is None:
         if max_seeds is not None:
@@ -267,7 +271,7 @@ def error_half_widths(specs: Iterable[RunSpec], errors: Mapping[str, float]) -> 
 
 
 def more_seeds(
-    specs: Sequence[RunSpec], errors: Mapping[str, float], *, until_ci: float, max_seeds: int, slots: int
+    specs: Sequence[RunSpec], errors: Mapping[str, float], *, until_ci: float, max_seeds: int, concurrent_runs: int
 ) -> list[RunSpec]:
     """The next runs of those rows whose interval is still wider than ±until_ci; none: all are narrow, or at their limit.
 
@@ -281,7 +285,7 @@ def more_seeds(
         row for row, half in halves.items() if half is not None and half > until_ci and len(used[row]) < max_seeds
     ]
     more = []
-    for _ in range(max(1, slots // len(wide)) if wide else 0):
+    for _ in range(max(1, concurrent_runs // len(wide)) if wide else 0):
         for row in wide:
             if len(used[row]) < max_seeds:
                 seed = next(n for n in itertools.count() if n not in used[row])
@@ -290,7 +294,7 @@ def more_seeds(
     return more
 
 
-def check_batch(recipe: Recipe, width: Width) -> None:
+def check_batch(recipe: Recipe, width: Allocation) -> None:
     """Raise UserError unless every rank gets an equal share of the global batch."""
     if recipe.batch_size % width.workers:
         fitting = [n for n in range(1, recipe.batch_size + 1) if recipe.batch_size % n == 0 and n <= 64]
@@ -327,24 +331,24 @@ def pending(specs: Iterable[RunSpec], finished: set[str]) -> list[RunSpec]:
     return [spec for spec in specs if spec.key not in finished]
 
 
-def stage_out(uri: str, *, write: bool) -> None:
+def pull_out(uri: str, *, write: bool) -> None:
     """Bring the records that are at --out URI into the local folder in which its runs are worked on.
 
     Raises UserError where that cannot be, and with `write` unless results can be written there.
     """
-    from results.storage import StorageError, bring_results, check_uri
+    from harness.results.remote import StorageError, check_uri, pull_results
 
     try:
         if write:
             check_uri(uri)
-        bring_results(uri, stage_of(uri))
+        pull_results(uri, cache_of(uri))
     except StorageError as error:
         raise UserError(f"--out {error}") from None
 
 
-def stage_of(uri: str) -> Path:
+def cache_of(uri: str) -> Path:
     """The local folder that stands for a URI, absolute."""
-    from results.storage import stage
+    from harness.results.remote import stage
 
     cache = Path(os.environ.get("HARNESS_CACHE") or Path.home() / ".cache" / "resnet-harness")
     return stage(uri, cache.expanduser().absolute())

@@ -12,19 +12,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.preflight import Unanswered, ask_every_node
-from harness.run import UserError
-from results.storage import StorageError, find_marks, leave_mark, remove_marks
+from harness.cluster.nodes import Unanswered, ask_every_node
+from harness.results.remote import StorageError, find_sentinels, leave_sentinel, remove_sentinels
+from harness.spec import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-OURS = ("harness", "models", "loaders", "cluster", "results")
+PACKAGE = Path(__file__).parent
 COMPARED = ("torch", "torchvision", "ray", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 LEAST_DISK_GIB = 2.0
 LARGEST_CLOCK_ERROR_SECONDS = 60.0
@@ -37,7 +36,7 @@ class Question:
     """What each node is asked about. Paths absolute."""
 
     out: Path
-    mirror: str  # the URI that `out` stands for, if it does
+    remote: str  # the URI that `out` stands for, if it does
     marker: str  # name of a file that the driver has put into `out`
     dataset: str
     data_dir: Path | None
@@ -54,14 +53,13 @@ class Difference:
     here: str
 
 
-def hash_code() -> str:
-    """SHA-256 over the sources of our five packages, as this process would import them; 12 hexadecimal digits."""
+def hash_code(package: Path = PACKAGE) -> str:
+    """SHA-256 over the package's sources, linked folders' too, as this process would import them; 12 hexadecimal
+    digits."""
     digest = hashlib.sha256()
-    for name in OURS:
-        spec = find_spec(name)
-        for folder in (spec.submodule_search_locations if spec else None) or ():
-            for path in sorted(Path(folder).glob("*.py")):
-                digest.update(f"{name}/{path.name}\0".encode() + path.read_bytes() + b"\0")
+    paths = [Path(top, name) for top, _, names in os.walk(package, followlinks=True) for name in names]
+    for path in sorted(path for path in paths if path.suffix == ".py"):
+        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
@@ -76,14 +74,14 @@ def _describe() -> dict[str, str]:
     return facts
 
 
-def _leave_mark(question: Question) -> tuple[str, str]:
+def _leave_sentinel(question: Question) -> tuple[str, str]:
     """Answer the driver's file with one beside it: its name, and the GiB free where this node writes."""
     mine = f"{question.marker}-{uuid.uuid4().hex}"
-    if question.mirror:
-        seen = question.marker in find_marks(question.mirror, question.marker)
+    if question.remote:
+        seen = question.marker in find_sentinels(question.remote, question.marker)
         question.out.mkdir(parents=True, exist_ok=True)
         if seen:
-            leave_mark(question.mirror, mine)
+            leave_sentinel(question.remote, mine)
     else:
         seen = (question.out / question.marker).exists()
         if seen:
@@ -97,10 +95,10 @@ def answer(question: Question) -> dict[str, str]:
     """The facts of the node this runs on, as text. Leaves a file in `out`."""
     facts = {**_describe(), "clock": f"{time.time()}"}
     try:
-        facts["out"], facts["disk"] = _leave_mark(question)
+        facts["out"], facts["disk"] = _leave_sentinel(question)
     except (OSError, StorageError) as error:
         facts["out"], facts["disk"] = getattr(error, "strerror", None) or str(error), ""
-    from loaders.datasets import DataError, load_dataset
+    from harness.loaders.datasets import DataError, load_dataset
 
     try:
         facts["data"] = load_dataset(question.dataset, question.data_dir, question.cache_dir).fingerprint[:12]
@@ -148,33 +146,33 @@ def check_nodes(
     data_dir: Path | None,
     cache_dir: Path | None,
     console: Console,
-    mirror: str = "",
+    remote: str = "",
 ) -> None:
     """Compare every node with this process, and with what a run needs.
 
-    Prints a table of what differs and raises UserError, or does nothing. Call `cluster.launch.connect` before.
+    Prints a table of what differs and raises UserError, or does nothing. Call `harness.cluster.launch.connect` before.
     """
     question = Question(
         out=out,
-        mirror=mirror,
+        remote=remote,
         marker=f".preflight-{uuid.uuid4().hex[:12]}",
         dataset=dataset,
         data_dir=data_dir,
         cache_dir=cache_dir,
     )
-    if mirror:
-        leave_mark(mirror, question.marker)
+    if remote:
+        leave_sentinel(remote, question.marker)
     else:
         (out / question.marker).write_bytes(b"")
     try:
         asked_at = time.time()
         answers = ask_every_node(partial(answer, question))
         answered_at = time.time()
-        names = find_marks(mirror, question.marker) if mirror else os.listdir(out)  # noqa: PTH208
+        names = find_sentinels(remote, question.marker) if remote else os.listdir(out)  # noqa: PTH208
         written = frozenset(name for name in names if name.startswith(question.marker))
     finally:
-        if mirror:
-            remove_marks(mirror, question.marker)
+        if remote:
+            remove_sentinels(remote, question.marker)
         for path in out.glob(f"{question.marker}*"):
             path.unlink(missing_ok=True)
     here = {**_describe(), "data": fingerprint[:12]}

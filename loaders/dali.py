@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from .datasets import Split
-from .loader import Augment, Normalize, Plan, make_padded
+from harness.loaders.datasets import Split
+from harness.loaders.loader import Augment, Normalize, SamplingPlan, make_padded
 
 dali: Any = import_module("nvidia.dali")  # its types would fail mypy --strict
 fn: Any = import_module("nvidia.dali.fn")
@@ -49,7 +49,7 @@ class DaliLoader:
         split: Split,
         augment: Augment,
         normalize: Normalize,
-        plan: Plan,
+        plan: SamplingPlan,
         device: torch.device,
         threads: int,
         channels_last: bool,

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
-from .datasets import Split
-from .loader import Augment, Normalize, Plan
+from harness.loaders.datasets import Split
+from harness.loaders.loader import Augment, Normalize, SamplingPlan
 
 Job = tuple[int, int, int, bool]  # which image, y and x of its crop, whether it is flipped
 
@@ -23,7 +23,7 @@ class TorchLoader:
         split: Split,
         augment: Augment,
         normalize: Normalize,
-        plan: Plan,
+        plan: SamplingPlan,
         device: torch.device,
         threads: int,
         channels_last: bool,
@@ -60,7 +60,7 @@ class TorchLoader:
 class _Batches:
     """The batch sampler: the plan's epoch from a step on, as lists of jobs."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: SamplingPlan) -> None:
         self._plan = plan
         self.epoch = 0
         self.start = 0

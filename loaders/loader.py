@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .datasets import Split
+from harness.loaders.datasets import Split
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,7 @@ def make_normalize(kind: NormalizeKind, train: Split) -> Normalize:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Draw:
+class EpochSample:
     """One rank's epoch, image after image: which image, where it is cropped, whether it is flipped."""
 
     index: NDArray[np.int64]
@@ -142,7 +142,7 @@ class Draw:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SamplingPlan:
     """All randomness, as a pure function of (seed, epoch) and whatever the number of ranks.
 
     Global batch k is order[k * batch_size : (k + 1) * batch_size]; rank r takes every world-th image of it, from
@@ -175,13 +175,13 @@ class Plan:
         whole, tail = divmod(self.images, self.batch_size)
         return whole + (tail > 0 if self.train else tail > self.rank)
 
-    def draw(self, epoch: int) -> Draw:
+    def draw(self, epoch: int) -> EpochSample:
         """This rank's share of the epoch, numbered from 0."""
-        return _draw(self, epoch if self.train else 0)
+        return _sample_epoch(self, epoch if self.train else 0)
 
 
 @lru_cache(maxsize=4)
-def _draw(plan: Plan, epoch: int) -> Draw:
+def _sample_epoch(plan: SamplingPlan, epoch: int) -> EpochSample:
     """Cached, because a loader asks again for each part of an epoch."""
     if plan.train:
         generator = np.random.Generator(np.random.PCG64([plan.seed, epoch]))
@@ -195,7 +195,9 @@ def _draw(plan: Plan, epoch: int) -> Draw:
     return _share(plan, order, offset, flip)
 
 
-def _share(plan: Plan, order: NDArray[np.int64], offset: NDArray[np.int64], flip: NDArray[np.bool_]) -> Draw:
+def _share(
+    plan: SamplingPlan, order: NDArray[np.int64], offset: NDArray[np.int64], flip: NDArray[np.bool_]
+) -> EpochSample:
     whole, tail = divmod(plan.images, plan.batch_size)
     last = order[plan.images - tail :]
     if plan.train and 0 < tail < plan.world:
@@ -204,7 +206,7 @@ def _share(plan: Plan, order: NDArray[np.int64], offset: NDArray[np.int64], flip
     last = last[plan.rank :: plan.world]
     index = np.concatenate([body.ravel(), last])
     ends = [(step + 1) * body.shape[1] for step in range(whole)] + [len(index)] * (len(last) > 0)
-    return Draw(index, offset[index], flip[index], tuple(ends))
+    return EpochSample(index, offset[index], flip[index], tuple(ends))
 
 
 def make_padded(
@@ -249,7 +251,7 @@ def make_loaders(
     padded image, less than one image a rank.
     """
     check_loader_name(kind)
-    plan = Plan(len(train), batch_size, augment.span(train), augment.flip, seed, rank, world)
+    plan = SamplingPlan(len(train), batch_size, augment.span(train), augment.flip, seed, rank, world)
     make, _ = _loader_types(kind)
     loader = make(train, augment, normalize, plan, device, threads, channels_last)
     held = make_evaluation_loader(
@@ -285,7 +287,7 @@ def make_evaluation_loader(
     # The centre crop of the padded image is that of the image itself, so evaluation needs no padding.
     fits = augment.crop is None or augment.crop <= min(test.images.shape[1:3])
     centre = replace(augment, pad=0 if fits else augment.pad, flip=False)
-    plan = Plan(len(test), eval_batch_size, centre.span(test), False, 0, rank, world, train=False)
+    plan = SamplingPlan(len(test), eval_batch_size, centre.span(test), False, 0, rank, world, train=False)
     _, make = _loader_types(kind)
     return make(test, centre, normalize, plan, device, threads, channels_last)
 
@@ -296,7 +298,7 @@ class _Make(Protocol):
         split: Split,
         augment: Augment,
         normalize: Normalize,
-        plan: Plan,
+        plan: SamplingPlan,
         device: torch.device,
         threads: int,
         channels_last: bool,
@@ -306,17 +308,17 @@ class _Make(Protocol):
 def _loader_types(kind: str) -> tuple[_Make, _Make]:
     """For training and for evaluation. Imported here, so that only who asks for DALI loads it."""
     if kind == "dali":
-        from .dali import DaliLoader
+        from harness.loaders.dali import DaliLoader
 
         return DaliLoader, DaliLoader
     if kind == "dataloader":
-        from .dataloader import TorchLoader
+        from harness.loaders.dataloader import TorchLoader
 
         return TorchLoader, TorchLoader
-    from .resident import ResidentLoader
+    from harness.loaders.resident import ResidentLoader
 
     if kind == "resident":
         return ResidentLoader, ResidentLoader
-    from .synthetic import SyntheticLoader
+    from harness.loaders.synthetic import SyntheticLoader
 
     return SyntheticLoader, ResidentLoader  # a bound for training; an error is still one of real images

@@ -11,8 +11,8 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .datasets import Split
-from .loader import Augment, Normalize, Plan, make_padded
+from harness.loaders.datasets import Split
+from harness.loaders.loader import Augment, Normalize, SamplingPlan, make_padded
 
 MACROBATCH_MIB = 64  # of float32 output, on a GPU: so few calls that their cost on the host does not show
 
@@ -25,7 +25,7 @@ class ResidentLoader:
         split: Split,
         augment: Augment,
         normalize: Normalize,
-        plan: Plan,
+        plan: SamplingPlan,
         device: torch.device,
         threads: int,
         channels_last: bool,

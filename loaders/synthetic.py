@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .datasets import Split
-from .loader import Augment, Normalize, Plan
-from .resident import ResidentLoader
+from harness.loaders.datasets import Split
+from harness.loaders.loader import Augment, Normalize, SamplingPlan
+from harness.loaders.resident import ResidentLoader
 
 
 class SyntheticLoader:
@@ -21,7 +21,7 @@ class SyntheticLoader:
         split: Split,
         augment: Augment,
         normalize: Normalize,
-        plan: Plan,
+        plan: SamplingPlan,
         device: torch.device,
         threads: int,
         channels_last: bool,

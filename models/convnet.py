@@ -7,8 +7,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.resnet import conv3x3
-from models.variants import Network, check_convnet_depth
+from harness.models.resnet import conv3x3
+from harness.models.variants import Network, check_convnet_depth
 
 
 class ConvNet(nn.Module):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.resnet import build
-from models.variants import Network
+from harness.models.resnet import build
+from harness.models.variants import Network
 
 
 def count_flops(network: Network, num_classes: int, image_size: int = 32) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.resnet import conv3x3, he_init
-from models.variants import IMAGENET_BLOCKS, Network, check_imagenet_depth
+from harness.models.resnet import conv3x3, he_init
+from harness.models.variants import IMAGENET_BLOCKS, Network, check_imagenet_depth
 
 
 class ImageNetResNet(nn.Module):

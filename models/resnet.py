@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.variants import Network, check_depth
+from harness.models.variants import Network, check_depth
 
 SMALLEST_IMAGE = {"cifar": 4, "convnet": 4, "xresnet": 4, "imagenet": 16}
 """Side in pixels, by architecture: the product of all strides."""
@@ -29,15 +29,15 @@ def build(network: Network, num_classes: int, image_size: int = 32) -> nn.Module
         case "cifar":
             return CifarResNet(network, num_classes)
         case "imagenet":
-            from models.imagenet import ImageNetResNet
+            from harness.models.imagenet import ImageNetResNet
 
             return ImageNetResNet(network, num_classes)
         case "convnet":
-            from models.convnet import ConvNet
+            from harness.models.convnet import ConvNet
 
             return ConvNet(network, num_classes)
         case "xresnet":
-            from models.xresnet import XResNet
+            from harness.models.xresnet import XResNet
 
             return XResNet(network, num_classes)
 

@@ -17,7 +17,7 @@ Unit = Literal["epoch", "step"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Network:
-    """An architecture: `models.resnet.build(network, num_classes)` makes the module.
+    """An architecture: `harness.models.resnet.build(network, num_classes)` makes the module.
 
     Two networks with equal fields are the same function of their weights.
     """
@@ -40,7 +40,7 @@ class Network:
     cardinality: int = 1
     """Groups of a bottleneck's 3x3 convolution (arXiv:1611.05431)."""
     group_width: int = 0
-    """Width of one of those groups in the first stage."""
+    """Allocation of one of those groups in the first stage."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

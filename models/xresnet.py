@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.resnet import conv3x3, he_init
-from models.variants import Network, check_depth
+from harness.models.resnet import conv3x3, he_init
+from harness.models.variants import Network, check_depth
 
 
 class XResNet(nn.Module):

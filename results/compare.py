@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from results.rows import NONE, Row
-from results.statistics import Interval, Sample, sample, tost, welch
-from results.store import RunResult
-from results.text import Sheet, clean, escape_markdown, for_markdown, for_terminal, paint
+from harness.results.report.text import Sheet, clean, escape_markdown, for_markdown, for_terminal, paint
+from harness.results.rows import NONE, Row
+from harness.results.statistics import Interval, Sample, sample, tost, welch
+from harness.results.store import RunResult
 
 
 @dataclass(frozen=True, slots=True)

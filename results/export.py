@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from results.store import EpochMetrics, Stored, load_epochs
+from harness.results.store import EpochMetrics, Stored, load_epochs
 
 Write = Callable[[Mapping[str, float], int, float], None]
 """Takes an epoch's figures by name, the epoch, and the instant of its end in seconds since 1970."""
@@ -15,7 +15,7 @@ Target = Callable[[Stored], AbstractContextManager[Write | None]]
 """Opens one run in a tool; gives None where the tool has that run already."""
 
 FIGURES = (
-    "loss", "error", "top5_error", "lr", "train_seconds", "wait_seconds", "eval_seconds", "images_per_second",
+    "loss", "error", "top5_error", "lr", "train_seconds", "data_stall_seconds", "eval_seconds", "images_per_second",
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def _summary(run: Stored) -> dict[str, float]:
         "test_error": result.test_error, "epoch_seconds": result.epoch_seconds, "energy_joules": result.energy_joules.value,
         "torch_allocated_mib": memory.torch_allocated_mib.value, "torch_reserved_mib": memory.torch_reserved_mib.value,
         "nvml_process_mib": memory.nvml_process_mib.value, "rss_mib": memory.rss_mib.value,
-        **{f"by_owner_mib.{owner}": value for owner, value in memory.by_owner_mib.items()},
+        **{f"by_category_mib.{category}": value for category, value in memory.by_category_mib.items()},
     }  # fmt: skip
     return {name: value for name, value in values.items() if value is not None}
 

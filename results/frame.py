@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from results.store import Stored, load_epochs
+from harness.results.store import Stored, load_epochs
 
 if TYPE_CHECKING:
     import pandas
@@ -67,7 +67,7 @@ def _figures(run: Stored) -> dict[str, Any]:
 def _readings(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """A reading counts with its value: the reason for a missing one is in the record."""
     for name, value in values.items():
-        if name == "by_owner_mib":
+        if name == "by_category_mib":
             yield from _flatten(value, f"{name}.")
         else:
             yield name, value["value"] if isinstance(value, dict) and set(value) == {"value", "reason"} else value

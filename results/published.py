@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from results.statistics import Sample
+from harness.results.statistics import Sample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from results.published import Published, find_published
-from results.statistics import Sample, Verdict, compare_with_published, median, sample
-from results.store import Interrupted, Prediction, Reading, Record, RunResult, Stored, collector_paused
+from harness.results.published import Published, find_published
+from harness.results.statistics import Sample, Verdict, compare_with_published, median, sample
+from harness.results.store import Interrupted, Measurement, Prediction, Record, RunResult, Stored, collector_paused
 
 NONE = "–"
-UNMEASURED = Reading(value=None)
+UNMEASURED = Measurement(value=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Row:
 
     done: tuple[Stored, ...]  # one a seed
     failed: tuple[Stored, ...]
-    stopped: tuple[Stored, ...] = ()  # by a search, before their end
+    pruned: tuple[Stored, ...] = ()  # by a search, before their end
     interrupted: tuple[Interrupted, ...]
     repeated: int = 0  # earlier runs of seeds that are counted once
 
@@ -72,13 +72,13 @@ class Row:
     eval_seconds: float | None = None
     setup_seconds: float | None = None
     images_per_second: float | None = None
-    wait_share: float | None = None  # percent
+    data_stall_percent: float | None = None  # percent
     energy_joules: float | None = None  # of a whole run, while it trained
-    torch_allocated_mib: Reading = UNMEASURED
-    torch_reserved_mib: Reading = UNMEASURED
-    nvml_process_mib: Reading = UNMEASURED
-    rss_mib: Reading = UNMEASURED
-    by_owner_mib: Mapping[str, float] = field(
+    torch_allocated_mib: Measurement = UNMEASURED
+    torch_reserved_mib: Measurement = UNMEASURED
+    nvml_process_mib: Measurement = UNMEASURED
+    rss_mib: Measurement = UNMEASURED
+    by_category_mib: Mapping[str, float] = field(
         default_factory=dict
     )  # of the run that used most; empty: not recorded
     against: Against | None = None
@@ -142,7 +142,7 @@ def summarise(
             group(stored.record.spec, _surroundings(stored.record, stored.record.result)).done.append(stored)
     for stored in without_result:
         found = group(stored.record.spec, None)
-        (found.stopped if stored.record.stopped else found.failed).append(stored)
+        (found.pruned if stored.record.pruned else found.failed).append(stored)
     for partial in interrupted:
         group(partial.spec or {"run": partial.name}, None).interrupted.append(partial)
     if unknown := [name for name in across if name not in known]:
@@ -157,7 +157,7 @@ class _Group:
     fields: dict[str, str]
     done: list[Stored] = field(default_factory=list)
     failed: list[Stored] = field(default_factory=list)
-    stopped: list[Stored] = field(default_factory=list)
+    pruned: list[Stored] = field(default_factory=list)
     interrupted: list[Interrupted] = field(default_factory=list)
     averaged_over: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
 
@@ -209,7 +209,7 @@ def _surroundings(record: Record, result: RunResult) -> Surroundings:
 
 def _make_row(group: _Group) -> Row:
     done, repeated = _one_a_seed(group.done)
-    members = [*done, *group.failed, *group.stopped]
+    members = [*done, *group.failed, *group.pruned]
     spec: Mapping[str, Any] = members[0].record.spec if members else group.interrupted[0].spec
     finished_seeds = {stored.record.seed for stored in done}
     recipe = _mapping(spec.get("recipe"))
@@ -245,7 +245,7 @@ def _make_row(group: _Group) -> Row:
         averaged_over={n: tuple(v) for n, v in group.averaged_over.items() if len(v) > 1},
         done=tuple(done),
         failed=tuple(s for s in group.failed if s.record.seed not in finished_seeds),
-        stopped=tuple(s for s in group.stopped if s.record.seed not in finished_seeds),
+        pruned=tuple(s for s in group.pruned if s.record.seed not in finished_seeds),
         interrupted=tuple(group.interrupted),
         repeated=repeated,
         **(_measure(results) if results else {}),
@@ -288,10 +288,10 @@ def _measure(results: list[RunResult]) -> dict[str, Any]:
         values = [value for result in results if (value := get(result)) is not None]
         return median(values) if values else None
 
-    def peak(get: Callable[[RunResult], Reading]) -> Reading:
+    def peak(get: Callable[[RunResult], Measurement]) -> Measurement:
         readings = [get(result) for result in results]
         values = [reading.value for reading in readings if reading.value is not None]
-        return Reading(value=max(values)) if values else readings[0]
+        return Measurement(value=max(values)) if values else readings[0]
 
     def spread(get: Callable[[RunResult], float | None]) -> Sample | None:
         values = [value for result in results if (value := get(result)) is not None]
@@ -308,20 +308,22 @@ def _measure(results: list[RunResult]) -> dict[str, Any]:
         "eval_seconds": middle(lambda result: result.eval_seconds),
         "setup_seconds": middle(lambda result: result.setup_seconds),
         "images_per_second": middle(lambda result: result.images_per_second),
-        "wait_share": middle(lambda result: result.wait_share),
+        "data_stall_percent": middle(lambda result: result.data_stall_percent),
         "energy_joules": middle(lambda result: result.energy_joules.value),
         "torch_allocated_mib": peak(lambda result: result.memory.torch_allocated_mib),
         "torch_reserved_mib": peak(lambda result: result.memory.torch_reserved_mib),
         "nvml_process_mib": peak(lambda result: result.memory.nvml_process_mib),
         "rss_mib": peak(lambda result: result.memory.rss_mib),
-        "by_owner_mib": _owners(results),
+        "by_category_mib": _owners(results),
     }
 
 
 def _owners(results: Sequence[RunResult]) -> Mapping[str, float]:
     """Who held the memory of the run that used most, of those that say so."""
 
-    return max((result.memory.by_owner_mib for result in results), key=lambda owners: sum(owners.values()))
+    return max(
+        (result.memory.by_category_mib for result in results), key=lambda categories: sum(categories.values())
+    )
 
 
 def _against(row: Row) -> Against | None:

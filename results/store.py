@@ -1,7 +1,7 @@
 """The store: one folder a run, written whole or not at all, and the values that are kept in it.
 
     <out>/<name>/            a finished run: record.json, epochs.jsonl, weights.safetensors
-    <out>/<name>.partial/    a run that is going on, was interrupted, failed or was stopped by a search (these two
+    <out>/<name>.partial/    a run that is going on, was interrupted, failed or was pruned by a search (these two
                              hold record.json too)
     <out>/tune/<sweep>/      what a search asked for and tried; its trials are runs like any other
     <out>/.superseded/       finished runs that were run again
@@ -39,7 +39,7 @@ class Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, ser_json_inf_nan="constants")
 
 
-class Reading(Value):
+class Measurement(Value):
     """A measurement that may be impossible here: a value, or null with the reason."""
 
     value: float | None
@@ -57,22 +57,22 @@ class EpochMetrics(Value):
     top5_error: float | None = None
     lr: float  # at the epoch's last step
     train_seconds: float
-    wait_seconds: float  # of train_seconds, spent waiting for the loader
+    data_stall_seconds: float  # of train_seconds, spent waiting for the loader
     eval_seconds: float
     images_per_second: float
     timed: bool = True  # False: left out of the median
     untimed: str = (
-        ""  # why: "warm-up", "partial epoch", "tainted: the machine swapped"; empty in older records too
+        ""  # why: "warm-up", "partial epoch", "interference: the machine swapped"; empty in older records too
     )
     energy_joules: float | None = None  # of all GPUs of the run while it trained
-    taints: tuple[str, ...] = ()  # why these seconds are not to be trusted
+    interference: tuple[str, ...] = ()  # why these seconds are not to be trusted
     attempt: int = 1
     workers: int | None = None  # DDP width of this epoch, where it is not the one that was asked for
     skew: float | None = None  # slowest over fastest rank's train_seconds; None of one rank alone
     slowest_rank: int | None = None
 
 
-OWNERS = (
+MEMORY_CATEGORIES = (
     "weights", "gradients", "optimizer state", "activations", "allocator slack", "data loader", "NCCL",
     "CUDA context", "process at its start", "unaccounted",
 )  # fmt: skip
@@ -83,16 +83,20 @@ activations are not told from the rest there. "unaccounted" makes the sum that o
 class Memory(Value):
     """Peaks over the run, after warm-up, of the rank that used most. MiB = 2**20 bytes."""
 
-    torch_allocated_mib: Reading  # torch.cuda.max_memory_allocated
-    torch_reserved_mib: Reading  # torch.cuda.max_memory_reserved
-    nvml_process_mib: Reading  # NVML's used memory of this process: with DALI, NCCL and the CUDA context
-    rss_mib: Reading  # peak resident memory on the host
-    warmup_allocated_mib: Reading = Reading(value=None, reason="not measured")  # peaks of set-up and warm-up
-    warmup_reserved_mib: Reading = Reading(value=None, reason="not measured")
-    growth_mib_per_epoch: Reading = Reading(
+    torch_allocated_mib: Measurement  # torch.cuda.max_memory_allocated
+    torch_reserved_mib: Measurement  # torch.cuda.max_memory_reserved
+    nvml_process_mib: Measurement  # NVML's used memory of this process: with DALI, NCCL and the CUDA context
+    rss_mib: Measurement  # peak resident memory on the host
+    warmup_allocated_mib: Measurement = Measurement(
+        value=None, reason="not measured"
+    )  # peaks of set-up and warm-up
+    warmup_reserved_mib: Measurement = Measurement(value=None, reason="not measured")
+    growth_mib_per_epoch: Measurement = Measurement(
         value=None, reason="not measured"
     )  # slope of what is in use, after warm-up
-    by_owner_mib: dict[str, float] = {}  # who holds how much of nvml_process_mib (on the CPU: of rss_mib): OWNERS
+    by_category_mib: dict[
+        str, float
+    ] = {}  # who holds how much of nvml_process_mib (on the CPU: of rss_mib): MEMORY_CATEGORIES
 
 
 _EPOCHS = TypeAdapter(list[EpochMetrics])
@@ -102,11 +106,11 @@ class GpuUse(Value):
     """One GPU of a node, sampled about once a second while a run was on it, whoever else used it."""
 
     gpu: str  # as CUDA_VISIBLE_DEVICES names it
-    utilisation_percent: Reading  # mean of the samples: share of time in which some kernel ran
-    power_watts: Reading  # mean
-    power_peak_watts: Reading
-    energy_joules: Reading  # NVML's counter, over the whole window
-    memory_peak_mib: Reading  # of all processes
+    utilisation_percent: Measurement  # mean of the samples: share of time in which some kernel ran
+    power_watts: Measurement  # mean
+    power_peak_watts: Measurement
+    energy_joules: Measurement  # NVML's counter, over the whole window
+    memory_peak_mib: Measurement  # of all processes
 
 
 class NodeUse(Value):
@@ -115,8 +119,8 @@ class NodeUse(Value):
     host: str
     seconds: float
     samples: int
-    cpu_percent: Reading  # mean over all processors of the node, of all processes
-    memory_peak_mib: Reading  # of the node
+    cpu_percent: Measurement  # mean over all processors of the node, of all processes
+    memory_peak_mib: Measurement  # of the node
     gpus: tuple[GpuUse, ...] = ()
     gpus_reason: str | None = None  # why there is none
 
@@ -127,7 +131,7 @@ class RankUse(Value):
     rank: int
     host: str
     train_seconds: float | None
-    wait_seconds: float | None  # of these, for the loader
+    data_stall_seconds: float | None  # of these, for the loader
     torch_allocated_mib: float | None
     torch_reserved_mib: float | None
     nvml_process_mib: float | None
@@ -150,12 +154,12 @@ class RunResult(Value):
     warmup_epochs: int  # epochs left out of that median at the start
     eval_seconds: float | None
     images_per_second: float | None
-    wait_share: float | None = None  # percent of the timed epochs' train_seconds; `finish` works it out
+    data_stall_percent: float | None = None  # percent of the timed epochs' train_seconds; `finish` works it out
     setup_seconds: float  # from entering the train function to the first training step: data, network, engine
-    start_seconds: float | None = None  # launcher: from asking for the run to entering the train function
+    launch_seconds: float | None = None  # launcher: from asking for the run to entering the train function
     train_seconds: float  # sum over epochs
-    energy_joules: Reading = Reading(value=None, reason="not measured")  # of all GPUs, sum over epochs
-    taints: tuple[str, ...] = ()  # of any epoch
+    energy_joules: Measurement = Measurement(value=None, reason="not measured")  # of all GPUs, sum over epochs
+    interference: tuple[str, ...] = ()  # of any epoch
     memory: Memory
     workers: int  # DDP width, the number of ranks that was asked for
     widths: tuple[int, ...] = ()  # that the run went through, (2, 1), where it was not always `workers`
@@ -183,7 +187,7 @@ class Failure(Value):
     traceback: str = ""
 
 
-class Stopped(Value):
+class Pruned(Value):
     """A run that a search gave up before its end. What it reached is no result, and is averaged with none."""
 
     by: str  # the rule, "asha" or "median"
@@ -200,7 +204,7 @@ class Record(Value):
     schema_version: int = SCHEMA_VERSION
     key: str  # hash of the whole spec
     name: str  # folder
-    status: Literal["done", "failed", "stopped"]
+    status: Literal["done", "failed", "pruned"]
     variant: str
     depth: int
     seed: int
@@ -209,7 +213,7 @@ class Record(Value):
     spec: dict[str, Any]
     result: RunResult | None = None
     failure: Failure | None = None
-    stopped: Stopped | None = None
+    pruned: Pruned | None = None
     environment: dict[str, Any]  # commit, dirty, versions, gpu, driver, host, command
     started_at: datetime
     finished_at: datetime
@@ -225,9 +229,9 @@ class Prediction(Value):
     eval_seconds: float  # one evaluation
     setup_seconds: float  # from asking for the probe until it was warm
     epochs: float  # of the whole run; the last one may be a part
-    energy_joules: Reading  # of all GPUs while they train an epoch
+    energy_joules: Measurement  # of all GPUs while they train an epoch
     memory: Memory
-    taints: tuple[str, ...] = ()  # why the seconds are not to be trusted
+    interference: tuple[str, ...] = ()  # why the seconds are not to be trusted
     workers: int
     threads: int  # CPU threads of one worker
     device: str
@@ -239,11 +243,11 @@ class Prediction(Value):
         return self.setup_seconds + self.epochs * self.epoch_seconds + math.ceil(self.epochs) * self.eval_seconds
 
     @property
-    def run_joules(self) -> Reading:
+    def run_joules(self) -> Measurement:
         """Energy of all GPUs while the whole run trains."""
         if self.energy_joules.value is None:
             return self.energy_joules
-        return Reading(value=self.epochs * self.energy_joules.value)
+        return Measurement(value=self.epochs * self.energy_joules.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +317,7 @@ def start(out: Path, name: str, spec: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / RECORD
     if record.exists():
-        word = "stopped" if b'"status": "stopped"' in record.read_bytes() else "failed"
+        word = "pruned" if b'"status": "pruned"' in record.read_bytes() else "failed"
         record.rename(folder / f"{word}_{_timestamp()}.json")
     _write(folder / SPEC, json.dumps(spec, indent=1, allow_nan=True) + "\n")
     return folder
@@ -377,8 +381,8 @@ def finish(out: Path, record: Record) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if record.result.epochs:
         write_epochs(folder, record.result.epochs)
-    if record.result.wait_share is None:
-        result = record.result.model_copy(update={"wait_share": _wait_share(record.result.epochs)})
+    if record.result.data_stall_percent is None:
+        result = record.result.model_copy(update={"data_stall_percent": _wait_share(record.result.epochs)})
         record = record.model_copy(update={"result": result})
     _write_record(folder, record)
     (folder / SPEC).unlink(missing_ok=True)
@@ -401,10 +405,10 @@ def fail(out: Path, record: Record) -> Path:
     return folder
 
 
-def give_up(out: Path, record: Record) -> Path:
-    """Store that a search stopped a run: record.json in its partial folder, from which it can still go on."""
-    if record.status != "stopped" or record.stopped is None:
-        raise ValueError(f"run {record.name} is {record.status}: a stopped run needs to say where")
+def prune(out: Path, record: Record) -> Path:
+    """Store that a search pruned a run: record.json in its partial folder, from which it can still go on."""
+    if record.status != "pruned" or record.pruned is None:
+        raise ValueError(f"run {record.name} is {record.status}: a pruned run needs to say where")
     folder = partial_dir(out, record.name)
     folder.mkdir(parents=True, exist_ok=True)
     _write_record(folder, record)
@@ -541,7 +545,7 @@ def _expected_epochs(spec: dict[str, Any], steps: int | None) -> int | None:
 def _wait_share(epochs: Sequence[EpochMetrics]) -> float | None:
     timed = [epoch for epoch in epochs if epoch.timed]
     train_seconds = sum(epoch.train_seconds for epoch in timed)
-    return 100 * sum(epoch.wait_seconds for epoch in timed) / train_seconds if train_seconds > 0 else None
+    return 100 * sum(epoch.data_stall_seconds for epoch in timed) / train_seconds if train_seconds > 0 else None
 
 
 def _contradiction(record: Record) -> str | None:
@@ -552,8 +556,8 @@ def _contradiction(record: Record) -> str | None:
         return f"{RECORD} says done and has no result"
     if record.status == "failed" and record.failure is None:
         return f"{RECORD} says failed and has no failure"
-    if (record.status == "stopped") != (record.stopped is not None) or (record.stopped and record.result):
-        return f"{RECORD} contradicts itself: a run is stopped or it is done"
+    if (record.status == "pruned") != (record.pruned is not None) or (record.pruned and record.result):
+        return f"{RECORD} contradicts itself: a run is pruned or it is done"
     return None
 
 

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from harness import plan
-from harness.space import parse_settings
-from results.store import Failure, Memory, Reading, Record, RunResult
+from harness.results.store import Failure, Measurement, Memory, Record, RunResult
+from harness.search_space import parse_settings
 
 NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 ENVIRONMENT = {
@@ -24,12 +24,12 @@ def make_record(
 ) -> Record:  # fmt: skip
     """A run whose spec is a real plan's."""
     values = {"variants": ("msra",), "depths": (20,), "dataset": "cifar10"} | sweep
-    asked = plan.Sweep(seeds=(seed,), epochs=epochs, settings=parse_settings(settings), **values)
-    width = plan.Width(device="cuda", gpus=workers, workers=workers, slots=1, threads=8)
+    asked = plan.Grid(seeds=(seed,), epochs=epochs, settings=parse_settings(settings), **values)
+    width = plan.Allocation(device="cuda", gpus=workers, workers=workers, concurrent_runs=1, threads=8)
     (spec,) = plan.expand(asked, width, fingerprint="f" * 64, train_images=50_000)
-    none = Reading(value=None, reason="no GPU was used")
+    none = Measurement(value=None, reason="no GPU was used")
     memory = Memory(
-        torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none, rss_mib=Reading(value=900.0)
+        torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none, rss_mib=Measurement(value=900.0)
     )
     result = RunResult(
         parameters=272_292, evaluated_on="test", final_error=error, best_error=error - 0.2, best_epoch=170,

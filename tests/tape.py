@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from harness.engine import WARMUP_CALLS
+from harness.training.engine import WARMUP_CALLS
 
 
 class Tape(TorchDispatchMode):

@@ -16,9 +16,9 @@ import pytest
 from records import ENVIRONMENT, make_record
 
 from harness import cli, plan
-from harness.answers import make_command, make_repro
-from harness.space import parse_settings
-from results.store import Failure, Stored, fail, finish
+from harness.commands.compare import make_command, make_repro
+from harness.results.store import Failure, Stored, fail, finish
+from harness.search_space import parse_settings
 
 
 def harness(line: str, capsys: Any) -> tuple[int, str, str]:
@@ -149,7 +149,7 @@ def test_the_command_of_repro_plans_the_same_run(changes: dict[str, Any]) -> Non
     command, same = make_command(record)
     assert same
     options = dict(zip(command[2::2], command[3::2], strict=True))
-    sweep = plan.Sweep(
+    sweep = plan.Grid(
         variants=plan.parse_words(options["--variants"], ""),
         depths=plan.parse_depths(options["--depths"]),
         seeds=plan.parse_seeds(options["--seeds"]),
@@ -161,7 +161,7 @@ def test_the_command_of_repro_plans_the_same_run(changes: dict[str, Any]) -> Non
         settings=parse_settings(v for k, v in pairwise(command) if k == "--set"),
     )  # fmt: skip
     workers = int(options["--workers"])
-    width = plan.make_width(gpus=int(options["--gpus"]), workers=workers, have_gpus=8, have_cpus=8,
+    width = plan.allocate(gpus=int(options["--gpus"]), workers=workers, have_gpus=8, have_cpus=8,
                             precision=sweep.precision, where="here")  # fmt: skip
     (spec,) = plan.expand(sweep, width, fingerprint="f" * 64, train_images=50_000)
     assert spec.key == record.key

@@ -6,16 +6,16 @@ import io
 
 from rich.console import Console
 
-from harness.board import Board
-from harness.study import Trial
+from harness.commands.sweep import Trial
+from harness.commands.sweep_progress import Board
 
 
 def draw(trials: list[Trial], height: int = 30) -> str:
     """What a terminal of this height shows."""
     console = Console(file=io.StringIO(), width=100, height=height, force_terminal=True, color_system=None)
-    board = Board(trials, console, total=16, epochs=9, slots=2, metric="error")
+    board = Board(trials, console, total=16, epochs=9, concurrent_runs=2, metric="error")
     with console.capture() as captured:
-        console.print(board._draw())
+        console.print(board._sample_epoch())
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
@@ -23,27 +23,27 @@ def make_trial(number: int, state: str, *values: float) -> Trial:
     curve = dict(enumerate(values, 1))
     return Trial(
         number, {"lr": number / 10, "nesterov": True}, state=state, curve=curve, seconds=10.0 * len(values),  # type: ignore[arg-type]
-        value=values[-1] if state == "finished" else None, reason="by asha after epoch 1" if state == "stopped" else "",
+        value=values[-1] if state == "finished" else None, reason="by asha after epoch 1" if state == "pruned" else "",
     )  # fmt: skip
 
 
 def test_the_board_shows_fields_in_columns_and_names_the_best() -> None:
     trials = [
-        make_trial(1, "finished", *[50.0] * 9), make_trial(2, "finished", *[40.0] * 9), make_trial(3, "stopped", 80.0),
+        make_trial(1, "finished", *[50.0] * 9), make_trial(2, "finished", *[40.0] * 9), make_trial(3, "pruned", 80.0),
         make_trial(4, "running", *[60.0] * 9), make_trial(5, "running"),
     ]  # fmt: skip
     lines = draw(trials).splitlines()
     assert lines[0].split() == ["trial", "epoch", "error", "%", "lr", "nesterov"]
     assert lines[2].split() == ["2", "9/9", "40", "0.2", "true", "finished,", "the", "best", "so", "far"]
-    assert lines[3].split() == ["3", "1/9", "80", "0.3", "true", "stopped", "by", "asha", "after", "epoch", "1"]
+    assert lines[3].split() == ["3", "1/9", "80", "0.3", "true", "pruned", "by", "asha", "after", "epoch", "1"]
     assert lines[4].endswith("last evaluation")
     assert lines[5].split() == ["5", "0/9", "0.5", "true", "running"]
-    assert "2 running, 1 stopped, 2 finished of 16; best error 40" in lines[6]
+    assert "2 running, 1 pruned, 2 finished of 16; best error 40" in lines[6]
 
 
 def test_a_low_terminal_shows_what_runs_and_the_best() -> None:
     trials = [make_trial(1, "finished", *[40.0] * 9)]
-    trials += [make_trial(number, "stopped", 80.0) for number in range(2, 14)] + [make_trial(14, "running", 60.0)]
+    trials += [make_trial(number, "pruned", 80.0) for number in range(2, 14)] + [make_trial(14, "running", 60.0)]
     lines = draw(trials, height=10).splitlines()
     assert len(lines) <= 10
     assert "the best so far" in lines[1]

@@ -15,7 +15,7 @@ import pytest
 from command import harness
 
 from harness import cli
-from results.store import load_epochs, load_records
+from harness.results.store import load_epochs, load_records
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = "--dataset digits --depths 8 --limit-train 128 --epochs 2 --gpus 0 --loader resident"
@@ -86,7 +86,7 @@ def test_dry_run_starts_and_writes_nothing(tmp_path: Path, capsys: Any) -> None:
 def test_a_run_that_fails_is_a_row_and_the_others_go_on(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from harness import train as training
+    from harness.training import train as training
 
     whole = training.train
 
@@ -165,7 +165,7 @@ def test_two_workers_through_ray_and_dali(tmp_path: Path, capsys: Any) -> None:
     result = stored.record.result
     assert (result.workers, result.batch_size, result.batch_size_per_gpu) == (2, 128, 64)
     assert [row.images for row in load_epochs(stored.folder)] == [128, 128]
-    assert result.start_seconds is not None
+    assert result.launch_seconds is not None
     assert stored.record.environment["launcher"] == "ray"
     assert not (tmp_path / "runs" / ".ray").exists()
     code, again, _ = harness(line, capsys)

@@ -10,7 +10,7 @@ from scipy import stats
 from test_store import make_epoch
 from test_table import make_run
 
-from results.compare import (
+from harness.results.compare import (
     Condition,
     Pair,
     compare,
@@ -19,9 +19,9 @@ from results.compare import (
     render_comparison,
     violations,
 )
-from results.rows import Row, summarise
-from results.store import Failure, Stored, finish, load_records, write_epochs
-from results.why import why
+from harness.results.explain import why
+from harness.results.rows import Row, summarise
+from harness.results.store import Failure, Stored, finish, load_records, write_epochs
 
 
 def make_rows(errors: list[float], seconds: list[float], **changes: Any) -> list[Row]:
@@ -171,7 +171,7 @@ def test_the_page_of_a_comparison() -> None:
 
 
 def test_why_names_records_epochs_and_formula(tmp_path: Path) -> None:
-    untimed: list[dict[str, Any]] = [{"untimed": "warm-up"}, {}, {}, {}, {"taints": ("it swapped",)}, {}]
+    untimed: list[dict[str, Any]] = [{"untimed": "warm-up"}, {}, {}, {}, {"interference": ("it swapped",)}, {}]
     for seed in range(2):
         run = make_run(seed, 8.3 + 0.2 * seed)
         assert run.record.result is not None
@@ -194,7 +194,7 @@ def test_why_names_records_epochs_and_formula(tmp_path: Path) -> None:
         "error 8.40 ± 0.14 % = mean ± std (n − 1) of the last epoch's error over 2 run(s), on the test set",
         f"seed 0  8.3000  {runs[0].folder}",
         "in epoch 170", "published 8.29 %", "consistent: p = ",
-        "3 epochs timed, 4.5 to 4.6; left out: 1 (warm-up), 5 (tainted: it swapped), 6\n",
+        "3 epochs timed, 4.5 to 4.6; left out: 1 (warm-up), 5 (interference: it swapped), 6\n",
         "NVML 1,890", "network.depth = 20",
     ):  # fmt: skip
         assert words in text

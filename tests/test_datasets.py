@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loaders import datasets
-from loaders.datasets import (
+from harness.loaders import datasets
+from harness.loaders.datasets import (
     CIFAR10_CLASSES,
     DATASETS,
     DataError,

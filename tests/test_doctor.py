@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from harness import cli, doctor
-from harness.doctor import Finding
+from harness import cli
+from harness.commands import doctor
+from harness.commands.doctor import Finding
 
 
 def run(words: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:

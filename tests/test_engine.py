@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 from tape import Tape
-from test_train import Places, folder, losses, run, spec
+from test_train import RunPaths, folder, losses, run, spec
 from torch import Tensor, nn
 
-import harness.train
-from cluster.launch import Worker
-from harness.engine import Captured, Engine, compile_network, make_graphs, nothing_to_restore
-from harness.optim import make_optimizer, set_lr
-from harness.train import Step, make_autocast, train, train_packed
-from models.resnet import build
-from results.store import EpochMetrics, RunResult
+import harness.training.train
+from harness.cluster.launch import Worker
+from harness.models.resnet import build
+from harness.results.store import EpochMetrics, RunResult
+from harness.training.engine import Captured, Engine, compile_network, make_graphs, nothing_to_restore
+from harness.training.optim import make_optimizer, set_lr
+from harness.training.train import Step, make_autocast, train, train_packed
 
 
 @pytest.fixture
@@ -101,8 +101,8 @@ def test_a_captured_run_resumes_bit_for_bit(eager: RunResult, tapes: list[Tape],
 
 
 def test_a_checkpoint_serves_every_engine(eager: RunResult, tapes: list[Tape], tmp_path: Path) -> None:
-    from harness.checkpoint import load_checkpoint
-    from harness.optim import load_optimizer_state
+    from harness.training.checkpoint import load_checkpoint
+    from harness.training.optim import load_optimizer_state
 
     asked = spec(engine="graph")
     with pytest.raises(KeyboardInterrupt):
@@ -249,7 +249,7 @@ def test_a_network_that_cannot_be_compiled_is_trained_all_the_same(
 def test_packed_seeds_are_the_single_ones_bit_for_bit(eager: RunResult, tmp_path: Path) -> None:
     seen: list[tuple[int, EpochMetrics]] = []
     specs = tuple(spec(seed=seed) for seed in (0, 1, 2))
-    places = Places(out=tmp_path, label="digits")
+    places = RunPaths(out=tmp_path, label="digits")
     packed = train_packed(
         specs, Worker(threads=1), lambda index, metrics: seen.append((index, metrics)), places=places
     )
@@ -267,7 +267,7 @@ def test_packed_seeds_are_the_single_ones_bit_for_bit(eager: RunResult, tmp_path
 
 def test_a_packed_seed_that_diverges_leaves_the_others(eager: RunResult, tmp_path: Path) -> None:
     wild = spec(seed=1, recipe={"lr": 1e30})
-    places = Places(out=tmp_path, label="digits")
+    places = RunPaths(out=tmp_path, label="digits")
     tame, failed = train_packed((spec(), wild), Worker(threads=1), lambda *_: None, places=places)
     assert isinstance(tame, RunResult)
     assert losses(tame) == losses(eager)
@@ -281,10 +281,10 @@ def test_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
     growth = result.memory.growth_mib_per_epoch.value
     assert growth is not None
     assert growth < 0.5
-    owners = result.memory.by_owner_mib
-    assert sum(owners.values()) == pytest.approx(result.memory.rss_mib.value)
+    categories = result.memory.by_category_mib
+    assert sum(categories.values()) == pytest.approx(result.memory.rss_mib.value)
     kernels = sum(p.numel() for p in nn.ParameterList(build(asked.network, 10).parameters()))
-    assert owners["gradients"] == pytest.approx(kernels * 4 / 2**20)
+    assert categories["gradients"] == pytest.approx(kernels * 4 / 2**20)
 
 
 def test_half_precision_weights_are_not_frozen_in_a_graph() -> None:
@@ -306,7 +306,7 @@ def test_half_precision_weights_are_not_frozen_in_a_graph() -> None:
 
 
 def run_on_gpu(out: Path, **changes: Any) -> RunResult:
-    places = Places(out=out, label="digits")
+    places = RunPaths(out=out, label="digits")
     return train(spec(device="cuda", **changes), Worker(device="cuda:0", threads=1), lambda _: None, places=places)
 
 
@@ -329,8 +329,10 @@ def test_a_cuda_graph_gives_eagers_losses(tmp_path: Path, precision: str, loader
 def test_a_real_capture_leaves_no_trace_and_reads_the_lr(tmp_path: Path) -> None:
     device = torch.device("cuda", 0)
     asked = spec(device="cuda", engine="graph", recipe={"momentum": 0.0, "weight_decay": 0.0})
-    made = harness.train.prepare(asked, Worker(device="cuda:0", threads=1), Places(out=tmp_path, label="digits"))
-    step = harness.train.make_step(made, ddp=False)
+    made = harness.training.train.prepare(
+        asked, Worker(device="cuda:0", threads=1), RunPaths(out=tmp_path, label="digits")
+    )
+    step = harness.training.train.make_step(made, ddp=False)
     captured = Captured(step, step.snapshot, make_graphs(device))
     images, labels = (tensor.to(device) for tensor in batch(64))
     before = everything(step)
@@ -348,7 +350,7 @@ def test_a_real_capture_leaves_no_trace_and_reads_the_lr(tmp_path: Path) -> None
 @pytest.mark.gpu
 def test_packed_seeds_on_a_gpu_are_within_rounding_of_single_ones(tmp_path: Path) -> None:
     specs = tuple(spec(device="cuda", engine="graph", seed=seed) for seed in (0, 1))
-    places = Places(out=tmp_path, label="digits")
+    places = RunPaths(out=tmp_path, label="digits")
     packed = train_packed(specs, Worker(device="cuda:0", threads=1), lambda *_: None, places=places)
     for seed, mine in enumerate(packed):
         assert isinstance(mine, RunResult)
@@ -360,7 +362,7 @@ def test_packed_seeds_on_a_gpu_are_within_rounding_of_single_ones(tmp_path: Path
 @pytest.mark.gpu
 def test_owners_add_up_to_what_nvml_counts(tmp_path: Path) -> None:
     memory = run_on_gpu(tmp_path, engine="graph").memory
-    assert memory.by_owner_mib["activations"] > 0
-    assert memory.by_owner_mib["CUDA context"] > 100
+    assert memory.by_category_mib["activations"] > 0
+    assert memory.by_category_mib["CUDA context"] > 100
     if memory.nvml_process_mib.value is not None:
-        assert sum(memory.by_owner_mib.values()) == pytest.approx(memory.nvml_process_mib.value)
+        assert sum(memory.by_category_mib.values()) == pytest.approx(memory.nvml_process_mib.value)

@@ -13,17 +13,25 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import harness.estimate
-from cluster.launch import Failed, Worker
+import harness.commands.estimate
 from harness import cli, plan
-from harness.estimate import Cell, all_seconds, count_cells, extrapolate, print_estimate, probe, total_joules
-from harness.run import Places, RunSpec
-from loaders.datasets import load_dataset
-from results.store import Memory, Prediction, Reading, load_predictions, load_records
+from harness.cluster.launch import Failed, Worker
+from harness.commands.estimate import (
+    Cell,
+    all_seconds,
+    count_cells,
+    extrapolate,
+    print_estimate,
+    probe,
+    total_joules,
+)
+from harness.loaders.datasets import load_dataset
+from harness.results.store import Measurement, Memory, Prediction, load_predictions, load_records
+from harness.spec import RunPaths, RunSpec
 
 QUICK = "--dataset digits --depths 8 --limit-train 128 --gpus 0 --loader resident --launcher local --epochs 1"
 MEANS = "predicted:"  # the column's definition, under the table
-NONE = Reading(value=None, reason="no GPU was used")
+NONE = Measurement(value=None, reason="no GPU was used")
 
 
 def harness_(line: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
@@ -37,19 +45,19 @@ def harness_(line: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[i
 
 def make_specs(*, device: str = "cuda", workers: int = 2, **sweep: Any) -> list[RunSpec]:
     values: dict[str, Any] = {"variants": ("msra",), "depths": (20, 56), "seeds": (0, 1, 2)} | sweep
-    width = plan.Width(device=device, gpus=4, workers=workers, slots=2, threads=4)  # type: ignore[arg-type]
-    return plan.expand(plan.Sweep(**values), width, fingerprint="f" * 64, train_images=50_000)
+    width = plan.Allocation(device=device, gpus=4, workers=workers, concurrent_runs=2, threads=4)  # type: ignore[arg-type]
+    return plan.expand(plan.Grid(**values), width, fingerprint="f" * 64, train_images=50_000)
 
 
-def make_prediction(spec: RunSpec, seconds: float, joules: Reading = NONE) -> Prediction:
+def make_prediction(spec: RunSpec, seconds: float, joules: Measurement = NONE) -> Prediction:
     """10 s of set-up, 2.5 epochs, 1 s an evaluation."""
     asked = spec.to_json()
     del asked["seed"]
     return Prediction(
         spec=asked, steps=30, epoch_seconds=seconds, eval_seconds=1.0, setup_seconds=10.0, epochs=2.5,
         energy_joules=joules, workers=spec.workers, threads=4, device="NVIDIA H200", made_at=datetime.now(UTC),
-        memory=Memory(torch_allocated_mib=Reading(value=1234.4), torch_reserved_mib=Reading(value=2000.0),
-                      nvml_process_mib=NONE, rss_mib=Reading(value=900.0)),
+        memory=Memory(torch_allocated_mib=Measurement(value=1234.4), torch_reserved_mib=Measurement(value=2000.0),
+                      nvml_process_mib=NONE, rss_mib=Measurement(value=900.0)),
     )  # fmt: skip
 
 
@@ -61,7 +69,7 @@ def test_an_epoch_is_extrapolated_at_the_pace_of_its_later_steps() -> None:
 
 
 def test_a_run_is_set_up_epochs_and_evaluations() -> None:
-    prediction = make_prediction(make_specs()[0], 100.0, Reading(value=4000.0))
+    prediction = make_prediction(make_specs()[0], 100.0, Measurement(value=4000.0))
     assert prediction.run_seconds == 10 + 2.5 * 100 + 3 * 1
     assert prediction.run_joules.value == 10_000
     assert make_prediction(make_specs()[0], 100.0).run_joules == NONE
@@ -72,7 +80,7 @@ def test_seeds_share_a_cell_and_runs_wait_for_a_slot() -> None:
     cells = count_cells(todo[1:])  # the first run is done
     assert {(spec.network.depth, spec.seed): n for spec, n in cells.items()} == {(56, 0): 3, (20, 0): 2}
     seconds = {spec: 100.0 if spec.network.depth == 20 else 300.0 for spec in cells}
-    # 56, 20, 56, 20, 56 on two slots: 0-300, 0-100, 100-400, 300-400, 400-700
+    # 56, 20, 56, 20, 56 on two concurrent_runs: 0-300, 0-100, 100-400, 300-400, 400-700
     assert all_seconds(todo[1:], seconds, 2) == 700
     assert all_seconds(todo[1:], seconds, 1) == 1100
     assert all_seconds(todo[1:], {}, 1) == 0
@@ -81,8 +89,8 @@ def test_seeds_share_a_cell_and_runs_wait_for_a_slot() -> None:
 def test_the_sums_of_a_sweep(capsys: Any) -> None:
     todo = make_specs()
     shallow, deep = count_cells(todo)
-    one = Cell(shallow, 3, make_prediction(shallow, 720.0, Reading(value=4000.0)))
-    two = Cell(deep, 3, make_prediction(deep, 1434.8, Reading(value=8000.0)))
+    one = Cell(shallow, 3, make_prediction(shallow, 720.0, Measurement(value=4000.0)))
+    two = Cell(deep, 3, make_prediction(deep, 1434.8, Measurement(value=8000.0)))
     assert one.gpu_hours == pytest.approx(3 * 2 * 1813 / 3600)
     assert total_joules([one, two]).value == 3 * 2.5 * 12_000
     failed = Failed(exception="OutOfMemoryError", message="CUDA out of memory", traceback="", died=False)
@@ -92,7 +100,7 @@ def test_the_sums_of_a_sweep(capsys: Any) -> None:
     console = Console(width=200)
     print_estimate([one, two], todo, 2, console)
     text = capsys.readouterr().out
-    # 1813 and 3600 s in turn, on two slots: 1813 + 1813 + 1813 + 3600 beside 3600 + 3600
+    # 1813 and 3600 s in turn, on two concurrent_runs: 1813 + 1813 + 1813 + 3600 beside 3600 + 3600
     assert "in all 6 runs, 2 at a time: 2.51 hours, 9.02 GPU-hours, 90 kJ" in text
     assert "1,234" in text
     assert "NVML cannot be had: no GPU was used" in text
@@ -106,11 +114,11 @@ def test_the_sums_of_a_sweep(capsys: Any) -> None:
 
 def test_a_probe_times_steps_and_writes_nothing(tmp_path: Path) -> None:
     dataset = load_dataset("digits")
-    sweep = plan.Sweep(variants=("he2015",), depths=(8,), dataset="digits", loader="resident", limit_train=500,
+    sweep = plan.Grid(variants=("he2015",), depths=(8,), dataset="digits", loader="resident", limit_train=500,
                        limit_test=50, batch_size=10, epochs=2)  # fmt: skip
-    width = plan.Width(device="cpu", gpus=0, workers=1, slots=1, threads=1)
+    width = plan.Allocation(device="cpu", gpus=0, workers=1, concurrent_runs=1, threads=1)
     (spec,) = plan.expand(sweep, width, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
-    prediction = probe(spec, Worker(start_seconds=5.0), print, places=Places(out=tmp_path))
+    prediction = probe(spec, Worker(launch_seconds=5.0), print, places=RunPaths(out=tmp_path))
     assert prediction.steps == 30  # of 50
     assert prediction.epochs == 2
     assert prediction.setup_seconds > 5
@@ -154,7 +162,7 @@ def test_predicted_stands_beside_actual(tmp_path: Path, capsys: Any, monkeypatch
 
 
 def test_a_probe_that_fails_is_a_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stub(spec: RunSpec, worker: Worker, report: Any, *, places: Places) -> Prediction:
+    def stub(spec: RunSpec, worker: Worker, report: Any, *, places: RunPaths) -> Prediction:
         if spec.variant == "msra":
             raise MemoryError("no room for the activations")
         return make_prediction(spec, 36.0)

@@ -18,14 +18,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness import profiler
-from harness.evaluate import MultiScale, resize
-from harness.evaluate_weights import Answer, EvalOptions, evaluate_weights, parse_normalize
-from harness.run import UserError
-from loaders.datasets import limit, load_dataset
-from models.resnet import SMALLEST_IMAGE, build
-from models.variants import VARIANTS, default_depth, find_variant, he2015
-from results.store import load_records
+from harness.commands.evaluate import Answer, EvalOptions, evaluate_weights, parse_normalize
+from harness.loaders.datasets import limit, load_dataset
+from harness.models.resnet import SMALLEST_IMAGE, build
+from harness.models.variants import VARIANTS, default_depth, find_variant, he2015
+from harness.results.store import load_records
+from harness.spec import UserError
+from harness.training import profiler
+from harness.training.evaluation import MultiScale, resize
 
 CLASSES = 7
 TRAIN, TEST = 42, 35  # images

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from records import make_record
 
-from harness.report import export_runs
-from harness.run import UserError
-from results.export import TARGETS, export
-from results.store import EpochMetrics, Failure, fail, finish, load_records, start, write_epochs
+from harness.commands.report import export_runs
+from harness.results.export import TARGETS, export
+from harness.results.store import EpochMetrics, Failure, fail, finish, load_records, start, write_epochs
+from harness.spec import UserError
 
 
 def make_epochs(seed: int) -> tuple[EpochMetrics, ...]:
     return tuple(
         EpochMetrics(epoch=k, steps=1, images=1, loss=1 / k, error=10.0 - k + seed, lr=0.1, train_seconds=2.0,
-                     wait_seconds=0.0, eval_seconds=0.5, images_per_second=1.0)
+                     data_stall_seconds=0.0, eval_seconds=0.5, images_per_second=1.0)
         for k in (1, 2, 3)
     )  # fmt: skip
 

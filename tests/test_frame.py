@@ -11,8 +11,8 @@ import pytest
 from records import make_record
 
 import harness
-from harness.run import UserError
-from results.store import EpochMetrics, Failure, fail, finish
+from harness.results.store import EpochMetrics, Failure, fail, finish
+from harness.spec import UserError
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             assert record.result is not None
             epochs = tuple(
                 EpochMetrics(epoch=k, steps=1, images=1, loss=1.0, error=9.0 - k, lr=0.05, train_seconds=1.0,
-                             wait_seconds=0.0, eval_seconds=0.1, images_per_second=1.0)
+                             data_stall_seconds=0.0, eval_seconds=0.1, images_per_second=1.0)
                 for k in (1, 2, 3)
             )  # fmt: skip
             finish(

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from ray import cloudpickle
 
-from cluster import local
-from cluster.launch import (
+from harness.cluster import local
+from harness.cluster.launch import (
     ClusterError,
     Entered,
     Failed,
     Started,
     Worker,
     connect,
-    count_deaths,
+    count_failures,
     disconnect,
     launch,
 )
@@ -74,7 +74,7 @@ def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
             {"name": "dies twice, further on", "epochs": 1, "dies": 2, "further": True},
         ]
         outcomes, events = collect(
-            launch, specs, workers=2, slots=1, storage=tmp_path / "ray", retries=1,
+            launch, specs, workers=2, concurrent_runs=1, storage=tmp_path / "ray", retries=1,
             reached=lambda event: event["epoch"] + 1 if isinstance(event, dict) else 0,
         )  # fmt: skip
     finally:
@@ -96,13 +96,13 @@ def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
 
 def test_local_has_the_same_signature_and_outcomes(tmp_path: Path) -> None:
     specs = [{"name": "good", "epochs": 1}, {"name": "raises", "epochs": 0, "raises": True}]
-    outcomes, events = collect(local.launch, specs, workers=1, slots=1, storage=tmp_path)
+    outcomes, events = collect(local.launch, specs, workers=1, concurrent_runs=1, storage=tmp_path)
     assert outcomes["good"]["total"] == 1.0
     assert isinstance(outcomes["raises"], Failed)
     assert outcomes["raises"].exception == "TooBigError"
     assert events[0] == ("good", Started(attempt=1))
     with pytest.raises(ValueError, match="one worker, not 2"):
-        collect(local.launch, specs, workers=2, slots=1, storage=tmp_path)
+        collect(local.launch, specs, workers=2, concurrent_runs=1, storage=tmp_path)
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:x", "127.0.0.1:1"])
@@ -126,6 +126,6 @@ def test_private_names_of_ray_that_are_used_exist() -> None:
 def test_a_death_counts_against_the_limit_unless_the_run_had_come_further() -> None:
     came, deaths, counted = 0.0, 0, []
     for reached in (0, 0, 3, 3, 3, 4, 4):  # the furthest epoch reported before each death
-        deaths, came = count_deaths(deaths, came, reached)
+        deaths, came = count_failures(deaths, came, reached)
         counted.append(deaths)
     assert counted == [1, 2, 1, 2, 3, 1, 2]

@@ -13,19 +13,19 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from loaders import dali
-from loaders.datasets import Split
-from loaders.loader import (
+from harness.loaders import dali
+from harness.loaders.datasets import Split
+from harness.loaders.loader import (
     LOADERS,
     Augment,
     Loader,
     Normalize,
-    Plan,
+    SamplingPlan,
     check_loader_name,
     make_loaders,
     make_normalize,
 )
-from loaders.resident import crop, crop_by_index
+from harness.loaders.resident import crop, crop_by_index
 
 REAL = [name for name in LOADERS if name != "synthetic"]
 HEIGHT, WIDTH, PAD, BATCH = 12, 10, 3, 16
@@ -73,7 +73,9 @@ def make() -> Iterator[Any]:
         loader.close()
 
 
-def reference(split: Split, augment: Augment, normalize: Normalize, plan: Plan, epoch: int) -> list[np.ndarray]:
+def reference(
+    split: Split, augment: Augment, normalize: Normalize, plan: SamplingPlan, epoch: int
+) -> list[np.ndarray]:
     """The epoch's images one by one in float64, (3, height, width)."""
     draw = plan.draw(epoch)
     height, width = (augment.crop, augment.crop) if augment.crop else split.images.shape[1:3]
@@ -93,8 +95,8 @@ def reference(split: Split, augment: Augment, normalize: Normalize, plan: Plan, 
     return images
 
 
-def train_plan(augment: Augment, **changes: Any) -> Plan:
-    return Plan(
+def train_plan(augment: Augment, **changes: Any) -> SamplingPlan:
+    return SamplingPlan(
         **{"images": 70, "batch_size": BATCH, "span": augment.span(TRAIN), "flip": True, "seed": 5, **changes}
     )
 
@@ -168,7 +170,7 @@ def test_dataloader_with_worker_processes(make: Any) -> None:
 
 def test_indexing_on_the_gpu_and_on_the_cpu_are_the_same() -> None:
     images = torch.from_numpy(TRAIN.images)
-    draw = Plan(70, BATCH, span=(4, 3), flip=True).draw(0)
+    draw = SamplingPlan(70, BATCH, span=(4, 3), flip=True).draw(0)
     arguments = [torch.from_numpy(array) for array in (draw.index, draw.offset, draw.flip)]
     size = (HEIGHT - 4, WIDTH - 3)
     assert torch.equal(crop(images, *arguments, size), crop_by_index(images, *arguments, size))
@@ -238,7 +240,7 @@ def test_evaluation_sees_every_image_once(loader: str, world: int, size: int | N
 
 
 def test_evaluation_leaves_a_rank_without_an_image_a_step_short() -> None:
-    plans = [Plan(31, 15, rank=rank, world=3, train=False) for rank in range(3)]
+    plans = [SamplingPlan(31, 15, rank=rank, world=3, train=False) for rank in range(3)]
     assert [plan.steps for plan in plans] == [3, 2, 2]
     assert sorted(np.concatenate([plan.draw(0).index for plan in plans]).tolist()) == list(range(31))
 
@@ -247,19 +249,19 @@ def test_evaluation_leaves_a_rank_without_an_image_a_step_short() -> None:
 
 
 def test_epoch_of_cifar10() -> None:
-    plan = Plan(50_000, 128, span=(8, 8), flip=True)
+    plan = SamplingPlan(50_000, 128, span=(8, 8), flip=True)
     draw = plan.draw(0)
     assert plan.steps == len(draw.ends) == 391
     assert np.diff((0, *draw.ends)).tolist() == [128] * 390 + [80]
     assert np.array_equal(np.sort(draw.index), np.arange(50_000))
     assert not np.array_equal(draw.index, plan.draw(1).index)
     assert not np.array_equal(draw.index, replace(plan, seed=1).draw(0).index)
-    assert np.array_equal(draw.index, Plan(50_000, 128, span=(8, 8), flip=True).draw(0).index)
+    assert np.array_equal(draw.index, SamplingPlan(50_000, 128, span=(8, 8), flip=True).draw(0).index)
 
 
 def test_offsets_are_uniform_and_flips_fair() -> None:
     """Offsets 0 and 8 come as often as the others. 1 in 1,000 for each of the four, at fixed seeds."""
-    draw = Plan(50_000, 128, span=(8, 8), flip=True, seed=1).draw(0)
+    draw = SamplingPlan(50_000, 128, span=(8, 8), flip=True, seed=1).draw(0)
     for axis in (0, 1):
         counts = np.bincount(draw.offset[:, axis], minlength=9)
         assert len(counts) == 9
@@ -267,14 +269,14 @@ def test_offsets_are_uniform_and_flips_fair() -> None:
     joint = np.bincount(draw.offset[:, 0] * 9 + draw.offset[:, 1], minlength=81)
     assert chisquare(joint).pvalue > 1e-3
     assert chisquare(np.bincount(draw.flip)).pvalue > 1e-3
-    assert not Plan(50_000, 128, flip=False).draw(0).flip.any()
+    assert not SamplingPlan(50_000, 128, flip=False).draw(0).flip.any()
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("images", [70, 65, 64])
 def test_ranks_share_the_global_batches(world: int, images: int) -> None:
-    alone = Plan(images, 16, span=(8, 8), flip=True).draw(3)
-    plans = [Plan(images, 16, span=(8, 8), flip=True, rank=rank, world=world) for rank in range(world)]
+    alone = SamplingPlan(images, 16, span=(8, 8), flip=True).draw(3)
+    plans = [SamplingPlan(images, 16, span=(8, 8), flip=True, rank=rank, world=world) for rank in range(world)]
     draws = [plan.draw(3) for plan in plans]
     assert {plan.steps for plan in plans} == {-(-images // 16)}
     offset_of = dict(zip(alone.index.tolist(), alone.offset.tolist(), strict=True))

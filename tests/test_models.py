@@ -9,10 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.flops import count_flops
-from models.resnet import SMALLEST_IMAGE, IdentityConv, OptionA, PreactBlock, build, count_parameters
-from models.variants import VARIANTS, Network, convnet, fattorib, find_variant, he2015, msra, preact, xresnet
-from models.xresnet import AverageShortcut, SqueezeExcite
+from harness.models.flops import count_flops
+from harness.models.resnet import SMALLEST_IMAGE, IdentityConv, OptionA, PreactBlock, build, count_parameters
+from harness.models.variants import (
+    VARIANTS,
+    Network,
+    convnet,
+    fattorib,
+    find_variant,
+    he2015,
+    msra,
+    preact,
+    xresnet,
+)
+from harness.models.xresnet import AverageShortcut, SqueezeExcite
 
 PARAMETERS = {  # trainable, for ten classes
     "he2015": {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962, 1202: 19_421_274},

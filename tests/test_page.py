@@ -16,15 +16,23 @@ import pytest
 from chromium import Browser, find_chromium
 from records import NOW, make_record
 
-from results.charts import MAX_RUNS, complete_spec, load_bundle, make_labels, make_panels, write_charts
-from results.page import make_page
-from results.rows import Row, summarise
-from results.store import (
+from harness.results.report.charts import (
+    MAX_RUNS,
+    complete_spec,
+    load_bundle,
+    make_labels,
+    make_panels,
+    write_charts,
+)
+from harness.results.report.page import make_page
+from harness.results.report.table import Format, render
+from harness.results.rows import Row, summarise
+from harness.results.store import (
     EpochMetrics,
     Failure,
+    Measurement,
     Memory,
     Problem,
-    Reading,
     Record,
     fail,
     finish,
@@ -32,7 +40,6 @@ from results.store import (
     start,
     write_epochs,
 )
-from results.table import Format, render
 
 GOLDEN = Path(__file__).parent / "golden"
 ERRORS = {20: 8.4, 32: 7.5, 56: 6.6, 110: 6.2}
@@ -54,7 +61,7 @@ def make_curve(depth: int, seed: int, epochs: int = 12) -> tuple[EpochMetrics, .
     return tuple(
         EpochMetrics(
             epoch=k, steps=391, images=50_000, loss=1 / k, error=round(ERRORS[depth] + 40 * math.exp(-k) + 0.1 * seed, 4),
-            lr=0.1, train_seconds=2.0, wait_seconds=0.1, eval_seconds=0.2, images_per_second=25_000.0, timed=k > 1,
+            lr=0.1, train_seconds=2.0, data_stall_seconds=0.1, eval_seconds=0.2, images_per_second=25_000.0, timed=k > 1,
         )
         for k in range(1, epochs + 1)
     )  # fmt: skip
@@ -67,8 +74,8 @@ def make_run(
     epochs = make_curve(depth, seed)
     seconds = 2 + depth / 20 + (loader == "dataloader")
     memory = Memory(
-        torch_allocated_mib=Reading(value=200.0 + 8 * depth), torch_reserved_mib=Reading(value=300.0 + 8 * depth),
-        nvml_process_mib=Reading(value=None, reason="NVML shows no processes here"), rss_mib=Reading(value=2000.0),
+        torch_allocated_mib=Measurement(value=200.0 + 8 * depth), torch_reserved_mib=Measurement(value=300.0 + 8 * depth),
+        nvml_process_mib=Measurement(value=None, reason="NVML shows no processes here"), rss_mib=Measurement(value=2000.0),
     )  # fmt: skip
     result = None
     if record.result is not None:
@@ -127,7 +134,9 @@ def test_every_format_is_as_it_was_approved(format: Format, rows: list[Row]) -> 
     text = page(rows) if format == "html" else render(rows, format)  # type: ignore[comparison-overlap]
     for own in ("css", "js"):  # those are looked at in the browser
         if format == "html":  # type: ignore[comparison-overlap]
-            text = text.replace((GOLDEN.parents[1] / f"results/page.{own}").read_text(), f"/* page.{own} */")
+            text = text.replace(
+                (GOLDEN.parents[1] / f"results/report/page.{own}").read_text(), f"/* page.{own} */"
+            )
     path = GOLDEN / f"report.{format}"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)

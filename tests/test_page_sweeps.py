@@ -14,28 +14,28 @@ from chromium import Browser, find_chromium
 from records import NOW, make_record
 from test_page import NASTY, Tags
 
-from harness.report import make_html, write_page
-from results.charts import load_bundle
-from results.page import make_page
-from results.rows import summarise
-from results.store import SWEEPS, finish, load_records
-from results.sweeps import SweepSummary, load_sweeps, make_sweep_charts, write_sweep_charts
+from harness.commands.report import make_html, write_page
+from harness.results.report.charts import load_bundle
+from harness.results.report.page import make_page
+from harness.results.report.sweeps import SweepSummary, load_sweeps, make_sweep_charts, write_sweep_charts
+from harness.results.rows import summarise
+from harness.results.store import SWEEPS, finish, load_records
 
 VALUES = [9.0, 12.0, 41.0, 10.5, 60.0, 11.0]
 
 
 def make_sweep(**changes: Any) -> dict[str, Any]:
-    """Seven trials over three fields: four finished, two stopped, one failed before its first epoch."""
+    """Seven trials over three fields: four finished, two pruned, one failed before its first epoch."""
     trials: list[dict[str, Any]] = []
     for k, value in enumerate(VALUES):
-        stopped = value > 20
-        epochs = 3 if stopped else 9
+        pruned = value > 20
+        epochs = 3 if pruned else 9
         trials.append(
             {
-                "number": k + 1, "run": f"cifar10_msra-20_s0_{k}", "key": f"k{k}", "state": "stopped" if stopped else "finished",
+                "number": k + 1, "run": f"cifar10_msra-20_s0_{k}", "key": f"k{k}", "state": "pruned" if pruned else "finished",
                 "fields": {"lr": 0.01 * 10 ** (k * 0.4), "momentum": 0.5 + 0.08 * k, "shortcut": "AB"[k % 2]},
-                "value": None if stopped else value, "last": value, "epochs": epochs, "seconds": 2.0 * epochs,
-                "reason": "by asha after epoch 3" if stopped else "",
+                "value": None if pruned else value, "last": value, "epochs": epochs, "seconds": 2.0 * epochs,
+                "reason": "by asha after epoch 3" if pruned else "",
                 "curve": [[e, value + epochs - e] for e in range(1, epochs + 1)],
             }
         )  # fmt: skip
@@ -83,24 +83,24 @@ def test_the_section_says_what_was_searched_and_lists_every_trial(tmp_path: Path
     store(tmp_path, make_sweep())
     text = page(tmp_path)
     for words in (
-        "Sweep of msra-20 on cifar10",
-        "7 of 8 trials of 9 epochs: 4 finished, 2 stopped, 1 failed · scheduler asha · proposals random",
+        "Grid of msra-20 on cifar10",
+        "7 of 8 trials of 9 epochs: 4 finished, 2 pruned, 1 failed · scheduler asha · proposals random",
         "judged by error % of 5,000 held-out training images",
         "lr=loguniform(0.01,1), momentum=uniform(0.5,0.9), shortcut=choice(A,B)",
         "rank correlation, 6 trials at epoch 3",
-        "<span class=warn>stopped</span>, by asha after epoch 3",
+        "<span class=warn>pruned</span>, by asha after epoch 3",
         "<span class=bad>failed</span>, NaN: loss is not finite",
         "cifar10_msra-20_s0_4",
     ):
         assert words in text
     numbers = re.findall(r"<th scope=row class=r data-v=(\d+)>", text)
-    assert numbers == ["1", "4", "6", "2", "3", "5", "7"]  # whole ones by value, then the stopped, failed last
+    assert numbers == ["1", "4", "6", "2", "3", "5", "7"]  # whole ones by value, then the pruned, failed last
     tags = Tags()
     tags.feed(text)
     assert not tags.open
     on_test = make_sweep(selected_on="test", val=0)
     assert "TEST SET" in SweepSummary.model_validate(on_test).judged
-    assert "Sweep of msra on" in make_page(
+    assert "Grid of msra on" in make_page(
         [], bundle="", made_at=NOW, sweeps=[SweepSummary.model_validate(make_sweep(depth=None, trials=[]))]
     )
 
@@ -123,7 +123,7 @@ def test_the_parallel_plot_has_every_value_at_its_place() -> None:
     charts = make_sweep_charts(sweep)
     assert list(charts) == ["parallel", "slice-lr", "slice-momentum", "slice-shortcut"]
     caption, spec = charts["parallel"]
-    assert "faint: a trial that was stopped" in caption
+    assert "faint: a trial that was pruned" in caption
     assert "1 of 7 trials are not drawn" in caption
     lines, ticks = spec["layer"][1]["data"]["values"], spec["layer"][2]["data"]["values"]
     assert len(lines) == 6 * 4
@@ -231,8 +231,8 @@ def test_the_plots_are_drawn_without_a_browser(tmp_path: Path) -> None:
 
 def test_a_folder_of_nothing_but_a_sweep_has_a_page(tmp_path: Path) -> None:
     store(tmp_path, make_sweep())
-    assert "Sweep of msra-20" in write_page(tmp_path).read_text()
-    assert "Sweep of" not in make_html([])
+    assert "Grid of msra-20" in write_page(tmp_path).read_text()
+    assert "Grid of" not in make_html([])
 
 
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed")

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
+from harness.models.variants import he2015, msra
 from harness.plan import (
-    Sweep,
+    Grid,
+    allocate,
+    check_grid,
     check_out,
     check_pack,
-    check_sweep,
     choose_engine,
     expand,
     make_packs,
-    make_width,
     narrower_widths,
     override,
     parse_depths,
@@ -24,14 +25,13 @@ from harness.plan import (
     parse_words,
     pending,
 )
-from harness.run import UserError
-from models.variants import he2015, msra
+from harness.spec import UserError
 
-CPU = make_width(gpus=0, workers=1, have_gpus=0, have_cpus=2, precision="fp32", where="this machine")
+CPU = allocate(gpus=0, workers=1, have_gpus=0, have_cpus=2, precision="fp32", where="this machine")
 
 
 def specs(**changes: Any) -> list[Any]:
-    sweep = Sweep(variants=("he2015",), depths=(20,), **changes)
+    sweep = Grid(variants=("he2015",), depths=(20,), **changes)
     return expand(sweep, CPU, fingerprint="f" * 64, train_images=50_000)
 
 
@@ -50,12 +50,12 @@ def test_lists() -> None:
         (lambda: parse_depths("20,,32"), "no empty places"),
         (lambda: parse_seeds("0"), "from 1 to 1000"),
         (lambda: parse_seeds("-1"), "not a whole number"),
-        (lambda: check_sweep(Sweep(variants=("he2015",), depths=(21,))), "depth 21 is not 6n\\+2: try 20 or 26"),
-        (lambda: check_sweep(Sweep(variants=("he2051",))), "did you mean .?he2015"),
-        (lambda: check_sweep(Sweep(variants=("msra",), loader="dalli")), "did you mean dali"),
-        (lambda: check_sweep(Sweep(variants=("msra",), dataset="cifar")), "did you mean .cifar"),
-        (lambda: check_sweep(Sweep(variants=("msra",), precision="fp64")), "allowed: fp32, tf32, bf16, fp16"),
-        (lambda: check_sweep(Sweep(variants=("msra",), epochs=0)), "--epochs 0: at least 1"),
+        (lambda: check_grid(Grid(variants=("he2015",), depths=(21,))), "depth 21 is not 6n\\+2: try 20 or 26"),
+        (lambda: check_grid(Grid(variants=("he2051",))), "did you mean .?he2015"),
+        (lambda: check_grid(Grid(variants=("msra",), loader="dalli")), "did you mean dali"),
+        (lambda: check_grid(Grid(variants=("msra",), dataset="cifar")), "did you mean .cifar"),
+        (lambda: check_grid(Grid(variants=("msra",), precision="fp64")), "allowed: fp32, tf32, bf16, fp16"),
+        (lambda: check_grid(Grid(variants=("msra",), epochs=0)), "--epochs 0: at least 1"),
         (lambda: specs(limit_train=50_001), "has 50000 training images"),
         (lambda: specs(val=50_000), "none are left to train on"),
     ],
@@ -68,16 +68,16 @@ def test_mistakes_are_one_line_that_says_what_is_allowed(call: Any, says: str) -
 
 def width(**changes: Any) -> Any:
     asked = {"gpus": None, "workers": None, "have_gpus": 8, "have_cpus": 64, "precision": "fp32", "where": "here"}
-    return make_width(**(asked | changes))
+    return allocate(**(asked | changes))
 
 
 def test_widths() -> None:
     one = width()
-    assert (one.gpus, one.workers, one.slots, one.device, one.threads) == (8, 8, 1, "cuda", 8)
+    assert (one.gpus, one.workers, one.concurrent_runs, one.device, one.threads) == (8, 8, 1, "cuda", 8)
     four = width(workers=2)
-    assert (four.workers, four.slots) == (2, 4)
+    assert (four.workers, four.concurrent_runs) == (2, 4)
     cpu = width(gpus=0)
-    assert (cpu.workers, cpu.slots, cpu.device, cpu.threads) == (1, 1, "cpu", 64)
+    assert (cpu.workers, cpu.concurrent_runs, cpu.device, cpu.threads) == (1, 1, "cpu", 64)
     assert width(gpus=0, workers=3).threads == 21
 
 
@@ -103,11 +103,11 @@ def test_the_engine_is_the_fastest_that_is_safe() -> None:
     with pytest.raises(UserError, match="--engine graph needs a GPU; on the CPU eager and compile are allowed"):
         choose_engine("graph", "cpu")
     with pytest.raises(UserError, match="--engine 'grahp' is unknown; did you mean graph"):
-        check_sweep(Sweep(variants=("msra",), engine="grahp"))
+        check_grid(Grid(variants=("msra",), engine="grahp"))
 
 
 def test_packs_hold_seeds_of_one_row() -> None:
-    sweep = Sweep(variants=("msra",), depths=(20, 32), seeds=(0, 1, 2))
+    sweep = Grid(variants=("msra",), depths=(20, 32), seeds=(0, 1, 2))
     runs = expand(sweep, CPU, fingerprint="f" * 64, train_images=50_000)
     packs = make_packs(sorted(runs, key=lambda spec: spec.network.depth), 2)
     assert [[(s.network.depth, s.seed) for s in pack] for pack in packs] == [
@@ -122,22 +122,22 @@ def test_packs_hold_seeds_of_one_row() -> None:
 def test_a_width_that_does_not_divide_the_batch() -> None:
     three = replace(CPU, workers=3)
     with pytest.raises(UserError, match="does not divide the global batch of 128"):
-        expand(Sweep(variants=("msra",)), three, fingerprint="f", train_images=50_000)
+        expand(Grid(variants=("msra",)), three, fingerprint="f", train_images=50_000)
 
 
 def test_epochs_stretch_the_whole_schedule() -> None:
-    recipe, changed = override(msra(20).recipe, Sweep(variants=(), epochs=18))
+    recipe, changed = override(msra(20).recipe, Grid(variants=(), epochs=18))
     assert (recipe.duration, recipe.milestones) == (18, (9, 13.5))
     assert changed == ("epochs=18",)
-    paper, changed = override(he2015(110).recipe, Sweep(variants=(), epochs=16))
+    paper, changed = override(he2015(110).recipe, Grid(variants=(), epochs=16))
     assert (paper.unit, paper.duration, paper.milestones) == ("epoch", 16, (8, 12))
     assert paper.warmup == pytest.approx(16 * 400 / 64_000)
-    same, changed = override(msra(20).recipe, Sweep(variants=(), epochs=180, batch_size=128))
+    same, changed = override(msra(20).recipe, Grid(variants=(), epochs=180, batch_size=128))
     assert (same, changed) == (msra(20).recipe, ())
 
 
 def test_every_run_once_seeds_outermost() -> None:
-    sweep = Sweep(variants=("msra", "he2015"), depths=(20, 32), seeds=(0, 1))
+    sweep = Grid(variants=("msra", "he2015"), depths=(20, 32), seeds=(0, 1))
     all_of = expand(sweep, CPU, fingerprint="f", train_images=50_000)
     assert [(s.seed, s.variant, s.network.depth) for s in all_of][:4] == [
         (0, "msra", 20), (0, "msra", 32), (0, "he2015", 20), (0, "he2015", 32)
@@ -173,8 +173,8 @@ def test_out_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def wide(workers: int, **changes: Any) -> list[Any]:
-    width = make_width(gpus=0, workers=workers, have_gpus=0, have_cpus=64, precision="fp32", where="this machine")
-    return expand(Sweep(variants=("he2015",), depths=(20,), **changes), width, fingerprint="f" * 64,
+    width = allocate(gpus=0, workers=workers, have_gpus=0, have_cpus=64, precision="fp32", where="this machine")
+    return expand(Grid(variants=("he2015",), depths=(20,), **changes), width, fingerprint="f" * 64,
                   train_images=50_000)  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def predict() -> Any:
 
 def test_an_all_reduce_costs_its_rounds_and_its_bytes(predict: Any) -> None:
     network = predict.Network(
-        start_seconds=1.0, hop_seconds=10.0, node_bytes_per_second=100.0, bytes_per_second=50.0
+        launch_seconds=1.0, hop_seconds=10.0, node_bytes_per_second=100.0, bytes_per_second=50.0
     )
     assert network.seconds(1, 800) == 0
     assert network.seconds(2, 800) == pytest.approx(1 + 800 / 100)
@@ -35,7 +35,7 @@ def test_an_all_reduce_costs_its_rounds_and_its_bytes(predict: Any) -> None:
 
 
 def test_a_step_is_bound_by_its_kernels_or_by_its_images(predict: Any) -> None:
-    free = predict.Network(start_seconds=0.0, hop_seconds=0.0, node_bytes_per_second=1e30, bytes_per_second=1e30)
+    free = predict.Network(launch_seconds=0.0, hop_seconds=0.0, node_bytes_per_second=1e30, bytes_per_second=1e30)
     step = predict.Step(name="", fixed_seconds={20: 0.032}, image_seconds={20: 0.001})
     assert predict.epoch_seconds(step, free, 20, 1, 128) == pytest.approx(391 * 0.128)
     assert predict.epoch_seconds(step, free, 20, 2, 128) == pytest.approx(391 * 0.064)

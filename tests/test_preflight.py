@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster.preflight import Unanswered
 from harness import preflight
+from harness.cluster.nodes import Unanswered
+from harness.loaders.datasets import load_dataset
 from harness.preflight import COMPARED, Difference, Question, answer, check_nodes, compare, hash_code
-from harness.run import UserError
-from loaders.datasets import load_dataset
+from harness.spec import UserError
 
 HERE = {"python": "3.11.7", "code": "c0de", "data": "da7a", **dict.fromkeys(COMPARED, "1.0")}
 ALIKE = {**HERE, "out": "m-1", "disk": "50.0", "clock": "1000.5"}
@@ -51,7 +51,7 @@ def test_what_differs_is_found(facts: dict[str, str], what: str, there: str) -> 
 
 def test_this_machine_answers(tmp_path: Path) -> None:
     fingerprint = load_dataset("digits").fingerprint
-    question = Question(out=tmp_path, mirror="", marker=".marker", dataset="digits", data_dir=None, cache_dir=None)
+    question = Question(out=tmp_path, remote="", marker=".marker", dataset="digits", data_dir=None, cache_dir=None)
     assert answer(question)["out"] == "another folder, or none"
     assert not list(tmp_path.iterdir()), "a folder that is not the driver's is left alone"
     (tmp_path / ".marker").write_bytes(b"")
@@ -63,28 +63,26 @@ def test_this_machine_answers(tmp_path: Path) -> None:
     assert (tmp_path / facts["out"]).exists()
     missing = answer(
         Question(
-            out=tmp_path, mirror="", marker=".marker", dataset="cifar10", data_dir=tmp_path / "no", cache_dir=None
+            out=tmp_path, remote="", marker=".marker", dataset="cifar10", data_dir=tmp_path / "no", cache_dir=None
         )
     )
     assert "no such folder" in missing["data"]
 
 
-def test_the_hash_follows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in preflight.OURS:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.py").write_text("x = 1")
-
-    class Found:
-        def __init__(self, name: str) -> None:
-            self.submodule_search_locations = [str(tmp_path / name)]
-
-    monkeypatch.setattr(preflight, "find_spec", Found)
-    before = hash_code()
-    assert hash_code() == before
-    (tmp_path / "models" / "a.py").write_text("x = 2")
-    changed = hash_code()
-    (tmp_path / "models" / "a.py").rename(tmp_path / "models" / "b.py")
-    assert len({before, changed, hash_code()}) == 3
+def test_the_hash_follows_the_code_in_subfolders_and_links_too(tmp_path: Path) -> None:
+    package, linked = tmp_path / "package", tmp_path / "models"
+    (package / "training").mkdir(parents=True)
+    linked.mkdir()
+    (package / "models").symlink_to(linked)
+    for folder in (package, package / "training", linked):
+        (folder / "a.py").write_text("x = 1")
+    hashes = [hash_code(package)]
+    assert hash_code(package) == hashes[0]
+    for folder in (package, package / "training", linked):
+        (folder / "a.py").write_text("x = 2")
+        hashes.append(hash_code(package))
+    (linked / "a.py").rename(linked / "b.py")
+    assert len({*hashes, hash_code(package)}) == 5
 
 
 def check(answers: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -1,4 +1,4 @@
-"""Measurements against a stand-in for NVML: units, reasons, taints. No GPU is needed, none is used."""
+"""Measurements against a stand-in for NVML: units, reasons, interference. No GPU is needed, none is used."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from harness import profiler
-from results.store import Memory, Reading
+from harness.results.store import Measurement, Memory
+from harness.training import profiler
 
 GPU = torch.device("cuda", 0)
 
@@ -66,24 +66,24 @@ def test_joules_are_the_counters_difference(nvml: Nvml) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "taint"),
+    ("change", "cause"),
     [
-        ({"pids": [os.getpid(), 1]}, profiler.TAINTS[0]),
-        ({"reasons": 0x40}, profiler.TAINTS[1]),
-        ({"clock": 1700}, profiler.TAINTS[2]),
+        ({"pids": [os.getpid(), 1]}, profiler.INTERFERENCE[0]),
+        ({"reasons": 0x40}, profiler.INTERFERENCE[1]),
+        ({"clock": 1700}, profiler.INTERFERENCE[2]),
     ],
 )
-def test_what_taints_an_epoch(nvml: Nvml, change: dict[str, Any], taint: str) -> None:
+def test_what_taints_an_epoch(nvml: Nvml, change: dict[str, Any], cause: str) -> None:
     watch = profiler.Watch(GPU)
-    assert watch.end().taints == ()
+    assert watch.end().interference == ()
     for name, value in change.items():
         setattr(nvml, name, value)
-    assert watch.end().taints == (taint,)
+    assert watch.end().interference == (cause,)
 
 
 def test_a_power_cap_or_a_foreign_pid_namespace_taints_nothing(nvml: Nvml) -> None:
     nvml.reasons, nvml.pids = 0x04, [7, 8]
-    assert profiler.Watch(GPU).end().taints == ()
+    assert profiler.Watch(GPU).end().interference == ()
 
 
 def test_swapping_and_a_clock_that_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,11 +93,11 @@ def test_swapping_and_a_clock_that_jumps(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(profiler, "_pages_swapped", lambda: swapped)
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + 60)
-    assert watch.end().taints == profiler.TAINTS[3:]
+    assert watch.end().interference == profiler.INTERFERENCE[3:]
 
 
 def test_memory_of_this_process_or_the_reason(nvml: Nvml) -> None:
-    assert profiler._NvmlProcess(0).read() == Reading(value=3072.0)
+    assert profiler._NvmlProcess(0).read() == Measurement(value=3072.0)
     nvml.pids = [7]
     reading = profiler._NvmlProcess(0).read()
     assert reading.value is None
@@ -113,15 +113,20 @@ def test_gpus_are_counted_as_cuda_would_show_them(nvml: Nvml, monkeypatch: pytes
 
 
 def test_the_largest_of_the_ranks_and_null_only_where_none_could_read() -> None:
-    none = Reading(value=None, reason="no")
+    none = Measurement(value=None, reason="no")
 
-    def memory(rss: float, nvml: Reading) -> Memory:
+    def memory(rss: float, nvml: Measurement) -> Memory:
         return Memory(
-            torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=nvml, rss_mib=Reading(value=rss)
+            torch_allocated_mib=none,
+            torch_reserved_mib=none,
+            nvml_process_mib=nvml,
+            rss_mib=Measurement(value=rss),
         )
 
-    peak = profiler.largest([memory(1.0, none), memory(3.0, Reading(value=5.0)), memory(2.0, Reading(value=4.0))])
-    assert peak == memory(3.0, Reading(value=5.0))
+    peak = profiler.largest(
+        [memory(1.0, none), memory(3.0, Measurement(value=5.0)), memory(2.0, Measurement(value=4.0))]
+    )
+    assert peak == memory(3.0, Measurement(value=5.0))
 
 
 def test_waiting_counts_what_the_loader_took() -> None:
@@ -150,8 +155,8 @@ def test_owners_add_up_to_what_the_process_uses(monkeypatch: pytest.MonkeyPatch)
         def sample(self) -> None:
             pass
 
-        def read(self) -> Reading:
-            return Reading(value=now["used"] - 1000)
+        def read(self) -> Measurement:
+            return Measurement(value=now["used"] - 1000)
 
     def zeros(*size: int, device: Any) -> None:  # makes the context, and the allocator's first block
         now.update(used=1452, reserved=2, allocated=0)
@@ -165,7 +170,7 @@ def test_owners_add_up_to_what_the_process_uses(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(torch.cuda, name, lambda _: now["allocated"] * mib)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
     meter = profiler.MemoryMeter(torch.device("cuda", 0))
-    with meter.owner("data loader"):  # 20 MiB of tensors, 64 of its own
+    with meter.category("data loader"):  # 20 MiB of tensors, 64 of its own
         now.update(used=1452 + 20 + 64, reserved=22, allocated=20)
     meter.reset()
     network = nn.Linear(1023, 1024)  # 4 MiB
@@ -175,12 +180,12 @@ def test_owners_add_up_to_what_the_process_uses(monkeypatch: pytest.MonkeyPatch)
     graphs = SimpleNamespace(reserved_bytes=100 * mib)  # with the gradients in it
     now.update(used=2000, reserved=22 + 8 + 6 + 100, allocated=20 + 8 + 2)
     memory = meter.read(network, optimizer, graphs)
-    assert memory.by_owner_mib == pytest.approx(
+    assert memory.by_category_mib == pytest.approx(
         {
             "weights": 4, "gradients": 4, "optimizer state": 4, "activations": 2 + 100 - 4, "allocator slack": 6,
             "data loader": 84, "CUDA context": 450, "unaccounted": 1000 - 136 - 64 - 450,
         }
     )  # fmt: skip
-    assert sum(memory.by_owner_mib.values()) == pytest.approx(1000)
+    assert sum(memory.by_category_mib.values()) == pytest.approx(1000)
     assert memory.torch_allocated_mib.value == pytest.approx(130)
     assert (memory.warmup_allocated_mib.value, memory.warmup_reserved_mib.value) == (20, 22)

@@ -4,8 +4,8 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from models.variants import find_variant
-from results.published import Published, find_published, load_published
+from harness.models.variants import find_variant
+from harness.results.published import Published, find_published, load_published
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.launch import Worker
-from harness.evaluate import evaluate
-from harness.run import RunSpec
-from harness.train import Data, assemble, finish_run, make_autocast, make_trainer, train_epoch
-from loaders.datasets import Split
-from models.variants import VARIANTS, VariantFunction, default_depth
+from harness.cluster.launch import Worker
+from harness.loaders.datasets import Split
+from harness.models.variants import VARIANTS, VariantFunction, default_depth
+from harness.spec import RunSpec
+from harness.training.evaluation import evaluate
+from harness.training.train import Data, assemble, finish_run, make_autocast, make_trainer, train_epoch
 
 SECOND_DEPTH = {"miniplaces": 50, "convnet": 8, "xresnet-bottleneck": 38}
 
@@ -51,5 +51,5 @@ def test_two_steps_and_an_evaluation(function: VariantFunction, depth: int) -> N
     assert np.isfinite(metrics.loss)
     changed = [not torch.equal(p, q) for p, q in zip(before, network.parameters(), strict=True)]
     assert sum(changed) >= 0.9 * len(changed), "nearly every parameter takes part"
-    found = evaluate(network, made.held_loader, images=8, autocast=make_autocast(made.place["device"], "fp32"))
+    found = evaluate(network, made.eval_loader, images=8, autocast=make_autocast(made.place["device"], "fp32"))
     assert (found.images, found.error % 12.5) == (8, 0)

@@ -20,7 +20,7 @@ import torch.multiprocessing
 import two_nodes
 from ray import cloudpickle
 
-from cluster.launch import (
+from harness.cluster.launch import (
     Cluster,
     Entered,
     Failed,
@@ -36,8 +36,8 @@ from cluster.launch import (
     launch,
     make_failed,
 )
-from cluster.preflight import Unanswered, ask_every_node
-from results.store import EpochMetrics, load_epochs, load_records
+from harness.cluster.nodes import Unanswered, ask_every_node
+from harness.results.store import EpochMetrics, load_epochs, load_records
 
 ROOT = Path(__file__).resolve().parent.parent
 # An idle machine of two cores takes about 7 and 12 seconds: these are for a busy one, and below the minute for which
@@ -227,8 +227,8 @@ def test_a_dead_controller_leaves_its_room_to_the_next_attempt(one_cpu: Cluster,
             killed.append(kill_controller())
 
     runs = launch(
-        toy, [{"seconds": 60}], workers=1, slots=1, gpu=False, threads=1, storage=tmp_path / "ray",
-        progress=progress, wait_seconds=60, watch=Looking,
+        toy, [{"seconds": 60}], workers=1, concurrent_runs=1, gpu=False, threads=1, storage=tmp_path / "ray",
+        progress=progress, placement_timeout_seconds=60, watch=Looking,
     )  # fmt: skip
     ((_, outcome),) = list(runs)
     assert killed == [1]
@@ -286,7 +286,14 @@ def look_at_sockets(spec: Any, worker: Worker, report: Any) -> set[str]:
 def test_a_cluster_of_this_machine_listens_on_loopback_alone(one_cpu: Cluster, tmp_path: Path) -> None:
     assert ask_every_node(os.getpid)
     runs = launch(
-        look_at_sockets, [{}], workers=1, slots=1, gpu=False, threads=1, storage=tmp_path, progress=lambda *_: None
+        look_at_sockets,
+        [{}],
+        workers=1,
+        concurrent_runs=1,
+        gpu=False,
+        threads=1,
+        storage=tmp_path,
+        progress=lambda *_: None,
     )
     ((_, of_rank),) = list(runs)
     assert of_rank == {"0100007F"}, "where its ranks find each other"
@@ -300,8 +307,8 @@ def test_waiting_for_room_is_shown_and_ends(one_cpu: Cluster, tmp_path: Path) ->
     events: list[Any] = []
     began = time.monotonic()
     runs = launch(
-        toy, [{"seconds": 0}], workers=2, slots=1, gpu=False, threads=1, storage=tmp_path / "ray",
-        progress=lambda _, event: events.append(event), wait_seconds=5,
+        toy, [{"seconds": 0}], workers=2, concurrent_runs=1, gpu=False, threads=1, storage=tmp_path / "ray",
+        progress=lambda _, event: events.append(event), placement_timeout_seconds=5,
     )  # fmt: skip
     ((_, outcome),) = list(runs)
     assert isinstance(outcome, Failed)
@@ -337,7 +344,7 @@ def nodes(*sizes: tuple[int, int]) -> Cluster:
 
 
 @pytest.mark.parametrize(
-    ("cluster", "workers", "slots", "gpu", "placement", "expected"),
+    ("cluster", "workers", "concurrent_runs", "gpu", "placement", "expected"),
     [
         (nodes((8, 0)), 2, 1, False, "pack", (1, 4)),
         (nodes((1, 0), (3, 0)), 2, 1, False, "pack", (1, 1)),  # 2 CPUs a worker would fit once
@@ -352,9 +359,9 @@ def nodes(*sizes: tuple[int, int]) -> Cluster:
     ],
 )
 def test_runs_are_laid_over_nodes_as_they_are(
-    cluster: Cluster, workers: int, slots: int, gpu: bool, placement: str, expected: tuple[int, int]
+    cluster: Cluster, workers: int, concurrent_runs: int, gpu: bool, placement: str, expected: tuple[int, int]
 ) -> None:
-    assert fit(cluster, workers=workers, slots=slots, gpu=gpu, placement=placement) == expected
+    assert fit(cluster, workers=workers, concurrent_runs=concurrent_runs, gpu=gpu, placement=placement) == expected
 
 
 class WorkerGroupError(Exception):

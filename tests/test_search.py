@@ -1,4 +1,4 @@
-"""Searches through Ray Tune: trials that end, are stopped, raise, die and hang; nothing left behind."""
+"""Searches through Ray Tune: trials that end, are pruned, raise, die and hang; nothing left behind."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from ray import cloudpickle
 
-from cluster.launch import Failed, Started, Worker, connect, disconnect
-from cluster.search import search
+from harness.cluster.launch import Failed, Started, Worker, connect, disconnect
+from harness.cluster.search import search
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -58,7 +58,7 @@ class Toys:
 
     def reported(self, name: str, event: Any) -> bool:
         self.events.append((name, event))
-        return name.startswith("stopped") and event == 2
+        return name.startswith("pruned") and event == 2
 
     def ended(self, name: str, outcome: Any) -> None:
         assert name not in self.outcomes
@@ -82,31 +82,31 @@ def test_trials_end_stop_raise_and_die_and_every_cpu_is_free_afterwards(tmp_path
         study = Toys(
             [
                 {"name": "good"},
-                {"name": "stopped 1"},
+                {"name": "pruned 1"},
                 {"name": "raises", "raises": 2},
                 {"name": "dies", "dies": 3, "marker": str(tmp_path / "died")},
-                *({"name": f"stopped {n}"} for n in range(2, 5)),
+                *({"name": f"pruned {n}"} for n in range(2, 5)),
                 {"name": "last"},
             ]
         )
-        search(toy, study, workers=1, slots=2, gpus=0, threads=1, storage=tmp_path / "tune")
+        search(toy, study, workers=1, concurrent_runs=2, gpus=0, threads=1, storage=tmp_path / "tune")
         wait_until_free(2)
 
         pair = Toys(
             [
-                {"name": "stopped"},
+                {"name": "pruned"},
                 {"name": "raises", "raises": 2},
                 {"name": "dies", "dies": 2, "marker": str(tmp_path / "peer died")},
             ]
         )
-        search(toy, pair, workers=2, slots=1, gpus=0, threads=1, storage=tmp_path / "tune")
+        search(toy, pair, workers=2, concurrent_runs=1, gpus=0, threads=1, storage=tmp_path / "tune")
         wait_until_free(2)
     finally:
         disconnect()
     assert study.outcomes["good"]["total"] == 1.0
     assert study.outcomes["last"]["process"]
-    assert [study.outcomes[f"stopped {n}"] for n in range(1, 5)] == [None] * 4
-    assert ("stopped 1", 3) not in study.events
+    assert [study.outcomes[f"pruned {n}"] for n in range(1, 5)] == [None] * 4
+    assert ("pruned 1", 3) not in study.events
     failed = study.outcomes["raises"]
     assert isinstance(failed, Failed)
     assert (failed.exception, failed.message) == ("TooBigError", "does not fit")
@@ -115,7 +115,7 @@ def test_trials_end_stop_raise_and_die_and_every_cpu_is_free_afterwards(tmp_path
     assert attempts == [1, 2]
     assert study.outcomes["dies"]["total"] == 1.0
 
-    assert pair.outcomes["stopped"] is None
+    assert pair.outcomes["pruned"] is None
     assert isinstance(pair.outcomes["raises"], Failed)
     assert pair.outcomes["raises"].exception == "TooBigError", "the cause, not rank 0's broken collective"
     assert pair.outcomes["dies"]["total"] == 24.0, "a peer's death is tried again"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from results.statistics import (
+from harness.results.statistics import (
     Sample,
     compare_with_published,
     confidence_interval,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from results import store
-from results.store import EpochMetrics, Failure, Memory, Reading, Record, RunResult
+from harness.results import store
+from harness.results.store import EpochMetrics, Failure, Measurement, Memory, Record, RunResult
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -17,20 +17,20 @@ NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 def make_epoch(epoch: int, **changes: Any) -> EpochMetrics:
     values: dict[str, Any] = {
         "epoch": epoch, "steps": 391, "images": 50_000, "loss": 1.5, "error": 40.0 - epoch, "lr": 0.1,
-        "train_seconds": 10.0, "wait_seconds": 0.5, "eval_seconds": 1.0, "images_per_second": 5_000.0,
+        "train_seconds": 10.0, "data_stall_seconds": 0.5, "eval_seconds": 1.0, "images_per_second": 5_000.0,
     }  # fmt: skip
     return EpochMetrics(**(values | changes))
 
 
 def make_result(**changes: Any) -> RunResult:
-    none = Reading(value=None, reason="no GPU")
+    none = Measurement(value=None, reason="no GPU")
     values: dict[str, Any] = {
         "parameters": 272_292, "evaluated_on": "test",
         "epochs": tuple(make_epoch(k, timed=k > 1) for k in (1, 2, 3)),
         "final_error": 8.3, "best_error": 8.1, "best_epoch": 2, "epoch_seconds": 10.0, "warmup_epochs": 1,
         "eval_seconds": 1.0, "images_per_second": 5_000.0, "setup_seconds": 3.0, "train_seconds": 30.0,
         "memory": Memory(torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none,
-                         rss_mib=Reading(value=700.0)),
+                         rss_mib=Measurement(value=700.0)),
         "workers": 1, "batch_size": 128, "batch_size_per_gpu": 128, "threads": 2, "device": "AMD EPYC",
     }  # fmt: skip
     return RunResult(**(values | changes))
@@ -69,19 +69,22 @@ def test_a_finished_run_reads_back_equal(tmp_path: Path) -> None:
     (stored,) = loaded.records
     assert stored.folder == folder
     assert stored.record.result is not None
-    assert stored.record.result.wait_share == pytest.approx(100 * 0.5 / 10)
+    assert stored.record.result.data_stall_percent == pytest.approx(100 * 0.5 / 10)
     epochs = tuple(store.load_epochs(folder))
-    result = stored.record.result.model_copy(update={"epochs": epochs, "wait_share": None})
+    result = stored.record.result.model_copy(update={"epochs": epochs, "data_stall_percent": None})
     assert stored.record.model_copy(update={"result": result}) == record
     assert store.finished_keys(tmp_path) == {record.key}
 
 
 def test_wait_share_leaves_untimed_epochs_out(tmp_path: Path) -> None:
-    epochs = (make_epoch(1, wait_seconds=9.0, timed=False), make_epoch(2, wait_seconds=2.0, train_seconds=8.0))
+    epochs = (
+        make_epoch(1, data_stall_seconds=9.0, timed=False),
+        make_epoch(2, data_stall_seconds=2.0, train_seconds=8.0),
+    )
     folder = store.finish(tmp_path, make_record(result=make_result(epochs=epochs)))
     record = store.load_records([folder]).records[0].record
     assert record.result is not None
-    assert record.result.wait_share == pytest.approx(25.0)
+    assert record.result.data_stall_percent == pytest.approx(25.0)
 
 
 def test_running_again_keeps_what_was_stored(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import typer
 from records import make_record
 
 from harness import cli, plan
-from harness.space import parse_settings
-from results.store import Stored, finish
+from harness.results.store import Stored, finish
+from harness.search_space import parse_settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -39,7 +39,9 @@ def steps_of(setting: study.Setting) -> list[study.Step]:
 def test_every_command_is_one_that_the_harness_takes(tiny: bool) -> None:
     app = typer.main.get_command(cli.app)
     assert isinstance(app, click.Group) or hasattr(app, "commands")
-    width = plan.Width(device="cpu" if tiny else "cuda", gpus=0 if tiny else 1, workers=1, slots=1, threads=2)
+    width = plan.Allocation(
+        device="cpu" if tiny else "cuda", gpus=0 if tiny else 1, workers=1, concurrent_runs=1, threads=2
+    )
     for step in steps_of(replace(WHOLE, tiny=tiny)):
         assert not step.missing
         if step.words[0] != "harness":
@@ -49,14 +51,14 @@ def test_every_command_is_one_that_the_harness_takes(tiny: bool) -> None:
         assert given["gpus" if "gpus" in given else "dataset"] is not None
         if step.words[1] != "run":
             continue
-        sweep = plan.Sweep(
+        sweep = plan.Grid(
             variants=plan.parse_words(given["variants"], "--variants"),
             depths=plan.parse_depths(given["depths"]) if given["depths"] else (),
             seeds=plan.parse_seeds(given["seeds"]), dataset=given["dataset"], loader=given["loader"],
             precision=given["precision"], epochs=given["epochs"], val=given["val"], limit_train=given["limit_train"],
             settings=parse_settings(given["settings"] or ()),
         )  # fmt: skip
-        plan.check_sweep(sweep)
+        plan.check_grid(sweep)
         specs = plan.expand(sweep, width, fingerprint="f", train_images=50_000)
         if tiny:
             assert all(spec.limit_train and spec.precision == "fp32" for spec in specs)
@@ -294,7 +296,7 @@ FAKE = """
 def test_a_peer_trains_an_epoch_when_it_is_asked_for(tmp_path: Path) -> None:
     import numpy as np
 
-    from loaders.datasets import Split
+    from harness.loaders.datasets import Split
 
     (tmp_path / "trainer.py").write_text(textwrap.dedent(FAKE))
     rng = np.random.default_rng(0)

@@ -12,10 +12,10 @@ from unicodedata import combining, east_asian_width
 
 import pytest
 
-from results.published import find_published
-from results.store import Failure, Interrupted, Memory, Reading, Record, RunResult, Stored
-from results.table import FORMATS, Row, render, summarise
-from results.text import UNCOMMON, cell_width
+from harness.results.published import find_published
+from harness.results.report.table import FORMATS, Row, render, summarise
+from harness.results.report.text import UNCOMMON, cell_width
+from harness.results.store import Failure, Interrupted, Measurement, Memory, Record, RunResult, Stored
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -32,15 +32,15 @@ def make_spec(depth: int = 20, seed: int = 0, *, lr: float = 0.1, **changes: Any
 
 def make_result(error: float = 8.4, **changes: Any) -> RunResult:
     memory = Memory(
-        torch_allocated_mib=Reading(value=417.0),
-        torch_reserved_mib=Reading(value=512.0),
-        nvml_process_mib=Reading(value=1890.0),
-        rss_mib=Reading(value=2500.0),
+        torch_allocated_mib=Measurement(value=417.0),
+        torch_reserved_mib=Measurement(value=512.0),
+        nvml_process_mib=Measurement(value=1890.0),
+        rss_mib=Measurement(value=2500.0),
     )
     values: dict[str, Any] = {
         "parameters": 272_292, "evaluated_on": "test", "final_error": error, "best_error": error - 0.2,
         "best_epoch": 170, "epoch_seconds": 4.5, "warmup_epochs": 1, "eval_seconds": 0.5,
-        "images_per_second": 11_111.0, "wait_share": 1.25, "setup_seconds": 9.0, "train_seconds": 810.0,
+        "images_per_second": 11_111.0, "data_stall_percent": 1.25, "setup_seconds": 9.0, "train_seconds": 810.0,
         "memory": memory, "workers": 1, "batch_size": 128, "batch_size_per_gpu": 128, "threads": 8,
         "device": "NVIDIA H200",
     }  # fmt: skip
@@ -132,11 +132,11 @@ def test_across_averages_what_was_asked_for_and_says_so() -> None:
 
 
 def test_medians_peaks_and_missing_readings() -> None:
-    none = Reading(value=None, reason="NVML: not permitted")
+    none = Measurement(value=None, reason="NVML: not permitted")
     runs = []
     for seed, seconds in enumerate((4.0, 9.0, 5.0)):
         memory = make_result().memory.model_copy(
-            update={"torch_allocated_mib": Reading(value=400.0 + seed), "nvml_process_mib": none}
+            update={"torch_allocated_mib": Measurement(value=400.0 + seed), "nvml_process_mib": none}
         )
         runs.append(make_run(seed, result={"epoch_seconds": seconds, "memory": memory}))
     (row,) = summarise(runs)
@@ -150,12 +150,12 @@ def test_medians_peaks_and_missing_readings() -> None:
 
 
 def test_memory_on_the_cpu_goes_by_its_own_name() -> None:
-    no_gpu = Reading(value=None, reason="no CUDA device")
+    no_gpu = Measurement(value=None, reason="no CUDA device")
     memory = Memory(
         torch_allocated_mib=no_gpu,
         torch_reserved_mib=no_gpu,
         nvml_process_mib=no_gpu,
-        rss_mib=Reading(value=812.4),
+        rss_mib=Measurement(value=812.4),
     )
     page = text(summarise([make_run(result={"memory": memory, "device": "AMD EPYC"}, device="cpu")]))
     assert re.search(r"RSS\n.*\n.* 812\n", page)
@@ -358,8 +358,8 @@ def test_letters_of_common_width_are_counted_without_a_look() -> None:
 
 def test_energy_and_disturbed_epochs() -> None:
     runs = [
-        make_run(seed=seed, result={"energy_joules": Reading(value=joules), "taints": taints})
-        for seed, joules, taints in ((0, 52_000.0, ()), (1, 54_000.0, ("the GPU was throttled",)))
+        make_run(seed=seed, result={"energy_joules": Measurement(value=joules), "interference": interference})
+        for seed, joules, interference in ((0, 52_000.0, ()), (1, 54_000.0, ("the GPU was throttled",)))
     ]
     page = text(summarise(runs))
     assert re.search(r"\bkJ\b", page)

@@ -14,15 +14,15 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from cluster.launch import Worker
-from harness.engine import Engine
-from harness.run import CheckpointError, DivergedError, Places, RunSpec
-from harness.train import EpochMetrics, Step, Trainer, finish_run, mix, train, train_epoch
-from loaders.datasets import limit, load_dataset
-from loaders.loader import Augment, make_loaders, make_normalize
-from models.resnet import build
-from models.variants import he2015
-from results.store import RunResult, load_epochs, partial_dir, run_name
+from harness.cluster.launch import Worker
+from harness.loaders.datasets import limit, load_dataset
+from harness.loaders.loader import Augment, make_loaders, make_normalize
+from harness.models.resnet import build
+from harness.models.variants import he2015
+from harness.results.store import RunResult, load_epochs, partial_dir, run_name
+from harness.spec import CheckpointError, DivergedError, RunPaths, RunSpec
+from harness.training.engine import Engine
+from harness.training.train import EpochMetrics, Step, Trainer, finish_run, mix, train, train_epoch
 
 
 @cache
@@ -53,7 +53,7 @@ def run(asked: RunSpec, out: Path, stop_after: int | None = None) -> RunResult:
         if metrics.epoch == stop_after:
             raise KeyboardInterrupt
 
-    return train(asked, Worker(threads=1), report, places=Places(out=out, label="digits"))
+    return train(asked, Worker(threads=1), report, places=RunPaths(out=out, label="digits"))
 
 
 def losses(result: RunResult) -> list[float]:
@@ -90,14 +90,14 @@ def test_a_run_learns_and_measures(whole: RunResult, tmp_path: Path) -> None:
 
 def test_an_untimed_epoch_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     swapped = ("the machine swapped",)
-    monkeypatch.setattr("harness.train.over_ranks", lambda *_: (None, swapped))
+    monkeypatch.setattr("harness.training.train.over_ranks", lambda *_: (None, swapped))
     short = spec()
     short = replace(short, recipe=replace(short.recipe, duration=4, unit="step", milestones=()))  # 3 an epoch
     epochs = run(short, tmp_path).epochs
     assert [row.steps for row in epochs] == [3, 1]
     assert [row.untimed for row in epochs] == [
-        "warm-up; tainted: the machine swapped",
-        "partial epoch; tainted: the machine swapped",
+        "warm-up; interference: the machine swapped",
+        "partial epoch; interference: the machine swapped",
     ]
     assert not any(row.timed for row in epochs)
 

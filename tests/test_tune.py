@@ -12,19 +12,20 @@ import pytest
 from command import harness
 from test_store import make_record
 
-import cluster.search
-from cluster.launch import Started, Worker
-from harness import space, study
-from harness.board import best_first
-from harness.run import UserError
-from harness.space import Dimension, parse_search, parse_settings
-from harness.study import Asha, Log, Median, Never, Trial
-from harness.tune import weigh
-from models.variants import he2015, msra
-from results.store import SWEEPS, Stopped, finish, finished_keys, give_up, load_epochs, load_records, start
-from results.sweeps import load_sweeps
-from results.table import render, summarise
-from results.why import why
+import harness.cluster.search
+from harness import search_space as space
+from harness.cluster.launch import Started, Worker
+from harness.commands import sweep as study
+from harness.commands.sweep import Asha, Log, Median, Never, Trial
+from harness.commands.sweep_progress import best_first
+from harness.commands.tune import weigh
+from harness.models.variants import he2015, msra
+from harness.results.explain import why
+from harness.results.report.sweeps import load_sweeps
+from harness.results.report.table import render, summarise
+from harness.results.store import SWEEPS, Pruned, finish, finished_keys, load_epochs, load_records, prune, start
+from harness.search_space import Dimension, parse_search, parse_settings
+from harness.spec import UserError
 
 TINY = "--dataset digits --depth 8 --limit-train 128 --gpus 0 --loader resident"
 
@@ -177,18 +178,18 @@ def test_asha_decides_as_ray_tunes() -> None:
         for stub in running.values():
             theirs.on_trial_add(None, stub)
         at = dict.fromkeys(running, 0)
-        stopped = 0
+        pruned = 0
         while running:
             n = int(random.choice(list(running)))
             at[n] += 1
             value = float(random.random())
             stop = ours.stops(n, at[n], value)
-            if at[n] < epochs:  # who is at the end is not stopped; Ray says STOP there to all
+            if at[n] < epochs:  # who is at the end is not pruned; Ray says STOP there to all
                 assert (theirs.on_trial_result(None, running[n], {"t": at[n], "m": value}) == "STOP") == stop
-            stopped += stop
+            pruned += stop
             if stop or at[n] == epochs:
                 del running[n]
-        assert stopped > 10
+        assert pruned > 10
 
 
 def test_the_median_rule_stops_the_worse_half() -> None:
@@ -217,12 +218,12 @@ def test_a_log_cut_anywhere_goes_on_as_if_nothing_had_happened(tmp_path: Path) -
                 if stop:
                     break
                 stop = log.reported(trial, epoch, trial.fields["lr"] / epoch, 0.1)
-            log.ended(trial, "stopped" if stop else "finished", None if stop else trial.fields["lr"] / 9)
+            log.ended(trial, "pruned" if stop else "finished", None if stop else trial.fields["lr"] / 9)
         return log.trials
 
     whole = tmp_path / "whole.jsonl"
     expected = run(whole)
-    assert {t.state for t in expected} == {"stopped", "finished"}
+    assert {t.state for t in expected} == {"pruned", "finished"}
     text = whole.read_bytes()
     ends = [i + 1 for i, c in enumerate(text) if c == 10]
     for cut in [0, *ends, *(end + 7 for end in ends[:-1])]:
@@ -240,7 +241,7 @@ def test_importance_names_the_field_that_matters() -> None:
         error = 100 - 90 * fields["lr"] + (3 if n % 2 else 0)
         curve = {1: error} if n % 3 else {1: error, 2: error - 1}
         trials.append(
-            Trial(n + 1, fields, state="finished" if len(curve) > 1 else "stopped", curve=curve, value=None)
+            Trial(n + 1, fields, state="finished" if len(curve) > 1 else "pruned", curve=curve, value=None)
         )
     trials.append(Trial(21, fields, state="failed"))
     found = weigh(
@@ -260,9 +261,9 @@ def test_importance_names_the_field_that_matters() -> None:
 
 
 def test_a_stopped_run_is_shown_and_averaged_with_nothing(tmp_path: Path) -> None:
-    stopped = Stopped(by="asha", sweep="s", epoch=3, of=30, error=45.0, evaluated_on="val")
+    pruned = Pruned(by="asha", sweep="s", epoch=3, of=30, error=45.0, evaluated_on="val")
     finish(tmp_path, make_record(0))
-    folder = give_up(tmp_path, make_record(1, status="stopped", result=None, stopped=stopped))
+    folder = prune(tmp_path, make_record(1, status="pruned", result=None, pruned=pruned))
     assert folder.name.endswith(".partial")
     (tmp_path / SWEEPS / "some-sweep").mkdir(parents=True)
     loaded = load_records([tmp_path])
@@ -270,20 +271,20 @@ def test_a_stopped_run_is_shown_and_averaged_with_nothing(tmp_path: Path) -> Non
     assert finished_keys(tmp_path) == {make_record(0).key}
     (row,) = summarise(loaded.records)
     assert row.error is not None
-    assert (row.error.n, row.error.mean, len(row.done), len(row.stopped)) == (1, 8.3, 1, 1)
+    assert (row.error.n, row.error.mean, len(row.done), len(row.pruned)) == (1, 8.3, 1, 1)
     text = render([row], "markdown")
     assert "1 of 2" in text
-    assert "seed 1 was stopped at 3 of 30 epochs by a search" in text
-    (alone,) = summarise([s for s in loaded.records if s.record.status == "stopped"])
+    assert "seed 1 was pruned at 3 of 30 epochs by a search" in text
+    (alone,) = summarise([s for s in loaded.records if s.record.status == "pruned"])
     assert alone.error is None
-    assert "stopped at 3 of 30" in render([alone], "table", width=200)
-    assert "stopped by asha of sweep s after epoch 3 of 30, at 45 %" in why(alone)
+    assert "pruned at 3 of 30" in render([alone], "table", width=200)
+    assert "pruned by asha of sweep s after epoch 3 of 30, at 45 %" in why(alone)
 
     start(tmp_path, make_record(1).name, {})  # taken up again: the record of the stop is kept beside
     assert len(list(folder.glob("stopped_*.json"))) == 1
     with pytest.raises(ValueError, match="needs to say where"):
-        give_up(tmp_path, make_record(1))
-    broken = make_record(2, stopped=stopped)
+        prune(tmp_path, make_record(1))
+    broken = make_record(2, pruned=pruned)
     finish(tmp_path, broken)
     assert "contradicts itself" in load_records([tmp_path]).problems[0].reason
 
@@ -296,7 +297,7 @@ class StopHereError(Exception):
 
 
 def search_here(crash_at: tuple[str, int] | None) -> Any:
-    """`cluster.search.search` in this process, one trial at a time; dies before a report is delivered."""
+    """`harness.cluster.search.search` in this process, one trial at a time; dies before a report is delivered."""
 
     def search(train: Any, trials: Any, **options: Any) -> None:
         while proposal := trials.propose():
@@ -332,8 +333,8 @@ def trials_of(out: Path) -> Any:
 def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.tune.join_cluster", lambda *_, **__: None)
-    monkeypatch.setattr(cluster.search, "search", search_here(None))
+    monkeypatch.setattr("harness.commands.tune.join_cluster", lambda *_, **__: None)
+    monkeypatch.setattr(harness.cluster.search, "search", search_here(None))
     code, out, err = harness(f"{SWEEP} --out {tmp_path}/whole", capsys)
     assert (code, err) == (0, "")
     assert "judged by error % of 12 held-out training images, a tenth of 128" in out
@@ -347,11 +348,11 @@ def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
     assert states[0] == "finished"
 
     for crash_at in (("1", 3), ("3", 1)):
-        monkeypatch.setattr(cluster.search, "search", search_here(crash_at))
+        monkeypatch.setattr(harness.cluster.search, "search", search_here(crash_at))
         folder = tmp_path / f"cut{crash_at[0]}"
         with pytest.raises(StopHereError):
             harness(f"{SWEEP} --out {folder}", capsys)
-        monkeypatch.setattr(cluster.search, "search", search_here(None))
+        monkeypatch.setattr(harness.cluster.search, "search", search_here(None))
         (sweep,) = [p.parent.name for p in folder.glob("tune/*/sweep.json")]
         code, out, err = harness(f"tune --resume {sweep} --out {folder} --samples 5", capsys)
         assert (code, "--samples: sweep" in err) == (2, True), "a resumed sweep keeps its own settings"
@@ -362,7 +363,7 @@ def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
             for name in ("number", "fields", "state", "epochs", "key", "curve", "value"):
                 assert one[name] == other[name], name
 
-    # trials are runs: in the report, finished ones never repeated, stopped ones no results
+    # trials are runs: in the report, finished ones never repeated, pruned ones no results
     loaded = load_records([tmp_path / "whole"])
     assert (loaded.problems, loaded.interrupted) == ([], [])
     by_key = {stored.record.key: stored for stored in loaded.records}
@@ -370,15 +371,15 @@ def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
         stored = by_key[trial["key"]]
         assert stored.record.environment["sweep"] == whole["name"]
         assert len(load_epochs(stored.folder)) == trial["epochs"]
-        if trial["state"] == "stopped":
-            assert stored.record.status == "stopped"
+        if trial["state"] == "pruned":
+            assert stored.record.status == "pruned"
             assert stored.record.result is None
-            assert stored.record.stopped.of == 3
+            assert stored.record.pruned.of == 3
         else:
             assert stored.record.result.evaluated_on == "val"
     code, out, err = harness(f"report {tmp_path}/whole", capsys)
     assert (code, err) == (0, "")
-    assert ("stopped at" in out) == ("stopped" in states)
+    assert ("pruned at" in out) == ("pruned" in states)
     code, out, _ = harness(f"{SWEEP} --scheduler none --out {tmp_path}/whole", capsys)
     assert code == 0
     assert "trial 1/4: finished" in out
@@ -399,7 +400,7 @@ def test_a_sweep_through_ray_ends_by_itself_and_leaves_nothing(
 ) -> None:
     import ray
 
-    import harness.execute
+    import harness.commands.run
 
     free: list[float] = []
 
@@ -428,7 +429,7 @@ def test_a_sweep_through_ray_ends_by_itself_and_leaves_nothing(
     assert diverged["fields"] == {"lr": 1e30}
     assert diverged["reason"].startswith("NaN: loss is not finite")
     assert "finished" in states
-    assert "stopped" in states
+    assert "pruned" in states
     last = [t["last"] for t in found if t["last"] is not None]
     best = min(t["value"] for t in found if t["state"] == "finished")
     assert best < max(last)
@@ -443,9 +444,9 @@ harness_ = harness
 def test_the_best_come_first() -> None:
     trials = [
         Trial(1, {}, state="failed"),
-        Trial(2, {}, state="stopped", curve={1: 5.0}),
+        Trial(2, {}, state="pruned", curve={1: 5.0}),
         Trial(3, {}, state="finished", curve={1: 9.0}, value=9.0),
-        Trial(4, {}, state="stopped", curve={1: 7.0, 2: 6.0}),
+        Trial(4, {}, state="pruned", curve={1: 7.0, 2: 6.0}),
         Trial(5, {}, state="finished", curve={1: 3.0}, value=3.0),
     ]
     assert [t.number for t in best_first(trials)] == [5, 3, 4, 2, 1]

@@ -12,21 +12,21 @@ import pytest
 from scipy import stats
 
 from harness import cli, plan
-from harness.run import RunSpec, UserError
-from results.store import load_records
+from harness.results.store import load_records
+from harness.spec import RunSpec, UserError
 
-WIDTH = plan.Width(device="cpu", gpus=0, workers=1, slots=1, threads=1)
+WIDTH = plan.Allocation(device="cpu", gpus=0, workers=1, concurrent_runs=1, threads=1)
 
 
 def make_specs(seeds: tuple[int, ...], depths: tuple[int, ...] = (20, 32)) -> list[RunSpec]:
-    sweep = plan.Sweep(variants=("he2015",), depths=depths, seeds=seeds)
+    sweep = plan.Grid(variants=("he2015",), depths=depths, seeds=seeds)
     return plan.expand(sweep, WIDTH, fingerprint="f", train_images=50_000)
 
 
 def asked(
-    specs: list[RunSpec], errors: dict[str, float], *, slots: int = 1, max_seeds: int = 10
+    specs: list[RunSpec], errors: dict[str, float], *, concurrent_runs: int = 1, max_seeds: int = 10
 ) -> list[tuple[int, int]]:
-    more = plan.more_seeds(specs, errors, until_ci=0.1, max_seeds=max_seeds, slots=slots)
+    more = plan.more_seeds(specs, errors, until_ci=0.1, max_seeds=max_seeds, concurrent_runs=concurrent_runs)
     return [(spec.network.depth, spec.seed) for spec in more]
 
 
@@ -55,8 +55,8 @@ def test_the_smallest_unused_seeds_are_taken_and_idle_gpus_used() -> None:
     specs = make_specs((0, 2, 7), depths=(20,))
     errors = {s.key: 8.0 + s.seed for s in specs}
     assert asked(specs, errors) == [(20, 1)]
-    assert asked(specs, errors, slots=4) == [(20, 1), (20, 3), (20, 4), (20, 5)]
-    assert asked(specs, errors, slots=4, max_seeds=5) == [(20, 1), (20, 3)]
+    assert asked(specs, errors, concurrent_runs=4) == [(20, 1), (20, 3), (20, 4), (20, 5)]
+    assert asked(specs, errors, concurrent_runs=4, max_seeds=5) == [(20, 1), (20, 3)]
     assert asked(specs, errors, max_seeds=3) == []
 
 
@@ -82,7 +82,7 @@ MISTAKES: list[tuple[float | None, int | None, str]] = [
 @pytest.mark.parametrize(("until_ci", "max_seeds", "words"), MISTAKES)
 def test_mistakes(until_ci: float | None, max_seeds: int | None, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        plan.check_until_ci(plan.Sweep(variants=("he2015",), seeds=(0, 1, 2)), until_ci, max_seeds)
+        plan.check_until_ci(plan.Grid(variants=("he2015",), seeds=(0, 1, 2)), until_ci, max_seeds)
 
 
 def run(line: str, capsys: Any) -> tuple[int, str]:
@@ -100,11 +100,11 @@ def test_the_command_adds_seeds_until_it_is_narrow_or_may_not(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training is replaced: depth 8 spreads by a hundredth of a point, depth 14 by whole points."""
-    import harness.train
-    from results.store import Memory, Reading, RunResult
+    import harness.training.train
+    from harness.results.store import Measurement, Memory, RunResult
 
     def train(spec: RunSpec, worker: Any, report: Any, *, places: Any) -> RunResult:
-        none = Reading(value=None, reason="stub")
+        none = Measurement(value=None, reason="stub")
         error = 5 + spec.seed * (0.01 if spec.network.depth == 8 else 1.0)
         return RunResult(
             parameters=1, evaluated_on="test", final_error=error, best_error=error, best_epoch=1, epoch_seconds=1.0,

@@ -10,8 +10,8 @@ from itertools import pairwise
 
 import pytest
 
-from models import variants
-from models.variants import VARIANTS, Network, Recipe, Variant, default_depth, find_variant, variant_names
+from harness.models import variants
+from harness.models.variants import VARIANTS, Network, Recipe, Variant, default_depth, find_variant, variant_names
 
 
 def changed(old: Recipe | Network, new: Recipe | Network) -> dict[str, object]:

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness.weights import WeightsError, load_metadata, load_weights, match_weights
-from models.resnet import build
-from models.variants import convnet, fattorib, he2015, msra, se_mxresnet
+from harness.models.resnet import build
+from harness.models.variants import convnet, fattorib, he2015, msra, se_mxresnet
+from harness.training.weights import WeightsError, load_metadata, load_weights, match_weights
 
 Tensors = dict[str, Tensor]
 
@@ -201,7 +201,7 @@ def test_pickled_code_is_refused_and_not_run(tmp_path: Path, how: str) -> None:
 def test_objects_that_are_no_tensors_are_named(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     for content, name in (
-        (make(), "models.resnet.CifarResNet"),
+        (make(), "harness.models.resnet.CifarResNet"),
         ({"args": argparse.Namespace()}, "argparse.Namespace"),
     ):
         torch.save(content, path)

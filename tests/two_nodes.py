@@ -49,20 +49,20 @@ def train_plainly(rank: int, world_size: int, rendezvous: str, out: str, last: i
     import torch.distributed as dist
 
     warnings.simplefilter("ignore")
-    from cluster.launch import Worker
     from harness import plan
-    from harness.run import Places
-    from harness.train import train
-    from loaders.datasets import load_dataset
-    from results.store import EpochMetrics
+    from harness.cluster.launch import Worker
+    from harness.loaders.datasets import load_dataset
+    from harness.results.store import EpochMetrics
+    from harness.spec import RunPaths
+    from harness.training.train import train
 
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     dataset = load_dataset("digits")
-    sweep = plan.Sweep(
+    sweep = plan.Grid(
         variants=("he2015",), depths=(8,), dataset="digits", loader="resident", epochs=EPOCHS, limit_train=IMAGES
     )
-    width = plan.Width(device="cpu", gpus=0, workers=2, slots=1, threads=1)
+    width = plan.Allocation(device="cpu", gpus=0, workers=2, concurrent_runs=1, threads=1)
     (spec,) = plan.expand(sweep, width, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
     worker = Worker(rank=rank, world_size=world_size, threads=1)
 
@@ -71,7 +71,7 @@ def train_plainly(rank: int, world_size: int, rendezvous: str, out: str, last: i
             raise EnoughError
 
     with contextlib.suppress(EnoughError):
-        train(spec, worker, report, places=Places(out=Path(out), label="digits"))
+        train(spec, worker, report, places=RunPaths(out=Path(out), label="digits"))
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -1,0 +1,292 @@
+"""The error of weights in a file on a test set: what `harness eval` does."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor, nn
+
+from harness import plan
+from harness.loaders.datasets import Dataset, Split, limit, load_dataset
+from harness.loaders.loader import Augment, Loader, Normalize, SamplingPlan, make_evaluation_loader, make_normalize
+from harness.models.resnet import SMALLEST_IMAGE, build
+from harness.models.variants import Variant, default_depth, find_variant
+from harness.results.store import load_records
+from harness.spec import RunSpec, UserError
+from harness.training.evaluation import MultiScale, evaluate
+from harness.training.train import EVAL_BATCH_SIZE, set_precision, split_data
+from harness.training.weights import WeightsError, load_metadata, load_weights, match_weights
+
+MULTI_SCALE_PIXELS = EVAL_BATCH_SIZE * 32 * 32  # in a batch, so that memory does not grow with the scale
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalOptions:
+    """What a user asked for, words made into values."""
+
+    weights: Path
+    variant: str
+    depth: int | None = None  # None: the variant's default
+    dataset: str = "cifar10"
+    data_dir: Path | None = None
+    scales: tuple[int, ...] = ()  # none: images as in training's evaluation, one centre crop
+    normalize: Normalize | None = None  # None: the recipe's
+    predictions: Path | None = None
+    batch_size: int | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class Answer:
+    """Errors in percent over `images` images of the test set; `top5_error` is None for five classes or fewer."""
+
+    name: str  # "he2015-20"
+    label: str  # of the data set
+    images: int
+    of: int  # images the test set has
+    error: float
+    top5_error: float | None
+    scales: tuple[int, ...]
+    flip: bool  # logits averaged over remote images too
+    left_over: tuple[str, ...]  # tensors in the file that no layer of the network is
+
+
+def parse_scales(text: str) -> tuple[int, ...]:
+    """ "96,112,128" -> (96, 112, 128), in pixels."""
+    words = plan.parse_words(text, "--scales")
+    if not all(re.fullmatch(r"[1-9]\d{0,3}", word) for word in words):
+        raise UserError(f"--scales {text!r}: whole numbers of pixels from 1 to 9999 are allowed, as in 96,112,128")
+    return tuple(int(word) for word in words)
+
+
+def parse_normalize(mean: str | None, std: str | None) -> Normalize | None:
+    """ "0.485,0.456,0.406" and "0.229,0.224,0.225": red, green, blue of images in 0..1. None where neither is given."""
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        raise UserError("--mean and --std go together: one was given without the other")
+    return Normalize(_colour(mean, "--mean", above=-1e-9), _colour(std, "--std", above=0.0))
+
+
+def _colour(text: str, option: str, *, above: float) -> NDArray[np.float32]:
+    try:
+        numbers = [float(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 3 or not all(math.isfinite(number) and above < number <= 1 for number in numbers):
+        least = "above 0" if above == 0 else "from 0"
+        raise UserError(f"{option} {text!r}: three numbers {least} to 1 are allowed, as in 0.485,0.456,0.406")
+    return np.array(numbers, np.float32)
+
+
+def evaluate_weights(options: EvalOptions) -> Answer:
+    """Load weights into a variant's network and evaluate it on the data set's test split.
+
+    On the GPU where there is one, in fp32. One centre crop in the recipe's size, or, with scales, the whole image
+    at each of them, and mirrored where the data set allows it. Raises UserError.
+    """
+    plan.check_count(options.batch_size, "--batch-size")
+    plan.check_count(options.limit, "--limit")
+    if options.predictions and not options.predictions.expanduser().absolute().parent.is_dir():
+        raise UserError(f"--predictions {options.predictions}: no such folder")
+    try:
+        prepared = _prepare(options)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return _evaluate(options, prepared)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Prepared:
+    """Everything that can be wrong with what a user gave has been found out."""
+
+    variant: Variant
+    dataset: Dataset
+    network: nn.Module
+    left_over: list[str]
+    test: Split
+    position: NDArray[np.int64]  # of those images in the whole test set
+    loader: Loader
+    batch_size: int
+
+
+def _prepare(options: EvalOptions) -> _Prepared:
+    """Raises ValueError or UserError."""
+    function = find_variant(options.variant)
+    variant = function(default_depth(function) if options.depth is None else options.depth)
+    recipe = variant.recipe
+    _check_scales(options.scales, variant)
+    weights = options.weights.expanduser()
+    tensors = load_weights(weights)
+    _check_origin(weights, variant)
+    dataset = load_dataset(options.dataset, options.data_dir)
+    crop = None if options.scales else recipe.crop
+    size = max(options.scales) if options.scales else crop or dataset.image_size
+    network = build(variant.network, dataset.num_classes, size)
+    try:
+        left_over = match_weights(network, tensors)
+    except WeightsError as error:
+        name = f"{variant.name}-{variant.network.depth}"
+        raise UserError(f"{weights} into {name} for {dataset.num_classes} classes: {error}") from None
+
+    position: NDArray[np.int64] = np.arange(len(dataset.test))
+    test = dataset.test
+    if options.limit is not None:
+        # the same choice, of positions in place of images
+        position = limit(Split(position, test.labels), options.limit).images  # type: ignore[arg-type, assignment]
+        test = limit(test, options.limit)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch_size = min(options.batch_size or _batch_size(options.scales), len(test))
+    loader = make_evaluation_loader(
+        "resident",
+        test,
+        augment=Augment(0 if options.scales else recipe.pad, recipe.pad_mode, crop, flip=False),
+        normalize=options.normalize
+        or make_normalize(recipe.normalize, _training_images(weights, variant, dataset)),
+        eval_batch_size=batch_size,
+        rank=0,
+        world=1,
+        device=device,
+        threads=torch.get_num_threads(),
+        channels_last=True,
+    )
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return _Prepared(variant, dataset, network, left_over, test, position, loader, batch_size)
+
+
+def _evaluate(options: EvalOptions, prepared: _Prepared) -> Answer:
+    dataset, test = prepared.dataset, prepared.test
+    network = prepared.network
+    flip = bool(options.scales) and dataset.flip
+    if options.scales:
+        network = MultiScale(network, options.scales, flip=flip)
+    set_precision("fp32")
+    batches: list[Tensor] = []
+    evaluation = evaluate(
+        network, prepared.loader, images=len(test), autocast=nullcontext(), on_ranked=batches.append
+    )
+    prepared.loader.close()
+    ranked: NDArray[np.int64] = torch.cat(batches).cpu().numpy()
+    order = SamplingPlan(len(test), prepared.batch_size, train=False).draw(0).index  # the loader's
+    labels = test.labels[order]
+    if options.predictions:
+        _write_predictions(options.predictions.expanduser(), prepared.position[order], labels, ranked, dataset)
+    hits = int((ranked == labels[:, None]).sum())
+    return Answer(
+        name=f"{prepared.variant.name}-{prepared.variant.network.depth}",
+        label=dataset.label,
+        images=evaluation.images,
+        of=len(dataset.test),
+        error=evaluation.error,
+        top5_error=100 * (len(test) - hits) / len(test) if dataset.num_classes > 5 else None,
+        scales=options.scales,
+        flip=flip,
+        left_over=tuple(prepared.left_over),
+    )
+
+
+def _check_scales(scales: tuple[int, ...], variant: Variant) -> None:
+    smallest = SMALLEST_IMAGE[variant.network.architecture]
+    if scales and min(scales) < smallest:
+        raise UserError(f"--scales {min(scales)} is too small for {variant.name}: at least {smallest} pixels")
+
+
+def _check_origin(weights: Path, variant: Variant) -> None:
+    """Raise UserError where the file says that it was trained as another network, whose tensors may fit all the same."""
+    about = load_metadata(weights)
+    try:
+        trained = find_variant(about["variant"])(int(about["depth"]))
+    except (KeyError, ValueError):
+        return
+    if trained.network != variant.network:
+        raise UserError(
+            f"{weights} holds weights of {trained.name}-{trained.network.depth}, "
+            f"not of {variant.name}-{variant.network.depth}"
+        )
+
+
+def _training_images(weights: Path, variant: Variant, dataset: Dataset) -> Split:
+    """The images that a run measured its mean over: what it left out is in the record beside its weights.
+
+    Without one, those the recipe trains on, with validation images drawn by seed 0 if there are enough.
+    """
+    enough = variant.recipe.val < len(dataset.train)
+    spec = RunSpec(
+        variant=variant.name,
+        network=variant.network,
+        recipe=variant.recipe if enough else replace(variant.recipe, val=0),
+        dataset=dataset.name,
+        fingerprint=dataset.fingerprint,
+        loader="resident",
+        device="cpu",
+    )
+    key = load_metadata(weights).get("key")
+    for stored in load_records([weights.parent]).records if key else []:
+        if stored.record.key == key:
+            known = stored.record.spec
+            recipe = replace(spec.recipe, val=known["recipe"]["val"])
+            spec = replace(spec, recipe=recipe, seed=stored.record.seed, limit_train=known["limit_train"])
+    return split_data(spec, dataset).train
+
+
+def _batch_size(scales: tuple[int, ...]) -> int:
+    return max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2)) if scales else EVAL_BATCH_SIZE
+
+
+def _write_predictions(
+    path: Path,
+    position: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    ranked: NDArray[np.int64],
+    dataset: Dataset,
+) -> None:
+    """One line an image: its position in the test set, its class, and the likeliest classes, best first."""
+    try:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["image", "label", *(f"top{rank + 1}" for rank in range(ranked.shape[1]))])
+            for row in np.argsort(position):
+                classes = [dataset.classes[number] for number in (labels[row], *ranked[row])]
+                rows.writerow([int(position[row]), *classes])
+    except OSError as error:
+        raise UserError(f"--predictions {path} cannot be written: {error.strerror}") from None
+
+
+def print_answer(answer: Answer, console: Console) -> None:
+    """Print errors, on how many images of which set, and what of the file was not used."""
+    count = f"{answer.images:,}" if answer.images == answer.of else f"{answer.images:,} of {answer.of:,}"
+    errors = f"top-1 error {answer.error:.2f} %"
+    if answer.top5_error is not None:
+        errors += f", top-5 error {answer.top5_error:.2f} %"
+    console.print(
+        f"{answer.name} on {answer.label}, test set, {count} images: {errors}",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    if answer.scales:
+        flipped = ", and mirrored" if answer.flip else ""
+        console.print(
+            f"averaged over scales {', '.join(map(str, answer.scales))}{flipped}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+    if answer.left_over:
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in answer.left_over)
+        console.print(
+            f"left over in the file: {len(answer.left_over)} tensors of layers that are never called: "
+            f"{', '.join(layers)}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )

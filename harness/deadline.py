@@ -1,0 +1,73 @@
+"""`--until`: a moment at which a command stops as by Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import time
+import types
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+
+from harness.spec import UserError
+
+_UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
+_DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in _UNITS))
+_CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
+
+
+class TimeUp(KeyboardInterrupt):
+    """The moment has come. Says so as its message."""
+
+
+def parse_until(text: str, now: datetime) -> datetime:
+    """A duration from now ("9m", "2h30m", "90s", "1d") or the next time of that clock ("18:00", "18:00:30").
+
+    Both are local time without a zone, so that a night in which the clocks change is counted right. Raises UserError
+    for anything else.
+    """
+    words = text.strip()
+    if clock := _CLOCK.fullmatch(words):
+        hour, minute, second = (int(part or 0) for part in clock.groups())
+        if hour < 24 and minute < 60 and second < 60:
+            moment = now.replace(hour=hour, minute=minute, second=second, microsecond=0)
+            return moment if moment > now else moment + timedelta(days=1)
+    elif words and (found := _DURATION.fullmatch(words)):
+        parts = (float(part or 0) for part in found.groups())
+        seconds = sum(part * unit for part, unit in zip(parts, _UNITS.values(), strict=True))
+        with contextlib.suppress(OverflowError, ValueError, OSError):  # beyond the year 9999
+            if seconds > 0:
+                return datetime.fromtimestamp(now.timestamp() + seconds)
+    raise UserError(
+        f"--until {text!r}: a duration, as in 9m, 2h30m or 90s, or a time of day, as in 18:00, is allowed"
+    )
+
+
+def say_moment(moment: datetime) -> str:
+    """ "18:00", with seconds where it has some."""
+    return f"{moment:%H:%M:%S}" if moment.second else f"{moment:%H:%M}"
+
+
+@contextlib.contextmanager
+def stopping_at(moment: datetime | None) -> Iterator[None]:
+    """Raise TimeUp in the body when the moment has come; with None, never. For the main thread.
+
+    By the alarm clock of the process, which calls that wait are woken by. One that was set before goes on afterwards.
+    """
+    if moment is None:
+        yield
+        return
+
+    def ring(number: int, frame: types.FrameType | None) -> None:
+        raise TimeUp(f"stopped at {say_moment(moment)} as --until said")
+
+    seconds = max(moment.timestamp() - time.time(), 1e-3)
+    handler = signal.signal(signal.SIGALRM, ring)
+    before = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *before)

@@ -1,0 +1,214 @@
+"""What a person sees while runs go on: one table that keeps up, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import IO, Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from harness.cluster.launch import Entered, Failed, Started, Waiting
+from harness.results.store import EpochMetrics, RunResult
+from harness.spec import RunSpec
+
+
+@dataclass(slots=True)
+class _Line:
+    spec: RunSpec
+    epochs: int
+    state: str = "waiting"
+    note: str = ""
+    last: EpochMetrics | None = None
+    seconds: list[float] = field(default_factory=list)  # of whole epochs, evaluation too
+    since: float = 0.0
+
+
+class Progress:
+    """Shows runs as they go on; `event` takes what `launch` reports, `ended` the outcome."""
+
+    def __init__(
+        self, specs: list[RunSpec], epochs: dict[str, int], console: Console, *, concurrent_runs: int
+    ) -> None:
+        self.lines = {spec.key: _Line(spec, epochs[spec.key]) for spec in specs}
+        self.console = console
+        self.concurrent_runs = concurrent_runs
+        self.many_seeds = len({spec.seed for spec in specs}) > 1
+        self._live = Live(get_renderable=self._sample_epoch, console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Progress:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line above the table."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
+        """A run takes up what an earlier command left."""
+        if history:
+            line = self.lines[spec.key]
+            line.last = history[-1]
+            line.seconds = [row.train_seconds + row.eval_seconds for row in history]
+            self.say(f"{spec.title}: goes on after epoch {history[-1].epoch}/{line.epochs}")
+
+    def event(self, spec: RunSpec, event: Any) -> None:
+        """An attempt began, or an epoch ended."""
+        line = self.lines[spec.key]
+        now = time.monotonic()
+        if isinstance(event, Started):
+            line.state, line.since = "starting", now
+            line.note = f"attempt {event.attempt}: {event.reason}" if event.reason else ""
+            if event.workers is not None:
+                line.note = f"{event.workers} of {spec.workers} workers; {line.note}"
+            if event.reason:
+                width = f" with {event.workers} of {spec.workers} workers" if event.workers else ""
+                self.say(f"{spec.title}: {event.reason}; trying again ({event.attempt}){width}")
+            elif not self.console.is_terminal:
+                self.say(f"{spec.title}: starting")
+        elif isinstance(event, Waiting):
+            line.state, line.note = "waiting", f"for room: {event.reason}"
+            if not self.console.is_terminal:
+                self.say(f"{spec.title}: waiting for room since {clock(event.seconds)}: {event.reason}")
+        elif isinstance(event, Entered):
+            line.state = "training"
+        elif isinstance(event, EpochMetrics):
+            line.state, line.last, line.since = "training", event, now
+            line.seconds.append(event.train_seconds + event.eval_seconds)
+            if not self.console.is_terminal:
+                self.say(
+                    f"{spec.title}: epoch {event.epoch}/{line.epochs}  loss {event.loss:.3f}"
+                    f"  error {event.error:.2f} %  {event.train_seconds:.2f} s/epoch  left {clock(self._left(line))}"
+                )
+
+    def ended(self, spec: RunSpec, outcome: RunResult | Failed) -> None:
+        """A run gave its result, or failed."""
+        line = self.lines[spec.key]
+        if isinstance(outcome, Failed):
+            line.state, line.note = "failed", outcome.message
+            self.say(f"{spec.title}: FAILED: {outcome.message}")
+        else:
+            line.state = "done"
+            for warning in outcome.warnings:
+                self.say(f"{spec.title}: {warning}")
+            if not self.console.is_terminal:
+                self.say(f"{spec.title}: done, final error {outcome.final_error:.2f} %")
+
+    def _left(self, line: _Line) -> float | None:
+        """Seconds, by the median epoch so far; of a run that has not begun, by runs of the same network."""
+        if line.state in ("done", "failed"):
+            return 0.0
+        done = line.last.epoch if line.last else 0
+        seconds = line.seconds or [
+            s
+            for other in self.lines.values()
+            for s in other.seconds
+            if other.spec.network == line.spec.network and other.spec.recipe == line.spec.recipe
+        ]
+        return (line.epochs - done) * statistics.median(seconds) if seconds else None
+
+    def _sample_epoch(self) -> Group:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for name in ("run", "epoch", ""):
+            table.add_column(name, no_wrap=True)
+        for name in ("loss", "error %", "s/epoch", "left"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("", overflow="ellipsis", no_wrap=True)
+        shown = self._shown()
+        for line in shown:
+            last = line.last
+            done = last.epoch if last else 0
+            style = {"done": "green", "failed": "red", "waiting": "dim"}.get(line.state, "")
+            title = line.spec.title if self.many_seeds else line.spec.title.split(" seed")[0]
+            table.add_row(
+                title,
+                f"{done}/{line.epochs}",
+                ProgressBar(total=line.epochs, completed=done, width=24),
+                f"{last.loss:.3f}" if last else "",
+                f"{last.error:.2f}" if last else "",
+                f"{last.train_seconds:.2f}" if last else "",
+                clock(self._left(line)) if line.state == "training" else line.state,
+                line.note,
+                style=style,
+            )
+        hidden = len(self.lines) - len(shown)
+        ended = sum(line.state in ("done", "failed") for line in self.lines.values())
+        lefts = [self._left(line) for line in self.lines.values()]
+        known = [left for left in lefts if left is not None]
+        total = clock(sum(known) / self.concurrent_runs) if len(known) == len(lefts) else "?"
+        footer = f"{ended} of {len(self.lines)} runs ended, left {total}"
+        if hidden:
+            footer += f", {hidden} not shown"
+        return Group(table, Text(footer + "   Ctrl-C stops; the same command resumes", style="dim"))
+
+    def _shown(self) -> list[_Line]:
+        """What fits on the screen: running ones first of all, then the order of the plan."""
+        room = max(4, self.console.height - 4)
+        lines = list(self.lines.values())
+        if len(lines) <= room:
+            return lines
+        ranked = sorted(
+            lines, key=lambda line: {"training": 0, "starting": 0, "failed": 1, "waiting": 2}.get(line.state, 3)
+        )
+        kept = {id(line) for line in ranked[:room]}
+        return [line for line in lines if id(line) in kept]
+
+
+class JsonLines:
+    """In place of the table: a JSON object an epoch, for programs. "time" is training seconds since epoch 0 began."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
+        """Epochs of an earlier command count in the time; they are not printed again."""
+        self.seconds[spec.key] = sum(row.train_seconds for row in history)
+
+    def event(self, spec: RunSpec, event: Any) -> None:
+        """Print an epoch, counted from 0; accuracies are shares of 1."""
+        if isinstance(event, EpochMetrics):
+            self.seconds[spec.key] += event.train_seconds
+            measured = "val_acc" if spec.recipe.val else "test_acc"
+            self._print(
+                spec, epoch=event.epoch - 1, **{measured: round(1 - event.error / 100, 6)},
+                time=self.seconds[spec.key], loss=event.loss,
+            )  # fmt: skip
+
+    def ended(self, spec: RunSpec, outcome: RunResult | Failed) -> None:
+        """Print a failure; a result has been printed by its last epoch."""
+        if isinstance(outcome, Failed):
+            self._print(spec, failed=outcome.message)
+
+    def _print(self, spec: RunSpec, **what: Any) -> None:
+        row = {**what, "variant": spec.variant, "depth": spec.network.depth, "seed": spec.seed, "key": spec.key}
+        print(json.dumps(row), file=self.file, flush=True)
+
+
+def clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

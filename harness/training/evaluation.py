@@ -1,0 +1,103 @@
+"""Top-1 and top-5 error of a network over every image of a set, each seen once by one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.loaders.loader import Loader
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Errors in percent; `top5_error` is None where there are ten classes or fewer."""
+
+    images: int
+    error: float
+    top5_error: float | None
+
+
+class MultiScale(nn.Module):
+    """A network's logits averaged over sizes of the image and, with `flip`, over its mirror image at each.
+
+    A scale is the shorter side in pixels; images are resized to it by bilinear interpolation, antialiased, and the
+    network, which ends in a global pooling, is applied to the whole of them: arXiv:1512.03385, section 3.4.
+    """
+
+    def __init__(self, network: nn.Module, scales: tuple[int, ...], *, flip: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.scales = scales
+        self.flip = flip
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) -> (n, classes)."""
+        views: list[Tensor] = []
+        for scale in self.scales:
+            resized = resize(images, scale)
+            views.append(self.network(resized))
+            if self.flip:
+                views.append(self.network(resized.flip(3)))
+        return torch.stack(views).mean(0)
+
+
+def resize(images: Tensor, scale: int) -> Tensor:
+    """(n, 3, H, W), floating point -> the same with the shorter of H and W at `scale` pixels."""
+    height, width = images.shape[2:]
+    shorter = min(height, width)
+    if shorter == scale:
+        return images
+    size = (round(height * scale / shorter), round(width * scale / shorter))
+    return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+
+def evaluate(
+    network: nn.Module,
+    loader: Loader,
+    *,
+    images: int,
+    autocast: AbstractContextManager[None],
+    forward: Callable[[Tensor], Tensor] | None = None,
+    on_ranked: Callable[[Tensor], None] | None = None,
+) -> Evaluation:
+    """Evaluate `network` on the loader's set; `images` is how many the set has.
+
+    `forward` is the network as it is carried out, captured say; its logits need to last until the next batch only.
+    `on_ranked` is given each batch's likeliest classes: (n, 5), best first, or fewer where there are fewer classes.
+
+    Raises RuntimeError where the ranks together saw another number: an error over part of a set is not its error.
+    """
+    was_training = network.training
+    network.eval()
+    counts: Tensor | None = None  # images, top-1 hits, top-5 hits
+    classes = 0
+    with torch.inference_mode(), autocast:
+        for batch, labels in loader.epoch(0):
+            logits = (forward or network)(batch)
+            classes = logits.shape[1]
+            ranked = logits.topk(min(5, classes), dim=1).indices
+            hits = ranked == labels[:, None]
+            seen = torch.stack([torch.ones_like(labels).sum(), hits[:, 0].sum(), hits.sum()])
+            counts = seen if counts is None else counts + seen
+            if on_ranked:
+                on_ranked(ranked)
+    network.train(was_training)
+    if counts is None:  # more ranks than images
+        counts = torch.zeros(3, dtype=torch.int64, device=next(network.parameters()).device)
+    if dist.is_initialized():
+        counts = counts.clone()
+        dist.all_reduce(counts)
+    total, top1, top5 = (int(c) for c in counts.tolist())
+    if total != images:
+        raise RuntimeError(f"evaluation saw {total} images of {images}")
+    return Evaluation(
+        images=total,
+        error=100 * (total - top1) / total,
+        top5_error=100 * (total - top5) / total if classes > 10 else None,
+    )

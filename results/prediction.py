@@ -1,0 +1,114 @@
+"""What a probe predicted of a row, beside what its runs then measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from harness.results.report.table import figures
+from harness.results.rows import Row
+from harness.results.store import Measurement
+
+
+@dataclass(frozen=True, slots=True)
+class PredictedFigure:
+    """One figure, predicted and actual; null with its reason where either cannot be read."""
+
+    figure: str  # "s/epoch"
+    predicted: Measurement
+    actual: Measurement
+
+    @property
+    def difference(self) -> float | None:
+        """Actual minus predicted, in the figure's unit."""
+        if self.predicted.value is None or self.actual.value is None:
+            return None
+        return self.actual.value - self.predicted.value
+
+    @property
+    def percent(self) -> float | None:
+        """The difference in percent of what was predicted."""
+        if self.difference is None or not self.predicted.value:
+            return None
+        return 100 * self.difference / self.predicted.value
+
+    @property
+    def reason(self) -> str | None:
+        """Why there is no difference."""
+        for side, reading in (("not predicted", self.predicted), ("not measured", self.actual)):
+            if reading.value is None:
+                return f"{side}: {reading.reason or 'no reason given'}"
+        return None
+
+
+MEMORY = {
+    "alloc MiB": "torch_allocated_mib", "resvd MiB": "torch_reserved_mib", "NVML MiB": "nvml_process_mib", "RSS MiB": "rss_mib",
+}  # fmt: skip
+
+
+def predicted_figures(row: Row) -> tuple[PredictedFigure, ...]:
+    """Seconds, peak memory and energy of a row that was probed; none of one that was not or has no finished run.
+
+    What neither side can have on the CPU, a GPU's memory, is left out.
+    """
+    probe = row.predicted
+    if probe is None or not row.done:
+        return ()
+    pairs = [
+        PredictedFigure("s/epoch", Measurement(value=probe.epoch_seconds), _timed(row.epoch_seconds)),
+        PredictedFigure("eval s", Measurement(value=probe.eval_seconds), _timed(row.eval_seconds)),
+        *(
+            PredictedFigure(name, getattr(probe.memory, field), getattr(row, field))
+            for name, field in MEMORY.items()
+        ),
+        PredictedFigure("kJ a run", _kilo(probe.run_joules), _kilo(_energy(row))),
+    ]
+    if row.fields.get("device") != "cpu":
+        return tuple(pairs)
+    return tuple(pair for pair in pairs if pair.predicted.value is not None or pair.actual.value is not None)
+
+
+def _timed(seconds: float | None) -> Measurement:
+    return Measurement(value=seconds, reason=None if seconds is not None else "no epoch was timed")
+
+
+def _energy(row: Row) -> Measurement:
+    if row.energy_joules is not None:
+        return Measurement(value=row.energy_joules)
+    reasons = (stored.record.result.energy_joules.reason for stored in row.done if stored.record.result)
+    return Measurement(value=None, reason=next(reasons, None))
+
+
+def _kilo(reading: Measurement) -> Measurement:
+    return reading if reading.value is None else Measurement(value=reading.value / 1000)
+
+
+def in_words(row: Row) -> Iterator[str]:
+    """Lines for `harness why`."""
+    pairs = predicted_figures(row)
+    if not pairs or row.predicted is None:
+        return
+    yield (
+        f"predicted by a probe of {row.predicted.steps} steps on {row.predicted.made_at:%Y-%m-%d %H:%M} UTC, "
+        "and what was measured:"
+    )
+    for pair in pairs:
+        yield f"  {pair.figure:<9}  {show(pair.predicted.value)} → {show(pair.actual.value)}  {show_difference(pair)}"
+    for cause in row.predicted.interference:
+        yield f"  while probing: {cause}"
+
+
+def show(value: float | None) -> str:
+    """Three figures, or all before the point."""
+    return figures(value).replace("-", "−")
+
+
+def show_difference(pair: PredictedFigure) -> str:
+    """ "+0.12 (+6.4 %)", to the last place of the larger figure; or why there is none."""
+    if pair.difference is None:
+        return f"({pair.reason})"
+    largest = max(abs(reading.value or 0.0) for reading in (pair.predicted, pair.actual))
+    digits = max(0, 2 - math.floor(math.log10(largest))) if 0 < largest < math.inf else 0
+    percent = "" if pair.percent is None else f" ({pair.percent:+.1f} %)"
+    return f"{pair.difference:+,.{digits}f}{percent}".replace("-", "−")

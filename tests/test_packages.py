@@ -1,0 +1,95 @@
+"""The star of imports, and what must not be imported to parse, plan and report."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("models", "loaders", "cluster", "results")  # of the star's points; `harness` is its centre
+HEAVY = ("torch", "ray", "nvidia", "sklearn", "torchvision", "scipy.stats", "pandas", "optuna", "altair")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it, by its dotted name."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of the libraries that a file imports."""
+    return {name.split(".")[0] for name in imported_modules(path)}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_none_of_ours_but_harness_may(package: str) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        for name in imported_modules(path):
+            own = name.startswith(f"harness.{package}.") or not (name + ".").startswith("harness.")
+            assert own, f"{path.relative_to(ROOT)} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("models", {"ray", "nvidia", "numpy"}),
+        ("cluster", {"torch", "nvidia"}),
+        ("results", {"torch", "ray", "nvidia"}),
+    ],
+)
+def test_packages_know_only_their_libraries(package: str, forbidden: set[str]) -> None:
+    for path in (ROOT / package).rglob("*.py"):
+        found = imported(path) & forbidden
+        if path.name == "loopback.py":  # what Ray Train does by torch, on loopback
+            found -= {"torch"}
+        assert not found, f"{path.relative_to(ROOT)} imports {found}"
+
+
+def test_only_dali_py_knows_dali() -> None:
+    users = [
+        p.relative_to(ROOT).as_posix()
+        for package in ("harness", *PACKAGES)
+        for p in (ROOT / package).rglob("*.py")
+        if "nvidia" in imported(p)
+    ]
+    assert users in ([], ["loaders/dali.py"])
+
+
+LIGHT = {
+    "help": "import harness.cli as c, sys; sys.argv = ['harness', '--help']",
+    "plan": """
+from harness import plan
+sweep = plan.Grid(variants=('he2015', 'msra'), depths=(20, 32))
+plan.check_grid(sweep)
+width = plan.allocate(gpus=None, workers=None, have_gpus=0, have_cpus=2, precision='fp32', where='here')
+assert len(plan.expand(sweep, width, fingerprint='f', train_images=50_000)) == 4
+""",
+    "report": """
+import pathlib, sys, tempfile
+from rich.console import Console
+from harness.commands.report import print_report
+with tempfile.TemporaryDirectory() as folder:
+    print_report([pathlib.Path(folder)], Console(file=open('/dev/null', 'w')))
+""",
+}
+
+
+@pytest.mark.parametrize("what", LIGHT)
+def test_nothing_heavy_is_imported_to(what: str) -> None:
+    ending = f"\nimport sys\nprint([name for name in {HEAVY!r} if name in sys.modules])"
+    main = "\ntry:\n    c.main()\nexcept SystemExit as e:\n    assert not e.code" if what == "help" else ""
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT[what] + main + ending], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,194 @@
+"""Results at a URI: sent as they are made, brought back where the local folder is lost. file:// stands for s3://."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import harness
+
+from harness.preflight import Question, answer
+from harness.results import remote as storage
+from harness.results.remote import RemoteRun, StorageError
+from harness.results.store import load_epochs, load_records
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_a_uri() -> None:
+    assert [storage.is_uri(word) for word in ("s3://b/runs", "gs://b", "file:///x", "runs", "/a:b//c", "C:/runs")] == [
+        True, True, True, False, False, False,
+    ]  # fmt: skip
+    assert storage.join_uri("s3://b/runs/?region=x", ".ray") == "s3://b/runs/.ray?region=x"
+    one, other = (storage.stage(uri, Path("/c")) for uri in ("s3://a/runs", "s3://b/runs"))
+    assert one != other
+    assert one.name.startswith("runs-")
+
+
+@pytest.mark.parametrize("uri", ["nonsense://bucket/runs", "file:///proc/no/such", "s3://"])
+def test_a_uri_that_cannot_be_is_one_line(uri: str, tmp_path: Path, capsys: Any) -> None:
+    code, _, err = harness(f"run --out {uri} --dataset digits --gpus 0", capsys)
+    assert code == 2
+    assert err.startswith(f"harness: error: --out {uri}")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_run_is_sent_whole_and_brought_back(tmp_path: Path) -> None:
+    there, uri = tmp_path / "bucket", (tmp_path / "bucket").as_uri()
+    here = write(
+        tmp_path / "here" / "run.partial", spec_json="{}", checkpoints__epoch1_pt="1", checkpoints__epoch2_pt="2"
+    )
+    (here / "checkpoints" / "epoch3.tmp").write_text("half")
+    remote = RemoteRun(uri, here, pytest.fail)
+    remote.send()
+    remote = there / "run.partial"
+    assert names(remote) == {"spec.json", "checkpoints/epoch1.pt", "checkpoints/epoch2.pt"}
+
+    (here / "checkpoints" / "epoch1.pt").unlink()
+    write(here, checkpoints__epoch3_pt="3")
+    written = (remote / "spec.json").stat().st_ctime_ns
+    remote.send()
+    assert names(remote) == {"spec.json", "checkpoints/epoch2.pt", "checkpoints/epoch3.pt"}
+    assert (remote / "spec.json").stat().st_ctime_ns == written, "what has arrived is not sent again"
+
+    write(here, checkpoints__epoch4_pt="never arrived", checkpoints__epoch3_pt="changed")
+    storage.pull_run(uri, here)
+    assert names(here) >= {"checkpoints/epoch2.pt", "checkpoints/epoch3.pt"}
+    assert "checkpoints/epoch4.pt" not in names(here), "other nodes do not know it either"
+    assert (here / "checkpoints" / "epoch3.pt").read_text() == "3"
+
+    other = tmp_path / "other node" / "run.partial"
+    RemoteRun(uri, other, pytest.fail).bring(rank=1)
+    assert names(other) == {"checkpoints/epoch2.pt", "checkpoints/epoch3.pt"}
+
+
+def test_a_finished_run_replaces_its_partial_one_and_keeps_the_one_before(tmp_path: Path) -> None:
+    there, uri = tmp_path / "bucket", (tmp_path / "bucket").as_uri()
+    write(there / "run.partial", spec_json="{}")
+    here = write(tmp_path / "run", record_json="1", weights_safetensors="w")
+    storage.push_finished(uri, here)
+    assert names(there) == {"run/record.json", "run/weights.safetensors"}
+    storage.push_finished(uri, here)
+    assert names(there) == {"run/record.json", "run/weights.safetensors"}, "the same run twice is one"
+    write(here, record_json="2")
+    storage.push_finished(uri, here)
+    old = {name for name in names(there) if name.startswith(".superseded/run_")}
+    assert len(old) == 2
+    assert names(there) - old == {"run/record.json", "run/weights.safetensors"}
+    assert {(there / name).read_text() for name in old} == {"1", "w"}
+
+
+def test_tables_need_records_alone_and_what_did_not_arrive_is_sent(tmp_path: Path) -> None:
+    there, uri, here = tmp_path / "bucket", (tmp_path / "bucket").as_uri(), tmp_path / "stage"
+    write(there / "a", record_json="a", epochs_jsonl="", weights_safetensors="large")
+    write(there / "b.partial", spec_json="{}", checkpoints__epoch1_pt="1")
+    write(there / "half", weights_safetensors="its record is still on its way")
+    write(here / "a.partial", spec_json="{}")
+    write(here / "c", record_json="c", weights_safetensors="w")
+    write(here / "gone", record_json="removed there")
+    storage.pull_results(uri, here)
+    assert names(here) == {
+        "a/record.json", "a/epochs.jsonl", "b.partial/spec.json", "c/record.json", "c/weights.safetensors",
+    }  # fmt: skip
+    assert names(there / "c") == {"record.json", "weights.safetensors"}
+
+
+def test_a_store_that_is_away_for_a_while_costs_no_run(tmp_path: Path) -> None:
+    blocked = tmp_path / "bucket"
+    blocked.write_text("not a folder")
+    here = write(tmp_path / "run.partial", spec_json="{}")
+    said: list[str] = []
+    remote = RemoteRun(blocked.as_uri(), here, said.append)
+    remote.send()
+    assert said[0].startswith("not sent: file:///")
+    with pytest.raises(StorageError):
+        remote.send(must=True)
+    RemoteRun("", here, pytest.fail).send(must=True)
+
+
+def test_every_node_is_asked_whether_it_reaches_the_uri(tmp_path: Path) -> None:
+    uri = (tmp_path / "bucket").as_uri()
+    question = Question(
+        out=tmp_path / "stage", remote=uri, marker=".marker", dataset="digits", data_dir=None, cache_dir=None
+    )
+    storage.check_uri(uri)
+    assert answer(question)["out"] == "another folder, or none"
+    storage.leave_sentinel(uri, ".marker")
+    assert answer(question)["out"] in storage.find_sentinels(uri, ".marker-")
+    storage.remove_sentinels(uri, ".marker")
+    assert storage.find_sentinels(uri, ".") == []
+
+
+def command(out: str, epochs: int = 8) -> list[str]:
+    words = f"""run --dataset digits --depths 8 --limit-train 128 --epochs {epochs} --gpus 0 --loader resident
+                --launcher local --out {out}"""
+    return [sys.executable, "-m", "harness.cli", *words.split()]
+
+
+def test_killed_and_its_local_folder_lost_a_run_goes_on_from_the_uri(tmp_path: Path, capsys: Any) -> None:
+    there, cache = tmp_path / "bucket", tmp_path / "cache"
+    environment = {**os.environ, "HARNESS_CACHE": str(cache)}
+    process = subprocess.Popen(
+        command(there.as_uri()),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "epoch 3/" in line:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    (partial,) = there.glob("*.partial")
+    assert len(list((partial / "checkpoints").glob("*.pt"))) == 2
+    shutil.rmtree(cache / "staging")
+
+    again = subprocess.run(
+        command(there.as_uri()), cwd=ROOT, capture_output=True, text=True, env=environment, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert "goes on after epoch" in again.stdout
+    assert f"stored in {there.as_uri()}" in again.stdout.replace("\n", "")
+    (stored,) = load_records([there]).records
+    assert stored.record.result is not None
+    assert stored.record.result.attempts == 2
+    assert names(stored.folder) >= {"record.json", "epochs.jsonl", "weights.safetensors", "attempts.jsonl"}
+    assert not list(there.glob("*.partial"))
+    assert (there / "report.html").is_file()
+    assert (
+        subprocess.run(command(str(tmp_path / "plain")), cwd=ROOT, capture_output=True, check=False).returncode
+        == 0
+    )
+    (plain,) = load_records([tmp_path / "plain"]).records
+    assert [row.loss for row in load_epochs(stored.folder)] == [row.loss for row in load_epochs(plain.folder)]
+
+    shutil.rmtree(cache / "staging")
+    began = time.monotonic()
+    code, out, _ = harness(f"report {there.as_uri()} --format csv", capsys)
+    assert (code, len(out.splitlines())) == (0, 2)
+    assert time.monotonic() - began < 60
+    code, out, _ = harness(f"why he2015-8 {there.as_uri()}", capsys)
+    assert "8 epochs" in out or "timed" in out
