@@ -247,9 +247,7 @@ def report(
     columns: Annotated[str | None, typer.Option(help="Which columns, as in variant,depth,error.")] = None,
     across: Annotated[str | None, typer.Option(help="Fields to average over, as in workers,threads.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write to this file.")] = None,
-    curves: Annotated[
-        Path | None, typer.Option(help="EpochSample the charts into this folder, as SVG and PNG.")
-    ] = None,
+    curves: Annotated[Path | None, typer.Option(help="Draw the charts into this folder, as SVG and PNG.")] = None,
 ) -> None:
     """Print the comparison table of stored runs."""
     from rich.console import Console

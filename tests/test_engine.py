@@ -360,7 +360,7 @@ def test_packed_seeds_on_a_gpu_are_within_rounding_of_single_ones(tmp_path: Path
 
 
 @pytest.mark.gpu
-def test_owners_add_up_to_what_nvml_counts(tmp_path: Path) -> None:
+def test_categories_add_up_to_what_nvml_counts(tmp_path: Path) -> None:
     memory = run_on_gpu(tmp_path, engine="graph").memory
     assert memory.by_category_mib["activations"] > 0
     assert memory.by_category_mib["CUDA context"] > 100

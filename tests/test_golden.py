@@ -34,11 +34,11 @@ COMMANDS = ("run", "tune", "report", "compare", "why", "export", "repro", "varia
 def make_run(case: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A case in the command line's words -> the key of its run, and the run as its record has it."""
     from harness import plan
-    from harness.space import parse_settings
+    from harness.search_space import parse_settings
 
     case = {"dataset": "cifar10", "device": "cuda", "workers": 1, "seed": 0, "fingerprint": "f" * 64} | case
     own = ("variant", "depth", "seed", "device", "workers", "fingerprint", "set", "key")
-    sweep = plan.Sweep(
+    sweep = plan.Grid(
         variants=(case["variant"],),
         depths=(case["depth"],) if "depth" in case else (),
         seeds=(case["seed"],),
@@ -46,26 +46,28 @@ def make_run(case: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         **{name: value for name, value in case.items() if name not in own},
     )
     gpus = case["workers"] if case["device"] == "cuda" else 0
-    width = plan.Width(device=case["device"], gpus=gpus, workers=case["workers"], slots=1, threads=1)
+    width = plan.Allocation(
+        device=case["device"], gpus=gpus, workers=case["workers"], concurrent_runs=1, threads=1
+    )
     (spec,) = plan.expand(sweep, width, fingerprint=case["fingerprint"], train_images=50_000)
     return spec.key, spec.to_json()
 
 
 def search_without_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `harness tune` start nothing: trials learn as a formula says, and take their turns epoch by epoch."""
-    import cluster.search
-    import harness.tune
-    from results.store import EpochMetrics, Memory, Reading, RunResult
+    import harness.cluster.search
+    import harness.commands.tune
+    from harness.results.store import EpochMetrics, Measurement, Memory, RunResult
 
     def error(spec: Any, epoch: int) -> float:
         recipe = spec.recipe
         distance = abs(math.log10(recipe.lr / 0.05)) + (spec.network.shortcut == "A") / 4 + recipe.momentum / 10
         return round(5 + 10 * distance + 40 / epoch, 3)
 
-    def search(_: Any, study: Any, *, slots: int, **__: Any) -> None:
+    def search(_: Any, study: Any, *, concurrent_runs: int, **__: Any) -> None:
         running: list[tuple[str, Any, list[EpochMetrics]]] = []
         while True:
-            while len(running) < slots and (proposed := study.propose()) is not None:
+            while len(running) < concurrent_runs and (proposed := study.propose()) is not None:
                 running.append((*proposed, []))
             if not running:
                 return
@@ -75,7 +77,7 @@ def search_without_training(monkeypatch: pytest.MonkeyPatch) -> None:
                 epochs.append(
                     EpochMetrics(
                         epoch=k, steps=1, images=128, loss=1 / k, error=error(spec, k), lr=spec.recipe.lr, train_seconds=2.0,
-                        wait_seconds=0.0, eval_seconds=0.5, images_per_second=64.0, timed=k > 1,
+                        data_stall_seconds=0.0, eval_seconds=0.5, images_per_second=64.0, timed=k > 1,
                     )
                 )  # fmt: skip
                 stop = study.reported(name, epochs[-1])
@@ -84,18 +86,18 @@ def search_without_training(monkeypatch: pytest.MonkeyPatch) -> None:
                     study.ended(name, None if stop else result(epochs))
 
     def result(epochs: list[EpochMetrics]) -> RunResult:
-        none = Reading(value=None, reason="no GPU was used")
+        none = Measurement(value=None, reason="no GPU was used")
         return RunResult(
             parameters=1, evaluated_on="val", epochs=tuple(epochs), final_error=epochs[-1].error,
             best_error=epochs[-1].error, best_epoch=len(epochs), test_error=epochs[-1].error + 1, epoch_seconds=2.0,
             warmup_epochs=1, eval_seconds=0.5, images_per_second=64.0, setup_seconds=1.0, train_seconds=2.0 * len(epochs),
             memory=Memory(torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none,
-                          rss_mib=Reading(value=900.0)),
+                          rss_mib=Measurement(value=900.0)),
             workers=1, batch_size=128, batch_size_per_gpu=128, threads=1, device="a CPU",
         )  # fmt: skip
 
-    monkeypatch.setattr(cluster.search, "search", search)
-    monkeypatch.setattr(harness.tune, "join_cluster", lambda *_, **__: None)
+    monkeypatch.setattr(harness.cluster.search, "search", search)
+    monkeypatch.setattr(harness.commands.tune, "join_cluster", lambda *_, **__: None)
 
 
 def load_frame(*paths: str, epochs: bool = False) -> Any:

@@ -101,7 +101,7 @@ def test_the_chart_holds_every_part(rows: list[Row], tmp_path: Path) -> None:
     assert NOT_RECORDED not in text
     assert "<td class=r>−31.0</td><td class=r>750</td>" in text  # the table beside it ends with the whole
     written = {path.name: path for path in write_charts(rows, tmp_path / "charts")}
-    svg = written["cifar10-owners.svg"].read_text()
+    svg = written["cifar10-categories.svg"].read_text()
     assert "msra-20: 750 MiB" in svg.replace("\u00a0", " ").replace(":  ", ": ")
     assert COLOURS["activations"] in svg
     assert COLOURS["NCCL"] not in svg
@@ -142,7 +142,7 @@ def cielab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-def test_owners_are_told_apart_by_the_colour_blind() -> None:
+def test_categories_are_told_apart_by_the_colour_blind() -> None:
     of_gpu = [
         category for category in MEMORY_CATEGORIES if category != "process at its start"
     ]  # that of a CPU has the CUDA context's place

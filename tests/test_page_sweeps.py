@@ -83,7 +83,7 @@ def test_the_section_says_what_was_searched_and_lists_every_trial(tmp_path: Path
     store(tmp_path, make_sweep())
     text = page(tmp_path)
     for words in (
-        "Grid of msra-20 on cifar10",
+        "Sweep of msra-20 on cifar10",
         "7 of 8 trials of 9 epochs: 4 finished, 2 pruned, 1 failed · scheduler asha · proposals random",
         "judged by error % of 5,000 held-out training images",
         "lr=loguniform(0.01,1), momentum=uniform(0.5,0.9), shortcut=choice(A,B)",
@@ -100,7 +100,7 @@ def test_the_section_says_what_was_searched_and_lists_every_trial(tmp_path: Path
     assert not tags.open
     on_test = make_sweep(selected_on="test", val=0)
     assert "TEST SET" in SweepSummary.model_validate(on_test).judged
-    assert "Grid of msra on" in make_page(
+    assert "Sweep of msra on" in make_page(
         [], bundle="", made_at=NOW, sweeps=[SweepSummary.model_validate(make_sweep(depth=None, trials=[]))]
     )
 
@@ -231,8 +231,8 @@ def test_the_plots_are_drawn_without_a_browser(tmp_path: Path) -> None:
 
 def test_a_folder_of_nothing_but_a_sweep_has_a_page(tmp_path: Path) -> None:
     store(tmp_path, make_sweep())
-    assert "Grid of msra-20" in write_page(tmp_path).read_text()
-    assert "Grid of" not in make_html([])
+    assert "Sweep of msra-20" in write_page(tmp_path).read_text()
+    assert "Sweep of" not in make_html([])
 
 
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed")

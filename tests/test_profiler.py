@@ -141,7 +141,7 @@ def test_waiting_counts_what_the_loader_took() -> None:
     assert 0.06 <= waiting.seconds < 0.12
 
 
-def test_owners_add_up_to_what_the_process_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_categories_add_up_to_what_the_process_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of invented figures, in MiB: the loader's tensors and DALI's pools, a graph's pool, what nobody claims."""
     mib = 2**20
     now = {"used": 1000.0, "reserved": 0.0, "allocated": 0.0}

@@ -83,7 +83,7 @@ class MemoryMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._owners: dict[str, float] = {}
+        self._categories: dict[str, float] = {}
         self._in_use: list[float] = []
         self._owned_tensors = 0.0
         self._nvml = _NvmlProcess(device.index or 0) if device.type == "cuda" else None
@@ -91,13 +91,13 @@ class MemoryMeter:
         reason = "no GPU was used" if self._nvml is None else "there was no epoch after warm-up"
         self._warmup = (Measurement(value=None, reason=reason),) * 2  # allocated, reserved
         if self._nvml is None:
-            self._owners["process at its start"] = _resident_mib()
+            self._categories["process at its start"] = _resident_mib()
         else:
             import torch
 
             self._others = _nvml_used(device.index or 0) or 0.0
             torch.zeros(1, device=device)
-            self._owners["CUDA context"] = self._outside_torch()
+            self._categories["CUDA context"] = self._outside_torch()
 
     def _outside_torch(self) -> float:
         """MiB of the GPU in use, by this process and since it began, that torch's allocator does not hold."""
@@ -114,14 +114,16 @@ class MemoryMeter:
             yield
             if name == "NCCL":  # gloo is there in its place, and has next to nothing
                 return
-            self._owners[name] = self._owners.get(name, 0.0) + max(0.0, _resident_mib() - before)
+            self._categories[name] = self._categories.get(name, 0.0) + max(0.0, _resident_mib() - before)
             return
         import torch
 
         before, allocated = self._outside_torch(), torch.cuda.memory_allocated(self.device) / MIB
         yield
         tensors = torch.cuda.memory_allocated(self.device) / MIB - allocated
-        self._owners[name] = self._owners.get(name, 0.0) + max(0.0, self._outside_torch() - before) + tensors
+        self._categories[name] = (
+            self._categories.get(name, 0.0) + max(0.0, self._outside_torch() - before) + tensors
+        )
         self._owned_tensors += tensors
 
     def reset(self) -> None:
@@ -159,7 +161,7 @@ class MemoryMeter:
             return Memory(
                 torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none, rss_mib=rss,
                 warmup_allocated_mib=self._warmup[0], warmup_reserved_mib=self._warmup[1],
-                growth_mib_per_epoch=growth, by_category_mib=self._by_owner(rss.value, _sizes(network, optimizer)),
+                growth_mib_per_epoch=growth, by_category_mib=self._by_category(rss.value, _sizes(network, optimizer)),
             )  # fmt: skip
         import torch
 
@@ -184,13 +186,13 @@ class MemoryMeter:
             warmup_allocated_mib=self._warmup[0],
             warmup_reserved_mib=self._warmup[1],
             growth_mib_per_epoch=growth,
-            by_category_mib=self._by_owner(total, sizes),
+            by_category_mib=self._by_category(total, sizes),
         )
 
-    def _by_owner(self, total: float | None, sizes: dict[str, float]) -> dict[str, float]:
+    def _by_category(self, total: float | None, sizes: dict[str, float]) -> dict[str, float]:
         if total is None or not sizes:
             return {}
-        categories = self._owners | sizes
+        categories = self._categories | sizes
         categories["unaccounted"] = total - sum(categories.values())
         return {name: categories[name] for name in MEMORY_CATEGORIES if categories.get(name)}
 

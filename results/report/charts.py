@@ -183,7 +183,7 @@ def _make_panel(rows: Sequence[Row], labels: Sequence[str], members: Sequence[in
             else "resident memory"
         )
         labelled = [names[i] for i in held]
-        specs["categories"] = categories.owners_spec(categories.colours(held), labelled, f"{of}, MiB")
+        specs["categories"] = categories.categories_spec(categories.colours(held), labelled, f"{of}, MiB")
         captions["categories"] = (
             f"Who holds the {of}: of the run of a row that used most; the tick is what was measured"
         )
@@ -533,7 +533,7 @@ def complete_spec(panel: Panel, chart: str) -> dict[str, Any]:
         bars = {**spec["layer"][0], "encoding": dict(spec["layer"][0]["encoding"])}
         legend: dict[str, Any] = {"title": None, "symbolType": "square", "orient": "bottom", "columns": 5}
         bars["encoding"]["color"] = {**bars["encoding"]["color"], "legend": legend}
-        values = categories.owner_values(panel.labels, panel.categories)
+        values = categories.category_values(panel.labels, panel.categories)
         return {
             **schema,
             **spec,

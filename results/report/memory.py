@@ -55,7 +55,9 @@ def choose(rows: Sequence[Row], members: Sequence[int]) -> list[int]:
     return sorted(sorted(having, key=error)[:MAX_BARS])
 
 
-def owner_values(labels: Mapping[int, str], categories: Mapping[int, Mapping[str, float]]) -> list[dict[str, Any]]:
+def category_values(
+    labels: Mapping[int, str], categories: Mapping[int, Mapping[str, float]]
+) -> list[dict[str, Any]]:
     """The bars as Vega reads them, one value a part. `page.js` does the same."""
     return [
         {"row": labels[i], "category": name, "mib": value, "order": k, "whole": sum(parts.values())}
@@ -70,7 +72,7 @@ def colours(categories: Mapping[int, Mapping[str, float]]) -> dict[str, str]:
     return {name: COLOURS.get(name, OTHER) for name in known(dict.fromkeys(met, 1.0))}
 
 
-def owners_spec(shown: Mapping[str, str], labels: Sequence[str], title: str) -> dict[str, Any]:
+def categories_spec(shown: Mapping[str, str], labels: Sequence[str], title: str) -> dict[str, Any]:
     """A bar a row, its name above it, its parts from left to right; what is below zero goes to the left.
 
     A tick marks the sum, which is what was measured of the whole.

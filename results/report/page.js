@@ -66,7 +66,7 @@ function colours() {
       titleColor: get("--soft"), titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 12,
     },
     text: { color: get("--ink") },
-    style: { owner: { stroke: get("--card"), strokeWidth: 0.8 }, whole: { color: get("--ink") } },
+    style: { category: { stroke: get("--card"), strokeWidth: 0.8 }, whole: { color: get("--ink") } },
   };
 }
 
@@ -98,10 +98,10 @@ function pointValues(panel, chart) {
   });
 }
 
-function ownerValues(panel) {
-  return Object.entries(panel.owners).flatMap(([row, parts]) => {
+function categoryValues(panel) {
+  return Object.entries(panel.categories).flatMap(([row, parts]) => {
     const whole = Object.values(parts).reduce((sum, mib) => sum + mib, 0);
-    return Object.entries(parts).map(([owner, mib], order) => ({ row: panel.names[row], owner, mib, order, whole }));
+    return Object.entries(parts).map(([category, mib], order) => ({ row: panel.names[row], category, mib, order, whole }));
   });
 }
 
@@ -185,7 +185,7 @@ class Panel {
       const chart = place.dataset.chart, spec = this.panel.specs[chart], ofCurves = spec.data.name === "curves";
       place.replaceChildren();
       const values = ofCurves ? this.values
-        : chart === "owners" ? ownerValues(this.panel) : pointValues(this.panel, chart);
+        : chart === "categories" ? categoryValues(this.panel) : pointValues(this.panel, chart);
       const result = await embed(place, { ...spec, data: { name: spec.data.name, values } });
       const view = result.view;
       if (this.hidden.size) view.signal("hidden", [...this.hidden]).run();

@@ -218,7 +218,7 @@ def _charts(k: int, panel: Panel, rows: int) -> Iterator[str]:
         )
     yield "</div>"
     if panel.categories:
-        yield from _owners(panel)
+        yield from _categories(panel)
     else:
         yield f"<p class=hint>{categories.NOT_RECORDED}</p>"
     yield "<noscript><p>The charts need JavaScript.</p></noscript></section>"
@@ -233,7 +233,7 @@ def _legend(panel: Panel) -> str:
     return f"<ul class=legend>{''.join(parts)}</ul>"
 
 
-def _owners(panel: Panel) -> Iterator[str]:
+def _categories(panel: Panel) -> Iterator[str]:
     """The same as a table, for whom colours say little."""
     names = list(categories.colours(panel.categories))
     heads = "".join(f"<th scope=col class=r>{_text(name)}</th>" for name in (*names, "in all"))
@@ -295,7 +295,7 @@ def _sweep(k: int, sweep: SweepSummary, captions: Mapping[str, str], places: Map
     )
     space = ", ".join(f"{d.field}={d.function}({','.join(map(show, d.values))})" for d in sweep.dimensions)
     yield (
-        f"<section class=sweep data-sweep={k} id=sweep-{k}><h2>Grid of {_text(sweep.title)} on {_text(sweep.dataset)}</h2>"
+        f"<section class=sweep data-sweep={k} id=sweep-{k}><h2>Sweep of {_text(sweep.title)} on {_text(sweep.dataset)}</h2>"
         f"<p class=hint>{len(trials)} of {_count(sweep.total, 'trial')} of {_count(sweep.epochs, 'epoch')}"
         f"{': ' + states if states else ''} · scheduler {_text(sweep.scheduler)} · proposals {_text(sweep.search_algorithm)}"
         f" · judged by {_text(sweep.judged)} · <code>{_text(space)}</code> · {_text(sweep.name)}</p>"
