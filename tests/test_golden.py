@@ -181,12 +181,16 @@ def test_keys() -> None:
 
 
 def test_runs_as_records_have_them() -> None:
-    cases: list[dict[str, Any]] = [
+    """Every field: a key leaves out those at their default, so another default would leave the key as it is."""
+    cases = json.loads((GOLDEN / "keys.json").read_text())
+    own = [case for case in cases if set(case) <= {"variant", "depth", "key"}]
+    mixed = [
         {"variant": "he2015", "depth": 110, "epochs": 10},
         {"variant": "msra", "device": "cpu", "workers": 2, "set": ["lr=0.05", "crop=28"], "limit_train": 512, "val": 64},
         {"variant": "se-mxresnext-16x2d-reflect", "precision": "bf16", "engine": "compile", "seed": 3},
     ]  # fmt: skip
-    check("specs.json", json.dumps([make_run(case)[1] for case in cases], indent=1) + "\n")
+    lines = [json.dumps(make_run(case)[1]) for case in own + mixed]
+    check("specs.json", "[\n" + ",\n".join(lines) + "\n]\n")
 
 
 # --- plans ---
@@ -237,15 +241,32 @@ def test_reports(format: str, runs: Path, capsys: Any) -> None:
     check(f"sample.{format}", normalise(out))
 
 
-def test_reports_of_other_rows_and_columns(runs: Path, capsys: Any) -> None:
+def test_reports_of_other_rows_and_columns(runs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [
         "report runs --sort -error",
         "report runs --columns variant,depth,loader,error,epoch_seconds --format markdown",
         "report runs --across loader",
         "report runs/digits_msra-8_s0_dd58573b --format csv",
         "report runs --output table.txt",
+        "export runs",
+        "export runs",
     ]
-    check("reports.txt", transcribe(lines, capsys))
+    text = transcribe(lines, capsys)
+    monkeypatch.setenv("COLUMNS", "70")
+    text += "\n" + transcribe(["report runs", "compare runs --by loader"], capsys)
+    check("reports.txt", text)
+
+
+@pytest.mark.parametrize(("name", "stored"), [("sample", SAMPLE), ("sweep", SWEEP)])
+def test_charts(name: str, stored: Path, tmp_path: Path, capsys: Any) -> None:
+    """Their files and titles: where labels stand is the fonts' business."""
+    shutil.copytree(stored, tmp_path / "runs")
+    text = transcribe(["report runs --curves charts --output table.txt"], capsys)
+    for path in sorted(Path("charts").glob("*.svg")):
+        groups = re.findall(r"role-(?:axis-)?title.*?</g>", path.read_text(), re.DOTALL)
+        titles = [title for group in groups for title in re.findall(r"<text[^>]*>([^<]+)</text>", group)]
+        text += f"\n{path}\n" + "".join(f"  {title}\n" for title in titles)
+    check(f"charts_{name}.txt", text)
 
 
 def test_comparisons(runs: Path, capsys: Any) -> None:
