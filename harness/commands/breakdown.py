@@ -90,7 +90,7 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
         return finish_run(run).train_seconds / part.steps
 
     made = prepare(spec, worker, places)
-    device = made.place["device"]
+    device = made.loader_config.device
     with contextlib.closing(made.train_loader), contextlib.closing(made.eval_loader):
         # several ranks' gradients are summed after backward here, not by DDP inside it, where they hide behind it
         step, clock = make_step(made, ddp=False), StepClock(device)

@@ -71,9 +71,9 @@ class Part:
         self.device = device
         self.paced_at = 0.0
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of one rank, as the loader's."""
-        for step, batch in enumerate(itertools.islice(self.loader.epoch(epoch, start), self.steps)):
+        for step, batch in enumerate(itertools.islice(self.loader.epoch(epoch, first_step), self.steps)):
             if step == QUEUE_STEPS:
                 profiler.synchronize(self.device)
                 self.paced_at = time.perf_counter()
@@ -111,7 +111,7 @@ def probe(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, place
         torch.cuda.empty_cache()  # of an earlier probe in this process
     meter = profiler.MemoryMeter(torch.device(worker.device))
     prepared = prepare(spec, worker, places, meter)
-    device, world_size = prepared.place["device"], worker.world_size
+    device, world_size = prepared.loader_config.device, worker.world_size
     network, loader, eval_loader = prepared.network, prepared.train_loader, prepared.eval_loader
     with contextlib.closing(loader), contextlib.closing(eval_loader):
         watch = profiler.Watch(device)
