@@ -361,3 +361,91 @@ def test_dali_is_loaded_by_who_asks_for_it() -> None:
         "print('nvidia.dali' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+# ---- DALI on a GPU: what can be tested of it without one -------------------------------------------------------
+
+
+def definition(config: LoaderConfig, mean: np.ndarray) -> list[str]:
+    """Every operator of DALI's graph in words. To define it needs no GPU, to build it does."""
+    pipeline = dali.dali.Pipeline(
+        batch_size=4, num_threads=1, device_id=None if config.device.type == "cpu" else 0
+    )
+    with pipeline:
+        dali.define(config, (8, 8), mean, np.ones(3, np.float32), lambda _: None, lambda _: None)
+    pipeline._build_graph()
+    return [
+        "\n".join(line for line in str(operator.spec).splitlines() if "_origin_stack" not in line)
+        for operator in pipeline._ops
+    ]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("mean_shape", [(3,), (14, 14, 3)])
+def test_definition_on_the_gpu_is_that_of_the_cpu(mean_shape: tuple[int, ...], channels_last: bool) -> None:
+    config = LoaderConfig(
+        augment=Augment(PAD, "zero", None, flip=True),
+        normalize=Normalize(np.zeros(3, np.float32), np.ones(3, np.float32)),
+        batch_size=4,
+        eval_batch_size=4,
+        device=torch.device("cpu"),
+        channels_last=channels_last,
+    )
+    on_cpu = definition(config, np.zeros(mean_shape, np.float32))
+    on_gpu = definition(replace(config, device=torch.device("cuda", 0)), np.zeros(mean_shape, np.float32))
+    assert sum("gpu" in operator for operator in on_gpu) == (4 if len(mean_shape) == 3 else 2)
+    assert [operator.replace("gpu", "cpu") for operator in on_gpu] == on_cpu
+
+
+def test_dali_shares_no_memory_that_it_is_fed(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pointer shared with it on a GPU (`no_copy`) would be read before the stream that writes there is done."""
+    calls: list[dict[str, Any]] = []
+    source = dali.fn.external_source
+
+    def record(**options: Any) -> Any:
+        calls.append(options)
+        return source(**options)
+
+    monkeypatch.setattr(dali.fn, "external_source", record)
+    make("dali")
+    assert len(calls) == 4  # two of each loader
+    assert not any(options.get("no_copy") or options.get("parallel") for options in calls)
+
+
+def test_what_dali_was_fed_may_be_overwritten_at_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = joined(make("dali")[0], epoch=0)
+    monkeypatch.setattr(dali, "CPU_MACROBATCH_MIB", 1e-9)
+    feed = dali.DaliLoader._feed_pixels
+    buffer = np.empty((BATCH, HEIGHT + 2 * PAD, WIDTH + 2 * PAD, 3), np.uint8)
+
+    def feed_from_one_buffer(loader: dali.DaliLoader, run: int) -> np.ndarray:
+        pixels = feed(loader, run)
+        buffer[: len(pixels)] = pixels
+        return buffer[: len(pixels)]
+
+    monkeypatch.setattr(dali.DaliLoader, "_feed_pixels", feed_from_one_buffer)
+    images, _ = joined(make("dali")[0], epoch=0)
+    assert torch.equal(images, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("macrobatch_mib", [1e-9, 32])
+@pytest.mark.parametrize("loader", REAL)
+def test_a_busy_gpu_gets_the_right_batches(
+    loader: str, macrobatch_mib: float, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long kernel is queued before each batch is taken, so that what no stream waits for comes out wrong."""
+    monkeypatch.setattr(dali, "GPU_MACROBATCH_MIB", macrobatch_mib)
+    augment, normalize = Augment(PAD, "zero", None, flip=True), make_normalize("pixel-mean", TRAIN)
+    train, _ = make(loader, augment=augment, normalize=normalize, device=torch.device("cuda", 0))
+    for epoch, first_step in ((0, 0), (1, 0), (2, 0), (5, 3), (1, 1), (0, 4), (2, 0)):
+        expected = make("resident", augment=augment, normalize=normalize)[0].epoch(epoch, first_step)
+        batches, kept = train.epoch(epoch, first_step), []
+        for _ in range(first_step, train.steps):
+            torch.cuda._sleep(50_000_000)
+            images, labels = next(batches)
+            kept.append((images + 0, labels + 0))  # as a training step would, on the same stream
+            del images, labels
+        for (images, labels), (right, numbers) in zip(kept, expected, strict=True):
+            assert labels.tolist() == numbers.tolist()
+            np.testing.assert_allclose(images.cpu(), right, rtol=0, atol=1e-6)
