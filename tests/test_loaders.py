@@ -366,6 +366,15 @@ def test_dali_is_loaded_by_who_asks_for_it() -> None:
 # ---- DALI on a GPU: what can be tested of it without one -------------------------------------------------------
 
 
+ON_CPU = LoaderConfig(
+    augment=Augment(PAD, "zero", None, flip=True),
+    normalize=Normalize(np.zeros(3, np.float32), np.ones(3, np.float32)),
+    batch_size=4,
+    eval_batch_size=4,
+    device=torch.device("cpu"),
+)
+
+
 def definition(config: LoaderConfig, mean: np.ndarray) -> list[str]:
     """Every operator of DALI's graph in words. To define it needs no GPU, to build it does."""
     pipeline = dali.dali.Pipeline(
@@ -383,22 +392,17 @@ def definition(config: LoaderConfig, mean: np.ndarray) -> list[str]:
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("mean_shape", [(3,), (14, 14, 3)])
 def test_definition_on_the_gpu_is_that_of_the_cpu(mean_shape: tuple[int, ...], channels_last: bool) -> None:
-    config = LoaderConfig(
-        augment=Augment(PAD, "zero", None, flip=True),
-        normalize=Normalize(np.zeros(3, np.float32), np.ones(3, np.float32)),
-        batch_size=4,
-        eval_batch_size=4,
-        device=torch.device("cpu"),
-        channels_last=channels_last,
-    )
+    config = replace(ON_CPU, channels_last=channels_last)
     on_cpu = definition(config, np.zeros(mean_shape, np.float32))
     on_gpu = definition(replace(config, device=torch.device("cuda", 0)), np.zeros(mean_shape, np.float32))
     assert sum("gpu" in operator for operator in on_gpu) == (4 if len(mean_shape) == 3 else 2)
     assert [operator.replace("gpu", "cpu") for operator in on_gpu] == on_cpu
 
 
-def test_dali_shares_no_memory_that_it_is_fed(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pointer shared with it on a GPU (`no_copy`) would be read before the stream that writes there is done."""
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_dali_shares_no_memory_that_it_is_fed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default DALI copies on the stream that writes the memory. A pointer shared with it (`no_copy`), or a copy on
+    another stream, would be read before it is written."""
     calls: list[dict[str, Any]] = []
     source = dali.fn.external_source
 
@@ -407,9 +411,10 @@ def test_dali_shares_no_memory_that_it_is_fed(make: Any, monkeypatch: pytest.Mon
         return source(**options)
 
     monkeypatch.setattr(dali.fn, "external_source", record)
-    make("dali")
-    assert len(calls) == 4  # two of each loader
-    assert not any(options.get("no_copy") or options.get("parallel") for options in calls)
+    definition(replace(ON_CPU, device=torch.device(device)), np.zeros(3, np.float32))
+    assert len(calls) == 2
+    for options in calls:
+        assert not any(options.get(name) for name in ("no_copy", "parallel", "cuda_stream", "blocking"))
 
 
 def test_what_dali_was_fed_may_be_overwritten_at_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
