@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from harness.loaders.datasets import Split
+from harness.loaders.datasets import Split, suggest
 from harness.loaders.sampling import LoaderConfig, SamplingPlan
 
 if TYPE_CHECKING:
@@ -40,9 +39,7 @@ MakeLoader = Callable[[Split, SamplingPlan, LoaderConfig], Loader]
 def check_loader_name(name: str) -> None:
     """Raise ValueError unless `make_loaders` knows the name."""
     if name not in LOADERS:
-        close = difflib.get_close_matches(name, LOADERS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"unknown loader {name!r}: {hint}allowed are {', '.join(LOADERS)}")
+        raise ValueError(f"unknown loader {name!r}: {suggest(name, LOADERS)}allowed are {', '.join(LOADERS)}")
 
 
 def make_loaders(name: str, train_split: Split, eval_split: Split, config: LoaderConfig) -> tuple[Loader, Loader]:
