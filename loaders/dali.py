@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ class DaliLoader:
 
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
         pixels, mean, std = make_padded(split, config.augment, config.normalize)
+        self.steps = plan.steps
         self._plan = plan
         self._config = config
         self._span = np.maximum(config.augment.span(split), 1).astype(np.float32)
@@ -70,21 +72,13 @@ class DaliLoader:
         pipeline.build()
         self._pipeline: Any = pipeline
 
-    @property
-    def steps(self) -> int:
-        return self._plan.steps
-
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = epoch if self._plan.train else 0  # evaluations are all the same
-        draw = self._plan.draw(epoch)
+        size = self._plan.draw(epoch).batch_size
         for first in range(first_step - first_step % self._steps_each, self.steps, self._steps_each):
-            last = min(first + self._steps_each, self.steps)
             images, labels = self._take(epoch, first)
-            sizes = [end - begin for begin, end in (draw.batches(step, step + 1) for step in range(first, last))]
-            batches = zip(images.split(sizes), labels.split(sizes), strict=True)
-            for step, batch in enumerate(batches, first):
-                if step >= first_step:
-                    yield batch
+            batches = zip(images.split(size), labels.split(size), strict=True)
+            yield from islice(batches, max(0, first_step - first), None)
 
     def close(self) -> None:
         """The pipeline ends with the last reference to it, and must do so before the CUDA context does."""
@@ -118,8 +112,7 @@ class DaliLoader:
         if run not in self._fed:
             epoch, first = self._next
             last = min(first + self._steps_each, self.steps)
-            images = slice(*self._plan.draw(epoch).batches(first, last))
-            self._fed[run] = _Macrobatch((epoch, first), images)
+            self._fed[run] = _Macrobatch((epoch, first), self._plan.draw(epoch).part(first, last))
             self._next = (epoch, last) if last < self.steps else (epoch + self._plan.train, 0)
         return self._fed[run]
 

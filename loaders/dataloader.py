@@ -19,7 +19,7 @@ class TorchLoader:
     """Follows the plan with `config.threads` - 1 worker processes; with two threads or fewer, none is fastest."""
 
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
-        self._plan = plan
+        self.steps = plan.steps
         self._device = config.device
         self._format = torch.channels_last if config.channels_last else torch.contiguous_format
         self._batches = _Batches(plan)
@@ -31,10 +31,6 @@ class TorchLoader:
             persistent_workers=workers > 0,
             pin_memory=config.device.type == "cuda",
         )
-
-    @property
-    def steps(self) -> int:
-        return self._plan.steps
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self._batches.epoch, self._batches.first_step = epoch, first_step
@@ -59,7 +55,7 @@ class _Batches:
     def __iter__(self) -> Iterator[list[Job]]:
         draw = self._plan.draw(self.epoch)
         for step in range(self.first_step, self._plan.steps):
-            part = slice(*draw.batches(step, step + 1))
+            part = draw.part(step, step + 1)
             index, (y, x), flip = draw.index[part], draw.offset[part].T, draw.flip[part]
             yield list(zip(index.tolist(), y.tolist(), x.tolist(), flip.tolist(), strict=True))
 

@@ -22,6 +22,7 @@ class ResidentLoader:
 
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
         pixels, mean, std = make_padded(split, config.augment, config.normalize)
+        self.steps = plan.steps
         self._plan = plan
         self._device = device = config.device
         self._format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -34,22 +35,16 @@ class ResidentLoader:
         batch_mib = 12 * self._crop[0] * self._crop[1] * plan.batch_size / plan.world_size / 2**20
         self._macrobatch = 1 if device.type == "cpu" else max(1, int(MACROBATCH_MIB / batch_mib))
 
-    @property
-    def steps(self) -> int:
-        return self._plan.steps
-
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         draw = self._plan.draw(epoch)
         index, offset, flip = (
             torch.from_numpy(array).to(self._device) for array in (draw.index, draw.offset, draw.flip)
         )
         for first in range(first_step, self.steps, self._macrobatch):
-            last = min(first + self._macrobatch, self.steps)
-            begin, end = draw.batches(first, last)
-            images = self._make(index[begin:end], offset[begin:end], flip[begin:end])
-            labels = self._labels[index[begin:end]]
-            sizes = [stop - begin for begin, stop in (draw.batches(step, step + 1) for step in range(first, last))]
-            yield from zip(images.split(sizes), labels.split(sizes), strict=True)
+            part = draw.part(first, first + self._macrobatch)
+            images = self._make(index[part], offset[part], flip[part])
+            labels = self._labels[index[part]]
+            yield from zip(images.split(draw.batch_size), labels.split(draw.batch_size), strict=True)
 
     def _make(self, index: Tensor, offset: Tensor, flip: Tensor) -> Tensor:
         height, width = self._crop
