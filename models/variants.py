@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,7 +17,7 @@ Unit = Literal["epoch", "step"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Network:
-    """An architecture: `harness.models.resnet.build(network, num_classes)` makes the module.
+    """An architecture: `harness.models.build.build(network, num_classes)` makes the module.
 
     Two networks with equal fields are the same function of their weights.
     """
@@ -40,7 +40,7 @@ class Network:
     cardinality: int = 1
     """Groups of a bottleneck's 3x3 convolution (arXiv:1611.05431)."""
     group_width: int = 0
-    """Allocation of one of those groups in the first stage."""
+    """Width of one of those groups in the first stage."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +96,12 @@ def check_depth(depth: int, *, multiple: int, offset: int = 2) -> None:
     if n < 1 or n != int(n):
         below = max(1, int(n)) * multiple + offset
         raise ValueError(f"depth {depth} is not {multiple}n+{offset}: try {below} or {below + multiple}")
+
+
+def check_listed_depth(depth: int, depths: Collection[int]) -> None:
+    """Raise ValueError unless depth is one of those."""
+    if depth not in depths:
+        raise ValueError(f"depth {depth} is none of {', '.join(map(str, depths))}")
 
 
 def he2015(depth: int = 20) -> Variant:
@@ -178,19 +184,13 @@ IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 74: (9,
 """Blocks in each of the four stages, by depth: arXiv:1512.03385, table 1; 74 is apark263/mpmz's own."""
 
 
-def check_imagenet_depth(depth: int) -> None:
-    """Raise ValueError unless `IMAGENET_BLOCKS` knows the depth."""
-    if depth not in IMAGENET_BLOCKS:
-        raise ValueError(f"depth {depth} is none of {', '.join(map(str, IMAGENET_BLOCKS))}")
-
-
 def miniplaces(depth: int = 18) -> Variant:
     """Mini-Places2, images of 128 pixels cropped to 112: apark263/mpmz, written for neon.
 
     Its script has 9 basic blocks a stage, 74 layers, and since its published error also varies scale, aspect
     and contrast; its README, followed here, has mean subtraction, crops and flips only.
     """
-    check_imagenet_depth(depth)
+    check_listed_depth(depth, IMAGENET_BLOCKS)
     return Variant(
         name="miniplaces",
         network=Network(
@@ -213,15 +213,12 @@ def miniplaces(depth: int = 18) -> Variant:
     )
 
 
-def check_convnet_depth(depth: int) -> None:
-    """Raise ValueError unless the depth is 8: stem, two 3x3 convolutions in each of three stages, affine."""
-    if depth != 8:
-        raise ValueError(f"depth {depth} is not 8, the only depth of convnet")
+CONVNET_DEPTHS = (8,)
 
 
 def convnet(depth: int = 8) -> Variant:
     """A programming exercise's network for the first two classes of CIFAR-10: KaushikRoy94/Work."""
-    check_convnet_depth(depth)
+    check_listed_depth(depth, CONVNET_DEPTHS)
     return Variant(
         name="convnet",
         network=Network(depth=depth, architecture="convnet", shortcut="projection"),
@@ -270,10 +267,7 @@ def mxresnet(depth: int = 20) -> Variant:
     """xresnet with Mish (arXiv:1908.08681)."""
     base = xresnet(depth)
     return replace(
-        base,
-        name="mxresnet",
-        network=replace(base.network, activation="mish"),
-        summary="xresnet with Mish",
+        base, name="mxresnet", network=replace(base.network, activation="mish"), summary="xresnet with Mish"
     )
 
 
@@ -413,7 +407,7 @@ VARIANTS: tuple[VariantFunction, ...] = (
 
 
 def default_depth(function: VariantFunction) -> int:
-    """The depth that a variant has when none is asked for."""
+    """The depth of a variant where none is chosen."""
     default: int = inspect.signature(function).parameters["depth"].default
     return default
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import harness.training.train
 from harness.cluster.launch import Worker
-from harness.models.resnet import build
+from harness.models.build import build
 from harness.results.store import EpochMetrics, RunResult
 from harness.training.engine import Captured, Engine, compile_network, make_graphs, nothing_to_restore
 from harness.training.optim import make_optimizer, set_lr

@@ -296,8 +296,7 @@ def print_variants(console: Console) -> None:
     import torch
     from rich.text import Text
 
-    from harness.models.flops import count_flops
-    from harness.models.resnet import build, count_parameters
+    from harness.models.build import build, count_flops, count_parameters
     from harness.models.variants import VARIANTS, default_depth
 
     for function in VARIANTS:

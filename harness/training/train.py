@@ -28,7 +28,7 @@ from harness.cluster.launch import Failed, Worker
 from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
 from harness.loaders.loader import Loader, make_evaluation_loader, make_loaders
 from harness.loaders.sampling import Augment, LoaderConfig, make_normalize
-from harness.models.resnet import build
+from harness.models.build import build
 from harness.results.remote import RemoteRun
 from harness.results.store import (
     EpochMetrics,
