@@ -27,10 +27,8 @@ def build(network: Network, num_classes: int, image_size: int = 32) -> nn.Module
     """A freshly initialised module: images (N, 3, image_size, image_size) -> logits (N, num_classes).
 
     The weights come from torch's global generator. Every module takes images of other sizes too, at least as
-    large as `SMALLEST_IMAGE` says.
-
-    Raises:
-        ValueError: depth, number of classes or image size is one that the architecture cannot have.
+    large as `SMALLEST_IMAGE` says. Raises ValueError where the architecture cannot have this depth, number of
+    classes or image size.
     """
     if num_classes < 2:
         raise ValueError(f"{num_classes} classes are too few: at least 2")

@@ -266,67 +266,48 @@ def xresnet(depth: int = 20) -> Variant:
 def mxresnet(depth: int = 20) -> Variant:
     """xresnet with Mish (arXiv:1908.08681)."""
     base = xresnet(depth)
-    return replace(
-        base, name="mxresnet", network=replace(base.network, activation="mish"), summary="xresnet with Mish"
-    )
+    network = replace(base.network, activation="mish")
+    return replace(base, name="mxresnet", network=network, summary="xresnet with Mish")
 
 
 def se_mxresnet(depth: int = 20) -> Variant:
     """mxresnet with squeeze-and-excitation (arXiv:1709.01507)."""
     base = mxresnet(depth)
-    return replace(
-        base,
-        name="se-mxresnet",
-        network=replace(base.network, squeeze_ratio=16),
-        recipe=replace(base.recipe, decay="kernels-but-squeeze"),
-        summary="mxresnet with squeeze-and-excitation",
-    )
+    network = replace(base.network, squeeze_ratio=16)
+    recipe = replace(base.recipe, decay="kernels-but-squeeze")
+    summary = "mxresnet with squeeze-and-excitation"
+    return replace(base, name="se-mxresnet", network=network, recipe=recipe, summary=summary)
 
 
 def se_mxresnet_cosine(depth: int = 20) -> Variant:
     """se-mxresnet with cosine decay after 5 epochs of warm-up."""
     base = se_mxresnet(depth)
-    return replace(
-        base,
-        name="se-mxresnet-cosine",
-        recipe=replace(
-            base.recipe, schedule="cosine", milestones=(), warmup=5, warmup_lr=0.0, warmup_shape="linear"
-        ),
-        summary="se-mxresnet with cosine decay after 5 epochs of warm-up",
-    )
+    recipe = replace(base.recipe, schedule="cosine", milestones=(), warmup=5, warmup_lr=0.0, warmup_shape="linear")
+    summary = "se-mxresnet with cosine decay after 5 epochs of warm-up"
+    return replace(base, name="se-mxresnet-cosine", recipe=recipe, summary=summary)
 
 
 def se_mxresnet_smooth(depth: int = 20) -> Variant:
     """se-mxresnet-cosine with label smoothing."""
     base = se_mxresnet_cosine(depth)
-    return replace(
-        base,
-        name="se-mxresnet-smooth",
-        recipe=replace(base.recipe, label_smoothing=0.1),
-        summary="se-mxresnet-cosine with label smoothing 0.1",
-    )
+    recipe = replace(base.recipe, label_smoothing=0.1)
+    summary = "se-mxresnet-cosine with label smoothing 0.1"
+    return replace(base, name="se-mxresnet-smooth", recipe=recipe, summary=summary)
 
 
 def se_mxresnet_mixup(depth: int = 20) -> Variant:
     """se-mxresnet-smooth with mixup: a weight of its own for each image, the label of the heavier part."""
     base = se_mxresnet_smooth(depth)
-    return replace(
-        base,
-        name="se-mxresnet-mixup",
-        recipe=replace(base.recipe, mixup=0.4),
-        summary="se-mxresnet-smooth with mixup 0.4",
-    )
+    recipe = replace(base.recipe, mixup=0.4)
+    return replace(base, name="se-mxresnet-mixup", recipe=recipe, summary="se-mxresnet-smooth with mixup 0.4")
 
 
 def se_mxresnet_reflect(depth: int = 20) -> Variant:
     """se-mxresnet-mixup with reflection padding: the ladder's whole recipe."""
     base = se_mxresnet_mixup(depth)
-    return replace(
-        base,
-        name="se-mxresnet-reflect",
-        recipe=replace(base.recipe, pad_mode="reflect"),
-        summary="se-mxresnet-mixup with reflection padding",
-    )
+    recipe = replace(base.recipe, pad_mode="reflect")
+    summary = "se-mxresnet-mixup with reflection padding"
+    return replace(base, name="se-mxresnet-reflect", recipe=recipe, summary=summary)
 
 
 def xresnext_16x2d(depth: int = 29) -> Variant:
@@ -355,34 +336,25 @@ def xresnet_bottleneck(depth: int = 29) -> Variant:
     Its source keeps no code for it, and counts 0.31M parameters where this has 0.32M.
     """
     base = xresnext_16x2d(depth)
-    return replace(
-        base,
-        name="xresnet-bottleneck",
-        network=replace(base.network, cardinality=1, group_width=16),
-        summary="xresnet with bottlenecks of width 16",
-    )
+    network = replace(base.network, cardinality=1, group_width=16)
+    summary = "xresnet with bottlenecks of width 16"
+    return replace(base, name="xresnet-bottleneck", network=network, summary=summary)
 
 
 def se_mxresnext_16x2d(depth: int = 29) -> Variant:
     """xresnext-16x2d with Mish and squeeze-and-excitation."""
     base = xresnext_16x2d(depth)
-    return replace(
-        base,
-        name="se-mxresnext-16x2d",
-        network=replace(base.network, activation="mish", squeeze_ratio=16),
-        recipe=replace(base.recipe, decay="kernels-but-squeeze"),
-        summary="xresnext-16x2d with Mish and squeeze-and-excitation",
-    )
+    network = replace(base.network, activation="mish", squeeze_ratio=16)
+    recipe = replace(base.recipe, decay="kernels-but-squeeze")
+    summary = "xresnext-16x2d with Mish and squeeze-and-excitation"
+    return replace(base, name="se-mxresnext-16x2d", network=network, recipe=recipe, summary=summary)
 
 
 def se_mxresnext_16x2d_reflect(depth: int = 29) -> Variant:
     """se-mxresnext-16x2d trained by the ladder's whole recipe, as its published error was."""
-    return replace(
-        se_mxresnext_16x2d(depth),
-        name="se-mxresnext-16x2d-reflect",
-        recipe=se_mxresnet_reflect().recipe,
-        summary="se-mxresnext-16x2d with the recipe of se-mxresnet-reflect",
-    )
+    base, recipe = se_mxresnext_16x2d(depth), se_mxresnet_reflect().recipe
+    summary = "se-mxresnext-16x2d with the recipe of se-mxresnet-reflect"
+    return replace(base, name="se-mxresnext-16x2d-reflect", recipe=recipe, summary=summary)
 
 
 VARIANTS: tuple[VariantFunction, ...] = (
