@@ -25,17 +25,12 @@ Metadata = dict[str, str]
 
 
 class Cacheable(Protocol):
-    """A value that consists of arrays and a few words about them."""
+    """A value that consists of arrays and a few words about them; `fingerprint` is a hash of all."""
 
-    def to_arrays(self) -> tuple[Arrays, Metadata]:
-        """Everything that `from_arrays` needs."""
-
+    def to_arrays(self) -> tuple[Arrays, Metadata]: ...
     @classmethod
-    def from_arrays(cls, arrays: Arrays, metadata: Metadata) -> Self:
-        """The value again. Raises KeyError or ValueError where something is missing."""
-
-    def fingerprint(self) -> str:
-        """A hash of the contents, in hex."""
+    def from_arrays(cls, arrays: Arrays, metadata: Metadata) -> Self: ...
+    def fingerprint(self) -> str: ...
 
 
 Value = TypeVar("Value", bound=Cacheable)

@@ -8,7 +8,6 @@ could not be resumed from an epoch and a step alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 from typing import Any
@@ -20,7 +19,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from harness.loaders.datasets import Split
-from harness.loaders.sampling import LoaderConfig, SamplingPlan, make_padded
+from harness.loaders.resident import upload
+from harness.loaders.sampling import EpochSample, LoaderConfig, SamplingPlan, make_padded
 
 dali: Any = import_module("nvidia.dali")  # its types would fail mypy --strict
 fn: Any = import_module("nvidia.dali.fn")
@@ -29,14 +29,6 @@ types: Any = import_module("nvidia.dali.types")
 GPU_MACROBATCH_MIB = 32  # of float32 output: few enough calls that their cost on the host is hidden
 CPU_MACROBATCH_MIB = 1.5  # what stays in the caches: 128 images of CIFAR's size; larger ones were slower
 PREFETCH = 2  # macrobatches made ahead
-
-
-@dataclass(frozen=True, slots=True)
-class _Macrobatch:
-    """What one run of the pipeline makes."""
-
-    position: tuple[int, int]  # epoch, first step
-    images: slice  # within the epoch's sample
 
 
 class DaliLoader:
@@ -58,7 +50,7 @@ class DaliLoader:
         self._steps_each = max(1, int(target * 2**20 / (12 * height * width * batch)))
 
         self._next = (0, 0)  # epoch and first step of the macrobatch to be fed next
-        self._fed: dict[int, _Macrobatch] = {}  # by the pipeline's own count of runs
+        self._fed: dict[int, tuple[int, int]] = {}  # the same of those fed, by the pipeline's count of runs
         self._runs = 0
         pipeline = dali.Pipeline(
             batch_size=batch * self._steps_each,
@@ -88,16 +80,14 @@ class DaliLoader:
     def _take(self, epoch: int, first: int) -> tuple[Tensor, Tensor]:
         """The macrobatch that begins there. What was made ahead and is not wanted is dropped."""
         wanted = (epoch, first)
-        if all(fed.position != wanted for fed in self._fed.values()):
+        if wanted not in self._fed.values():
             self._next = wanted
         while True:
-            output = self._run()
-            fed = self._fed.pop(self._runs)
+            output, made = self._run(), self._sample(self._runs)
             self._runs += 1
-            if fed.position == wanted:
+            if self._fed.pop(self._runs - 1) == wanted:
                 break
-        images = from_dlpack(output.as_tensor())
-        labels = self._upload(self._labels[self._index(fed)])
+        images, labels = from_dlpack(output.as_tensor()), upload(self._labels[made.index], self._config.device)
         return images.permute(0, 3, 1, 2) if self._config.channels_last else images, labels
 
     def _run(self) -> Any:
@@ -107,34 +97,24 @@ class DaliLoader:
         with torch.cuda.device(self._config.device):  # of its current stream DALI reads what it is fed
             return self._pipeline.run(torch.cuda.current_stream())[0]
 
-    def _feed(self, run: int) -> _Macrobatch:
-        """Fix what run number `run` makes, whichever of its inputs DALI requests first."""
+    def _sample(self, run: int) -> EpochSample:
+        """What run number `run` makes, fixed when DALI requests the first of its inputs."""
         if run not in self._fed:
-            epoch, first = self._next
-            last = min(first + self._steps_each, self.steps)
-            self._fed[run] = _Macrobatch((epoch, first), self._plan.draw(epoch).part(first, last))
+            self._fed[run] = epoch, first = self._next
+            last = first + self._steps_each
             self._next = (epoch, last) if last < self.steps else (epoch + self._plan.train, 0)
-        return self._fed[run]
+        epoch, first = self._fed[run]
+        return self._plan.draw(epoch).part(first, first + self._steps_each)
 
     def _feed_pixels(self, run: int) -> Any:
-        index = self._index(self._feed(run))
-        return self._pixels[self._upload(index) if self._on_gpu else index]
+        index = self._sample(run).index
+        return self._pixels[upload(index, self._config.device) if self._on_gpu else index]
 
     def _feed_numbers(self, run: int) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]:
         """Crop positions as DALI wants them, k / span: it rounds position * span, which gives back k."""
-        fed = self._feed(run)
-        draw = self._plan.draw(fed.position[0])
-        y, x = (draw.offset[fed.images] / self._span).astype(np.float32).T.copy()
-        return y, x, draw.flip[fed.images].astype(np.int32)
-
-    def _index(self, fed: _Macrobatch) -> NDArray[np.int64]:
-        """Which images of the split it is made of."""
-        return self._plan.draw(fed.position[0]).index[fed.images]
-
-    def _upload(self, array: NDArray[np.int64]) -> Tensor:
-        """Pinned, so that the host need not wait for the stream; PyTorch keeps the memory until it is copied."""
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self._config.device, non_blocking=True) if self._on_gpu else tensor
+        sample = self._sample(run)
+        y, x = (sample.offset / self._span).astype(np.float32).T.copy()
+        return y, x, sample.flip.astype(np.int32)
 
 
 def define(

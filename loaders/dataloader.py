@@ -56,8 +56,7 @@ class _Batches:
         draw = self._plan.draw(self.epoch)
         for step in range(self.first_step, self._plan.steps):
             part = draw.part(step, step + 1)
-            index, (y, x), flip = draw.index[part], draw.offset[part].T, draw.flip[part]
-            yield list(zip(index.tolist(), y.tolist(), x.tolist(), flip.tolist(), strict=True))
+            yield list(zip(part.index.tolist(), *part.offset.T.tolist(), part.flip.tolist(), strict=True))
 
     def __len__(self) -> int:
         return self._plan.steps - self.first_step

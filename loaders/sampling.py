@@ -112,7 +112,7 @@ class LoaderConfig:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class EpochSample:
-    """One rank's epoch, image after image: which image, where it is cropped, whether it is flipped."""
+    """One rank's epoch, or a part of it: for each image which it is, where it is cropped, whether it is flipped."""
 
     index: NDArray[np.int64]
     """(m,), into the split."""
@@ -123,9 +123,10 @@ class EpochSample:
     batch_size: int
     """Images of each batch of this rank; the last batch may have fewer."""
 
-    def part(self, first: int, last: int) -> slice:
-        """The images that steps `first` to `last` (not included) are made of."""
-        return slice(first * self.batch_size, min(last * self.batch_size, len(self.index)))
+    def part(self, first: int, last: int) -> EpochSample:
+        """Steps `first` to `last` (not included) of it, or to its end."""
+        images = slice(first * self.batch_size, last * self.batch_size)
+        return EpochSample(self.index[images], self.offset[images], self.flip[images], self.batch_size)
 
 
 @dataclass(frozen=True, slots=True)

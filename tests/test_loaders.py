@@ -241,7 +241,7 @@ def test_epoch_of_cifar10() -> None:
     plan = SamplingPlan(50_000, 128, span=(8, 8), flip=True)
     draw = plan.draw(0)
     assert plan.steps == 391
-    sizes = [len(draw.index[draw.part(step, step + 1)]) for step in range(plan.steps)]
+    sizes = [len(draw.part(step, step + 1).index) for step in range(plan.steps)]
     assert sizes == [128] * 390 + [80]
     assert np.array_equal(np.sort(draw.index), np.arange(50_000))
     assert not np.array_equal(draw.index, plan.draw(1).index)
@@ -273,8 +273,8 @@ def test_ranks_share_the_global_batches(world: int, images: int) -> None:
     assert {plan.steps for plan in plans} == {-(-images // 16)}
     offset_of = dict(zip(alone.index.tolist(), alone.offset.tolist(), strict=True))
     for step in range(plans[0].steps):
-        whole = alone.index[alone.part(step, step + 1)]
-        shares = [draw.index[draw.part(step, step + 1)] for draw in draws]
+        whole = alone.part(step, step + 1).index
+        shares = [draw.part(step, step + 1).index for draw in draws]
         if len(whole) < world:  # filled up from the epoch's start
             whole = np.concatenate([whole, alone.index[: world - len(whole)]])
         assert [share.tolist() for share in shares] == [whole[rank::world].tolist() for rank in range(world)]
