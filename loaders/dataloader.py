@@ -66,34 +66,26 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
     """Images by job. A mean image is subtracted by hand, for torchvision normalises by colour only."""
 
     def __init__(self, split: Split, config: LoaderConfig) -> None:
-        augment, normalize = config.augment, config.normalize
         self._images = torch.from_numpy(split.images).permute(0, 3, 1, 2)
         self._labels: list[int] = split.labels.tolist()
-        self._augment = augment
-        self._size = augment.crop_size(split)
-        self._mean = torch.from_numpy(normalize.mean)
-        self._std: list[float] = normalize.std.tolist()
-        # with a mean image, black in both it and the image is zero after the subtraction
-        self._normalize_first = augment.pad_mode == "zero" or (
-            augment.pad_mode == "black" and self._mean.ndim == 3
-        )
+        self._augment = config.augment
+        self._size = config.augment.crop_size(split)
+        self._std: list[float] = config.normalize.std.tolist()
+        self._normalize_first = config.augment.pad_mode == "zero"
+        self._mean = torch.from_numpy(config.normalize.mean)
         if self._mean.ndim == 3:
             self._mean = self._mean.permute(2, 0, 1)
             if not self._normalize_first:
-                self._mean = functional.pad(self._mean, [augment.pad], padding_mode="reflect")
+                self._mean = self._pad(self._mean)
 
     def __getitem__(self, job: Job) -> tuple[Tensor, int]:
         index, y, x, flip = job
-        image = self._images[index]
+        image, mean = self._images[index], self._mean
         if self._normalize_first:
-            image = self._pad(self._normalize(image, self._mean))
-            image = functional.crop(image, y, x, *self._size)
+            image = functional.crop(self._pad(self._normalize(image, mean)), y, x, *self._size)
         else:
-            image = functional.crop(self._pad(image), y, x, *self._size)
-            colour = self._mean.ndim == 1
-            image = self._normalize(
-                image, self._mean if colour else functional.crop(self._mean, y, x, *self._size)
-            )
+            mean = mean if mean.ndim == 1 else functional.crop(mean, y, x, *self._size)
+            image = self._normalize(functional.crop(self._pad(image), y, x, *self._size), mean)
         return functional.horizontal_flip(image) if flip else image, self._labels[index]
 
     def _pad(self, image: Tensor) -> Tensor:
@@ -102,7 +94,7 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
 
     def _normalize(self, image: Tensor, mean: Tensor) -> Tensor:
         image = functional.to_dtype(image, torch.float32, scale=True)
-        colour = mean.tolist() if mean.ndim == 1 else [0.0, 0.0, 0.0]
-        image = image if mean.ndim == 1 else image - mean
-        normalized: Tensor = functional.normalize(image, colour, self._std)
+        if mean.ndim == 3:
+            image, mean = image - mean, torch.zeros(3)
+        normalized: Tensor = functional.normalize(image, mean.tolist(), self._std)
         return normalized

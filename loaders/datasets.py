@@ -12,10 +12,10 @@ import json
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -35,7 +35,7 @@ CIFAR10_CLASSES = (
     *("dog", "frog", "horse", "ship", "truck"),
 )
 MINIPLACES_TRAIN_IMAGES = 100_000
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"))
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
 MIXED_SEED = 20151210
 DOWNLOAD_TIMEOUT_SECONDS = 20
 DECODE_CHUNK = 200
@@ -71,10 +71,8 @@ class Content:
         return self.classes, self.train, self.test
 
     def to_arrays(self) -> tuple[Arrays, Metadata]:
-        arrays: Arrays = {
-            **{"train_images": self.train.images, "train_labels": self.train.labels},
-            **{"test_images": self.test.images, "test_labels": self.test.labels},
-        }
+        arrays: Arrays = {"train_images": self.train.images, "train_labels": self.train.labels}
+        arrays |= {"test_images": self.test.images, "test_labels": self.test.labels}
         return arrays, {"classes": json.dumps(self.classes)}
 
     @classmethod
@@ -137,10 +135,7 @@ class _File(NamedTuple):
 
 
 def load_dataset(
-    name: str,
-    data_dir: Path | None = None,
-    cache: Path | None = None,
-    progress: Progress | None = None,
+    name: str, data_dir: Path | None = None, cache: Path | None = None, progress: Progress | None = None
 ) -> Dataset:
     """Read a data set, from the cache where it was decoded before.
 
@@ -223,17 +218,17 @@ def _load_digits(cache: Path) -> Dataset:
 
 
 def _load_cifar10(data_dir: Path | None, cache: Path, progress: Progress | None) -> Dataset:
-    if data_dir is None:
-        data_dir = cache / "downloads"
-        if not (data_dir / "cifar-10-batches-py").is_dir():
-            _download_cifar10(data_dir)
-    if not (data_dir / "cifar-10-batches-py").is_dir():
+    download = data_dir is None
+    data_dir = data_dir or cache / "downloads"
+    batches = data_dir / "cifar-10-batches-py"
+    if download and not batches.is_dir():
+        _download_cifar10(data_dir)
+    if not batches.is_dir():
         dataset = _load_class_folders("cifar10", data_dir, cache, progress)
         if dataset.classes != CIFAR10_CLASSES:
             first = ", ".join(dataset.classes[:3])
             raise DataError(f"{data_dir}: not CIFAR-10's classes ({first}, ...): try folder:{data_dir}")
         return dataset
-    batches = data_dir / "cifar-10-batches-py"
     with os.scandir(batches) as entries:
         stats = sorted((entry.name, entry.stat()) for entry in entries)
     signature = [str(batches.resolve()), *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)]
@@ -275,11 +270,8 @@ def _download_cifar10(root: Path) -> None:
 
 
 def _first_two_classes(whole: Dataset) -> Dataset:
-    def first_two(split: Split) -> Split:
-        chosen = split.labels < 2
-        return Split(split.images[chosen], split.labels[chosen])
-
-    content = Content(whole.classes[:2], first_two(whole.train), first_two(whole.test))
+    pairs = ((split, split.labels < 2) for split in (whole.train, whole.test))
+    content = Content(whole.classes[:2], *(Split(split.images[two], split.labels[two]) for split, two in pairs))
     label = "cifar2" if whole.original else f"cifar2 of {whole.label}"
     return Dataset("cifar2", label, content.fingerprint(), whole.original, *content.parts(), flip=True)
 
@@ -314,16 +306,13 @@ def _list_class_folders(root: Path, split: str) -> tuple[list[str], list[_File]]
         raise DataError(f"{folder}: no class folders: expected {split}/<class>/*")
     files: list[_File] = []
     for label, name in enumerate(classes):
-        before = len(files)
         with os.scandir(folder / name) as entries:
-            for entry in entries:
-                dot = entry.name.rfind(".")
-                if dot > 0 and entry.name[dot:].lower() in IMAGE_SUFFIXES:
-                    stat = entry.stat()
-                    files.append(_File(f"{split}/{name}/{entry.name}", label, stat.st_size, stat.st_mtime_ns))
-        if len(files) == before:
+            images = [entry for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+        if not images:
             raise DataError(f"{folder / name}: no images in this class folder")
-    files.sort(key=itemgetter(1, 0))
+        for image in sorted(images, key=attrgetter("name")):
+            stat = image.stat()
+            files.append(_File(f"{split}/{name}/{image.name}", label, stat.st_size, stat.st_mtime_ns))
     return classes, files
 
 
@@ -365,18 +354,17 @@ def _list_kit(root: Path, name: str, num_classes: int) -> list[_File]:
 def _list_lines(path: Path) -> Iterator[tuple[int, str, int]]:
     """(line number, path, label) of each line `path label`."""
     try:
-        lines = path.read_text().splitlines()
+        lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: expected lines of a path and a label") from error
-    if not any(line.strip() for line in lines):
+    if not any(lines):
         raise DataError(f"{path}: empty: expected lines of a path and a label")
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdecimal():
-            raise DataError(f"{path} line {number}: {line.strip()[:80]!r} is not a path and a label")
-        yield number, name.strip(), int(label)
+        name, _, label = line.rpartition(" ")
+        if line and not (name and label.isdecimal()):
+            raise DataError(f"{path} line {number}: {line[:80]!r} is not a path and a label")
+        if line:
+            yield number, name.strip(), int(label)
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------
@@ -385,8 +373,8 @@ def _list_lines(path: Path) -> Iterator[tuple[int, str, int]]:
 def _read_files(
     root: Path,
     classes: tuple[str, ...],
-    train: Sequence[_File],
-    test: Sequence[_File],
+    train: list[_File],
+    test: list[_File],
     cache: Path,
     progress: Progress | None,
 ) -> tuple[Content, str]:
@@ -402,7 +390,7 @@ def _read_files(
     return cached(signature, read, Content, cache)
 
 
-def _decode(root: Path, files: Sequence[_File], progress: Progress | None) -> NDArray[np.uint8]:
+def _decode(root: Path, files: list[_File], progress: Progress | None) -> NDArray[np.uint8]:
     """Every file in RGB. By threads: PIL releases the interpreter's lock while it decodes."""
     from PIL import Image
 

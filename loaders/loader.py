@@ -39,12 +39,6 @@ class Loader(Protocol):
         """Free threads, processes and device memory."""
 
 
-def check_loader_name(name: str) -> None:
-    """Raise ValueError unless `LOADERS` has the name."""
-    if name not in LOADERS:
-        raise ValueError(f"unknown loader {name!r}: {suggest(name, LOADERS)}allowed are {', '.join(LOADERS)}")
-
-
 def make_loaders(name: str, train_split: Split, eval_split: Split, config: LoaderConfig) -> tuple[Loader, Loader]:
     """The training loader and the evaluation loader of one rank.
 
@@ -83,7 +77,8 @@ def make_evaluation_loader(name: str, split: Split, config: LoaderConfig) -> Loa
 
 def _loader_type(name: str) -> Callable[[Split, SamplingPlan, LoaderConfig], Loader]:
     """Imported here, so that DALI is loaded only where it is used."""
-    check_loader_name(name)
+    if name not in LOADERS:
+        raise ValueError(f"unknown loader {name!r}: {suggest(name, LOADERS)}allowed are {', '.join(LOADERS)}")
     module, type_name = LOADERS[name].split(":")
     made: Callable[[Split, SamplingPlan, LoaderConfig], Loader] = getattr(import_module(module), type_name)
     return made
