@@ -93,9 +93,9 @@ class Metric:
             return Figure(None, reason=self.measure(results[0]).reason if results else None)
         if self.over_seeds == "mean":
             return Figure(mean(values), std(values), len(values))
-        combined = (
-            {"median": median, "max": max}[self.over_seeds](values) if self.over_seeds != "first" else values[0]
-        )
+        combined = median(values) if self.over_seeds == "median" else max(values)
+        if self.over_seeds == "first":
+            combined = values[0]
         return Figure(combined, n=len(values))
 
     def plain(self, figure: Figure) -> dict[str, float | None]:
