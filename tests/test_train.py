@@ -20,7 +20,8 @@ from harness.loaders.loader import make_loaders
 from harness.loaders.sampling import Augment, LoaderConfig, make_normalize
 from harness.models.resnet import build
 from harness.models.variants import he2015
-from harness.results.store import RunResult, load_epochs, partial_dir, run_name
+from harness.results.store import load_epochs, partial_dir, run_name
+from harness.results.values import RunResult
 from harness.spec import CheckpointError, DivergedError, RunPaths, RunSpec
 from harness.training.engine import Engine
 from harness.training.train import EpochMetrics, Step, Trainer, finish_run, mix, train, train_epoch
