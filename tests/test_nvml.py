@@ -104,7 +104,9 @@ def test_swapping_and_a_clock_that_jumps(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_memory_of_this_process_or_the_reason(nvml: Nvml) -> None:
     gpu = open_device(GPU)
     assert gpu.process_mib() == Measurement(value=3072.0)
-    nvml.pids = [7]
+    nvml.pids = [7]  # in a container this process has a number of its own: alone on the GPU, it is this one
+    assert gpu.process_mib() == Measurement(value=3072.0)
+    nvml.pids = [7, 8]
     unlisted = gpu.process_mib()
     assert unlisted.value is None
     assert "PID namespace" in str(unlisted.reason)
