@@ -53,16 +53,12 @@ class Gpu:
         return {p.pid: None if p.usedGpuMemory is None else p.usedGpuMemory / MIB for p in listed}
 
     def process_mib(self) -> Measurement:
-        """Memory of this process: with the CUDA context, DALI's pools and NCCL's buffers.
-
-        Of a process with a context, which NVML lists by whatever number: one alone is this one.
-        """
+        """Memory of this process: with the CUDA context, DALI's pools and NCCL's buffers."""
         processes = self.processes()
-        own = os.getpid() if os.getpid() in processes or len(processes) != 1 else next(iter(processes))
-        mib = processes.get(own)
+        mib = processes.get(os.getpid())
         if mib is not None:
             return Measurement(value=mib)
-        if own in processes:
+        if os.getpid() in processes:
             return Measurement(value=None, reason="NVML does not give the memory of processes here")
         unlisted = "NVML does not list this process (another PID namespace, as in containers)"
         return Measurement(value=None, reason=self._reasons.get("processes", unlisted))
