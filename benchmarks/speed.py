@@ -42,7 +42,7 @@ from benchmarks.peers import load_peer, write_cifar10
 from harness.cluster.launch import Worker
 from harness.commands.report import describe_code
 from harness.loaders.datasets import Dataset, limit, load_dataset
-from harness.loaders.loader import make_normalize
+from harness.loaders.sampling import make_normalize
 from harness.models.resnet import build, count_parameters
 from harness.models.variants import he2015
 from harness.spec import RunSpec

@@ -18,8 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from harness.cluster.launch import Entered, Failed, Started, Waiting
-from harness.results.store import EpochMetrics, RunResult
+from harness.cluster.job import Entered, Failed, Started, Waiting
+from harness.results.values import EpochMetrics, RunResult
 from harness.spec import RunPaths, RunSpec, UserError
 
 if TYPE_CHECKING:

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.results import store
 from harness.results.remote import StorageError, pull_run, push_finished, push_run
-from harness.results.store import Failure, Pruned, Record, RunResult, partial_dir, run_name
+from harness.results.store import partial_dir, run_name
+from harness.results.values import Failure, Pruned, Record, RunResult
 from harness.spec import RunPaths, RunSpec, UserError
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
     from harness.cluster.job import Failed, Started
-    from harness.results.store import EpochMetrics, NodeUse
+    from harness.results.values import EpochMetrics, NodeUse
 
 ATTEMPTS = "attempts.jsonl"
 PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py",
@@ -211,8 +212,8 @@ def note_attempt(folder: Path, event: Started) -> None:
     if path.exists() and not reason:
         reason = "the command was given again"
     line: dict[str, Any] = {"started_at": datetime.now(UTC).isoformat(), "reason": reason}
-    if event.workers is not None:
-        line["workers"] = event.workers
+    if event.world_size is not None:
+        line["workers"] = event.world_size
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -7,15 +7,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from harness.cluster.job import PLACEMENTS, JobConfig
 from harness.plan import Allocation, Grid, check_count, check_word
 from harness.spec import RunPaths, UserError
 
 if TYPE_CHECKING:
-    from harness.cluster.job import JobConfig
     from harness.cluster.launch import Cluster
 
 LAUNCHERS = ("ray", "local")
-PLACEMENTS = ("pack", "strict-pack", "spread")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,7 +176,6 @@ def make_job(
     allocation: Allocation, resources: Resources, paths: RunPaths, *, fallback_world_sizes: tuple[int, ...] = ()
 ) -> JobConfig:
     """How the launcher runs each of the runs."""
-    from harness.cluster.job import JobConfig
     from harness.results.remote import join_uri
 
     shared = paths.remote and resources.address
@@ -188,6 +186,6 @@ def make_job(
         threads=allocation.threads,
         gpus_per_worker=1 / allocation.runs_per_gpu,
         storage=join_uri(paths.remote, ".ray") if shared else paths.out / ".ray",
-        placement=resources.placement,
+        placement=resources.placement,  # type: ignore[arg-type]
         fallback_world_sizes=fallback_world_sizes,
     )

@@ -51,5 +51,7 @@ def test_two_steps_and_an_evaluation(function: VariantFunction, depth: int) -> N
     assert np.isfinite(metrics.loss)
     changed = [not torch.equal(p, q) for p, q in zip(before, network.parameters(), strict=True)]
     assert sum(changed) >= 0.9 * len(changed), "nearly every parameter takes part"
-    found = evaluate(network, made.eval_loader, images=8, autocast=make_autocast(made.place["device"], "fp32"))
+    found = evaluate(
+        network, made.eval_loader, images=8, autocast=make_autocast(made.loader_config.device, "fp32")
+    )
     assert (found.images, found.error % 12.5) == (8, 0)

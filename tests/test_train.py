@@ -16,10 +16,12 @@ from torch import nn
 
 from harness.cluster.launch import Worker
 from harness.loaders.datasets import limit, load_dataset
-from harness.loaders.loader import Augment, make_loaders, make_normalize
+from harness.loaders.loader import make_loaders
+from harness.loaders.sampling import Augment, LoaderConfig, make_normalize
 from harness.models.resnet import build
 from harness.models.variants import he2015
-from harness.results.store import RunResult, load_epochs, partial_dir, run_name
+from harness.results.store import load_epochs, partial_dir, run_name
+from harness.results.values import RunResult
 from harness.spec import CheckpointError, DivergedError, RunPaths, RunSpec
 from harness.training.engine import Engine
 from harness.training.train import EpochMetrics, Step, Trainer, finish_run, mix, train, train_epoch
@@ -192,11 +194,16 @@ def _rank(rank: int, world: int, port: int, asked: RunSpec, out: Path) -> None:
     data = load_dataset("digits")
     train_split = limit(data.train, 150)
     device = torch.device("cpu")
-    loader, _ = make_loaders(
-        "resident", train_split, data.test, augment=Augment(4, "zero", None, False),
-        normalize=make_normalize("pixel-mean", train_split), batch_size=64, eval_batch_size=100, seed=0,
-        rank=rank, world=world, device=device, threads=1, channels_last=True,
-    )  # fmt: skip
+    config = LoaderConfig(
+        augment=Augment(4, "zero", None, False),
+        normalize=make_normalize("pixel-mean", train_split),
+        batch_size=64,
+        eval_batch_size=100,
+        device=device,
+        rank=rank,
+        world_size=world,
+    )
+    loader, _ = make_loaders("resident", train_split, data.test, config)
     torch.manual_seed(0)
     network = build(asked.network, 10).double()
     for module in network.modules():

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from harness import plan
 from harness.loaders.datasets import Dataset, Split, limit, load_dataset
-from harness.loaders.loader import Augment, Loader, Normalize, SamplingPlan, make_evaluation_loader, make_normalize
+from harness.loaders.loader import Loader, make_evaluation_loader
+from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_normalize
 from harness.models.resnet import SMALLEST_IMAGE, build
 from harness.models.variants import Variant, default_depth, find_variant
 from harness.results.store import load_records
@@ -146,19 +147,16 @@ def _prepare(options: EvalOptions) -> _Prepared:
         test = limit(test, options.limit)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = min(options.batch_size or _batch_size(options.scales), len(test))
-    loader = make_evaluation_loader(
-        "resident",
-        test,
+    config = LoaderConfig(
         augment=Augment(0 if options.scales else recipe.pad, recipe.pad_mode, crop, flip=False),
         normalize=options.normalize
         or make_normalize(recipe.normalize, _training_images(weights, variant, dataset)),
+        batch_size=batch_size,
         eval_batch_size=batch_size,
-        rank=0,
-        world=1,
         device=device,
         threads=torch.get_num_threads(),
-        channels_last=True,
     )
+    loader = make_evaluation_loader("resident", test, config)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return _Prepared(variant, dataset, network, left_over, test, position, loader, batch_size)
 

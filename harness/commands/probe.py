@@ -31,7 +31,9 @@ from harness.cluster.job import Failed, Started, Worker
 from harness.deadline import stopping_on_sigterm
 from harness.record import classify
 from harness.resources import Resources, make_job, start_launcher
-from harness.results.store import Measurement, Prediction, keep_prediction
+from harness.results.metrics import figures
+from harness.results.store import keep_prediction
+from harness.results.values import Measurement, Prediction
 from harness.spec import RunPaths, RunSpec
 from harness.training import profiler
 from harness.training.engine import Engine
@@ -78,9 +80,9 @@ class Part:
         self.device = device
         self.paced_at = 0.0
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of one rank, as the loader's."""
-        for step, batch in enumerate(itertools.islice(self.loader.epoch(epoch, start), self.steps)):
+        for step, batch in enumerate(itertools.islice(self.loader.epoch(epoch, first_step), self.steps)):
             if step == QUEUE_STEPS:
                 profiler.synchronize(self.device)
                 self.paced_at = time.perf_counter()
@@ -167,12 +169,9 @@ def width_of(spec: RunSpec) -> str:
     return f"{spec.workers}×{spec.recipe.batch_size // spec.workers}"
 
 
-def three_figures(value: float | None, scale: float = 1) -> str:
-    """Three significant figures, or a dash where there is no value."""
-    if value is None:
-        return "–"
-    value *= scale
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else f"{value:.1g}"
+def kilo(measured: Measurement) -> str:
+    """A thousandth of a measurement, in three figures."""
+    return figures(None if measured.value is None else measured.value / 1000)
 
 
 # --- --estimate ---
@@ -198,7 +197,7 @@ def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, pat
         torch.cuda.empty_cache()  # of an earlier probe in this process
     meter = profiler.MemoryMeter(torch.device(worker.device))
     prepared = prepare(spec, worker, paths, meter)
-    device, loader = prepared.place["device"], prepared.train_loader
+    device, loader = prepared.loader_config.device, prepared.train_loader
     with contextlib.closing(loader), contextlib.closing(prepared.eval_loader):
         watch = profiler.Watch(device)
         held = Part(prepared.eval_loader, EVAL_BATCHES, device)
@@ -332,8 +331,8 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_ru
         one, joules = cell.outcome, total_joules([cell])
         memory = {name: getattr(one.memory, field) for name, field in MEMORY.items()}
         seconds = (one.epoch_seconds, one.eval_seconds, one.run_seconds / 3600, cell.gpu_hours)
-        figures = map(three_figures, [*seconds, *(measured.value for measured in memory.values())])
-        lines.append([*line, *figures, three_figures(joules.value, 1e-3)])
+        numbers = map(figures, [*seconds, *(measured.value for measured in memory.values())])
+        lines.append([*line, *numbers, kilo(joules)])
         for name, measured in {**memory, "kJ": joules}.items():
             if measured.value is None:
                 missing[str(measured.reason)][name] = None
@@ -345,11 +344,11 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_ru
         table.add_row(*(line[i] for i in shown))
     console.print(table)
     seconds_of = {spec: one.run_seconds for spec, one in predicted.items()}
-    sums = [f"{three_figures(all_seconds(todo, seconds_of, concurrent_runs) / 3600)} hours"]
+    sums = [f"{figures(all_seconds(todo, seconds_of, concurrent_runs) / 3600)} hours"]
     if first.device == "cuda":
         gpu_hours = [value for cell in cells if (value := cell.gpu_hours) is not None]
-        sums.append(f"{three_figures(sum(gpu_hours) if gpu_hours else None)} GPU-hours")
-        sums.append(f"{three_figures(total_joules(cells).value, 1e-3)} kJ")
+        sums.append(f"{figures(sum(gpu_hours) if gpu_hours else None)} GPU-hours")
+        sums.append(f"{kilo(total_joules(cells))} kJ")
     runs = sum(cell.runs for cell in cells if cell.spec in predicted)
     console.print(f"in all {runs} runs, {concurrent_runs} at a time: {', '.join(sums)}", style="bold", soft_wrap=True)
     for note in (*notes, *(f"{', '.join(names)} cannot be had: {reason}" for reason, names in missing.items())):
@@ -407,7 +406,7 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
     """Train some steps of a run twice: part by part with eager kernels, and as its engine does. Raises what `prepare`
     does."""
     prepared = prepare(spec, worker, paths)
-    device, loader = prepared.place["device"], prepared.train_loader
+    device, loader = prepared.loader_config.device, prepared.train_loader
     with contextlib.closing(loader), contextlib.closing(prepared.eval_loader):
         # several ranks' gradients are summed after backward here, not by DDP inside it, where they hide behind it
         step, clock = make_step(prepared, ddp=False), StepClock(device)
@@ -422,11 +421,11 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
         seconds, part = train_steps(trainer, prepared, 3, STEPS)
     eager_ms = statistics.median(map(sum, zip(*parts.values(), strict=True)))
     medians = {name: statistics.median(parts[name]) for name in PARTS if name in parts}
-    figures = torch.tensor([*medians.values(), eager_ms, 1000 * seconds / part.steps], device=device)
+    slowest = torch.tensor([*medians.values(), eager_ms, 1000 * seconds / part.steps], device=device)
     if dist.is_initialized():
-        dist.all_reduce(figures, dist.ReduceOp.MAX)
-    *slowest, eager_ms, engine_ms = figures.tolist()
-    return Breakdown(dict(zip(medians, slowest, strict=True)), eager_ms, engine_ms, trainer.engine.name)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    *part_ms, eager_ms, engine_ms = slowest.tolist()
+    return Breakdown(dict(zip(medians, part_ms, strict=True)), eager_ms, engine_ms, trainer.engine.name)
 
 
 def profile(
@@ -462,7 +461,7 @@ def print_breakdown(cells: Sequence[tuple[RunSpec, Breakdown | Failed]], console
             notes.append(f"{name_cell(spec)} failed: {outcome.message}")
             continue
         took = [outcome.parts.get(name) for name in parts]
-        table.add_row(*line, *map(three_figures, [*took, outcome.eager_ms, outcome.engine_ms]))
+        table.add_row(*line, *map(figures, [*took, outcome.eager_ms, outcome.engine_ms]))
         shares = ["–" if ms is None else f"{100 * ms / outcome.eager_ms:.0f} %" for ms in took]
         table.add_row("", "", *shares, style="dim")
     console.print(table)

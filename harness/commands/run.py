@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness import plan
+from harness.cluster.job import Started, Telemetry
 from harness.commands.report import export_records, print_rows, write_page
 from harness.deadline import TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.plan import Allocation, Grid
@@ -24,7 +25,8 @@ from harness.progress import JsonLines, Progress, load_data
 from harness.record import Recorder, lock_run, name_of
 from harness.resources import Resources, check_resources, make_allocation, make_job, start_launcher
 from harness.results.remote import push_file, push_run
-from harness.results.store import ESTIMATES, PARTIAL, EpochMetrics, Loaded, collector_paused, load_records
+from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
+from harness.results.values import EpochMetrics
 from harness.spec import RunPaths, RunSpec, UserError
 
 if TYPE_CHECKING:
@@ -229,7 +231,7 @@ def train_batch(prepared: _Prepared, launch: Callable[..., Any], specs: Sequence
     display = make_display(prepared, specs)
 
     def progress(spec: RunSpec, event: Any) -> None:
-        if isinstance(event, Watched):
+        if isinstance(event, Telemetry):
             recorder.nodes[spec.key].append(event.node)
             return
         if isinstance(event, Started):

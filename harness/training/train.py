@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -26,19 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.cluster.launch import Failed, Worker
 from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
-from harness.loaders.loader import Augment, Loader, Normalize, make_evaluation_loader, make_loaders, make_normalize
+from harness.loaders.loader import Loader, make_evaluation_loader, make_loaders
+from harness.loaders.sampling import Augment, LoaderConfig, make_normalize
 from harness.models.resnet import build
 from harness.results.remote import RemoteRun
-from harness.results.store import (
-    EpochMetrics,
-    Measurement,
-    Memory,
-    RunResult,
-    append_epoch,
-    partial_dir,
-    run_name,
-    write_epochs,
-)
+from harness.results.store import append_epoch, partial_dir, run_name, write_epochs
+from harness.results.values import EpochMetrics, Measurement, Memory, RunResult
 from harness.spec import DivergedError, Precision, RunPaths, RunSpec
 from harness.training import profiler
 from harness.training.checkpoint import load_checkpoint, save_checkpoint
@@ -109,19 +102,6 @@ def make_autocast(device: torch.device, precision: Precision) -> AbstractContext
         return nullcontext()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
-
-
-class _Place(TypedDict):
-    device: torch.device
-    threads: int
-    rank: int
-    world: int
-    channels_last: bool
-
-
-class _View(TypedDict):
-    augment: Augment
-    normalize: Normalize
 
 
 Result = TypeVar("Result")
@@ -298,8 +278,7 @@ class Prepared:
 
     spec: RunSpec
     data: Data
-    place: _Place
-    view: _View
+    loader_config: LoaderConfig
     train_loader: Loader
     eval_loader: Loader
     network: nn.Module
@@ -340,24 +319,19 @@ def assemble(
     torch.backends.cudnn.benchmark = True
 
     recipe = spec.recipe
-    place = _Place(
-        device=device, threads=worker.threads, rank=worker.rank, world=worker.world_size, channels_last=True
-    )
     with meter.category("data loader") if meter else nullcontext():
-        view = _View(
+        config = LoaderConfig(
             augment=Augment(recipe.pad, recipe.pad_mode, recipe.crop, recipe.flip and flip),
             normalize=make_normalize(recipe.normalize, data.train),
-        )
-        train_loader, eval_loader = make_loaders(
-            spec.loader,
-            data.train,
-            data.held,
-            **view,
-            **place,
             batch_size=recipe.batch_size,
             eval_batch_size=min(EVAL_BATCH_SIZE, len(data.held)),
+            device=device,
             seed=spec.seed,
+            rank=worker.rank,
+            world_size=worker.world_size,
+            threads=worker.threads,
         )
+        train_loader, eval_loader = make_loaders(spec.loader, data.train, data.held, config)
         if device.type == "cuda":  # pools are filled at the first batch
             next(train_loader.epoch(0))
 
@@ -367,7 +341,7 @@ def assemble(
     optimizer = make_optimizer(recipe, network, lr_on_device=captures(spec))
     scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
     scaler.scale(torch.zeros((), device=device))  # makes its tensors, which a capture must find
-    return Prepared(spec, data, place, view, train_loader, eval_loader, network, optimizer, scaler)
+    return Prepared(spec, data, config, train_loader, eval_loader, network, optimizer, scaler)
 
 
 def captures(spec: RunSpec) -> bool:
@@ -389,7 +363,7 @@ class Trainer:
 
 def make_trainer(made: Prepared, warn: Callable[[str], None]) -> Trainer:
     """Spread the network over the ranks and choose how its steps are carried out: `spec.engine`, or what works."""
-    spec, network, device = made.spec, made.network, made.place["device"]
+    spec, network, device = made.spec, made.network, made.loader_config.device
     step = make_step(made, ddp=spec.engine == "eager")
     graphs = make_graphs(device) if captures(spec) else None
     steps: list[tuple[str, Callable[..., Any]]] = [("eager", step)]
@@ -414,7 +388,7 @@ def make_trainer(made: Prepared, warn: Callable[[str], None]) -> Trainer:
 
 def make_step(made: Prepared, *, ddp: bool) -> Step:
     """The step of a prepared run. Where there are several ranks their gradients are summed by DDP, or by the step."""
-    network, device, world_size = made.network, made.place["device"], made.place["world"]
+    network, device, world_size = made.network, made.loader_config.device, made.loader_config.world_size
     trained: nn.Module = network
     if world_size > 1 and ddp:
         trained = spread(network, device)
@@ -539,7 +513,7 @@ def training(
     prepared = prepare(spec, worker, places, meter)
     data, network, optimizer, scaler = prepared.data, prepared.network, prepared.optimizer, prepared.scaler
     train_loader, eval_loader = prepared.train_loader, prepared.eval_loader
-    recipe, rank, world_size, device = spec.recipe, worker.rank, worker.world_size, prepared.place["device"]
+    recipe, rank, world_size, device = spec.recipe, worker.rank, worker.world_size, prepared.loader_config.device
     parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     folder = partial_dir(places.out, run_name(places.label, spec.variant, spec.network.depth, spec.seed, spec.key))
 
@@ -650,13 +624,8 @@ def training(
         remote.send(must=True)
     on_test = None
     if data.eval_split != "test":
-        test_loader = make_evaluation_loader(
-            spec.loader,
-            data.test,
-            **prepared.view,
-            **prepared.place,
-            eval_batch_size=min(EVAL_BATCH_SIZE, len(data.test)),
-        )
+        config = replace(prepared.loader_config, eval_batch_size=min(EVAL_BATCH_SIZE, len(data.test)))
+        test_loader = make_evaluation_loader(spec.loader, data.test, config)
         on_test = evaluate(
             network, test_loader, images=len(data.test), autocast=make_autocast(device, spec.precision)
         )
@@ -668,7 +637,6 @@ def training(
     eval_loader.close()
 
     timed = [row for row in history if row.timed]
-    later = [row.train_seconds for row in history[first + WARMUP_EPOCHS :]]
     best = min(history, key=lambda row: row.error)
     return RunResult(
         parameters=parameters,
@@ -699,8 +667,7 @@ def training(
         machine=profiler.describe_machine(device),
         attempts=attempt,
         engine=trainer.engine.name,
-        packed=packed,
-        seed_epochs_per_second=packed / statistics.median(later) if packed > 1 and later else None,
+        runs_per_gpu=packed,
         warnings=tuple(warnings_seen),
         ranks=ranks,
     )
