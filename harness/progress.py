@@ -6,8 +6,8 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
@@ -103,10 +103,10 @@ class Progress:
         if isinstance(event, Started):
             line.state, line.since = "starting", now
             line.note = f"attempt {event.attempt}: {event.reason}" if event.reason else ""
-            if event.workers is not None:
-                line.note = f"{event.workers} of {spec.workers} workers; {line.note}"
+            if event.world_size is not None:
+                line.note = f"{event.world_size} of {spec.workers} workers; {line.note}"
             if event.reason:
-                width = f" with {event.workers} of {spec.workers} workers" if event.workers else ""
+                width = f" with {event.world_size} of {spec.workers} workers" if event.world_size else ""
                 self.say(f"{spec.title}: {event.reason}; trying again ({event.attempt}){width}")
             elif not self.console.is_terminal:
                 self.say(f"{spec.title}: starting")

@@ -12,7 +12,7 @@ from harness.plan import Allocation, Grid, check_count, check_word
 from harness.spec import RunPaths, UserError
 
 if TYPE_CHECKING:
-    from harness.cluster.launch import Cluster
+    from harness.cluster.nodes import Cluster
 
 LAUNCHERS = ("ray", "local")
 
@@ -127,13 +127,13 @@ def allocate(
 
 def _fit(allocation: Allocation, cluster: Cluster, resources: Resources) -> Allocation:
     """Fit the runs to the cluster's nodes. Raises UserError where not even one run can be placed."""
-    from harness.cluster.launch import fit
+    from harness.cluster.nodes import fit
 
     concurrent_runs, threads = fit(
         cluster,
-        workers=allocation.workers,
+        world_size=allocation.workers,
         concurrent_runs=allocation.concurrent_runs,
-        gpu=allocation.device == "cuda",
+        gpus_per_worker=1 / allocation.runs_per_gpu if allocation.device == "cuda" else 0.0,
         placement=resources.placement,
     )
     if not concurrent_runs:
@@ -148,7 +148,7 @@ def _fit(allocation: Allocation, cluster: Cluster, resources: Resources) -> Allo
 
 def join_cluster(stack: ExitStack, address: str | None, *, cpus: int, gpus: int, verbose: bool) -> Cluster:
     """Connect to Ray until the stack closes. Raises UserError where no cluster answers."""
-    from harness.cluster.launch import ClusterError, connect, disconnect
+    from harness.cluster.connect import ClusterError, connect, disconnect
 
     try:
         cluster = connect(address, cpus=cpus, gpus=gpus, verbose=verbose)

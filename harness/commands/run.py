@@ -69,10 +69,13 @@ class _Prepared:
     recorder: Recorder
 
     def check_nodes(self) -> None:
-        """Refuse a cluster whose nodes differ. Raises UserError."""
-        if self.options.resources.address is not None:
-            from harness.preflight import check_nodes
+        """Refuse a cluster of several nodes that differ. Raises UserError."""
+        if self.options.resources.address is None:
+            return
+        from harness.cluster.nodes import working_nodes
+        from harness.preflight import check_nodes
 
+        if len(working_nodes()) > 1:
             check_nodes(self.dataset, self.recorder.paths, self.console)
 
 
