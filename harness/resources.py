@@ -57,7 +57,8 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack) -> Alloc
     """
     check_resources(resources)
     if resources.address is None:
-        from harness.training.profiler import count_cpus, count_gpus
+        from harness.training.nvml import count_gpus
+        from harness.training.telemetry import count_cpus
 
         resources = _default_to_specs(grid, resources, count_gpus())
         allocation = allocate(resources, have_gpus=count_gpus(), have_cpus=count_cpus(), precision=grid.precision)

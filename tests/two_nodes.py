@@ -71,7 +71,7 @@ def train_plainly(rank: int, world_size: int, rendezvous: str, out: str, last: i
             raise EnoughError
 
     with contextlib.suppress(EnoughError):
-        train(spec, worker, report, places=RunPaths(out=Path(out), label="digits"))
+        train(spec, worker, report, paths=RunPaths(out=Path(out), label="digits"))
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()

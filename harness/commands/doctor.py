@@ -137,7 +137,7 @@ def _nvml() -> Finding:
 
 
 def _gpu() -> Finding:
-    from harness.training.profiler import count_gpus
+    from harness.training.nvml import count_gpus
 
     count = count_gpus()
     if not count:
@@ -182,7 +182,7 @@ def _dali() -> Finding:
     from harness.loaders.datasets import Split
     from harness.loaders.loader import make_loaders
     from harness.loaders.sampling import Augment, LoaderConfig, Normalize
-    from harness.training.profiler import count_gpus
+    from harness.training.nvml import count_gpus
 
     images = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
     split = Split(images, np.arange(4, dtype=np.int64))

@@ -24,7 +24,8 @@ from harness.models.variants import Variant, default_depth, find_variant
 from harness.results.store import load_records
 from harness.spec import RunSpec, UserError
 from harness.training.evaluation import MultiScale, evaluate
-from harness.training.train import EVAL_BATCH_SIZE, set_precision, split_data
+from harness.training.setup import EVAL_BATCH_SIZE, split_data
+from harness.training.step import set_precision
 from harness.training.weights import WeightsError, load_metadata, load_weights, match_weights
 
 MULTI_SCALE_PIXELS = EVAL_BATCH_SIZE * 32 * 32  # in a batch, so that memory does not grow with the scale

@@ -35,22 +35,13 @@ from harness.results.metrics import figures
 from harness.results.store import keep_prediction
 from harness.results.values import Measurement, Prediction
 from harness.spec import RunPaths, RunSpec
-from harness.training import profiler
 from harness.training.engine import Engine
-from harness.training.evaluation import evaluate
+from harness.training.memory import MemoryMeter, largest
 from harness.training.optim import total_steps
-from harness.training.train import (
-    Prepared,
-    Trainer,
-    finish_run,
-    make_autocast,
-    make_step,
-    make_trainer,
-    memory_over_ranks,
-    over_ranks,
-    prepare,
-    train_epoch,
-)
+from harness.training.setup import Trainer, make_step, make_trainer, prepare
+from harness.training.step import synchronize
+from harness.training.telemetry import EpochTelemetry, device_name, gather
+from harness.training.train import run_eval, run_steps
 
 if TYPE_CHECKING:
     from harness.loaders.loader import Loader
@@ -84,7 +75,7 @@ class Part:
         """Batches of one rank, as the loader's."""
         for step, batch in enumerate(itertools.islice(self.loader.epoch(epoch, first_step), self.steps)):
             if step == QUEUE_STEPS:
-                profiler.synchronize(self.device)
+                synchronize(self.device)
                 self.paced_at = time.perf_counter()
             yield batch
 
@@ -100,12 +91,10 @@ class Part:
         return int(seen)
 
 
-def train_steps(trainer: Trainer, prepared: Prepared, epoch: int, steps: int) -> tuple[float, Part]:
+def train_steps(trainer: Trainer, loader: Loader, epoch: int, steps: int) -> tuple[float, Part]:
     """Train up to `steps` steps of an epoch. Returns the seconds they took, and the part of the loader."""
-    trainer.loader = part = Part(prepared.train_loader, steps, trainer.device)
-    images = len(prepared.data.train)
-    run = train_epoch(trainer, epoch=epoch, steps=part.steps, images=images, on_first_step=lambda: None)
-    return finish_run(run).train_seconds, part
+    trainer.loader = part = Part(loader, steps, trainer.device)
+    return run_steps(trainer, epoch=epoch, steps=part.steps).train_seconds, part
 
 
 def warn(message: str) -> None:
@@ -195,47 +184,37 @@ def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, pat
     gc.collect()
     if worker.device != "cpu":
         torch.cuda.empty_cache()  # of an earlier probe in this process
-    meter = profiler.MemoryMeter(torch.device(worker.device))
+    meter = MemoryMeter(torch.device(worker.device))
     prepared = prepare(spec, worker, paths, meter)
-    device, loader = prepared.loader_config.device, prepared.train_loader
-    with contextlib.closing(loader), contextlib.closing(prepared.eval_loader):
-        watch = profiler.Watch(device)
-        held = Part(prepared.eval_loader, EVAL_BATCHES, device)
-        held_images = held.images()
+    device, loader, eval_loader = prepared.device, prepared.train_loader, prepared.eval_loader
+    with contextlib.closing(prepared):
+        telemetry = EpochTelemetry(device)
+        eval_part = Part(eval_loader, EVAL_BATCHES, device)
+        eval_images = eval_part.images()
         with meter.category("NCCL"):
             trainer = make_trainer(prepared, warn)
-
-        def eval_part() -> float:
-            """Evaluate the few batches, in seconds."""
-            began = time.perf_counter()
-            autocast = make_autocast(device, spec.precision)
-            evaluate(
-                prepared.network, held, images=held_images, autocast=autocast, forward=trainer.forward
-            )
-            return time.perf_counter() - began
-
-        train_steps(trainer, prepared, 0, min(WARMUP_STEPS, STEPS, loader.steps))
+        train_steps(trainer, loader, 0, WARMUP_STEPS)
         setup_seconds = worker.launch_seconds + time.perf_counter() - entered_at
-        eval_part()
+        run_eval(trainer, eval_part, eval_images)
         meter.reset()
-        watch.begin()
-        seconds, part = train_steps(trainer, prepared, 1, STEPS)
+        telemetry.start()
+        seconds, part = train_steps(trainer, loader, 1, STEPS)
         ended_at = time.perf_counter()
-        joules, interference = over_ranks(watch.end(), device)
-        eval_seconds = eval_part() * prepared.eval_loader.steps / max(1, held.steps)
+        reading = telemetry.stop(seconds)
+        evaluating_at = time.perf_counter()
+        run_eval(trainer, eval_part, eval_images)
+        eval_seconds = (time.perf_counter() - evaluating_at) * eval_loader.steps / max(1, eval_part.steps)
         meter.sample()
-        memory = memory_over_ranks(
-            meter.read(prepared.network, prepared.optimizer, trainer.graphs), worker.world_size
-        )
+        memory = largest(gather(meter.read(prepared.network, prepared.optimizer, trainer.graphs)))
 
     if device.type == "cpu":
         energy = Measurement(value=None, reason="no GPU was used")
-    elif joules is None:
+    elif reading.joules is None:
         energy = Measurement(value=None, reason="NVML does not count this GPU's energy")
     elif seconds < ENERGY_SECONDS:
         energy = Measurement(value=None, reason=f"{part.steps} steps are too short for NVML's energy counter")
     else:
-        energy = Measurement(value=joules * loader.steps / part.steps)
+        energy = Measurement(value=reading.joules * loader.steps / part.steps)
     values = spec.to_json()
     del values["seed"]
     return Prediction(
@@ -247,10 +226,10 @@ def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, pat
         epochs=total_steps(spec.recipe, loader.steps) / loader.steps,
         energy_joules=energy,
         memory=memory,
-        interference=interference,
+        interference=reading.interference,
         workers=worker.world_size,
         threads=worker.threads,
-        device=profiler.device_name(device),
+        device=device_name(device),
         made_at=datetime.now(UTC),
     )
 
@@ -393,7 +372,7 @@ class StepClock:
     def read(self) -> dict[str, list[float]]:
         """Milliseconds of each part, step after step; a part lasts from the mark before it, so the first step is
         left out."""
-        profiler.synchronize(self._device)
+        synchronize(self._device)
         parts: dict[str, list[float]] = {}
         for (_, before), (name, after) in itertools.pairwise(self._marks):
             took = before.elapsed_time(after) if self._device.type == "cuda" else 1000 * (after - before)
@@ -406,19 +385,20 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
     """Train some steps of a run twice: part by part with eager kernels, and as its engine does. Raises what `prepare`
     does."""
     prepared = prepare(spec, worker, paths)
-    device, loader = prepared.loader_config.device, prepared.train_loader
-    with contextlib.closing(loader), contextlib.closing(prepared.eval_loader):
+    device, loader = prepared.device, prepared.train_loader
+    with contextlib.closing(prepared):
         # several ranks' gradients are summed after backward here, not by DDP inside it, where they hide behind it
         step, clock = make_step(prepared, ddp=False), StepClock(device)
         plain = Engine([("eager", step)], step.snapshot, warn)
-        by_parts = Trainer(step, plain, plain, loader, device)
-        train_steps(by_parts, prepared, 0, WARMUP_STEPS)
+        images = len(prepared.data.train)
+        by_parts = Trainer(step, plain, plain, prepared.network, loader, images, device)
+        train_steps(by_parts, loader, 0, WARMUP_STEPS)
         step.mark = clock.mark
-        train_steps(by_parts, prepared, 1, STEPS)
+        train_steps(by_parts, loader, 1, STEPS)
         parts = clock.read()
         trainer = make_trainer(prepared, warn)
-        train_steps(trainer, prepared, 2, WARMUP_STEPS)
-        seconds, part = train_steps(trainer, prepared, 3, STEPS)
+        train_steps(trainer, loader, 2, WARMUP_STEPS)
+        seconds, part = train_steps(trainer, loader, 3, STEPS)
     eager_ms = statistics.median(map(sum, zip(*parts.values(), strict=True)))
     medians = {name: statistics.median(parts[name]) for name in PARTS if name in parts}
     slowest = torch.tensor([*medians.values(), eager_ms, 1000 * seconds / part.steps], device=device)

@@ -224,7 +224,7 @@ def train_all(prepared: _Prepared, specs: list[RunSpec], todo: list[RunSpec]) ->
 
 def train_batch(prepared: _Prepared, launch: Callable[..., Any], specs: Sequence[RunSpec]) -> int:
     """Launch some runs and store what each comes to. Returns how many failed, or could not be stored at --out."""
-    from harness.training.telemetry import watch
+    from harness.training.telemetry import NodeTelemetry
     from harness.training.train import train
 
     options, recorder, paths = prepared.options, prepared.recorder, prepared.recorder.paths
@@ -246,7 +246,7 @@ def train_batch(prepared: _Prepared, launch: Callable[..., Any], specs: Sequence
         fallback_world_sizes=plan.fallback_world_sizes(options.elastic, specs),
     )  # fmt: skip
     runs = launch(
-        partial(train, paths=paths), specs, job, progress=progress, telemetry=watch,
+        partial(train, paths=paths), specs, job, progress=progress, telemetry=NodeTelemetry,
         progress_of=lambda event: event.epoch if isinstance(event, EpochMetrics) else 0,
     )  # fmt: skip
     failures = 0

@@ -189,7 +189,7 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, places: RunPat
     from harness.training.train import train
 
     if worker.rank:
-        return train(spec, worker, report, places=places)
+        return train(spec, worker, report, paths=places)
     folder = partial_dir(places.out, name_of(spec, places.label))
     told = 0
 
@@ -202,7 +202,7 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, places: RunPat
 
     catch_up()
     # a kill between checkpoint and report leaves epochs that only the checkpoint knows, until `train` reads it
-    result = train(spec, worker, lambda _: catch_up(), places=places)
+    result = train(spec, worker, lambda _: catch_up(), paths=places)
     catch_up()
     return result
 
