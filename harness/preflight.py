@@ -150,7 +150,7 @@ def check_nodes(
 ) -> None:
     """Compare every node with this process, and with what a run needs.
 
-    Prints a table of what differs and raises UserError, or does nothing. Call `harness.cluster.launch.connect` before.
+    Prints a table of what differs and raises UserError, or does nothing. Call `connect` before.
     """
     question = Question(
         out=out,

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from harness.cluster.launch import Entered, Failed, Started, Waiting
+from harness.cluster.job import Entered, Failed, Started, Waiting
 from harness.results.store import EpochMetrics, RunResult
 from harness.spec import RunSpec
 
@@ -74,10 +74,10 @@ class Progress:
         if isinstance(event, Started):
             line.state, line.since = "starting", now
             line.note = f"attempt {event.attempt}: {event.reason}" if event.reason else ""
-            if event.workers is not None:
-                line.note = f"{event.workers} of {spec.workers} workers; {line.note}"
+            if event.world_size is not None:
+                line.note = f"{event.world_size} of {spec.workers} workers; {line.note}"
             if event.reason:
-                width = f" with {event.workers} of {spec.workers} workers" if event.workers else ""
+                width = f" with {event.world_size} of {spec.workers} workers" if event.world_size else ""
                 self.say(f"{spec.title}: {event.reason}; trying again ({event.attempt}){width}")
             elif not self.console.is_terminal:
                 self.say(f"{spec.title}: starting")

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.cluster.launch import Failed, Worker
+from harness.cluster.job import Failed, Worker
 from harness.commands.estimate import Part, count_cells, name_cell, probe_cells, say
 from harness.spec import RunPaths, RunSpec
 from harness.training import profiler

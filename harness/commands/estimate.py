@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness.cluster.launch import Failed, Started, Worker
+from harness.cluster.job import Failed, JobConfig, Started, Worker
 from harness.commands.report import classify
 from harness.results.store import Measurement, Prediction, keep_prediction
 from harness.spec import RunPaths, RunSpec
@@ -257,8 +257,11 @@ def probe_cells(
     work: AbstractContextManager[Any] = contextlib.closing(
         launch(
             partial(function, places=make_paths(options, dataset)), cells,
-            workers=width.workers, concurrent_runs=width.concurrent_runs, gpu=width.device == "cuda", threads=width.threads,
-            storage=options.out / ".ray", progress=progress, placement=options.placement,
+            JobConfig(
+                world_size=width.workers, concurrent_runs=width.concurrent_runs, device=width.device,
+                threads=width.threads, storage=options.out / ".ray", placement=options.placement,  # type: ignore[arg-type]
+            ),
+            progress=progress,
         )
     )  # fmt: skip
     with stopping_on_sigterm(), work as outcomes:

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from harness.cluster.launch import Failed
+from harness.cluster.job import Failed
 from harness.results.store import Failure, Pruned, Record, RunResult, collector_paused, run_name
 from harness.spec import RunPaths, RunSpec, UserError
 

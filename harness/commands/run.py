@@ -22,17 +22,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from harness import plan
-from harness.cluster.launch import (
-    PLACEMENTS,
-    Cluster,
-    ClusterError,
-    Failed,
-    Started,
-    Watched,
-    connect,
-    disconnect,
-    fit,
-)
+from harness.cluster.connect import ClusterError, connect, disconnect
+from harness.cluster.job import PLACEMENTS, Failed, JobConfig, Started, Telemetry
+from harness.cluster.nodes import Cluster, fit
 from harness.commands.report import make_record, name_of
 from harness.deadline import TimeUp, say_moment, stopping_at
 from harness.loaders.datasets import DataError, Dataset, load_dataset
@@ -59,7 +51,7 @@ from harness.training.optim import total_epochs
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from harness.cluster.launch import Worker
+    from harness.cluster.job import Worker
     from harness.results.store import RunResult
 
 MAX_SEEDS = 10  # of a row, for --until-ci
@@ -258,9 +250,9 @@ def _fit(width: Allocation, cluster: Cluster, options: Options) -> Allocation:
     """Lay the runs over the nodes as they are. Raises UserError where not one run can ever be placed."""
     concurrent_runs, threads = fit(
         cluster,
-        workers=width.workers,
+        world_size=width.workers,
         concurrent_runs=width.concurrent_runs,
-        gpu=width.device == "cuda",
+        gpus_per_worker=float(width.device == "cuda"),
         placement=options.placement,
     )
     if not concurrent_runs:
@@ -435,8 +427,8 @@ def _note_attempt(folder: Path, event: Started) -> None:
     if path.exists() and not reason:
         reason = "the command was given again"
     line: dict[str, Any] = {"started_at": datetime.now(UTC).isoformat(), "reason": reason}
-    if event.workers is not None:
-        line["workers"] = event.workers
+    if event.world_size is not None:
+        line["workers"] = event.world_size
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -492,7 +484,7 @@ def _train(
             display.event(pack[event.index], event.event)
             return
         for spec in pack:
-            if isinstance(event, Watched):
+            if isinstance(event, Telemetry):
                 nodes[spec.key].append(event.node)
                 continue
             if isinstance(event, Started):
@@ -507,13 +499,16 @@ def _train(
                 send(storage.push_run, options.remote, partial_dir(options.out, name), console)
             display.event(spec, event)
 
+    at_address = options.remote and options.address
+    job = JobConfig(
+        world_size=width.workers, concurrent_runs=width.concurrent_runs, device=width.device, threads=width.threads,
+        storage=storage.join_uri(options.remote, ".ray") if at_address else options.out / ".ray",
+        placement=options.placement, fallback_world_sizes=plan.narrower_widths(options.elastic, specs),  # type: ignore[arg-type]
+    )  # fmt: skip
     work: AbstractContextManager[Any] = contextlib.closing(
         launch(
-            partial(_train_pack, places=places), packs,
-            workers=width.workers, concurrent_runs=width.concurrent_runs, gpu=width.device == "cuda", threads=width.threads,
-            storage=storage.join_uri(options.remote, ".ray") if options.remote and options.address else options.out / ".ray", progress=progress, placement=options.placement,
-            fewer=plan.narrower_widths(options.elastic, specs), watch=watch,
-            reached=lambda event: event.event.epoch if isinstance(event, OfOne) else 0,
+            partial(_train_pack, places=places), packs, job, progress=progress, telemetry=watch,
+            progress_of=lambda event: event.event.epoch if isinstance(event, OfOne) else 0,
         )
     )  # fmt: skip
     try:

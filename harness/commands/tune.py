@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from harness import plan
-from harness.cluster.launch import Failed, Report, Started, Worker
+from harness.cluster.job import Failed, Report, Started, Worker
 from harness.commands.report import classify, describe_code, make_record, name_of
 from harness.commands.run import (
     EXIT_DONE,

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.cluster.launch import Failed, Worker
+from harness.cluster.job import Failed, Worker
 from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
 from harness.loaders.loader import Augment, Loader, Normalize, make_evaluation_loader, make_loaders, make_normalize
 from harness.models.resnet import build
