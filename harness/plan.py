@@ -175,9 +175,7 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
     return list(dict.fromkeys(specs))
 
 
-def _make_spec(
-    grid: Grid, name: str, depth: int, seed: int, allocation: Allocation, fingerprint: str
-) -> RunSpec:
+def _make_spec(grid: Grid, name: str, depth: int, seed: int, allocation: Allocation, fingerprint: str) -> RunSpec:
     variant, settings = apply(find_variant(name)(depth), grid.settings)
     recipe, changed = override(variant.recipe, grid)
     return RunSpec(

@@ -47,7 +47,9 @@ def check_resources(resources: Resources) -> None:
         if resources.workers not in (None, 1):
             raise UserError(f"--launcher local runs one worker, not {resources.workers}; --launcher ray runs more")
         if resources.runs_per_gpu > 1:
-            raise UserError(f"--launcher local runs one process; --runs-per-gpu {resources.runs_per_gpu} needs ray")
+            raise UserError(
+                f"--launcher local runs one process; --runs-per-gpu {resources.runs_per_gpu} needs ray"
+            )
 
 
 def make_allocation(grid: Grid, resources: Resources, stack: ExitStack) -> Allocation:
@@ -82,7 +84,9 @@ def _default_to_specs(grid: Grid, resources: Resources, have_gpus: int) -> Resou
     if resources.gpus is None and len(devices) > 1:
         raise UserError("--spec: some of these runs are for GPUs and some for the CPU; --gpus decides for all")
     if len(widths) > 1:
-        raise UserError(f"--spec: these runs have {' and '.join(map(str, sorted(widths)))} workers; --workers decides")
+        raise UserError(
+            f"--spec: these runs have {' and '.join(map(str, sorted(widths)))} workers; --workers decides"
+        )
     (width,) = widths
     gpus = resources.gpus
     if gpus is None:

@@ -92,7 +92,9 @@ class RunSpec:
         for name, part in {"": cls, **parts}.items():
             known = {field.name for field in fields(part)}
             if unknown := [key for key in (values[name] if name else values) if key not in known]:
-                raise ValueError(f"{name}{'.' * bool(name)}{unknown[0]}: no such field{suggest(unknown[0], known)}")
+                raise ValueError(
+                    f"{name}{'.' * bool(name)}{unknown[0]}: no such field{suggest(unknown[0], known)}"
+                )
         # not the validated values: 180 would have become 180.0, and the key with it
         made = {name: part(**_as_tuples(values[name])) for name, part in parts.items()}
         return cls(**{**_as_tuples(values), **made})

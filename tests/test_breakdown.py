@@ -11,7 +11,7 @@ import torch
 from command import harness
 from test_train import spec
 
-from harness.cluster.launch import Worker
+from harness.cluster.job import Worker
 from harness.commands.breakdown import PARTS, StepClock, break_down
 from harness.spec import RunPaths
 

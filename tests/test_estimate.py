@@ -15,7 +15,7 @@ from rich.console import Console
 
 import harness.commands.estimate
 from harness import cli, plan
-from harness.cluster.launch import Failed, Worker
+from harness.cluster.job import Failed, Worker
 from harness.commands.estimate import (
     Cell,
     all_seconds,

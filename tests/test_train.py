@@ -14,7 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from harness.cluster.launch import Worker
+from harness.cluster.job import Worker
 from harness.loaders.datasets import limit, load_dataset
 from harness.loaders.loader import make_loaders
 from harness.loaders.sampling import Augment, LoaderConfig, make_normalize

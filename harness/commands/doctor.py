@@ -235,7 +235,7 @@ def _ray() -> Finding:
 def _cluster(address: str | None) -> Finding | None:
     if address is None:
         return None
-    from harness.cluster.launch import ClusterError, connect, disconnect
+    from harness.cluster.connect import ClusterError, connect, disconnect
 
     try:
         cluster = connect(address, cpus=0, gpus=0)

@@ -329,7 +329,9 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_ru
         sums.append(f"{figures(sum(gpu_hours) if gpu_hours else None)} GPU-hours")
         sums.append(f"{kilo(total_joules(cells))} kJ")
     runs = sum(cell.runs for cell in cells if cell.spec in predicted)
-    console.print(f"in all {runs} runs, {concurrent_runs} at a time: {', '.join(sums)}", style="bold", soft_wrap=True)
+    console.print(
+        f"in all {runs} runs, {concurrent_runs} at a time: {', '.join(sums)}", style="bold", soft_wrap=True
+    )
     for note in (*notes, *(f"{', '.join(names)} cannot be had: {reason}" for reason, names in missing.items())):
         console.print(note, soft_wrap=True, markup=False)
     steps = "/".join(str(n) for n in sorted({one.steps for one in predicted.values()})) or "no"

@@ -44,7 +44,9 @@ def make_repro(stored: Stored) -> str:
     commit, dirty = record.environment.get("commit"), record.environment.get("dirty")
     lines = [f"# {record.name}, {record.status} {record.finished_at:%Y-%m-%d %H:%M} UTC", f"# {_machine(record)}"]
     if isinstance(commit, str):
-        lines.append(f"git checkout {commit}" + ("  # and uncommitted changes, which are not known" if dirty else ""))
+        lines.append(
+            f"git checkout {commit}" + ("  # and uncommitted changes, which are not known" if dirty else "")
+        )
     else:
         lines.append("# the commit is not known: it was not run from a checkout")
     own = "resnet-harness"

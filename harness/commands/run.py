@@ -157,15 +157,15 @@ def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpe
         if todo:
             prepared.check_nodes()
         function = probe.estimate if options.estimate else probe.profile
-        failed = function(
-            todo, prepared.allocation, options.resources, recorder.paths, console, prepared.stack
-        )
+        failed = function(todo, prepared.allocation, options.resources, recorder.paths, console, prepared.stack)
         code = EXIT_FAILED if failed else EXIT_DONE
         if options.estimate:
             recorder.push(push_run, recorder.paths.out / ESTIMATES)
     if options.until_ci is not None and not options.profile:
         most = options.max_seeds or plan.MAX_SEEDS
-        console.print(f"and further seeds, to {most} of a row, until its error is known to ±{options.until_ci:g} points")
+        console.print(
+            f"and further seeds, to {most} of a row, until its error is known to ±{options.until_ci:g} points"
+        )
     return code
 
 

@@ -112,7 +112,9 @@ class _Plan:
         return _make_spec(self.asked, settings, self.width, self.dataset)
 
 
-def tune(asked: Search, options: TuneOptions, console: Console, *, resume: str | None, given: Collection[str]) -> int:
+def tune(
+    asked: Search, options: TuneOptions, console: Console, *, resume: str | None, given: Collection[str]
+) -> int:
     """Run a search, or go on with one, and print what came of it. Returns the exit code.
 
     `given` names the fields of `asked` that the user typed: a resumed search keeps its own, and contradicting them is
@@ -234,7 +236,9 @@ def _check(asked: Search) -> tuple[Dimension, ...]:
     if asked.depth is not None and "depth" in searched:
         raise UserError("depth is searched: leave --depth out")
     if asked.runs_per_gpu > 1 and asked.metric == "epoch_seconds":
-        raise UserError("--metric epoch_seconds: runs that share a GPU slow each other down; leave --runs-per-gpu out")
+        raise UserError(
+            "--metric epoch_seconds: runs that share a GPU slow each other down; leave --runs-per-gpu out"
+        )
     plan.check_grid(_make_sweep(asked, {}))
     for dimension in dimensions:
         if dimension.field == "depth":
