@@ -362,9 +362,9 @@ def doctor(
     """Say what this machine lacks, if anything."""
     from rich.console import Console
 
-    from harness.commands.doctor import check
+    from harness.commands.doctor import Target, print_findings
 
-    raise typer.Exit(check(out, data_dir, address, Console()))
+    raise typer.Exit(print_findings(Target(out, data_dir, address), Console()))
 
 
 def main() -> None:

@@ -260,7 +260,7 @@ def _write_predictions(
         raise UserError(f"--predictions {path} cannot be written: {error.strerror}") from None
 
 
-def print_answer(answer: Answer, console: Console) -> None:
+def print_errors(answer: Answer, console: Console) -> None:
     """Print errors, on how many images of which set, and what of the file was not used."""
     count = f"{answer.images:,}" if answer.images == answer.of else f"{answer.images:,} of {answer.of:,}"
     errors = f"top-1 error {answer.error:.2f} %"

@@ -389,6 +389,8 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
     prepared = prepare(spec, worker, paths)
     device, loader = prepared.device, prepared.train_loader
     with contextlib.closing(prepared):
+        if loader.steps < 2:
+            raise ValueError("an epoch of one step is too short to profile")
         # several ranks' gradients are summed after backward here, not by DDP inside it, where they hide behind it
         step, clock = make_step(prepared, ddp=False), StepClock(device)
         plain = Engine([("eager", step)], step.snapshot, warn)
