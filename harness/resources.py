@@ -62,11 +62,11 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack) -> Alloc
         from harness.training.nvml import count_gpus
         from harness.training.telemetry import count_cpus
 
-        resources = _default_to_specs(grid, resources, count_gpus())
+        resources = fill_from_specs(grid, resources, count_gpus())
         allocation = allocate(resources, have_gpus=count_gpus(), have_cpus=count_cpus(), precision=grid.precision)
         return replace(allocation, concurrent_runs=1) if resources.launcher == "local" else allocation
     cluster = join_cluster(stack, resources.address, cpus=0, gpus=0, verbose=resources.verbose)
-    resources = _default_to_specs(grid, resources, cluster.gpus)
+    resources = fill_from_specs(grid, resources, cluster.gpus)
     where = f"the cluster at {resources.address}"
     allocation = allocate(
         resources, have_gpus=cluster.gpus, have_cpus=cluster.cpus, precision=grid.precision, where=where
@@ -74,7 +74,7 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack) -> Alloc
     return _fit(allocation, cluster, resources)
 
 
-def _default_to_specs(grid: Grid, resources: Resources, have_gpus: int) -> Resources:
+def fill_from_specs(grid: Grid, resources: Resources, have_gpus: int) -> Resources:
     """Device and number of workers of the specs that were given, where the user chose no other."""
     if not grid.specs:
         return replace(resources, workers=resources.workers or 1) if _single(resources) else resources
