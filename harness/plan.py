@@ -381,10 +381,10 @@ def open_out(out: str, *, write: bool) -> tuple[Path, str]:
 
 def local_copy(uri: str) -> Path:
     """The local folder that stands for a URI, absolute."""
+    from harness.loaders.cache import cache_dir
     from harness.results.remote import stage
 
-    cache = Path(os.environ.get("HARNESS_CACHE") or Path.home() / ".cache" / "resnet-harness")
-    return stage(uri, cache.expanduser().absolute())
+    return stage(uri, cache_dir().expanduser().absolute())
 
 
 def check_out(out: Path) -> Path:

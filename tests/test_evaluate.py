@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from harness.commands.evaluate import Errors, EvalOptions, evaluate_weights, parse_normalize
 from harness.loaders.datasets import limit, load_dataset
-from harness.models.resnet import SMALLEST_IMAGE, build
+from harness.models.build import SMALLEST_IMAGE, build
 from harness.models.variants import VARIANTS, default_depth, find_variant, he2015
 from harness.results.store import load_records
 from harness.spec import UserError

@@ -242,8 +242,10 @@ def check_shared_memory(target: Target) -> Finding | None:
 
 def check_data(target: Target) -> Finding:
     """Whether the images are there."""
+    from harness.loaders.cache import cache_dir
+
     if target.data_dir is None:
-        cache = Path(os.environ.get("HARNESS_CACHE") or Path.home() / ".cache" / "resnet-harness")
+        cache = cache_dir()
         here = (cache / "downloads" / "cifar-10-batches-py").is_dir()
         found = f"cifar10 in {cache}" if here else f"no cifar10 in {cache} yet"
         advice = "without a network name --data-dir, or take --dataset digits"

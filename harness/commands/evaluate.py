@@ -19,7 +19,7 @@ from harness import plan
 from harness.loaders.datasets import Dataset, Split, limit, load_dataset
 from harness.loaders.loader import Loader, make_evaluation_loader
 from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_normalize
-from harness.models.resnet import SMALLEST_IMAGE, build
+from harness.models.build import SMALLEST_IMAGE, build
 from harness.models.variants import Variant, default_depth, find_variant
 from harness.results.store import load_records
 from harness.spec import RunSpec, UserError
