@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from harness.spec import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Value = TypeVar("Value")
 app = typer.Typer(
@@ -32,6 +35,13 @@ def opt(help: str, *names: str) -> Any:
 def arg(help: str) -> Any:
     """An argument."""
     return typer.Argument(help=help)
+
+
+def make_console() -> Console:
+    """Where tables go."""
+    from rich.console import Console
+
+    return Console()
 
 
 # --- options that several commands have ---
@@ -123,8 +133,6 @@ def run(
 ) -> None:
     """Train what is missing of a grid of runs, and print the table."""
     values = dict(locals())
-    from rich.console import Console
-
     from harness import plan
     from harness.commands.run import RunOptions, run_grid
     from harness.deadline import parse_until
@@ -142,7 +150,7 @@ def run(
     if spec:
         grid = plan.make_spec_grid(spec, grid, chosen(context))
     options = fill(RunOptions, values | {"resources": fill(Resources, values)})
-    raise typer.Exit(run_grid(grid, options, Console()))
+    raise typer.Exit(run_grid(grid, options, make_console()))
 
 
 def fill(kind: type[Value], values: Mapping[str, Any]) -> Value:
@@ -199,8 +207,6 @@ def tune(
 ) -> None:
     """Search for the best recipe; poor trials stop early."""
     values = dict(locals())
-    from rich.console import Console
-
     from harness.commands.tune import Search, TuneOptions
     from harness.commands.tune import tune as run_search
     from harness.deadline import parse_until
@@ -209,7 +215,7 @@ def tune(
     request = fill(Search, values)
     stop_at = None if until is None else parse_until(until, datetime.now())
     options = TuneOptions(out=out, address=address, until=stop_at, verbose=verbose)
-    raise typer.Exit(run_search(request, options, Console(), resume=resume, given=chosen(context)))
+    raise typer.Exit(run_search(request, options, make_console(), resume=resume, given=chosen(context)))
 
 
 # --- stored runs ---
@@ -226,13 +232,11 @@ def report(
     curves: Annotated[Path | None, opt("Draw the charts into this folder, as SVG and PNG.")] = None,
 ) -> None:
     """Print the comparison table of stored runs."""
-    from rich.console import Console
-
     from harness.commands.report import find_results, print_report
 
     any_run = print_report(
         find_results(paths or ["runs"]),
-        Console(),
+        make_console(),
         format=format,
         sort=sort,
         columns=_words(columns, "--columns"),
@@ -254,13 +258,16 @@ def compare(
     format: Annotated[str, opt("table, markdown or json.")] = "table",
 ) -> None:
     """Compare two sets of runs: better, worse or the same?"""
-    from rich.console import Console
-
     from harness.commands.compare import print_comparison
     from harness.commands.report import find_results
 
     code = print_comparison(
-        find_results(paths), Console(), by=by, fail_on=fail_on, format=format, across=_words(across, "--across")
+        find_results(paths),
+        make_console(),
+        by=by,
+        fail_on=fail_on,
+        format=format,
+        across=_words(across, "--across"),
     )
     raise typer.Exit(code)
 
@@ -277,12 +284,10 @@ def why(
     path: Annotated[str, arg("Folder of results.")] = "runs",
 ) -> None:
     """Print what is behind a row's figures."""
-    from rich.console import Console
-
     from harness.commands.report import find_results
     from harness.commands.why import print_why
 
-    print_why(row, find_results([path])[0], Console())
+    print_why(row, find_results([path])[0], make_console())
 
 
 @app.command()
@@ -306,21 +311,17 @@ def repro(
     path: Annotated[Path, arg("Folder of results.")] = Path("runs"),
 ) -> None:
     """Print the commands that train a stored run again."""
-    from rich.console import Console
-
     from harness.commands.repro import print_repro
 
-    print_repro(run, path, Console())
+    print_repro(run, path, make_console())
 
 
 @app.command()
 def variants() -> None:
     """List the variants: what they are and where they come from."""
-    from rich.console import Console
-
     from harness.commands.report import print_variants
 
-    print_variants(Console())
+    print_variants(make_console())
 
 
 @app.command("eval")
@@ -341,8 +342,6 @@ def evaluate(
 ) -> None:
     """Print the errors of stored weights on a test set."""
     values = dict(locals())
-    from rich.console import Console
-
     from harness.commands import evaluate as command
 
     values |= {
@@ -350,7 +349,7 @@ def evaluate(
         "normalize": command.parse_normalize(mean, std),
     }
     options = fill(command.EvalOptions, values)
-    command.print_errors(command.evaluate_weights(options), Console())
+    command.print_errors(command.evaluate_weights(options), make_console())
 
 
 @app.command()
@@ -360,11 +359,9 @@ def doctor(
     address: Address = None,
 ) -> None:
     """Say what this machine lacks, if anything."""
-    from rich.console import Console
-
     from harness.commands.doctor import Target, print_findings
 
-    raise typer.Exit(print_findings(Target(out, data_dir, address), Console()))
+    raise typer.Exit(print_findings(Target(out, data_dir, address), make_console()))
 
 
 def main() -> None:

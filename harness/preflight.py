@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.cluster.nodes import Unanswered, ask_every_node
+from harness.cluster.nodes import Unanswered, ask_every_node, working_nodes
 from harness.record import installed_version
 from harness.results.remote import StorageError, find_sentinels, leave_sentinel, remove_sentinels
 from harness.spec import RunPaths, UserError
@@ -138,10 +138,12 @@ def compare(
 
 
 def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> None:
-    """Compare every node of the cluster that was joined with this process, and with what a run needs.
+    """Compare the nodes of the cluster that was joined, if several, with this process and with what a run needs.
 
     Prints a table of what differs and raises UserError, or does nothing.
     """
+    if len(working_nodes()) < 2:
+        return
     question = Question(paths=paths, dataset=dataset.name, sentinel=f".preflight-{uuid.uuid4().hex[:12]}")
     remote, sentinel = paths.remote, question.sentinel
     if remote:

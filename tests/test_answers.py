@@ -172,7 +172,7 @@ def test_the_command_of_repro_plans_the_same_run(
         cli.main()
     ((grid, options),) = grids
     assert options.out == "repro"
-    resources = fill_from_specs(grid, options.resources, 8)
+    resources = fill_from_specs(options.resources, grid, 8)
     allocation = allocate(resources, have_gpus=8, have_cpus=8, precision=grid.precision)
     (spec,) = plan.expand(grid, allocation, fingerprint="f" * 64, train_images=50_000)
     assert (spec.key, spec.engine) == (record.key, record.spec["engine"])

@@ -84,6 +84,7 @@ def test_the_hash_follows_the_code_in_subfolders_and_links_too(tmp_path: Path) -
 
 def check(answers: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(preflight, "ask_every_node", answers)
+    monkeypatch.setattr(preflight, "working_nodes", lambda: ["a", "b"])
     console = Console(file=io.StringIO(), width=120)
     try:
         check_nodes(load_dataset("digits"), RunPaths(out=out), console)
@@ -107,6 +108,7 @@ def test_a_table_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     console = Console(file=io.StringIO(), width=120)
     monkeypatch.setattr(preflight, "ask_every_node", answers)
+    monkeypatch.setattr(preflight, "working_nodes", lambda: ["a", "b"])
     with pytest.raises(UserError, match="2 of 3 nodes are not ready"):
         check_nodes(load_dataset("digits"), RunPaths(out=tmp_path), console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]

@@ -15,7 +15,6 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -30,7 +29,7 @@ from rich.table import Table
 from harness.cluster.job import Failed, Started, Worker
 from harness.deadline import stopping_on_sigterm
 from harness.record import classify
-from harness.resources import Resources, make_job, start_launcher
+from harness.resources import Session
 from harness.results.metrics import figures
 from harness.results.store import keep_prediction
 from harness.results.values import Measurement, Prediction
@@ -45,7 +44,6 @@ from harness.training.train import run_eval, run_steps
 
 if TYPE_CHECKING:
     from harness.loaders.loader import Loader
-    from harness.plan import Allocation
 
 Outcome = TypeVar("Outcome")
 WARMUP_STEPS = 10  # not timed
@@ -115,11 +113,8 @@ def name_cell(spec: RunSpec) -> str:
 def probe_cells(
     probe: Callable[..., Outcome],
     cells: Sequence[RunSpec],
-    allocation: Allocation,
-    resources: Resources,
-    paths: RunPaths,
+    session: Session,
     console: Console,
-    stack: ExitStack,
 ) -> list[tuple[RunSpec, Outcome | Failed]]:
     """Call `probe(spec, worker, report, paths=...)` for each cell where its runs would be; outcomes in their order.
 
@@ -132,11 +127,9 @@ def probe_cells(
 
     if not cells:
         return []
-    if allocation.workers == 1 and resources.address is None:
-        resources = replace(resources, launcher="local")
-    launch = start_launcher(allocation, resources, stack)
-    job = make_job(allocation, resources, replace(paths, remote=""))
-    runs = launch(partial(probe, paths=paths), cells, job, progress=progress)
+    if session.allocation.workers == 1 and session.resources.address is None:
+        session = replace(session, resources=replace(session.resources, launcher="local"))
+    runs = session.launch(partial(probe, paths=session.paths), cells, progress=progress)
     with stopping_on_sigterm(), contextlib.closing(runs) as outcomes:
         found = dict(outcomes)
     return [(spec, found[spec]) for spec in cells]
@@ -271,22 +264,15 @@ def total_joules(cells: Sequence[Cell]) -> Measurement:
     return Measurement(value=total)
 
 
-def estimate(
-    todo: Sequence[RunSpec],
-    allocation: Allocation,
-    resources: Resources,
-    paths: RunPaths,
-    console: Console,
-    stack: ExitStack,
-) -> bool:
+def estimate(todo: Sequence[RunSpec], session: Session, console: Console) -> bool:
     """Probe every cell of the missing runs, store and print what is predicted. Returns whether a probe failed."""
     cells = count_cells(todo)
-    outcomes = probe_cells(predict, list(cells), allocation, resources, paths, console, stack)
+    outcomes = probe_cells(predict, list(cells), session, console)
     for spec, outcome in outcomes:
         if isinstance(outcome, Prediction):
-            keep_prediction(paths.out, spec.key, outcome)
+            keep_prediction(session.paths.out, spec.key, outcome)
     probed = [Cell(spec, cells[spec], outcome) for spec, outcome in outcomes]
-    print_estimate(probed, todo, allocation.concurrent_runs, console)
+    print_estimate(probed, todo, session.allocation.concurrent_runs, console)
     return any(isinstance(outcome, Failed) for _, outcome in outcomes)
 
 
@@ -412,17 +398,10 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
     return Breakdown(dict(zip(medians, part_ms, strict=True)), eager_ms, engine_ms, trainer.engine.name)
 
 
-def profile(
-    todo: Sequence[RunSpec],
-    allocation: Allocation,
-    resources: Resources,
-    paths: RunPaths,
-    console: Console,
-    stack: ExitStack,
-) -> bool:
+def profile(todo: Sequence[RunSpec], session: Session, console: Console) -> bool:
     """Break down a step of every cell of the missing runs and print it. Returns whether a probe failed."""
     cells = list(count_cells(todo))
-    outcomes = probe_cells(break_down, cells, allocation, resources, paths, console, stack)
+    outcomes = probe_cells(break_down, cells, session, console)
     print_breakdown(outcomes, console)
     return any(isinstance(outcome, Failed) for _, outcome in outcomes)
 
