@@ -58,15 +58,13 @@ Engine = Annotated[str | None, opt("eager, compile or graph. Default: graph on G
 LimitTrain = Annotated[int | None, opt("Train on this many images only; marked in tables.")]
 Gpus = Annotated[int | None, opt("GPUs to use, 0 for the CPU. Default: all.")]
 Workers = Annotated[
-    int | None, opt("DDP processes of a run; gpus/workers runs train at a time. Default: --gpus; tune: 1.")
+    int | None, opt("DDP processes per run; gpus/workers runs train at a time. Default: all GPUs (tune: 1).")
 ]
-RunsPerGpu = Annotated[
-    int, opt("Runs that share a GPU, where only the error matters: their seconds do not count.")
-]
+RunsPerGpu = Annotated[int, opt("Runs that share a GPU, for errors only: their seconds and energy do not count.")]
 Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.")]
 Until = Annotated[
     str | None,
-    opt("Stop then, as Ctrl-C does: after 9m or 2h30m, or at 18:00. What is printed continues."),
+    opt("Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued."),
 ]
 Verbose = Annotated[bool, opt("Show Ray's own messages.", "--verbose")]
 Across = Annotated[str | None, opt("Fields to average over, as in workers,threads.")]

@@ -192,8 +192,6 @@ def train_all(prepared: _Prepared, specs: list[RunSpec], todo: list[RunSpec]) ->
     """Train what is missing, then the further seeds of --until-ci. Returns all runs of the command and the exit code."""
     options, recorder = prepared.options, prepared.recorder
     failures = 0
-    if todo:
-        prepared.check_nodes()
     while True:
         if todo:
             failures += train_batch(prepared, todo)
@@ -201,7 +199,7 @@ def train_all(prepared: _Prepared, specs: list[RunSpec], todo: list[RunSpec]) ->
             break
         more = plan.more_seeds(
             specs,
-            {key: result.final_error for key, result in recorder.find_finished(specs).items()},
+            _errors(recorder, specs),
             until_ci=options.until_ci,
             max_seeds=options.max_seeds or plan.MAX_SEEDS,
             concurrent_runs=prepared.session.allocation.concurrent_runs,
@@ -221,6 +219,8 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     options, recorder, session = prepared.options, prepared.recorder, prepared.session
     paths, concurrent_runs = session.paths, min(session.allocation.concurrent_runs, len(specs))
     environment = {"launcher": options.resources.launcher, "concurrent_runs": concurrent_runs}
+    if not recorder.started:
+        prepared.check_nodes()
     _allow_open_files(len(specs))
     for spec in specs:
         session.stack.callback(lock_run(spec, paths.label, paths.out).release)
@@ -262,6 +262,11 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
         say("stopped; the same command goes on from the last finished epochs", options, prepared.console)
         raise
     return failures
+
+
+def _errors(recorder: Recorder, specs: Sequence[RunSpec]) -> dict[str, float]:
+    """The last-epoch errors of the finished runs, by key."""
+    return {key: result.final_error for key, result in recorder.find_finished(specs).items()}
 
 
 def _allow_open_files(more: int) -> None:
@@ -319,8 +324,7 @@ def select(loaded: Loaded, names: Collection[str]) -> Loaded:
 
 
 def _print_wide_rows(prepared: _Prepared, specs: Sequence[RunSpec], until_ci: float) -> None:
-    errors = {key: result.final_error for key, result in prepared.recorder.find_finished(specs).items()}
-    for row, half in plan.error_half_widths(specs, errors).items():
+    for row, half in plan.error_half_widths(specs, _errors(prepared.recorder, specs)).items():
         if half is not None and half > until_ci:
             seeds = sum(replace(spec, seed=0) == row for spec in specs)
             text = f"{row.variant}-{row.network.depth}: after {seeds} seeds its error is known to ±{half:.2f} points, not to ±{until_ci:g}"
