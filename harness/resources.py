@@ -192,15 +192,22 @@ class Session:
                 cpus = allocation.threads * allocation.workers * allocation.concurrent_runs
                 join_cluster(self.stack, None, cpus=cpus, gpus=allocation.gpus, verbose=resources.verbose)
             self._launch = launch
-        at_uri = self.paths.remote and resources.address
-        job = JobConfig(
-            world_size=allocation.workers,
-            concurrent_runs=allocation.concurrent_runs,
-            device=allocation.device,
-            threads=allocation.threads,
-            gpus_per_worker=1 / allocation.runs_per_gpu,
-            storage=join_uri(self.paths.remote, ".ray") if at_uri else self.paths.out / ".ray",
-            placement=resources.placement,  # type: ignore[arg-type]
-            fallback_world_sizes=fallback_world_sizes,
-        )
+        job = make_job(allocation, resources, self.paths, fallback_world_sizes=fallback_world_sizes)
         return cast("Generator[tuple[RunSpec, Any], None, None]", self._launch(train, specs, job, **callbacks))
+
+
+def make_job(
+    allocation: Allocation, resources: Resources, paths: RunPaths, *, fallback_world_sizes: tuple[int, ...] = ()
+) -> JobConfig:
+    """How the launcher runs each of the runs."""
+    at_uri = paths.remote and resources.address
+    return JobConfig(
+        world_size=allocation.workers,
+        concurrent_runs=allocation.concurrent_runs,
+        device=allocation.device,
+        threads=allocation.threads,
+        gpus_per_worker=1 / allocation.runs_per_gpu,
+        storage=join_uri(paths.remote, ".ray") if at_uri else paths.out / ".ray",
+        placement=resources.placement,  # type: ignore[arg-type]
+        fallback_world_sizes=fallback_world_sizes,
+    )
