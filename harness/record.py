@@ -135,6 +135,7 @@ class Recorder:
 
     paths: RunPaths
     original: bool  # the images are the published ones
+    environment: Mapping[str, Any]  # of every record: the launcher, and what else is known beforehand
     warn: Callable[[str], None]
     finished: dict[str, RunResult] = field(default_factory=dict)  # by key
     started: dict[str, datetime] = field(default_factory=dict)
@@ -166,7 +167,7 @@ class Recorder:
         self.push(push_run, folder)
         return earlier
 
-    def end(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, environment: Mapping[str, Any]) -> bool:
+    def end(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, **environment: Any) -> bool:
         """Store what a run came to. Returns whether it is a result and is stored at the URI too, if there is one."""
         folder = self.partial(spec)
         attempts = load_attempts(folder)
@@ -175,7 +176,7 @@ class Recorder:
             outcome = outcome.model_copy(update={"nodes": nodes, "attempts": max(1, len(attempts))})
         record = make_record(
             spec, outcome, label=self.paths.label, original=self.original, started_at=self.started[spec.key],
-            environment={**environment, "attempts": attempts},
+            environment={**self.environment, **environment, "attempts": attempts},
         )  # fmt: skip
         if isinstance(outcome, RunResult):
             self.pull(folder)  # what rank 0 wrote on its node

@@ -95,7 +95,10 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
             plan.fallback_world_sizes(options.elastic, specs)
             paths = replace(paths, label=dataset.label)
-            recorder = Recorder(paths, dataset.original, partial(say, options=options, console=console))
+            environment = {"launcher": options.resources.launcher}
+            recorder = Recorder(
+                paths, dataset.original, environment, partial(say, options=options, console=console)
+            )
             todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
             session = Session(allocation, options.resources, paths, stack)
             prepared = _Prepared(options, console, session, dataset, recorder)
@@ -218,7 +221,6 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
 
     options, recorder, session = prepared.options, prepared.recorder, prepared.session
     paths, concurrent_runs = session.paths, min(session.allocation.concurrent_runs, len(specs))
-    environment = {"launcher": options.resources.launcher, "concurrent_runs": concurrent_runs}
     if not recorder.started:
         prepared.check_nodes()
     _allow_open_files(len(specs))
@@ -251,7 +253,7 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     try:
         with stopping_on_sigterm(), display, closing(runs) as outcomes:
             for spec, outcome in outcomes:
-                failures += not recorder.end(spec, outcome, environment)
+                failures += not recorder.end(spec, outcome, concurrent_runs=concurrent_runs)
                 display.ended(spec, outcome)
                 if failures and options.fail_fast:
                     break
