@@ -21,9 +21,11 @@ from typing import Any
 
 from rich.console import Console
 
+import harness.cluster.connect
 import harness.cluster.launch
 from harness import plan
-from harness.cluster.launch import Cluster, Entered, Node, Started
+from harness.cluster.job import Entered, Started
+from harness.cluster.nodes import Cluster, Node
 from harness.commands import run as execute
 from harness.commands.run import Options
 from harness.loaders.datasets import load_dataset
@@ -63,16 +65,14 @@ def make_result(spec: RunSpec) -> RunResult:
     )  # fmt: skip
 
 
-def run_at_once(
-    train: Any, pack: tuple[RunSpec, ...], index: int, board: Any, **rest: Any
-) -> tuple[RunResult, ...]:
-    """Stands for harness.cluster.launch._run_one: the same events and outcome, no workers."""
+def run_at_once(run: Any) -> tuple[RunResult, ...]:
+    """Stands for harness.cluster.launch._Run.run: the same events and outcome, no workers."""
     import ray
 
-    del train, rest
+    index, board = run.index, run.mailbox
     board.put.remote(index, Started(attempt=1))
     board.put.remote(index, Entered())
-    (spec,) = pack
+    (spec,) = run.spec
     result = make_result(spec)
     for epoch in result.epochs:
         last = board.put.remote(index, execute.OfOne(0, epoch))
@@ -103,7 +103,7 @@ def main() -> int:
     seeds = -(-options.runs // (len(DEPTHS) * len(VARIANTS)))
     sweep = Grid(variants=VARIANTS, depths=DEPTHS, seeds=tuple(range(seeds)), dataset="digits", loader="resident")
     simulated = Cluster(members=(Node(cpus=CPUS_PER_NODE, gpus=GPUS_PER_NODE),) * NODES)
-    connect = harness.cluster.launch.connect
+    connect = harness.cluster.connect.connect
 
     def connect_here(address: str | None, **rest: Any) -> Cluster:
         connect(None, cpus=1, gpus=0)
@@ -117,7 +117,7 @@ def main() -> int:
     }
     for name, function in replaced.items():
         setattr(execute, name, function)
-    harness.cluster.launch._run_one = run_at_once  # type: ignore[assignment]
+    harness.cluster.launch._Run.run = run_at_once  # type: ignore[assignment,method-assign]
     plan.expand = timed(seconds, "expand", plan.expand)
     execute.finished_keys = timed(seconds, "finished", execute.finished_keys)
 

@@ -28,7 +28,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness.cluster.launch import Worker
+from harness.cluster.job import Worker
 from harness.commands.breakdown import Breakdown, break_down
 from harness.commands.report import describe_code
 from harness.loaders.datasets import load_dataset

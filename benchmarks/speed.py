@@ -39,7 +39,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.peers import load_peer, write_cifar10
-from harness.cluster.launch import Worker
+from harness.cluster.job import Worker
 from harness.commands.report import describe_code
 from harness.loaders.datasets import Dataset, limit, load_dataset
 from harness.loaders.sampling import make_normalize

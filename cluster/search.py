@@ -22,17 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from harness.cluster.launch import (
-    COLLECTIVE_SECONDS,
-    Failed,
-    Outcome,
-    Report,
-    Spec,
-    Started,
-    Worker,
-    is_death,
-    make_failed,
-)
+from harness.cluster.failures import WORKER_DIED, is_death, make_failed
+from harness.cluster.job import COLLECTIVE_SECONDS, Failed, Outcome, Report, Spec, Started, Worker
 
 PEER_SECONDS = 10.0  # a rank 0 that hangs after a peer's death ends after this
 COMMUNICATION = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
@@ -134,7 +125,7 @@ def search(
         def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             if trial.trial_id in running:
                 attempt = attempts[trial.trial_id] = attempts.get(trial.trial_id, 0) + 1
-                reason = "a worker process died (killed, or its node was lost)" if attempt > 1 else ""
+                reason = WORKER_DIED if attempt > 1 else ""
                 study.reported(running[trial.trial_id], Started(attempt=attempt, reason=reason))
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:

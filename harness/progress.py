@@ -1,4 +1,4 @@
-"""What a person sees while runs go on: one table that keeps up, or plain lines where there is no terminal."""
+"""What is shown while a command works: a bar for data, a live table of runs, or plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -6,19 +6,48 @@ import json
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from harness.cluster.launch import Entered, Failed, Started, Waiting
+from harness.cluster.job import Entered, Failed, Started, Waiting
 from harness.results.values import EpochMetrics, RunResult
-from harness.spec import RunSpec
+from harness.spec import RunPaths, RunSpec, UserError
+
+if TYPE_CHECKING:
+    from harness.loaders.datasets import Dataset
+
+
+def load_data(name: str, paths: RunPaths, console: Console) -> Dataset:
+    """Load the data set, with a bar while it is downloaded and decoded. Raises UserError where that fails."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    from harness.loaders.datasets import DataError, load_dataset
+
+    with Bar(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(escape(what), total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        try:
+            return load_dataset(name, paths.data_dir, paths.cache_dir, progress)
+        except DataError as error:
+            raise UserError(str(error)) from None
 
 
 @dataclass(slots=True)
@@ -33,16 +62,16 @@ class _Line:
 
 
 class Progress:
-    """Shows runs as they go on; `event` takes what `launch` reports, `ended` the outcome."""
+    """Shows the runs; `event` takes what `launch` reports, `ended` the outcome."""
 
     def __init__(
-        self, specs: list[RunSpec], epochs: dict[str, int], console: Console, *, concurrent_runs: int
+        self, specs: Sequence[RunSpec], epochs: Mapping[str, int], console: Console, *, concurrent_runs: int
     ) -> None:
         self.lines = {spec.key: _Line(spec, epochs[spec.key]) for spec in specs}
         self.console = console
         self.concurrent_runs = concurrent_runs
         self.many_seeds = len({spec.seed for spec in specs}) > 1
-        self._live = Live(get_renderable=self._sample_epoch, console=console, refresh_per_second=4, transient=True)
+        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Progress:
         if self.console.is_terminal:
@@ -60,7 +89,7 @@ class Progress:
         self.console.print(Text(text), soft_wrap=True)
 
     def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
-        """A run takes up what an earlier command left."""
+        """A run continues after the epochs of an earlier command."""
         if history:
             line = self.lines[spec.key]
             line.last = history[-1]
@@ -74,10 +103,10 @@ class Progress:
         if isinstance(event, Started):
             line.state, line.since = "starting", now
             line.note = f"attempt {event.attempt}: {event.reason}" if event.reason else ""
-            if event.workers is not None:
-                line.note = f"{event.workers} of {spec.workers} workers; {line.note}"
+            if event.world_size is not None:
+                line.note = f"{event.world_size} of {spec.workers} workers; {line.note}"
             if event.reason:
-                width = f" with {event.workers} of {spec.workers} workers" if event.workers else ""
+                width = f" with {event.world_size} of {spec.workers} workers" if event.world_size else ""
                 self.say(f"{spec.title}: {event.reason}; trying again ({event.attempt}){width}")
             elif not self.console.is_terminal:
                 self.say(f"{spec.title}: starting")
@@ -122,7 +151,7 @@ class Progress:
         ]
         return (line.epochs - done) * statistics.median(seconds) if seconds else None
 
-    def _sample_epoch(self) -> Group:
+    def _render(self) -> Group:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for name in ("run", "epoch", ""):
             table.add_column(name, no_wrap=True)
@@ -157,7 +186,7 @@ class Progress:
         return Group(table, Text(footer + "   Ctrl-C stops; the same command resumes", style="dim"))
 
     def _shown(self) -> list[_Line]:
-        """What fits on the screen: running ones first of all, then the order of the plan."""
+        """The lines that fit on the screen, running ones first, in the order of the plan."""
         room = max(4, self.console.height - 4)
         lines = list(self.lines.values())
         if len(lines) <= room:
@@ -170,7 +199,7 @@ class Progress:
 
 
 class JsonLines:
-    """In place of the table: a JSON object an epoch, for programs. "time" is training seconds since epoch 0 began."""
+    """A JSON object per epoch, for programs. "time" is training seconds since epoch 0 began."""
 
     def __init__(self, file: IO[str]) -> None:
         self.file = file
@@ -207,6 +236,7 @@ class JsonLines:
 
 
 def clock(seconds: float | None) -> str:
+    """ "1:02:03", "2:03", or "?" where it is not known."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds), 60)

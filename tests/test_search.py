@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from ray import cloudpickle
 
-from harness.cluster.launch import Failed, Started, Worker, connect, disconnect
+from harness.cluster.connect import connect, disconnect
+from harness.cluster.job import Failed, Started, Worker
 from harness.cluster.search import search
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module

@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from harness.cluster.launch import Worker
+from harness.cluster.job import Worker
 from harness.loaders.datasets import limit, load_dataset
 from harness.loaders.loader import make_loaders
 from harness.loaders.resident import ResidentLoader

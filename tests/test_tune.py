@@ -14,7 +14,7 @@ from test_store import make_record
 
 import harness.cluster.search
 from harness import search_space as space
-from harness.cluster.launch import Started, Worker
+from harness.cluster.job import Started, Worker
 from harness.commands import sweep as study
 from harness.commands.sweep import Asha, Log, Median, Never, Trial
 from harness.commands.sweep_progress import best_first

@@ -21,26 +21,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from harness import plan
-from harness.cluster.launch import Failed, Report, Started, Worker
-from harness.commands.report import classify, describe_code, make_record, name_of
-from harness.commands.run import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    Options,
-    count_epochs,
-    join_cluster,
-    lay_out,
-    load_data,
-    lock_run,
-    make_paths,
-    stopping_on_sigterm,
-)
+from harness.cluster.job import Failed, Report, Started, Worker
+from harness.commands.run import EXIT_DONE, EXIT_FAILED
 from harness.commands.sweep import Algorithm, Log, Trial, count_trials, make_optuna_study, make_rule, propose
 from harness.commands.sweep_progress import Board, best_first, describe
-from harness.deadline import stopping_at
+from harness.deadline import stopping_at, stopping_on_sigterm
 from harness.loaders.datasets import Dataset
 from harness.models.variants import default_depth, find_variant
-from harness.plan import Allocation, Grid
+from harness.plan import Allocation, Grid, count_epochs
+from harness.progress import load_data
+from harness.record import classify, describe_code, lock_run, make_record, name_of
+from harness.resources import Resources, check_resources, join_cluster, make_allocation
 from harness.results.report.sweeps import METRICS, TRIALS
 from harness.results.report.text import Sheet, for_terminal
 from harness.results.store import (
@@ -88,8 +79,18 @@ class Search:
     limit_train: int | None = None
     gpus: int | None = None
     workers: int | None = None
-    gpus_per_trial: float = 1.0
+    runs_per_gpu: int = 1
     concurrent: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneOptions:
+    """How a search is carried out."""
+
+    out: Path = Path("runs")
+    address: str | None = None
+    until: datetime | None = None
+    verbose: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,7 +112,9 @@ class _Plan:
         return _make_spec(self.asked, settings, self.width, self.dataset)
 
 
-def tune(asked: Search, options: Options, console: Console, *, resume: str | None, given: Collection[str]) -> int:
+def tune(
+    asked: Search, options: TuneOptions, console: Console, *, resume: str | None, given: Collection[str]
+) -> int:
     """Run a search, or go on with one, and print what came of it. Returns the exit code.
 
     `given` names the fields of `asked` that the user typed: a resumed search keeps its own, and contradicting them is
@@ -123,13 +126,16 @@ def tune(asked: Search, options: Options, console: Console, *, resume: str | Non
         folder = _find_sweep(out, resume)
         asked = _load_asked(folder, asked, given)
     dimensions = _check(asked)
-    options = replace(
-        options, out=out, data_dir=asked.data_dir, gpus=asked.gpus, workers=asked.workers or 1, launcher="ray"
-    )
+    resources = Resources(
+        gpus=asked.gpus, workers=asked.workers or 1, runs_per_gpu=asked.runs_per_gpu, address=options.address,
+        verbose=options.verbose,
+    )  # fmt: skip
+    check_resources(resources)
+    paths = RunPaths(out=out, data_dir=asked.data_dir)
     with ExitStack() as stack, stopping_at(options.until):
         sweep = _make_sweep(asked, {})
-        width = lay_out(sweep, options, stack)
-        dataset = load_data(sweep, options, console)
+        width = make_allocation(sweep, resources, stack)
+        dataset = load_data(sweep.dataset, paths, console)
         if asked.metric == "top5_error" and dataset.num_classes <= 10:
             raise UserError(
                 f"--metric top5_error: {asked.dataset} has {dataset.num_classes} classes, too few for a top-5"
@@ -138,7 +144,7 @@ def tune(asked: Search, options: Options, console: Console, *, resume: str | Non
         total = count_trials(dimensions, asked.samples)
         width = _pack(width, asked, total)
         specs = [_make_spec(asked, point, width, dataset) for point in _corners(dimensions)]
-        epochs = count_epochs(specs[0], dataset)
+        epochs = count_epochs(specs[0], len(dataset.train))
         if folder is None:
             folder = _make_folder(out, specs[0], dataset.label)
             _write_json(folder / "sweep.json", {
@@ -153,7 +159,7 @@ def tune(asked: Search, options: Options, console: Console, *, resume: str | Non
         _lock(folder, stack)
         made = _Plan(
             asked=asked, name=folder.name, folder=folder, dimensions=dimensions, dataset=dataset,
-            places=make_paths(options, dataset), width=width, epochs=epochs, total=total,
+            places=replace(paths, label=dataset.label), width=width, epochs=epochs, total=total,
         )  # fmt: skip
         log = Log(folder / "log.jsonl", make_rule(asked.scheduler, epochs), epochs)
         console.print(
@@ -229,15 +235,10 @@ def _check(asked: Search) -> tuple[Dimension, ...]:
         raise UserError("batch_size is searched: leave --batch-size out")
     if asked.depth is not None and "depth" in searched:
         raise UserError("depth is searched: leave --depth out")
-    if not 0 < asked.gpus_per_trial <= 1:
-        raise UserError(f"--gpus-per-trial {asked.gpus_per_trial:g}: a share above 0 and up to 1 is allowed")
-    if asked.gpus_per_trial < 1:
-        if (asked.workers or 1) > 1:
-            raise UserError(f"--gpus-per-trial {asked.gpus_per_trial:g} is for one worker, not {asked.workers}")
-        if asked.metric == "epoch_seconds":
-            raise UserError(
-                "--metric epoch_seconds: packed trials slow each other down; leave --gpus-per-trial out"
-            )
+    if asked.runs_per_gpu > 1 and asked.metric == "epoch_seconds":
+        raise UserError(
+            "--metric epoch_seconds: runs that share a GPU slow each other down; leave --runs-per-gpu out"
+        )
     plan.check_grid(_make_sweep(asked, {}))
     for dimension in dimensions:
         if dimension.field == "depth":
@@ -305,11 +306,7 @@ def _pack(width: Allocation, asked: Search, total: int) -> Allocation:
         cpus = width.concurrent_runs * width.workers * width.threads
         concurrent_runs = min(asked.concurrent or cpus, cpus // width.workers, total)
         return replace(width, concurrent_runs=concurrent_runs, threads=cpus // (concurrent_runs * width.workers))
-    packed = math.floor(1 / asked.gpus_per_trial + 1e-9)
-    most *= packed
-    return replace(
-        width, concurrent_runs=min(asked.concurrent or most, most, total), threads=max(1, width.threads // packed)
-    )
+    return replace(width, concurrent_runs=min(asked.concurrent or most, most, total))
 
 
 def _make_folder(out: Path, spec: RunSpec, label: str) -> Path:
@@ -384,7 +381,7 @@ def _run(made: _Plan, log: Log, console: Console) -> None:
             search(
                 partial(train_trial, places=made.places), trials,
                 workers=made.width.workers, concurrent_runs=made.width.concurrent_runs, threads=made.width.threads,
-                gpus=made.asked.gpus_per_trial if made.width.device == "cuda" else 0,
+                gpus=1 / made.asked.runs_per_gpu if made.width.device == "cuda" else 0,
                 storage=made.folder / f".ray-{os.getpid()}",
             )  # fmt: skip
     finally:
@@ -490,14 +487,13 @@ class _Trials:
 
     def _record(self, live: _Live, outcome: RunResult | Failed | Pruned) -> Record:
         made = self.made
-        record = make_record(
-            live.spec, outcome, places=made.places, original=made.dataset.original, started_at=live.started_at,
-            concurrent=made.width.concurrent_runs, launcher="tune",
+        return make_record(
+            live.spec, outcome, label=made.places.label, original=made.dataset.original, started_at=live.started_at,
+            environment={
+                "launcher": "tune", "concurrent_runs": made.width.concurrent_runs, "sweep": made.name,
+                "trial": live.trial.number,
+            },
         )  # fmt: skip
-        extra: dict[str, Any] = {"sweep": made.name, "trial": live.trial.number}
-        if made.width.device == "cuda" and made.asked.gpus_per_trial < 1:
-            extra["gpu_share"] = made.asked.gpus_per_trial
-        return record.model_copy(update={"environment": {**record.environment, **extra}})
 
     def _take(self, trial: Trial, spec: RunSpec) -> bool:
         """End a trial whose run is stored already, by whatever command."""

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from harness.cluster.launch import Worker
+from harness.cluster.job import Worker
 from harness.loaders.loader import Loader, make_evaluation_loader
 from harness.results.remote import RemoteRun
 from harness.results.store import append_epoch, partial_dir, run_name, write_epochs
