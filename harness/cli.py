@@ -169,8 +169,8 @@ def tune(
     samples: Annotated[
         int | None, opt("Trials, or trials of each grid point. Default: 16, with a grid 1.")
     ] = None,
-    search_algorithm: Annotated[str, opt("random, or optuna (TPE).")] = "random",
-    scheduler: Annotated[str, opt("Stops poor trials early: asha, median or none.")] = "asha",
+    search_algorithm: Annotated[str, opt("random, tpe or gp (a Gaussian process).")] = "random",
+    scheduler: Annotated[str, opt("Stops poor trials early: asha, hyperband, median or none.")] = "asha",
     metric: Annotated[str, opt("To minimise: error, top5_error, loss or epoch_seconds.")] = "error",
     seed: Annotated[int, opt("Of the proposals, and of every trial.")] = 0,
     dataset: Dataset = "cifar10",
@@ -201,12 +201,12 @@ def tune(
     values = dict(locals())
     from rich.console import Console
 
-    from harness.commands.tune import Search, TuneOptions
+    from harness.commands.sweep import make_search
+    from harness.commands.tune import TuneOptions
     from harness.commands.tune import tune as run_search
     from harness.deadline import parse_until
 
-    values |= {"search": tuple(search or ()), "data_dir": data_dir and data_dir.expanduser().absolute()}
-    request = fill(Search, values)
+    request = make_search(values)
     stop_at = None if until is None else parse_until(until, datetime.now())
     options = TuneOptions(out=out, address=address, until=stop_at, verbose=verbose)
     raise typer.Exit(run_search(request, options, Console(), resume=resume, given=chosen(context)))
