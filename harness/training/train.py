@@ -66,7 +66,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     run = prepare(spec, worker, paths, meter)
     folder = partial_dir(paths.out, run_name(paths.label, spec.variant, spec.network.depth, spec.seed, spec.key))
     remote = RemoteRun(paths.remote, folder, warn)
-    remote.bring(worker.rank)
+    remote.pull(worker.rank)
     history = resume(run, folder, warn)
     first, attempt = len(history), history[-1].attempt + 1 if history else 1
     if worker.rank == 0:
@@ -117,14 +117,14 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
                 save(run, folder, history)
             append_epoch(folder, metrics)
             if (epoch + 1) % paths.checkpoint_every == 0:
-                remote.send()
+                remote.push()
         report(metrics)
 
     if worker.rank == 0:
         weights = {name: tensor.contiguous().cpu() for name, tensor in run.network.state_dict().items()}
         about = {"key": spec.key, "variant": spec.variant, "depth": str(spec.network.depth)}
         save_file(weights, folder / "weights.safetensors", metadata=about)
-        remote.send(must=True)
+        remote.push(required=True)
     on_test = evaluate_test(run) if run.data.eval_split == "val" else None
     memory = meter.read(run.network, run.optimizer, trainer.graphs)
     result = RunResult(
