@@ -13,7 +13,7 @@ import math
 import os
 import statistics
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from harness.results.sweeps import Dimension, FieldImportance, Importance, State, Trial, format_value
 from harness.search_space import count_points, finite_values, grid_points, round_value
 
-SAMPLERS: dict[str, type[BaseSampler]] = {"random": RandomSampler, "tpe": TPESampler, "gp": GPSampler}
+SAMPLERS: dict[str, Callable[..., BaseSampler]] = {"random": RandomSampler, "tpe": TPESampler, "gp": GPSampler}
 ALGORITHMS = tuple(SAMPLERS)
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 STATES: dict[State, TrialState] = {
@@ -243,10 +243,10 @@ class Study:
 
 
 def _distribution(d: Dimension) -> BaseDistribution:
-    if d.function in ("loguniform", "uniform"):
-        return FloatDistribution(*d.values, log=d.log)
     if d.function == "randint":
-        return IntDistribution(*map(int, d.values))
+        return IntDistribution(int(d.values[0]), int(d.values[1]))
+    if d.continuous:
+        return FloatDistribution(d.values[0], d.values[1], log=d.log)
     return CategoricalDistribution(d.values)
 
 
