@@ -67,7 +67,7 @@ class LiveTable:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._live = Live(get_renderable=self.render, console=console, refresh_per_second=4, transient=True)
+        self._live: Live | None = None
 
     def render(self) -> Group:
         """The table as it is now."""
@@ -75,13 +75,16 @@ class LiveTable:
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
+            self._live = Live(
+                get_renderable=self.render, console=self.console, refresh_per_second=4, transient=True
+            )
             self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.console.is_terminal:
+        if self._live is not None:
             self._live.stop()
 
     def say(self, text: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from harness.models.variants import Network, Recipe, Variant
 from harness.results.sweeps import Dimension, Function, format_value
@@ -148,8 +148,10 @@ def _value(name: str, word: str, what: str) -> Any:
     if type(None) in get_args(hint) and word.lower() == "none":
         return None
     try:
+        if hint is bool and word.lower() not in ("true", "false"):  # pydantic takes 1 and yes, too
+            raise ValueError
         value = TypeAdapter(hint).validate_python(word.split(",") if get_origin(hint) is tuple else word)
-    except ValidationError:
+    except ValueError:
         kind = "true or false" if hint is bool else f"a {'' if 'float' in str(hint) else 'whole '}number"
         raise UserError(f"{what}: {name} is {kind}, not {word!r}") from None
     if any(
