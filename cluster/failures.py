@@ -10,12 +10,16 @@ from harness.cluster.job import Failed
 WORKER_DIED = "a worker process died (killed, or its node was lost)"
 _DEATHS = {
     "WorkerHealthCheckFailedError", "ActorDiedError", "RayActorError", "NodeDiedError", "WorkerGroupStartupFailedError",
-    "WorkerCrashedError",
+    "WorkerCrashedError", "WorkerDiedError",
 }  # fmt: skip
 _COLLECTIVES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _LOST_PEER = re.compile(
     r"[Cc]onnection (closed by peer|reset by peer|refused)|Broken pipe|gloo.*(timed out|Timed out)"
 )
+
+
+class WorkerDiedError(RuntimeError):
+    """Another process of the same run ended without an exception of its own."""
 
 
 def make_failed(error: BaseException, *, attempts: int) -> Failed:

@@ -14,7 +14,6 @@ import typer
 from harness.spec import UserError
 
 if TYPE_CHECKING:
-    from rich.console import Console
 
 Value = TypeVar("Value")
 app = typer.Typer(
@@ -39,7 +38,6 @@ def arg(help: str) -> Any:
 
 def make_console() -> Console:
     """Where tables go."""
-    from rich.console import Console
 
     return Console()
 
@@ -175,8 +173,8 @@ def tune(
     samples: Annotated[
         int | None, opt("Trials, or trials of each grid point. Default: 16, with a grid 1.")
     ] = None,
-    search_algorithm: Annotated[str, opt("random, or optuna (TPE).")] = "random",
-    scheduler: Annotated[str, opt("Stops poor trials early: asha, median or none.")] = "asha",
+    search_algorithm: Annotated[str, opt("random, tpe or gp (a Gaussian process).")] = "random",
+    scheduler: Annotated[str, opt("Stops poor trials early: asha, hyperband, median or none.")] = "asha",
     metric: Annotated[str, opt("To minimise: error, top5_error, loss or epoch_seconds.")] = "error",
     seed: Annotated[int, opt("Of the proposals, and of every trial.")] = 0,
     dataset: Dataset = "cifar10",
@@ -205,12 +203,13 @@ def tune(
 ) -> None:
     """Search for the best recipe; poor trials stop early."""
     values = dict(locals())
-    from harness.commands.tune import Search, TuneOptions
+
+    from harness.commands.sweep import make_search
+    from harness.commands.tune import TuneOptions
     from harness.commands.tune import tune as run_search
     from harness.deadline import parse_until
 
-    values |= {"search": tuple(search or ()), "data_dir": data_dir and data_dir.expanduser().absolute()}
-    request = fill(Search, values)
+    request = make_search(values)
     stop_at = None if until is None else parse_until(until, datetime.now())
     options = TuneOptions(out=out, address=address, until=stop_at, verbose=verbose)
     raise typer.Exit(run_search(request, options, make_console(), resume=resume, given=chosen(context)))

@@ -382,9 +382,9 @@ def open_out(out: str, *, write: bool) -> tuple[Path, str]:
 def local_copy(uri: str) -> Path:
     """The local folder that stands for a URI, absolute."""
     from harness.loaders.cache import cache_dir
-    from harness.results.remote import stage
+    from harness.results.remote import cache_folder
 
-    return stage(uri, cache_dir().expanduser().absolute())
+    return cache_folder(uri, cache_dir().expanduser().absolute())
 
 
 def check_out(out: Path) -> Path:
