@@ -22,7 +22,8 @@ from harness.commands.tune import weigh
 from harness.models.variants import he2015, msra
 from harness.results.explain import why
 from harness.results.report.sweeps import load_sweeps
-from harness.results.report.table import render, summarise
+from harness.results.report.table import render
+from harness.results.rows import summarise
 from harness.results.store import SWEEPS, finish, finished_keys, load_epochs, load_records, prune, start
 from harness.results.values import Pruned
 from harness.search_space import Dimension, parse_search, parse_settings
@@ -282,7 +283,7 @@ def test_a_stopped_run_is_shown_and_averaged_with_nothing(tmp_path: Path) -> Non
     assert "pruned by asha of sweep s after epoch 3 of 30, at 45 %" in why(alone)
 
     start(tmp_path, make_record(1).name, {})  # taken up again: the record of the stop is kept beside
-    assert len(list(folder.glob("stopped_*.json"))) == 1
+    assert len(list(folder.glob("pruned_*.json"))) == 1
     with pytest.raises(ValueError, match="needs to say where"):
         prune(tmp_path, make_record(1))
     broken = make_record(2, pruned=pruned)

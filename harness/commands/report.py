@@ -188,8 +188,9 @@ def print_report(
     exist, and a file that cannot be written.
     """
     from harness.plan import check_word
+    from harness.results.report.columns import sort_rows
     from harness.results.report.sweeps import Sweeps, write_sweep_charts
-    from harness.results.report.table import FORMATS, render, sort_rows
+    from harness.results.report.table import FORMATS, render
 
     check_word(format, (*FORMATS, "html"), "--format")
     loaded = load_runs(paths)

@@ -126,7 +126,7 @@ def make_labels(rows: Sequence[Row], layout: Layout | None = None) -> list[str]:
 
 
 DESCRIBING = {
-    "limit_train", "duration", "overrides", "loader", "precision", "engine", "width", "device", "differs",
+    "limit_train", "duration", "overrides", "loader", "precision", "engine", "workers", "device", "differs",
 }  # fmt: skip
 
 
@@ -286,7 +286,7 @@ def _memory(rows: Sequence[Row], members: Sequence[int]) -> tuple[str, str]:
     """The first figure that all of these rows have, else the one that most have."""
 
     def missing(field: str) -> int:
-        return sum(getattr(rows[i], field).value is None for i in members if rows[i].done)
+        return sum(rows[i].figures[field].value is None for i in members if rows[i].done)
 
     field = min(MEMORIES, key=missing)
     return field, MEMORIES[field]
@@ -295,8 +295,7 @@ def _memory(rows: Sequence[Row], members: Sequence[int]) -> tuple[str, str]:
 def _points(rows: Sequence[Row], members: Sequence[int], field: str) -> list[Point]:
     found: list[tuple[int, float, float, float | None]] = []
     for i in members:
-        value, error = getattr(rows[i], field), rows[i].error
-        cost = value if isinstance(value, float | int | None) else value.value
+        cost, error = rows[i].figures[field].value, rows[i].error
         if cost is not None and error is not None and math.isfinite(cost) and math.isfinite(error.mean):
             found.append((i, cost, error.mean, error.std))
     best, lowest = set(), math.inf

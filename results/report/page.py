@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from harness.results import prediction as predicted
+from harness.results.metrics import NONE
 from harness.results.report import memory as categories
 from harness.results.report.charts import Panel, make_labels, make_panels
+from harness.results.report.columns import Column
 from harness.results.report.sweeps import SweepSummary, SweepTrial, finite, make_sweep_charts, show
-from harness.results.report.table import Column, Layout, lay_out, sort_value
+from harness.results.report.table import Layout, lay_out
 from harness.results.report.text import clean
-from harness.results.rows import NONE, Row
+from harness.results.rows import Row
 from harness.results.store import Interrupted, Problem, Stored
 from harness.results.values import Record, RunResult
 
@@ -172,7 +174,7 @@ NETWORK = Column("network", "network", lambda r: r.name, right=False)
 
 def _cell(k: int, column: Column, i: int, row: Row, layout: Layout, swatches: Mapping[int, str]) -> str:
     words = layout.words[column.name][i] if column is not NETWORK else column.text(row)
-    value = sort_value(column.name, row) if column is not NETWORK else f"{row.variant} {row.depth:06}"
+    value = column.sort_key(row) if column is not NETWORK else f"{row.variant} {row.depth:06}"
     if isinstance(value, float) and not math.isfinite(value):
         value = None
     kinds = ["r"] if column.right else []
