@@ -99,7 +99,7 @@ def _choose_columns(rows: Sequence[Row], texts: dict[str, list[str]]) -> tuple[l
     """The columns that stand in the table, and those that all rows agree in, which are said above it."""
     shown: list[Column] = []
     shared: list[Column] = []
-    on_gpu = any(row.fields.get("device") != "cpu" for row in rows)
+    on_gpu = any(row.done and row.fields.get("device") == "cuda" for row in rows)
     for column in make_columns():
         different = set(texts[column.name])
         metric = METRICS.get(column.name)
