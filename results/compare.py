@@ -183,10 +183,10 @@ def parse_fail_on(text: str) -> tuple[Condition, ...]:
     """Read 'error>+0.3,epoch_seconds>5%'. Raises ValueError, in one line, for what does not parse."""
     conditions = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\w+)\s*([<>])\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*(%?)\s*", part)
-        if found is None:
+        match = re.fullmatch(r"\s*(\w+)\s*([<>])\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*(%?)\s*", part)
+        if match is None:
             raise ValueError(f"cannot read {part.strip()!r}: write conditions like error>+0.3,epoch_seconds>5%")
-        name, sign, limit, percent = found.groups()
+        name, sign, limit, percent = match.groups()
         find_metric(name)
         conditions.append(Condition(name, sign == ">", float(limit), bool(percent)))
     return tuple(conditions)

@@ -10,6 +10,7 @@ from harness.results.metrics import METRICS, UNKNOWN, Metric
 from harness.results.published import Published
 from harness.results.report.columns import progress, pruned_at
 from harness.results.rows import Row
+from harness.results.values import UNMEASURED
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,8 @@ def _run_notes(row: Row) -> Iterator[tuple[str, ...]]:
             yield "pruned by a search before its end: averaged with nothing", where
     for partial in row.interrupted:
         seed = partial.spec.get("seed")
-        who = f"{row.name} seed {seed}" if seed is not None else partial.name
-        yield f"{who} is not done: {progress(partial)}", where
+        run = f"{row.name} seed {seed}" if seed is not None else partial.name
+        yield f"{run} is not done: {progress(partial)}", where
     if row.against is not None:
         yield _cite(row.against.published), "published"
 
@@ -97,7 +98,7 @@ def _missing_notes(row: Row) -> Iterator[tuple[str, ...]]:
         expected = (
             metric.in_table and metric.missing is None and metric.device in (None, "cpu", row.fields.get("device"))
         )
-        if expected and figure.value is None and figure.reason:
+        if expected and figure.value is None and figure.reason not in (None, UNMEASURED.reason):
             missing[figure.reason].append(metric)
     for reason, metrics in missing.items():
         titles = ", ".join(metric.title for metric in metrics)

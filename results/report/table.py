@@ -109,7 +109,7 @@ def _choose_columns(rows: Sequence[Row], texts: dict[str, list[str]]) -> tuple[l
             continue
         if column.name == "device" and any(row.done for row in rows):
             different -= {NONE}  # a run that failed does not know its device
-        (shown if column.stays or len(different) > 1 else shared).append(column)
+        (shared if len(different) == 1 and not column.stays else shown).append(column)
     return shown, shared
 
 
@@ -291,7 +291,7 @@ def _json(rows: Sequence[Row], plain: list[dict[str, Any]]) -> str:
     means |= {name: metric.means for name, metric in METRICS.items()}
     definitions = [{"column": name, "means": text} for name, text in means.items() if text]
     parts = {"rows": plain, "notes": notes, "definitions": definitions}
-    # one value a line: json's own indenting takes twenty times as long, and nobody reads it
+    # one value a line: json's own indenting takes twenty times as long
     lines = (
         f"{json.dumps(name)}: [\n"
         + ",\n".join(json.dumps(value, ensure_ascii=False, allow_nan=False) for value in values)
