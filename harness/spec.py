@@ -1,6 +1,6 @@
 """The values of one run: its specification (`RunSpec`) and its folders (`RunPaths`); errors of all commands.
 
-What a run measures (`EpochMetrics`, `RunResult`) is defined where it is stored, in `harness.results.store`.
+What a run measures (`EpochMetrics`, `RunResult`) is defined in `harness.results.values`.
 """
 
 from __future__ import annotations

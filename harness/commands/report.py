@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.plan import check_word, local_copy
 from harness.results.store import collector_paused, load_predictions, load_records
 from harness.spec import UserError
 
@@ -98,8 +97,9 @@ def print_report(
     Returns whether there was a run. Raises UserError for an unknown format, column or field, a path that does not
     exist, and a file that cannot be written.
     """
+    from harness.results.report.columns import sort_rows
     from harness.results.report.sweeps import Sweeps, write_sweep_charts
-    from harness.results.report.table import FORMATS, render, sort_rows
+    from harness.results.report.table import FORMATS, render
 
     check_word(format, (*FORMATS, "html"), "--format")
     loaded = load_runs(paths)
