@@ -66,9 +66,12 @@ def test_packed_seeds_and_the_engine_in_the_table(tmp_path: Path, capsys: Any) -
     )
     assert (code, err) == (0, "")
     records = {stored.record.seed: stored.record for stored in load_records([tmp_path]).records}
-    assert {seed: record.result.packed for seed, record in records.items() if record.result} == {0: 2, 1: 2, 2: 1}
-    assert "2 seeds trained at the same time" in out
-    assert "seeds × epochs a second" in out
+    assert {seed: record.result.runs_per_gpu for seed, record in records.items() if record.result} == {
+        0: 2,
+        1: 2,
+        2: 1,
+    }
+    assert "2 runs shared each GPU" in out
     for seed, record in records.items():
         assert record.result is not None
         assert record.result.engine == "eager"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import harness.training.train
 from harness.cluster.launch import Worker
 from harness.models.resnet import build
-from harness.results.store import EpochMetrics, RunResult
+from harness.results.values import EpochMetrics, RunResult
 from harness.training.engine import Captured, Engine, compile_network, make_graphs, nothing_to_restore
 from harness.training.optim import make_optimizer, set_lr
 from harness.training.train import Step, make_autocast, train, train_packed
@@ -258,7 +258,7 @@ def test_packed_seeds_are_the_single_ones_bit_for_bit(eager: RunResult, tmp_path
         assert isinstance(mine, RunResult)
         assert losses(mine) == losses(alone)
         assert mine.final_error == alone.final_error
-        assert mine.packed == 3
+        assert mine.runs_per_gpu == 3
         assert mine.epoch_seconds is None
         assert not any(row.timed for row in mine.epochs)
     assert [(index, row.epoch) for index, row in seen] == [(i, e) for e in (1, 2, 3) for i in (0, 1, 2)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.results.store import Measurement, Memory
+from harness.results.values import Measurement, Memory
 from harness.training import profiler
 
 GPU = torch.device("cuda", 0)

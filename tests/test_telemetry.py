@@ -17,7 +17,8 @@ from harness.cluster.launch import Watched
 from harness.results.explain import why
 from harness.results.report.page import make_page
 from harness.results.report.table import summarise
-from harness.results.store import EpochMetrics, GpuUse, Measurement, Memory, NodeUse, RankUse, Stored
+from harness.results.store import Stored
+from harness.results.values import EpochMetrics, GpuUse, Measurement, Memory, NodeUse, RankUse
 from harness.training import telemetry as sampler
 from harness.training.ranks import find_slowest, gather_ranks
 from harness.training.telemetry import Sampler

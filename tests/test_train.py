@@ -19,7 +19,8 @@ from harness.loaders.datasets import limit, load_dataset
 from harness.loaders.loader import Augment, make_loaders, make_normalize
 from harness.models.resnet import build
 from harness.models.variants import he2015
-from harness.results.store import RunResult, load_epochs, partial_dir, run_name
+from harness.results.store import load_epochs, partial_dir, run_name
+from harness.results.values import RunResult
 from harness.spec import CheckpointError, DivergedError, RunPaths, RunSpec
 from harness.training.engine import Engine
 from harness.training.train import EpochMetrics, Step, Trainer, finish_run, mix, train, train_epoch

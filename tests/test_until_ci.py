@@ -101,7 +101,7 @@ def test_the_command_adds_seeds_until_it_is_narrow_or_may_not(
 ) -> None:
     """Training is replaced: depth 8 spreads by a hundredth of a point, depth 14 by whole points."""
     import harness.training.train
-    from harness.results.store import Measurement, Memory, RunResult
+    from harness.results.values import Measurement, Memory, RunResult
 
     def train(spec: RunSpec, worker: Any, report: Any, *, places: Any) -> RunResult:
         none = Measurement(value=None, reason="stub")

@@ -28,7 +28,8 @@ from rich.table import Table
 
 from harness.cluster.launch import Failed, Started, Worker
 from harness.commands.report import classify
-from harness.results.store import Measurement, Prediction, keep_prediction
+from harness.results.store import keep_prediction
+from harness.results.values import Measurement, Prediction
 from harness.spec import RunPaths, RunSpec
 from harness.training import profiler
 from harness.training.evaluation import evaluate

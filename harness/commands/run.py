@@ -41,8 +41,6 @@ from harness.progress import JsonLines, Progress
 from harness.results import remote as storage
 from harness.results.store import (
     ESTIMATES,
-    NodeUse,
-    Record,
     fail,
     finish,
     finished_dir,
@@ -52,6 +50,7 @@ from harness.results.store import (
     partial_dir,
     start,
 )
+from harness.results.values import NodeUse, Record
 from harness.spec import RunPaths, RunSpec, UserError
 from harness.training import profiler
 from harness.training.optim import total_epochs
@@ -60,7 +59,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from harness.cluster.launch import Worker
-    from harness.results.store import RunResult
+    from harness.results.values import RunResult
 
 MAX_SEEDS = 10  # of a row, for --until-ci
 ATTEMPTS = "attempts.jsonl"

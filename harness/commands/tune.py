@@ -46,10 +46,6 @@ from harness.results.report.text import Sheet, for_terminal
 from harness.results.store import (
     RECORD,
     SWEEPS,
-    EpochMetrics,
-    Pruned,
-    Record,
-    RunResult,
     fail,
     finish,
     finished_dir,
@@ -59,6 +55,7 @@ from harness.results.store import (
     prune,
     start,
 )
+from harness.results.values import EpochMetrics, Pruned, Record, RunResult
 from harness.search_space import Dimension, format_value, parse_search
 from harness.spec import RunPaths, RunSpec, UserError
 

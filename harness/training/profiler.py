@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import linear_regression
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from harness.results.store import MEMORY_CATEGORIES, Measurement, Memory
+from harness.results.values import MEMORY_CATEGORIES, Measurement, Memory
 
 if TYPE_CHECKING:
     import torch

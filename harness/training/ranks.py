@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from harness.results.store import EpochMetrics, Memory, RankUse
+from harness.results.values import EpochMetrics, Memory, RankUse
 
 
 def find_slowest(train_seconds: float, world_size: int, device: torch.device) -> tuple[float | None, int | None]:

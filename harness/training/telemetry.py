@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness.results.store import GpuUse, Measurement, NodeUse
+from harness.results.values import GpuUse, Measurement, NodeUse
 
 INTERVAL_SECONDS = 1.0
 MIB = 2**20

@@ -29,16 +29,8 @@ from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_datas
 from harness.loaders.loader import Augment, Loader, Normalize, make_evaluation_loader, make_loaders, make_normalize
 from harness.models.resnet import build
 from harness.results.remote import RemoteRun
-from harness.results.store import (
-    EpochMetrics,
-    Measurement,
-    Memory,
-    RunResult,
-    append_epoch,
-    partial_dir,
-    run_name,
-    write_epochs,
-)
+from harness.results.store import append_epoch, partial_dir, run_name, write_epochs
+from harness.results.values import EpochMetrics, Measurement, Memory, RunResult
 from harness.spec import DivergedError, Precision, RunPaths, RunSpec
 from harness.training import profiler
 from harness.training.checkpoint import load_checkpoint, save_checkpoint
@@ -668,7 +660,6 @@ def training(
     eval_loader.close()
 
     timed = [row for row in history if row.timed]
-    later = [row.train_seconds for row in history[first + WARMUP_EPOCHS :]]
     best = min(history, key=lambda row: row.error)
     return RunResult(
         parameters=parameters,
@@ -699,8 +690,7 @@ def training(
         machine=profiler.describe_machine(device),
         attempts=attempt,
         engine=trainer.engine.name,
-        packed=packed,
-        seed_epochs_per_second=packed / statistics.median(later) if packed > 1 and later else None,
+        runs_per_gpu=packed,
         warnings=tuple(warnings_seen),
         ranks=ranks,
     )
