@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from harness.results.store import SWEEPS, Problem, Value
+from harness.results.store import SWEEPS, Problem
+from harness.results.values import Value
 
 TRIALS = "trials.json"
 METRICS = {

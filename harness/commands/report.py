@@ -20,9 +20,9 @@ from harness.spec import RunPaths, RunSpec, UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.results.report.sweeps import Sweeps, SweepSummary
     from harness.results.rows import Row
     from harness.results.store import Loaded, Problem
+    from harness.results.sweeps import Sweep, Sweeps
 
 PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py",
             "nvidia-dali-cuda120", "nvidia-dali-cuda130")  # fmt: skip
@@ -149,7 +149,7 @@ def load_runs(paths: Sequence[Path]) -> Loaded:
 
 def load_searches(paths: Sequence[Path]) -> Sweeps:
     """Read all sweeps under `paths`; what cannot be read goes to standard error, a line each."""
-    from harness.results.report.sweeps import load_sweeps
+    from harness.results.sweeps import load_sweeps
 
     found = load_sweeps(paths)
     for problem in found.problems:
@@ -188,8 +188,8 @@ def print_report(
     exist, and a file that cannot be written.
     """
     from harness.plan import check_word
-    from harness.results.report.sweeps import Sweeps, write_sweep_charts
     from harness.results.report.table import FORMATS, render, sort_rows
+    from harness.results.sweeps import Sweeps
 
     check_word(format, (*FORMATS, "html"), "--format")
     loaded = load_runs(paths)
@@ -209,10 +209,11 @@ def print_report(
         raise UserError(str(error)) from None
     print_text(text, console, output)
     if curves is not None:
-        from harness.results.report.charts import write_charts
+        from harness.results.report.charts import make_panels, write_charts
+        from harness.results.report.sweeps import make_sweep_panel
 
         try:
-            for path in [*write_charts(rows, curves), *write_sweep_charts(found.sweeps, curves)]:
+            for path in write_charts([*make_panels(rows), *map(make_sweep_panel, found.sweeps)], curves):
                 print(f"harness: drawn: {path}", file=sys.stderr)
         except OSError as error:
             raise UserError(f"--curves {curves} cannot be written to: {error.strerror or error}") from None
@@ -225,8 +226,8 @@ PAGE = "report.html"
 @collector_paused()
 def write_page(out: Path) -> Path:
     """Write the page of all runs in a folder into it. Raises UserError where it cannot be written."""
-    from harness.results.report.sweeps import load_sweeps
     from harness.results.store import load_records
+    from harness.results.sweeps import load_sweeps
 
     loaded, found = load_records([out]), load_sweeps([out])
     text = make_html(make_rows(loaded), [*loaded.problems, *found.problems], sweeps=found.sweeps)
@@ -261,7 +262,7 @@ def make_html(
     rows: Sequence[Row],
     problems: Sequence[Problem] = (),
     columns: Sequence[str] = (),
-    sweeps: Sequence[SweepSummary] = (),
+    sweeps: Sequence[Sweep] = (),
 ) -> str:
     """The page for a browser. Raises ValueError for a column that does not exist."""
     from harness.results.report.charts import load_bundle

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from harness.commands.sweep import Trial
 from harness.progress import clock
-from harness.results.report.sweeps import METRICS
+from harness.results.sweeps import METRICS
 from harness.search_space import format_value
 
 

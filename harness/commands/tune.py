@@ -41,7 +41,6 @@ from harness.deadline import stopping_at
 from harness.loaders.datasets import Dataset
 from harness.models.variants import default_depth, find_variant
 from harness.plan import Allocation, Grid
-from harness.results.report.sweeps import METRICS, TRIALS
 from harness.results.report.text import Sheet, for_terminal
 from harness.results.store import (
     RECORD,
@@ -55,6 +54,7 @@ from harness.results.store import (
     prune,
     start,
 )
+from harness.results.sweeps import METRICS, TRIALS
 from harness.results.values import EpochMetrics, Pruned, Record, RunResult
 from harness.search_space import Dimension, format_value, parse_search
 from harness.spec import RunPaths, RunSpec, UserError
