@@ -375,16 +375,11 @@ def _style(style: Style) -> dict[str, Any]:
 
 
 def by_row(style: str, styles: Sequence[Style]) -> dict[str, Any]:
-    """An encoding of rows with its legend. Too many for one: the values carry their style."""
+    """An encoding of rows. Too many for a legend: the values carry their style."""
     if len(styles) > MAX_LEGEND:
         return {"field": style, "type": "nominal", "scale": None, "legend": None}
     scale = {"domain": [each.label for each in styles], "range": [getattr(each, style) for each in styles]}
-    return {
-        "field": "row",
-        "type": "nominal",
-        "scale": scale,
-        "legend": {"title": None} if len(styles) > 1 else None,
-    }
+    return {"field": "row", "type": "nominal", "scale": scale} | ({"legend": None} if len(styles) == 1 else {})
 
 
 def write_charts(panels: Sequence[Panel], folder: Path) -> list[Path]:

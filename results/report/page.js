@@ -63,7 +63,7 @@ function colours() {
     background: null, font: "system-ui,-apple-system,Segoe UI,Roboto,sans-serif", aria: false, view: { stroke: null },
     axis: {
       domainColor: get("--line"), tickColor: get("--line"), gridColor: get("--grid"), labelColor: get("--soft"),
-      titleColor: get("--soft"), titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 12,
+      titleColor: get("--soft"), titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 12, labelSeparation: 6,
     },
     text: { color: get("--ink") }, legend: { disable: true },
     style: { category: { stroke: get("--card"), strokeWidth: 0.8 }, whole: { color: get("--ink") } },
