@@ -16,9 +16,10 @@ from types import MappingProxyType
 from typing import Any
 
 from harness.results.compare import compare_by
+from harness.results.metrics import NONE
 from harness.results.published import find_published
 from harness.results.report.text import Sheet, for_markdown
-from harness.results.rows import NONE, Row, summarise
+from harness.results.rows import Row, summarise
 from harness.results.statistics import Interval, Sample, compare_with_published, sample, welch
 from harness.results.store import load_epochs, load_records
 from harness.results.sweeps import Sweep, format_value, load_sweeps
@@ -183,8 +184,8 @@ def answer_table(record: Path, log: Sequence[dict[str, Any]]) -> Answer | None:
         if old and old.epoch_seconds and row.epoch_seconds:
             faster.append(old.epoch_seconds / row.epoch_seconds)
             hardware = old.hardware or ""
-        if old and old.memory_mib and row.nvml_process_mib.value:
-            memory.append(row.nvml_process_mib.value / old.memory_mib)
+        if old and old.memory_mib and row.figures["nvml_process_mib"].value:
+            memory.append(row.figures["nvml_process_mib"].value / old.memory_mib)
         cells.append([
             row.name, str(len(row.done)), _spread(row.error), _figure(row.epoch_seconds),
             *(_whole(reading.value) for reading in _memories(row)),
@@ -236,11 +237,11 @@ def answer_ladder(record: Path, log: Sequence[dict[str, Any]]) -> Answer | None:
         before: Sample | None = None
         for name in chain:
             row = by_name.get(name)
-            error = (row.test_error or row.error) if row else None
+            error = (row.figures["test_error"].sample or row.error) if row else None
             if row is None or error is None:
                 continue
             moved = None if before is None else shift(before, error)
-            cells.append([row.name, f"{(row.parameters or 0) / 1e6:.2f}M", str(error.n), _spread(error), _figure(row.epoch_seconds),
+            cells.append([row.name, f"{(row.figures['parameters'].value or 0) / 1e6:.2f}M", str(error.n), _spread(error), _figure(row.epoch_seconds),
                           NONE if moved is None else str(moved)])  # fmt: skip
             if moved is not None:
                 steps[moved.sign].append(name)
@@ -292,7 +293,7 @@ def answer_places(record: Path, log: Sequence[dict[str, Any]]) -> Answer | None:
     ]
     if cells:
         details = [_table(["", "top-1 error %", "top-5 error %"], cells), "", *details]
-    top5 = f", top-5 error {row.top5_error.mean:.2f} %" if row.top5_error else ""
+    top5 = f", top-5 error {top5_error.mean:.2f} %" if (top5_error := row.figures["top5_error"].sample) else ""
     verdict = (
         f"On {row.dataset}: top-1 error {row.error.mean:.2f} %{top5}" if row.error else "no error was measured"
     )
@@ -322,7 +323,7 @@ def answer_loaders(record: Path, log: Sequence[dict[str, Any]]) -> Answer | None
         if seeds[pair.a.loader] == seeds[pair.b.loader]:
             same.append(f"{pair.a.loader} and {pair.b.loader} the same in every run, seed by seed")
             continue
-        figure = next(figure for figure in pair.figures if figure.metric == "error")
+        figure = next(figure for figure in pair.figures if figure.metric.name == "error")
         words = {"equivalent": "equal within", "different": "different by more than", "~": "cannot be told within"}
         same.append(f"{pair.a.loader} and {pair.b.loader} {words[figure.verdict]} ±{figure.margin:g} points")
     verdict = (
@@ -506,9 +507,9 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _memories(row: Row) -> tuple[Any, ...]:
-    if row.nvml_process_mib.value is None and row.torch_allocated_mib.value is None:
-        return (row.rss_mib,)
-    return (row.torch_allocated_mib, row.torch_reserved_mib, row.nvml_process_mib)
+    if row.figures["nvml_process_mib"].value is None and row.figures["torch_allocated_mib"].value is None:
+        return (row.figures["rss_mib"],)
+    return tuple(row.figures[name] for name in ("torch_allocated_mib", "torch_reserved_mib", "nvml_process_mib"))
 
 
 def _memory_names(row: Row) -> list[str]:

@@ -67,7 +67,7 @@ def rows(tmp_path: Path) -> list[Row]:
 def test_a_row_shows_the_run_that_used_most_and_says_so(rows: list[Row]) -> None:
     shallow, deep = rows
     assert shallow.by_category_mib == COUNTED_TWICE
-    assert sum(shallow.by_category_mib.values()) == pytest.approx(shallow.nvml_process_mib.value)
+    assert sum(shallow.by_category_mib.values()) == pytest.approx(shallow.figures["nvml_process_mib"].value)
     assert not deep.by_category_mib
     text = why(shallow)
     assert "by category: weights 1.04, activations 300, CUDA context 480, unaccounted −31.0 (some of it" in text

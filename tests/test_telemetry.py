@@ -16,7 +16,7 @@ from harness.cluster import local
 from harness.cluster.launch import Watched
 from harness.results.explain import why
 from harness.results.report.page import make_page
-from harness.results.report.table import summarise
+from harness.results.rows import summarise
 from harness.results.store import Stored
 from harness.results.values import EpochMetrics, GpuUse, Measurement, Memory, NodeUse, RankUse
 from harness.training import telemetry as sampler

@@ -38,7 +38,7 @@ def print_comparison(
 
     Raises UserError for a condition, field or format that cannot be read, and where there is nothing to compare.
     """
-    from harness.results.compare import MARGINS, compare, compare_by, parse_fail_on, render_comparison, violations
+    from harness.results.compare import compare, compare_by, parse_fail_on, render_comparison, violations
 
     check_word(format, COMPARISON_FORMATS, "--format")
     try:
@@ -55,13 +55,13 @@ def print_comparison(
         for path, rows in zip(paths, (a, b), strict=True):
             if not any(row.done for row in rows):
                 raise UserError(f"no finished run in {str(path)!r}")
-        pairs = compare(a, b, MARGINS, metrics)
+        pairs = compare(a, b, metrics)
     else:
         rows = make_rows(load_runs(paths), across)
         if not any(row.done for row in rows):
             raise UserError(f"no finished run in {', '.join(repr(str(path)) for path in paths)}")
         try:
-            pairs = compare_by(rows, by, MARGINS, metrics)
+            pairs = compare_by(rows, by, metrics)
         except ValueError as error:
             raise UserError(f"--by: {error}") from None
     if not pairs and not conditions:
