@@ -348,10 +348,10 @@ def pull_out(uri: str, *, write: bool) -> None:
 
 def cache_of(uri: str) -> Path:
     """The local folder that stands for a URI, absolute."""
-    from harness.results.remote import stage
+    from harness.results.remote import cache_folder
 
     cache = Path(os.environ.get("HARNESS_CACHE") or Path.home() / ".cache" / "resnet-harness")
-    return stage(uri, cache.expanduser().absolute())
+    return cache_folder(uri, cache.expanduser().absolute())
 
 
 def check_out(out: Path) -> Path:

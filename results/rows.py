@@ -18,7 +18,7 @@ from harness.results.metrics import NONE, UNKNOWN, Figure, summarise_metrics
 from harness.results.published import Published, find_published
 from harness.results.statistics import Sample, Verdict, compare_with_published
 from harness.results.store import Interrupted, Stored, collector_paused
-from harness.results.values import Prediction, Record, RunResult
+from harness.results.values import Prediction, Record, RunResult, flatten
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,16 +184,9 @@ class _Groups:
         return group
 
 
-def flatten_spec(spec: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten_spec(spec: Mapping[str, Any]) -> dict[str, str]:
     """{"recipe": {"lr": 0.1}, "seed": 0} -> {"recipe.lr": "0.1"}, sorted by name, without the seed."""
-    flat: dict[str, str] = {}
-    for name in sorted(spec):
-        value = spec[name]
-        if isinstance(value, dict):
-            flat.update(flatten_spec(value, f"{prefix}{name}."))
-        elif prefix or name != "seed":
-            flat[prefix + name] = _word(value)
-    return flat
+    return {name: _word(value) for name, value in sorted(flatten(spec)) if name != "seed"}
 
 
 def _word(value: object) -> str:

@@ -283,7 +283,7 @@ def test_a_stopped_run_is_shown_and_averaged_with_nothing(tmp_path: Path) -> Non
     assert "pruned by asha of sweep s after epoch 3 of 30, at 45 %" in why(alone)
 
     start(tmp_path, make_record(1).name, {})  # taken up again: the record of the stop is kept beside
-    assert len(list(folder.glob("stopped_*.json"))) == 1
+    assert len(list(folder.glob("pruned_*.json"))) == 1
     with pytest.raises(ValueError, match="needs to say where"):
         prune(tmp_path, make_record(1))
     broken = make_record(2, pruned=pruned)

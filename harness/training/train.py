@@ -29,7 +29,7 @@ from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_datas
 from harness.loaders.loader import Augment, Loader, Normalize, make_evaluation_loader, make_loaders, make_normalize
 from harness.models.resnet import build
 from harness.results.remote import RemoteRun
-from harness.results.store import append_epoch, partial_dir, run_name, write_epochs
+from harness.results.store import WEIGHTS, append_epoch, partial_dir, run_name, write_epochs
 from harness.results.values import EpochMetrics, Measurement, Memory, RunResult
 from harness.spec import DivergedError, Precision, RunPaths, RunSpec
 from harness.training import profiler
@@ -544,7 +544,7 @@ def training(
     history: list[EpochMetrics] = []
     attempt = 1
     remote = RemoteRun(places.remote, folder, warn)
-    remote.bring(rank)
+    remote.pull(rank)
     state = load_checkpoint(folder / "checkpoints", spec.key, warn)
     if state is not None:
         network.load_state_dict(state["network"])
@@ -632,14 +632,14 @@ def training(
                 )
             append_epoch(folder, metrics)
             if (epoch + 1) % places.checkpoint_every == 0:
-                remote.send()
+                remote.push()
         report(metrics)
 
     if rank == 0:
         weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
         about = {"key": spec.key, "variant": spec.variant, "depth": str(spec.network.depth)}
-        save_file(weights, folder / "weights.safetensors", metadata=about)
-        remote.send(must=True)
+        save_file(weights, folder / WEIGHTS, metadata=about)
+        remote.push(required=True)
     on_test = None
     if data.eval_split != "test":
         test_loader = make_evaluation_loader(
