@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from harness.results.report.table import Layout, lay_out
 from harness.results.report.text import clean
 from harness.results.rows import Row
 from harness.results.statistics import mean
-from harness.results.store import Interrupted, Stored, load_epochs
+from harness.results.store import Interrupted, Stored, load_epochs, write_atomic
 
 MAX_RUNS = 200  # whose epochs are read for one page: more curves than that cannot be told apart
 MAX_POINT_NAMES = 24  # beside the points of a frontier; with more of them only the best are named
@@ -392,7 +391,5 @@ def load_bundle(cache: Path | None = None) -> str:
     if path is not None:
         with suppress(OSError):  # a page can be made without keeping it
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            temporary.write_text(bundle, encoding="utf-8")
-            temporary.replace(path)
+            write_atomic(path, bundle)
     return bundle

@@ -144,7 +144,7 @@ def _cut(traceback: str) -> Markup:
 def _sort_key(column: Column, row: Row) -> str | None:
     key = column.sort_key(row)
     if isinstance(key, float):
-        return repr(key) if math.isfinite(key) else None
+        return f"{key:.6g}" if math.isfinite(key) else None
     return None if key is None else str(key)
 
 
