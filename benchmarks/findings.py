@@ -18,11 +18,11 @@ from typing import Any
 from harness.results.compare import compare_by
 from harness.results.metrics import NONE
 from harness.results.published import find_published
-from harness.results.report.sweeps import SweepSummary, load_sweeps, show
 from harness.results.report.text import Sheet, for_markdown
 from harness.results.rows import Row, summarise
 from harness.results.statistics import Interval, Sample, compare_with_published, sample, welch
 from harness.results.store import load_epochs, load_records
+from harness.results.sweeps import Sweep, format_value, load_sweeps
 from harness.results.values import RunResult
 
 LADDER = (
@@ -399,7 +399,7 @@ def answer_sweep(record: Path, log: Sequence[dict[str, Any]]) -> Answer | None:
     took = f", in {seconds / 60:.1f} minutes" if seconds else ""
     verdict = f"{len(states)} trials ({counts}){took}; none came to its end."
     if whole:
-        best = " ".join(f"{d.field}={show(whole[0].fields[d.field])}" for d in sweep.dimensions)
+        best = " ".join(f"{d.field}={format_value(whole[0].fields[d.field])}" for d in sweep.dimensions)
         verdict = (
             f"{best}: {whole[0].value:.4g} {sweep.heading}, the best of {len(states)} trials ({counts}){took}."
         )
@@ -413,12 +413,12 @@ def answer_sweep(record: Path, log: Sequence[dict[str, Any]]) -> Answer | None:
     return Answer(verdict, [*details, "", sweep_table(sweep)])
 
 
-def sweep_table(sweep: SweepSummary) -> str:
+def sweep_table(sweep: Sweep) -> str:
     """All trials, best first, in Markdown."""
     names = [dimension.field for dimension in sweep.dimensions]
     cells = [
         [str(trial.number), trial.state, f"{trial.epochs}/{sweep.epochs}", NONE if trial.last is None else f"{trial.last:.4g}",
-         *(show(trial.fields[name]) for name in names), f"{trial.seconds:.1f}"]
+         *(format_value(trial.fields[name]) for name in names), f"{trial.seconds:.1f}"]
         for trial in sweep.best_first()
     ]  # fmt: skip
     headers = ["trial", "state", "epochs", sweep.heading, *names, "seconds"]

@@ -65,7 +65,7 @@ def test_why_the_page_and_the_numbers_show_it(tmp_path: Any) -> None:
     assert "  kJ         100 → –  (not measured: NVML lists no process)" in text
     assert "  while probing: the GPU was throttled" in text
     html = make_page([row], bundle="", made_at=NOW)
-    assert "<td class=r>3.20 → 4.00<small>+0.80 (+25.0 %)</small></td>" in html
+    assert '<td class="r">3.20 → 4.00<small>+0.80 (+25.0 %)</small></td>' in html
     assert "<li>kJ not measured: NVML lists no process</li>" in html
     (raw,) = csv.DictReader(io.StringIO(render([row], "csv")))
     assert raw["predicted_torch_allocated_mib"] == "512.0"

@@ -15,9 +15,9 @@ from harness.spec import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.results.report.sweeps import Sweeps, SweepSummary
     from harness.results.rows import Row
     from harness.results.store import Loaded, Problem, Stored
+    from harness.results.sweeps import Sweep, Sweeps
 
 PAGE = "report.html"
 
@@ -60,8 +60,8 @@ def _name_problems(problems: Sequence[Problem]) -> None:
 
 
 def load_searches(paths: Sequence[Path]) -> Sweeps:
-    """Read all sweeps under `paths`; names each that cannot be read on standard error."""
-    from harness.results.report.sweeps import load_sweeps
+    """Read all sweeps under `paths`; what cannot be read goes to standard error, a line each."""
+    from harness.results.sweeps import load_sweeps
 
     loaded = load_sweeps(paths)
     _name_problems(loaded.problems)
@@ -98,8 +98,8 @@ def print_report(
     exist, and a file that cannot be written.
     """
     from harness.results.report.columns import sort_rows
-    from harness.results.report.sweeps import Sweeps, write_sweep_charts
     from harness.results.report.table import FORMATS, render
+    from harness.results.sweeps import Sweeps
 
     check_word(format, (*FORMATS, "html"), "--format")
     loaded = load_runs(paths)
@@ -118,10 +118,11 @@ def print_report(
         raise UserError(str(error)) from None
     print_text(text, console, output)
     if curves is not None:
-        from harness.results.report.charts import write_charts
+        from harness.results.report.charts import make_panels, write_charts
+        from harness.results.report.sweeps import make_sweep_panel
 
         try:
-            for path in [*write_charts(rows, curves), *write_sweep_charts(searches.sweeps, curves)]:
+            for path in write_charts([*make_panels(rows), *map(make_sweep_panel, searches.sweeps)], curves):
                 print(f"harness: drawn: {path}", file=sys.stderr)
         except OSError as error:
             raise UserError(f"--curves {curves} cannot be written to: {error.strerror or error}") from None
@@ -144,7 +145,8 @@ def print_rows(loaded: Loaded, console: Console) -> None:
 @collector_paused()
 def write_page(out: Path, loaded: Loaded | None = None) -> Path:
     """Write the page of all runs in a folder into it. Raises UserError where it cannot be written."""
-    from harness.results.report.sweeps import load_sweeps
+    from harness.results.store import load_records
+    from harness.results.sweeps import load_sweeps
 
     loaded, searches = loaded or load_records([out]), load_sweeps([out])
     text = make_html(make_rows(loaded), [*loaded.problems, *searches.problems], sweeps=searches.sweeps)
@@ -185,7 +187,7 @@ def make_html(
     rows: Sequence[Row],
     problems: Sequence[Problem] = (),
     columns: Sequence[str] = (),
-    sweeps: Sequence[SweepSummary] = (),
+    sweeps: Sequence[Sweep] = (),
 ) -> str:
     """The page for a browser. Raises ValueError for a column that does not exist."""
     from harness.loaders.cache import cache_dir

@@ -35,9 +35,6 @@ from harness.results.values import RunResult
 from harness.search_space import finite_values, parse_search
 from harness.spec import RunPaths, RunSpec, UserError
 
-if TYPE_CHECKING:
-    pass
-
 SWEEP, JOURNAL, WINNER = "sweep.json", "journal.log", "winner.json"
 VAL = 5_000
 SEEDS = 5  # of the command that trains the winner

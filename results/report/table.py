@@ -105,7 +105,7 @@ def _choose_columns(rows: Sequence[Row], texts: dict[str, list[str]]) -> tuple[l
         metric = METRICS.get(column.name)
         if metric is not None and metric.device == "cpu" and on_gpu:
             continue  # CSV and JSON have it
-        if different == {NONE} or (column.name == "limit_train" and different == {"all"}):
+        if different <= {NONE} or (column.name == "limit_train" and different == {"all"}):
             continue
         if column.name == "device" and any(row.done for row in rows):
             different -= {NONE}  # a run that failed does not know its device
