@@ -21,7 +21,8 @@ from harness.results.report.sweeps import SweepSummary, load_sweeps, show
 from harness.results.report.text import Sheet, for_markdown
 from harness.results.rows import NONE, Row, summarise
 from harness.results.statistics import Interval, Sample, compare_with_published, sample, welch
-from harness.results.store import RunResult, load_epochs, load_records
+from harness.results.store import load_epochs, load_records
+from harness.results.values import RunResult
 
 LADDER = (
     ("he2015", "xresnet", "mxresnet", "se-mxresnet", "se-mxresnet-cosine", "se-mxresnet-smooth", "se-mxresnet-mixup",

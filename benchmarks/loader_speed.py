@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.loaders.datasets import Split, load_dataset
-from harness.loaders.loader import LOADERS, Augment, Loader, make_loaders, make_normalize
+from harness.loaders.loader import LOADERS, Loader, make_loaders
+from harness.loaders.sampling import Augment, LoaderConfig, make_normalize
 
 RECIPES = (
     ("pixel mean, zeros after it", "pixel-mean", "zero"),
@@ -69,24 +70,16 @@ def main() -> None:
     for column in ("normalisation", "loader", "images/s", "range", "x dataloader", "CPU us/image"):
         table.add_column(column, justify="left" if column in ("normalisation", "loader") else "right")
     for title, kind, pad_mode in RECIPES:
-        made = {
-            name: make_loaders(
-                name,
-                split,
-                Split(split.images[:1000], split.labels[:1000]),
-                augment=Augment(4, pad_mode, None, flip=True),
-                normalize=make_normalize(kind, split),
-                batch_size=options.batch_size,
-                eval_batch_size=1000,
-                seed=0,
-                rank=0,
-                world=1,
-                device=device,
-                threads=options.threads,
-                channels_last=True,
-            )
-            for name in LOADERS
-        }
+        config = LoaderConfig(
+            augment=Augment(4, pad_mode, None, flip=True),
+            normalize=make_normalize(kind, split),
+            batch_size=options.batch_size,
+            eval_batch_size=1000,
+            device=device,
+            threads=options.threads,
+        )
+        test = Split(split.images[:1000], split.labels[:1000])
+        made = {name: make_loaders(name, split, test, config) for name in LOADERS}
         readings: dict[str, list[tuple[float, float]]] = {name: [] for name in LOADERS}
         for number in range(options.rounds):
             for name, (loader, _) in made.items():

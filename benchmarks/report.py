@@ -19,7 +19,7 @@ from random import Random
 from typing import Any
 
 from harness.results import store
-from harness.results.store import EpochMetrics, Failure, Measurement, Memory, Record, RunResult
+from harness.results.values import EpochMetrics, Failure, Measurement, Memory, Record, RunResult
 
 ROOT = Path(__file__).resolve().parent.parent
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

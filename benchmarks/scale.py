@@ -28,7 +28,7 @@ from harness.commands import run as execute
 from harness.commands.run import Options
 from harness.loaders.datasets import load_dataset
 from harness.plan import Grid
-from harness.results.store import EpochMetrics, Measurement, Memory, RunResult
+from harness.results.values import EpochMetrics, Measurement, Memory, RunResult
 from harness.spec import RunSpec
 
 NODES, GPUS_PER_NODE, CPUS_PER_NODE = 64, 8, 64

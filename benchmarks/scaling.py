@@ -34,7 +34,7 @@ from harness.commands.report import describe_code
 from harness.loaders.datasets import load_dataset
 from harness.models.variants import he2015
 from harness.spec import RunPaths, RunSpec
-from harness.training import profiler
+from harness.training.telemetry import count_cpus, describe_machine, device_name
 
 
 def one_rank(rank: int, world: int, port: int, spec: RunSpec, places: RunPaths, out: Any) -> None:
@@ -77,7 +77,7 @@ def middle(found: Sequence[Breakdown]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpus = torch.cuda.device_count()
-    have = gpus or profiler.count_cpus()
+    have = gpus or count_cpus()
     widths = [w for w in (1, 2, 4, 8, 16, 32, 64) if w <= have]
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--depths", default="20")
@@ -93,7 +93,7 @@ def main() -> None:
     places = RunPaths(out=Path("unused"), data_dir=args.data_dir and args.data_dir.absolute(), label=dataset.label)
     device = "cuda" if gpus else "cpu"
     console = Console(width=None if sys.stdout.isatty() else 110)
-    where = profiler.device_name(torch.device(device))
+    where = device_name(torch.device(device))
     told: list[dict[str, Any]] = []
     for depth in map(int, args.depths.split(",")):
         variant = he2015(depth)
@@ -142,7 +142,7 @@ def main() -> None:
             told.append({"depth": depth, "workers": world, "scaling": kind, "batch_size": batch, "rounds": rounds})
         console.print(table)
     if args.json:
-        machine = profiler.describe_machine(torch.device(device))
+        machine = describe_machine(torch.device(device))
         whole = {**describe_code(), "command": sys.argv, "machine": machine, "data": dataset.label, "widths": told}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

@@ -42,21 +42,14 @@ from benchmarks.peers import load_peer, write_cifar10
 from harness.cluster.launch import Worker
 from harness.commands.report import describe_code
 from harness.loaders.datasets import Dataset, limit, load_dataset
-from harness.loaders.loader import make_normalize
+from harness.loaders.sampling import make_normalize
 from harness.models.resnet import build, count_parameters
 from harness.models.variants import he2015
 from harness.spec import RunSpec
-from harness.training import profiler
-from harness.training.train import (
-    Data,
-    assemble,
-    finish_run,
-    flushed_denormals,
-    make_autocast,
-    make_trainer,
-    set_precision,
-    train_epoch,
-)
+from harness.training.setup import Data, assemble, make_trainer
+from harness.training.step import flushed_denormals, make_autocast, set_precision, synchronize
+from harness.training.telemetry import count_cpus, describe_machine, device_name
+from harness.training.train import run_steps
 
 PARAMETERS = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962}  # option A
 BATCH = 128
@@ -91,15 +84,7 @@ def ours(spec: RunSpec, data: Data, dataset: Dataset, worker: Worker) -> Generat
     check(count_parameters(made.network), spec.network.depth, made.train_loader.steps, len(data.train))
     trainer = make_trainer(made, lambda message: warnings.warn(message, stacklevel=2))
     for epoch in itertools.count():
-        yield finish_run(
-            train_epoch(
-                trainer,
-                epoch=epoch,
-                steps=made.train_loader.steps,
-                images=len(data.train),
-                on_first_step=lambda: None,
-            )
-        ).train_seconds
+        yield run_steps(trainer, epoch=epoch, steps=made.train_loader.steps).train_seconds
         if trainer.engine.name != spec.engine:
             raise RuntimeError(f"engine {spec.engine} does not work here")
 
@@ -116,7 +101,7 @@ def bare(spec: RunSpec, data: Data, device: torch.device) -> Generator[float, No
     y = torch.from_numpy(data.train.labels).to(device)
     for epoch in itertools.count():
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch)).to(device)
-        profiler.synchronize(device)
+        synchronize(device)
         began = time.perf_counter()
         for batch in order.split(BATCH):
             optimizer.zero_grad(set_to_none=True)
@@ -125,7 +110,7 @@ def bare(spec: RunSpec, data: Data, device: torch.device) -> Generator[float, No
             scaler.scale(F.cross_entropy(logits.float(), y[batch])).backward()
             scaler.step(optimizer)
             scaler.update()
-        profiler.synchronize(device)
+        synchronize(device)
         yield time.perf_counter() - began
 
 
@@ -285,7 +270,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="of the training images; default: all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=12, help="timed ones of each way, over all rounds")
-    parser.add_argument("--threads", type=int, default=profiler.count_cpus())
+    parser.add_argument("--threads", type=int, default=count_cpus())
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--json", type=Path, help="write every reading there, after each depth")
     args = parser.parse_args()
@@ -306,13 +291,11 @@ def compare(args: argparse.Namespace, stack: contextlib.ExitStack) -> None:
     if args.peers:
         write_cifar10(args.peer_data, train, dataset.test, dataset.classes)
     told: dict[str, Any] = {
-        **describe_code(), "command": sys.argv, "machine": profiler.describe_machine(device), "data": dataset.label,
+        **describe_code(), "command": sys.argv, "machine": describe_machine(device), "data": dataset.label,
         "images": len(train), "batch_size": BATCH, "warmup_epochs": WARMUP_EPOCHS, "threads": args.threads,
         "started_at": datetime.now(UTC).isoformat(), "ways": [],
     }  # fmt: skip
-    console.print(
-        f"{profiler.device_name(device)}, torch {torch.__version__}, {dataset.label}, {args.threads} CPU threads"
-    )
+    console.print(f"{device_name(device)}, torch {torch.__version__}, {dataset.label}, {args.threads} CPU threads")
     for depth in map(int, args.depths.split(",")):
         ways = make_ways(depth, args, data, dataset, device)
         take_turns(ways, args.rounds, args.epochs, device, console)

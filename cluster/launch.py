@@ -63,6 +63,7 @@ class Worker:
     device: str = "cpu"  # "cuda:0" or "cpu"
     threads: int = 1
     attempt: int = 1
+    runs_per_gpu: int = 1
     launch_seconds: float = (
         0.0  # from asking for the attempt until its function was entered (two clocks on two nodes)
     )

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.cluster.launch import Entered, Failed, Started, Waiting
-from harness.results.store import EpochMetrics, RunResult
+from harness.results.values import EpochMetrics, RunResult
 from harness.spec import RunSpec
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from harness.loaders.datasets import Split
-from harness.loaders.loader import Augment, Normalize, SamplingPlan, make_padded
+from harness.loaders.sampling import LoaderConfig, SamplingPlan, make_padded
 
 dali: Any = import_module("nvidia.dali")  # its types would fail mypy --strict
 fn: Any = import_module("nvidia.dali.fn")
@@ -42,26 +42,18 @@ class _Macrobatch:
 
 
 class DaliLoader:
-    """Follows `plan` on `device`. Epochs asked for in turn are made ahead, across their ends too."""
+    """Follows the plan on `config.device`. Epochs asked for in turn are made ahead, across their ends too."""
 
-    def __init__(
-        self,
-        split: Split,
-        augment: Augment,
-        normalize: Normalize,
-        plan: SamplingPlan,
-        device: torch.device,
-        threads: int,
-        channels_last: bool,
-    ) -> None:
-        pixels, mean, std = make_padded(split, augment, normalize)
+    def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
+        augment, device = config.augment, config.device
+        pixels, mean, std = make_padded(split, augment, config.normalize)
         height, width = augment.crop_size(split)
         self._plan = plan
         self._device = device
-        self._channels_last = channels_last
+        self._channels_last = config.channels_last
         self._span = np.maximum(augment.span(split), 1).astype(np.float32)
         self._pixels, self._labels = self._resident(pixels), self._resident(split.labels)
-        batch = -(-plan.batch_size // plan.world)
+        batch = -(-plan.batch_size // plan.world_size)
         target = GPU_MACROBATCH_MIB if device.type == "cuda" else CPU_MACROBATCH_MIB
         self._steps_each = max(1, int(target * 2**20 / (12 * height * width * batch)))
 
@@ -74,7 +66,7 @@ class DaliLoader:
         on = "gpu" if device.type == "cuda" else "cpu"
         pipeline = dali.Pipeline(
             batch_size=batch * self._steps_each,
-            num_threads=threads,
+            num_threads=config.threads,
             device_id=None if on == "cpu" else self._pixels.device.index,
             prefetch_queue_depth=PREFETCH,
             exec_dynamic=True,  # its outputs stay valid for as long as they are referred to
@@ -101,7 +93,7 @@ class DaliLoader:
                     mean=mean.tolist() if mean.ndim == 1 else [0.0, 0.0, 0.0],
                     std=std.tolist(),
                     dtype=types.FLOAT,
-                    output_layout="HWC" if channels_last else "CHW",
+                    output_layout="HWC" if config.channels_last else "CHW",
                 )
             )
         pipeline.build()
@@ -111,16 +103,16 @@ class DaliLoader:
     def steps(self) -> int:
         return self._plan.steps
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = epoch if self._plan.train else 0  # evaluations are all the same
         draw = self._plan.draw(epoch)
-        for first in range(start - start % self._steps_each, self.steps, self._steps_each):
+        for first in range(first_step - first_step % self._steps_each, self.steps, self._steps_each):
             last = min(first + self._steps_each, self.steps)
             images, labels = self._take(epoch, first)
             sizes = [end - begin for begin, end in (draw.batches(step, step + 1) for step in range(first, last))]
             batches = zip(images.split(sizes), labels.split(sizes), strict=True)
             for step, batch in enumerate(batches, first):
-                if step >= start:
+                if step >= first_step:
                     yield batch
 
     def close(self) -> None:

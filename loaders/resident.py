@@ -12,48 +12,38 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.loaders.datasets import Split
-from harness.loaders.loader import Augment, Normalize, SamplingPlan, make_padded
+from harness.loaders.sampling import LoaderConfig, SamplingPlan, make_padded
 
 MACROBATCH_MIB = 64  # of float32 output, on a GPU: so few calls that their cost on the host does not show
 
 
 class ResidentLoader:
-    """Follows `plan` on `device`. On a GPU many batches are made by one call and handed out as views of it."""
+    """Follows the plan on `config.device`. On a GPU many batches are made by one call and handed out as views of it."""
 
-    def __init__(
-        self,
-        split: Split,
-        augment: Augment,
-        normalize: Normalize,
-        plan: SamplingPlan,
-        device: torch.device,
-        threads: int,
-        channels_last: bool,
-    ) -> None:
-        del threads  # PyTorch's own
-        pixels, mean, std = make_padded(split, augment, normalize)
+    def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
+        pixels, mean, std = make_padded(split, config.augment, config.normalize)
         self._plan = plan
-        self._device = device
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
-        self._crop = augment.crop_size(split)
+        self._device = device = config.device
+        self._format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self._crop = config.augment.crop_size(split)
         self._pixels = torch.from_numpy(pixels).to(device)
         self._labels = torch.from_numpy(split.labels).to(device)
         row = mean if mean.ndim == 3 else np.tile(mean, self._crop[1])  # long rows are fast, triples slow
         self._mean = torch.from_numpy(np.ascontiguousarray(row)).to(device)
         self._std = torch.from_numpy(np.tile(std, self._crop[1])).to(device)
-        batch_mib = 12 * self._crop[0] * self._crop[1] * plan.batch_size / plan.world / 2**20
+        batch_mib = 12 * self._crop[0] * self._crop[1] * plan.batch_size / plan.world_size / 2**20
         self._macrobatch = 1 if device.type == "cpu" else max(1, int(MACROBATCH_MIB / batch_mib))
 
     @property
     def steps(self) -> int:
         return self._plan.steps
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         draw = self._plan.draw(epoch)
         index, offset, flip = (
             torch.from_numpy(array).to(self._device) for array in (draw.index, draw.offset, draw.flip)
         )
-        for first in range(start, self.steps, self._macrobatch):
+        for first in range(first_step, self.steps, self._macrobatch):
             last = min(first + self._macrobatch, self.steps)
             begin, end = draw.batches(first, last)
             images = self._make(index[begin:end], offset[begin:end], flip[begin:end])

@@ -9,38 +9,29 @@ import torch
 from torch import Tensor
 
 from harness.loaders.datasets import Split
-from harness.loaders.loader import Augment, Normalize, SamplingPlan
 from harness.loaders.resident import ResidentLoader
+from harness.loaders.sampling import LoaderConfig, SamplingPlan
 
 
 class SyntheticLoader:
     """The first batch of the plan's epoch 0, again and again; a last batch of another size is cut from it."""
 
-    def __init__(
-        self,
-        split: Split,
-        augment: Augment,
-        normalize: Normalize,
-        plan: SamplingPlan,
-        device: torch.device,
-        threads: int,
-        channels_last: bool,
-    ) -> None:
+    def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
         ends = plan.draw(0).ends
         self._sizes = [end - begin for begin, end in zip((0, *ends), ends, strict=False)]
         first = plan.draw(0).index[: self._sizes[0]]
         few = Split(split.images[first], split.labels[first])
-        once = replace(plan, images=len(few), batch_size=len(few), rank=0, world=1)
-        loader = ResidentLoader(few, augment, normalize, once, device, threads, channels_last)
+        once = replace(plan, images=len(few), batch_size=len(few), rank=0, world_size=1)
+        loader = ResidentLoader(few, once, config)
         self._images, self._labels = next(loader.epoch(0))
 
     @property
     def steps(self) -> int:
         return len(self._sizes)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         del epoch
-        for size in self._sizes[start:]:
+        for size in self._sizes[first_step:]:
             yield self._images[:size], self._labels[:size]
 
     def close(self) -> None:

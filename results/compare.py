@@ -18,7 +18,7 @@ from typing import Literal
 from harness.results.report.text import Sheet, clean, escape_markdown, for_markdown, for_terminal, paint
 from harness.results.rows import NONE, Row
 from harness.results.statistics import Interval, Sample, sample, tost, welch
-from harness.results.store import RunResult
+from harness.results.values import RunResult
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from harness.results.report import memory as categories
 from harness.results.report.text import clean
 from harness.results.rows import Row
 from harness.results.statistics import Sample, confidence_interval, median, seeds_needed, seeds_to_tell
-from harness.results.store import EpochMetrics, Measurement, RunResult, Stored, load_epochs
+from harness.results.store import Stored, load_epochs
+from harness.results.values import EpochMetrics, Measurement, RunResult
 
 
 def why(row: Row) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from harness.results.store import EpochMetrics, Stored, load_epochs
+from harness.results.store import Stored, load_epochs
+from harness.results.values import EpochMetrics
 
 Write = Callable[[Mapping[str, float], int, float], None]
 """Takes an epoch's figures by name, the epoch, and the instant of its end in seconds since 1970."""

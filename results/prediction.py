@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from harness.results.report.table import figures
 from harness.results.rows import Row
-from harness.results.store import Measurement
+from harness.results.values import Measurement
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from typing import Any
 
 from harness.results.published import Published, find_published
 from harness.results.statistics import Sample, Verdict, compare_with_published, median, sample
-from harness.results.store import Interrupted, Measurement, Prediction, Record, RunResult, Stored, collector_paused
+from harness.results.store import Interrupted, Stored, collector_paused
+from harness.results.values import Measurement, Prediction, Record, RunResult
 
 NONE = "–"
 UNMEASURED = Measurement(value=None)

@@ -17,7 +17,8 @@ from records import ENVIRONMENT, make_record
 
 from harness import cli, plan
 from harness.commands.compare import make_command, make_repro
-from harness.results.store import Failure, Stored, fail, finish
+from harness.results.store import Stored, fail, finish
+from harness.results.values import Failure
 from harness.search_space import parse_settings
 
 

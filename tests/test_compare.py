@@ -21,7 +21,8 @@ from harness.results.compare import (
 )
 from harness.results.explain import why
 from harness.results.rows import Row, summarise
-from harness.results.store import Failure, Stored, finish, load_records, write_epochs
+from harness.results.store import Stored, finish, load_records, write_epochs
+from harness.results.values import Failure
 
 
 def make_rows(errors: list[float], seconds: list[float], **changes: Any) -> list[Row]:

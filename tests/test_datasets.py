@@ -87,7 +87,7 @@ def test_unknown_name_is_answered_with_a_guess() -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, loaders.datasets, loaders.loader; print({'torch', 'sklearn', 'nvidia.dali'} & set(sys.modules))"
+    code = "import sys, harness.loaders.datasets, harness.loaders.loader, harness.loaders.sampling; print({'torch', 'sklearn', 'nvidia.dali'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 
@@ -213,7 +213,7 @@ def test_unwritable_cache_is_warned_of(tmp_path: Path, animals: Path) -> None:
 
 def test_processes_starting_at_once_decode_once(animals: Path, cache: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from loaders.datasets import load_dataset\n"
+        "import sys; from pathlib import Path; from harness.loaders.datasets import load_dataset\n"
         "reports = []\n"
         "dataset = load_dataset(sys.argv[1], None, Path(sys.argv[2]), lambda *report: reports.append(report))\n"
         "print(dataset.fingerprint, len(reports))"

@@ -13,7 +13,8 @@ from command import harness
 
 from harness import progress as live
 from harness.deadline import TimeUp, parse_until, say_moment, stopping_at
-from harness.results.store import EpochMetrics, load_epochs, load_records
+from harness.results.store import load_epochs, load_records
+from harness.results.values import EpochMetrics
 from harness.spec import UserError
 
 NOW = datetime(2026, 3, 4, 17, 30, 15)

@@ -13,13 +13,14 @@ from tape import Tape
 from test_train import RunPaths, folder, losses, run, spec
 from torch import Tensor, nn
 
-import harness.training.train
+import harness.training.setup
 from harness.cluster.launch import Worker
 from harness.models.resnet import build
-from harness.results.store import EpochMetrics, RunResult
+from harness.results.values import RunResult
 from harness.training.engine import Captured, Engine, compile_network, make_graphs, nothing_to_restore
 from harness.training.optim import make_optimizer, set_lr
-from harness.training.train import Step, make_autocast, train, train_packed
+from harness.training.step import Step, make_autocast
+from harness.training.train import train
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 
         return one
 
-    monkeypatch.setattr(harness.train, "make_graphs", make)
+    monkeypatch.setattr(harness.training.setup, "make_graphs", make)
     return made
 
 
@@ -188,7 +189,7 @@ def test_an_engine_that_does_not_work_is_given_up_aloud(
 
         return Broken
 
-    monkeypatch.setattr(harness.train, "make_graphs", broken)
+    monkeypatch.setattr(harness.training.setup, "make_graphs", broken)
     with pytest.warns(UserWarning, match="engine graph does not work here"):
         result = run(spec(engine="graph"), tmp_path)
     assert losses(result) == losses(eager)
@@ -239,40 +240,11 @@ def test_a_network_that_cannot_be_compiled_is_trained_all_the_same(
 
         return forward
 
-    monkeypatch.setattr(harness.train, "compile_network", fails)
+    monkeypatch.setattr(harness.training.setup, "compile_network", fails)
     with pytest.warns(UserWarning, match="engine compile does not work here, going on with eager: no compiler"):
         result = run(spec(engine="compile"), tmp_path)
     assert losses(result) == losses(eager)
     assert result.engine == "eager"
-
-
-def test_packed_seeds_are_the_single_ones_bit_for_bit(eager: RunResult, tmp_path: Path) -> None:
-    seen: list[tuple[int, EpochMetrics]] = []
-    specs = tuple(spec(seed=seed) for seed in (0, 1, 2))
-    places = RunPaths(out=tmp_path, label="digits")
-    packed = train_packed(
-        specs, Worker(threads=1), lambda index, metrics: seen.append((index, metrics)), places=places
-    )
-    single = [eager, run(spec(seed=1), tmp_path / "1"), run(spec(seed=2), tmp_path / "2")]
-    for mine, alone in zip(packed, single, strict=True):
-        assert isinstance(mine, RunResult)
-        assert losses(mine) == losses(alone)
-        assert mine.final_error == alone.final_error
-        assert mine.packed == 3
-        assert mine.epoch_seconds is None
-        assert not any(row.timed for row in mine.epochs)
-    assert [(index, row.epoch) for index, row in seen] == [(i, e) for e in (1, 2, 3) for i in (0, 1, 2)]
-    assert seen[4][1].loss == losses(single[1])[1]
-
-
-def test_a_packed_seed_that_diverges_leaves_the_others(eager: RunResult, tmp_path: Path) -> None:
-    wild = spec(seed=1, recipe={"lr": 1e30})
-    places = RunPaths(out=tmp_path, label="digits")
-    tame, failed = train_packed((spec(), wild), Worker(threads=1), lambda *_: None, places=places)
-    assert isinstance(tame, RunResult)
-    assert losses(tame) == losses(eager)
-    assert not isinstance(failed, RunResult)
-    assert failed.exception == "DivergedError"
 
 
 def test_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
@@ -306,8 +278,8 @@ def test_half_precision_weights_are_not_frozen_in_a_graph() -> None:
 
 
 def run_on_gpu(out: Path, **changes: Any) -> RunResult:
-    places = RunPaths(out=out, label="digits")
-    return train(spec(device="cuda", **changes), Worker(device="cuda:0", threads=1), lambda _: None, places=places)
+    paths = RunPaths(out=out, label="digits")
+    return train(spec(device="cuda", **changes), Worker(device="cuda:0", threads=1), lambda _: None, paths=paths)
 
 
 @pytest.mark.gpu
@@ -329,10 +301,10 @@ def test_a_cuda_graph_gives_eagers_losses(tmp_path: Path, precision: str, loader
 def test_a_real_capture_leaves_no_trace_and_reads_the_lr(tmp_path: Path) -> None:
     device = torch.device("cuda", 0)
     asked = spec(device="cuda", engine="graph", recipe={"momentum": 0.0, "weight_decay": 0.0})
-    made = harness.training.train.prepare(
+    made = harness.training.setup.prepare(
         asked, Worker(device="cuda:0", threads=1), RunPaths(out=tmp_path, label="digits")
     )
-    step = harness.training.train.make_step(made, ddp=False)
+    step = harness.training.setup.make_step(made, ddp=False)
     captured = Captured(step, step.snapshot, make_graphs(device))
     images, labels = (tensor.to(device) for tensor in batch(64))
     before = everything(step)
@@ -345,18 +317,6 @@ def test_a_real_capture_leaves_no_trace_and_reads_the_lr(tmp_path: Path) -> None
     set_lr(step.optimizer, 0.1)
     captured(images, labels, 64)
     assert not equal(everything(step)[:weights], before[:weights])
-
-
-@pytest.mark.gpu
-def test_packed_seeds_on_a_gpu_are_within_rounding_of_single_ones(tmp_path: Path) -> None:
-    specs = tuple(spec(device="cuda", engine="graph", seed=seed) for seed in (0, 1))
-    places = RunPaths(out=tmp_path, label="digits")
-    packed = train_packed(specs, Worker(device="cuda:0", threads=1), lambda *_: None, places=places)
-    for seed, mine in enumerate(packed):
-        assert isinstance(mine, RunResult)
-        assert mine.engine == "graph"
-        alone = run_on_gpu(tmp_path / str(seed), engine="graph", seed=seed)
-        assert losses(mine) == pytest.approx(losses(alone), rel=1e-3)
 
 
 @pytest.mark.gpu

@@ -26,7 +26,8 @@ from harness.commands.estimate import (
     total_joules,
 )
 from harness.loaders.datasets import load_dataset
-from harness.results.store import Measurement, Memory, Prediction, load_predictions, load_records
+from harness.results.store import load_predictions, load_records
+from harness.results.values import Measurement, Memory, Prediction
 from harness.spec import RunPaths, RunSpec
 
 QUICK = "--dataset digits --depths 8 --limit-train 128 --gpus 0 --loader resident --launcher local --epochs 1"

@@ -24,7 +24,6 @@ from harness.models.resnet import SMALLEST_IMAGE, build
 from harness.models.variants import VARIANTS, default_depth, find_variant, he2015
 from harness.results.store import load_records
 from harness.spec import UserError
-from harness.training import profiler
 from harness.training.evaluation import MultiScale, resize
 
 CLASSES = 7
@@ -34,7 +33,7 @@ TRAIN, TEST = 42, 35  # images
 @pytest.fixture(autouse=True)
 def _on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(profiler, "count_cpus", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     torch.set_num_threads(1)
 
 

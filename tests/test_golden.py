@@ -57,7 +57,7 @@ def search_without_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `harness tune` start nothing: trials learn as a formula says, and take their turns epoch by epoch."""
     import harness.cluster.search
     import harness.commands.tune
-    from harness.results.store import EpochMetrics, Measurement, Memory, RunResult
+    from harness.results.values import EpochMetrics, Measurement, Memory, RunResult
 
     def error(spec: Any, epoch: int) -> float:
         recipe = spec.recipe

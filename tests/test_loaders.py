@@ -15,17 +15,9 @@ from scipy.stats import chisquare
 
 from harness.loaders import dali
 from harness.loaders.datasets import Split
-from harness.loaders.loader import (
-    LOADERS,
-    Augment,
-    Loader,
-    Normalize,
-    SamplingPlan,
-    check_loader_name,
-    make_loaders,
-    make_normalize,
-)
+from harness.loaders.loader import LOADERS, Loader, check_loader_name, make_loaders
 from harness.loaders.resident import crop, crop_by_index
+from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_normalize
 
 REAL = [name for name in LOADERS if name != "synthetic"]
 HEIGHT, WIDTH, PAD, BATCH = 12, 10, 3, 16
@@ -57,14 +49,11 @@ def make() -> Iterator[Any]:
             "batch_size": BATCH,
             "eval_batch_size": 15,
             "seed": 5,
-            "rank": 0,
-            "world": 1,
             "device": torch.device("cpu"),
             "threads": 2,
-            "channels_last": True,
         }
         train, test = changes.pop("train", TRAIN), changes.pop("test", TEST)
-        loaders = make_loaders(kind, train, test, **{**options, **changes})
+        loaders = make_loaders(kind, train, test, LoaderConfig(**{**options, **changes}))
         made.extend(loaders)
         return loaders
 
@@ -101,8 +90,8 @@ def train_plan(augment: Augment, **changes: Any) -> SamplingPlan:
     )
 
 
-def joined(loader: Loader, epoch: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    batches = list(loader.epoch(epoch, start))
+def joined(loader: Loader, epoch: int, first_step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    batches = list(loader.epoch(epoch, first_step))
     return torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
 
 
@@ -222,7 +211,7 @@ def test_evaluation_sees_every_image_once(loader: str, world: int, size: int | N
     augment = Augment(PAD, "reflect", size, flip=True)
     seen = []
     for rank in range(world):
-        _, test = make(loader, augment=augment, normalize=normalize, rank=rank, world=world)
+        _, test = make(loader, augment=augment, normalize=normalize, rank=rank, world_size=world)
         images, labels = joined(test, epoch=0)
         assert sum(1 for _ in test.epoch(0)) == test.steps
         again, _ = joined(test, epoch=3)
@@ -240,7 +229,7 @@ def test_evaluation_sees_every_image_once(loader: str, world: int, size: int | N
 
 
 def test_evaluation_leaves_a_rank_without_an_image_a_step_short() -> None:
-    plans = [SamplingPlan(31, 15, rank=rank, world=3, train=False) for rank in range(3)]
+    plans = [SamplingPlan(31, 15, rank=rank, world_size=3, train=False) for rank in range(3)]
     assert [plan.steps for plan in plans] == [3, 2, 2]
     assert sorted(np.concatenate([plan.draw(0).index for plan in plans]).tolist()) == list(range(31))
 
@@ -276,7 +265,9 @@ def test_offsets_are_uniform_and_flips_fair() -> None:
 @pytest.mark.parametrize("images", [70, 65, 64])
 def test_ranks_share_the_global_batches(world: int, images: int) -> None:
     alone = SamplingPlan(images, 16, span=(8, 8), flip=True).draw(3)
-    plans = [SamplingPlan(images, 16, span=(8, 8), flip=True, rank=rank, world=world) for rank in range(world)]
+    plans = [
+        SamplingPlan(images, 16, span=(8, 8), flip=True, rank=rank, world_size=world) for rank in range(world)
+    ]
     draws = [plan.draw(3) for plan in plans]
     assert {plan.steps for plan in plans} == {-(-images // 16)}
     offset_of = dict(zip(alone.index.tolist(), alone.offset.tolist(), strict=True))
@@ -293,7 +284,7 @@ def test_ranks_share_the_global_batches(world: int, images: int) -> None:
 @pytest.mark.parametrize("loader", REAL)
 def test_two_ranks_give_what_one_gives(loader: str, make: Any) -> None:
     alone, _ = make(loader)
-    ranks = [make(loader, rank=rank, world=2)[0] for rank in range(2)]
+    ranks = [make(loader, rank=rank, world_size=2)[0] for rank in range(2)]
     for (images, labels), first, second in zip(alone.epoch(1), ranks[0].epoch(1), ranks[1].epoch(1), strict=True):
         for rank, (share, numbers) in enumerate((first, second)):
             assert torch.equal(labels[rank::2], numbers)
@@ -353,20 +344,20 @@ def test_what_does_not_fit(make: Any) -> None:
     with pytest.raises(ValueError, match="padding of 10 by reflection: 10x12 images are too small"):
         make("resident", augment=Augment(10, "reflect", None, flip=True))
     with pytest.raises(ValueError, match="batch size 2 is less than one image for each of 3 workers"):
-        make("resident", batch_size=2, world=3)
+        make("resident", batch_size=2, world_size=3)
     with pytest.raises(ValueError, match="41 images are less than one for each of 50 workers"):
-        make("resident", batch_size=100, eval_batch_size=100, world=50)
+        make("resident", batch_size=100, eval_batch_size=100, world_size=50)
     with pytest.raises(ValueError, match="a channel has the same value in all training images"):
         make_normalize("channel-mean-std", Split(np.zeros((4, 2, 2, 3), np.uint8), np.zeros(4, np.int64)))
 
 
 def test_dali_is_loaded_by_who_asks_for_it() -> None:
     code = (
-        "import sys, numpy, torch; from loaders.loader import *; from loaders.datasets import Split\n"
+        "import sys, numpy, torch; from harness.loaders.loader import *; from harness.loaders.sampling import *\n"
         "split = Split(numpy.ones((8, 4, 4, 3), numpy.uint8), numpy.arange(8))\n"
-        "make_loaders('resident', split, split, augment=Augment(1, 'zero', None, True), "
-        "normalize=make_normalize('imagenet', split), batch_size=4, eval_batch_size=4, seed=0, rank=0, world=1, "
-        "device=torch.device('cpu'), threads=1, channels_last=True)\n"
+        "config = LoaderConfig(augment=Augment(1, 'zero', None, True), normalize=make_normalize('imagenet', split), "
+        "batch_size=4, eval_batch_size=4, device=torch.device('cpu'))\n"
+        "make_loaders('resident', split, split, config)\n"
         "print('nvidia.dali' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

@@ -24,7 +24,8 @@ from harness.results.report.memory import COLOURS, MAX_BARS, NOT_RECORDED, colou
 from harness.results.report.page import make_page
 from harness.results.report.table import render
 from harness.results.rows import Row, summarise
-from harness.results.store import MEMORY_CATEGORIES, Measurement, Memory, finish, load_records
+from harness.results.store import finish, load_records
+from harness.results.values import MEMORY_CATEGORIES, Measurement, Memory
 
 COUNTED_TWICE = {"weights": 1.04, "activations": 300.0, "CUDA context": 480.0, "NCCL": 0.0, "unaccounted": -31.04}
 SIMPLE = {"weights": 1.04, "activations": 250.0, "CUDA context": 480.0, "unaccounted": 18.96}

@@ -27,19 +27,8 @@ from harness.results.report.charts import (
 from harness.results.report.page import make_page
 from harness.results.report.table import Format, render
 from harness.results.rows import Row, summarise
-from harness.results.store import (
-    EpochMetrics,
-    Failure,
-    Measurement,
-    Memory,
-    Problem,
-    Record,
-    fail,
-    finish,
-    load_records,
-    start,
-    write_epochs,
-)
+from harness.results.store import Problem, fail, finish, load_records, start, write_epochs
+from harness.results.values import EpochMetrics, Failure, Measurement, Memory, Record
 
 GOLDEN = Path(__file__).parent / "golden"
 ERRORS = {20: 8.4, 32: 7.5, 56: 6.6, 110: 6.2}

@@ -14,7 +14,8 @@ from harness.results.prediction import predicted_figures, show_difference
 from harness.results.report.page import make_page
 from harness.results.report.table import render
 from harness.results.rows import Row, summarise
-from harness.results.store import Measurement, Memory, Prediction, Stored
+from harness.results.store import Stored
+from harness.results.values import Measurement, Memory, Prediction
 
 MISSING = Measurement(value=None, reason="NVML lists no process")
 

@@ -37,7 +37,8 @@ from harness.cluster.launch import (
     make_failed,
 )
 from harness.cluster.nodes import Unanswered, ask_every_node
-from harness.results.store import EpochMetrics, load_epochs, load_records
+from harness.results.store import load_epochs, load_records
+from harness.results.values import EpochMetrics
 
 ROOT = Path(__file__).resolve().parent.parent
 # An idle machine of two cores takes about 7 and 12 seconds: these are for a busy one, and below the minute for which

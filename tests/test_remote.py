@@ -60,15 +60,15 @@ def test_a_run_is_sent_whole_and_brought_back(tmp_path: Path) -> None:
     (here / "checkpoints" / "epoch3.tmp").write_text("half")
     remote = RemoteRun(uri, here, pytest.fail)
     remote.send()
-    remote = there / "run.partial"
-    assert names(remote) == {"spec.json", "checkpoints/epoch1.pt", "checkpoints/epoch2.pt"}
+    sent = there / "run.partial"
+    assert names(sent) == {"spec.json", "checkpoints/epoch1.pt", "checkpoints/epoch2.pt"}
 
     (here / "checkpoints" / "epoch1.pt").unlink()
     write(here, checkpoints__epoch3_pt="3")
-    written = (remote / "spec.json").stat().st_ctime_ns
+    written = (sent / "spec.json").stat().st_ctime_ns
     remote.send()
-    assert names(remote) == {"spec.json", "checkpoints/epoch2.pt", "checkpoints/epoch3.pt"}
-    assert (remote / "spec.json").stat().st_ctime_ns == written, "what has arrived is not sent again"
+    assert names(sent) == {"spec.json", "checkpoints/epoch2.pt", "checkpoints/epoch3.pt"}
+    assert (sent / "spec.json").stat().st_ctime_ns == written, "what has arrived is not sent again"
 
     write(here, checkpoints__epoch4_pt="never arrived", checkpoints__epoch3_pt="changed")
     storage.pull_run(uri, here)

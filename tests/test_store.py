@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from harness.results import store
-from harness.results.store import EpochMetrics, Failure, Measurement, Memory, Record, RunResult
+from harness.results.values import EpochMetrics, Failure, Measurement, Memory, Record, RunResult
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 

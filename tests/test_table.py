@@ -15,7 +15,8 @@ import pytest
 from harness.results.published import find_published
 from harness.results.report.table import FORMATS, Row, render, summarise
 from harness.results.report.text import UNCOMMON, cell_width
-from harness.results.store import Failure, Interrupted, Measurement, Memory, Record, RunResult, Stored
+from harness.results.store import Interrupted, Stored
+from harness.results.values import Failure, Measurement, Memory, Record, RunResult
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 

@@ -16,13 +16,18 @@ from torch import nn
 
 from harness.cluster.launch import Worker
 from harness.loaders.datasets import limit, load_dataset
-from harness.loaders.loader import Augment, make_loaders, make_normalize
+from harness.loaders.loader import make_loaders
+from harness.loaders.sampling import Augment, LoaderConfig, make_normalize
 from harness.models.resnet import build
 from harness.models.variants import he2015
-from harness.results.store import RunResult, load_epochs, partial_dir, run_name
+from harness.results.store import load_epochs, partial_dir, run_name
+from harness.results.values import EpochMetrics, RunResult
 from harness.spec import CheckpointError, DivergedError, RunPaths, RunSpec
 from harness.training.engine import Engine
-from harness.training.train import EpochMetrics, Step, Trainer, finish_run, mix, train, train_epoch
+from harness.training.setup import Trainer
+from harness.training.step import Step, mix
+from harness.training.telemetry import EpochReading, EpochTelemetry
+from harness.training.train import run_steps, train
 
 
 @cache
@@ -53,7 +58,7 @@ def run(asked: RunSpec, out: Path, stop_after: int | None = None) -> RunResult:
         if metrics.epoch == stop_after:
             raise KeyboardInterrupt
 
-    return train(asked, Worker(threads=1), report, places=RunPaths(out=out, label="digits"))
+    return train(asked, Worker(threads=1), report, paths=RunPaths(out=out, label="digits"))
 
 
 def losses(result: RunResult) -> list[float]:
@@ -89,8 +94,8 @@ def test_a_run_learns_and_measures(whole: RunResult, tmp_path: Path) -> None:
 
 
 def test_an_untimed_epoch_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    swapped = ("the machine swapped",)
-    monkeypatch.setattr("harness.training.train.over_ranks", lambda *_: (None, swapped))
+    swapped = EpochReading(None, ("the machine swapped",))
+    monkeypatch.setattr(EpochTelemetry, "stop", lambda *_: swapped)
     short = spec()
     short = replace(short, recipe=replace(short.recipe, duration=4, unit="step", milestones=()))  # 3 an epoch
     epochs = run(short, tmp_path).epochs
@@ -192,11 +197,16 @@ def _rank(rank: int, world: int, port: int, asked: RunSpec, out: Path) -> None:
     data = load_dataset("digits")
     train_split = limit(data.train, 150)
     device = torch.device("cpu")
-    loader, _ = make_loaders(
-        "resident", train_split, data.test, augment=Augment(4, "zero", None, False),
-        normalize=make_normalize("pixel-mean", train_split), batch_size=64, eval_batch_size=100, seed=0,
-        rank=rank, world=world, device=device, threads=1, channels_last=True,
-    )  # fmt: skip
+    config = LoaderConfig(
+        augment=Augment(4, "zero", None, False),
+        normalize=make_normalize("pixel-mean", train_split),
+        batch_size=64,
+        eval_batch_size=100,
+        device=device,
+        rank=rank,
+        world_size=world,
+    )
+    loader, _ = make_loaders("resident", train_split, data.test, config)
     torch.manual_seed(0)
     network = build(asked.network, 10).double()
     for module in network.modules():
@@ -211,12 +221,10 @@ def _rank(rank: int, world: int, port: int, asked: RunSpec, out: Path) -> None:
         torch.zeros((), dtype=torch.float64), world,
     )  # fmt: skip
     trainer = Trainer(
-        step, Engine([("eager", step)], step.snapshot, print), Engine([], step.snapshot, print), loader, device
-    )
-    seen = []
-    for epoch in range(2):
-        part = train_epoch(trainer, epoch=epoch, steps=loader.steps, images=150, on_first_step=lambda: None)
-        seen.append(finish_run(part).loss)
+        step, Engine([("eager", step)], step.snapshot, print), Engine([], step.snapshot, print), network, loader, 150,
+        device,
+    )  # fmt: skip
+    seen = [run_steps(trainer, epoch=epoch, steps=loader.steps).loss for epoch in range(2)]
     if rank == 0:
         torch.save({"losses": seen, "weights": list(network.state_dict().values())}, out)
     if world > 1:

@@ -23,7 +23,8 @@ from harness.models.variants import he2015, msra
 from harness.results.explain import why
 from harness.results.report.sweeps import load_sweeps
 from harness.results.report.table import render, summarise
-from harness.results.store import SWEEPS, Pruned, finish, finished_keys, load_epochs, load_records, prune, start
+from harness.results.store import SWEEPS, finish, finished_keys, load_epochs, load_records, prune, start
+from harness.results.values import Pruned
 from harness.search_space import Dimension, parse_search, parse_settings
 from harness.spec import UserError
 

@@ -25,9 +25,10 @@ from rich.table import Table
 from harness.cluster.launch import Failed, Worker
 from harness.commands.estimate import Part, count_cells, name_cell, probe_cells, say
 from harness.spec import RunPaths, RunSpec
-from harness.training import profiler
 from harness.training.engine import Engine
-from harness.training.train import Trainer, finish_run, make_step, make_trainer, prepare, train_epoch
+from harness.training.setup import Trainer, make_step, make_trainer, prepare
+from harness.training.step import synchronize
+from harness.training.train import run_steps
 
 if TYPE_CHECKING:
     from harness.commands.run import Options
@@ -67,7 +68,7 @@ class StepClock:
     def read(self) -> dict[str, list[float]]:
         """Milliseconds of each part, step after step, but for the first, before which there is no mark. A part lasts
         from the mark before it."""
-        profiler.synchronize(self._device)
+        synchronize(self._device)
         parts: dict[str, list[float]] = {}
         for (_, before), (name, after) in itertools.pairwise(self._marks):
             took = before.elapsed_time(after) if self._device.type == "cuda" else 1000 * (after - before)
@@ -85,17 +86,16 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
     def take(trainer: Trainer, epoch: int, steps: int) -> float:
         """Train so many steps of an epoch; seconds of one."""
         trainer.loader = part = Part(made.train_loader, steps, device)
-        images = len(made.data.train)
-        run = train_epoch(trainer, epoch=epoch, steps=part.steps, images=images, on_first_step=lambda: None)
-        return finish_run(run).train_seconds / part.steps
+        return run_steps(trainer, epoch=epoch, steps=part.steps).train_seconds / part.steps
 
     made = prepare(spec, worker, places)
-    device = made.place["device"]
-    with contextlib.closing(made.train_loader), contextlib.closing(made.eval_loader):
+    device = made.device
+    with contextlib.closing(made):
         # several ranks' gradients are summed after backward here, not by DDP inside it, where they hide behind it
         step, clock = make_step(made, ddp=False), StepClock(device)
         plain = Engine([("eager", step)], step.snapshot, warn)
-        by_parts = Trainer(step, plain, plain, made.train_loader, device)
+        images = len(made.data.train)
+        by_parts = Trainer(step, plain, plain, made.network, made.train_loader, images, device)
         take(by_parts, 0, WARMUP_STEPS)
         step.mark = clock.mark
         take(by_parts, 1, STEPS)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from harness.commands.report import load_runs, make_rows, print_text
 from harness.plan import Allocation, Grid, check_word, expand
-from harness.results.store import PARTIAL, Record, Stored
+from harness.results.store import PARTIAL, Stored
+from harness.results.values import Record
 from harness.search_space import parse_settings
 from harness.spec import UserError
 

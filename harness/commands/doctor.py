@@ -137,7 +137,7 @@ def _nvml() -> Finding:
 
 
 def _gpu() -> Finding:
-    from harness.training.profiler import count_gpus
+    from harness.training.nvml import count_gpus
 
     count = count_gpus()
     if not count:
@@ -180,8 +180,9 @@ def _dali() -> Finding:
     import torch
 
     from harness.loaders.datasets import Split
-    from harness.loaders.loader import Augment, Normalize, make_loaders
-    from harness.training.profiler import count_gpus
+    from harness.loaders.loader import make_loaders
+    from harness.loaders.sampling import Augment, LoaderConfig, Normalize
+    from harness.training.nvml import count_gpus
 
     images = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
     split = Split(images, np.arange(4, dtype=np.int64))
@@ -189,10 +190,15 @@ def _dali() -> Finding:
     devices = ["cpu", *["cuda:0"] * (count_gpus() > 0 and torch.cuda.is_available())]
     for device in devices:
         try:
-            loaders = make_loaders(
-                "dali", split, split, augment=Augment(1, "zero", None, True), normalize=normalize, batch_size=2,
-                eval_batch_size=4, seed=0, rank=0, world=1, device=torch.device(device), threads=1, channels_last=False,
-            )  # fmt: skip
+            config = LoaderConfig(
+                augment=Augment(1, "zero", None, True),
+                normalize=normalize,
+                batch_size=2,
+                eval_batch_size=4,
+                device=torch.device(device),
+                channels_last=False,
+            )
+            loaders = make_loaders("dali", split, split, config)
             batch, _ = next(iter(loaders[1].epoch(0)))
             right = batch.shape == (4, 3, 8, 8) and abs(float(batch.max()) - 1.0) < 1e-3
             for loader in loaders:

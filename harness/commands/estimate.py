@@ -28,20 +28,15 @@ from rich.table import Table
 
 from harness.cluster.launch import Failed, Started, Worker
 from harness.commands.report import classify
-from harness.results.store import Measurement, Prediction, keep_prediction
+from harness.results.store import keep_prediction
+from harness.results.values import Measurement, Prediction
 from harness.spec import RunPaths, RunSpec
-from harness.training import profiler
-from harness.training.evaluation import evaluate
+from harness.training.memory import MemoryMeter, largest
 from harness.training.optim import total_steps
-from harness.training.train import (
-    finish_run,
-    make_autocast,
-    make_trainer,
-    memory_over_ranks,
-    over_ranks,
-    prepare,
-    train_epoch,
-)
+from harness.training.setup import make_trainer, prepare
+from harness.training.step import synchronize
+from harness.training.telemetry import EpochTelemetry, device_name, gather
+from harness.training.train import run_eval, run_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,11 +66,11 @@ class Part:
         self.device = device
         self.paced_at = 0.0
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of one rank, as the loader's."""
-        for step, batch in enumerate(itertools.islice(self.loader.epoch(epoch, start), self.steps)):
+        for step, batch in enumerate(itertools.islice(self.loader.epoch(epoch, first_step), self.steps)):
             if step == QUEUE_STEPS:
-                profiler.synchronize(self.device)
+                synchronize(self.device)
                 self.paced_at = time.perf_counter()
             yield batch
 
@@ -109,53 +104,39 @@ def probe(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, place
     gc.collect()
     if worker.device != "cpu":
         torch.cuda.empty_cache()  # of an earlier probe in this process
-    meter = profiler.MemoryMeter(torch.device(worker.device))
+    meter = MemoryMeter(torch.device(worker.device))
     prepared = prepare(spec, worker, places, meter)
-    device, world_size = prepared.place["device"], worker.world_size
-    network, loader, eval_loader = prepared.network, prepared.train_loader, prepared.eval_loader
-    with contextlib.closing(loader), contextlib.closing(eval_loader):
-        watch = profiler.Watch(device)
-        held = Part(eval_loader, EVAL_BATCHES, device)
-        held_images = held.images()
+    device, loader, eval_loader = prepared.device, prepared.train_loader, prepared.eval_loader
+    with contextlib.closing(prepared):
+        telemetry = EpochTelemetry(device)
+        eval_part = Part(eval_loader, EVAL_BATCHES, device)
+        eval_images = eval_part.images()
         with meter.category("NCCL"):
             trainer = make_trainer(prepared, lambda message: warnings.warn(message, stacklevel=2))
         part = trainer.loader = Part(loader, STEPS, device)
 
-        def take(epoch: int, steps: int) -> float:
-            """Train so many steps, in seconds."""
-            images = len(prepared.data.train)
-            epoch_of_steps = train_epoch(
-                trainer, epoch=epoch, steps=steps, images=images, on_first_step=lambda: None
-            )
-            return finish_run(epoch_of_steps).train_seconds
-
-        def look() -> float:
-            """Evaluate the few batches, in seconds."""
-            began = time.perf_counter()
-            autocast = make_autocast(device, spec.precision)
-            evaluate(network, held, images=held_images, autocast=autocast, forward=trainer.forward)
-            return time.perf_counter() - began
-
-        take(0, min(WARMUP_STEPS, part.steps))
+        run_steps(trainer, epoch=0, steps=min(WARMUP_STEPS, part.steps))
         setup_seconds = worker.launch_seconds + time.perf_counter() - entered_at
-        look()
+        run_eval(trainer, eval_part, eval_images)
         meter.reset()
-        watch.begin()
-        seconds = take(1, part.steps)
+        telemetry.start()
+        seconds = run_steps(trainer, epoch=1, steps=part.steps).train_seconds
         ended_at = time.perf_counter()
-        joules, interference = over_ranks(watch.end(), device)
-        eval_seconds = look() * eval_loader.steps / max(1, held.steps)
+        reading = telemetry.stop(seconds)
+        evaluating_at = time.perf_counter()
+        run_eval(trainer, eval_part, eval_images)
+        eval_seconds = (time.perf_counter() - evaluating_at) * eval_loader.steps / max(1, eval_part.steps)
         meter.sample()
-        memory = memory_over_ranks(meter.read(network, prepared.optimizer, trainer.graphs), world_size)
+        memory = largest(gather(meter.read(prepared.network, prepared.optimizer, trainer.graphs)))
 
     if device.type == "cpu":
         energy = Measurement(value=None, reason="no GPU was used")
-    elif joules is None:
+    elif reading.joules is None:
         energy = Measurement(value=None, reason="NVML does not count this GPU's energy")
     elif seconds < ENERGY_SECONDS:
         energy = Measurement(value=None, reason=f"{part.steps} steps are too short for NVML's energy counter")
     else:
-        energy = Measurement(value=joules * loader.steps / part.steps)
+        energy = Measurement(value=reading.joules * loader.steps / part.steps)
     asked = spec.to_json()
     del asked["seed"]
     return Prediction(
@@ -167,10 +148,10 @@ def probe(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, place
         epochs=total_steps(spec.recipe, loader.steps) / loader.steps,
         energy_joules=energy,
         memory=memory,
-        interference=interference,
-        workers=world_size,
+        interference=reading.interference,
+        workers=worker.world_size,
         threads=worker.threads,
-        device=profiler.device_name(device),
+        device=device_name(device),
         made_at=datetime.now(UTC),
     )
 

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from harness import plan
 from harness.loaders.datasets import Dataset, Split, limit, load_dataset
-from harness.loaders.loader import Augment, Loader, Normalize, SamplingPlan, make_evaluation_loader, make_normalize
+from harness.loaders.loader import Loader, make_evaluation_loader
+from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_normalize
 from harness.models.resnet import SMALLEST_IMAGE, build
 from harness.models.variants import Variant, default_depth, find_variant
 from harness.results.store import load_records
 from harness.spec import RunSpec, UserError
 from harness.training.evaluation import MultiScale, evaluate
-from harness.training.train import EVAL_BATCH_SIZE, set_precision, split_data
+from harness.training.setup import EVAL_BATCH_SIZE, split_data
+from harness.training.step import set_precision
 from harness.training.weights import WeightsError, load_metadata, load_weights, match_weights
 
 MULTI_SCALE_PIXELS = EVAL_BATCH_SIZE * 32 * 32  # in a batch, so that memory does not grow with the scale
@@ -146,19 +148,16 @@ def _prepare(options: EvalOptions) -> _Prepared:
         test = limit(test, options.limit)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = min(options.batch_size or _batch_size(options.scales), len(test))
-    loader = make_evaluation_loader(
-        "resident",
-        test,
+    config = LoaderConfig(
         augment=Augment(0 if options.scales else recipe.pad, recipe.pad_mode, crop, flip=False),
         normalize=options.normalize
         or make_normalize(recipe.normalize, _training_images(weights, variant, dataset)),
+        batch_size=batch_size,
         eval_batch_size=batch_size,
-        rank=0,
-        world=1,
         device=device,
         threads=torch.get_num_threads(),
-        channels_last=True,
     )
+    loader = make_evaluation_loader("resident", test, config)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return _Prepared(variant, dataset, network, left_over, test, position, loader, batch_size)
 

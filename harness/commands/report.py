@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.cluster.launch import Failed
-from harness.results.store import Failure, Pruned, Record, RunResult, collector_paused, run_name
+from harness.results.store import collector_paused, run_name
+from harness.results.values import Failure, Pruned, Record, RunResult
 from harness.spec import RunPaths, RunSpec, UserError
 
 if TYPE_CHECKING:

@@ -41,8 +41,6 @@ from harness.progress import JsonLines, Progress
 from harness.results import remote as storage
 from harness.results.store import (
     ESTIMATES,
-    NodeUse,
-    Record,
     fail,
     finish,
     finished_dir,
@@ -52,15 +50,17 @@ from harness.results.store import (
     partial_dir,
     start,
 )
+from harness.results.values import NodeUse, Record
 from harness.spec import RunPaths, RunSpec, UserError
-from harness.training import profiler
+from harness.training.nvml import count_gpus
 from harness.training.optim import total_epochs
+from harness.training.telemetry import NodeTelemetry, count_cpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from harness.cluster.launch import Worker
-    from harness.results.store import RunResult
+    from harness.results.values import RunResult
 
 MAX_SEEDS = 10  # of a row, for --until-ci
 ATTEMPTS = "attempts.jsonl"
@@ -239,7 +239,7 @@ def lay_out(sweep: Grid, options: Options, stack: ExitStack) -> Allocation:
         cluster = join_cluster(stack, options.address, cpus=0, gpus=0, verbose=options.verbose)
         have_gpus, have_cpus, where = cluster.gpus, cluster.cpus, f"the cluster at {options.address}"
     else:
-        have_gpus, have_cpus, where = profiler.count_gpus(), profiler.count_cpus(), "this machine"
+        have_gpus, have_cpus, where = count_gpus(), count_cpus(), "this machine"
     workers = options.workers if options.pack == 1 else 1
     if options.launcher == "local":
         workers = workers or 1
@@ -464,8 +464,6 @@ def _train(
     stack: ExitStack,
 ) -> int:
     """Launch every spec and record every outcome."""
-    from harness.training.telemetry import watch
-
     if options.launcher == "ray":
         from harness.cluster.launch import launch
     else:
@@ -512,7 +510,7 @@ def _train(
             partial(_train_pack, places=places), packs,
             workers=width.workers, concurrent_runs=width.concurrent_runs, gpu=width.device == "cuda", threads=width.threads,
             storage=storage.join_uri(options.remote, ".ray") if options.remote and options.address else options.out / ".ray", progress=progress, placement=options.placement,
-            fewer=plan.narrower_widths(options.elastic, specs), watch=watch,
+            fewer=plan.narrower_widths(options.elastic, specs), watch=NodeTelemetry,
             reached=lambda event: event.event.epoch if isinstance(event, OfOne) else 0,
         )
     )  # fmt: skip
@@ -562,8 +560,9 @@ def _train_pack(
     pack: tuple[RunSpec, ...], worker: Worker, report: Callable[[OfOne], None], *, places: RunPaths
 ) -> tuple[RunResult | Failed, ...]:
     """Train the runs of a pack in this process; one alone is trained as ever."""
-    from harness.training.train import train, train_packed
+    from harness.training.train import train
 
-    if len(pack) == 1:
-        return (train(pack[0], worker, lambda metrics: report(OfOne(0, metrics)), places=places),)
-    return train_packed(pack, worker, lambda index, metrics: report(OfOne(index, metrics)), places=places)
+    return tuple(
+        train(spec, worker, lambda metrics, index=index: report(OfOne(index, metrics)), paths=places)  # type: ignore[misc]
+        for index, spec in enumerate(pack)
+    )

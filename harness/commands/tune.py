@@ -46,10 +46,6 @@ from harness.results.report.text import Sheet, for_terminal
 from harness.results.store import (
     RECORD,
     SWEEPS,
-    EpochMetrics,
-    Pruned,
-    Record,
-    RunResult,
     fail,
     finish,
     finished_dir,
@@ -59,6 +55,7 @@ from harness.results.store import (
     prune,
     start,
 )
+from harness.results.values import EpochMetrics, Pruned, Record, RunResult
 from harness.search_space import Dimension, format_value, parse_search
 from harness.spec import RunPaths, RunSpec, UserError
 
@@ -188,7 +185,7 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, places: RunPat
     from harness.training.train import train
 
     if worker.rank:
-        return train(spec, worker, report, places=places)
+        return train(spec, worker, report, paths=places)
     folder = partial_dir(places.out, name_of(spec, places.label))
     told = 0
 
@@ -201,7 +198,7 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, places: RunPat
 
     catch_up()
     # a kill between checkpoint and report leaves epochs that only the checkpoint knows, until `train` reads it
-    result = train(spec, worker, lambda _: catch_up(), places=places)
+    result = train(spec, worker, lambda _: catch_up(), paths=places)
     catch_up()
     return result
 

@@ -39,8 +39,7 @@ class Graph(Protocol):
 
 
 class CudaGraphs:
-    """Makes the graphs of one run. They share a memory pool and a stream, which no other run's graphs use: runs may
-    be replayed at the same time."""
+    """Makes the graphs of one run, which share a memory pool and a stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -104,9 +103,9 @@ class Captured:
         if key not in self._graphs:
             self._graphs[key] = self._record(inputs)
         graph, own, result = self._graphs[key]
-        for mine, given in zip(own, inputs, strict=True):
-            if isinstance(given, Tensor):
-                mine.copy_(given, non_blocking=True)
+        for static, new in zip(own, inputs, strict=True):
+            if isinstance(new, Tensor):
+                static.copy_(new, non_blocking=True)
         graph.replay()
         return result
 
@@ -128,7 +127,7 @@ def signature(inputs: Sequence[Tensor | float]) -> tuple[Any, ...]:
 
 
 class Engine:
-    """The fastest of some ways to do the same that works here; one that does not is given up aloud."""
+    """The fastest of some ways to do the same that works here. Giving one up is a warning, and is recorded."""
 
     def __init__(
         self, ways: Sequence[tuple[str, Function]], snapshot: Snapshot, warn: Callable[[str], None]
@@ -178,25 +177,9 @@ def make_graphs(device: torch.device) -> Callable[[], Graph]:
 
 
 def compile_network(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Compiled for each batch size on its own; loud where a part of it cannot be compiled."""
+    """Compiled for each batch size on its own. Raises, when called, where a part of it cannot be compiled."""
     import torch._dynamo
 
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses a GPU, where there is none
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
     torch._dynamo.config.recompile_limit = 64  # networks of many runs share their code, and the limit counts that
     return torch.compile(network, dynamic=False, fullgraph=True)
-
-
-def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Sum the gradients over the ranks by one all-reduce of all of them, which a CUDA graph can hold.
-
-    DDP's hooks reduce in buckets while backward goes on; these networks' gradients fit into one (0.3 to 19 million
-    numbers), and a graph has no use for hooks.
-    """
-    having = [p for p in parameters if p.grad is not None]
-    grads = [p.grad for p in having if p.grad is not None]
-    flat = torch.cat(
-        [g.as_strided((g.numel(),), (1,)) for g in grads]
-    )  # dense in some order: as it lies in memory
-    dist.all_reduce(flat)
-    for parameter, grad, piece in zip(having, grads, flat.split([g.numel() for g in grads]), strict=True):
-        parameter.grad = piece.as_strided(grad.shape, grad.stride())

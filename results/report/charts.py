@@ -20,7 +20,8 @@ from harness.results.report.table import Layout, lay_out
 from harness.results.report.text import clean
 from harness.results.rows import Row
 from harness.results.statistics import mean
-from harness.results.store import EpochMetrics, Interrupted, Stored, load_epochs
+from harness.results.store import Interrupted, Stored, load_epochs
+from harness.results.values import EpochMetrics
 
 MAX_RUNS = 200
 """Whose epochs are read for one page; more curves than that are one grey wood."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.results.report.text import clean
 from harness.results.rows import Row
-from harness.results.store import MEMORY_CATEGORIES
+from harness.results.values import MEMORY_CATEGORIES
 
 COLOURS = {
     "weights": "#455f7f", "gradients": "#44c6ff", "optimizer state": "#5b975f", "activations": "#f19b06",

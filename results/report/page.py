@@ -18,7 +18,8 @@ from harness.results.report.sweeps import SweepSummary, SweepTrial, finite, make
 from harness.results.report.table import Column, Layout, lay_out, sort_value
 from harness.results.report.text import clean
 from harness.results.rows import NONE, Row
-from harness.results.store import Interrupted, Problem, Record, RunResult, Stored
+from harness.results.store import Interrupted, Problem, Stored
+from harness.results.values import Record, RunResult
 
 TALL = 40  # rows: a longer table scrolls in itself, so that the charts are not out of reach
 MAX_FAILED = 300  # whose tracebacks are printed

@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from harness.results.report.charts import FIGURE, VEGA_LITE, draw
 from harness.results.report.text import clean
-from harness.results.store import SWEEPS, Problem, Value
+from harness.results.store import SWEEPS, Problem
+from harness.results.values import Value
 
 TRIALS = "trials.json"
 METRICS = {

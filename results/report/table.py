@@ -27,7 +27,8 @@ from harness.results.report.text import (
 )
 from harness.results.rows import NONE, Against, Row, summarise
 from harness.results.statistics import Sample, seeds_to_tell
-from harness.results.store import MEMORY_CATEGORIES, Interrupted, Measurement, Prediction, Stored
+from harness.results.store import Interrupted, Stored
+from harness.results.values import MEMORY_CATEGORIES, Measurement, Prediction
 
 __all__ = ["FORMATS", "Format", "Row", "render", "sort_rows", "summarise"]
 
@@ -296,10 +297,8 @@ def make_notes(rows: Sequence[Row]) -> list[Note]:
         if shares - {"1"}:
             note(f"packed: timed on {' or '.join(sorted(shares))} of a GPU, beside other runs", i, "epoch_seconds")
         for result in (stored.record.result for stored in row.done):
-            if result is not None and result.packed > 1:
-                pace = result.seed_epochs_per_second
-                told = f": {pace:.3g} seeds × epochs a second" if pace else ""
-                note(f"{result.packed} seeds trained at the same time{told}; s/epoch is of single runs alone", i, "epoch_seconds")  # fmt: skip
+            if result is not None and result.runs_per_gpu > 1:
+                note(f"{result.runs_per_gpu} runs shared each GPU: their epochs are not timed", i, "epoch_seconds")
             for warning in result.warnings if result is not None else ():
                 if warning.startswith("engine "):
                     note(warning, i, "engine")
