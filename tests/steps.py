@@ -18,7 +18,8 @@ from harness.models.resnet import build
 from harness.models.variants import Variant
 from harness.spec import Precision, RunSpec
 from harness.training.optim import make_optimizer
-from harness.training.train import Step, make_step
+from harness.training.setup import make_step
+from harness.training.step import Step
 
 IMAGES, IMAGE_SIZE, CLASSES = 8, 32, 10
 
@@ -77,14 +78,16 @@ def whole_step(variant: Variant, network: nn.Module, precision: Precision, devic
     scaler.scale(torch.zeros((), device=device))
     prepared = SimpleNamespace(
         spec=spec, network=network, optimizer=optimizer, scaler=scaler, device=device,
-        loader_config=SimpleNamespace(world_size=1), place={"device": device, "world": 1},
+        loader_config=SimpleNamespace(world_size=1),
     )  # fmt: skip
     return make_step(prepared, ddp=False)  # type: ignore[arg-type]
 
 
 def batch(device: torch.device) -> tuple[Tensor, Tensor]:
     """Images and labels without values."""
-    images = torch.empty(IMAGES, 3, IMAGE_SIZE, IMAGE_SIZE, device=device).contiguous(memory_format=torch.channels_last)
+    images = torch.empty(IMAGES, 3, IMAGE_SIZE, IMAGE_SIZE, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
     return images, torch.empty(IMAGES, dtype=torch.int64, device=device)
 
 
@@ -104,5 +107,5 @@ def fused_on_meta() -> Iterator[None]:
     from torch.optim import optimizer
 
     supported = optimizer._get_fused_kernels_supported_devices()
-    with mock.patch.object(optimizer, "_get_fused_kernels_supported_devices", lambda: [*supported, "meta"]):
+    with mock.patch.object(optimizer, "_get_fused_kernels_supported_devices", return_value=[*supported, "meta"]):
         yield

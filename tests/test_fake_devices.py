@@ -8,13 +8,21 @@ from __future__ import annotations
 import pytest
 import torch
 from steps import (
-    CLASSES, IMAGES, Log, batch, fused_on_meta, make_network, move, pretend_there_is_a_gpu, whole_step,
+    CLASSES,
+    IMAGES,
+    Log,
+    batch,
+    fused_on_meta,
+    make_network,
+    move,
+    pretend_there_is_a_gpu,
+    whole_step,
 )  # fmt: skip
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harness.models.variants import VARIANTS, Variant, VariantFunction
 from harness.spec import Precision
-from harness.training.train import make_autocast
+from harness.training.step import make_autocast
 
 PRECISIONS: dict[Precision, torch.dtype] = {
     "fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
@@ -34,7 +42,9 @@ def smallest(function: VariantFunction) -> Variant:
 EVERY = {function.__name__: smallest(function) for function in VARIANTS}
 NETWORKS = {variant.network: name for name, variant in reversed(EVERY.items())}  # recipes share them
 every_variant = pytest.mark.parametrize("variant", EVERY.values(), ids=EVERY)
-every_network = pytest.mark.parametrize("variant", [EVERY[name] for name in NETWORKS.values()], ids=NETWORKS.values())
+every_network = pytest.mark.parametrize(
+    "variant", [EVERY[name] for name in NETWORKS.values()], ids=NETWORKS.values()
+)
 
 
 def check(log: Log, dtype: torch.dtype) -> None:
