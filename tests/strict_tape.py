@@ -9,6 +9,7 @@ it with NaN, so that nothing survives there from one call to the next.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class _Refuse(TorchFunctionMode):
 class Arena:
     """The memory that all graphs of a run share."""
 
-    tapes: list[StrictTape] = field(default_factory=list)
+    tapes: weakref.WeakSet[StrictTape] = field(default_factory=weakref.WeakSet)  # they live as long as their users
     sealed: bool = False  # set-up is over: a capture raises
 
     def __call__(self) -> StrictTape:
@@ -104,11 +105,11 @@ class StrictTape(TorchDispatchMode):
     def __init__(self, arena: Arena | None = None) -> None:
         super().__init__()
         self.arena = Arena() if arena is None else arena
-        self.arena.tapes.append(self)
+        self.arena.tapes.add(self)
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self.storages: dict[int, torch.UntypedStorage] = {}  # taken during the capture, by address of their header
         self.replays = 0
-        self._state = "new"
+        self.state = "new"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -149,17 +150,17 @@ class StrictTape(TorchDispatchMode):
     def warm_up(self, work: Callable[[], Any]) -> None:
         for _ in range(WARMUP_CALLS):
             work()
-        self._state = "warm"
+        self.state = "warm"
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        if self._state != "warm":
+        if self.state != "warm":
             raise CaptureError(
-                f"a {self._state} graph is captured: libraries must be warm, and a graph is used once"
+                f"a {self.state} graph is captured: libraries must be warm, and a graph is used once"
             )
         if self.arena.sealed:
             raise CaptureError("a capture after the set-up")
-        self._state = "failed"
+        self.state = "failed"
         with ExitStack() as stack:
             for name in SYNCHRONISATIONS:
                 error = CaptureError(f"{name} in a capture")
@@ -167,12 +168,12 @@ class StrictTape(TorchDispatchMode):
             stack.enter_context(_Refuse())
             stack.enter_context(self)
             yield
-        self._state = "captured"
+        self.state = "captured"
         self.arena.poison()  # nothing has been computed yet
 
     def replay(self) -> None:
-        if self._state != "captured":
-            raise CaptureError(f"a {self._state} graph is replayed")
+        if self.state != "captured":
+            raise CaptureError(f"a {self.state} graph is replayed")
         self.replays += 1
         self.arena.poison()
         with torch.no_grad():
@@ -190,9 +191,8 @@ class StrictTape(TorchDispatchMode):
         """Give its memory back."""
         self.calls.clear()
         self.storages.clear()
-        self._state = "reset"
-        if self in self.arena.tapes:
-            self.arena.tapes.remove(self)
+        self.state = "reset"
+        self.arena.tapes.discard(self)
 
 
 def _header(tensor: Tensor) -> int:
