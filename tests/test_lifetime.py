@@ -34,12 +34,14 @@ def alive_after(way: str, out: Path) -> dict[str, int]:
 
     import harness.training.setup
     from harness.cluster.launch import Worker
+    from harness.loaders.dali import DaliLoader
     from harness.training.train import train
 
     graphs: list[weakref.ref[StrictTape]] = []
-    loaders: list[tuple[weakref.ref[Any], list[bool]]] = []
+    loaders: list[weakref.ref[Any]] = []
+    closed: weakref.WeakSet[Any] = weakref.WeakSet()
     pipelines: list[weakref.ref[Any]] = []
-    make_loaders, make_pipeline = harness.training.setup.make_loaders, Pipeline.__init__
+    make_loaders, close, make_pipeline = harness.training.setup.make_loaders, DaliLoader.close, Pipeline.__init__
 
     def make_graphs(device: Any) -> Any:
         arena = Arena()
@@ -53,22 +55,12 @@ def alive_after(way: str, out: Path) -> dict[str, int]:
 
     def watch_loaders(*args: Any, **kwargs: Any) -> Any:
         made = make_loaders(*args, **kwargs)
-        for loader in made:
-            closed: list[bool] = []
-            # on the class, for a method of the instance would be a cycle; each class is watched once a run
-            own_close = type(loader).close
-
-            def close(self: Any, own_close: Any = own_close) -> None:
-                own_close(self)
-                for ref, mark in loaders:
-                    if ref() is self:
-                        mark.append(True)
-
-            if not getattr(own_close, "watched", False):
-                close.watched = True  # type: ignore[attr-defined]
-                type(loader).close = close
-            loaders.append((weakref.ref(loader), closed))
+        loaders.extend(weakref.ref(loader) for loader in made)
         return made
+
+    def watch_close(self: Any) -> None:
+        closed.add(self)
+        close(self)
 
     def watch_pipeline(self: Any, *args: Any, **kwargs: Any) -> None:
         pipelines.append(weakref.ref(self))
@@ -84,7 +76,7 @@ def alive_after(way: str, out: Path) -> dict[str, int]:
     sgd, torch.optim.SGD = torch.optim.SGD, KeepingSGD  # type: ignore[misc]
     harness.training.setup.make_graphs = make_graphs
     harness.training.setup.make_loaders = watch_loaders
-    Pipeline.__init__ = watch_pipeline
+    DaliLoader.close, Pipeline.__init__ = watch_close, watch_pipeline  # type: ignore[method-assign]
     recipe: dict[str, Any] = {"batch_size": 16, "duration": 2}
     if way == "diverges":
         recipe["lr"] = 1e30
@@ -103,11 +95,12 @@ def alive_after(way: str, out: Path) -> dict[str, int]:
         held = error
     counts = {
         "graphs": sum((graph := ref()) is not None and graph.state != "reset" for ref in graphs),
-        "loaders": sum(ref() is not None and not closed for ref, closed in loaders),
+        "loaders": sum((loader := ref()) is not None and loader not in closed for ref in loaders),
         "pipelines": sum(ref() is not None for ref in pipelines),
         "made": min(len(graphs), len(loaders), len(pipelines)),
     }
-    harness.training.setup.make_loaders, Pipeline.__init__ = make_loaders, make_pipeline
+    harness.training.setup.make_loaders = make_loaders
+    DaliLoader.close, Pipeline.__init__ = close, make_pipeline  # type: ignore[method-assign]
     torch.optim.SGD = sgd  # type: ignore[misc]
     assert (held is None) == (way == "ends well"), held
     return counts
