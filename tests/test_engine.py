@@ -17,7 +17,7 @@ import harness.training.setup
 from harness.cluster.launch import Worker
 from harness.models.resnet import build
 from harness.results.values import RunResult
-from harness.training.engine import Captured, Engine, compile_network, make_graphs, nothing_to_restore
+from harness.training.engine import Captured, Direct, Engine, compile_network, make_graphs, nothing_to_restore
 from harness.training.optim import make_optimizer, set_lr
 from harness.training.step import Step, make_autocast
 from harness.training.train import train
@@ -53,6 +53,14 @@ def make_step(**changes: Any) -> Step:
         network, list(network.parameters()), optimizer, torch.amp.GradScaler("cpu", enabled=False), asked,
         torch.zeros((), dtype=torch.float64), 1,
     )  # fmt: skip
+
+
+def capture(step: Step, make_graph: Callable[[], Any] = Tape, images: int = 16) -> Engine:
+    """An engine that has captured the step for such a batch."""
+    ways: list[tuple[str, Any]] = [("graph", Captured(step, make_graph)), ("eager", Direct(step))]
+    engine = Engine(ways, step.snapshot, pytest.fail)
+    engine.prepare([(*(tensor.to(step.loss_sum.device) for tensor in batch(images)), images)])
+    return engine
 
 
 def batch(images: int) -> tuple[Tensor, Tensor]:
@@ -123,7 +131,7 @@ def test_a_checkpoint_serves_every_engine(eager: RunResult, tapes: list[Tape], t
 def test_the_lr_drops_inside_a_graph(tapes: list[Tape]) -> None:
     """A number that Python holds is frozen in a graph: with lr = 0 after the capture, nothing may move."""
     step = make_step(engine="graph", recipe={"weight_decay": 0.0, "momentum": 0.0})
-    captured = Captured(step, step.snapshot, Tape)
+    captured = capture(step)
     set_lr(step.optimizer, 0.1)
     captured(*batch(16), 16)
     moved = everything(step)
@@ -139,7 +147,7 @@ def test_the_lr_drops_inside_a_graph(tapes: list[Tape]) -> None:
 def test_the_stand_in_freezes_a_python_number() -> None:
     """The test above can fail: an lr that is no tensor goes on as it was captured."""
     step = make_step(recipe={"weight_decay": 0.0, "momentum": 0.0})
-    captured = Captured(step, step.snapshot, Tape)
+    captured = capture(step)
     set_lr(step.optimizer, 0.1)
     captured(*batch(16), 16)
     before = everything(step)
@@ -160,7 +168,7 @@ def test_warm_up_and_capture_leave_no_trace() -> None:
     for one in (step, alone):  # with a momentum and statistics that are not those of the start
         one(*batch(16), 16)
     before = everything(step)
-    Captured(step, step.snapshot, Idle)(*batch(16), 16)
+    capture(step, Idle)
     assert equal(everything(step), before)
     assert equal(before, everything(alone))
 
@@ -179,7 +187,7 @@ def test_no_trace_of_a_warm_up_in_the_loss_scale() -> None:
     assert step.scaler.state_dict()["_growth_tracker"] == 0
 
 
-def test_an_engine_that_does_not_work_is_given_up_aloud(
+def test_an_engine_that_does_not_work_is_given_up_with_a_warning(
     eager: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(device: torch.device) -> Callable[[], Tape]:
@@ -201,9 +209,9 @@ def test_a_lack_of_memory_is_no_reason_to_give_an_engine_up() -> None:
     def hungry(x: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    engine = Engine([("graph", hungry), ("eager", lambda x: x)], nothing_to_restore, print)
+    engine = Engine([("graph", Direct(hungry)), ("eager", Direct(lambda x: x))], nothing_to_restore, print)
     with pytest.raises(torch.OutOfMemoryError):
-        engine(torch.zeros(1))
+        engine.prepare([(torch.zeros(1),)])
     assert engine.name == "graph"
 
 
@@ -262,11 +270,12 @@ def test_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
 def test_half_precision_weights_are_not_frozen_in_a_graph() -> None:
     """Autocast may keep weights that it has cast, and a graph would go on with those for ever."""
     network = nn.Conv2d(3, 4, 3)
-    captured = Captured(network, nothing_to_restore, Tape)
+    captured = Captured(network, Tape)
     images, _ = batch(2)
     seen = []
     for _ in range(2):
         with torch.no_grad(), make_autocast(torch.device("cpu"), "bf16"):
+            captured.prepare(images)
             seen.append(captured(images).clone())
         with torch.no_grad():
             network.weight.mul_(2)
@@ -305,9 +314,10 @@ def test_a_real_capture_leaves_no_trace_and_reads_the_lr(tmp_path: Path) -> None
         asked, Worker(device="cuda:0", threads=1), RunPaths(out=tmp_path, label="digits")
     )
     step = harness.training.setup.make_step(made, ddp=False)
-    captured = Captured(step, step.snapshot, make_graphs(device))
-    images, labels = (tensor.to(device) for tensor in batch(64))
     before = everything(step)
+    captured = capture(step, make_graphs(device), 64)
+    images, labels = (tensor.to(device) for tensor in batch(64))
+    assert equal(everything(step), before)
     set_lr(step.optimizer, 0.0)
     captured(images, labels, 64)
     weights = len(step.parameters)

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ from rich.table import Table
 from harness.cluster.launch import Failed, Worker
 from harness.commands.estimate import Part, count_cells, name_cell, probe_cells, say
 from harness.spec import RunPaths, RunSpec
-from harness.training.engine import Engine
+from harness.training.engine import Direct, Engine
 from harness.training.setup import Trainer, make_step, make_trainer, prepare
 from harness.training.step import synchronize
 from harness.training.train import run_steps
@@ -90,17 +90,16 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
 
     made = prepare(spec, worker, places)
     device = made.device
-    with contextlib.closing(made):
+    with ExitStack() as stack:
+        stack.enter_context(contextlib.closing(made))
         # several ranks' gradients are summed after backward here, not by DDP inside it, where they hide behind it
+        trainer = stack.enter_context(contextlib.closing(make_trainer(made, warn)))
         step, clock = make_step(made, ddp=False), StepClock(device)
-        plain = Engine([("eager", step)], step.snapshot, warn)
-        images = len(made.data.train)
-        by_parts = Trainer(step, plain, plain, made.network, made.train_loader, images, device)
+        by_parts = replace(trainer, step=step, engine=Engine([("eager", Direct(step))], step.snapshot, warn))
         take(by_parts, 0, WARMUP_STEPS)
         step.mark = clock.mark
         take(by_parts, 1, STEPS)
         parts = clock.read()
-        trainer = make_trainer(made, warn)
         take(trainer, 2, WARMUP_STEPS)
         engine_ms = 1000 * take(trainer, 3, STEPS)
     eager_ms = statistics.median(map(sum, zip(*parts.values(), strict=True)))

@@ -107,12 +107,13 @@ def probe(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, place
     meter = MemoryMeter(torch.device(worker.device))
     prepared = prepare(spec, worker, places, meter)
     device, loader, eval_loader = prepared.device, prepared.train_loader, prepared.eval_loader
-    with contextlib.closing(prepared):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(prepared))
         telemetry = EpochTelemetry(device)
+        trainer = make_trainer(prepared, lambda message: warnings.warn(message, stacklevel=2), meter)
+        stack.enter_context(contextlib.closing(trainer))
         eval_part = Part(eval_loader, EVAL_BATCHES, device)
         eval_images = eval_part.images()
-        with meter.category("NCCL"):
-            trainer = make_trainer(prepared, lambda message: warnings.warn(message, stacklevel=2))
         part = trainer.loader = Part(loader, STEPS, device)
 
         run_steps(trainer, epoch=0, steps=min(WARMUP_STEPS, part.steps))

@@ -166,6 +166,6 @@ def larger(one: Measurement, other: Measurement) -> Measurement:
 def largest(ranks: list[Memory]) -> Memory:
     """The peak of each figure over the ranks; by category, that of the rank that used most."""
     most = max(ranks, key=lambda rank: rank.nvml_process_mib.value or rank.rss_mib.value or 0.0)
-    names = [name for name in Memory.model_fields if name.endswith("_mib") and name != "by_category_mib"]
+    names = [name for name in Memory.model_fields if name != "by_category_mib"]
     peaks = {name: reduce(larger, (getattr(rank, name) for rank in ranks)) for name in names}
     return Memory(**peaks, by_category_mib=most.by_category_mib)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -14,13 +15,23 @@ from torch import nn
 from harness.cluster.launch import Worker
 from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
 from harness.loaders.loader import Loader, make_loaders
-from harness.loaders.sampling import Augment, LoaderConfig, make_normalize
+from harness.loaders.sampling import Augment, LoaderConfig, SamplingPlan, make_normalize
 from harness.models.resnet import build
 from harness.spec import RunPaths, RunSpec
-from harness.training.engine import Captured, Engine, compile_network, make_graphs, nothing_to_restore
+from harness.training.engine import (
+    Captured,
+    Direct,
+    Engine,
+    Inputs,
+    compile_network,
+    make_graphs,
+    nothing_to_restore,
+)
+from harness.training.evaluation import evaluating
 from harness.training.memory import MemoryMeter
 from harness.training.optim import make_optimizer
-from harness.training.step import Step, set_precision, wrap_ddp
+from harness.training.step import Step, make_autocast, set_precision, wrap_ddp
+from harness.training.watchdog import Watchdog
 
 EVAL_BATCH_SIZE = 1000
 
@@ -93,7 +104,13 @@ def assemble(
     torch.backends.cudnn.benchmark = True
 
     recipe = spec.recipe
-    with meter.category("data loader") if meter else nullcontext():
+    torch.manual_seed(spec.seed)
+    network = build(spec.network, num_classes, recipe.crop or data.train.images.shape[1])
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(recipe, network, lr_on_device=is_captured(spec))
+    scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
+    scaler.scale(torch.zeros((), device=device))  # makes its tensors, which a capture must find
+    with meter.category("data loader") if meter else nullcontext():  # last: they must be closed
         config = LoaderConfig(
             augment=Augment(recipe.pad, recipe.pad_mode, recipe.crop, recipe.flip and flip),
             normalize=make_normalize(recipe.normalize, data.train),
@@ -106,15 +123,6 @@ def assemble(
             threads=worker.threads,
         )
         train_loader, eval_loader = make_loaders(spec.loader, data.train, data.eval, config)
-        if device.type == "cuda":  # pools are filled at the first batch
-            next(train_loader.epoch(0))
-
-    torch.manual_seed(spec.seed)
-    network = build(spec.network, num_classes, recipe.crop or data.train.images.shape[1])
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = make_optimizer(recipe, network, lr_on_device=is_captured(spec))
-    scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
-    scaler.scale(torch.zeros((), device=device))  # makes its tensors, which a capture must find
     return Prepared(spec, data, config, train_loader, eval_loader, network, optimizer, scaler)
 
 
@@ -134,46 +142,129 @@ class Trainer:
     loader: Loader
     images: int  # training images of an epoch, over all ranks
     device: torch.device
+    watchdog: Watchdog
     graphs: Any = None  # what captures; None where nothing does
 
+    def global_images(self, step: int) -> int:
+        """Images of a step of an epoch, over all ranks."""
+        return count_images(self.images, self.step.spec.recipe.batch_size, step, self.step.world_size)
 
-def make_trainer(prepared: Prepared, warn: Callable[[str], None]) -> Trainer:
-    """Spread the network over the ranks and choose how its steps are carried out: `spec.engine`, or what works."""
+    def close(self) -> None:
+        """Give the graphs back, whoever still refers to them."""
+        self.engine.reset()
+        self.forward.reset()
+        self.watchdog.close()
+
+
+def make_trainer(prepared: Prepared, warn: Callable[[str], None], meter: MemoryMeter | None = None) -> Trainer:
+    """Spread the network over the ranks and choose how its steps are carried out: `spec.engine`, or what works.
+
+    Every shape is captured here, before the loaders begin. A collective.
+    """
     spec, network, device = prepared.spec, prepared.network, prepared.device
-    step = make_step(prepared, ddp=spec.engine == "eager")
+    with meter.category("NCCL") if meter else nullcontext():
+        step = make_step(prepared, ddp=spec.engine == "eager")
+        watchdog = Watchdog(device)
     graphs = make_graphs(device) if is_captured(spec) else None
-    steps: list[tuple[str, Callable[..., Any]]] = [("eager", step)]
-    forwards: list[tuple[str, Callable[..., Any]]] = [("eager", network)]
+    steps: list[tuple[str, Direct | Captured]] = [("eager", Direct(step))]
+    forwards: list[tuple[str, Direct | Captured]] = [("eager", Direct(network))]
     if graphs is not None:
-        steps.insert(0, ("graph", Captured(step, step.snapshot, graphs)))
-        forwards.insert(0, ("graph", Captured(network, nothing_to_restore, graphs)))
+        steps.insert(0, ("graph", Captured(step, graphs, without_communication(step))))
+        forwards.insert(0, ("graph", Captured(network, graphs)))
     if spec.engine == "compile":
-        compiled: Callable[..., Any] = replace(step, network=compile_network(network))
-        if graphs is not None:
-            compiled = Captured(compiled, step.snapshot, graphs)
-        steps.insert(0, ("compile", compiled))
-    engine, forward = Engine(steps, step.snapshot, warn), Engine(forwards, nothing_to_restore, warn)
-    images = len(prepared.data.train)
-    return Trainer(step, engine, forward, network, prepared.train_loader, images, device, graphs)
+        compiled = replace(step, network=compile_network(network))
+        alone = without_communication(compiled)
+        steps.insert(0, ("compile", Captured(compiled, graphs, alone) if graphs else Direct(compiled, alone)))
+    trainer = Trainer(
+        step,
+        Engine(steps, step.snapshot, warn),
+        Engine(forwards, nothing_to_restore, warn),
+        network,
+        prepared.train_loader,
+        len(prepared.data.train),
+        device,
+        watchdog,
+        graphs,
+    )
+    try:
+        trainer.engine.prepare(step_calls(prepared))
+        with evaluating(network, make_autocast(device, spec.precision)):
+            trainer.forward.prepare(eval_calls(prepared))
+        if device.type == "cuda":  # pools are filled at the first batch
+            with meter.category("data loader") if meter else nullcontext():
+                next(prepared.train_loader.epoch(0))
+    except BaseException:
+        trainer.close()
+        raise
+    if meter:
+        meter.reset()
+    return trainer
+
+
+def step_calls(prepared: Prepared) -> list[Inputs]:
+    """Inputs like those of all training steps of this rank, one of each shape: a whole batch, and the last."""
+    config, images = prepared.loader_config, len(prepared.data.train)
+    plan = SamplingPlan(images, config.batch_size, rank=config.rank, world_size=config.world_size)
+    sizes = np.diff(plan.draw(0).ends, prepend=0)
+    world = config.world_size
+    calls = [(int(n), count_images(images, config.batch_size, step, world)) for step, n in enumerate(sizes)]
+    batches = {n: _dummy_images(prepared, prepared.data.train, n) for n, _ in calls}
+    return [
+        (batches[n], torch.zeros(n, dtype=torch.int64, device=prepared.device), count)
+        for n, count in dict.fromkeys(calls)
+    ]
+
+
+def count_images(images: int, batch_size: int, step: int, world_size: int) -> int:
+    """Images of a step of an epoch. A last batch with fewer images than ranks is filled up."""
+    return max(min(batch_size, images - step * batch_size), world_size)
+
+
+def eval_calls(prepared: Prepared) -> list[Inputs]:
+    """Inputs like those of all evaluations of this rank, one of each shape."""
+    config, data, calls = prepared.loader_config, prepared.data, list[Inputs]()
+    for split in (data.eval, *([data.test] if data.eval_split == "val" else [])):
+        batch_size = min(EVAL_BATCH_SIZE, len(split))
+        plan = SamplingPlan(len(split), batch_size, rank=config.rank, world_size=config.world_size, train=False)
+        sizes = dict.fromkeys(np.diff(plan.draw(0).ends, prepend=0).tolist())
+        calls += [(_dummy_images(prepared, split, n),) for n in sizes]
+    return calls
+
+
+def _dummy_images(prepared: Prepared, split: Split, count: int) -> torch.Tensor:
+    """As a loader gives them, but of noise."""
+    height, width = prepared.loader_config.augment.crop_size(split)
+    random = torch.Generator(prepared.device).manual_seed(0)
+    noise = torch.randn(count, 3, height, width, device=prepared.device, generator=random)
+    return noise.contiguous(memory_format=torch.channels_last)
+
+
+def without_communication(step: Step) -> Step:
+    """The same step by this rank alone."""
+    return replace(step, all_reduce=lambda _: None) if step.all_reduce else step
 
 
 def make_step(prepared: Prepared, *, ddp: bool) -> Step:
     """The step of a prepared run. Where there are several ranks their gradients are summed by DDP, or by the step."""
     network, world_size = prepared.network, prepared.loader_config.world_size
+    parameters = [p for p in network.parameters() if p.requires_grad]
     trained: nn.Module = network
     if world_size > 1 and ddp:
         trained = wrap_ddp(network, prepared.device)
     elif world_size > 1:
         for tensor in network.state_dict().values():
             dist.broadcast(tensor, 0)
+        # NCCL connects at the first all-reduce of a size, which no capture may be
+        dist.all_reduce(torch.zeros(sum(p.numel() for p in parameters), device=prepared.device))
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     return Step(
         trained,
-        [p for p in network.parameters() if p.requires_grad],
+        parameters,
         prepared.optimizer,
         prepared.scaler,
         prepared.spec,
         torch.zeros((), dtype=torch.float64, device=prepared.device),
         world_size,
         norms=[norm for norm in norms if norm.num_batches_tracked is not None and norm.momentum],
+        all_reduce=dist.all_reduce if world_size > 1 and not ddp else None,
     )

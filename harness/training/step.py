@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,6 +34,7 @@ class Step:
     world_size: int
     mark: Callable[[str], None] = lambda _: None  # called with the name of each part when it has been queued
     norms: Sequence[Any] = ()  # batch norms that count
+    all_reduce: Callable[[Tensor], Any] | None = None  # sums over the ranks; None with one rank, and under DDP
 
     def __call__(self, images: Tensor, labels: Tensor, global_images: float) -> None:
         """images (n, 3, H, W), labels (n,): this rank's share of a step over `global_images`."""
@@ -50,8 +51,8 @@ class Step:
         self.mark("forward")
         self.scaler.scale(loss).backward()
         self.mark("backward")
-        if self.world_size > 1 and not by_ddp:
-            sum_gradients(self.parameters)
+        if self.all_reduce is not None:
+            sum_gradients(self.parameters, self.all_reduce)
             self.mark("all-reduce")
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -95,7 +96,7 @@ class Step:
         return list(self.network.buffers()) if isinstance(self.network, nn.Module) else []
 
 
-def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
+def sum_gradients(parameters: Sequence[nn.Parameter], all_reduce: Callable[[Tensor], Any]) -> None:
     """Sum the gradients over the ranks by one all-reduce of all of them, which a CUDA graph can hold.
 
     DDP's hooks reduce in buckets while backward goes on; these networks' gradients fit into one (0.3 to 19 million
@@ -105,7 +106,7 @@ def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     grads = [p.grad for p in having if p.grad is not None]
     # dense in some order: flattened as they lie in memory
     flat = torch.cat([g.as_strided((g.numel(),), (1,)) for g in grads])
-    dist.all_reduce(flat)
+    all_reduce(flat)
     for parameter, grad, piece in zip(having, grads, flat.split([g.numel() for g in grads]), strict=True):
         parameter.grad = piece.as_strided(grad.shape, grad.stride())
 
@@ -123,16 +124,25 @@ def mix(images: Tensor, alpha: float, random: np.random.Generator) -> Tensor:
     """Mixup in the form of iamVarunAnand/image_classification: each image keeps the larger part of itself, and so
     its label. lambda = max(l, 1 - l), l ~ Beta(alpha + 1, alpha), drawn for each image."""
     share = random.beta(alpha + 1, alpha, len(images)).astype(np.float32)
-    other = torch.from_numpy(np.minimum(share, 1 - share)).to(images.device, non_blocking=True)
-    partner = torch.from_numpy(random.permutation(len(images))).to(images.device, non_blocking=True)
+    other = upload(np.minimum(share, 1 - share), images.device)
+    partner = upload(random.permutation(len(images)), images.device)
     return images.lerp(images[partner], other[:, None, None, None])
 
 
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """The array on the device. A copy from pageable memory would wait for the stream."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def set_precision(precision: Precision) -> None:
-    """What fp32 arithmetic means: TF32 in convolutions and matrix products, or not."""
-    mode = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = mode  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul.fp32_precision = mode
+    """What fp32 arithmetic means: TF32 in convolutions and matrix products, or not.
+
+    By these two switches alone: torch's newer `fp32_precision` makes every reader of them raise, Inductor among them,
+    while after them the newer names can be read.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def make_autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:

@@ -6,10 +6,12 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ from harness.training.optim import (
     total_steps,
 )
 from harness.training.setup import EVAL_BATCH_SIZE, Prepared, Trainer, make_trainer, prepare
-from harness.training.step import flushed_denormals, make_autocast, mix, synchronize
+from harness.training.step import flushed_denormals, make_autocast, mix
 from harness.training.telemetry import (
     EpochReading,
     EpochTelemetry,
@@ -45,7 +47,6 @@ from harness.training.telemetry import (
 )
 
 WARMUP_EPOCHS = 1  # of every attempt: first kernels, first allocations, caches that fill
-Item = TypeVar("Item")
 
 
 @flushed_denormals()
@@ -55,6 +56,13 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     Resumes from the newest checkpoint in the run's folder. Raises DivergedError when the loss is not finite,
     CheckpointError for another run's checkpoint, and DataError when the images are not those of the spec.
     """
+    with ExitStack() as stack:  # graphs and loaders are closed however the run ends
+        return _train(spec, worker, report, paths, stack)
+
+
+def _train(
+    spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None], paths: RunPaths, stack: ExitStack
+) -> RunResult:
     entered_at = time.perf_counter()
     warnings_seen: list[str] = []
 
@@ -63,7 +71,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         warnings.warn(message, stacklevel=2)
 
     meter = MemoryMeter(torch.device(worker.device))
-    run = prepare(spec, worker, paths, meter)
+    run = stack.enter_context(closing(prepare(spec, worker, paths, meter)))
     folder = partial_dir(paths.out, run_name(paths.label, spec.variant, spec.network.depth, spec.seed, spec.key))
     remote = RemoteRun(paths.remote, folder, warn)
     remote.bring(worker.rank)
@@ -72,8 +80,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     if worker.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_epochs(folder, history)
-    with meter.category("NCCL"):
-        trainer = make_trainer(run, warn)
+    trainer = stack.enter_context(closing(make_trainer(run, warn, meter)))
     telemetry = EpochTelemetry(run.device)
     epochs = total_epochs(spec.recipe, run.train_loader.steps)
     steps_in_all = total_steps(spec.recipe, run.train_loader.steps)
@@ -121,13 +128,11 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         report(metrics)
 
     if worker.rank == 0:
-        weights = {name: tensor.contiguous().cpu() for name, tensor in run.network.state_dict().items()}
-        about = {"key": spec.key, "variant": spec.variant, "depth": str(spec.network.depth)}
-        save_file(weights, folder / "weights.safetensors", metadata=about)
+        save_weights(run, folder)
         remote.send(must=True)
-    on_test = evaluate_test(run) if run.data.eval_split == "val" else None
     memory = meter.read(run.network, run.optimizer, trainer.graphs)
-    result = RunResult(
+    on_test = evaluate_test(run, trainer, stack) if run.data.eval_split == "val" else None
+    return RunResult(
         **summarise_history(history, run.data.eval_split, spec.workers),
         parameters=sum(p.numel() for p in trainer.step.parameters),
         test_error=on_test.error if on_test else None,
@@ -148,8 +153,6 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         warnings=tuple(warnings_seen),
         ranks=tuple(gather(summarise_rank(worker.rank, memory, history[first:]))),
     )
-    run.close()
-    return result
 
 
 def resume(run: Prepared, folder: Path, warn: Callable[[str], None]) -> list[EpochMetrics]:
@@ -175,33 +178,41 @@ def save(run: Prepared, folder: Path, history: Sequence[EpochMetrics]) -> None:
     save_checkpoint(folder / "checkpoints", len(history), state)
 
 
+def save_weights(run: Prepared, folder: Path) -> None:
+    """Write the trained network, and whose it is."""
+    weights = {name: tensor.contiguous().cpu() for name, tensor in run.network.state_dict().items()}
+    about = {"key": run.spec.key, "variant": run.spec.variant, "depth": str(run.spec.network.depth)}
+    save_file(weights, folder / "weights.safetensors", metadata=about)
+
+
 def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
     """Train the first `steps` steps of an epoch, timed from the request for the first batch to the last written weight.
-    No step waits for the device."""
-    spec, device, per_epoch = trainer.step.spec, trainer.device, trainer.loader.steps
+    No step waits for its own end."""
+    spec, loader = trainer.step.spec, trainer.loader
     recipe, rank = spec.recipe, dist.get_rank() if dist.is_initialized() else 0
     random = np.random.default_rng([spec.seed, epoch, rank])  # of mixup alone: the loader's plan has its own
-    stall = StallClock()
     trainer.step.loss_sum.zero_()
-    seen, lr = 0, float("nan")
-    synchronize(device)
-    started_at = time.perf_counter()
-    for step, (images, labels) in zip(range(steps), stall.over(trainer.loader.epoch(epoch)), strict=False):
-        before, lr = lr, learning_rate(recipe, epoch * per_epoch + step, per_epoch)
-        if lr != before:
-            set_lr(trainer.step.optimizer, lr)
-        if recipe.mixup:
-            images = mix(images, recipe.mixup, random)
-        trainer.step.mark("data")
-        left = trainer.images - step * recipe.batch_size
-        # a last batch with fewer images than ranks was filled up
-        trainer.engine(images, labels, max(min(recipe.batch_size, left), trainer.step.world_size))
-        seen += len(labels)
-    synchronize(device)
-    train_seconds = time.perf_counter() - started_at
-    sums = torch.stack([trainer.step.loss_sum, torch.full_like(trainer.step.loss_sum, seen)])
-    if dist.is_initialized():
-        dist.all_reduce(sums)
+    seen, lr, stall_seconds = 0, float("nan"), 0.0
+    trainer.watchdog.finish()
+    started_at = requested_at = time.perf_counter()
+    with trainer.watchdog.collectives():
+        for step, (images, labels) in enumerate(islice(loader.epoch(epoch), steps)):
+            stall_seconds += time.perf_counter() - requested_at
+            before, lr = lr, learning_rate(recipe, epoch * loader.steps + step, loader.steps)
+            if lr != before:
+                set_lr(trainer.step.optimizer, lr)
+            if recipe.mixup:
+                images = mix(images, recipe.mixup, random)
+            trainer.step.mark("data")
+            trainer.engine(images, labels, trainer.global_images(step))
+            trainer.watchdog.step()
+            seen += len(labels)
+            requested_at = time.perf_counter()
+        trainer.watchdog.finish()
+        train_seconds = time.perf_counter() - started_at
+        sums = torch.stack([trainer.step.loss_sum, torch.full_like(trainer.step.loss_sum, seen)])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
     loss_sum, all_seen = sums.tolist()
     return EpochMetrics(
         epoch=epoch + 1,
@@ -211,7 +222,7 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
         error=float("nan"),
         lr=lr,
         train_seconds=train_seconds,
-        data_stall_seconds=stall.seconds,
+        data_stall_seconds=stall_seconds,
         eval_seconds=0.0,
         images_per_second=all_seen / train_seconds,
     )
@@ -223,35 +234,12 @@ def run_eval(trainer: Trainer, loader: Loader, images: int) -> Evaluation:
     return evaluate(trainer.network, loader, images=images, autocast=autocast, forward=trainer.forward)
 
 
-def evaluate_test(run: Prepared) -> Evaluation:
+def evaluate_test(run: Prepared, trainer: Trainer, stack: ExitStack) -> Evaluation:
     """Evaluate the trained network on the test set, where another set was evaluated after each epoch."""
     test = run.data.test
     config = replace(run.loader_config, eval_batch_size=min(EVAL_BATCH_SIZE, len(test)))
-    loader = make_evaluation_loader(run.spec.loader, test, config)
-    autocast = make_autocast(run.device, run.spec.precision)
-    evaluation = evaluate(run.network, loader, images=len(test), autocast=autocast)
-    loader.close()
-    return evaluation
-
-
-class StallClock:
-    """Iterates over a loader and adds up the seconds for which it kept its caller waiting."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def over(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The same items."""
-        iterator = iter(items)
-        while True:
-            requested_at = time.perf_counter()
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                self.seconds += time.perf_counter() - requested_at
-            yield item
+    loader = stack.enter_context(closing(make_evaluation_loader(run.spec.loader, test, config)))
+    return run_eval(trainer, loader, len(test))
 
 
 def why_untimed(spec: RunSpec, worker: Worker, reading: EpochReading, *, warmup: bool, partial: bool) -> str:
