@@ -10,7 +10,7 @@ import torch
 from strict_tape import Arena, CaptureError, StrictTape
 from torch import Tensor
 
-from harness.training.engine import Captured, nothing_to_restore
+from harness.training.engine import Captured
 
 X = torch.arange(6.0)
 LABELS = torch.tensor([0, 1, 1])
@@ -85,7 +85,9 @@ def test_nothing_is_computed_by_a_capture_and_a_replay_computes_it() -> None:
 
 def test_a_result_that_is_kept_is_overwritten_by_any_graph_of_the_arena() -> None:
     arena = Arena()
-    captured = Captured(lambda x: x * 2, nothing_to_restore, arena)
+    captured = Captured(lambda x: x * 2, arena)
+    for images in (3, 4):
+        captured.prepare(torch.ones(images))
     kept = captured(torch.ones(3))
     assert kept.tolist() == [2, 2, 2]
     captured(torch.ones(4))
