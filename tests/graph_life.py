@@ -33,7 +33,7 @@ class Counted(Tape):
 
 
 def main(ending: str) -> None:
-    harness.training.setup.make_graphs = lambda device: Counted  # type: ignore[assignment, return-value]
+    harness.training.setup.make_graphs = lambda _: Counted  # type: ignore[assignment, return-value]
     held: BaseException | None = None
     recipe: dict[str, Any] = {"duration": 1} if ending == "well" else {"lr": 1e30, "duration": 1}
     try:

@@ -61,9 +61,9 @@ def test_all_is_captured_before_the_loaders_begin_and_nothing_is_collected_meanw
 
     whole_epoch = ResidentLoader.epoch
     monkeypatch.setattr(ResidentLoader, "epoch", epoch)
-    monkeypatch.setattr(harness.training.setup, "make_graphs", lambda device: Logged)
-    meter = watch_meter(monkeypatch, log)
-    run(spec(engine="graph", limit_test=1100, recipe={"val": 30, "duration": 1}), tmp_path)
+    monkeypatch.setattr(harness.training.setup, "make_graphs", lambda _: Logged)
+    log_meter(monkeypatch, log)
+    run(spec(engine="graph", recipe={"val": 30, "duration": 1}), tmp_path)
     first = log.index("epoch")
     assert log[:first].count("capture") == 4, "120 images: 64 and 56; 30 held out; the test set of 360"
     assert log[first:].count("capture") == 0
@@ -72,10 +72,9 @@ def test_all_is_captured_before_the_loaders_begin_and_nothing_is_collected_meanw
     assert log.index("reset") > max(i for i, what in enumerate(log) if what == "capture")
     assert log[log.index("read") :].count("epoch") == 1, "memory is read before the test set is evaluated"
     assert gc.isenabled()
-    assert meter
 
 
-def watch_meter(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> bool:
+def log_meter(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
     meter = harness.training.setup.MemoryMeter
     for name in ("reset", "read"):
         method = getattr(meter, name)
@@ -85,7 +84,6 @@ def watch_meter(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> bool:
             return method(self, *args)
 
         monkeypatch.setattr(meter, name, logged)
-    return True
 
 
 class FakeCuda:
@@ -114,13 +112,13 @@ class FakeCuda:
         for name, function in {
             "graph": capturing,
             "CUDAGraph": lambda: SimpleNamespace(reset=reset),
-            "Stream": lambda device: "the capture's",
+            "Stream": lambda _: "the capture's",
             "graph_pool_handle": lambda: (0, 1),
-            "current_stream": lambda device: self.stream,
+            "current_stream": lambda _: self.stream,
             "set_stream": lambda stream: setattr(self, "stream", stream),
-            "synchronize": lambda device: None,
+            "synchronize": lambda _: None,
             "empty_cache": lambda: None,
-            "memory_reserved": lambda device: 0,
+            "memory_reserved": lambda _: 0,
         }.items():
             monkeypatch.setattr(torch.cuda, name, function)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
@@ -162,7 +160,7 @@ def install_communicating_tapes(fails: bool) -> None:
                     recording.pop()
 
     dist.all_reduce = recorded
-    harness.training.setup.make_graphs = lambda device: Communicating  # type: ignore[assignment, return-value]
+    harness.training.setup.make_graphs = lambda _: Communicating  # type: ignore[assignment, return-value]
 
 
 def _train_rank(rank: int, port: int, failing: int | None, engine: str, out: Path) -> None:

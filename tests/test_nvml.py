@@ -70,6 +70,13 @@ def test_joules_are_the_counters_difference(nvml: Nvml) -> None:
     assert EpochTelemetry(GPU).stop(1.0) == EpochReading(250.0)
 
 
+@pytest.mark.parametrize("millijoules", [-1_000_000, -250_000])
+def test_a_counter_that_goes_back_or_stands_still_gives_no_joules(nvml: Nvml, millijoules: int) -> None:
+    epochs = EpochTelemetry(GPU)
+    nvml.millijoules += millijoules
+    assert epochs.stop(1.0).joules is None
+
+
 @pytest.mark.parametrize(
     ("change", "cause"),
     [

@@ -86,7 +86,7 @@ class _CudaGraph:
             ):
                 yield
         except BaseException:
-            # a capture that cannot be ended leaves its stream current and the allocator in the graphs' pool
+            # a capture that cannot be ended leaves the allocator in the graphs' pool; before torch 2.14, its stream too
             torch.cuda.set_stream(caller)
             with suppress(RuntimeError):  # it has ended already
                 torch._C._cuda_endAllocateToPool(shared.device.index or 0, shared.pool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,10 +20,15 @@ from harness.training.nvml import MIB, open_device
 NO_GPU = Measurement(value=None, reason="no GPU was used")
 
 
-class MemoryMeter:
-    """Peaks since the last `reset`, which belongs after warm-up, and who holds how much.
+_context_mib: dict[int, float] = {}
+"""Of this process, by device, once it was measured: the CUDA context outlives the runs."""
 
-    Make it before anything else touches the device: what a GPU uses then belongs to others.
+
+class MemoryMeter:
+    """Peaks since the last `reset`, which belongs after set-up and after warm-up, and who holds how much.
+
+    Make it before anything else of the run touches the device. The process may have a CUDA context by then, of an
+    earlier run or of Ray, and memory in it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,21 +38,50 @@ class MemoryMeter:
         self._categories: dict[str, float] = {}
         self._in_use: list[float] = []
         self._owned_tensors = 0.0
-        self._others = 0.0
+        self._others: float | None = 0.0  # MiB of other processes; None where it cannot be known
         self._process = Measurement(value=None, reason="never sampled")
         no_epoch = Measurement(value=None, reason="there was no epoch after warm-up")
         self._warmup = (no_epoch, no_epoch) if self.on_gpu else (NO_GPU, NO_GPU)  # allocated, reserved
+        gc.collect()  # what an earlier run in this process left
         if self.on_gpu:
-            self._others = self._gpu.read("used_mib") or 0.0
-            torch.zeros(1, device=device)
-            self._categories["CUDA context"] = self._outside_torch()
+            self._open()
         else:
             self._categories["process at its start"] = _resident_mib()
 
-    def _outside_torch(self) -> float:
-        """MiB of the GPU in use, by this process and since it began, that torch's allocator does not hold."""
+    def _open(self) -> None:
+        """Tell the context and other processes apart, and begin with no peaks."""
+        index = self.device.index or 0
+        existed = torch._C._cuda_hasPrimaryContext(index)
+        if existed:
+            torch.cuda.empty_cache()
+        before = self._gpu.read("used_mib")
+        torch.zeros(1, device=self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        reserved, own = torch.cuda.memory_reserved(self.device) / MIB, self._gpu.process_mib().value
         used = self._gpu.read("used_mib")
-        return 0.0 if used is None else used - self._others - torch.cuda.memory_reserved(self.device) / MIB
+        if before is None or used is None:
+            self._others = None
+        elif not existed:
+            self._others, _context_mib[index] = before, used - before - reserved
+        elif own is not None:
+            self._others = used - own
+            _context_mib.setdefault(index, own - reserved)
+        else:
+            self._others = used - reserved - _context_mib[index] if index in _context_mib else None
+        if index in _context_mib:
+            self._categories["CUDA context"] = _context_mib[index]
+
+    def _own_mib(self) -> float | None:
+        """Memory of this process on the GPU; None where it cannot be known."""
+        own, used = self._gpu.process_mib().value, self._gpu.read("used_mib")
+        if own is None and used is not None and self._others is not None:
+            return used - self._others  # right where no other process began or ended on this GPU
+        return own
+
+    def _outside_torch(self) -> float:
+        """MiB of it that torch's allocator does not hold: context, DALI's pools, NCCL's buffers."""
+        own = self._own_mib()
+        return 0.0 if own is None else own - torch.cuda.memory_reserved(self.device) / MIB
 
     @contextmanager
     def category(self, name: str) -> Iterator[None]:
@@ -65,10 +100,11 @@ class MemoryMeter:
         self._owned_tensors += tensors
 
     def reset(self) -> None:
-        """Warm-up is over: keep its peaks apart. The host's peak is the process's own and cannot be reset."""
+        """Set-up or warm-up is over: keep its peaks apart. The host's peak is the process's and cannot be reset."""
         self._in_use.clear()
         if self.on_gpu:
-            self._warmup = self._peaks()
+            allocated, reserved = self._peaks()
+            self._warmup = larger(self._warmup[0], allocated), larger(self._warmup[1], reserved)
             torch.cuda.reset_peak_memory_stats(self.device)
             self._process = Measurement(value=None, reason="never sampled")
 
@@ -102,9 +138,8 @@ class MemoryMeter:
             captured = getattr(graphs, "reserved_bytes", 0) / MIB
             allocated, reserved = self._peaks()
             allocated = Measurement(value=(allocated.value or 0.0) + captured)
-            process, total = self._process, self._process.value
-            if total is None and (used := self._gpu.read("used_mib")) is not None:
-                total = used - self._others  # right where nobody else began or ended on this GPU
+            process = self._process
+            total = self._own_mib() if process.value is None else process.value
             if sizes:
                 kept = sum(sizes.values()) + self._owned_tensors
                 slack = (reserved.value or 0.0) - (allocated.value or 0.0)

@@ -187,9 +187,10 @@ def make_trainer(prepared: Prepared, warn: Callable[[str], None], meter: MemoryM
         graphs,
     )
     try:
-        trainer.engine.prepare(step_calls(prepared))
-        with evaluating(network, make_autocast(device, spec.precision)):
-            trainer.forward.prepare(eval_calls(prepared))
+        if spec.engine != "eager":
+            trainer.engine.prepare(step_calls(prepared))
+            with evaluating(network, make_autocast(device, spec.precision)):
+                trainer.forward.prepare(eval_calls(prepared))
         if device.type == "cuda":  # pools are filled at the first batch
             with meter.category("data loader") if meter else nullcontext():
                 next(prepared.train_loader.epoch(0))

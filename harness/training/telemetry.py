@@ -106,15 +106,21 @@ class _GpuSamples:
             return _summarise(measure, self._series[figure], self._gpu.reason(figure))
 
         joules = self._gpu.read("energy_joules")
-        spent = [] if joules is None or self._joules is None else [joules - self._joules]
+        spent = spent_joules(self._joules, joules)
+        idle = "NVML's energy counter did not go up" if joules is not None else self._gpu.reason("energy_joules")
         return GpuUse(
             gpu=self._gpu.name,
             utilisation_percent=over(statistics.fmean, "utilisation_percent"),
             power_watts=over(statistics.fmean, "power_watts"),
             power_peak_watts=over(max, "power_watts"),
-            energy_joules=_summarise(max, spent, self._gpu.reason("energy_joules")),
+            energy_joules=Measurement(value=spent, reason=idle if spent is None else None),
             memory_peak_mib=over(max, "used_mib"),
         )
+
+
+def spent_joules(before: float | None, after: float | None) -> float | None:
+    """None where the counter was not read, was set back in between, or does not count."""
+    return after - before if before is not None and after is not None and after > before else None
 
 
 def _summarise(measure: Callable[[list[float]], float], values: list[float], reason: str) -> Measurement:
@@ -180,8 +186,9 @@ class EpochTelemetry:
     def stop(self, train_seconds: float) -> EpochReading:
         """Close it, when the device has finished. A collective of all ranks."""
         joules = self._gpu.read("energy_joules")
-        spent = joules - self._joules if joules is not None and self._joules is not None else float("nan")
-        ranks = _gather_numbers([train_seconds, spent, *map(float, self._interference())], self._device)
+        spent = spent_joules(self._joules, joules)
+        own = float("nan") if spent is None else spent
+        ranks = _gather_numbers([train_seconds, own, *map(float, self._interference())], self._device)
         seconds = [rank[0] for rank in ranks]
         total = sum(rank[1] for rank in ranks)
         return EpochReading(

@@ -81,6 +81,7 @@ def _train(
         folder.mkdir(parents=True, exist_ok=True)
         write_epochs(folder, history)
     trainer = stack.enter_context(closing(make_trainer(run, warn, meter)))
+    stack.enter_context(trainer.watchdog.collectives())
     telemetry = EpochTelemetry(run.device)
     epochs = total_epochs(spec.recipe, run.train_loader.steps)
     steps_in_all = total_steps(spec.recipe, run.train_loader.steps)
@@ -195,24 +196,23 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
     seen, lr, stall_seconds = 0, float("nan"), 0.0
     trainer.watchdog.finish()
     started_at = requested_at = time.perf_counter()
-    with trainer.watchdog.collectives():
-        for step, (images, labels) in enumerate(islice(loader.epoch(epoch), steps)):
-            stall_seconds += time.perf_counter() - requested_at
-            before, lr = lr, learning_rate(recipe, epoch * loader.steps + step, loader.steps)
-            if lr != before:
-                set_lr(trainer.step.optimizer, lr)
-            if recipe.mixup:
-                images = mix(images, recipe.mixup, random)
-            trainer.step.mark("data")
-            trainer.engine(images, labels, trainer.global_images(step))
-            trainer.watchdog.step()
-            seen += len(labels)
-            requested_at = time.perf_counter()
-        trainer.watchdog.finish()
-        train_seconds = time.perf_counter() - started_at
-        sums = torch.stack([trainer.step.loss_sum, torch.full_like(trainer.step.loss_sum, seen)])
-        if dist.is_initialized():
-            dist.all_reduce(sums)
+    for step, (images, labels) in enumerate(islice(loader.epoch(epoch), steps)):
+        stall_seconds += time.perf_counter() - requested_at
+        before, lr = lr, learning_rate(recipe, epoch * loader.steps + step, loader.steps)
+        if lr != before:
+            set_lr(trainer.step.optimizer, lr)
+        if recipe.mixup:
+            images = mix(images, recipe.mixup, random)
+        trainer.step.mark("data")
+        trainer.engine(images, labels, trainer.global_images(step))
+        trainer.watchdog.step()
+        seen += len(labels)
+        requested_at = time.perf_counter()
+    trainer.watchdog.finish()
+    train_seconds = time.perf_counter() - started_at
+    sums = torch.stack([trainer.step.loss_sum, torch.full_like(trainer.step.loss_sum, seen)])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
     loss_sum, all_seen = sums.tolist()
     return EpochMetrics(
         epoch=epoch + 1,
