@@ -14,6 +14,7 @@ import typer
 from harness.spec import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
 
 Value = TypeVar("Value")
 app = typer.Typer(
@@ -38,6 +39,7 @@ def arg(help: str) -> Any:
 
 def make_console() -> Console:
     """Where tables go."""
+    from rich.console import Console
 
     return Console()
 
