@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from harness.cluster.nodes import Unanswered, ask_every_node, working_nodes
 from harness.record import installed_version
@@ -42,14 +42,13 @@ class Question:
     sentinel: str  # name of a file that the driver has put into `paths.out`
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
+class Difference(NamedTuple):
     """One thing on one node that differs from this machine, or from what is needed."""
 
     node: str
     what: str
     there: str
-    here: str
+    here: str = ""
 
 
 def hash_code(package: Path = PACKAGE) -> str:
@@ -116,8 +115,8 @@ def compare(
     """Everything that differs. `sentinels` are the files of the nodes that the driver sees in its results folder."""
     differences = []
 
-    def add(node: str, what: str, there: str, here: str = "") -> None:
-        differences.append(Difference(node=node, what=what, there=there, here=here))
+    def add(*difference: str) -> None:
+        differences.append(Difference(*difference))
 
     for node, facts in sorted(answers.items()):
         if isinstance(facts, Unanswered):
@@ -182,7 +181,5 @@ def _table(differences: list[Difference]) -> Table:
         table.add_column(name, overflow="fold")
     for difference in differences[:ROWS_SHOWN]:
         # Text: a path or a message of another machine is never taken for markup
-        table.add_row(
-            *(Text(word) for word in (difference.node, difference.what, difference.there, difference.here))
-        )
+        table.add_row(*map(Text, difference))
     return table

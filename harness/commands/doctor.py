@@ -51,13 +51,11 @@ class Finding:
 
 
 def check_python(target: Target) -> Finding:
-    """Its version."""
     found = f"{sys.version.split()[0]} at {sys.prefix}"
     return Finding(sys.version_info >= (3, 11), found, advice="3.11 or newer is needed")
 
 
 def check_torch(target: Target) -> Finding:
-    """A matrix product, and gloo."""
     if installed_version("torch") is None:
         return Finding(False, "not installed", "networks are made with it", "pip install torch torchvision")
     import torch
@@ -70,7 +68,6 @@ def check_torch(target: Target) -> Finding:
 
 
 def check_nvml(target: Target) -> Finding:
-    """The driver's library."""
     from harness.training.nvml import driver_version
 
     why = "GPUs are counted and their memory is measured with it"
@@ -83,7 +80,6 @@ def check_nvml(target: Target) -> Finding:
 
 
 def check_gpu(target: Target) -> Finding:
-    """A sum on it."""
     from harness.training.nvml import count_gpus
 
     count = count_gpus()
@@ -104,7 +100,6 @@ def check_gpu(target: Target) -> Finding:
 
 
 def check_nccl(target: Target) -> Finding:
-    """Whether torch has it."""
     import torch
 
     if not torch.distributed.is_nccl_available():
@@ -142,7 +137,6 @@ def check_dali(target: Target) -> Finding:
 
 
 def _load_by_dali(device: str) -> bool:
-    """Whether a batch is as it must be."""
     import numpy as np
     import torch
 
@@ -169,7 +163,6 @@ def _load_by_dali(device: str) -> bool:
 
 
 def check_ray(target: Target) -> Finding:
-    """Its version, against what this package requires."""
     found = installed_version("ray")
     pin = next((line for line in requires("resnet-harness") or () if re.match(r"ray\b", line)), "")
     why, advice = "several workers and several runs at a time", f"pip install '{pin}', or choose --launcher local"
@@ -183,7 +176,6 @@ def check_ray(target: Target) -> Finding:
 
 
 def check_cluster(target: Target) -> Finding | None:
-    """Whether it answers at --address."""
     if target.address is None:
         return None
     from harness.cluster.connect import ClusterError, connect, disconnect
@@ -221,7 +213,6 @@ def check_storage(target: Target) -> Finding:
 
 
 def check_disk(target: Target) -> Finding:
-    """Free space for results."""
     where = _nearest(target.out)
     free = free_gib(where)
     why = f"at least {LEAST_DISK_GIB:.0f} GiB is needed for weights and checkpoints"
@@ -231,7 +222,6 @@ def check_disk(target: Target) -> Finding:
 
 
 def check_shared_memory(target: Target) -> Finding | None:
-    """Its size, on Linux."""
     path = Path("/dev/shm")
     if not path.is_dir():
         return None
@@ -241,7 +231,6 @@ def check_shared_memory(target: Target) -> Finding | None:
 
 
 def check_data(target: Target) -> Finding:
-    """Whether the images are there."""
     from harness.loaders.cache import cache_dir
 
     if target.data_dir is None:

@@ -105,11 +105,6 @@ def count_cells(specs: Sequence[RunSpec]) -> dict[RunSpec, int]:
     return dict(Counter(replace(spec, seed=0) for spec in specs))
 
 
-def name_cell(spec: RunSpec) -> str:
-    """ "msra-20" """
-    return f"{spec.variant}-{spec.network.depth}"
-
-
 def probe_cells(
     probe: Callable[..., Outcome],
     cells: Sequence[RunSpec],
@@ -123,7 +118,7 @@ def probe_cells(
 
     def progress(spec: RunSpec, event: Any) -> None:
         if isinstance(event, Started):
-            console.print(f"{name_cell(spec)}: probing", style="dim", soft_wrap=True, markup=False)
+            console.print(f"{spec.name}: probing", style="dim", soft_wrap=True, markup=False)
 
     if not cells:
         return []
@@ -291,7 +286,7 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_ru
         if isinstance(cell.outcome, Failed):
             failure = classify(cell.outcome)
             lines.append([*line, failure.kind, *["–"] * (len(columns) - len(line) - 1)])
-            notes[f"{name_cell(cell.spec)} failed, {failure.kind}: {failure.message}"] = None
+            notes[f"{cell.spec.name} failed, {failure.kind}: {failure.message}"] = None
             continue
         one, joules = cell.outcome, total_joules([cell])
         memory = {name: getattr(one.memory, field) for name, field in MEMORY.items()}
@@ -301,7 +296,7 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_ru
         for name, measured in {**memory, "kJ": joules}.items():
             if measured.value is None:
                 missing[str(measured.reason)][name] = None
-        notes |= dict.fromkeys(f"while probing {name_cell(cell.spec)}: {cause}" for cause in one.interference)
+        notes |= dict.fromkeys(f"while probing {cell.spec.name}: {cause}" for cause in one.interference)
     shown = [i for i in range(len(columns)) if any(line[i] != "–" for line in lines)]
     first = cells[0].spec
     table = make_table(first, "", [columns[i] for i in shown], ("variant", "width"))
@@ -418,10 +413,10 @@ def print_breakdown(cells: Sequence[tuple[RunSpec, Breakdown | Failed]], console
     table = make_table(cells[0][0], " · milliseconds of a step", columns, ("run", "width"))
     notes: list[str] = []
     for spec, outcome in cells:
-        line = [escape(name_cell(spec)), width_of(spec)]
+        line = [escape(spec.name), width_of(spec)]
         if isinstance(outcome, Failed):
             table.add_row(*line, *["–"] * (len(parts) + 2))
-            notes.append(f"{name_cell(spec)} failed: {outcome.message}")
+            notes.append(f"{spec.name} failed: {outcome.message}")
             continue
         took = [outcome.parts.get(name) for name in parts]
         table.add_row(*line, *map(figures, [*took, outcome.eager_ms, outcome.engine_ms]))
