@@ -126,8 +126,8 @@ def probe_cells(
         session = replace(session, resources=replace(session.resources, launcher="local"))
     runs = session.launch(partial(probe, paths=session.paths), cells, progress=progress)
     with stopping_on_sigterm(), contextlib.closing(runs) as outcomes:
-        found = dict(outcomes)
-    return [(spec, found[spec]) for spec in cells]
+        by_cell = dict(outcomes)
+    return [(spec, by_cell[spec]) for spec in cells]
 
 
 def make_table(spec: RunSpec, note: str, columns: Sequence[str], left: Sequence[str]) -> Table:
