@@ -106,10 +106,7 @@ def count_cells(specs: Sequence[RunSpec]) -> dict[RunSpec, int]:
 
 
 def probe_cells(
-    probe: Callable[..., Outcome],
-    cells: Sequence[RunSpec],
-    session: Session,
-    console: Console,
+    probe: Callable[..., Outcome], cells: Sequence[RunSpec], session: Session, console: Console
 ) -> list[tuple[RunSpec, Outcome | Failed]]:
     """Call `probe(spec, worker, report, paths=...)` for each cell where its runs would be; outcomes in their order.
 
