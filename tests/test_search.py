@@ -194,9 +194,10 @@ def test_a_failed_rank_frees_what_its_frames_hold_before_it_leaves(tmp_path: Pat
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ray.train.torch.config._shutdown_torch", lambda **_: order.append("left"))
-        outcome = run_rank(fails, None, Worker(), lambda _: None, "")
+        outcome, left = run_rank(fails, None, Worker(), lambda _: None, "")
     assert isinstance(outcome, Failed)
     assert outcome.exception == "TooBigError"
+    assert left
     assert order == ["freed", "left"]
 
 
