@@ -183,6 +183,10 @@ class _Pruning(FIFOScheduler):
         pruned = self.driver.receive(trial.trial_id, result)
         return str(FIFOScheduler.STOP if pruned else FIFOScheduler.CONTINUE)
 
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        error = WorkerDiedError("its process returned without an outcome")
+        self.driver.end(trial.trial_id, make_failed(error, attempts=1))  # of no effect after an outcome
+
 
 class _Attempts(tune.Callback):
     def __init__(self, driver: _Driver) -> None:

@@ -161,7 +161,9 @@ def test_trials_end_stop_raise_and_die_and_every_cpu_is_free_afterwards(tmp_path
     for name in ("pruned", "raises", "ends"):
         for rank in ("0", "1"):
             lines = (tmp_path / name / rank).read_text().splitlines()
-            assert lines == ["freed before the group was destroyed", "destroyed"], (name, rank)
+            # rank 0's process serves several trials, and each adds its note
+            assert lines[0] == "freed before the group was destroyed", (name, rank)
+            assert set(lines[1:]) == {"destroyed"}, (name, rank)
     assert not (tmp_path / "tune").exists()
 
 
