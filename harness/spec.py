@@ -1,6 +1,6 @@
 """The values of one run: what is asked for (`RunSpec`) and where its files are (`RunPaths`).
 
-What a run measures (`EpochMetrics`, `RunResult`) is defined where it is kept, in `harness.results.store`.
+What a run measures (`EpochMetrics`, `RunResult`) is defined in `harness.results.values`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Two sets of runs against each other: difference, interval, and whether they are the same within a margin.
+"""Two sets of runs compared: difference, interval, and whether they are the same within a margin.
 
-B is compared with A: a difference is B minus A, so that "error +0.30" means B is worse.
+A difference is B minus A, so that "error +0.30" means B is worse.
 """
 
 from __future__ import annotations
@@ -183,10 +183,10 @@ def parse_fail_on(text: str) -> tuple[Condition, ...]:
     """Read 'error>+0.3,epoch_seconds>5%'. Raises ValueError, in one line, for what does not parse."""
     conditions = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\w+)\s*([<>])\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*(%?)\s*", part)
-        if found is None:
+        match = re.fullmatch(r"\s*(\w+)\s*([<>])\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*(%?)\s*", part)
+        if match is None:
             raise ValueError(f"cannot read {part.strip()!r}: write conditions like error>+0.3,epoch_seconds>5%")
-        name, sign, limit, percent = found.groups()
+        name, sign, limit, percent = match.groups()
         find_metric(name)
         conditions.append(Condition(name, sign == ">", float(limit), bool(percent)))
     return tuple(conditions)
@@ -201,11 +201,10 @@ def violations(pairs: Sequence[Pair], conditions: Sequence[Condition]) -> list[s
 
 
 def _violation(pair: Pair, condition: Condition) -> str | None:
-    name = condition.metric
-    first, second = (_values(METRICS[name], row) for row in (pair.a, pair.b))
-    if not first or not second:
+    name, figure = condition.metric, judge(METRICS[condition.metric], pair.a, pair.b)
+    if figure.a is None or figure.b is None:
         return f"cannot be checked, {name} was not measured on both sides"
-    a, b = sample(first).mean, sample(second).mean
+    a, b = figure.a.mean, figure.b.mean
     if condition.percent and a == 0:
         return f"cannot be checked, {name} of A is 0"
     difference = 100 * (b / a - 1) if condition.percent else b - a
@@ -242,23 +241,21 @@ def render_comparison(
         return f"{escape_markdown(clean(caption))}\n\n{for_markdown(sheet)}\n\n{lines}\n"
     output = [paint(line, "bold" if colour else "") for line in textwrap.wrap(clean(caption), width)]
     output += ["", *for_terminal(sheet, width, styles if colour else None), ""]
-    for line in MEANS:
-        output += [
-            paint(part, "dim" if colour else "") for part in textwrap.wrap(line, width, subsequent_indent="  ")
-        ]
+    small = [part for line in MEANS for part in textwrap.wrap(line, width, subsequent_indent="  ")]
+    output += [paint(part, "dim" if colour else "") for part in small]
     return "\n".join(output) + "\n"
 
 
 def _sheet(pairs: Sequence[Pair], own: Sequence[str]) -> tuple[Sheet, list[list[str]]]:
     headers = ["what", "metric", "n", "A", "B", "B − A", "interval", "margin", "verdict"]
     right = [False, False, True, True, True, True, True, True, False]
+    colours = {"equivalent": "green", "different": "red", "~": ""}
     cells, styles = [], []
     for pair, differs in zip(pairs, own, strict=True):
-        name = pair.a.name if pair.a.name == pair.b.name else f"{pair.a.name} → {pair.b.name}"
+        name = " → ".join(dict.fromkeys([pair.a.name, pair.b.name]))
         for number, figure in enumerate(pair.figures):
             what = clean(f"{name} {pair.a.dataset} {differs}".strip()) if number == 0 else ""
             cells.append([what, *_words(figure)])
-            colours = {"equivalent": "green", "different": "red", "~": ""}
             styles.append(["bold", *[""] * 7, colours[figure.verdict]])
     return Sheet(headers, right, cells), styles
 

@@ -43,7 +43,7 @@ def _figures(epoch: EpochMetrics) -> dict[str, float]:
     return {name: value for name in EPOCH_FIGURES if (value := getattr(epoch, name)) is not None}
 
 
-def _summary(run: Stored) -> dict[str, float]:
+def summary(run: Stored) -> dict[str, float]:
     """The figures of a whole run; "run_" before the name of one that an epoch has too."""
     if (result := run.record.result) is None:
         return {}
@@ -68,7 +68,7 @@ def tensorboard(run: Stored) -> Iterator[Write | None]:
                 writer.add_scalar(name, value, epoch, walltime=at)
 
         yield write
-        for name, figure in _summary(run).items():
+        for name, figure in summary(run).items():
             writer.add_scalar(name, figure, 0, walltime=run.record.finished_at.timestamp())
     finally:
         writer.close()
@@ -103,7 +103,7 @@ def mlflow(run: Stored) -> Iterator[Write | None]:
             client.log_batch(made, metrics=metrics)
 
         yield write
-        for name, value in _summary(run).items():
+        for name, value in summary(run).items():
             client.log_metric(made, name, value, timestamp=int(record.finished_at.timestamp() * 1000))
         status = "FINISHED" if record.status == "done" else "FAILED" if record.status == "failed" else "KILLED"
     finally:
@@ -130,7 +130,7 @@ def wandb(run: Stored) -> Iterator[Write | None]:
                 made.log({**figures, "epoch": epoch}, step=epoch)
 
             yield write
-            made.summary.update(_summary(run))
+            made.summary.update(summary(run))
         failed = record.status != "done"
     finally:
         made.finish(exit_code=int(failed))

@@ -89,7 +89,7 @@ def show(value: float | None) -> str:
 
 
 def show_difference(pair: PredictedFigure) -> str:
-    """ "+0.12 (+6.4 %)", to the last place of the larger figure; or why there is none."""
+    """ "+0.12 (+6.4 %)", to the last place of the larger figure; or why it has none."""
     if pair.difference is None:
         return f"({pair.reason})"
     largest = max(abs(reading.value or 0.0) for reading in (pair.predicted, pair.actual))

@@ -65,7 +65,7 @@ class _Folder:
         return f"{self.root}/{name}" if name else self.root
 
     def list(self, name: str = "") -> dict[str, Any]:
-        """{"checkpoints/epoch-000001.pt": pyarrow.fs.FileInfo} of every file below `name`; empty where there is none."""
+        """{"checkpoints/epoch-000001.pt": pyarrow.fs.FileInfo} of every file below `name`; may be empty."""
         from pyarrow.fs import FileSelector, FileType
 
         base = self.path(name)
@@ -144,13 +144,12 @@ def _same(info: Any, local: Path) -> bool:
 
 def check_uri(uri: str) -> None:
     """Raise StorageError unless files can be written to the URI and removed."""
-    name = f".write-{os.getpid()}-{os.urandom(4).hex()}"
-    folder = _open(uri)
+    folder, name = _open(uri), f".write-{os.getpid()}-{os.urandom(4).hex()}"
     with _one_line(uri):
         if not folder.is_object_store:
             folder.files.create_dir(folder.root, recursive=True)
-        leave_sentinel(uri, name)
-        folder.files.delete_file(folder.path(name))
+    leave_sentinel(uri, name)
+    remove_sentinels(uri, name)
 
 
 def leave_sentinel(uri: str, name: str) -> None:

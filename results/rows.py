@@ -174,8 +174,8 @@ class _Groups:
         self.fields |= every.keys()
         bare = json.dumps({name: value for name, value in own.items() if name not in self.across})
         kept = {name: value for name, value in every.items() if name not in self.across}
-        found = self._by_spec.get(bare) if around is None else self.by_identity.get(json.dumps(kept))
-        group = found or self.by_identity.setdefault(json.dumps(kept), _Group(kept))
+        known = self._by_spec.get(bare) if around is None else self.by_identity.get(json.dumps(kept))
+        group = known or self.by_identity.setdefault(json.dumps(kept), _Group(kept))
         self._by_spec.setdefault(bare, group)
         for name in self.across:
             if name in every:

@@ -66,7 +66,7 @@ class Problem:
 
 
 class Loaded(NamedTuple):
-    """Everything found under some paths, in the order of the paths and then of the names."""
+    """All runs under some paths, in the order of the paths and then of the names."""
 
     records: list[Stored]
     interrupted: list[Interrupted]
@@ -125,7 +125,7 @@ def write_epochs(folder: Path, epochs: Iterable[EpochMetrics]) -> None:
 
 
 def load_epochs(folder: Path) -> list[EpochMetrics]:
-    """Read epochs.jsonl, ordered by epoch; empty where there is none.
+    """Read epochs.jsonl, ordered by epoch; empty without such a file.
 
     Of an epoch that was run again after a resumption, the last line counts. A last line that a kill cut off is
     ignored; any other line that does not parse raises ValueError naming file and line.
@@ -290,13 +290,13 @@ def _folders(paths: Iterable[Path], problems: list[Problem]) -> Iterator[Path]:
             problems.append(Problem(path, "not a folder" if path.exists() else "no such folder"))
             continue
         if path.name.endswith(PARTIAL) or (path / RECORD).exists():
-            found: Sequence[str] = [str(path)]
+            folders: Sequence[str] = [str(path)]
         else:
             with os.scandir(path) as entries:
-                found = sorted(
+                folders = sorted(
                     e.path for e in entries if not e.name.startswith(".") and e.name != SWEEPS and e.is_dir()
                 )
-        for folder in found:
+        for folder in folders:
             real = os.path.abspath(folder)  # noqa: PTH100  (resolve() costs a system call per path component)
             if real not in seen:
                 seen.add(real)

@@ -188,7 +188,8 @@ def print_report(
     exist, and a file that cannot be written.
     """
     from harness.plan import check_word
-    from harness.results.report.table import FORMATS, render, sort_rows
+    from harness.results.report.columns import sort_rows
+    from harness.results.report.table import FORMATS, render
     from harness.results.sweeps import Sweeps
 
     check_word(format, (*FORMATS, "html"), "--format")

@@ -8,323 +8,29 @@ import json
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures, suggest
-from harness.results.published import Published
-from harness.results.report.text import (
-    SUPERSCRIPT,
-    Sheet,
-    clean,
-    escape_latex,
-    escape_markdown,
-    for_latex,
-    for_markdown,
-    for_terminal,
-    paint,
+from harness.results.metrics import METRICS, NONE, UNKNOWN
+from harness.results.report import text as cells
+from harness.results.report.columns import (
+    NUMBER,
+    Column,
+    check_names,
+    find_columns,
+    make_columns,
+    progress,
+    pruned_at,
 )
+from harness.results.report.notes import Note, make_notes
+from harness.results.report.text import SUPERSCRIPT, Sheet, clean, escape_latex, escape_markdown, paint
 from harness.results.rows import Against, Row
 from harness.results.statistics import seeds_to_tell
-from harness.results.store import Interrupted, Stored
 from harness.results.values import MEMORY_CATEGORIES
 
 Format = Literal["table", "markdown", "csv", "json", "latex"]
 FORMATS: tuple[Format, ...] = ("table", "markdown", "csv", "json", "latex")
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One column of the table."""
-
-    name: str
-    header: str
-    text: Callable[[Row], str]
-    means: str = ""  # stands under the table
-    right: bool = True
-    stays: bool = False  # in the table, even where all rows agree
-    part: Literal["what", "errors", "costs"] = "what"  # of a table that is too wide for the terminal
-    key: Callable[[Row], float | str | None] | None = None
-
-    def sort_key(self, row: Row) -> float | str | None:
-        """What the column is sorted by: a number where it shows one; None, or NaN, where there is nothing."""
-        value = self.key(row) if self.key else getattr(row, self.name)
-        return ", ".join(value) if isinstance(value, tuple) else value
-
-
-# --- columns ---
-
-
-def _signed(value: float | None) -> str:
-    return NONE if value is None else f"{value:+.2f}".replace("-", "−")
-
-
-def _or_averaged(row: Row, name: str, text: object) -> str:
-    """A descriptor, or all its values where the row averages over them."""
-    return "/".join(row.averaged_over[name]) if name in row.averaged_over else str(text)
-
-
-def _width(row: Row) -> str:
-    if "workers" in row.averaged_over:
-        return f"{'/'.join(row.averaged_over['workers'])} of {row.batch_size}"
-    return f"{row.workers}×{row.batch_size // max(1, row.workers)}"
-
-
-def _duration(row: Row) -> str:
-    if math.isnan(row.duration):
-        return NONE
-    return f"{row.duration:,g} {row.duration_unit}s" if row.duration != 1 else f"1 {row.duration_unit}"
-
-
-def _error(row: Row) -> str:
-    """The error, or the reason why there is none."""
-    if row.error is not None:
-        return METRICS["error"].summary(row.figures["error"])
-    if row.failed:
-        return ", ".join(dict.fromkeys(s.record.failure.kind for s in row.failed if s.record.failure))
-    return pruned_at(row.pruned[0]) if row.pruned else progress(row.interrupted[0])
-
-
-def pruned_at(stored: Stored) -> str:
-    """ "pruned at 3 of 30" """
-    pruned = stored.record.pruned
-    return f"pruned at {pruned.epoch} of {pruned.of}" if pruned else NONE
-
-
-def progress(partial: Interrupted) -> str:
-    """ "epoch 3 of 30" """
-    if partial.epochs == 0:
-        return "no epoch yet"
-    return f"epoch {partial.epochs} of {partial.of}" if partial.of else f"epoch {partial.epochs}"
-
-
-def _published(row: Row) -> str:
-    if row.against is None:
-        return NONE
-    published = row.against.published
-    number = published.error if published.error is not None else published.top5_error
-    return f"{number:.2f} ({_signed(row.against.difference)})"
-
-
-def _verdict(row: Row) -> str:
-    if row.against is None:
-        return NONE
-    if (verdict := row.against.verdict) is None:
-        return "~"
-    p = "p<.001" if verdict.p < 0.001 else f"p={verdict.p:.2g}".replace("0.", ".", 1)
-    return f"{verdict.verdict} {p}"
-
-
-def _predicted_seconds(row: Row) -> float | None:
-    return row.predicted.epoch_seconds if row.predicted else None
-
-
-def _runs(row: Row) -> str:
-    missing = len(row.failed) + len(row.pruned) + len(row.interrupted)
-    return f"{len(row.done)} of {len(row.done) + missing}" if missing else str(len(row.done))
-
-
-NUMBER = Column("number", "#", lambda r: r.name)  # only where one row takes several tables
-DESCRIPTORS: tuple[Column, ...] = (
-    Column("variant", "variant", lambda r: _or_averaged(r, "variant", r.variant), right=False, stays=True),
-    Column("depth", "depth", lambda r: _or_averaged(r, "network.depth", r.depth or NONE), stays=True),
-    Column("dataset", "data set", lambda r: _or_averaged(r, "label", r.dataset), right=False),
-    Column("limit_train", "images", lambda r: "all" if r.limit_train is None else f"{r.limit_train:,}",
-           "of the training set that were used"),
-    Column("duration", "trained", _duration, right=False),
-    Column("overrides", "changed", lambda r: ", ".join(r.overrides) or NONE,
-           "what differs from the variant's own recipe", right=False),
-    Column("loader", "loader", lambda r: _or_averaged(r, "loader", r.loader), right=False),
-    Column("precision", "precision", lambda r: _or_averaged(r, "precision", r.precision), right=False),
-    Column("engine", "engine", lambda r: _or_averaged(r, "engine", r.engine), right=False),
-    Column("workers", "width", _width, "DDP workers × images per step and worker", right=False),
-    Column("device", "device", lambda r: _or_averaged(r, "hardware", r.device), right=False),
-    Column("differs", "differs in", lambda r: ", ".join(r.differs) or NONE, right=False),
-)  # fmt: skip
-DERIVED: dict[str, tuple[Column, ...]] = {
-    "parameters": (
-        Column("n", "n", _runs, "runs that are done, one a seed", stays=True, part="errors", key=lambda r: len(r.done)),
-    ),
-    "best_error": (
-        Column("best_minus_last", "b−l", lambda r: _signed(r.best_minus_last),
-               "best minus last, in points: what choosing the epoch on the evaluated images takes off",
-               stays=True, part="errors"),
-    ),
-    "test_error": (
-        Column("published", "published", _published, "the published error (and ours minus it, in points)",
-               stays=True, part="errors", key=lambda r: r.against.difference if r.against else None),
-        Column("verdict", "verdict", _verdict, "could the published number be one more run of ours? prediction "
-               "interval of 95 %", right=False, stays=True, part="errors",
-               key=lambda r: r.against.verdict.p if r.against and r.against.verdict else None),
-    ),
-    "epoch_seconds": (
-        Column("predicted_epoch_seconds", "predicted", lambda r: figures(_predicted_seconds(r)),
-               "s/epoch as a probe of some steps predicted it before", stays=True, part="costs", key=_predicted_seconds),
-    ),
-}  # fmt: skip
-"""Columns that follow a metric's."""
-
-
-def make_columns() -> list[Column]:
-    """All columns, in their order: what a row is, its errors, its costs."""
-    columns = list(DESCRIPTORS)
-    for name, metric in METRICS.items():
-        columns += [_metric_column(metric)] if metric.in_table else []
-        columns += DERIVED.get(name, ())
-    return columns
-
-
-def _metric_column(metric: Metric) -> Column:
-    def key(row: Row) -> float | None:
-        return row.figures.get(metric.name, UNKNOWN).value
-
-    def text(row: Row) -> str:
-        return _error(row) if metric.name == "error" else metric.summary(row.figures.get(metric.name, UNKNOWN))
-
-    part: Literal["errors", "costs"] = "errors" if metric.kind in ("size", "error") else "costs"
-    return Column(metric.name, metric.title, text, metric.means, stays=True, part=part, key=key)
-
-
-def find_columns(names: Sequence[str]) -> list[Column]:
-    """Columns by name, each once. Raises ValueError for one that does not exist."""
-    known = {column.name: column for column in make_columns()}
-    _check_names(names, list(known))
-    return [known[name] for name in dict.fromkeys(names)]
-
-
-def _check_names(names: Sequence[str], known: Sequence[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise ValueError(f"no column {name!r}: {suggest(name, known)}")
-
-
-def sort_rows(rows: Sequence[Row], by: str) -> list[Row]:
-    """Order rows by a column, smallest first; "-error": largest first. Rows without a value stand last either way.
-
-    Raises ValueError for a column that does not exist.
-    """
-    (column,) = find_columns([by.removeprefix("-")])
-    keys: list[Any] = [column.sort_key(row) for row in rows]
-    lacking = {i for i, key in enumerate(keys) if key is None or key != key}  # NaN
-    having = [i for i in range(len(rows)) if i not in lacking]
-    having.sort(key=lambda i: keys[i], reverse=by.startswith("-"))
-    return [rows[i] for i in (*having, *sorted(lacking))]
-
-
-# --- notes ---
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """A footnote and the cells it belongs to: (row, column name)."""
-
-    text: str
-    cells: frozenset[tuple[int, str]]
-
-
-def make_notes(rows: Sequence[Row]) -> list[Note]:
-    """Everything a reader must know about single cells."""
-    cells: dict[str, set[tuple[int, str]]] = defaultdict(set)
-    for i, row in enumerate(rows):
-        if not row.original and row.done:
-            text = f"{row.dataset} is not a published data set's own images: never compared with published errors"
-            cells[text].add((i, "dataset"))
-    for i, row in enumerate(rows):
-        for text, *columns in (*_data_notes(row), *_timing_notes(row), *_run_notes(row), *_missing_notes(row)):
-            cells[text] |= {(i, column) for column in columns}
-    return [Note(text, frozenset(at)) for text, at in cells.items()]
-
-
-def _data_notes(row: Row) -> Iterator[tuple[str, ...]]:
-    if row.limit_train is not None:
-        yield "trained on a part of the training set: not comparable with published errors", "limit_train"
-    if row.limit_test is not None:
-        yield f"of {row.limit_test:,} of the test images: not comparable with published errors", "error"
-    for name, values in row.averaged_over.items():
-        yield f"averaged over {name}: {', '.join(values)}, as requested", "n"
-    if row.evaluated_on == "val":
-        yield "of held-out training images, not of the test set", "error"
-
-
-def _timing_notes(row: Row) -> Iterator[tuple[str, ...]]:
-    concurrent = {str(stored.record.environment.get("concurrent_runs", 1)) for stored in row.done}
-    if concurrent - {"1"}:
-        yield f"timed with {' or '.join(sorted(concurrent))} runs going on at a time", "epoch_seconds"
-    results = [stored.record.result for stored in row.done if stored.record.result is not None]
-    for result in results:
-        if result.runs_per_gpu > 1:
-            yield f"{result.runs_per_gpu} runs shared each GPU: their epochs are not timed", "epoch_seconds"
-        for warning in result.warnings:
-            if warning.startswith("engine "):
-                yield warning, "engine"
-    for cause in dict.fromkeys(cause for result in results for cause in result.interference):
-        yield f"{cause} in some epochs: they are left out", "epoch_seconds"
-    if widths := row.fields.get("widths"):
-        yield (
-            f"DDP width {widths}: the cluster had no room for {row.workers} workers; epochs at another width are left "
-            "out of the seconds"
-        ), "epoch_seconds", "error"  # fmt: skip
-
-
-def _run_notes(row: Row) -> Iterator[tuple[str, ...]]:
-    where = "n" if row.done else "error"
-    if row.repeated:
-        yield "a seed that was run more than once counts with its last run", "n"
-    for stored in row.failed:
-        if failure := stored.record.failure:
-            why = f"{failure.kind}: {failure.message}" if failure.message else failure.kind
-            yield f"{row.name} seed {stored.record.seed} failed, {_shorten(why)}", where
-    for stored in row.pruned:
-        if row.done:
-            yield f"{row.name} seed {stored.record.seed} was {pruned_at(stored)} epochs by a search", where
-        else:
-            yield "pruned by a search before its end: averaged with nothing", where
-    for partial in row.interrupted:
-        seed = partial.spec.get("seed")
-        who = f"{row.name} seed {seed}" if seed is not None else partial.name
-        yield f"{who} is not done: {progress(partial)}", where
-    if row.against is not None:
-        yield _cite(row.against.published), "published"
-
-
-def _missing_notes(row: Row) -> Iterator[tuple[str, ...]]:
-    """Why figures are missing; a GPU's are not expected of a CPU."""
-    if not row.done:
-        return
-    if row.epoch_seconds is None and all(s.record.result.runs_per_gpu == 1 for s in row.done if s.record.result):
-        yield "no epoch was timed: each was the first of its attempt, which is warm-up", "epoch_seconds"
-    missing: dict[str, list[Metric]] = defaultdict(list)
-    for name, metric in METRICS.items():
-        figure = row.figures.get(name, UNKNOWN)
-        expected = (
-            metric.in_table and metric.missing is None and metric.device in (None, "cpu", row.fields.get("device"))
-        )
-        if expected and figure.value is None and figure.reason:
-            missing[figure.reason].append(metric)
-    for reason, metrics in missing.items():
-        titles = ", ".join(metric.title for metric in metrics)
-        yield f"{titles} not measured: {_shorten(reason)}", *(metric.name for metric in metrics)
-
-
-def _cite(published: Published) -> str:
-    """Where a published number comes from, and what is to be known about it."""
-    parts = [published.source, f"mean of {published.n} runs" if published.n > 1 else "one run"]
-    if published.std is not None:
-        parts[1] += f", std {published.std:.2f}"
-    if published.rule == "best":
-        parts.append("best epoch, set beside our best")
-    if published.error is None:
-        parts.append("top-5")
-    return "; ".join([*parts, published.note] if published.note else parts)
-
-
-def _shorten(text: str, limit: int = 160) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= limit else f"{line[: limit - 1]}…"
-
-
-# --- layout ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,17 +99,17 @@ def _choose_columns(rows: Sequence[Row], texts: dict[str, list[str]]) -> tuple[l
     """The columns that stand in the table, and those that all rows agree in, which are said above it."""
     shown: list[Column] = []
     shared: list[Column] = []
-    on_gpu = any(row.fields.get("device") != "cpu" for row in rows)
+    on_gpu = any(row.done and row.fields.get("device") == "cuda" for row in rows)
     for column in make_columns():
         different = set(texts[column.name])
         metric = METRICS.get(column.name)
         if metric is not None and metric.device == "cpu" and on_gpu:
             continue  # CSV and JSON have it
-        if different <= {NONE} or (column.name == "limit_train" and different == {"all"}):
+        if different == {NONE} or (column.name == "limit_train" and different == {"all"}):
             continue
         if column.name == "device" and any(row.done for row in rows):
             different -= {NONE}  # a run that failed does not know its device
-        (shown if column.stays or len(different) > 1 else shared).append(column)
+        (shared if len(different) == 1 and not column.stays else shown).append(column)
     return shown, shared
 
 
@@ -445,7 +151,7 @@ def render(
     if format in ("csv", "json"):
         plain = [plain_values(row) for row in rows]
         if columns and plain:
-            _check_names(columns, list(plain[0]))
+            check_names(columns, list(plain[0]))
             plain = [{name: values[name] for name in columns} for values in plain]
         return _csv(plain) if format == "csv" else _json(rows, plain)
     if not rows:
@@ -461,7 +167,7 @@ def _terminal(layout: Layout, rows: Sequence[Row], width: int, colour: bool) -> 
     output += [""] if output else []
     for part in _parts(layout, width):
         styles = [[_style(layout.columns[j].name, row) for j in part] for row in rows] if colour else None
-        output += [*for_terminal(layout.sheet.select(part), width, styles), ""]
+        output += [*cells.for_terminal(layout.sheet.select(part), width, styles), ""]
     for line in layout.numbered:
         output += textwrap.wrap(line, width, subsequent_indent="  ")
     output += [paint(line, "dim" if colour else "") for line in textwrap.wrap(" · ".join(layout.means), width)]
@@ -500,7 +206,7 @@ def _style(name: str, row: Row) -> str:
 def _markdown(layout: Layout) -> str:
     parts = [
         escape_markdown(layout.caption),
-        for_markdown(_without_numbers(layout)),
+        cells.for_markdown(_without_numbers(layout)),
         "  \n".join(map(escape_markdown, layout.numbered)),
         "\n".join(f"- {escape_markdown(line)}" for line in layout.means),
     ]
@@ -512,7 +218,7 @@ def _latex(layout: Layout) -> str:
     parts = [
         "% needs \\usepackage{booktabs}",
         rf"\noindent {escape_latex(layout.caption)}\par\smallskip" if layout.caption else "",
-        for_latex(_without_numbers(layout)),
+        cells.for_latex(_without_numbers(layout)),
         "\\par\\smallskip{\\footnotesize\n" + " \\\\\n".join(map(escape_latex, small)) + "\\par}",
     ]
     return "\n".join(part for part in parts if part) + "\n"
@@ -585,7 +291,7 @@ def _json(rows: Sequence[Row], plain: list[dict[str, Any]]) -> str:
     means |= {name: metric.means for name, metric in METRICS.items()}
     definitions = [{"column": name, "means": text} for name, text in means.items() if text]
     parts = {"rows": plain, "notes": notes, "definitions": definitions}
-    # one value a line: json's own indenting takes twenty times as long, and nobody reads it
+    # one value a line: json's own indenting takes twenty times as long
     lines = (
         f"{json.dumps(name)}: [\n"
         + ",\n".join(json.dumps(value, ensure_ascii=False, allow_nan=False) for value in values)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from rich.cells import cell_len
+from rich import cells as rich_cells
 
 ANSI = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 DIGITS, SUPERSCRIPTS = "0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"
@@ -37,6 +37,11 @@ class Sheet:
     def width(self) -> int:
         """Character cells of a terminal that the whole takes."""
         return sum(self.widths) + 2 * (len(self.headers) - 1)
+
+
+def cell_len(text: str) -> int:
+    """Character cells that a text takes: two for the wide letters of East Asia, none for combining marks."""
+    return len(text) if text.isascii() else rich_cells.cell_len(text)
 
 
 def clean(text: str) -> str:
