@@ -17,7 +17,9 @@ from chromium import Browser, find_chromium
 from records import NOW, make_record
 
 from harness.results.report.charts import (
+    MAX_LEGEND,
     MAX_RUNS,
+    PALETTE,
     load_bundle,
     make_labels,
     make_panels,
@@ -256,6 +258,29 @@ def test_many_runs_thin_the_curves_and_say_so(tmp_path: Path) -> None:
         f"msra-20 · loader{n}" for n in range(MAX_RUNS // 2)
     }
     assert f"Curves of {MAX_RUNS // 2} rows, those with the smallest error; 10 more are in the table" in text
+
+
+def test_commands_of_one_environment_stand_on_lines_of_their_own(tmp_path: Path) -> None:
+    for seed in range(2):
+        run = make_run(20, seed)
+        environment = run.environment | {"command": ["harness", "run", "--seeds", f"{seed} <b>"]}
+        finish(tmp_path, run.model_copy(update={"environment": environment}))
+    text = page(summarise(load_records([tmp_path]).records))
+    assert "harness run --seeds &#39;0 &lt;b&gt;&#39;<br>harness run --seeds &#39;1 &lt;b&gt;&#39;" in text
+    assert "�" not in text
+
+
+def test_more_rows_than_a_legend_holds_carry_their_style(tmp_path: Path) -> None:
+    for number in range(MAX_LEGEND + 1):
+        finish(tmp_path / "runs", make_run(20, 0, f"loader{number}"))
+    (panel,) = make_panels(summarise(load_records([tmp_path / "runs"]).records))
+    spec = panel.charts[0].spec
+    assert spec["encoding"]["color"] == {"field": "colour", "type": "nominal", "scale": None, "legend": None}
+    assert len({(curve["colour"], tuple(curve["dash"])) for curve in panel.datasets["curves"]}) > len(PALETTE)
+    svg = write_charts([panel], tmp_path / "charts")[0].read_text()
+    assert set(PALETTE) <= set(re.findall(r'stroke="(#[0-9a-f]{6})"', svg))
+    assert 'stroke-dasharray="7,3"' in svg
+    assert "role-legend" not in svg
 
 
 def test_labels_differ(rows: list[Row]) -> None:

@@ -20,7 +20,7 @@ from harness.results.report.page import make_page
 from harness.results.report.sweeps import make_sweep_panel
 from harness.results.rows import summarise
 from harness.results.store import SWEEPS, finish, load_records
-from harness.results.sweeps import Sweep, load_sweeps
+from harness.results.sweeps import Dimension, Sweep, Trial, format_value, load_sweeps
 
 VALUES = [9.0, 12.0, 41.0, 10.5, 60.0, 11.0]
 
@@ -104,6 +104,22 @@ def test_the_section_says_what_was_searched_and_lists_every_trial(tmp_path: Path
     assert "Sweep of msra on" in make_page(
         [], bundle="", made_at=NOW, sweeps=[Sweep.model_validate(make_sweep(depth=None, trials=[]))]
     )
+
+
+def test_what_a_search_writes_is_what_a_report_reads(tmp_path: Path) -> None:
+    sweep = Sweep.model_validate(make_sweep())
+    assert json.loads(sweep.to_json()) == make_sweep()
+    trial = Trial(number=8, run="r", key="k", fields={"lr": 0.1, "momentum": 0.5, "shortcut": "A"})
+    trial.add_epoch(1, 20.0, 2.0004)
+    trial.add_epoch(2, 15.0, 2.0004)
+    assert (trial.epochs, trial.last, trial.value, trial.seconds) == (2, 15.0, None, 4.0)
+    trial.end("finished", 14.5, "was done already")
+    assert (trial.state, trial.value, trial.last, trial.reason) == ("finished", 14.5, 14.5, "was done already")
+    lr = Dimension(field="lr", function="loguniform", values=(0.01, 1.0))
+    assert lr.log
+    assert str(lr) == "lr=loguniform(0.01,1)"
+    assert format_value(0.0037037037037037034) == "0.0037037037037037034"
+    assert format_value((True, None, 1 / 3), exact=False) == "true,none,0.333333"
 
 
 def test_a_trial_links_to_the_row_of_its_run(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from harness.results import prediction
 from harness.results.metrics import METRICS, NONE
 from harness.results.report import memory
 from harness.results.report.charts import Panel, make_labels, make_panels
+from harness.results.report.columns import Column
 from harness.results.report.sweeps import clamp, is_finite, make_sweep_panel, show
-from harness.results.report.table import Column, lay_out
+from harness.results.report.table import lay_out
 from harness.results.report.text import clean
 from harness.results.rows import Row
 from harness.results.store import Problem, Stored
