@@ -1,41 +1,24 @@
-"""What every loader gives, the plan all of them follow, and `make_loaders`.
-
-An epoch's order, crop offsets and flips are a pure function of (seed, epoch). A loader is only a way to carry
-them out, so any two agree tensor by tensor, and any number of ranks trains on the same global batches.
-"""
+"""The `Loader` protocol, the names of the loaders, and `make_loaders`, which makes one by its name."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from harness.loaders.datasets import Split
+from harness.loaders.datasets import Split, suggest
+from harness.loaders.sampling import LoaderConfig, SamplingPlan
 
 if TYPE_CHECKING:
     import torch
 
-LOADERS: tuple[str, ...] = ("dali", "resident", "dataloader", "synthetic")
-
-PadMode = Literal["zero", "black", "reflect"]
-NormalizeKind = Literal["pixel-mean", "channel-mean", "channel-mean-std", "imagenet"]
-
-EVALUATION_SEED = 20160627  # one mixed order for every run, so that batch statistics see mixed classes
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def check_loader_name(name: str) -> None:
-    """Raise ValueError unless `make_loaders` knows the name."""
-    if name not in LOADERS:
-        close = difflib.get_close_matches(name, LOADERS, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"unknown loader {name!r}: {hint}allowed are {', '.join(LOADERS)}")
+LOADERS = {
+    "dali": "harness.loaders.dali:DaliLoader",
+    "resident": "harness.loaders.resident:ResidentLoader",
+    "dataloader": "harness.loaders.dataloader:TorchLoader",
+    "synthetic": "harness.loaders.synthetic:SyntheticLoader",
+}
 
 
 class Loader(Protocol):
@@ -43,282 +26,59 @@ class Loader(Protocol):
 
     @property
     def steps(self) -> int:
-        """Batches an epoch gives this rank."""
+        """Batches of this rank in an epoch."""
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The epoch's batches from step `start` on: images float32 (n, 3, H, W) and labels int64 (n,).
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The epoch's batches from `first_step` on: images float32 (n, 3, H, W) and labels int64 (n,).
 
-        Epochs may come in any order, and an iteration may be left early; going on where the last one ended is
-        fastest. On a GPU the tensors belong to the stream that was current when the batch was taken.
+        Epochs may come in any order, and an iteration may be left early; continuing where the last one ended is
+        fastest. On a GPU the tensors belong to the stream that was current when the batch was requested.
         """
 
     def close(self) -> None:
-        """Give back threads, processes and device memory."""
+        """Free threads, processes and device memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class Augment:
-    """Pad by `pad` pixels on each side, crop at random, flip at random."""
+def make_loaders(name: str, train_split: Split, eval_split: Split, config: LoaderConfig) -> tuple[Loader, Loader]:
+    """The training loader and the evaluation loader of one rank.
 
-    pad: int
-    pad_mode: PadMode
-    """zero: zeros after normalisation. black: zeros in the image, before it. reflect: the image mirrored at its
-    edge (which is not repeated). A mean image is padded as the images are; so with one, black equals zero."""
-    crop: int | None
-    """Side of the crop in pixels; None: the image's own."""
-    flip: bool
-
-    def crop_size(self, split: Split) -> tuple[int, int]:
-        """Height and width of the output. Raises ValueError where padding or crop do not fit the images."""
-        height, width = split.images.shape[1:3]
-        if self.pad_mode == "reflect" and self.pad >= min(height, width):
-            raise ValueError(f"padding of {self.pad} by reflection: {width}x{height} images are too small for it")
-        if self.crop is None:
-            return height, width
-        if not 0 < self.crop <= min(height, width) + 2 * self.pad:
-            raise ValueError(f"crop {self.crop} does not fit into {width}x{height} images padded by {self.pad}")
-        return self.crop, self.crop
-
-    def span(self, split: Split) -> tuple[int, int]:
-        """Largest offset of the crop in the padded image, in y and x."""
-        height, width = self.crop_size(split)
-        _, all_rows, all_columns, _ = split.images.shape
-        return all_rows + 2 * self.pad - height, all_columns + 2 * self.pad - width
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Normalize:
-    """output = (image / 255 - mean) / std."""
-
-    mean: NDArray[np.float32]
-    """(3,), or (H, W, 3): a mean image."""
-    std: NDArray[np.float32]
-    """(3,)."""
-
-
-def make_normalize(kind: NormalizeKind, train: Split) -> Normalize:
-    """Measure the training images: their mean image, or their mean colour and its standard deviation.
-
-    pixel-mean: arXiv:1512.03385, section 4.2. imagenet: the constants everyone uses, nothing is measured.
+    Raises ValueError: an unknown name, a crop larger than the padded image, fewer images than ranks.
     """
-    if kind == "imagenet":
-        return Normalize(np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32))
-    total: NDArray[np.int64] = np.zeros(train.images.shape[1:], np.int64)
-    squares = np.zeros_like(total)
-    for start in range(0, len(train), 1000):
-        chunk = train.images[start : start + 1000].astype(np.uint32)
-        total += chunk.sum(axis=0, dtype=np.int64)
-        if kind == "channel-mean-std":
-            squares += np.square(chunk, out=chunk).sum(axis=0, dtype=np.int64)
-    one = np.ones(3, np.float32)
-    if kind == "pixel-mean":
-        return Normalize((total / (255 * len(train))).astype(np.float32), one)
-    pixels = len(train) * total.shape[0] * total.shape[1]
-    mean = total.sum(axis=(0, 1)) / pixels
-    if kind == "channel-mean":
-        return Normalize((mean / 255).astype(np.float32), one)
-    std = np.sqrt(squares.sum(axis=(0, 1)) / pixels - mean**2)
-    if not std.all():
-        raise ValueError("channel-mean-std: a channel has the same value in all training images")
-    return Normalize((mean / 255).astype(np.float32), (std / 255).astype(np.float32))
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class EpochSample:
-    """One rank's epoch, image after image: which image, where it is cropped, whether it is flipped."""
-
-    index: NDArray[np.int64]
-    """(m,), into the split."""
-    offset: NDArray[np.int64]
-    """(m, 2), y and x of the crop within the padded image."""
-    flip: NDArray[np.bool_]
-    """(m,)."""
-    ends: tuple[int, ...]
-    """Where each batch ends within the m images."""
-
-    def batches(self, first: int, last: int) -> tuple[int, int]:
-        """The range of images that steps `first` to `last` (not included) are made of."""
-        return (self.ends[first - 1] if first else 0), self.ends[last - 1]
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingPlan:
-    """All randomness, as a pure function of (seed, epoch) and whatever the number of ranks.
-
-    Global batch k is order[k * batch_size : (k + 1) * batch_size]; rank r takes every world-th image of it, from
-    the r-th on. Training (`train`): a new order, offsets uniform over 0..span and fair flips every epoch; a last
-    batch smaller than `world` is filled up from the epoch's start, so that no rank is without. Evaluation: one
-    fixed mixed order, the centre crop, no flips, and every image exactly once over all ranks, so that a rank may
-    have one step fewer than another.
-    """
-
-    images: int
-    batch_size: int  # global
-    span: tuple[int, int] = (0, 0)  # largest offset in y and x
-    flip: bool = False
-    seed: int = 0
-    rank: int = 0
-    world: int = 1
-    train: bool = True
-
-    def __post_init__(self) -> None:
-        if not self.world <= self.batch_size:
-            raise ValueError(
-                f"batch size {self.batch_size} is less than one image for each of {self.world} workers"
-            )
-        if not self.world <= self.images:
-            raise ValueError(f"{self.images} images are less than one for each of {self.world} workers")
-
-    @property
-    def steps(self) -> int:
-        """Batches of this rank in an epoch."""
-        whole, tail = divmod(self.images, self.batch_size)
-        return whole + (tail > 0 if self.train else tail > self.rank)
-
-    def draw(self, epoch: int) -> EpochSample:
-        """This rank's share of the epoch, numbered from 0."""
-        return _sample_epoch(self, epoch if self.train else 0)
-
-
-@lru_cache(maxsize=4)
-def _sample_epoch(plan: SamplingPlan, epoch: int) -> EpochSample:
-    """Cached, because a loader asks again for each part of an epoch."""
-    if plan.train:
-        generator = np.random.Generator(np.random.PCG64([plan.seed, epoch]))
-        order = generator.permutation(plan.images)
-        offset = generator.integers(0, plan.span, (plan.images, 2), endpoint=True)
-        flip = generator.integers(0, 2, plan.images, dtype=np.uint8).astype(bool) & plan.flip
-    else:
-        order = np.random.Generator(np.random.PCG64(EVALUATION_SEED)).permutation(plan.images)
-        offset = np.full((plan.images, 2), np.array(plan.span) // 2)
-        flip = np.zeros(plan.images, bool)
-    return _share(plan, order, offset, flip)
-
-
-def _share(
-    plan: SamplingPlan, order: NDArray[np.int64], offset: NDArray[np.int64], flip: NDArray[np.bool_]
-) -> EpochSample:
-    whole, tail = divmod(plan.images, plan.batch_size)
-    last = order[plan.images - tail :]
-    if plan.train and 0 < tail < plan.world:
-        last = np.concatenate([last, order[: plan.world - tail]])
-    body = order[: plan.images - tail].reshape(whole, plan.batch_size)[:, plan.rank :: plan.world]
-    last = last[plan.rank :: plan.world]
-    index = np.concatenate([body.ravel(), last])
-    ends = [(step + 1) * body.shape[1] for step in range(whole)] + [len(index)] * (len(last) > 0)
-    return EpochSample(index, offset[index], flip[index], tuple(ends))
-
-
-def make_padded(
-    split: Split, augment: Augment, normalize: Normalize
-) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
-    """(pixels, mean, std) in units of 0..255, such that output = (crop(pixels) - crop(mean)) / std, then the flip.
-
-    pixels (N, H + 2 pad, W + 2 pad, 3), without padding the split's own array; std (3,); mean (3,) where it is
-    the same everywhere, else (H + 2 pad, W + 2 pad, 3).
-    """
-    pixels, mean = split.images, normalize.mean * np.float32(255)
-    if augment.pad:
-        mode: Literal["constant", "reflect"] = "reflect" if augment.pad_mode == "reflect" else "constant"
-        border = ((augment.pad, augment.pad), (augment.pad, augment.pad), (0, 0))
-        pixels = np.pad(pixels, ((0, 0), *border), mode)
-        if augment.pad_mode == "zero":  # the mean is zero there too, so that the difference is
-            mean = np.broadcast_to(mean, split.images.shape[1:])
-        if mean.ndim == 3:
-            mean = np.pad(mean, border, mode)
-    return pixels, mean, normalize.std * np.float32(255)
-
-
-def make_loaders(
-    kind: str,
-    train: Split,
-    test: Split,
-    *,
-    augment: Augment,
-    normalize: Normalize,
-    batch_size: int,
-    eval_batch_size: int,
-    seed: int,
-    rank: int,
-    world: int,
-    device: torch.device,
-    threads: int,
-    channels_last: bool,
-) -> tuple[Loader, Loader]:
-    """The training loader and the evaluation loader of one rank. Both batch sizes are global.
-
-    `threads` is how many CPU threads a loader may use. Raises ValueError: an unknown kind, a crop larger than the
-    padded image, less than one image a rank.
-    """
-    check_loader_name(kind)
-    plan = SamplingPlan(len(train), batch_size, augment.span(train), augment.flip, seed, rank, world)
-    make, _ = _loader_types(kind)
-    loader = make(train, augment, normalize, plan, device, threads, channels_last)
-    held = make_evaluation_loader(
-        kind,
-        test,
-        augment=augment,
-        normalize=normalize,
-        eval_batch_size=eval_batch_size,
-        rank=rank,
-        world=world,
-        device=device,
-        threads=threads,
-        channels_last=channels_last,
+    augment = config.augment
+    plan = SamplingPlan(
+        images=len(train_split),
+        batch_size=config.batch_size,
+        span=augment.span(train_split),
+        flip=augment.flip,
+        seed=config.seed,
+        rank=config.rank,
+        world_size=config.world_size,
     )
-    return loader, held
+    return _loader_type(name)(train_split, plan, config), make_evaluation_loader(name, eval_split, config)
 
 
-def make_evaluation_loader(
-    kind: str,
-    test: Split,
-    *,
-    augment: Augment,
-    normalize: Normalize,
-    eval_batch_size: int,
-    rank: int,
-    world: int,
-    device: torch.device,
-    threads: int,
-    channels_last: bool,
-) -> Loader:
-    """Every image of `test` once over all ranks, in a fixed mixed order: the centre crop, never flipped."""
-    check_loader_name(kind)
+def make_evaluation_loader(name: str, split: Split, config: LoaderConfig) -> Loader:
+    """Every image of `split` once over all ranks, in a fixed mixed order: the centre crop, never flipped."""
+    augment = config.augment
     # The centre crop of the padded image is that of the image itself, so evaluation needs no padding.
-    fits = augment.crop is None or augment.crop <= min(test.images.shape[1:3])
+    fits = augment.crop is None or augment.crop <= min(split.images.shape[1:3])
     centre = replace(augment, pad=0 if fits else augment.pad, flip=False)
-    plan = SamplingPlan(len(test), eval_batch_size, centre.span(test), False, 0, rank, world, train=False)
-    _, make = _loader_types(kind)
-    return make(test, centre, normalize, plan, device, threads, channels_last)
+    plan = SamplingPlan(
+        images=len(split),
+        batch_size=config.eval_batch_size,
+        span=centre.span(split),
+        rank=config.rank,
+        world_size=config.world_size,
+        train=False,
+    )
+    # synthetic is a bound for training only: an error is one of real images
+    return _loader_type("resident" if name == "synthetic" else name)(split, plan, replace(config, augment=centre))
 
 
-class _Make(Protocol):
-    def __call__(
-        self,
-        split: Split,
-        augment: Augment,
-        normalize: Normalize,
-        plan: SamplingPlan,
-        device: torch.device,
-        threads: int,
-        channels_last: bool,
-    ) -> Loader: ...
-
-
-def _loader_types(kind: str) -> tuple[_Make, _Make]:
-    """For training and for evaluation. Imported here, so that only who asks for DALI loads it."""
-    if kind == "dali":
-        from harness.loaders.dali import DaliLoader
-
-        return DaliLoader, DaliLoader
-    if kind == "dataloader":
-        from harness.loaders.dataloader import TorchLoader
-
-        return TorchLoader, TorchLoader
-    from harness.loaders.resident import ResidentLoader
-
-    if kind == "resident":
-        return ResidentLoader, ResidentLoader
-    from harness.loaders.synthetic import SyntheticLoader
-
-    return SyntheticLoader, ResidentLoader  # a bound for training; an error is still one of real images
+def _loader_type(name: str) -> Callable[[Split, SamplingPlan, LoaderConfig], Loader]:
+    """Imported here, so that DALI is loaded only where it is used."""
+    if name not in LOADERS:
+        raise ValueError(f"unknown loader {name!r}: {suggest(name, LOADERS)}allowed are {', '.join(LOADERS)}")
+    module, type_name = LOADERS[name].split(":")
+    made: Callable[[Split, SamplingPlan, LoaderConfig], Loader] = getattr(import_module(module), type_name)
+    return made

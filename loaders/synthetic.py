@@ -9,38 +9,25 @@ import torch
 from torch import Tensor
 
 from harness.loaders.datasets import Split
-from harness.loaders.loader import Augment, Normalize, SamplingPlan
 from harness.loaders.resident import ResidentLoader
+from harness.loaders.sampling import LoaderConfig, SamplingPlan
 
 
 class SyntheticLoader:
     """The first batch of the plan's epoch 0, again and again; a last batch of another size is cut from it."""
 
-    def __init__(
-        self,
-        split: Split,
-        augment: Augment,
-        normalize: Normalize,
-        plan: SamplingPlan,
-        device: torch.device,
-        threads: int,
-        channels_last: bool,
-    ) -> None:
-        ends = plan.draw(0).ends
-        self._sizes = [end - begin for begin, end in zip((0, *ends), ends, strict=False)]
-        first = plan.draw(0).index[: self._sizes[0]]
+    def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
+        self.steps = plan.steps
+        self._sample = plan.draw(0)
+        first = self._sample.part(0, 1).index
         few = Split(split.images[first], split.labels[first])
-        once = replace(plan, images=len(few), batch_size=len(few), rank=0, world=1)
-        loader = ResidentLoader(few, augment, normalize, once, device, threads, channels_last)
-        self._images, self._labels = next(loader.epoch(0))
+        once = replace(plan, images=len(few), batch_size=len(few), rank=0, world_size=1)
+        self._images, self._labels = next(ResidentLoader(few, once, config).epoch(0))
 
-    @property
-    def steps(self) -> int:
-        return len(self._sizes)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         del epoch
-        for size in self._sizes[start:]:
+        for step in range(first_step, self.steps):
+            size = len(self._sample.part(step, step + 1).index)
             yield self._images[:size], self._labels[:size]
 
     def close(self) -> None:

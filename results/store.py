@@ -1,14 +1,14 @@
-"""The store: one folder a run, written whole or not at all, and the values that are kept in it.
+"""The store: one folder per run, and what is kept in it.
 
     <out>/<name>/            a finished run: record.json, epochs.jsonl, weights.safetensors
-    <out>/<name>.partial/    a run that is going on, was interrupted, failed or was pruned by a search (these two
-                             hold record.json too)
-    <out>/tune/<sweep>/      what a search asked for and tried; its trials are runs like any other
+    <out>/<name>.partial/    a run that is not finished: running, interrupted, failed or pruned by a search (the last
+                             two have a record.json too)
+    <out>/tune/<sweep>/      a search's settings and trials; each trial is a run like any other
     <out>/.superseded/       finished runs that were run again
-    <out>/.estimates/        what probes predicted, a file for all seeds of a run
+    <out>/.estimates/        predictions of probes, one file for all seeds of a run
 
-`record.json` is the last file to be written, and the folder gets its final name only after it. The epochs stand
-in `epochs.jsonl` alone, so that a table over thousands of runs reads a page of text for each.
+`record.json` is written last, and only then does the folder get its final name. The epochs are in `epochs.jsonl`
+alone, so that a table over thousands of runs reads one small file for each.
 """
 
 from __future__ import annotations
@@ -23,236 +23,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-SCHEMA_VERSION = 1
+from harness.results.values import SCHEMA_VERSION, EpochMetrics, Prediction, Record
 
-RECORD, EPOCHS, SPEC = "record.json", "epochs.jsonl", "spec.json"
+RECORD, EPOCHS, SPEC, WEIGHTS = "record.json", "epochs.jsonl", "spec.json", "weights.safetensors"
 PARTIAL, SUPERSEDED, SWEEPS, ESTIMATES = ".partial", ".superseded", "tune", ".estimates"
-
-
-class Value(BaseModel):
-    """Frozen, and nothing unknown gets in: a hand-edited record with a misspelt field is named, not guessed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, ser_json_inf_nan="constants")
-
-
-class Measurement(Value):
-    """A measurement that may be impossible here: a value, or null with the reason."""
-
-    value: float | None
-    reason: str | None = None
-
-
-class EpochMetrics(Value):
-    """What one epoch measured. Times exclude one another; errors in percent, of the set named in `RunResult`."""
-
-    epoch: int  # from 1
-    steps: int
-    images: int  # training images over all ranks
-    loss: float  # mean over the epoch's training images
-    error: float
-    top5_error: float | None = None
-    lr: float  # at the epoch's last step
-    train_seconds: float
-    data_stall_seconds: float  # of train_seconds, spent waiting for the loader
-    eval_seconds: float
-    images_per_second: float
-    timed: bool = True  # False: left out of the median
-    untimed: str = (
-        ""  # why: "warm-up", "partial epoch", "interference: the machine swapped"; empty in older records too
-    )
-    energy_joules: float | None = None  # of all GPUs of the run while it trained
-    interference: tuple[str, ...] = ()  # why these seconds are not to be trusted
-    attempt: int = 1
-    workers: int | None = None  # DDP width of this epoch, where it is not the one that was asked for
-    skew: float | None = None  # slowest over fastest rank's train_seconds; None of one rank alone
-    slowest_rank: int | None = None
-
-
-MEMORY_CATEGORIES = (
-    "weights", "gradients", "optimizer state", "activations", "allocator slack", "data loader", "NCCL",
-    "CUDA context", "process at its start", "unaccounted",
-)  # fmt: skip
-"""Of memory, in the order they are shown. "process at its start" is of the CPU: Python and its libraries, while the
-activations are not told from the rest there. "unaccounted" makes the sum that of the whole, and may be negative."""
-
-
-class Memory(Value):
-    """Peaks over the run, after warm-up, of the rank that used most. MiB = 2**20 bytes."""
-
-    torch_allocated_mib: Measurement  # torch.cuda.max_memory_allocated
-    torch_reserved_mib: Measurement  # torch.cuda.max_memory_reserved
-    nvml_process_mib: Measurement  # NVML's used memory of this process: with DALI, NCCL and the CUDA context
-    rss_mib: Measurement  # peak resident memory on the host
-    warmup_allocated_mib: Measurement = Measurement(
-        value=None, reason="not measured"
-    )  # peaks of set-up and warm-up
-    warmup_reserved_mib: Measurement = Measurement(value=None, reason="not measured")
-    growth_mib_per_epoch: Measurement = Measurement(
-        value=None, reason="not measured"
-    )  # slope of what is in use, after warm-up
-    by_category_mib: dict[
-        str, float
-    ] = {}  # who holds how much of nvml_process_mib (on the CPU: of rss_mib): MEMORY_CATEGORIES
-
 
 _EPOCHS = TypeAdapter(list[EpochMetrics])
 
 
-class GpuUse(Value):
-    """One GPU of a node, sampled about once a second while a run was on it, whoever else used it."""
-
-    gpu: str  # as CUDA_VISIBLE_DEVICES names it
-    utilisation_percent: Measurement  # mean of the samples: share of time in which some kernel ran
-    power_watts: Measurement  # mean
-    power_peak_watts: Measurement
-    energy_joules: Measurement  # NVML's counter, over the whole window
-    memory_peak_mib: Measurement  # of all processes
-
-
-class NodeUse(Value):
-    """One node of a run, from its workers' start to their end: set-up, evaluation and checkpoints too."""
-
-    host: str
-    seconds: float
-    samples: int
-    cpu_percent: Measurement  # mean over all processors of the node, of all processes
-    memory_peak_mib: Measurement  # of the node
-    gpus: tuple[GpuUse, ...] = ()
-    gpus_reason: str | None = None  # why there is none
-
-
-class RankUse(Value):
-    """One rank, in the attempt that ended the run: medians over its timed epochs, and peaks as in `Memory`."""
-
-    rank: int
-    host: str
-    train_seconds: float | None
-    data_stall_seconds: float | None  # of these, for the loader
-    torch_allocated_mib: float | None
-    torch_reserved_mib: float | None
-    nvml_process_mib: float | None
-    rss_mib: float | None
-
-
-class RunResult(Value):
-    """What one run measured."""
-
-    parameters: int
-    evaluated_on: Literal["test", "val"]
-    epochs: tuple[EpochMetrics, ...] = ()  # empty in what `load_records` gives: `load_epochs(folder)`
-    final_error: float
-    best_error: float
-    best_epoch: int
-    final_top5_error: float | None = None
-    test_error: float | None = None  # of the last epoch, where `evaluated_on` is a validation set
-    test_top5_error: float | None = None
-    epoch_seconds: float | None  # median over timed epochs; None where none was timed
-    warmup_epochs: int  # epochs left out of that median at the start
-    eval_seconds: float | None
-    images_per_second: float | None
-    data_stall_percent: float | None = None  # percent of the timed epochs' train_seconds; `finish` works it out
-    setup_seconds: float  # from entering the train function to the first training step: data, network, engine
-    launch_seconds: float | None = None  # launcher: from asking for the run to entering the train function
-    train_seconds: float  # sum over epochs
-    energy_joules: Measurement = Measurement(value=None, reason="not measured")  # of all GPUs, sum over epochs
-    interference: tuple[str, ...] = ()  # of any epoch
-    memory: Memory
-    workers: int  # DDP width, the number of ranks that was asked for
-    widths: tuple[int, ...] = ()  # that the run went through, (2, 1), where it was not always `workers`
-    batch_size: int  # global
-    batch_size_per_gpu: int
-    threads: int  # CPU threads of one worker
-    device: str  # "NVIDIA H200", "AMD EPYC"
-    machine: dict[str, Any] = {}  # host, GPU, driver, versions, on the rank 0 worker
-    attempts: int = 1
-    engine: str | None = None  # that did the work, where another was asked for too; None in older records
-    packed: int = 1  # runs that were trained at the same time by one process: more, and no epoch is timed
-    seed_epochs_per_second: float | None = (
-        None  # of packed runs: epochs of all of them, over the seconds these took
-    )
-    warnings: tuple[str, ...] = ()  # said while it ran: a damaged checkpoint, an engine given up
-    ranks: tuple[RankUse, ...] = ()
-    nodes: tuple[NodeUse, ...] = ()  # in the attempt that ended the run
-
-
-class Failure(Value):
-    """Why a run gave no result."""
-
-    kind: Literal["OOM", "NaN", "killed", "exception"]
-    message: str
-    traceback: str = ""
-
-
-class Pruned(Value):
-    """A run that a search gave up before its end. What it reached is no result, and is averaged with none."""
-
-    by: str  # the rule, "asha" or "median"
-    sweep: str  # name of the search
-    epoch: int  # the last one
-    of: int
-    error: float  # after that epoch
-    evaluated_on: Literal["test", "val"]
-
-
-class Record(Value):
-    """One run, as it is kept: whole spec, result or failure, and everything needed to repeat or distrust it."""
-
-    schema_version: int = SCHEMA_VERSION
-    key: str  # hash of the whole spec
-    name: str  # folder
-    status: Literal["done", "failed", "pruned"]
-    variant: str
-    depth: int
-    seed: int
-    dataset: str  # label for tables: "cifar10", "cifar10-q75", "digits"
-    original: bool  # the images are the published data set's own, so published numbers may stand beside
-    spec: dict[str, Any]
-    result: RunResult | None = None
-    failure: Failure | None = None
-    pruned: Pruned | None = None
-    environment: dict[str, Any]  # commit, dirty, versions, gpu, driver, host, command
-    started_at: datetime
-    finished_at: datetime
-
-
-class Prediction(Value):
-    """What a short probe predicts of a run, whatever its seed. Warm-up is left out."""
-
-    schema_version: int = SCHEMA_VERSION
-    spec: dict[str, Any]  # of the run, whole but for its seed
-    steps: int  # training steps that were timed
-    epoch_seconds: float  # training only, as in `RunResult`
-    eval_seconds: float  # one evaluation
-    setup_seconds: float  # from asking for the probe until it was warm
-    epochs: float  # of the whole run; the last one may be a part
-    energy_joules: Measurement  # of all GPUs while they train an epoch
-    memory: Memory
-    interference: tuple[str, ...] = ()  # why the seconds are not to be trusted
-    workers: int
-    threads: int  # CPU threads of one worker
-    device: str
-    made_at: datetime
-
-    @property
-    def run_seconds(self) -> float:
-        """The whole run: set-up, epochs, an evaluation after each."""
-        return self.setup_seconds + self.epochs * self.epoch_seconds + math.ceil(self.epochs) * self.eval_seconds
-
-    @property
-    def run_joules(self) -> Measurement:
-        """Energy of all GPUs while the whole run trains."""
-        if self.energy_joules.value is None:
-            return self.energy_joules
-        return Measurement(value=self.epochs * self.energy_joules.value)
-
-
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A record and where it lies."""
+    """A record and its folder."""
 
     record: Record
     folder: Path
@@ -260,7 +45,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """A run that is going on or was stopped: no record yet. `spec` is empty where the folder does not say."""
+    """A run without a record: running or stopped. `spec` is empty where the folder has none."""
 
     name: str
     folder: Path
@@ -281,7 +66,7 @@ class Problem:
 
 
 class Loaded(NamedTuple):
-    """Everything found under some paths, in the order of the paths and then of the names."""
+    """All runs under some paths, in the order of the paths and then of the names."""
 
     records: list[Stored]
     interrupted: list[Interrupted]
@@ -298,33 +83,33 @@ def run_name(dataset: str, variant: str, depth: int, seed: int, key: str) -> str
 
 
 def partial_dir(out: Path, name: str) -> Path:
-    """Where a run that has not finished lives."""
+    """The folder of a run that has not finished."""
     return out / f"{name}{PARTIAL}"
 
 
 def finished_dir(out: Path, name: str) -> Path:
-    """Where a finished run lives."""
+    """The folder of a finished run."""
     return out / name
 
 
 def start(out: Path, name: str, spec: dict[str, Any]) -> Path:
-    """Make the partial folder of a run, or take up the one that is there, and note its spec in it.
+    """Make the partial folder of a run, or reuse an existing one, and write its spec into it.
 
-    Epochs and checkpoints of an interrupted run stay. The record of an earlier failure or stop is kept beside them
-    as `failed_<time>.json` or `stopped_<time>.json`: a run that is under way has no record.
+    Epochs and checkpoints of an interrupted run stay. The record of an earlier failure or pruning is kept beside them
+    as `failed_<time>.json` or `pruned_<time>.json`: a running run has no record.
     """
     folder = partial_dir(out, name)
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / RECORD
     if record.exists():
         word = "pruned" if b'"status": "pruned"' in record.read_bytes() else "failed"
-        record.rename(folder / f"{word}_{_timestamp()}.json")
-    _write(folder / SPEC, json.dumps(spec, indent=1, allow_nan=True) + "\n")
+        record.rename(folder / f"{word}_{timestamp()}.json")
+    write_atomic(folder / SPEC, json.dumps(spec, indent=1, allow_nan=True) + "\n")
     return folder
 
 
 def append_epoch(folder: Path, metrics: EpochMetrics) -> None:
-    """Add one line to epochs.jsonl and hand it to the operating system. A line cut off by a kill goes first."""
+    """Append one line to epochs.jsonl. A line that a kill cut off is removed first."""
     with (folder / EPOCHS).open("ab+") as file:
         if size := file.seek(0, os.SEEK_END):
             file.seek(size - 1)
@@ -336,14 +121,14 @@ def append_epoch(folder: Path, metrics: EpochMetrics) -> None:
 
 def write_epochs(folder: Path, epochs: Iterable[EpochMetrics]) -> None:
     """Replace epochs.jsonl, whole or not at all."""
-    _write(folder / EPOCHS, "".join(epoch.model_dump_json() + "\n" for epoch in epochs))
+    write_atomic(folder / EPOCHS, "".join(epoch.model_dump_json() + "\n" for epoch in epochs))
 
 
 def load_epochs(folder: Path) -> list[EpochMetrics]:
-    """Read epochs.jsonl, ordered by epoch; empty where there is none.
+    """Read epochs.jsonl, ordered by epoch; empty without such a file.
 
-    An epoch that was run again after a resumption counts in its last form. A last line that was cut off by a kill
-    is left out; any other line that does not parse raises ValueError naming file and line.
+    Of an epoch that was run again after a resumption, the last line counts. A last line that a kill cut off is
+    ignored; any other line that does not parse raises ValueError naming file and line.
     """
     path = folder / EPOCHS
     try:
@@ -352,7 +137,7 @@ def load_epochs(folder: Path) -> list[EpochMetrics]:
         return []
     epochs: dict[int, EpochMetrics] = {}
     written = list(filter(None, lines))
-    with suppress(ValidationError):  # all lines at once takes half the time; where one is broken, each alone
+    with suppress(ValidationError):  # parsing all lines at once takes half the time
         whole = _EPOCHS.validate_json(b"[" + b",".join(written) + b"]")
         if len(whole) == len(written):
             epochs = {metrics.epoch: metrics for metrics in whole}
@@ -371,9 +156,9 @@ def load_epochs(folder: Path) -> list[EpochMetrics]:
 
 
 def finish(out: Path, record: Record) -> Path:
-    """Store a finished run: record.json into its partial folder, then the folder gets its final name.
+    """Store a finished run: write record.json into its partial folder, then rename the folder.
 
-    A finished run of the same name moves to `.superseded/<name>_<time>` first: nothing stored is ever lost.
+    A finished run of the same name is moved to `.superseded/<name>_<time>` first: nothing stored is ever lost.
     """
     if record.status != "done" or record.result is None:
         raise ValueError(f"run {record.name} is {record.status}: only a run with a result can be finished")
@@ -382,12 +167,12 @@ def finish(out: Path, record: Record) -> Path:
     if record.result.epochs:
         write_epochs(folder, record.result.epochs)
     if record.result.data_stall_percent is None:
-        result = record.result.model_copy(update={"data_stall_percent": _wait_share(record.result.epochs)})
+        result = record.result.model_copy(update={"data_stall_percent": _data_stall_percent(record.result.epochs)})
         record = record.model_copy(update={"result": result})
     _write_record(folder, record)
     (folder / SPEC).unlink(missing_ok=True)
     if final.exists():
-        old = out / SUPERSEDED / f"{record.name}_{_timestamp()}"
+        old = out / SUPERSEDED / f"{record.name}_{timestamp()}"
         old.parent.mkdir(exist_ok=True)
         final.rename(old)
     folder.rename(final)
@@ -396,19 +181,20 @@ def finish(out: Path, record: Record) -> Path:
 
 
 def fail(out: Path, record: Record) -> Path:
-    """Store why a run failed: record.json stays in its partial folder, beside the epochs it reached."""
+    """Store why a run failed: record.json in its partial folder, beside its epochs."""
     if record.status != "failed" or record.failure is None:
         raise ValueError(f"run {record.name} is {record.status}: a failed run needs its failure")
-    folder = partial_dir(out, record.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_record(folder, record)
-    return folder
+    return _store_unfinished(out, record)
 
 
 def prune(out: Path, record: Record) -> Path:
-    """Store that a search pruned a run: record.json in its partial folder, from which it can still go on."""
+    """Store that a search pruned a run: record.json in its partial folder, from which it can be resumed."""
     if record.status != "pruned" or record.pruned is None:
         raise ValueError(f"run {record.name} is {record.status}: a pruned run needs to say where")
+    return _store_unfinished(out, record)
+
+
+def _store_unfinished(out: Path, record: Record) -> Path:
     folder = partial_dir(out, record.name)
     folder.mkdir(parents=True, exist_ok=True)
     _write_record(folder, record)
@@ -418,9 +204,9 @@ def prune(out: Path, record: Record) -> Path:
 def load_records(paths: Iterable[Path]) -> Loaded:
     """Read every run under some paths, each a folder of runs or one run's folder.
 
-    Never raises for what it finds: a folder that is no run, or holds a broken, half-written, hand-edited record or
-    one of another schema version, becomes a Problem. A copy of a run met before (same key, same instant) is passed
-    over. Records come without their epochs: `load_epochs(folder)`.
+    Never raises for a folder's contents: one that is no run, or whose record is broken, half-written, wrongly edited or
+    of another schema version, becomes a Problem. A copy of a run that was read before (same key, same instant) is
+    skipped. Records come without their epochs: `load_epochs(folder)`.
     """
     loaded = Loaded([], [], [])
     with collector_paused():
@@ -430,7 +216,7 @@ def load_records(paths: Iterable[Path]) -> Loaded:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Make many values without Python's cyclic collector: it spends more time on them than their making takes."""
+    """Create many values without Python's cyclic garbage collector, which would take longer than their creation."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -467,16 +253,16 @@ def _load(paths: Iterable[Path], loaded: Loaded) -> None:
 
 
 def keep_prediction(out: Path, key: str, prediction: Prediction) -> Path:
-    """Store what was predicted of the run of that key; an earlier prediction is replaced."""
+    """Store the prediction for the run of that key; an earlier one is replaced."""
     path = out / ESTIMATES / f"{key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, prediction.model_dump_json(indent=1) + "\n")
+    write_atomic(path, prediction.model_dump_json(indent=1) + "\n")
     return path
 
 
 def load_predictions(outs: Iterable[Path]) -> list[Prediction]:
-    """Read the predictions kept in some folders of results, oldest first. What cannot be read is passed over: a
-    prediction can be had again, and no figure rests on it."""
+    """Read the predictions stored in some folders of results, oldest first. Unreadable ones are skipped: a prediction
+    can be repeated, and no figure depends on it."""
     predictions = []
     for out in outs:
         for path in sorted((out / ESTIMATES).glob("*.json")):
@@ -504,13 +290,13 @@ def _folders(paths: Iterable[Path], problems: list[Problem]) -> Iterator[Path]:
             problems.append(Problem(path, "not a folder" if path.exists() else "no such folder"))
             continue
         if path.name.endswith(PARTIAL) or (path / RECORD).exists():
-            found: Sequence[str] = [str(path)]
+            folders: Sequence[str] = [str(path)]
         else:
             with os.scandir(path) as entries:
-                found = sorted(
+                folders = sorted(
                     e.path for e in entries if not e.name.startswith(".") and e.name != SWEEPS and e.is_dir()
                 )
-        for folder in found:
+        for folder in folders:
             real = os.path.abspath(folder)  # noqa: PTH100  (resolve() costs a system call per path component)
             if real not in seen:
                 seen.add(real)
@@ -542,14 +328,14 @@ def _expected_epochs(spec: dict[str, Any], steps: int | None) -> int | None:
     return math.ceil(duration / steps) if steps else None
 
 
-def _wait_share(epochs: Sequence[EpochMetrics]) -> float | None:
+def _data_stall_percent(epochs: Sequence[EpochMetrics]) -> float | None:
     timed = [epoch for epoch in epochs if epoch.timed]
     train_seconds = sum(epoch.train_seconds for epoch in timed)
     return 100 * sum(epoch.data_stall_seconds for epoch in timed) / train_seconds if train_seconds > 0 else None
 
 
 def _contradiction(record: Record) -> str | None:
-    """What is wrong with a record whose fields are each valid."""
+    """What is wrong with a record whose fields are valid each by itself."""
     if record.schema_version != SCHEMA_VERSION:
         return _version(record.schema_version)
     if record.status == "done" and record.result is None:
@@ -578,7 +364,7 @@ def _explain(text: bytes, error: ValidationError) -> str:
 
 
 def _first(error: ValidationError) -> str:
-    """The first of a validation's complaints, and how many more there are."""
+    """The first error of a validation, and the number of the others."""
     errors = error.errors(include_url=False, include_context=False)
     place = ".".join(map(str, errors[0]["loc"]))
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -587,28 +373,38 @@ def _first(error: ValidationError) -> str:
 
 
 def _write_record(folder: Path, record: Record) -> None:
-    _write(folder / RECORD, record.model_dump_json(indent=1, exclude={"result": {"epochs"}}) + "\n")
+    write_atomic(folder / RECORD, record.model_dump_json(indent=1, exclude={"result": {"epochs"}}) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all, through a temporary one beside it."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all."""
+    with writing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` for a writer to fill; it replaces `path` where the writer raises nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync(path.parent)
 
 
-def _sync(folder: Path) -> None:
-    """Make a rename inside a folder last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make a file, or the renames inside a folder, last through a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _timestamp() -> str:
+def timestamp() -> str:
+    """Now, for the name of a file."""
     return datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from harness import plan
-from harness.results.store import Failure, Measurement, Memory, Record, RunResult
+from harness.results.values import Failure, Measurement, Memory, Record, RunResult
 from harness.search_space import parse_settings
 
 NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)

@@ -34,6 +34,9 @@ class Tape(TorchDispatchMode):
         with self:
             yield
 
+    def reset(self) -> None:
+        self.calls.clear()
+
     def replay(self) -> None:
         with torch.no_grad():
             for func, args, kwargs, kept in self.calls:

@@ -59,21 +59,6 @@ def test_run_report_rerun_force(tmp_path: Path, capsys: Any) -> None:
     assert len(list((tmp_path / "runs" / ".superseded").iterdir())) == 1
 
 
-def test_packed_seeds_and_the_engine_in_the_table(tmp_path: Path, capsys: Any) -> None:
-    code, out, err = harness(
-        f"run {QUICK} --launcher local --seeds 3 --pack 2 --engine eager --out {tmp_path}", capsys
-    )
-    assert (code, err) == (0, "")
-    records = {stored.record.seed: stored.record for stored in load_records([tmp_path]).records}
-    assert {seed: record.result.packed for seed, record in records.items() if record.result} == {0: 2, 1: 2, 2: 1}
-    assert "2 seeds trained at the same time" in out
-    assert "seeds × epochs a second" in out
-    for seed, record in records.items():
-        assert record.result is not None
-        assert record.result.engine == "eager"
-        assert (record.result.epoch_seconds is None) == (seed != 2)
-
-
 def test_dry_run_starts_and_writes_nothing(tmp_path: Path, capsys: Any) -> None:
     code, out, _ = harness(f"run {QUICK} --variants he2015,msra --dry-run --out {tmp_path}/runs", capsys)
     assert code == 0
@@ -89,10 +74,10 @@ def test_a_run_that_fails_is_a_row_and_the_others_go_on(
 
     whole = training.train
 
-    def broken(spec: Any, worker: Any, report: Any, *, places: Any) -> Any:
+    def broken(spec: Any, worker: Any, report: Any, *, paths: Any) -> Any:
         if spec.seed == 0:
             raise MemoryError("no room for the activations")
-        return whole(spec, worker, report, places=places)
+        return whole(spec, worker, report, paths=paths)
 
     monkeypatch.setattr(training, "train", broken)
     line = f"run {QUICK} --launcher local --out {tmp_path}/runs --seeds"

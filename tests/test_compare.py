@@ -21,7 +21,8 @@ from harness.results.compare import (
 )
 from harness.results.explain import why
 from harness.results.rows import Row, summarise
-from harness.results.store import Failure, Stored, finish, load_records, write_epochs
+from harness.results.store import Stored, finish, load_records, write_epochs
+from harness.results.values import Failure
 
 
 def make_rows(errors: list[float], seconds: list[float], **changes: Any) -> list[Row]:
@@ -171,7 +172,14 @@ def test_the_page_of_a_comparison() -> None:
 
 
 def test_why_names_records_epochs_and_formula(tmp_path: Path) -> None:
-    untimed: list[dict[str, Any]] = [{"untimed": "warm-up"}, {}, {}, {}, {"interference": ("it swapped",)}, {}]
+    untimed: list[dict[str, Any]] = [
+        {"untimed": "warm-up"},
+        {},
+        {},
+        {},
+        {"untimed": "interference: it swapped"},
+        {},
+    ]
     for seed in range(2):
         run = make_run(seed, 8.3 + 0.2 * seed)
         assert run.record.result is not None

@@ -13,13 +13,14 @@ from tape import Tape
 from test_train import RunPaths, folder, losses, run, spec
 from torch import Tensor, nn
 
-import harness.training.train
-from harness.cluster.launch import Worker
-from harness.models.resnet import build
-from harness.results.store import EpochMetrics, RunResult
-from harness.training.engine import Captured, Engine, compile_network, make_graphs, nothing_to_restore
+import harness.training.setup
+from harness.cluster.job import Worker
+from harness.models.build import build
+from harness.results.values import RunResult
+from harness.training.engine import Captured, Direct, Engine, compile_network, make_graphs, nothing_to_restore
 from harness.training.optim import make_optimizer, set_lr
-from harness.training.train import Step, make_autocast, train, train_packed
+from harness.training.step import Step, make_autocast
+from harness.training.train import train
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 
         return one
 
-    monkeypatch.setattr(harness.train, "make_graphs", make)
+    monkeypatch.setattr(harness.training.setup, "make_graphs", make)
     return made
 
 
@@ -52,6 +53,14 @@ def make_step(**changes: Any) -> Step:
         network, list(network.parameters()), optimizer, torch.amp.GradScaler("cpu", enabled=False), asked,
         torch.zeros((), dtype=torch.float64), 1,
     )  # fmt: skip
+
+
+def capture(step: Step, make_graph: Callable[[], Any] = Tape, images: int = 16) -> Engine:
+    """An engine that has captured the step for such a batch."""
+    ways: list[tuple[str, Any]] = [("graph", Captured(step, make_graph)), ("eager", Direct(step))]
+    engine = Engine(ways, step.snapshot, pytest.fail)
+    engine.prepare([(*(tensor.to(step.loss_sum.device) for tensor in batch(images)), images)])
+    return engine
 
 
 def batch(images: int) -> tuple[Tensor, Tensor]:
@@ -122,7 +131,7 @@ def test_a_checkpoint_serves_every_engine(eager: RunResult, tapes: list[Tape], t
 def test_the_lr_drops_inside_a_graph(tapes: list[Tape]) -> None:
     """A number that Python holds is frozen in a graph: with lr = 0 after the capture, nothing may move."""
     step = make_step(engine="graph", recipe={"weight_decay": 0.0, "momentum": 0.0})
-    captured = Captured(step, step.snapshot, Tape)
+    captured = capture(step)
     set_lr(step.optimizer, 0.1)
     captured(*batch(16), 16)
     moved = everything(step)
@@ -138,7 +147,7 @@ def test_the_lr_drops_inside_a_graph(tapes: list[Tape]) -> None:
 def test_the_stand_in_freezes_a_python_number() -> None:
     """The test above can fail: an lr that is no tensor goes on as it was captured."""
     step = make_step(recipe={"weight_decay": 0.0, "momentum": 0.0})
-    captured = Captured(step, step.snapshot, Tape)
+    captured = capture(step)
     set_lr(step.optimizer, 0.1)
     captured(*batch(16), 16)
     before = everything(step)
@@ -159,7 +168,7 @@ def test_warm_up_and_capture_leave_no_trace() -> None:
     for one in (step, alone):  # with a momentum and statistics that are not those of the start
         one(*batch(16), 16)
     before = everything(step)
-    Captured(step, step.snapshot, Idle)(*batch(16), 16)
+    capture(step, Idle)
     assert equal(everything(step), before)
     assert equal(before, everything(alone))
 
@@ -178,7 +187,7 @@ def test_no_trace_of_a_warm_up_in_the_loss_scale() -> None:
     assert step.scaler.state_dict()["_growth_tracker"] == 0
 
 
-def test_an_engine_that_does_not_work_is_given_up_aloud(
+def test_an_engine_that_does_not_work_is_given_up_with_a_warning(
     eager: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(device: torch.device) -> Callable[[], Tape]:
@@ -188,7 +197,7 @@ def test_an_engine_that_does_not_work_is_given_up_aloud(
 
         return Broken
 
-    monkeypatch.setattr(harness.train, "make_graphs", broken)
+    monkeypatch.setattr(harness.training.setup, "make_graphs", broken)
     with pytest.warns(UserWarning, match="engine graph does not work here"):
         result = run(spec(engine="graph"), tmp_path)
     assert losses(result) == losses(eager)
@@ -200,9 +209,9 @@ def test_a_lack_of_memory_is_no_reason_to_give_an_engine_up() -> None:
     def hungry(x: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    engine = Engine([("graph", hungry), ("eager", lambda x: x)], nothing_to_restore, print)
+    engine = Engine([("graph", Direct(hungry)), ("eager", Direct(lambda x: x))], nothing_to_restore, print)
     with pytest.raises(torch.OutOfMemoryError):
-        engine(torch.zeros(1))
+        engine.prepare([(torch.zeros(1),)])
     assert engine.name == "graph"
 
 
@@ -239,40 +248,11 @@ def test_a_network_that_cannot_be_compiled_is_trained_all_the_same(
 
         return forward
 
-    monkeypatch.setattr(harness.train, "compile_network", fails)
+    monkeypatch.setattr(harness.training.setup, "compile_network", fails)
     with pytest.warns(UserWarning, match="engine compile does not work here, going on with eager: no compiler"):
         result = run(spec(engine="compile"), tmp_path)
     assert losses(result) == losses(eager)
     assert result.engine == "eager"
-
-
-def test_packed_seeds_are_the_single_ones_bit_for_bit(eager: RunResult, tmp_path: Path) -> None:
-    seen: list[tuple[int, EpochMetrics]] = []
-    specs = tuple(spec(seed=seed) for seed in (0, 1, 2))
-    places = RunPaths(out=tmp_path, label="digits")
-    packed = train_packed(
-        specs, Worker(threads=1), lambda index, metrics: seen.append((index, metrics)), places=places
-    )
-    single = [eager, run(spec(seed=1), tmp_path / "1"), run(spec(seed=2), tmp_path / "2")]
-    for mine, alone in zip(packed, single, strict=True):
-        assert isinstance(mine, RunResult)
-        assert losses(mine) == losses(alone)
-        assert mine.final_error == alone.final_error
-        assert mine.packed == 3
-        assert mine.epoch_seconds is None
-        assert not any(row.timed for row in mine.epochs)
-    assert [(index, row.epoch) for index, row in seen] == [(i, e) for e in (1, 2, 3) for i in (0, 1, 2)]
-    assert seen[4][1].loss == losses(single[1])[1]
-
-
-def test_a_packed_seed_that_diverges_leaves_the_others(eager: RunResult, tmp_path: Path) -> None:
-    wild = spec(seed=1, recipe={"lr": 1e30})
-    places = RunPaths(out=tmp_path, label="digits")
-    tame, failed = train_packed((spec(), wild), Worker(threads=1), lambda *_: None, places=places)
-    assert isinstance(tame, RunResult)
-    assert losses(tame) == losses(eager)
-    assert not isinstance(failed, RunResult)
-    assert failed.exception == "DivergedError"
 
 
 def test_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
@@ -290,11 +270,12 @@ def test_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
 def test_half_precision_weights_are_not_frozen_in_a_graph() -> None:
     """Autocast may keep weights that it has cast, and a graph would go on with those for ever."""
     network = nn.Conv2d(3, 4, 3)
-    captured = Captured(network, nothing_to_restore, Tape)
+    captured = Captured(network, Tape)
     images, _ = batch(2)
     seen = []
     for _ in range(2):
         with torch.no_grad(), make_autocast(torch.device("cpu"), "bf16"):
+            captured.prepare(images)
             seen.append(captured(images).clone())
         with torch.no_grad():
             network.weight.mul_(2)
@@ -306,8 +287,8 @@ def test_half_precision_weights_are_not_frozen_in_a_graph() -> None:
 
 
 def run_on_gpu(out: Path, **changes: Any) -> RunResult:
-    places = RunPaths(out=out, label="digits")
-    return train(spec(device="cuda", **changes), Worker(device="cuda:0", threads=1), lambda _: None, places=places)
+    paths = RunPaths(out=out, label="digits")
+    return train(spec(device="cuda", **changes), Worker(device="cuda:0", threads=1), lambda _: None, paths=paths)
 
 
 @pytest.mark.gpu
@@ -329,13 +310,14 @@ def test_a_cuda_graph_gives_eagers_losses(tmp_path: Path, precision: str, loader
 def test_a_real_capture_leaves_no_trace_and_reads_the_lr(tmp_path: Path) -> None:
     device = torch.device("cuda", 0)
     asked = spec(device="cuda", engine="graph", recipe={"momentum": 0.0, "weight_decay": 0.0})
-    made = harness.training.train.prepare(
+    made = harness.training.setup.prepare(
         asked, Worker(device="cuda:0", threads=1), RunPaths(out=tmp_path, label="digits")
     )
-    step = harness.training.train.make_step(made, ddp=False)
-    captured = Captured(step, step.snapshot, make_graphs(device))
-    images, labels = (tensor.to(device) for tensor in batch(64))
+    step = harness.training.setup.make_step(made, ddp=False)
     before = everything(step)
+    captured = capture(step, make_graphs(device), 64)
+    images, labels = (tensor.to(device) for tensor in batch(64))
+    assert equal(everything(step), before)
     set_lr(step.optimizer, 0.0)
     captured(images, labels, 64)
     weights = len(step.parameters)
@@ -345,18 +327,6 @@ def test_a_real_capture_leaves_no_trace_and_reads_the_lr(tmp_path: Path) -> None
     set_lr(step.optimizer, 0.1)
     captured(images, labels, 64)
     assert not equal(everything(step)[:weights], before[:weights])
-
-
-@pytest.mark.gpu
-def test_packed_seeds_on_a_gpu_are_within_rounding_of_single_ones(tmp_path: Path) -> None:
-    specs = tuple(spec(device="cuda", engine="graph", seed=seed) for seed in (0, 1))
-    places = RunPaths(out=tmp_path, label="digits")
-    packed = train_packed(specs, Worker(device="cuda:0", threads=1), lambda *_: None, places=places)
-    for seed, mine in enumerate(packed):
-        assert isinstance(mine, RunResult)
-        assert mine.engine == "graph"
-        alone = run_on_gpu(tmp_path / str(seed), engine="graph", seed=seed)
-        assert losses(mine) == pytest.approx(losses(alone), rel=1e-3)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,8 @@ from records import make_record
 
 from harness.commands.report import export_runs
 from harness.results.export import TARGETS, export
-from harness.results.store import EpochMetrics, Failure, fail, finish, load_records, start, write_epochs
+from harness.results.store import fail, finish, load_records, start, write_epochs
+from harness.results.values import EpochMetrics, Failure
 from harness.spec import UserError
 
 

@@ -11,7 +11,8 @@ import pytest
 from records import make_record
 
 import harness
-from harness.results.store import EpochMetrics, Failure, fail, finish
+from harness.results.store import fail, finish
+from harness.results.values import EpochMetrics, Failure
 from harness.spec import UserError
 
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from harness.cluster.launch import Worker
+from harness.cluster.job import Worker
 from harness.loaders.datasets import Split
 from harness.models.variants import VARIANTS, VariantFunction, default_depth
 from harness.spec import RunSpec
 from harness.training.evaluation import evaluate
-from harness.training.train import Data, assemble, finish_run, make_autocast, make_trainer, train_epoch
+from harness.training.setup import Data, assemble, make_trainer
+from harness.training.step import make_autocast
+from harness.training.train import run_steps
 
 SECOND_DEPTH = {"miniplaces": 50, "convnet": 8, "xresnet-bottleneck": 38}
 
@@ -46,10 +48,10 @@ def test_two_steps_and_an_evaluation(function: VariantFunction, depth: int) -> N
     network = made.network
     before = [p.detach().clone() for p in network.parameters()]
     trainer = make_trainer(made, print)
-    metrics = finish_run(train_epoch(trainer, epoch=7, steps=2, images=8, on_first_step=lambda: None))
+    metrics = run_steps(trainer, epoch=7, steps=2)
     assert metrics.images == 8
     assert np.isfinite(metrics.loss)
     changed = [not torch.equal(p, q) for p, q in zip(before, network.parameters(), strict=True)]
     assert sum(changed) >= 0.9 * len(changed), "nearly every parameter takes part"
-    found = evaluate(network, made.eval_loader, images=8, autocast=make_autocast(made.place["device"], "fp32"))
+    found = evaluate(network, made.eval_loader, images=8, autocast=make_autocast(made.device, "fp32"))
     assert (found.images, found.error % 12.5) == (8, 0)

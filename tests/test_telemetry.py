@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,14 +14,14 @@ import torch
 from records import NOW, make_record
 
 from harness.cluster import local
-from harness.cluster.launch import Watched
+from harness.cluster.job import JobConfig, Telemetry
 from harness.results.explain import why
 from harness.results.report.page import make_page
-from harness.results.report.table import summarise
-from harness.results.store import EpochMetrics, GpuUse, Measurement, Memory, NodeUse, RankUse, Stored
-from harness.training import telemetry as sampler
-from harness.training.ranks import find_slowest, gather_ranks
-from harness.training.telemetry import Sampler
+from harness.results.rows import summarise
+from harness.results.store import Stored
+from harness.results.values import EpochMetrics, GpuUse, Measurement, Memory, NodeUse, RankUse
+from harness.training import telemetry
+from harness.training.telemetry import EpochTelemetry, NodeTelemetry, gather, summarise_rank
 
 MIB = 2**20
 
@@ -61,11 +62,13 @@ class FakeNvml:
 
 
 def sample(visible: str | None, nvml: Any, least: int = 4) -> NodeUse:
-    made = Sampler(visible, interval_seconds=0.01, load_nvml=lambda: nvml)
-    until = time.monotonic() + 10
-    while made._samples < least and time.monotonic() < until:
-        time.sleep(0.01)
-    return made.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "pynvml", nvml)
+        node = NodeTelemetry(visible, interval_seconds=0.01)
+        until = time.monotonic() + 10
+        while node._samples < least and time.monotonic() < until:
+            time.sleep(0.01)
+        return node.stop()
 
 
 def test_every_gpu_in_use_is_sampled_and_the_thread_ends() -> None:
@@ -80,7 +83,7 @@ def test_every_gpu_in_use_is_sampled_and_the_thread_ends() -> None:
     assert use.gpus_reason is None
     assert 0 <= (use.cpu_percent.value or 0) <= 100 or use.cpu_percent.reason
     assert (use.memory_peak_mib.value or 0) > 0
-    assert "sampler" not in {thread.name for thread in threading.enumerate()}
+    assert "telemetry" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize(("visible", "names"), [(None, ["0", "1"]), ("1,0", ["1", "0"]), ("GPU-b", ["GPU-b"])])
@@ -100,7 +103,7 @@ def test_what_cannot_be_read_is_null_with_its_reason() -> None:
         ("", FakeNvml(), "no GPU was used"),
         ("7", FakeNvml(), "NVML: Invalid Argument"),
         ("GPU-unknown", FakeNvml(), "NVML: 'GPU-unknown'"),
-        ("0", None, "NVML: 'NoneType' object has no attribute 'nvmlInit'"),
+        ("0", None, "NVML: import of pynvml halted; None in sys.modules"),
     ],
 )
 def test_without_nvml_the_node_is_sampled_all_the_same(visible: str, nvml: Any, reason: str) -> None:
@@ -110,7 +113,7 @@ def test_without_nvml_the_node_is_sampled_all_the_same(visible: str, nvml: Any, 
 
 
 def test_without_linux_there_are_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "PROC", tmp_path)
+    monkeypatch.setattr(telemetry, "PROC", tmp_path)
     use = sample("", None, least=1)
     assert use.cpu_percent == Measurement(value=None, reason="/proc/stat cannot be read here")
     assert use.memory_peak_mib == Measurement(value=None, reason="/proc/meminfo cannot be read here")
@@ -122,19 +125,20 @@ def test_the_local_launcher_samples_in_a_thread_and_survives_a_broken_one(tmp_pa
     def launch(watch: Any) -> list[Any]:
         events.clear()
         runs = local.launch(
-            lambda spec, *_: spec * 2, [21], workers=1, concurrent_runs=1, gpu=False, threads=1, storage=tmp_path,
-            progress=lambda _, event: events.append(event), watch=watch,
+            lambda spec, *_: spec * 2, [21],
+            JobConfig(world_size=1, concurrent_runs=1, device="cpu", threads=1, storage=tmp_path),
+            progress=lambda _, event: events.append(event), telemetry=watch,
         )  # fmt: skip
         return list(runs)
 
     def broken(visible: str | None) -> Any:
         raise OSError("no threads left")
 
-    assert launch(sampler.watch) == [(21, 42)]
-    (seen,) = [event for event in events if isinstance(event, Watched)]
+    assert launch(NodeTelemetry) == [(21, 42)]
+    (seen,) = [event for event in events if isinstance(event, Telemetry)]
     assert seen.node.gpus_reason == "no GPU was used"
     assert launch(broken) == [(21, 42)]
-    assert not [event for event in events if isinstance(event, Watched)]
+    assert not [event for event in events if isinstance(event, Telemetry)]
 
 
 def metrics(epoch: int, **changes: Any) -> EpochMetrics:
@@ -147,8 +151,9 @@ def test_one_rank_has_no_skew_and_its_own_figures() -> None:
     memory = Memory(
         torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none, rss_mib=Measurement(value=7.0)
     )
-    assert find_slowest(2.0, 1, torch.device("cpu")) == (None, None)
-    (rank,) = gather_ranks(0, 1, memory, [metrics(1, timed=False), metrics(2)])
+    reading = EpochTelemetry(torch.device("cpu")).stop(2.0)
+    assert (reading.skew, reading.slowest_rank) == (None, None)
+    (rank,) = gather(summarise_rank(0, memory, [metrics(1, timed=False), metrics(2)]))
     assert (rank.train_seconds, rank.data_stall_seconds, rank.rss_mib, rank.nvml_process_mib) == (
         2.0,
         0.5,

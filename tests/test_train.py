@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,15 +15,22 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from harness.cluster.launch import Worker
+from harness.cluster.job import Worker
 from harness.loaders.datasets import limit, load_dataset
-from harness.loaders.loader import Augment, make_loaders, make_normalize
-from harness.models.resnet import build
+from harness.loaders.loader import make_loaders
+from harness.loaders.resident import ResidentLoader
+from harness.loaders.sampling import Augment, LoaderConfig, make_normalize
+from harness.models.build import build
 from harness.models.variants import he2015
-from harness.results.store import RunResult, load_epochs, partial_dir, run_name
+from harness.results.store import load_epochs, partial_dir, run_name
+from harness.results.values import EpochMetrics, Measurement, RunResult
 from harness.spec import CheckpointError, DivergedError, RunPaths, RunSpec
-from harness.training.engine import Engine
-from harness.training.train import EpochMetrics, Step, Trainer, finish_run, mix, train, train_epoch
+from harness.training.engine import Direct, Engine
+from harness.training.setup import Trainer
+from harness.training.step import Step, mix
+from harness.training.telemetry import EpochReading, EpochTelemetry
+from harness.training.train import run_steps, train
+from harness.training.watchdog import Watchdog
 
 
 @cache
@@ -53,7 +61,7 @@ def run(asked: RunSpec, out: Path, stop_after: int | None = None) -> RunResult:
         if metrics.epoch == stop_after:
             raise KeyboardInterrupt
 
-    return train(asked, Worker(threads=1), report, places=RunPaths(out=out, label="digits"))
+    return train(asked, Worker(threads=1), report, paths=RunPaths(out=out, label="digits"))
 
 
 def losses(result: RunResult) -> list[float]:
@@ -89,8 +97,8 @@ def test_a_run_learns_and_measures(whole: RunResult, tmp_path: Path) -> None:
 
 
 def test_an_untimed_epoch_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    swapped = ("the machine swapped",)
-    monkeypatch.setattr("harness.training.train.over_ranks", lambda *_: (None, swapped))
+    swapped = EpochReading(None, ("the machine swapped",))
+    monkeypatch.setattr(EpochTelemetry, "stop", lambda *_: swapped)
     short = spec()
     short = replace(short, recipe=replace(short.recipe, duration=4, unit="step", milestones=()))  # 3 an epoch
     epochs = run(short, tmp_path).epochs
@@ -192,11 +200,16 @@ def _rank(rank: int, world: int, port: int, asked: RunSpec, out: Path) -> None:
     data = load_dataset("digits")
     train_split = limit(data.train, 150)
     device = torch.device("cpu")
-    loader, _ = make_loaders(
-        "resident", train_split, data.test, augment=Augment(4, "zero", None, False),
-        normalize=make_normalize("pixel-mean", train_split), batch_size=64, eval_batch_size=100, seed=0,
-        rank=rank, world=world, device=device, threads=1, channels_last=True,
-    )  # fmt: skip
+    config = LoaderConfig(
+        augment=Augment(4, "zero", None, False),
+        normalize=make_normalize("pixel-mean", train_split),
+        batch_size=64,
+        eval_batch_size=100,
+        device=device,
+        rank=rank,
+        world_size=world,
+    )
+    loader, _ = make_loaders("resident", train_split, data.test, config)
     torch.manual_seed(0)
     network = build(asked.network, 10).double()
     for module in network.modules():
@@ -209,16 +222,16 @@ def _rank(rank: int, world: int, port: int, asked: RunSpec, out: Path) -> None:
     step = Step(
         trained, list(network.parameters()), optimizer, torch.amp.GradScaler("cpu", enabled=False), asked,
         torch.zeros((), dtype=torch.float64), world,
+        all_reduce=torch.distributed.all_reduce if world > 1 and asked.engine == "graph" else None,
     )  # fmt: skip
     trainer = Trainer(
-        step, Engine([("eager", step)], step.snapshot, print), Engine([], step.snapshot, print), loader, device
-    )
-    seen = []
-    for epoch in range(2):
-        part = train_epoch(trainer, epoch=epoch, steps=loader.steps, images=150, on_first_step=lambda: None)
-        seen.append(finish_run(part).loss)
+        step, Engine([("eager", Direct(step))], step.snapshot, print), Engine([], step.snapshot, print), network, loader,
+        150, device, Watchdog(device),
+    )  # fmt: skip
+    seen = [run_steps(trainer, epoch=epoch, steps=loader.steps).loss for epoch in range(2)]
     if rank == 0:
         torch.save({"losses": seen, "weights": list(network.state_dict().values())}, out)
+    trainer.close()
     if world > 1:
         torch.distributed.destroy_process_group()
 
@@ -238,6 +251,30 @@ def test_two_ranks_equal_one_on_the_same_global_batch(tmp_path: Path, engine: st
     assert a["losses"] == pytest.approx(b["losses"], rel=1e-6)
     for mine, theirs in zip(a["weights"], b["weights"], strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_seconds_of_waiting_for_the_loader_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(self: Any, epoch: int, first_step: int = 0) -> Any:
+        for item in whole_epoch(self, epoch, first_step):
+            time.sleep(0.05)
+            yield item
+
+    whole_epoch = ResidentLoader.epoch
+    monkeypatch.setattr(ResidentLoader, "epoch", slow)
+    result = run(spec(recipe={"duration": 2}), tmp_path)
+    for row in result.epochs:
+        assert 0.15 <= row.data_stall_seconds < 0.15 + row.train_seconds / 2
+        assert row.data_stall_seconds < row.train_seconds
+
+
+def test_runs_that_share_a_gpu_are_not_timed(tmp_path: Path) -> None:
+    worker = Worker(threads=1, runs_per_gpu=2)
+    paths = RunPaths(out=tmp_path, label="digits")
+    result = train(spec(recipe={"duration": 2}), worker, lambda _: None, paths=paths)
+    reason = "2 runs share the GPU"
+    assert [row.untimed for row in result.epochs] == [f"warm-up; {reason}", reason]
+    assert (result.epoch_seconds, result.runs_per_gpu) == (None, 2)
+    assert result.energy_joules == Measurement(value=None, reason=reason)
 
 
 def test_a_run_leaves_the_processors_arithmetic_as_it_was(tmp_path: Path) -> None:

@@ -101,9 +101,9 @@ def test_the_command_adds_seeds_until_it_is_narrow_or_may_not(
 ) -> None:
     """Training is replaced: depth 8 spreads by a hundredth of a point, depth 14 by whole points."""
     import harness.training.train
-    from harness.results.store import Measurement, Memory, RunResult
+    from harness.results.values import Measurement, Memory, RunResult
 
-    def train(spec: RunSpec, worker: Any, report: Any, *, places: Any) -> RunResult:
+    def train(spec: RunSpec, worker: Any, report: Any, *, paths: Any) -> RunResult:
         none = Measurement(value=None, reason="stub")
         error = 5 + spec.seed * (0.01 if spec.network.depth == 8 else 1.0)
         return RunResult(
@@ -113,7 +113,7 @@ def test_the_command_adds_seeds_until_it_is_narrow_or_may_not(
             batch_size=128, batch_size_per_gpu=128, threads=1, device="stub",
         )  # fmt: skip
 
-    monkeypatch.setattr(harness.train, "train", train)
+    monkeypatch.setattr(harness.training.train, "train", train)
     line = f"--dataset digits --depths 8,14 --gpus 0 --launcher local --loader resident --out {tmp_path}"
     code, out = run(f"{line} --until-ci 0.1 --max-seeds 4", capsys)
     assert code == 0

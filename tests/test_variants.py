@@ -102,5 +102,5 @@ def test_the_paper_warms_up_at_depth_110_only():
 
 
 def test_importing_the_variants_imports_no_torch():
-    code = "import sys, models.variants; sys.exit(sorted({'torch', 'numpy'} & set(sys.modules)) or 0)"
+    code = "import sys, harness.models.variants; sys.exit(sorted({'torch', 'numpy'} & set(sys.modules)) or 0)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

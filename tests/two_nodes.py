@@ -50,9 +50,9 @@ def train_plainly(rank: int, world_size: int, rendezvous: str, out: str, last: i
 
     warnings.simplefilter("ignore")
     from harness import plan
-    from harness.cluster.launch import Worker
+    from harness.cluster.job import Worker
     from harness.loaders.datasets import load_dataset
-    from harness.results.store import EpochMetrics
+    from harness.results.values import EpochMetrics
     from harness.spec import RunPaths
     from harness.training.train import train
 
@@ -71,7 +71,7 @@ def train_plainly(rank: int, world_size: int, rendezvous: str, out: str, last: i
             raise EnoughError
 
     with contextlib.suppress(EnoughError):
-        train(spec, worker, report, places=RunPaths(out=Path(out), label="digits"))
+        train(spec, worker, report, paths=RunPaths(out=Path(out), label="digits"))
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()

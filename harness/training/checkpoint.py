@@ -35,19 +35,19 @@ def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(folder: Path, key: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or None. A damaged one is passed over, aloud.
+    """The newest checkpoint that can be read, or None. A damaged one is skipped, with a warning.
 
     Raises CheckpointError where it belongs to a run with another key. Nothing in the file is executed.
     """
     for path in _stored(folder):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            found = state["key"]
+            owner = state["key"]
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             warn(f"checkpoint {path} is damaged, taking the one before: {reason[:200]}")
             continue
-        if found != key:
-            raise CheckpointError(f"checkpoint {path} belongs to run {found}, not to {key}")
+        if owner != key:
+            raise CheckpointError(f"checkpoint {path} belongs to run {owner}, not to {key}")
         return dict(state)
     return None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,18 @@ def resize(images: Tensor, scale: int) -> Tensor:
     return F.interpolate(images, size=size, mode="bilinear", antialias=True)
 
 
+@contextmanager
+def evaluating(network: nn.Module, autocast: AbstractContextManager[None]) -> Iterator[None]:
+    """What an evaluation is done in."""
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode(), autocast:
+            yield
+    finally:
+        network.train(was_training)
+
+
 def evaluate(
     network: nn.Module,
     loader: Loader,
@@ -73,11 +85,9 @@ def evaluate(
 
     Raises RuntimeError where the ranks together saw another number: an error over part of a set is not its error.
     """
-    was_training = network.training
-    network.eval()
     counts: Tensor | None = None  # images, top-1 hits, top-5 hits
     classes = 0
-    with torch.inference_mode(), autocast:
+    with evaluating(network, autocast):
         for batch, labels in loader.epoch(0):
             logits = (forward or network)(batch)
             classes = logits.shape[1]
@@ -87,7 +97,6 @@ def evaluate(
             counts = seen if counts is None else counts + seen
             if on_ranked:
                 on_ranked(ranked)
-    network.train(was_training)
     if counts is None:  # more ranks than images
         counts = torch.zeros(3, dtype=torch.int64, device=next(network.parameters()).device)
     if dist.is_initialized():

@@ -69,7 +69,7 @@ def make_optimizer(recipe: Recipe, network: nn.Module, *, lr_on_device: bool = F
         fused=True,
     )
     if recipe.momentum:
-        for parameter in parameters:  # zeros are what the first step begins from, and it is like all others so
+        for parameter in parameters:  # as the first step would make it; so that step is like all others
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 

@@ -1,152 +1,129 @@
-"""What one node does while a run goes on: its GPUs by NVML, its processors and memory by Linux, once a second.
+"""What surrounds a run: the machine, each node's load once a second, what disturbed an epoch, the ranks side by side.
 
-Generic launchers know it as `watch(visible).stop()`: by Ray as one actor a node, without Ray in a thread.
+No torch at import: the driver of a run imports this too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import platform
 import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from harness.results.store import GpuUse, Measurement, NodeUse
+from harness.results.values import EpochMetrics, GpuUse, Measurement, Memory, NodeUse, RankUse
+from harness.training.nvml import Gpu, driver_version, open_device, open_visible
 
+if TYPE_CHECKING:
+    import torch
+
+Item = TypeVar("Item")
 INTERVAL_SECONDS = 1.0
-MIB = 2**20
 PROC = Path("/proc")
+CLOCK_SHARE = 0.9  # of the highest SM clock seen in this run
+INTERFERENCE = (
+    "another process used the GPU",
+    "the GPU was throttled",
+    "the GPU's clock fell",
+    "the machine swapped",
+    "the clock was set or the machine slept",
+)
+"""Why an epoch's seconds are not to be trusted. Such an epoch is kept, named, and left out of the median."""
 
 
-def watch(visible: str | None) -> Sampler:
-    """Start to sample this node. `visible` is CUDA_VISIBLE_DEVICES of the run's workers: "" for none, None for all."""
-    return Sampler(visible)
+# --- a node ---
 
 
-class Sampler:
-    """Samples in a thread from when it is made until `stop`. Nothing that NVML or Linux does makes it raise."""
+class NodeTelemetry:
+    """Samples a node's GPUs, processors and memory in a thread, from its making until `stop`. It never raises.
 
-    def __init__(
-        self,
-        visible: str | None,
-        *,
-        interval_seconds: float = INTERVAL_SECONDS,
-        load_nvml: Callable[[], Any] | None = None,
-    ) -> None:
-        self._gpus: list[_Gpu] = []
-        self._reason: str | None = None
+    `visible` is CUDA_VISIBLE_DEVICES of the run's workers: "" for no GPU, None for all.
+    """
+
+    def __init__(self, visible: str | None, *, interval_seconds: float = INTERVAL_SECONDS) -> None:
+        self._gpus: list[_GpuSamples] = []
+        self._gpus_reason: str | None = None
         self._samples = 0
         self._memory_mib: list[float] = []
-        self._stopped = threading.Event()
+        self._stopping = threading.Event()
         try:
-            self._gpus = _open(visible, load_nvml or _load_nvml)
+            self._gpus = [_GpuSamples(gpu) for gpu in open_visible(visible)]
         except Exception as error:
-            self._reason = f"NVML: {error}" if visible != "" else str(error)
-        self._began, self._cpu = time.monotonic(), _cpu_ticks()
+            self._gpus_reason = (
+                str(error) if isinstance(error, LookupError) and visible == "" else f"NVML: {error}"
+            )
+        self._started_at, self._ticks = time.monotonic(), _cpu_ticks()
         self._interval_seconds = interval_seconds
-        self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while True:
-            self._sample()
-            if self._stopped.wait(self._interval_seconds):
+            self._samples += 1
+            if (used := _memory_used_mib()) is not None:
+                self._memory_mib.append(used)
+            for gpu in self._gpus:
+                gpu.sample()
+            if self._stopping.wait(self._interval_seconds):
                 return
 
-    def _sample(self) -> None:
-        self._samples += 1
-        if (used := _memory_used_mib()) is not None:
-            self._memory_mib.append(used)
-        for gpu in self._gpus:
-            gpu.sample()
-
     def stop(self) -> NodeUse:
-        """End the thread; what it saw. A GPU's energy is that of the whole window, by NVML's own counter."""
-        self._stopped.set()
+        """End the thread and summarise. A GPU's energy is that of the whole window, by NVML's own counter."""
+        self._stopping.set()
         self._thread.join(timeout=5)
         return NodeUse(
             host=socket.gethostname(),
-            seconds=time.monotonic() - self._began,
+            seconds=time.monotonic() - self._started_at,
             samples=self._samples,
-            cpu_percent=_share(self._cpu, _cpu_ticks()),
-            memory_peak_mib=_reading(max, self._memory_mib, "/proc/meminfo cannot be read here"),
-            gpus=tuple(gpu.read() for gpu in self._gpus),
-            gpus_reason=self._reason,
+            cpu_percent=_busy_percent(self._ticks, _cpu_ticks()),
+            memory_peak_mib=_summarise(max, self._memory_mib, "/proc/meminfo cannot be read here"),
+            gpus=tuple(gpu.summarise() for gpu in self._gpus),
+            gpus_reason=self._gpus_reason,
         )
 
 
-def _load_nvml() -> Any:
-    import pynvml
+class _GpuSamples:
+    """Samples of one GPU so far."""
 
-    return pynvml
-
-
-def _open(visible: str | None, load_nvml: Callable[[], Any]) -> list[_Gpu]:
-    if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
-        raise LookupError("no GPU was used")
-    nvml = load_nvml()
-    nvml.nvmlInit()
-    if visible is None:
-        words = [str(index) for index in range(nvml.nvmlDeviceGetCount())]
-    else:
-        words = [word.strip() for word in visible.split(",")]
-    gpus = []
-    for word in words:
-        if word.isdecimal():
-            handle = nvml.nvmlDeviceGetHandleByIndex(int(word))
-        else:  # GPU-..., or a MIG device, of which NVML tells less
-            handle = nvml.nvmlDeviceGetHandleByUUID(word)
-        gpus.append(_Gpu(nvml, handle, word))
-    return gpus
-
-
-class _Gpu:
-    """Readings of one GPU so far."""
-
-    def __init__(self, nvml: Any, handle: Any, name: str) -> None:
-        self._nvml, self._handle, self._name = nvml, handle, name
-        self._utilisation: list[float] = []
-        self._watts: list[float] = []
-        self._memory_mib: list[float] = []
-        self._reasons: dict[str, str] = {}
-        self._millijoules = self._ask("nvmlDeviceGetTotalEnergyConsumption")
-
-    def _ask(self, question: str) -> Any:
-        try:
-            return getattr(self._nvml, question)(self._handle)
-        except Exception as error:
-            self._reasons[question] = f"NVML: {error}"
-            return None
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._series: dict[str, list[float]] = {"utilisation_percent": [], "power_watts": [], "used_mib": []}
+        self._joules = gpu.read("energy_joules")
 
     def sample(self) -> None:
-        if (rates := self._ask("nvmlDeviceGetUtilizationRates")) is not None:
-            self._utilisation.append(float(rates.gpu))
-        if (milliwatts := self._ask("nvmlDeviceGetPowerUsage")) is not None:
-            self._watts.append(milliwatts / 1000)
-        if (memory := self._ask("nvmlDeviceGetMemoryInfo")) is not None:
-            self._memory_mib.append(memory.used / MIB)
+        for figure, values in self._series.items():
+            if (value := self._gpu.read(figure)) is not None:
+                values.append(value)
 
-    def read(self) -> GpuUse:
-        def told(measure: Callable[[list[float]], float], values: list[float], question: str) -> Measurement:
-            return _reading(measure, values, self._reasons.get(question, "never sampled"))
+    def summarise(self) -> GpuUse:
+        def over(measure: Callable[[list[float]], float], figure: str) -> Measurement:
+            return _summarise(measure, self._series[figure], self._gpu.reason(figure))
 
-        energy = "nvmlDeviceGetTotalEnergyConsumption"
-        now = self._ask(energy)
-        joules = [] if now is None or self._millijoules is None else [(now - self._millijoules) / 1000]
+        joules = self._gpu.read("energy_joules")
+        spent = spent_joules(self._joules, joules)
+        idle = "NVML's energy counter did not go up" if joules is not None else self._gpu.reason("energy_joules")
         return GpuUse(
-            gpu=self._name,
-            utilisation_percent=told(statistics.fmean, self._utilisation, "nvmlDeviceGetUtilizationRates"),
-            power_watts=told(statistics.fmean, self._watts, "nvmlDeviceGetPowerUsage"),
-            power_peak_watts=told(max, self._watts, "nvmlDeviceGetPowerUsage"),
-            energy_joules=told(max, joules, energy),
-            memory_peak_mib=told(max, self._memory_mib, "nvmlDeviceGetMemoryInfo"),
+            gpu=self._gpu.name,
+            utilisation_percent=over(statistics.fmean, "utilisation_percent"),
+            power_watts=over(statistics.fmean, "power_watts"),
+            power_peak_watts=over(max, "power_watts"),
+            energy_joules=Measurement(value=spent, reason=idle if spent is None else None),
+            memory_peak_mib=over(max, "used_mib"),
         )
 
 
-def _reading(measure: Callable[[list[float]], float], values: list[float], reason: str) -> Measurement:
+def spent_joules(before: float | None, after: float | None) -> float | None:
+    """None where the counter was not read, was set back in between, or does not count."""
+    return after - before if before is not None and after is not None and after > before else None
+
+
+def _summarise(measure: Callable[[list[float]], float], values: list[float], reason: str) -> Measurement:
     return Measurement(value=measure(values)) if values else Measurement(value=None, reason=reason)
 
 
@@ -158,11 +135,11 @@ def _cpu_ticks() -> tuple[int, int] | None:
     return None
 
 
-def _share(before: tuple[int, int] | None, after: tuple[int, int] | None) -> Measurement:
+def _busy_percent(before: tuple[int, int] | None, after: tuple[int, int] | None) -> Measurement:
     if before is None or after is None:
         return Measurement(value=None, reason="/proc/stat cannot be read here")
     if after[1] <= before[1]:
-        return Measurement(value=None, reason="it was over before the clock ticked")
+        return Measurement(value=None, reason="the run ended before the clock ticked")
     return Measurement(value=100 * (after[0] - before[0]) / (after[1] - before[1]))
 
 
@@ -173,3 +150,159 @@ def _memory_used_mib() -> float | None:
         kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Mem")}
         return (kib["MemTotal"] - kib["MemAvailable"]) / 1024
     return None
+
+
+# --- an epoch ---
+
+
+@dataclass(frozen=True, slots=True)
+class EpochReading:
+    """What the window of one epoch showed, over all ranks."""
+
+    joules: float | None  # of all GPUs; None unless every rank read its own
+    interference: tuple[str, ...] = ()  # of any rank
+    skew: float | None = None  # slowest over fastest rank's training seconds; None for one rank
+    slowest_rank: int | None = None
+
+
+class EpochTelemetry:
+    """Looks at device and host before and after each epoch, and not in between.
+
+    Each rank has a GPU of its own, so the sum over ranks counts every GPU once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._gpu = open_device(device)
+        self._highest_clock = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """Open the window."""
+        self._swapped = _pages_swapped()
+        self._clocks = (time.time(), time.monotonic())
+        self._joules = self._gpu.read("energy_joules")
+
+    def stop(self, train_seconds: float) -> EpochReading:
+        """Close it, when the device has finished. A collective of all ranks."""
+        joules = self._gpu.read("energy_joules")
+        spent = spent_joules(self._joules, joules)
+        own = float("nan") if spent is None else spent
+        ranks = _gather_numbers([train_seconds, own, *map(float, self._interference())], self._device)
+        seconds = [rank[0] for rank in ranks]
+        total = sum(rank[1] for rank in ranks)
+        return EpochReading(
+            joules=None if total != total else total,
+            interference=tuple(c for i, c in enumerate(INTERFERENCE) if any(rank[2 + i] for rank in ranks)),
+            skew=max(seconds) / min(seconds) if len(ranks) > 1 else None,
+            slowest_rank=seconds.index(max(seconds)) if len(ranks) > 1 else None,
+        )
+
+    def _interference(self) -> tuple[bool, ...]:
+        """Of this rank, in the order of INTERFERENCE."""
+        swapped = _pages_swapped()
+        wall, steady = time.time() - self._clocks[0], time.monotonic() - self._clocks[1]
+        clock = self._gpu.read("sm_clock_mhz") or 0.0
+        self._highest_clock = max(self._highest_clock, clock)
+        processes = self._gpu.processes()  # those of another PID namespace say nothing
+        return (
+            os.getpid() in processes and len(processes) > 1,
+            bool(self._gpu.read("slowdown")),
+            clock < CLOCK_SHARE * self._highest_clock,
+            swapped is not None and self._swapped is not None and swapped > self._swapped,
+            abs(wall - steady) > 1.0,
+        )
+
+
+def _pages_swapped() -> int | None:
+    """Pages the machine has swapped in since it started."""
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = (PROC / "vmstat").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("pswpin "))
+    return None
+
+
+# --- the ranks ---
+
+
+def _gather_numbers(numbers: list[float], device: torch.device) -> list[list[float]]:
+    """Every rank's numbers, in order."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [numbers]
+    own = torch.tensor(numbers, dtype=torch.float64, device=device)
+    every = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, own)
+    return [rank.tolist() for rank in every]
+
+
+def gather(value: Item) -> list[Item]:
+    """Every rank's value, in order. A collective."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return every
+
+
+def summarise_rank(rank: int, memory: Memory, epochs: Sequence[EpochMetrics]) -> RankUse:
+    """What this rank used. `epochs` are this attempt's, as the rank measured them."""
+    timed = [row for row in epochs if row.timed]
+    return RankUse(
+        rank=rank,
+        host=socket.gethostname(),
+        train_seconds=statistics.median(row.train_seconds for row in timed) if timed else None,
+        data_stall_seconds=statistics.median(row.data_stall_seconds for row in timed) if timed else None,
+        torch_allocated_mib=memory.torch_allocated_mib.value,
+        torch_reserved_mib=memory.torch_reserved_mib.value,
+        nvml_process_mib=memory.nvml_process_mib.value,
+        rss_mib=memory.rss_mib.value,
+    )
+
+
+# --- the machine ---
+
+
+def count_cpus() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = (PROC / "cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Host, processor, GPU, driver and the versions of what computes. Taken where the run runs."""
+    import torch
+
+    gpu = device.type == "cuda"
+    driver = None
+    if gpu:
+        try:
+            driver = driver_version()
+        except Exception as error:
+            driver = f"unknown: {error}"
+    return {
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": count_cpus(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if gpu else None,
+        "gpu": device_name(device) if gpu else None,
+        "driver": driver,
+    }

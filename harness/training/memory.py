@@ -1,0 +1,206 @@
+"""How much memory a run takes at its peak, and what holds it."""
+
+from __future__ import annotations
+
+import gc
+import resource
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import reduce
+from pathlib import Path
+from statistics import linear_regression
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.results.values import MEMORY_CATEGORIES, Measurement, Memory
+from harness.training.nvml import MIB, open_device
+
+NO_GPU = Measurement(value=None, reason="no GPU was used")
+
+
+_context_mib: dict[int, float] = {}
+"""Of this process, by device, once it was measured: the CUDA context outlives the runs."""
+
+
+class MemoryMeter:
+    """Peaks since the last `reset`, which belongs after set-up and after warm-up, and who holds how much.
+
+    Make it before anything else of the run touches the device. The process may have a CUDA context by then, of an
+    earlier run or of Ray, and memory in it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        self._gpu = open_device(device)
+        self._categories: dict[str, float] = {}
+        self._in_use: list[float] = []
+        self._owned_tensors = 0.0
+        self._others: float | None = 0.0  # MiB of other processes; None where it cannot be known
+        self._process = Measurement(value=None, reason="never sampled")
+        no_epoch = Measurement(value=None, reason="there was no epoch after warm-up")
+        self._warmup = (no_epoch, no_epoch) if self.on_gpu else (NO_GPU, NO_GPU)  # allocated, reserved
+        gc.collect()  # what an earlier run in this process left
+        if self.on_gpu:
+            self._open()
+        else:
+            self._categories["process at its start"] = _resident_mib()
+
+    def _open(self) -> None:
+        """Tell the context and other processes apart, and begin with no peaks."""
+        index = self.device.index or 0
+        existed = torch._C._cuda_hasPrimaryContext(index)
+        if existed:
+            torch.cuda.empty_cache()
+        before = self._gpu.read("used_mib")
+        torch.zeros(1, device=self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        reserved, own = torch.cuda.memory_reserved(self.device) / MIB, self._gpu.process_mib().value
+        used = self._gpu.read("used_mib")
+        if before is None or used is None:
+            self._others = None
+        elif not existed:
+            self._others, _context_mib[index] = before, used - before - reserved
+        elif own is not None:
+            self._others = used - own
+            _context_mib.setdefault(index, own - reserved)
+        else:
+            self._others = used - reserved - _context_mib[index] if index in _context_mib else None
+        if index in _context_mib:
+            self._categories["CUDA context"] = _context_mib[index]
+
+    def _own_mib(self) -> float | None:
+        """Memory of this process on the GPU; None where it cannot be known."""
+        own, used = self._gpu.process_mib().value, self._gpu.read("used_mib")
+        if own is None and used is not None and self._others is not None:
+            return used - self._others  # right where no other process began or ended on this GPU
+        return own
+
+    def _outside_torch(self) -> float:
+        """MiB of it that torch's allocator does not hold: context, DALI's pools, NCCL's buffers."""
+        own = self._own_mib()
+        return 0.0 if own is None else own - torch.cuda.memory_reserved(self.device) / MIB
+
+    @contextmanager
+    def category(self, name: str) -> Iterator[None]:
+        """What comes into use inside belongs to `name`, one of MEMORY_CATEGORIES."""
+        if not self.on_gpu:
+            before = _resident_mib()
+            yield
+            if name != "NCCL":  # gloo, in its place, has next to nothing
+                self._categories[name] = self._categories.get(name, 0.0) + max(0.0, _resident_mib() - before)
+            return
+        before, allocated = self._outside_torch(), torch.cuda.memory_allocated(self.device) / MIB
+        yield
+        tensors = torch.cuda.memory_allocated(self.device) / MIB - allocated
+        grown = max(0.0, self._outside_torch() - before)
+        self._categories[name] = self._categories.get(name, 0.0) + grown + tensors
+        self._owned_tensors += tensors
+
+    def reset(self) -> None:
+        """Set-up or warm-up is over: keep its peaks apart. The host's peak is the process's and cannot be reset."""
+        self._in_use.clear()
+        if self.on_gpu:
+            allocated, reserved = self._peaks()
+            self._warmup = larger(self._warmup[0], allocated), larger(self._warmup[1], reserved)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._process = Measurement(value=None, reason="never sampled")
+
+    def _peaks(self) -> tuple[Measurement, Measurement]:
+        """torch's own: allocated, reserved."""
+        return (
+            Measurement(value=torch.cuda.max_memory_allocated(self.device) / MIB),
+            Measurement(value=torch.cuda.max_memory_reserved(self.device) / MIB),
+        )
+
+    def sample(self) -> None:
+        """After each epoch, since NVML knows no peak of the past."""
+        if not self.on_gpu:
+            self._in_use.append(_resident_mib())
+            return
+        self._process = larger(self._process, self._gpu.process_mib())
+        self._in_use.append(torch.cuda.memory_reserved(self.device) / MIB + self._outside_torch())
+
+    def read(
+        self, network: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None, graphs: Any = None
+    ) -> Memory:
+        """The peaks, in MiB. With the network and its optimizer, by category too; `graphs` has `reserved_bytes`."""
+        growth = _slope(self._in_use)
+        rss = Measurement(value=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB)
+        sizes = _sizes(network, optimizer)
+        allocated = reserved = process = NO_GPU
+        total = rss.value
+        if self.on_gpu:
+            self.sample()
+            # a captured graph holds its activations and gradients in a pool that torch counts as reserved alone
+            captured = getattr(graphs, "reserved_bytes", 0) / MIB
+            allocated, reserved = self._peaks()
+            allocated = Measurement(value=(allocated.value or 0.0) + captured)
+            process = self._process
+            total = self._own_mib() if process.value is None else process.value
+            if sizes:
+                kept = sum(sizes.values()) + self._owned_tensors
+                slack = (reserved.value or 0.0) - (allocated.value or 0.0)
+                sizes |= {"activations": (allocated.value or 0.0) - kept, "allocator slack": slack}
+        return Memory(
+            torch_allocated_mib=allocated,
+            torch_reserved_mib=reserved,
+            nvml_process_mib=process,
+            rss_mib=rss,
+            warmup_allocated_mib=self._warmup[0],
+            warmup_reserved_mib=self._warmup[1],
+            growth_mib_per_epoch=growth,
+            by_category_mib=self._by_category(total, sizes),
+        )
+
+    def _by_category(self, total: float | None, sizes: dict[str, float]) -> dict[str, float]:
+        if total is None or not sizes:
+            return {}
+        categories = self._categories | sizes
+        categories["unaccounted"] = total - sum(categories.values())
+        return {name: categories[name] for name in MEMORY_CATEGORIES if categories.get(name)}
+
+
+def _sizes(network: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> dict[str, float]:
+    """MiB of the network's weights (and statistics), its gradients and the optimizer's state."""
+    if network is None or optimizer is None:
+        return {}
+
+    def mib(tensors: Iterable[Tensor]) -> float:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
+
+    return {
+        "weights": mib([*network.parameters(), *network.buffers()]),
+        "gradients": mib(p for p in network.parameters() if p.requires_grad),
+        "optimizer state": mib(v for state in optimizer.state.values() for v in state.values() if v is not None),
+    }
+
+
+def _slope(in_use: list[float]) -> Measurement:
+    """MiB an epoch by least squares, from three epochs on."""
+    if len(in_use) < 3:
+        return Measurement(value=None, reason="fewer than three epochs after warm-up")
+    return Measurement(value=linear_regression(range(len(in_use)), in_use).slope)
+
+
+def _resident_mib() -> float:
+    """Resident memory of this process now."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / MIB
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def larger(one: Measurement, other: Measurement) -> Measurement:
+    """The one with the larger value; `other` where `one` has none."""
+    return one if one.value is not None and one.value >= (other.value or 0.0) else other
+
+
+def largest(ranks: list[Memory]) -> Memory:
+    """The peak of each figure over the ranks; by category, that of the rank that used most."""
+    most = max(ranks, key=lambda rank: rank.nvml_process_mib.value or rank.rss_mib.value or 0.0)
+    names = [name for name in Memory.model_fields if name != "by_category_mib"]
+    peaks = {name: reduce(larger, (getattr(rank, name) for rank in ranks)) for name in names}
+    return Memory(**peaks, by_category_mib=most.by_category_mib)

@@ -1,0 +1,170 @@
+"""One optimizer step, whole, and the arithmetic it is done in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from harness.spec import Precision, RunSpec
+
+
+@dataclass(slots=True)
+class Step:
+    """Forward, backward, sum over the ranks, SGD.
+
+    Every call does the same work on tensors that stay where they are, and nothing waits for the device: so it can be
+    captured as a CUDA graph.
+    """
+
+    network: Callable[[Tensor], Tensor]  # as it is trained: compiled, or under DDP
+    parameters: Sequence[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    spec: RunSpec
+    loss_sum: Tensor  # float64, (), over this rank's images of the epoch so far
+    world_size: int
+    mark: Callable[[str], None] = lambda _: None  # called with the name of each part when it has been queued
+    norms: Sequence[Any] = ()  # batch norms that count
+    all_reduce: Callable[[Tensor], Any] | None = None  # sums over the ranks; None with one rank, and under DDP
+
+    def __call__(self, images: Tensor, labels: Tensor, global_images: float) -> None:
+        """images (n, 3, H, W), labels (n,): this rank's share of a step over `global_images`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with make_autocast(images.device, self.spec.precision), self._counting_together():
+            logits = self.network(images)
+        loss_sum = F.cross_entropy(
+            logits.float(), labels, reduction="sum", label_smoothing=self.spec.recipe.label_smoothing
+        )
+        # ranks may hold shares of unequal size: summed here and divided by the global batch, of which DDP's mean
+        # over ranks has done a part
+        by_ddp = isinstance(self.network, DistributedDataParallel)
+        loss = loss_sum / (global_images / self.world_size if by_ddp else global_images)
+        self.mark("forward")
+        self.scaler.scale(loss).backward()
+        self.mark("backward")
+        if self.all_reduce is not None:
+            sum_gradients(self.parameters, self.all_reduce)
+            self.mark("all-reduce")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.loss_sum += loss_sum.detach()
+        self.mark("optimizer")
+
+    @contextmanager
+    def _counting_together(self) -> Iterator[None]:
+        """Batch norms count their batches, a kernel each: as many as there are convolutions. Here one kernel does."""
+        counters = [norm.num_batches_tracked for norm in self.norms]
+        for norm in self.norms:
+            norm.num_batches_tracked = None
+        try:
+            yield
+        finally:
+            for norm, counter in zip(self.norms, counters, strict=True):
+                norm.num_batches_tracked = counter
+        if counters:
+            torch._foreach_add_(counters, 1)
+
+    def snapshot(self) -> Callable[[], None]:
+        """Remember all that a step changes. The function returned restores it, every tensor at its address."""
+        with torch.no_grad():
+            tensors = [*self.parameters, *self.buffers(), self.loss_sum]
+            tensors += [v for state in self.optimizer.state.values() for v in state.values() if v is not None]
+            values = [tensor.detach().clone() for tensor in tensors]
+            scaler = self.scaler.state_dict()
+
+        def restore() -> None:
+            with torch.no_grad():
+                for tensor, value in zip(tensors, values, strict=True):
+                    tensor.copy_(value)
+            self.optimizer.zero_grad(set_to_none=True)
+            if scaler:
+                self.scaler.load_state_dict(scaler)
+
+        return restore
+
+    def buffers(self) -> list[Tensor]:
+        """Batch norm's statistics."""
+        return list(self.network.buffers()) if isinstance(self.network, nn.Module) else []
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter], all_reduce: Callable[[Tensor], Any]) -> None:
+    """Sum the gradients over the ranks by one all-reduce of all of them, which a CUDA graph can hold.
+
+    DDP's hooks reduce in buckets while backward goes on; these networks' gradients fit into one (0.3 to 19 million
+    numbers), and a graph has no use for hooks.
+    """
+    having = [p for p in parameters if p.grad is not None]
+    grads = [p.grad for p in having if p.grad is not None]
+    # dense in some order: flattened as they lie in memory
+    flat = torch.cat([g.as_strided((g.numel(),), (1,)) for g in grads])
+    all_reduce(flat)
+    for parameter, grad, piece in zip(having, grads, flat.split([g.numel() for g in grads]), strict=True):
+        parameter.grad = piece.as_strided(grad.shape, grad.stride())
+
+
+def wrap_ddp(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network under DDP. Its buffers are broadcast once an epoch, in `train`, and not at every step."""
+    parallel = DistributedDataParallel(
+        network, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+    parallel.broadcast_buffers = False  # the constructor's argument has another name in newer releases of torch
+    return parallel
+
+
+def mix(images: Tensor, alpha: float, random: np.random.Generator) -> Tensor:
+    """Mixup in the form of iamVarunAnand/image_classification: each image keeps the larger part of itself, and so
+    its label. lambda = max(l, 1 - l), l ~ Beta(alpha + 1, alpha), drawn for each image."""
+    share = random.beta(alpha + 1, alpha, len(images)).astype(np.float32)
+    other = upload(np.minimum(share, 1 - share), images.device)
+    partner = upload(random.permutation(len(images)), images.device)
+    return images.lerp(images[partner], other[:, None, None, None])
+
+
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """The array on the device. A copy from pageable memory would wait for the stream."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def set_precision(precision: Precision) -> None:
+    """What fp32 arithmetic means: TF32 in convolutions and matrix products, or not.
+
+    By these two switches alone: torch's newer `fp32_precision` makes every reader of them raise, Inductor among them,
+    while after them the newer names can be read.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def make_autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """bf16 and fp16 by autocast: weights, momentum and batch norm's statistics stay in fp32. Casts are not kept: a
+    captured graph would go on with those of its first step."""
+    if precision in ("fp32", "tf32"):
+        return nullcontext()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+
+
+@contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Denormal numbers cost a CPU many times as much, and a constant batch's vanishing gradients are full of them."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the caller's stream, and not for what a loader prepares on its own."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

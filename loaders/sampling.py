@@ -1,0 +1,208 @@
+"""How an epoch is sampled: order, crops, flips, padding and normalisation, for every loader alike.
+
+An epoch's order, crop offsets and flips are a pure function of (seed, epoch). A loader only carries them out, so
+any two loaders agree tensor by tensor, and any number of ranks trains on the same global batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.loaders.datasets import Split
+
+if TYPE_CHECKING:
+    import torch
+
+PadMode = Literal["zero", "black", "reflect"]
+NormalizeKind = Literal["pixel-mean", "channel-mean", "channel-mean-std", "imagenet"]
+
+EVALUATION_SEED = 20160627  # one mixed order for every run, so that batch statistics see mixed classes
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, slots=True)
+class Augment:
+    """Pad by `pad` pixels on each side, crop at random, flip at random."""
+
+    pad: int
+    pad_mode: PadMode
+    """zero: zeros after normalisation. black: zeros in the image, before it. reflect: the image mirrored at its
+    edge (which is not repeated). A mean image is padded as the images are; so with one, black equals zero."""
+    crop: int | None
+    """Side of the crop in pixels; None: the image's own."""
+    flip: bool
+
+    def crop_size(self, split: Split) -> tuple[int, int]:
+        """Height and width of the output. Raises ValueError where padding or crop do not fit the images."""
+        height, width = split.images.shape[1:3]
+        if self.pad_mode == "reflect" and self.pad >= min(height, width):
+            raise ValueError(f"padding of {self.pad} by reflection: {width}x{height} images are too small for it")
+        if self.crop is None:
+            return height, width
+        if not 0 < self.crop <= min(height, width) + 2 * self.pad:
+            raise ValueError(f"crop {self.crop} does not fit into {width}x{height} images padded by {self.pad}")
+        return self.crop, self.crop
+
+    def span(self, split: Split) -> tuple[int, int]:
+        """Largest offset of the crop in the padded image, in y and x."""
+        height, width = self.crop_size(split)
+        _, all_rows, all_columns, _ = split.images.shape
+        return all_rows + 2 * self.pad - height, all_columns + 2 * self.pad - width
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Normalize:
+    """output = (image / 255 - mean) / std."""
+
+    mean: NDArray[np.float32]
+    """(3,), or (H, W, 3): a mean image."""
+    std: NDArray[np.float32]
+    """(3,)."""
+
+
+def make_normalize(kind: NormalizeKind, train: Split) -> Normalize:
+    """Measure the training images: their mean image, or their mean colour and its standard deviation.
+
+    pixel-mean: arXiv:1512.03385, section 4.2. imagenet: the constants everyone uses, nothing is measured.
+    """
+    if kind == "imagenet":
+        return Normalize(np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32))
+    total: NDArray[np.int64] = np.zeros(train.images.shape[1:], np.int64)
+    squares = np.zeros_like(total)
+    for start in range(0, len(train), 1000):
+        chunk = train.images[start : start + 1000].astype(np.uint32)
+        total += chunk.sum(axis=0, dtype=np.int64)
+        if kind == "channel-mean-std":
+            squares += np.square(chunk, out=chunk).sum(axis=0, dtype=np.int64)
+    one = np.ones(3, np.float32)
+    if kind == "pixel-mean":
+        return Normalize((total / (255 * len(train))).astype(np.float32), one)
+    pixels = len(train) * total.shape[0] * total.shape[1]
+    mean = total.sum(axis=(0, 1)) / pixels
+    if kind == "channel-mean":
+        return Normalize((mean / 255).astype(np.float32), one)
+    std = np.sqrt(squares.sum(axis=(0, 1)) / pixels - mean**2)
+    if not std.all():
+        raise ValueError("channel-mean-std: a channel has the same value in all training images")
+    return Normalize((mean / 255).astype(np.float32), (std / 255).astype(np.float32))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+class LoaderConfig:
+    """What the loaders of one rank need beside the images. Both batch sizes are global."""
+
+    augment: Augment
+    normalize: Normalize
+    batch_size: int
+    eval_batch_size: int
+    device: torch.device
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    threads: int = 1
+    """CPU threads that a loader may use."""
+    channels_last: bool = True
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class EpochSample:
+    """One rank's epoch, or a part of it: for each image which it is, where it is cropped, whether it is flipped."""
+
+    index: NDArray[np.int64]
+    """(m,), into the split."""
+    offset: NDArray[np.int64]
+    """(m, 2), y and x of the crop within the padded image."""
+    flip: NDArray[np.bool_]
+    """(m,)."""
+    batch_size: int
+    """Images of each batch of this rank; the last batch may have fewer."""
+
+    def part(self, first: int, last: int) -> EpochSample:
+        """Steps `first` to `last` (not included) of it, or to its end."""
+        images = slice(first * self.batch_size, last * self.batch_size)
+        return EpochSample(self.index[images], self.offset[images], self.flip[images], self.batch_size)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingPlan:
+    """All randomness, as a pure function of (seed, epoch) and whatever the number of ranks.
+
+    Global batch k is order[k * batch_size : (k + 1) * batch_size]; rank r takes every world_size-th image of it, from
+    the r-th on. Training (`train`): a new order, offsets uniform over 0..span and fair flips every epoch; a last
+    batch smaller than `world_size` is filled up from the epoch's start, so that no rank is without. Evaluation: one
+    fixed mixed order, the centre crop, no flips, and every image exactly once over all ranks, so that a rank may
+    have one step fewer than another.
+    """
+
+    images: int
+    batch_size: int  # global
+    span: tuple[int, int] = (0, 0)  # largest offset in y and x
+    flip: bool = False
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    train: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.world_size <= self.batch_size:
+            raise ValueError(
+                f"batch size {self.batch_size} is less than one image for each of {self.world_size} workers"
+            )
+        if not self.world_size <= self.images:
+            raise ValueError(f"{self.images} images are less than one for each of {self.world_size} workers")
+
+    @property
+    def steps(self) -> int:
+        """Batches of this rank in an epoch."""
+        whole, tail = divmod(self.images, self.batch_size)
+        return whole + (tail > 0 if self.train else tail > self.rank)
+
+    def draw(self, epoch: int) -> EpochSample:
+        """This rank's share of the epoch, numbered from 0."""
+        return _sample_epoch(self, epoch if self.train else 0)
+
+
+@lru_cache(maxsize=4)
+def _sample_epoch(plan: SamplingPlan, epoch: int) -> EpochSample:
+    """Cached, because a loader asks again for each part of an epoch."""
+    if plan.train:
+        generator = np.random.Generator(np.random.PCG64([plan.seed, epoch]))
+        order = generator.permutation(plan.images)
+        offset = generator.integers(0, plan.span, (plan.images, 2), endpoint=True)
+        flip = generator.integers(0, 2, plan.images, dtype=np.uint8).astype(bool) & plan.flip
+    else:
+        order = np.random.Generator(np.random.PCG64(EVALUATION_SEED)).permutation(plan.images)
+        offset = np.full((plan.images, 2), np.array(plan.span) // 2)
+        flip = np.zeros(plan.images, bool)
+    body, last = np.split(order, [plan.images - plan.images % plan.batch_size])
+    if plan.train and 0 < len(last) < plan.world_size:
+        last = np.concatenate([last, order[: plan.world_size - len(last)]])
+    shares = body.reshape(-1, plan.batch_size)[:, plan.rank :: plan.world_size]
+    index = np.concatenate([shares.ravel(), last[plan.rank :: plan.world_size]])
+    return EpochSample(index, offset[index], flip[index], shares.shape[1])
+
+
+def make_padded(
+    split: Split, augment: Augment, normalize: Normalize
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.float32]]:
+    """(pixels, mean, std) in units of 0..255, such that output = (crop(pixels) - crop(mean)) / std, then the flip.
+
+    pixels (N, H + 2 pad, W + 2 pad, 3), without padding the split's own array; std (3,); mean (3,) where it is
+    the same everywhere, else (H + 2 pad, W + 2 pad, 3).
+    """
+    pixels, mean = split.images, normalize.mean * np.float32(255)
+    if augment.pad:
+        mode: Literal["constant", "reflect"] = "reflect" if augment.pad_mode == "reflect" else "constant"
+        border = ((augment.pad, augment.pad), (augment.pad, augment.pad), (0, 0))
+        pixels = np.pad(pixels, ((0, 0), *border), mode)
+        if augment.pad_mode == "zero":  # the mean is zero there too, so that the difference is
+            mean = np.broadcast_to(mean, split.images.shape[1:])
+        if mean.ndim == 3:
+            mean = np.pad(mean, border, mode)
+    return pixels, mean, normalize.std * np.float32(255)

@@ -1,0 +1,231 @@
+"""What is stored of a run: its record, its epochs, what a probe predicted of it. Frozen pydantic values.
+
+Errors are in percent, of the images that `RunResult.evaluated_on` names. A figure that could not be measured is null
+with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+SCHEMA_VERSION = 1
+
+
+class Value(BaseModel):
+    """Frozen, and without unknown fields: a misspelt field in a hand-edited record is an error that names it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, ser_json_inf_nan="constants")
+
+
+class Measurement(Value):
+    """A figure that cannot be measured everywhere: a value, or null with the reason."""
+
+    value: float | None
+    reason: str | None = None
+
+
+UNMEASURED = Measurement(value=None, reason="not measured")
+
+
+class EpochMetrics(Value):
+    """One epoch. The times do not overlap."""
+
+    epoch: int  # from 1
+    steps: int
+    images: int  # training images over all ranks
+    loss: float  # mean over the epoch's training images
+    error: float
+    top5_error: float | None = None
+    lr: float  # at the epoch's last step
+    train_seconds: float
+    data_stall_seconds: float  # part of train_seconds: waiting for the loader
+    eval_seconds: float
+    images_per_second: float
+    timed: bool = True  # False: excluded from the medians
+    untimed: str = ""  # why: "warm-up", "partial epoch", "interference: the machine swapped"
+    energy_joules: float | None = None  # of all GPUs of the run while it trained
+    interference: tuple[str, ...] = ()  # what disturbed the timing
+    attempt: int = 1
+    workers: int | None = None  # DDP workers of this epoch, where they were not as many as requested
+    skew: float | None = None  # slowest over fastest rank's train_seconds; None with one rank
+    slowest_rank: int | None = None
+
+
+MEMORY_CATEGORIES = (
+    "weights", "gradients", "optimizer state", "activations", "allocator slack", "data loader", "NCCL",
+    "CUDA context", "process at its start", "unaccounted",
+)  # fmt: skip
+"""In the order they are shown. "process at its start" exists on the CPU only: Python and its libraries; activations
+are part of "unaccounted" there. "unaccounted" is the difference to the measured total, and may be negative."""
+
+
+class Memory(Value):
+    """Peaks over the run, after warm-up, of the rank that used most. MiB = 2**20 bytes."""
+
+    torch_allocated_mib: Measurement  # torch.cuda.max_memory_allocated
+    torch_reserved_mib: Measurement  # torch.cuda.max_memory_reserved
+    nvml_process_mib: Measurement  # NVML's used memory of this process: with DALI, NCCL and the CUDA context
+    rss_mib: Measurement  # peak resident memory on the host
+    warmup_allocated_mib: Measurement = UNMEASURED  # peaks of set-up and warm-up
+    warmup_reserved_mib: Measurement = UNMEASURED
+    growth_mib_per_epoch: Measurement = UNMEASURED  # slope of the memory in use, after warm-up
+    by_category_mib: dict[str, float] = {}  # MEMORY_CATEGORIES -> its part of nvml_process_mib (CPU: of rss_mib)
+
+
+class GpuUse(Value):
+    """One GPU of a node, sampled about once a second during a run, including other processes' use."""
+
+    gpu: str  # as CUDA_VISIBLE_DEVICES names it
+    utilisation_percent: Measurement  # mean of the samples: share of time in which some kernel ran
+    power_watts: Measurement  # mean
+    power_peak_watts: Measurement
+    energy_joules: Measurement  # NVML's counter, over the whole window
+    memory_peak_mib: Measurement  # of all processes
+
+
+class NodeUse(Value):
+    """One node of a run, from its workers' start to their end: set-up, evaluation and checkpoints included."""
+
+    host: str
+    seconds: float
+    samples: int
+    cpu_percent: Measurement  # mean over all processors of the node, of all processes
+    memory_peak_mib: Measurement  # of the node
+    gpus: tuple[GpuUse, ...] = ()
+    gpus_reason: str | None = None  # why `gpus` is empty
+
+
+class RankUse(Value):
+    """One rank in the last attempt: medians over its timed epochs, and peaks as in `Memory`."""
+
+    rank: int
+    host: str
+    train_seconds: float | None
+    data_stall_seconds: float | None  # part of train_seconds
+    torch_allocated_mib: float | None
+    torch_reserved_mib: float | None
+    nvml_process_mib: float | None
+    rss_mib: float | None
+
+
+class RunResult(Value):
+    """What one run measured."""
+
+    parameters: int
+    evaluated_on: Literal["test", "val"]
+    epochs: tuple[EpochMetrics, ...] = ()  # empty in what `load_records` returns: use `load_epochs(folder)`
+    final_error: float
+    best_error: float
+    best_epoch: int
+    final_top5_error: float | None = None
+    test_error: float | None = None  # of the last epoch, where `evaluated_on` is "val"
+    test_top5_error: float | None = None
+    epoch_seconds: float | None  # median over timed epochs; None where none was timed
+    warmup_epochs: int  # untimed epochs at the start
+    eval_seconds: float | None
+    images_per_second: float | None
+    data_stall_percent: float | None = None  # of the timed epochs' train_seconds; filled in by `store.finish`
+    setup_seconds: float  # from entering the train function to the first training step: data, network, engine
+    launch_seconds: float | None = None  # from submitting the run to entering the train function
+    train_seconds: float  # sum over epochs
+    energy_joules: Measurement = UNMEASURED  # of all GPUs, sum over epochs
+    interference: tuple[str, ...] = ()  # of any epoch
+    memory: Memory
+    workers: int  # DDP workers, as requested
+    widths: tuple[int, ...] = ()  # numbers of workers in turn, (2, 1), where they were not always `workers`
+    batch_size: int  # global
+    batch_size_per_gpu: int
+    threads: int  # CPU threads of one worker
+    device: str  # "NVIDIA H200", "AMD EPYC"
+    machine: dict[str, Any] = {}  # host, GPU, driver, versions, on the rank 0 worker
+    attempts: int = 1
+    engine: str | None = None  # the one that was used, which a fallback makes differ from the spec's
+    runs_per_gpu: int = 1  # processes that shared each GPU; where more than 1, no epoch is timed
+    warnings: tuple[str, ...] = ()  # a damaged checkpoint, an engine fallback
+    ranks: tuple[RankUse, ...] = ()
+    nodes: tuple[NodeUse, ...] = ()  # in the last attempt
+
+
+class Failure(Value):
+    """Why a run gave no result."""
+
+    kind: Literal["OOM", "NaN", "killed", "exception"]
+    message: str
+    traceback: str = ""
+
+
+class Pruned(Value):
+    """A run that a search pruned before its end: its error is not a result, and is never averaged."""
+
+    by: str  # the rule, "asha" or "median"
+    sweep: str  # name of the search
+    epoch: int  # the last one
+    of: int
+    error: float  # after that epoch
+    evaluated_on: Literal["test", "val"]
+
+
+class Record(Value):
+    """One run: its whole spec, its result or failure, and everything needed to repeat or question it."""
+
+    schema_version: int = SCHEMA_VERSION
+    key: str  # hash of the whole spec
+    name: str  # folder
+    status: Literal["done", "failed", "pruned"]
+    variant: str
+    depth: int
+    seed: int
+    dataset: str  # label for tables: "cifar10", "cifar10-q75", "digits"
+    original: bool  # the images are the published data set's, so published numbers are comparable
+    spec: dict[str, Any]
+    result: RunResult | None = None
+    failure: Failure | None = None
+    pruned: Pruned | None = None
+    environment: dict[str, Any]  # commit, dirty, versions, gpu, driver, host, command
+    started_at: datetime
+    finished_at: datetime
+
+
+class Prediction(Value):
+    """What a short probe predicts of a run, whatever its seed. Warm-up is excluded."""
+
+    schema_version: int = SCHEMA_VERSION
+    spec: dict[str, Any]  # of the run, without its seed
+    steps: int  # training steps that were timed
+    epoch_seconds: float  # training only, as in `RunResult`
+    eval_seconds: float  # one evaluation
+    setup_seconds: float  # from submitting the probe to the end of its warm-up
+    epochs: float  # of the whole run; the last one may be partial
+    energy_joules: Measurement  # of all GPUs during one epoch of training
+    memory: Memory
+    interference: tuple[str, ...] = ()  # what disturbed the timing
+    workers: int
+    threads: int  # CPU threads of one worker
+    device: str
+    made_at: datetime
+
+    @property
+    def run_seconds(self) -> float:
+        """The whole run: set-up, epochs, an evaluation after each."""
+        return self.setup_seconds + self.epochs * self.epoch_seconds + math.ceil(self.epochs) * self.eval_seconds
+
+    @property
+    def run_joules(self) -> Measurement:
+        """Energy of all GPUs while the whole run trains."""
+        if self.energy_joules.value is None:
+            return self.energy_joules
+        return Measurement(value=self.epochs * self.energy_joules.value)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dictionaries: {"recipe": {"lr": 0.1}} gives ("recipe.lr", 0.1)."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,195 @@
+"""Engines where something goes wrong: captures that fail, ranks that differ, graphs that outlive their run."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tape import Tape
+from test_train import _port, losses, run, spec
+
+import harness.training.setup
+from harness.cluster.job import Worker
+from harness.loaders.resident import ResidentLoader
+from harness.spec import RunPaths
+from harness.training.engine import CudaGraphs
+from harness.training.train import train
+
+TESTS = Path(__file__).resolve().parent
+
+
+@pytest.mark.parametrize(("ending", "error"), [("well", "NoneType"), ("badly", "DivergedError")])
+def test_no_graph_outlives_its_run(ending: str, error: str) -> None:
+    """In a fresh process, without garbage collection, and while the exception is held."""
+    command = [sys.executable, "-W", "ignore", str(TESTS / "graph_life.py"), ending]
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told == {"graphs": 3, "alive": 0, "resets": 3, "error": error}
+
+
+def test_all_is_captured_before_the_loaders_begin_and_nothing_is_collected_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+
+    class Logged(Tape):
+        @contextlib.contextmanager
+        def capture(self) -> Iterator[None]:
+            log.append("capture" if not gc.isenabled() else "capture with gc")
+            with super().capture():
+                yield
+
+        def replay(self) -> None:
+            log.append("replay")
+            super().replay()
+
+    def epoch(self: Any, epoch: int, first_step: int = 0) -> Any:
+        log.append("epoch")
+        return whole_epoch(self, epoch, first_step)
+
+    whole_epoch = ResidentLoader.epoch
+    monkeypatch.setattr(ResidentLoader, "epoch", epoch)
+    monkeypatch.setattr(harness.training.setup, "make_graphs", lambda _: Logged)
+    log_meter(monkeypatch, log)
+    run(spec(engine="graph", recipe={"val": 30, "duration": 1}), tmp_path)
+    first = log.index("epoch")
+    assert log[:first].count("capture") == 4, "120 images: 64 and 56; 30 held out; the test set of 360"
+    assert log[first:].count("capture") == 0
+    assert "capture with gc" not in log
+    assert log[first:].count("replay") == 2 + 1 + 1, "every batch is replayed, the test set's too"
+    assert log.index("reset") > max(i for i, what in enumerate(log) if what == "capture")
+    assert log[log.index("read") :].count("epoch") == 1, "memory is read before the test set is evaluated"
+    assert gc.isenabled()
+
+
+def log_meter(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
+    meter = harness.training.setup.MemoryMeter
+    for name in ("reset", "read"):
+        method = getattr(meter, name)
+
+        def logged(self: Any, *args: Any, name: str = name, method: Any = method) -> Any:
+            log.append(name)
+            return method(self, *args)
+
+        monkeypatch.setattr(meter, name, logged)
+
+
+class FakeCuda:
+    """torch.cuda with a current stream, and a capture whose end fails, as that of one that was invalidated does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream: Any = "the caller's"
+        self.in_pool = False
+        self.resets = 0
+
+        @contextlib.contextmanager
+        def capturing(graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+            """torch.cuda.graph in short: it restores nothing where the capture cannot be ended."""
+            self.stream, self.in_pool = stream, True
+            yield
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+        def end(device: int, pool: Any) -> None:
+            if not self.in_pool:
+                raise RuntimeError("not in a pool")
+            self.in_pool = False
+
+        def reset() -> None:
+            self.resets += 1
+
+        for name, function in {
+            "graph": capturing,
+            "CUDAGraph": lambda: SimpleNamespace(reset=reset),
+            "Stream": lambda _: "the capture's",
+            "graph_pool_handle": lambda: (0, 1),
+            "current_stream": lambda _: self.stream,
+            "set_stream": lambda stream: setattr(self, "stream", stream),
+            "synchronize": lambda _: None,
+            "empty_cache": lambda: None,
+            "memory_reserved": lambda _: 0,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+
+
+def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+    graphs = CudaGraphs(torch.device("cuda", 0))
+    with pytest.raises(RuntimeError, match="previous error during capture"), graphs().capture():
+        assert cuda.stream == "the capture's"
+    assert (cuda.stream, cuda.in_pool, cuda.resets) == ("the caller's", False, 1)
+
+
+# --- two ranks ---
+
+recording: list[Tape] = []
+
+
+def install_communicating_tapes(fails: bool) -> None:
+    """As on a GPU: an all-reduce inside a capture is recorded and not done."""
+    all_reduce = dist.all_reduce
+
+    def recorded(tensor: torch.Tensor, *args: Any) -> Any:
+        if recording:
+            recording[-1].calls.append((all_reduce, (tensor, *args), {}, None))
+            return None
+        return all_reduce(tensor, *args)
+
+    class Communicating(Tape):
+        @contextlib.contextmanager
+        def capture(self) -> Iterator[None]:
+            with super().capture():
+                recording.append(self)
+                try:
+                    yield
+                    if fails:
+                        raise RuntimeError("this capture fails")
+                finally:
+                    recording.pop()
+
+    dist.all_reduce = recorded
+    harness.training.setup.make_graphs = lambda _: Communicating  # type: ignore[assignment, return-value]
+
+
+def _train_rank(rank: int, port: int, failing: int | None, engine: str, out: Path) -> None:
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    install_communicating_tapes(fails=rank == failing)
+    asked = spec(engine=engine, workers=2, recipe={"duration": 2})
+    worker = Worker(rank=rank, world_size=2, threads=1)
+    result = train(asked, worker, lambda _: None, paths=RunPaths(out=out, label="digits"))
+    told = {"losses": losses(result), "engine": result.engine, "warnings": result.warnings}
+    (out / f"{rank}.json").write_text(json.dumps(told))
+    dist.destroy_process_group()
+
+
+def run_two_ranks(out: Path, engine: str, failing: int | None) -> list[dict[str, Any]]:
+    out.mkdir()
+    args = (_port(), failing, engine, out)
+    with contextlib.suppress(FutureWarning):
+        mp.start_processes(_train_rank, args=args, nprocs=2, start_method="spawn")
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_the_ranks_take_the_same_engine_where_the_capture_of_one_fails(tmp_path: Path) -> None:
+    captured = run_two_ranks(tmp_path / "captured", "graph", None)
+    assert [rank["engine"] for rank in captured] == ["graph", "graph"]
+    failed = run_two_ranks(tmp_path / "failed", "graph", 1)
+    assert [rank["engine"] for rank in failed] == ["eager", "eager"]
+    for rank in failed:
+        assert rank["warnings"] == [
+            "engine graph does not work on rank 1, going on with eager: this capture fails"
+        ]
+        assert rank["losses"] == captured[0]["losses"]

@@ -1,0 +1,123 @@
+"""A rank that stops without dying is noticed and named; the host does not run far ahead of its device."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import time
+from datetime import timedelta
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_train import _port
+
+from harness.training import watchdog
+from harness.training.watchdog import EVERY_STEPS, RankStalledError, Watchdog
+
+STALL_SECONDS = 6.0
+
+
+def _rank(rank: int, port: int, stops: int, ready: Any, answers: Any) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2,
+        timeout=timedelta(seconds=STALL_SECONDS),
+    )  # fmt: skip
+    dog = Watchdog(torch.device("cpu"), stall_seconds=STALL_SECONDS)
+    try:
+        with dog.collectives():
+            for step in range(10_000):
+                dist.all_reduce(torch.ones(1))
+                dog.step()
+                if step == 20 and rank == stops:
+                    ready.put(os.getpid())
+                time.sleep(0.02)
+        answers.put("went on")
+    except Exception as error:
+        answers.put(f"{type(error).__name__}: {error}")
+    os._exit(0)
+
+
+@pytest.mark.parametrize("stops", [0, 1])
+def test_a_stopped_rank_is_named(stops: int) -> None:
+    """Rank 0 holds the group's store, rank 1 does not."""
+    context = mp.get_context("spawn")
+    ready, answers = context.Queue(), context.Queue()
+    port = _port()
+    ranks = [context.Process(target=_rank, args=(rank, port, stops, ready, answers)) for rank in (0, 1)]
+    for rank in ranks:
+        rank.start()
+    stopped = ready.get(timeout=120)
+    os.kill(stopped, signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    try:
+        answer = answers.get(timeout=60)
+    finally:
+        os.kill(stopped, signal.SIGKILL)
+        for rank in ranks:
+            rank.join(timeout=20)
+    assert time.monotonic() - stopped_at < 5 * STALL_SECONDS
+    assert answer.startswith(f"RankStalledError: rank {stops} on {os.uname().nodename} gives no sign of life"), (
+        answer
+    )
+    assert f"rank {1 - stops} has waited" in answer
+
+
+class Event:
+    """Of a device that has done all steps but the last `behind`."""
+
+    recorded: list[Event] = []  # noqa: RUF012
+    behind = 0
+    most_unfinished = 0
+
+    def record(self, stream: Any) -> None:
+        Event.recorded.append(self)
+
+    def query(self) -> bool:
+        position = Event.recorded.index(self)
+        unfinished = len(Event.recorded) - 1 - position
+        Event.most_unfinished = max(Event.most_unfinished, unfinished)
+        return unfinished >= Event.behind
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(Event, "recorded", [])
+    return torch.device("cuda", 0)
+
+
+def test_the_host_waits_for_the_steps_before_the_last_ones(
+    cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dog = Watchdog(cuda, stall_seconds=0.2)
+    monkeypatch.setattr(Event, "behind", 2)
+    for _ in range(20 * EVERY_STEPS):  # the device is two events behind: no wait
+        dog.step()
+    assert Event.most_unfinished == 2
+    monkeypatch.setattr(Event, "behind", 3)
+    steps = iter(dog.step, "never")
+    with pytest.raises(RankStalledError, match="the device has not finished a step in 0 s"):
+        list(islice(steps, 20 * EVERY_STEPS))
+
+
+def test_a_device_that_stops_is_noticed_at_the_epochs_end(
+    cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dog = Watchdog(cuda, stall_seconds=0.2)
+    aborted: list[bool] = []
+    monkeypatch.setattr(watchdog, "_abort", lambda: aborted.append(True))
+    monkeypatch.setattr(Event, "behind", 1)
+    with pytest.raises(RankStalledError):
+        dog.finish()
+    assert aborted == [True]
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    dog = Watchdog(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="shape"), dog.collectives():
+        raise RuntimeError("shape mismatch")
