@@ -24,8 +24,6 @@ class WorkerDiedError(RuntimeError):
 
 def make_failed(error: BaseException, *, attempts: int) -> Failed:
     """The failure as the worker that raised it saw it, not as Ray wraps it."""
-    from ray.exceptions import RayError
-
     failures = [_unwrap(e) for e in getattr(error, "worker_failures", {}).values()]
     # when one worker ends, the others raise in their collective: its death or its own error is the cause
     cause = min(
@@ -36,7 +34,7 @@ def make_failed(error: BaseException, *, attempts: int) -> Failed:
     text = str(cause).strip() or type(cause).__name__
     if died:
         text = WORKER_DIED
-    elif isinstance(cause, RayError):
+    elif "RayError" in {cls.__name__ for cls in type(cause).__mro__}:
         text = text.splitlines()[-1]
     return Failed(
         exception="" if died else type(cause).__name__,

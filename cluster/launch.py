@@ -215,12 +215,7 @@ class _Run(Generic[Spec, Outcome]):
 
     def _choose_world_size(self) -> int:
         job = self.job
-        if not job.fallback_world_sizes:
-            return job.world_size
-        return choose_world_size(
-            inspect_cluster(), (job.world_size, *job.fallback_world_sizes),
-            threads=job.threads, gpus_per_worker=job.gpus, placement=job.placement,
-        )  # fmt: skip
+        return choose_world_size(inspect_cluster(), job) if job.fallback_world_sizes else job.world_size
 
     def _wait_for_resources(self) -> int | None:
         """Wait until the cluster has a run's resources free; with how many workers, None where that took too long.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from harness.cluster.failures import make_failed
 from harness.cluster.job import (
     Entered,
     Failed,
@@ -47,12 +47,7 @@ def launch(
         try:
             outcome: Outcome | Failed = train(spec, worker, lambda event, spec=spec: progress(spec, event))  # type: ignore[misc]
         except Exception as error:
-            outcome = Failed(
-                exception=type(error).__name__,
-                message=(str(error).strip() or type(error).__name__).splitlines()[0],
-                traceback=traceback.format_exc()[-20_000:],
-                died=False,
-            )
+            outcome = make_failed(error, attempts=1)
         finally:
             if sampler is not None:
                 with contextlib.suppress(Exception):

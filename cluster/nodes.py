@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from harness.cluster.job import JobConfig
 
 Answer = TypeVar("Answer")
 
@@ -57,34 +59,27 @@ def inspect_cluster() -> Cluster:
     return Cluster(members=tuple(Node(cpus=int(r.get("CPU", 0)), gpus=int(r.get("GPU", 0))) for r in resources))
 
 
-def count_runs(cluster: Cluster, *, world_size: int, threads: int, gpus_per_worker: float, placement: str) -> int:
-    """How many runs of `world_size` workers with `threads` CPUs each an idle cluster could hold.
-
-    `gpus_per_worker` is 0 for runs without GPUs.
-    """
+def count_runs(cluster: Cluster, world_size: int, resources: Mapping[str, float], placement: str) -> int:
+    """How many runs of `world_size` workers with these resources each an idle cluster could hold."""
     workers = [
-        min(node.cpus // threads, int(node.gpus / gpus_per_worker + 1e-6) if gpus_per_worker else node.cpus)
-        for node in cluster.members
+        min(int(has[name] / amount + 1e-6) for name, amount in resources.items())
+        for has in ({"CPU": node.cpus, "GPU": node.gpus} for node in cluster.members)
     ]
     if placement == "strict-pack":
         return sum(count // world_size for count in workers)
     return sum(workers) // world_size
 
 
-def choose_world_size(
-    cluster: Cluster, world_sizes: Sequence[int], *, threads: int, gpus_per_worker: float, placement: str
-) -> int:
-    """The first of `world_sizes`, largest first, of which the cluster can hold a run; the first of all if there is none.
+def choose_world_size(cluster: Cluster, job: JobConfig) -> int:
+    """The largest world size of the job of which the cluster can hold a run; the job's own if there is none.
 
     What other runs use now does not count: a run waits for them, and takes fewer workers only where the cluster itself
     has become too small.
     """
-    for world_size in world_sizes:
-        if count_runs(
-            cluster, world_size=world_size, threads=threads, gpus_per_worker=gpus_per_worker, placement=placement
-        ):
+    for world_size in (job.world_size, *job.fallback_world_sizes):
+        if count_runs(cluster, world_size, job.resources, job.placement):
             return world_size
-    return world_sizes[0]
+    return job.world_size
 
 
 def fit(
@@ -93,19 +88,12 @@ def fit(
     """How many of `concurrent_runs` runs can train at a time, and with how many CPUs a worker.
 
     The most CPUs that leave the number of runs as it is with one CPU; (0, 0) where not one run can be placed.
+    `gpus_per_worker` is 0 for runs without GPUs.
     """
+    gpus = {"GPU": gpus_per_worker} if gpus_per_worker else {}
 
     def runs(threads: int) -> int:
-        return min(
-            concurrent_runs,
-            count_runs(
-                cluster,
-                world_size=world_size,
-                threads=threads,
-                gpus_per_worker=gpus_per_worker,
-                placement=placement,
-            ),
-        )
+        return min(concurrent_runs, count_runs(cluster, world_size, {"CPU": threads, **gpus}, placement))
 
     most = runs(1)
     if not most:

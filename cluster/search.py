@@ -25,6 +25,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
 from harness.cluster.failures import WORKER_DIED, WorkerDiedError, is_death, make_failed
 from harness.cluster.job import COLLECTIVE_SECONDS, Failed, JobConfig, Outcome, Report, Spec, Started, Worker
 
@@ -68,8 +74,6 @@ def search(
     main thread. `job.storage`, a folder, is for Tune's own files.
     """
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
-    from ray import tune
-
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     driver = _Driver(trials, job.concurrent_runs)
@@ -84,10 +88,10 @@ def search(
             ),
             name="search",
             num_samples=-1,  # `trials` says when there are no more
-            search_alg=driver.make_searcher(),
-            scheduler=driver.make_scheduler(),
-            callbacks=[driver.make_callback()],
-            reuse_actors=job.world_size == 1,  # else every rank's process ends with its trial, NCCL and all
+            search_alg=_Proposals(driver),
+            scheduler=_Pruning(driver),
+            callbacks=[_Attempts(driver)],
+            reuse_actors=True,
             max_failures=job.retries,
             raise_on_failed_trial=False,
             storage_path=str(job.storage),
@@ -107,7 +111,7 @@ def search(
 
 @dataclass(slots=True)
 class _Driver:
-    """What Tune calls in the driver, handed on to the trials by their own names."""
+    """What Tune calls in the driver, handed on to `trials` by their own names."""
 
     trials: Trials[Any, Any]
     concurrent_runs: int
@@ -115,14 +119,20 @@ class _Driver:
     attempts: dict[str, int] = field(default_factory=dict)
     raised: list[Exception] = field(default_factory=list)
 
-    def propose(self, trial_id: str, finished: str) -> Any:
+    def propose(self, trial_id: str) -> Any:
         if len(self.running) >= self.concurrent_runs:
             return None
         proposal = self.trials.propose()
         if proposal is None:
-            return finished
+            return Searcher.FINISHED
         self.running[trial_id] = proposal[0]
         return {"spec": proposal[1], "proposed_at": time.time()}
+
+    def start(self, trial_id: str) -> None:
+        if trial_id in self.running:
+            attempt = self.attempts[trial_id] = self.attempts.get(trial_id, 0) + 1
+            started = Started(attempt=attempt, reason=WORKER_DIED if attempt > 1 else "")
+            self.trials.reported(self.running[trial_id], started)
 
     def receive(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Take a report or an outcome; True prunes."""
@@ -131,74 +141,63 @@ class _Driver:
         name = self.running[trial_id]
         try:
             if "outcome" in result:
-                del self.running[trial_id]
-                self.trials.ended(name, result["outcome"][0])
+                self.end(trial_id, result["outcome"][0])
             elif self.trials.reported(name, result["event"][0]):
-                del self.running[trial_id]
-                self.trials.ended(name, None)
+                self.end(trial_id, None)
                 return True
         except Exception as error:  # Tune would raise its traceback as text
             self.raised.append(error)
             raise
         return False
 
-    def start(self, trial_id: str) -> None:
-        if trial_id in self.running:
-            attempt = self.attempts[trial_id] = self.attempts.get(trial_id, 0) + 1
-            started = Started(attempt=attempt, reason=WORKER_DIED if attempt > 1 else "")
-            self.trials.reported(self.running[trial_id], started)
-
-    def fail(self, trial_id: str, error: BaseException) -> None:
+    def end(self, trial_id: str, outcome: Any) -> None:
         name = self.running.pop(trial_id, None)
         if name is not None:
-            self.trials.ended(name, make_failed(error, attempts=self.attempts.get(trial_id, 1)))
+            self.trials.ended(name, outcome)
 
-    def make_searcher(self) -> Any:
-        from ray.tune.search import Searcher
 
-        driver = self
+class _Proposals(Searcher):
+    def __init__(self, driver: _Driver) -> None:
+        super().__init__()
+        self.driver = driver
 
-        class Proposals(Searcher):
-            def suggest(self, trial_id: str) -> Any:
-                return driver.propose(trial_id, Searcher.FINISHED)
+    def suggest(self, trial_id: str) -> Any:
+        return self.driver.propose(trial_id)
 
-            def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-                pass
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        pass
 
-            def save(self, checkpoint_path: str) -> None:
-                pass
+    def save(self, checkpoint_path: str) -> None:
+        pass
 
-            def restore(self, checkpoint_path: str) -> None:
-                pass
+    def restore(self, checkpoint_path: str) -> None:
+        pass
 
-        return Proposals()
 
-    def make_scheduler(self) -> Any:
-        from ray.tune.schedulers import FIFOScheduler
+class _Pruning(FIFOScheduler):
+    def __init__(self, driver: _Driver) -> None:
+        super().__init__()
+        self.driver = driver
 
-        driver = self
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        pruned = self.driver.receive(trial.trial_id, result)
+        return str(FIFOScheduler.STOP if pruned else FIFOScheduler.CONTINUE)
 
-        class Pruning(FIFOScheduler):
-            def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-                pruned = driver.receive(trial.trial_id, result)
-                return str(FIFOScheduler.STOP if pruned else FIFOScheduler.CONTINUE)
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        error = WorkerDiedError("its process returned without an outcome")
+        self.driver.end(trial.trial_id, make_failed(error, attempts=1))  # of no effect after an outcome
 
-        return Pruning()
 
-    def make_callback(self) -> Any:
-        from ray import tune
+class _Attempts(tune.Callback):
+    def __init__(self, driver: _Driver) -> None:
+        self.driver = driver
 
-        driver = self
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.driver.start(trial.trial_id)
 
-        class Attempts(tune.Callback):
-            def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-                driver.start(trial.trial_id)
-
-            def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-                error = trial.get_pickled_error() or RuntimeError("Ray Tune gives no reason")
-                driver.fail(trial.trial_id, error)
-
-        return Attempts()
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        error = trial.get_pickled_error() or RuntimeError("Ray Tune gives no reason")
+        self.driver.end(trial.trial_id, make_failed(error, attempts=self.driver.attempts.get(trial.trial_id, 1)))
 
 
 # --- in a trial's processes ---
@@ -210,8 +209,6 @@ class Pruned(SystemExit):
 
 def _run_trial(config: dict[str, Any], train: Callable[[Any, Worker, Report], Any], job: JobConfig) -> None:
     """What Tune calls in its actor, once for each trial that the actor serves: rank 0, which starts the others."""
-    from ray import tune
-
     note = Path(job.storage) / f"{tune.get_context().get_trial_id()}.failed"
     if note.exists():
         tune.report({"outcome": (pickle.loads(note.read_bytes()),)})
@@ -222,8 +219,11 @@ def _run_trial(config: dict[str, Any], train: Callable[[Any, Worker, Report], An
     )  # fmt: skip
     spec = config["spec"]
     with _peers(train, spec, worker, job, note) as peers:
-        outcome = run_rank(train, spec, worker, lambda event: tune.report({"event": (event,)}), peers.url)
+        outcome, left = run_rank(train, spec, worker, lambda event: tune.report({"event": (event,)}), peers.url)
         outcome = peers.wait(outcome)
+    if not left:  # this process is of no use to another trial; the next attempt reports for it
+        note.write_bytes(pickle.dumps(outcome))
+        os._exit(13)
     if isinstance(outcome, Pruned):
         raise outcome
     tune.report({"outcome": (outcome,)})
@@ -231,8 +231,8 @@ def _run_trial(config: dict[str, Any], train: Callable[[Any, Worker, Report], An
 
 def run_rank(
     train: Callable[[Spec, Worker, Report], Outcome], spec: Spec, worker: Worker, report: Report, url: str
-) -> Outcome | Failed | Pruned:
-    """Train as one rank and leave the process without process group, tensors and cached GPU memory.
+) -> tuple[Outcome | Failed | Pruned, bool]:
+    """Train as one rank, and leave the process without process group, tensors and cached GPU memory if that is possible.
 
     What the train function's frames hold is freed first: NCCL waits for the CUDA graphs that use its communicator. Then
     all ranks destroy the group together, which NCCL demands.
@@ -247,8 +247,7 @@ def run_rank(
     except Exception as error:
         result = make_failed(error, attempts=1)
         _clear_frames(error)
-    leave()
-    return result
+    return result, leave()
 
 
 def _report(report: Report, worker: Worker, event: Any) -> None:
@@ -315,8 +314,6 @@ class _Peers:
 
     def watch(self) -> None:
         """A lost peer can leave rank 0 in a collective for minutes: then this process ends, and Tune tries again."""
-        import ray
-
         pending = list(self.ends)
         while pending and not self.over.is_set():
             ready, pending = ray.wait(pending, num_returns=1, timeout=1.0)
@@ -335,8 +332,6 @@ class _Peers:
 
         One rank's exception makes the others fail in their collective: it is the cause.
         """
-        import ray
-
         failures = [result] if isinstance(result, Failed) else []
         seconds = PEER_SECONDS if failures else COLLECTIVE_SECONDS
         ready, _ = ray.wait(self.ends, num_returns=len(self.ends), timeout=seconds) if self.ends else ([], [])
@@ -365,12 +360,10 @@ def _peers(
     if worker.world_size == 1:
         yield peers
         return
-    import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     class Peer:
         def run(self, rank: int, url: str) -> Any:
-            result = run_rank(train, spec, replace(worker, rank=rank), lambda _: None, url)
+            result, _ = run_rank(train, spec, replace(worker, rank=rank), lambda _: None, url)
             return result if isinstance(result, Failed) else None
 
     group = ray.util.get_current_placement_group()

@@ -14,6 +14,7 @@ import typer
 from harness.spec import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
 
 Value = TypeVar("Value")
 app = typer.Typer(
@@ -38,6 +39,7 @@ def arg(help: str) -> Any:
 
 def make_console() -> Console:
     """Where tables go."""
+    from rich.console import Console
 
     return Console()
 
@@ -61,8 +63,7 @@ Workers = Annotated[
 RunsPerGpu = Annotated[int, opt("Runs that share a GPU, for errors only: their seconds and energy do not count.")]
 Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.")]
 Until = Annotated[
-    str | None,
-    opt("Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued."),
+    str | None, opt("Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued.")
 ]
 Verbose = Annotated[bool, opt("Show Ray's own messages.", "--verbose")]
 Across = Annotated[str | None, opt("Fields to average over, as in workers,threads.")]
@@ -90,8 +91,7 @@ def run(
     precision: Precision = "fp32",
     engine: Engine = None,
     settings: Annotated[
-        list[str] | None,
-        opt("FIELD=VALUE of recipe or network, as in lr=0.05. Repeatable.", "--set"),
+        list[str] | None, opt("FIELD=VALUE of recipe or network, as in lr=0.05. Repeatable.", "--set")
     ] = None,
     val: Annotated[int | None, opt("Training images to hold out and evaluate on.")] = None,
     limit_train: LimitTrain = None,
@@ -291,8 +291,7 @@ def why(
 def export(
     paths: Results = None,
     to: Annotated[
-        str,
-        opt("tensorboard (event files in the runs' folders), mlflow or wandb (by their variables)."),
+        str, opt("tensorboard (event files in the runs' folders), mlflow or wandb (by their variables).")
     ] = "tensorboard",
 ) -> None:
     """Export stored runs to TensorBoard, MLflow or W&B."""

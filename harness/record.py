@@ -63,7 +63,7 @@ def describe_code() -> dict[str, Any]:
     return {
         "commit": git("rev-parse", "HEAD") if own else None,
         "dirty": None if status is None else bool(status),
-        "versions": {package: found for package in PACKAGES if (found := installed_version(package))},
+        "versions": {package: known for package in PACKAGES if (known := installed_version(package))},
         "command": ["harness", *sys.argv[1:]],
     }
 

@@ -58,7 +58,7 @@ def test_data_folders_are_recognised(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     assert not doctor.check_data(Target(tmp_path, tmp_path)).ok
     (tmp_path / "test").mkdir()
-    assert doctor.check_data(Target(tmp_path, tmp_path)).found.startswith("class folders in ")
+    assert doctor.check_data(Target(tmp_path, tmp_path)).detail.startswith("class folders in ")
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/proc/self").exists(), reason="needs a folder nobody writes to")
@@ -66,7 +66,7 @@ def test_a_folder_that_takes_nothing() -> None:
     finding = doctor.check_storage(Target(Path("/proc/self/nowhere")))
     assert not finding.ok
     assert finding.needed
-    assert "/proc/self" in finding.found
+    assert "/proc/self" in finding.detail
 
 
 def test_no_cluster_is_a_finding_and_a_bad_address_a_mistake(
@@ -87,5 +87,5 @@ def test_a_check_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.Mo
     for name in ("torch", "NVML", "GPU", "NCCL", "DALI"):
         monkeypatch.setitem(CHECKS, name, broken)
     found = dict(doctor.examine(Target(tmp_path)))
-    assert found["DALI"].found == "the check failed: libcudart.so: cannot open"
+    assert found["DALI"].detail == "the check failed: libcudart.so: cannot open"
     assert not found["torch"].ok

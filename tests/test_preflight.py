@@ -22,7 +22,7 @@ ALIKE = {**HERE, "out": "m-1", "disk": "50.0", "clock": "1000.5"}
 
 def differences(**facts: str) -> list[Difference]:
     return compare(
-        HERE, {"n": {**ALIKE, **facts}}, sentinels=frozenset({"m", "m-1"}), asked_at=1000, answered_at=1001
+        HERE, {"n": {**ALIKE, **facts}}, sentinels=frozenset({"m", "m-1"}), sent_at=1000, received_at=1001
     )
 
 

@@ -151,8 +151,8 @@ def test_an_elastic_run_goes_on_with_fewer_workers_and_grows_again(
 def test_the_world_size_is_the_largest_that_the_cluster_can_hold(
     alive: tuple[tuple[int, int], ...], placement: str, expected: int
 ) -> None:
-    chosen = choose_world_size(nodes(*alive), (8, 4, 2), threads=1, gpus_per_worker=1, placement=placement)
-    assert chosen == expected
+    job = make_job(Path(), world_size=8, fallback_world_sizes=(4, 2), device="cuda", placement=placement)
+    assert choose_world_size(nodes(*alive), job) == expected
 
 
 def test_killed_at_a_random_moment_the_same_command_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
@@ -348,7 +348,20 @@ def nodes(*sizes: tuple[int, int]) -> Cluster:
 def test_runs_are_laid_over_nodes_as_they_are(
     cluster: Cluster, workers: int, concurrent_runs: int, gpu: bool, placement: str, expected: tuple[int, int]
 ) -> None:
-    assert fit(cluster, workers=workers, concurrent_runs=concurrent_runs, gpu=gpu, placement=placement) == expected
+    found = fit(
+        cluster,
+        world_size=workers,
+        concurrent_runs=concurrent_runs,
+        gpus_per_worker=float(gpu),
+        placement=placement,
+    )
+    assert found == expected
+
+
+def test_runs_that_share_gpus_fit_as_often_as_there_are_shares_and_cpus() -> None:
+    share = {"world_size": 1, "concurrent_runs": 99, "placement": "pack"}
+    assert fit(nodes((64, 8)), gpus_per_worker=1 / 3, **share) == (24, 2)  # type: ignore[arg-type]
+    assert fit(nodes((8, 4)), gpus_per_worker=1 / 4, **share) == (8, 1)  # type: ignore[arg-type]
 
 
 class WorkerGroupError(Exception):

@@ -161,7 +161,9 @@ def test_trials_end_stop_raise_and_die_and_every_cpu_is_free_afterwards(tmp_path
     for name in ("pruned", "raises", "ends"):
         for rank in ("0", "1"):
             lines = (tmp_path / name / rank).read_text().splitlines()
-            assert lines == ["freed before the group was destroyed", "destroyed"], (name, rank)
+            # rank 0's process serves several trials, and each adds its note
+            assert lines[0] == "freed before the group was destroyed", (name, rank)
+            assert set(lines[1:]) == {"destroyed"}, (name, rank)
     assert not (tmp_path / "tune").exists()
 
 
@@ -194,9 +196,10 @@ def test_a_failed_rank_frees_what_its_frames_hold_before_it_leaves(tmp_path: Pat
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ray.train.torch.config._shutdown_torch", lambda **_: order.append("left"))
-        outcome = run_rank(fails, None, Worker(), lambda _: None, "")
+        outcome, left = run_rank(fails, None, Worker(), lambda _: None, "")
     assert isinstance(outcome, Failed)
     assert outcome.exception == "TooBigError"
+    assert left
     assert order == ["freed", "left"]
 
 

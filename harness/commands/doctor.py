@@ -37,7 +37,7 @@ class Finding:
     """What a check found."""
 
     ok: bool
-    found: str
+    detail: str
     why: str = ""  # what it is for; printed where it is missing, as the advice is
     advice: str = ""
     needed: bool = True  # for runs on the CPU, or since the user named it
@@ -45,19 +45,17 @@ class Finding:
     def line(self, name: str) -> str:
         """ "missing  DALI: not installed; ..." """
         if self.ok:
-            return f"ok       {name}: {self.found}"
+            return f"ok       {name}: {self.detail}"
         state = "missing" if self.needed else "absent "
-        return f"{state}  {name}: {'; '.join(part for part in (self.found, self.why, self.advice) if part)}"
+        return f"{state}  {name}: {'; '.join(part for part in (self.detail, self.why, self.advice) if part)}"
 
 
 def check_python(target: Target) -> Finding:
-    """Its version."""
-    found = f"{sys.version.split()[0]} at {sys.prefix}"
-    return Finding(sys.version_info >= (3, 11), found, advice="3.11 or newer is needed")
+    detail = f"{sys.version.split()[0]} at {sys.prefix}"
+    return Finding(sys.version_info >= (3, 11), detail, advice="3.11 or newer is needed")
 
 
 def check_torch(target: Target) -> Finding:
-    """A matrix product, and gloo."""
     if installed_version("torch") is None:
         return Finding(False, "not installed", "networks are made with it", "pip install torch torchvision")
     import torch
@@ -70,7 +68,6 @@ def check_torch(target: Target) -> Finding:
 
 
 def check_nvml(target: Target) -> Finding:
-    """The driver's library."""
     from harness.training.nvml import driver_version
 
     why = "GPUs are counted and their memory is measured with it"
@@ -83,15 +80,14 @@ def check_nvml(target: Target) -> Finding:
 
 
 def check_gpu(target: Target) -> Finding:
-    """A sum on it."""
     from harness.training.nvml import count_gpus
 
     count = count_gpus()
     if not count:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        found = "none" if hidden is None else f"none (CUDA_VISIBLE_DEVICES={hidden})"
+        detail = "none" if hidden is None else f"none (CUDA_VISIBLE_DEVICES={hidden})"
         advice = "nothing to do for CPU runs; else NVIDIA's driver, and --gpus all in a container"
-        return Finding(False, found, "runs train on the CPU", advice, needed=False)
+        return Finding(False, detail, "runs train on the CPU", advice, needed=False)
     import torch
 
     if not torch.cuda.is_available():
@@ -99,12 +95,11 @@ def check_gpu(target: Target) -> Finding:
         return Finding(False, f"{count}, which torch cannot use", why, advice, needed=False)
     value = torch.ones(8, 8, device="cuda").sum().item()
     names = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
-    found = f"{torch.cuda.device_count()} x {', '.join(names)}"
-    return Finding(value == 64.0, found, "a sum on it is wrong", needed=False)
+    detail = f"{torch.cuda.device_count()} x {', '.join(names)}"
+    return Finding(value == 64.0, detail, "a sum on it is wrong", needed=False)
 
 
 def check_nccl(target: Target) -> Finding:
-    """Whether torch has it."""
     import torch
 
     if not torch.distributed.is_nccl_available():
@@ -117,7 +112,7 @@ def check_nccl(target: Target) -> Finding:
 
 def check_dali(target: Target) -> Finding:
     """Our own loader on four images: on a GPU too, where there is one."""
-    wheels = [f"{name} {found}" for name in DALI_WHEELS if (found := installed_version(name)) is not None]
+    wheels = [f"{name} {detail}" for name in DALI_WHEELS if (detail := installed_version(name)) is not None]
     why, other = "the default loader", "or choose --loader resident"
     if not wheels:
         return Finding(False, "not installed", why, f"pip install nvidia-dali-cuda120, {other}")
@@ -130,19 +125,18 @@ def check_dali(target: Target) -> Finding:
         try:
             right = _load_by_dali(device)
         except Exception as error:
-            found, advice = (
+            detail, advice = (
                 f"{wheels[0]} on {device}: {_reason(error)[:160]}",
                 "the wheel of your CUDA (cuda120 or cuda130)",
             )
-            return Finding(False, found, why, f"{advice}, {other}")
+            return Finding(False, detail, why, f"{advice}, {other}")
         if not right:
             return Finding(False, f"{wheels[0]} on {device} gives wrong images", why, other)
-    found = f"{', '.join(wheels)}, runs on {' and '.join(devices)}"
-    return Finding(len(wheels) == 1, found, "two wheels write into one folder", "keep one of them")
+    detail = f"{', '.join(wheels)}, runs on {' and '.join(devices)}"
+    return Finding(len(wheels) == 1, detail, "two wheels write into one folder", "keep one of them")
 
 
 def _load_by_dali(device: str) -> bool:
-    """Whether a batch is as it must be."""
     import numpy as np
     import torch
 
@@ -169,21 +163,19 @@ def _load_by_dali(device: str) -> bool:
 
 
 def check_ray(target: Target) -> Finding:
-    """Its version, against what this package requires."""
-    found = installed_version("ray")
+    detail = installed_version("ray")
     pin = next((line for line in requires("resnet-harness") or () if re.match(r"ray\b", line)), "")
     why, advice = "several workers and several runs at a time", f"pip install '{pin}', or choose --launcher local"
-    if found is None:
+    if detail is None:
         return Finding(False, "not installed", why, advice)
     import ray.train
 
     bounds = [tuple(map(int, pair)) for pair in re.findall(r"(?:>=|<)(\d+)\.(\d+)", pin)]
-    fits = len(bounds) != 2 or min(bounds) <= tuple(map(int, found.split(".")[:2])) < max(bounds)
-    return Finding(fits and hasattr(ray.train, "ScalingConfig"), found, why, advice)
+    fits = len(bounds) != 2 or min(bounds) <= tuple(map(int, detail.split(".")[:2])) < max(bounds)
+    return Finding(fits and hasattr(ray.train, "ScalingConfig"), detail, why, advice)
 
 
 def check_cluster(target: Target) -> Finding | None:
-    """Whether it answers at --address."""
     if target.address is None:
         return None
     from harness.cluster.connect import ClusterError, connect, disconnect
@@ -221,7 +213,6 @@ def check_storage(target: Target) -> Finding:
 
 
 def check_disk(target: Target) -> Finding:
-    """Free space for results."""
     where = _nearest(target.out)
     free = free_gib(where)
     why = f"at least {LEAST_DISK_GIB:.0f} GiB is needed for weights and checkpoints"
@@ -231,7 +222,6 @@ def check_disk(target: Target) -> Finding:
 
 
 def check_shared_memory(target: Target) -> Finding | None:
-    """Its size, on Linux."""
     path = Path("/dev/shm")
     if not path.is_dir():
         return None
@@ -241,15 +231,14 @@ def check_shared_memory(target: Target) -> Finding | None:
 
 
 def check_data(target: Target) -> Finding:
-    """Whether the images are there."""
     from harness.loaders.cache import cache_dir
 
     if target.data_dir is None:
         cache = cache_dir()
         here = (cache / "downloads" / "cifar-10-batches-py").is_dir()
-        found = f"cifar10 in {cache}" if here else f"no cifar10 in {cache} yet"
+        detail = f"cifar10 in {cache}" if here else f"no cifar10 in {cache} yet"
         advice = "without a network name --data-dir, or take --dataset digits"
-        return Finding(here, found, "the first run downloads 163 MiB", advice, needed=False)
+        return Finding(here, detail, "the first run downloads 163 MiB", advice, needed=False)
     root = target.data_dir.expanduser()
     kinds = {
         "cifar-10-batches-py": ("cifar-10-batches-py",),
@@ -257,19 +246,19 @@ def check_data(target: Target) -> Finding:
         "miniplaces": ("train.txt", "val.txt", "images"),
     }
     kind = next((kind for kind, names in kinds.items() if all((root / name).exists() for name in names)), None)
-    found = f"{kind} in {root}" if kind else f"nothing known in {root}"
+    detail = f"{kind} in {root}" if kind else f"nothing known in {root}"
     advice = "cifar-10-batches-py, train/ and test/ with class folders, or miniplaces' kit is expected in it"
-    return Finding(kind is not None, found, "named by --data-dir", advice)
+    return Finding(kind is not None, detail, "named by --data-dir", advice)
 
 
 def check_pynvml(target: Target) -> Finding | None:
     """That a package which shadows nvidia-ml-py is not there."""
-    found = installed_version("pynvml")
-    if found is None:
+    detail = installed_version("pynvml")
+    if detail is None:
         return None
     advice = "pip uninstall pynvml: nvidia-ml-py is the package that is used"
     return Finding(
-        False, f"the package pynvml {found} is installed", "it makes every process warn", advice, needed=False
+        False, f"the package pynvml {detail} is installed", "it makes every process warn", advice, needed=False
     )
 
 

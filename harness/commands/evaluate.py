@@ -226,11 +226,7 @@ def _training_images(weights: Path, variant: Variant, dataset: Dataset) -> Split
 
 
 def _write_predictions(
-    path: Path,
-    position: NDArray[np.int64],
-    labels: NDArray[np.int64],
-    ranked: NDArray[np.int64],
-    dataset: Dataset,
+    path: Path, position: NDArray[np.int64], labels: NDArray[np.int64], ranked: NDArray[np.int64], dataset: Dataset
 ) -> None:
     """A line per image: its position in the test set, its class, and the most likely classes, best first."""
     try:

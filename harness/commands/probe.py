@@ -105,16 +105,8 @@ def count_cells(specs: Sequence[RunSpec]) -> dict[RunSpec, int]:
     return dict(Counter(replace(spec, seed=0) for spec in specs))
 
 
-def name_cell(spec: RunSpec) -> str:
-    """ "msra-20" """
-    return f"{spec.variant}-{spec.network.depth}"
-
-
 def probe_cells(
-    probe: Callable[..., Outcome],
-    cells: Sequence[RunSpec],
-    session: Session,
-    console: Console,
+    probe: Callable[..., Outcome], cells: Sequence[RunSpec], session: Session, console: Console
 ) -> list[tuple[RunSpec, Outcome | Failed]]:
     """Call `probe(spec, worker, report, paths=...)` for each cell where its runs would be; outcomes in their order.
 
@@ -123,7 +115,7 @@ def probe_cells(
 
     def progress(spec: RunSpec, event: Any) -> None:
         if isinstance(event, Started):
-            console.print(f"{name_cell(spec)}: probing", style="dim", soft_wrap=True, markup=False)
+            console.print(f"{spec.name}: probing", style="dim", soft_wrap=True, markup=False)
 
     if not cells:
         return []
@@ -131,8 +123,8 @@ def probe_cells(
         session = replace(session, resources=replace(session.resources, launcher="local"))
     runs = session.launch(partial(probe, paths=session.paths), cells, progress=progress)
     with stopping_on_sigterm(), contextlib.closing(runs) as outcomes:
-        found = dict(outcomes)
-    return [(spec, found[spec]) for spec in cells]
+        by_cell = dict(outcomes)
+    return [(spec, by_cell[spec]) for spec in cells]
 
 
 def make_table(spec: RunSpec, note: str, columns: Sequence[str], left: Sequence[str]) -> Table:
@@ -291,7 +283,7 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_ru
         if isinstance(cell.outcome, Failed):
             failure = classify(cell.outcome)
             lines.append([*line, failure.kind, *["–"] * (len(columns) - len(line) - 1)])
-            notes[f"{name_cell(cell.spec)} failed, {failure.kind}: {failure.message}"] = None
+            notes[f"{cell.spec.name} failed, {failure.kind}: {failure.message}"] = None
             continue
         one, joules = cell.outcome, total_joules([cell])
         memory = {name: getattr(one.memory, field) for name, field in MEMORY.items()}
@@ -301,7 +293,7 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_ru
         for name, measured in {**memory, "kJ": joules}.items():
             if measured.value is None:
                 missing[str(measured.reason)][name] = None
-        notes |= dict.fromkeys(f"while probing {name_cell(cell.spec)}: {cause}" for cause in one.interference)
+        notes |= dict.fromkeys(f"while probing {cell.spec.name}: {cause}" for cause in one.interference)
     shown = [i for i in range(len(columns)) if any(line[i] != "–" for line in lines)]
     first = cells[0].spec
     table = make_table(first, "", [columns[i] for i in shown], ("variant", "width"))
@@ -418,10 +410,10 @@ def print_breakdown(cells: Sequence[tuple[RunSpec, Breakdown | Failed]], console
     table = make_table(cells[0][0], " · milliseconds of a step", columns, ("run", "width"))
     notes: list[str] = []
     for spec, outcome in cells:
-        line = [escape(name_cell(spec)), width_of(spec)]
+        line = [escape(spec.name), width_of(spec)]
         if isinstance(outcome, Failed):
             table.add_row(*line, *["–"] * (len(parts) + 2))
-            notes.append(f"{name_cell(spec)} failed: {outcome.message}")
+            notes.append(f"{spec.name} failed: {outcome.message}")
             continue
         took = [outcome.parts.get(name) for name in parts]
         table.add_row(*line, *map(figures, [*took, outcome.eager_ms, outcome.engine_ms]))

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.plan import check_word, local_copy
 from harness.results.store import collector_paused, load_predictions, load_records
 from harness.spec import UserError
 

@@ -329,5 +329,7 @@ def _print_wide_rows(prepared: _Prepared, specs: Sequence[RunSpec], until_ci: fl
     for row, half in plan.error_half_widths(specs, _errors(prepared.recorder, specs)).items():
         if half is not None and half > until_ci:
             seeds = sum(replace(spec, seed=0) == row for spec in specs)
-            text = f"{row.variant}-{row.network.depth}: after {seeds} seeds its error is known to ±{half:.2f} points, not to ±{until_ci:g}"
+            text = (
+                f"{row.name}: after {seeds} seeds its error is known to ±{half:.2f} points, not to ±{until_ci:g}"
+            )
             say(text, prepared.options, prepared.console)
