@@ -52,7 +52,7 @@ def median_and_range(seconds: Sequence[float]) -> str:
 
 def write_readings(path: Path | None, **content: Any) -> None:
     """Write the readings and what they rest on; nothing without a path."""
-    from harness.commands.report import describe_code
+    from harness.record import describe_code
 
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

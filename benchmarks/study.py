@@ -319,7 +319,7 @@ def findings_of(name: str, options: argparse.Namespace) -> list[str]:
     lines += [path.read_text(encoding="utf-8").strip() for path in sorted(folder.glob("*.txt"))]
     peers = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     if peers:
-        rows = [f"| {p['peer']}-{p['depth']} | {(p['commit'] or '–')[:7]} | {len(p['epochs'])} | {p['epoch_seconds']:.3g} | "
+        rows = [f"| {p['peer']}-{p['depth']} | {(p['commit_of_peer'] or '–')[:7]} | {len(p['epochs'])} | {p['epoch_seconds']:.3g} | "
                 f"{p['epochs'][-1]['error']:.2f} |" for p in peers]  # fmt: skip
         lines += [
             "\n".join(["| peer | commit | epochs | s/epoch | test error % |", "|---|---|---:|---:|---:|", *rows])

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 from harness.results import store
-from harness.results.store import EpochMetrics, Failure, Measurement, Memory, Record, RunResult
+from harness.results.values import EpochMetrics, Failure, Measurement, Memory, Record, RunResult
 from harness.spec import RunSpec
 
 STARTED = datetime(2026, 1, 1, tzinfo=UTC)

@@ -10,23 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("harness", "models", "loaders", "cluster", "results")
-MENDING: frozenset[str] = frozenset(
-    {
-        "harness.commands.breakdown",
-        "harness.commands.estimate",
-        "harness.commands.run",
-        "harness.loaders.dali",
-        "harness.loaders.dataloader",
-        "harness.loaders.loader",
-        "harness.loaders.resident",
-        "harness.loaders.synthetic",
-        "harness.models.convnet",
-        "harness.models.imagenet",
-        "harness.models.resnet",
-        "harness.models.xresnet",
-    }
-)
-"""Modules in a circle that is still to be taken apart."""
 
 
 @cache
@@ -72,11 +55,9 @@ def test_no_circle_of_imports() -> None:
     circles = {
         module: sorted(name for name in reachable(module) if module in reachable(name))
         for module in modules()
-        if module in reachable(module) and module not in MENDING
+        if module in reachable(module)
     }
     assert not circles, "\n".join(f"{module}: {', '.join(others)}" for module, others in circles.items())
-    mended = sorted(module for module in MENDING if module not in modules() or module not in reachable(module))
-    assert not mended, "no circle any more: strike them off MENDING"
 
 
 @pytest.mark.parametrize("package", PACKAGES[1:])
@@ -97,11 +78,11 @@ def test_training_imports_no_command_and_commands_not_the_command_line() -> None
 
 # --- sizes ---
 
-MOST_LINES = 11_600  # of the five packages
+MOST_LINES = 13_500  # of the five packages
 MOST_FILE_LINES = 450
 MOST_FUNCTION_LINES = 80
 MOST_PARAMETERS = 8
-LONGER = {"harness.training.train.train": 100}  # the training loop, to be read in one piece
+LONGER = {"harness.training.train._train": 100}  # the training loop, to be read in one piece
 
 
 def functions(module: str) -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:

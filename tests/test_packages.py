@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,17 @@ def test_only_dali_py_knows_dali() -> None:
         if "nvidia" in imported(p)
     ]
     assert users in ([], ["loaders/dali.py"])
+
+
+def test_every_imported_library_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(w for extra in project["optional-dependencies"].values() for w in extra)]
+    declared = {re.split(r"[\[<>=]", word)[0].lower() for word in wanted}
+    providers = packages_distributions() | {"mlflow": ["mlflow-skinny"], "wandb": ["wandb"]}
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            for name in imported(path) - sys.stdlib_module_names - {"harness"}:
+                assert {word.lower() for word in providers[name]} & declared, f"{path.relative_to(ROOT)}: {name}"
 
 
 LIGHT = {

@@ -213,5 +213,5 @@ def test_a_peer_trains_an_epoch_when_it_is_asked_for(tmp_path: Path) -> None:
 
 
 def test_an_unknown_checkout_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(peers.PeerError, match=r"is no checkout that is known here: it has none of trainer\.py"):
+    with pytest.raises(peers.PeerError, match=r"is no known checkout: it has none of trainer\.py"):
         peers.load_peer(tmp_path)
