@@ -19,8 +19,6 @@ import pytest
 
 WAYS = ("ends well", "raises", "is interrupted", "diverges")
 KINDS = ("graphs", "loaders", "pipelines")
-    strict=True, reason="nothing resets graphs, and nothing closes loaders of a run that fails"
-)
 frames: list[Any] = []
 
 
