@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -44,6 +45,9 @@ SYNCHRONISATIONS = (
     "torch.cuda.empty_cache", "torch.cuda.memory_stats", "torch.manual_seed", "torch.cuda.manual_seed",
     "torch.cuda.manual_seed_all",
 )  # fmt: skip
+
+
+COLLECTIVES = ("allreduce_", "broadcast_", "_allgather_base_", "allgather_", "reduce_scatter_", "barrier")
 
 
 class CaptureError(RuntimeError):
@@ -102,6 +106,8 @@ class _Outside:
 class StrictTape(TorchDispatchMode):
     """Records every operator with its arguments; `replay` runs them again on the same memory."""
 
+    capturing: StrictTape | None = None  # of this process
+
     def __init__(self, arena: Arena | None = None) -> None:
         super().__init__()
         self.arena = Arena() if arena is None else arena
@@ -125,6 +131,8 @@ class StrictTape(TorchDispatchMode):
         return out
 
     def _refuse(self, name: str, args: Any, kwargs: Any) -> None:
+        if name in COLLECTIVES:
+            raise CaptureError(f"{name} in a capture would be done now: install_collectives() lets it be recorded")
         if name in REASONS:
             raise CaptureError(f"{name} in a capture: {REASONS[name]}")
         if name == "repeat_interleave" and kwargs.get("output_size") is None and isinstance(args[-1], Tensor):
@@ -162,6 +170,7 @@ class StrictTape(TorchDispatchMode):
             raise CaptureError("a capture after the set-up")
         self.state = "failed"
         with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(StrictTape, "capturing", self))
             for name in SYNCHRONISATIONS:
                 error = CaptureError(f"{name} in a capture")
                 stack.enter_context(mock.patch(name, side_effect=error))
@@ -193,6 +202,20 @@ class StrictTape(TorchDispatchMode):
         self.storages.clear()
         self.state = "reset"
         self.arena.tapes.discard(self)
+
+
+def install_collectives() -> None:
+    """In this process, for good: as with NCCL, an all-reduce in a capture is recorded and not done."""
+    all_reduce = dist.all_reduce
+
+    def recorded(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        tape = StrictTape.capturing
+        if tape is None:
+            return all_reduce(tensor, *args, **kwargs)
+        tape.calls.append((all_reduce, (tape._reference("all_reduce")(tensor), *args), kwargs, None))
+        return None
+
+    dist.all_reduce = recorded
 
 
 def _header(tensor: Tensor) -> int:
