@@ -123,6 +123,12 @@ class EpochSample:
     batch_size: int
     """Images of each batch of this rank; the last batch may have fewer."""
 
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Images of each step."""
+        images = range(0, len(self.index), self.batch_size)
+        return [min(self.batch_size, len(self.index) - first) for first in images]
+
     def part(self, first: int, last: int) -> EpochSample:
         """Steps `first` to `last` (not included) of it, or to its end."""
         images = slice(first * self.batch_size, last * self.batch_size)

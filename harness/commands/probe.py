@@ -34,13 +34,14 @@ from harness.results.metrics import figures
 from harness.results.store import keep_prediction
 from harness.results.values import Measurement, Prediction
 from harness.spec import RunPaths, RunSpec
-from harness.training.engine import Engine
+from harness.training.engine import Direct, Engine
 from harness.training.memory import MemoryMeter, largest
 from harness.training.optim import total_steps
 from harness.training.setup import Trainer, make_step, make_trainer, prepare
 from harness.training.step import synchronize
 from harness.training.telemetry import EpochTelemetry, device_name, gather
 from harness.training.train import run_eval, run_steps
+from harness.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from harness.loaders.loader import Loader
@@ -371,9 +372,9 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
             raise ValueError("an epoch of one step is too short to profile")
         # several ranks' gradients are summed after backward here, not by DDP inside it, where they hide behind it
         step, clock = make_step(prepared, ddp=False), StepClock(device)
-        plain = Engine([("eager", step)], step.snapshot, warn)
+        plain = Engine([("eager", Direct(step))], step.snapshot, warn)
         images = len(prepared.data.train)
-        by_parts = Trainer(step, plain, plain, prepared.network, loader, images, device)
+        by_parts = Trainer(step, plain, plain, prepared.network, loader, images, device, Watchdog(device))
         train_steps(by_parts, loader, 0, WARMUP_STEPS)
         step.mark = clock.mark
         train_steps(by_parts, loader, 1, STEPS)
