@@ -88,7 +88,7 @@ def main() -> None:
         for name, values in readings.items():
             speeds = [speed for speed, _ in values]
             table.add_row(
-                title if name == LOADERS[0] else "",
+                title if name == next(iter(LOADERS)) else "",
                 name,
                 f"{median(speeds):,.0f}",
                 f"{min(speeds):,.0f} to {max(speeds):,.0f}",

@@ -328,7 +328,7 @@ def _akamaster_network(module: Any, depth: int) -> Any:
 
 
 def _our_network(depth: int) -> Any:
-    from harness.models.resnet import build
+    from harness.models.build import build
     from harness.models.variants import he2015
 
     return build(he2015(depth).network, 10)

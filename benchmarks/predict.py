@@ -146,7 +146,7 @@ def measure() -> None:
     import torch.multiprocessing
     import torch.nn.functional as F
 
-    from harness.models.resnet import build
+    from harness.models.build import build
     from harness.models.variants import find_variant
 
     torch.set_num_threads(1)

@@ -43,7 +43,7 @@ from harness.cluster.job import Worker
 from harness.commands.report import describe_code
 from harness.loaders.datasets import Dataset, limit, load_dataset
 from harness.loaders.sampling import make_normalize
-from harness.models.resnet import build, count_parameters
+from harness.models.build import build, count_parameters
 from harness.models.variants import he2015
 from harness.spec import RunSpec
 from harness.training.setup import Data, assemble, make_trainer

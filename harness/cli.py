@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from harness.spec import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Value = TypeVar("Value")
 app = typer.Typer(
@@ -34,6 +37,13 @@ def arg(help: str) -> Any:
     return typer.Argument(help=help)
 
 
+def make_console() -> Console:
+    """Where tables go."""
+    from rich.console import Console
+
+    return Console()
+
+
 # --- options that several commands have ---
 
 Dataset = Annotated[str, opt("cifar10, cifar2, digits, miniplaces or folder:PATH.")]
@@ -48,15 +58,13 @@ Engine = Annotated[str | None, opt("eager, compile or graph. Default: graph on G
 LimitTrain = Annotated[int | None, opt("Train on this many images only; marked in tables.")]
 Gpus = Annotated[int | None, opt("GPUs to use, 0 for the CPU. Default: all.")]
 Workers = Annotated[
-    int | None, opt("DDP processes of a run; gpus/workers runs train at a time. Default: --gpus; tune: 1.")
+    int | None, opt("DDP processes per run; gpus/workers runs train at a time. Default: all GPUs (tune: 1).")
 ]
-RunsPerGpu = Annotated[
-    int, opt("Runs that share a GPU, where only the error matters: their seconds do not count.")
-]
+RunsPerGpu = Annotated[int, opt("Runs that share a GPU, for errors only: their seconds and energy do not count.")]
 Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.")]
 Until = Annotated[
     str | None,
-    opt("Stop then, as Ctrl-C does: after 9m or 2h30m, or at 18:00. What is printed continues."),
+    opt("Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued."),
 ]
 Verbose = Annotated[bool, opt("Show Ray's own messages.", "--verbose")]
 Across = Annotated[str | None, opt("Fields to average over, as in workers,threads.")]
@@ -123,8 +131,6 @@ def run(
 ) -> None:
     """Train what is missing of a grid of runs, and print the table."""
     values = dict(locals())
-    from rich.console import Console
-
     from harness import plan
     from harness.commands.run import RunOptions, run_grid
     from harness.deadline import parse_until
@@ -142,7 +148,7 @@ def run(
     if spec:
         grid = plan.make_spec_grid(spec, grid, chosen(context))
     options = fill(RunOptions, values | {"resources": fill(Resources, values)})
-    raise typer.Exit(run_grid(grid, options, Console()))
+    raise typer.Exit(run_grid(grid, options, make_console()))
 
 
 def fill(kind: type[Value], values: Mapping[str, Any]) -> Value:
@@ -199,8 +205,6 @@ def tune(
 ) -> None:
     """Search for the best recipe; poor trials stop early."""
     values = dict(locals())
-    from rich.console import Console
-
     from harness.commands.sweep import make_search
     from harness.commands.tune import TuneOptions
     from harness.commands.tune import tune as run_search
@@ -209,7 +213,7 @@ def tune(
     request = make_search(values)
     stop_at = None if until is None else parse_until(until, datetime.now())
     options = TuneOptions(out=out, address=address, until=stop_at, verbose=verbose)
-    raise typer.Exit(run_search(request, options, Console(), resume=resume, given=chosen(context)))
+    raise typer.Exit(run_search(request, options, make_console(), resume=resume, given=chosen(context)))
 
 
 # --- stored runs ---
@@ -226,13 +230,11 @@ def report(
     curves: Annotated[Path | None, opt("Draw the charts into this folder, as SVG and PNG.")] = None,
 ) -> None:
     """Print the comparison table of stored runs."""
-    from rich.console import Console
-
     from harness.commands.report import find_results, print_report
 
     any_run = print_report(
         find_results(paths or ["runs"]),
-        Console(),
+        make_console(),
         format=format,
         sort=sort,
         columns=_words(columns, "--columns"),
@@ -254,13 +256,16 @@ def compare(
     format: Annotated[str, opt("table, markdown or json.")] = "table",
 ) -> None:
     """Compare two sets of runs: better, worse or the same?"""
-    from rich.console import Console
-
     from harness.commands.compare import print_comparison
     from harness.commands.report import find_results
 
     code = print_comparison(
-        find_results(paths), Console(), by=by, fail_on=fail_on, format=format, across=_words(across, "--across")
+        find_results(paths),
+        make_console(),
+        by=by,
+        fail_on=fail_on,
+        format=format,
+        across=_words(across, "--across"),
     )
     raise typer.Exit(code)
 
@@ -277,12 +282,10 @@ def why(
     path: Annotated[str, arg("Folder of results.")] = "runs",
 ) -> None:
     """Print what is behind a row's figures."""
-    from rich.console import Console
-
     from harness.commands.report import find_results
     from harness.commands.why import print_why
 
-    print_why(row, find_results([path])[0], Console())
+    print_why(row, find_results([path])[0], make_console())
 
 
 @app.command()
@@ -306,21 +309,17 @@ def repro(
     path: Annotated[Path, arg("Folder of results.")] = Path("runs"),
 ) -> None:
     """Print the commands that train a stored run again."""
-    from rich.console import Console
-
     from harness.commands.repro import print_repro
 
-    print_repro(run, path, Console())
+    print_repro(run, path, make_console())
 
 
 @app.command()
 def variants() -> None:
     """List the variants: what they are and where they come from."""
-    from rich.console import Console
-
     from harness.commands.report import print_variants
 
-    print_variants(Console())
+    print_variants(make_console())
 
 
 @app.command("eval")
@@ -341,8 +340,6 @@ def evaluate(
 ) -> None:
     """Print the errors of stored weights on a test set."""
     values = dict(locals())
-    from rich.console import Console
-
     from harness.commands import evaluate as command
 
     values |= {
@@ -350,7 +347,7 @@ def evaluate(
         "normalize": command.parse_normalize(mean, std),
     }
     options = fill(command.EvalOptions, values)
-    command.print_errors(command.evaluate_weights(options), Console())
+    command.print_errors(command.evaluate_weights(options), make_console())
 
 
 @app.command()
@@ -360,11 +357,9 @@ def doctor(
     address: Address = None,
 ) -> None:
     """Say what this machine lacks, if anything."""
-    from rich.console import Console
+    from harness.commands.doctor import Target, print_findings
 
-    from harness.commands.doctor import check
-
-    raise typer.Exit(check(out, data_dir, address, Console()))
+    raise typer.Exit(print_findings(Target(out, data_dir, address), make_console()))
 
 
 def main() -> None:

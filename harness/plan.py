@@ -147,10 +147,12 @@ def override(recipe: Recipe, grid: Grid) -> tuple[Recipe, tuple[str, ...]]:
             warmup=recipe.warmup * factor,
         )
         changed.append(f"epochs={grid.epochs}")
-    for name, value in (("batch_size", grid.batch_size), ("val", grid.val)):
-        if value is not None and value != getattr(recipe, name):
-            recipe = replace(recipe, **{name: value})
-            changed.append(f"{name}={value}")
+    if grid.batch_size is not None and grid.batch_size != recipe.batch_size:
+        recipe = replace(recipe, batch_size=grid.batch_size)
+        changed.append(f"batch_size={grid.batch_size}")
+    if grid.val is not None and grid.val != recipe.val:
+        recipe = replace(recipe, val=grid.val)
+        changed.append(f"val={grid.val}")
     return recipe, tuple(changed)
 
 
@@ -379,10 +381,10 @@ def open_out(out: str, *, write: bool) -> tuple[Path, str]:
 
 def local_copy(uri: str) -> Path:
     """The local folder that stands for a URI, absolute."""
+    from harness.loaders.cache import cache_dir
     from harness.results.remote import cache_folder
 
-    cache = Path(os.environ.get("HARNESS_CACHE") or Path.home() / ".cache" / "resnet-harness")
-    return cache_folder(uri, cache.expanduser().absolute())
+    return cache_folder(uri, cache_dir().expanduser().absolute())
 
 
 def check_out(out: Path) -> Path:

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from harness.cluster.nodes import Unanswered, ask_every_node
+from harness.cluster.nodes import Unanswered, ask_every_node, working_nodes
 from harness.record import installed_version
 from harness.results.remote import StorageError, find_sentinels, leave_sentinel, remove_sentinels
 from harness.spec import RunPaths, UserError
@@ -42,14 +42,13 @@ class Question:
     sentinel: str  # name of a file that the driver has put into `paths.out`
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
+class Difference(NamedTuple):
     """One thing on one node that differs from this machine, or from what is needed."""
 
     node: str
     what: str
     there: str
-    here: str
+    here: str = ""
 
 
 def hash_code(package: Path = PACKAGE) -> str:
@@ -110,14 +109,14 @@ def compare(
     answers: Mapping[str, Mapping[str, str] | Unanswered],
     *,
     sentinels: frozenset[str],
-    asked_at: float,
-    answered_at: float,
+    sent_at: float,
+    received_at: float,
 ) -> list[Difference]:
     """Everything that differs. `sentinels` are the files of the nodes that the driver sees in its results folder."""
     differences = []
 
-    def add(node: str, what: str, there: str, here: str = "") -> None:
-        differences.append(Difference(node=node, what=what, there=there, here=here))
+    def add(*difference: str) -> None:
+        differences.append(Difference(*difference))
 
     for node, facts in sorted(answers.items()):
         if isinstance(facts, Unanswered):
@@ -131,17 +130,19 @@ def compare(
         elif float(facts["disk"]) < LEAST_DISK_GIB:
             add(node, "disk", f"{facts['disk']} GiB free", f"at least {LEAST_DISK_GIB:.0f} GiB")
         clock = float(facts["clock"])
-        error = max(asked_at - clock, clock - answered_at)
+        error = max(sent_at - clock, clock - received_at)
         if error > LARGEST_CLOCK_ERROR_SECONDS:
-            add(node, "clock", f"{error:.0f} s {'behind' if clock < asked_at else 'ahead'}")
+            add(node, "clock", f"{error:.0f} s {'behind' if clock < sent_at else 'ahead'}")
     return differences
 
 
 def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> None:
-    """Compare every node of the cluster that was joined with this process, and with what a run needs.
+    """Compare the nodes of the cluster that was joined, if several, with this process and with what a run needs.
 
     Prints a table of what differs and raises UserError, or does nothing.
     """
+    if len(working_nodes()) < 2:
+        return
     question = Question(paths=paths, dataset=dataset.name, sentinel=f".preflight-{uuid.uuid4().hex[:12]}")
     remote, sentinel = paths.remote, question.sentinel
     if remote:
@@ -149,9 +150,9 @@ def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> None:
     else:
         (paths.out / sentinel).write_bytes(b"")
     try:
-        asked_at = time.time()
+        sent_at = time.time()
         answers = ask_every_node(partial(answer, question))
-        answered_at = time.time()
+        received_at = time.time()
         names = find_sentinels(remote, sentinel) if remote else [path.name for path in paths.out.iterdir()]
     finally:
         if remote:
@@ -160,7 +161,7 @@ def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> None:
             path.unlink(missing_ok=True)
     here = {**_describe(), "data": dataset.fingerprint[:12]}
     sentinels = frozenset(name for name in names if name.startswith(sentinel))
-    differences = compare(here, answers, sentinels=sentinels, asked_at=asked_at, answered_at=answered_at)
+    differences = compare(here, answers, sentinels=sentinels, sent_at=sent_at, received_at=received_at)
     if differences:
         console.print(_table(differences))
         nodes = len({difference.node for difference in differences})
@@ -180,7 +181,5 @@ def _table(differences: list[Difference]) -> Table:
         table.add_column(name, overflow="fold")
     for difference in differences[:ROWS_SHOWN]:
         # Text: a path or a message of another machine is never taken for markup
-        table.add_row(
-            *(Text(word) for word in (difference.node, difference.what, difference.there, difference.here))
-        )
+        table.add_row(*map(Text, difference))
     return table

@@ -179,7 +179,7 @@ class Progress(LiveTable):
             last = line.last
             done = last.epoch if last else 0
             style = {"done": "green", "failed": "red", "waiting": "dim"}.get(line.state, "")
-            title = line.spec.title if self.many_seeds else line.spec.title.split(" seed")[0]
+            title = line.spec.title if self.many_seeds else line.spec.name
             table.add_row(
                 title,
                 f"{done}/{line.epochs}",

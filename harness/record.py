@@ -63,7 +63,7 @@ def describe_code() -> dict[str, Any]:
     return {
         "commit": git("rev-parse", "HEAD") if own else None,
         "dirty": None if status is None else bool(status),
-        "versions": {package: found for package in PACKAGES if (found := installed_version(package))},
+        "versions": {package: known for package in PACKAGES if (known := installed_version(package))},
         "command": ["harness", *sys.argv[1:]],
     }
 
@@ -135,7 +135,7 @@ class Recorder:
 
     paths: RunPaths
     original: bool  # the images are the published ones
-    environment: Mapping[str, Any]  # of every record: launcher, concurrent_runs
+    environment: Mapping[str, Any]  # of every record: the launcher, and what else is known beforehand
     warn: Callable[[str], None]
     finished: dict[str, RunResult] = field(default_factory=dict)  # by key
     started: dict[str, datetime] = field(default_factory=dict)
@@ -168,7 +168,7 @@ class Recorder:
         return earlier
 
     def end(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, **environment: Any) -> bool:
-        """Store what a run came to. Returns whether it is a result that has arrived where results go."""
+        """Store what a run came to. Returns whether it is a result and is stored at the URI too, if there is one."""
         folder = self.partial(spec)
         attempts = load_attempts(folder)
         if isinstance(outcome, RunResult):
@@ -176,7 +176,7 @@ class Recorder:
             outcome = outcome.model_copy(update={"nodes": nodes, "attempts": max(1, len(attempts))})
         record = make_record(
             spec, outcome, label=self.paths.label, original=self.original, started_at=self.started[spec.key],
-            environment={**self.environment, "attempts": attempts, **environment},
+            environment={**self.environment, **environment, "attempts": attempts},
         )  # fmt: skip
         if isinstance(outcome, RunResult):
             self.pull(folder)  # what rank 0 wrote on its node

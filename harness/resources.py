@@ -1,15 +1,16 @@
-"""This machine or a Ray cluster -> Allocation -> the launcher's job."""
+"""This machine or a Ray cluster -> Allocation; the launcher that runs on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from harness.cluster.job import PLACEMENTS, JobConfig
 from harness.plan import Allocation, Grid, check_count, check_word
-from harness.spec import RunPaths, UserError
+from harness.results.remote import join_uri
+from harness.spec import RunPaths, RunSpec, UserError
 
 if TYPE_CHECKING:
     from harness.cluster.nodes import Cluster
@@ -62,11 +63,12 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack) -> Alloc
         from harness.training.nvml import count_gpus
         from harness.training.telemetry import count_cpus
 
-        resources = _default_to_specs(grid, resources, count_gpus())
-        allocation = allocate(resources, have_gpus=count_gpus(), have_cpus=count_cpus(), precision=grid.precision)
+        gpus = count_gpus()
+        resources = fill_from_specs(resources, grid, gpus)
+        allocation = allocate(resources, have_gpus=gpus, have_cpus=count_cpus(), precision=grid.precision)
         return replace(allocation, concurrent_runs=1) if resources.launcher == "local" else allocation
     cluster = join_cluster(stack, resources.address, cpus=0, gpus=0, verbose=resources.verbose)
-    resources = _default_to_specs(grid, resources, cluster.gpus)
+    resources = fill_from_specs(resources, grid, cluster.gpus)
     where = f"the cluster at {resources.address}"
     allocation = allocate(
         resources, have_gpus=cluster.gpus, have_cpus=cluster.cpus, precision=grid.precision, where=where
@@ -74,28 +76,23 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack) -> Alloc
     return _fit(allocation, cluster, resources)
 
 
-def _default_to_specs(grid: Grid, resources: Resources, have_gpus: int) -> Resources:
-    """Device and number of workers of the specs that were given, where the user chose no other."""
+def fill_from_specs(resources: Resources, grid: Grid, have_gpus: int) -> Resources:
+    """What the user left open: one worker where only one is possible, else the device and workers of given specs."""
+    workers = 1 if resources.launcher == "local" or resources.runs_per_gpu > 1 else resources.workers
     if not grid.specs:
-        return replace(resources, workers=resources.workers or 1) if _single(resources) else resources
-    devices = {spec.device for spec in grid.specs}
-    workers = resources.workers or (1 if _single(resources) else None)
-    widths = {spec.workers for spec in grid.specs} if workers is None else {workers}
-    if resources.gpus is None and len(devices) > 1:
-        raise UserError("--spec: some of these runs are for GPUs and some for the CPU; --gpus decides for all")
+        return replace(resources, workers=workers)
+    widths = {workers} if workers else {spec.workers for spec in grid.specs}
     if len(widths) > 1:
         raise UserError(
             f"--spec: these runs have {' and '.join(map(str, sorted(widths)))} workers; --workers decides"
         )
     (width,) = widths
-    gpus = resources.gpus
+    gpus, devices = resources.gpus, {spec.device for spec in grid.specs}
+    if gpus is None and len(devices) > 1:
+        raise UserError("--spec: some of these runs are for GPUs and some for the CPU; --gpus decides for all")
     if gpus is None:
         gpus = 0 if devices == {"cpu"} else max(width, have_gpus - have_gpus % width)
     return replace(resources, gpus=gpus, workers=width)
-
-
-def _single(resources: Resources) -> bool:
-    return resources.launcher == "local" or resources.runs_per_gpu > 1
 
 
 def allocate(
@@ -163,34 +160,54 @@ def join_cluster(stack: ExitStack, address: str | None, *, cpus: int, gpus: int,
     return cluster
 
 
-def start_launcher(allocation: Allocation, resources: Resources, stack: ExitStack) -> Callable[..., Any]:
-    """The launch function; a cluster of this machine is started for it until the stack closes, if it needs one."""
-    if resources.launcher == "local":
-        from harness.cluster.local import launch
+@dataclass(slots=True)
+class Session:
+    """What runs are launched on, for as long as `stack` is open."""
 
-        return launch
-    from harness.cluster.launch import launch as ray_launch
+    allocation: Allocation
+    resources: Resources
+    paths: RunPaths
+    stack: ExitStack
+    _launch: Callable[..., Any] | None = None
 
-    if resources.address is None:
-        cpus = allocation.threads * allocation.workers * allocation.concurrent_runs
-        join_cluster(stack, None, cpus=cpus, gpus=allocation.gpus, verbose=resources.verbose)
-    return ray_launch
+    def launch(
+        self,
+        train: Callable[..., Any],
+        specs: Sequence[RunSpec],
+        *,
+        fallback_world_sizes: tuple[int, ...] = (),
+        **callbacks: Any,
+    ) -> Generator[tuple[RunSpec, Any], None, None]:
+        """Launch `train(spec, worker, report)` for each spec; yields (spec, outcome) as `harness.cluster.launch` does.
+
+        A Ray cluster of this machine is started at the first call that needs one. `callbacks` are the launcher's.
+        """
+        allocation, resources = self.allocation, self.resources
+        if self._launch is None:
+            if resources.launcher == "local":
+                from harness.cluster.local import launch
+            else:
+                from harness.cluster.launch import launch
+            if resources.launcher == "ray" and resources.address is None:
+                cpus = allocation.threads * allocation.workers * allocation.concurrent_runs
+                join_cluster(self.stack, None, cpus=cpus, gpus=allocation.gpus, verbose=resources.verbose)
+            self._launch = launch
+        job = make_job(allocation, resources, self.paths, fallback_world_sizes=fallback_world_sizes)
+        return cast("Generator[tuple[RunSpec, Any], None, None]", self._launch(train, specs, job, **callbacks))
 
 
 def make_job(
     allocation: Allocation, resources: Resources, paths: RunPaths, *, fallback_world_sizes: tuple[int, ...] = ()
 ) -> JobConfig:
     """How the launcher runs each of the runs."""
-    from harness.results.remote import join_uri
-
-    shared = paths.remote and resources.address
+    at_uri = paths.remote and resources.address
     return JobConfig(
         world_size=allocation.workers,
         concurrent_runs=allocation.concurrent_runs,
         device=allocation.device,
         threads=allocation.threads,
         gpus_per_worker=1 / allocation.runs_per_gpu,
-        storage=join_uri(paths.remote, ".ray") if shared else paths.out / ".ray",
+        storage=join_uri(paths.remote, ".ray") if at_uri else paths.out / ".ray",
         placement=resources.placement,  # type: ignore[arg-type]
         fallback_world_sizes=fallback_world_sizes,
     )

@@ -69,9 +69,14 @@ class RunSpec:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
+    def name(self) -> str:
+        """For people, but for the seed: "msra-20"."""
+        return f"{self.variant}-{self.network.depth}"
+
+    @property
     def title(self) -> str:
         """For people: "msra-20 seed 0"."""
-        return f"{self.variant}-{self.network.depth} seed {self.seed}"
+        return f"{self.name} seed {self.seed}"
 
     def to_json(self) -> dict[str, Any]:
         """Every field, defaults included, as JSON values."""

@@ -49,6 +49,13 @@ def test_run_report_rerun_force(tmp_path: Path, capsys: Any) -> None:
     assert "all 2 runs were done already" in again
     assert "epoch 1/2" not in again
 
+    respec = f"run --spec {records[1].folder}/record.json --launcher local"
+    code, again, _ = harness(f"{respec} --out {tmp_path}/runs", capsys)
+    assert (code, "all 1 runs were done already" in again) == (0, True), "the same key"
+    code, plan, _ = harness(f"{respec} --seeds 5,6 --epochs 3 --dry-run", capsys)
+    rows = [row.split() for row in plan.splitlines() if row.startswith("he2015")]
+    assert [row[2:4] for row in rows] == [["5", "3"], ["6", "3"]]
+
     for format in ("markdown", "csv", "json", "table"):
         code, text, _ = harness(f"report {tmp_path}/runs --format {format}", capsys)
         assert code == 0

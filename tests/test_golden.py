@@ -223,7 +223,7 @@ def test_plans_for_gpus(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
         monkeypatch.setattr(pynvml, name, lambda value=value: value)
     lines = [
         "--depths 20,32 --variants msra --seeds 2",
-        "--depths 20 --variants msra --workers 1 --pack 2 --seeds 3 --precision bf16",
+        "--depths 20 --variants msra --runs-per-gpu 2 --seeds 3 --precision bf16",
         "--depths 20 --variants msra --gpus 2 --workers 2 --elastic 1 --engine eager --precision fp16",
         "--depths 20 --gpus 4 --workers 3",
         "--depths 20 --gpus 5",
@@ -419,7 +419,12 @@ run --until-ci -1
 run --max-seeds 3
 run --elastic 3 --workers 2 --gpus 0
 run --elastic 0 --workers 2 --gpus 0
-run --pack 2 --workers 2
+run --runs-per-gpu 2 --workers 2
+run --runs-per-gpu 2 --gpus 0
+run --spec nowhere.json
+run --spec file
+run --spec runs/digits_msra-8_s0_dd58573b/record.json --variants msra
+run --spec runs/digits_msra-8_s0_dd58573b/record.json --engine graph
 run --launcher slurm
 run --launcher local --workers 2
 run --placement near
@@ -442,7 +447,7 @@ tune --search 'lr=grid(1,2)' --search-algorithm tpe
 tune --search 'lr=uniform(0,1)' --scheduler asah
 tune --search 'lr=uniform(0,1)' --metric accuracy
 tune --search 'lr=uniform(0,1)' --metric top5_error --gpus 0
-tune --search 'lr=uniform(0,1)' --runs-per-gpu 2
+tune --search 'lr=uniform(0,1)' --runs-per-gpu 2 --gpus 0
 tune --search 'lr=uniform(0,1)' --resume nothing
 tune --search 'depth=choice(8,21)'
 report missing

@@ -68,11 +68,11 @@ def test_only_dali_py_knows_dali() -> None:
 LIGHT = {
     "help": "import harness.cli as c, sys; sys.argv = ['harness', '--help']",
     "plan": """
-from harness import plan
-sweep = plan.Grid(variants=('he2015', 'msra'), depths=(20, 32))
-plan.check_grid(sweep)
-width = plan.allocate(gpus=None, workers=None, have_gpus=0, have_cpus=2, precision='fp32', where='here')
-assert len(plan.expand(sweep, width, fingerprint='f', train_images=50_000)) == 4
+from harness import plan, resources
+grid = plan.Grid(variants=('he2015', 'msra'), depths=(20, 32))
+plan.check_grid(grid)
+allocation = resources.allocate(resources.Resources(), have_gpus=0, have_cpus=2, precision='fp32')
+assert len(plan.expand(grid, allocation, fingerprint='f', train_images=50_000)) == 4
 """,
     "report": """
 import pathlib, sys, tempfile

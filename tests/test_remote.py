@@ -18,6 +18,7 @@ from harness.preflight import Question, answer
 from harness.results import remote as storage
 from harness.results.remote import RemoteRun, StorageError
 from harness.results.store import load_epochs, load_records
+from harness.spec import RunPaths
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -127,9 +128,8 @@ def test_a_store_that_is_away_for_a_while_costs_no_run(tmp_path: Path) -> None:
 
 def test_every_node_is_asked_whether_it_reaches_the_uri(tmp_path: Path) -> None:
     uri = (tmp_path / "bucket").as_uri()
-    question = Question(
-        out=tmp_path / "stage", remote=uri, marker=".marker", dataset="digits", data_dir=None, cache_dir=None
-    )
+    paths = RunPaths(out=tmp_path / "stage", remote=uri)
+    question = Question(paths=paths, dataset="digits", sentinel=".marker")
     storage.check_uri(uri)
     assert answer(question)["out"] == "another folder, or none"
     storage.leave_sentinel(uri, ".marker")

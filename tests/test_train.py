@@ -18,7 +18,7 @@ from harness.cluster.job import Worker
 from harness.loaders.datasets import limit, load_dataset
 from harness.loaders.loader import make_loaders
 from harness.loaders.sampling import Augment, LoaderConfig, make_normalize
-from harness.models.resnet import build
+from harness.models.build import build
 from harness.models.variants import he2015
 from harness.results.store import load_epochs, partial_dir, run_name
 from harness.results.values import EpochMetrics, RunResult

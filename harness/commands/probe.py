@@ -15,7 +15,6 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -30,7 +29,7 @@ from rich.table import Table
 from harness.cluster.job import Failed, Started, Worker
 from harness.deadline import stopping_on_sigterm
 from harness.record import classify
-from harness.resources import Resources, make_job, start_launcher
+from harness.resources import Session
 from harness.results.metrics import figures
 from harness.results.store import keep_prediction
 from harness.results.values import Measurement, Prediction
@@ -45,7 +44,6 @@ from harness.training.train import run_eval, run_steps
 
 if TYPE_CHECKING:
     from harness.loaders.loader import Loader
-    from harness.plan import Allocation
 
 Outcome = TypeVar("Outcome")
 WARMUP_STEPS = 10  # not timed
@@ -107,19 +105,11 @@ def count_cells(specs: Sequence[RunSpec]) -> dict[RunSpec, int]:
     return dict(Counter(replace(spec, seed=0) for spec in specs))
 
 
-def name_cell(spec: RunSpec) -> str:
-    """ "msra-20" """
-    return f"{spec.variant}-{spec.network.depth}"
-
-
 def probe_cells(
     probe: Callable[..., Outcome],
     cells: Sequence[RunSpec],
-    allocation: Allocation,
-    resources: Resources,
-    paths: RunPaths,
+    session: Session,
     console: Console,
-    stack: ExitStack,
 ) -> list[tuple[RunSpec, Outcome | Failed]]:
     """Call `probe(spec, worker, report, paths=...)` for each cell where its runs would be; outcomes in their order.
 
@@ -128,18 +118,16 @@ def probe_cells(
 
     def progress(spec: RunSpec, event: Any) -> None:
         if isinstance(event, Started):
-            console.print(f"{name_cell(spec)}: probing", style="dim", soft_wrap=True, markup=False)
+            console.print(f"{spec.name}: probing", style="dim", soft_wrap=True, markup=False)
 
     if not cells:
         return []
-    if allocation.workers == 1 and resources.address is None:
-        resources = replace(resources, launcher="local")
-    launch = start_launcher(allocation, resources, stack)
-    job = make_job(allocation, resources, replace(paths, remote=""))
-    runs = launch(partial(probe, paths=paths), cells, job, progress=progress)
+    if session.allocation.workers == 1 and session.resources.address is None:
+        session = replace(session, resources=replace(session.resources, launcher="local"))
+    runs = session.launch(partial(probe, paths=session.paths), cells, progress=progress)
     with stopping_on_sigterm(), contextlib.closing(runs) as outcomes:
-        found = dict(outcomes)
-    return [(spec, found[spec]) for spec in cells]
+        by_cell = dict(outcomes)
+    return [(spec, by_cell[spec]) for spec in cells]
 
 
 def make_table(spec: RunSpec, note: str, columns: Sequence[str], left: Sequence[str]) -> Table:
@@ -271,22 +259,15 @@ def total_joules(cells: Sequence[Cell]) -> Measurement:
     return Measurement(value=total)
 
 
-def estimate(
-    todo: Sequence[RunSpec],
-    allocation: Allocation,
-    resources: Resources,
-    paths: RunPaths,
-    console: Console,
-    stack: ExitStack,
-) -> bool:
+def estimate(todo: Sequence[RunSpec], session: Session, console: Console) -> bool:
     """Probe every cell of the missing runs, store and print what is predicted. Returns whether a probe failed."""
     cells = count_cells(todo)
-    outcomes = probe_cells(predict, list(cells), allocation, resources, paths, console, stack)
+    outcomes = probe_cells(predict, list(cells), session, console)
     for spec, outcome in outcomes:
         if isinstance(outcome, Prediction):
-            keep_prediction(paths.out, spec.key, outcome)
+            keep_prediction(session.paths.out, spec.key, outcome)
     probed = [Cell(spec, cells[spec], outcome) for spec, outcome in outcomes]
-    print_estimate(probed, todo, allocation.concurrent_runs, console)
+    print_estimate(probed, todo, session.allocation.concurrent_runs, console)
     return any(isinstance(outcome, Failed) for _, outcome in outcomes)
 
 
@@ -305,7 +286,7 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_ru
         if isinstance(cell.outcome, Failed):
             failure = classify(cell.outcome)
             lines.append([*line, failure.kind, *["–"] * (len(columns) - len(line) - 1)])
-            notes[f"{name_cell(cell.spec)} failed, {failure.kind}: {failure.message}"] = None
+            notes[f"{cell.spec.name} failed, {failure.kind}: {failure.message}"] = None
             continue
         one, joules = cell.outcome, total_joules([cell])
         memory = {name: getattr(one.memory, field) for name, field in MEMORY.items()}
@@ -315,7 +296,7 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_ru
         for name, measured in {**memory, "kJ": joules}.items():
             if measured.value is None:
                 missing[str(measured.reason)][name] = None
-        notes |= dict.fromkeys(f"while probing {name_cell(cell.spec)}: {cause}" for cause in one.interference)
+        notes |= dict.fromkeys(f"while probing {cell.spec.name}: {cause}" for cause in one.interference)
     shown = [i for i in range(len(columns)) if any(line[i] != "–" for line in lines)]
     first = cells[0].spec
     table = make_table(first, "", [columns[i] for i in shown], ("variant", "width"))
@@ -389,6 +370,8 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
     prepared = prepare(spec, worker, paths)
     device, loader = prepared.device, prepared.train_loader
     with contextlib.closing(prepared):
+        if loader.steps < 2:
+            raise ValueError("an epoch of one step is too short to profile")
         # several ranks' gradients are summed after backward here, not by DDP inside it, where they hide behind it
         step, clock = make_step(prepared, ddp=False), StepClock(device)
         plain = Engine([("eager", step)], step.snapshot, warn)
@@ -410,17 +393,10 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
     return Breakdown(dict(zip(medians, part_ms, strict=True)), eager_ms, engine_ms, trainer.engine.name)
 
 
-def profile(
-    todo: Sequence[RunSpec],
-    allocation: Allocation,
-    resources: Resources,
-    paths: RunPaths,
-    console: Console,
-    stack: ExitStack,
-) -> bool:
+def profile(todo: Sequence[RunSpec], session: Session, console: Console) -> bool:
     """Break down a step of every cell of the missing runs and print it. Returns whether a probe failed."""
     cells = list(count_cells(todo))
-    outcomes = probe_cells(break_down, cells, allocation, resources, paths, console, stack)
+    outcomes = probe_cells(break_down, cells, session, console)
     print_breakdown(outcomes, console)
     return any(isinstance(outcome, Failed) for _, outcome in outcomes)
 
@@ -437,10 +413,10 @@ def print_breakdown(cells: Sequence[tuple[RunSpec, Breakdown | Failed]], console
     table = make_table(cells[0][0], " · milliseconds of a step", columns, ("run", "width"))
     notes: list[str] = []
     for spec, outcome in cells:
-        line = [escape(name_cell(spec)), width_of(spec)]
+        line = [escape(spec.name), width_of(spec)]
         if isinstance(outcome, Failed):
             table.add_row(*line, *["–"] * (len(parts) + 2))
-            notes.append(f"{name_cell(spec)} failed: {outcome.message}")
+            notes.append(f"{spec.name} failed: {outcome.message}")
             continue
         took = [outcome.parts.get(name) for name in parts]
         table.add_row(*line, *map(figures, [*took, outcome.eager_ms, outcome.engine_ms]))

@@ -188,13 +188,13 @@ def make_html(
     sweeps: Sequence[SweepSummary] = (),
 ) -> str:
     """The page for a browser. Raises ValueError for a column that does not exist."""
+    from harness.loaders.cache import cache_dir
     from harness.results.report.charts import load_bundle
     from harness.results.report.page import make_page
 
-    cache = Path(os.environ.get("HARNESS_CACHE") or Path.home() / ".cache" / "resnet-harness")
     return make_page(
         rows,
-        bundle=load_bundle(cache),
+        bundle=load_bundle(cache_dir()),
         made_at=datetime.now(UTC),
         columns=columns,
         problems=problems,
@@ -221,8 +221,7 @@ def print_variants(console: Console) -> None:
     import torch
     from rich.text import Text
 
-    from harness.models.flops import count_flops
-    from harness.models.resnet import build, count_parameters
+    from harness.models.build import build, count_flops, count_parameters
     from harness.models.variants import VARIANTS, default_depth
 
     for function in VARIANTS:

@@ -29,12 +29,12 @@ def _find_run(run: str, path: Path) -> Stored:
             return loaded.records[0]
         raise UserError(f"{run}: no record to repeat; the command that started an interrupted run continues it")
     records = load_runs([path]).records
-    found = [s for s in records if s.record.name == run or (len(run) >= 4 and s.record.key.startswith(run))]
-    if not found:
+    matches = [s for s in records if s.record.name == run or (len(run) >= 4 and s.record.key.startswith(run))]
+    if not matches:
         hint = suggest(run, [stored.record.name for stored in records])
         hint = hint or ": give a run's folder, its name, or the first digits of its key"
         raise UserError(f"no run {run!r} among the {len(records)} in {str(path)!r}{hint}")
-    return found[-1]
+    return matches[-1]
 
 
 def make_repro(stored: Stored) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -20,10 +20,10 @@ from harness import plan
 from harness.cluster.job import Started, Telemetry
 from harness.commands.report import export_records, print_rows, write_page
 from harness.deadline import TimeUp, format_moment, stopping_at, stopping_on_sigterm
-from harness.plan import Allocation, Grid
+from harness.plan import Grid
 from harness.progress import JsonLines, Progress, load_data
 from harness.record import Recorder, lock_run, name_of
-from harness.resources import Resources, check_resources, make_allocation, make_job, start_launcher
+from harness.resources import Resources, Session, check_resources, make_allocation
 from harness.results.remote import push_file, push_run
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
 from harness.results.values import EpochMetrics
@@ -63,20 +63,16 @@ class _Prepared:
 
     options: RunOptions
     console: Console
-    stack: ExitStack  # of the cluster and of the runs' locks
-    allocation: Allocation
+    session: Session
     dataset: Dataset
     recorder: Recorder
 
     def check_nodes(self) -> None:
         """Refuse a cluster of several nodes that differ. Raises UserError."""
-        if self.options.resources.address is None:
-            return
-        from harness.cluster.nodes import working_nodes
-        from harness.preflight import check_nodes
+        if self.options.resources.address is not None:
+            from harness.preflight import check_nodes
 
-        if len(working_nodes()) > 1:
-            check_nodes(self.dataset, self.recorder.paths, self.console)
+            check_nodes(self.dataset, self.session.paths, self.console)
 
 
 def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
@@ -98,14 +94,14 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             images = len(dataset.train)
             specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
             plan.fallback_world_sizes(options.elastic, specs)
+            paths = replace(paths, label=dataset.label)
+            environment = {"launcher": options.resources.launcher}
             recorder = Recorder(
-                replace(paths, label=dataset.label),
-                dataset.original,
-                {"launcher": options.resources.launcher, "concurrent_runs": allocation.concurrent_runs},
-                partial(say, options=options, console=console),
+                paths, dataset.original, environment, partial(say, options=options, console=console)
             )
             todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
-            prepared = _Prepared(options, console, stack, allocation, dataset, recorder)
+            session = Session(allocation, options.resources, paths, stack)
+            prepared = _Prepared(options, console, session, dataset, recorder)
             if options.dry_run or options.estimate or options.profile:
                 return preview(prepared, specs, todo)
             specs, code = train_all(prepared, specs, todo)
@@ -157,8 +153,7 @@ def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpe
         if todo:
             prepared.check_nodes()
         function = probe.estimate if options.estimate else probe.profile
-        failed = function(todo, prepared.allocation, options.resources, recorder.paths, console, prepared.stack)
-        code = EXIT_FAILED if failed else EXIT_DONE
+        code = EXIT_FAILED if function(todo, prepared.session, console) else EXIT_DONE
         if options.estimate:
             recorder.push(push_run, recorder.paths.out / ESTIMATES)
     if options.until_ci is not None and not options.profile:
@@ -198,22 +193,19 @@ def _plan_table(prepared: _Prepared, specs: Sequence[RunSpec]) -> Table:
 
 def train_all(prepared: _Prepared, specs: list[RunSpec], todo: list[RunSpec]) -> tuple[list[RunSpec], int]:
     """Train what is missing, then the further seeds of --until-ci. Returns all runs of the command and the exit code."""
-    options, recorder, allocation = prepared.options, prepared.recorder, prepared.allocation
-    launch, failures = None, 0
+    options, recorder = prepared.options, prepared.recorder
+    failures = 0
     while True:
         if todo:
-            if launch is None:
-                prepared.check_nodes()
-                launch = start_launcher(allocation, options.resources, prepared.stack)
-            failures += train_batch(prepared, launch, todo)
+            failures += train_batch(prepared, todo)
         if options.until_ci is None or (failures and options.fail_fast):
             break
         more = plan.more_seeds(
             specs,
-            {key: result.final_error for key, result in recorder.find_finished(specs).items()},
+            _errors(recorder, specs),
             until_ci=options.until_ci,
             max_seeds=options.max_seeds or plan.MAX_SEEDS,
-            concurrent_runs=allocation.concurrent_runs,
+            concurrent_runs=prepared.session.allocation.concurrent_runs,
         )
         if not more:
             break
@@ -222,16 +214,24 @@ def train_all(prepared: _Prepared, specs: list[RunSpec], todo: list[RunSpec]) ->
     return specs, EXIT_FAILED if failures else EXIT_DONE
 
 
-def train_batch(prepared: _Prepared, launch: Callable[..., Any], specs: Sequence[RunSpec]) -> int:
+def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     """Launch some runs and store what each comes to. Returns how many failed, or could not be stored at --out."""
     from harness.training.telemetry import NodeTelemetry
     from harness.training.train import train
 
-    options, recorder, paths = prepared.options, prepared.recorder, prepared.recorder.paths
+    options, recorder, session = prepared.options, prepared.recorder, prepared.session
+    paths, concurrent_runs = session.paths, min(session.allocation.concurrent_runs, len(specs))
+    if not recorder.started:
+        prepared.check_nodes()
     _allow_open_files(len(specs))
     for spec in specs:
-        prepared.stack.callback(lock_run(spec, paths.label, paths.out).release)
-    display = make_display(prepared, specs)
+        session.stack.callback(lock_run(spec, paths.label, paths.out).release)
+    display: Progress | JsonLines
+    if options.format == "jsonl":
+        display = JsonLines(prepared.console.file)
+    else:
+        epochs = {spec.key: plan.count_epochs(spec, len(prepared.dataset.train)) for spec in specs}
+        display = Progress(specs, epochs, prepared.console, concurrent_runs=concurrent_runs)
 
     def progress(spec: RunSpec, event: Any) -> None:
         if isinstance(event, Telemetry):
@@ -241,19 +241,19 @@ def train_batch(prepared: _Prepared, launch: Callable[..., Any], specs: Sequence
             display.resumes(spec, recorder.begin(spec, event))
         display.event(spec, event)
 
-    job = make_job(
-        prepared.allocation, options.resources, paths,
+    runs = session.launch(
+        partial(train, paths=paths),
+        specs,
         fallback_world_sizes=plan.fallback_world_sizes(options.elastic, specs),
-    )  # fmt: skip
-    runs = launch(
-        partial(train, paths=paths), specs, job, progress=progress, telemetry=NodeTelemetry,
+        progress=progress,
+        telemetry=NodeTelemetry,
         progress_of=lambda event: event.epoch if isinstance(event, EpochMetrics) else 0,
-    )  # fmt: skip
+    )
     failures = 0
     try:
         with stopping_on_sigterm(), display, closing(runs) as outcomes:
             for spec, outcome in outcomes:
-                failures += not recorder.end(spec, outcome)
+                failures += not recorder.end(spec, outcome, concurrent_runs=concurrent_runs)
                 display.ended(spec, outcome)
                 if failures and options.fail_fast:
                     break
@@ -266,13 +266,9 @@ def train_batch(prepared: _Prepared, launch: Callable[..., Any], specs: Sequence
     return failures
 
 
-def make_display(prepared: _Prepared, specs: Sequence[RunSpec]) -> Progress | JsonLines:
-    """What shows the runs while they train: a table, or JSON lines."""
-    if prepared.options.format == "jsonl":
-        return JsonLines(prepared.console.file)
-    epochs = {spec.key: plan.count_epochs(spec, len(prepared.dataset.train)) for spec in specs}
-    at_a_time = min(prepared.allocation.concurrent_runs, len(specs))
-    return Progress(specs, epochs, prepared.console, concurrent_runs=at_a_time)
+def _errors(recorder: Recorder, specs: Sequence[RunSpec]) -> dict[str, float]:
+    """The last-epoch errors of the finished runs, by key."""
+    return {key: result.final_error for key, result in recorder.find_finished(specs).items()}
 
 
 def _allow_open_files(more: int) -> None:
@@ -330,9 +326,10 @@ def select(loaded: Loaded, names: Collection[str]) -> Loaded:
 
 
 def _print_wide_rows(prepared: _Prepared, specs: Sequence[RunSpec], until_ci: float) -> None:
-    errors = {key: result.final_error for key, result in prepared.recorder.find_finished(specs).items()}
-    for row, half in plan.error_half_widths(specs, errors).items():
+    for row, half in plan.error_half_widths(specs, _errors(prepared.recorder, specs)).items():
         if half is not None and half > until_ci:
             seeds = sum(replace(spec, seed=0) == row for spec in specs)
-            text = f"{row.variant}-{row.network.depth}: after {seeds} seeds its error is known to ±{half:.2f} points, not to ±{until_ci:g}"
+            text = (
+                f"{row.name}: after {seeds} seeds its error is known to ±{half:.2f} points, not to ±{until_ci:g}"
+            )
             say(text, prepared.options, prepared.console)

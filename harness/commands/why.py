@@ -21,7 +21,7 @@ def print_why(row: str, path: Path, console: Console) -> None:
     from harness.results.explain import why
 
     rows = make_rows(load_runs([path]))
-    print_text("\n".join(why(found) for found in _find_rows(rows, row, path)), console)
+    print_text("\n".join(why(match) for match in _find_rows(rows, row, path)), console)
 
 
 def _find_rows(rows: Sequence[Row], wanted: str, path: Path) -> list[Row]:
@@ -31,7 +31,7 @@ def _find_rows(rows: Sequence[Row], wanted: str, path: Path) -> list[Row]:
         raise UserError(
             f"row {wanted}: {str(path)!r} has rows 1 to {len(rows)}" if rows else f"no runs in {str(path)!r}"
         )
-    found = [row for row in rows if row.name == wanted]
-    if not found:
+    matches = [row for row in rows if row.name == wanted]
+    if not matches:
         check_word(wanted, sorted({row.name for row in rows}), "row")
-    return found
+    return matches

@@ -15,7 +15,7 @@ from harness.cluster.job import Worker
 from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
 from harness.loaders.loader import Loader, make_loaders
 from harness.loaders.sampling import Augment, LoaderConfig, make_normalize
-from harness.models.resnet import build
+from harness.models.build import build
 from harness.spec import RunPaths, RunSpec
 from harness.training.engine import Captured, Engine, compile_network, make_graphs, nothing_to_restore
 from harness.training.memory import MemoryMeter
