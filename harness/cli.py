@@ -203,7 +203,6 @@ def tune(
 ) -> None:
     """Search for the best recipe; poor trials stop early."""
     values = dict(locals())
-
     from harness.commands.sweep import make_search
     from harness.commands.tune import TuneOptions
     from harness.commands.tune import tune as run_search
