@@ -33,12 +33,10 @@ def why(row: Row) -> str:
         if failure := stored.record.failure:
             lines += [f"seed {stored.record.seed} failed: {failure.kind}, {failure.message}", f"  {stored.folder}"]
     for stored in row.pruned:
-        if pruned := stored.record.pruned:
-            lines += [
-                f"seed {stored.record.seed} was pruned by {pruned.by} of sweep {pruned.sweep} after epoch "
-                f"{pruned.epoch} of {pruned.of}, at {pruned.error:g} % of the {pruned.evaluated_on} set",
-                f"  {stored.folder}",
-            ]
+        if end := stored.record.pruned:
+            by = f"pruned by {end.by} of sweep {end.sweep} after epoch {end.epoch} of {end.of}"
+            lines += [f"seed {stored.record.seed} was {by}, at {end.error:g} % of the {end.evaluated_on} set"]
+            lines += [f"  {stored.folder}"]
     for partial in row.interrupted:
         of = f" of {partial.of}" if partial.of else ""
         lines += [f"{partial.name} is not done: epoch {partial.epochs}{of}", f"  {partial.folder}"]
@@ -100,10 +98,8 @@ def _against(against: Against) -> Iterator[str]:
     if verdict is None:
         yield "  one run on each side: no verdict"
     else:
-        yield (
-            f"  {verdict.verdict}: p = {verdict.p:.3g}; from our spread it was expected between "
-            f"{verdict.interval.low:.2f} and {verdict.interval.high:.2f} (95 %)"
-        )
+        expected = f"{verdict.interval.low:.2f} and {verdict.interval.high:.2f} (95 %)"
+        yield f"  {verdict.verdict}: p = {verdict.p:.3g}; from our spread it was expected between {expected}"
     if ours.std:
         seeds = seeds_to_tell(ours.std, against.difference, published.n)
         yield f"  {seeds} seeds would tell such a difference" if seeds else "  no number of seeds would tell it"
@@ -139,10 +135,8 @@ def _memory(row: Row, runs: Sequence[Run]) -> Iterator[str]:
         readings = ", ".join(f"{metric.title} {_reading(metric.measure(result))}" for metric in metrics)
         yield f"  seed {stored.record.seed}  {readings}"
         if memory.warmup_allocated_mib.value is not None:
-            yield (
-                f"    in set-up and warm-up: alloc {_reading(memory.warmup_allocated_mib)}, resvd "
-                f"{_reading(memory.warmup_reserved_mib)}"
-            )
+            allocated, reserved = map(_reading, (memory.warmup_allocated_mib, memory.warmup_reserved_mib))
+            yield f"    in set-up and warm-up: alloc {allocated}, resvd {reserved}"
         if (growth := memory.growth_mib_per_epoch.value) is not None:
             yield f"    what is in use grows by {growth:+.2g} MiB an epoch, by least squares over the epochs after warm-up"
         if memory.by_category_mib:
@@ -176,10 +170,8 @@ def _ranks(row: Row, runs: Sequence[Run]) -> Iterator[str]:
         skews = [] if isinstance(curve, str) else [(e.skew, e) for e in curve if e.timed and e.skew is not None]
         if skews:
             largest, epoch = max(skews, key=lambda skew: skew[0])
-            text += (
-                f"  slowest over fastest rank's epoch: median {median([skew for skew, _ in skews]):.3f}, at most "
-                f"{largest:.3f} (rank {epoch.slowest_rank} in epoch {epoch.epoch})"
-            )
+            text += f"  slowest over fastest rank's epoch: median {median([skew for skew, _ in skews]):.3f}"
+            text += f", at most {largest:.3f} (rank {epoch.slowest_rank} in epoch {epoch.epoch})"
         yield text
         for rank in result.ranks[:RANKS_SHOWN]:
             yield (

@@ -50,8 +50,5 @@ def find_published(dataset: str, variant: str, depth: int) -> Published | None:
 
 @cache
 def _same_recipe() -> dict[tuple[str, str, int], Published]:
-    first: dict[tuple[str, str, int], Published] = {}
-    for entry in load_published():
-        if entry.recipe == "same":
-            first.setdefault((entry.dataset, entry.variant, entry.depth), entry)
-    return first
+    same = [entry for entry in reversed(load_published()) if entry.recipe == "same"]
+    return {(entry.dataset, entry.variant, entry.depth): entry for entry in same}

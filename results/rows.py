@@ -160,9 +160,8 @@ class _Groups:
         self.fields: set[str] = set()  # of any run
         self.by_identity: dict[str, _Group] = {}
         self._by_spec: dict[str, _Group] = {}  # the first group of each spec
-        self._seen: dict[
-            tuple[str, Surroundings | None], _Group
-        ] = {}  # runs of other seeds are not flattened again
+        # runs of other seeds are not flattened again
+        self._seen: dict[tuple[str, Surroundings | None], _Group] = {}
 
     def find(self, spec: Mapping[str, Any], around: Surroundings | None) -> _Group:
         """The group of a run; one without a result has no surroundings and joins the runs of its spec."""
@@ -218,14 +217,18 @@ def _make_row(group: _Group) -> Row:
         dataset, original = (name.split("_")[0] if spec else NONE), False
     results = [stored.record.result for stored in done if stored.record.result is not None]
     first = results[0] if results else None
-    limit, limit_test = spec.get("limit_train"), spec.get("limit_test")
+    limits = (
+        limit if isinstance(limit := spec.get(name), int) else None for name in ("limit_train", "limit_test")
+    )
+    limit_train, limit_test = limits
+    largest = max((r.memory.by_category_mib for r in results), key=lambda c: sum(c.values()), default={})
     row = Row(
         variant=variant,
         depth=depth,
         dataset=dataset,
         original=original,
-        limit_train=limit if isinstance(limit, int) else None,
-        limit_test=limit_test if isinstance(limit_test, int) else None,
+        limit_train=limit_train,
+        limit_test=limit_test,
         overrides=tuple(map(str, overrides)) if isinstance(overrides := spec.get("overrides"), list) else (),
         duration=_number(recipe.get("duration"), math.nan),
         duration_unit=str(recipe.get("unit", "epoch")),
@@ -244,12 +247,9 @@ def _make_row(group: _Group) -> Row:
         interrupted=tuple(group.interrupted),
         repeated=repeated,
         figures=summarise_metrics(results),
-        by_category_mib=max(
-            (r.memory.by_category_mib for r in results), key=lambda c: sum(c.values()), default={}
-        ),
+        by_category_mib=largest,
     )
-    against = judge(row)
-    return replace(row, against=against) if against else row
+    return replace(row, against=judge(row))
 
 
 def _last_of_each_seed(runs: list[Stored]) -> tuple[list[Stored], int]:
@@ -268,17 +268,14 @@ def _add_predictions(rows: list[Row], predictions: Iterable[Prediction]) -> list
         by_spec[json.dumps(flatten_spec(prediction.spec))].append(prediction)
     if not by_spec:
         return rows
-    completed = []
-    for row in rows:
-        own = {name: value for name, value in row.fields.items() if name not in SURROUNDINGS}
-        for prediction in by_spec.get(json.dumps(own), ()):
-            if not row.done or (prediction.device, str(prediction.threads)) == (
-                row.device,
-                row.fields.get("threads"),
-            ):
-                row = replace(row, predicted=prediction)
-        completed.append(row)
-    return completed
+
+    def last(row: Row) -> Prediction | None:
+        own = json.dumps({name: value for name, value in row.fields.items() if name not in SURROUNDINGS})
+        on = (row.device, row.fields.get("threads"))
+        fitting = [p for p in by_spec.get(own, ()) if not row.done or (p.device, str(p.threads)) == on]
+        return fitting[-1] if fitting else None
+
+    return [replace(row, predicted=last(row)) for row in rows]
 
 
 def judge(row: Row) -> Against | None:
@@ -335,12 +332,12 @@ def _name_differences(rows: list[Row]) -> list[Row]:
         differing[name] = {where for where, several in values.items() if len(several) > 1}
 
     def extend(row: Row, names: Iterable[str]) -> Row:
-        words = tuple(f"{name}={_brief(row.fields.get(name, NONE))}" for name in names)
+        values = ((name, row.fields.get(name, NONE)) for name in names)
+        words = [f"{name}={value if len(value) <= 16 else f'{value[:12]}…'}" for name, value in values]
         return replace(row, differs=(*row.differs, *words)) if words else row
 
-    named = [
-        extend(row, (n for n in row.fields if n in differing and scope(n, row) in differing[n])) for row in rows
-    ]
+    own = [[n for n in row.fields if n in differing and scope(n, row) in differing[n]] for row in rows]
+    named = [extend(row, names) for row, names in zip(rows, own, strict=True)]
     # a field that only some of them have: widths of an elastic run
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, row in enumerate(named):
@@ -355,10 +352,6 @@ def _name_differences(rows: list[Row]) -> list[Row]:
         for index in indices:
             named[index] = extend(named[index], telling)
     return named
-
-
-def _brief(value: str) -> str:
-    return value if len(value) <= 16 else f"{value[:12]}…"
 
 
 def _number(value: object, default: float) -> float:

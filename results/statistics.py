@@ -87,12 +87,15 @@ def sample(values: Sequence[float]) -> Sample:
     return Sample(len(values), mean(values), std(values))
 
 
+def _around(centre: float, half: float) -> Interval:
+    return Interval(centre - half, centre + half)
+
+
 def confidence_interval(runs: Sample, level: float = 0.95) -> Interval | None:
     """Student's interval for the mean; None for one run."""
     if runs.variance_of_mean is None:
         return None
-    half = t_quantile(0.5 + level / 2, runs.n - 1) * math.sqrt(runs.variance_of_mean)
-    return Interval(runs.mean - half, runs.mean + half)
+    return _around(runs.mean, t_quantile(0.5 + level / 2, runs.n - 1) * math.sqrt(runs.variance_of_mean))
 
 
 def compare_with_published(ours: Sample, published: Sample, alpha: float = 0.05) -> Verdict | None:
@@ -113,11 +116,8 @@ def compare_with_published(ours: Sample, published: Sample, alpha: float = 0.05)
     else:
         return None
     p = _two_sided(difference, error, freedom)
-    half = t_quantile(1 - alpha / 2, freedom) * error
-    word: Literal["consistent", "better", "worse"] = "consistent"
-    if p < alpha:
-        word = "better" if difference < 0 else "worse"
-    return Verdict(word, p, Interval(ours.mean - half, ours.mean + half))
+    expected = _around(ours.mean, t_quantile(1 - alpha / 2, freedom) * error)
+    return Verdict("consistent" if p >= alpha else "better" if difference < 0 else "worse", p, expected)
 
 
 def seeds_to_tell(std: float, difference: float, published_n: int = 1, alpha: float = 0.05) -> int | None:
@@ -167,8 +167,7 @@ def welch(a: Sample, b: Sample, level: float = 0.95) -> Difference | None:
         return None
     difference = a.mean - b.mean
     error, freedom = _welch(a, b)
-    half = t_quantile(0.5 + level / 2, freedom) * error
-    interval = Interval(difference - half, difference + half)
+    interval = _around(difference, t_quantile(0.5 + level / 2, freedom) * error)
     return Difference(difference, interval, _two_sided(difference, error, freedom))
 
 
@@ -186,8 +185,7 @@ def tost(a: Sample, b: Sample, margin: float, alpha: float = 0.05) -> Equivalenc
     difference = a.mean - b.mean
     error, freedom = _welch(a, b)
     above, below = _one_sided(difference + margin, error, freedom), _one_sided(margin - difference, error, freedom)
-    half = t_quantile(1 - alpha, freedom) * error
-    interval = Interval(difference - half, difference + half)
+    interval = _around(difference, t_quantile(1 - alpha, freedom) * error)
     verdict: Literal["equivalent", "different", "~"] = "~"
     if max(above, below) < alpha:
         verdict = "equivalent"

@@ -14,11 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.results.metrics import METRICS, NONE
 from harness.results.report import memory
+from harness.results.report.columns import DESCRIPTORS
 from harness.results.report.table import Layout, lay_out
 from harness.results.report.text import clean
 from harness.results.rows import Row
@@ -42,9 +44,7 @@ DASHES = ([1, 0], [7, 3], [2, 2], [10, 3, 2, 3])
 SHAPES = ("circle", "square", "triangle-up", "diamond")
 """Colours stand for networks; dashes and shapes for the conditions that one network was trained under."""
 
-DESCRIBING = {
-    "limit_train", "duration", "overrides", "loader", "precision", "engine", "width", "device", "differs",
-}  # fmt: skip
+DESCRIBING = [column for column in DESCRIPTORS if not column.stays and column.name != "dataset"]
 """Columns that distinguish rows of one network."""
 MEMORIES = ("nvml_process_mib", "torch_reserved_mib", "rss_mib")  # the best one to compare first
 
@@ -107,7 +107,7 @@ def make_labels(rows: Sequence[Row], layout: Layout | None = None) -> list[str]:
     if not rows:
         return []
     layout = layout or lay_out(rows)
-    words = [layout.words[c.name] for c in layout.columns if c.name in DESCRIBING and not c.stays]
+    words = [layout.words[c.name] for c in layout.columns if c in DESCRIBING]
     labels: list[str] = []
     seen: dict[str, int] = defaultdict(int)
     for i, row in enumerate(rows):
@@ -142,14 +142,10 @@ def _sort_by_error(rows: Sequence[Row], members: Sequence[int]) -> list[int]:
 
 def _choose(rows: Sequence[Row]) -> set[int]:
     """The rows whose curves are shown: all, or those with the smallest error."""
-    chosen: set[int] = set()
-    runs = 0
-    for i in _sort_by_error(rows, range(len(rows))):
-        runs += len(rows[i].done) + len(rows[i].failed) + len(rows[i].pruned) + len(rows[i].interrupted)
-        if runs > MAX_RUNS and chosen:
-            break
-        chosen.add(i)
-    return chosen
+    order = _sort_by_error(rows, range(len(rows)))
+    counts = (sum(map(len, (r.done, r.failed, r.pruned, r.interrupted))) for r in (rows[i] for i in order))
+    fitting = sum(runs <= MAX_RUNS for runs in accumulate(counts))
+    return set(order[: max(1, fitting)])
 
 
 def _make_panel(rows: Sequence[Row], styles: Mapping[int, Style], chosen: set[int]) -> Panel:
@@ -224,10 +220,16 @@ def _curve_charts(curves: Values, title: str, styles: Sequence[Style]) -> Iterat
     last = max(max(curve.get("epoch") or [len(curve["mean"])]) for curve in curves)
     top = max(max(curve.get("high") or curve["mean"]) for curve in curves)
     whole = [min(1, last), max(last, 2)], [0.0, _round_up(top) or 1.0]
-    yield Chart("curves", caption, _curves_spec(*whole, title, styles, clip=False))
+
+    def spec(epochs: list[int], errors: list[float], *, clip: bool) -> dict[str, Any]:
+        at = f"at > 0 ? at : {epochs[0]}"  # hidden, the rule stands inside the plot: outside, it would take its room
+        return make_spec("curves", epochs=epochs, errors=errors, error=title, clip=clip, at=at, **looks)
+
+    looks = {style: _by_row(style, styles) for style in ("colour", "dash")}
+    yield Chart("curves", caption, spec(*whole, clip=False))
     if zoom := _zoom(curves, last // 2 + 1) if last >= 4 else None:
         caption = f"The same from epoch {last // 2 + 1}, up to {zoom[1]:g} %"
-        yield Chart("zoom", caption, _curves_spec([last // 2 + 1, last], zoom, title, styles, clip=True))
+        yield Chart("zoom", caption, spec([last // 2 + 1, last], zoom, clip=True))
 
 
 def _zoom(curves: Values, first: int) -> list[float] | None:
@@ -252,17 +254,6 @@ def _round_up(value: float) -> float:
     """To a multiple of half its power of ten."""
     step = 0.5 * 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
     return round(math.ceil(value / step) * step, 6)
-
-
-def _curves_spec(
-    epochs: list[int], errors: list[float], title: str, styles: Sequence[Style], *, clip: bool
-) -> dict[str, Any]:
-    # hidden, the rule stands inside the plot: outside, it would take its room
-    at = f"at > 0 ? at : {epochs[0]}"
-    colour, dash = _by_row("colour", styles), _by_row("dash", styles)
-    return make_spec(
-        "curves", epochs=epochs, errors=errors, error=title, colour=colour, dash=dash, clip=clip, at=at
-    )
 
 
 # --- error against cost, memory by category ---
@@ -293,10 +284,9 @@ def _frontier_chart(name: str, figure: str, title: str, styles: Sequence[Style])
     cost = "seconds per epoch"
     if metric.unit == "MiB":
         cost = f"{metric.means.removeprefix('MiB, ').partition(':')[0]}, MiB"
-    spec = make_spec(
-        "frontier", data=name, cost=cost, error=title, colour=_by_row("colour", styles), shape=_by_row("shape", styles),
-        named="true" if len(styles) <= MAX_POINT_NAMES else "datum.best",
-    )  # fmt: skip
+    named = "true" if len(styles) <= MAX_POINT_NAMES else "datum.best"
+    looks = {style: _by_row(style, styles) for style in ("colour", "shape")}
+    spec = make_spec("frontier", data=name, cost=cost, error=title, named=named, **looks)
     return Chart(name, f"Error against {cost}; the line joins rows that no other row beats in both", spec)
 
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -21,7 +20,7 @@ from markupsafe import Markup, escape
 from harness.results import prediction
 from harness.results.metrics import METRICS, NONE
 from harness.results.report import memory
-from harness.results.report.charts import Panel, make_labels, make_panels
+from harness.results.report.charts import make_labels, make_panels
 from harness.results.report.columns import Column
 from harness.results.report.sweeps import clamp, is_finite, make_sweep_panel, show
 from harness.results.report.table import lay_out
@@ -48,18 +47,9 @@ POLICY = (
 )
 """With it the browser itself keeps the page from the network. Vega compiles its expressions, hence unsafe-eval."""
 
-NETWORK = Column(
-    "network", "network", lambda row: row.name, right=False, key=lambda row: f"{row.variant} {row.depth:06}"
-)
+NETWORK = Column("network", "network", lambda r: r.name, right=False, key=lambda r: f"{r.variant} {r.depth:06}")
 RUN_METRICS = [metric for metric in METRICS.values() if metric.kind != "size"]
-RUN_COLUMNS = (
-    "seed",
-    *(metric.heading for metric in RUN_METRICS),
-    "attempts",
-    "finished",
-    "folder",
-    "environment",
-)
+RUN_COLUMNS = ("seed", *(m.heading for m in RUN_METRICS), "attempts", "finished", "folder", "environment")
 
 
 def make_page(
@@ -80,27 +70,30 @@ def make_page(
     labels = make_labels(rows, None if columns else layout)
     panels, searches = make_panels(rows, labels), [(sweep, make_sweep_panel(sweep)) for sweep in sweeps]
     every = [*panels, *(panel for _, panel in searches)]
-    environments = _Environments()
+    environments: dict[str, _Group] = {}
     runs = [[_run(stored, environments) for stored in row.done] for row in rows]
-    if not environments.groups:  # a run that failed knows less of its environment
+    if not environments:  # a run that failed knows less of its environment
         for stored in (stored for row in rows for stored in row.failed):
-            environments.add(stored.record)
+            _add_environment(environments, stored.record)
     trials = {trial.run for sweep in sweeps for trial in sweep.trials}
     row_of = {s.folder.name: i for i, row in enumerate(rows) for s in row.done if s.folder.name in trials}
     scripts = [bundle.replace("</script", "<\\/script")] if any(panel.charts for panel in every) else []
     # variant and depth are one column: the first stays in place when the others scroll
     joined = [column.name for column in layout.columns[1:3]] == ["variant", "depth"]
-    data = {"panels": [_data(panel) for panel in every], "columns": RUN_COLUMNS, "runs": runs}
+    charts = [{chart.name: chart.spec for chart in panel.charts if chart.in_page} for panel in every]
+    drawn = [{"rows": p.rows, "charts": c, "datasets": p.datasets} for p, c in zip(every, charts, strict=True)]
+    data = {"panels": drawn, "columns": RUN_COLUMNS, "runs": runs}
     # "<" inside a script could end it; JSON strings may hold it in this form
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    css, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     return _make_environment().get_template("page.html").render(
         title=title, made_at=made_at, policy=POLICY, rows=rows, layout=layout, labels=labels, panels=panels,
         columns=[NETWORK, *layout.columns[3:]] if joined else layout.columns[1:], sweeps=searches, problems=problems,
         swatches={label: colour for panel in panels for label, (colour, _) in panel.rows.items()}, row_of=row_of,
         probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := prediction.predicted_figures(row))],
         each=lambda name: [(row, run) for row in rows for run in getattr(row, name)],
-        environments=environments.groups, data=Markup(text), css=_read("page.css"),
-        scripts=[*map(Markup, scripts), _read("page.js")],
+        environments=list(environments.values()), data=Markup(text), css=css,
+        scripts=[*map(Markup, scripts), script],
     )  # fmt: skip
 
 
@@ -117,15 +110,6 @@ def _make_environment() -> Environment:
         "prediction": prediction, "show": show, "sort_key": _sort_key,
     }  # fmt: skip
     return environment
-
-
-def _read(name: str) -> Markup:
-    return Markup((HERE / name).read_text(encoding="utf-8"))
-
-
-def _data(panel: Panel) -> dict[str, Any]:
-    charts = {chart.name: chart.spec for chart in panel.charts if chart.in_page}
-    return {"rows": panel.rows, "charts": charts, "datasets": panel.datasets}
 
 
 def _count(number: int, what: str) -> str:
@@ -159,7 +143,7 @@ def _kind(column: Column, row: Row) -> str:
     return " ".join(kinds)
 
 
-def _run(stored: Stored, environments: _Environments) -> list[str]:
+def _run(stored: Stored, environments: dict[str, _Group]) -> list[str]:
     """The cells of a run, in the order of `RUN_COLUMNS`."""
     record, result = stored.record, stored.record.result
     assert result is not None  # a row's finished runs
@@ -169,7 +153,7 @@ def _run(stored: Stored, environments: _Environments) -> list[str]:
     return [
         str(record.seed), *(metric.text(metric.value(result)) for metric in RUN_METRICS),
         f"{result.attempts}: {reasons}" if reasons else str(result.attempts),
-        f"{record.finished_at:%Y-%m-%d %H:%M}", clean(stored.folder.name), str(environments.add(record)),
+        f"{record.finished_at:%Y-%m-%d %H:%M}", clean(stored.folder.name), str(_add_environment(environments, record)),
     ]  # fmt: skip
 
 
@@ -177,31 +161,20 @@ def _run(stored: Stored, environments: _Environments) -> list[str]:
 class _Group:
     """Runs that were made in one environment: commit, versions, machine."""
 
-    number: int
+    number: int  # from 1
     fields: dict[str, object]
     commands: dict[str, None] = field(default_factory=dict)
     runs: int = 0
 
 
-class _Environments:
-    """Every environment once, numbered from 1."""
-
-    def __init__(self) -> None:
-        self.groups: list[_Group] = []
-        self.by_fields: dict[str, _Group] = {}
-
-    def add(self, record: Record) -> int:
-        """The number of a run's environment."""
-        fields = _describe_environment(record)
-        identity = repr(fields)
-        if identity not in self.by_fields:
-            self.by_fields[identity] = _Group(len(self.groups) + 1, fields)
-            self.groups.append(self.by_fields[identity])
-        group = self.by_fields[identity]
-        group.runs += 1
-        if isinstance(command := record.environment.get("command"), list):
-            group.commands[shlex.join(map(str, command))] = None
-        return group.number
+def _add_environment(groups: dict[str, _Group], record: Record) -> int:
+    """Count a run with those of its environment, by its description; the environment's number."""
+    fields = _describe_environment(record)
+    group = groups.setdefault(repr(fields), _Group(len(groups) + 1, fields))
+    group.runs += 1
+    if isinstance(command := record.environment.get("command"), list):
+        group.commands[shlex.join(map(str, command))] = None
+    return group.number
 
 
 def _describe_environment(record: Record) -> dict[str, object]:

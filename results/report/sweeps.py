@@ -30,9 +30,8 @@ def make_sweep_panel(sweep: Sweep) -> Panel:
     # the best on top
     panel.datasets["trials"] = [_value(sweep, trial, axes) for trial in reversed(drawn)]
 
-    note = (
-        "; faint: a trial that was pruned, at its last value" if any(t.state != "finished" for t in drawn) else ""
-    )
+    faint = any(trial.state != "finished" for trial in drawn)
+    note = "; faint: a trial that was pruned, at its last value" if faint else ""
     if missing := len(sweep.trials) - len(drawn):
         note += f"; {missing} of {len(sweep.trials)} trials are not drawn: they have no value"
         note += f", or are not among the best {MAX_DRAWN}" if len(drawn) == MAX_DRAWN else ""
@@ -58,15 +57,8 @@ def make_sweep_panel(sweep: Sweep) -> Panel:
             {"field": clean(f.field), "value": clamp(f.value), "sign": clean(f.sign)} for f in weights.fields
         ]
         caption = f"Importance of each field for {metric}; {clean(weights.how)}, {weights.trials} trials at epoch {weights.epoch}"
-        panel.charts.append(
-            Chart(
-                "importance",
-                caption,
-                make_spec("importance"),
-                height=BAR * len(weights.fields) + AROUND_BARS,
-                in_page=False,
-            )
-        )
+        height = BAR * len(weights.fields) + AROUND_BARS
+        panel.charts.append(Chart("importance", caption, make_spec("importance"), height=height, in_page=False))
     return panel
 
 

@@ -83,16 +83,8 @@ def lay_out(rows: Sequence[Row], wanted: Sequence[str] = ()) -> Layout:
         [[words[c.name][i] + _mark(marks.get((i, c.name), ())) for c in columns] for i in range(len(rows))],
     )
     means = [f"{column.header}: {column.means}" for column in columns if column.means]
-    return Layout(
-        clean(" · ".join(caption)),
-        columns,
-        words,
-        marks,
-        header_marks,
-        sheet,
-        [clean(n.text) for n in notes],
-        means,
-    )
+    texts_of_notes = [clean(note.text) for note in notes]
+    return Layout(clean(" · ".join(caption)), columns, words, marks, header_marks, sheet, texts_of_notes, means)
 
 
 def _choose_columns(rows: Sequence[Row], texts: dict[str, list[str]]) -> tuple[list[Column], list[Column]]:
@@ -178,9 +170,8 @@ def _parts(layout: Layout, width: int) -> list[list[int]]:
     """The columns of each table that is printed: all in one where they fit, else errors and costs apart, and where
     that is still too wide, what the rows are in a table of its own that numbers them."""
     number, *rest = range(len(layout.columns))
-    what, errors, costs = (
-        [j for j in rest if layout.columns[j].part == part] for part in ("what", "errors", "costs")
-    )
+    parts = ("what", "errors", "costs")
+    what, errors, costs = ([j for j in rest if layout.columns[j].part == part] for part in parts)
     widths = layout.sheet.widths
 
     def fits(part: list[int]) -> bool:
@@ -249,9 +240,11 @@ def plain_values(row: Row) -> dict[str, Any]:
     for name, metric in METRICS.items():
         values |= metric.plain(row.figures.get(name, UNKNOWN))
     values["best_minus_last_points"] = row.best_minus_last
-    for name, metric in METRICS.items():
-        if metric.predict:
-            values[f"predicted_{name}"] = metric.predict(row.predicted).value if row.predicted else None
+    values |= {
+        f"predicted_{name}": metric.predict(row.predicted).value if row.predicted else None
+        for name, metric in METRICS.items()
+        if metric.predict
+    }
     for category in MEMORY_CATEGORIES:
         values[f"memory_{category.lower().replace(' ', '_')}_mib"] = row.by_category_mib.get(category)
     values |= _published_values(row.against)
@@ -292,10 +285,6 @@ def _json(rows: Sequence[Row], plain: list[dict[str, Any]]) -> str:
     definitions = [{"column": name, "means": text} for name, text in means.items() if text]
     parts = {"rows": plain, "notes": notes, "definitions": definitions}
     # one value a line: json's own indenting takes twenty times as long
-    lines = (
-        f"{json.dumps(name)}: [\n"
-        + ",\n".join(json.dumps(value, ensure_ascii=False, allow_nan=False) for value in values)
-        + "\n]"
-        for name, values in parts.items()
-    )
+    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+    lines = [f'"{name}": [\n' + ",\n".join(map(encode, values)) + "\n]" for name, values in parts.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
