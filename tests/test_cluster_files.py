@@ -166,6 +166,8 @@ def test_commands_of_the_page_parse() -> None:
 
 
 def test_every_file_is_in_the_wheel() -> None:
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["cluster"]
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "harness.cluster"
+    ]
     for name in (*CLOUDS, "kuberay.yaml", "slurm.sh", "Dockerfile"):
         assert any(Path(name).match(pattern) for pattern in listed), name
