@@ -1,10 +1,10 @@
-"""Kill runs at random moments, give the same command again, compare with a run that nothing happened to.
+"""Kill runs at random moments, give the same command again, compare with an undisturbed run.
 
     python benchmarks/chaos.py --kills 24 --out /tmp/chaos
 
-Three ways to die: one training worker (SIGKILL; the command itself goes on), the driver (SIGKILL to the command), the
-whole process group (SIGKILL to all that the command's group holds). Equal means: every epoch's loss and error, and
-the file of weights, bit for bit. Prints a Markdown table; exit code 1 where anything differs.
+Three ways to die: one training worker (SIGKILL; the command itself continues), the driver (SIGKILL to the command), the
+whole process group. Equal means: every epoch's loss and error, and all weights, bit for bit. Prints a Markdown table;
+exit code 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -23,18 +23,28 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+from rounds import ROOT
+
 KINDS = {"local": ("driver", "group"), "ray": ("worker", "driver", "group")}
 WORKERS = {"local": 1, "ray": 2}
 EPOCH = re.compile(r"epoch (\d+)/(\d+)")
 
 
-def make_command(launcher: str, out: Path, *, epochs: int, images: int) -> list[str]:
-    """A run small enough to be killed many times: depth 8 on digits."""
-    words = f"""run --dataset digits --depths 8 --limit-train {images} --epochs {epochs} --gpus 0 --loader resident
-                --workers {WORKERS[launcher]} --launcher {launcher}"""
-    return [sys.executable, "-m", "harness.cli", *words.split(), "--out", str(out)]
+class Case(NamedTuple):
+    """A command small enough to be killed many times, and its folder."""
+
+    launcher: str
+    out: Path
+    epochs: int
+    images: int
+
+    @property
+    def command(self) -> list[str]:
+        words = f"""run --dataset digits --depths 8 --limit-train {self.images} --epochs {self.epochs} --gpus 0
+                    --loader resident --workers {WORKERS[self.launcher]} --launcher {self.launcher}"""
+        return [sys.executable, "-m", "harness.cli", *words.split(), "--out", str(self.out)]
 
 
 @dataclass(slots=True)
@@ -42,19 +52,24 @@ class Running:
     """A command in a process group of its own, and the lines that it printed, with the time of each."""
 
     process: subprocess.Popen[str]
-    began: float
+    began: float = field(default_factory=time.monotonic)
     lines: list[tuple[float, str]] = field(default_factory=list)
     reader: threading.Thread | None = None
 
+    def read(self) -> None:
+        """Collect lines until the command ends."""
+        assert self.process.stdout is not None
+        with self.process.stdout:
+            for line in self.process.stdout:
+                self.lines.append((time.monotonic(), line.rstrip()))
+
     def epochs(self) -> list[tuple[float, int]]:
-        """When which epoch was said to be done."""
-        return [(at, int(found[1])) for at, line in self.lines if (found := EPOCH.search(line))]
+        """The time at which each epoch was reported."""
+        return [(at, int(match[1])) for at, line in self.lines if (match := EPOCH.search(line))]
 
     def reached(self, epoch: int) -> bool:
-        """Whether that many epochs were said to be done; 0: whether the run was said to start."""
-        if epoch:
-            return any(number >= epoch for _, number in self.epochs())
-        return any("starting" in line for _, line in self.lines)
+        """Whether that epoch was reported; 0: whether the run was reported to start."""
+        return any(n >= epoch for _, n in self.epochs()) if epoch else any("starting" in s for _, s in self.lines)
 
     def wait(self) -> int:
         """The exit code, when all lines are read."""
@@ -64,81 +79,63 @@ class Running:
         return code
 
 
-def run(command: list[str]) -> Running:
+def start(case: Case) -> Running:
     """Start a command."""
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        case.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    running = Running(process, time.monotonic())
-
-    def read() -> None:
-        assert process.stdout is not None
-        with process.stdout:
-            for line in process.stdout:
-                running.lines.append((time.monotonic(), line.rstrip()))
-
-    running.reader = threading.Thread(target=read, daemon=True)
+    running = Running(process)
+    running.reader = threading.Thread(target=running.read, daemon=True)
     running.reader.start()
     return running
 
 
-def descendants(pid: int) -> list[tuple[int, str]]:
-    """Every process below `pid`, with its title."""
+def ray_workers(pid: int) -> list[int]:
+    """The training workers below a process."""
     parents: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    titles: dict[int, bytes] = {}
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            after = path.read_text().rpartition(")")[2].split()
+            after = (path / "stat").read_text().rpartition(")")[2].split()
+            titles[int(path.name)] = (path / "cmdline").read_bytes()
         except OSError:
             continue
-        parents.setdefault(int(after[1]), []).append(int(path.parent.name))
-    found, queue = [], [pid]
+        parents.setdefault(int(after[1]), []).append(int(path.name))
+    below, queue = [], [pid]
     while queue:
-        for child in parents.get(queue.pop(), []):
-            try:
-                title = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            found.append((child, title))
-            queue.append(child)
-    return found
+        children = parents.get(queue.pop(), [])
+        below += children
+        queue += children
+    return [child for child in below if b"RayTrainWorker" in titles[child]]
 
 
 def strike(running: Running, kind: str, chance: random.Random) -> bool:
     """Kill. False where there is nothing of that kind to be killed now."""
     pid = running.process.pid
     try:
-        if kind == "worker":
-            workers = [child for child, title in descendants(pid) if "RayTrainWorker" in title]
-            if not workers:
-                return False
-            os.kill(chance.choice(workers), signal.SIGKILL)
+        if kind == "group":
+            os.killpg(pid, signal.SIGKILL)
         elif kind == "driver":
             os.kill(pid, signal.SIGKILL)
+        elif workers := ray_workers(pid):
+            os.kill(chance.choice(workers), signal.SIGKILL)
         else:
-            os.killpg(pid, signal.SIGKILL)
+            return False
     except ProcessLookupError:
         return False
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a finished run left."""
 
-    losses: tuple[float, ...]
-    errors: tuple[float, ...]
-    weights: str  # SHA-256
+    curve: tuple[tuple[float, float], ...]  # loss and error
+    weights: str  # SHA-256 of names, shapes and bytes
     attempts: int
     kept: int  # epochs that the last attempt did not have to train again
 
-
-def hash_weights(path: Path) -> str:
-    """SHA-256 of the tensors' names, shapes and bytes. The notes in the header are written in any order."""
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    header.pop("__metadata__", None)
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + content[start:]).hexdigest()
+    def equals(self, other: Outcome) -> bool:
+        return (self.curve, self.weights) == (other.curve, other.weights)
 
 
 def read_outcome(out: Path) -> Outcome:
@@ -146,78 +143,60 @@ def read_outcome(out: Path) -> Outcome:
     (folder,) = [path.parent for path in out.glob("*/record.json") if not path.parent.name.endswith(".partial")]
     rows = [json.loads(line) for line in (folder / "epochs.jsonl").read_text().splitlines()]
     attempts = json.loads((folder / "record.json").read_text())["result"]["attempts"]
-    return Outcome(
-        losses=tuple(row["loss"] for row in rows),
-        errors=tuple(row["error"] for row in rows),
-        weights=hash_weights(folder / "weights.safetensors"),
-        attempts=attempts,
-        kept=sum(row["attempt"] < attempts for row in rows),
-    )
+    content = (folder / "weights.safetensors").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)  # written in any order
+    weights = hashlib.sha256(json.dumps(header, sort_keys=True).encode() + content[start:]).hexdigest()
+    curve = tuple((row["loss"], row["error"]) for row in rows)
+    return Outcome(curve, weights, attempts, sum(row["attempt"] < attempts for row in rows))
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One run that was killed, and what became of it."""
-
-    launcher: str
-    kind: str
-    at_seconds: float  # from the command's start
-    epoch: int  # the last one said to be done before; 0 while starting
-    commands: int  # how often the command was given
-    outcome: Outcome
-    equal: bool
-    recovery_seconds: float | None  # from the kill to the next epoch said to be done; None where none came after
+def measure_whole(case: Case) -> tuple[Outcome, float, float]:
+    """An undisturbed run: its outcome, seconds from its start to the first epoch, and of a further one."""
+    whole = start(case)
+    if whole.wait():
+        raise SystemExit("\n".join(line for _, line in whole.lines))
+    starting = next(at for at, line in whole.lines if "starting" in line)
+    times = [at for at, _ in whole.epochs()]
+    return read_outcome(case.out), times[0] - starting, (times[-1] - times[0]) / (len(times) - 1)
 
 
 def try_once(
-    launcher: str,
-    kind: str,
-    out: Path,
-    reference: Outcome,
-    point: tuple[int, float],
-    chance: random.Random,
-    **size: int,
-) -> Trial:
-    """Start, kill so many seconds after so many epochs, give the command again until it ends well, compare."""
-    command = make_command(launcher, out, **size)
-    running = run(command)
-    epoch, seconds = point
-    while running.process.poll() is None and not running.reached(epoch):
+    case: Case, kind: str, point: tuple[int, float], chance: random.Random
+) -> tuple[Outcome, bool, list[str]]:
+    """Start, kill so many seconds after an epoch, give the command again until it succeeds.
+
+    Returns the outcome, whether the run was interrupted, and the cells of a table's line.
+    """
+    running = start(case)
+    while running.process.poll() is None and not running.reached(point[0]):
         time.sleep(0.005)
-    time.sleep(seconds)
+    time.sleep(point[1])
     while not (struck := strike(running, kind, chance)) and running.process.poll() is None:
         time.sleep(0.02)
     killed_at = time.monotonic()
-    at_seconds = killed_at - running.began
-    commands, codes = 1, [running.wait()]
+    seconds = killed_at - running.began
+    commands, code = 1, running.wait()
     before = [number for at, number in running.epochs() if at <= killed_at]
     after = [at for at, _ in running.epochs() if at > killed_at]
-    while codes[-1] and commands < 4:
-        running = run(command)
-        commands += 1
-        codes.append(running.wait())
+    while code and commands < 4:
+        running = start(case)
+        commands, code = commands + 1, running.wait()
         after += [at for at, _ in running.epochs()]
-    if codes[-1]:
+    if code:
         text = "\n".join(line for _, line in running.lines[-30:])
-        raise SystemExit(
-            f"{' '.join(command)}\nended with {codes} after {kind} was killed at {at_seconds:.1f} s:\n{text}"
-        )
-    outcome = read_outcome(out)
-    equal = (outcome.losses, outcome.errors, outcome.weights) == (
-        reference.losses,
-        reference.errors,
-        reference.weights,
-    )
-    return Trial(
-        launcher=launcher, kind=kind if struck else f"{kind} (had ended)", at_seconds=at_seconds,
-        epoch=max(before, default=0), commands=commands, outcome=outcome, equal=equal,
-        recovery_seconds=min(after) - killed_at if after else None,
-    )  # fmt: skip
+        raise SystemExit(f"{case.command}\nended with {code} after {kind} was killed at {seconds:.1f} s:\n{text}")
+    outcome = read_outcome(case.out)
+    recovery = f"{min(after) - killed_at:.1f}" if after else ""
+    cells = [kind if struck else f"{kind} (had ended)", f"{seconds:.1f}", f"{max(before, default=0)}/{case.epochs}",
+             str(commands), str(outcome.attempts), str(outcome.kept), recovery]  # fmt: skip
+    return outcome, commands > 1 or outcome.attempts > 1, cells
 
 
 def main() -> int:
     """Kill, compare, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=24)
     parser.add_argument("--launcher", choices=("both", *KINDS), default="both")
     parser.add_argument("--epochs", type=int, default=12)
@@ -226,47 +205,31 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="an empty or absent folder")
     options = parser.parse_args()
     chance = random.Random(options.seed)
-    size = {"epochs": options.epochs, "images": options.images}
     launchers = tuple(KINDS) if options.launcher == "both" else (options.launcher,)
-    references: dict[str, tuple[Outcome, float, float]] = {}  # seconds to the first epoch's end, of one more
-    for launcher in launchers:
-        whole = run(make_command(launcher, options.out / f"{launcher}-whole", **size))
-        if whole.wait():
-            raise SystemExit("\n".join(line for _, line in whole.lines))
-        starting = next(at for at, line in whole.lines if "starting" in line)
-        at = [at for at, _ in whole.epochs()]
-        references[launcher] = (
-            read_outcome(options.out / f"{launcher}-whole"),
-            at[0] - starting,
-            (at[-1] - at[0]) / (len(at) - 1),
-        )
+
+    def case(launcher: str, name: object) -> Case:
+        return Case(launcher, options.out / f"{launcher}-{name}", options.epochs, options.images)
+
+    whole = {launcher: measure_whole(case(launcher, "whole")) for launcher in launchers}
     print(
-        "| launcher | killed | after s | epoch | commands | attempts | epochs kept | equal | s to the next epoch |"
+        "| launcher | killed | after s | epoch | commands | attempts | epochs kept | s to the next epoch | equal |"
     )
-    print("|---|---|---:|---:|---:|---:|---:|---|---:|", flush=True)
-    trials = []
+    print("|---|---|---:|---:|---:|---:|---:|---:|---|", flush=True)
+    equal = interrupted = 0
     for number in range(options.kills):
         launcher = launchers[number % len(launchers)]
-        kinds = KINDS[launcher]
-        kind = kinds[number // len(launchers) % len(kinds)]
-        reference, first, each = references[launcher]
-        out = options.out / f"{launcher}-{number}"
+        kind = KINDS[launcher][number // len(launchers) % len(KINDS[launcher])]
+        reference, first, each = whole[launcher]
         epoch = chance.randrange(options.epochs)  # every epoch alike; 0: while it starts
         point = (epoch, chance.uniform(0, each if epoch else first))
-        trial = try_once(launcher, kind, out, reference, point, chance, **size)
-        shutil.rmtree(out)
-        trials.append(trial)
-        recovery = "" if trial.recovery_seconds is None else f"{trial.recovery_seconds:.1f}"
-        print(
-            f"| {trial.launcher} | {trial.kind} | {trial.at_seconds:.1f} | {trial.epoch}/{options.epochs} | "
-            f"{trial.commands} | {trial.outcome.attempts} | {trial.outcome.kept} | {'yes' if trial.equal else 'NO'} | "
-            f"{recovery} |",
-            flush=True,
-        )
-    equal = sum(trial.equal for trial in trials)
-    interrupted = sum(trial.commands > 1 or trial.outcome.attempts > 1 for trial in trials)
-    print(f"\n{len(trials)} kills, {interrupted} runs interrupted, {equal} results equal bit for bit")
-    return 0 if equal == len(trials) else 1
+        this = case(launcher, number)
+        outcome, cut, cells = try_once(this, kind, point, chance)
+        shutil.rmtree(this.out)
+        same = outcome.equals(reference)
+        equal, interrupted = equal + same, interrupted + cut
+        print(f"| {launcher} | {' | '.join(cells)} | {'yes' if same else 'NO'} |", flush=True)
+    print(f"\n{options.kills} kills, {interrupted} runs interrupted, {equal} results equal bit for bit")
+    return 0 if equal == options.kills else 1
 
 
 if __name__ == "__main__":

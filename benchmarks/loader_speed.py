@@ -1,16 +1,16 @@
 """Images per second of every loader, with nothing to train: python benchmarks/loader_speed.py [--data-dir DIR]
 
-Loaders take turns, A B C A B C, so that whatever else the machine does falls on all alike. One row is one loader
-under one normalisation: the median over rounds, its range, and its ratio to PyTorch's DataLoader. CPU time is that
-of this process and its threads, per image; DataLoader's worker processes (3 threads or more) are not in it.
+Loaders take turns. A row is one loader under one normalisation: the median over rounds, its range, and its ratio to
+PyTorch's DataLoader. CPU time is that of this process and its threads, per image; DataLoader's worker processes (with 3
+threads or more) are not included.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rounds import take_turns, write_readings
 
 from harness.loaders.datasets import Split, load_dataset
 from harness.loaders.loader import LOADERS, Loader, make_loaders
@@ -30,9 +31,11 @@ RECIPES = (
 )
 
 
-def measure(loader: Loader, epoch: int, seconds: float, device: torch.device) -> tuple[float, float]:
-    """(images per second, CPU microseconds per image) over at least `seconds`, from the 10th batch of `epoch` on."""
-    batches = itertools.chain.from_iterable(loader.epoch(number) for number in itertools.count(epoch))
+def measure(
+    loader: Loader, epochs: itertools.count[int], seconds: float, device: torch.device
+) -> tuple[float, float]:
+    """(images per second, CPU microseconds per image) over at least `seconds`, after the first 10 batches."""
+    batches = itertools.chain.from_iterable(loader.epoch(number) for number in epochs)
     for _ in itertools.islice(batches, 10):
         pass
     images, cpu, start = 0, time.process_time(), time.perf_counter()
@@ -45,6 +48,15 @@ def measure(loader: Loader, epoch: int, seconds: float, device: torch.device) ->
     return images / elapsed, (time.process_time() - cpu) / images * 1e6
 
 
+def load_split(data_dir: Path | None) -> Split:
+    """CIFAR-10's training images, or as many of noise."""
+    if data_dir:
+        return load_dataset("cifar10", data_dir).train
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (50_000, 32, 32, 3), dtype=np.uint8)
+    return Split(images, generator.integers(0, 10, 50_000))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10; without it 50,000 images of noise, as fast")
@@ -53,55 +65,42 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each loader in each round")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    if options.data_dir:
-        split = load_dataset("cifar10", options.data_dir).train
-    else:
-        generator = np.random.default_rng(0)
-        images = generator.integers(0, 256, (50_000, 32, 32, 3), dtype=np.uint8)
-        split = Split(images, generator.integers(0, 10, 50_000))
-
+    device, split = torch.device(options.device), load_split(options.data_dir)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{options.threads} CPU threads"
     table = Table(
         title=f"{len(split):,} images, batches of {options.batch_size}, {options.rounds} rounds, {where}"
     )
     for column in ("normalisation", "loader", "images/s", "range", "x dataloader", "CPU us/image"):
         table.add_column(column, justify="left" if column in ("normalisation", "loader") else "right")
+    readings = {}
     for title, kind, pad_mode in RECIPES:
         config = LoaderConfig(
-            augment=Augment(4, pad_mode, None, flip=True),
-            normalize=make_normalize(kind, split),
-            batch_size=options.batch_size,
-            eval_batch_size=1000,
-            device=device,
-            threads=options.threads,
-        )
-        test = Split(split.images[:1000], split.labels[:1000])
-        made = {name: make_loaders(name, split, test, config) for name in LOADERS}
-        readings: dict[str, list[tuple[float, float]]] = {name: [] for name in LOADERS}
-        for number in range(options.rounds):
-            for name, (loader, _) in made.items():
-                readings[name].append(measure(loader, 1000 * number, options.seconds, device))
-        base = median(speed for speed, _ in readings["dataloader"])
-        for name, values in readings.items():
+            augment=Augment(4, pad_mode, None, flip=True), normalize=make_normalize(kind, split), device=device,
+            batch_size=options.batch_size, eval_batch_size=1000, threads=options.threads,
+        )  # fmt: skip
+        few = Split(split.images[:1000], split.labels[:1000])
+        pairs = {name: make_loaders(name, split, few, config) for name in LOADERS}
+        ways = {
+            name: partial(measure, loader, itertools.count(), options.seconds, device)
+            for name, (loader, _) in pairs.items()
+        }
+        readings[title] = take_turns(ways, options.rounds)
+        base = median(speed for speed, _ in readings[title]["dataloader"])
+        for name, values in readings[title].items():
             speeds = [speed for speed, _ in values]
             table.add_row(
-                title if name == LOADERS[0] else "",
-                name,
-                f"{median(speeds):,.0f}",
-                f"{min(speeds):,.0f} to {max(speeds):,.0f}",
-                f"{median(speeds) / base:.1f}",
-                f"{median(cpu for _, cpu in values):.1f}",
-            )
+                title, name, f"{median(speeds):,.0f}", f"{min(speeds):,.0f} to {max(speeds):,.0f}",
+                f"{median(speeds) / base:.1f}", f"{median(cpu for _, cpu in values):.1f}",
+            )  # fmt: skip
         table.add_section()
-        for pair in made.values():
+        for pair in pairs.values():
             for loader in pair:
                 loader.close()
-        del made
-        gc.collect()
     Console(width=None if Console().is_terminal else 120).print(table)
+    write_readings(options.json, images_per_second_and_cpu_microseconds=readings, device=where)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python benchmarks/scale.py --runs 10000 --out /tmp/scale
 
-The cluster is simulated: 64 nodes of 8 GPUs are said to be there, a run's workers return a result at once. Everything
-else is the harness's own: plan, locks, the launcher's threads and its board (a Ray actor in this machine), progress,
-records, report. Prints a Markdown table against its targets; exit code 1 where one is missed.
+The cluster is simulated: 64 nodes of 8 GPUs, whose workers return a result at once. Everything else is the harness's own
+code: plan, locks, the launcher's threads and its mailbox (a Ray actor on this machine), progress, records, report. Prints
+a Markdown table against its targets; exit code 1 where one is missed.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ import argparse
 import io
 import os
 import resource
-import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rounds import harness_seconds
+from synthetic import make_result
 
 import harness.cluster.launch
-from harness import plan
-from harness.cluster.launch import Cluster, Entered, Node, Started
-from harness.commands import run as execute
-from harness.commands.run import Options
+from harness import plan, resources
+from harness.cluster.connect import connect, disconnect
+from harness.cluster.job import Entered, Started
+from harness.cluster.nodes import Cluster, Node
+from harness.commands import run
 from harness.loaders.datasets import load_dataset
-from harness.plan import Grid
-from harness.results.values import EpochMetrics, Measurement, Memory, RunResult
-from harness.spec import RunSpec
+from harness.record import Recorder
 
 NODES, GPUS_PER_NODE, CPUS_PER_NODE = 64, 8, 64
 DEPTHS = (20, 32, 44, 56, 110)
@@ -43,44 +45,27 @@ TARGETS = {
 }
 
 
-def make_result(spec: RunSpec) -> RunResult:
-    """What a run might have measured."""
-    error = 10 - spec.network.depth / 40 + spec.seed % 7 / 10
-    epochs = tuple(
-        EpochMetrics(
-            epoch=k, steps=391, images=50_000, loss=1 / k, error=error + EPOCHS - k, lr=0.1, train_seconds=2.0,
-            data_stall_seconds=0.1, eval_seconds=0.2, images_per_second=25_000, timed=k > 1,
-        )
-        for k in range(1, EPOCHS + 1)
-    )  # fmt: skip
-    none = Measurement(value=None, reason="simulated")
-    return RunResult(
-        parameters=270_000, evaluated_on="test", epochs=epochs, final_error=error, best_error=error, best_epoch=EPOCHS,
-        epoch_seconds=2.0, warmup_epochs=1, eval_seconds=0.2, images_per_second=25_000, setup_seconds=3.0,
-        train_seconds=8.0, workers=spec.workers, batch_size=spec.recipe.batch_size,
-        batch_size_per_gpu=spec.recipe.batch_size // spec.workers, threads=8, device="simulated",
-        memory=Memory(torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none, rss_mib=none),
-    )  # fmt: skip
-
-
-def run_at_once(
-    train: Any, pack: tuple[RunSpec, ...], index: int, board: Any, **rest: Any
-) -> tuple[RunResult, ...]:
-    """Stands for harness.cluster.launch._run_one: the same events and outcome, no workers."""
+def end_at_once(attempts: Any) -> Any:
+    """In place of `_Run.run`: the same events and outcome, no workers."""
     import ray
 
-    del train, rest
-    board.put.remote(index, Started(attempt=1))
-    board.put.remote(index, Entered())
-    (spec,) = pack
-    result = make_result(spec)
+    attempts._put(Started(attempt=1))
+    attempts._put(Entered())
+    result = make_result(attempts.spec, EPOCHS)
     for epoch in result.epochs:
-        last = board.put.remote(index, execute.OfOne(0, epoch))
+        last = attempts.mailbox.put.remote(attempts.index, epoch)
     ray.get(last)  # training would take longer than this
-    return (result,)
+    return result
 
 
-def timed(seconds: dict[str, float], name: str, function: Any) -> Any:
+def join_simulated(stack: ExitStack, address: str | None, **rest: Any) -> Cluster:
+    """In place of `join_cluster`: Ray on this machine, and a large cluster in what is returned."""
+    connect(None, cpus=1, gpus=0)
+    stack.callback(disconnect)
+    return Cluster(members=(Node(cpus=CPUS_PER_NODE, gpus=GPUS_PER_NODE),) * NODES)
+
+
+def timed(seconds: dict[str, float], name: str, function: Callable[..., Any]) -> Any:
     """The function, with its wall time noted."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -95,53 +80,36 @@ def timed(seconds: dict[str, float], name: str, function: Any) -> Any:
 
 def main() -> int:
     """Simulate, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--out", type=Path, required=True, help="an empty or absent folder")
-    options = parser.parse_args()
+    args = parser.parse_args()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    seeds = -(-options.runs // (len(DEPTHS) * len(VARIANTS)))
-    sweep = Grid(variants=VARIANTS, depths=DEPTHS, seeds=tuple(range(seeds)), dataset="digits", loader="resident")
-    simulated = Cluster(members=(Node(cpus=CPUS_PER_NODE, gpus=GPUS_PER_NODE),) * NODES)
-    connect = harness.cluster.launch.connect
-
-    def connect_here(address: str | None, **rest: Any) -> Cluster:
-        connect(None, cpus=1, gpus=0)
-        return simulated
-
     seconds: dict[str, float] = {}
-    replaced: dict[str, Any] = {
-        "connect": connect_here,
-        "_check_nodes": lambda *_: None,
-        "_train": timed(seconds, "train", execute._train),
-    }
-    for name, function in replaced.items():
-        setattr(execute, name, function)
-    harness.cluster.launch._run_one = run_at_once  # type: ignore[assignment]
+    resources.join_cluster = join_simulated
+    harness.cluster.launch._Run.run = end_at_once  # type: ignore[method-assign]
+    run._Prepared.check_nodes = lambda _: None  # type: ignore[method-assign]
+    run.train_batch = timed(seconds, "train", run.train_batch)
     plan.expand = timed(seconds, "expand", plan.expand)
-    execute.finished_keys = timed(seconds, "finished", execute.finished_keys)
+    Recorder.find_finished = timed(seconds, "finished", Recorder.find_finished)  # type: ignore[method-assign]
 
     load_dataset("digits")
     console = Console(file=io.StringIO(), width=120)
-    asked = Options(out=options.out, gpus=NODES * GPUS_PER_NODE, workers=GPUS_PER_NODE, address="simulated:1")
-    code = execute.run_grid(sweep, asked, console)
-    runs = len(list(options.out.glob("*/record.json")))
-    assert (code, runs) == (0, seeds * len(DEPTHS) * len(VARIANTS)), (code, runs)
+    count = -(-args.runs // (len(DEPTHS) * len(VARIANTS)))
+    grid = plan.Grid(
+        variants=VARIANTS, depths=DEPTHS, seeds=tuple(range(count)), dataset="digits", loader="resident"
+    )
+    use = resources.Resources(gpus=NODES * GPUS_PER_NODE, workers=GPUS_PER_NODE, address="simulated:1")
+    options = run.RunOptions(out=str(args.out), resources=use)
+    code = run.run_grid(grid, options, console)
+    runs = len(list(args.out.glob("*/record.json")))
+    assert (code, runs) == (0, count * len(DEPTHS) * len(VARIANTS)), (code, runs)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-    began = time.perf_counter()
-    execute.run_grid(sweep, asked, console)
-    again = time.perf_counter() - began
-    reports = []
-    for _ in range(3):
-        began = time.perf_counter()
-        subprocess.run(
-            [sys.executable, "-m", "harness.cli", "report", str(options.out)], check=True, capture_output=True
-        )
-        reports.append(time.perf_counter() - began)
+    again = {"again": 0.0}
+    timed(again, "again", run.run_grid)(grid, options, console)
     measured = {
         "planning, seconds": seconds["expand"],
-        "report, seconds": min(reports),
+        "report, seconds": min(harness_seconds("report", args.out) for _ in range(3)),
         "overhead of a run, milliseconds": 1000 * seconds["train"] / runs,
         "driver's peak memory, MiB": peak,
     }
@@ -151,7 +119,7 @@ def main() -> int:
     print("| measured | is | target |\n|---|---:|---:|")
     for name, value in measured.items():
         print(f"| {name} | {value:.2f} | {TARGETS[name]:g} |")
-    print(f"| the same command again, nothing left to do, seconds | {again:.2f} | |")
+    print(f"| the same command again, nothing left to do, seconds | {again['again']:.2f} | |")
     print(f"| of that, reading what is finished, seconds | {seconds['finished']:.2f} | |")
     return int(any(value > TARGETS[name] for name, value in measured.items()))
 

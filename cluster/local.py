@@ -1,58 +1,55 @@
-"""The same signature as `harness.cluster.launch.launch`, in this process and without Ray: one worker, for debugging."""
+"""The signature of `harness.cluster.launch.launch`, in this process and without Ray: one worker, for debugging."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from harness.cluster.launch import Entered, Failed, Outcome, Report, Spec, Started, Watch, Watched, Worker
+from harness.cluster.failures import make_failed
+from harness.cluster.job import (
+    Entered,
+    Failed,
+    JobConfig,
+    Outcome,
+    Report,
+    Spec,
+    Started,
+    StartSampler,
+    Telemetry,
+    Worker,
+)
 
 
 def launch(
     train: Callable[[Spec, Worker, Report], Outcome],
     specs: Sequence[Spec],
+    job: JobConfig,
     *,
-    workers: int,
-    concurrent_runs: int,
-    gpu: bool,
-    threads: int,
-    storage: Path | str,
     progress: Callable[[Spec, Any], None],
-    retries: int = 0,
-    placement: str = "pack",
-    placement_timeout_seconds: float = 0.0,
-    fewer: Sequence[int] = (),
-    watch: Watch | None = None,
-    reached: Callable[[Any], float] = lambda _: 0.0,
+    telemetry: StartSampler | None = None,
+    progress_of: Callable[[Any], float] = lambda _: 0.0,
 ) -> Iterator[tuple[Spec, Outcome | Failed]]:
     """Run every spec, one after another; yield each as it ends. Raises ValueError for more than one worker."""
-    del concurrent_runs, storage, retries, placement, placement_timeout_seconds, fewer, reached
-    if workers != 1:
-        raise ValueError(f"the local launcher runs one worker, not {workers}: use --launcher ray")
+    if job.world_size != 1:
+        raise ValueError(f"the local launcher runs one worker, not {job.world_size}: use --launcher ray")
+    cuda = job.device == "cuda"
+    worker = Worker(device="cuda:0" if cuda else "cpu", threads=job.threads, runs_per_gpu=job.runs_per_gpu)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if cuda else ""
     for spec in specs:
         progress(spec, Started(attempt=1))
         progress(spec, Entered())
-        worker = Worker(device="cuda:0" if gpu else "cpu", threads=threads)
-        watching = None
-        if watch is not None:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        sampler = None
+        if telemetry is not None:
             with contextlib.suppress(Exception):
-                watching = watch(visible if gpu else "")
+                sampler = telemetry(visible)
         try:
             outcome: Outcome | Failed = train(spec, worker, lambda event, spec=spec: progress(spec, event))  # type: ignore[misc]
         except Exception as error:
-            outcome = Failed(
-                exception=type(error).__name__,
-                message=(str(error).strip() or type(error).__name__).splitlines()[0],
-                traceback=traceback.format_exc()[-20_000:],
-                died=False,
-            )
+            outcome = make_failed(error, attempts=1)
         finally:
-            if watching is not None:
+            if sampler is not None:
                 with contextlib.suppress(Exception):
-                    progress(spec, Watched(node=watching.stop()))
+                    progress(spec, Telemetry(node=sampler.stop()))
         yield spec, outcome

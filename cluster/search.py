@@ -1,41 +1,41 @@
 """Trials of a search by Ray Tune: proposed one after another, judged after every report, pruned early or not.
 
 One Tune trial is one DDP run: rank 0 is Tune's own actor, the other ranks are actors in the rest of the trial's
-placement group, so that nothing can outlive a trial. Tune gives concurrent_runs, actors that serve many trials, placement and
-retries. What to try and whom to stop is the study's business, and so is remembering it: Tune's own state is thrown
-away, and a search whose driver was killed goes on from what its study has written down.
+placement group, so that nothing can outlive a trial. Tune provides slots, actors that serve many trials, placement and
+retries. What to try and what to prune is the caller's business, and so is remembering it: Tune's own state is thrown
+away.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import os
 import pickle
 import shutil
 import socket
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from harness.cluster.launch import (
-    COLLECTIVE_SECONDS,
-    Failed,
-    Outcome,
-    Report,
-    Spec,
-    Started,
-    Worker,
-    is_death,
-    make_failed,
-)
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-PEER_SECONDS = 10.0  # a rank 0 that hangs after a peer's death ends after this
-COMMUNICATION = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError")
+from harness.cluster.failures import WORKER_DIED, WorkerDiedError, is_death, make_failed
+from harness.cluster.job import COLLECTIVE_SECONDS, Failed, JobConfig, Outcome, Report, Spec, Started, Worker
+
+PEER_SECONDS = 10.0  # for the other ranks to end once one has
+LEAVE_SECONDS = 10.0  # for the ranks to destroy their process group together
 
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: Tune prints nothing
@@ -43,270 +43,346 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the caller's: there is no state to save
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "30",  # a pruned trial may take this long to give its memory back
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a pruned trial may take this long to free its memory
     "TUNE_WARN_THRESHOLD_S": "60",
 }
 
-
 Proposed = TypeVar("Proposed", covariant=True)
-Found = TypeVar("Found", contravariant=True)
+Ended = TypeVar("Ended", contravariant=True)
 
 
-class Study(Protocol[Proposed, Found]):
-    """What to try, and whom to stop. Every method is called in the driver's main thread."""
+class Trials(Protocol[Proposed, Ended]):
+    """What to try, and what to prune. Every method is called in the driver's main thread."""
 
     def propose(self) -> tuple[str, Proposed] | None:
         """The next trial, by a name of its own; None when there are no more. Called when a slot is free."""
 
     def reported(self, name: str, event: Any) -> bool:
-        """Rank 0 of a trial reported (or `Started`: an attempt at it begins). True stops the trial."""
+        """Rank 0 of a trial reported (or `Started`: an attempt at it begins). True prunes the trial."""
 
-    def ended(self, name: str, outcome: Found | Failed | None) -> None:
+    def ended(self, name: str, outcome: Ended | Failed | None) -> None:
         """A trial is over. None: it was pruned."""
 
 
 def search(
-    train: Callable[[Spec, Worker, Report], Outcome],
-    study: Study[Spec, Outcome],
-    *,
-    workers: int,
-    concurrent_runs: int,
-    gpus: float,
-    threads: int,
-    storage: Path,
-    retries: int = 2,
+    train: Callable[[Spec, Worker, Report], Outcome], trials: Trials[Spec, Outcome], job: JobConfig
 ) -> None:
-    """Run all that the study proposes, `concurrent_runs` trials at a time.
+    """Run everything that `trials` proposes, `job.concurrent_runs` at a time.
 
-    Each trial has `workers` processes with `threads` CPUs and `gpus` GPUs (0, 1, or a share of one). A process that
-    dies is retried; an exception is not, since it would come again. In a trial that is pruned, `report` raises
-    SystemExit. Call `connect` before, in the main thread. `storage` is for Tune's own files.
+    A process that dies is retried; an exception is not, since it would be raised again. In a trial that is pruned,
+    `report`, which every rank must call equally often, raises SystemExit in all of them. Call `connect` before, in the
+    main thread. `job.storage`, a folder, is for Tune's own files.
     """
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
-    from ray import tune
-    from ray.tune.schedulers import FIFOScheduler
-    from ray.tune.search import Searcher
+    for name in ("ray.tune", "ray.air"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    driver = _Driver(trials, job.concurrent_runs)
 
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    logging.getLogger("ray.air").setLevel(logging.CRITICAL)
-    running: dict[str, str] = {}  # Tune's id -> the study's name
-    attempts: dict[str, int] = {}
-    raised: list[Exception] = []
+    def trial(config: dict[str, Any]) -> None:
+        _run_trial(config, train, job)
 
-    class Proposals(Searcher):
-        def suggest(self, trial_id: str) -> Any:
-            if len(running) >= concurrent_runs:
-                return None
-            proposal = study.propose()
-            if proposal is None:
-                return Searcher.FINISHED
-            running[trial_id] = proposal[0]
-            return {"spec": proposal[1], "asked_at": time.time()}
-
-        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-            pass
-
-        def save(self, checkpoint_path: str) -> None:
-            pass
-
-        def restore(self, checkpoint_path: str) -> None:
-            pass
-
-    class Judge(FIFOScheduler):
-        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            if trial.trial_id not in running:  # Tune repeats the last result when the function has returned
-                return str(FIFOScheduler.CONTINUE)
-            name = running[trial.trial_id]
-            try:
-                if "outcome" in result:
-                    del running[trial.trial_id]
-                    study.ended(name, result["outcome"][0])
-                elif study.reported(name, result["event"][0]):
-                    del running[trial.trial_id]
-                    study.ended(name, None)
-                    return str(FIFOScheduler.STOP)
-            except Exception as error:  # Tune would raise its traceback as text
-                raised.append(error)
-                raise
-            return str(FIFOScheduler.CONTINUE)
-
-    class Watch(tune.Callback):
-        def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            if trial.trial_id in running:
-                attempt = attempts[trial.trial_id] = attempts.get(trial.trial_id, 0) + 1
-                reason = "a worker process died (killed, or its node was lost)" if attempt > 1 else ""
-                study.reported(running[trial.trial_id], Started(attempt=attempt, reason=reason))
-
-        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            name = running.pop(trial.trial_id, None)
-            if name is not None:
-                error = trial.get_pickled_error() or RuntimeError("Ray Tune does not say why")
-                study.ended(name, make_failed(error, attempts=attempts.get(trial.trial_id, 1)))
-
-    bundle = {"CPU": threads, **({"GPU": gpus} if gpus else {})}
-    trainable = tune.with_resources(
-        _make_trial(train, workers=workers, gpus=gpus, threads=threads, storage=storage),
-        tune.PlacementGroupFactory([bundle] * workers, strategy="PACK"),
-    )
     try:
         tune.run(
-            trainable,
+            tune.with_resources(
+                trial, tune.PlacementGroupFactory([job.resources] * job.world_size, strategy="PACK")
+            ),
             name="search",
-            num_samples=-1,  # the study says when there are no more
-            search_alg=Proposals(),
-            scheduler=Judge(),
-            callbacks=[Watch()],
+            num_samples=-1,  # `trials` says when there are no more
+            search_alg=_Proposals(driver),
+            scheduler=_Pruning(driver),
+            callbacks=[_Attempts(driver)],
             reuse_actors=True,
-            max_failures=retries,
+            max_failures=job.retries,
             raise_on_failed_trial=False,
-            storage_path=str(storage),
+            storage_path=str(job.storage),
             trial_dirname_creator=lambda trial: trial.trial_id,
             verbose=0,
         )
     except Exception:
-        if raised:
-            raise raised[0] from None
+        if driver.raised:
+            raise driver.raised[0] from None
         raise
     finally:
-        shutil.rmtree(storage, ignore_errors=True)
+        shutil.rmtree(job.storage, ignore_errors=True)
 
 
-def _make_trial(
-    train: Callable[[Spec, Worker, Report], Outcome], *, workers: int, gpus: float, threads: int, storage: Path
-) -> Callable[[dict[str, Any]], None]:
-    """The function that Tune calls in its actor, once for each trial that the actor serves."""
+# --- in the driver ---
 
-    def trial(config: dict[str, Any]) -> None:
-        from ray import tune
 
-        worker = Worker(
-            rank=0, world_size=workers, device="cuda:0" if gpus else "cpu", threads=threads,
-            launch_seconds=max(0.0, time.time() - config["asked_at"]),
-        )  # fmt: skip
+@dataclass(slots=True)
+class _Driver:
+    """What Tune calls in the driver, handed on to `trials` by their own names."""
 
-        def report(event: Any) -> None:
-            tune.report({"event": (event,)})  # a dictionary would be taken apart
+    trials: Trials[Any, Any]
+    concurrent_runs: int
+    running: dict[str, str] = field(default_factory=dict)  # Tune's id -> the trial's name
+    attempts: dict[str, int] = field(default_factory=dict)
+    raised: list[Exception] = field(default_factory=list)
 
-        outcome: Any
-        note = storage / f"{tune.get_context().get_trial_id()}.failed"
-        if note.exists():
-            tune.report({"outcome": (pickle.loads(note.read_bytes()),)})
-            return
+    def propose(self, trial_id: str) -> Any:
+        if len(self.running) >= self.concurrent_runs:
+            return None
+        proposal = self.trials.propose()
+        if proposal is None:
+            return Searcher.FINISHED
+        self.running[trial_id] = proposal[0]
+        return {"spec": proposal[1], "proposed_at": time.time()}
+
+    def start(self, trial_id: str) -> None:
+        if trial_id in self.running:
+            attempt = self.attempts[trial_id] = self.attempts.get(trial_id, 0) + 1
+            started = Started(attempt=attempt, reason=WORKER_DIED if attempt > 1 else "")
+            self.trials.reported(self.running[trial_id], started)
+
+    def receive(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Take a report or an outcome; True prunes."""
+        if trial_id not in self.running:  # Tune repeats the last result when the function has returned
+            return False
+        name = self.running[trial_id]
         try:
-            with _peers(train, config["spec"], worker, gpus, note) as wait:
-                try:
-                    outcome = train(config["spec"], worker, report)
-                    wait(None)
-                except Exception as error:
-                    outcome = make_failed(wait(error) or error, attempts=1)
-        except SystemExit as stop:  # from `report`: the frames below hold loaders and tensors
-            traceback.clear_frames(stop.__traceback__)
+            if "outcome" in result:
+                self.end(trial_id, result["outcome"][0])
+            elif self.trials.reported(name, result["event"][0]):
+                self.end(trial_id, None)
+                return True
+        except Exception as error:  # Tune would raise its traceback as text
+            self.raised.append(error)
             raise
-        finally:
-            _clean_up()
-        tune.report({"outcome": (outcome,)})
+        return False
 
-    return trial
+    def end(self, trial_id: str, outcome: Any) -> None:
+        name = self.running.pop(trial_id, None)
+        if name is not None:
+            self.trials.ended(name, outcome)
+
+
+class _Proposals(Searcher):
+    def __init__(self, driver: _Driver) -> None:
+        super().__init__()
+        self.driver = driver
+
+    def suggest(self, trial_id: str) -> Any:
+        return self.driver.propose(trial_id)
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        pass
+
+    def restore(self, checkpoint_path: str) -> None:
+        pass
+
+
+class _Pruning(FIFOScheduler):
+    def __init__(self, driver: _Driver) -> None:
+        super().__init__()
+        self.driver = driver
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        pruned = self.driver.receive(trial.trial_id, result)
+        return str(FIFOScheduler.STOP if pruned else FIFOScheduler.CONTINUE)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        error = WorkerDiedError("its process returned without an outcome")
+        self.driver.end(trial.trial_id, make_failed(error, attempts=1))  # of no effect after an outcome
+
+
+class _Attempts(tune.Callback):
+    def __init__(self, driver: _Driver) -> None:
+        self.driver = driver
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self.driver.start(trial.trial_id)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        error = trial.get_pickled_error() or RuntimeError("Ray Tune gives no reason")
+        self.driver.end(trial.trial_id, make_failed(error, attempts=self.driver.attempts.get(trial.trial_id, 1)))
+
+
+# --- in a trial's processes ---
+
+
+class Pruned(SystemExit):
+    """Raised by `report` in every rank of a pruned trial."""
+
+
+def _run_trial(config: dict[str, Any], train: Callable[[Any, Worker, Report], Any], job: JobConfig) -> None:
+    """What Tune calls in its actor, once for each trial that the actor serves: rank 0, which starts the others."""
+    note = Path(job.storage) / f"{tune.get_context().get_trial_id()}.failed"
+    if note.exists():
+        tune.report({"outcome": (pickle.loads(note.read_bytes()),)})
+        return
+    worker = Worker(
+        world_size=job.world_size, device="cuda:0" if job.gpus else "cpu", threads=job.threads,
+        launch_seconds=max(0.0, time.time() - config["proposed_at"]), runs_per_gpu=job.runs_per_gpu,
+    )  # fmt: skip
+    spec = config["spec"]
+    with _peers(train, spec, worker, job, note) as peers:
+        outcome, left = run_rank(train, spec, worker, lambda event: tune.report({"event": (event,)}), peers.url)
+        outcome = peers.wait(outcome)
+    if not left:  # this process is of no use to another trial; the next attempt reports for it
+        note.write_bytes(pickle.dumps(outcome))
+        os._exit(13)
+    if isinstance(outcome, Pruned):
+        raise outcome
+    tune.report({"outcome": (outcome,)})
+
+
+def run_rank(
+    train: Callable[[Spec, Worker, Report], Outcome], spec: Spec, worker: Worker, report: Report, url: str
+) -> tuple[Outcome | Failed | Pruned, bool]:
+    """Train as one rank, and leave the process without process group, tensors and cached GPU memory if that is possible.
+
+    What the train function's frames hold is freed first: NCCL waits for the CUDA graphs that use its communicator. Then
+    all ranks destroy the group together, which NCCL demands.
+    """
+    result: Outcome | Failed | Pruned
+    try:
+        _join(worker, url)
+        result = train(spec, worker, functools.partial(_report, report, worker))
+    except SystemExit as stop:
+        _clear_frames(stop)
+        result = Pruned(0)
+    except Exception as error:
+        result = make_failed(error, attempts=1)
+        _clear_frames(error)
+    return result, leave()
+
+
+def _report(report: Report, worker: Worker, event: Any) -> None:
+    """Report as rank 0; all ranks learn whether the trial is pruned, and none is left in a collective."""
+    stop = [False]
+    if worker.rank == 0:
+        try:
+            report(event)
+        except SystemExit:
+            stop = [True]
+    if worker.world_size > 1:
+        import torch
+        import torch.distributed as dist
+
+        dist.broadcast_object_list(stop, 0, device=torch.device(worker.device))
+    if stop[0]:
+        raise Pruned(0)
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Free the local variables of the frames that an exception came through."""
+    chain: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while chain:
+        if (link := chain.pop()) is not None and id(link) not in seen:
+            seen.add(id(link))
+            traceback.clear_frames(link.__traceback__)
+            link.__traceback__ = None
+            chain += [link.__cause__, link.__context__]
+
+
+def leave(seconds: float = LEAVE_SECONDS) -> bool:
+    """Destroy the process group and free cached GPU memory; False where that took too long, as when a rank is gone."""
+    gc.collect()
+    if "torch" not in sys.modules:
+        return True
+    from ray.train.torch.config import _shutdown_torch
+
+    thread = threading.Thread(target=_shutdown_torch, kwargs={"destroy_process_group": True}, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+def _join(worker: Worker, url: str) -> None:
+    if worker.world_size == 1:
+        return
+    from ray.train.torch.config import _setup_torch_process_group
+
+    _setup_torch_process_group(
+        "gloo" if worker.device == "cpu" else "nccl", world_rank=worker.rank, world_size=worker.world_size,
+        init_method=url, timeout_s=COLLECTIVE_SECONDS,
+    )  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Peers:
+    """Ranks 1 and up, as rank 0 sees them. `note`: what the next attempt finds where rank 0 had to be ended."""
+
+    note: Path
+    url: str = ""
+    ends: list[Any] = field(default_factory=list)
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def watch(self) -> None:
+        """A lost peer can leave rank 0 in a collective for minutes: then this process ends, and Tune tries again."""
+        pending = list(self.ends)
+        while pending and not self.over.is_set():
+            ready, pending = ray.wait(pending, num_returns=1, timeout=1.0)
+            try:
+                failed = [result for result in ray.get(ready) if isinstance(result, Failed)]
+                died = any(result.died for result in failed)
+            except Exception:
+                failed, died = [], True
+            if (failed or died) and not self.over.wait(PEER_SECONDS):
+                if not died:
+                    self.note.write_bytes(pickle.dumps(failed[0]))
+                os._exit(13)
+
+    def wait(self, result: Any) -> Any:
+        """The trial's outcome, after rank 0 has returned its own. Raises where a rank died, so that Tune tries again.
+
+        One rank's exception makes the others fail in their collective: it is the cause.
+        """
+        failures = [result] if isinstance(result, Failed) else []
+        seconds = PEER_SECONDS if failures else COLLECTIVE_SECONDS
+        ready, _ = ray.wait(self.ends, num_returns=len(self.ends), timeout=seconds) if self.ends else ([], [])
+        self.over.set()
+        for end in ready:
+            try:
+                failures += [other for other in [ray.get(end)] if isinstance(other, Failed)]
+            except Exception as error:
+                if is_death(error):
+                    raise
+                failures.append(make_failed(error, attempts=1))
+        if not failures:
+            return result
+        failures.sort(key=lambda failed: failed.died)
+        if failures[0].died:
+            raise WorkerDiedError(failures[0].message)
+        return failures[0]
 
 
 @contextlib.contextmanager
 def _peers(
-    train: Callable[[Spec, Worker, Report], Outcome], spec: Spec, worker: Worker, gpus: float, note: Path
-) -> Iterator[Callable[[BaseException | None], BaseException | None]]:
-    """Start ranks 1 and up, join them in a process group, and end them.
-
-    Gives a function to call when rank 0 has returned (None) or raised: it waits for the peers, raises where one died,
-    and returns the exception that was the cause. `note` is left for the next attempt when rank 0 had to be ended
-    because of a peer's exception.
-    """
+    train: Callable[[Any, Worker, Report], Any], spec: Any, worker: Worker, job: JobConfig, note: Path
+) -> Iterator[_Peers]:
+    """Start ranks 1 and up; end their processes at last."""
+    peers = _Peers(note)
     if worker.world_size == 1:
-        yield lambda error: error
+        yield peers
         return
-    import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     class Peer:
-        def run(self, rank: int, url: str) -> None:
-            _join(rank, worker.world_size, url, gpus)
-            peer = Worker(
-                rank=rank, world_size=worker.world_size, device=worker.device, threads=worker.threads,
-                launch_seconds=worker.launch_seconds,
-            )  # fmt: skip
-            try:
-                train(spec, peer, lambda _: None)
-            except Exception:
-                _clean_up()  # with the group gone, rank 0 fails in its collective at once instead of waiting
-                raise
+        def run(self, rank: int, url: str) -> Any:
+            result, _ = run_rank(train, spec, replace(worker, rank=rank), lambda _: None, url)
+            return result if isinstance(result, Failed) else None
 
     group = ray.util.get_current_placement_group()
     with socket.socket() as free:
         free.bind(("", 0))
-        url = f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
-    remote = ray.remote(num_cpus=worker.threads, num_gpus=gpus, max_restarts=0)(Peer)
-    peers = [
+        peers.url = f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+    resources = job.resources
+    remote = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_restarts=0)(Peer)
+    actors = [
         remote.options(
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
         ).remote()
         for rank in range(1, worker.world_size)
     ]
-    ends = [peer.run.remote(rank, url) for rank, peer in enumerate(peers, 1)]
-    over = threading.Event()
-
-    def watch() -> None:
-        """A lost peer can leave rank 0 in a collective for minutes: then this process ends, and Tune tries again."""
-        pending = list(ends)
-        while pending and not over.is_set():
-            ready, pending = ray.wait(pending, num_returns=1, timeout=1.0)
-            try:
-                ray.get(ready)
-            except Exception as error:
-                if not over.wait(PEER_SECONDS):
-                    if not is_death(error):
-                        note.write_bytes(pickle.dumps(make_failed(error, attempts=1)))
-                    os._exit(13)
-
-    def wait(error: BaseException | None) -> BaseException | None:
-        found = [] if error is None else [error]
-        ready, _ = ray.wait(ends, num_returns=len(ends), timeout=None if error is None else PEER_SECONDS)
-        for end in ready:
-            try:
-                ray.get(end)
-            except Exception as raised:
-                if is_death(raised):
-                    raise
-                found.append(getattr(raised, "cause", None) or raised)
-        over.set()
-        if error is None and found:
-            raise found[0]
-        # one rank's exception makes the others fail in their collective: it is the cause
-        found.sort(key=lambda e: type(e).__name__ in COMMUNICATION)
-        return found[0] if found else None
-
-    threading.Thread(target=watch, daemon=True).start()
+    peers.ends = [actor.run.remote(rank, peers.url) for rank, actor in enumerate(actors, 1)]
+    threading.Thread(target=peers.watch, daemon=True).start()
     try:
-        _join(0, worker.world_size, url, gpus)
-        yield wait
+        yield peers
     finally:
-        over.set()
-        for peer in peers:
-            ray.kill(peer)
-
-
-def _join(rank: int, world_size: int, url: str, gpus: float) -> None:
-    from ray.train.torch.config import _setup_torch_process_group
-
-    _setup_torch_process_group(
-        "nccl" if gpus else "gloo", world_rank=rank, world_size=world_size, init_method=url,
-        timeout_s=COLLECTIVE_SECONDS,
-    )  # fmt: skip
-
-
-def _clean_up() -> None:
-    """Leave the process as it was: no process group, no tensors, no cached GPU memory."""
-    import sys
-
-    gc.collect()
-    if "torch" in sys.modules:
-        from ray.train.torch.config import _shutdown_torch
-
-        _shutdown_torch(destroy_process_group=True)
+        peers.over.set()
+        for actor in actors:
+            ray.kill(actor)

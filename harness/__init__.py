@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def load(*paths: str | Path, epochs: bool = False) -> pandas.DataFrame:
-    """Read stored runs (default: the folder runs) as a DataFrame: one line a run, or one line an epoch of a run.
+    """Read stored runs (default: the folder runs) as a DataFrame with a line per run, or a line per epoch of each run.
 
-    Errors are in percent; units are in the names of the columns. Folders that cannot be read are named on standard
-    error and left out. Raises UserError for a path that is no folder.
+    Errors are in percent; the names of the columns hold the units. Folders that cannot be read are named on standard
+    error and left out. Raises UserError for a path that is not a folder.
     """
     from harness.commands.report import load_runs
     from harness.results.frame import make_frame

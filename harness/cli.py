@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from harness.spec import UserError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Value = TypeVar("Value")
 app = typer.Typer(
     name="harness",
     help="Train every depth and variant of a family of residual networks, and compare what was measured.",
@@ -21,126 +27,136 @@ app = typer.Typer(
 )
 
 
-@app.command()
-def run(
-    depths: Annotated[
-        str | None, typer.Option(help="Depths, as in 20,32,56,110. Default: each variant's own.")
-    ] = None,
-    variants: Annotated[str, typer.Option(help="Variants, as in msra,he2015: see `harness variants`.")] = "he2015",
-    seeds: Annotated[str, typer.Option(help="A count (3 is seeds 0,1,2) or the seeds themselves (0,7).")] = "1",
-    dataset: Annotated[str, typer.Option(help="cifar10, cifar2, digits, miniplaces or folder:PATH.")] = "cifar10",
-    data_dir: Annotated[Path | None, typer.Option(help="Where the images are. Default: downloaded once.")] = None,
-    loader: Annotated[str, typer.Option(help="dali, resident, dataloader or synthetic.")] = "dali",
-    epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's; its schedule is stretched.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Global, over all workers. Default: the recipe's.")
-    ] = None,
-    precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16.")] = "fp32",
-    engine: Annotated[
-        str | None, typer.Option(help="eager, compile or graph. Default: graph on GPUs, eager on the CPU.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="FIELD=VALUE of recipe or network, as in lr=0.05. Repeatable."),
-    ] = None,
-    val: Annotated[int | None, typer.Option(help="Training images to hold out and evaluate on.")] = None,
-    limit_train: Annotated[
-        int | None, typer.Option(help="Train on so many images only; marked in tables.")
-    ] = None,
-    limit_test: Annotated[int | None, typer.Option(help="Evaluate on so many test images only; marked.")] = None,
-    until_ci: Annotated[
-        float | None, typer.Option(help="Add seeds until the 95 % interval of the error is ± so many points.")
-    ] = None,
-    max_seeds: Annotated[int | None, typer.Option(help="For --until-ci: of one row. Default: 10.")] = None,
-    gpus: Annotated[int | None, typer.Option(help="GPUs to use, 0 for the CPU. Default: all there are.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(help="DDP processes of one run; gpus/workers runs go at a time. Default: --gpus.")
-    ] = None,
-    out: Annotated[
-        str, typer.Option(help="Folder of results, or s3://, gs://; finished runs in it are not repeated.")
-    ] = "runs",
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster: HOST:PORT or auto.")] = None,
-    launcher: Annotated[str, typer.Option(help="ray, or local: one worker in this process.")] = "ray",
-    until: Annotated[
-        str | None,
-        typer.Option(help="Stop then as by Ctrl-C: after 9m or 2h30m, or at 18:00. The same command goes on."),
-    ] = None,
-    pack: Annotated[
-        int, typer.Option(help="Seeds of a row to train at the same time on one GPU; their seconds do not count.")
-    ] = 1,
-    placement: Annotated[
-        str, typer.Option(help="A run's workers: pack (one node if it can be), strict-pack (must), spread.")
-    ] = "pack",
-    elastic: Annotated[
-        int | None, typer.Option(help="Go on with so few workers at least where a cluster lost nodes; marked.")
-    ] = None,
-    checkpoint_every: Annotated[int, typer.Option(help="Epochs from one checkpoint to the next.")] = 1,
-    format: Annotated[str, typer.Option(help="table, or jsonl: a JSON object an epoch, no table.")] = "table",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what is done already.")] = False,
-    estimate: Annotated[
-        bool, typer.Option("--estimate", help="Probe 30 steps of what is missing; print hours, memory and energy.")
-    ] = False,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Time the parts of a step of what is missing: data, forward, ...")
-    ] = False,
-    tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write each run's event file beside its record.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Train finished runs again; the old ones are kept.")
-    ] = False,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first run that fails.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own messages.")] = False,
-) -> None:
-    """Train what is missing of a sweep, and print the table."""
+def opt(help: str, *names: str) -> Any:
+    """An option."""
+    return typer.Option(*names, help=help)
+
+
+def arg(help: str) -> Any:
+    """An argument."""
+    return typer.Argument(help=help)
+
+
+def make_console() -> Console:
+    """Where tables go."""
     from rich.console import Console
 
-    from harness import plan
-    from harness import search_space as space
-    from harness.commands.run import Options, run_grid
-    from harness.deadline import parse_until
-    from harness.results.remote import is_uri
+    return Console()
 
-    sweep = plan.Grid(
-        variants=plan.parse_words(variants, "--variants"),
-        depths=plan.parse_depths(depths) if depths is not None else (),
-        seeds=plan.parse_seeds(seeds),
-        dataset=dataset,
-        loader=loader,
-        precision=precision,
-        engine=engine,
-        epochs=epochs,
-        batch_size=batch_size,
-        val=val,
-        limit_train=limit_train,
-        limit_test=limit_test,
-        settings=space.parse_settings(settings or ()),
-    )
-    options = Options(
-        out=plan.cache_of(out) if is_uri(out) else Path(out),
-        remote=out if is_uri(out) else "",
-        data_dir=data_dir,
-        gpus=gpus,
-        workers=workers,
-        address=address,
-        launcher=launcher,
-        pack=pack,
-        placement=placement,
-        elastic=elastic,
-        checkpoint_every=checkpoint_every,
-        until_ci=until_ci,
-        max_seeds=max_seeds,
-        until=None if until is None else parse_until(until, datetime.now()),
-        tensorboard=tensorboard,
-        dry_run=dry_run,
-        estimate=estimate,
-        profile=profile,
-        force=force,
-        fail_fast=fail_fast,
-        verbose=verbose,
-        format=format,
-    )
-    raise typer.Exit(run_grid(sweep, options, Console()))
+
+# --- options that several commands have ---
+
+Dataset = Annotated[str, opt("cifar10, cifar2, digits, miniplaces or folder:PATH.")]
+DataDir = Annotated[Path | None, opt("Where the images are. Default: downloaded once.")]
+Loader = Annotated[str, opt("dali, resident, dataloader or synthetic.")]
+Variant = Annotated[str, opt("Its network and recipe are used: see `harness variants`.")]
+Depth = Annotated[int | None, opt("Default: the variant's own.")]
+Epochs = Annotated[int | None, opt("Instead of the recipe's; its schedule is stretched.")]
+BatchSize = Annotated[int | None, opt("Global, over all workers. Default: the recipe's.")]
+Precision = Annotated[str, opt("fp32, tf32, bf16 or fp16.")]
+Engine = Annotated[str | None, opt("eager, compile or graph. Default: graph on GPUs, eager on the CPU.")]
+LimitTrain = Annotated[int | None, opt("Train on this many images only; marked in tables.")]
+Gpus = Annotated[int | None, opt("GPUs to use, 0 for the CPU. Default: all.")]
+Workers = Annotated[
+    int | None, opt("DDP processes per run; gpus/workers runs train at a time. Default: all GPUs (tune: 1).")
+]
+RunsPerGpu = Annotated[int, opt("Runs that share a GPU, for errors only: their seconds and energy do not count.")]
+Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.")]
+Until = Annotated[
+    str | None, opt("Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued.")
+]
+Verbose = Annotated[bool, opt("Show Ray's own messages.", "--verbose")]
+Across = Annotated[str | None, opt("Fields to average over, as in workers,threads.")]
+Results = Annotated[list[str] | None, arg("Folders of results or of single runs, s3:// or gs://.")]
+
+
+# --- training ---
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    depths: Annotated[str | None, opt("Depths, as in 20,32,56,110. Default: each variant's own.")] = None,
+    variants: Annotated[str, opt("Variants, as in msra,he2015: see `harness variants`.")] = "he2015",
+    seeds: Annotated[str, opt("A count (3 is seeds 0,1,2) or the seeds themselves (0,7).")] = "1",
+    spec: Annotated[
+        list[Path] | None,
+        opt("Train the run of this record.json or spec.json, as changed by other options. Repeatable."),
+    ] = None,
+    dataset: Dataset = "cifar10",
+    data_dir: DataDir = None,
+    loader: Loader = "dali",
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    precision: Precision = "fp32",
+    engine: Engine = None,
+    settings: Annotated[
+        list[str] | None, opt("FIELD=VALUE of recipe or network, as in lr=0.05. Repeatable.", "--set")
+    ] = None,
+    val: Annotated[int | None, opt("Training images to hold out and evaluate on.")] = None,
+    limit_train: LimitTrain = None,
+    limit_test: Annotated[int | None, opt("Evaluate on this many test images only; marked in tables.")] = None,
+    until_ci: Annotated[
+        float | None, opt("Add seeds until the 95 % interval of the error is ± this many points.")
+    ] = None,
+    max_seeds: Annotated[int | None, opt("For --until-ci: of one row. Default: 10.")] = None,
+    gpus: Gpus = None,
+    workers: Workers = None,
+    runs_per_gpu: RunsPerGpu = 1,
+    out: Annotated[str, opt("Folder of results, or s3://, gs://; runs that it holds are not repeated.")] = "runs",
+    address: Address = None,
+    launcher: Annotated[str, opt("ray, or local: one worker in this process.")] = "ray",
+    until: Until = None,
+    placement: Annotated[
+        str, opt("A run's workers: pack (on one node if possible), strict-pack (always), spread.")
+    ] = "pack",
+    elastic: Annotated[
+        int | None, opt("Continue with at least this many workers when a cluster loses nodes; marked.")
+    ] = None,
+    checkpoint_every: Annotated[int, opt("Epochs between checkpoints.")] = 1,
+    format: Annotated[str, opt("table, or jsonl: a JSON object per epoch, no table.")] = "table",
+    dry_run: Annotated[bool, opt("Print the plan and what is done already.", "--dry-run")] = False,
+    estimate: Annotated[
+        bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.", "--estimate")
+    ] = False,
+    profile: Annotated[
+        bool, opt("Time the parts of a step of what is missing: data, forward, ...", "--profile")
+    ] = False,
+    tensorboard: Annotated[bool, opt("Write each run's event file beside its record.", "--tensorboard")] = False,
+    force: Annotated[bool, opt("Train finished runs again; the old results are kept.", "--force")] = False,
+    fail_fast: Annotated[bool, opt("Stop at the first run that fails.", "--fail-fast")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train what is missing of a grid of runs, and print the table."""
+    values = dict(locals())
+    from harness import plan
+    from harness.commands.run import RunOptions, run_grid
+    from harness.deadline import parse_until
+    from harness.resources import Resources
+    from harness.search_space import parse_settings
+
+    values |= {
+        "variants": plan.parse_words(variants, "--variants"),
+        "depths": plan.parse_depths(depths) if depths is not None else (),
+        "seeds": plan.parse_seeds(seeds),
+        "settings": parse_settings(settings or ()),
+        "until": parse_until(until, datetime.now()) if until is not None else None,
+    }
+    grid = fill(plan.Grid, values)
+    if spec:
+        grid = plan.make_spec_grid(spec, grid, chosen(context))
+    options = fill(RunOptions, values | {"resources": fill(Resources, values)})
+    raise typer.Exit(run_grid(grid, options, make_console()))
+
+
+def fill(kind: type[Value], values: Mapping[str, Any]) -> Value:
+    """A dataclass from the values that are named as its fields are."""
+    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})  # type: ignore[arg-type]
+
+
+def chosen(context: typer.Context) -> set[str]:
+    """The parameters that stood on the command line."""
+    return {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
 
 
 @app.command()
@@ -152,253 +168,200 @@ def tune(
             help="FIELD=loguniform(a,b), uniform, randint, choice or grid; of recipe or network. Repeatable."
         ),
     ] = None,
-    variant: Annotated[str, typer.Option(help="Whose recipe and network: see `harness variants`.")] = "he2015",
-    depth: Annotated[int | None, typer.Option(help="Default: the variant's own.")] = None,
+    variant: Variant = "he2015",
+    depth: Depth = None,
     samples: Annotated[
-        int | None, typer.Option(help="Trials, or trials of each grid point. Default: 16, with a grid 1.")
+        int | None, opt("Trials, or trials of each grid point. Default: 16, with a grid 1.")
     ] = None,
-    search_algorithm: Annotated[str, typer.Option(help="random, or optuna (TPE).")] = "random",
-    scheduler: Annotated[str, typer.Option(help="Stops poor trials early: asha, median or none.")] = "asha",
-    metric: Annotated[
-        str, typer.Option(help="To make small: error, top5_error, loss or epoch_seconds.")
-    ] = "error",
-    seed: Annotated[int, typer.Option(help="Of the proposals, and of every trial.")] = 0,
-    dataset: Annotated[str, typer.Option(help="cifar10, cifar2, digits, miniplaces or folder:PATH.")] = "cifar10",
-    data_dir: Annotated[Path | None, typer.Option(help="Where the images are. Default: downloaded once.")] = None,
-    loader: Annotated[str, typer.Option(help="dali, resident, dataloader or synthetic.")] = "dali",
-    epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's; its schedule is stretched.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Global, over all workers. Default: the recipe's.")
-    ] = None,
-    precision: Annotated[str, typer.Option(help="fp32, tf32, bf16 or fp16.")] = "fp32",
-    engine: Annotated[
-        str | None, typer.Option(help="eager, compile or graph. Default: graph on GPUs, eager on the CPU.")
-    ] = None,
+    search_algorithm: Annotated[str, opt("random, tpe or gp (a Gaussian process).")] = "random",
+    scheduler: Annotated[str, opt("Stops poor trials early: asha, hyperband, median or none.")] = "asha",
+    metric: Annotated[str, opt("To minimise: error, top5_error, loss or epoch_seconds.")] = "error",
+    seed: Annotated[int, opt("Of the proposals, and of every trial.")] = 0,
+    dataset: Dataset = "cifar10",
+    data_dir: DataDir = None,
+    loader: Loader = "dali",
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    precision: Precision = "fp32",
+    engine: Engine = None,
     val: Annotated[
         int | None,
         typer.Option(
             help="Training images held out to judge by; 0 judges by the test set. Default: 5000 or a tenth."
         ),
     ] = None,
-    limit_train: Annotated[
-        int | None, typer.Option(help="Train on so many images only; marked in tables.")
-    ] = None,
-    gpus: Annotated[int | None, typer.Option(help="GPUs to use, 0 for the CPU. Default: all there are.")] = None,
-    workers: Annotated[int | None, typer.Option(help="DDP processes of one trial. Default: 1.")] = None,
-    gpus_per_trial: Annotated[
-        float, typer.Option(help="0.25 packs four trials on a GPU, where only the error matters.")
-    ] = 1.0,
-    concurrent: Annotated[int | None, typer.Option(help="Trials at a time. Default: all that fit.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of results; trials are runs in it like any other.")] = Path(
-        "runs"
-    ),
-    until: Annotated[
-        str | None,
-        typer.Option(help="Stop then as by Ctrl-C: after 9m or 2h30m, or at 18:00. --resume goes on."),
-    ] = None,
-    resume: Annotated[str | None, typer.Option(help="Go on with the sweep of that name in --out.")] = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster: HOST:PORT or auto.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own messages.")] = False,
+    limit_train: LimitTrain = None,
+    gpus: Gpus = None,
+    workers: Workers = None,
+    runs_per_gpu: RunsPerGpu = 1,
+    concurrent: Annotated[int | None, opt("Trials at a time. Default: all that fit.")] = None,
+    out: Annotated[Path, opt("Folder of results; trials are runs in it like any other.")] = Path("runs"),
+    until: Until = None,
+    resume: Annotated[str | None, opt("Continue the sweep of that name in --out.")] = None,
+    address: Address = None,
+    verbose: Verbose = False,
 ) -> None:
     """Search for the best recipe; poor trials stop early."""
-    from rich.console import Console
-
-    from harness.commands.run import Options
-    from harness.commands.tune import Search
+    values = dict(locals())
+    from harness.commands.sweep import make_search
+    from harness.commands.tune import TuneOptions
     from harness.commands.tune import tune as run_search
     from harness.deadline import parse_until
 
-    asked = Search(
-        variant=variant,
-        depth=depth,
-        search=tuple(search or ()),
-        samples=samples,
-        search_algorithm=search_algorithm,
-        scheduler=scheduler,
-        metric=metric,
-        seed=seed,
-        dataset=dataset,
-        data_dir=None if data_dir is None else data_dir.expanduser().absolute(),
-        loader=loader,
-        precision=precision,
-        engine=engine,
-        epochs=epochs,
-        batch_size=batch_size,
-        val=val,
-        limit_train=limit_train,
-        gpus=gpus,
-        workers=workers,
-        gpus_per_trial=gpus_per_trial,
-        concurrent=concurrent,
-    )
-    given = {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
+    request = make_search(values)
     stop_at = None if until is None else parse_until(until, datetime.now())
-    options = Options(out=out, address=address, until=stop_at, verbose=verbose)
-    raise typer.Exit(run_search(asked, options, Console(), resume=resume, given=given))
+    options = TuneOptions(out=out, address=address, until=stop_at, verbose=verbose)
+    raise typer.Exit(run_search(request, options, make_console(), resume=resume, given=chosen(context)))
+
+
+# --- stored runs ---
 
 
 @app.command()
 def report(
-    paths: Annotated[
-        list[str] | None, typer.Argument(help="Folders of results, s3:// or gs://, or of single runs.")
-    ] = None,
-    format: Annotated[str, typer.Option(help="table, markdown, csv, json, latex or html.")] = "table",
-    sort: Annotated[str | None, typer.Option(help="A column, as in error; -error: largest first.")] = None,
-    columns: Annotated[str | None, typer.Option(help="Which columns, as in variant,depth,error.")] = None,
-    across: Annotated[str | None, typer.Option(help="Fields to average over, as in workers,threads.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write to this file.")] = None,
-    curves: Annotated[Path | None, typer.Option(help="Draw the charts into this folder, as SVG and PNG.")] = None,
+    paths: Results = None,
+    format: Annotated[str, opt("table, markdown, csv, json, latex or html.")] = "table",
+    sort: Annotated[str | None, opt("A column, as in error; -error: largest first.")] = None,
+    columns: Annotated[str | None, opt("Columns to show, as in variant,depth,error.")] = None,
+    across: Across = None,
+    output: Annotated[Path | None, opt("Write to this file.")] = None,
+    curves: Annotated[Path | None, opt("Draw the charts into this folder, as SVG and PNG.")] = None,
 ) -> None:
     """Print the comparison table of stored runs."""
-    from rich.console import Console
-
     from harness.commands.report import find_results, print_report
-    from harness.plan import parse_words
 
-    found = print_report(
+    any_run = print_report(
         find_results(paths or ["runs"]),
-        Console(),
+        make_console(),
         format=format,
         sort=sort,
-        columns=parse_words(columns, "--columns") if columns is not None else (),
-        across=parse_words(across, "--across") if across is not None else (),
+        columns=_words(columns, "--columns"),
+        across=_words(across, "--across"),
         output=output,
         curves=curves,
     )
-    raise typer.Exit(0 if found else 2)
+    raise typer.Exit(0 if any_run else 2)
 
 
 @app.command()
 def compare(
-    paths: Annotated[list[str], typer.Argument(help="Two folders of results, A and B; or one, with --by.")],
-    by: Annotated[str | None, typer.Option(help="Compare runs that differ in this field, as in loader.")] = None,
+    paths: Annotated[list[str], arg("Two folders of results, A and B; or one, with --by.")],
+    by: Annotated[str | None, opt("Compare runs that differ in this field, as in loader.")] = None,
     fail_on: Annotated[
-        str | None, typer.Option(help="Exit code 1 if so, as in 'error>+0.3,epoch_seconds>5%'.")
+        str | None, opt("Exit with 1 where this holds, as in 'error>+0.3,epoch_seconds>5%'.")
     ] = None,
-    across: Annotated[str | None, typer.Option(help="Fields to average over, as in threads.")] = None,
-    format: Annotated[str, typer.Option(help="table, markdown or json.")] = "table",
+    across: Across = None,
+    format: Annotated[str, opt("table, markdown or json.")] = "table",
 ) -> None:
     """Compare two sets of runs: better, worse or the same?"""
-    from rich.console import Console
-
     from harness.commands.compare import print_comparison
     from harness.commands.report import find_results
-    from harness.plan import parse_words
 
-    overlooked = parse_words(across, "--across") if across is not None else ()
     code = print_comparison(
-        find_results(paths), Console(), by=by, fail_on=fail_on, format=format, across=overlooked
+        find_results(paths),
+        make_console(),
+        by=by,
+        fail_on=fail_on,
+        format=format,
+        across=_words(across, "--across"),
     )
     raise typer.Exit(code)
 
 
+def _words(text: str | None, option: str) -> tuple[str, ...]:
+    from harness.plan import parse_words
+
+    return () if text is None else parse_words(text, option)
+
+
 @app.command()
 def why(
-    row: Annotated[str, typer.Argument(help="A row of `harness report PATH`: msra-20, or its number.")],
-    path: Annotated[str, typer.Argument(help="Folder of results.")] = "runs",
+    row: Annotated[str, arg("A row of `harness report PATH`: msra-20, or its number.")],
+    path: Annotated[str, arg("Folder of results.")] = "runs",
 ) -> None:
     """Print what is behind a row's figures."""
-    from rich.console import Console
-
-    from harness.commands.compare import print_why
     from harness.commands.report import find_results
+    from harness.commands.why import print_why
 
-    print_why(row, find_results([path])[0], Console())
+    print_why(row, find_results([path])[0], make_console())
 
 
 @app.command()
 def export(
-    paths: Annotated[list[Path] | None, typer.Argument(help="Folders of results, or of single runs.")] = None,
+    paths: Results = None,
     to: Annotated[
-        str,
-        typer.Option(help="tensorboard (event files in the runs' folders), mlflow or wandb (by their variables)."),
+        str, opt("tensorboard (event files in the runs' folders), mlflow or wandb (by their variables).")
     ] = "tensorboard",
 ) -> None:
-    """Give stored runs to TensorBoard, MLflow or W&B."""
-    from harness.commands.report import export_runs
+    """Export stored runs to TensorBoard, MLflow or W&B."""
+    from harness.commands.report import export_runs, find_results
 
-    exported = export_runs(paths or [Path("runs")], to)
+    exported = export_runs(find_results(paths or ["runs"]), to)
     print(f"{exported} run{'s' * (exported != 1)} exported to {to}; those it had already were left alone")
 
 
 @app.command()
 def repro(
-    run: Annotated[str, typer.Argument(help="A run's folder, or its name or key in PATH.")],
-    path: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("runs"),
+    run: Annotated[str, arg("A run's folder, or its name or key in PATH.")],
+    path: Annotated[Path, arg("Folder of results.")] = Path("runs"),
 ) -> None:
-    """Print how a stored run can be made again."""
-    from rich.console import Console
+    """Print the commands that train a stored run again."""
+    from harness.commands.repro import print_repro
 
-    from harness.commands.compare import print_repro
-
-    print_repro(run, path, Console())
+    print_repro(run, path, make_console())
 
 
 @app.command()
 def variants() -> None:
     """List the variants: what they are and where they come from."""
-    from rich.console import Console
-
     from harness.commands.report import print_variants
 
-    print_variants(Console())
+    print_variants(make_console())
 
 
 @app.command("eval")
 def evaluate(
-    weights: Annotated[Path, typer.Option(help="A run's weights.safetensors, or a torch checkpoint.")],
-    variant: Annotated[str, typer.Option(help="Whose network it is: see `harness variants`.")],
-    depth: Annotated[int | None, typer.Option(help="Default: the variant's own.")] = None,
-    dataset: Annotated[str, typer.Option(help="cifar10, cifar2, digits, miniplaces or folder:PATH.")] = "cifar10",
-    data_dir: Annotated[Path | None, typer.Option(help="Where the images are. Default: downloaded once.")] = None,
+    weights: Annotated[Path, opt("A run's weights.safetensors, or a torch checkpoint.")],
+    variant: Variant,
+    depth: Depth = None,
+    dataset: Dataset = "cifar10",
+    data_dir: DataDir = None,
     scales: Annotated[
-        str | None, typer.Option(help="Average over sizes in pixels, as in 96,112,128, and mirrored.")
+        str | None, opt("Average over sizes in pixels, as in 96,112,128, and mirrored images.")
     ] = None,
-    mean: Annotated[str | None, typer.Option(help="R,G,B of images in 0..1. Default: the recipe's.")] = None,
-    std: Annotated[str | None, typer.Option(help="R,G,B of images in 0..1. Default: the recipe's.")] = None,
-    predictions: Annotated[Path | None, typer.Option(help="Write each image's likeliest classes (CSV).")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Default: training's 1000, less for large scales.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Evaluate so many images only, classes in turn.")] = None,
+    mean: Annotated[str | None, opt("R,G,B of images in 0..1. Default: the recipe's.")] = None,
+    std: Annotated[str | None, opt("R,G,B of images in 0..1. Default: the recipe's.")] = None,
+    predictions: Annotated[Path | None, opt("Write each image's most likely classes (CSV).")] = None,
+    batch_size: Annotated[int | None, opt("Default: training's 1000, less for large scales.")] = None,
+    limit: Annotated[int | None, opt("Evaluate this many images only, the same number of each class.")] = None,
 ) -> None:
     """Print the errors of stored weights on a test set."""
-    from rich.console import Console
+    values = dict(locals())
+    from harness.commands import evaluate as command
 
-    from harness.commands import evaluate as ew
-
-    options = ew.EvalOptions(
-        weights=weights,
-        variant=variant,
-        depth=depth,
-        dataset=dataset,
-        data_dir=data_dir,
-        scales=ew.parse_scales(scales) if scales is not None else (),
-        normalize=ew.parse_normalize(mean, std),
-        predictions=predictions,
-        batch_size=batch_size,
-        limit=limit,
-    )
-    ew.print_answer(ew.evaluate_weights(options), Console())
+    values |= {
+        "scales": command.parse_scales(scales) if scales is not None else (),
+        "normalize": command.parse_normalize(mean, std),
+    }
+    options = fill(command.EvalOptions, values)
+    command.print_errors(command.evaluate_weights(options), make_console())
 
 
 @app.command()
 def doctor(
-    out: Annotated[Path, typer.Option(help="Where results would go.")] = Path("runs"),
-    data_dir: Annotated[Path | None, typer.Option(help="Where the images are.")] = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster: HOST:PORT or auto.")] = None,
+    out: Annotated[Path, opt("Where results would go.")] = Path("runs"),
+    data_dir: Annotated[Path | None, opt("Where the images are.")] = None,
+    address: Address = None,
 ) -> None:
-    """Say what is missing on this machine, if anything."""
-    from rich.console import Console
+    """Say what this machine lacks, if anything."""
+    from harness.commands.doctor import Target, print_findings
 
-    from harness.commands.doctor import check
-
-    raise typer.Exit(check(out, data_dir, address, Console()))
+    raise typer.Exit(print_findings(Target(out, data_dir, address), make_console()))
 
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2, a bug shows its traceback."""
-    # typer brings its own copy of click or uses click itself, by version: the class they share has this name
+    # typer brings its own copy of click or uses click itself, depending on its version: the class's name is the same
     usage_error: type[Exception] = next(
         cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException"
     )

@@ -1,4 +1,4 @@
-"""`--until`: a moment at which a command stops as by Ctrl-C."""
+"""What stops a command as Ctrl-C does: the moment of `--until`, a scheduler's SIGTERM."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
 
 
 class TimeUp(KeyboardInterrupt):
-    """The moment has come. Says so as its message."""
+    """The moment of `--until`; the message says so."""
 
 
 def parse_until(text: str, now: datetime) -> datetime:
-    """A duration from now ("9m", "2h30m", "90s", "1d") or the next time of that clock ("18:00", "18:00:30").
+    """A duration from now ("9m", "2h30m", "90s", "1d") or the next occurrence of a time of day ("18:00", "18:00:30").
 
-    Both are local time without a zone, so that a night in which the clocks change is counted right. Raises UserError
-    for anything else.
+    Local time without a zone, so that a duration stays right over a change of the clocks. Raises UserError for
+    anything else.
     """
     words = text.strip()
     if clock := _CLOCK.fullmatch(words):
@@ -33,8 +33,8 @@ def parse_until(text: str, now: datetime) -> datetime:
         if hour < 24 and minute < 60 and second < 60:
             moment = now.replace(hour=hour, minute=minute, second=second, microsecond=0)
             return moment if moment > now else moment + timedelta(days=1)
-    elif words and (found := _DURATION.fullmatch(words)):
-        parts = (float(part or 0) for part in found.groups())
+    elif words and (duration := _DURATION.fullmatch(words)):
+        parts = (float(part or 0) for part in duration.groups())
         seconds = sum(part * unit for part, unit in zip(parts, _UNITS.values(), strict=True))
         with contextlib.suppress(OverflowError, ValueError, OSError):  # beyond the year 9999
             if seconds > 0:
@@ -44,23 +44,23 @@ def parse_until(text: str, now: datetime) -> datetime:
     )
 
 
-def say_moment(moment: datetime) -> str:
+def format_moment(moment: datetime) -> str:
     """ "18:00", with seconds where it has some."""
     return f"{moment:%H:%M:%S}" if moment.second else f"{moment:%H:%M}"
 
 
 @contextlib.contextmanager
 def stopping_at(moment: datetime | None) -> Iterator[None]:
-    """Raise TimeUp in the body when the moment has come; with None, never. For the main thread.
+    """Raise TimeUp in the body at the moment, if there is one. For the main thread.
 
-    By the alarm clock of the process, which calls that wait are woken by. One that was set before goes on afterwards.
+    Uses the process's alarm, which interrupts calls that wait; an alarm set before continues afterwards.
     """
     if moment is None:
         yield
         return
 
     def ring(number: int, frame: types.FrameType | None) -> None:
-        raise TimeUp(f"stopped at {say_moment(moment)} as --until said")
+        raise TimeUp(f"stopped at {format_moment(moment)} as --until said")
 
     seconds = max(moment.timestamp() - time.time(), 1e-3)
     handler = signal.signal(signal.SIGALRM, ring)
@@ -71,3 +71,17 @@ def stopping_at(moment: datetime | None) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, *before)
+
+
+@contextlib.contextmanager
+def stopping_on_sigterm() -> Iterator[None]:
+    """Treat a scheduler's SIGTERM as Ctrl-C."""
+
+    def stop(number: int, frame: types.FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

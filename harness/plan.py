@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
+import json
 import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from harness.models.variants import Recipe, default_depth, find_variant
+from harness.models.variants import Recipe, Variant, default_depth, find_variant
 from harness.results.statistics import confidence_interval, sample
 from harness.search_space import apply
-from harness.spec import Engine, Precision, RunSpec, UserError
+from harness.spec import Engine, Precision, RunSpec, UserError, suggest
 
 LOADERS = ("dali", "resident", "dataloader", "synthetic")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENGINES: tuple[str, ...] = get_args(Engine)
-LAUNCHERS = ("ray", "local")
+GPU_PRECISIONS = ("tf32", "fp16")
+ANY_IMAGES = ""  # as a given run's fingerprint: those of the data set that is named
+MAX_SEEDS = 10  # of a row, for --until-ci
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """What a user asked for, words made into values."""
+    """The runs a user asked for."""
 
     variants: tuple[str, ...]
     depths: tuple[int, ...] = ()  # none: each variant's default
@@ -40,20 +42,20 @@ class Grid:
     val: int | None = None
     limit_train: int | None = None
     limit_test: int | None = None
-    settings: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # fields of recipe and network: `space.parse_settings`
+    settings: Mapping[str, Any] = field(default_factory=dict)  # fields of recipe and network, by name
+    specs: tuple[RunSpec, ...] = ()  # these runs, in place of variants × depths × seeds: `make_spec_grid`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Allocation:
-    """How runs lie over the machine: `concurrent_runs` at a time, `workers` ranks each, `threads` CPU threads a rank."""
+    """`concurrent_runs` at a time, each of `workers` ranks with `threads` CPU threads."""
 
     device: Literal["cuda", "cpu"]
     gpus: int
     workers: int
     concurrent_runs: int
     threads: int
+    runs_per_gpu: int = 1
 
 
 def parse_words(text: str, what: str) -> tuple[str, ...]:
@@ -88,9 +90,7 @@ def _whole(word: str, option: str, text: str) -> int:
 def check_word(word: str, allowed: Sequence[str], option: str) -> None:
     """Raise UserError, with the nearest allowed word, unless `word` is one."""
     if word not in allowed:
-        near = difflib.get_close_matches(word, allowed, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"{option} {word!r} is unknown{hint} (allowed: {', '.join(allowed)})")
+        raise UserError(f"{option} {word!r} is unknown{suggest(word, allowed)} (allowed: {', '.join(allowed)})")
 
 
 def check_count(value: int | None, option: str, *, least: int = 1) -> None:
@@ -99,148 +99,176 @@ def check_count(value: int | None, option: str, *, least: int = 1) -> None:
         raise UserError(f"{option} {value}: at least {least} is allowed")
 
 
-def check_grid(sweep: Grid) -> None:
+def check_grid(grid: Grid) -> None:
     """Every check that needs neither data nor devices."""
     from harness.loaders.datasets import DataError, check_dataset_name
 
-    check_word(sweep.loader, LOADERS, "--loader")
-    check_word(sweep.precision, PRECISIONS, "--precision")
-    if sweep.engine is not None:
-        check_word(sweep.engine, ENGINES, "--engine")
-    check_count(sweep.epochs, "--epochs")
-    check_count(sweep.batch_size, "--batch-size")
-    check_count(sweep.limit_train, "--limit-train")
-    check_count(sweep.limit_test, "--limit-test")
-    if sweep.batch_size is not None and "batch_size" in sweep.settings:
+    check_word(grid.loader, LOADERS, "--loader")
+    check_word(grid.precision, PRECISIONS, "--precision")
+    if grid.engine is not None:
+        check_word(grid.engine, ENGINES, "--engine")
+    check_count(grid.epochs, "--epochs")
+    check_count(grid.batch_size, "--batch-size")
+    check_count(grid.limit_train, "--limit-train")
+    check_count(grid.limit_test, "--limit-test")
+    if grid.batch_size is not None and "batch_size" in grid.settings:
         raise UserError("batch_size is given twice: leave --batch-size or --set batch_size=... out")
-    check_count(sweep.val, "--val", least=0)
+    check_count(grid.val, "--val", least=0)
     try:
-        check_dataset_name(sweep.dataset)
-        for name in sweep.variants:
+        check_dataset_name(grid.dataset)
+        for name in () if grid.specs else grid.variants:
             function = find_variant(name)
-            for depth in sweep.depths or (default_depth(function),):
+            for depth in grid.depths or (default_depth(function),):
                 function(depth)
-    except DataError as error:
-        raise UserError(str(error)) from None
-    except ValueError as error:
+    except (DataError, ValueError) as error:
         raise UserError(str(error)) from None
 
 
-def allocate(
-    *, gpus: int | None, workers: int | None, have_gpus: int, have_cpus: int, precision: str, where: str
-) -> Allocation:
-    """Lay runs over what `where` has. Asking for more than there is raises UserError, before anything starts."""
-    if gpus is None:
-        gpus = have_gpus
-    check_count(gpus, "--gpus", least=0)
-    check_count(workers, "--workers")
-    if gpus > have_gpus:
-        have = f"{have_gpus} GPU{'s' * (have_gpus != 1)}" if have_gpus else "no GPU"
-        raise UserError(f"--gpus {gpus}: {where} has {have}" + ("; --gpus 0 trains on the CPU" * (not have_gpus)))
-    if gpus == 0:
-        workers = workers or 1
-        if workers > have_cpus:
-            raise UserError(f"--workers {workers}: {where} has {have_cpus} CPU cores, and each worker needs one")
-        if precision in ("tf32", "fp16"):
-            raise UserError(f"--precision {precision} needs a GPU; on the CPU fp32 and bf16 are allowed")
-        return Allocation(device="cpu", gpus=0, workers=workers, concurrent_runs=1, threads=have_cpus // workers)
-    workers = workers or gpus
-    if gpus % workers:
-        fitting = ", ".join(str(n) for n in range(1, gpus + 1) if gpus % n == 0)
-        raise UserError(f"--workers {workers} does not divide --gpus {gpus} (allowed: {fitting})")
-    return Allocation(
-        device="cuda",
-        gpus=gpus,
-        workers=workers,
-        concurrent_runs=gpus // workers,
-        threads=max(1, have_cpus // gpus),
-    )
-
-
-def choose_engine(asked: str | None, device: str) -> Engine:
-    """The engine asked for, or the fastest that computes the same as eager, kernel by kernel."""
-    if asked == "graph" and device == "cpu":
+def choose_engine(engine: str | None, device: str) -> Engine:
+    """The chosen engine, or else the fastest one that computes the same as eager, kernel by kernel."""
+    if engine == "graph" and device == "cpu":
         raise UserError("--engine graph needs a GPU; on the CPU eager and compile are allowed")
-    return asked or ("graph" if device == "cuda" else "eager")  # type: ignore[return-value]
+    return engine or ("graph" if device == "cuda" else "eager")  # type: ignore[return-value]
 
 
-def check_pack(pack: int, workers: int | None) -> None:
-    """Raise UserError unless so many seeds can be trained by one process."""
-    check_count(pack, "--pack")
-    if pack > 1 and workers not in (None, 1):
-        raise UserError(f"--pack {pack}: packed seeds have one worker, not {workers}; leave --workers out")
-
-
-def make_packs(specs: Iterable[RunSpec], pack: int) -> list[tuple[RunSpec, ...]]:
-    """Specs that differ in nothing but the seed, up to `pack` together, in their order."""
-    rows: dict[RunSpec, list[RunSpec]] = defaultdict(list)
-    for spec in specs:
-        rows[replace(spec, seed=0)].append(spec)
-    return [tuple(row[i : i + pack]) for row in rows.values() for i in range(0, len(row), pack)]
-
-
-def override(recipe: Recipe, sweep: Grid) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe with what the user changed, and the names of what is changed.
+def override(recipe: Recipe, grid: Grid) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe with the grid's epochs, batch size and validation images, and what that changed.
 
     Another number of epochs stretches the whole schedule: drops and warm-up keep their share of the run.
     """
     changed: list[str] = []
-    if sweep.epochs is not None and not (recipe.unit == "epoch" and recipe.duration == sweep.epochs):
-        factor = sweep.epochs / recipe.duration
+    if grid.epochs is not None and not (recipe.unit == "epoch" and recipe.duration == grid.epochs):
+        factor = grid.epochs / recipe.duration
         recipe = replace(
             recipe,
-            duration=sweep.epochs,
+            duration=grid.epochs,
             unit="epoch",
             milestones=tuple(m * factor for m in recipe.milestones),
             warmup=recipe.warmup * factor,
         )
-        changed.append(f"epochs={sweep.epochs}")
-    if sweep.batch_size is not None and sweep.batch_size != recipe.batch_size:
-        recipe = replace(recipe, batch_size=sweep.batch_size)
-        changed.append(f"batch_size={sweep.batch_size}")
-    if sweep.val is not None and sweep.val != recipe.val:
-        recipe = replace(recipe, val=sweep.val)
-        changed.append(f"val={sweep.val}")
+        changed.append(f"epochs={grid.epochs}")
+    if grid.batch_size is not None and grid.batch_size != recipe.batch_size:
+        recipe = replace(recipe, batch_size=grid.batch_size)
+        changed.append(f"batch_size={grid.batch_size}")
+    if grid.val is not None and grid.val != recipe.val:
+        recipe = replace(recipe, val=grid.val)
+        changed.append(f"val={grid.val}")
     return recipe, tuple(changed)
 
 
-def expand(sweep: Grid, width: Allocation, *, fingerprint: str, train_images: int) -> list[RunSpec]:
-    """Every run of a sweep: seeds outermost, so that a table over all depths and variants is there early."""
-    if sweep.limit_train is not None and sweep.limit_train > train_images:
-        raise UserError(f"--limit-train {sweep.limit_train}: {sweep.dataset} has {train_images} training images")
-    specs = []
-    for seed in sweep.seeds:
-        for name in sweep.variants:
-            function = find_variant(name)
-            for depth in sweep.depths or (default_depth(function),):
-                variant, settings = apply(function(depth), sweep.settings)
-                recipe, changed = override(variant.recipe, sweep)
-                check_batch(recipe, width)
-                images = sweep.limit_train or train_images
-                if recipe.val >= images:
-                    raise UserError(f"{recipe.val} validation images of {images}: none are left to train on")
-                specs.append(
-                    RunSpec(
-                        variant=name,
-                        network=variant.network,
-                        recipe=recipe,
-                        overrides=settings + changed,
-                        dataset=sweep.dataset,
-                        fingerprint=fingerprint,
-                        limit_train=sweep.limit_train,
-                        limit_test=sweep.limit_test,
-                        loader=sweep.loader,
-                        precision=sweep.precision,  # type: ignore[arg-type]
-                        engine=choose_engine(sweep.engine, width.device),
-                        device=width.device,
-                        workers=width.workers,
-                        seed=seed,
-                    )
-                )
+def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images: int) -> list[RunSpec]:
+    """Every run of a grid, each once; seeds outermost, so that a table over all depths and variants is there early."""
+    if grid.specs:
+        specs = [_place(spec, allocation, fingerprint) for spec in grid.specs]
+    else:
+        specs = [
+            _make_spec(grid, name, depth, seed, allocation, fingerprint)
+            for seed in grid.seeds
+            for name in grid.variants
+            for depth in grid.depths or (default_depth(find_variant(name)),)
+        ]
+    for spec in specs:
+        if spec.limit_train is not None and spec.limit_train > train_images:
+            raise UserError(f"--limit-train {spec.limit_train}: {grid.dataset} has {train_images} training images")
+        check_batch(spec.recipe, allocation.workers)
+        images = spec.limit_train or train_images
+        if spec.recipe.val >= images:
+            raise UserError(f"{spec.recipe.val} validation images of {images}: none are left to train on")
     return list(dict.fromkeys(specs))
 
 
-def check_until_ci(sweep: Grid, until_ci: float | None, max_seeds: int | None) -> None:
+def _make_spec(grid: Grid, name: str, depth: int, seed: int, allocation: Allocation, fingerprint: str) -> RunSpec:
+    variant, settings = apply(find_variant(name)(depth), grid.settings)
+    recipe, changed = override(variant.recipe, grid)
+    return RunSpec(
+        variant=name,
+        network=variant.network,
+        recipe=recipe,
+        overrides=settings + changed,
+        dataset=grid.dataset,
+        fingerprint=fingerprint,
+        limit_train=grid.limit_train,
+        limit_test=grid.limit_test,
+        loader=grid.loader,
+        precision=grid.precision,  # type: ignore[arg-type]
+        engine=choose_engine(grid.engine, allocation.device),
+        device=allocation.device,
+        workers=allocation.workers,
+        seed=seed,
+    )
+
+
+def _place(spec: RunSpec, allocation: Allocation, fingerprint: str) -> RunSpec:
+    """A given run on these devices and images. Raises UserError where they are not the images it names."""
+    if spec.fingerprint not in (ANY_IMAGES, fingerprint):
+        raise UserError(
+            f"--spec: {spec.title} is for other images of {spec.dataset} than those here (fingerprint "
+            f"{spec.fingerprint[:12]}, not {fingerprint[:12]}); --data-dir names theirs, --dataset takes these"
+        )
+    engine = choose_engine(spec.engine, allocation.device)
+    return replace(
+        spec, fingerprint=fingerprint, device=allocation.device, workers=allocation.workers, engine=engine
+    )
+
+
+def load_spec(path: Path) -> RunSpec:
+    """The run of a record.json or spec.json. Raises UserError where the file holds none."""
+    try:
+        values = json.loads(path.read_bytes())
+        return RunSpec.from_json(values["spec"] if isinstance(values, dict) and "spec" in values else values)
+    except OSError as error:
+        raise UserError(f"--spec {path}: {error.strerror or error}") from None
+    except ValueError as error:  # of JSON too
+        raise UserError(f"--spec {path} holds no run's specification: {error}") from None
+
+
+def make_spec_grid(paths: Sequence[Path], grid: Grid, given: Collection[str]) -> Grid:
+    """The runs of some files, changed by those fields of `grid` that the user chose: `given`, and all without default.
+
+    Raises UserError for a file that cannot be read and for options that contradict it.
+    """
+    for option in ("variants", "depths"):
+        if option in given:
+            raise UserError(f"--spec and --{option} exclude each other: the file names the network")
+    read = [load_spec(path) for path in paths]
+    datasets = list(dict.fromkeys([grid.dataset] if "dataset" in given else [spec.dataset for spec in read]))
+    if len(datasets) > 1:
+        raise UserError(f"--spec: runs on {' and on '.join(datasets)}; a command trains on one data set")
+    fixed = {name: getattr(grid, name) for name in ("loader", "precision") if name in given}
+    fixed |= {name: value for name in ("engine", "limit_train", "limit_test") if (value := getattr(grid, name))}
+    if "dataset" in given:
+        fixed |= {"dataset": grid.dataset, "fingerprint": ANY_IMAGES}
+    changed = [replace(_override_spec(spec, grid), **fixed) for spec in read]
+    seeds = grid.seeds if "seeds" in given else ()
+    specs = [replace(spec, seed=seed) for seed in seeds for spec in changed] or changed
+    on_gpus = [spec.precision for spec in specs if spec.precision in GPU_PRECISIONS]
+    return replace(
+        grid,
+        variants=tuple(dict.fromkeys(spec.variant for spec in specs)),
+        dataset=datasets[0],
+        precision=(on_gpus or [specs[0].precision])[0],
+        specs=tuple(specs),
+    )
+
+
+def _override_spec(spec: RunSpec, grid: Grid) -> RunSpec:
+    variant = Variant(name=spec.variant, network=spec.network, recipe=spec.recipe, summary="", source="")
+    variant, settings = apply(variant, grid.settings)
+    recipe, changed = override(variant.recipe, grid)
+    names = {text.partition("=")[0] for text in settings + changed}
+    kept = tuple(text for text in spec.overrides if text.partition("=")[0] not in names)
+    return replace(spec, network=variant.network, recipe=recipe, overrides=kept + settings + changed)
+
+
+def count_epochs(spec: RunSpec, train_images: int) -> int:
+    """Epochs of the whole run."""
+    from harness.training.optim import total_epochs
+
+    images = (spec.limit_train or train_images) - spec.recipe.val
+    return total_epochs(spec.recipe, -(-images // spec.recipe.batch_size))
+
+
+def check_until_ci(grid: Grid, until_ci: float | None, max_seeds: int | None) -> None:
     """Raise UserError unless seeds can be added until an interval is narrow enough."""
     if until_ci is None:
         if max_seeds is not None:
@@ -248,10 +276,9 @@ def check_until_ci(sweep: Grid, until_ci: float | None, max_seeds: int | None) -
         return
     if not (until_ci > 0 and math.isfinite(until_ci)):
         raise UserError(f"--until-ci {until_ci:g}: points of error above 0 are allowed, as in 0.10")
-    if max_seeds is not None and max_seeds < max(2, len(sweep.seeds)):
-        raise UserError(
-            f"--max-seeds {max_seeds}: at least {max(2, len(sweep.seeds))} is allowed, which --seeds begins with"
-        )
+    least = max(2, len(grid.seeds))
+    if max_seeds is not None and max_seeds < least:
+        raise UserError(f"--max-seeds {max_seeds}: at least {least} is allowed, which --seeds begins with")
 
 
 def error_half_widths(specs: Iterable[RunSpec], errors: Mapping[str, float]) -> dict[RunSpec, float | None]:
@@ -294,18 +321,18 @@ def more_seeds(
     return more
 
 
-def check_batch(recipe: Recipe, width: Allocation) -> None:
+def check_batch(recipe: Recipe, workers: int) -> None:
     """Raise UserError unless every rank gets an equal share of the global batch."""
-    if recipe.batch_size % width.workers:
-        fitting = [n for n in range(1, recipe.batch_size + 1) if recipe.batch_size % n == 0 and n <= 64]
+    if recipe.batch_size % workers:
+        divisors = [n for n in range(1, recipe.batch_size + 1) if recipe.batch_size % n == 0 and n <= 64]
         raise UserError(
-            f"--workers {width.workers} does not divide the global batch of {recipe.batch_size} "
-            f"(allowed: {', '.join(map(str, fitting))})"
+            f"--workers {workers} does not divide the global batch of {recipe.batch_size} "
+            f"(allowed: {', '.join(map(str, divisors))})"
         )
 
 
-def narrower_widths(elastic: int | None, specs: Sequence[RunSpec]) -> tuple[int, ...]:
-    """The widths below --workers, widest first, with which runs may go on where a cluster has lost nodes.
+def fallback_world_sizes(elastic: int | None, specs: Sequence[RunSpec]) -> tuple[int, ...]:
+    """The world sizes below --workers, largest first, at which runs may continue where a cluster has lost nodes.
 
     At least `elastic`, and such that every rank gets an equal share of every spec's global batch. Raises UserError
     where there is none.
@@ -316,42 +343,48 @@ def narrower_widths(elastic: int | None, specs: Sequence[RunSpec]) -> tuple[int,
     if not 1 <= elastic <= workers:
         raise UserError(f"--elastic {elastic}: from 1 to the {workers} of --workers is allowed")
     batches = sorted({spec.recipe.batch_size for spec in specs})
-    widths = [n for n in range(workers - 1, 0, -1) if not any(batch % n for batch in batches)]
-    fitting = tuple(n for n in widths if n >= elastic)
-    if not fitting and elastic < workers:
+    sizes = [n for n in range(workers - 1, 0, -1) if not any(batch % n for batch in batches)]
+    allowed = tuple(n for n in sizes if n >= elastic)
+    if not allowed and elastic < workers:
         raise UserError(
             f"--elastic {elastic}: no width from {elastic} to {workers - 1} divides the global batch of "
-            f"{' and '.join(map(str, batches))} (allowed: {', '.join(map(str, widths))})"
+            f"{' and '.join(map(str, batches))} (allowed: {', '.join(map(str, sizes))})"
         )
-    return fitting
+    return allowed
 
 
-def pending(specs: Iterable[RunSpec], finished: set[str]) -> list[RunSpec]:
-    """The runs that are still missing."""
+def pending(specs: Iterable[RunSpec], finished: Collection[str]) -> list[RunSpec]:
+    """The runs whose key is not among the finished ones."""
     return [spec for spec in specs if spec.key not in finished]
 
 
-def pull_out(uri: str, *, write: bool) -> None:
-    """Bring the records that are at --out URI into the local folder in which its runs are worked on.
+def open_out(out: str, *, write: bool) -> tuple[Path, str]:
+    """--out as a local folder and, for a URI, the URI, whose records are copied into the folder.
 
-    Raises UserError where that cannot be, and with `write` unless results can be written there.
+    Raises UserError where that fails and, with `write`, unless results can be written there.
     """
-    from harness.results.remote import StorageError, check_uri, pull_results
+    from harness.results.remote import StorageError, check_uri, is_uri, pull_results
 
+    folder = local_copy(out) if is_uri(out) else Path(out)
+    if write:
+        folder = check_out(folder)
+    if not is_uri(out):
+        return folder, ""
     try:
         if write:
-            check_uri(uri)
-        pull_results(uri, cache_of(uri))
+            check_uri(out)
+        pull_results(out, folder)
     except StorageError as error:
         raise UserError(f"--out {error}") from None
+    return folder, out
 
 
-def cache_of(uri: str) -> Path:
+def local_copy(uri: str) -> Path:
     """The local folder that stands for a URI, absolute."""
-    from harness.results.remote import stage
+    from harness.loaders.cache import cache_dir
+    from harness.results.remote import cache_folder
 
-    cache = Path(os.environ.get("HARNESS_CACHE") or Path.home() / ".cache" / "resnet-harness")
-    return stage(uri, cache.expanduser().absolute())
+    return cache_folder(uri, cache_dir().expanduser().absolute())
 
 
 def check_out(out: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Before a run on several nodes: do they all have the same code, versions, data and results folder?"""
+"""Before a run on several nodes: have all of them the same code, versions, data and results folder?"""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from harness.cluster.nodes import Unanswered, ask_every_node
+from harness.cluster.nodes import Unanswered, ask_every_node, working_nodes
+from harness.record import installed_version
 from harness.results.remote import StorageError, find_sentinels, leave_sentinel, remove_sentinels
-from harness.spec import UserError
+from harness.spec import RunPaths, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from harness.loaders.datasets import Dataset
+
 PACKAGE = Path(__file__).parent
 COMPARED = ("torch", "torchvision", "ray", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
-LEAST_DISK_GIB = 2.0
+LEAST_DISK_GIB = 2.0  # for a grid's checkpoints and weights, and a decoded data set
 LARGEST_CLOCK_ERROR_SECONDS = 60.0
 ROWS_SHOWN = 40
 GIB = 2**30
@@ -33,29 +35,24 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """What each node is asked about. Paths absolute."""
+    """What each node is asked about."""
 
-    out: Path
-    remote: str  # the URI that `out` stands for, if it does
-    marker: str  # name of a file that the driver has put into `out`
+    paths: RunPaths
     dataset: str
-    data_dir: Path | None
-    cache_dir: Path | None
+    sentinel: str  # name of a file that the driver has put into `paths.out`
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
-    """One thing on one node that is not as it is here, or not as it must be."""
+class Difference(NamedTuple):
+    """One thing on one node that differs from this machine, or from what is needed."""
 
     node: str
     what: str
     there: str
-    here: str
+    here: str = ""
 
 
 def hash_code(package: Path = PACKAGE) -> str:
-    """SHA-256 over the package's sources, linked folders' too, as this process would import them; 12 hexadecimal
-    digits."""
+    """SHA-256 over the package's sources, linked folders included; 12 hexadecimal digits."""
     digest = hashlib.sha256()
     paths = [Path(top, name) for top, _, names in os.walk(package, followlinks=True) for name in names]
     for path in sorted(path for path in paths if path.suffix == ".py"):
@@ -63,36 +60,35 @@ def hash_code(package: Path = PACKAGE) -> str:
     return digest.hexdigest()[:12]
 
 
+def free_gib(folder: Path) -> float:
+    """Disk space that is free where a folder is."""
+    return shutil.disk_usage(folder).free / GIB
+
+
 def _describe() -> dict[str, str]:
     """What must be equal everywhere; "" for a package that is not installed."""
-    facts = {"python": platform.python_version(), "code": hash_code()}
-    for package in COMPARED:
-        try:
-            facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = ""
-    return facts
+    versions = {package: installed_version(package) or "" for package in COMPARED}
+    return {"python": platform.python_version(), "code": hash_code(), **versions}
 
 
 def _leave_sentinel(question: Question) -> tuple[str, str]:
     """Answer the driver's file with one beside it: its name, and the GiB free where this node writes."""
-    mine = f"{question.marker}-{uuid.uuid4().hex}"
-    if question.remote:
-        seen = question.marker in find_sentinels(question.remote, question.marker)
-        question.out.mkdir(parents=True, exist_ok=True)
+    out, remote = question.paths.out, question.paths.remote
+    own = f"{question.sentinel}-{uuid.uuid4().hex}"
+    if remote:
+        seen = question.sentinel in find_sentinels(remote, question.sentinel)
+        out.mkdir(parents=True, exist_ok=True)
         if seen:
-            leave_sentinel(question.remote, mine)
+            leave_sentinel(remote, own)
     else:
-        seen = (question.out / question.marker).exists()
+        seen = (out / question.sentinel).exists()
         if seen:
-            (question.out / mine).write_bytes(b"")
-    if not seen:
-        return "another folder, or none", ""
-    return mine, f"{shutil.disk_usage(question.out).free / GIB:.1f}"
+            (out / own).write_bytes(b"")
+    return (own, f"{free_gib(out):.1f}") if seen else ("another folder, or none", "")
 
 
 def answer(question: Question) -> dict[str, str]:
-    """The facts of the node this runs on, as text. Leaves a file in `out`."""
+    """The facts of the node this runs on, as text. Leaves a file in the folder of results."""
     facts = {**_describe(), "clock": f"{time.time()}"}
     try:
         facts["out"], facts["disk"] = _leave_sentinel(question)
@@ -100,8 +96,9 @@ def answer(question: Question) -> dict[str, str]:
         facts["out"], facts["disk"] = getattr(error, "strerror", None) or str(error), ""
     from harness.loaders.datasets import DataError, load_dataset
 
+    paths = question.paths
     try:
-        facts["data"] = load_dataset(question.dataset, question.data_dir, question.cache_dir).fingerprint[:12]
+        facts["data"] = load_dataset(question.dataset, paths.data_dir, paths.cache_dir).fingerprint[:12]
     except (DataError, OSError) as error:
         facts["data"] = str(error)
     return facts
@@ -111,72 +108,60 @@ def compare(
     here: Mapping[str, str],
     answers: Mapping[str, Mapping[str, str] | Unanswered],
     *,
-    written: frozenset[str],
-    asked_at: float,
-    answered_at: float,
+    sentinels: frozenset[str],
+    sent_at: float,
+    received_at: float,
 ) -> list[Difference]:
-    """Everything that differs. `written` are the names that the driver finds in its own results folder."""
-    found = []
+    """Everything that differs. `sentinels` are the files of the nodes that the driver sees in its results folder."""
+    differences = []
+
+    def add(*difference: str) -> None:
+        differences.append(Difference(*difference))
+
     for node, facts in sorted(answers.items()):
         if isinstance(facts, Unanswered):
-            found.append(Difference(node=node, what="answer", there=facts.reason, here=""))
+            add(node, "answer", facts.reason)
             continue
         for what in ("python", "code", "data", *COMPARED):
             if facts[what] != here[what]:
-                there, mine = facts[what] or "not installed", here[what] or "not installed"
-                found.append(Difference(node=node, what=what, there=there, here=mine))
-        if facts["out"] not in written:
-            found.append(Difference(node=node, what="--out", there=facts["out"], here="must be one shared folder"))
+                add(node, what, facts[what] or "not installed", here[what] or "not installed")
+        if facts["out"] not in sentinels:
+            add(node, "--out", facts["out"], "must be one shared folder")
         elif float(facts["disk"]) < LEAST_DISK_GIB:
-            found.append(Difference(node=node, what="disk", there=f"{facts['disk']} GiB free",
-                                    here=f"at least {LEAST_DISK_GIB:.0f} GiB"))  # fmt: skip
+            add(node, "disk", f"{facts['disk']} GiB free", f"at least {LEAST_DISK_GIB:.0f} GiB")
         clock = float(facts["clock"])
-        error = max(asked_at - clock, clock - answered_at)
+        error = max(sent_at - clock, clock - received_at)
         if error > LARGEST_CLOCK_ERROR_SECONDS:
-            side = "behind" if clock < asked_at else "ahead"
-            found.append(Difference(node=node, what="clock", there=f"{error:.0f} s {side}", here=""))
-    return found
+            add(node, "clock", f"{error:.0f} s {'behind' if clock < sent_at else 'ahead'}")
+    return differences
 
 
-def check_nodes(
-    dataset: str,
-    fingerprint: str,
-    *,
-    out: Path,
-    data_dir: Path | None,
-    cache_dir: Path | None,
-    console: Console,
-    remote: str = "",
-) -> None:
-    """Compare every node with this process, and with what a run needs.
+def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> None:
+    """Compare the nodes of the cluster that was joined, if several, with this process and with what a run needs.
 
-    Prints a table of what differs and raises UserError, or does nothing. Call `harness.cluster.launch.connect` before.
+    Prints a table of what differs and raises UserError, or does nothing.
     """
-    question = Question(
-        out=out,
-        remote=remote,
-        marker=f".preflight-{uuid.uuid4().hex[:12]}",
-        dataset=dataset,
-        data_dir=data_dir,
-        cache_dir=cache_dir,
-    )
+    if len(working_nodes()) < 2:
+        return
+    question = Question(paths=paths, dataset=dataset.name, sentinel=f".preflight-{uuid.uuid4().hex[:12]}")
+    remote, sentinel = paths.remote, question.sentinel
     if remote:
-        leave_sentinel(remote, question.marker)
+        leave_sentinel(remote, sentinel)
     else:
-        (out / question.marker).write_bytes(b"")
+        (paths.out / sentinel).write_bytes(b"")
     try:
-        asked_at = time.time()
+        sent_at = time.time()
         answers = ask_every_node(partial(answer, question))
-        answered_at = time.time()
-        names = find_sentinels(remote, question.marker) if remote else os.listdir(out)  # noqa: PTH208
-        written = frozenset(name for name in names if name.startswith(question.marker))
+        received_at = time.time()
+        names = find_sentinels(remote, sentinel) if remote else [path.name for path in paths.out.iterdir()]
     finally:
         if remote:
-            remove_sentinels(remote, question.marker)
-        for path in out.glob(f"{question.marker}*"):
+            remove_sentinels(remote, sentinel)
+        for path in paths.out.glob(f"{sentinel}*"):
             path.unlink(missing_ok=True)
-    here = {**_describe(), "data": fingerprint[:12]}
-    differences = compare(here, answers, written=written, asked_at=asked_at, answered_at=answered_at)
+    here = {**_describe(), "data": dataset.fingerprint[:12]}
+    sentinels = frozenset(name for name in names if name.startswith(sentinel))
+    differences = compare(here, answers, sentinels=sentinels, sent_at=sent_at, received_at=received_at)
     if differences:
         console.print(_table(differences))
         nodes = len({difference.node for difference in differences})
@@ -196,7 +181,5 @@ def _table(differences: list[Difference]) -> Table:
         table.add_column(name, overflow="fold")
     for difference in differences[:ROWS_SHOWN]:
         # Text: a path or a message of another machine is never taken for markup
-        table.add_row(
-            *(Text(word) for word in (difference.node, difference.what, difference.there, difference.here))
-        )
+        table.add_row(*map(Text, difference))
     return table

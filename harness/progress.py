@@ -1,4 +1,4 @@
-"""What a person sees while runs go on: one table that keeps up, or plain lines where there is no terminal."""
+"""What is shown while a command works: a bar for data, a live table of runs, or plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -6,19 +6,49 @@ import json
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from harness.cluster.launch import Entered, Failed, Started, Waiting
+from harness.cluster.job import Entered, Failed, Started, Waiting
+from harness.results.sweeps import METRICS, Trial, best_first, format_value
 from harness.results.values import EpochMetrics, RunResult
-from harness.spec import RunSpec
+from harness.spec import RunPaths, RunSpec, UserError
+
+if TYPE_CHECKING:
+    from harness.loaders.datasets import Dataset
+
+
+def load_data(name: str, paths: RunPaths, console: Console) -> Dataset:
+    """Load the data set, with a bar while it is downloaded and decoded. Raises UserError where that fails."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    from harness.loaders.datasets import DataError, load_dataset
+
+    with Bar(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(escape(what), total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        try:
+            return load_dataset(name, paths.data_dir, paths.cache_dir, progress)
+        except DataError as error:
+            raise UserError(str(error)) from None
 
 
 @dataclass(slots=True)
@@ -32,35 +62,49 @@ class _Line:
     since: float = 0.0
 
 
-class Progress:
-    """Shows runs as they go on; `event` takes what `launch` reports, `ended` the outcome."""
+class LiveTable:
+    """A table on a terminal, drawn anew as things change; elsewhere only lines."""
 
-    def __init__(
-        self, specs: list[RunSpec], epochs: dict[str, int], console: Console, *, concurrent_runs: int
-    ) -> None:
-        self.lines = {spec.key: _Line(spec, epochs[spec.key]) for spec in specs}
+    def __init__(self, console: Console) -> None:
         self.console = console
-        self.concurrent_runs = concurrent_runs
-        self.many_seeds = len({spec.seed for spec in specs}) > 1
-        self._live = Live(get_renderable=self._sample_epoch, console=console, refresh_per_second=4, transient=True)
+        self._live: Live | None = None
 
-    def __enter__(self) -> Progress:
+    def render(self) -> Group:
+        """The table as it is now."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
         if self.console.is_terminal:
+            self._live = Live(
+                get_renderable=self.render, console=self.console, refresh_per_second=4, transient=True
+            )
             self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.console.is_terminal:
+        if self._live is not None:
             self._live.stop()
 
     def say(self, text: str) -> None:
-        """A line above the table."""
+        """A line, above the table if there is one."""
         self.console.print(Text(text), soft_wrap=True)
 
+
+class Progress(LiveTable):
+    """Shows the runs; `event` takes what `launch` reports, `ended` the outcome."""
+
+    def __init__(
+        self, specs: Sequence[RunSpec], epochs: Mapping[str, int], console: Console, *, concurrent_runs: int
+    ) -> None:
+        self.lines = {spec.key: _Line(spec, epochs[spec.key]) for spec in specs}
+        self.concurrent_runs = concurrent_runs
+        self.many_seeds = len({spec.seed for spec in specs}) > 1
+        super().__init__(console)
+
     def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
-        """A run takes up what an earlier command left."""
+        """A run continues after the epochs of an earlier command."""
         if history:
             line = self.lines[spec.key]
             line.last = history[-1]
@@ -74,10 +118,10 @@ class Progress:
         if isinstance(event, Started):
             line.state, line.since = "starting", now
             line.note = f"attempt {event.attempt}: {event.reason}" if event.reason else ""
-            if event.workers is not None:
-                line.note = f"{event.workers} of {spec.workers} workers; {line.note}"
+            if event.world_size is not None:
+                line.note = f"{event.world_size} of {spec.workers} workers; {line.note}"
             if event.reason:
-                width = f" with {event.workers} of {spec.workers} workers" if event.workers else ""
+                width = f" with {event.world_size} of {spec.workers} workers" if event.world_size else ""
                 self.say(f"{spec.title}: {event.reason}; trying again ({event.attempt}){width}")
             elif not self.console.is_terminal:
                 self.say(f"{spec.title}: starting")
@@ -122,7 +166,8 @@ class Progress:
         ]
         return (line.epochs - done) * statistics.median(seconds) if seconds else None
 
-    def _sample_epoch(self) -> Group:
+    def render(self) -> Group:
+        """The runs that fit on the screen."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for name in ("run", "epoch", ""):
             table.add_column(name, no_wrap=True)
@@ -134,7 +179,7 @@ class Progress:
             last = line.last
             done = last.epoch if last else 0
             style = {"done": "green", "failed": "red", "waiting": "dim"}.get(line.state, "")
-            title = line.spec.title if self.many_seeds else line.spec.title.split(" seed")[0]
+            title = line.spec.title if self.many_seeds else line.spec.name
             table.add_row(
                 title,
                 f"{done}/{line.epochs}",
@@ -157,7 +202,7 @@ class Progress:
         return Group(table, Text(footer + "   Ctrl-C stops; the same command resumes", style="dim"))
 
     def _shown(self) -> list[_Line]:
-        """What fits on the screen: running ones first of all, then the order of the plan."""
+        """The lines that fit on the screen, running ones first, in the order of the plan."""
         room = max(4, self.console.height - 4)
         lines = list(self.lines.values())
         if len(lines) <= room:
@@ -169,8 +214,80 @@ class Progress:
         return [line for line in lines if id(line) in kept]
 
 
+class TrialTable(LiveTable):
+    """The trials of a sweep as they train; `trials` is read each time it is drawn."""
+
+    def __init__(
+        self, trials: list[Trial], console: Console, *, total: int, epochs: int, concurrent_runs: int, metric: str
+    ) -> None:
+        super().__init__(console)
+        self.trials, self.total, self.epochs = trials, total, epochs
+        self.concurrent_runs, self.metric = concurrent_runs, metric
+
+    def line(self, trial: Trial, text: str) -> None:
+        """What happened to a trial; on a terminal the table shows it."""
+        if not self.console.is_terminal:
+            self.say(f"trial {trial.number}/{self.total}: {text}")
+
+    def left(self) -> float | None:
+        """Seconds, from the epochs that trials so far have taken; None before the first epoch."""
+        seconds = [trial.seconds / trial.epochs for trial in self.trials if trial.epochs and trial.seconds]
+        if not seconds:
+            return None
+        ended = [trial.epochs for trial in self.trials if trial.state != "running"]
+        expected = statistics.fmean(ended) if ended else self.epochs
+        epochs = (self.total - len(self.trials)) * expected
+        epochs += sum(max(0, self.epochs - t.epochs) for t in self.trials if t.state == "running")
+        return epochs * statistics.median(seconds) / self.concurrent_runs
+
+    def best(self) -> Trial | None:
+        """The best of the trials that have finished."""
+        return next((trial for trial in best_first(self.trials) if trial.state == "finished"), None)
+
+    def summary(self) -> str:
+        """3 running, 4 pruned, 9 finished, 1 failed of 32; best ...; left 1:20."""
+        counts = dict.fromkeys(("running", "pruned", "finished", "failed"), 0)
+        for trial in self.trials:
+            counts[trial.state] += 1
+        words = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        best = self.best()
+        shown = f"; best {self.metric} {best.value:.4g} by {describe_trial(best)}" if best else ""
+        return f"{words or 'none begun'} of {self.total}{shown}; left {clock(self.left())}"
+
+    def render(self) -> Group:
+        """The trials that fit on the screen: running ones, the best, the latest."""
+        names = list(dict.fromkeys(name for trial in self.trials for name in trial.fields))
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for name in ("trial", "epoch", METRICS.get(self.metric, self.metric), *names):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True, overflow="ellipsis")
+        best = self.best()
+        shown = sorted(self.trials, key=lambda t: (t.state != "running", t is not best, -t.number))
+        for trial in sorted(shown[: max(4, self.console.height - 5)], key=lambda t: t.number):
+            style = {"finished": "green", "failed": "red", "pruned": "dim"}.get(trial.state, "")
+            state: str = "finished, the best so far" if trial is best else trial.state
+            if trial.state == "running" and trial.epochs == self.epochs:
+                state = "last evaluation"
+            fields = (format_value(trial.fields[name]) if name in trial.fields else "" for name in names)
+            table.add_row(
+                str(trial.number),
+                f"{trial.epochs}/{self.epochs}",
+                "" if trial.last is None else f"{trial.last:.4g}",
+                *fields,
+                f"{state} {trial.reason}".rstrip(),
+                style="bold green" if trial is best else style,
+            )
+        hint = Text("Ctrl-C stops; the same sweep continues with --resume", style="dim")
+        return Group(table, Text(self.summary(), style="dim"), hint)
+
+
+def describe_trial(trial: Trial) -> str:
+    """lr=0.05 weight_decay=0.0001."""
+    return " ".join(f"{name}={format_value(value)}" for name, value in trial.fields.items())
+
+
 class JsonLines:
-    """In place of the table: a JSON object an epoch, for programs. "time" is training seconds since epoch 0 began."""
+    """A JSON object per epoch, for programs. "time" is training seconds since epoch 0 began."""
 
     def __init__(self, file: IO[str]) -> None:
         self.file = file
@@ -207,6 +324,7 @@ class JsonLines:
 
 
 def clock(seconds: float | None) -> str:
+    """ "1:02:03", "2:03", or "?" where it is not known."""
     if seconds is None:
         return "?"
     minutes, rest = divmod(round(seconds), 60)

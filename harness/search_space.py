@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import re
-import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import fields, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter
 
 from harness.models.variants import Network, Recipe, Variant
-from harness.spec import UserError
+from harness.results.sweeps import Dimension, Function, format_value
+from harness.spec import UserError, suggest
 
-if TYPE_CHECKING:
-    import numpy as np
-
-Function = Literal["loguniform", "uniform", "randint", "choice", "grid"]
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
 FIGURES = 4  # significant ones of a drawn number, so that a command can be typed again
 
@@ -27,42 +24,35 @@ FIELDS = tuple(name for name in _HINTS if name not in _OPTIONS)
 """What can be set or searched, in the order of the recipe's fields and then the network's."""
 
 
-@dataclass(frozen=True, slots=True)
-class Dimension:
-    """One field's share of a search space. `values` is (low, high), both included, or all that can be chosen."""
+def finite_values(d: Dimension) -> tuple[Any, ...] | None:
+    """Every value of a dimension; None where they are endless."""
+    if d.function == "randint":
+        kind = type(d.values[0])
+        return tuple(kind(n) for n in range(int(d.values[0]), int(d.values[1]) + 1))
+    return None if d.continuous else d.values
 
-    field: str
-    function: Function
-    values: tuple[Any, ...]
 
-    def __str__(self) -> str:
-        return f"{self.field}={self.function}({','.join(map(format_value, self.values))})"
+def round_value(d: Dimension, value: float) -> float:
+    """To `FIGURES` figures, within the bounds."""
+    low, high = d.values
+    return float(min(max(float(f"{value:.{FIGURES}g}"), low), high))
 
-    @property
-    def finite(self) -> tuple[Any, ...] | None:
-        """Every value there is; None where there is no end of them."""
-        if self.function == "randint":
-            kind = type(self.values[0])
-            return tuple(kind(n) for n in range(int(self.values[0]), int(self.values[1]) + 1))
-        return self.values if self.function in ("choice", "grid") else None
 
-    def draw(self, random: np.random.Generator) -> Any:
-        """One value at random."""
-        if (finite := self.finite) is not None:
-            return finite[int(random.integers(len(finite)))]
-        low, high = self.values
-        if self.function == "loguniform":
-            return self.round(math.exp(random.uniform(math.log(low), math.log(high))))
-        return self.round(random.uniform(low, high))
+def count_points(dimensions: Sequence[Dimension]) -> int | None:
+    """How many different points the space has; None: endless."""
+    counts = [None if (finite := finite_values(d)) is None else len(set(finite)) for d in dimensions]
+    return None if None in counts else math.prod(count for count in counts if count is not None)
 
-    def round(self, value: float) -> float:
-        """To `FIGURES` figures, within the bounds."""
-        low, high = self.values
-        return float(min(max(float(f"{value:.{FIGURES}g}"), low), high))
+
+def grid_points(dimensions: Sequence[Dimension]) -> list[dict[str, Any]]:
+    """Every combination of the `grid` dimensions; one empty one where there are none."""
+    grids = [dimension for dimension in dimensions if dimension.function == "grid"]
+    combinations = itertools.product(*(dimension.values for dimension in grids))
+    return [dict(zip((d.field for d in grids), values, strict=True)) for values in combinations]
 
 
 def parse_search(texts: Iterable[str]) -> tuple[Dimension, ...]:
-    """ "lr=loguniform(0.01,1)" and others -> dimensions. Raises UserError for whatever cannot be meant."""
+    """ "lr=loguniform(0.01,1)" and others -> dimensions. Raises UserError for anything else."""
     dimensions = tuple(map(_parse_dimension, texts))
     names = [dimension.field for dimension in dimensions]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -71,7 +61,7 @@ def parse_search(texts: Iterable[str]) -> tuple[Dimension, ...]:
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
-    """ "lr=0.05" and others -> {"lr": 0.05}. Raises UserError for whatever cannot be meant."""
+    """ "lr=0.05" and others -> {"lr": 0.05}. Raises UserError for anything else."""
     settings: dict[str, Any] = {}
     for text in texts:
         name, _, value = text.partition("=")
@@ -90,64 +80,38 @@ def apply(variant: Variant, settings: Mapping[str, Any]) -> tuple[Variant, tuple
     Values count in the recipe's own unit, so another number of epochs stretches them with the rest of the schedule.
     """
     changed: dict[str, Any] = {}
-    for part in (variant.recipe, variant.network):
-        own = {f.name for f in fields(part)}
-        changed |= {name: settings[name] for name in FIELDS if name in own and name in settings
-                    and settings[name] != getattr(part, name)}  # fmt: skip
-    recipe_fields = {f.name for f in fields(Recipe)}
-    variant = replace(
-        variant,
-        recipe=replace(variant.recipe, **{k: v for k, v in changed.items() if k in recipe_fields}),
-        network=replace(variant.network, **{k: v for k, v in changed.items() if k not in recipe_fields}),
-    )
-    return variant, tuple(f"{name}={format_value(value)}" for name, value in changed.items())
-
-
-def format_value(value: Any) -> str:
-    """As it is typed: 0.05, true, A, 90,135."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return ",".join(map(format_value, value))
-    if isinstance(value, float):
-        return f"{value:.17g}" if float(f"{value:g}") != value else f"{value:g}"
-    return "none" if value is None else str(value)
-
-
-def count_points(dimensions: Sequence[Dimension]) -> int | None:
-    """How many different points the space has; None: no end of them."""
-    counts = [None if d.finite is None else len(set(d.finite)) for d in dimensions]
-    return None if None in counts else math.prod(count for count in counts if count is not None)
-
-
-def grid_points(dimensions: Sequence[Dimension]) -> list[dict[str, Any]]:
-    """Every combination of the `grid` dimensions; one empty one where there are none."""
-    grids = [dimension for dimension in dimensions if dimension.function == "grid"]
-    combinations = itertools.product(*(dimension.values for dimension in grids))
-    return [dict(zip((d.field for d in grids), values, strict=True)) for values in combinations]
+    parts = {}
+    for part in ("recipe", "network"):
+        own = getattr(variant, part)
+        names = {f.name for f in fields(own)} & set(settings)
+        new = {n: settings[n] for n in FIELDS if n in names and settings[n] != getattr(own, n)}
+        parts[part] = replace(own, **new)
+        changed |= new
+    return replace(variant, **parts), tuple(f"{name}={format_value(value)}" for name, value in changed.items())
 
 
 def _parse_dimension(text: str) -> Dimension:
+    what = f"--search {text!r}"
     match = re.fullmatch(r"\s*([\w-]+)\s*=\s*(\w+)\s*\((.*)\)\s*", text)
     if match is None:
         name, _, rest = text.partition("=")
         _field(name, "--search", text)
-        _function(rest.partition("(")[0].strip(), text)
-        raise UserError(f"--search {text!r}: FIELD=FUNCTION(a,b) is allowed, as in lr=loguniform(0.01,1)")
+        _check(rest.partition("(")[0].strip(), FUNCTIONS, f"{what}: function")
+        raise UserError(f"{what}: FIELD=FUNCTION(a,b) is allowed, as in lr=loguniform(0.01,1)")
     name = _field(match[1], "--search", text)
-    function = _function(match[2], text)
-    what = f"--search {text!r}"
+    function = _check(match[2], FUNCTIONS, f"{what}: function")
     words = [word.strip() for word in match[3].split(",")]
-    if get_origin(_HINTS[name]) is tuple:
+    hint = _HINTS[name]
+    if get_origin(hint) is tuple:
         raise UserError(
             f"{what}: {name} is a list of numbers and cannot be searched; --set of `harness run` sets it"
         )
     if function in ("choice", "grid"):
         values = tuple(dict.fromkeys(_value(name, word, what) for word in words))
-        return Dimension(name, function, values)
-    if _HINTS[name] not in (float, int):
+        return Dimension(field=name, function=function, values=values)
+    if hint not in (float, int):
         raise UserError(f"{what}: {name} is no number; choice(...) and grid(...) are allowed")
-    if function != "randint" and _HINTS[name] is int:
+    if function != "randint" and hint is int:
         raise UserError(f"{what}: {name} is a whole number; randint, choice and grid are allowed")
     if len(words) != 2:
         raise UserError(f"{what}: {function} takes two numbers, the lowest and the highest")
@@ -158,55 +122,40 @@ def _parse_dimension(text: str) -> Dimension:
         raise UserError(f"{what}: loguniform needs numbers above 0")
     if function == "randint" and not (float(low).is_integer() and float(high).is_integer()):
         raise UserError(f"{what}: randint takes whole numbers")
-    return Dimension(name, function, (low, high))
+    return Dimension(field=name, function=function, values=(low, high))
 
 
-def _function(word: str, text: str) -> Function:
-    for function in FUNCTIONS:
-        if word == function:
-            return function
-    raise UserError(f"--search {text!r}: function {word!r} is unknown{_near(word, FUNCTIONS)}")
+def _check(word: str, allowed: Sequence[Any], what: str) -> Any:
+    if word not in allowed:
+        hint = suggest(word, allowed) or f" (allowed: {', '.join(allowed)})"
+        raise UserError(f"{what} {word!r} is unknown{hint}")
+    return word
 
 
 def _field(word: str, option: str, text: str) -> str:
     name = word.strip().replace("-", "_")
     if name in _OPTIONS:
         raise UserError(f"{option} {text!r}: {name} has an option of its own, {_OPTIONS[name]}")
-    if name not in FIELDS:
-        raise UserError(f"{option} {text!r}: field {name!r} is unknown{_near(name, FIELDS)}")
+    _check(name, FIELDS, f"{option} {text!r}: field")
     return name
-
-
-def _near(word: str, allowed: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, allowed, n=1)
-    return f"; did you mean {near[0]}?" if near else f" (allowed: {', '.join(allowed)})"
 
 
 def _value(name: str, word: str, what: str) -> Any:
     """A word as the field's own type."""
     hint, word = _HINTS[name], word.strip()
-    if get_origin(hint) in (Union, types.UnionType):
-        if word.lower() == "none":
-            return None
-        hint = next(kind for kind in get_args(hint) if kind is not type(None))
     if get_origin(hint) is Literal:
-        if word not in get_args(hint):
-            raise UserError(f"{what}: {name} {word!r} is unknown{_near(word, get_args(hint))}")
-        return word
-    if get_origin(hint) is tuple:
-        return tuple(_number(float, name, part, what) for part in word.split(","))
-    if hint is bool:
-        if word.lower() not in ("true", "false"):
-            raise UserError(f"{what}: {name} is true or false, not {word!r}")
-        return word.lower() == "true"
-    return _number(hint, name, word, what)
-
-
-def _number(kind: type, name: str, word: str, what: str) -> Any:
+        return _check(word, get_args(hint), f"{what}: {name}")
+    if type(None) in get_args(hint) and word.lower() == "none":
+        return None
     try:
-        value = kind(word)
+        if hint is bool and word.lower() not in ("true", "false"):  # pydantic takes 1 and yes, too
+            raise ValueError
+        value = TypeAdapter(hint).validate_python(word.split(",") if get_origin(hint) is tuple else word)
     except ValueError:
-        raise UserError(f"{what}: {name} is a {'whole ' * (kind is int)}number, not {word.strip()!r}") from None
-    if not math.isfinite(value) or value < 0:
-        raise UserError(f"{what}: {name} {word.strip()} is not a number from 0 up")
+        kind = "true or false" if hint is bool else f"a {'' if 'float' in str(hint) else 'whole '}number"
+        raise UserError(f"{what}: {name} is {kind}, not {word!r}") from None
+    if any(
+        not math.isfinite(number) or number < 0 for number in (value if isinstance(value, tuple) else (value,))
+    ):
+        raise UserError(f"{what}: {name} {word} is not a number from 0 up")
     return value

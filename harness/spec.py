@@ -1,12 +1,14 @@
-"""The values of one run: what is asked for (`RunSpec`) and where its files are (`RunPaths`).
+"""The values of one run: its specification (`RunSpec`) and its folders (`RunPaths`); errors of all commands.
 
-What a run measures (`EpochMetrics`, `RunResult`) is defined where it is kept, in `harness.results.store`.
+What a run measures (`EpochMetrics`, `RunResult`) is defined in `harness.results.values`.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +20,17 @@ Engine = Literal["eager", "compile", "graph"]
 
 
 class UserError(Exception):
-    """A mistake of the person at the keyboard: printed as one line, exit code 2, no traceback."""
+    """A user's mistake: printed as one line, exit code 2, no traceback."""
+
+
+def suggest(word: str, allowed: Collection[str]) -> str:
+    """ "; did you mean dali?", or "" where no allowed word is near."""
+    near = difflib.get_close_matches(word, allowed, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 class DivergedError(RuntimeError):
-    """The loss is not finite; `steps` is where the epoch ended that showed it."""
+    """The loss is not finite; `steps` is the step at which the epoch ended."""
 
     def __init__(self, epoch: int, steps: int) -> None:
         super().__init__(f"loss is not finite in epoch {epoch} (by step {steps})")
@@ -61,14 +69,44 @@ class RunSpec:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
+    def name(self) -> str:
+        """For people, but for the seed: "msra-20"."""
+        return f"{self.variant}-{self.network.depth}"
+
+    @property
     def title(self) -> str:
         """For people: "msra-20 seed 0"."""
-        return f"{self.variant}-{self.network.depth} seed {self.seed}"
+        return f"{self.name} seed {self.seed}"
 
     def to_json(self) -> dict[str, Any]:
-        """Every field, defaults too, as JSON values."""
+        """Every field, defaults included, as JSON values."""
         whole: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return whole
+
+    @classmethod
+    def from_json(cls, values: Any) -> RunSpec:
+        """The inverse of `to_json`. Raises ValueError, in one line, for a field that is unknown, missing or invalid."""
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            TypeAdapter(cls).validate_python(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}".lstrip(": ")) from None
+        parts = {"network": Network, "recipe": Recipe}
+        for name, part in {"": cls, **parts}.items():
+            known = {field.name for field in fields(part)}
+            if unknown := [key for key in (values[name] if name else values) if key not in known]:
+                raise ValueError(
+                    f"{name}{'.' * bool(name)}{unknown[0]}: no such field{suggest(unknown[0], known)}"
+                )
+        # not the validated values: 180 would have become 180.0, and the key with it
+        made = {name: part(**_as_tuples(values[name])) for name, part in parts.items()}
+        return cls(**{**_as_tuples(values), **made})
+
+
+def _as_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _contents(value: Any) -> Any:
@@ -84,11 +122,11 @@ def _contents(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunPaths:
-    """Where a run finds its data and keeps its files. Not part of its identity. All paths absolute."""
+    """Where a run finds its data and keeps its files; not part of its identity. All paths are absolute."""
 
     out: Path
     data_dir: Path | None = None
     cache_dir: Path | None = None
     label: str = ""  # of the data set, for folder names and tables
     checkpoint_every: int = 1  # epochs
-    remote: str = ""  # the URI that `out` stands for, if it does
+    remote: str = ""  # the URI of the results, where `out` is its local copy

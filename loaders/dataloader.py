@@ -19,7 +19,7 @@ class TorchLoader:
     """Follows the plan with `config.threads` - 1 worker processes; with two threads or fewer, none is fastest."""
 
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
-        self._plan = plan
+        self.steps = plan.steps
         self._device = config.device
         self._format = torch.channels_last if config.channels_last else torch.contiguous_format
         self._batches = _Batches(plan)
@@ -31,10 +31,6 @@ class TorchLoader:
             persistent_workers=workers > 0,
             pin_memory=config.device.type == "cuda",
         )
-
-    @property
-    def steps(self) -> int:
-        return self._plan.steps
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self._batches.epoch, self._batches.first_step = epoch, first_step
@@ -59,9 +55,8 @@ class _Batches:
     def __iter__(self) -> Iterator[list[Job]]:
         draw = self._plan.draw(self.epoch)
         for step in range(self.first_step, self._plan.steps):
-            part = slice(*draw.batches(step, step + 1))
-            index, (y, x), flip = draw.index[part], draw.offset[part].T, draw.flip[part]
-            yield list(zip(index.tolist(), y.tolist(), x.tolist(), flip.tolist(), strict=True))
+            part = draw.part(step, step + 1)
+            yield list(zip(part.index.tolist(), *part.offset.T.tolist(), part.flip.tolist(), strict=True))
 
     def __len__(self) -> int:
         return self._plan.steps - self.first_step
@@ -71,34 +66,26 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
     """Images by job. A mean image is subtracted by hand, for torchvision normalises by colour only."""
 
     def __init__(self, split: Split, config: LoaderConfig) -> None:
-        augment, normalize = config.augment, config.normalize
         self._images = torch.from_numpy(split.images).permute(0, 3, 1, 2)
         self._labels: list[int] = split.labels.tolist()
-        self._augment = augment
-        self._size = augment.crop_size(split)
-        self._mean = torch.from_numpy(normalize.mean)
-        self._std: list[float] = normalize.std.tolist()
-        # with a mean image, black in both it and the image is zero after the subtraction
-        self._normalize_first = augment.pad_mode == "zero" or (
-            augment.pad_mode == "black" and self._mean.ndim == 3
-        )
+        self._augment = config.augment
+        self._size = config.augment.crop_size(split)
+        self._std: list[float] = config.normalize.std.tolist()
+        self._normalize_first = config.augment.pad_mode == "zero"
+        self._mean = torch.from_numpy(config.normalize.mean)
         if self._mean.ndim == 3:
             self._mean = self._mean.permute(2, 0, 1)
             if not self._normalize_first:
-                self._mean = functional.pad(self._mean, [augment.pad], padding_mode="reflect")
+                self._mean = self._pad(self._mean)
 
     def __getitem__(self, job: Job) -> tuple[Tensor, int]:
         index, y, x, flip = job
-        image = self._images[index]
+        image, mean = self._images[index], self._mean
         if self._normalize_first:
-            image = self._pad(self._normalize(image, self._mean))
-            image = functional.crop(image, y, x, *self._size)
+            image = functional.crop(self._pad(self._normalize(image, mean)), y, x, *self._size)
         else:
-            image = functional.crop(self._pad(image), y, x, *self._size)
-            colour = self._mean.ndim == 1
-            image = self._normalize(
-                image, self._mean if colour else functional.crop(self._mean, y, x, *self._size)
-            )
+            mean = mean if mean.ndim == 1 else functional.crop(mean, y, x, *self._size)
+            image = self._normalize(functional.crop(self._pad(image), y, x, *self._size), mean)
         return functional.horizontal_flip(image) if flip else image, self._labels[index]
 
     def _pad(self, image: Tensor) -> Tensor:
@@ -107,7 +94,7 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
 
     def _normalize(self, image: Tensor, mean: Tensor) -> Tensor:
         image = functional.to_dtype(image, torch.float32, scale=True)
-        colour = mean.tolist() if mean.ndim == 1 else [0.0, 0.0, 0.0]
-        image = image if mean.ndim == 1 else image - mean
-        normalized: Tensor = functional.normalize(image, colour, self._std)
+        if mean.ndim == 3:
+            image, mean = image - mean, torch.zeros(3)
+        normalized: Tensor = functional.normalize(image, mean.tolist(), self._std)
         return normalized

@@ -1,8 +1,7 @@
 """Data sets: which files they are, what is known about them, and their images as uint8 arrays.
 
-Images are decoded once. The arrays are kept in one file of the cache folder, named by the fingerprint of
-what it holds; a small index leads from the names, sizes and times of the source files to that fingerprint, so
-that the next start decodes nothing. Nothing here imports torch, except to read CIFAR-10 in its own format.
+Images are decoded once and then read from the cache (`cache.py`). Nothing here imports torch, except to read
+CIFAR-10 in its own format.
 """
 
 from __future__ import annotations
@@ -13,29 +12,30 @@ import json
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from harness.loaders.cache import Arrays, Metadata, cache_dir, cached, lock
 
 DATASETS: tuple[str, ...] = ("cifar10", "cifar2", "digits", "miniplaces")
 """The names `load_dataset` knows; `folder:PATH` is the other way to name one."""
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done, and how much there is."""
+"""Called with the activity, the count done and the total."""
 
 CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
     *("dog", "frog", "horse", "ship", "truck"),
 )
 MINIPLACES_TRAIN_IMAGES = 100_000
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp"))
-CACHE_FORMAT = 1  # part of every signature: raise it when arrays come out differently from the same files
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
 MIXED_SEED = 20151210
 DOWNLOAD_TIMEOUT_SECONDS = 20
 DECODE_CHUNK = 200
@@ -43,7 +43,7 @@ DECODE_THREADS = 4
 
 
 class DataError(ValueError):
-    """The data asked for is missing, broken or contradictory: one line that names the file."""
+    """The data set is missing, broken or contradictory: one line that names the file."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -60,13 +60,44 @@ class Split:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Content:
+    """What is in the files of a data set: what the cache keeps, and what the fingerprint is taken over."""
+
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
+
+    def parts(self) -> tuple[tuple[str, ...], Split, Split]:
+        return self.classes, self.train, self.test
+
+    def to_arrays(self) -> tuple[Arrays, Metadata]:
+        arrays: Arrays = {"train_images": self.train.images, "train_labels": self.train.labels}
+        arrays |= {"test_images": self.test.images, "test_labels": self.test.labels}
+        return arrays, {"classes": json.dumps(self.classes)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays, metadata: Metadata) -> Self:
+        train, test = (Split(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "test"))
+        return cls(tuple(json.loads(metadata["classes"])), train, test)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over images, labels and class names of both splits, in hex."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for split in (self.train, self.test):
+            digest.update(repr(split.images.shape).encode())
+            digest.update(np.ascontiguousarray(split.images).data)
+            digest.update(np.ascontiguousarray(split.labels, "<i8").data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Dataset:
     """A data set in memory."""
 
-    name: str  # as it was asked for
-    label: str  # for tables: says so when the images are not the published ones
-    fingerprint: str  # SHA-256 over images, labels and class names of both splits, in hex
-    original: bool  # the published images themselves, so published errors may stand beside ours
+    name: str  # as `load_dataset` was called
+    label: str  # for tables: shows when the images are not the published ones
+    fingerprint: str  # `Content.fingerprint`
+    original: bool  # the published images themselves: published errors are comparable
     classes: tuple[str, ...]
     train: Split
     test: Split
@@ -86,16 +117,25 @@ def check_dataset_name(name: str) -> None:
     """Raise DataError unless `load_dataset` knows the name. The files are not looked at."""
     if name in DATASETS or (name.startswith("folder:") and name != "folder:"):
         return
-    close = difflib.get_close_matches(name, (*DATASETS, "folder:"), n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = suggest(name, (*DATASETS, "folder:"))
     raise DataError(f"unknown data set {name!r}: {hint}allowed are {', '.join(DATASETS)} and folder:PATH")
 
 
+def suggest(word: str, allowed: Iterable[str]) -> str:
+    """ "did you mean ...? ", or nothing where no allowed word is close."""
+    close = difflib.get_close_matches(word, list(allowed), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+class _File(NamedTuple):
+    path: str  # within the data set's folder
+    label: int
+    size: int
+    modified_ns: int
+
+
 def load_dataset(
-    name: str,
-    data_dir: Path | None = None,
-    cache_dir: Path | None = None,
-    progress: Progress | None = None,
+    name: str, data_dir: Path | None = None, cache: Path | None = None, progress: Progress | None = None
 ) -> Dataset:
     """Read a data set, from the cache where it was decoded before.
 
@@ -105,13 +145,13 @@ def load_dataset(
     miniplaces: `data_dir` holds the development kit: train.txt, val.txt, categories.txt, images/. Its test split
     is the kit's validation list. folder:PATH: any class folders of square images of one size.
 
-    The cache is `cache_dir`, else $HARNESS_CACHE, else ~/.cache/resnet-harness. Raises DataError.
+    The cache is `cache`, else `cache_dir()`. Raises DataError.
     """
     check_dataset_name(name)
-    cache = cache_dir or Path(os.environ.get("HARNESS_CACHE") or Path.home() / ".cache" / "resnet-harness")
+    cache = cache or cache_dir()
     if data_dir is not None and (name == "digits" or name.startswith("folder:")):
-        where = "inside scikit-learn" if name == "digits" else "at the path in its name"
-        raise DataError(f"data set {name} lies {where}: it takes no data folder, got {data_dir}")
+        where = "is part of scikit-learn" if name == "digits" else "names its own path"
+        raise DataError(f"data set {name} {where}: it takes no data folder, got {data_dir}")
     if name == "digits":
         return _load_digits(cache)
     if name == "miniplaces":
@@ -144,17 +184,16 @@ def hold_out(split: Split, count: int, seed: int, *, stratified: bool = True) ->
         raise DataError(f"cannot hold out {count} of {len(split)} images: allowed are 1 to {len(split) - 1}")
     generator = np.random.Generator(np.random.PCG64(seed))
     held = np.zeros(len(split), bool)
-    if not stratified:
+    if stratified:
+        classes, sizes = np.unique(split.labels, return_counts=True)
+        exact = sizes * count / len(split)
+        shares = exact.astype(np.int64)
+        largest_remainder = np.argsort(shares - exact, kind="stable")[: count - shares.sum()]
+        shares[largest_remainder] += 1
+        for label, share in zip(classes, shares, strict=True):
+            held[generator.permutation(np.flatnonzero(split.labels == label))[:share]] = True
+    else:
         held[generator.permutation(len(split))[:count]] = True
-        return Split(split.images[~held], split.labels[~held]), Split(split.images[held], split.labels[held])
-    classes, sizes = np.unique(split.labels, return_counts=True)
-    exact = sizes * count / len(split)
-    shares = exact.astype(np.int64)
-    largest_remainder = np.argsort(shares - exact, kind="stable")[: count - shares.sum()]
-    shares[largest_remainder] += 1
-    for label, share in zip(classes, shares, strict=True):
-        mine = np.flatnonzero(split.labels == label)
-        held[generator.permutation(mine)[:share]] = True
     return Split(split.images[~held], split.labels[~held]), Split(split.images[held], split.labels[held])
 
 
@@ -164,7 +203,7 @@ def hold_out(split: Split, count: int, seed: int, *, stratified: bool = True) ->
 def _load_digits(cache: Path) -> Dataset:
     from importlib.metadata import version  # scikit-learn itself takes a second to import
 
-    def read() -> _Content:
+    def read() -> Content:
         from sklearn.datasets import load_digits
 
         bunch = load_digits()
@@ -172,33 +211,32 @@ def _load_digits(cache: Path) -> Dataset:
         # Every pixel four times each way: ResNet-20 errs by 0.7 points less than with smooth enlargement.
         images = np.ascontiguousarray(grey.repeat(4, axis=1).repeat(4, axis=2)[..., None].repeat(3, axis=3))
         train, test = hold_out(Split(images, bunch.target.astype(np.int64)), 360, seed=0)
-        return _Content(tuple(str(name) for name in bunch.target_names), train, test)
+        return Content(tuple(str(name) for name in bunch.target_names), train, test)
 
-    content, fingerprint = _cached(["digits", version("scikit-learn")], read, cache)
+    content, fingerprint = cached(["digits", version("scikit-learn")], read, Content, cache)
     return Dataset("digits", "digits", fingerprint, True, *content.parts(), flip=False)
 
 
 def _load_cifar10(data_dir: Path | None, cache: Path, progress: Progress | None) -> Dataset:
-    if data_dir is None:
-        data_dir = cache / "downloads"
-        if not (data_dir / "cifar-10-batches-py").is_dir():
-            _download_cifar10(data_dir)
-    if not (data_dir / "cifar-10-batches-py").is_dir():
+    download = data_dir is None
+    data_dir = data_dir or cache / "downloads"
+    batches = data_dir / "cifar-10-batches-py"
+    if download and not batches.is_dir():
+        _download_cifar10(data_dir)
+    if not batches.is_dir():
         dataset = _load_class_folders("cifar10", data_dir, cache, progress)
         if dataset.classes != CIFAR10_CLASSES:
-            found = ", ".join(dataset.classes[:3])
-            raise DataError(f"{data_dir}: not CIFAR-10's classes ({found}, ...): try folder:{data_dir}")
+            first = ", ".join(dataset.classes[:3])
+            raise DataError(f"{data_dir}: not CIFAR-10's classes ({first}, ...): try folder:{data_dir}")
         return dataset
-    batches = data_dir / "cifar-10-batches-py"
     with os.scandir(batches) as entries:
         stats = sorted((entry.name, entry.stat()) for entry in entries)
-    signature = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
-    signature = ["cifar-10-batches-py", str(batches.resolve()), *signature]
-    content, fingerprint = _cached(signature, lambda: _read_cifar10(data_dir), cache)
+    signature = [str(batches.resolve()), *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)]
+    content, fingerprint = cached(signature, lambda: _read_cifar10(data_dir), Content, cache)
     return Dataset("cifar10", "cifar10", fingerprint, True, *content.parts(), flip=True)
 
 
-def _read_cifar10(root: Path) -> _Content:
+def _read_cifar10(root: Path) -> Content:
     from torchvision.datasets import CIFAR10
 
     with warnings.catch_warnings():
@@ -209,7 +247,7 @@ def _read_cifar10(root: Path) -> _Content:
             path = root / "cifar-10-batches-py"
             raise DataError(f"{path}: incomplete or corrupt: a file's checksum is not CIFAR-10's") from error
     splits = (Split(part.data, np.asarray(part.targets, np.int64)) for part in (train, test))
-    return _Content(CIFAR10_CLASSES, *splits)
+    return Content(CIFAR10_CLASSES, *splits)
 
 
 def _download_cifar10(root: Path) -> None:
@@ -218,9 +256,9 @@ def _download_cifar10(root: Path) -> None:
     timeout = socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _lock(root / "cifar10.lock"):
+        with lock(root / "cifar10.lock"):
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)  # torchvision sets none
-            CIFAR10(root, download=True)  # leaves alone what another process has just brought
+            CIFAR10(root, download=True)  # which keeps what another process has just downloaded
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
@@ -232,38 +270,30 @@ def _download_cifar10(root: Path) -> None:
 
 
 def _first_two_classes(whole: Dataset) -> Dataset:
-    def first_two(split: Split) -> Split:
-        chosen = split.labels < 2
-        return Split(split.images[chosen], split.labels[chosen])
-
-    content = _Content(whole.classes[:2], first_two(whole.train), first_two(whole.test))
+    pairs = ((split, split.labels < 2) for split in (whole.train, whole.test))
+    content = Content(whole.classes[:2], *(Split(split.images[two], split.labels[two]) for split, two in pairs))
     label = "cifar2" if whole.original else f"cifar2 of {whole.label}"
     return Dataset("cifar2", label, content.fingerprint(), whole.original, *content.parts(), flip=True)
 
 
 def _load_class_folders(name: str, root: Path, cache: Path, progress: Progress | None) -> Dataset:
-    if not root.is_dir():
-        raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
+    _check_folder(root)
     train_classes, train = _list_class_folders(root, "train")
     test_classes, test = _list_class_folders(root, "test")
     if train_classes != test_classes:
-        only = [
-            f"{', '.join(sorted(classes))} only in {where}"
-            for where, classes in (
-                ("train", set(train_classes) - set(test_classes)),
-                ("test", set(test_classes) - set(train_classes)),
-            )
-            if classes
-        ]
+        either = sorted(set(train_classes) ^ set(test_classes))
+        only = [f"{name} only in {'train' if name in train_classes else 'test'}" for name in either]
         raise DataError(f"{root}: classes differ between train and test: {'; '.join(only)}")
-    signature = ["class folders", str(root.resolve()), str(train), str(test)]
-    content, fingerprint = _cached(
-        signature, lambda: _decode(root, tuple(train_classes), train, test, progress), cache
-    )
+    content, fingerprint = _read_files(root, tuple(train_classes), train, test, cache, progress)
     label = root.resolve().name or "folder"
-    if label in DATASETS:  # never to be taken for the published images
+    if label in DATASETS:  # it must not pass for the published images
         label = f"{label}@{fingerprint[:8]}"
     return Dataset(name, label, fingerprint, False, *content.parts(), flip=True)
+
+
+def _check_folder(root: Path) -> None:
+    if not root.is_dir():
+        raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
 
 
 def _list_class_folders(root: Path, split: str) -> tuple[list[str], list[_File]]:
@@ -276,24 +306,20 @@ def _list_class_folders(root: Path, split: str) -> tuple[list[str], list[_File]]
         raise DataError(f"{folder}: no class folders: expected {split}/<class>/*")
     files: list[_File] = []
     for label, name in enumerate(classes):
-        before = len(files)
         with os.scandir(folder / name) as entries:
-            for entry in entries:
-                dot = entry.name.rfind(".")
-                if dot > 0 and entry.name[dot:].lower() in IMAGE_SUFFIXES:
-                    stat = entry.stat()
-                    files.append((f"{split}/{name}/{entry.name}", label, stat.st_size, stat.st_mtime_ns))
-        if len(files) == before:
+            images = [entry for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+        if not images:
             raise DataError(f"{folder / name}: no images in this class folder")
-    files.sort(key=itemgetter(1, 0))
+        for image in sorted(images, key=attrgetter("name")):
+            stat = image.stat()
+            files.append(_File(f"{split}/{name}/{image.name}", label, stat.st_size, stat.st_mtime_ns))
     return classes, files
 
 
 def _load_miniplaces(root: Path | None, cache: Path, progress: Progress | None) -> Dataset:
     if root is None:
         raise DataError("miniplaces is not downloaded: name the development kit's folder with --data-dir")
-    if not root.is_dir():
-        raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
+    _check_folder(root)
     classes: dict[int, str] = {}
     for number, path, label in _list_lines(root / "categories.txt"):
         if label in classes:
@@ -303,8 +329,7 @@ def _load_miniplaces(root: Path | None, cache: Path, progress: Progress | None) 
         raise DataError(f"{root / 'categories.txt'}: labels are not 0 to {len(classes) - 1}")
     train, test = (_list_kit(root, name, len(classes)) for name in ("train.txt", "val.txt"))
     names = tuple(classes[label] for label in range(len(classes)))
-    signature = ["miniplaces", str(root.resolve()), str(names), str(train), str(test)]
-    content, fingerprint = _cached(signature, lambda: _decode(root, names, train, test, progress), cache)
+    content, fingerprint = _read_files(root, names, train, test, cache, progress)
     whole = len(content.train) >= MINIPLACES_TRAIN_IMAGES
     name = "miniplaces" if whole else root.resolve().name
     if name in DATASETS and not whole:
@@ -322,56 +347,65 @@ def _list_kit(root: Path, name: str, num_classes: int) -> list[_File]:
             raise DataError(f"{root / name} line {number}: no file {root / 'images' / path}") from error
         if not 0 <= label < num_classes:
             raise DataError(f"{root / name} line {number}: label {label} is not in categories.txt")
-        files.append((f"images/{path}", label, stat.st_size, stat.st_mtime_ns))
+        files.append(_File(f"images/{path}", label, stat.st_size, stat.st_mtime_ns))
     return files
 
 
 def _list_lines(path: Path) -> Iterator[tuple[int, str, int]]:
     """(line number, path, label) of each line `path label`."""
     try:
-        lines = path.read_text().splitlines()
+        lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: expected lines of a path and a label") from error
-    if not any(line.strip() for line in lines):
+    if not any(lines):
         raise DataError(f"{path}: empty: expected lines of a path and a label")
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdecimal():
-            raise DataError(f"{path} line {number}: {line.strip()[:80]!r} is not a path and a label")
-        yield number, name.strip(), int(label)
+        name, _, label = line.rpartition(" ")
+        if line and not (name and label.isdecimal()):
+            raise DataError(f"{path} line {number}: {line[:80]!r} is not a path and a label")
+        if line:
+            yield number, name.strip(), int(label)
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------
 
 
-_File = tuple[str, int, int, int]  # path within the data set's folder, label, bytes, time of change in ns
-
-
-def _decode(
+def _read_files(
     root: Path,
     classes: tuple[str, ...],
-    train: Sequence[_File],
-    test: Sequence[_File],
+    train: list[_File],
+    test: list[_File],
+    cache: Path,
     progress: Progress | None,
-) -> _Content:
-    """Decode every file to RGB. Threads, because PIL lets go of the interpreter while it decodes."""
+) -> tuple[Content, str]:
+    """The images of the listed files, and their fingerprint."""
+
+    def read() -> Content:
+        images = _decode(root, [*train, *test], progress)
+        labels = np.array([file.label for file in (*train, *test)], np.int64)
+        cut = len(train)
+        return Content(classes, Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:]))
+
+    signature = [str(root.resolve()), *map(str, (classes, train, test))]
+    return cached(signature, read, Content, cache)
+
+
+def _decode(root: Path, files: list[_File], progress: Progress | None) -> NDArray[np.uint8]:
+    """Every file in RGB. By threads: PIL releases the interpreter's lock while it decodes."""
     from PIL import Image
 
-    files = [*train, *test]
-    first = root / files[0][0]
+    first = root / files[0].path
     width, height = _read_image(first).shape[1::-1]
     if width != height:
         raise DataError(f"{first}: image is {width}x{height}: only square images are supported")
     images = np.empty((len(files), height, width, 3), np.uint8)
 
     def decode(start: int) -> int:
-        for index, (path, *_) in enumerate(files[start : start + DECODE_CHUNK], start):
-            image = _read_image(root / path)
+        for index, file in enumerate(files[start : start + DECODE_CHUNK], start):
+            image = _read_image(root / file.path)
             if image.shape != images.shape[1:]:
                 size = f"{image.shape[1]}x{image.shape[0]}"
-                raise DataError(f"{root / path}: image is {size}, others are {width}x{height} ({first})")
+                raise DataError(f"{root / file.path}: image is {size}, others are {width}x{height} ({first})")
             images[index] = image
         return min(start + DECODE_CHUNK, len(files))
 
@@ -380,9 +414,7 @@ def _decode(
         for done in pool.map(decode, range(0, len(files), DECODE_CHUNK)):
             if progress:
                 progress("decoding images", done, len(files))
-    labels = np.array([label for _, label, *_ in files], np.int64)
-    cut = len(train)
-    return _Content(classes, Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:]))
+    return images
 
 
 def _read_image(path: Path) -> NDArray[np.uint8]:
@@ -394,101 +426,3 @@ def _read_image(path: Path) -> NDArray[np.uint8]:
     except Exception as error:  # a broken file can make a decoder raise nearly anything
         reason = str(error).splitlines()[0].replace(str(path), path.name) if str(error) else repr(error)
         raise DataError(f"{path}: not a readable image: {reason}") from error
-
-
-# ---- the cache -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Content:
-    """What the cache keeps, and what the fingerprint is taken over."""
-
-    classes: tuple[str, ...]
-    train: Split
-    test: Split
-
-    def parts(self) -> tuple[tuple[str, ...], Split, Split]:
-        return self.classes, self.train, self.test
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(json.dumps(self.classes).encode())
-        for split in (self.train, self.test):
-            digest.update(repr(split.images.shape).encode())
-            digest.update(np.ascontiguousarray(split.images).data)
-            digest.update(np.ascontiguousarray(split.labels, "<i8").data)
-        return digest.hexdigest()
-
-
-def _cached(signature: list[str], read: Callable[[], _Content], cache: Path) -> tuple[_Content, str]:
-    """`read()` and its fingerprint, from the cache where the same signature was read before.
-
-    What the cache holds is checked against its fingerprint; anything wrong with it means reading again. A cache
-    that cannot be written costs time at every start, so it is warned of, but is no error.
-    """
-    from safetensors import SafetensorError
-
-    key = hashlib.sha256("\n".join((str(CACHE_FORMAT), *signature)).encode()).hexdigest()
-    index = cache / "index" / f"{key}.json"
-    found = _load_cached(index, cache)
-    if found:
-        return found
-    try:
-        index.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(index.with_suffix(".lock")):
-            found = _load_cached(index, cache)  # another process may have been faster
-            if found:
-                return found
-            content = read()
-            fingerprint = content.fingerprint()
-            _save_content(content, cache / f"{fingerprint}.safetensors")
-            _write_whole(index, lambda part: part.write_text(json.dumps({"fingerprint": fingerprint})))
-            return content, fingerprint
-    except (OSError, SafetensorError) as error:  # no room, no permission
-        warnings.warn(f"{cache}: the cache cannot be written ({error}): decoding anew", stacklevel=2)
-        content = read()
-        return content, content.fingerprint()
-
-
-def _load_cached(index: Path, cache: Path) -> tuple[_Content, str] | None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        fingerprint = str(json.loads(index.read_text())["fingerprint"])
-        with safe_open(cache / f"{fingerprint}.safetensors", "np") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            classes = tuple(json.loads(file.metadata()["classes"]))
-        train, test = (Split(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "test"))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        return None
-    content = _Content(classes, train, test)
-    return (content, fingerprint) if content.fingerprint() == fingerprint else None
-
-
-def _save_content(content: _Content, path: Path) -> None:
-    from safetensors.numpy import save_file
-
-    arrays = {
-        f"{name}_{field}": np.ascontiguousarray(getattr(split, field))
-        for name, split in (("train", content.train), ("test", content.test))
-        for field in ("images", "labels")
-    }
-    metadata = {"classes": json.dumps(content.classes)}
-    _write_whole(path, lambda part: save_file(arrays, part, metadata=metadata))
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the path, then rename: readers see the whole file or none."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    from filelock import FileLock
-
-    with FileLock(path):
-        yield

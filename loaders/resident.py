@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import as_strided
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,6 +22,7 @@ class ResidentLoader:
 
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
         pixels, mean, std = make_padded(split, config.augment, config.normalize)
+        self.steps = plan.steps
         self._plan = plan
         self._device = device = config.device
         self._format = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -34,22 +35,13 @@ class ResidentLoader:
         batch_mib = 12 * self._crop[0] * self._crop[1] * plan.batch_size / plan.world_size / 2**20
         self._macrobatch = 1 if device.type == "cpu" else max(1, int(MACROBATCH_MIB / batch_mib))
 
-    @property
-    def steps(self) -> int:
-        return self._plan.steps
-
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        draw = self._plan.draw(epoch)
-        index, offset, flip = (
-            torch.from_numpy(array).to(self._device) for array in (draw.index, draw.offset, draw.flip)
-        )
+        sample = self._plan.draw(epoch)
         for first in range(first_step, self.steps, self._macrobatch):
-            last = min(first + self._macrobatch, self.steps)
-            begin, end = draw.batches(first, last)
-            images = self._make(index[begin:end], offset[begin:end], flip[begin:end])
-            labels = self._labels[index[begin:end]]
-            sizes = [stop - begin for begin, stop in (draw.batches(step, step + 1) for step in range(first, last))]
-            yield from zip(images.split(sizes), labels.split(sizes), strict=True)
+            part = sample.part(first, first + self._macrobatch)
+            index, offset, flip = (upload(array, self._device) for array in (part.index, part.offset, part.flip))
+            images, labels = self._make(index, offset, flip), self._labels[index]
+            yield from zip(images.split(part.batch_size), labels.split(part.batch_size), strict=True)
 
     def _make(self, index: Tensor, offset: Tensor, flip: Tensor) -> Tensor:
         height, width = self._crop
@@ -64,11 +56,23 @@ class ResidentLoader:
         self._pixels = self._labels = torch.empty(0)
 
 
+def upload(array: NDArray[Any], device: torch.device) -> Tensor:
+    """The array on the device. On a GPU the host does not wait: PyTorch keeps the pinned copy until it is read."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def crop(images: Tensor, index: Tensor, offset: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:
     """images (N, H, W, C), index (n,), offset (n, 2), flip (n,) -> (n, *size, C), new memory."""
-    if images.device.type == "cpu":
-        return torch.from_numpy(_crop_numpy(images.numpy(), index.numpy(), offset.numpy(), flip.numpy(), size))
-    return crop_by_index(images, index, offset, flip, size)
+    if images.device.type != "cpu":
+        return crop_by_index(images, index, offset, flip, size)
+    # Row by row from a view of all crops there are: four times faster than PyTorch's indexing.
+    channels = images.shape[3]
+    windows = sliding_window_view(images.flatten(2).numpy(), (size[0], size[1] * channels), axis=(1, 2))
+    y, x = offset.numpy().T
+    crops = windows[index.numpy(), y, x * channels].reshape(-1, *size, channels)
+    crops[flip.numpy()] = crops[flip.numpy(), :, ::-1]
+    return torch.from_numpy(crops)
 
 
 def crop_by_index(images: Tensor, index: Tensor, offset: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:
@@ -77,23 +81,3 @@ def crop_by_index(images: Tensor, index: Tensor, offset: Tensor, flip: Tensor, s
     columns = torch.arange(size[1], device=images.device)
     columns = offset[:, 1:] + torch.where(flip[:, None], size[1] - 1 - columns, columns)
     return images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
-def _crop_numpy(
-    images: NDArray[Any],
-    index: NDArray[np.int64],
-    offset: NDArray[np.int64],
-    flip: NDArray[np.bool_],
-    size: tuple[int, int],
-) -> NDArray[Any]:
-    """On a CPU: row by row from a view of all crops there are; four times faster than PyTorch's indexing."""
-    count, height, width, channels = images.shape
-    windows = as_strided(
-        images,
-        (count, height - size[0] + 1, width - size[1] + 1, size[0], size[1] * channels),
-        (*images.strides[:3], images.strides[1], images.strides[3]),
-        writeable=False,
-    )
-    crops = windows[index, offset[:, 0], offset[:, 1]].reshape(-1, *size, channels)
-    crops[flip] = crops[flip, :, ::-1]
-    return crops

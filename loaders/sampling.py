@@ -112,7 +112,7 @@ class LoaderConfig:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class EpochSample:
-    """One rank's epoch, image after image: which image, where it is cropped, whether it is flipped."""
+    """One rank's epoch, or a part of it: for each image which it is, where it is cropped, whether it is flipped."""
 
     index: NDArray[np.int64]
     """(m,), into the split."""
@@ -120,12 +120,19 @@ class EpochSample:
     """(m, 2), y and x of the crop within the padded image."""
     flip: NDArray[np.bool_]
     """(m,)."""
-    ends: tuple[int, ...]
-    """Where each batch ends within the m images."""
+    batch_size: int
+    """Images of each batch of this rank; the last batch may have fewer."""
 
-    def batches(self, first: int, last: int) -> tuple[int, int]:
-        """The range of images that steps `first` to `last` (not included) are made of."""
-        return (self.ends[first - 1] if first else 0), self.ends[last - 1]
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Images of each step."""
+        images = range(0, len(self.index), self.batch_size)
+        return [min(self.batch_size, len(self.index) - first) for first in images]
+
+    def part(self, first: int, last: int) -> EpochSample:
+        """Steps `first` to `last` (not included) of it, or to its end."""
+        images = slice(first * self.batch_size, last * self.batch_size)
+        return EpochSample(self.index[images], self.offset[images], self.flip[images], self.batch_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,21 +186,12 @@ def _sample_epoch(plan: SamplingPlan, epoch: int) -> EpochSample:
         order = np.random.Generator(np.random.PCG64(EVALUATION_SEED)).permutation(plan.images)
         offset = np.full((plan.images, 2), np.array(plan.span) // 2)
         flip = np.zeros(plan.images, bool)
-    return _share(plan, order, offset, flip)
-
-
-def _share(
-    plan: SamplingPlan, order: NDArray[np.int64], offset: NDArray[np.int64], flip: NDArray[np.bool_]
-) -> EpochSample:
-    whole, tail = divmod(plan.images, plan.batch_size)
-    last = order[plan.images - tail :]
-    if plan.train and 0 < tail < plan.world_size:
-        last = np.concatenate([last, order[: plan.world_size - tail]])
-    body = order[: plan.images - tail].reshape(whole, plan.batch_size)[:, plan.rank :: plan.world_size]
-    last = last[plan.rank :: plan.world_size]
-    index = np.concatenate([body.ravel(), last])
-    ends = [(step + 1) * body.shape[1] for step in range(whole)] + [len(index)] * (len(last) > 0)
-    return EpochSample(index, offset[index], flip[index], tuple(ends))
+    body, last = np.split(order, [plan.images - plan.images % plan.batch_size])
+    if plan.train and 0 < len(last) < plan.world_size:
+        last = np.concatenate([last, order[: plan.world_size - len(last)]])
+    shares = body.reshape(-1, plan.batch_size)[:, plan.rank :: plan.world_size]
+    index = np.concatenate([shares.ravel(), last[plan.rank :: plan.world_size]])
+    return EpochSample(index, offset[index], flip[index], shares.shape[1])
 
 
 def make_padded(

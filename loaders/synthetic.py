@@ -17,21 +17,17 @@ class SyntheticLoader:
     """The first batch of the plan's epoch 0, again and again; a last batch of another size is cut from it."""
 
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
-        ends = plan.draw(0).ends
-        self._sizes = [end - begin for begin, end in zip((0, *ends), ends, strict=False)]
-        first = plan.draw(0).index[: self._sizes[0]]
+        self.steps = plan.steps
+        self._sample = plan.draw(0)
+        first = self._sample.part(0, 1).index
         few = Split(split.images[first], split.labels[first])
         once = replace(plan, images=len(few), batch_size=len(few), rank=0, world_size=1)
-        loader = ResidentLoader(few, once, config)
-        self._images, self._labels = next(loader.epoch(0))
-
-    @property
-    def steps(self) -> int:
-        return len(self._sizes)
+        self._images, self._labels = next(ResidentLoader(few, once, config).epoch(0))
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         del epoch
-        for size in self._sizes[first_step:]:
+        for step in range(first_step, self.steps):
+            size = len(self._sample.part(step, step + 1).index)
             yield self._images[:size], self._labels[:size]
 
     def close(self) -> None:

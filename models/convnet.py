@@ -7,8 +7,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.models.resnet import conv3x3
-from harness.models.variants import Network, check_convnet_depth
+from harness.models.layers import conv1x1, conv3x3
+from harness.models.variants import CONVNET_DEPTHS, Network, check_listed_depth
 
 
 class ConvNet(nn.Module):
@@ -20,7 +20,7 @@ class ConvNet(nn.Module):
 
     def __init__(self, network: Network, num_classes: int) -> None:
         super().__init__()
-        check_convnet_depth(network.depth)
+        check_listed_depth(network.depth, CONVNET_DEPTHS)
         eps = network.batch_norm_eps
         self.conv = conv3x3(3, 16)
         self.bn = batch_statistics(16, eps)
@@ -46,7 +46,7 @@ class Stage(nn.Module):
         super().__init__()
         self.conv1 = conv3x3(in_width, width)
         self.bn1 = batch_statistics(width, eps)
-        self.shortcut = nn.Conv2d(in_width, width, 1, bias=False)
+        self.shortcut = conv1x1(in_width, width)
         self.conv2 = conv3x3(width, width)
         self.bn2 = batch_statistics(width, eps)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.models.resnet import conv3x3, he_init
-from harness.models.variants import IMAGENET_BLOCKS, Network, check_imagenet_depth
+from harness.models.layers import conv1x1, conv3x3, he_init
+from harness.models.variants import IMAGENET_BLOCKS, Network, check_listed_depth
 
 
 class ImageNetResNet(nn.Module):
@@ -18,7 +18,7 @@ class ImageNetResNet(nn.Module):
 
     def __init__(self, network: Network, num_classes: int) -> None:
         super().__init__()
-        check_imagenet_depth(network.depth)
+        check_listed_depth(network.depth, IMAGENET_BLOCKS)
         eps = network.batch_norm_eps
         bottleneck = network.block == "bottleneck"
         self.conv = conv3x3(3, 32, stride=2)
@@ -66,8 +66,3 @@ class ResidualBlock(nn.Module):
         out: Tensor = self.residual(x)
         out += self.shortcut(x)
         return F.relu(out, inplace=True)
-
-
-def conv1x1(in_width: int, width: int, stride: int = 1) -> nn.Conv2d:
-    """1x1 convolution; no bias, a batch norm follows it."""
-    return nn.Conv2d(in_width, width, 1, stride, bias=False)

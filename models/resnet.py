@@ -1,50 +1,12 @@
-"""The residual networks for CIFAR, and `build`, which makes the module of any `Network`."""
+"""The residual networks for CIFAR."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.models.layers import IdentityConv, activation, conv3x3, he_init
 from harness.models.variants import Network, check_depth
-
-SMALLEST_IMAGE = {"cifar": 4, "convnet": 4, "xresnet": 4, "imagenet": 16}
-"""Side in pixels, by architecture: the product of all strides."""
-
-
-def build(network: Network, num_classes: int, image_size: int = 32) -> nn.Module:
-    """A freshly initialised module: images (N, 3, image_size, image_size) -> logits (N, num_classes).
-
-    The weights come from torch's global generator. Every module takes images of other sizes too, at least as
-    large as `SMALLEST_IMAGE` says.
-
-    Raises:
-        ValueError: depth, number of classes or image size is one that the architecture cannot have.
-    """
-    if num_classes < 2:
-        raise ValueError(f"{num_classes} classes cannot be told apart: at least 2")
-    smallest = SMALLEST_IMAGE[network.architecture]
-    if image_size < smallest:
-        raise ValueError(f"image size {image_size} is too small for this network: at least {smallest}")
-    match network.architecture:
-        case "cifar":
-            return CifarResNet(network, num_classes)
-        case "imagenet":
-            from harness.models.imagenet import ImageNetResNet
-
-            return ImageNetResNet(network, num_classes)
-        case "convnet":
-            from harness.models.convnet import ConvNet
-
-            return ConvNet(network, num_classes)
-        case "xresnet":
-            from harness.models.xresnet import XResNet
-
-            return XResNet(network, num_classes)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """The number of trainable parameters."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 class OptionA(nn.Module):
@@ -61,19 +23,6 @@ class OptionA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.after))
-
-
-class IdentityConv(nn.Conv2d):
-    """1x1 convolution of stride 2, no bias and no batch norm, that starts as the identity (apark263/cfmz).
-
-    At first channel i goes to channel i and the new channels are zero; training is free to change that.
-    """
-
-    def __init__(self, in_width: int, width: int) -> None:
-        super().__init__(in_width, width, kernel_size=1, stride=2, bias=False)
-
-    def reset_parameters(self) -> None:
-        nn.init.dirac_(self.weight)
 
 
 class BasicBlock(nn.Module):
@@ -159,22 +108,3 @@ class CifarResNet(nn.Module):
         x = self.last(self.stages(x))
         logits: Tensor = self.head_bn(self.fc(x.mean((2, 3))))
         return logits
-
-
-def conv3x3(in_width: int, width: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """3x3 convolution that keeps the size but for its stride; no bias, a batch norm follows it."""
-    return nn.Conv2d(in_width, width, 3, stride, padding=1, groups=groups, bias=False)
-
-
-def activation(width: int, eps: float) -> nn.Sequential:
-    """Batch norm and ReLU."""
-    return nn.Sequential(nn.BatchNorm2d(width, eps=eps), nn.ReLU(inplace=True))
-
-
-def he_init(module: nn.Module) -> None:
-    """He initialisation by fan-in of convolutions and affine layers, but not the identity (arXiv:1502.01852)."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear) and not isinstance(layer, IdentityConv):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,7 +17,7 @@ Unit = Literal["epoch", "step"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Network:
-    """An architecture: `harness.models.resnet.build(network, num_classes)` makes the module.
+    """An architecture: `harness.models.build.build(network, num_classes)` makes the module.
 
     Two networks with equal fields are the same function of their weights.
     """
@@ -40,7 +40,7 @@ class Network:
     cardinality: int = 1
     """Groups of a bottleneck's 3x3 convolution (arXiv:1611.05431)."""
     group_width: int = 0
-    """Allocation of one of those groups in the first stage."""
+    """Width of one of those groups in the first stage."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +96,12 @@ def check_depth(depth: int, *, multiple: int, offset: int = 2) -> None:
     if n < 1 or n != int(n):
         below = max(1, int(n)) * multiple + offset
         raise ValueError(f"depth {depth} is not {multiple}n+{offset}: try {below} or {below + multiple}")
+
+
+def check_listed_depth(depth: int, depths: Collection[int]) -> None:
+    """Raise ValueError unless depth is one of those."""
+    if depth not in depths:
+        raise ValueError(f"depth {depth} is none of {', '.join(map(str, depths))}")
 
 
 def he2015(depth: int = 20) -> Variant:
@@ -178,19 +184,13 @@ IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 74: (9,
 """Blocks in each of the four stages, by depth: arXiv:1512.03385, table 1; 74 is apark263/mpmz's own."""
 
 
-def check_imagenet_depth(depth: int) -> None:
-    """Raise ValueError unless `IMAGENET_BLOCKS` knows the depth."""
-    if depth not in IMAGENET_BLOCKS:
-        raise ValueError(f"depth {depth} is none of {', '.join(map(str, IMAGENET_BLOCKS))}")
-
-
 def miniplaces(depth: int = 18) -> Variant:
     """Mini-Places2, images of 128 pixels cropped to 112: apark263/mpmz, written for neon.
 
     Its script has 9 basic blocks a stage, 74 layers, and since its published error also varies scale, aspect
     and contrast; its README, followed here, has mean subtraction, crops and flips only.
     """
-    check_imagenet_depth(depth)
+    check_listed_depth(depth, IMAGENET_BLOCKS)
     return Variant(
         name="miniplaces",
         network=Network(
@@ -213,15 +213,12 @@ def miniplaces(depth: int = 18) -> Variant:
     )
 
 
-def check_convnet_depth(depth: int) -> None:
-    """Raise ValueError unless the depth is 8: stem, two 3x3 convolutions in each of three stages, affine."""
-    if depth != 8:
-        raise ValueError(f"depth {depth} is not 8, the only depth of convnet")
+CONVNET_DEPTHS = (8,)
 
 
 def convnet(depth: int = 8) -> Variant:
     """A programming exercise's network for the first two classes of CIFAR-10: KaushikRoy94/Work."""
-    check_convnet_depth(depth)
+    check_listed_depth(depth, CONVNET_DEPTHS)
     return Variant(
         name="convnet",
         network=Network(depth=depth, architecture="convnet", shortcut="projection"),
@@ -269,70 +266,48 @@ def xresnet(depth: int = 20) -> Variant:
 def mxresnet(depth: int = 20) -> Variant:
     """xresnet with Mish (arXiv:1908.08681)."""
     base = xresnet(depth)
-    return replace(
-        base,
-        name="mxresnet",
-        network=replace(base.network, activation="mish"),
-        summary="xresnet with Mish",
-    )
+    network = replace(base.network, activation="mish")
+    return replace(base, name="mxresnet", network=network, summary="xresnet with Mish")
 
 
 def se_mxresnet(depth: int = 20) -> Variant:
     """mxresnet with squeeze-and-excitation (arXiv:1709.01507)."""
     base = mxresnet(depth)
-    return replace(
-        base,
-        name="se-mxresnet",
-        network=replace(base.network, squeeze_ratio=16),
-        recipe=replace(base.recipe, decay="kernels-but-squeeze"),
-        summary="mxresnet with squeeze-and-excitation",
-    )
+    network = replace(base.network, squeeze_ratio=16)
+    recipe = replace(base.recipe, decay="kernels-but-squeeze")
+    summary = "mxresnet with squeeze-and-excitation"
+    return replace(base, name="se-mxresnet", network=network, recipe=recipe, summary=summary)
 
 
 def se_mxresnet_cosine(depth: int = 20) -> Variant:
     """se-mxresnet with cosine decay after 5 epochs of warm-up."""
     base = se_mxresnet(depth)
-    return replace(
-        base,
-        name="se-mxresnet-cosine",
-        recipe=replace(
-            base.recipe, schedule="cosine", milestones=(), warmup=5, warmup_lr=0.0, warmup_shape="linear"
-        ),
-        summary="se-mxresnet with cosine decay after 5 epochs of warm-up",
-    )
+    recipe = replace(base.recipe, schedule="cosine", milestones=(), warmup=5, warmup_lr=0.0, warmup_shape="linear")
+    summary = "se-mxresnet with cosine decay after 5 epochs of warm-up"
+    return replace(base, name="se-mxresnet-cosine", recipe=recipe, summary=summary)
 
 
 def se_mxresnet_smooth(depth: int = 20) -> Variant:
     """se-mxresnet-cosine with label smoothing."""
     base = se_mxresnet_cosine(depth)
-    return replace(
-        base,
-        name="se-mxresnet-smooth",
-        recipe=replace(base.recipe, label_smoothing=0.1),
-        summary="se-mxresnet-cosine with label smoothing 0.1",
-    )
+    recipe = replace(base.recipe, label_smoothing=0.1)
+    summary = "se-mxresnet-cosine with label smoothing 0.1"
+    return replace(base, name="se-mxresnet-smooth", recipe=recipe, summary=summary)
 
 
 def se_mxresnet_mixup(depth: int = 20) -> Variant:
     """se-mxresnet-smooth with mixup: a weight of its own for each image, the label of the heavier part."""
     base = se_mxresnet_smooth(depth)
-    return replace(
-        base,
-        name="se-mxresnet-mixup",
-        recipe=replace(base.recipe, mixup=0.4),
-        summary="se-mxresnet-smooth with mixup 0.4",
-    )
+    recipe = replace(base.recipe, mixup=0.4)
+    return replace(base, name="se-mxresnet-mixup", recipe=recipe, summary="se-mxresnet-smooth with mixup 0.4")
 
 
 def se_mxresnet_reflect(depth: int = 20) -> Variant:
     """se-mxresnet-mixup with reflection padding: the ladder's whole recipe."""
     base = se_mxresnet_mixup(depth)
-    return replace(
-        base,
-        name="se-mxresnet-reflect",
-        recipe=replace(base.recipe, pad_mode="reflect"),
-        summary="se-mxresnet-mixup with reflection padding",
-    )
+    recipe = replace(base.recipe, pad_mode="reflect")
+    summary = "se-mxresnet-mixup with reflection padding"
+    return replace(base, name="se-mxresnet-reflect", recipe=recipe, summary=summary)
 
 
 def xresnext_16x2d(depth: int = 29) -> Variant:
@@ -361,34 +336,25 @@ def xresnet_bottleneck(depth: int = 29) -> Variant:
     Its source keeps no code for it, and counts 0.31M parameters where this has 0.32M.
     """
     base = xresnext_16x2d(depth)
-    return replace(
-        base,
-        name="xresnet-bottleneck",
-        network=replace(base.network, cardinality=1, group_width=16),
-        summary="xresnet with bottlenecks of width 16",
-    )
+    network = replace(base.network, cardinality=1, group_width=16)
+    summary = "xresnet with bottlenecks of width 16"
+    return replace(base, name="xresnet-bottleneck", network=network, summary=summary)
 
 
 def se_mxresnext_16x2d(depth: int = 29) -> Variant:
     """xresnext-16x2d with Mish and squeeze-and-excitation."""
     base = xresnext_16x2d(depth)
-    return replace(
-        base,
-        name="se-mxresnext-16x2d",
-        network=replace(base.network, activation="mish", squeeze_ratio=16),
-        recipe=replace(base.recipe, decay="kernels-but-squeeze"),
-        summary="xresnext-16x2d with Mish and squeeze-and-excitation",
-    )
+    network = replace(base.network, activation="mish", squeeze_ratio=16)
+    recipe = replace(base.recipe, decay="kernels-but-squeeze")
+    summary = "xresnext-16x2d with Mish and squeeze-and-excitation"
+    return replace(base, name="se-mxresnext-16x2d", network=network, recipe=recipe, summary=summary)
 
 
 def se_mxresnext_16x2d_reflect(depth: int = 29) -> Variant:
     """se-mxresnext-16x2d trained by the ladder's whole recipe, as its published error was."""
-    return replace(
-        se_mxresnext_16x2d(depth),
-        name="se-mxresnext-16x2d-reflect",
-        recipe=se_mxresnet_reflect().recipe,
-        summary="se-mxresnext-16x2d with the recipe of se-mxresnet-reflect",
-    )
+    base, recipe = se_mxresnext_16x2d(depth), se_mxresnet_reflect().recipe
+    summary = "se-mxresnext-16x2d with the recipe of se-mxresnet-reflect"
+    return replace(base, name="se-mxresnext-16x2d-reflect", recipe=recipe, summary=summary)
 
 
 VARIANTS: tuple[VariantFunction, ...] = (
@@ -413,7 +379,7 @@ VARIANTS: tuple[VariantFunction, ...] = (
 
 
 def default_depth(function: VariantFunction) -> int:
-    """The depth that a variant has when none is asked for."""
+    """The depth of a variant where none is chosen."""
     default: int = inspect.signature(function).parameters["depth"].default
     return default
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.models.resnet import conv3x3, he_init
+from harness.models.layers import activation, conv1x1, conv3x3, he_init
 from harness.models.variants import Network, check_depth
 
 
@@ -37,7 +37,7 @@ class XResNet(nn.Module):
                 stage.append(XBlock(network, in_width, width, stride=2 if first and index > 0 else 1, first=first))
                 in_width = width
             self.stages.append(stage)
-        self.activation = make_activation(network, in_width)
+        self.activation = activation(in_width, network.batch_norm_eps, network.activation)
         self.fc = nn.Linear(2 * in_width, num_classes)
         he_init(self)
 
@@ -61,16 +61,16 @@ class XBlock(nn.Module):
             groups = network.cardinality
             middle = groups * network.group_width * width // 64
             convs = [
-                nn.Conv2d(in_width, middle, 1, bias=False),
+                conv1x1(in_width, middle),
                 conv3x3(middle, middle, stride, groups),
-                nn.Conv2d(middle, width, 1, bias=False),
+                conv1x1(middle, width),
             ]
         else:
             convs = [conv3x3(in_width, width, stride), conv3x3(width, width)]
-        self.activation = make_activation(network, in_width)
+        self.activation = activation(in_width, network.batch_norm_eps, network.activation)
         self.residual = nn.Sequential(convs[0])
         for conv in convs[1:]:
-            self.residual.extend([make_activation(network, conv.in_channels), conv])
+            self.residual.extend([activation(conv.in_channels, network.batch_norm_eps, network.activation), conv])
         if network.squeeze_ratio:
             self.residual.append(SqueezeExcite(width, width // network.squeeze_ratio))
         projects = first and (network.block == "bottleneck" or stride == 2)
@@ -93,7 +93,7 @@ class AverageShortcut(nn.Module):
     def __init__(self, in_width: int, width: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
-        self.conv = nn.Conv2d(in_width, width, 1, bias=False)
+        self.conv = conv1x1(in_width, width)
         self.bn = nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,9 +117,3 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.excite(F.relu(self.squeeze(x.mean((2, 3))), inplace=True))
         return x * weight.sigmoid()[:, :, None, None]
-
-
-def make_activation(network: Network, width: int) -> nn.Sequential:
-    """Batch norm, and ReLU or Mish (arXiv:1908.08681)."""
-    activation = nn.Mish() if network.activation == "mish" else nn.ReLU(inplace=True)
-    return nn.Sequential(nn.BatchNorm2d(width, eps=network.batch_norm_eps), activation)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
+from harness.results.metrics import run_figures
 from harness.results.store import Stored, load_epochs
-from harness.results.values import EpochMetrics
+from harness.results.values import EpochMetrics, flatten
 
 Write = Callable[[Mapping[str, float], int, float], None]
 """Takes an epoch's figures by name, the epoch, and the instant of its end in seconds since 1970."""
 Target = Callable[[Stored], AbstractContextManager[Write | None]]
 """Opens one run in a tool; gives None where the tool has that run already."""
 
-FIGURES = (
-    "loss", "error", "top5_error", "lr", "train_seconds", "data_stall_seconds", "eval_seconds", "images_per_second",
-)  # fmt: skip
+EPOCH_FIGURES = [
+    name for name, field in EpochMetrics.model_fields.items() if field.annotation in (float, float | None)
+]
 
 
 def export(runs: Iterable[Stored], target: Target) -> int:
@@ -40,32 +40,15 @@ def export(runs: Iterable[Stored], target: Target) -> int:
 
 
 def _figures(epoch: EpochMetrics) -> dict[str, float]:
-    values = {name: getattr(epoch, name) for name in FIGURES}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name in EPOCH_FIGURES if (value := getattr(epoch, name)) is not None}
 
 
-def _summary(run: Stored) -> dict[str, float]:
-    """What the table shows of a run."""
-    result = run.record.result
-    if result is None:
+def summary(run: Stored) -> dict[str, float]:
+    """The figures of a whole run; "run_" before the name of one that an epoch has too."""
+    if (result := run.record.result) is None:
         return {}
-    memory = result.memory
-    values = {
-        "final_error": result.final_error, "best_error": result.best_error, "final_top5_error": result.final_top5_error,
-        "test_error": result.test_error, "epoch_seconds": result.epoch_seconds, "energy_joules": result.energy_joules.value,
-        "torch_allocated_mib": memory.torch_allocated_mib.value, "torch_reserved_mib": memory.torch_reserved_mib.value,
-        "nvml_process_mib": memory.nvml_process_mib.value, "rss_mib": memory.rss_mib.value,
-        **{f"by_category_mib.{category}": value for category, value in memory.by_category_mib.items()},
-    }  # fmt: skip
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _settings(spec: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in spec.items():
-        if isinstance(value, dict):
-            yield from _settings(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, str(value)
+    values = run_figures(result) | dict(flatten({"by_category_mib": result.memory.by_category_mib}))
+    return {(f"run_{n}" if n in EPOCH_FIGURES else n): value for n, value in values.items() if value is not None}
 
 
 @contextmanager
@@ -85,6 +68,8 @@ def tensorboard(run: Stored) -> Iterator[Write | None]:
                 writer.add_scalar(name, value, epoch, walltime=at)
 
         yield write
+        for name, figure in summary(run).items():
+            writer.add_scalar(name, figure, 0, walltime=run.record.finished_at.timestamp())
     finally:
         writer.close()
 
@@ -110,15 +95,15 @@ def mlflow(run: Stored) -> Iterator[Write | None]:
     made = client.create_run(number, start_time=started, tags=tags, run_name=record.name).info.run_id
     status = "FAILED"
     try:
-        for name, setting in _settings(record.spec):
-            client.log_param(made, name, setting[:500])
+        for name, setting in flatten(record.spec):
+            client.log_param(made, name, str(setting)[:500])
 
         def write(figures: Mapping[str, float], epoch: int, at: float) -> None:
             metrics = [tool.entities.Metric(n, v, int(at * 1000), epoch) for n, v in figures.items()]
             client.log_batch(made, metrics=metrics)
 
         yield write
-        for name, value in _summary(run).items():
+        for name, value in summary(run).items():
             client.log_metric(made, name, value, timestamp=int(record.finished_at.timestamp() * 1000))
         status = "FINISHED" if record.status == "done" else "FAILED" if record.status == "failed" else "KILLED"
     finally:
@@ -133,7 +118,7 @@ def wandb(run: Stored) -> Iterator[Write | None]:
     record = run.record
     made = tool.init(
         id=f"{record.key}-{int(record.finished_at.timestamp())}", name=record.name, resume="allow",
-        group=f"{record.variant}-{record.depth}", config=dict(_settings(record.spec)), reinit=True,
+        group=f"{record.variant}-{record.depth}", config={name: str(setting) for name, setting in flatten(record.spec)}, reinit=True,
     )  # fmt: skip
     failed = True
     try:
@@ -145,7 +130,7 @@ def wandb(run: Stored) -> Iterator[Write | None]:
                 made.log({**figures, "epoch": epoch}, step=epoch)
 
             yield write
-            made.summary.update(_summary(run))
+            made.summary.update(summary(run))
         failed = record.status != "done"
     finally:
         made.finish(exit_code=int(failed))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from harness.results.metrics import run_figures
 from harness.results.store import Stored, load_epochs
+from harness.results.values import Measurement, flatten
 
 if TYPE_CHECKING:
     import pandas
@@ -20,41 +22,38 @@ def make_frame(runs: Iterable[Stored], *, epochs: bool = False) -> pandas.DataFr
     """
     import pandas
 
-    lines: Iterable[dict[str, Any]]
     if epochs:
-        lines = (
-            {**_identity(run), **epoch.model_dump()} for run in runs for epoch in load_epochs(run.folder)
-        )  # fmt: skip
-    else:
-        lines = ({**_identity(run), **_figures(run)} for run in runs)
-    return pandas.DataFrame(list(lines))
+        return pandas.DataFrame(
+            [{**_identity(run), **e.model_dump()} for run in runs for e in load_epochs(run.folder)]
+        )
+    return pandas.DataFrame([{**_identity(run), **_figures(run)} for run in runs])
 
 
 def _identity(run: Stored) -> dict[str, Any]:
-    """What tells a run from others."""
+    """What distinguishes a run from others."""
     record = run.record
     spec = {name: value for name, value in record.spec.items() if name not in ("dataset", "device", "fingerprint")}
     return {
         "name": record.name, "status": record.status, "dataset": record.dataset, "variant": record.variant,
-        "depth": record.depth, "seed": record.seed, **dict(_flatten(spec)),
+        "depth": record.depth, "seed": record.seed, **{name: _cell(value) for name, value in flatten(spec)},
         "device": record.result.device if record.result else record.spec.get("device"),
     }  # fmt: skip
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, ",".join(map(str, value)) if isinstance(value, list) else value
+def _cell(value: Any) -> Any:
+    """A list of a spec as text, a measurement as its value: the reason for a missing one is in the record."""
+    if isinstance(value, Measurement):
+        return value.value
+    return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _figures(run: Stored) -> dict[str, Any]:
     """What a run measured, or why it did not."""
-    record, figures = run.record, {}
-    if record.result is not None:
-        figures = record.result.model_dump(exclude={"epochs", "memory", "machine", "device", "workers"})
-        figures = dict(_readings(figures)) | dict(_readings(record.result.memory.model_dump()))
+    record, result, figures = run.record, run.record.result, dict[str, Any]()
+    if result is not None:
+        figures = result.model_dump(exclude={"epochs", "memory", "machine", "device", "workers"})
+        figures |= run_figures(result)
+        figures |= {name: _cell(value) for name, value in flatten(dict(result.memory))}
     failure = record.failure
     return {
         **figures,
@@ -62,12 +61,3 @@ def _figures(run: Stored) -> dict[str, Any]:
         "commit": record.environment.get("commit"),
         "started_at": record.started_at, "finished_at": record.finished_at, "folder": str(run.folder),
     }  # fmt: skip
-
-
-def _readings(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """A reading counts with its value: the reason for a missing one is in the record."""
-    for name, value in values.items():
-        if name == "by_category_mib":
-            yield from _flatten(value, f"{name}.")
-        else:
-            yield name, value["value"] if isinstance(value, dict) and set(value) == {"value", "reason"} else value

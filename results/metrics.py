@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness.results.statistics import Sample, mean, median, std
-from harness.results.values import Measurement, Prediction, RunResult
+from harness.results.values import Measurement, Memory, Prediction, RunResult
 
 NONE = "–"
 
@@ -38,26 +38,26 @@ UNKNOWN = Figure(None)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """A measured figure: its names, meaning, and how runs are combined and numbers written."""
+    """A measured figure: its names, meaning, how it is read, combined, written and compared. By default an error."""
 
     name: str  # in CSV and JSON, and for --sort, --columns, --fail-on
     title: str  # header of its column
-    unit: Literal["%", "s", "images/s", "J", "MiB", ""]
-    kind: Literal["size", "error", "time", "energy", "memory"]
-    means: str  # the definition that stands under a table
+    means: str  # the definition under a table
     read: Callable[[RunResult], float | Measurement | None]
-    over_seeds: Literal["mean", "median", "max", "first"]
-    missing: str | None = None  # the reason, where the record holds a bare null
-    better: Literal["lower", "higher"] | None = "lower"  # None: not compared
-    margin: float | None = None  # `compare` calls two sides equivalent within it: points of a %, else percent
-    predict: Callable[[Prediction], Measurement] | None = None  # by a probe
-    stored: str = ""  # its name in the record, where that is another
-    device: Literal["cpu", "cuda"] | None = None  # the only one on which it is measured or shown
-    in_table: bool = True  # False: only in CSV, JSON, the page's list of runs, exports and `why`
+    unit: Literal["%", "s", "images/s", "J", "MiB", ""] = "%"
+    kind: Literal["size", "error", "time", "energy", "memory"] = "error"
+    over_seeds: Literal["mean", "median", "max", "first"] = "mean"  # how the runs of a row are combined
+    digits: int | None = 2  # after the point; None: three significant figures
     scale: float = 1.0  # from the unit to the one shown
-    digits: int | None = None  # after the point; None: three significant figures
     suffix: str = ""
     show_std: bool = True
+    stored: str = ""  # the field of the record, where its name is another
+    missing: str | None = None  # the reason, where the record holds a bare null
+    predict: Callable[[Prediction], Measurement] | None = None  # by a probe
+    better: Literal["lower", "higher"] | None = "lower"  # None: not compared
+    margin: float | None = None  # `compare` calls two sides equivalent within it: points of a %, else percent
+    device: Literal["cpu", "cuda"] | None = None  # the only one on which it is measured or shown
+    in_table: bool = True  # False: only in CSV, JSON, the page's list of runs, exports and `why`
 
     @property
     def heading(self) -> str:
@@ -127,105 +127,65 @@ def figures(value: float | None) -> str:
     return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
+def _memory(
+    name: str,
+    title: str,
+    means: str,
+    read: Callable[[Memory], Measurement],
+    device: Literal["cpu", "cuda"] = "cuda",
+) -> Metric:
+    return Metric(
+        name=name, title=title, means=f"MiB, {means}", unit="MiB", kind="memory", device=device, over_seeds="max", digits=0,
+        read=lambda result: read(result.memory), predict=lambda prediction: read(prediction.memory),
+    )  # fmt: skip
+
+
+ON_TEST_SET = "of the test set after the last epoch, where the other errors are of images held out"
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric(
-            name="parameters", title="params", unit="", kind="size", means="trainable parameters",
-            read=lambda r: r.parameters, over_seeds="first", better=None, scale=1e-6, digits=2, suffix="M",
-        ),
-        Metric(
-            name="error", title="error %", unit="%", kind="error", stored="final_error", margin=0.2, digits=2,
-            means="top-1 after the last epoch, mean ± std (n − 1) over the seeds",
-            read=lambda r: r.final_error, over_seeds="mean",
-        ),
-        Metric(
-            name="best_error", title="best %", unit="%", kind="error", digits=2, show_std=False,
-            means="mean of each run's best epoch", read=lambda r: r.best_error, over_seeds="mean",
-        ),
-        Metric(
-            name="best_epoch", title="best epoch", unit="", kind="error", digits=0, in_table=False, better=None,
-            means="the epoch with the smallest error, median over the runs",
-            read=lambda r: r.best_epoch, over_seeds="median",
-        ),
-        Metric(
-            name="top5_error", title="top-5 %", unit="%", kind="error", stored="final_top5_error", digits=2,
-            means="top-5 after the last epoch", read=lambda r: r.final_top5_error, over_seeds="mean",
-        ),
-        Metric(
-            name="test_error", title="test %", unit="%", kind="error", digits=2,
-            means="top-1 of the test set after the last epoch, where the other errors are of images held out",
-            read=lambda r: r.test_error, over_seeds="mean",
-        ),
-        Metric(
-            name="test_top5_error", title="test top-5 %", unit="%", kind="error", digits=2, in_table=False,
-            means="top-5 of the test set after the last epoch, where the other errors are of images held out",
-            read=lambda r: r.test_top5_error, over_seeds="mean",
-        ),
-        Metric(
-            name="epoch_seconds", title="s/epoch", unit="s", kind="time", margin=5.0,
-            means="training only, median over the epochs after warm-up, then over the runs; evaluation, set-up and "
-            "compilation are left out",
-            read=lambda r: r.epoch_seconds, missing="no epoch was timed", over_seeds="median",
-            predict=lambda p: Measurement(value=p.epoch_seconds),
-        ),
-        Metric(
-            name="images_per_second", title="img/s", unit="images/s", kind="time", better="higher",
-            means="of all workers, same medians", read=lambda r: r.images_per_second, over_seeds="median",
-        ),
-        Metric(
-            name="data_stall_percent", title="wait %", unit="%", kind="time", digits=1,
-            means="share of the training time spent waiting for the loader",
-            read=lambda r: r.data_stall_percent, over_seeds="median",
-        ),
-        Metric(
-            name="eval_seconds", title="eval s", unit="s", kind="time", in_table=False,
-            means="one evaluation, median over the epochs, then over the runs",
-            read=lambda r: r.eval_seconds, missing="no epoch was timed", over_seeds="median",
-            predict=lambda p: Measurement(value=p.eval_seconds),
-        ),
-        Metric(
-            name="setup_seconds", title="set-up s", unit="s", kind="time", in_table=False,
-            means="from entering the train function to the first training step, median over the runs",
-            read=lambda r: r.setup_seconds, over_seeds="median",
-        ),
-        Metric(
-            name="launch_seconds", title="launch s", unit="s", kind="time", in_table=False,
-            means="from submitting the run to entering the train function, median over the runs",
-            read=lambda r: r.launch_seconds, over_seeds="median",
-        ),
-        Metric(
-            name="train_seconds", title="training s", unit="s", kind="time", in_table=False,
-            means="training only, all epochs, median over the runs",
-            read=lambda r: r.train_seconds, over_seeds="median",
-        ),
-        Metric(
-            name="energy_joules", title="kJ", unit="J", kind="energy", device="cuda", scale=1e-3,
-            means="energy of all GPUs while a run trained, by NVML's counter; median over the runs",
-            read=lambda r: r.energy_joules, over_seeds="median", predict=lambda p: p.run_joules,
-        ),
-        Metric(
-            name="torch_allocated_mib", title="alloc", unit="MiB", kind="memory", device="cuda", digits=0,
-            means="MiB, torch.cuda.max_memory_allocated: tensors alive at the peak",
-            read=lambda r: r.memory.torch_allocated_mib, over_seeds="max",
-            predict=lambda p: p.memory.torch_allocated_mib,
-        ),
-        Metric(
-            name="torch_reserved_mib", title="resvd", unit="MiB", kind="memory", device="cuda", digits=0,
-            means="MiB, torch.cuda.max_memory_reserved: the same with the allocator's slack",
-            read=lambda r: r.memory.torch_reserved_mib, over_seeds="max",
-            predict=lambda p: p.memory.torch_reserved_mib,
-        ),
-        Metric(
-            name="nvml_process_mib", title="NVML", unit="MiB", kind="memory", device="cuda", digits=0,
-            means="MiB, all the process holds on the GPU: with CUDA context, NCCL and DALI",
-            read=lambda r: r.memory.nvml_process_mib, over_seeds="max", predict=lambda p: p.memory.nvml_process_mib,
-        ),
-        Metric(
-            name="rss_mib", title="RSS", unit="MiB", kind="memory", device="cpu", digits=0,
-            means="MiB, peak resident memory on the host",
-            read=lambda r: r.memory.rss_mib, over_seeds="max", predict=lambda p: p.memory.rss_mib,
-        ),
+        Metric(name="parameters", title="params", means="trainable parameters", read=lambda r: r.parameters,
+               kind="size", over_seeds="first", better=None, scale=1e-6, digits=2, suffix="M"),
+        Metric(name="error", title="error %", means="top-1 after the last epoch, mean ± std (n − 1) over the seeds",
+               read=lambda r: r.final_error, stored="final_error", margin=0.2),
+        Metric(name="best_error", title="best %", means="mean of each run's best epoch", read=lambda r: r.best_error,
+               show_std=False),
+        Metric(name="best_epoch", title="best epoch", means="the epoch with the smallest error, median over the runs",
+               read=lambda r: r.best_epoch, unit="", over_seeds="median", digits=0, better=None, in_table=False),
+        Metric(name="top5_error", title="top-5 %", means="top-5 after the last epoch",
+               read=lambda r: r.final_top5_error, stored="final_top5_error"),
+        Metric(name="test_error", title="test %", means=f"top-1 {ON_TEST_SET}", read=lambda r: r.test_error),
+        Metric(name="test_top5_error", title="test top-5 %", means=f"top-5 {ON_TEST_SET}",
+               read=lambda r: r.test_top5_error, in_table=False),
+        Metric(name="epoch_seconds", title="s/epoch", unit="s", kind="time", over_seeds="median", digits=None,
+               means="training only, median over the epochs after warm-up, then over the runs; evaluation, set-up and "
+               "compilation are left out", read=lambda r: r.epoch_seconds, missing="no epoch was timed", margin=5.0,
+               predict=lambda p: Measurement(value=p.epoch_seconds)),
+        Metric(name="images_per_second", title="img/s", unit="images/s", kind="time", over_seeds="median", digits=None,
+               means="of all workers, same medians", read=lambda r: r.images_per_second, better="higher"),
+        Metric(name="data_stall_percent", title="wait %", kind="time", over_seeds="median", digits=1,
+               means="share of the training time spent waiting for the loader", read=lambda r: r.data_stall_percent),
+        Metric(name="eval_seconds", title="eval s", unit="s", kind="time", over_seeds="median", digits=None,
+               means="one evaluation, median over the epochs, then over the runs", read=lambda r: r.eval_seconds,
+               missing="no epoch was timed", in_table=False, predict=lambda p: Measurement(value=p.eval_seconds)),
+        Metric(name="setup_seconds", title="set-up s", unit="s", kind="time", over_seeds="median", digits=None,
+               means="from entering the train function to the first training step, median over the runs",
+               read=lambda r: r.setup_seconds, in_table=False),
+        Metric(name="launch_seconds", title="launch s", unit="s", kind="time", over_seeds="median", digits=None,
+               means="from submitting the run to entering the train function, median over the runs",
+               read=lambda r: r.launch_seconds, in_table=False),
+        Metric(name="train_seconds", title="training s", unit="s", kind="time", over_seeds="median", digits=None,
+               means="training only, all epochs, median over the runs", read=lambda r: r.train_seconds, in_table=False),
+        Metric(name="energy_joules", title="kJ", unit="J", kind="energy", over_seeds="median", digits=None, scale=1e-3,
+               means="energy of all GPUs while a run trained, by NVML's counter; median over the runs",
+               read=lambda r: r.energy_joules, device="cuda", predict=lambda p: p.run_joules),
+        _memory("torch_allocated_mib", "alloc", "torch.cuda.max_memory_allocated: tensors alive at the peak",
+                lambda m: m.torch_allocated_mib),
+        _memory("torch_reserved_mib", "resvd", "torch.cuda.max_memory_reserved: the same with the allocator's slack",
+                lambda m: m.torch_reserved_mib),
+        _memory("nvml_process_mib", "NVML", "all the process holds on the GPU: with CUDA context, NCCL and DALI",
+                lambda m: m.nvml_process_mib),
+        _memory("rss_mib", "RSS", "peak resident memory on the host", lambda m: m.rss_mib, device="cpu"),
     )
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from harness.results.report.table import figures
+from harness.results.metrics import METRICS, Metric, figures
 from harness.results.rows import Row
 from harness.results.values import Measurement
 
@@ -42,13 +42,8 @@ class PredictedFigure:
         return None
 
 
-MEMORY = {
-    "alloc MiB": "torch_allocated_mib", "resvd MiB": "torch_reserved_mib", "NVML MiB": "nvml_process_mib", "RSS MiB": "rss_mib",
-}  # fmt: skip
-
-
 def predicted_figures(row: Row) -> tuple[PredictedFigure, ...]:
-    """Seconds, peak memory and energy of a row that was probed; none of one that was not or has no finished run.
+    """What was predicted of a row, in the units shown; empty without a prediction or a finished run.
 
     What neither side can have on the CPU, a GPU's memory, is left out.
     """
@@ -56,32 +51,21 @@ def predicted_figures(row: Row) -> tuple[PredictedFigure, ...]:
     if probe is None or not row.done:
         return ()
     pairs = [
-        PredictedFigure("s/epoch", Measurement(value=probe.epoch_seconds), _timed(row.epoch_seconds)),
-        PredictedFigure("eval s", Measurement(value=probe.eval_seconds), _timed(row.eval_seconds)),
-        *(
-            PredictedFigure(name, getattr(probe.memory, field), getattr(row, field))
-            for name, field in MEMORY.items()
-        ),
-        PredictedFigure("kJ a run", _kilo(probe.run_joules), _kilo(_energy(row))),
+        PredictedFigure(
+            metric.heading,
+            _scaled(metric, metric.predict(probe)),
+            _scaled(metric, Measurement(value=row.figures[name].value, reason=row.figures[name].reason)),
+        )
+        for name, metric in METRICS.items()
+        if metric.predict
     ]
     if row.fields.get("device") != "cpu":
         return tuple(pairs)
     return tuple(pair for pair in pairs if pair.predicted.value is not None or pair.actual.value is not None)
 
 
-def _timed(seconds: float | None) -> Measurement:
-    return Measurement(value=seconds, reason=None if seconds is not None else "no epoch was timed")
-
-
-def _energy(row: Row) -> Measurement:
-    if row.energy_joules is not None:
-        return Measurement(value=row.energy_joules)
-    reasons = (stored.record.result.energy_joules.reason for stored in row.done if stored.record.result)
-    return Measurement(value=None, reason=next(reasons, None))
-
-
-def _kilo(reading: Measurement) -> Measurement:
-    return reading if reading.value is None else Measurement(value=reading.value / 1000)
+def _scaled(metric: Metric, reading: Measurement) -> Measurement:
+    return reading if reading.value is None else Measurement(value=reading.value * metric.scale)
 
 
 def in_words(row: Row) -> Iterator[str]:
@@ -105,7 +89,7 @@ def show(value: float | None) -> str:
 
 
 def show_difference(pair: PredictedFigure) -> str:
-    """ "+0.12 (+6.4 %)", to the last place of the larger figure; or why there is none."""
+    """ "+0.12 (+6.4 %)", to the last place of the larger figure; or why it has none."""
     if pair.difference is None:
         return f"({pair.reason})"
     largest = max(abs(reading.value or 0.0) for reading in (pair.predicted, pair.actual))

@@ -50,8 +50,8 @@ def find_published(dataset: str, variant: str, depth: int) -> Published | None:
 
 @cache
 def _same_recipe() -> dict[tuple[str, str, int], Published]:
-    found: dict[tuple[str, str, int], Published] = {}
+    first: dict[tuple[str, str, int], Published] = {}
     for entry in load_published():
         if entry.recipe == "same":
-            found.setdefault((entry.dataset, entry.variant, entry.depth), entry)
-    return found
+            first.setdefault((entry.dataset, entry.variant, entry.depth), entry)
+    return first

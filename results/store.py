@@ -1,14 +1,14 @@
-"""The store: one folder a run, written whole or not at all, and the values that are kept in it.
+"""The store: one folder per run, and what is kept in it.
 
     <out>/<name>/            a finished run: record.json, epochs.jsonl, weights.safetensors
-    <out>/<name>.partial/    a run that is going on, was interrupted, failed or was pruned by a search (these two
-                             hold record.json too)
-    <out>/tune/<sweep>/      what a search asked for and tried; its trials are runs like any other
+    <out>/<name>.partial/    a run that is not finished: running, interrupted, failed or pruned by a search (the last
+                             two have a record.json too)
+    <out>/tune/<sweep>/      a search's settings and trials; each trial is a run like any other
     <out>/.superseded/       finished runs that were run again
-    <out>/.estimates/        what probes predicted, a file for all seeds of a run
+    <out>/.estimates/        predictions of probes, one file for all seeds of a run
 
-`record.json` is the last file to be written, and the folder gets its final name only after it. The epochs stand
-in `epochs.jsonl` alone, so that a table over thousands of runs reads a page of text for each.
+`record.json` is written last, and only then does the folder get its final name. The epochs are in `epochs.jsonl`
+alone, so that a table over thousands of runs reads one small file for each.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ from pydantic import TypeAdapter, ValidationError
 
 from harness.results.values import SCHEMA_VERSION, EpochMetrics, Prediction, Record
 
-RECORD, EPOCHS, SPEC = "record.json", "epochs.jsonl", "spec.json"
+RECORD, EPOCHS, SPEC, WEIGHTS = "record.json", "epochs.jsonl", "spec.json", "weights.safetensors"
 PARTIAL, SUPERSEDED, SWEEPS, ESTIMATES = ".partial", ".superseded", "tune", ".estimates"
-
 
 _EPOCHS = TypeAdapter(list[EpochMetrics])
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A record and where it lies."""
+    """A record and its folder."""
 
     record: Record
     folder: Path
@@ -46,7 +45,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:
-    """A run that is going on or was stopped: no record yet. `spec` is empty where the folder does not say."""
+    """A run without a record: running or stopped. `spec` is empty where the folder has none."""
 
     name: str
     folder: Path
@@ -67,7 +66,7 @@ class Problem:
 
 
 class Loaded(NamedTuple):
-    """Everything found under some paths, in the order of the paths and then of the names."""
+    """All runs under some paths, in the order of the paths and then of the names."""
 
     records: list[Stored]
     interrupted: list[Interrupted]
@@ -84,33 +83,33 @@ def run_name(dataset: str, variant: str, depth: int, seed: int, key: str) -> str
 
 
 def partial_dir(out: Path, name: str) -> Path:
-    """Where a run that has not finished lives."""
+    """The folder of a run that has not finished."""
     return out / f"{name}{PARTIAL}"
 
 
 def finished_dir(out: Path, name: str) -> Path:
-    """Where a finished run lives."""
+    """The folder of a finished run."""
     return out / name
 
 
 def start(out: Path, name: str, spec: dict[str, Any]) -> Path:
-    """Make the partial folder of a run, or take up the one that is there, and note its spec in it.
+    """Make the partial folder of a run, or reuse an existing one, and write its spec into it.
 
-    Epochs and checkpoints of an interrupted run stay. The record of an earlier failure or stop is kept beside them
-    as `failed_<time>.json` or `stopped_<time>.json`: a run that is under way has no record.
+    Epochs and checkpoints of an interrupted run stay. The record of an earlier failure or pruning is kept beside them
+    as `failed_<time>.json` or `pruned_<time>.json`: a running run has no record.
     """
     folder = partial_dir(out, name)
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / RECORD
     if record.exists():
         word = "pruned" if b'"status": "pruned"' in record.read_bytes() else "failed"
-        record.rename(folder / f"{word}_{_timestamp()}.json")
-    _write(folder / SPEC, json.dumps(spec, indent=1, allow_nan=True) + "\n")
+        record.rename(folder / f"{word}_{timestamp()}.json")
+    write_atomic(folder / SPEC, json.dumps(spec, indent=1, allow_nan=True) + "\n")
     return folder
 
 
 def append_epoch(folder: Path, metrics: EpochMetrics) -> None:
-    """Add one line to epochs.jsonl and hand it to the operating system. A line cut off by a kill goes first."""
+    """Append one line to epochs.jsonl. A line that a kill cut off is removed first."""
     with (folder / EPOCHS).open("ab+") as file:
         if size := file.seek(0, os.SEEK_END):
             file.seek(size - 1)
@@ -122,14 +121,14 @@ def append_epoch(folder: Path, metrics: EpochMetrics) -> None:
 
 def write_epochs(folder: Path, epochs: Iterable[EpochMetrics]) -> None:
     """Replace epochs.jsonl, whole or not at all."""
-    _write(folder / EPOCHS, "".join(epoch.model_dump_json() + "\n" for epoch in epochs))
+    write_atomic(folder / EPOCHS, "".join(epoch.model_dump_json() + "\n" for epoch in epochs))
 
 
 def load_epochs(folder: Path) -> list[EpochMetrics]:
-    """Read epochs.jsonl, ordered by epoch; empty where there is none.
+    """Read epochs.jsonl, ordered by epoch; empty without such a file.
 
-    An epoch that was run again after a resumption counts in its last form. A last line that was cut off by a kill
-    is left out; any other line that does not parse raises ValueError naming file and line.
+    Of an epoch that was run again after a resumption, the last line counts. A last line that a kill cut off is
+    ignored; any other line that does not parse raises ValueError naming file and line.
     """
     path = folder / EPOCHS
     try:
@@ -138,7 +137,7 @@ def load_epochs(folder: Path) -> list[EpochMetrics]:
         return []
     epochs: dict[int, EpochMetrics] = {}
     written = list(filter(None, lines))
-    with suppress(ValidationError):  # all lines at once takes half the time; where one is broken, each alone
+    with suppress(ValidationError):  # parsing all lines at once takes half the time
         whole = _EPOCHS.validate_json(b"[" + b",".join(written) + b"]")
         if len(whole) == len(written):
             epochs = {metrics.epoch: metrics for metrics in whole}
@@ -157,9 +156,9 @@ def load_epochs(folder: Path) -> list[EpochMetrics]:
 
 
 def finish(out: Path, record: Record) -> Path:
-    """Store a finished run: record.json into its partial folder, then the folder gets its final name.
+    """Store a finished run: write record.json into its partial folder, then rename the folder.
 
-    A finished run of the same name moves to `.superseded/<name>_<time>` first: nothing stored is ever lost.
+    A finished run of the same name is moved to `.superseded/<name>_<time>` first: nothing stored is ever lost.
     """
     if record.status != "done" or record.result is None:
         raise ValueError(f"run {record.name} is {record.status}: only a run with a result can be finished")
@@ -168,12 +167,12 @@ def finish(out: Path, record: Record) -> Path:
     if record.result.epochs:
         write_epochs(folder, record.result.epochs)
     if record.result.data_stall_percent is None:
-        result = record.result.model_copy(update={"data_stall_percent": _wait_share(record.result.epochs)})
+        result = record.result.model_copy(update={"data_stall_percent": _data_stall_percent(record.result.epochs)})
         record = record.model_copy(update={"result": result})
     _write_record(folder, record)
     (folder / SPEC).unlink(missing_ok=True)
     if final.exists():
-        old = out / SUPERSEDED / f"{record.name}_{_timestamp()}"
+        old = out / SUPERSEDED / f"{record.name}_{timestamp()}"
         old.parent.mkdir(exist_ok=True)
         final.rename(old)
     folder.rename(final)
@@ -182,19 +181,20 @@ def finish(out: Path, record: Record) -> Path:
 
 
 def fail(out: Path, record: Record) -> Path:
-    """Store why a run failed: record.json stays in its partial folder, beside the epochs it reached."""
+    """Store why a run failed: record.json in its partial folder, beside its epochs."""
     if record.status != "failed" or record.failure is None:
         raise ValueError(f"run {record.name} is {record.status}: a failed run needs its failure")
-    folder = partial_dir(out, record.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_record(folder, record)
-    return folder
+    return _store_unfinished(out, record)
 
 
 def prune(out: Path, record: Record) -> Path:
-    """Store that a search pruned a run: record.json in its partial folder, from which it can still go on."""
+    """Store that a search pruned a run: record.json in its partial folder, from which it can be resumed."""
     if record.status != "pruned" or record.pruned is None:
         raise ValueError(f"run {record.name} is {record.status}: a pruned run needs to say where")
+    return _store_unfinished(out, record)
+
+
+def _store_unfinished(out: Path, record: Record) -> Path:
     folder = partial_dir(out, record.name)
     folder.mkdir(parents=True, exist_ok=True)
     _write_record(folder, record)
@@ -204,9 +204,9 @@ def prune(out: Path, record: Record) -> Path:
 def load_records(paths: Iterable[Path]) -> Loaded:
     """Read every run under some paths, each a folder of runs or one run's folder.
 
-    Never raises for what it finds: a folder that is no run, or holds a broken, half-written, hand-edited record or
-    one of another schema version, becomes a Problem. A copy of a run met before (same key, same instant) is passed
-    over. Records come without their epochs: `load_epochs(folder)`.
+    Never raises for a folder's contents: one that is no run, or whose record is broken, half-written, wrongly edited or
+    of another schema version, becomes a Problem. A copy of a run that was read before (same key, same instant) is
+    skipped. Records come without their epochs: `load_epochs(folder)`.
     """
     loaded = Loaded([], [], [])
     with collector_paused():
@@ -216,7 +216,7 @@ def load_records(paths: Iterable[Path]) -> Loaded:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Make many values without Python's cyclic collector: it spends more time on them than their making takes."""
+    """Create many values without Python's cyclic garbage collector, which would take longer than their creation."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -253,16 +253,16 @@ def _load(paths: Iterable[Path], loaded: Loaded) -> None:
 
 
 def keep_prediction(out: Path, key: str, prediction: Prediction) -> Path:
-    """Store what was predicted of the run of that key; an earlier prediction is replaced."""
+    """Store the prediction for the run of that key; an earlier one is replaced."""
     path = out / ESTIMATES / f"{key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, prediction.model_dump_json(indent=1) + "\n")
+    write_atomic(path, prediction.model_dump_json(indent=1) + "\n")
     return path
 
 
 def load_predictions(outs: Iterable[Path]) -> list[Prediction]:
-    """Read the predictions kept in some folders of results, oldest first. What cannot be read is passed over: a
-    prediction can be had again, and no figure rests on it."""
+    """Read the predictions stored in some folders of results, oldest first. Unreadable ones are skipped: a prediction
+    can be repeated, and no figure depends on it."""
     predictions = []
     for out in outs:
         for path in sorted((out / ESTIMATES).glob("*.json")):
@@ -290,13 +290,13 @@ def _folders(paths: Iterable[Path], problems: list[Problem]) -> Iterator[Path]:
             problems.append(Problem(path, "not a folder" if path.exists() else "no such folder"))
             continue
         if path.name.endswith(PARTIAL) or (path / RECORD).exists():
-            found: Sequence[str] = [str(path)]
+            folders: Sequence[str] = [str(path)]
         else:
             with os.scandir(path) as entries:
-                found = sorted(
+                folders = sorted(
                     e.path for e in entries if not e.name.startswith(".") and e.name != SWEEPS and e.is_dir()
                 )
-        for folder in found:
+        for folder in folders:
             real = os.path.abspath(folder)  # noqa: PTH100  (resolve() costs a system call per path component)
             if real not in seen:
                 seen.add(real)
@@ -328,14 +328,14 @@ def _expected_epochs(spec: dict[str, Any], steps: int | None) -> int | None:
     return math.ceil(duration / steps) if steps else None
 
 
-def _wait_share(epochs: Sequence[EpochMetrics]) -> float | None:
+def _data_stall_percent(epochs: Sequence[EpochMetrics]) -> float | None:
     timed = [epoch for epoch in epochs if epoch.timed]
     train_seconds = sum(epoch.train_seconds for epoch in timed)
     return 100 * sum(epoch.data_stall_seconds for epoch in timed) / train_seconds if train_seconds > 0 else None
 
 
 def _contradiction(record: Record) -> str | None:
-    """What is wrong with a record whose fields are each valid."""
+    """What is wrong with a record whose fields are valid each by itself."""
     if record.schema_version != SCHEMA_VERSION:
         return _version(record.schema_version)
     if record.status == "done" and record.result is None:
@@ -364,7 +364,7 @@ def _explain(text: bytes, error: ValidationError) -> str:
 
 
 def _first(error: ValidationError) -> str:
-    """The first of a validation's complaints, and how many more there are."""
+    """The first error of a validation, and the number of the others."""
     errors = error.errors(include_url=False, include_context=False)
     place = ".".join(map(str, errors[0]["loc"]))
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
@@ -373,28 +373,38 @@ def _first(error: ValidationError) -> str:
 
 
 def _write_record(folder: Path, record: Record) -> None:
-    _write(folder / RECORD, record.model_dump_json(indent=1, exclude={"result": {"epochs"}}) + "\n")
+    write_atomic(folder / RECORD, record.model_dump_json(indent=1, exclude={"result": {"epochs"}}) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all, through a temporary one beside it."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all."""
+    with writing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` for a writer to fill; it replaces `path` where the writer raises nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync(path.parent)
 
 
-def _sync(folder: Path) -> None:
-    """Make a rename inside a folder last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make a file, or the renames inside a folder, last through a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _timestamp() -> str:
+def timestamp() -> str:
+    """Now, for the name of a file."""
     return datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")

@@ -7,6 +7,7 @@ with the reason.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any, Literal
 
@@ -219,3 +220,12 @@ class Prediction(Value):
         if self.energy_joules.value is None:
             return self.energy_joules
         return Measurement(value=self.epochs * self.energy_joules.value)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dictionaries: {"recipe": {"lr": 0.1}} gives ("recipe.lr", 0.1)."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

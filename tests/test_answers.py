@@ -8,7 +8,6 @@ import io
 import json
 import shlex
 import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,13 @@ import pytest
 from records import ENVIRONMENT, make_record
 
 from harness import cli, plan
-from harness.commands.compare import make_command, make_repro
+from harness.commands import run
+from harness.commands.repro import make_command, make_repro
+from harness.commands.run import RunOptions
+from harness.models.variants import variant_names
+from harness.resources import allocate, fill_from_specs
 from harness.results.store import Stored, fail, finish
 from harness.results.values import Failure
-from harness.search_space import parse_settings
 
 
 def harness(line: str, capsys: Any) -> tuple[int, str, str]:
@@ -141,32 +143,39 @@ REPEATED: list[dict[str, Any]] = [
     {"settings": ("lr=0.05", "weight_decay=0.0005")},
     {"workers": 8, "precision": "bf16", "loader": "dataloader", "limit_train": 1000},
     {"variants": ("he2015",), "depths": (110,)},
+    *(
+        {"variants": (name,), "depths": (), "engine": engine}
+        for name in variant_names()
+        for engine in plan.ENGINES
+    ),
 ]
 
 
-@pytest.mark.parametrize("changes", REPEATED, ids=lambda changes: ",".join(changes) or "none")
-def test_the_command_of_repro_plans_the_same_run(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("changes", REPEATED, ids=lambda changes: ",".join(map(str, changes.values())) or "none")
+def test_the_command_of_repro_plans_the_same_run(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command is parsed as the command line parses it, and then its plan is expanded."""
     record = make_record(7, 8.0, **changes)
-    command, same = make_command(record)
-    assert same
-    options = dict(zip(command[2::2], command[3::2], strict=True))
-    sweep = plan.Grid(
-        variants=plan.parse_words(options["--variants"], ""),
-        depths=plan.parse_depths(options["--depths"]),
-        seeds=plan.parse_seeds(options["--seeds"]),
-        dataset=options["--dataset"], loader=options["--loader"], precision=options["--precision"],
-        epochs=int(options["--epochs"]) if "--epochs" in options else None,
-        batch_size=int(options["--batch-size"]) if "--batch-size" in options else None,
-        val=int(options["--val"]) if "--val" in options else None,
-        limit_train=int(options["--limit-train"]) if "--limit-train" in options else None,
-        settings=parse_settings(v for k, v in pairwise(command) if k == "--set"),
-    )  # fmt: skip
-    workers = int(options["--workers"])
-    width = plan.allocate(gpus=int(options["--gpus"]), workers=workers, have_gpus=8, have_cpus=8,
-                            precision=sweep.precision, where="here")  # fmt: skip
-    (spec,) = plan.expand(sweep, width, fingerprint="f" * 64, train_images=50_000)
-    assert spec.key == record.key
-    assert options["--data-dir"] == "my data"
+    folder = finish(tmp_path, record)
+    command = make_command(Stored(record, folder))
+    assert command[command.index("--data-dir") + 1] == "my data"
+    grids: list[Any] = []
+
+    def run_grid(grid: plan.Grid, options: RunOptions, console: Any) -> int:
+        grids.append((grid, options))
+        return 0
+
+    monkeypatch.setattr(run, "run_grid", run_grid)
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        cli.main()
+    ((grid, options),) = grids
+    assert options.out == "repro"
+    resources = fill_from_specs(options.resources, grid, 8)
+    allocation = allocate(resources, have_gpus=8, have_cpus=8, precision=grid.precision)
+    (spec,) = plan.expand(grid, allocation, fingerprint="f" * 64, train_images=50_000)
+    assert (spec.key, spec.engine) == (record.key, record.spec["engine"])
 
 
 def test_repro_says_what_it_cannot_promise(runs: Path, capsys: Any) -> None:
@@ -176,16 +185,17 @@ def test_repro_says_what_it_cannot_promise(runs: Path, capsys: Any) -> None:
     assert "pip install torch==2.15.0 ray==2.60.0\n" in text
     assert "driver 580.1" in text
     assert "harness run --depths 20,32 --data-dir 'my data'" in text
-    other = record.model_copy(
-        update={"spec": record.spec | {"recipe": {}}, "key": hashlib.sha256(b"x").hexdigest()[:16]}
-    )
+    assert "harness run --spec x/record.json --out repro --data-dir 'my data'\n" in text
+    other = record.model_copy(update={"key": hashlib.sha256(b"x").hexdigest()[:16]})
     dirty = other.model_copy(update={"environment": ENVIRONMENT | {"dirty": True}})
     text = make_repro(Stored(dirty, Path("x")))
     assert "uncommitted changes" in text
-    assert "another spec" in text
+    assert "gives it another key" in text
+    unknown = record.model_copy(update={"spec": record.spec | {"recipe": {}}})
+    assert "cannot train it: recipe.duration: Field required" in make_repro(Stored(unknown, Path("x")))
     assert "not known" in make_repro(Stored(other.model_copy(update={"environment": {}}), Path("x")))
-    for run in (record.key[:6], record.name, f"{runs}/a/{record.name}"):
-        code, out, _ = harness(f"repro {run} {runs}/a", capsys)
+    for name in (record.key[:6], record.name, f"{runs}/a/{record.name}"):
+        code, out, _ = harness(f"repro {name} {runs}/a", capsys)
         assert code == 0
         assert f"# {record.name}, done 2026-01-02 03:04 UTC" in out
 
@@ -193,7 +203,7 @@ def test_repro_says_what_it_cannot_promise(runs: Path, capsys: Any) -> None:
 def test_repro_is_not_led_astray_by_a_name(runs: Path) -> None:
     """What it prints may be run by a shell: a record's words stay words, and comments stay one line."""
     record = make_record(0, 8.0)
-    evil = record.model_copy(update={"name": "x\nrm -rf /", "spec": record.spec | {"dataset": "a; rm -rf /"}})
-    lines = make_repro(Stored(evil, Path("x"))).splitlines()
+    evil = record.model_copy(update={"name": "x\nrm -rf /"})
+    lines = make_repro(Stored(evil, Path("a; rm -rf /"))).splitlines()
     assert not [line for line in lines if line.startswith("rm")]
-    assert "'a; rm -rf /'" in "\n".join(lines)
+    assert "'a; rm -rf /record.json'" in "\n".join(lines)

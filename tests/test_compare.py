@@ -172,7 +172,14 @@ def test_the_page_of_a_comparison() -> None:
 
 
 def test_why_names_records_epochs_and_formula(tmp_path: Path) -> None:
-    untimed: list[dict[str, Any]] = [{"untimed": "warm-up"}, {}, {}, {}, {"interference": ("it swapped",)}, {}]
+    untimed: list[dict[str, Any]] = [
+        {"untimed": "warm-up"},
+        {},
+        {},
+        {},
+        {"untimed": "interference: it swapped"},
+        {},
+    ]
     for seed in range(2):
         run = make_run(seed, 8.3 + 0.2 * seed)
         assert run.record.result is not None

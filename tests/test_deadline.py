@@ -12,7 +12,7 @@ import pytest
 from command import harness
 
 from harness import progress as live
-from harness.deadline import TimeUp, parse_until, say_moment, stopping_at
+from harness.deadline import TimeUp, format_moment, parse_until, stopping_at
 from harness.results.store import load_epochs, load_records
 from harness.results.values import EpochMetrics
 from harness.spec import UserError
@@ -58,7 +58,7 @@ def test_it_wakes_what_waits_and_rings_no_more() -> None:
     moment = datetime.now() + timedelta(seconds=0.1)
     before = signal.getsignal(signal.SIGALRM)
     began = time.monotonic()
-    with pytest.raises(TimeUp, match=f"stopped at {say_moment(moment)} as --until said"), stopping_at(moment):
+    with pytest.raises(TimeUp, match=f"stopped at {format_moment(moment)} as --until said"), stopping_at(moment):
         time.sleep(30)
     assert time.monotonic() - began < 20
     assert signal.getsignal(signal.SIGALRM) is before

@@ -11,7 +11,7 @@ import pytest
 
 from harness import cli
 from harness.commands import doctor
-from harness.commands.doctor import Finding
+from harness.commands.doctor import CHECKS, Finding, Target
 
 
 def run(words: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
@@ -37,15 +37,13 @@ def test_a_machine_that_runs_these_tests_is_ready(
 def test_what_is_missing_is_one_line_with_advice(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = doctor.version
+    whole = doctor.installed_version
     missing = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")
 
-    def version(package: str) -> str:
-        if package in missing:
-            raise doctor.PackageNotFoundError(package)
-        return {"ray": "2.61.0", "pynvml": "13.0.1"}.get(package) or whole(package)
+    def version(package: str) -> str | None:
+        return None if package in missing else {"ray": "2.61.0", "pynvml": "13.0.1"}.get(package) or whole(package)
 
-    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(doctor, "installed_version", version)
     code, out, _ = run(["--out", str(tmp_path), "--data-dir", str(tmp_path)], capsys, monkeypatch)
     assert code == 1
     lines = out.splitlines()
@@ -58,36 +56,36 @@ def test_what_is_missing_is_one_line_with_advice(
 
 def test_data_folders_are_recognised(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    assert not doctor._data(tmp_path).ok
+    assert not doctor.check_data(Target(tmp_path, tmp_path)).ok
     (tmp_path / "test").mkdir()
-    assert doctor._data(tmp_path).found.startswith("class folders in ")
+    assert doctor.check_data(Target(tmp_path, tmp_path)).detail.startswith("class folders in ")
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/proc/self").exists(), reason="needs a folder nobody writes to")
 def test_a_folder_that_takes_nothing() -> None:
-    finding = doctor._storage(Path("/proc/self/nowhere"))
+    finding = doctor.check_storage(Target(Path("/proc/self/nowhere")))
     assert not finding.ok
     assert finding.needed
-    assert "/proc/self" in finding.found
+    assert "/proc/self" in finding.detail
 
 
 def test_no_cluster_is_a_finding_and_a_bad_address_a_mistake(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finding = doctor._cluster("127.0.0.1:1")
+    finding = doctor.check_cluster(Target(tmp_path, address="127.0.0.1:1"))
     assert finding is not None
     assert not finding.ok
-    assert "no Ray cluster answers" in finding.line()
+    assert "no Ray cluster answers" in finding.line("cluster")
     code, _, err = run(["--address", "nonsense"], capsys, monkeypatch)
     assert (code, err.count("\n")) == (2, 1)
 
 
-def test_a_probe_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> Finding:
+def test_a_check_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(target: Target) -> Finding:
         raise OSError("libcudart.so: cannot open\nand more")
 
-    for name in ("_torch", "_nvml", "_gpu", "_nccl", "_dali"):
-        monkeypatch.setattr(doctor, name, broken)
-    found = {finding.name: finding for finding in doctor.examine(tmp_path)}
-    assert found["DALI"].found == "the probe failed: libcudart.so: cannot open"
+    for name in ("torch", "NVML", "GPU", "NCCL", "DALI"):
+        monkeypatch.setitem(CHECKS, name, broken)
+    found = dict(doctor.examine(Target(tmp_path)))
+    assert found["DALI"].detail == "the check failed: libcudart.so: cannot open"
     assert not found["torch"].ok

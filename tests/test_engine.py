@@ -14,8 +14,8 @@ from test_train import RunPaths, folder, losses, run, spec
 from torch import Tensor, nn
 
 import harness.training.setup
-from harness.cluster.launch import Worker
-from harness.models.resnet import build
+from harness.cluster.job import Worker
+from harness.models.build import build
 from harness.results.values import RunResult
 from harness.training.engine import Captured, Direct, Engine, compile_network, make_graphs, nothing_to_restore
 from harness.training.optim import make_optimizer, set_lr

@@ -21,7 +21,7 @@ from tape import Tape
 from test_train import _port, losses, run, spec
 
 import harness.training.setup
-from harness.cluster.launch import Worker
+from harness.cluster.job import Worker
 from harness.loaders.resident import ResidentLoader
 from harness.spec import RunPaths
 from harness.training.engine import CudaGraphs

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import harness.commands.estimate
+import harness.commands.probe
 from harness import cli, plan
-from harness.cluster.launch import Failed, Worker
-from harness.commands.estimate import (
+from harness.cluster.job import Failed, Worker
+from harness.commands.probe import (
     Cell,
     all_seconds,
     count_cells,
     extrapolate,
+    predict,
     print_estimate,
-    probe,
     total_joules,
 )
 from harness.loaders.datasets import load_dataset
@@ -102,7 +102,7 @@ def test_the_sums_of_a_sweep(capsys: Any) -> None:
     print_estimate([one, two], todo, 2, console)
     text = capsys.readouterr().out
     # 1813 and 3600 s in turn, on two concurrent_runs: 1813 + 1813 + 1813 + 3600 beside 3600 + 3600
-    assert "in all 6 runs, 2 at a time: 2.51 hours, 9.02 GPU-hours, 90 kJ" in text
+    assert "in all 6 runs, 2 at a time: 2.51 hours, 9.02 GPU-hours, 90.0 kJ" in text
     assert "1,234" in text
     assert "NVML cannot be had: no GPU was used" in text
 
@@ -119,7 +119,7 @@ def test_a_probe_times_steps_and_writes_nothing(tmp_path: Path) -> None:
                        limit_test=50, batch_size=10, epochs=2)  # fmt: skip
     width = plan.Allocation(device="cpu", gpus=0, workers=1, concurrent_runs=1, threads=1)
     (spec,) = plan.expand(sweep, width, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
-    prediction = probe(spec, Worker(launch_seconds=5.0), print, places=RunPaths(out=tmp_path))
+    prediction = predict(spec, Worker(launch_seconds=5.0), print, paths=RunPaths(out=tmp_path))
     assert prediction.steps == 30  # of 50
     assert prediction.epochs == 2
     assert prediction.setup_seconds > 5
@@ -163,12 +163,12 @@ def test_predicted_stands_beside_actual(tmp_path: Path, capsys: Any, monkeypatch
 
 
 def test_a_probe_that_fails_is_a_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stub(spec: RunSpec, worker: Worker, report: Any, *, places: RunPaths) -> Prediction:
+    def stub(spec: RunSpec, worker: Worker, report: Any, *, paths: RunPaths) -> Prediction:
         if spec.variant == "msra":
             raise MemoryError("no room for the activations")
         return make_prediction(spec, 36.0)
 
-    monkeypatch.setattr(harness.estimate, "probe", stub)
+    monkeypatch.setattr(harness.commands.probe, "predict", stub)
     line = f"run {QUICK} --variants msra,he2015 --estimate --out {tmp_path}/runs"
     code, out, _ = harness_(line, capsys, monkeypatch)
     assert code == 1

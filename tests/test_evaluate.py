@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness.commands.evaluate import Answer, EvalOptions, evaluate_weights, parse_normalize
+from harness.commands.evaluate import Errors, EvalOptions, evaluate_weights, parse_normalize
 from harness.loaders.datasets import limit, load_dataset
-from harness.models.resnet import SMALLEST_IMAGE, build
+from harness.models.build import SMALLEST_IMAGE, build
 from harness.models.variants import VARIANTS, default_depth, find_variant, he2015
 from harness.results.store import load_records
 from harness.spec import UserError
@@ -77,7 +77,7 @@ def store(network: nn.Module, path: Path, **about: str) -> Path:
     return path
 
 
-def ask(folder: Path, weights: Path, **changes: Any) -> Answer:
+def ask(folder: Path, weights: Path, **changes: Any) -> Errors:
     options: dict[str, Any] = {"variant": "he2015", "depth": 8, "dataset": f"folder:{folder}"}
     return evaluate_weights(EvalOptions(weights=weights, **(options | changes)))
 
@@ -172,7 +172,7 @@ def test_other_peoples_colours_names_and_a_part_of_the_images(folder: Path, tmp_
     assert 100 * np.mean([row["label"] != row["top1"] for row in rows]) == pytest.approx(top1)
 
 
-def test_left_over_tensors_are_named(folder: Path, tmp_path: Path, capsys: Any) -> None:
+def test_unused_tensors_are_named(folder: Path, tmp_path: Path, capsys: Any) -> None:
     network = make("fattorib")
     given = {f"p{n}.{name.rpartition('.')[2]}": t for n, (name, t) in enumerate(network.state_dict().items())}
     given |= {f"first_block.conv_block.0.{kind}": torch.zeros(16) for kind in ("weight", "bias")}

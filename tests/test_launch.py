@@ -12,17 +12,10 @@ import pytest
 from ray import cloudpickle
 
 from harness.cluster import local
-from harness.cluster.launch import (
-    ClusterError,
-    Entered,
-    Failed,
-    Started,
-    Worker,
-    connect,
-    count_failures,
-    disconnect,
-    launch,
-)
+from harness.cluster.connect import ClusterError, connect, disconnect
+from harness.cluster.failures import count_failures
+from harness.cluster.job import Entered, Failed, JobConfig, Started, Worker
+from harness.cluster.launch import launch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -52,13 +45,19 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
     return {"total": total.item(), "attempt": worker.attempt, "threads": worker.threads, "device": worker.device}
 
 
-def collect(runs: Any, specs: list[dict[str, Any]], **options: Any) -> tuple[dict[str, Any], list[Any]]:
+def make_job(storage: Path, **options: Any) -> JobConfig:
+    return JobConfig(
+        **{"world_size": 1, "concurrent_runs": 1, "device": "cpu", "threads": 1, "storage": storage, **options}
+    )
+
+
+def collect(
+    runs: Any, specs: list[dict[str, Any]], job: JobConfig, **options: Any
+) -> tuple[dict[str, Any], list[Any]]:
     events: list[Any] = []
     outcomes = {
         spec["name"]: outcome
-        for spec, outcome in runs(
-            toy, specs, gpu=False, threads=1, progress=lambda s, e: events.append((s["name"], e)), **options
-        )
+        for spec, outcome in runs(toy, specs, job, progress=lambda s, e: events.append((s["name"], e)), **options)
     }
     return outcomes, events
 
@@ -74,8 +73,8 @@ def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
             {"name": "dies twice, further on", "epochs": 1, "dies": 2, "further": True},
         ]
         outcomes, events = collect(
-            launch, specs, workers=2, concurrent_runs=1, storage=tmp_path / "ray", retries=1,
-            reached=lambda event: event["epoch"] + 1 if isinstance(event, dict) else 0,
+            launch, specs, make_job(tmp_path / "ray", world_size=2, retries=1),
+            progress_of=lambda event: event["epoch"] + 1 if isinstance(event, dict) else 0,
         )  # fmt: skip
     finally:
         disconnect()
@@ -96,13 +95,13 @@ def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
 
 def test_local_has_the_same_signature_and_outcomes(tmp_path: Path) -> None:
     specs = [{"name": "good", "epochs": 1}, {"name": "raises", "epochs": 0, "raises": True}]
-    outcomes, events = collect(local.launch, specs, workers=1, concurrent_runs=1, storage=tmp_path)
+    outcomes, events = collect(local.launch, specs, make_job(tmp_path))
     assert outcomes["good"]["total"] == 1.0
     assert isinstance(outcomes["raises"], Failed)
     assert outcomes["raises"].exception == "TooBigError"
     assert events[0] == ("good", Started(attempt=1))
     with pytest.raises(ValueError, match="one worker, not 2"):
-        collect(local.launch, specs, workers=2, concurrent_runs=1, storage=tmp_path)
+        collect(local.launch, specs, make_job(tmp_path, world_size=2))
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:x", "127.0.0.1:1"])
@@ -124,8 +123,17 @@ def test_private_names_of_ray_that_are_used_exist() -> None:
 
 
 def test_a_death_counts_against_the_limit_unless_the_run_had_come_further() -> None:
-    came, deaths, counted = 0.0, 0, []
-    for reached in (0, 0, 3, 3, 3, 4, 4):  # the furthest epoch reported before each death
-        deaths, came = count_failures(deaths, came, reached)
-        counted.append(deaths)
+    best_progress, failures, counted = 0.0, 0, []
+    for progress in (0, 0, 3, 3, 3, 4, 4):  # the furthest epoch reported before each death
+        failures, best_progress = count_failures(failures, best_progress, progress)
+        counted.append(failures)
     assert counted == [1, 2, 1, 2, 3, 1, 2]
+
+
+def test_shares_of_a_gpu_add_up_to_no_more_than_one_in_rays_four_decimals(tmp_path: Path) -> None:
+    for runs in range(1, 33):
+        job = make_job(tmp_path, device="cuda", gpus_per_worker=1 / runs)
+        assert job.runs_per_gpu == runs
+        assert round(job.resources["GPU"], 4) * runs <= 1
+        assert (job.resources["GPU"] + 1e-4) * runs > 1, "no room for one more"
+    assert make_job(tmp_path).resources == {"CPU": 1.0}

@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 
 from harness.loaders import dali
 from harness.loaders.datasets import Split
-from harness.loaders.loader import LOADERS, Loader, check_loader_name, make_loaders
+from harness.loaders.loader import LOADERS, Loader, make_loaders
 from harness.loaders.resident import crop, crop_by_index
 from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_normalize
 
@@ -240,8 +240,9 @@ def test_evaluation_leaves_a_rank_without_an_image_a_step_short() -> None:
 def test_epoch_of_cifar10() -> None:
     plan = SamplingPlan(50_000, 128, span=(8, 8), flip=True)
     draw = plan.draw(0)
-    assert plan.steps == len(draw.ends) == 391
-    assert np.diff((0, *draw.ends)).tolist() == [128] * 390 + [80]
+    assert plan.steps == 391
+    sizes = [len(draw.part(step, step + 1).index) for step in range(plan.steps)]
+    assert sizes == [128] * 390 + [80]
     assert np.array_equal(np.sort(draw.index), np.arange(50_000))
     assert not np.array_equal(draw.index, plan.draw(1).index)
     assert not np.array_equal(draw.index, replace(plan, seed=1).draw(0).index)
@@ -272,8 +273,8 @@ def test_ranks_share_the_global_batches(world: int, images: int) -> None:
     assert {plan.steps for plan in plans} == {-(-images // 16)}
     offset_of = dict(zip(alone.index.tolist(), alone.offset.tolist(), strict=True))
     for step in range(plans[0].steps):
-        whole = alone.index[slice(*alone.batches(step, step + 1))]
-        shares = [draw.index[slice(*draw.batches(step, step + 1))] for draw in draws]
+        whole = alone.part(step, step + 1).index
+        shares = [draw.part(step, step + 1).index for draw in draws]
         if len(whole) < world:  # filled up from the epoch's start
             whole = np.concatenate([whole, alone.index[: world - len(whole)]])
         assert [share.tolist() for share in shares] == [whole[rank::world].tolist() for rank in range(world)]
@@ -329,13 +330,11 @@ def test_normalisation(kind: Any) -> None:
 # ---- what can be wrong -----------------------------------------------------------------------------------------
 
 
-def test_unknown_loader() -> None:
-    for name in LOADERS:
-        check_loader_name(name)
+def test_unknown_loader(make: Any) -> None:
     with pytest.raises(
         ValueError, match=r"unknown loader 'dalli': did you mean 'dali'\? allowed are dali, resident"
     ):
-        check_loader_name("dalli")
+        make("dalli")
 
 
 def test_what_does_not_fit(make: Any) -> None:
@@ -361,3 +360,96 @@ def test_dali_is_loaded_by_who_asks_for_it() -> None:
         "print('nvidia.dali' in sys.modules)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+# ---- DALI on a GPU: what can be tested of it without one -------------------------------------------------------
+
+
+ON_CPU = LoaderConfig(
+    augment=Augment(PAD, "zero", None, flip=True),
+    normalize=Normalize(np.zeros(3, np.float32), np.ones(3, np.float32)),
+    batch_size=4,
+    eval_batch_size=4,
+    device=torch.device("cpu"),
+)
+
+
+def definition(config: LoaderConfig, mean: np.ndarray) -> list[str]:
+    """Every operator of DALI's graph in words. To define it needs no GPU, to build it does."""
+    pipeline = dali.dali.Pipeline(
+        batch_size=4, num_threads=1, device_id=None if config.device.type == "cpu" else 0
+    )
+    with pipeline:
+        dali.define(config, (8, 8), mean, np.ones(3, np.float32), lambda _: None, lambda _: None)
+    pipeline._build_graph()
+    return [
+        "\n".join(line for line in str(operator.spec).splitlines() if "_origin_stack" not in line)
+        for operator in pipeline._ops
+    ]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("mean_shape", [(3,), (14, 14, 3)])
+def test_definition_on_the_gpu_is_that_of_the_cpu(mean_shape: tuple[int, ...], channels_last: bool) -> None:
+    config = replace(ON_CPU, channels_last=channels_last)
+    on_cpu = definition(config, np.zeros(mean_shape, np.float32))
+    on_gpu = definition(replace(config, device=torch.device("cuda", 0)), np.zeros(mean_shape, np.float32))
+    assert sum("gpu" in operator for operator in on_gpu) == (4 if len(mean_shape) == 3 else 2)
+    assert [operator.replace("gpu", "cpu") for operator in on_gpu] == on_cpu
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_dali_shares_no_memory_that_it_is_fed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default DALI copies on the stream that writes the memory. A pointer shared with it (`no_copy`), or a copy on
+    another stream, would be read before it is written."""
+    calls: list[dict[str, Any]] = []
+    source = dali.fn.external_source
+
+    def record(**options: Any) -> Any:
+        calls.append(options)
+        return source(**options)
+
+    monkeypatch.setattr(dali.fn, "external_source", record)
+    definition(replace(ON_CPU, device=torch.device(device)), np.zeros(3, np.float32))
+    assert len(calls) == 2
+    for options in calls:
+        assert not any(options.get(name) for name in ("no_copy", "parallel", "cuda_stream", "blocking"))
+
+
+def test_what_dali_was_fed_may_be_overwritten_at_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = joined(make("dali")[0], epoch=0)
+    monkeypatch.setattr(dali, "CPU_MACROBATCH_MIB", 1e-9)
+    feed = dali.DaliLoader._feed_pixels
+    buffer = np.empty((BATCH, HEIGHT + 2 * PAD, WIDTH + 2 * PAD, 3), np.uint8)
+
+    def feed_from_one_buffer(loader: dali.DaliLoader, run: int) -> np.ndarray:
+        pixels = feed(loader, run)
+        buffer[: len(pixels)] = pixels
+        return buffer[: len(pixels)]
+
+    monkeypatch.setattr(dali.DaliLoader, "_feed_pixels", feed_from_one_buffer)
+    images, _ = joined(make("dali")[0], epoch=0)
+    assert torch.equal(images, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("macrobatch_mib", [1e-9, 32])
+@pytest.mark.parametrize("loader", REAL)
+def test_a_busy_gpu_gets_the_right_batches(
+    loader: str, macrobatch_mib: float, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long kernel is queued before each batch is taken, so that what no stream waits for comes out wrong."""
+    monkeypatch.setattr(dali, "GPU_MACROBATCH_MIB", macrobatch_mib)
+    augment, normalize = Augment(PAD, "zero", None, flip=True), make_normalize("pixel-mean", TRAIN)
+    train, _ = make(loader, augment=augment, normalize=normalize, device=torch.device("cuda", 0))
+    for epoch, first_step in ((0, 0), (1, 0), (2, 0), (5, 3), (1, 1), (0, 4), (2, 0)):
+        expected = make("resident", augment=augment, normalize=normalize)[0].epoch(epoch, first_step)
+        batches, kept = train.epoch(epoch, first_step), []
+        for _ in range(first_step, train.steps):
+            torch.cuda._sleep(50_000_000)
+            images, labels = next(batches)
+            kept.append((images + 0, labels + 0))  # as a training step would, on the same stream
+            del images, labels
+        for (images, labels), (right, numbers) in zip(kept, expected, strict=True):
+            assert labels.tolist() == numbers.tolist()
+            np.testing.assert_allclose(images.cpu(), right, rtol=0, atol=1e-6)

@@ -19,8 +19,8 @@ from test_page import page_data
 
 from harness.results.explain import why
 from harness.results.frame import make_frame
-from harness.results.report.charts import load_bundle, make_panels, write_charts
-from harness.results.report.memory import COLOURS, MAX_BARS, NOT_RECORDED, colours, in_words, known, mib
+from harness.results.report.charts import MAX_BARS, load_bundle, make_panels, write_charts
+from harness.results.report.memory import COLOURS, NOT_RECORDED, colours, in_words, known, mib
 from harness.results.report.page import make_page
 from harness.results.report.table import render
 from harness.results.rows import Row, summarise
@@ -67,7 +67,7 @@ def rows(tmp_path: Path) -> list[Row]:
 def test_a_row_shows_the_run_that_used_most_and_says_so(rows: list[Row]) -> None:
     shallow, deep = rows
     assert shallow.by_category_mib == COUNTED_TWICE
-    assert sum(shallow.by_category_mib.values()) == pytest.approx(shallow.nvml_process_mib.value)
+    assert sum(shallow.by_category_mib.values()) == pytest.approx(shallow.figures["nvml_process_mib"].value)
     assert not deep.by_category_mib
     text = why(shallow)
     assert "by category: weights 1.04, activations 300, CUDA context 480, unaccounted −31.0 (some of it" in text
@@ -91,17 +91,19 @@ def test_figures_that_are_none_are_left_out() -> None:
     assert in_words({"unaccounted": 3.0}) == "unaccounted 3.00"
     assert [mib(x) for x in (0.52, 12.34, 1234.5, -12.0)] == ["0.52", "12.3", "1,234", "−12.0"]
     assert set(COLOURS) == set(MEMORY_CATEGORIES)
-    assert colours({0: {"new category": 1.0}})["new category"]
+    assert colours({"row": {"new category": 1.0}})["new category"]
 
 
 def test_the_chart_holds_every_part(rows: list[Row], tmp_path: Path) -> None:
     text = make_page(rows, bundle="", made_at=NOW)
     (panel,) = page_data(text)["panels"]
-    assert panel["categories"] == {"0": known(COUNTED_TWICE)}
+    values = panel["datasets"]["categories"]
+    assert {(v["row"], v["whole"]) for v in values} == {("msra-20", 750.0)}
+    assert {v["category"]: v["mib"] for v in values} == known(COUNTED_TWICE)
     assert "count twice" in text
     assert NOT_RECORDED not in text
-    assert "<td class=r>−31.0</td><td class=r>750</td>" in text  # the table beside it ends with the whole
-    written = {path.name: path for path in write_charts(rows, tmp_path / "charts")}
+    assert '<td class="r">−31.0</td><td class="r">750</td>' in text  # the table beside it ends with the whole
+    written = {path.name: path for path in write_charts(make_panels(rows), tmp_path / "charts")}
     svg = written["cifar10-categories.svg"].read_text()
     assert "msra-20: 750 MiB" in svg.replace("\u00a0", " ").replace(":  ", ": ")
     assert COLOURS["activations"] in svg
@@ -111,7 +113,7 @@ def test_the_chart_holds_every_part(rows: list[Row], tmp_path: Path) -> None:
 def test_without_a_record_of_it_one_line_says_so(rows: list[Row]) -> None:
     text = make_page(rows[1:], bundle="", made_at=NOW)
     assert text.count(NOT_RECORDED) == 1
-    assert "data-chart=categories" not in text
+    assert 'data-chart="categories"' not in text
 
 
 def test_many_rows_keep_to_the_best(tmp_path: Path) -> None:
@@ -119,7 +121,7 @@ def test_many_rows_keep_to_the_best(tmp_path: Path) -> None:
         store(tmp_path, 0, SIMPLE, settings=(f"lr={0.1 + k / 1000}",))
     (panel,) = make_panels(load(tmp_path))
     assert len(panel.categories) == MAX_BARS
-    assert f"the {MAX_BARS} rows" in panel.captions["categories"]
+    assert f"the {MAX_BARS} rows" in panel.charts[-1].caption
 
 
 # Machado, Oliveira, Fernandes 2009: a colour as seen without one of the cones (linear RGB)

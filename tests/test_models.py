@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness.models.flops import count_flops
-from harness.models.resnet import SMALLEST_IMAGE, IdentityConv, OptionA, PreactBlock, build, count_parameters
+from harness.models.build import SMALLEST_IMAGE, build, count_flops, count_parameters
+from harness.models.layers import IdentityConv
+from harness.models.resnet import OptionA, PreactBlock
 from harness.models.variants import (
     VARIANTS,
     Network,

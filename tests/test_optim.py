@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from harness.models.resnet import build
+from harness.models.build import build
 from harness.models.variants import Recipe, he2015, msra, mxresnet, se_mxresnet, xresnext_16x2d
 from harness.training.optim import learning_rate, make_optimizer, total_epochs, total_steps
 

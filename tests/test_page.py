@@ -17,8 +17,9 @@ from chromium import Browser, find_chromium
 from records import NOW, make_record
 
 from harness.results.report.charts import (
+    MAX_LEGEND,
     MAX_RUNS,
-    complete_spec,
+    PALETTE,
     load_bundle,
     make_labels,
     make_panels,
@@ -183,7 +184,7 @@ def test_no_name_breaks_out(tmp_path: Path) -> None:
     assert not [link for link in tags.links if not link.startswith("#")]
     assert "\x1b" not in text
     assert "‮" not in text
-    for folder in write_charts(summarise(loaded.records), tmp_path / "charts"):
+    for folder in write_charts(make_panels(summarise(loaded.records)), tmp_path / "charts"):
         assert folder.parent == tmp_path / "charts"
 
 
@@ -207,40 +208,37 @@ def test_what_did_not_finish_says_why(rows: list[Row]) -> None:
 
 
 def page_data(text: str) -> Any:
-    found = re.search(r"<script type=application/json id=data>(.*?)</script>", text, re.DOTALL)
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
     assert found
     return json.loads(found.group(1))
 
 
 def test_the_curves_are_the_stored_epochs(rows: list[Row]) -> None:
     (panel,) = page_data(page(rows))["panels"]
-    labels = panel["names"]
-    by_name = {labels[str(c["row"])]: c for c in panel["curves"] if not c.get("unfinished")}
+    curves = panel["datasets"]["curves"]
+    by_name = {c["row"]: c for c in curves if not c.get("unfinished")}
     assert set(by_name) == {"msra-20 · dali", "msra-20 · dataloader", "msra-56 · dali", "msra-56 · dataloader"}
     curve = by_name["msra-56 · dali"]
     stored = [make_curve(56, seed) for seed in range(3)]
-    assert curve["epochs"] == 12
+    assert "epoch" not in curve  # 1, 2, 3, ...
+    assert len(curve["mean"]) == 12
     for k in range(12):
         errors = [run[k].error for run in stored]
         assert curve["mean"][k] == pytest.approx(sum(errors) / 3, abs=0.0051)
         assert curve["low"][k] == pytest.approx(min(errors), abs=0.0051)
         assert curve["high"][k] == pytest.approx(max(errors), abs=0.0051)
-    partial = {labels[str(c["row"])]: len(c["mean"]) for c in panel["curves"] if c.get("unfinished")}
+    partial = {c["row"]: len(c["mean"]) for c in curves if c.get("unfinished")}
     assert partial == {"msra-56 · dataloader": 5, "msra-20 · dataloader": 7}
 
 
 def test_the_frontier_holds_what_no_other_row_beats(rows: list[Row]) -> None:
     (panel,) = make_panels(rows)
-    for points in panel.points.values():
-        for point in points:
-            beaten = any(
-                (o.cost <= point.cost and o.error < point.error)
-                or (o.cost < point.cost and o.error <= point.error)
-                for o in points
-            )
-            assert point.best != beaten or any(
-                o != point and (o.cost, o.error) == (point.cost, point.error) for o in points
-            )
+    for chart in ("seconds", "memory"):
+        points = [(p["cost"], p["error"], p["best"]) for p in panel.datasets[chart]]
+        assert len(points) == 4
+        for cost, error, best in points:
+            beaten = any((c <= cost and e < error) or (c < cost and e <= error) for c, e, _ in points)
+            assert best != beaten or [(c, e) for c, e, _ in points].count((cost, error)) > 1
 
 
 def test_many_runs_thin_the_curves_and_say_so(tmp_path: Path) -> None:
@@ -255,11 +253,34 @@ def test_many_runs_thin_the_curves_and_say_so(tmp_path: Path) -> None:
     rows = summarise(load_records([tmp_path]).records)
     text = page(rows)
     (panel,) = page_data(text)["panels"]
-    assert len(panel["curves"]) == MAX_RUNS // 2
-    assert {panel["names"][str(c["row"])] for c in panel["curves"]} == {
+    assert len(panel["datasets"]["curves"]) == MAX_RUNS // 2
+    assert {c["row"] for c in panel["datasets"]["curves"]} == {
         f"msra-20 · loader{n}" for n in range(MAX_RUNS // 2)
     }
     assert f"Curves of {MAX_RUNS // 2} rows, those with the smallest error; 10 more are in the table" in text
+
+
+def test_commands_of_one_environment_stand_on_lines_of_their_own(tmp_path: Path) -> None:
+    for seed in range(2):
+        run = make_run(20, seed)
+        environment = run.environment | {"command": ["harness", "run", "--seeds", f"{seed} <b>"]}
+        finish(tmp_path, run.model_copy(update={"environment": environment}))
+    text = page(summarise(load_records([tmp_path]).records))
+    assert "harness run --seeds &#39;0 &lt;b&gt;&#39;<br>harness run --seeds &#39;1 &lt;b&gt;&#39;" in text
+    assert "�" not in text
+
+
+def test_more_rows_than_a_legend_holds_carry_their_style(tmp_path: Path) -> None:
+    for number in range(MAX_LEGEND + 1):
+        finish(tmp_path / "runs", make_run(20, 0, f"loader{number}"))
+    (panel,) = make_panels(summarise(load_records([tmp_path / "runs"]).records))
+    spec = panel.charts[0].spec
+    assert spec["encoding"]["color"] == {"field": "colour", "type": "nominal", "scale": None, "legend": None}
+    assert len({(curve["colour"], tuple(curve["dash"])) for curve in panel.datasets["curves"]}) > len(PALETTE)
+    svg = write_charts([panel], tmp_path / "charts")[0].read_text()
+    assert set(PALETTE) <= set(re.findall(r'stroke="(#[0-9a-f]{6})"', svg))
+    assert 'stroke-dasharray="7,3"' in svg
+    assert "role-legend" not in svg
 
 
 def test_labels_differ(rows: list[Row]) -> None:
@@ -268,7 +289,7 @@ def test_labels_differ(rows: list[Row]) -> None:
 
 
 def test_charts_are_drawn_without_a_browser(rows: list[Row], tmp_path: Path) -> None:
-    written = write_charts(rows, tmp_path / "charts")
+    written = write_charts(make_panels(rows), tmp_path / "charts")
     names = ("curves", "zoom", "seconds", "memory")
     assert [path.name for path in written] == [f"cifar10-{name}.{e}" for name in names for e in ("svg", "png")]
     svg = (tmp_path / "charts/cifar10-curves.svg").read_text()
@@ -279,7 +300,7 @@ def test_charts_are_drawn_without_a_browser(rows: list[Row], tmp_path: Path) -> 
     )  # one colour a network
     assert (tmp_path / "charts/cifar10-zoom.png").read_bytes().startswith(b"\x89PNG")
     (panel,) = make_panels(rows)
-    assert len(complete_spec(panel, "curves")["data"]["values"]) == 4 * 12 + 5 + 7
+    assert sum(len(curve["mean"]) for curve in panel.datasets["curves"]) == 4 * 12 + 5 + 7
 
 
 def test_the_bundle_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

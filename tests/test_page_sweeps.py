@@ -15,11 +15,12 @@ from records import NOW, make_record
 from test_page import NASTY, Tags
 
 from harness.commands.report import make_html, write_page
-from harness.results.report.charts import load_bundle
+from harness.results.report.charts import load_bundle, write_charts
 from harness.results.report.page import make_page
-from harness.results.report.sweeps import SweepSummary, load_sweeps, make_sweep_charts, write_sweep_charts
+from harness.results.report.sweeps import make_sweep_panel
 from harness.results.rows import summarise
 from harness.results.store import SWEEPS, finish, load_records
+from harness.results.sweeps import Dimension, Sweep, Trial, format_value, load_sweeps
 
 VALUES = [9.0, 12.0, 41.0, 10.5, 60.0, 11.0]
 
@@ -88,21 +89,37 @@ def test_the_section_says_what_was_searched_and_lists_every_trial(tmp_path: Path
         "judged by error % of 5,000 held-out training images",
         "lr=loguniform(0.01,1), momentum=uniform(0.5,0.9), shortcut=choice(A,B)",
         "rank correlation, 6 trials at epoch 3",
-        "<span class=warn>pruned</span>, by asha after epoch 3",
-        "<span class=bad>failed</span>, NaN: loss is not finite",
+        '<span class="warn">pruned</span>, by asha after epoch 3',
+        '<span class="bad">failed</span>, NaN: loss is not finite',
         "cifar10_msra-20_s0_4",
     ):
         assert words in text
-    numbers = re.findall(r"<th scope=row class=r data-v=(\d+)>", text)
+    numbers = re.findall(r'<th scope="row" class="r" data-v="(\d+)">', text)
     assert numbers == ["1", "4", "6", "2", "3", "5", "7"]  # whole ones by value, then the pruned, failed last
     tags = Tags()
     tags.feed(text)
     assert not tags.open
     on_test = make_sweep(selected_on="test", val=0)
-    assert "TEST SET" in SweepSummary.model_validate(on_test).judged
+    assert "TEST SET" in Sweep.model_validate(on_test).judged_by
     assert "Sweep of msra on" in make_page(
-        [], bundle="", made_at=NOW, sweeps=[SweepSummary.model_validate(make_sweep(depth=None, trials=[]))]
+        [], bundle="", made_at=NOW, sweeps=[Sweep.model_validate(make_sweep(depth=None, trials=[]))]
     )
+
+
+def test_what_a_search_writes_is_what_a_report_reads(tmp_path: Path) -> None:
+    sweep = Sweep.model_validate(make_sweep())
+    assert json.loads(sweep.to_json()) == make_sweep()
+    trial = Trial(number=8, run="r", key="k", fields={"lr": 0.1, "momentum": 0.5, "shortcut": "A"})
+    trial.add_epoch(1, 20.0, 2.0004)
+    trial.add_epoch(2, 15.0, 2.0004)
+    assert (trial.epochs, trial.last, trial.value, trial.seconds) == (2, 15.0, None, 4.0)
+    trial.end("finished", 14.5, "was done already")
+    assert (trial.state, trial.value, trial.last, trial.reason) == ("finished", 14.5, 14.5, "was done already")
+    lr = Dimension(field="lr", function="loguniform", values=(0.01, 1.0))
+    assert lr.log
+    assert str(lr) == "lr=loguniform(0.01,1)"
+    assert format_value(0.0037037037037037034) == "0.0037037037037037034"
+    assert format_value((True, None, 1 / 3), exact=False) == "true,none,0.333333"
 
 
 def test_a_trial_links_to_the_row_of_its_run(tmp_path: Path) -> None:
@@ -119,16 +136,18 @@ def test_a_trial_links_to_the_row_of_its_run(tmp_path: Path) -> None:
 
 
 def test_the_parallel_plot_has_every_value_at_its_place() -> None:
-    sweep = SweepSummary.model_validate(make_sweep())
-    charts = make_sweep_charts(sweep)
-    assert list(charts) == ["parallel", "slice-lr", "slice-momentum", "slice-shortcut"]
-    caption, spec = charts["parallel"]
+    sweep = Sweep.model_validate(make_sweep())
+    panel = make_sweep_panel(sweep)
+    names = ["parallel", "slice-lr", "slice-momentum", "slice-shortcut", "importance"]
+    assert [chart.name for chart in panel.charts] == names
+    assert [chart.name for chart in panel.charts if chart.in_page] == names[:-1]
+    caption, spec = panel.charts[0].caption, panel.charts[0].spec
     assert "faint: a trial that was pruned" in caption
     assert "1 of 7 trials are not drawn" in caption
-    lines, ticks = spec["layer"][1]["data"]["values"], spec["layer"][2]["data"]["values"]
-    assert len(lines) == 6 * 4
+    lines, ticks = panel.datasets["trials"], spec["layer"][2]["data"]["values"]
+    assert len(lines) == 6
     for number, value in enumerate(VALUES, 1):
-        places = {line["axis"]: line["place"] for line in lines if line["trial"] == number}
+        (places,) = (line["place"] for line in lines if line["trial"] == number)
         lr = 0.01 * 10 ** ((number - 1) * 0.4)
         assert places[0] == pytest.approx((math.log(lr) - math.log(0.01)) / math.log(100), abs=1e-4)
         assert places[1] == pytest.approx((number - 1) * 0.2, abs=1e-4)
@@ -142,15 +161,15 @@ def test_the_parallel_plot_has_every_value_at_its_place() -> None:
 
 
 def test_slices_are_on_the_scale_that_was_drawn_from() -> None:
-    charts = make_sweep_charts(SweepSummary.model_validate(make_sweep()))
-    by_field = {name: spec["encoding"]["x"] for name, (_, spec) in charts.items() if name != "parallel"}
+    panel = make_sweep_panel(Sweep.model_validate(make_sweep()))
+    by_field = {chart.name: chart.spec["encoding"]["x"] for chart in panel.charts if "slice" in chart.name}
     assert by_field["slice-lr"]["scale"] == {"type": "log", "domain": [0.01, 1.0], "nice": False}
     assert by_field["slice-momentum"]["scale"]["type"] == "linear"
     assert by_field["slice-shortcut"]["scale"]["domain"] == ["A", "B"]
-    values = charts["slice-lr"][1]["data"]["values"]
-    assert {(v["x"], v["value"]) for v in values} == {(0.01 * 10 ** (k * 0.4), y) for k, y in enumerate(VALUES)}
+    values, x = panel.datasets["trials"], by_field["slice-lr"]["field"]
+    assert {(v[x], v["value"]) for v in values} == {(0.01 * 10 ** (k * 0.4), y) for k, y in enumerate(VALUES)}
     nothing = make_sweep(trials=make_sweep()["trials"][-1:])
-    assert make_sweep_charts(SweepSummary.model_validate(nothing)) == {}
+    assert make_sweep_panel(Sweep.model_validate(nothing)).charts == []
 
 
 @pytest.mark.parametrize(
@@ -175,7 +194,7 @@ def test_a_broken_file_is_named_and_the_others_are_shown(tmp_path: Path, text: s
     assert "\n" not in found.problems[0].reason
     shown = page(tmp_path)
     assert "<strong>not read</strong> broken-one: trials.json is broken" in shown
-    assert shown.count("<section class=sweep") == 1
+    assert shown.count('<section class="sweep"') == 1
 
 
 def test_values_that_are_no_numbers_are_passed_over(tmp_path: Path) -> None:
@@ -213,14 +232,14 @@ def test_no_name_breaks_out(tmp_path: Path) -> None:
     assert "onerror" not in tags.attributes
     assert "\x1b" not in text
     folder = tmp_path / "charts"
-    written = write_sweep_charts(load_sweeps([tmp_path]).sweeps, folder)
+    written = write_charts([*map(make_sweep_panel, load_sweeps([tmp_path]).sweeps)], folder)
     assert len(written) == len(set(written)) == 8
     assert {path.parent for path in written} == {folder}
 
 
 def test_the_plots_are_drawn_without_a_browser(tmp_path: Path) -> None:
-    sweep = SweepSummary.model_validate(make_sweep())
-    written = write_sweep_charts([sweep], tmp_path)
+    sweep = Sweep.model_validate(make_sweep())
+    written = write_charts([make_sweep_panel(sweep)], tmp_path)
     charts = ("parallel", "slice-lr", "slice-momentum", "slice-shortcut", "importance")
     assert [path.name for path in written] == [f"{sweep.name}-{c}.{e}" for c in charts for e in ("svg", "png")]
     svg = written[0].read_text()

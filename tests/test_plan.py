@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness.models.variants import he2015, msra
+from harness.models.variants import he2015, msra, variant_names
 from harness.plan import (
     Grid,
-    allocate,
     check_grid,
     check_out,
-    check_pack,
     choose_engine,
     expand,
-    make_packs,
-    narrower_widths,
+    fallback_world_sizes,
+    make_spec_grid,
     override,
     parse_depths,
     parse_seeds,
     parse_words,
     pending,
 )
-from harness.spec import UserError
+from harness.resources import Resources, allocate, check_resources
+from harness.spec import RunSpec, UserError
 
-CPU = allocate(gpus=0, workers=1, have_gpus=0, have_cpus=2, precision="fp32", where="this machine")
+CPU = allocate(Resources(gpus=0, workers=1), have_gpus=0, have_cpus=2, precision="fp32")
 
 
 def specs(**changes: Any) -> list[Any]:
@@ -67,8 +67,13 @@ def test_mistakes_are_one_line_that_says_what_is_allowed(call: Any, says: str) -
 
 
 def width(**changes: Any) -> Any:
-    asked = {"gpus": None, "workers": None, "have_gpus": 8, "have_cpus": 64, "precision": "fp32", "where": "here"}
-    return allocate(**(asked | changes))
+    resources = Resources(
+        **{name: changes.pop(name) for name in ("gpus", "workers", "runs_per_gpu") if name in changes}
+    )
+    check_resources(resources)
+    return allocate(
+        resources, **({"have_gpus": 8, "have_cpus": 64, "precision": "fp32", "where": "here"} | changes)
+    )
 
 
 def test_widths() -> None:
@@ -79,6 +84,8 @@ def test_widths() -> None:
     cpu = width(gpus=0)
     assert (cpu.workers, cpu.concurrent_runs, cpu.device, cpu.threads) == (1, 1, "cpu", 64)
     assert width(gpus=0, workers=3).threads == 21
+    shared = width(gpus=2, runs_per_gpu=3)
+    assert (shared.workers, shared.concurrent_runs, shared.threads, shared.runs_per_gpu) == (1, 6, 10, 3)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +97,9 @@ def test_widths() -> None:
         ({"gpus": 0, "workers": 65}, "here has 64 CPU cores"),
         ({"gpus": 0, "precision": "fp16"}, "needs a GPU"),
         ({"gpus": -1}, "at least 0"),
+        ({"runs_per_gpu": 0}, "--runs-per-gpu 0: at least 1"),
+        ({"runs_per_gpu": 2, "workers": 2}, "runs that share a GPU have one worker, not 2"),
+        ({"runs_per_gpu": 2, "gpus": 0}, "--runs-per-gpu 2 needs a GPU"),
     ],
 )
 def test_widths_that_cannot_be(changes: dict[str, Any], says: str) -> None:
@@ -104,19 +114,6 @@ def test_the_engine_is_the_fastest_that_is_safe() -> None:
         choose_engine("graph", "cpu")
     with pytest.raises(UserError, match="--engine 'grahp' is unknown; did you mean graph"):
         check_grid(Grid(variants=("msra",), engine="grahp"))
-
-
-def test_packs_hold_seeds_of_one_row() -> None:
-    sweep = Grid(variants=("msra",), depths=(20, 32), seeds=(0, 1, 2))
-    runs = expand(sweep, CPU, fingerprint="f" * 64, train_images=50_000)
-    packs = make_packs(sorted(runs, key=lambda spec: spec.network.depth), 2)
-    assert [[(s.network.depth, s.seed) for s in pack] for pack in packs] == [
-        [(20, 0), (20, 1)], [(20, 2)], [(32, 0), (32, 1)], [(32, 2)],
-    ]  # fmt: skip
-    with pytest.raises(UserError, match="--pack 2: packed seeds have one worker, not 4"):
-        check_pack(2, 4)
-    with pytest.raises(UserError, match="--pack 0: at least 1"):
-        check_pack(0, None)
 
 
 def test_a_width_that_does_not_divide_the_batch() -> None:
@@ -173,18 +170,18 @@ def test_out_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def wide(workers: int, **changes: Any) -> list[Any]:
-    width = allocate(gpus=0, workers=workers, have_gpus=0, have_cpus=64, precision="fp32", where="this machine")
+    width = allocate(Resources(gpus=0, workers=workers), have_gpus=0, have_cpus=64, precision="fp32")
     return expand(Grid(variants=("he2015",), depths=(20,), **changes), width, fingerprint="f" * 64,
                   train_images=50_000)  # fmt: skip
 
 
-def test_narrower_widths_divide_the_global_batch_and_change_no_key() -> None:
-    assert narrower_widths(None, wide(8)) == ()
-    assert narrower_widths(1, wide(8)) == (4, 2, 1)
-    assert narrower_widths(4, wide(8)) == (4,)
-    assert narrower_widths(2, wide(8, batch_size=120)) == (6, 5, 4, 3, 2)
-    assert narrower_widths(8, wide(8)) == (), "as many as were asked for: never fewer"
-    assert narrower_widths(1, wide(1)) == ()
+def test_fallback_world_sizes_divide_the_global_batch_and_change_no_key() -> None:
+    assert fallback_world_sizes(None, wide(8)) == ()
+    assert fallback_world_sizes(1, wide(8)) == (4, 2, 1)
+    assert fallback_world_sizes(4, wide(8)) == (4,)
+    assert fallback_world_sizes(2, wide(8, batch_size=120)) == (6, 5, 4, 3, 2)
+    assert fallback_world_sizes(8, wide(8)) == (), "as many as were asked for: never fewer"
+    assert fallback_world_sizes(1, wide(1)) == ()
 
 
 @pytest.mark.parametrize(
@@ -197,4 +194,74 @@ def test_narrower_widths_divide_the_global_batch_and_change_no_key() -> None:
 )
 def test_a_width_that_cannot_be_is_refused(elastic: int, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        narrower_widths(elastic, wide(8))
+        fallback_world_sizes(elastic, wide(8))
+
+
+# --- --spec ---
+
+
+def write_spec(path: Path, spec: RunSpec, **more: Any) -> Path:
+    """As a record has it, among other things."""
+    path.write_text(json.dumps({"key": spec.key, "spec": spec.to_json(), **more}))
+    return path
+
+
+def respec(path: Path, *given: str, allocation: Any = CPU, **changes: Any) -> list[RunSpec]:
+    """The runs of a --spec file with some options given."""
+    grid = make_spec_grid([path], Grid(variants=("he2015",), **changes), given)
+    return expand(grid, allocation, fingerprint="f" * 64, train_images=50_000)
+
+
+@pytest.mark.parametrize("name", variant_names())
+def test_every_variant_and_engine_comes_back_from_its_json(name: str, tmp_path: Path) -> None:
+    for engine in ("eager", "compile", "graph"):
+        device = allocate(Resources(workers=1), have_gpus=1, have_cpus=2, precision="fp32")
+        grid = Grid(
+            variants=(name,), engine=engine, settings={"lr": 0.03}, epochs=7, seeds=(4,), precision="bf16", val=100
+        )
+        (spec,) = expand(grid, device, fingerprint="f" * 64, train_images=50_000)
+        assert RunSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+        assert respec(write_spec(tmp_path / "record.json", spec), allocation=device) == [spec]
+
+
+def test_options_change_a_given_spec(tmp_path: Path) -> None:
+    (spec,) = specs(epochs=10, settings={"lr": 0.05})
+    path = write_spec(tmp_path / "spec.json", spec)
+    assert [run.seed for run in respec(path, "seeds", seeds=(3, 5))] == [3, 5]
+    (changed,) = respec(
+        path, "loader", epochs=20, batch_size=64, loader="resident", engine="compile", settings={"lr": 0.2}
+    )
+    assert changed.overrides == ("lr=0.2", "epochs=20", "batch_size=64")
+    assert (changed.loader, changed.engine, changed.seed) == ("resident", "compile", spec.seed)
+    assert changed.recipe.milestones == tuple(2 * m for m in spec.recipe.milestones)
+    (other,) = respec(path, "dataset", dataset="digits")
+    assert (other.dataset, other.recipe) == ("digits", spec.recipe)
+
+
+def test_a_spec_that_cannot_be_trained_is_one_line(tmp_path: Path) -> None:
+    (spec,) = specs()
+    path = tmp_path / "spec.json"
+    whole = spec.to_json()
+    broken: dict[str, tuple[Any, str]] = {
+        "unknown": ({**whole, "sede": 1}, "sede: no such field; did you mean seed"),
+        "nested": (
+            {**whole, "recipe": {**whole["recipe"], "lrr": 1}},
+            "recipe.lrr: no such field; did you mean lr",
+        ),
+        "missing": ({k: v for k, v in whole.items() if k != "loader"}, "loader: "),
+        "type": ({**whole, "precision": "fp64"}, "precision: Input should be"),
+        "other": ([1], "holds no run's specification"),
+        "images": ({**whole, "fingerprint": "0" * 64}, "other images of cifar10"),
+    }
+    for values, says in broken.values():
+        path.write_text(json.dumps(values))
+        with pytest.raises(UserError, match=says) as caught:
+            respec(path)
+        assert "\n" not in str(caught.value)
+    path.write_text("{")
+    for option, says in {"variants": "exclude each other", "": "holds no run's specification"}.items():
+        with pytest.raises(UserError, match=says):
+            respec(path, *filter(None, [option]))
+    one, two = write_spec(tmp_path / "1", spec), write_spec(tmp_path / "2", replace(spec, dataset="digits"))
+    with pytest.raises(UserError, match="on cifar10 and on digits; a command trains on one data set"):
+        make_spec_grid([one, two], Grid(variants=()), ())

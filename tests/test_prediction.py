@@ -50,7 +50,7 @@ def test_each_figure_has_a_difference_or_a_reason(tmp_path: Any) -> None:
     assert seconds.percent == pytest.approx(25.0)
     assert show_difference(seconds) == "+0.80 (+25.0 %)"
     assert show_difference(by_name["RSS MiB"]) == "−100 (−10.0 %)"
-    assert by_name["kJ a run"].difference == pytest.approx(-3.0)
+    assert by_name["kJ"].difference == pytest.approx(-3.0)
     assert show_difference(by_name["eval s"]) == "+0.000 (+0.0 %)"
     assert by_name["NVML MiB"].reason == "not predicted: NVML lists no process"
     assert by_name["alloc MiB"].reason == "not measured: no GPU was used"
@@ -62,11 +62,11 @@ def test_why_the_page_and_the_numbers_show_it(tmp_path: Any) -> None:
     text = why(row)
     assert "predicted by a probe of 30 steps on 2026-01-02 03:04 UTC" in text
     assert "  s/epoch    3.20 → 4.00  +0.80 (+25.0 %)" in text
-    assert "  kJ a run   100 → –  (not measured: NVML lists no process)" in text
+    assert "  kJ         100 → –  (not measured: NVML lists no process)" in text
     assert "  while probing: the GPU was throttled" in text
     html = make_page([row], bundle="", made_at=NOW)
-    assert "<td class=r>3.20 → 4.00<small>+0.80 (+25.0 %)</small></td>" in html
-    assert "<li>kJ a run not measured: NVML lists no process</li>" in html
+    assert '<td class="r">3.20 → 4.00<small>+0.80 (+25.0 %)</small></td>' in html
+    assert "<li>kJ not measured: NVML lists no process</li>" in html
     (raw,) = csv.DictReader(io.StringIO(render([row], "csv")))
     assert raw["predicted_torch_allocated_mib"] == "512.0"
     assert raw["predicted_energy_joules"] == "100000.0"

@@ -14,7 +14,7 @@ from harness import preflight
 from harness.cluster.nodes import Unanswered
 from harness.loaders.datasets import load_dataset
 from harness.preflight import COMPARED, Difference, Question, answer, check_nodes, compare, hash_code
-from harness.spec import UserError
+from harness.spec import RunPaths, UserError
 
 HERE = {"python": "3.11.7", "code": "c0de", "data": "da7a", **dict.fromkeys(COMPARED, "1.0")}
 ALIKE = {**HERE, "out": "m-1", "disk": "50.0", "clock": "1000.5"}
@@ -22,7 +22,7 @@ ALIKE = {**HERE, "out": "m-1", "disk": "50.0", "clock": "1000.5"}
 
 def differences(**facts: str) -> list[Difference]:
     return compare(
-        HERE, {"n": {**ALIKE, **facts}}, written=frozenset({"m", "m-1"}), asked_at=1000, answered_at=1001
+        HERE, {"n": {**ALIKE, **facts}}, sentinels=frozenset({"m", "m-1"}), sent_at=1000, received_at=1001
     )
 
 
@@ -51,7 +51,7 @@ def test_what_differs_is_found(facts: dict[str, str], what: str, there: str) -> 
 
 def test_this_machine_answers(tmp_path: Path) -> None:
     fingerprint = load_dataset("digits").fingerprint
-    question = Question(out=tmp_path, remote="", marker=".marker", dataset="digits", data_dir=None, cache_dir=None)
+    question = Question(paths=RunPaths(out=tmp_path), dataset="digits", sentinel=".marker")
     assert answer(question)["out"] == "another folder, or none"
     assert not list(tmp_path.iterdir()), "a folder that is not the driver's is left alone"
     (tmp_path / ".marker").write_bytes(b"")
@@ -61,11 +61,8 @@ def test_this_machine_answers(tmp_path: Path) -> None:
     assert facts["code"] == hash_code()
     assert began <= float(facts["clock"]) <= time.time()
     assert (tmp_path / facts["out"]).exists()
-    missing = answer(
-        Question(
-            out=tmp_path, remote="", marker=".marker", dataset="cifar10", data_dir=tmp_path / "no", cache_dir=None
-        )
-    )
+    elsewhere = RunPaths(out=tmp_path, data_dir=tmp_path / "no")
+    missing = answer(Question(paths=elsewhere, dataset="cifar10", sentinel=".marker"))
     assert "no such folder" in missing["data"]
 
 
@@ -87,10 +84,10 @@ def test_the_hash_follows_the_code_in_subfolders_and_links_too(tmp_path: Path) -
 
 def check(answers: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(preflight, "ask_every_node", answers)
+    monkeypatch.setattr(preflight, "working_nodes", lambda: ["a", "b"])
     console = Console(file=io.StringIO(), width=120)
-    fingerprint = load_dataset("digits").fingerprint
     try:
-        check_nodes("digits", fingerprint, out=out, data_dir=None, cache_dir=None, console=console)
+        check_nodes(load_dataset("digits"), RunPaths(out=out), console)
     finally:
         assert not list(out.iterdir())
         text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -111,15 +108,9 @@ def test_a_table_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     console = Console(file=io.StringIO(), width=120)
     monkeypatch.setattr(preflight, "ask_every_node", answers)
+    monkeypatch.setattr(preflight, "working_nodes", lambda: ["a", "b"])
     with pytest.raises(UserError, match="2 of 3 nodes are not ready"):
-        check_nodes(
-            "digits",
-            load_dataset("digits").fingerprint,
-            out=tmp_path,
-            data_dir=None,
-            cache_dir=None,
-            console=console,
-        )
+        check_nodes(load_dataset("digits"), RunPaths(out=tmp_path), console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert any(line.split() == ["b", "[red]", "code", "0ther", hash_code()] for line in lines)
     assert any("ModuleNotFoundError: x" in line for line in lines)

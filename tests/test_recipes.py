@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.cluster.launch import Worker
+from harness.cluster.job import Worker
 from harness.loaders.datasets import Split
 from harness.models.variants import VARIANTS, VariantFunction, default_depth
 from harness.spec import RunSpec

@@ -20,23 +20,11 @@ import torch.multiprocessing
 import two_nodes
 from ray import cloudpickle
 
-from harness.cluster.launch import (
-    Cluster,
-    Entered,
-    Failed,
-    Node,
-    Started,
-    Waiting,
-    Watched,
-    Worker,
-    choose_width,
-    connect,
-    disconnect,
-    fit,
-    launch,
-    make_failed,
-)
-from harness.cluster.nodes import Unanswered, ask_every_node
+from harness.cluster.connect import connect, disconnect
+from harness.cluster.failures import make_failed
+from harness.cluster.job import Entered, Failed, JobConfig, Started, Telemetry, Waiting, Worker
+from harness.cluster.launch import launch
+from harness.cluster.nodes import Cluster, Node, Unanswered, ask_every_node, choose_world_size, fit
 from harness.results.store import load_epochs, load_records
 from harness.results.values import EpochMetrics
 
@@ -160,10 +148,11 @@ def test_an_elastic_run_goes_on_with_fewer_workers_and_grows_again(
         ((), "pack", 8),
     ],
 )
-def test_the_width_is_the_widest_that_the_cluster_can_hold(
+def test_the_world_size_is_the_largest_that_the_cluster_can_hold(
     alive: tuple[tuple[int, int], ...], placement: str, expected: int
 ) -> None:
-    assert choose_width(nodes(*alive), (8, 4, 2), threads=1, gpu=True, placement=placement) == expected
+    job = make_job(Path(), world_size=8, fallback_world_sizes=(4, 2), device="cuda", placement=placement)
+    assert choose_world_size(nodes(*alive), job) == expected
 
 
 def test_killed_at_a_random_moment_the_same_command_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
@@ -192,14 +181,20 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
     return {"attempt": worker.attempt}
 
 
-class Looking:
-    """Stands for what looks at a node: sees two things."""
+class ToySampler:
+    """Stands for a node's telemetry: takes two samples."""
 
     def __init__(self, visible: str | None) -> None:
         assert visible == "", "a run without GPUs"
 
     def stop(self) -> str:
-        return "2 looks"
+        return "2 samples"
+
+
+def make_job(storage: Path, **options: Any) -> JobConfig:
+    return JobConfig(
+        **{"world_size": 1, "concurrent_runs": 1, "device": "cpu", "threads": 1, "storage": storage, **options}
+    )
 
 
 def kill_controller() -> int:
@@ -228,8 +223,8 @@ def test_a_dead_controller_leaves_its_room_to_the_next_attempt(one_cpu: Cluster,
             killed.append(kill_controller())
 
     runs = launch(
-        toy, [{"seconds": 60}], workers=1, concurrent_runs=1, gpu=False, threads=1, storage=tmp_path / "ray",
-        progress=progress, placement_timeout_seconds=60, watch=Looking,
+        toy, [{"seconds": 60}], make_job(tmp_path / "ray", placement_timeout_seconds=60),
+        progress=progress, telemetry=ToySampler,
     )  # fmt: skip
     ((_, outcome),) = list(runs)
     assert killed == [1]
@@ -245,16 +240,16 @@ def test_a_dead_controller_leaves_its_room_to_the_next_attempt(one_cpu: Cluster,
         time.sleep(0.1)
     assert ray.available_resources()["CPU"] == 1.0
     assert {group["state"] for group in placement_group_table().values()} == {"REMOVED"}
-    assert [event.node for event in events if isinstance(event, Watched)] == ["2 looks"], "of the last attempt"
+    assert [event.node for event in events if isinstance(event, Telemetry)] == ["2 samples"], "of the last attempt"
     until = time.monotonic() + 10
-    while (left := watching()) and time.monotonic() < until:
+    while (left := samplers()) and time.monotonic() < until:
         time.sleep(0.1)
-    assert not left, "an attempt's watch ends with it, however it ends"
+    assert not left, "an attempt's samplers end with it, however it ends"
 
 
-def watching() -> list[str]:
-    """Titles of the processes that watch a node."""
-    return [title for _, title in load_chaos().descendants(os.getpid()) if "NodeWatch" in title]
+def samplers() -> list[str]:
+    """Titles of the processes that measure a node."""
+    return [title for _, title in load_chaos().descendants(os.getpid()) if "NodeSampler" in title]
 
 
 def listening_addresses(pids: set[int]) -> set[str]:
@@ -286,16 +281,7 @@ def look_at_sockets(spec: Any, worker: Worker, report: Any) -> set[str]:
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's table of sockets")
 def test_a_cluster_of_this_machine_listens_on_loopback_alone(one_cpu: Cluster, tmp_path: Path) -> None:
     assert ask_every_node(os.getpid)
-    runs = launch(
-        look_at_sockets,
-        [{}],
-        workers=1,
-        concurrent_runs=1,
-        gpu=False,
-        threads=1,
-        storage=tmp_path,
-        progress=lambda *_: None,
-    )
+    runs = launch(look_at_sockets, [{}], make_job(tmp_path), progress=lambda *_: None)
     ((_, of_rank),) = list(runs)
     assert of_rank == {"0100007F"}, "where its ranks find each other"
     found = listening_addresses({pid for pid, _ in load_chaos().descendants(os.getpid())})
@@ -308,8 +294,8 @@ def test_waiting_for_room_is_shown_and_ends(one_cpu: Cluster, tmp_path: Path) ->
     events: list[Any] = []
     began = time.monotonic()
     runs = launch(
-        toy, [{"seconds": 0}], workers=2, concurrent_runs=1, gpu=False, threads=1, storage=tmp_path / "ray",
-        progress=lambda _, event: events.append(event), placement_timeout_seconds=5,
+        toy, [{"seconds": 0}], make_job(tmp_path / "ray", world_size=2, placement_timeout_seconds=5),
+        progress=lambda _, event: events.append(event),
     )  # fmt: skip
     ((_, outcome),) = list(runs)
     assert isinstance(outcome, Failed)
@@ -362,7 +348,20 @@ def nodes(*sizes: tuple[int, int]) -> Cluster:
 def test_runs_are_laid_over_nodes_as_they_are(
     cluster: Cluster, workers: int, concurrent_runs: int, gpu: bool, placement: str, expected: tuple[int, int]
 ) -> None:
-    assert fit(cluster, workers=workers, concurrent_runs=concurrent_runs, gpu=gpu, placement=placement) == expected
+    found = fit(
+        cluster,
+        world_size=workers,
+        concurrent_runs=concurrent_runs,
+        gpus_per_worker=float(gpu),
+        placement=placement,
+    )
+    assert found == expected
+
+
+def test_runs_that_share_gpus_fit_as_often_as_there_are_shares_and_cpus() -> None:
+    share = {"world_size": 1, "concurrent_runs": 99, "placement": "pack"}
+    assert fit(nodes((64, 8)), gpus_per_worker=1 / 3, **share) == (24, 2)  # type: ignore[arg-type]
+    assert fit(nodes((8, 4)), gpus_per_worker=1 / 4, **share) == (8, 1)  # type: ignore[arg-type]
 
 
 class WorkerGroupError(Exception):

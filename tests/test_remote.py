@@ -18,6 +18,7 @@ from harness.preflight import Question, answer
 from harness.results import remote as storage
 from harness.results.remote import RemoteRun, StorageError
 from harness.results.store import load_epochs, load_records
+from harness.spec import RunPaths
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,7 +40,7 @@ def test_what_is_a_uri() -> None:
         True, True, True, False, False, False,
     ]  # fmt: skip
     assert storage.join_uri("s3://b/runs/?region=x", ".ray") == "s3://b/runs/.ray?region=x"
-    one, other = (storage.stage(uri, Path("/c")) for uri in ("s3://a/runs", "s3://b/runs"))
+    one, other = (storage.cache_folder(uri, Path("/c")) for uri in ("s3://a/runs", "s3://b/runs"))
     assert one != other
     assert one.name.startswith("runs-")
 
@@ -59,14 +60,14 @@ def test_a_run_is_sent_whole_and_brought_back(tmp_path: Path) -> None:
     )
     (here / "checkpoints" / "epoch3.tmp").write_text("half")
     remote = RemoteRun(uri, here, pytest.fail)
-    remote.send()
+    remote.push()
     sent = there / "run.partial"
     assert names(sent) == {"spec.json", "checkpoints/epoch1.pt", "checkpoints/epoch2.pt"}
 
     (here / "checkpoints" / "epoch1.pt").unlink()
     write(here, checkpoints__epoch3_pt="3")
     written = (sent / "spec.json").stat().st_ctime_ns
-    remote.send()
+    remote.push()
     assert names(sent) == {"spec.json", "checkpoints/epoch2.pt", "checkpoints/epoch3.pt"}
     assert (sent / "spec.json").stat().st_ctime_ns == written, "what has arrived is not sent again"
 
@@ -77,7 +78,7 @@ def test_a_run_is_sent_whole_and_brought_back(tmp_path: Path) -> None:
     assert (here / "checkpoints" / "epoch3.pt").read_text() == "3"
 
     other = tmp_path / "other node" / "run.partial"
-    RemoteRun(uri, other, pytest.fail).bring(rank=1)
+    RemoteRun(uri, other, pytest.fail).pull(rank=1)
     assert names(other) == {"checkpoints/epoch2.pt", "checkpoints/epoch3.pt"}
 
 
@@ -118,18 +119,17 @@ def test_a_store_that_is_away_for_a_while_costs_no_run(tmp_path: Path) -> None:
     here = write(tmp_path / "run.partial", spec_json="{}")
     said: list[str] = []
     remote = RemoteRun(blocked.as_uri(), here, said.append)
-    remote.send()
-    assert said[0].startswith("not sent: file:///")
+    remote.push()
+    assert said[0].startswith("not stored: file:///")
     with pytest.raises(StorageError):
-        remote.send(must=True)
-    RemoteRun("", here, pytest.fail).send(must=True)
+        remote.push(required=True)
+    RemoteRun("", here, pytest.fail).push(required=True)
 
 
 def test_every_node_is_asked_whether_it_reaches_the_uri(tmp_path: Path) -> None:
     uri = (tmp_path / "bucket").as_uri()
-    question = Question(
-        out=tmp_path / "stage", remote=uri, marker=".marker", dataset="digits", data_dir=None, cache_dir=None
-    )
+    paths = RunPaths(out=tmp_path / "stage", remote=uri)
+    question = Question(paths=paths, dataset="digits", sentinel=".marker")
     storage.check_uri(uri)
     assert answer(question)["out"] == "another folder, or none"
     storage.leave_sentinel(uri, ".marker")
@@ -164,7 +164,7 @@ def test_killed_and_its_local_folder_lost_a_run_goes_on_from_the_uri(tmp_path: P
     assert process.returncode == -signal.SIGKILL
     (partial,) = there.glob("*.partial")
     assert len(list((partial / "checkpoints").glob("*.pt"))) == 2
-    shutil.rmtree(cache / "staging")
+    shutil.rmtree(cache / "remote")
 
     again = subprocess.run(
         command(there.as_uri()), cwd=ROOT, capture_output=True, text=True, env=environment, check=False
@@ -185,7 +185,7 @@ def test_killed_and_its_local_folder_lost_a_run_goes_on_from_the_uri(tmp_path: P
     (plain,) = load_records([tmp_path / "plain"]).records
     assert [row.loss for row in load_epochs(stored.folder)] == [row.loss for row in load_epochs(plain.folder)]
 
-    shutil.rmtree(cache / "staging")
+    shutil.rmtree(cache / "remote")
     began = time.monotonic()
     code, out, _ = harness(f"report {there.as_uri()} --format csv", capsys)
     assert (code, len(out.splitlines())) == (0, 2)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from ray import cloudpickle
 
-from harness.cluster.launch import Failed, Started, Worker, connect, disconnect
-from harness.cluster.search import search
+from harness.cluster.connect import connect, disconnect
+from harness.cluster.job import Failed, JobConfig, Started, Worker
+from harness.cluster.search import leave, run_rank, search
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -22,11 +23,39 @@ class TooBigError(Exception):
     """Stands for an error of the train function."""
 
 
+class Held:
+    """Stands for a CUDA graph of the train function: notes whether the process group still stood when it was freed."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+
+    def __del__(self) -> None:
+        import torch.distributed as dist
+
+        self.log.write_text(f"freed {'before' if dist.is_initialized() else 'after'} the group was destroyed\n")
+
+
+def note_teardown(folder: Path, rank: int) -> Held:
+    """Let this process note its teardown in <folder>/<rank>."""
+    import torch.distributed as dist
+
+    log, destroy = folder / f"{rank}", dist.destroy_process_group
+
+    def destroy_and_note(*args: Any, **options: Any) -> None:
+        destroy(*args, **options)
+        with log.open("a") as file:
+            file.write("destroyed\n")
+
+    dist.destroy_process_group = destroy_and_note
+    return Held(log)
+
+
 def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
     """A run that does what its spec says, in every rank."""
     import torch
     import torch.distributed as dist
 
+    held = note_teardown(Path(spec["teardown"]), worker.rank) if "teardown" in spec else None
     total = torch.tensor([float(worker.rank + 1)])
     last = worker.rank == worker.world_size - 1
     for epoch in range(1, 5):
@@ -39,12 +68,13 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
             time.sleep(0.3)
             os._exit(1)
         report(epoch)
+    assert held is None or held.log
     return {"total": total.item(), "process": os.getpid(), "group": dist.is_initialized()}
 
 
 @dataclass
 class Toys:
-    """A study over given specs that stops whom it is told to stop."""
+    """Given specs; those named so are pruned."""
 
     specs: list[dict[str, Any]]
     events: list[tuple[str, Any]] = field(default_factory=list)
@@ -63,6 +93,12 @@ class Toys:
     def ended(self, name: str, outcome: Any) -> None:
         assert name not in self.outcomes
         self.outcomes[name] = outcome
+
+
+def make_job(storage: Path, world_size: int) -> JobConfig:
+    return JobConfig(
+        world_size=world_size, concurrent_runs=2 // world_size, device="cpu", threads=1, storage=storage
+    )
 
 
 def wait_until_free(cpus: int) -> float:
@@ -89,17 +125,20 @@ def test_trials_end_stop_raise_and_die_and_every_cpu_is_free_afterwards(tmp_path
                 {"name": "last"},
             ]
         )
-        search(toy, study, workers=1, concurrent_runs=2, gpus=0, threads=1, storage=tmp_path / "tune")
+        search(toy, study, make_job(tmp_path / "tune", 1))
         wait_until_free(2)
 
+        for name in ("pruned", "raises", "ends"):
+            (tmp_path / name).mkdir()
         pair = Toys(
             [
-                {"name": "pruned"},
-                {"name": "raises", "raises": 2},
+                {"name": "pruned", "teardown": str(tmp_path / "pruned")},
+                {"name": "raises", "raises": 2, "teardown": str(tmp_path / "raises")},
+                {"name": "ends", "teardown": str(tmp_path / "ends")},
                 {"name": "dies", "dies": 2, "marker": str(tmp_path / "peer died")},
             ]
         )
-        search(toy, pair, workers=2, concurrent_runs=1, gpus=0, threads=1, storage=tmp_path / "tune")
+        search(toy, pair, make_job(tmp_path / "tune", 2))
         wait_until_free(2)
     finally:
         disconnect()
@@ -119,6 +158,12 @@ def test_trials_end_stop_raise_and_die_and_every_cpu_is_free_afterwards(tmp_path
     assert isinstance(pair.outcomes["raises"], Failed)
     assert pair.outcomes["raises"].exception == "TooBigError", "the cause, not rank 0's broken collective"
     assert pair.outcomes["dies"]["total"] == 24.0, "a peer's death is tried again"
+    for name in ("pruned", "raises", "ends"):
+        for rank in ("0", "1"):
+            lines = (tmp_path / name / rank).read_text().splitlines()
+            # rank 0's process serves several trials, and each adds its note
+            assert lines[0] == "freed before the group was destroyed", (name, rank)
+            assert set(lines[1:]) == {"destroyed"}, (name, rank)
     assert not (tmp_path / "tune").exists()
 
 
@@ -133,3 +178,35 @@ def test_private_names_of_ray_that_are_used_exist() -> None:
     )
     assert "destroy_process_group" in inspect.signature(config._shutdown_torch).parameters
     assert isinstance(Searcher.FINISHED, str)
+
+
+def test_a_failed_rank_frees_what_its_frames_hold_before_it_leaves(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    class Graph:
+        def __del__(self) -> None:
+            order.append("freed")
+
+    def fails(spec: Any, worker: Worker, report: Any) -> None:
+        held = Graph()
+        try:
+            raise KeyError(str(held)[:0])
+        except KeyError as error:
+            raise TooBigError("does not fit") from error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray.train.torch.config._shutdown_torch", lambda **_: order.append("left"))
+        outcome, left = run_rank(fails, None, Worker(), lambda _: None, "")
+    assert isinstance(outcome, Failed)
+    assert outcome.exception == "TooBigError"
+    assert left
+    assert order == ["freed", "left"]
+
+
+def test_a_group_that_cannot_be_destroyed_is_given_up_at_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.train.torch.config._shutdown_torch", lambda **_: time.sleep(30))
+    began = time.monotonic()
+    assert not leave(0.2)
+    assert time.monotonic() - began < 5
+    monkeypatch.setattr("ray.train.torch.config._shutdown_torch", lambda **_: None)
+    assert leave(5)

@@ -44,7 +44,7 @@ def test_values_without_a_spread_or_a_mean() -> None:
     assert spread is not None
     assert math.isnan(spread)
     for function in (mean, median):
-        with pytest.raises(ValueError, match="no values"):
+        with pytest.raises(ValueError, match=r"no median|at least one"):
             function([])
 
 

@@ -234,3 +234,19 @@ def test_any_mixture_of_paths_gives_each_run_once(tmp_path: Path) -> None:
     ]
     assert loaded.problems == []
     assert store.finished_keys(tmp_path / "nowhere") == set()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    store.write_atomic(path, "old")
+    store.write_atomic(path, b"new")
+
+    def tear() -> None:
+        with store.writing(path) as temporary:
+            temporary.write_text("torn")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        tear()
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]

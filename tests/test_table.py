@@ -8,13 +8,12 @@ import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
-from unicodedata import combining, east_asian_width
 
 import pytest
 
 from harness.results.published import find_published
-from harness.results.report.table import FORMATS, Row, render, summarise
-from harness.results.report.text import UNCOMMON, cell_width
+from harness.results.report.table import FORMATS, render
+from harness.results.rows import Row, summarise
 from harness.results.store import Interrupted, Stored
 from harness.results.values import Failure, Measurement, Memory, Record, RunResult
 
@@ -126,7 +125,7 @@ def test_across_averages_what_was_asked_for_and_says_so() -> None:
     assert row.error is not None
     assert row.error.n == 3
     page = text([row])
-    assert "averaged over workers: 1, 8, as asked for" in page
+    assert "averaged over workers: 1, 8, as requested" in page
     assert "1/8 of 128" in page
     with pytest.raises(ValueError, match="no field 'wrokers' in these runs: they have dataset, device"):
         summarise(runs, across=["wrokers"])
@@ -142,8 +141,8 @@ def test_medians_peaks_and_missing_readings() -> None:
         runs.append(make_run(seed, result={"epoch_seconds": seconds, "memory": memory}))
     (row,) = summarise(runs)
     assert row.epoch_seconds == 5.0
-    assert row.torch_allocated_mib.value == 402.0
-    assert row.nvml_process_mib == none
+    assert row.figures["torch_allocated_mib"].value == 402.0
+    assert (row.figures["nvml_process_mib"].value, row.figures["nvml_process_mib"].reason) == (None, none.reason)
     page = text([row])
     assert "NVML not measured: NVML: not permitted" in page
     assert "  NVML" not in page.split("¹")[0]  # no empty column
@@ -346,15 +345,6 @@ def test_runs_that_shared_the_machine_are_marked() -> None:
     record = run.record.model_copy(update={"environment": {"concurrent_runs": 4}})
     assert "timed with 4 runs going on at a time" in text(summarise([Stored(record, run.folder)]))
     assert "timed with" not in text(summarise([run]))
-
-
-def test_letters_of_common_width_are_counted_without_a_look() -> None:
-    for number in range(0x110000):
-        letter = chr(number)
-        if letter.isprintable() and not UNCOMMON.match(letter):  # `clean` leaves no others
-            assert not combining(letter)
-            assert east_asian_width(letter) not in "WF"
-    assert [cell_width(text) for text in ("8.40 ± 0.08¹", "−0.10", "2×64", "語", "é", "–")] == [12, 5, 4, 2, 1, 1]
 
 
 def test_energy_and_disturbed_epochs() -> None:

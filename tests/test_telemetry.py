@@ -14,10 +14,10 @@ import torch
 from records import NOW, make_record
 
 from harness.cluster import local
-from harness.cluster.launch import Watched
+from harness.cluster.job import JobConfig, Telemetry
 from harness.results.explain import why
 from harness.results.report.page import make_page
-from harness.results.report.table import summarise
+from harness.results.rows import summarise
 from harness.results.store import Stored
 from harness.results.values import EpochMetrics, GpuUse, Measurement, Memory, NodeUse, RankUse
 from harness.training import telemetry
@@ -125,8 +125,9 @@ def test_the_local_launcher_samples_in_a_thread_and_survives_a_broken_one(tmp_pa
     def launch(watch: Any) -> list[Any]:
         events.clear()
         runs = local.launch(
-            lambda spec, *_: spec * 2, [21], workers=1, concurrent_runs=1, gpu=False, threads=1, storage=tmp_path,
-            progress=lambda _, event: events.append(event), watch=watch,
+            lambda spec, *_: spec * 2, [21],
+            JobConfig(world_size=1, concurrent_runs=1, device="cpu", threads=1, storage=tmp_path),
+            progress=lambda _, event: events.append(event), telemetry=watch,
         )  # fmt: skip
         return list(runs)
 
@@ -134,10 +135,10 @@ def test_the_local_launcher_samples_in_a_thread_and_survives_a_broken_one(tmp_pa
         raise OSError("no threads left")
 
     assert launch(NodeTelemetry) == [(21, 42)]
-    (seen,) = [event for event in events if isinstance(event, Watched)]
+    (seen,) = [event for event in events if isinstance(event, Telemetry)]
     assert seen.node.gpus_reason == "no GPU was used"
     assert launch(broken) == [(21, 42)]
-    assert not [event for event in events if isinstance(event, Watched)]
+    assert not [event for event in events if isinstance(event, Telemetry)]
 
 
 def metrics(epoch: int, **changes: Any) -> EpochMetrics:

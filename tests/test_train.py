@@ -15,12 +15,12 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from harness.cluster.launch import Worker
+from harness.cluster.job import Worker
 from harness.loaders.datasets import limit, load_dataset
 from harness.loaders.loader import make_loaders
 from harness.loaders.resident import ResidentLoader
 from harness.loaders.sampling import Augment, LoaderConfig, make_normalize
-from harness.models.resnet import build
+from harness.models.build import build
 from harness.models.variants import he2015
 from harness.results.store import load_epochs, partial_dir, run_name
 from harness.results.values import EpochMetrics, Measurement, RunResult

@@ -12,21 +12,19 @@ import pytest
 from command import harness
 from test_store import make_record
 
-import harness.cluster.search
 from harness import search_space as space
-from harness.cluster.launch import Started, Worker
-from harness.commands import sweep as study
-from harness.commands.sweep import Asha, Log, Median, Never, Trial
-from harness.commands.sweep_progress import best_first
-from harness.commands.tune import weigh
+from harness.cluster.job import Started, Worker
+from harness.commands import study
+from harness.commands.study import SCHEDULERS, Journal, Study, weigh
 from harness.models.variants import he2015, msra
 from harness.results.explain import why
-from harness.results.report.sweeps import load_sweeps
-from harness.results.report.table import render, summarise
+from harness.results.report.table import render
+from harness.results.rows import summarise
 from harness.results.store import SWEEPS, finish, finished_keys, load_epochs, load_records, prune, start
+from harness.results.sweeps import Dimension, Trial, best_first, load_sweeps
 from harness.results.values import Pruned
-from harness.search_space import Dimension, parse_search, parse_settings
-from harness.spec import UserError
+from harness.search_space import finite_values, parse_search, parse_settings
+from harness.spec import RunSpec, UserError
 
 TINY = "--dataset digits --depth 8 --limit-train 128 --gpus 0 --loader resident"
 
@@ -44,7 +42,7 @@ def test_a_search_space_is_read_with_the_types_of_its_fields() -> None:
     ]  # fmt: skip
     assert str(dimensions[0]) == "lr=loguniform(0.01,1)"
     assert parse_search([str(d) for d in dimensions]) == dimensions
-    assert dimensions[6].finite == (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
+    assert finite_values(dimensions[6]) == (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
     assert parse_settings(["milestones=90,135", "lr=5e-2"]) == {"milestones": (90.0, 135.0), "lr": 0.05}
 
 
@@ -68,12 +66,13 @@ MISTAKES = {
     "--search lr=uniform(0,1) --search lr=grid(1,2)": "names lr twice",
     "--search lr=uniform(0,1) --scheduler asah": "did you mean asha?",
     "--search lr=uniform(0,1) --metric eror": "did you mean error?",
-    "--search lr=uniform(0,1) --search-algorithm optunah": "did you mean optuna?",
-    "--search lr=grid(1,2) --search-algorithm optuna": "choice(...) instead of grid",
+    "--search lr=uniform(0,1) --search-algorithm tep": "did you mean tpe?",
+    "--search lr=grid(1,2) --search-algorithm tpe": "choice(...) instead of grid",
     "--search lr=uniform(0,1) --samples 0": "at least 1",
-    "--search lr=uniform(0,1) --gpus-per-trial 2": "up to 1",
-    "--search lr=uniform(0,1) --gpus-per-trial 0.5 --workers 2": "for one worker",
-    "--search lr=uniform(0,1) --gpus-per-trial 0.5 --metric epoch_seconds": "slow each other down",
+    "--search lr=uniform(0,1) --runs-per-gpu 0": "at least 1",
+    "--search lr=uniform(0,1) --runs-per-gpu 2": "needs a GPU",
+    "--search lr=uniform(0,1) --runs-per-gpu 2 --workers 2": "have one worker",
+    "--search lr=uniform(0,1) --runs-per-gpu 2 --metric epoch_seconds": "slow each other down",
     "--search lr=uniform(0,1) --metric top5_error": "10 classes",
     "--search depth=choice(8,21)": "depth 21 is not 6n+2",
     "--search depth=choice(8,14)": "leave --depth out",
@@ -112,150 +111,207 @@ def test_settings_change_recipe_and_network_and_say_so() -> None:
 
 # --- proposals and rules ---
 
-LR = Dimension("lr", "loguniform", (0.001, 1.0))
-WAYS = Dimension("shortcut", "choice", ("A", "projection"))
+LR = Dimension(field="lr", function="loguniform", values=(0.001, 1.0))
+WAYS = Dimension(field="shortcut", function="choice", values=("A", "projection"))
+PAD = Dimension(field="pad", function="randint", values=(1, 3))
 
 
-def propose_all(dimensions: Any, algorithm: Any, count: int, seed: int = 0) -> list[Trial]:
-    trials: list[Trial] = []
-    for number in range(count):
-        fields = study.propose(dimensions, algorithm, seed, trials)
+def open_study(
+    path: Path, dimensions: Any, *, algorithm: str = "random", scheduler: str = "none", seed: int = 0
+) -> Study:
+    return Study(path, dimensions, algorithm=algorithm, scheduler=scheduler, epochs=9, seed=seed)
+
+
+def propose_all(path: Path, dimensions: Any, algorithm: str, count: int, seed: int = 0) -> list[Trial]:
+    """Trials that end at once; the best learning rate is 0.03."""
+    sweep = open_study(path / f"{len(list(path.iterdir()))}.log", dimensions, algorithm=algorithm, seed=seed)
+    for _ in range(count):
+        fields = sweep.propose()
         if fields is None:
             break
+        trial = sweep.add(fields, "run", "key")
         value = abs(math.log(fields["lr"] / 0.03)) if "lr" in fields else 0.0
-        trials.append(Trial(number + 1, fields, state="finished", curve={1: value}, value=value))
-    return trials
+        sweep.report(trial, 1, value, 1.0)
+        sweep.end(trial, "finished", value)
+    return sweep.trials
 
 
-def test_random_proposals_fill_the_space_once() -> None:
-    drawn = [t.fields["lr"] for t in propose_all([LR], "random", 300)]
+@pytest.fixture(autouse=True)
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)  # these journals need not outlast a power cut
+
+
+def test_random_proposals_fill_the_space_once(tmp_path: Path) -> None:
+    drawn = [t.fields["lr"] for t in propose_all(tmp_path, [LR], "random", 300)]
     assert len(set(drawn)) == 300
     assert all(float(f"{lr:.4g}") == lr for lr in drawn), "few figures, to be typed again"
     shares = np.histogram(np.log10(drawn), bins=[-3, -2, -1, 0])[0]
     assert shares.sum() == 300
     assert all(70 <= share <= 130 for share in shares), "even in the logarithm"
-    assert drawn == [t.fields["lr"] for t in propose_all([LR], "random", 300)]
-    assert drawn != [t.fields["lr"] for t in propose_all([LR], "random", 300, seed=1)]
+    assert drawn == [t.fields["lr"] for t in propose_all(tmp_path, [LR], "random", 300)]
+    assert drawn != [t.fields["lr"] for t in propose_all(tmp_path, [LR], "random", 300, seed=1)]
 
-    finite = [WAYS, Dimension("batch_size", "randint", (1, 3))]
+    finite = [WAYS, PAD]
     assert study.count_trials(finite, 50) == 6
-    assert len({str(t.fields) for t in propose_all(finite, "random", 50)}) == 6
-    grid = [Dimension("lr", "grid", (0.1, 0.2, 0.3)), Dimension("pad", "grid", (2, 4)), WAYS]
+    assert len({str(t.fields) for t in propose_all(tmp_path, finite, "random", 50)}) == 6
+    grid = [
+        Dimension(field="lr", function="grid", values=(0.1, 0.2, 0.3)),
+        Dimension(field="pad", function="grid", values=(2, 4)),
+        WAYS,
+    ]
     assert study.count_trials(grid, None) == 6
     assert study.count_trials(grid, 2) == 12
-    points = [tuple(t.fields.values()) for t in propose_all(grid, "random", 12)]
+    points = [tuple(t.fields.values()) for t in propose_all(tmp_path, grid, "random", 12)]
     assert len(set(points)) == 12
     assert {p[:2] for p in points[:6]} == {(a, b) for a in (0.1, 0.2, 0.3) for b in (2, 4)}
 
 
-def test_optuna_proposes_better_ones_and_the_same_again() -> None:
-    pytest.importorskip("optuna")
-    trials = propose_all([LR, WAYS], "optuna", 25)
-    assert [t.fields for t in trials] == [t.fields for t in propose_all([LR, WAYS], "optuna", 25)]
+@pytest.mark.parametrize("algorithm", ["tpe", "gp"])
+def test_other_algorithms_propose_better_ones_and_the_same_again(algorithm: str, tmp_path: Path) -> None:
+    trials = propose_all(tmp_path, [LR, WAYS], algorithm, 25)
+    assert [t.fields for t in trials] == [t.fields for t in propose_all(tmp_path, [LR, WAYS], algorithm, 25)]
     late = np.mean([t.value for t in trials[15:]])
     assert late < np.mean([t.value for t in trials[:10]])
-    assert len(propose_all([WAYS], "optuna", 5)) == 2
+    assert len(propose_all(tmp_path, [WAYS], algorithm, 5)) == 2
+    assert len(propose_all(tmp_path, [WAYS, PAD], algorithm, 9)) == 6
 
 
-def test_asha_decides_as_ray_tunes() -> None:
-    from ray.tune.schedulers import ASHAScheduler
-
-    class Stub:
-        def __init__(self, number: int) -> None:
-            self.trial_id = str(number)
-
-    random = np.random.default_rng(0)
-    for grace, epochs in ((1, 9), (2, 30), (1, 8)):
-        theirs = ASHAScheduler(
-            time_attr="t",
-            metric="m",
-            mode="min",
-            grace_period=grace,
-            max_t=epochs,
-            reduction_factor=study.REDUCTION,
-        )
-        ours = Asha(grace=grace, epochs=epochs)
-        running = {n: Stub(n) for n in range(40)}
-        for stub in running.values():
-            theirs.on_trial_add(None, stub)
-        at = dict.fromkeys(running, 0)
-        pruned = 0
-        while running:
-            n = int(random.choice(list(running)))
-            at[n] += 1
-            value = float(random.random())
-            stop = ours.stops(n, at[n], value)
-            if at[n] < epochs:  # who is at the end is not pruned; Ray says STOP there to all
-                assert (theirs.on_trial_result(None, running[n], {"t": at[n], "m": value}) == "STOP") == stop
-            pruned += stop
-            if stop or at[n] == epochs:
-                del running[n]
-        assert pruned > 10
+def test_a_dimension_keeps_its_types_and_values_through_the_journal(tmp_path: Path) -> None:
+    dimensions = parse_search(
+        ["lr=uniform(0.01,0.0101)", "warmup=randint(0,5)", "crop=choice(none,28)", "nesterov=choice(true,false)", "pad=grid(2,4)"]
+    )  # fmt: skip
+    path = tmp_path / "journal.log"
+    sweep = open_study(path, dimensions)
+    for _ in range(8):
+        fields = sweep.propose()
+        assert fields is not None
+        assert list(fields) == [d.field for d in dimensions]
+        sweep.add(fields, "run", "key")
+    again = open_study(path, dimensions)
+    assert again.trials == sweep.trials
+    for trial in again.trials:
+        kinds = {name: type(value) for name, value in trial.fields.items()}
+        assert (kinds["lr"], kinds["warmup"], kinds["nesterov"], kinds["pad"]) == (float, float, bool, int)
 
 
-def test_the_median_rule_stops_the_worse_half() -> None:
-    rule = Median(grace=2)
-    for trial, level in enumerate((1.0, 2.0, 3.0)):
-        assert not any(rule.stops(trial, epoch, level) for epoch in (1, 2, 3)), "too few to compare with"
-    assert not rule.stops(9, 1, 9.0), "in its days of grace"
-    assert rule.stops(9, 2, 9.0)
-    assert not rule.stops(10, 2, 1.5)
-    assert not Never().stops(0, 1, math.inf)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_schedulers_prune_the_worse_and_let_the_best_end(scheduler: str, tmp_path: Path) -> None:
+    sweep = open_study(tmp_path / "journal.log", [LR], scheduler=scheduler)
+    for number in range(30):
+        trial = sweep.add({"lr": 0.01 + number / 1000}, "run", "key")
+        level = (number * 7) % 30 + 1
+        for epoch in range(1, 10):
+            if sweep.report(trial, epoch, level + 1 / epoch, 1.0):
+                sweep.end(trial, "pruned")
+                break
+        else:
+            sweep.end(trial, "finished", float(level))
+    finished = [t for t in sweep.trials if t.state == "finished"]
+    pruned = [t for t in sweep.trials if t.state == "pruned"]
+    assert min(t.value or 0 for t in finished) == 1.0, "the best of all"
+    if scheduler == "none":
+        assert not pruned
+        return
+    assert 10 < len(pruned) < 30
+    assert {t.epochs for t in pruned} <= {1, 3} if scheduler in ("asha", "hyperband") else {1, 2}
+    assert np.mean([t.last for t in pruned if t.last]) > np.mean([t.last for t in finished if t.last])
 
 
-def test_a_log_cut_anywhere_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("algorithm", "scheduler"), [("random", "asha"), ("tpe", "hyperband"), ("tpe", "median")])
+def test_a_journal_cut_anywhere_continues_as_if_nothing_had_happened(
+    algorithm: str, scheduler: str, tmp_path: Path
+) -> None:
     def run(path: Path) -> list[Trial]:
-        log = Log(path, study.make_rule("asha", 9), 9)
-        waiting = [t for t in log.trials if t.state == "running"]
-        while waiting or len(log.trials) < 12:
-            if waiting:
-                trial = waiting.pop(0)
-            else:
-                fields = study.propose([LR], "random", 3, log.trials)
-                assert fields is not None
-                trial = log.proposed(fields, "run", "key")
-            stop = trial.number in log.to_stop
-            for epoch in range(1, 10):  # a run that is taken up reports its earlier epochs again
-                if stop:
-                    break
-                stop = log.reported(trial, epoch, trial.fields["lr"] / epoch, 0.1)
-            log.ended(trial, "pruned" if stop else "finished", None if stop else trial.fields["lr"] / 9)
-        return log.trials
+        """Two trials at a time, an epoch of each in turn."""
+        sweep = open_study(path, [LR, WAYS], algorithm=algorithm, scheduler=scheduler, seed=3)
+        running = [t for t in sweep.trials if t.state == "running"]
 
-    whole = tmp_path / "whole.jsonl"
+        def end_if_over(trial: Trial) -> None:
+            pruned = trial.number in sweep.to_prune
+            if pruned or trial.epochs == 9:
+                sweep.end(trial, "pruned" if pruned else "finished", None if pruned else trial.last)
+                running.remove(trial)
+
+        for trial in running.copy():
+            for epoch in range(1, trial.epochs + 1):  # a run that is resumed reports its earlier epochs again
+                assert sweep.report(trial, epoch, -1.0, 99.0) == (trial.number in sweep.to_prune)
+            end_if_over(trial)
+        while True:
+            while len(running) < 2 and len(sweep.trials) < 12:
+                fields = sweep.propose()
+                assert fields is not None
+                running.append(sweep.add(fields, "run", "key"))
+            if not running:
+                return sweep.trials
+            trial = min(running, key=lambda t: (t.epochs, t.number))
+            metric = abs(math.log(trial.fields["lr"] / 0.03)) + 1 / (trial.epochs + 1)
+            sweep.report(trial, trial.epochs + 1, metric, 0.1)
+            end_if_over(trial)
+
+    whole = tmp_path / "whole.log"
     expected = run(whole)
     assert {t.state for t in expected} == {"pruned", "finished"}
     text = whole.read_bytes()
     ends = [i + 1 for i, c in enumerate(text) if c == 10]
-    for cut in [0, *ends, *(end + 7 for end in ends[:-1])]:
-        path = tmp_path / "cut.jsonl"
+    for cut in sorted(
+        {0, *ends[:: 1 if algorithm == "random" else 9], ends[-1], *(end + 7 for end in ends[:-1:5])}
+    ):
+        path = tmp_path / "cut.log"
         path.write_bytes(text[:cut])
         assert run(path) == expected
-        assert path.read_bytes() == text
 
 
-def test_importance_names_the_field_that_matters() -> None:
+def test_optuna_itself_reads_the_journal(tmp_path: Path) -> None:
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    propose_all(tmp_path, [LR, WAYS], "random", 3)
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(tmp_path / "0.log")))
+    loaded = optuna.load_study(study_name="sweep", storage=storage)
+    assert [t.state.name for t in loaded.trials] == ["COMPLETE"] * 3
+    assert set(loaded.best_trial.params) == {"lr", "shortcut"}
+
+
+def test_an_event_that_was_not_written_whole_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "journal.log"
+    journal = Journal(path)
+    journal.append_logs([{"op_code": 0}])
+    whole = path.read_bytes()
+    with journal.event():
+        journal.append_logs([{"op_code": 1}])
+        journal.append_logs([{"op_code": 2}])
+        assert path.read_bytes() == whole
+    assert [log["op_code"] for log in Journal(path).read_logs(0)] == [0, 1, 2]
+    path.write_bytes(path.read_bytes().rpartition(b'{"op_code": 2')[0] + b'{"op_co')
+    assert [log["op_code"] for log in Journal(path).read_logs(0)] == [0]
+    assert path.read_bytes() == whole
+
+
+def test_importance_names_the_field_that_matters(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
-    trials = []
-    for n in range(20):
-        fields = {"lr": float(random.random()), "momentum": float(random.random()), "shortcut": "AB"[n % 2]}
-        error = 100 - 90 * fields["lr"] + (3 if n % 2 else 0)
-        curve = {1: error} if n % 3 else {1: error, 2: error - 1}
-        trials.append(
-            Trial(n + 1, fields, state="finished" if len(curve) > 1 else "pruned", curve=curve, value=None)
-        )
-    trials.append(Trial(21, fields, state="failed"))
-    found = weigh(
-        parse_search(["lr=uniform(0,1)", "momentum=uniform(0,1)", "shortcut=choice(A,projection)"]),
-        trials,
-        optuna=False,
-    )
-    assert found is not None
-    assert (found.epoch, found.trials, found.fields[0][0]) == (1, 20, "lr")
-    assert found.fields[0][1] > 0.95
-    assert found.fields[0][2] == "more is better"
-    assert all(share < 0.6 for _, share, _ in found.fields[1:])
-    assert weigh((), trials[:3], optuna=False) is None
+    dimensions = parse_search(["lr=uniform(0,1)", "momentum=uniform(0,1)", "shortcut=choice(A,projection)"])
+    for algorithm in ("random", "tpe"):
+        sweep = open_study(tmp_path / f"{algorithm}.log", dimensions, algorithm=algorithm)
+        for n in range(21):
+            fields = {
+                "lr": float(random.random()),
+                "momentum": float(random.random()),
+                "shortcut": ("A", "projection")[n % 2],
+            }
+            trial = sweep.add(fields, "run", "key")
+            error = 100 - 90 * fields["lr"] + (3 if n % 2 else 0)
+            for epoch in range(1, 2 if n % 3 else 3):
+                sweep.report(trial, epoch, error - epoch, 1.0)
+            sweep.end(trial, "failed" if n == 20 else "pruned" if n % 3 else "finished", None if n % 3 else error)
+            if n == 2:
+                assert weigh(sweep) is None
+        found = weigh(sweep)
+        assert found is not None
+        assert (found.epoch, found.trials, found.fields[0].field) == (1, 20, "lr")
+        assert found.fields[0].value > 0.9
+        assert found.fields[0].sign == "more is better"
+        assert all(item.value < 0.6 for item in found.fields[1:])
+        assert found.model_dump() == (weigh(sweep) or found).model_dump(), "the same again"
 
 
 # --- what is kept ---
@@ -282,7 +338,7 @@ def test_a_stopped_run_is_shown_and_averaged_with_nothing(tmp_path: Path) -> Non
     assert "pruned by asha of sweep s after epoch 3 of 30, at 45 %" in why(alone)
 
     start(tmp_path, make_record(1).name, {})  # taken up again: the record of the stop is kept beside
-    assert len(list(folder.glob("stopped_*.json"))) == 1
+    assert len(list(folder.glob("pruned_*.json"))) == 1
     with pytest.raises(ValueError, match="needs to say where"):
         prune(tmp_path, make_record(1))
     broken = make_record(2, pruned=pruned)
@@ -300,7 +356,7 @@ class StopHereError(Exception):
 def search_here(crash_at: tuple[str, int] | None) -> Any:
     """`harness.cluster.search.search` in this process, one trial at a time; dies before a report is delivered."""
 
-    def search(train: Any, trials: Any, **options: Any) -> None:
+    def search(train: Any, trials: Any, job: Any) -> None:
         while proposal := trials.propose():
             name, spec = proposal
             trials.reported(name, Started(attempt=1))
@@ -326,16 +382,17 @@ SWEEP = (
 )
 
 
-def trials_of(out: Path) -> Any:
-    (path,) = out.glob("tune/*/trials.json")
-    return json.loads(path.read_text())
+def trials_of(out: Path, *, newest: bool = False) -> Any:
+    paths = sorted(out.glob("tune/*/trials.json"), key=lambda path: path.stat().st_mtime)
+    assert newest or len(paths) == 1
+    return json.loads(paths[-1].read_text())
 
 
 def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("harness.commands.tune.join_cluster", lambda *_, **__: None)
-    monkeypatch.setattr(harness.cluster.search, "search", search_here(None))
+    monkeypatch.setattr("harness.cluster.search.search", search_here(None))
     code, out, err = harness(f"{SWEEP} --out {tmp_path}/whole", capsys)
     assert (code, err) == (0, "")
     assert "judged by error % of 12 held-out training images, a tenth of 128" in out
@@ -349,11 +406,11 @@ def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
     assert states[0] == "finished"
 
     for crash_at in (("1", 3), ("3", 1)):
-        monkeypatch.setattr(harness.cluster.search, "search", search_here(crash_at))
+        monkeypatch.setattr("harness.cluster.search.search", search_here(crash_at))
         folder = tmp_path / f"cut{crash_at[0]}"
         with pytest.raises(StopHereError):
             harness(f"{SWEEP} --out {folder}", capsys)
-        monkeypatch.setattr(harness.cluster.search, "search", search_here(None))
+        monkeypatch.setattr("harness.cluster.search.search", search_here(None))
         (sweep,) = [p.parent.name for p in folder.glob("tune/*/sweep.json")]
         code, out, err = harness(f"tune --resume {sweep} --out {folder} --samples 5", capsys)
         assert (code, "--samples: sweep" in err) == (2, True), "a resumed sweep keeps its own settings"
@@ -387,12 +444,17 @@ def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
     assert "was done already" in out
     assert "trial 1/4: starting" not in out
 
-    # the winner's command is one that runs
+    # the winner's command is one that runs: that very network, engine and loader, in full
     (command,) = [line.strip() for line in out.splitlines() if line.strip().startswith("harness run")]
     code, plan, _ = harness(f"{command.removeprefix('harness ')} --dry-run", capsys)
     assert code == 0
     assert "5 runs on digits, 0 of them done already" in plan
-    assert "val" not in command
+    best = min(trials_of(tmp_path / "whole", newest=True)["trials"], key=lambda t: t["value"])
+    (path,) = (tmp_path / "whole").glob(f"tune/{trials_of(tmp_path / 'whole', newest=True)['name']}/winner.json")
+    winner = RunSpec.from_json(json.loads(path.read_bytes()))
+    assert (winner.recipe.lr, winner.network.shortcut) == (best["fields"]["lr"], best["fields"]["shortcut"])
+    assert (winner.recipe.val, winner.recipe.duration, winner.limit_train) == (0, 64_000, None)
+    assert (winner.loader, winner.engine, winner.device) == ("resident", "eager", "cpu")
 
 
 @pytest.mark.ray
@@ -400,8 +462,6 @@ def test_a_sweep_through_ray_ends_by_itself_and_leaves_nothing(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray
-
-    import harness.commands.run
 
     free: list[float] = []
 
@@ -415,8 +475,8 @@ def test_a_sweep_through_ray_ends_by_itself_and_leaves_nothing(
             time.sleep(0.1)
         ray.shutdown()
 
-    monkeypatch.setattr(harness.execute, "disconnect", leave)
-    code, out, err = harness_(
+    monkeypatch.setattr("harness.cluster.connect.disconnect", leave)
+    code, out, err = harness(
         f"tune {TINY.replace('128', '400')} --epochs 4 --batch-size 32 --samples 8 --concurrent 2 --out {tmp_path}"
         " --search 'lr=choice(1e-5,1e-4,1e-3,0.02,0.05,0.1,0.2,1e30)'",
         capsys,
@@ -439,15 +499,12 @@ def test_a_sweep_through_ray_ends_by_itself_and_leaves_nothing(
     assert not list((tmp_path / "tune").glob("*/.ray*"))
 
 
-harness_ = harness
-
-
 def test_the_best_come_first() -> None:
     trials = [
-        Trial(1, {}, state="failed"),
-        Trial(2, {}, state="pruned", curve={1: 5.0}),
-        Trial(3, {}, state="finished", curve={1: 9.0}, value=9.0),
-        Trial(4, {}, state="pruned", curve={1: 7.0, 2: 6.0}),
-        Trial(5, {}, state="finished", curve={1: 3.0}, value=3.0),
+        Trial(number=1, fields={}, state="failed"),
+        Trial(number=2, fields={}, state="pruned", epochs=1, last=5.0),
+        Trial(number=3, fields={}, state="finished", epochs=1, last=9.0, value=9.0),
+        Trial(number=4, fields={}, state="pruned", epochs=2, last=6.0),
+        Trial(number=5, fields={}, state="finished", epochs=1, last=3.0, value=3.0),
     ]
     assert [t.number for t in best_first(trials)] == [5, 3, 4, 2, 1]

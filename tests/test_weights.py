@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness.models.resnet import build
+from harness.models.build import build
 from harness.models.variants import convnet, fattorib, he2015, msra, se_mxresnet
 from harness.training.weights import WeightsError, load_metadata, load_weights, match_weights
 

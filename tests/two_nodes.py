@@ -50,7 +50,7 @@ def train_plainly(rank: int, world_size: int, rendezvous: str, out: str, last: i
 
     warnings.simplefilter("ignore")
     from harness import plan
-    from harness.cluster.launch import Worker
+    from harness.cluster.job import Worker
     from harness.loaders.datasets import load_dataset
     from harness.results.values import EpochMetrics
     from harness.spec import RunPaths

@@ -1,4 +1,4 @@
-"""The error of weights in a file on a test set: what `harness eval` does."""
+"""Errors of stored weights on a test set: what `harness eval` does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from harness import plan
 from harness.loaders.datasets import Dataset, Split, limit, load_dataset
 from harness.loaders.loader import Loader, make_evaluation_loader
 from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_normalize
-from harness.models.resnet import SMALLEST_IMAGE, build
+from harness.models.build import SMALLEST_IMAGE, build
 from harness.models.variants import Variant, default_depth, find_variant
 from harness.results.store import load_records
 from harness.spec import RunSpec, UserError
@@ -33,7 +33,7 @@ MULTI_SCALE_PIXELS = EVAL_BATCH_SIZE * 32 * 32  # in a batch, so that memory doe
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalOptions:
-    """What a user asked for, words made into values."""
+    """What to evaluate, and on which images."""
 
     weights: Path
     variant: str
@@ -48,18 +48,18 @@ class EvalOptions:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
-class Answer:
+class Errors:
     """Errors in percent over `images` images of the test set; `top5_error` is None for five classes or fewer."""
 
     name: str  # "he2015-20"
     label: str  # of the data set
     images: int
-    of: int  # images the test set has
+    of: int  # images of the test set
     error: float
     top5_error: float | None
     scales: tuple[int, ...]
-    flip: bool  # logits averaged over remote images too
-    left_over: tuple[str, ...]  # tensors in the file that no layer of the network is
+    flip: bool  # logits averaged over mirrored images too
+    unused: tuple[str, ...]  # tensors in the file that belong to no layer of the network
 
 
 def parse_scales(text: str) -> tuple[int, ...]:
@@ -90,7 +90,7 @@ def _colour(text: str, option: str, *, above: float) -> NDArray[np.float32]:
     return np.array(numbers, np.float32)
 
 
-def evaluate_weights(options: EvalOptions) -> Answer:
+def evaluate_weights(options: EvalOptions) -> Errors:
     """Load weights into a variant's network and evaluate it on the data set's test split.
 
     On the GPU where there is one, in fp32. One centre crop in the recipe's size, or, with scales, the whole image
@@ -101,22 +101,21 @@ def evaluate_weights(options: EvalOptions) -> Answer:
     if options.predictions and not options.predictions.expanduser().absolute().parent.is_dir():
         raise UserError(f"--predictions {options.predictions}: no such folder")
     try:
-        prepared = _prepare(options)
+        return _evaluate(options, _prepare(options))
     except ValueError as error:
         raise UserError(str(error)) from None
-    return _evaluate(options, prepared)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Prepared:
-    """Everything that can be wrong with what a user gave has been found out."""
+    """A network with its weights and a loader of the images: every mistake of the user has been found."""
 
     variant: Variant
     dataset: Dataset
     network: nn.Module
-    left_over: list[str]
+    unused: list[str]
     test: Split
-    position: NDArray[np.int64]  # of those images in the whole test set
+    position: NDArray[np.int64]  # of these images in the whole test set
     loader: Loader
     batch_size: int
 
@@ -125,17 +124,17 @@ def _prepare(options: EvalOptions) -> _Prepared:
     """Raises ValueError or UserError."""
     function = find_variant(options.variant)
     variant = function(default_depth(function) if options.depth is None else options.depth)
-    recipe = variant.recipe
-    _check_scales(options.scales, variant)
-    weights = options.weights.expanduser()
+    recipe, scales, weights = variant.recipe, options.scales, options.weights.expanduser()
+    smallest = SMALLEST_IMAGE[variant.network.architecture]
+    if scales and min(scales) < smallest:
+        raise UserError(f"--scales {min(scales)} is too small for {variant.name}: at least {smallest} pixels")
     tensors = load_weights(weights)
     _check_origin(weights, variant)
     dataset = load_dataset(options.dataset, options.data_dir)
-    crop = None if options.scales else recipe.crop
-    size = max(options.scales) if options.scales else crop or dataset.image_size
-    network = build(variant.network, dataset.num_classes, size)
+    crop = None if scales else recipe.crop
+    network = build(variant.network, dataset.num_classes, max(scales) if scales else crop or dataset.image_size)
     try:
-        left_over = match_weights(network, tensors)
+        unused = match_weights(network, tensors)
     except WeightsError as error:
         name = f"{variant.name}-{variant.network.depth}"
         raise UserError(f"{weights} into {name} for {dataset.num_classes} classes: {error}") from None
@@ -147,9 +146,10 @@ def _prepare(options: EvalOptions) -> _Prepared:
         position = limit(Split(position, test.labels), options.limit).images  # type: ignore[arg-type, assignment]
         test = limit(test, options.limit)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    batch_size = min(options.batch_size or _batch_size(options.scales), len(test))
+    most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2)) if scales else EVAL_BATCH_SIZE
+    batch_size = min(options.batch_size or most, len(test))
     config = LoaderConfig(
-        augment=Augment(0 if options.scales else recipe.pad, recipe.pad_mode, crop, flip=False),
+        augment=Augment(0 if scales else recipe.pad, recipe.pad_mode, crop, flip=False),
         normalize=options.normalize
         or make_normalize(recipe.normalize, _training_images(weights, variant, dataset)),
         batch_size=batch_size,
@@ -159,12 +159,11 @@ def _prepare(options: EvalOptions) -> _Prepared:
     )
     loader = make_evaluation_loader("resident", test, config)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return _Prepared(variant, dataset, network, left_over, test, position, loader, batch_size)
+    return _Prepared(variant, dataset, network, unused, test, position, loader, batch_size)
 
 
-def _evaluate(options: EvalOptions, prepared: _Prepared) -> Answer:
-    dataset, test = prepared.dataset, prepared.test
-    network = prepared.network
+def _evaluate(options: EvalOptions, prepared: _Prepared) -> Errors:
+    dataset, test, network = prepared.dataset, prepared.test, prepared.network
     flip = bool(options.scales) and dataset.flip
     if options.scales:
         network = MultiScale(network, options.scales, flip=flip)
@@ -180,7 +179,7 @@ def _evaluate(options: EvalOptions, prepared: _Prepared) -> Answer:
     if options.predictions:
         _write_predictions(options.predictions.expanduser(), prepared.position[order], labels, ranked, dataset)
     hits = int((ranked == labels[:, None]).sum())
-    return Answer(
+    return Errors(
         name=f"{prepared.variant.name}-{prepared.variant.network.depth}",
         label=dataset.label,
         images=evaluation.images,
@@ -189,18 +188,12 @@ def _evaluate(options: EvalOptions, prepared: _Prepared) -> Answer:
         top5_error=100 * (len(test) - hits) / len(test) if dataset.num_classes > 5 else None,
         scales=options.scales,
         flip=flip,
-        left_over=tuple(prepared.left_over),
+        unused=tuple(prepared.unused),
     )
 
 
-def _check_scales(scales: tuple[int, ...], variant: Variant) -> None:
-    smallest = SMALLEST_IMAGE[variant.network.architecture]
-    if scales and min(scales) < smallest:
-        raise UserError(f"--scales {min(scales)} is too small for {variant.name}: at least {smallest} pixels")
-
-
 def _check_origin(weights: Path, variant: Variant) -> None:
-    """Raise UserError where the file says that it was trained as another network, whose tensors may fit all the same."""
+    """Raise UserError where the file names another network, whose tensors might fit all the same."""
     about = load_metadata(weights)
     try:
         trained = find_variant(about["variant"])(int(about["depth"]))
@@ -214,20 +207,15 @@ def _check_origin(weights: Path, variant: Variant) -> None:
 
 
 def _training_images(weights: Path, variant: Variant, dataset: Dataset) -> Split:
-    """The images that a run measured its mean over: what it left out is in the record beside its weights.
+    """The images over which a run measured its mean; the record beside its weights says what it left out.
 
     Without one, those the recipe trains on, with validation images drawn by seed 0 if there are enough.
     """
-    enough = variant.recipe.val < len(dataset.train)
+    recipe = variant.recipe if variant.recipe.val < len(dataset.train) else replace(variant.recipe, val=0)
     spec = RunSpec(
-        variant=variant.name,
-        network=variant.network,
-        recipe=variant.recipe if enough else replace(variant.recipe, val=0),
-        dataset=dataset.name,
-        fingerprint=dataset.fingerprint,
-        loader="resident",
-        device="cpu",
-    )
+        variant=variant.name, network=variant.network, recipe=recipe, dataset=dataset.name,
+        fingerprint=dataset.fingerprint, loader="resident", device="cpu",
+    )  # fmt: skip
     key = load_metadata(weights).get("key")
     for stored in load_records([weights.parent]).records if key else []:
         if stored.record.key == key:
@@ -237,18 +225,10 @@ def _training_images(weights: Path, variant: Variant, dataset: Dataset) -> Split
     return split_data(spec, dataset).train
 
 
-def _batch_size(scales: tuple[int, ...]) -> int:
-    return max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2)) if scales else EVAL_BATCH_SIZE
-
-
 def _write_predictions(
-    path: Path,
-    position: NDArray[np.int64],
-    labels: NDArray[np.int64],
-    ranked: NDArray[np.int64],
-    dataset: Dataset,
+    path: Path, position: NDArray[np.int64], labels: NDArray[np.int64], ranked: NDArray[np.int64], dataset: Dataset
 ) -> None:
-    """One line an image: its position in the test set, its class, and the likeliest classes, best first."""
+    """A line per image: its position in the test set, its class, and the most likely classes, best first."""
     try:
         with path.open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
@@ -260,32 +240,20 @@ def _write_predictions(
         raise UserError(f"--predictions {path} cannot be written: {error.strerror}") from None
 
 
-def print_answer(answer: Answer, console: Console) -> None:
-    """Print errors, on how many images of which set, and what of the file was not used."""
-    count = f"{answer.images:,}" if answer.images == answer.of else f"{answer.images:,} of {answer.of:,}"
-    errors = f"top-1 error {answer.error:.2f} %"
-    if answer.top5_error is not None:
-        errors += f", top-5 error {answer.top5_error:.2f} %"
-    console.print(
-        f"{answer.name} on {answer.label}, test set, {count} images: {errors}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
-    if answer.scales:
-        flipped = ", and mirrored" if answer.flip else ""
-        console.print(
-            f"averaged over scales {', '.join(map(str, answer.scales))}{flipped}",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
+def print_errors(errors: Errors, console: Console) -> None:
+    """Print errors, on how many images of which set, and which tensors of the file were not used."""
+    count = f"{errors.images:,}" if errors.images == errors.of else f"{errors.images:,} of {errors.of:,}"
+    line = f"{errors.name} on {errors.label}, test set, {count} images: top-1 error {errors.error:.2f} %"
+    if errors.top5_error is not None:
+        line += f", top-5 error {errors.top5_error:.2f} %"
+    lines = [line]
+    if errors.scales:
+        mirrored = ", and mirrored" if errors.flip else ""
+        lines.append(f"averaged over scales {', '.join(map(str, errors.scales))}{mirrored}")
+    if errors.unused:
+        layers = dict.fromkeys(name.rpartition(".")[0] for name in errors.unused)
+        lines.append(
+            f"left over in the file: {len(errors.unused)} tensors of layers that are never called: {', '.join(layers)}"
         )
-    if answer.left_over:
-        layers = dict.fromkeys(name.rpartition(".")[0] for name in answer.left_over)
-        console.print(
-            f"left over in the file: {len(answer.left_over)} tensors of layers that are never called: "
-            f"{', '.join(layers)}",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
-        )
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -1,119 +1,30 @@
-"""RunResult -> Record; records -> the page a person reads."""
+"""Stored runs -> tables, pages and files: what `harness report`, `export` and `variants` do."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from harness.cluster.launch import Failed
-from harness.results.store import collector_paused, run_name
-from harness.results.values import Failure, Pruned, Record, RunResult
-from harness.spec import RunPaths, RunSpec, UserError
+from harness.plan import check_word, local_copy
+from harness.results.store import collector_paused, load_predictions, load_records
+from harness.spec import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.results.report.sweeps import Sweeps, SweepSummary
     from harness.results.rows import Row
-    from harness.results.store import Loaded, Problem
+    from harness.results.store import Loaded, Problem, Stored
+    from harness.results.sweeps import Sweep, Sweeps
 
-PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py",
-            "nvidia-dali-cuda120", "nvidia-dali-cuda130")  # fmt: skip
-
-
-def name_of(spec: RunSpec, label: str) -> str:
-    """The run's folder name."""
-    return run_name(label, spec.variant, spec.network.depth, spec.seed, spec.key)
-
-
-@cache
-def describe_code() -> dict[str, Any]:
-    """Commit, whether the tree differs from it, versions, and the command line."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
-
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    # an installed copy may lie inside somebody else's checkout: only the project's own counts
-    own = git("rev-parse", "--show-toplevel") == str(root)
-    status = git("status", "--porcelain") if own else None
-    return {
-        "commit": git("rev-parse", "HEAD") if own else None,
-        "dirty": None if status is None else bool(status),
-        "versions": versions,
-        "command": ["harness", *sys.argv[1:]],
-    }
-
-
-def classify(failed: Failed) -> Failure:
-    """A failure in the four words of the table."""
-    if failed.died:
-        kind = "killed"
-    elif "OutOfMemory" in failed.exception or failed.exception == "MemoryError":
-        kind = "OOM"
-    elif failed.exception == "DivergedError":
-        kind = "NaN"
-    else:
-        kind = "exception"
-    message = failed.message if kind != "exception" else f"{failed.exception}: {failed.message}"
-    return Failure(kind=kind, message=message, traceback=failed.traceback)  # type: ignore[arg-type]
-
-
-def make_record(
-    spec: RunSpec,
-    outcome: RunResult | Failed | Pruned,
-    *,
-    places: RunPaths,
-    original: bool,
-    started_at: datetime,
-    concurrent: int,
-    launcher: str,
-) -> Record:
-    """Everything that is kept of one run."""
-    status: Literal["done", "failed", "pruned"] = "done"
-    if not isinstance(outcome, RunResult):
-        status = "failed" if isinstance(outcome, Failed) else "pruned"
-    return Record(
-        key=spec.key,
-        name=name_of(spec, places.label),
-        status=status,
-        variant=spec.variant,
-        depth=spec.network.depth,
-        seed=spec.seed,
-        dataset=places.label,
-        original=original,
-        spec=spec.to_json(),
-        result=outcome if isinstance(outcome, RunResult) else None,
-        failure=classify(outcome) if isinstance(outcome, Failed) else None,
-        pruned=outcome if isinstance(outcome, Pruned) else None,
-        environment={**describe_code(), "launcher": launcher, "concurrent_runs": concurrent},
-        started_at=started_at,
-        finished_at=datetime.now(UTC),
-    )
+PAGE = "report.html"
 
 
 def find_results(words: Sequence[str]) -> list[Path]:
-    """Folders as they are; of a URI, the local folder into which its records were brought. Raises UserError."""
-    from harness.plan import cache_of
+    """Folders as they are; for a URI, the local folder into which its records were copied. Raises UserError."""
     from harness.results.remote import StorageError, is_uri, pull_results
 
     paths = []
@@ -121,7 +32,7 @@ def find_results(words: Sequence[str]) -> list[Path]:
         if not is_uri(word):
             paths.append(Path(word))
             continue
-        paths.append(cache_of(word))
+        paths.append(local_copy(word))
         try:
             pull_results(word, paths[-1])
         except StorageError as error:
@@ -130,37 +41,37 @@ def find_results(words: Sequence[str]) -> list[Path]:
 
 
 def load_runs(paths: Sequence[Path]) -> Loaded:
-    """Read all runs under `paths`; what cannot be read goes to standard error, a line each.
+    """Read all runs under `paths`; names each folder that cannot be read on standard error.
 
-    Raises UserError for a path that is no folder.
+    Raises UserError for a path that is not a folder.
     """
-    from harness.results.store import load_records
-
     for path in paths:
         if not path.is_dir():
             raise UserError(
                 f"no folder of results at {str(path)!r}; `harness run` makes one (--out, default runs)"
             )
     loaded = load_records(paths)
-    for problem in loaded.problems:
-        print(f"harness: passed over: {problem}", file=sys.stderr)
+    _name_problems(loaded.problems)
     return loaded
+
+
+def _name_problems(problems: Sequence[Problem]) -> None:
+    for problem in problems:
+        print(f"harness: passed over: {problem}", file=sys.stderr)
 
 
 def load_searches(paths: Sequence[Path]) -> Sweeps:
     """Read all sweeps under `paths`; what cannot be read goes to standard error, a line each."""
-    from harness.results.report.sweeps import load_sweeps
+    from harness.results.sweeps import load_sweeps
 
-    found = load_sweeps(paths)
-    for problem in found.problems:
-        print(f"harness: passed over: {problem}", file=sys.stderr)
-    return found
+    loaded = load_sweeps(paths)
+    _name_problems(loaded.problems)
+    return loaded
 
 
 def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
     """The rows of a table, with their predictions. Raises UserError for a field to average over that no run has."""
     from harness.results.rows import summarise
-    from harness.results.store import load_predictions
 
     folders = [*(run.folder for run in loaded.records), *(run.folder for run in loaded.interrupted)]
     outs = dict.fromkeys(folder.parent for folder in folders)
@@ -187,49 +98,59 @@ def print_report(
     Returns whether there was a run. Raises UserError for an unknown format, column or field, a path that does not
     exist, and a file that cannot be written.
     """
-    from harness.plan import check_word
-    from harness.results.report.sweeps import Sweeps, write_sweep_charts
-    from harness.results.report.table import FORMATS, render, sort_rows
+    from harness.results.report.columns import sort_rows
+    from harness.results.report.table import FORMATS, render
+    from harness.results.sweeps import Sweeps
 
     check_word(format, (*FORMATS, "html"), "--format")
     loaded = load_runs(paths)
     rows = make_rows(loaded, across)
-    found = load_searches(paths) if format == "html" or curves is not None else Sweeps([], [])
+    searches = load_searches(paths) if format == "html" or curves is not None else Sweeps([], [])
     try:
         if sort is not None:
             rows = sort_rows(rows, sort)
         if format == "html":
-            text = make_html(rows, [*loaded.problems, *found.problems], columns, found.sweeps)
-        elif format == "table":  # written as it is: the table is laid out for this width already
-            colour = output is None and console.is_terminal and not console.no_color
-            text = render(rows, "table", width=console.width, colour=colour, columns=columns)
+            text = make_html(rows, [*loaded.problems, *searches.problems], columns, searches.sweeps)
+        elif format == "table":
+            text = _render_table(rows, console, columns, colour=output is None)
         else:
             text = render(rows, format, columns=columns)  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(str(error)) from None
     print_text(text, console, output)
     if curves is not None:
-        from harness.results.report.charts import write_charts
+        from harness.results.report.charts import make_panels, write_charts
+        from harness.results.report.sweeps import make_sweep_panel
 
         try:
-            for path in [*write_charts(rows, curves), *write_sweep_charts(found.sweeps, curves)]:
+            for path in write_charts([*make_panels(rows), *map(make_sweep_panel, searches.sweeps)], curves):
                 print(f"harness: drawn: {path}", file=sys.stderr)
         except OSError as error:
             raise UserError(f"--curves {curves} cannot be written to: {error.strerror or error}") from None
     return bool(rows)
 
 
-PAGE = "report.html"
+def _render_table(rows: Sequence[Row], console: Console, columns: Sequence[str] = (), *, colour: bool) -> str:
+    from harness.results.report.table import render
+
+    colour = colour and console.is_terminal and not console.no_color
+    return render(rows, "table", width=console.width, colour=colour, columns=columns)
+
+
+def print_rows(loaded: Loaded, console: Console) -> None:
+    """Print the table of runs that were loaded."""
+    _name_problems(loaded.problems)
+    print_text(_render_table(make_rows(loaded), console, colour=True), console)
 
 
 @collector_paused()
-def write_page(out: Path) -> Path:
+def write_page(out: Path, loaded: Loaded | None = None) -> Path:
     """Write the page of all runs in a folder into it. Raises UserError where it cannot be written."""
-    from harness.results.report.sweeps import load_sweeps
     from harness.results.store import load_records
+    from harness.results.sweeps import load_sweeps
 
-    loaded, found = load_records([out]), load_sweeps([out])
-    text = make_html(make_rows(loaded), [*loaded.problems, *found.problems], sweeps=found.sweeps)
+    loaded, searches = loaded or load_records([out]), load_sweeps([out])
+    text = make_html(make_rows(loaded), [*loaded.problems, *searches.problems], sweeps=searches.sweeps)
     path = out / PAGE
     temporary = path.with_name(f".{PAGE}.{os.getpid()}")
     try:
@@ -241,16 +162,22 @@ def write_page(out: Path) -> Path:
 
 
 def export_runs(paths: Sequence[Path], to: str) -> int:
-    """Give the finished, failed and pruned runs under `paths` to another tool; returns how many it did not have.
+    """Export the finished, failed and pruned runs under `paths`; returns how many the other tool did not have.
 
     Raises UserError for a tool that is unknown or not installed, and for epochs that cannot be read.
     """
-    from harness.plan import check_word
-    from harness.results.export import TARGETS, export
+    from harness.results.export import TARGETS
 
     check_word(to, tuple(TARGETS), "--to")
+    return export_records(load_runs(paths).records, to)
+
+
+def export_records(records: Sequence[Stored], to: str) -> int:
+    """`export_runs` for runs that were loaded already."""
+    from harness.results.export import TARGETS, export
+
     try:
-        return export(load_runs(paths).records, TARGETS[to])
+        return export(records, TARGETS[to])
     except ImportError as error:
         raise UserError(f"--to {to}: {error}; pip install 'resnet-harness[{to}]'") from None
     except (ValueError, OSError) as error:
@@ -261,16 +188,16 @@ def make_html(
     rows: Sequence[Row],
     problems: Sequence[Problem] = (),
     columns: Sequence[str] = (),
-    sweeps: Sequence[SweepSummary] = (),
+    sweeps: Sequence[Sweep] = (),
 ) -> str:
     """The page for a browser. Raises ValueError for a column that does not exist."""
+    from harness.loaders.cache import cache_dir
     from harness.results.report.charts import load_bundle
     from harness.results.report.page import make_page
 
-    cache = Path(os.environ.get("HARNESS_CACHE") or Path.home() / ".cache" / "resnet-harness")
     return make_page(
         rows,
-        bundle=load_bundle(cache),
+        bundle=load_bundle(cache_dir()),
         made_at=datetime.now(UTC),
         columns=columns,
         problems=problems,
@@ -297,8 +224,7 @@ def print_variants(console: Console) -> None:
     import torch
     from rich.text import Text
 
-    from harness.models.flops import count_flops
-    from harness.models.resnet import build, count_parameters
+    from harness.models.build import build, count_flops, count_parameters
     from harness.models.variants import VARIANTS, default_depth
 
     for function in VARIANTS:

@@ -1,267 +1,252 @@
-"""A search as it is remembered: trials, their curves, what to try next and whom to stop.
-
-Everything is told to the log first, `log.jsonl` in the sweep's folder. Proposals and stops depend on the log and the
-seed alone, so a search whose driver was killed reads it and goes on as if nothing had happened.
-"""
+"""A sweep's values, and its trials while they run: proposed, judged, stored as ordinary runs."""
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from harness import plan
+from harness.cluster.job import Failed, Started
+from harness.commands.study import Study, weigh
+from harness.models.variants import default_depth, find_variant
+from harness.plan import Allocation, Grid
+from harness.progress import TrialTable, describe_trial
+from harness.record import Recorder, classify, lock_run, name_of
+from harness.results.store import finished_dir, load_epochs, write_atomic
+from harness.results.sweeps import TRIALS, Dimension, State, Sweep, Trial
+from harness.results.values import EpochMetrics, Pruned, RunResult
+from harness.spec import RunPaths, RunSpec, UserError
 
-from harness.search_space import Dimension, count_points, grid_points
-from harness.spec import UserError
+if TYPE_CHECKING:
+    from filelock import FileLock
 
-Algorithm = Literal["random", "optuna"]
-State = Literal["running", "finished", "pruned", "failed"]
-REDUCTION = 3  # of as many trials one goes on, at each rung
-MEDIAN_LEAST = 3  # trials that must have come as far before the median is asked
+    from harness.loaders.datasets import Dataset
+
+_GRID = ("dataset", "loader", "precision", "engine", "epochs", "batch_size", "val", "limit_train")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """What the user chose; `make_search` reads it from the options that sweep.json keeps."""
+
+    grid: Grid  # of one variant, at most one depth, one seed
+    search: tuple[str, ...] = ()
+    samples: int | None = None
+    search_algorithm: str = "random"
+    scheduler: str = "asha"
+    metric: str = "error"
+    data_dir: Path | None = None
+    gpus: int | None = None
+    workers: int | None = None  # None: 1
+    runs_per_gpu: int = 1
+    concurrent: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """By the names of the command line."""
+        grid = self.grid
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "grid"}
+        return own | {name: getattr(grid, name) for name in _GRID} | {
+            "variant": grid.variants[0], "depth": next(iter(grid.depths), None), "seed": grid.seeds[0]
+        }  # fmt: skip
+
+    def make_grid(self, point: Mapping[str, Any]) -> Grid:
+        """The one run of a point of the search space."""
+        settings = dict(point)
+        depths = (settings.pop("depth"),) if "depth" in settings else self.grid.depths
+        return replace(self.grid, depths=depths, settings=settings)
+
+
+def make_search(options: Mapping[str, Any]) -> Search:
+    """Options of the command line, by name, as one value. Others than those of a search are left out."""
+    depth = options.get("depth")
+    grid = Grid(
+        variants=(options["variant"],), depths=() if depth is None else (depth,), seeds=(options["seed"],),
+        **{name: options[name] for name in _GRID},
+    )  # fmt: skip
+    own = {f.name: options[f.name] for f in fields(Search) if f.name in options}
+    data_dir = options["data_dir"]
+    return Search(
+        **own
+        | {
+            "grid": grid,
+            "search": tuple(options["search"] or ()),
+            "data_dir": None if data_dir is None else Path(data_dir).expanduser().absolute(),
+        }
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """What is known before the first trial."""
+
+    search: Search
+    folder: Path
+    dimensions: tuple[Dimension, ...]
+    dataset: Dataset
+    paths: RunPaths
+    allocation: Allocation
+    epochs: int
+    total: int
+
+    def make_spec(self, point: Mapping[str, Any], **changes: Any) -> RunSpec:
+        """The run of one point. Raises UserError where it cannot be one."""
+        return make_trial_spec(replace(self.search.make_grid(point), **changes), self.allocation, self.dataset)
+
+    def summarise(self, study: Study, *, ended: bool = False) -> Sweep:
+        """trials.json, with the fields' importance once the sweep has ended."""
+        grid, search = self.search.grid, self.search
+        searched = any(dimension.field == "depth" for dimension in self.dimensions)
+        depth = None if searched else next(iter(grid.depths), default_depth(find_variant(grid.variants[0])))
+        return Sweep(
+            name=self.folder.name, variant=grid.variants[0], depth=depth, dataset=self.paths.label,
+            metric=search.metric, selected_on="val" if grid.val else "test", val=grid.val, epochs=self.epochs,
+            scheduler=search.scheduler, search_algorithm=search.search_algorithm, total=self.total,
+            dimensions=list(self.dimensions), trials=study.trials, importance=weigh(study) if ended else None,
+        )  # fmt: skip
+
+
+def make_trial_spec(grid: Grid, allocation: Allocation, dataset: Dataset) -> RunSpec:
+    (spec,) = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
+    return spec
 
 
 @dataclass(slots=True)
-class Trial:
-    """One point of the space. `curve` holds the metric after each epoch reported so far."""
+class _Running:
+    """A trial that is running."""
 
-    number: int  # from 1
-    fields: dict[str, Any]
-    run: str = ""  # folder of its run
-    key: str = ""
-    state: State = "running"
-    curve: dict[int, float] = field(default_factory=dict)
-    value: float | None = None  # of the whole run; None unless finished
-    reason: str = ""
-    seconds: float = 0.0  # of training and evaluation
-
-    @property
-    def epochs(self) -> int:
-        """Epochs done."""
-        return max(self.curve, default=0)
-
-    @property
-    def last(self) -> float | None:
-        """The metric as far as it is known."""
-        return self.value if self.value is not None else self.curve.get(self.epochs)
+    trial: Trial
+    spec: RunSpec
+    lock: FileLock
+    rows: list[EpochMetrics] = field(default_factory=list)
 
 
-# --- whom to stop ---
+class SweepTrials:
+    """The sweep as `harness.cluster.search` sees it: proposes runs, judges epochs, stores outcomes."""
 
+    def __init__(self, prepared: Prepared, study: Study, table: TrialTable) -> None:
+        self.prepared, self.study, self.table = prepared, study, table
+        self.metric = prepared.search.metric
+        self.running: dict[str, _Running] = {}
+        self.interrupted = [trial for trial in study.trials if trial.state == "running"]
+        environment = {
+            "launcher": "tune", "concurrent_runs": prepared.allocation.concurrent_runs, "sweep": prepared.folder.name
+        }  # fmt: skip
+        self.recorder = Recorder(prepared.paths, prepared.dataset.original, environment, table.say)
 
-class Rule(Protocol):
-    """Stops trials. `stops` is asked once for each trial and epoch, in the order in which they were reported."""
+    def close(self) -> None:
+        """Unlock the runs that have not ended."""
+        for running in self.running.values():
+            running.lock.release()
 
-    def stops(self, trial: int, epoch: int, value: float) -> bool:
-        """Whether the trial should end here."""
-
-
-class Never:
-    """Every trial runs to its end."""
-
-    def stops(self, trial: int, epoch: int, value: float) -> bool:
-        return False
-
-
-class Asha:
-    """Asynchronous successive halving, one bracket: arXiv:1810.05934, algorithm 2, in Ray Tune's stopping form.
-
-    Rungs stand at grace, 3 grace, 9 grace, ... epochs. A trial that reaches one with a value worse than the best
-    third of those that were there before it ends.
-    """
-
-    def __init__(self, *, grace: int, epochs: int) -> None:
-        count = int(math.log(epochs / grace) / math.log(REDUCTION) + 1e-9) + 1
-        self.rungs: dict[int, dict[int, float]] = {grace * REDUCTION**k: {} for k in range(count)}
-
-    def stops(self, trial: int, epoch: int, value: float) -> bool:
-        for milestone in sorted(self.rungs, reverse=True):
-            there = self.rungs[milestone]
-            if epoch < milestone or trial in there:
+    def propose(self) -> tuple[str, RunSpec] | None:
+        """The next trial that needs training; those that are stored already end here."""
+        prepared, study, label = self.prepared, self.study, self.prepared.paths.label
+        while True:
+            if self.interrupted:
+                trial = self.interrupted.pop(0)
+                spec = prepared.make_spec(trial.fields)
+            else:
+                point = study.propose() if len(study.trials) < prepared.total else None
+                if point is None:
+                    return None
+                spec = prepared.make_spec(point)
+                trial = study.add(point, name_of(spec, label), spec.key)
+            try:
+                lock = lock_run(spec, label, prepared.paths.out)
+            except UserError as error:
+                self._end(trial, "failed", reason=str(error))
                 continue
-            stop = bool(there) and value > float(np.percentile(list(there.values()), 100 / REDUCTION))
-            there[trial] = value
-            return stop
-        return False
+            if self._end_stored(trial, spec):
+                lock.release()
+                continue
+            name = str(trial.number)
+            running = self.running[name] = _Running(trial, spec, lock)
+            if trial.number in study.to_prune:  # the driver was killed between the decision and the record
+                running.rows = load_epochs(self.recorder.partial(spec))
+                self.recorder.started.setdefault(spec.key, datetime.now(UTC))
+                self.ended(name, None)
+                continue
+            self.table.line(trial, f"starting, {describe_trial(trial)}")
+            return name, spec
 
-
-class Median:
-    """The median stopping rule (Vizier, section 3.2.2): a trial whose best value so far is worse than the median of the
-    other trials' means up to the same epoch ends."""
-
-    def __init__(self, *, grace: int) -> None:
-        self.grace = grace
-        self.curves: dict[int, dict[int, float]] = {}
-
-    def stops(self, trial: int, epoch: int, value: float) -> bool:
-        self.curves.setdefault(trial, {})[epoch] = value
-        means = [
-            statistics.fmean(v for e, v in curve.items() if e <= epoch)
-            for other, curve in self.curves.items()
-            if other != trial and max(curve) >= epoch
-        ]
-        if epoch < self.grace or len(means) < MEDIAN_LEAST:
+    def reported(self, name: str, event: Any) -> bool:
+        """An attempt began, or an epoch ended; True prunes the trial."""
+        running = self.running[name]
+        if isinstance(event, Started):
+            self.recorder.begin(running.spec, event)
+            if event.reason:
+                running.rows.clear()
+                self.table.say(f"trial {name}: {event.reason}; trying again ({event.attempt})")
             return False
-        return min(self.curves[trial].values()) > statistics.median(means)
+        running.rows.append(event)
+        value = measure(running.rows, self.metric)
+        prune = self.study.report(running.trial, event.epoch, value, event.train_seconds + event.eval_seconds)
+        progress = f"epoch {event.epoch}/{self.prepared.epochs}  {self.metric} {value:.4g}"
+        self.table.line(running.trial, f"{progress}  {event.train_seconds:.2f} s/epoch")
+        return prune
 
+    def ended(self, name: str, outcome: RunResult | Failed | None) -> None:
+        """Store what came of a trial."""
+        running, search = self.running.pop(name), self.prepared.search
+        trial, spec = running.trial, running.spec
+        if outcome is None:
+            last = running.rows[-1]
+            pruned = Pruned(
+                by=search.scheduler, sweep=self.prepared.folder.name, epoch=last.epoch, of=self.prepared.epochs,
+                error=last.error, evaluated_on="val" if spec.recipe.val else "test",
+            )  # fmt: skip
+            self.recorder.end(spec, pruned, trial=trial.number)
+            self._end(trial, "pruned", reason=f"by {pruned.by} after epoch {last.epoch}")
+        else:
+            self.recorder.end(spec, outcome, trial=trial.number)
+            if isinstance(outcome, Failed):
+                failure = classify(outcome)
+                self._end(trial, "failed", reason=f"{failure.kind}: {failure.message}")
+            else:
+                self._end(trial, "finished", measure_run(outcome, outcome.epochs, self.metric))
+        running.lock.release()
 
-def make_rule(scheduler: str, epochs: int) -> Rule:
-    """asha, median or none. No trial is pruned in the first tenth of its epochs."""
-    grace = max(1, math.ceil(epochs / 10))
-    if scheduler == "asha":
-        return Asha(grace=grace, epochs=epochs)
-    return Median(grace=grace) if scheduler == "median" else Never()
-
-
-# --- what to try next ---
-
-
-def count_trials(dimensions: Sequence[Dimension], samples: int | None) -> int:
-    """How many trials a search has: `samples` of each grid point; fewer where the space has fewer points."""
-    grid = len(grid_points(dimensions))
-    samples = samples or (1 if grid > 1 else 16)
-    points = count_points(dimensions)
-    return grid * samples if points is None else min(points, grid * samples)
-
-
-def propose(
-    dimensions: Sequence[Dimension], algorithm: Algorithm, seed: int, trials: Sequence[Trial]
-) -> dict[str, Any] | None:
-    """The next point: a function of the seed and of what is known of earlier trials. None: every point was tried."""
-    tried = [trial.fields for trial in trials]
-    points = count_points(dimensions)
-    if points is not None and len(tried) >= points:
-        return None
-    number = len(tried)
-    if algorithm == "optuna":
-        for again in range(4):
-            fields = _ask_optuna(dimensions, [seed, number, again], trials)
-            if fields not in tried:
-                return fields
-    grid = grid_points(dimensions)
-    random = np.random.default_rng([seed, number])
-    drawn = [dimension for dimension in dimensions if dimension.function != "grid"]
-    # a grid point whose other fields are used up gives its turn to the next
-    for turn in range(len(grid)):
-        for _ in range(1000):
-            fields = {d.field: d.draw(random) for d in drawn} | grid[(number + turn) % len(grid)]
-            fields = {d.field: fields[d.field] for d in dimensions}
-            if fields not in tried:
-                return fields
-    return None
-
-
-def _ask_optuna(dimensions: Sequence[Dimension], seed: list[int], trials: Sequence[Trial]) -> dict[str, Any]:
-    """TPE over the earlier trials. Pruned ones count with their curves, diverged ones as the worst."""
-    import optuna
-
-    study = make_optuna_study(dimensions, trials)
-    study.sampler = optuna.samplers.TPESampler(seed=int(np.random.default_rng(seed).integers(2**31)))
-    asked = study.ask({d.field: _distribution(d) for d in dimensions}).params
-    return {
-        d.field: d.round(asked[d.field]) if d.function in ("uniform", "loguniform") else d.finite[asked[d.field]]  # type: ignore[index]
-        for d in dimensions
-    }
-
-
-def _distribution(dimension: Dimension) -> Any:
-    import optuna
-
-    if dimension.finite is None:
-        low, high = dimension.values
-        return optuna.distributions.FloatDistribution(low, high, log=dimension.function == "loguniform")
-    # as indices: categories may be anything, whole numbers keep their order
-    if dimension.function == "randint":
-        return optuna.distributions.IntDistribution(0, len(dimension.finite) - 1)
-    return optuna.distributions.CategoricalDistribution(tuple(range(len(dimension.finite))))
-
-
-def make_optuna_study(dimensions: Sequence[Dimension], trials: Sequence[Trial]) -> Any:
-    """An Optuna study in memory that knows the trials that have ended."""
-    try:
-        import optuna
-    except ImportError:
-        raise UserError(
-            "--search-algorithm optuna: Optuna is not installed; `pip install 'resnet-harness[tune]'`"
-        ) from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="minimize")
-    distributions = {d.field: _distribution(d) for d in dimensions}
-    for trial in trials:
-        if trial.state == "running":
-            continue
-        params = {
-            d.field: trial.fields[d.field] if d.finite is None else d.finite.index(trial.fields[d.field])
-            for d in dimensions
-        }
-        finished = trial.state == "finished" and trial.value is not None
-        study.add_trial(
-            optuna.trial.create_trial(
-                params=params,
-                distributions=distributions,
-                state=optuna.trial.TrialState.COMPLETE if finished else optuna.trial.TrialState.PRUNED,
-                value=trial.value if finished else None,
-                intermediate_values=trial.curve if trial.state == "pruned" else None,
+    def _end_stored(self, trial: Trial, spec: RunSpec) -> bool:
+        """End a trial whose run was finished already, by whatever command."""
+        result = self.recorder.find_finished([spec]).get(spec.key)
+        if result is None:
+            return False
+        rows = load_epochs(finished_dir(self.prepared.paths.out, trial.run))
+        for i, row in enumerate(rows, 1):
+            self.study.report(
+                trial, row.epoch, measure(rows[:i], self.metric), row.train_seconds + row.eval_seconds
             )
-        )
-    return study
+        self._end(trial, "finished", measure_run(result, rows, self.metric), "was done already")
+        return True
+
+    def _end(self, trial: Trial, state: State, value: float | None = None, reason: str = "") -> None:
+        self.study.end(trial, state, value, reason)
+        write_atomic(self.prepared.folder / TRIALS, self.prepared.summarise(self.study).to_json())
+        shown = f", {self.metric} {value:.4g}" if value is not None else ""
+        self.table.line(trial, f"{state}{shown}{f' ({reason})' if reason else ''}   [{self.table.summary()}]")
 
 
-# --- the log ---
+def measure(rows: Sequence[EpochMetrics], metric: str) -> float:
+    """The metric after some epochs."""
+    last = rows[-1]
+    if metric == "epoch_seconds":
+        timed = [row.train_seconds for row in rows if row.timed]
+        return statistics.median(timed) if timed else last.train_seconds
+    if metric == "top5_error":
+        return last.top5_error if last.top5_error is not None else math.inf
+    return last.loss if metric == "loss" else last.error
 
 
-class Log:
-    """The trials of a search, and the file that remembers them. Measurement it back gives the same trials and rule."""
-
-    def __init__(self, path: Path, rule: Rule, epochs: int) -> None:
-        self.path, self.rule, self.epochs = path, rule, epochs
-        self.trials: list[Trial] = []
-        self.to_stop: set[int] = set()  # pruned by the rule, and the log ends before it says so
-        if path.exists():
-            whole = path.read_bytes()
-            kept = whole[: whole.rfind(b"\n") + 1]  # a line cut off by a kill goes
-            if kept != whole:
-                path.write_bytes(kept)
-            for line in kept.splitlines():
-                self._apply(json.loads(line))
-
-    def proposed(self, fields: Mapping[str, Any], run: str, key: str) -> Trial:
-        """A new trial."""
-        self._tell({"proposed": len(self.trials) + 1, "fields": dict(fields), "run": run, "key": key})
-        return self.trials[-1]
-
-    def reported(self, trial: Trial, epoch: int, value: float, seconds: float) -> bool:
-        """The metric after one more epoch; an epoch known already changes nothing. True: stop the trial."""
-        if epoch not in trial.curve:
-            self._tell({"trial": trial.number, "epoch": epoch, "value": value, "seconds": round(seconds, 3)})
-        return trial.number in self.to_stop
-
-    def ended(self, trial: Trial, state: State, value: float | None = None, reason: str = "") -> None:
-        """A trial is over."""
-        self._tell({"trial": trial.number, "ended": state, "value": value, "reason": reason})
-
-    def _tell(self, line: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self._apply(json.loads(json.dumps(line)))
-
-    def _apply(self, line: dict[str, Any]) -> None:
-        if "proposed" in line:
-            fields = {k: tuple(v) if isinstance(v, list) else v for k, v in line["fields"].items()}
-            self.trials.append(Trial(line["proposed"], fields, line["run"], line["key"]))
-            return
-        trial = self.trials[line["trial"] - 1]
-        if "ended" in line:
-            trial.state, trial.value, trial.reason = line["ended"], line["value"], line["reason"]
-            self.to_stop.discard(trial.number)
-            return
-        epoch, value = line["epoch"], line["value"]
-        trial.curve[epoch] = value
-        trial.seconds += line["seconds"]
-        # the rule sees the last epoch too, since others are judged by it; but who is there is not pruned
-        if self.rule.stops(trial.number, epoch, value) and epoch < self.epochs:
-            self.to_stop.add(trial.number)
+def measure_run(result: RunResult, rows: Sequence[EpochMetrics], metric: str) -> float:
+    """The metric of a whole run, as its record has it."""
+    if metric == "error":
+        return result.final_error
+    if metric == "epoch_seconds" and result.epoch_seconds is not None:
+        return result.epoch_seconds
+    return measure(rows, metric)

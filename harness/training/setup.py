@@ -7,16 +7,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from harness.cluster.launch import Worker
+from harness.cluster.job import Worker
 from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
 from harness.loaders.loader import Loader, make_loaders
 from harness.loaders.sampling import Augment, LoaderConfig, SamplingPlan, make_normalize
-from harness.models.resnet import build
+from harness.models.build import build
 from harness.spec import RunPaths, RunSpec
 from harness.training.engine import (
     Captured,
@@ -206,9 +205,9 @@ def step_calls(prepared: Prepared) -> list[Inputs]:
     """Inputs like those of all training steps of this rank, one of each shape: a whole batch, and the last."""
     config, images = prepared.loader_config, len(prepared.data.train)
     plan = SamplingPlan(images, config.batch_size, rank=config.rank, world_size=config.world_size)
-    sizes = np.diff(plan.draw(0).ends, prepend=0)
+    sizes = plan.draw(0).batch_sizes
     world = config.world_size
-    calls = [(int(n), count_images(images, config.batch_size, step, world)) for step, n in enumerate(sizes)]
+    calls = [(n, count_images(images, config.batch_size, step, world)) for step, n in enumerate(sizes)]
     batches = {n: _dummy_images(prepared, prepared.data.train, n) for n, _ in calls}
     return [
         (batches[n], torch.zeros(n, dtype=torch.int64, device=prepared.device), count)
@@ -227,7 +226,7 @@ def eval_calls(prepared: Prepared) -> list[Inputs]:
     for split in (data.eval, *([data.test] if data.eval_split == "val" else [])):
         batch_size = min(EVAL_BATCH_SIZE, len(split))
         plan = SamplingPlan(len(split), batch_size, rank=config.rank, world_size=config.world_size, train=False)
-        sizes = dict.fromkeys(np.diff(plan.draw(0).ends, prepend=0).tolist())
+        sizes = dict.fromkeys(plan.draw(0).batch_sizes)
         calls += [(_dummy_images(prepared, split, n),) for n in sizes]
     return calls
 

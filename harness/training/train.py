@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from harness.cluster.launch import Worker
+from harness.cluster.job import Worker
 from harness.loaders.loader import Loader, make_evaluation_loader
 from harness.results.remote import RemoteRun
 from harness.results.store import append_epoch, partial_dir, run_name, write_epochs
@@ -74,7 +74,7 @@ def _train(
     run = stack.enter_context(closing(prepare(spec, worker, paths, meter)))
     folder = partial_dir(paths.out, run_name(paths.label, spec.variant, spec.network.depth, spec.seed, spec.key))
     remote = RemoteRun(paths.remote, folder, warn)
-    remote.bring(worker.rank)
+    remote.pull(worker.rank)
     history = resume(run, folder, warn)
     first, attempt = len(history), history[-1].attempt + 1 if history else 1
     if worker.rank == 0:
@@ -125,12 +125,12 @@ def _train(
                 save(run, folder, history)
             append_epoch(folder, metrics)
             if (epoch + 1) % paths.checkpoint_every == 0:
-                remote.send()
+                remote.push()
         report(metrics)
 
     if worker.rank == 0:
         save_weights(run, folder)
-        remote.send(must=True)
+        remote.push(required=True)
     memory = meter.read(run.network, run.optimizer, trainer.graphs)
     on_test = evaluate_test(run, trainer, stack) if run.data.eval_split == "val" else None
     return RunResult(

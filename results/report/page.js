@@ -63,46 +63,11 @@ function colours() {
     background: null, font: "system-ui,-apple-system,Segoe UI,Roboto,sans-serif", aria: false, view: { stroke: null },
     axis: {
       domainColor: get("--line"), tickColor: get("--line"), gridColor: get("--grid"), labelColor: get("--soft"),
-      titleColor: get("--soft"), titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 12,
+      titleColor: get("--soft"), titleFontWeight: "normal", labelFontSize: 11, titleFontSize: 12, labelSeparation: 6,
     },
-    text: { color: get("--ink") },
+    text: { color: get("--ink") }, legend: { disable: true },
     style: { category: { stroke: get("--card"), strokeWidth: 0.8 }, whole: { color: get("--ink") } },
   };
-}
-
-function curveValues(panel) {
-  const values = [];
-  panel.curves.forEach((curve, k) => {
-    curve.mean.forEach((mean, n) => values.push({
-      row: panel.names[curve.row], curve: k, mean,
-      epoch: typeof curve.epochs === "number" ? n + 1 : curve.epochs[n],
-      low: curve.low ? curve.low[n] : mean, high: curve.high ? curve.high[n] : mean, unfinished: !!curve.unfinished,
-    }));
-  });
-  return values;
-}
-
-function pointValues(panel, chart) {
-  const network = (row) => panel.names[row].split(" · ")[0];
-  const cheapest = new Map();
-  for (const point of panel.points[chart]) {
-    const found = cheapest.get(network(point[0]));
-    if (!found || point[1] < found[1]) cheapest.set(network(point[0]), point);
-  }
-  return panel.points[chart].map((point) => {
-    const [row, cost, error, std, best] = point, name = network(row);
-    return {
-      row: panel.names[row], name: cheapest.get(name) === point ? name : "", cost, error, best,
-      low: error - (std || 0), high: error + (std || 0),
-    };
-  });
-}
-
-function categoryValues(panel) {
-  return Object.entries(panel.categories).flatMap(([row, parts]) => {
-    const whole = Object.values(parts).reduce((sum, mib) => sum + mib, 0);
-    return Object.entries(parts).map(([category, mib], order) => ({ row: panel.names[row], category, mib, order, whole }));
-  });
 }
 
 function embed(place, spec) {
@@ -115,63 +80,40 @@ function embed(place, spec) {
   });
 }
 
-// A sweep's charts come with their data: they are drawn, and no more.
-class Sweep {
-  constructor(section) {
-    this.section = section;
-    this.results = [];
-  }
-
-  async draw() {
-    for (const result of this.results) result.finalize();
-    this.results = [];
-    for (const place of this.section.querySelectorAll(".chart")) {
-      place.replaceChildren();
-      this.results.push(await embed(place, data.sweeps[this.section.dataset.sweep][place.dataset.chart]));
-    }
-  }
-}
-
+// The charts of a data set or a sweep. Where it has rows, each has a button that hides it.
 class Panel {
   constructor(section) {
     this.section = section;
     this.panel = data.panels[section.dataset.panel];
-    this.values = curveValues(this.panel);
     this.views = [];
     this.hidden = new Set();
     this.chips = new Map();
-    this.addChips();
+    this.at = 0;
+    for (const [name, style] of Object.entries(this.panel.rows)) this.addChip(name, ...style);
   }
 
-  addChips() {
-    const place = this.section.querySelector(".chips");
-    const rows = new Set(this.panel.curves.map((curve) => String(curve.row)));
-    if (!rows.size) for (const row of Object.keys(this.panel.names)) rows.add(row);
-    for (const row of rows) {
-      const [colour, dash] = this.panel.styles[row], name = this.panel.names[row];
-      const chip = element("button", "", place);
-      chip.type = "button";
-      chip.setAttribute("aria-pressed", "true");
-      const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-      const line = document.createElementNS("http://www.w3.org/2000/svg", "path");
-      for (const [key, value] of Object.entries({
-        d: "M0 4H22", stroke: colour, "stroke-width": 3, "stroke-dasharray": dash[1] ? dash.join(" ") : "none",
-      })) line.setAttribute(key, value);
-      svg.append(line);
-      svg.setAttribute("aria-hidden", "true");
-      chip.append(svg);
-      element("span", name, chip);
-      this.chips.set(name, element("b", "", chip));
-      chip.addEventListener("click", () => {
-        this.hidden.has(name) ? this.hidden.delete(name) : this.hidden.add(name);
-        chip.setAttribute("aria-pressed", String(!this.hidden.has(name)));
-        this.signal("hidden", [...this.hidden]);
-      });
-      chip.addEventListener("pointerenter", () => this.signal("lit", this.hidden.has(name) ? null : name));
-      chip.addEventListener("pointerleave", () => this.signal("lit", null));
-      chip.addEventListener("focus", () => this.signal("lit", this.hidden.has(name) ? null : name));
-      chip.addEventListener("blur", () => this.signal("lit", null));
-    }
+  addChip(name, colour, dash) {
+    const chip = element("button", "", this.section.querySelector(".chips"));
+    chip.type = "button";
+    chip.setAttribute("aria-pressed", "true");
+    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    const line = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    for (const [key, value] of Object.entries({
+      d: "M0 4H22", stroke: colour, "stroke-width": 3, "stroke-dasharray": dash[1] ? dash.join(" ") : "none",
+    })) line.setAttribute(key, value);
+    svg.append(line);
+    svg.setAttribute("aria-hidden", "true");
+    chip.append(svg);
+    element("span", name, chip);
+    this.chips.set(name, element("b", "", chip));
+    chip.addEventListener("click", () => {
+      this.hidden.has(name) ? this.hidden.delete(name) : this.hidden.add(name);
+      chip.setAttribute("aria-pressed", String(!this.hidden.has(name)));
+      this.signal("hidden", [...this.hidden]);
+    });
+    for (const event of ["pointerenter", "focus"])
+      chip.addEventListener(event, () => this.signal("lit", this.hidden.has(name) ? null : name));
+    for (const event of ["pointerleave", "blur"]) chip.addEventListener(event, () => this.signal("lit", null));
   }
 
   signal(name, value) {
@@ -182,11 +124,9 @@ class Panel {
     for (const { result } of this.views) result.finalize();
     this.views = [];
     for (const place of this.section.querySelectorAll(".chart")) {
-      const chart = place.dataset.chart, spec = this.panel.specs[chart], ofCurves = spec.data.name === "curves";
+      const spec = this.panel.charts[place.dataset.chart], ofCurves = spec.data.name === "curves";
       place.replaceChildren();
-      const values = ofCurves ? this.values
-        : chart === "categories" ? categoryValues(this.panel) : pointValues(this.panel, chart);
-      const result = await embed(place, { ...spec, data: { name: spec.data.name, values } });
+      const result = await embed(place, { ...spec, datasets: { [spec.data.name]: this.panel.datasets[spec.data.name] } });
       const view = result.view;
       if (this.hidden.size) view.signal("hidden", [...this.hidden]).run();
       this.views.push({ view, result, ofCurves });
@@ -212,15 +152,16 @@ class Panel {
     this.at = epoch;
     for (const { view, ofCurves } of this.views) if (ofCurves) view.signal("at", epoch).runAsync();
     const errors = new Map();
-    if (epoch) for (const value of this.values)
-      if (value.epoch === epoch && !(value.unfinished && errors.has(value.row))) errors.set(value.row, value.mean);
+    if (epoch) for (const curve of this.panel.datasets.curves) {
+      const error = curve.mean[curve.epoch ? curve.epoch.indexOf(epoch) : epoch - 1];
+      if (error !== undefined && !(curve.unfinished && errors.has(curve.row))) errors.set(curve.row, error);
+    }
     for (const [name, place] of this.chips) place.textContent = errors.has(name) ? errors.get(name).toFixed(2) : "";
   }
 }
 
 async function main() {
-  const panels = [...document.querySelectorAll(".panel")].map((section) => new Panel(section));
-  panels.push(...[...document.querySelectorAll(".sweep")].map((section) => new Sweep(section)));
+  const panels = [...document.querySelectorAll("[data-panel]")].map((section) => new Panel(section));
   const draw = async () => { for (const panel of panels) await panel.draw(); };
   await draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);

@@ -11,8 +11,8 @@ import torch
 from command import harness
 from test_train import spec
 
-from harness.cluster.launch import Worker
-from harness.commands.breakdown import PARTS, StepClock, break_down
+from harness.cluster.job import Worker
+from harness.commands.probe import PARTS, StepClock, break_down
 from harness.spec import RunPaths
 
 
@@ -29,7 +29,7 @@ def test_a_part_lasts_from_the_mark_before_it() -> None:
 
 
 def test_parts_of_a_real_step(tmp_path: Path) -> None:
-    found = break_down(spec(), Worker(threads=1), print, places=RunPaths(out=tmp_path, label="digits"))
+    found = break_down(spec(), Worker(threads=1), print, paths=RunPaths(out=tmp_path, label="digits"))
     assert list(found.parts) == ["data", "forward", "backward", "optimizer"]
     assert found.parts["backward"] > found.parts["optimizer"]
     assert sum(found.parts.values()) == pytest.approx(found.eager_ms, rel=0.5)

@@ -1,4 +1,4 @@
-"""The live board of a search, as it is drawn."""
+"""The live table of a sweep, as it is drawn."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ import io
 
 from rich.console import Console
 
-from harness.commands.sweep import Trial
-from harness.commands.sweep_progress import Board
+from harness.progress import TrialTable
+from harness.results.sweeps import State, Trial
 
 
 def draw(trials: list[Trial], height: int = 30) -> str:
     """What a terminal of this height shows."""
     console = Console(file=io.StringIO(), width=100, height=height, force_terminal=True, color_system=None)
-    board = Board(trials, console, total=16, epochs=9, concurrent_runs=2, metric="error")
+    table = TrialTable(trials, console, total=16, epochs=9, concurrent_runs=2, metric="error")
     with console.capture() as captured:
-        console.print(board._sample_epoch())
+        console.print(table.render())
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def make_trial(number: int, state: str, *values: float) -> Trial:
-    curve = dict(enumerate(values, 1))
-    return Trial(
-        number, {"lr": number / 10, "nesterov": True}, state=state, curve=curve, seconds=10.0 * len(values),  # type: ignore[arg-type]
-        value=values[-1] if state == "finished" else None, reason="by asha after epoch 1" if state == "pruned" else "",
-    )  # fmt: skip
+def make_trial(number: int, state: State, *values: float) -> Trial:
+    trial = Trial(number=number, fields={"lr": number / 10, "nesterov": True})
+    for epoch, value in enumerate(values, 1):
+        trial.add_epoch(epoch, value, 10.0)
+    reason = "by asha after epoch 1" if state == "pruned" else ""
+    trial.end(state, values[-1] if state == "finished" else None, reason)
+    return trial
 
 
-def test_the_board_shows_fields_in_columns_and_names_the_best() -> None:
+def test_the_table_shows_fields_in_columns_and_names_the_best() -> None:
     trials = [
         make_trial(1, "finished", *[50.0] * 9), make_trial(2, "finished", *[40.0] * 9), make_trial(3, "pruned", 80.0),
         make_trial(4, "running", *[60.0] * 9), make_trial(5, "running"),

@@ -1,0 +1,109 @@
+"""Join a Ray cluster, or start one in this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from harness.cluster.job import LOOPBACK
+from harness.cluster.nodes import Cluster, inspect_cluster
+
+CONNECT_SECONDS = 20.0
+
+_ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # also how often reports are collected: 2 s by default
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that calls Ray after the end would start it again
+}
+
+
+class ClusterError(RuntimeError):
+    """The cluster cannot be reached or has too little; the message is one line for the user."""
+
+
+def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False) -> Cluster:
+    """Join the Ray cluster at `address`, or start one in this machine with so many CPUs and GPUs.
+
+    Raises ClusterError where no cluster answers within 30 seconds: 10 for TCP, 20 for Ray.
+    """
+    os.environ.update({k: v for k, v in _ENVIRONMENT.items() if k not in os.environ})
+    if address is not None:
+        _check_alive(address)
+    import ray
+
+    options: dict[str, Any] = {
+        "log_to_driver": verbose,
+        "logging_level": "INFO" if verbose else "ERROR",
+    }
+    if address is None:
+        options |= {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False, "address": "local"}
+        options["object_store_memory"] = 256 * 2**20  # nothing large travels through Ray
+        options["_node_ip_address"] = LOOPBACK
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    else:
+        options["address"] = address
+    try:
+        with _staying_on_loopback() if address is None else contextlib.nullcontext():
+            ray.init(**options)
+    except (ConnectionError, RuntimeError) as error:
+        first = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ClusterError(f"no Ray cluster answers at {address!r}: {first}") from None
+    return inspect_cluster()
+
+
+def disconnect() -> None:
+    """Leave the cluster; one that `connect` started ends with this, and every process in it."""
+    import ray
+
+    ray.shutdown()
+
+
+@contextlib.contextmanager
+def _staying_on_loopback() -> Iterator[None]:
+    """A cluster of this machine alone listens on 127.0.0.1: Ray would replace that with the machine's own address, and
+    then listen on all of them."""
+    import ray._private.services as services
+
+    before = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = before
+
+
+def _check_alive(address: str) -> None:
+    """Fail early and clearly: ray.init would retry for minutes and then end the process."""
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise ClusterError(f"--address {address!r} is not HOST:PORT or auto")
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise ClusterError(f"no Ray cluster answers at {address!r}: {error.strerror or error}") from None
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
+    try:
+        done = subprocess.run(
+            command if address == "auto" else [*command, "--address", address],
+            capture_output=True,
+            timeout=CONNECT_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ClusterError(f"no Ray cluster answers at {address!r} within {CONNECT_SECONDS:.0f} seconds") from None
+    if done.returncode:
+        raise ClusterError(f"no Ray cluster answers at {address!r}: `ray health-check` found none")

@@ -1,0 +1,431 @@
+"""Short probes of the runs that are missing: what they will cost (--estimate), where a step's time goes (--profile).
+
+A cell is all runs that differ in the seed only. Its probe trains some steps as the run would, on the same loader, ranks
+and devices, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import heapq
+import itertools
+import statistics
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from harness.cluster.job import Failed, Started, Worker
+from harness.deadline import stopping_on_sigterm
+from harness.record import classify
+from harness.resources import Session
+from harness.results.metrics import figures
+from harness.results.store import keep_prediction
+from harness.results.values import Measurement, Prediction
+from harness.spec import RunPaths, RunSpec
+from harness.training.engine import Direct, Engine
+from harness.training.memory import MemoryMeter, largest
+from harness.training.optim import total_steps
+from harness.training.setup import Trainer, make_step, make_trainer, prepare
+from harness.training.step import synchronize
+from harness.training.telemetry import EpochTelemetry, device_name, gather
+from harness.training.train import run_eval, run_steps
+from harness.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from harness.loaders.loader import Loader
+
+Outcome = TypeVar("Outcome")
+WARMUP_STEPS = 10  # not timed
+STEPS = 30
+QUEUE_STEPS = 5  # of STEPS: their batches were made ahead, so they do not show the loader's pace
+EVAL_BATCHES = 3
+ENERGY_SECONDS = 0.2  # NVML's counter changes about ten times a second
+MEMORY = {
+    "alloc": "torch_allocated_mib", "resvd": "torch_reserved_mib", "NVML": "nvml_process_mib", "RSS": "rss_mib",
+}  # fmt: skip
+PARTS = ("data", "forward", "backward", "all-reduce", "optimizer")
+
+
+# --- what both share ---
+
+
+class Part:
+    """The first `steps` batches of a loader's epochs, and the instant at which the one after QUEUE_STEPS was wanted."""
+
+    def __init__(self, loader: Loader, steps: int, device: torch.device) -> None:
+        self.loader = loader
+        self.steps = min(steps, loader.steps)
+        self.device = device
+        self.paced_at = 0.0
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Batches of one rank, as the loader's."""
+        for step, batch in enumerate(itertools.islice(self.loader.epoch(epoch, first_step), self.steps)):
+            if step == QUEUE_STEPS:
+                synchronize(self.device)
+                self.paced_at = time.perf_counter()
+            yield batch
+
+    def close(self) -> None:
+        """Close the loader."""
+        self.loader.close()
+
+    def images(self) -> int:
+        """How many images these batches hold over all ranks."""
+        seen = torch.tensor(sum(len(labels) for _, labels in self.epoch(0)), device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(seen)
+        return int(seen)
+
+
+def train_steps(trainer: Trainer, loader: Loader, epoch: int, steps: int) -> tuple[float, Part]:
+    """Train up to `steps` steps of an epoch. Returns the seconds they took, and the part of the loader."""
+    trainer.loader = part = Part(loader, steps, trainer.device)
+    return run_steps(trainer, epoch=epoch, steps=part.steps).train_seconds, part
+
+
+def warn(message: str) -> None:
+    """Say what a run would record among its warnings."""
+    warnings.warn(message, stacklevel=2)
+
+
+def count_cells(specs: Sequence[RunSpec]) -> dict[RunSpec, int]:
+    """Each spec as of seed 0, and how many of these runs it has."""
+    return dict(Counter(replace(spec, seed=0) for spec in specs))
+
+
+def probe_cells(
+    probe: Callable[..., Outcome], cells: Sequence[RunSpec], session: Session, console: Console
+) -> list[tuple[RunSpec, Outcome | Failed]]:
+    """Call `probe(spec, worker, report, paths=...)` for each cell where its runs would be; outcomes in their order.
+
+    A single worker on this machine is probed in this process.
+    """
+
+    def progress(spec: RunSpec, event: Any) -> None:
+        if isinstance(event, Started):
+            console.print(f"{spec.name}: probing", style="dim", soft_wrap=True, markup=False)
+
+    if not cells:
+        return []
+    if session.allocation.workers == 1 and session.resources.address is None:
+        session = replace(session, resources=replace(session.resources, launcher="local"))
+    runs = session.launch(partial(probe, paths=session.paths), cells, progress=progress)
+    with stopping_on_sigterm(), contextlib.closing(runs) as outcomes:
+        by_cell = dict(outcomes)
+    return [(spec, by_cell[spec]) for spec in cells]
+
+
+def make_table(spec: RunSpec, note: str, columns: Sequence[str], left: Sequence[str]) -> Table:
+    """An empty table with a title that says on what was probed."""
+    title = f"{spec.loader} · {spec.precision} · {'GPU' if spec.device == 'cuda' else 'CPU'}{note}"
+    table = Table(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left", title_style="", title=title
+    )
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    return table
+
+
+def width_of(spec: RunSpec) -> str:
+    """ "2×64": workers × batch size of each"""
+    return f"{spec.workers}×{spec.recipe.batch_size // spec.workers}"
+
+
+def kilo(measured: Measurement) -> str:
+    """A thousandth of a measurement, in three figures."""
+    return figures(None if measured.value is None else measured.value / 1000)
+
+
+# --- --estimate ---
+
+
+def extrapolate(seconds: float, paced_seconds: float, *, steps: int, of: int) -> float:
+    """Seconds of `of` steps, from `steps` of them: what these took, and the others at the pace of the last ones.
+
+    `paced_seconds` are those after QUEUE_STEPS; where there are none, all steps set the pace.
+    """
+    pace = paced_seconds / (steps - QUEUE_STEPS) if steps > QUEUE_STEPS else seconds / steps
+    return seconds + (of - steps) * pace
+
+
+def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, paths: RunPaths) -> Prediction:
+    """Train some steps of a run, evaluate some batches, and predict the whole. Raises what `prepare` does.
+
+    The steps belong to two epochs: WARMUP_STEPS of the first, up to STEPS of the second.
+    """
+    entered_at = time.perf_counter()
+    gc.collect()
+    if worker.device != "cpu":
+        torch.cuda.empty_cache()  # of an earlier probe in this process
+    meter = MemoryMeter(torch.device(worker.device))
+    prepared = prepare(spec, worker, paths, meter)
+    device, loader, eval_loader = prepared.device, prepared.train_loader, prepared.eval_loader
+    with contextlib.closing(prepared):
+        telemetry = EpochTelemetry(device)
+        eval_part = Part(eval_loader, EVAL_BATCHES, device)
+        eval_images = eval_part.images()
+        with meter.category("NCCL"):
+            trainer = make_trainer(prepared, warn)
+        train_steps(trainer, loader, 0, WARMUP_STEPS)
+        setup_seconds = worker.launch_seconds + time.perf_counter() - entered_at
+        run_eval(trainer, eval_part, eval_images)
+        meter.reset()
+        telemetry.start()
+        seconds, part = train_steps(trainer, loader, 1, STEPS)
+        ended_at = time.perf_counter()
+        reading = telemetry.stop(seconds)
+        evaluating_at = time.perf_counter()
+        run_eval(trainer, eval_part, eval_images)
+        eval_seconds = (time.perf_counter() - evaluating_at) * eval_loader.steps / max(1, eval_part.steps)
+        meter.sample()
+        memory = largest(gather(meter.read(prepared.network, prepared.optimizer, trainer.graphs)))
+
+    if device.type == "cpu":
+        energy = Measurement(value=None, reason="no GPU was used")
+    elif reading.joules is None:
+        energy = Measurement(value=None, reason="NVML does not count this GPU's energy")
+    elif seconds < ENERGY_SECONDS:
+        energy = Measurement(value=None, reason=f"{part.steps} steps are too short for NVML's energy counter")
+    else:
+        energy = Measurement(value=reading.joules * loader.steps / part.steps)
+    values = spec.to_json()
+    del values["seed"]
+    return Prediction(
+        spec=values,
+        steps=part.steps,
+        epoch_seconds=extrapolate(seconds, ended_at - part.paced_at, steps=part.steps, of=loader.steps),
+        eval_seconds=eval_seconds,
+        setup_seconds=setup_seconds,
+        epochs=total_steps(spec.recipe, loader.steps) / loader.steps,
+        energy_joules=energy,
+        memory=memory,
+        interference=reading.interference,
+        workers=worker.world_size,
+        threads=worker.threads,
+        device=device_name(device),
+        made_at=datetime.now(UTC),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """The missing runs of one spec but for the seed, and what is predicted of one of them."""
+
+    spec: RunSpec
+    runs: int
+    outcome: Prediction | Failed
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Of all its runs; None on the CPU and where the probe failed."""
+        if isinstance(self.outcome, Failed) or self.spec.device == "cpu":
+            return None
+        return self.runs * self.outcome.workers * self.outcome.run_seconds / 3600
+
+
+def all_seconds(todo: Sequence[RunSpec], predicted: Mapping[RunSpec, float], concurrent_runs: int) -> float:
+    """Seconds until all runs are done, `concurrent_runs` at a time, each started in its order when another ends."""
+    free_at = [0.0] * concurrent_runs
+    for spec in todo:
+        heapq.heapreplace(free_at, free_at[0] + predicted.get(replace(spec, seed=0), 0.0))
+    return max(free_at)
+
+
+def total_joules(cells: Sequence[Cell]) -> Measurement:
+    """Energy of all runs of some cells, or why there is no such figure."""
+    total = 0.0
+    for cell in cells:
+        if isinstance(cell.outcome, Failed):
+            return Measurement(value=None, reason="a probe failed")
+        one = cell.outcome.run_joules
+        if one.value is None:
+            return one
+        total += cell.runs * one.value
+    return Measurement(value=total)
+
+
+def estimate(todo: Sequence[RunSpec], session: Session, console: Console) -> bool:
+    """Probe every cell of the missing runs, store and print what is predicted. Returns whether a probe failed."""
+    cells = count_cells(todo)
+    outcomes = probe_cells(predict, list(cells), session, console)
+    for spec, outcome in outcomes:
+        if isinstance(outcome, Prediction):
+            keep_prediction(session.paths.out, spec.key, outcome)
+    probed = [Cell(spec, cells[spec], outcome) for spec, outcome in outcomes]
+    print_estimate(probed, todo, session.allocation.concurrent_runs, console)
+    return any(isinstance(outcome, Failed) for _, outcome in outcomes)
+
+
+def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_runs: int, console: Console) -> None:
+    """Print a line for each cell, their sums, and notes."""
+    if not cells:
+        console.print("nothing to estimate: all runs are done already; --force counts them again")
+        return
+    predicted = {cell.spec: cell.outcome for cell in cells if isinstance(cell.outcome, Prediction)}
+    columns = ("variant", "depth", "width", "runs", "s/epoch", "eval s", "h/run", "GPU-h", *MEMORY, "kJ")
+    notes: dict[str, None] = {}
+    missing: dict[str, dict[str, None]] = defaultdict(dict)  # reason -> columns
+    lines: list[list[str]] = []
+    for cell in cells:
+        line = [escape(cell.spec.variant), str(cell.spec.network.depth), width_of(cell.spec), str(cell.runs)]
+        if isinstance(cell.outcome, Failed):
+            failure = classify(cell.outcome)
+            lines.append([*line, failure.kind, *["–"] * (len(columns) - len(line) - 1)])
+            notes[f"{cell.spec.name} failed, {failure.kind}: {failure.message}"] = None
+            continue
+        one, joules = cell.outcome, total_joules([cell])
+        memory = {name: getattr(one.memory, field) for name, field in MEMORY.items()}
+        seconds = (one.epoch_seconds, one.eval_seconds, one.run_seconds / 3600, cell.gpu_hours)
+        numbers = map(figures, [*seconds, *(measured.value for measured in memory.values())])
+        lines.append([*line, *numbers, kilo(joules)])
+        for name, measured in {**memory, "kJ": joules}.items():
+            if measured.value is None:
+                missing[str(measured.reason)][name] = None
+        notes |= dict.fromkeys(f"while probing {cell.spec.name}: {cause}" for cause in one.interference)
+    shown = [i for i in range(len(columns)) if any(line[i] != "–" for line in lines)]
+    first = cells[0].spec
+    table = make_table(first, "", [columns[i] for i in shown], ("variant", "width"))
+    for line in lines:
+        table.add_row(*(line[i] for i in shown))
+    console.print(table)
+    seconds_of = {spec: one.run_seconds for spec, one in predicted.items()}
+    sums = [f"{figures(all_seconds(todo, seconds_of, concurrent_runs) / 3600)} hours"]
+    if first.device == "cuda":
+        gpu_hours = [value for cell in cells if (value := cell.gpu_hours) is not None]
+        sums.append(f"{figures(sum(gpu_hours) if gpu_hours else None)} GPU-hours")
+        sums.append(f"{kilo(total_joules(cells))} kJ")
+    runs = sum(cell.runs for cell in cells if cell.spec in predicted)
+    console.print(
+        f"in all {runs} runs, {concurrent_runs} at a time: {', '.join(sums)}", style="bold", soft_wrap=True
+    )
+    for note in (*notes, *(f"{', '.join(names)} cannot be had: {reason}" for reason, names in missing.items())):
+        console.print(note, soft_wrap=True, markup=False)
+    steps = "/".join(str(n) for n in sorted({one.steps for one in predicted.values()})) or "no"
+    console.print(
+        f"from {steps} training steps after warm-up and {EVAL_BATCHES} evaluation batches or fewer, one seed each; "
+        "GPU-h and kJ (while training) are of all runs of a line, memory in MiB of one worker; runs done are not counted",
+        style="dim", soft_wrap=True,
+    )  # fmt: skip
+
+
+# --- --profile ---
+
+
+@dataclass(frozen=True, slots=True)
+class Breakdown:
+    """Milliseconds of a step: medians over STEPS steps, of the slowest rank."""
+
+    parts: dict[str, float]  # by PARTS; no all-reduce with one rank
+    eager_ms: float  # a step of which these are the parts
+    engine_ms: float  # a step as the run takes it
+    engine: str
+
+
+class StepClock:
+    """Records when each part of a step has been queued; knows the milliseconds that each took on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[tuple[str, Any]] = []
+
+    def mark(self, name: str) -> None:
+        """This part has been queued."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((name, event))
+        else:
+            self._marks.append((name, time.perf_counter()))
+
+    def read(self) -> dict[str, list[float]]:
+        """Milliseconds of each part, step after step; a part lasts from the mark before it, so the first step is
+        left out."""
+        synchronize(self._device)
+        parts: dict[str, list[float]] = {}
+        for (_, before), (name, after) in itertools.pairwise(self._marks):
+            took = before.elapsed_time(after) if self._device.type == "cuda" else 1000 * (after - before)
+            parts.setdefault(name, []).append(took)
+        steps = len(parts.get("data", ()))
+        return {name: took[len(took) - steps :] for name, took in parts.items()}
+
+
+def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, paths: RunPaths) -> Breakdown:
+    """Train some steps of a run twice: part by part with eager kernels, and as its engine does. Raises what `prepare`
+    does."""
+    prepared = prepare(spec, worker, paths)
+    device, loader = prepared.device, prepared.train_loader
+    with contextlib.closing(prepared):
+        if loader.steps < 2:
+            raise ValueError("an epoch of one step is too short to profile")
+        # several ranks' gradients are summed after backward here, not by DDP inside it, where they hide behind it
+        step, clock = make_step(prepared, ddp=False), StepClock(device)
+        plain = Engine([("eager", Direct(step))], step.snapshot, warn)
+        images = len(prepared.data.train)
+        by_parts = Trainer(step, plain, plain, prepared.network, loader, images, device, Watchdog(device))
+        train_steps(by_parts, loader, 0, WARMUP_STEPS)
+        step.mark = clock.mark
+        train_steps(by_parts, loader, 1, STEPS)
+        parts = clock.read()
+        trainer = make_trainer(prepared, warn)
+        train_steps(trainer, loader, 2, WARMUP_STEPS)
+        seconds, part = train_steps(trainer, loader, 3, STEPS)
+    eager_ms = statistics.median(map(sum, zip(*parts.values(), strict=True)))
+    medians = {name: statistics.median(parts[name]) for name in PARTS if name in parts}
+    slowest = torch.tensor([*medians.values(), eager_ms, 1000 * seconds / part.steps], device=device)
+    if dist.is_initialized():
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    *part_ms, eager_ms, engine_ms = slowest.tolist()
+    return Breakdown(dict(zip(medians, part_ms, strict=True)), eager_ms, engine_ms, trainer.engine.name)
+
+
+def profile(todo: Sequence[RunSpec], session: Session, console: Console) -> bool:
+    """Break down a step of every cell of the missing runs and print it. Returns whether a probe failed."""
+    cells = list(count_cells(todo))
+    outcomes = probe_cells(break_down, cells, session, console)
+    print_breakdown(outcomes, console)
+    return any(isinstance(outcome, Failed) for _, outcome in outcomes)
+
+
+def print_breakdown(cells: Sequence[tuple[RunSpec, Breakdown | Failed]], console: Console) -> None:
+    """Print a line for each cell: milliseconds of each part with its share, their sum, a step of the engine."""
+    if not cells:
+        console.print("nothing to profile: all runs are done already; --force counts them again")
+        return
+    measured = [outcome for _, outcome in cells if isinstance(outcome, Breakdown)]
+    parts = [name for name in PARTS if any(name in outcome.parts for outcome in measured)]
+    engines = "/".join(dict.fromkeys(outcome.engine for outcome in measured)) or cells[0][0].engine
+    columns = ("run", "width", *parts, "sum", engines)
+    table = make_table(cells[0][0], " · milliseconds of a step", columns, ("run", "width"))
+    notes: list[str] = []
+    for spec, outcome in cells:
+        line = [escape(spec.name), width_of(spec)]
+        if isinstance(outcome, Failed):
+            table.add_row(*line, *["–"] * (len(parts) + 2))
+            notes.append(f"{spec.name} failed: {outcome.message}")
+            continue
+        took = [outcome.parts.get(name) for name in parts]
+        table.add_row(*line, *map(figures, [*took, outcome.eager_ms, outcome.engine_ms]))
+        shares = ["–" if ms is None else f"{100 * ms / outcome.eager_ms:.0f} %" for ms in took]
+        table.add_row("", "", *shares, style="dim")
+    console.print(table)
+    for note in notes:
+        console.print(note, soft_wrap=True, markup=False)
+    console.print(
+        f"data: from the last step's end until its batch is there. Parts by eager kernels, the median of up to {STEPS} "
+        f"steps after warm-up, of the slowest rank; all-reduce after backward, where DDP would hide it. {engines}: a step "
+        "as runs take it",
+        style="dim", soft_wrap=True,
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""How to train a stored run again: what `harness repro` does."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.commands.report import load_runs, print_text
+from harness.results.store import PARTIAL, RECORD, Stored
+from harness.results.values import Record
+from harness.spec import RunSpec, UserError, suggest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def print_repro(run: str, path: Path, console: Console) -> None:
+    """Print the command, commit and versions that trained a run: a folder, or a name or key under `path`."""
+    print_text(make_repro(_find_run(run, path)), console)
+
+
+def _find_run(run: str, path: Path) -> Stored:
+    folder = Path(run)
+    if folder.is_dir() and ((folder / RECORD).exists() or folder.name.endswith(PARTIAL)):
+        loaded = load_runs([folder])
+        if loaded.records:
+            return loaded.records[0]
+        raise UserError(f"{run}: no record to repeat; the command that started an interrupted run continues it")
+    records = load_runs([path]).records
+    matches = [s for s in records if s.record.name == run or (len(run) >= 4 and s.record.key.startswith(run))]
+    if not matches:
+        hint = suggest(run, [stored.record.name for stored in records])
+        hint = hint or ": give a run's folder, its name, or the first digits of its key"
+        raise UserError(f"no run {run!r} among the {len(records)} in {str(path)!r}{hint}")
+    return matches[-1]
+
+
+def make_repro(stored: Stored) -> str:
+    """A shell script that trains one run again; comments say what it cannot promise."""
+    record = stored.record
+    versions = _mapping(record.environment.get("versions"))
+    commit, dirty = record.environment.get("commit"), record.environment.get("dirty")
+    lines = [f"# {record.name}, {record.status} {record.finished_at:%Y-%m-%d %H:%M} UTC", f"# {_machine(record)}"]
+    if isinstance(commit, str):
+        lines.append(
+            f"git checkout {commit}" + ("  # and uncommitted changes, which are not known" if dirty else "")
+        )
+    else:
+        lines.append("# the commit is not known: it was not run from a checkout")
+    own = "resnet-harness"
+    if own in versions and not isinstance(commit, str):
+        lines.append(f"# {own} {versions[own]}")
+    if pins := [f"{name}=={version}" for name, version in versions.items() if name != own]:
+        lines.append(f"pip install {' '.join(map(shlex.quote, pins))}")
+    lines.append(shlex.join(make_command(stored)))
+    try:
+        same = RunSpec.from_json(record.spec).key == record.key
+    except ValueError as error:
+        lines.append(f"# this version of the harness cannot train it: {error}")
+    else:
+        if not same:
+            lines.append("# this version of the harness gives it another key: its meaning may have changed")
+    original = record.environment.get("command")
+    if isinstance(original, list):
+        lines.append(f"# the command it was part of: {shlex.join(map(str, original))}")
+    return "\n".join(" ".join(line.split("\n")) for line in lines) + "\n"
+
+
+def make_command(stored: Stored) -> list[str]:
+    """The command that trains this run alone, from its record: the same network, recipe, engine, device and seed."""
+    environment = stored.record.environment
+    command = ["harness", "run", "--spec", str(stored.folder / RECORD), "--out", "repro"]
+    original = environment.get("command")
+    if isinstance(original, list) and "--data-dir" in original[:-1]:
+        command += ["--data-dir", str(original[original.index("--data-dir") + 1])]
+    return [*command, "--launcher", "local"] if environment.get("launcher") == "local" else command
+
+
+def _machine(record: Record) -> str:
+    machine = record.result.machine if record.result else {}
+    parts = [
+        record.result.device if record.result else None,
+        machine.get("gpu"),
+        machine.get("driver") and f"driver {machine['driver']}",
+        machine.get("platform"),
+        machine.get("python") and f"Python {machine['python']}",
+        f"CUDA {machine['cuda']}" if machine.get("gpu") and machine.get("cuda") else None,
+    ]
+    return ", ".join(dict.fromkeys(str(part) for part in parts if part)) or "the machine is not known"
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}

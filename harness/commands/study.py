@@ -1,0 +1,310 @@
+"""A sweep as an Optuna study: what to try next, which trials to prune, and the journal that remembers both.
+
+Proposals and prunings depend on the journal and the seed alone, so a sweep whose driver was killed continues from its
+journal as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import statistics
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.storages.journal import BaseJournalBackend, JournalStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from harness.results.sweeps import Dimension, FieldImportance, Importance, State, Trial, format_value
+from harness.search_space import count_points, finite_values, grid_points, round_value
+
+SAMPLERS: dict[str, Callable[..., BaseSampler]] = {"random": RandomSampler, "tpe": TPESampler, "gp": GPSampler}
+ALGORITHMS = tuple(SAMPLERS)
+SCHEDULERS = ("asha", "hyperband", "median", "none")
+STATES: dict[State, TrialState] = {
+    "running": TrialState.RUNNING,
+    "finished": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+}
+REDUCTION = 3  # of this many trials one continues, at each rung
+MEDIAN_TRIALS = 3  # must have finished before the median prunes
+ATTEMPTS = 20  # at a point that was not tried
+
+
+class Journal(BaseJournalBackend):
+    """A file in the format of Optuna's journal in which all lines of one event count, or none.
+
+    The last line of each event is marked. Lines after the last mark were cut off by a kill, and are removed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.logs: list[dict[str, Any]] = []
+        self._event: list[dict[str, Any]] | None = None
+        logs, size, kept = [], 0, 0
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+            with contextlib.suppress(ValueError):
+                logs.append(json.loads(line))
+                size += len(line)
+                if line.endswith(b"\n") and logs[-1].get("commit"):
+                    self.logs, kept = logs.copy(), size
+        if path.exists():
+            os.truncate(path, kept)
+
+    def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
+        """For Optuna."""
+        return self.logs[log_number_from:]
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """For Optuna."""
+        logs = json.loads(json.dumps(logs))
+        self.logs += logs
+        if self._event is None:
+            self._write(logs)
+        else:
+            self._event += logs
+
+    @contextlib.contextmanager
+    def event(self) -> Iterator[None]:
+        """Everything appended in the body is one event."""
+        self._event = []
+        try:
+            yield
+            self._write(self._event)
+        finally:
+            self._event = None
+
+    def _write(self, logs: list[dict[str, Any]]) -> None:
+        if logs:
+            logs[-1]["commit"] = True
+            with self.path.open("ab") as file:
+                file.write("".join(json.dumps(log) + "\n" for log in logs).encode())
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def count_trials(dimensions: Sequence[Dimension], samples: int | None) -> int:
+    """How many trials a sweep has: `samples` of each grid point; fewer where the space has fewer points."""
+    grid = len(grid_points(dimensions))
+    samples = samples or (1 if grid > 1 else 16)
+    points = count_points(dimensions)
+    return grid * samples if points is None else min(points, grid * samples)
+
+
+def make_pruner(scheduler: str, epochs: int) -> BasePruner:
+    """Of one of SCHEDULERS. No trial is pruned in the first tenth of its epochs."""
+    grace = max(1, math.ceil(epochs / 10))
+    if scheduler == "asha":
+        return SuccessiveHalvingPruner(min_resource=grace, reduction_factor=REDUCTION)
+    if scheduler == "hyperband":
+        return HyperbandPruner(min_resource=grace, max_resource=epochs, reduction_factor=REDUCTION)
+    return MedianPruner(MEDIAN_TRIALS, n_warmup_steps=grace) if scheduler == "median" else NopPruner()
+
+
+class Study:
+    """The trials of a sweep and the decisions about them. Opening its journal again gives the same."""
+
+    def __init__(
+        self,
+        path: Path,
+        dimensions: Sequence[Dimension],
+        *,
+        algorithm: str,
+        scheduler: str,
+        epochs: int,
+        seed: int,
+    ) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.dimensions, self.algorithm, self.epochs, self.seed = dimensions, algorithm, epochs, seed
+        self._journal = Journal(path)
+        self._storage = JournalStorage(self._journal)
+        self._study = optuna.create_study(
+            storage=self._storage, study_name="sweep", sampler=RandomSampler(), load_if_exists=True,
+            pruner=make_pruner(scheduler, epochs),
+        )  # fmt: skip
+        self.distributions = {d.field: _distribution(d) for d in dimensions}
+        self.trials = [self._read(frozen) for frozen in self._study.get_trials(deepcopy=False)]
+        self.to_prune = {
+            frozen.number + 1
+            for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if "pruned_at" in frozen.user_attrs
+        }
+        """Trials whose pruning was decided and is not recorded as done yet."""
+
+    def propose(self) -> dict[str, Any] | None:
+        """The next point: a function of the seed and of what is known of earlier trials. None: every point was tried."""
+        number, tried = len(self.trials), [trial.fields for trial in self.trials]
+        points, grid = count_points(self.dimensions), grid_points(self.dimensions)
+        if points is not None and number >= points:
+            return None
+        for attempt in range(ATTEMPTS):
+            fields = self._sample([self.seed, number, attempt]) | grid[number % len(grid)]
+            fields = {d.field: fields[d.field] for d in self.dimensions}
+            if fields not in tried:
+                return fields
+        if points is None:
+            return None
+        # few points are left: one of them, of the next grid point that has any
+        values = [[(d.field, value) for value in finite_values(d) or ()] for d in self.dimensions]
+        left = [fields for fields in map(dict, itertools.product(*values)) if fields not in tried]
+        for turn in range(len(grid)):
+            of_turn = [f for f in left if f.items() >= grid[(number + turn) % len(grid)].items()]
+            if of_turn:
+                return of_turn[int(np.random.default_rng([self.seed, number]).integers(len(of_turn)))]
+        return None
+
+    def add(self, fields: Mapping[str, Any], run: str, key: str) -> Trial:
+        """A new trial, running."""
+        attributes = {"run": run, "key": key}
+        self._study.add_trial(
+            create_trial(
+                state=TrialState.RUNNING,
+                params=dict(fields),
+                distributions=self.distributions,
+                user_attrs=attributes,
+            )
+        )
+        self.trials.append(self._read(self._study.get_trials(deepcopy=False)[-1]))
+        return self.trials[-1]
+
+    def report(self, trial: Trial, epoch: int, metric: float, seconds: float) -> bool:
+        """The metric after one more epoch; a known epoch changes nothing. True: prune the trial."""
+        if epoch > trial.epochs:
+            with self._journal.event():
+                trial.add_epoch(epoch, metric, seconds)
+                self._storage.set_trial_intermediate_value(self._id(trial), epoch, metric)
+                self._storage.set_trial_user_attr(self._id(trial), "seconds", trial.seconds)
+                # asked of the last epoch, too: the others are judged by it
+                prune = self._study.pruner.prune(self._study, self._storage.get_trial(self._id(trial)))
+                if prune and epoch < self.epochs:
+                    self._storage.set_trial_user_attr(self._id(trial), "pruned_at", epoch)
+                    self.to_prune.add(trial.number)
+        return trial.number in self.to_prune
+
+    def end(self, trial: Trial, state: State, value: float | None = None, reason: str = "") -> None:
+        """A trial is over."""
+        with self._journal.event():
+            trial.end(state, value, reason)
+            self._storage.set_trial_user_attr(self._id(trial), "reason", reason)
+            self._study.tell(trial.number - 1, value, state=STATES[state])
+        self.to_prune.discard(trial.number)
+
+    def _id(self, trial: Trial) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(0, trial.number - 1)
+
+    def _read(self, frozen: FrozenTrial) -> Trial:
+        attributes = frozen.user_attrs
+        curve = sorted(frozen.intermediate_values.items())
+        state = next(name for name, state in STATES.items() if state == frozen.state)
+        value = frozen.value if state == "finished" else None
+        return Trial(
+            number=frozen.number + 1, run=attributes["run"], key=attributes["key"],
+            fields={d.field: _convert(d, frozen.params[d.field]) for d in self.dimensions},
+            state=state, value=value, last=value if value is not None else curve[-1][1] if curve else None,
+            epochs=curve[-1][0] if curve else 0, seconds=attributes.get("seconds", 0.0),
+            reason=attributes.get("reason", ""), curve=curve,
+        )  # fmt: skip
+
+    def _sample(self, seed: Sequence[int]) -> dict[str, Any]:
+        """One draw of every dimension but grids, by a sampler of its own over the trials that have ended.
+
+        Pruned trials count with their curves, failed ones as the worst.
+        """
+        number = int(np.random.default_rng(seed).integers(2**31))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study = optuna.create_study(sampler=SAMPLERS[self.algorithm](seed=number))
+            if self.algorithm != "random":
+                study.add_trials(self._ended())
+            drawn = {d.field: self.distributions[d.field] for d in self.dimensions if d.function != "grid"}
+            params = study.ask(drawn).params
+        return {d.field: _convert(d, params[d.field]) for d in self.dimensions if d.field in params}
+
+    def _ended(self) -> list[FrozenTrial]:
+        frozen = self._study.get_trials(deepcopy=False)
+        return [
+            create_trial(state=TrialState.PRUNED, params=trial.params, distributions=trial.distributions)
+            if trial.state == TrialState.FAIL
+            else trial
+            for trial in frozen
+            if trial.state != TrialState.RUNNING
+        ]
+
+
+def _distribution(d: Dimension) -> BaseDistribution:
+    if d.function == "randint":
+        return IntDistribution(int(d.values[0]), int(d.values[1]))
+    if d.continuous:
+        return FloatDistribution(d.values[0], d.values[1], log=d.log)
+    return CategoricalDistribution(d.values)
+
+
+def _convert(d: Dimension, value: Any) -> Any:
+    """Optuna's value as the field's."""
+    if d.function in ("loguniform", "uniform"):
+        return round_value(d, value)
+    return type(d.values[0])(value) if d.function == "randint" else value
+
+
+def weigh(study: Study) -> Importance | None:
+    """Importance of each field for the metric, over all trials at the last epoch that all of them reached.
+
+    Rank correlation (Spearman) for numbers; for words the share of the ranks' variance between them (its root, so that
+    two words give the same figure as a rank correlation). fANOVA where the proposals were not random. None for fewer
+    than four trials.
+    """
+    known = [trial for trial in study.trials if trial.curve and trial.state in ("finished", "pruned")]
+    if len(known) < 4:
+        return None
+    epoch = min(trial.epochs for trial in known)
+    points = [(trial.fields, value) for trial in known for at, value in trial.curve if at == epoch]
+    values = [value for _, value in points]
+    if len(points) < 4 or len(set(values)) == 1:
+        return None
+    how, items = "rank correlation", []
+    for d in study.dimensions:
+        column = [fields[d.field] for fields, _ in points]
+        if len(set(column)) > 1:
+            weight, sign = _correlate(column, values)
+            items.append(FieldImportance(field=d.field, value=weight, sign=sign))
+    if study.algorithm != "random" and len(items) > 1:
+        how, shares = "fANOVA, shares of the variance", _fanova(study, points)
+        items = [item.model_copy(update={"value": shares.get(item.field, 0.0)}) for item in items]
+    items.sort(key=lambda item: -item.value)
+    return Importance(how=how, epoch=epoch, trials=len(points), fields=items)
+
+
+def _fanova(study: Study, points: Sequence[tuple[Mapping[str, Any], float]]) -> dict[str, float]:
+    complete = optuna.create_study()
+    for fields, value in points:
+        complete.add_trial(create_trial(params=dict(fields), distributions=study.distributions, value=value))
+    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+    return dict(optuna.importance.get_param_importances(complete, evaluator=evaluator))
+
+
+def _correlate(column: Sequence[Any], values: Sequence[float]) -> tuple[float, str]:
+    from scipy.stats import rankdata, spearmanr
+
+    if all(isinstance(item, int | float) and not isinstance(item, bool) for item in column):
+        rho = float(spearmanr(column, values).statistic)
+        return abs(rho), "more is better" if rho < 0 else "less is better"
+    ranks = [float(rank) for rank in rankdata(values)]
+    groups: dict[Any, list[float]] = {}
+    for item, rank in zip(column, ranks, strict=True):
+        groups.setdefault(item, []).append(rank)
+    means = {item: statistics.fmean(group) for item, group in groups.items()}
+    middle = statistics.fmean(ranks)
+    between = sum(len(group) * (means[item] - middle) ** 2 for item, group in groups.items())
+    best = min(means, key=lambda item: means[item])
+    return math.sqrt(between / sum((rank - middle) ** 2 for rank in ranks)), f"{format_value(best)} is best"

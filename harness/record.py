@@ -1,0 +1,227 @@
+"""RunResult, Failed or Pruned -> Record, and what the driver writes into a run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from harness.results import store
+from harness.results.remote import StorageError, pull_run, push_finished, push_run
+from harness.results.store import partial_dir, run_name
+from harness.results.values import Failure, Pruned, Record, RunResult
+from harness.spec import RunPaths, RunSpec, UserError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+    from harness.cluster.job import Failed, Started
+    from harness.results.values import EpochMetrics, NodeUse
+
+ATTEMPTS = "attempts.jsonl"
+PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py",
+            "nvidia-dali-cuda120", "nvidia-dali-cuda130")  # fmt: skip
+
+
+def name_of(spec: RunSpec, label: str) -> str:
+    """The run's folder name."""
+    return run_name(label, spec.variant, spec.network.depth, spec.seed, spec.key)
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a package, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@cache
+def describe_code() -> dict[str, Any]:
+    """Commit, whether the tree differs from it, versions, and the command line."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*words: str) -> str | None:
+        command = ["git", "-C", str(root), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    # an installed copy may lie inside another project's checkout: only our own counts
+    own = git("rev-parse", "--show-toplevel") == str(root)
+    status = git("status", "--porcelain") if own else None
+    return {
+        "commit": git("rev-parse", "HEAD") if own else None,
+        "dirty": None if status is None else bool(status),
+        "versions": {package: known for package in PACKAGES if (known := installed_version(package))},
+        "command": ["harness", *sys.argv[1:]],
+    }
+
+
+def classify(failed: Failed) -> Failure:
+    """A failure as one of the table's four kinds."""
+    if failed.died:
+        kind = "killed"
+    elif "OutOfMemory" in failed.exception or failed.exception == "MemoryError":
+        kind = "OOM"
+    elif failed.exception == "DivergedError":
+        kind = "NaN"
+    else:
+        kind = "exception"
+    message = failed.message if kind != "exception" else f"{failed.exception}: {failed.message}"
+    return Failure(kind=kind, message=message, traceback=failed.traceback)  # type: ignore[arg-type]
+
+
+def make_record(
+    spec: RunSpec,
+    outcome: RunResult | Failed | Pruned,
+    *,
+    label: str,
+    original: bool,
+    started_at: datetime,
+    environment: Mapping[str, Any],
+) -> Record:
+    """Everything that is kept of one run. `environment` is added to `describe_code`."""
+    status: Literal["done", "failed", "pruned"] = "done"
+    if not isinstance(outcome, RunResult):
+        status = "pruned" if isinstance(outcome, Pruned) else "failed"
+    return Record(
+        key=spec.key,
+        name=name_of(spec, label),
+        status=status,
+        variant=spec.variant,
+        depth=spec.network.depth,
+        seed=spec.seed,
+        dataset=label,
+        original=original,
+        spec=spec.to_json(),
+        result=outcome if isinstance(outcome, RunResult) else None,
+        failure=None if isinstance(outcome, RunResult | Pruned) else classify(outcome),
+        pruned=outcome if isinstance(outcome, Pruned) else None,
+        environment={**describe_code(), **environment},
+        started_at=started_at,
+        finished_at=datetime.now(UTC),
+    )
+
+
+def lock_run(spec: RunSpec, label: str, out: Path) -> FileLock:
+    """Lock a run against other commands. Raises UserError where one of them is training it."""
+    from filelock import FileLock, Timeout
+
+    (out / ".locks").mkdir(exist_ok=True)
+    lock = FileLock(out / ".locks" / f"{name_of(spec, label)}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"{spec.title} is being trained by another harness command in --out {out}") from None
+    except OSError as error:
+        raise UserError(f"{spec.title} cannot be locked in --out {out}: {error.strerror}") from None
+    return lock
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Keeps the folders of a command's runs, in `paths.out` and, where there is one, at the URI of the results."""
+
+    paths: RunPaths
+    original: bool  # the images are the published ones
+    environment: Mapping[str, Any]  # of every record: the launcher, and what else is known beforehand
+    warn: Callable[[str], None]
+    finished: dict[str, RunResult] = field(default_factory=dict)  # by key
+    started: dict[str, datetime] = field(default_factory=dict)
+    nodes: dict[str, list[NodeUse]] = field(default_factory=dict)
+
+    def partial(self, spec: RunSpec) -> Path:
+        """The folder of a run that has not finished."""
+        return partial_dir(self.paths.out, name_of(spec, self.paths.label))
+
+    def find_finished(self, specs: Iterable[RunSpec]) -> dict[str, RunResult]:
+        """Read which of these runs are stored as finished; all results known by now, by key."""
+        keys = {store.finished_dir(self.paths.out, name_of(spec, self.paths.label)): spec.key for spec in specs}
+        folders = [folder for folder, key in keys.items() if key not in self.finished and folder.is_dir()]
+        for stored in store.load_records(folders).records:
+            if stored.record.key == keys[stored.folder] and stored.record.result is not None:
+                self.finished[stored.record.key] = stored.record.result
+        return self.finished
+
+    def begin(self, spec: RunSpec, event: Started) -> list[EpochMetrics]:
+        """Note that an attempt began; the epochs that are left of an earlier command."""
+        folder, earlier = self.partial(spec), []
+        self.nodes[spec.key] = []
+        if spec.key not in self.started:
+            self.started[spec.key] = datetime.now(UTC)
+            self.pull(folder)
+            store.start(self.paths.out, name_of(spec, self.paths.label), spec.to_json())
+            earlier = store.load_epochs(folder)
+        note_attempt(folder, event)
+        self.push(push_run, folder)
+        return earlier
+
+    def end(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, **environment: Any) -> bool:
+        """Store what a run came to. Returns whether it is a result and is stored at the URI too, if there is one."""
+        folder = self.partial(spec)
+        attempts = load_attempts(folder)
+        if isinstance(outcome, RunResult):
+            nodes = tuple(sorted(self.nodes.get(spec.key, ()), key=lambda node: node.host))
+            outcome = outcome.model_copy(update={"nodes": nodes, "attempts": max(1, len(attempts))})
+        record = make_record(
+            spec, outcome, label=self.paths.label, original=self.original, started_at=self.started[spec.key],
+            environment={**self.environment, **environment, "attempts": attempts},
+        )  # fmt: skip
+        if isinstance(outcome, RunResult):
+            self.pull(folder)  # what rank 0 wrote on its node
+            folder = store.finish(self.paths.out, record)
+            self.finished[spec.key] = outcome
+            return self.push(push_finished, folder)
+        write = store.prune if isinstance(outcome, Pruned) else store.fail
+        self.push(push_run, write(self.paths.out, record))
+        return False
+
+    def push(self, how: Callable[[str, Path], None], path: Path) -> bool:
+        """Copy to the URI, if there is one; whether that succeeded. If not, `warn` says so and the path stays."""
+        try:
+            if self.paths.remote:
+                how(self.paths.remote, path)
+        except StorageError as error:
+            self.warn(f"not sent: {error}; it is kept in {path}, and the same command sends it")
+            return False
+        return True
+
+    def pull(self, folder: Path) -> None:
+        """Copy a partial run from the URI, if there is one. Raises UserError."""
+        try:
+            if self.paths.remote:
+                pull_run(self.paths.remote, folder)
+        except StorageError as error:
+            raise UserError(f"--out {error}") from None
+
+
+def note_attempt(folder: Path, event: Started) -> None:
+    """Add a line to attempts.jsonl: when an attempt began, why, and its workers where they are fewer."""
+    path, reason = folder / ATTEMPTS, event.reason
+    if path.exists() and not reason:
+        reason = "the command was given again"
+    line: dict[str, Any] = {"started_at": datetime.now(UTC).isoformat(), "reason": reason}
+    if event.world_size is not None:
+        line["workers"] = event.world_size
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def load_attempts(folder: Path) -> list[dict[str, Any]]:
+    """All attempts at a run, by this command and by earlier ones."""
+    path, attempts = folder / ATTEMPTS, []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # cut off by a kill
+            attempts.append(json.loads(line))
+    return attempts

@@ -1,0 +1,213 @@
+"""This machine or a Ray cluster -> Allocation; the launcher that runs on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+from harness.cluster.job import PLACEMENTS, JobConfig
+from harness.plan import Allocation, Grid, check_count, check_word
+from harness.results.remote import join_uri
+from harness.spec import RunPaths, RunSpec, UserError
+
+if TYPE_CHECKING:
+    from harness.cluster.nodes import Cluster
+
+LAUNCHERS = ("ray", "local")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What a command may use."""
+
+    gpus: int | None = None  # None: all
+    workers: int | None = None  # ranks of a run; None: all GPUs
+    runs_per_gpu: int = 1
+    address: str | None = None  # of a running Ray cluster; None: this machine
+    launcher: str = "ray"
+    placement: str = "pack"
+    verbose: bool = False
+
+
+def check_resources(resources: Resources) -> None:
+    """Raise UserError for what can be seen to be wrong without devices."""
+    check_word(resources.launcher, LAUNCHERS, "--launcher")
+    check_word(resources.placement, PLACEMENTS, "--placement")
+    check_count(resources.gpus, "--gpus", least=0)
+    check_count(resources.workers, "--workers")
+    check_count(resources.runs_per_gpu, "--runs-per-gpu")
+    if resources.runs_per_gpu > 1 and resources.workers not in (None, 1):
+        raise UserError(
+            f"--runs-per-gpu {resources.runs_per_gpu}: runs that share a GPU have one worker, not {resources.workers}"
+        )
+    if resources.launcher == "local":
+        if resources.address is not None:
+            raise UserError("--address is for --launcher ray: the local launcher uses this process only")
+        if resources.workers not in (None, 1):
+            raise UserError(f"--launcher local runs one worker, not {resources.workers}; --launcher ray runs more")
+        if resources.runs_per_gpu > 1:
+            raise UserError(
+                f"--launcher local runs one process; --runs-per-gpu {resources.runs_per_gpu} needs ray"
+            )
+
+
+def make_allocation(grid: Grid, resources: Resources, stack: ExitStack) -> Allocation:
+    """Divide the cluster at `address`, which is joined until the stack closes, or this machine among the runs.
+
+    Raises UserError where the runs do not fit.
+    """
+    check_resources(resources)
+    if resources.address is None:
+        from harness.training.nvml import count_gpus
+        from harness.training.telemetry import count_cpus
+
+        gpus = count_gpus()
+        resources = fill_from_specs(resources, grid, gpus)
+        allocation = allocate(resources, have_gpus=gpus, have_cpus=count_cpus(), precision=grid.precision)
+        return replace(allocation, concurrent_runs=1) if resources.launcher == "local" else allocation
+    cluster = join_cluster(stack, resources.address, cpus=0, gpus=0, verbose=resources.verbose)
+    resources = fill_from_specs(resources, grid, cluster.gpus)
+    where = f"the cluster at {resources.address}"
+    allocation = allocate(
+        resources, have_gpus=cluster.gpus, have_cpus=cluster.cpus, precision=grid.precision, where=where
+    )
+    return _fit(allocation, cluster, resources)
+
+
+def fill_from_specs(resources: Resources, grid: Grid, have_gpus: int) -> Resources:
+    """What the user left open: one worker where only one is possible, else the device and workers of given specs."""
+    workers = 1 if resources.launcher == "local" or resources.runs_per_gpu > 1 else resources.workers
+    if not grid.specs:
+        return replace(resources, workers=workers)
+    widths = {workers} if workers else {spec.workers for spec in grid.specs}
+    if len(widths) > 1:
+        raise UserError(
+            f"--spec: these runs have {' and '.join(map(str, sorted(widths)))} workers; --workers decides"
+        )
+    (width,) = widths
+    gpus, devices = resources.gpus, {spec.device for spec in grid.specs}
+    if gpus is None and len(devices) > 1:
+        raise UserError("--spec: some of these runs are for GPUs and some for the CPU; --gpus decides for all")
+    if gpus is None:
+        gpus = 0 if devices == {"cpu"} else max(width, have_gpus - have_gpus % width)
+    return replace(resources, gpus=gpus, workers=width)
+
+
+def allocate(
+    resources: Resources, *, have_gpus: int, have_cpus: int, precision: str, where: str = "this machine"
+) -> Allocation:
+    """Divide what `where` has among concurrent runs. Raises UserError where there is less than was asked for."""
+    gpus = have_gpus if resources.gpus is None else resources.gpus
+    share = resources.runs_per_gpu
+    if gpus > have_gpus:
+        have = f"{have_gpus} GPU{'s' * (have_gpus != 1)}" if have_gpus else "no GPU"
+        raise UserError(f"--gpus {gpus}: {where} has {have}" + ("; --gpus 0 trains on the CPU" * (not have_gpus)))
+    if gpus == 0:
+        workers = resources.workers or 1
+        if workers > have_cpus:
+            raise UserError(f"--workers {workers}: {where} has {have_cpus} CPU cores, and each worker needs one")
+        if precision in ("tf32", "fp16"):
+            raise UserError(f"--precision {precision} needs a GPU; on the CPU fp32 and bf16 are allowed")
+        if share > 1:
+            raise UserError(f"--runs-per-gpu {share} needs a GPU; leave it out on the CPU")
+        return Allocation(device="cpu", gpus=0, workers=workers, concurrent_runs=1, threads=have_cpus // workers)
+    workers = resources.workers or (gpus if share == 1 else 1)
+    if gpus % workers:
+        divisors = ", ".join(str(n) for n in range(1, gpus + 1) if gpus % n == 0)
+        raise UserError(f"--workers {workers} does not divide --gpus {gpus} (allowed: {divisors})")
+    return Allocation(
+        device="cuda",
+        gpus=gpus,
+        workers=workers,
+        concurrent_runs=gpus // workers * share,
+        threads=max(1, have_cpus // (gpus * share)),
+        runs_per_gpu=share,
+    )
+
+
+def _fit(allocation: Allocation, cluster: Cluster, resources: Resources) -> Allocation:
+    """Fit the runs to the cluster's nodes. Raises UserError where not even one run can be placed."""
+    from harness.cluster.nodes import fit
+
+    concurrent_runs, threads = fit(
+        cluster,
+        world_size=allocation.workers,
+        concurrent_runs=allocation.concurrent_runs,
+        gpus_per_worker=1 / allocation.runs_per_gpu if allocation.device == "cuda" else 0.0,
+        placement=resources.placement,
+    )
+    if not concurrent_runs:
+        what = "GPUs" if allocation.device == "cuda" else "CPUs"
+        largest = max((n.gpus if allocation.device == "cuda" else n.cpus for n in cluster.members), default=0)
+        raise UserError(
+            f"--workers {allocation.workers} --placement {resources.placement}: no room in the cluster at "
+            f"{resources.address}, whose largest node has {largest} {what} (each worker needs a CPU)"
+        )
+    return replace(allocation, concurrent_runs=concurrent_runs, threads=threads)
+
+
+def join_cluster(stack: ExitStack, address: str | None, *, cpus: int, gpus: int, verbose: bool) -> Cluster:
+    """Connect to Ray until the stack closes. Raises UserError where no cluster answers."""
+    from harness.cluster.connect import ClusterError, connect, disconnect
+
+    try:
+        cluster = connect(address, cpus=cpus, gpus=gpus, verbose=verbose)
+    except ClusterError as error:
+        raise UserError(str(error)) from None
+    stack.callback(disconnect)
+    return cluster
+
+
+@dataclass(slots=True)
+class Session:
+    """What runs are launched on, for as long as `stack` is open."""
+
+    allocation: Allocation
+    resources: Resources
+    paths: RunPaths
+    stack: ExitStack
+    _launch: Callable[..., Any] | None = None
+
+    def launch(
+        self,
+        train: Callable[..., Any],
+        specs: Sequence[RunSpec],
+        *,
+        fallback_world_sizes: tuple[int, ...] = (),
+        **callbacks: Any,
+    ) -> Generator[tuple[RunSpec, Any], None, None]:
+        """Launch `train(spec, worker, report)` for each spec; yields (spec, outcome) as `harness.cluster.launch` does.
+
+        A Ray cluster of this machine is started at the first call that needs one. `callbacks` are the launcher's.
+        """
+        allocation, resources = self.allocation, self.resources
+        if self._launch is None:
+            if resources.launcher == "local":
+                from harness.cluster.local import launch
+            else:
+                from harness.cluster.launch import launch
+            if resources.launcher == "ray" and resources.address is None:
+                cpus = allocation.threads * allocation.workers * allocation.concurrent_runs
+                join_cluster(self.stack, None, cpus=cpus, gpus=allocation.gpus, verbose=resources.verbose)
+            self._launch = launch
+        job = make_job(allocation, resources, self.paths, fallback_world_sizes=fallback_world_sizes)
+        return cast("Generator[tuple[RunSpec, Any], None, None]", self._launch(train, specs, job, **callbacks))
+
+
+def make_job(
+    allocation: Allocation, resources: Resources, paths: RunPaths, *, fallback_world_sizes: tuple[int, ...] = ()
+) -> JobConfig:
+    """How the launcher runs each of the runs."""
+    at_uri = paths.remote and resources.address
+    return JobConfig(
+        world_size=allocation.workers,
+        concurrent_runs=allocation.concurrent_runs,
+        device=allocation.device,
+        threads=allocation.threads,
+        gpus_per_worker=1 / allocation.runs_per_gpu,
+        storage=join_uri(paths.remote, ".ray") if at_uri else paths.out / ".ray",
+        placement=resources.placement,  # type: ignore[arg-type]
+        fallback_world_sizes=fallback_world_sizes,
+    )

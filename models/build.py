@@ -1,0 +1,58 @@
+"""`build`, which makes the module of any `Network`, and what that module costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from harness.models.convnet import ConvNet
+from harness.models.imagenet import ImageNetResNet
+from harness.models.resnet import CifarResNet
+from harness.models.variants import Network
+from harness.models.xresnet import XResNet
+
+NETWORKS: dict[str, Callable[[Network, int], nn.Module]] = {
+    "cifar": CifarResNet,
+    "imagenet": ImageNetResNet,
+    "convnet": ConvNet,
+    "xresnet": XResNet,
+}
+SMALLEST_IMAGE = {"cifar": 4, "convnet": 4, "xresnet": 4, "imagenet": 16}
+"""Side in pixels, by architecture: the product of all strides."""
+
+
+def build(network: Network, num_classes: int, image_size: int = 32) -> nn.Module:
+    """A freshly initialised module: images (N, 3, image_size, image_size) -> logits (N, num_classes).
+
+    The weights come from torch's global generator. Every module takes images of other sizes too, at least as
+    large as `SMALLEST_IMAGE` says. Raises ValueError where the architecture cannot have this depth, number of
+    classes or image size.
+    """
+    if num_classes < 2:
+        raise ValueError(f"{num_classes} classes are too few: at least 2")
+    smallest = SMALLEST_IMAGE[network.architecture]
+    if image_size < smallest:
+        raise ValueError(f"image size {image_size} is too small for this network: at least {smallest}")
+    return NETWORKS[network.architecture](network, num_classes)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """The number of trainable parameters."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def count_flops(network: Network, num_classes: int, image_size: int = 32) -> int:
+    """Multiply-adds of one image's forward pass, in convolutions and affine layers; nothing is computed.
+
+    The figure papers call FLOPs: half of what counts a multiplication and an addition as two.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # takes a second or two
+
+    with torch.device("meta"):
+        module = build(network, num_classes, image_size).eval()
+        image = torch.empty(1, 3, image_size, image_size)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        module(image)
+    return int(counter.get_total_flops()) // 2

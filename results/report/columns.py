@@ -1,0 +1,188 @@
+"""The columns of the table: what a row is, its errors, its costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures, suggest
+from harness.results.rows import Row
+from harness.results.store import Interrupted, Stored
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of the table."""
+
+    name: str
+    header: str
+    text: Callable[[Row], str]
+    means: str = ""  # stands under the table
+    right: bool = True
+    stays: bool = False  # in the table, even where all rows agree
+    part: Literal["what", "errors", "costs"] = "what"  # of a table that is too wide for the terminal
+    key: Callable[[Row], float | str | None] | None = None
+
+    def sort_key(self, row: Row) -> float | str | None:
+        """What the column is sorted by: a number where it shows one; None, or NaN, where there is nothing."""
+        value = self.key(row) if self.key else getattr(row, self.name)
+        return ", ".join(value) if isinstance(value, tuple) else value
+
+
+def _signed(value: float | None) -> str:
+    return NONE if value is None else f"{value:+.2f}".replace("-", "−")
+
+
+def _or_averaged(row: Row, name: str, text: object) -> str:
+    """A descriptor, or all its values where the row averages over them."""
+    return "/".join(row.averaged_over[name]) if name in row.averaged_over else str(text)
+
+
+def _width(row: Row) -> str:
+    if "workers" in row.averaged_over:
+        return f"{'/'.join(row.averaged_over['workers'])} of {row.batch_size}"
+    return f"{row.workers}×{row.batch_size // max(1, row.workers)}"
+
+
+def _duration(row: Row) -> str:
+    if math.isnan(row.duration):
+        return NONE
+    return f"{row.duration:,g} {row.duration_unit}s" if row.duration != 1 else f"1 {row.duration_unit}"
+
+
+def _error(row: Row) -> str:
+    """The error, or the reason why there is none."""
+    if row.error is not None:
+        return METRICS["error"].summary(row.figures["error"])
+    if row.failed:
+        return ", ".join(dict.fromkeys(s.record.failure.kind for s in row.failed if s.record.failure))
+    return pruned_at(row.pruned[0]) if row.pruned else progress(row.interrupted[0])
+
+
+def pruned_at(stored: Stored) -> str:
+    """ "pruned at 3 of 30" """
+    pruned = stored.record.pruned
+    return f"pruned at {pruned.epoch} of {pruned.of}" if pruned else NONE
+
+
+def progress(partial: Interrupted) -> str:
+    """ "epoch 3 of 30" """
+    if partial.epochs == 0:
+        return "no epoch yet"
+    return f"epoch {partial.epochs} of {partial.of}" if partial.of else f"epoch {partial.epochs}"
+
+
+def _published(row: Row) -> str:
+    if row.against is None:
+        return NONE
+    published = row.against.published
+    number = published.error if published.error is not None else published.top5_error
+    return f"{number:.2f} ({_signed(row.against.difference)})"
+
+
+def _verdict(row: Row) -> str:
+    if row.against is None:
+        return NONE
+    if (verdict := row.against.verdict) is None:
+        return "~"
+    p = "p<.001" if verdict.p < 0.001 else f"p={verdict.p:.2g}".replace("0.", ".", 1)
+    return f"{verdict.verdict} {p}"
+
+
+def _predicted_seconds(row: Row) -> float | None:
+    return row.predicted.epoch_seconds if row.predicted else None
+
+
+def _runs(row: Row) -> str:
+    missing = len(row.failed) + len(row.pruned) + len(row.interrupted)
+    return f"{len(row.done)} of {len(row.done) + missing}" if missing else str(len(row.done))
+
+
+NUMBER = Column("number", "#", lambda r: r.name)  # only where one row takes several tables
+DESCRIPTORS: tuple[Column, ...] = (
+    Column("variant", "variant", lambda r: _or_averaged(r, "variant", r.variant), right=False, stays=True),
+    Column("depth", "depth", lambda r: _or_averaged(r, "network.depth", r.depth or NONE), stays=True),
+    Column("dataset", "data set", lambda r: _or_averaged(r, "label", r.dataset), right=False),
+    Column("limit_train", "images", lambda r: "all" if r.limit_train is None else f"{r.limit_train:,}",
+           "of the training set that were used"),
+    Column("duration", "trained", _duration, right=False),
+    Column("overrides", "changed", lambda r: ", ".join(r.overrides) or NONE,
+           "what differs from the variant's own recipe", right=False),
+    Column("loader", "loader", lambda r: _or_averaged(r, "loader", r.loader), right=False),
+    Column("precision", "precision", lambda r: _or_averaged(r, "precision", r.precision), right=False),
+    Column("engine", "engine", lambda r: _or_averaged(r, "engine", r.engine), right=False),
+    Column("workers", "width", _width, "DDP workers × images per step and worker", right=False),
+    Column("device", "device", lambda r: _or_averaged(r, "hardware", r.device), right=False),
+    Column("differs", "differs in", lambda r: ", ".join(r.differs) or NONE, right=False),
+)  # fmt: skip
+DERIVED: dict[str, tuple[Column, ...]] = {
+    "parameters": (
+        Column("n", "n", _runs, "runs that are done, one a seed", stays=True, part="errors", key=lambda r: len(r.done)),
+    ),
+    "best_error": (
+        Column("best_minus_last", "b−l", lambda r: _signed(r.best_minus_last),
+               "best minus last, in points: what choosing the epoch on the evaluated images takes off",
+               stays=True, part="errors"),
+    ),
+    "test_error": (
+        Column("published", "published", _published, "the published error (and ours minus it, in points)",
+               stays=True, part="errors", key=lambda r: r.against.difference if r.against else None),
+        Column("verdict", "verdict", _verdict, "could the published number be one more run of ours? prediction "
+               "interval of 95 %", right=False, stays=True, part="errors",
+               key=lambda r: r.against.verdict.p if r.against and r.against.verdict else None),
+    ),
+    "epoch_seconds": (
+        Column("predicted_epoch_seconds", "predicted", lambda r: figures(_predicted_seconds(r)),
+               "s/epoch as a probe of some steps predicted it before", stays=True, part="costs", key=_predicted_seconds),
+    ),
+}  # fmt: skip
+"""Columns that follow a metric's."""
+
+
+def make_columns() -> list[Column]:
+    """All columns, in their order: what a row is, its errors, its costs."""
+    columns = list(DESCRIPTORS)
+    for name, metric in METRICS.items():
+        columns += [_metric_column(metric)] if metric.in_table else []
+        columns += DERIVED.get(name, ())
+    return columns
+
+
+def _metric_column(metric: Metric) -> Column:
+    def key(row: Row) -> float | None:
+        return row.figures.get(metric.name, UNKNOWN).value
+
+    def text(row: Row) -> str:
+        return _error(row) if metric.name == "error" else metric.summary(row.figures.get(metric.name, UNKNOWN))
+
+    part: Literal["errors", "costs"] = "errors" if metric.kind in ("size", "error") else "costs"
+    return Column(metric.name, metric.title, text, metric.means, stays=True, part=part, key=key)
+
+
+def find_columns(names: Sequence[str]) -> list[Column]:
+    """Columns by name, each once. Raises ValueError for one that does not exist."""
+    known = {column.name: column for column in make_columns()}
+    check_names(names, list(known))
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def check_names(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ValueError for a name that is not known."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no column {name!r}: {suggest(name, known)}")
+
+
+def sort_rows(rows: Sequence[Row], by: str) -> list[Row]:
+    """Order rows by a column, smallest first; "-error": largest first. Rows without a value stand last either way.
+
+    Raises ValueError for a column that does not exist.
+    """
+    (column,) = find_columns([by.removeprefix("-")])
+    keys: list[Any] = [column.sort_key(row) for row in rows]
+    lacking = {i for i, key in enumerate(keys) if key is None or key != key}  # NaN
+    having = [i for i in range(len(rows)) if i not in lacking]
+    having.sort(key=lambda i: keys[i], reverse=by.startswith("-"))
+    return [rows[i] for i in (*having, *sorted(lacking))]
