@@ -67,3 +67,13 @@ class LoopbackConfig(TorchConfig):
     def backend_cls(self) -> type[LoopbackBackend]:
         """What Ray Train makes."""
         return LoopbackBackend
+
+
+def from_rank_0(value: Any, device: str) -> Any:
+    """In every rank of the process group: rank 0's value."""
+    import torch
+    import torch.distributed as dist
+
+    values = [value]
+    dist.broadcast_object_list(values, 0, device=torch.device(device))
+    return values[0]

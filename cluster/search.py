@@ -252,18 +252,17 @@ def run_rank(
 
 def _report(report: Report, worker: Worker, event: Any) -> None:
     """Report as rank 0; all ranks learn whether the trial is pruned, and none is left in a collective."""
-    stop = [False]
+    stop = False
     if worker.rank == 0:
         try:
             report(event)
         except SystemExit:
-            stop = [True]
+            stop = True
     if worker.world_size > 1:
-        import torch
-        import torch.distributed as dist
+        from harness.cluster.loopback import from_rank_0
 
-        dist.broadcast_object_list(stop, 0, device=torch.device(worker.device))
-    if stop[0]:
+        stop = from_rank_0(stop, worker.device)
+    if stop:
         raise Pruned(0)
 
 

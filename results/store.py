@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -205,8 +205,8 @@ def collector_paused() -> Iterator[None]:
 
 
 @collector_paused()
-def load_records(paths: Iterable[Path]) -> Loaded:
-    """Read every run under some paths, each a folder of runs or one run's folder.
+def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] | None = None) -> Loaded:
+    """Read every run under some paths, each a folder of runs or one run's folder; not again those that are `known`.
 
     Never raises for a folder's contents: one that is no run, or whose record is broken, half-written, wrongly edited or
     of another schema version, becomes a Problem. A copy of a run that was read before (same key, same instant) is
@@ -215,6 +215,9 @@ def load_records(paths: Iterable[Path]) -> Loaded:
     loaded = Loaded([], [], [])
     seen: set[tuple[str, datetime]] = set()
     for folder in _folders(paths, loaded.problems):
+        if known and folder in known:
+            loaded.records.append(known[folder])
+            continue
         try:
             text = (folder / RECORD).read_bytes()
             record = Record.model_validate_json(text)

@@ -111,26 +111,19 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPath
     def catch_up() -> None:
         nonlocal reported
         epochs = [row for row in load_epochs(folder) if row.epoch > reported] if worker.rank == 0 else []
-        for i in range(_from_rank_0(len(epochs), worker)):
-            report(epochs[i] if worker.rank == 0 else None)
-        reported = epochs[-1].epoch if epochs else reported
+        if worker.world_size > 1:
+            from harness.cluster.loopback import from_rank_0
+
+            epochs = from_rank_0(epochs, worker.device)
+        for row in epochs:
+            reported = row.epoch
+            report(row)
 
     catch_up()
     # a kill between checkpoint and report leaves epochs that only the checkpoint has, until `train` reads it
     result = train(spec, worker, lambda _: catch_up(), paths=paths)
     catch_up()
     return result
-
-
-def _from_rank_0(value: int, worker: Worker) -> int:
-    if worker.world_size == 1:
-        return value
-    import torch
-    import torch.distributed as dist
-
-    values = [value]
-    dist.broadcast_object_list(values, 0, device=torch.device(worker.device))
-    return values[0]
 
 
 # --- before ---
