@@ -36,8 +36,6 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A row of A and the row of B that it is compared with."""
-
     a: Row
     b: Row
     differs: dict[str, tuple[str, str]]  # field -> its value in A and in B
@@ -212,7 +210,6 @@ MEANS = (
 def render_comparison(
     pairs: Sequence[Pair], format: str = "table", *, width: int = 100, colour: bool = False
 ) -> str:
-    """table, markdown or json."""
     if format == "json":
         return _json(pairs)
     if not pairs:

@@ -184,7 +184,6 @@ def _ranks(row: Row, runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _nodes(row: Row, runs: Sequence[Run]) -> Iterator[str]:
-    """What each node did during the runs."""
     if any(result.nodes for _, result, _ in runs):
         yield "nodes, sampled each second from the workers' start to their end, all processes on them:"
     for stored, result, _ in runs:

@@ -30,7 +30,6 @@ def make_frame(runs: Iterable[Stored], *, epochs: bool = False) -> pandas.DataFr
 
 
 def _identity(run: Stored) -> dict[str, Any]:
-    """What distinguishes a run from others."""
     record = run.record
     spec = {name: value for name, value in record.spec.items() if name not in ("dataset", "device", "fingerprint")}
     return {

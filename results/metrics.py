@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +29,6 @@ class Figure:
 
     @property
     def sample(self) -> Sample | None:
-        """For the statistics."""
         return None if self.value is None else Sample(self.n, self.value, self.std)
 
 
@@ -75,7 +74,6 @@ class Metric:
         return self.unit != "%"
 
     def measure(self, result: RunResult) -> Measurement:
-        """The figure of one run."""
         value = self.read(result)
         if isinstance(value, Measurement):
             return value
@@ -93,13 +91,10 @@ class Metric:
             return Figure(None, reason=self.measure(results[0]).reason if results else None)
         if self.over_seeds == "mean":
             return Figure(mean(values), std(values), len(values))
-        combined = median(values) if self.over_seeds == "median" else max(values)
-        if self.over_seeds == "first":
-            combined = values[0]
+        combined = {"median": median(values), "max": max(values), "first": values[0]}[self.over_seeds]
         return Figure(combined, n=len(values))
 
     def plain(self, figure: Figure) -> dict[str, float | None]:
-        """The columns of CSV and JSON, units in their names."""
         if self.over_seeds != "mean":
             return {self.name: figure.value}
         unit = {"%": "_percent"}.get(self.unit, "")
@@ -188,11 +183,6 @@ METRICS: dict[str, Metric] = {
         _memory("rss_mib", "RSS", "peak resident memory on the host", lambda m: m.rss_mib, device="cpu"),
     )
 }  # fmt: skip
-
-
-def summarise_metrics(results: Sequence[RunResult]) -> Mapping[str, Figure]:
-    """Every metric over some runs."""
-    return {name: metric.summarise(results) for name, metric in METRICS.items()}
 
 
 def run_figures(result: RunResult) -> dict[str, float | None]:

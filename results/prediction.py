@@ -28,14 +28,12 @@ class PredictedFigure:
 
     @property
     def percent(self) -> float | None:
-        """The difference in percent of what was predicted."""
         if self.difference is None or not self.predicted.value:
             return None
         return 100 * self.difference / self.predicted.value
 
     @property
     def reason(self) -> str | None:
-        """Why there is no difference."""
         for side, reading in (("not predicted", self.predicted), ("not measured", self.actual)):
             if reading.value is None:
                 return f"{side}: {reading.reason or 'no reason given'}"
@@ -64,7 +62,6 @@ def predicted_figures(row: Row) -> tuple[PredictedFigure, ...]:
 
 
 def in_words(row: Row) -> Iterator[str]:
-    """Lines for `harness why`."""
     pairs = predicted_figures(row)
     if not pairs or row.predicted is None:
         return

@@ -32,13 +32,11 @@ class Published:
 
     @property
     def sample(self) -> Sample | None:
-        """The error, for the statistics."""
         return None if self.error is None else Sample(self.n, self.error, self.std)
 
 
 @cache
 def load_published() -> tuple[Published, ...]:
-    """All published numbers, in the order of the file."""
     text = (Path(__file__).parent / "published.toml").read_text(encoding="utf-8")
     return tuple(Published(**entry) for entry in tomllib.loads(text)["published"])
 

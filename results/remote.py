@@ -41,7 +41,6 @@ def join_uri(uri: str, name: str) -> str:
 
 
 def cache_folder(uri: str, cache: Path) -> Path:
-    """The local folder for a URI, below the cache."""
     name = re.sub(r"[^A-Za-z0-9.]+", "-", uri.partition("?")[0].rstrip("/").rpartition("/")[2]).strip("-.")
     return cache / "remote" / f"{name[:40] or 'results'}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}"
 
@@ -51,8 +50,6 @@ def cache_folder(uri: str, cache: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """A folder in one of pyarrow's file systems."""
-
     files: Any  # pyarrow.fs.FileSystem
     root: str
     is_cache: bool = False

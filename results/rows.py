@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from harness.results.metrics import NONE, UNKNOWN, Figure, summarise_metrics
+from harness.results.metrics import METRICS, NONE, UNKNOWN, Figure
 from harness.results.published import Published, find_published
 from harness.results.statistics import Sample, Verdict, compare_with_published
 from harness.results.store import Interrupted, Stored, collector_paused
@@ -246,7 +246,7 @@ def _make_row(group: _Group) -> Row:
         pruned=tuple(s for s in group.pruned if s.record.seed not in finished_seeds),
         interrupted=tuple(group.interrupted),
         repeated=repeated,
-        figures=summarise_metrics(results),
+        figures={name: metric.summarise(results) for name, metric in METRICS.items()},
         by_category_mib=largest,
     )
     return replace(row, against=judge(row))

@@ -83,7 +83,6 @@ def median(values: Sequence[float]) -> float:
 
 
 def sample(values: Sequence[float]) -> Sample:
-    """n, mean and std of some values."""
     return Sample(len(values), mean(values), std(values))
 
 
@@ -109,12 +108,11 @@ def compare_with_published(ours: Sample, published: Sample, alpha: float = 0.05)
     difference = ours.mean - published.mean
     if ours.std is not None and published.std is not None and published.n > 1:
         error, freedom = _welch(ours, published)
-    elif ours.std is not None:
-        error, freedom = ours.std * math.sqrt(1 / ours.n + 1 / published.n), ours.n - 1.0
-    elif published.std is not None and published.n > 1:
-        error, freedom = published.std * math.sqrt(1 / ours.n + 1 / published.n), published.n - 1.0
     else:
-        return None
+        known = ours if ours.std is not None else published
+        if known.std is None or known.n < 2:
+            return None
+        error, freedom = known.std * math.sqrt(1 / ours.n + 1 / published.n), known.n - 1.0
     p = _two_sided(difference, error, freedom)
     expected = _around(ours.mean, t_quantile(1 - alpha / 2, freedom) * error)
     return Verdict("consistent" if p >= alpha else "better" if difference < 0 else "worse", p, expected)
@@ -219,7 +217,6 @@ def _one_sided(difference: float, error: float, freedom: float) -> float:
 
 
 def t_survival(t: float, freedom: float) -> float:
-    """P(T > t) for Student's t."""
     from scipy.special import stdtr
 
     return float(stdtr(freedom, -t))

@@ -37,8 +37,6 @@ _EPOCHS = TypeAdapter(list[EpochMetrics])
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A record and its folder."""
-
     record: Record
     folder: Path
 
@@ -83,12 +81,10 @@ def run_name(dataset: str, variant: str, depth: int, seed: int, key: str) -> str
 
 
 def partial_dir(out: Path, name: str) -> Path:
-    """The folder of a run that has not finished."""
     return out / f"{name}{PARTIAL}"
 
 
 def finished_dir(out: Path, name: str) -> Path:
-    """The folder of a finished run."""
     return out / name
 
 

@@ -57,7 +57,6 @@ class Trial(Value):
     curve: list[tuple[int, float]] = Field(default_factory=list)  # (epoch, metric)
 
     def add_epoch(self, epoch: int, metric: float, seconds: float) -> None:
-        """Append an epoch's metric."""
         self.curve.append((epoch, metric))
         self.epochs, self.last, self.seconds = epoch, metric, round(self.seconds + seconds, 3)
 
@@ -85,8 +84,6 @@ class Importance(Value):
 
 
 class Sweep(Value):
-    """A whole trials.json."""
-
     schema_version: Literal[1] = 1
     name: str
     variant: str
@@ -125,12 +122,10 @@ class Sweep(Value):
 
     @property
     def heading(self) -> str:
-        """The metric as a table calls it."""
         return METRICS.get(self.metric, self.metric)
 
     @property
     def judged_by(self) -> str:
-        """The metric and the images that it is of."""
         if self.metric in ("loss", "epoch_seconds"):
             return f"{self.heading} of the training set"
         if self.selected_on == "test":
@@ -138,7 +133,6 @@ class Sweep(Value):
         return f"{self.heading} of {self.val or 0:,} held-out training images"
 
     def to_json(self) -> str:
-        """The text of trials.json."""
         return json.dumps(self.model_dump(), indent=1, default=str) + "\n"
 
 

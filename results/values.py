@@ -114,8 +114,6 @@ class RankUse(Value):
 
 
 class RunResult(Value):
-    """What one run measured."""
-
     parameters: int
     evaluated_on: Literal["test", "val"]
     epochs: tuple[EpochMetrics, ...] = ()  # empty in what `load_records` returns: use `load_epochs(folder)`
@@ -152,8 +150,6 @@ class RunResult(Value):
 
 
 class Failure(Value):
-    """Why a run gave no result."""
-
     kind: Literal["OOM", "NaN", "killed", "exception"]
     message: str
     traceback: str = ""

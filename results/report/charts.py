@@ -65,8 +65,6 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """The charts of one data set or sweep."""
-
     title: str
     stem: str  # of its files
     charts: list[Chart] = field(default_factory=list)

@@ -14,8 +14,6 @@ from harness.results.store import Interrupted, Stored
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of the table."""
-
     name: str
     header: str
     text: Callable[[Row], str]
@@ -169,7 +167,6 @@ def find_columns(names: Sequence[str]) -> list[Column]:
 
 
 def check_names(names: Sequence[str], known: Sequence[str]) -> None:
-    """Raise ValueError for a name that is not known."""
     for name in names:
         if name not in known:
             raise ValueError(f"no column {name!r}: {suggest(name, known)}")

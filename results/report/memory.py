@@ -40,7 +40,6 @@ def mib(value: float) -> str:
 
 
 def category_values(categories: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """One value for each part of each row."""
     return [
         {"row": row, "category": name, "mib": round(value, 2), "order": k, "whole": round(sum(parts.values()), 2)}
         for row, parts in categories.items()

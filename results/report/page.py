@@ -122,7 +122,6 @@ def _number(value: float | Measurement | None, digits: int = 0) -> str:
 
 
 def _cut(traceback: str) -> Markup:
-    """The end of a traceback, with its lines."""
     return Markup("\n").join(escape(clean(line)) for line in traceback[-MAX_TRACEBACK:].splitlines())
 
 
@@ -134,7 +133,6 @@ def _sort_key(column: Column, row: Row) -> str | None:
 
 
 def _kind(column: Column, row: Row) -> str:
-    """How a cell of the comparison looks."""
     kinds = ["r"] if column.right else []
     if column.name == "error" and row.error is None:
         kinds.append("bad" if row.failed else "warn")

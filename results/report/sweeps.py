@@ -73,7 +73,6 @@ def clamp(share: float) -> float:
 
 
 def _value(sweep: Sweep, trial: Trial, axes: Sequence[_Axis]) -> dict[str, Any]:
-    """A trial as all charts read it."""
     own = [*(trial.fields[d.field] for d in sweep.dimensions), trial.last]
     shown = zip(axes, own[:-1], strict=False)
     return {
@@ -99,7 +98,6 @@ class _Axis:
         self.low, self.high = dimension.values[0], dimension.values[-1]
 
     def place(self, value: Any) -> float:
-        """From 0 to 1."""
         if not self.continuous:
             return self.names.index(show(value)) / (len(self.names) - 1) if len(self.names) > 1 else 0.5
         scale = math.log10 if self.log else float

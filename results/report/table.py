@@ -48,7 +48,6 @@ class Layout:
 
     @property
     def numbered(self) -> list[str]:
-        """The notes, each with its mark."""
         return [f"{_mark([number])} {note}" for number, note in enumerate(self.notes, 1)]
 
 

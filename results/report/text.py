@@ -24,7 +24,6 @@ class Sheet:
     cells: list[list[str]]
 
     def select(self, wanted: Sequence[int]) -> Sheet:
-        """Only these columns, in this order."""
         lines = [[line[j] for j in wanted] for line in (self.headers, *self.cells)]
         return Sheet(lines[0], [self.right[j] for j in wanted], lines[1:])
 
@@ -50,7 +49,6 @@ def clean(text: str) -> str:
 
 
 def paint(text: str, style: str) -> str:
-    """Colour for a terminal."""
     return f"\x1b[{ANSI[style]}m{text}\x1b[0m" if style and text.strip() else text
 
 
@@ -87,7 +85,6 @@ def _fit(widths: list[int], right: list[bool], width: int) -> list[int]:
 
 
 def for_markdown(sheet: Sheet) -> str:
-    """A table in GitHub's Markdown."""
     from tabulate import tabulate
 
     headers, *cells = [list(map(escape_markdown, line)) for line in (sheet.headers, *sheet.cells)]
