@@ -30,7 +30,7 @@ def alive_after(way: str, out: Path) -> dict[str, int]:
     from test_train import RunPaths, spec
 
     import harness.training.setup
-    from harness.cluster.launch import Worker
+    from harness.cluster.job import Worker
     from harness.loaders.dali import DaliLoader
     from harness.training.train import train
 

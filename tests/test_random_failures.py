@@ -32,7 +32,7 @@ def train_all(rank: int, folder: Path) -> list[dict[str, Any]]:
     from test_train import RunPaths, losses, spec
 
     import harness.training.setup
-    from harness.cluster.launch import Worker
+    from harness.cluster.job import Worker
     from harness.training.train import train
 
     class Failing(StrictTape):
