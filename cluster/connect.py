@@ -56,7 +56,10 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     else:
-        options |= {"address": address, "runtime_env": {"env_vars": GPU_ORDER}}  # its nodes have their own environment
+        options |= {
+            "address": address,
+            "runtime_env": {"env_vars": GPU_ORDER},
+        }  # its nodes have their own environment
     try:
         with _staying_on_loopback() if address is None else contextlib.nullcontext():
             ray.init(**options)

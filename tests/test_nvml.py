@@ -151,7 +151,9 @@ def test_cuda_and_nvml_number_gpus_alike() -> None:
     """By PCI bus, whatever of the harness is imported first; CUDA's own order is by speed."""
     code = "import os, harness; print(os.environ['CUDA_DEVICE_ORDER'])"
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_ORDER"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "PCI_BUS_ID\n"
 
 
