@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from strict_tape import REASONS
+from tape import REASONS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

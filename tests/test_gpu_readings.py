@@ -253,6 +253,8 @@ def read_context(nvml: NvmlStub, cuda: Cuda, monkeypatch: pytest.MonkeyPatch, *,
     monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda _: before > 0)
     monkeypatch.setattr(harness.training.memory, "_context_mib", {})
     monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda _: before > 0, raising=False)
+    monkeypatch.setattr("harness.training.memory._context_mib", {})  # as in a process of its own
     meter = None
     with monkeypatch.context() as patch:
         patch.setattr(torch, "zeros", zeros)
