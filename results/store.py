@@ -192,22 +192,6 @@ def _write_record(out: Path, record: Record, epochs: Iterable[EpochMetrics] = ()
     return folder
 
 
-<<<<<<< HEAD
-def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] | None = None) -> Loaded:
-    """Read every run under some paths, each a folder of runs or one run's folder; not again those that are `known`.
-
-    Never raises for a folder's contents: one that is no run, or whose record is broken, half-written, wrongly edited or
-    of another schema version, becomes a Problem. A copy of a run that was read before (same key, same instant) is
-    skipped. Records come without their epochs: `load_epochs(folder)`.
-    """
-    loaded = Loaded([], [], [])
-    with collector_paused():
-        _load(paths, loaded, known or {})
-    return loaded
-
-
-=======
->>>>>>> w-slimr
 @contextmanager
 def collector_paused() -> Iterator[None]:
     """Create many values without Python's cyclic garbage collector, which would take longer than their creation."""
@@ -220,22 +204,18 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-<<<<<<< HEAD
-def _load(paths: Iterable[Path], loaded: Loaded, known: Mapping[Path, Stored]) -> None:
-=======
 @collector_paused()
-def load_records(paths: Iterable[Path]) -> Loaded:
-    """Read every run under some paths, each a folder of runs or one run's folder.
+def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] | None = None) -> Loaded:
+    """Read every run under some paths, each a folder of runs or one run's folder; not again those that are `known`.
 
     Never raises for a folder's contents: one that is no run, or whose record is broken, half-written, wrongly edited or
     of another schema version, becomes a Problem. A copy of a run that was read before (same key, same instant) is
     skipped. Records come without their epochs: `load_epochs(folder)`.
     """
     loaded = Loaded([], [], [])
->>>>>>> w-slimr
     seen: set[tuple[str, datetime]] = set()
     for folder in _folders(paths, loaded.problems):
-        if folder in known:
+        if known and folder in known:
             loaded.records.append(known[folder])
             continue
         try:
