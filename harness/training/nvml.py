@@ -126,9 +126,13 @@ def count_gpus() -> int:
     if visible is not None and visible.strip() in HIDDEN:
         return 0
     try:
-        count = int(load_nvml().nvmlDeviceGetCount())
+        nvml = load_nvml()
     except Exception:
         return 0
+    try:
+        count = int(nvml.nvmlDeviceGetCount())
+    finally:
+        nvml.nvmlShutdown()
     return count if visible is None else min(count, len(visible.split(",")))
 
 
