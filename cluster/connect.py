@@ -15,7 +15,9 @@ from harness.cluster.nodes import Cluster, inspect_cluster
 
 CONNECT_SECONDS = 20.0
 
+GPU_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # NVML's; CUDA's own is by speed
 _ENVIRONMENT = {
+    **GPU_ORDER,
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # also how often reports are collected: 2 s by default
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -54,7 +56,10 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     else:
-        options["address"] = address
+        options |= {
+            "address": address,
+            "runtime_env": {"env_vars": GPU_ORDER},
+        }  # its nodes have their own environment
     try:
         with _staying_on_loopback() if address is None else contextlib.nullcontext():
             ray.init(**options)

@@ -32,9 +32,11 @@ def make_failed(error: BaseException, *, attempts: int) -> Failed:
     )
     died = is_death(cause) or is_lost_peer(cause)
     text = str(cause).strip() or type(cause).__name__
-    if died:
-        text = WORKER_DIED
-    elif "RayError" in {cls.__name__ for cls in type(cause).__mro__}:
+    if died:  # a watchdog knows which rank it was, and where
+        text = next(
+            (str(error) for error in failures or [cause] if "RankStalledError" in _names(error)), WORKER_DIED
+        )
+    elif "RayError" in _names(cause):
         text = text.splitlines()[-1]
     return Failed(
         exception="" if died else type(cause).__name__,
@@ -56,13 +58,18 @@ def count_failures(failures: int, best_progress: float, progress: float) -> tupl
 
 def is_lost_peer(error: BaseException) -> bool:
     """A collective that ended because another rank is gone, which is noticed before Ray notices a lost node."""
-    names = {cls.__name__ for cls in type(error).__mro__}
+    names = _names(error)
     return bool(names & _COLLECTIVES) or ("RuntimeError" in names and _LOST_PEER.search(str(error)) is not None)
 
 
 def is_death(error: BaseException) -> bool:
     """A process or node that ended without an exception of its own."""
-    return bool({cls.__name__ for cls in type(error).__mro__} & _DEATHS)
+    return bool(_names(error) & _DEATHS)
+
+
+def _names(error: BaseException) -> set[str]:
+    """Of its class and those that it is derived from: Ray's and torch's are not imported here."""
+    return {cls.__name__ for cls in type(error).__mro__}
 
 
 def _unwrap(error: BaseException) -> BaseException:

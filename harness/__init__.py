@@ -5,11 +5,15 @@ In a notebook: `import harness; harness.load("runs")`.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pandas
+
+# NVML numbers GPUs by PCI bus, CUDA by speed unless this is set before it starts
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
 
 
 def load(*paths: str | Path, epochs: bool = False) -> pandas.DataFrame:

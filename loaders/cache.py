@@ -50,6 +50,7 @@ def cached(
     written costs time at every start, so there is a warning, but no error.
     """
     from safetensors import SafetensorError
+    from safetensors.numpy import save_file
 
     key = hashlib.sha256("\n".join((str(CACHE_FORMAT), *signature)).encode()).hexdigest()
     index = folder / "index" / f"{key}.json"
@@ -64,7 +65,10 @@ def cached(
                 return hit
             value = read()
             fingerprint = value.fingerprint()
-            _save(value, folder / f"{fingerprint}.safetensors")
+            arrays, metadata = value.to_arrays()
+            whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            path = folder / f"{fingerprint}.safetensors"
+            _write_atomic(path, lambda part: save_file(whole, part, metadata=metadata))
             _write_atomic(index, lambda part: part.write_text(json.dumps({"fingerprint": fingerprint})))
             return value, fingerprint
     except (OSError, SafetensorError) as error:  # no room, no permission
@@ -91,14 +95,6 @@ def _load(index: Path, kind: type[Value], folder: Path) -> tuple[Value, str] | N
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
     return (value, fingerprint) if value.fingerprint() == fingerprint else None
-
-
-def _save(value: Cacheable, path: Path) -> None:
-    from safetensors.numpy import save_file
-
-    arrays, metadata = value.to_arrays()
-    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    _write_atomic(path, lambda part: save_file(whole, part, metadata=metadata))
 
 
 def _write_atomic(path: Path, write: Callable[[Path], object]) -> None:

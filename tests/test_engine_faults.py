@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,18 +24,6 @@ from harness.loaders.resident import ResidentLoader
 from harness.spec import RunPaths
 from harness.training.engine import CudaGraphs
 from harness.training.train import train
-
-TESTS = Path(__file__).resolve().parent
-
-
-@pytest.mark.parametrize(("ending", "error"), [("well", "NoneType"), ("badly", "DivergedError")])
-def test_no_graph_outlives_its_run(ending: str, error: str) -> None:
-    """In a fresh process, without garbage collection, and while the exception is held."""
-    command = [sys.executable, "-W", "ignore", str(TESTS / "graph_life.py"), ending]
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told == {"graphs": 3, "alive": 0, "resets": 3, "error": error}
 
 
 def test_all_is_captured_before_the_loaders_begin_and_nothing_is_collected_meanwhile(

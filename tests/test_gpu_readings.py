@@ -13,6 +13,7 @@ import pynvml
 import pytest
 import torch
 
+import harness.training.memory
 from harness.results.values import Measurement
 from harness.training.memory import MemoryMeter
 from harness.training.nvml import count_gpus, driver_version, open_device
@@ -249,6 +250,8 @@ def read_context(nvml: NvmlStub, cuda: Cuda, monkeypatch: pytest.MonkeyPatch, *,
             show(CONTEXT)
 
     show(before)
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda _: before > 0)
+    monkeypatch.setattr(harness.training.memory, "_context_mib", {})
     monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
     monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda _: before > 0, raising=False)
     monkeypatch.setattr("harness.training.memory._context_mib", {})  # as in a process of its own

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ray import cloudpickle
 
+import harness.cluster.connect
 from harness.cluster import local
 from harness.cluster.connect import ClusterError, connect, disconnect
 from harness.cluster.failures import count_failures
@@ -42,7 +43,8 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
         os._exit(1)
     if worker.world_size > 1:
         dist.barrier()
-    return {"total": total.item(), "attempt": worker.attempt, "threads": worker.threads, "device": worker.device}
+    return {"total": total.item(), "attempt": worker.attempt, "threads": worker.threads, "device": worker.device,
+            "order": os.environ.get("CUDA_DEVICE_ORDER")}  # fmt: skip
 
 
 def make_job(storage: Path, **options: Any) -> JobConfig:
@@ -78,7 +80,7 @@ def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
         )  # fmt: skip
     finally:
         disconnect()
-    assert outcomes["good"] == {"total": 3.0, "attempt": 1, "threads": 1, "device": "cpu"}
+    assert outcomes["good"] == {"total": 3.0, "attempt": 1, "threads": 1, "device": "cpu", "order": "PCI_BUS_ID"}
     failed = outcomes["raises"]
     assert isinstance(failed, Failed)
     assert (failed.exception, failed.message, failed.died) == ("TooBigError", "does not fit", False)
@@ -110,6 +112,21 @@ def test_an_address_that_cannot_be_is_refused_at_once(address: str) -> None:
     with pytest.raises(ClusterError, match=address):
         connect(address, cpus=1, gpus=0)
     assert time.monotonic() - began < 5
+
+
+def test_workers_of_any_cluster_number_gpus_as_nvml_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster's nodes have an environment of their own; one in this machine inherits ours."""
+    import ray
+
+    options: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "init", lambda **given: options.update(given))
+    monkeypatch.setattr(harness.cluster.connect, "_check_alive", lambda _: None)
+    monkeypatch.setattr(harness.cluster.connect, "inspect_cluster", lambda: None)
+    connect("10.0.0.1:6379", cpus=1, gpus=0)
+    assert options["runtime_env"] == {"env_vars": {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}}
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    connect(None, cpus=1, gpus=0)
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
 def test_private_names_of_ray_that_are_used_exist() -> None:

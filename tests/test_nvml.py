@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -147,8 +148,13 @@ def test_a_mig_instance_is_read_and_not_the_whole_gpu(
 
 
 def test_cuda_and_nvml_number_gpus_alike() -> None:
-    """By PCI bus; CUDA's own order is by speed."""
-    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    """By PCI bus, whatever of the harness is imported first; CUDA's own order is by speed."""
+    code = "import os, harness; print(os.environ['CUDA_DEVICE_ORDER'])"
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_DEVICE_ORDER"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "PCI_BUS_ID\n"
 
 
 def test_gpus_are_counted_as_cuda_would_show_them(nvml: Nvml, monkeypatch: pytest.MonkeyPatch) -> None:

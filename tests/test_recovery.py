@@ -25,8 +25,10 @@ from harness.cluster.failures import make_failed
 from harness.cluster.job import Entered, Failed, JobConfig, Started, Telemetry, Waiting, Worker
 from harness.cluster.launch import launch
 from harness.cluster.nodes import Cluster, Node, Unanswered, ask_every_node, choose_world_size, fit
+from harness.record import classify
 from harness.results.store import load_epochs, load_records
 from harness.results.values import EpochMetrics
+from harness.training.watchdog import RankStalledError
 
 ROOT = Path(__file__).resolve().parent.parent
 # An idle machine of two cores takes about 7 and 12 seconds: these are for a busy one, and below the minute for which
@@ -385,3 +387,12 @@ def test_the_cause_is_told_from_its_consequences() -> None:
     assert killed.died
     plain = make_failed(WorkerGroupError(RuntimeError("shape mismatch")), attempts=1)
     assert not plain.died
+
+
+@pytest.mark.parametrize("others", [(), (ActorDiedError("node"),), (RuntimeError("Connection closed by peer"),)])
+def test_a_rank_that_stalls_is_named_in_the_record(others: tuple[Exception, ...]) -> None:
+    named = "rank 1 on node7 gives no sign of life; rank 0 has waited 240 s for it"
+    failed = make_failed(WorkerGroupError(*others, RankStalledError(named)), attempts=3)
+    assert (failed.died, failed.message) == (True, named), "tried again, and with its own words"
+    failure = classify(failed)
+    assert (failure.kind, failure.message) == ("killed", named)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from harness.results.store import writing
 from harness.spec import CheckpointError
 
 KEPT = 2
@@ -24,12 +24,8 @@ def _stored(folder: Path) -> list[Path]:
 def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any]) -> None:
     """Write `state` as the checkpoint after `epoch` (from 1), then drop all but the newest two."""
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"epoch-{epoch:06d}.tmp"
-    with unfinished.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(folder / f"epoch-{epoch:06d}.pt")
+    with writing(folder / f"epoch-{epoch:06d}.pt") as unfinished:
+        torch.save(state, unfinished)
     for old in _stored(folder)[KEPT:]:
         old.unlink(missing_ok=True)
 

@@ -24,9 +24,6 @@ FIGURES: dict[str, tuple[str, tuple[int, ...], Callable[[Any], float]]] = {
 }
 """Name of a figure: NVML's function, its arguments after the handle, and how its answer becomes the figure."""
 
-# NVML numbers GPUs by PCI bus, CUDA by speed unless this is set before it starts
-os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-
 
 class Gpu:
     """One GPU, or one MIG instance of it. Reading it never raises."""

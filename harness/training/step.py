@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from harness.loaders.resident import upload
 from harness.spec import Precision, RunSpec
 
 
@@ -76,7 +76,8 @@ class Step:
     def snapshot(self) -> Callable[[], None]:
         """Remember all that a step changes. The function returned restores it, every tensor at its address."""
         with torch.no_grad():
-            tensors = [*self.parameters, *self.buffers(), self.loss_sum]
+            statistics = self.network.buffers() if isinstance(self.network, nn.Module) else ()
+            tensors = [*self.parameters, *statistics, self.loss_sum]
             tensors += [v for state in self.optimizer.state.values() for v in state.values() if v is not None]
             values = [tensor.detach().clone() for tensor in tensors]
             scaler = self.scaler.state_dict()
@@ -90,10 +91,6 @@ class Step:
                 self.scaler.load_state_dict(scaler)
 
         return restore
-
-    def buffers(self) -> list[Tensor]:
-        """Batch norm's statistics."""
-        return list(self.network.buffers()) if isinstance(self.network, nn.Module) else []
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], all_reduce: Callable[[Tensor], Any]) -> None:
@@ -127,12 +124,6 @@ def mix(images: Tensor, alpha: float, random: np.random.Generator) -> Tensor:
     other = upload(np.minimum(share, 1 - share), images.device)
     partner = upload(random.permutation(len(images)), images.device)
     return images.lerp(images[partner], other[:, None, None, None])
-
-
-def upload(array: NDArray[Any], device: torch.device) -> Tensor:
-    """The array on the device. A copy from pageable memory would wait for the stream."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def set_precision(precision: Precision) -> None:

@@ -172,7 +172,6 @@ class EpochTelemetry:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
         self._gpu = open_device(device)
         self._highest_clock = 0.0
         self.start()
@@ -185,17 +184,16 @@ class EpochTelemetry:
 
     def stop(self, train_seconds: float) -> EpochReading:
         """Close it, when the device has finished. A collective of all ranks."""
-        joules = self._gpu.read("energy_joules")
-        spent = spent_joules(self._joules, joules)
-        own = float("nan") if spent is None else spent
-        ranks = _gather_numbers([train_seconds, own, *map(float, self._interference())], self._device)
-        seconds = [rank[0] for rank in ranks]
-        total = sum(rank[1] for rank in ranks)
+        spent = spent_joules(self._joules, self._gpu.read("energy_joules"))
+        seconds, every, causes = zip(*gather((train_seconds, spent, self._interference())), strict=True)
+        joules = [own for own in every if own is not None]
         return EpochReading(
-            joules=None if total != total else total,
-            interference=tuple(c for i, c in enumerate(INTERFERENCE) if any(rank[2 + i] for rank in ranks)),
-            skew=max(seconds) / min(seconds) if len(ranks) > 1 else None,
-            slowest_rank=seconds.index(max(seconds)) if len(ranks) > 1 else None,
+            joules=sum(joules) if len(joules) == len(every) else None,
+            interference=tuple(
+                c for c, ranks in zip(INTERFERENCE, zip(*causes, strict=True), strict=True) if any(ranks)
+            ),
+            skew=max(seconds) / min(seconds) if len(seconds) > 1 else None,
+            slowest_rank=seconds.index(max(seconds)) if len(seconds) > 1 else None,
         )
 
     def _interference(self) -> tuple[bool, ...]:
@@ -223,19 +221,6 @@ def _pages_swapped() -> int | None:
 
 
 # --- the ranks ---
-
-
-def _gather_numbers(numbers: list[float], device: torch.device) -> list[list[float]]:
-    """Every rank's numbers, in order."""
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        return [numbers]
-    own = torch.tensor(numbers, dtype=torch.float64, device=device)
-    every = [torch.zeros_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, own)
-    return [rank.tolist() for rank in every]
 
 
 def gather(value: Item) -> list[Item]:
