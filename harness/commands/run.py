@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import sys
 from collections.abc import Collection, Sequence
@@ -27,7 +28,7 @@ from harness.resources import Resources, Session, check_resources, make_allocati
 from harness.results.remote import push_file, push_run
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
 from harness.results.values import EpochMetrics, RunResult
-from harness.spec import RunPaths, RunSpec, UserError
+from harness.spec import RunPaths, RunSpec, UserError, check_word
 
 if TYPE_CHECKING:
     from harness.loaders.datasets import Dataset
@@ -126,13 +127,11 @@ def check_options(grid: Grid, options: RunOptions) -> None:
     check_resources(options.resources)
     plan.check_count(options.checkpoint_every, "--checkpoint-every")
     plan.check_until_ci(grid, options.until_ci, options.max_seeds)
-    plan.check_word(options.format, FORMATS, "--format")
+    check_word(options.format, FORMATS, "--format")
     if options.estimate or options.profile:
-        chosen = {
-            "--estimate": options.estimate, "--profile": options.profile, "--dry-run": options.dry_run,
-            "--format jsonl": options.format == "jsonl",
-        }  # fmt: skip
-        probe, *others = (name for name, is_chosen in chosen.items() if is_chosen)
+        names = ("--estimate", "--profile", "--dry-run", "--format jsonl")
+        chosen = (options.estimate, options.profile, options.dry_run, options.format == "jsonl")
+        probe, *others = itertools.compress(names, chosen)
         if others:
             raise UserError(f"{probe} and {others[0]} exclude each other: {probe} probes and prints a table")
 
