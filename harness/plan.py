@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from harness.models.variants import Recipe, Variant, default_depth, find_variant
 from harness.results.statistics import confidence_interval, sample
 from harness.search_space import apply
-from harness.spec import Engine, Precision, RunSpec, UserError, suggest
+from harness.spec import Engine, Precision, RunSpec, UserError, check_word
 
 LOADERS = ("dali", "resident", "dataloader", "synthetic")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -46,7 +46,7 @@ class Grid:
     specs: tuple[RunSpec, ...] = ()  # these runs, in place of variants × depths × seeds: `make_spec_grid`
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Allocation:
     """`concurrent_runs` at a time, each of `workers` ranks with `threads` CPU threads."""
 
@@ -87,12 +87,6 @@ def _whole(word: str, option: str, text: str) -> int:
     if not re.fullmatch(r"\d{1,9}", word.strip()):
         raise UserError(f"{option} {text!r}: {word!r} is not a whole number")
     return int(word)
-
-
-def check_word(word: str, allowed: Sequence[str], option: str) -> None:
-    """Raise UserError, with the nearest allowed word, unless `word` is one."""
-    if word not in allowed:
-        raise UserError(f"{option} {word!r} is unknown{suggest(word, allowed)} (allowed: {', '.join(allowed)})")
 
 
 def check_count(value: int | None, option: str, *, least: int = 1) -> None:
@@ -136,14 +130,14 @@ def override(recipe: Recipe, grid: Grid) -> tuple[Recipe, tuple[str, ...]]:
 
     Another number of epochs stretches the whole schedule: drops and warm-up keep their share of the run.
     """
-    changed: dict[str, int] = {}
+    changed: dict[str, Any] = {}
     if grid.epochs is not None and not (recipe.unit == "epoch" and recipe.duration == grid.epochs):
         changed["epochs"] = grid.epochs
         factor = grid.epochs / recipe.duration
         milestones, warmup = tuple(m * factor for m in recipe.milestones), recipe.warmup * factor
         recipe = replace(recipe, duration=grid.epochs, unit="epoch", milestones=milestones, warmup=warmup)
     asked = {"batch_size": grid.batch_size, "val": grid.val}
-    own = {name: n for name, n in asked.items() if n is not None and n != getattr(recipe, name)}
+    own: dict[str, Any] = {name: n for name, n in asked.items() if n is not None and n != getattr(recipe, name)}
     return replace(recipe, **own), tuple(f"{name}={n}" for name, n in (changed | own).items())
 
 
@@ -225,21 +219,14 @@ def make_spec_grid(paths: Sequence[Path], grid: Grid, given: Collection[str]) ->
     datasets = list(dict.fromkeys([grid.dataset] if "dataset" in given else [spec.dataset for spec in read]))
     if len(datasets) > 1:
         raise UserError(f"--spec: runs on {' and on '.join(datasets)}; a command trains on one data set")
-    fixed = {name: getattr(grid, name) for name in ("loader", "precision") if name in given}
+    fixed = {name: getattr(grid, name) for name in ("loader", "precision", "dataset") if name in given}
     fixed |= {name: value for name in ("engine", "limit_train", "limit_test") if (value := getattr(grid, name))}
-    if "dataset" in given:
-        fixed |= {"dataset": grid.dataset, "fingerprint": ANY_IMAGES}
+    fixed |= {"fingerprint": ANY_IMAGES} if "dataset" in given else {}
     changed = [replace(_override_spec(spec, grid), **fixed) for spec in read]
     seeds = grid.seeds if "seeds" in given else ()
     specs = [replace(spec, seed=seed) for seed in seeds for spec in changed] or changed
-    on_gpus = [spec.precision for spec in specs if spec.precision in GPU_PRECISIONS]
-    return replace(
-        grid,
-        variants=tuple(dict.fromkeys(spec.variant for spec in specs)),
-        dataset=datasets[0],
-        precision=(on_gpus or [specs[0].precision])[0],
-        specs=tuple(specs),
-    )
+    precision = max((spec.precision for spec in specs), key=lambda p: p in GPU_PRECISIONS)
+    return replace(grid, dataset=datasets[0], precision=precision, specs=tuple(specs))
 
 
 def _override_spec(spec: RunSpec, grid: Grid) -> RunSpec:
@@ -265,7 +252,7 @@ def check_until_ci(grid: Grid, until_ci: float | None, max_seeds: int | None) ->
         if max_seeds is not None:
             raise UserError(f"--max-seeds {max_seeds} is for --until-ci, which says until when seeds are added")
         return
-    if not (until_ci > 0 and math.isfinite(until_ci)):
+    if not 0 < until_ci < math.inf:
         raise UserError(f"--until-ci {until_ci:g}: points of error above 0 are allowed, as in 0.10")
     least = max(2, len(grid.seeds))
     if max_seeds is not None and max_seeds < least:
@@ -280,12 +267,13 @@ def error_half_widths(specs: Iterable[RunSpec], errors: Mapping[str, float]) -> 
     rows: dict[RunSpec, list[float]] = defaultdict(list)
     for spec in specs:
         rows[replace(spec, seed=0)].append(errors.get(spec.key, math.nan))
-    halves: dict[RunSpec, float | None] = {}
-    for row, values in rows.items():
+
+    def half(values: list[float]) -> float | None:
         interval = confidence_interval(sample(values))
-        half = (interval.high - interval.low) / 2 if interval else math.inf
-        halves[row] = half if all(map(math.isfinite, values)) else None
-    return halves
+        width = interval.high - interval.low if interval else math.inf
+        return width / 2 if all(map(math.isfinite, values)) else None
+
+    return {row: half(values) for row, values in rows.items()}
 
 
 def more_seeds(
@@ -298,17 +286,14 @@ def more_seeds(
     used: dict[RunSpec, set[int]] = defaultdict(set)
     for spec in specs:
         used[replace(spec, seed=0)].add(spec.seed)
-    halves = error_half_widths(specs, errors)
-    wide = [
-        row for row, half in halves.items() if half is not None and half > until_ci and len(used[row]) < max_seeds
-    ]
+    halves = error_half_widths(specs, errors).items()
+    wide = [row for row, half in halves if half is not None and half > until_ci and len(used[row]) < max_seeds]
     more = []
-    for _ in range(max(1, concurrent_runs // len(wide)) if wide else 0):
-        for row in wide:
-            if len(used[row]) < max_seeds:
-                seed = next(n for n in itertools.count() if n not in used[row])
-                used[row].add(seed)
-                more.append(replace(row, seed=seed))
+    for row in wide * (max(1, concurrent_runs // len(wide)) if wide else 0):
+        if len(used[row]) < max_seeds:
+            seed = next(n for n in itertools.count() if n not in used[row])
+            used[row].add(seed)
+            more.append(replace(row, seed=seed))
     return more
 
 

@@ -9,7 +9,6 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,15 +32,6 @@ LEAST_DISK_GIB = 2.0  # for a grid's checkpoints and weights, and a decoded data
 LARGEST_CLOCK_ERROR_SECONDS = 60.0
 ROWS_SHOWN = 40
 GIB = 2**30
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
-    """What each node is asked about."""
-
-    paths: RunPaths
-    dataset: str
-    sentinel: str  # name of a file that the driver has put into `paths.out`
 
 
 class Difference(NamedTuple):
@@ -73,34 +63,33 @@ def _describe() -> dict[str, str]:
     return {"python": platform.python_version(), "code": hash_code(), **versions}
 
 
-def _leave_sentinel(question: Question) -> tuple[str, str]:
+def _leave_sentinel(paths: RunPaths, sentinel: str) -> tuple[str, str]:
     """Answer the driver's file with one beside it: its name, and the GiB free where this node writes."""
-    out, remote = question.paths.out, question.paths.remote
-    own = f"{question.sentinel}-{uuid.uuid4().hex}"
+    out, remote = paths.out, paths.remote
+    own = f"{sentinel}-{uuid.uuid4().hex}"
     if remote:
-        seen = question.sentinel in find_sentinels(remote, question.sentinel)
+        seen = sentinel in find_sentinels(remote, sentinel)
         out.mkdir(parents=True, exist_ok=True)
         if seen:
             leave_sentinel(remote, own)
     else:
-        seen = (out / question.sentinel).exists()
+        seen = (out / sentinel).exists()
         if seen:
             (out / own).write_bytes(b"")
     return (own, f"{free_gib(out):.1f}") if seen else ("another folder, or none", "")
 
 
-def answer(question: Question) -> dict[str, str]:
-    """The facts of the node this runs on, as text. Leaves a file in the folder of results."""
+def answer(paths: RunPaths, dataset: str, sentinel: str) -> dict[str, str]:
+    """The facts of the node this runs on, as text; leaves a file beside the driver's `sentinel` in the results folder."""
     facts = {**_describe(), "clock": f"{time.time()}"}
     try:
-        facts["out"], facts["disk"] = _leave_sentinel(question)
+        facts["out"], facts["disk"] = _leave_sentinel(paths, sentinel)
     except (OSError, StorageError) as error:
         facts["out"], facts["disk"] = getattr(error, "strerror", None) or str(error), ""
     from harness.loaders.datasets import DataError, load_dataset
 
-    paths = question.paths
     try:
-        facts["data"] = load_dataset(question.dataset, paths.data_dir, paths.cache_dir).fingerprint[:12]
+        facts["data"] = load_dataset(dataset, paths.data_dir, paths.cache_dir).fingerprint[:12]
     except (DataError, OSError) as error:
         facts["data"] = str(error)
     return facts
@@ -145,15 +134,14 @@ def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> None:
     """
     if len(working_nodes()) < 2:
         return
-    question = Question(paths=paths, dataset=dataset.name, sentinel=f".preflight-{uuid.uuid4().hex[:12]}")
-    remote, sentinel = paths.remote, question.sentinel
+    remote, sentinel = paths.remote, f".preflight-{uuid.uuid4().hex[:12]}"
     if remote:
         leave_sentinel(remote, sentinel)
     else:
         (paths.out / sentinel).write_bytes(b"")
     try:
         sent_at = time.time()
-        answers = ask_every_node(partial(answer, question))
+        answers = ask_every_node(partial(answer, paths, dataset.name, sentinel))
         received_at = time.time()
         names = find_sentinels(remote, sentinel) if remote else [path.name for path in paths.out.iterdir()]
     finally:
@@ -166,7 +154,7 @@ def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> None:
     differences = compare(here, answers, sentinels=sentinels, sent_at=sent_at, received_at=received_at)
     if differences:
         more = len(differences) - ROWS_SHOWN
-        names = Difference._fields
+        names = list(Difference._fields)
         table = make_table(*names, left=names, caption=f"and {more} more" if more > 0 else None)
         for column in table.columns:
             column.no_wrap, column.overflow = False, "fold"

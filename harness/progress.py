@@ -114,6 +114,11 @@ class LiveTable:
         """A line, above the table if there is one."""
         say(self.console, text)
 
+    def log(self, text: str) -> None:
+        """A line where there is no table to show the same."""
+        if not self.console.is_terminal:
+            self.say(text)
+
 
 class Progress(LiveTable):
     """Shows the runs; `event` takes what `launch` reports, `ended` the outcome."""
@@ -146,22 +151,20 @@ class Progress(LiveTable):
             if event.reason:
                 again = f"trying again ({event.attempt}){' with ' * bool(width)}{width}"
                 self.say(f"{spec.title}: {event.reason}; {again}")
-            elif not self.console.is_terminal:
-                self.say(f"{spec.title}: starting")
+            else:
+                self.log(f"{spec.title}: starting")
         elif isinstance(event, Waiting):
             line.state, line.note = "waiting", f"for room: {event.reason}"
-            if not self.console.is_terminal:
-                self.say(f"{spec.title}: waiting for room since {clock(event.seconds)}: {event.reason}")
+            self.log(f"{spec.title}: waiting for room since {clock(event.seconds)}: {event.reason}")
         elif isinstance(event, Entered):
             line.state = "training"
         elif isinstance(event, EpochMetrics):
             line.state, line.last = "training", event
             line.seconds.append(event.train_seconds + event.eval_seconds)
-            if not self.console.is_terminal:
-                self.say(
-                    f"{spec.title}: epoch {event.epoch}/{line.epochs}  loss {event.loss:.3f}"
-                    f"  error {event.error:.2f} %  {event.train_seconds:.2f} s/epoch  left {clock(self._left(line))}"
-                )
+            self.log(
+                f"{spec.title}: epoch {event.epoch}/{line.epochs}  loss {event.loss:.3f}"
+                f"  error {event.error:.2f} %  {event.train_seconds:.2f} s/epoch  left {clock(self._left(line))}"
+            )
 
     def ended(self, spec: RunSpec, outcome: RunResult | Failed) -> None:
         """A run gave its result, or failed."""
@@ -173,8 +176,7 @@ class Progress(LiveTable):
             line.state = "done"
             for warning in outcome.warnings:
                 self.say(f"{spec.title}: {warning}")
-            if not self.console.is_terminal:
-                self.say(f"{spec.title}: done, final error {outcome.final_error:.2f} %")
+            self.log(f"{spec.title}: done, final error {outcome.final_error:.2f} %")
 
     def _left(self, line: _Line) -> float | None:
         """Seconds, by the median epoch so far; of a run that has not begun, by runs of the same network."""
@@ -243,8 +245,7 @@ class TrialTable(LiveTable):
 
     def line(self, trial: Trial, text: str) -> None:
         """What happened to a trial; on a terminal the table shows it."""
-        if not self.console.is_terminal:
-            self.say(f"trial {trial.number}/{self.total}: {text}")
+        self.log(f"trial {trial.number}/{self.total}: {text}")
 
     def left(self) -> float | None:
         """Seconds, from the epochs that trials so far have taken; None before the first epoch."""

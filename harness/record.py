@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from harness.cluster.job import Failed, Started
 from harness.results import store
 from harness.results.remote import StorageError, pull_run, push_finished, push_run
 from harness.results.store import Stored, partial_dir, run_name
@@ -23,12 +24,12 @@ from harness.spec import RunPaths, RunSpec, UserError
 if TYPE_CHECKING:
     from filelock import FileLock
 
-    from harness.cluster.job import Failed, Started
     from harness.results.values import EpochMetrics, NodeUse
 
 ATTEMPTS = "attempts.jsonl"
 PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py",
             "nvidia-dali-cuda120", "nvidia-dali-cuda130")  # fmt: skip
+STATUSES: dict[type, Literal["done", "failed", "pruned"]] = {RunResult: "done", Failed: "failed", Pruned: "pruned"}
 
 
 def name_of(spec: RunSpec, label: str) -> str:
@@ -80,38 +81,6 @@ def classify(failed: Failed) -> Failure:
         kind = "exception"
     message = failed.message if kind != "exception" else f"{failed.exception}: {failed.message}"
     return Failure(kind=kind, message=message, traceback=failed.traceback)  # type: ignore[arg-type]
-
-
-def make_record(
-    spec: RunSpec,
-    outcome: RunResult | Failed | Pruned,
-    *,
-    label: str,
-    original: bool,
-    started_at: datetime,
-    environment: Mapping[str, Any],
-) -> Record:
-    """Everything that is kept of one run. `environment` is added to `describe_code`."""
-    status: Literal["done", "failed", "pruned"] = "done"
-    if not isinstance(outcome, RunResult):
-        status = "pruned" if isinstance(outcome, Pruned) else "failed"
-    return Record(
-        key=spec.key,
-        name=name_of(spec, label),
-        status=status,
-        variant=spec.variant,
-        depth=spec.network.depth,
-        seed=spec.seed,
-        dataset=label,
-        original=original,
-        spec=spec.to_json(),
-        result=outcome if isinstance(outcome, RunResult) else None,
-        failure=None if isinstance(outcome, RunResult | Pruned) else classify(outcome),
-        pruned=outcome if isinstance(outcome, Pruned) else None,
-        environment={**describe_code(), **environment},
-        started_at=started_at,
-        finished_at=datetime.now(UTC),
-    )
 
 
 def lock_run(spec: RunSpec, label: str, out: Path) -> FileLock:
@@ -176,10 +145,23 @@ class Recorder:
         if isinstance(outcome, RunResult):
             nodes = tuple(sorted(self.nodes.get(spec.key, ()), key=lambda node: node.host))
             outcome = outcome.model_copy(update={"nodes": nodes, "attempts": max(1, len(attempts))})
-        record = make_record(
-            spec, outcome, label=self.paths.label, original=self.original, started_at=self.started[spec.key],
-            environment={**self.environment, **environment, "attempts": attempts},
-        )  # fmt: skip
+        record = Record(
+            key=spec.key,
+            name=name_of(spec, self.paths.label),
+            status=STATUSES[type(outcome)],
+            variant=spec.variant,
+            depth=spec.network.depth,
+            seed=spec.seed,
+            dataset=self.paths.label,
+            original=self.original,
+            spec=spec.to_json(),
+            result=outcome if isinstance(outcome, RunResult) else None,
+            failure=classify(outcome) if isinstance(outcome, Failed) else None,
+            pruned=outcome if isinstance(outcome, Pruned) else None,
+            environment={**describe_code(), **self.environment, **environment, "attempts": attempts},
+            started_at=self.started[spec.key],
+            finished_at=datetime.now(UTC),
+        )
         if isinstance(outcome, RunResult):
             self.pull(folder)  # what rank 0 wrote on its node
             folder = store.finish(self.paths.out, record)

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from harness.cluster.job import PLACEMENTS, JobConfig
-from harness.plan import Allocation, Grid, check_count, check_word
+from harness.cluster.job import PLACEMENTS, JobConfig, Placement
+from harness.plan import Allocation, Grid, check_count
 from harness.results.remote import join_uri
-from harness.spec import RunPaths, RunSpec, UserError
+from harness.spec import RunPaths, RunSpec, UserError, check_word
 
 if TYPE_CHECKING:
     from harness.cluster.nodes import Cluster
@@ -27,7 +27,7 @@ class Resources:
     runs_per_gpu: int = 1
     address: str | None = None  # of a running Ray cluster; None: this machine
     launcher: str = "ray"
-    placement: str = "pack"
+    placement: Placement = "pack"
     verbose: bool = False
 
 
@@ -109,15 +109,13 @@ def allocate(
             raise UserError(f"--precision {precision} needs a GPU; on the CPU fp32 and bf16 are allowed")
         if share > 1:
             raise UserError(f"--runs-per-gpu {share} needs a GPU; leave it out on the CPU")
-        return Allocation(device="cpu", gpus=0, workers=workers, concurrent_runs=1, threads=have_cpus // workers)
+        return Allocation("cpu", 0, workers, concurrent_runs=1, threads=have_cpus // workers)
     workers = resources.workers or (gpus if share == 1 else 1)
     if gpus % workers:
         divisors = ", ".join(str(n) for n in range(1, gpus + 1) if gpus % n == 0)
         raise UserError(f"--workers {workers} does not divide --gpus {gpus} (allowed: {divisors})")
-    return Allocation(
-        device="cuda", gpus=gpus, workers=workers, concurrent_runs=gpus // workers * share,
-        threads=max(1, have_cpus // (gpus * share)), runs_per_gpu=share,
-    )  # fmt: skip
+    threads, concurrent_runs = max(1, have_cpus // (gpus * share)), gpus // workers * share
+    return Allocation("cuda", gpus, workers, concurrent_runs, threads, runs_per_gpu=share)
 
 
 def _fit(allocation: Allocation, cluster: Cluster, resources: Resources) -> Allocation:
@@ -195,8 +193,12 @@ def make_job(
     """How the launcher runs each of the runs."""
     at_uri = paths.remote and resources.address
     return JobConfig(
-        world_size=allocation.workers, concurrent_runs=allocation.concurrent_runs, device=allocation.device,
-        threads=allocation.threads, gpus_per_worker=1 / allocation.runs_per_gpu, placement=resources.placement,
+        world_size=allocation.workers,
+        concurrent_runs=allocation.concurrent_runs,
+        device=allocation.device,
+        threads=allocation.threads,
+        gpus_per_worker=1 / allocation.runs_per_gpu,
         storage=join_uri(paths.remote, ".ray") if at_uri else paths.out / ".ray",
+        placement=resources.placement,
         fallback_world_sizes=fallback_world_sizes,
-    )  # fmt: skip
+    )

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from harness.models.variants import Network, Recipe, Variant
 from harness.results.sweeps import Dimension, Function, format_value
-from harness.spec import UserError, suggest
+from harness.spec import UserError, check_word
 
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
 FIGURES = 4  # significant ones of a drawn number, so that a command can be typed again
@@ -96,10 +96,11 @@ def _parse_dimension(text: str) -> Dimension:
     if match is None:
         name, _, rest = text.partition("=")
         _field(name, "--search", text)
-        _check(rest.partition("(")[0].strip(), FUNCTIONS, f"{what}: function")
+        check_word(rest.partition("(")[0].strip(), FUNCTIONS, f"{what}: function")
         raise UserError(f"{what}: FIELD=FUNCTION(a,b) is allowed, as in lr=loguniform(0.01,1)")
     name = _field(match[1], "--search", text)
-    function = _check(match[2], FUNCTIONS, f"{what}: function")
+    function: Any = match[2]
+    check_word(function, FUNCTIONS, f"{what}: function")
     words = [word.strip() for word in match[3].split(",")]
     hint = _HINTS[name]
     if get_origin(hint) is tuple:
@@ -125,18 +126,11 @@ def _parse_dimension(text: str) -> Dimension:
     return Dimension(field=name, function=function, values=(low, high))
 
 
-def _check(word: str, allowed: Sequence[Any], what: str) -> Any:
-    if word not in allowed:
-        hint = suggest(word, allowed) or f" (allowed: {', '.join(allowed)})"
-        raise UserError(f"{what} {word!r} is unknown{hint}")
-    return word
-
-
 def _field(word: str, option: str, text: str) -> str:
     name = word.strip().replace("-", "_")
     if name in _OPTIONS:
         raise UserError(f"{option} {text!r}: {name} has an option of its own, {_OPTIONS[name]}")
-    _check(name, FIELDS, f"{option} {text!r}: field")
+    check_word(name, FIELDS, f"{option} {text!r}: field")
     return name
 
 
@@ -144,7 +138,8 @@ def _value(name: str, word: str, what: str) -> Any:
     """A word as the field's own type."""
     hint, word = _HINTS[name], word.strip()
     if get_origin(hint) is Literal:
-        return _check(word, get_args(hint), f"{what}: {name}")
+        check_word(word, get_args(hint), f"{what}: {name}")
+        return word
     if type(None) in get_args(hint) and word.lower() == "none":
         return None
     try:

@@ -17,6 +17,7 @@ from harness.models.variants import Network, Recipe
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Engine = Literal["eager", "compile", "graph"]
+FEW = 20  # words that a message lists
 
 
 class UserError(Exception):
@@ -27,6 +28,14 @@ def suggest(word: str, allowed: Collection[str]) -> str:
     """ "; did you mean dali?", or "" where no allowed word is near."""
     near = difflib.get_close_matches(word, allowed, n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def check_word(word: str, allowed: Collection[str], what: str) -> None:
+    """Raise UserError unless `word` is allowed, with the nearest word that is, and with all where they are few."""
+    if word not in allowed:
+        near = suggest(word, allowed)
+        every = "" if near and len(allowed) > FEW else f" (allowed: {', '.join(allowed)})"
+        raise UserError(f"{what} {word!r} is unknown{near}{every}")
 
 
 class DivergedError(RuntimeError):

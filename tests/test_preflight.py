@@ -13,7 +13,7 @@ from rich.console import Console
 from harness import preflight
 from harness.cluster.nodes import Unanswered
 from harness.loaders.datasets import load_dataset
-from harness.preflight import COMPARED, Difference, Question, answer, check_nodes, compare, hash_code
+from harness.preflight import COMPARED, Difference, answer, check_nodes, compare, hash_code
 from harness.spec import RunPaths, UserError
 
 HERE = {"python": "3.11.7", "code": "c0de", "data": "da7a", **dict.fromkeys(COMPARED, "1.0")}
@@ -51,18 +51,18 @@ def test_what_differs_is_found(facts: dict[str, str], what: str, there: str) -> 
 
 def test_this_machine_answers(tmp_path: Path) -> None:
     fingerprint = load_dataset("digits").fingerprint
-    question = Question(paths=RunPaths(out=tmp_path), dataset="digits", sentinel=".marker")
-    assert answer(question)["out"] == "another folder, or none"
+    question: dict[str, Any] = {"paths": RunPaths(out=tmp_path), "dataset": "digits", "sentinel": ".marker"}
+    assert answer(**question)["out"] == "another folder, or none"
     assert not list(tmp_path.iterdir()), "a folder that is not the driver's is left alone"
     (tmp_path / ".marker").write_bytes(b"")
     began = time.time()
-    facts = answer(question)
+    facts = answer(**question)
     assert facts["data"] == fingerprint[:12]
     assert facts["code"] == hash_code()
     assert began <= float(facts["clock"]) <= time.time()
     assert (tmp_path / facts["out"]).exists()
     elsewhere = RunPaths(out=tmp_path, data_dir=tmp_path / "no")
-    missing = answer(Question(paths=elsewhere, dataset="cifar10", sentinel=".marker"))
+    missing = answer(paths=elsewhere, dataset="cifar10", sentinel=".marker")
     assert "no such folder" in missing["data"]
 
 

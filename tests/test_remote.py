@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from command import harness
 
-from harness.preflight import Question, answer
+from harness.preflight import answer
 from harness.results import remote as storage
 from harness.results.remote import RemoteRun, StorageError
 from harness.results.store import load_epochs, load_records
@@ -129,11 +129,11 @@ def test_a_store_that_is_away_for_a_while_costs_no_run(tmp_path: Path) -> None:
 def test_every_node_is_asked_whether_it_reaches_the_uri(tmp_path: Path) -> None:
     uri = (tmp_path / "bucket").as_uri()
     paths = RunPaths(out=tmp_path / "stage", remote=uri)
-    question = Question(paths=paths, dataset="digits", sentinel=".marker")
+    question: dict[str, Any] = {"paths": paths, "dataset": "digits", "sentinel": ".marker"}
     storage.check_uri(uri)
-    assert answer(question)["out"] == "another folder, or none"
+    assert answer(**question)["out"] == "another folder, or none"
     storage.leave_sentinel(uri, ".marker")
-    assert answer(question)["out"] in storage.find_sentinels(uri, ".marker-")
+    assert answer(**question)["out"] in storage.find_sentinels(uri, ".marker-")
     storage.remove_sentinels(uri, ".marker")
     assert storage.find_sentinels(uri, ".") == []
 

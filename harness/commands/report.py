@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.plan import check_word, open_out
+from harness.plan import open_out
 from harness.results.remote import is_uri
 from harness.results.store import collector_paused, load_predictions, load_records, write_atomic
-from harness.spec import UserError
+from harness.spec import UserError, check_word
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import sys
 from collections.abc import Collection, Sequence
@@ -16,18 +17,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness import plan, progress
+from harness import plan
 from harness.cluster.job import Report, Started, Telemetry, Worker
 from harness.commands.report import export_runs, print_rows, write_page
 from harness.deadline import TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.plan import Grid
-from harness.progress import JsonLines, Progress, load_data, make_table
+from harness.progress import JsonLines, Progress, load_data, make_table, say
 from harness.record import Recorder, lock_run, name_of
 from harness.resources import Resources, Session, check_resources, make_allocation
 from harness.results.remote import push_file, push_run
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
 from harness.results.values import EpochMetrics, RunResult
-from harness.spec import RunPaths, RunSpec, UserError
+from harness.spec import RunPaths, RunSpec, UserError, check_word
 
 if TYPE_CHECKING:
     from harness.loaders.datasets import Dataset
@@ -81,12 +82,14 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
     Raises UserError, before anything is started or written, for whatever cannot work.
     """
     check_options(grid, options)
+    if options.format == "jsonl":
+        console = Console(stderr=True)  # standard output is for programs
     out, remote = plan.open_out(options.out, write=not options.dry_run)
     data_dir = None if options.data_dir is None else options.data_dir.expanduser().absolute()
     paths = RunPaths(out=out, data_dir=data_dir, checkpoint_every=options.checkpoint_every, remote=remote)
     until = None if options.dry_run else options.until
     if until is not None:
-        say(f"until {until:%A} {format_moment(until)}", options, console)
+        say(console, f"until {until:%A} {format_moment(until)}")
     try:
         with ExitStack() as stack, stopping_at(until):
             allocation = make_allocation(grid, options.resources, stack)
@@ -96,9 +99,7 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             plan.fallback_world_sizes(options.elastic, specs)
             paths = replace(paths, label=dataset.label)
             environment = {"launcher": options.resources.launcher}
-            recorder = Recorder(
-                paths, dataset.original, environment, partial(say, options=options, console=console)
-            )
+            recorder = Recorder(paths, dataset.original, environment, partial(say, console))
             todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
             session = Session(allocation, options.resources, paths, stack)
             prepared = _Prepared(options, console, session, dataset, recorder)
@@ -106,18 +107,10 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
                 return preview(prepared, specs, todo)
             specs, code = train_all(prepared, specs, todo)
     except TimeUp as up:
-        say(f"{up}; the same command goes on", options, console)
+        say(console, f"{up}; the same command goes on")
         return EXIT_STOPPED
     print_results(prepared, specs)
     return code
-
-
-def say(text: str, options: RunOptions, console: Console, style: str = "") -> None:
-    """Print a line for people; to standard error where the output is for programs."""
-    if options.format == "jsonl":
-        print(text, file=sys.stderr)
-    else:
-        progress.say(console, text, style)
 
 
 def check_options(grid: Grid, options: RunOptions) -> None:
@@ -126,13 +119,11 @@ def check_options(grid: Grid, options: RunOptions) -> None:
     check_resources(options.resources)
     plan.check_count(options.checkpoint_every, "--checkpoint-every")
     plan.check_until_ci(grid, options.until_ci, options.max_seeds)
-    plan.check_word(options.format, FORMATS, "--format")
+    check_word(options.format, FORMATS, "--format")
     if options.estimate or options.profile:
-        chosen = {
-            "--estimate": options.estimate, "--profile": options.profile, "--dry-run": options.dry_run,
-            "--format jsonl": options.format == "jsonl",
-        }  # fmt: skip
-        probe, *others = (name for name, is_chosen in chosen.items() if is_chosen)
+        names = ("--estimate", "--profile", "--dry-run", "--format jsonl")
+        chosen = (options.estimate, options.profile, options.dry_run, options.format == "jsonl")
+        probe, *others = itertools.compress(names, chosen)
         if others:
             raise UserError(f"{probe} and {others[0]} exclude each other: {probe} probes and prints a table")
 
@@ -156,9 +147,8 @@ def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpe
             recorder.push(push_run, recorder.paths.out / ESTIMATES)
     if options.until_ci is not None and not options.profile:
         most = options.max_seeds or plan.MAX_SEEDS
-        console.print(
-            f"and further seeds, to {most} of a row, until its error is known to ±{options.until_ci:g} points"
-        )
+        known = f"until its error is known to ±{options.until_ci:g} points"
+        say(console, f"and further seeds, to {most} of a row, {known}")
     return EXIT_FAILED if failed else EXIT_DONE
 
 
@@ -230,7 +220,7 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
         session.stack.callback(lock_run(spec, paths.label, paths.out).release)
     display: Progress | JsonLines
     if options.format == "jsonl":
-        display = JsonLines(prepared.console.file)
+        display = JsonLines(sys.stdout)
     else:
         epochs = {spec.key: plan.count_epochs(spec, len(prepared.dataset.train)) for spec in specs}
         display = Progress(specs, epochs, prepared.console, concurrent_runs=concurrent_runs)
@@ -263,7 +253,7 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
         if options.force or options.until_ci or plan.pending(specs, recorder.find_finished(specs)):
             raise
     except KeyboardInterrupt:
-        say("stopped; the same command goes on from the last finished epochs", options, prepared.console)
+        say(prepared.console, "stopped; the same command goes on from the last finished epochs")
         raise
     return failures
 
@@ -301,7 +291,7 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
     print_rows(mine, console)
     if options.until_ci is not None:
         _print_wide_rows(prepared, specs, options.until_ci)
-    note = partial(say, options=options, console=console, style="dim")
+    note = partial(say, console, style="dim")
     if not recorder.started:
         note(f"all {len(specs)} runs were done already; --force trains them again")
     note(f"stored in {paths.remote.partition('?')[0] or paths.out}")
@@ -331,7 +321,5 @@ def _print_wide_rows(prepared: _Prepared, specs: Sequence[RunSpec], until_ci: fl
     for row, half in plan.error_half_widths(specs, _errors(prepared.recorder, specs)).items():
         if half is not None and half > until_ci:
             seeds = sum(replace(spec, seed=0) == row for spec in specs)
-            text = (
-                f"{row.name}: after {seeds} seeds its error is known to ±{half:.2f} points, not to ±{until_ci:g}"
-            )
-            say(text, prepared.options, prepared.console)
+            known = f"after {seeds} seeds its error is known to ±{half:.2f} points, not to ±{until_ci:g}"
+            say(prepared.console, f"{row.name}: {known}")

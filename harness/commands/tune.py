@@ -33,7 +33,7 @@ from harness.results.store import SWEEPS, load_epochs, partial_dir, write_atomic
 from harness.results.sweeps import METRICS, TRIALS, Dimension, Sweep, Trial, best_first, format_value
 from harness.results.values import RunResult
 from harness.search_space import finite_values, parse_search
-from harness.spec import RunPaths, RunSpec, UserError
+from harness.spec import RunPaths, RunSpec, UserError, check_word
 
 SWEEP, JOURNAL, WINNER = "sweep.json", "journal.log", "winner.json"
 VAL = 5_000
@@ -131,9 +131,9 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPath
 
 def _check(search: Search) -> tuple[Dimension, ...]:
     """Every check that needs neither data nor devices."""
-    plan.check_word(search.search_algorithm, ALGORITHMS, "--search-algorithm")
-    plan.check_word(search.scheduler, SCHEDULERS, "--scheduler")
-    plan.check_word(search.metric, tuple(METRICS), "--metric")
+    check_word(search.search_algorithm, ALGORITHMS, "--search-algorithm")
+    check_word(search.scheduler, SCHEDULERS, "--scheduler")
+    check_word(search.metric, tuple(METRICS), "--metric")
     plan.check_count(search.samples, "--samples")
     plan.check_count(search.concurrent, "--concurrent")
     plan.check_count(search.grid.seeds[0], "--seed", least=0)
@@ -249,7 +249,7 @@ def _find_sweep(out: Path, name: str) -> Path:
     folder = out / SWEEPS / name
     if not name or not (folder / SWEEP).is_file():
         if known := sorted(path.parent.name for path in out.glob(f"{SWEEPS}/*/{SWEEP}")):
-            plan.check_word(name, known, "--resume")
+            check_word(name, known, "--resume")
         raise UserError(f"--resume {name!r}: there is no sweep in {out}")
     return folder
 
