@@ -58,13 +58,13 @@ def test_a_graph_that_freezes_the_lr_and_one_that_does_not_come_about(
 ) -> None:
     skipped = checks.check_engine(ALONE, "graph", eager, {})
     assert (skipped.passed, "cannot capture" in skipped.detail) == (None, True)
-    monkeypatch.setattr(setup, "make_graphs", lambda device: Tape)
+    monkeypatch.setattr(setup, "make_graphs", lambda _: Tape)
     assert checks.check_engine(ALONE, "graph", eager, {}).passed
     with monkeypatch.context() as patch:
-        patch.setattr("harness.training.train.set_lr", lambda optimizer, lr: None)
+        patch.setattr("harness.training.train.set_lr", lambda *_: None)
         assert checks.check_engine(ALONE, "graph", eager, {}).passed is False
     with monkeypatch.context() as patch:
-        patch.setattr(Tape, "capture", lambda self: 1 / 0)
+        patch.setattr(Tape, "capture", lambda _: 1 / 0)
         failed = checks.attempt("graph", lambda: checks.check_engine(ALONE, "graph", eager, {}))
         assert (failed.passed, "going on with eager" in failed.detail) == (False, True)
 
@@ -79,7 +79,7 @@ def test_a_precision_that_is_wrong_or_not_there(eager: list[float], monkeypatch:
 
 def test_a_resume_that_drops_the_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks.check_resume(ALONE).passed
-    monkeypatch.setattr("harness.training.train.load_optimizer_state", lambda optimizer, state: None)
+    monkeypatch.setattr("harness.training.train.load_optimizer_state", lambda *_: None)
     assert checks.check_resume(ALONE).passed is False
 
 
@@ -110,7 +110,7 @@ def test_a_group_that_does_not_sum_or_does_not_end(group: Worker, monkeypatch: p
 
 
 def test_a_rank_that_does_not_sum(group: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "sum_gradients", lambda parameters, all_reduce: parameters[0].grad.zero_())
+    monkeypatch.setattr(checks, "sum_gradients", lambda parameters, _: parameters[0].grad.zero_())
     assert checks.check_sum(group).passed is False
     whole, calls = checks.train, []
 

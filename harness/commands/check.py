@@ -392,7 +392,7 @@ def measure_ranks(target: Target) -> list[Check]:
     with ExitStack() as stack:
         out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-check-")))
         resources = Resources(gpus=target.gpus, workers=None, address=target.address)
-        allocation = make_allocation(Grid(), resources, stack)
+        allocation = make_allocation(Grid(variants=("he2015",)), resources, stack)
         if allocation.device == "cuda" and allocation.gpus < 2:
             return [Check("several ranks", None, "they need two GPUs")]
         if allocation.device == "cpu":

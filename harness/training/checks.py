@@ -32,7 +32,7 @@ from harness.training.step import sum_gradients, synchronize
 from harness.training.train import resume, run_steps, save
 
 LOADERS, ENGINES = ("resident", "dataloader", "dali"), ("compile", "graph")
-SIZE, IMAGES, BATCH, EPOCHS, CLASSES = 16, 150, 32, 6, 10  # five steps an epoch, the last one short
+SIZE, IMAGES, BATCH, EPOCHS, CLASSES = 8, 75, 16, 6, 10  # five steps an epoch, the last one short
 BUSY_CYCLES = 20_000_000  # about 10 ms of a GPU, queued before each batch
 LIMITS = {"eager": 1e-4, "graph": 1e-4, "compile": 2e-2, "bf16": 0.1, "fp16": 0.05}  # of a loss, relative
 MEMORY_SHARE, CLOCK_SHARE, GROUP_SECONDS = 0.05, 0.02, 5.0
@@ -66,7 +66,7 @@ def run_checks(worker: Worker) -> Iterator[Check]:
     checks: list[tuple[str, Callable[[], Check]]] = [("eager", reference)]
     checks += [(f"loader {name}", partial(check_loader, worker, name, seconds)) for name in LOADERS]
     checks += [(f"engine {name}", partial(check_engine, worker, name, eager, seconds)) for name in ENGINES]  # type: ignore[arg-type]
-    checks += [(f"precision {name}", partial(check_precision, worker, name, eager)) for name in ("bf16", "fp16")]  # type: ignore[arg-type]
+    checks += [(f"precision {name}", partial(check_precision, worker, name, eager)) for name in ("bf16", "fp16")]
     checks += [("resume", partial(check_resume, worker)), ("memory", partial(check_memory, worker))]
     checks += [("clock", partial(check_clock, worker))]
     for name, check in checks:
@@ -102,10 +102,9 @@ def make_spec(worker: Worker, **changes: Any) -> RunSpec:
     recipe = replace(
         variant.recipe, duration=EPOCHS, unit="epoch", batch_size=BATCH, lr=0.05, schedule="cosine", milestones=()
     )
-    kind = "cuda" if worker.device.startswith("cuda") else "cpu"
     spec = RunSpec(
         variant="he2015", network=variant.network, recipe=recipe, dataset="check", fingerprint="", loader="resident",
-        device=kind, workers=worker.world_size,
+        device="cuda" if worker.device.startswith("cuda") else "cpu", workers=worker.world_size,
     )  # fmt: skip
     return replace(spec, **changes)
 
@@ -301,9 +300,12 @@ def check_clock(worker: Worker) -> Check:
 def run_rank_checks(spec: RunSpec, worker: Worker, report: Callable[[Any], None]) -> list[Check]:
     """A train function of the launcher's: the checks that need a process group."""
     engine: Engine = "graph" if worker.device.startswith("cuda") else "eager"
-    names = ("sum of gradients", "ranks equal one", "process group")
-    functions = (check_sum, partial(check_ranks, engine=engine), check_group)
-    return [attempt(name, partial(check, worker)) for name, check in zip(names, functions, strict=True)]
+    todo: dict[str, Callable[[], Check]] = {
+        "sum of gradients": partial(check_sum, worker),
+        "ranks equal one": partial(check_ranks, worker, engine),
+        "process group": partial(check_group, worker),
+    }
+    return [attempt(name, check) for name, check in todo.items()]
 
 
 def check_sum(worker: Worker) -> Check:
@@ -330,7 +332,7 @@ def check_ranks(worker: Worker, engine: Engine = "eager") -> Check:
 
 def check_group(worker: Worker) -> Check:
     """A process group that has communicated ends soon."""
-    group = dist.new_group()
+    group: Any = dist.new_group()
     dist.all_reduce(torch.ones(1, device=worker.device), group=group)
     synchronize(torch.device(worker.device))
     started_at = time.perf_counter()
