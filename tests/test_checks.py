@@ -16,7 +16,7 @@ from tape import Tape
 from harness.cluster.job import Worker
 from harness.training import checks, setup
 
-ALONE = Worker(threads=2)
+ALONE = Worker(threads=1)
 
 
 @pytest.fixture(scope="module")
