@@ -137,7 +137,7 @@ def run(
 
     values |= {
         "variants": plan.parse_words(variants, "--variants"),
-        "depths": plan.parse_depths(depths) if depths is not None else (),
+        "depths": plan.parse_depths(depths),
         "seeds": plan.parse_seeds(seeds),
         "settings": parse_settings(settings or ()),
         "until": parse_until(until, datetime.now()) if until is not None else None,
@@ -229,14 +229,15 @@ def report(
 ) -> None:
     """Print the comparison table of stored runs."""
     from harness.commands.report import find_results, print_report
+    from harness.plan import parse_words
 
     any_run = print_report(
         find_results(paths or ["runs"]),
         make_console(),
         format=format,
         sort=sort,
-        columns=_words(columns, "--columns"),
-        across=_words(across, "--across"),
+        columns=parse_words(columns, "--columns"),
+        across=parse_words(across, "--across"),
         output=output,
         curves=curves,
     )
@@ -254,8 +255,8 @@ def compare(
     format: Annotated[str, opt("table, markdown or json.")] = "table",
 ) -> None:
     """Compare two sets of runs: better, worse or the same?"""
-    from harness.commands.compare import print_comparison
-    from harness.commands.report import find_results
+    from harness.commands.report import find_results, print_comparison
+    from harness.plan import parse_words
 
     code = print_comparison(
         find_results(paths),
@@ -263,15 +264,9 @@ def compare(
         by=by,
         fail_on=fail_on,
         format=format,
-        across=_words(across, "--across"),
+        across=parse_words(across, "--across"),
     )
     raise typer.Exit(code)
-
-
-def _words(text: str | None, option: str) -> tuple[str, ...]:
-    from harness.plan import parse_words
-
-    return () if text is None else parse_words(text, option)
 
 
 @app.command()
@@ -280,8 +275,7 @@ def why(
     path: Annotated[str, arg("Folder of results.")] = "runs",
 ) -> None:
     """Print what is behind a row's figures."""
-    from harness.commands.report import find_results
-    from harness.commands.why import print_why
+    from harness.commands.report import find_results, print_why
 
     print_why(row, find_results([path])[0], make_console())
 
@@ -294,9 +288,9 @@ def export(
     ] = "tensorboard",
 ) -> None:
     """Export stored runs to TensorBoard, MLflow or W&B."""
-    from harness.commands.report import export_runs, find_results
+    from harness.commands.report import export_runs, find_results, load_runs
 
-    exported = export_runs(find_results(paths or ["runs"]), to)
+    exported = export_runs(load_runs(find_results(paths or ["runs"])).records, to)
     print(f"{exported} run{'s' * (exported != 1)} exported to {to}; those it had already were left alone")
 
 

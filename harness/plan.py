@@ -58,17 +58,19 @@ class Allocation:
     runs_per_gpu: int = 1
 
 
-def parse_words(text: str, what: str) -> tuple[str, ...]:
-    """ "a,b" -> ("a", "b"), each once."""
+def parse_words(text: str | None, what: str) -> tuple[str, ...]:
+    """ "a,b" -> ("a", "b"), each once; none of an option that was not given."""
+    if text is None:
+        return ()
     words = [word.strip() for word in text.split(",")]
     if not all(words):
         raise UserError(f"{what} {text!r}: a list with commas and no empty places is allowed, as in a,b")
     return tuple(dict.fromkeys(words))
 
 
-def parse_depths(text: str) -> tuple[int, ...]:
+def parse_depths(text: str | None) -> tuple[int, ...]:
     """ "20,32" -> (20, 32). Whether a depth is legal depends on the variant."""
-    return tuple(_whole(word, "--depths", text) for word in parse_words(text, "--depths"))
+    return tuple(_whole(word, "--depths", str(text)) for word in parse_words(text, "--depths"))
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -107,10 +109,8 @@ def check_grid(grid: Grid) -> None:
     check_word(grid.precision, PRECISIONS, "--precision")
     if grid.engine is not None:
         check_word(grid.engine, ENGINES, "--engine")
-    check_count(grid.epochs, "--epochs")
-    check_count(grid.batch_size, "--batch-size")
-    check_count(grid.limit_train, "--limit-train")
-    check_count(grid.limit_test, "--limit-test")
+    for name in ("epochs", "batch_size", "limit_train", "limit_test"):
+        check_count(getattr(grid, name), f"--{name.replace('_', '-')}")
     if grid.batch_size is not None and "batch_size" in grid.settings:
         raise UserError("batch_size is given twice: leave --batch-size or --set batch_size=... out")
     check_count(grid.val, "--val", least=0)
@@ -136,24 +136,15 @@ def override(recipe: Recipe, grid: Grid) -> tuple[Recipe, tuple[str, ...]]:
 
     Another number of epochs stretches the whole schedule: drops and warm-up keep their share of the run.
     """
-    changed: list[str] = []
+    changed: dict[str, int] = {}
     if grid.epochs is not None and not (recipe.unit == "epoch" and recipe.duration == grid.epochs):
+        changed["epochs"] = grid.epochs
         factor = grid.epochs / recipe.duration
-        recipe = replace(
-            recipe,
-            duration=grid.epochs,
-            unit="epoch",
-            milestones=tuple(m * factor for m in recipe.milestones),
-            warmup=recipe.warmup * factor,
-        )
-        changed.append(f"epochs={grid.epochs}")
-    if grid.batch_size is not None and grid.batch_size != recipe.batch_size:
-        recipe = replace(recipe, batch_size=grid.batch_size)
-        changed.append(f"batch_size={grid.batch_size}")
-    if grid.val is not None and grid.val != recipe.val:
-        recipe = replace(recipe, val=grid.val)
-        changed.append(f"val={grid.val}")
-    return recipe, tuple(changed)
+        milestones, warmup = tuple(m * factor for m in recipe.milestones), recipe.warmup * factor
+        recipe = replace(recipe, duration=grid.epochs, unit="epoch", milestones=milestones, warmup=warmup)
+    asked = {"batch_size": grid.batch_size, "val": grid.val}
+    own = {name: n for name, n in asked.items() if n is not None and n != getattr(recipe, name)}
+    return replace(recipe, **own), tuple(f"{name}={n}" for name, n in (changed | own).items())
 
 
 def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images: int) -> list[RunSpec]:
@@ -363,28 +354,21 @@ def open_out(out: str, *, write: bool) -> tuple[Path, str]:
 
     Raises UserError where that fails and, with `write`, unless results can be written there.
     """
-    from harness.results.remote import StorageError, check_uri, is_uri, pull_results
+    from harness.loaders.cache import cache_dir
+    from harness.results.remote import StorageError, cache_folder, check_uri, is_uri, pull_results
 
-    folder = local_copy(out) if is_uri(out) else Path(out)
+    remote = is_uri(out)
+    folder = cache_folder(out, cache_dir().expanduser().absolute()) if remote else Path(out)
     if write:
         folder = check_out(folder)
-    if not is_uri(out):
-        return folder, ""
     try:
-        if write:
+        if remote and write:
             check_uri(out)
-        pull_results(out, folder)
+        if remote:
+            pull_results(out, folder)
     except StorageError as error:
-        raise UserError(f"--out {error}") from None
-    return folder, out
-
-
-def local_copy(uri: str) -> Path:
-    """The local folder that stands for a URI, absolute."""
-    from harness.loaders.cache import cache_dir
-    from harness.results.remote import cache_folder
-
-    return cache_folder(uri, cache_dir().expanduser().absolute())
+        raise UserError(f"{'--out ' * write}{error}") from None
+    return folder, out if remote else ""
 
 
 def check_out(out: Path) -> Path:

@@ -14,14 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from rich.markup import escape
+
 from harness.cluster.nodes import Unanswered, ask_every_node, working_nodes
+from harness.progress import make_table
 from harness.record import installed_version
 from harness.results.remote import StorageError, find_sentinels, leave_sentinel, remove_sentinels
 from harness.spec import RunPaths, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
     from harness.loaders.datasets import Dataset
 
@@ -163,23 +165,15 @@ def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> None:
     sentinels = frozenset(name for name in names if name.startswith(sentinel))
     differences = compare(here, answers, sentinels=sentinels, sent_at=sent_at, received_at=received_at)
     if differences:
-        console.print(_table(differences))
+        more = len(differences) - ROWS_SHOWN
+        names = Difference._fields
+        table = make_table(*names, left=names, caption=f"and {more} more" if more > 0 else None)
+        for column in table.columns:
+            column.no_wrap, column.overflow = False, "fold"
+        for difference in differences[:ROWS_SHOWN]:
+            table.add_row(
+                *map(escape, difference)
+            )  # a path or message of another machine is never taken for markup
+        console.print(table)
         nodes = len({difference.node for difference in differences})
         raise UserError(f"{nodes} of {len(answers)} nodes are not ready: the table says what differs")
-
-
-def _table(differences: list[Difference]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    more = len(differences) - ROWS_SHOWN
-    table = Table(
-        box=None, pad_edge=False, padding=(0, 2, 0, 0), caption_justify="left",
-        caption=f"and {more} more" if more > 0 else None,
-    )  # fmt: skip
-    for name in ("node", "what", "there", "here"):
-        table.add_column(name, overflow="fold")
-    for difference in differences[:ROWS_SHOWN]:
-        # Text: a path or a message of another machine is never taken for markup
-        table.add_row(*map(Text, difference))
-    return table

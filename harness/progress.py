@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
@@ -25,6 +24,27 @@ from harness.spec import RunPaths, RunSpec, UserError
 
 if TYPE_CHECKING:
     from harness.loaders.datasets import Dataset
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    """Print words as they are: unfolded, and with nothing in them taken for markup."""
+    console.print(Text(text, style=style), soft_wrap=True)
+
+
+def make_table(*columns: str, left: Collection[str] = (), title: str | None = None, **options: Any) -> Table:
+    """An empty table without lines; numbers are aligned to the right, the columns `left` are words."""
+    table = Table(
+        title=title,
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        title_justify="left",
+        title_style="",
+        **options,
+    )
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True, overflow="ellipsis")
+    return table
 
 
 def load_data(name: str, paths: RunPaths, console: Console) -> Dataset:
@@ -59,7 +79,10 @@ class _Line:
     note: str = ""
     last: EpochMetrics | None = None
     seconds: list[float] = field(default_factory=list)  # of whole epochs, evaluation too
-    since: float = 0.0
+
+    @property
+    def done(self) -> int:
+        return self.last.epoch if self.last else 0
 
 
 class LiveTable:
@@ -89,7 +112,7 @@ class LiveTable:
 
     def say(self, text: str) -> None:
         """A line, above the table if there is one."""
-        self.console.print(Text(text), soft_wrap=True)
+        say(self.console, text)
 
 
 class Progress(LiveTable):
@@ -114,15 +137,15 @@ class Progress(LiveTable):
     def event(self, spec: RunSpec, event: Any) -> None:
         """An attempt began, or an epoch ended."""
         line = self.lines[spec.key]
-        now = time.monotonic()
         if isinstance(event, Started):
-            line.state, line.since = "starting", now
-            line.note = f"attempt {event.attempt}: {event.reason}" if event.reason else ""
-            if event.world_size is not None:
-                line.note = f"{event.world_size} of {spec.workers} workers; {line.note}"
+            line.state = "starting"
+            width = f"{event.world_size} of {spec.workers} workers" if event.world_size else ""
+            line.note = "; ".join(
+                filter(None, [width, event.reason and f"attempt {event.attempt}: {event.reason}"])
+            )
             if event.reason:
-                width = f" with {event.world_size} of {spec.workers} workers" if event.world_size else ""
-                self.say(f"{spec.title}: {event.reason}; trying again ({event.attempt}){width}")
+                again = f"trying again ({event.attempt}){' with ' * bool(width)}{width}"
+                self.say(f"{spec.title}: {event.reason}; {again}")
             elif not self.console.is_terminal:
                 self.say(f"{spec.title}: starting")
         elif isinstance(event, Waiting):
@@ -132,7 +155,7 @@ class Progress(LiveTable):
         elif isinstance(event, Entered):
             line.state = "training"
         elif isinstance(event, EpochMetrics):
-            line.state, line.last, line.since = "training", event, now
+            line.state, line.last = "training", event
             line.seconds.append(event.train_seconds + event.eval_seconds)
             if not self.console.is_terminal:
                 self.say(
@@ -157,27 +180,21 @@ class Progress(LiveTable):
         """Seconds, by the median epoch so far; of a run that has not begun, by runs of the same network."""
         if line.state in ("done", "failed"):
             return 0.0
-        done = line.last.epoch if line.last else 0
         seconds = line.seconds or [
-            s
+            seconds
             for other in self.lines.values()
-            for s in other.seconds
-            if other.spec.network == line.spec.network and other.spec.recipe == line.spec.recipe
+            for seconds in other.seconds
+            if (other.spec.network, other.spec.recipe) == (line.spec.network, line.spec.recipe)
         ]
-        return (line.epochs - done) * statistics.median(seconds) if seconds else None
+        return (line.epochs - line.done) * statistics.median(seconds) if seconds else None
 
     def render(self) -> Group:
         """The runs that fit on the screen."""
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for name in ("run", "epoch", ""):
-            table.add_column(name, no_wrap=True)
-        for name in ("loss", "error %", "s/epoch", "left"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("", overflow="ellipsis", no_wrap=True)
+        columns = ("run", "epoch", "", "loss", "error %", "s/epoch", "left", "")
+        table = make_table(*columns, left=("run", "epoch", ""))
         shown = self._shown()
         for line in shown:
-            last = line.last
-            done = last.epoch if last else 0
+            last, done = line.last, line.done
             style = {"done": "green", "failed": "red", "waiting": "dim"}.get(line.state, "")
             title = line.spec.title if self.many_seeds else line.spec.name
             table.add_row(
@@ -257,10 +274,8 @@ class TrialTable(LiveTable):
     def render(self) -> Group:
         """The trials that fit on the screen: running ones, the best, the latest."""
         names = list(dict.fromkeys(name for trial in self.trials for name in trial.fields))
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for name in ("trial", "epoch", METRICS.get(self.metric, self.metric), *names):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True, overflow="ellipsis")
+        heading = METRICS.get(self.metric, self.metric)
+        table = make_table("trial", "epoch", heading, *names, "", left=("",))
         best = self.best()
         shown = sorted(self.trials, key=lambda t: (t.state != "running", t is not best, -t.number))
         for trial in sorted(shown[: max(4, self.console.height - 5)], key=lambda t: t.number):

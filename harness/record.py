@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.results import store
 from harness.results.remote import StorageError, pull_run, push_finished, push_run
-from harness.results.store import partial_dir, run_name
+from harness.results.store import Stored, partial_dir, run_name
 from harness.results.values import Failure, Pruned, Record, RunResult
 from harness.spec import RunPaths, RunSpec, UserError
 
@@ -138,6 +138,7 @@ class Recorder:
     environment: Mapping[str, Any]  # of every record: the launcher, and what else is known beforehand
     warn: Callable[[str], None]
     finished: dict[str, RunResult] = field(default_factory=dict)  # by key
+    known: dict[Path, Stored] = field(default_factory=dict)  # what was read of them, by folder
     started: dict[str, datetime] = field(default_factory=dict)
     nodes: dict[str, list[NodeUse]] = field(default_factory=dict)
 
@@ -152,6 +153,7 @@ class Recorder:
         for stored in store.load_records(folders).records:
             if stored.record.key == keys[stored.folder] and stored.record.result is not None:
                 self.finished[stored.record.key] = stored.record.result
+                self.known[stored.folder] = stored
         return self.finished
 
     def begin(self, spec: RunSpec, event: Started) -> list[EpochMetrics]:
@@ -182,9 +184,9 @@ class Recorder:
             self.pull(folder)  # what rank 0 wrote on its node
             folder = store.finish(self.paths.out, record)
             self.finished[spec.key] = outcome
+            self.known.pop(folder, None)  # of an earlier run, by --force
             return self.push(push_finished, folder)
-        write = store.prune if isinstance(outcome, Pruned) else store.fail
-        self.push(push_run, write(self.paths.out, record))
+        self.push(push_run, store.fail(self.paths.out, record))
         return False
 
     def push(self, how: Callable[[str, Path], None], path: Path) -> bool:

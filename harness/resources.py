@@ -42,15 +42,14 @@ def check_resources(resources: Resources) -> None:
         raise UserError(
             f"--runs-per-gpu {resources.runs_per_gpu}: runs that share a GPU have one worker, not {resources.workers}"
         )
-    if resources.launcher == "local":
-        if resources.address is not None:
-            raise UserError("--address is for --launcher ray: the local launcher uses this process only")
-        if resources.workers not in (None, 1):
-            raise UserError(f"--launcher local runs one worker, not {resources.workers}; --launcher ray runs more")
-        if resources.runs_per_gpu > 1:
-            raise UserError(
-                f"--launcher local runs one process; --runs-per-gpu {resources.runs_per_gpu} needs ray"
-            )
+    if resources.launcher == "ray":
+        return
+    if resources.address is not None:
+        raise UserError("--address is for --launcher ray: the local launcher uses this process only")
+    if resources.workers not in (None, 1):
+        raise UserError(f"--launcher local runs one worker, not {resources.workers}; --launcher ray runs more")
+    if resources.runs_per_gpu > 1:
+        raise UserError(f"--launcher local runs one process; --runs-per-gpu {resources.runs_per_gpu} needs ray")
 
 
 def make_allocation(grid: Grid, resources: Resources, stack: ExitStack) -> Allocation:
@@ -59,21 +58,19 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack) -> Alloc
     Raises UserError where the runs do not fit.
     """
     check_resources(resources)
-    if resources.address is None:
+    if resources.address is not None:
+        cluster = join_cluster(stack, resources.address, cpus=0, gpus=0, verbose=resources.verbose)
+        gpus, cpus, where = cluster.gpus, cluster.cpus, f"the cluster at {resources.address}"
+    else:
         from harness.training.nvml import count_gpus
         from harness.training.telemetry import count_cpus
 
-        gpus = count_gpus()
-        resources = fill_from_specs(resources, grid, gpus)
-        allocation = allocate(resources, have_gpus=gpus, have_cpus=count_cpus(), precision=grid.precision)
-        return replace(allocation, concurrent_runs=1) if resources.launcher == "local" else allocation
-    cluster = join_cluster(stack, resources.address, cpus=0, gpus=0, verbose=resources.verbose)
-    resources = fill_from_specs(resources, grid, cluster.gpus)
-    where = f"the cluster at {resources.address}"
-    allocation = allocate(
-        resources, have_gpus=cluster.gpus, have_cpus=cluster.cpus, precision=grid.precision, where=where
-    )
-    return _fit(allocation, cluster, resources)
+        gpus, cpus, where = count_gpus(), count_cpus(), "this machine"
+    resources = fill_from_specs(resources, grid, gpus)
+    allocation = allocate(resources, have_gpus=gpus, have_cpus=cpus, precision=grid.precision, where=where)
+    if resources.address is not None:
+        return _fit(allocation, cluster, resources)
+    return replace(allocation, concurrent_runs=1) if resources.launcher == "local" else allocation
 
 
 def fill_from_specs(resources: Resources, grid: Grid, have_gpus: int) -> Resources:
@@ -118,13 +115,9 @@ def allocate(
         divisors = ", ".join(str(n) for n in range(1, gpus + 1) if gpus % n == 0)
         raise UserError(f"--workers {workers} does not divide --gpus {gpus} (allowed: {divisors})")
     return Allocation(
-        device="cuda",
-        gpus=gpus,
-        workers=workers,
-        concurrent_runs=gpus // workers * share,
-        threads=max(1, have_cpus // (gpus * share)),
-        runs_per_gpu=share,
-    )
+        device="cuda", gpus=gpus, workers=workers, concurrent_runs=gpus // workers * share,
+        threads=max(1, have_cpus // (gpus * share)), runs_per_gpu=share,
+    )  # fmt: skip
 
 
 def _fit(allocation: Allocation, cluster: Cluster, resources: Resources) -> Allocation:
@@ -202,12 +195,8 @@ def make_job(
     """How the launcher runs each of the runs."""
     at_uri = paths.remote and resources.address
     return JobConfig(
-        world_size=allocation.workers,
-        concurrent_runs=allocation.concurrent_runs,
-        device=allocation.device,
-        threads=allocation.threads,
-        gpus_per_worker=1 / allocation.runs_per_gpu,
+        world_size=allocation.workers, concurrent_runs=allocation.concurrent_runs, device=allocation.device,
+        threads=allocation.threads, gpus_per_worker=1 / allocation.runs_per_gpu, placement=resources.placement,
         storage=join_uri(paths.remote, ".ray") if at_uri else paths.out / ".ray",
-        placement=resources.placement,  # type: ignore[arg-type]
         fallback_world_sizes=fallback_world_sizes,
-    )
+    )  # fmt: skip

@@ -58,9 +58,8 @@ def find_metric(name: str) -> Metric:
 
 def _choose(metrics: Sequence[str]) -> list[Metric]:
     """Those that have a margin, and those that are named."""
-    return [
-        find_metric(name) for name in dict.fromkeys([*(m.name for m in METRICS.values() if m.margin), *metrics])
-    ]
+    names = dict.fromkeys([*(name for name, metric in METRICS.items() if metric.margin), *metrics])
+    return list(map(find_metric, names))
 
 
 def compare(a: Sequence[Row], b: Sequence[Row], metrics: Sequence[str] = ()) -> list[Pair]:
@@ -72,17 +71,16 @@ def compare(a: Sequence[Row], b: Sequence[Row], metrics: Sequence[str] = ()) -> 
     """
     chosen = _choose(metrics)
     a, b = [row for row in a if row.done], [row for row in b if row.done]
-    binding = [
-        name
-        for name in sorted({name for row in (*a, *b) for name in row.fields})
-        if (_varies(name, a) and _varies(name, b)) or (name in IDENTITY and (_varies(name, a) or _varies(name, b)))
-    ]
+    binding = []
+    for name in sorted({name for row in (*a, *b) for name in row.fields}):
+        varies = [len({row.fields.get(name) for row in side}) > 1 for side in (a, b)]
+        if all(varies) or (name in IDENTITY and any(varies)):
+            binding.append(name)
     partners: dict[tuple[str | None, ...], list[Row]] = defaultdict(list)
     for row in b:
         partners[tuple(map(row.fields.get, binding))].append(row)
-    return [
-        _pair(row, other, chosen) for row in a for other in partners.get(tuple(map(row.fields.get, binding)), ())
-    ]
+    pairs = [(row, partners.get(tuple(map(row.fields.get, binding)), ())) for row in a]
+    return [_pair(row, other, chosen) for row, others in pairs for other in others]
 
 
 def compare_by(rows: Sequence[Row], field: str, metrics: Sequence[str] = ()) -> list[Pair]:
@@ -102,12 +100,8 @@ def compare_by(rows: Sequence[Row], field: str, metrics: Sequence[str] = ()) -> 
     first, *others = sorted(by, key=_natural)
     if not others:
         raise ValueError(f"all runs have {field} {first}: nothing to compare")
-    return [
-        _pair(row, by[value][rest], chosen)
-        for value in others
-        for rest, row in by[first].items()
-        if rest in by[value]
-    ]
+    pairs = [(row, by[value].get(rest)) for value in others for rest, row in by[first].items()]
+    return [_pair(row, other, chosen) for row, other in pairs if other]
 
 
 def _natural(value: str) -> tuple[float, str]:
@@ -116,10 +110,6 @@ def _natural(value: str) -> tuple[float, str]:
         return float(value), ""
     except ValueError:
         return math.inf, value
-
-
-def _varies(name: str, rows: Sequence[Row]) -> bool:
-    return len({row.fields.get(name) for row in rows}) > 1
 
 
 def _pair(a: Row, b: Row, metrics: Sequence[Metric]) -> Pair:
@@ -152,14 +142,10 @@ def judge(metric: Metric, a: Row, b: Row) -> Comparison:
 
     apart = welch(tested[1], tested[0])
     same = None if limit is None else tost(tested[1], tested[0], limit)
+    difference = scale(tested[1].mean - tested[0].mean)
+    interval = Interval(scale(apart.interval.low), scale(apart.interval.high)) if apart else None
     return Comparison(
-        metric,
-        *shown,
-        metric.margin,
-        difference=scale(tested[1].mean - tested[0].mean),
-        interval=Interval(scale(apart.interval.low), scale(apart.interval.high)) if apart else None,
-        verdict=same.verdict if same else "~",
-        p=same.p if same else None,
+        metric, *shown, metric.margin, difference, interval, *((same.verdict, same.p) if same else ())
     )
 
 
@@ -235,20 +221,7 @@ def render_comparison(
     caption = "B against A: " + (", ".join(f"{n} {a} → {b}" for n, a, b in sorted(shared)) or "same settings")
     named = {name for name, _, _ in shared}
     own = [", ".join(f"{n} {a} → {b}" for n, (a, b) in pair.differs.items() if n not in named) for pair in pairs]
-    sheet, styles = _sheet(pairs, own)
-    if format == "markdown":
-        lines = "\n".join(f"- {escape_markdown(line)}" for line in MEANS)
-        return f"{escape_markdown(clean(caption))}\n\n{for_markdown(sheet)}\n\n{lines}\n"
-    output = [paint(line, "bold" if colour else "") for line in textwrap.wrap(clean(caption), width)]
-    output += ["", *for_terminal(sheet, width, styles if colour else None), ""]
-    small = [part for line in MEANS for part in textwrap.wrap(line, width, subsequent_indent="  ")]
-    output += [paint(part, "dim" if colour else "") for part in small]
-    return "\n".join(output) + "\n"
-
-
-def _sheet(pairs: Sequence[Pair], own: Sequence[str]) -> tuple[Sheet, list[list[str]]]:
     headers = ["what", "metric", "n", "A", "B", "B − A", "interval", "margin", "verdict"]
-    right = [False, False, True, True, True, True, True, True, False]
     colours = {"equivalent": "green", "different": "red", "~": ""}
     cells, styles = [], []
     for pair, differs in zip(pairs, own, strict=True):
@@ -257,7 +230,15 @@ def _sheet(pairs: Sequence[Pair], own: Sequence[str]) -> tuple[Sheet, list[list[
             what = clean(f"{name} {pair.a.dataset} {differs}".strip()) if number == 0 else ""
             cells.append([what, *_words(figure)])
             styles.append(["bold", *[""] * 7, colours[figure.verdict]])
-    return Sheet(headers, right, cells), styles
+    sheet = Sheet(headers, [name not in ("what", "metric", "verdict") for name in headers], cells)
+    if format == "markdown":
+        lines = "\n".join(f"- {escape_markdown(line)}" for line in MEANS)
+        return f"{escape_markdown(clean(caption))}\n\n{for_markdown(sheet)}\n\n{lines}\n"
+    output = [paint(line, "bold" if colour else "") for line in textwrap.wrap(clean(caption), width)]
+    output += ["", *for_terminal(sheet, width, styles if colour else None), ""]
+    small = [part for line in MEANS for part in textwrap.wrap(line, width, subsequent_indent="  ")]
+    output += [paint(part, "dim" if colour else "") for part in small]
+    return "\n".join(output) + "\n"
 
 
 def _words(figure: Comparison) -> list[str]:
@@ -300,15 +281,10 @@ def _plain(figure: Comparison) -> dict[str, Any]:
     def number(value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None
 
-    interval = figure.interval
+    a, b = ((side.n, side.mean, side.std) if side else None for side in (figure.a, figure.b))
+    interval = figure.interval and (number(figure.interval.low), number(figure.interval.high))
     return {
-        "metric": figure.metric.name,
-        "unit": "percent" if figure.metric.relative else "points",
-        "a": None if figure.a is None else [figure.a.n, figure.a.mean, figure.a.std],
-        "b": None if figure.b is None else [figure.b.n, figure.b.mean, figure.b.std],
-        "difference": number(figure.difference),
-        "interval": None if interval is None else [number(interval.low), number(interval.high)],
-        "margin": figure.margin,
-        "verdict": figure.verdict,
-        "p": number(figure.p),
-    }
+        "metric": figure.metric.name, "unit": "percent" if figure.metric.relative else "points", "a": a, "b": b,
+        "difference": number(figure.difference), "interval": interval, "margin": figure.margin,
+        "verdict": figure.verdict, "p": number(figure.p),
+    }  # fmt: skip

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 
 from harness.results.metrics import run_figures
 from harness.results.store import Stored, load_epochs
 from harness.results.values import EpochMetrics, flatten
 
-Write = Callable[[Mapping[str, float], int, float], None]
-"""Takes an epoch's figures by name, the epoch, and the instant of its end in seconds since 1970."""
-Target = Callable[[Stored], AbstractContextManager[Write | None]]
-"""Opens one run in a tool; gives None where the tool has that run already."""
+Point = tuple[dict[str, float], int, float]
+"""An epoch's figures by name, the epoch, and the instant of its end in seconds since 1970."""
+Target = Callable[[Stored, Sequence[Point]], bool]
+"""Writes one run into a tool; False where the tool has that run already."""
 
 EPOCH_FIGURES = [
     name for name, field in EpochMetrics.model_fields.items() if field.annotation in (float, float | None)
@@ -27,20 +26,13 @@ def export(runs: Iterable[Stored], target: Target) -> int:
     """
     exported = 0
     for run in runs:
-        epochs = load_epochs(run.folder)  # before the tool learns of a run whose epochs cannot be read
-        with target(run) as write:
-            if write is None:
-                continue
-            at = run.record.started_at.timestamp()
-            for epoch in epochs:
-                at += epoch.train_seconds + epoch.eval_seconds
-                write(_figures(epoch), epoch.epoch, at)
-            exported += 1
+        at, points = run.record.started_at.timestamp(), list[Point]()
+        for epoch in load_epochs(run.folder):
+            at += epoch.train_seconds + epoch.eval_seconds
+            figures = {name: value for name in EPOCH_FIGURES if (value := getattr(epoch, name)) is not None}
+            points.append((figures, epoch.epoch, at))
+        exported += target(run, points)
     return exported
-
-
-def _figures(epoch: EpochMetrics) -> dict[str, float]:
-    return {name: value for name in EPOCH_FIGURES if (value := getattr(epoch, name)) is not None}
 
 
 def summary(run: Stored) -> dict[str, float]:
@@ -51,31 +43,21 @@ def summary(run: Stored) -> dict[str, float]:
     return {(f"run_{n}" if n in EPOCH_FIGURES else n): value for n, value in values.items() if value is not None}
 
 
-@contextmanager
-def tensorboard(run: Stored) -> Iterator[Write | None]:
+def tensorboard(run: Stored, points: Sequence[Point]) -> bool:
     """An event file in the run's own folder, so that `tensorboard --logdir runs` shows every run by its name."""
     if any(run.folder.glob("events.out.tfevents.*")):
-        yield None
-        return
+        return False
     from tensorboardX import SummaryWriter
 
-    writer = SummaryWriter(logdir=str(run.folder))
-    try:
+    with SummaryWriter(logdir=str(run.folder)) as writer:
         writer.add_text("spec", f"```\n{json.dumps(run.record.spec, indent=1)}\n```", 0)
-
-        def write(figures: Mapping[str, float], epoch: int, at: float) -> None:
+        for figures, epoch, at in (*points, (summary(run), 0, run.record.finished_at.timestamp())):
             for name, value in figures.items():
                 writer.add_scalar(name, value, epoch, walltime=at)
-
-        yield write
-        for name, figure in summary(run).items():
-            writer.add_scalar(name, figure, 0, walltime=run.record.finished_at.timestamp())
-    finally:
-        writer.close()
+    return True
 
 
-@contextmanager
-def mlflow(run: Stored) -> Iterator[Write | None]:
+def mlflow(run: Stored, points: Sequence[Point]) -> bool:
     """A run in the experiment named by the data set, where MLFLOW_TRACKING_URI says."""
     import mlflow as tool
 
@@ -83,57 +65,47 @@ def mlflow(run: Stored) -> Iterator[Write | None]:
     record = run.record
     experiment = client.get_experiment_by_name(record.dataset)
     number = experiment.experiment_id if experiment else client.create_experiment(record.dataset)
-    finished = record.finished_at.isoformat()
-    had = client.search_runs(
-        [number], f"tags.key = '{record.key}' and tags.finished_at = '{finished}'", max_results=1
-    )
-    if had:
-        yield None
-        return
+    finished, ended = record.finished_at.isoformat(), int(record.finished_at.timestamp() * 1000)
+    same = f"tags.key = '{record.key}' and tags.finished_at = '{finished}'"
+    if client.search_runs([number], same, max_results=1):
+        return False
     started = int(record.started_at.timestamp() * 1000)
     tags = {"key": record.key, "finished_at": finished, "folder": str(run.folder)}
-    made = client.create_run(number, start_time=started, tags=tags, run_name=record.name).info.run_id
+    own = client.create_run(number, start_time=started, tags=tags, run_name=record.name).info.run_id
     status = "FAILED"
     try:
         for name, setting in flatten(record.spec):
-            client.log_param(made, name, str(setting)[:500])
-
-        def write(figures: Mapping[str, float], epoch: int, at: float) -> None:
+            client.log_param(own, name, str(setting)[:500])
+        for figures, epoch, at in points:
             metrics = [tool.entities.Metric(n, v, int(at * 1000), epoch) for n, v in figures.items()]
-            client.log_batch(made, metrics=metrics)
-
-        yield write
+            client.log_batch(own, metrics=metrics)
         for name, value in summary(run).items():
-            client.log_metric(made, name, value, timestamp=int(record.finished_at.timestamp() * 1000))
-        status = "FINISHED" if record.status == "done" else "FAILED" if record.status == "failed" else "KILLED"
+            client.log_metric(own, name, value, timestamp=ended)
+        status = {"done": "FINISHED", "failed": "FAILED", "pruned": "KILLED"}[record.status]
     finally:
-        client.set_terminated(made, status, end_time=int(record.finished_at.timestamp() * 1000))
+        client.set_terminated(own, status, end_time=ended)
+    return True
 
 
-@contextmanager
-def wandb(run: Stored) -> Iterator[Write | None]:
+def wandb(run: Stored, points: Sequence[Point]) -> bool:
     """A run in the project that WANDB_PROJECT names, in the mode that WANDB_MODE says."""
     import wandb as tool
 
     record = run.record
-    made = tool.init(
+    own = tool.init(
         id=f"{record.key}-{int(record.finished_at.timestamp())}", name=record.name, resume="allow",
         group=f"{record.variant}-{record.depth}", config={name: str(setting) for name, setting in flatten(record.spec)}, reinit=True,
     )  # fmt: skip
-    failed = True
+    failed, resumed = True, own.resumed
     try:
-        if made.resumed:
-            yield None
-        else:
-
-            def write(figures: Mapping[str, float], epoch: int, at: float) -> None:
-                made.log({**figures, "epoch": epoch}, step=epoch)
-
-            yield write
-            made.summary.update(summary(run))
+        if not resumed:
+            for figures, epoch, _ in points:
+                own.log({**figures, "epoch": epoch}, step=epoch)
+            own.summary.update(summary(run))
         failed = record.status != "done"
     finally:
-        made.finish(exit_code=int(failed))
+        own.finish(exit_code=int(failed))
+    return not resumed
 
 
 TARGETS: dict[str, Target] = {"tensorboard": tensorboard, "mlflow": mlflow, "wandb": wandb}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from harness.results.metrics import METRICS, Metric, figures
+from harness.results.metrics import METRICS, figures
 from harness.results.rows import Row
 from harness.results.values import Measurement
 
@@ -47,25 +47,20 @@ def predicted_figures(row: Row) -> tuple[PredictedFigure, ...]:
 
     What neither side can have on the CPU, a GPU's memory, is left out.
     """
-    probe = row.predicted
-    if probe is None or not row.done:
+    if row.predicted is None or not row.done:
         return ()
-    pairs = [
-        PredictedFigure(
-            metric.heading,
-            _scaled(metric, metric.predict(probe)),
-            _scaled(metric, Measurement(value=row.figures[name].value, reason=row.figures[name].reason)),
-        )
-        for name, metric in METRICS.items()
-        if metric.predict
-    ]
-    if row.fields.get("device") != "cpu":
-        return tuple(pairs)
-    return tuple(pair for pair in pairs if pair.predicted.value is not None or pair.actual.value is not None)
 
+    def scaled(value: float | None, reason: str | None) -> Measurement:
+        return Measurement(value=None if value is None else value * metric.scale, reason=reason)
 
-def _scaled(metric: Metric, reading: Measurement) -> Measurement:
-    return reading if reading.value is None else Measurement(value=reading.value * metric.scale)
+    pairs = []
+    for name, metric in METRICS.items():
+        if metric.predict:
+            predicted, actual = metric.predict(row.predicted), row.figures[name]
+            if row.fields.get("device") != "cpu" or predicted.value is not None or actual.value is not None:
+                sides = (scaled(side.value, side.reason) for side in (predicted, actual))
+                pairs.append(PredictedFigure(metric.heading, *sides))
+    return tuple(pairs)
 
 
 def in_words(row: Row) -> Iterator[str]:

@@ -85,15 +85,10 @@ class _Folder:
             target.files.move(str(unfinished), str(path))
         before, after = self.files.get_file_info([source])[0], target.files.get_file_info([str(path)])[0]
         if before.size != after.size:
-            raise OSError(
-                f"{new_name} has {after.size} bytes in place of {before.size}: it changed while it was copied"
-            )
-        for cached, info in (
-            (source if self.is_cache else None, after),
-            (path if target.is_cache else None, before),
-        ):
-            if cached is not None and info.mtime_ns is not None:
-                os.utime(cached, ns=(info.mtime_ns, info.mtime_ns))
+            raise OSError(f"{new_name} has {after.size} bytes, not {before.size}: it changed while it was copied")
+        for folder, file, info in ((self, source, after), (target, path, before)):
+            if folder.is_cache and info.mtime_ns is not None:
+                os.utime(file, ns=(info.mtime_ns, info.mtime_ns))
 
     def remove(self, name: str) -> None:
         """Remove a folder and all in it, if it exists."""

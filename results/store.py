@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -135,24 +135,20 @@ def load_epochs(folder: Path) -> list[EpochMetrics]:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    epochs: dict[int, EpochMetrics] = {}
+    epochs: list[EpochMetrics] = []
     written = list(filter(None, lines))
     with suppress(ValidationError):  # parsing all lines at once takes half the time
-        whole = _EPOCHS.validate_json(b"[" + b",".join(written) + b"]")
-        if len(whole) == len(written):
-            epochs = {metrics.epoch: metrics for metrics in whole}
-            return [epochs[number] for number in sorted(epochs)]
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            metrics = EpochMetrics.model_validate_json(line)
-        except ValidationError as error:
-            if number == len(lines):  # no newline after it: the write was cut off
-                break
-            raise ValueError(f"{path} line {number}: {_first(error)}") from None
-        epochs[metrics.epoch] = metrics
-    return [epochs[number] for number in sorted(epochs)]
+        epochs = _EPOCHS.validate_json(b"[" + b",".join(written) + b"]")
+    if len(epochs) != len(written):
+        epochs = []
+        for number, line in enumerate(lines, 1):
+            try:
+                epochs += [EpochMetrics.model_validate_json(line)] if line else []
+            except ValidationError as error:
+                if number < len(lines):  # the last one has no newline after it: the write was cut off
+                    raise ValueError(f"{path} line {number}: {first_error(error)}") from None
+    last = {metrics.epoch: metrics for metrics in epochs}
+    return [last[number] for number in sorted(last)]
 
 
 def finish(out: Path, record: Record) -> Path:
@@ -160,16 +156,16 @@ def finish(out: Path, record: Record) -> Path:
 
     A finished run of the same name is moved to `.superseded/<name>_<time>` first: nothing stored is ever lost.
     """
-    if record.status != "done" or record.result is None:
+    if record.result is None:
         raise ValueError(f"run {record.name} is {record.status}: only a run with a result can be finished")
-    folder, final = partial_dir(out, record.name), finished_dir(out, record.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    if record.result.epochs:
-        write_epochs(folder, record.result.epochs)
+    final = finished_dir(out, record.name)
     if record.result.data_stall_percent is None:
-        result = record.result.model_copy(update={"data_stall_percent": _data_stall_percent(record.result.epochs)})
-        record = record.model_copy(update={"result": result})
-    _write_record(folder, record)
+        timed = [epoch for epoch in record.result.epochs if epoch.timed]
+        if (seconds := sum(epoch.train_seconds for epoch in timed)) > 0:
+            percent = 100 * sum(epoch.data_stall_seconds for epoch in timed) / seconds
+            result = record.result.model_copy(update={"data_stall_percent": percent})
+            record = record.model_copy(update={"result": result})
+    folder = _write_record(out, record, record.result.epochs if record.result else ())
     (folder / SPEC).unlink(missing_ok=True)
     if final.exists():
         old = out / SUPERSEDED / f"{record.name}_{timestamp()}"
@@ -181,37 +177,19 @@ def finish(out: Path, record: Record) -> Path:
 
 
 def fail(out: Path, record: Record) -> Path:
-    """Store why a run failed: record.json in its partial folder, beside its epochs."""
-    if record.status != "failed" or record.failure is None:
-        raise ValueError(f"run {record.name} is {record.status}: a failed run needs its failure")
-    return _store_unfinished(out, record)
+    """Store why a run failed, or that a search pruned it: record.json in its partial folder, beside its epochs."""
+    if record.result is not None:
+        raise ValueError(f"run {record.name} is {record.status}: only a run without a result can have failed")
+    return _write_record(out, record)
 
 
-def prune(out: Path, record: Record) -> Path:
-    """Store that a search pruned a run: record.json in its partial folder, from which it can be resumed."""
-    if record.status != "pruned" or record.pruned is None:
-        raise ValueError(f"run {record.name} is {record.status}: a pruned run needs to say where")
-    return _store_unfinished(out, record)
-
-
-def _store_unfinished(out: Path, record: Record) -> Path:
+def _write_record(out: Path, record: Record, epochs: Iterable[EpochMetrics] = ()) -> Path:
     folder = partial_dir(out, record.name)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_record(folder, record)
+    if epochs:
+        write_epochs(folder, epochs)
+    write_atomic(folder / RECORD, record.model_dump_json(indent=1, exclude={"result": {"epochs"}}) + "\n")
     return folder
-
-
-def load_records(paths: Iterable[Path]) -> Loaded:
-    """Read every run under some paths, each a folder of runs or one run's folder.
-
-    Never raises for a folder's contents: one that is no run, or whose record is broken, half-written, wrongly edited or
-    of another schema version, becomes a Problem. A copy of a run that was read before (same key, same instant) is
-    skipped. Records come without their epochs: `load_epochs(folder)`.
-    """
-    loaded = Loaded([], [], [])
-    with collector_paused():
-        _load(paths, loaded)
-    return loaded
 
 
 @contextmanager
@@ -226,30 +204,38 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _load(paths: Iterable[Path], loaded: Loaded) -> None:
+@collector_paused()
+def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] | None = None) -> Loaded:
+    """Read every run under some paths, each a folder of runs or one run's folder; not again those that are `known`.
+
+    Never raises for a folder's contents: one that is no run, or whose record is broken, half-written, wrongly edited or
+    of another schema version, becomes a Problem. A copy of a run that was read before (same key, same instant) is
+    skipped. Records come without their epochs: `load_epochs(folder)`.
+    """
+    loaded = Loaded([], [], [])
     seen: set[tuple[str, datetime]] = set()
     for folder in _folders(paths, loaded.problems):
+        if known and folder in known:
+            loaded.records.append(known[folder])
+            continue
         try:
             text = (folder / RECORD).read_bytes()
+            record = Record.model_validate_json(text)
+            if record.schema_version != SCHEMA_VERSION:
+                loaded.problems.append(Problem(folder, _version(record.schema_version)))
+            elif (identity := (record.key, record.finished_at)) not in seen:
+                seen.add(identity)
+                loaded.records.append(Stored(record, folder))
         except FileNotFoundError:
             if folder.name.endswith(PARTIAL):
                 loaded.interrupted.append(_interrupted(folder))
             else:
                 loaded.problems.append(Problem(folder, f"no run: it has no {RECORD}"))
-            continue
         except OSError as error:
             loaded.problems.append(Problem(folder, f"{RECORD} cannot be read: {error.strerror}"))
-            continue
-        try:
-            record = Record.model_validate_json(text)
         except ValidationError as error:
             loaded.problems.append(Problem(folder, _explain(text, error)))
-            continue
-        if reason := _contradiction(record):
-            loaded.problems.append(Problem(folder, reason))
-        elif (identity := (record.key, record.finished_at)) not in seen:
-            seen.add(identity)
-            loaded.records.append(Stored(record, folder))
+    return loaded
 
 
 def keep_prediction(out: Path, key: str, prediction: Prediction) -> Path:
@@ -275,13 +261,6 @@ def load_predictions(outs: Iterable[Path]) -> list[Prediction]:
     return sorted(predictions, key=lambda prediction: prediction.made_at)
 
 
-def finished_keys(out: Path) -> set[str]:
-    """The keys of all finished runs in a folder; empty where it does not exist."""
-    if not out.is_dir():
-        return set()
-    return {stored.record.key for stored in load_records([out]).records if stored.record.status == "done"}
-
-
 def _folders(paths: Iterable[Path], problems: list[Problem]) -> Iterator[Path]:
     """The run folders under some paths, each once."""
     seen: set[str] = set()
@@ -304,47 +283,18 @@ def _folders(paths: Iterable[Path], problems: list[Problem]) -> Iterator[Path]:
 
 
 def _interrupted(folder: Path) -> Interrupted:
-    try:
+    spec, epochs = {}, list[EpochMetrics]()
+    with suppress(OSError, ValueError):
         spec = json.loads((folder / SPEC).read_bytes())
-    except (OSError, ValueError):
-        spec = {}
-    if not isinstance(spec, dict):
-        spec = {}
-    try:
+    with suppress(OSError, ValueError):
         epochs = load_epochs(folder)
-    except (OSError, ValueError):
-        epochs = []
-    of = _expected_epochs(spec, epochs[0].steps if epochs else None)
+    spec = spec if isinstance(spec, dict) else {}
+    recipe = recipe if isinstance(recipe := spec.get("recipe"), dict) else {}
+    of = recipe.get("duration")
+    if isinstance(of, int | float) and recipe.get("unit") != "epoch":  # in steps
+        of = of / epochs[0].steps if epochs and epochs[0].steps else None
+    of = math.ceil(of) if isinstance(of, int | float) else None
     return Interrupted(folder.name.removesuffix(PARTIAL), folder, len(epochs), of, spec)
-
-
-def _expected_epochs(spec: dict[str, Any], steps: int | None) -> int | None:
-    """How many epochs a spec asks for; for a duration in steps, from the steps of one epoch."""
-    recipe = spec.get("recipe")
-    if not isinstance(recipe, dict) or not isinstance(duration := recipe.get("duration"), int | float):
-        return None
-    if recipe.get("unit") == "epoch":
-        return math.ceil(duration)
-    return math.ceil(duration / steps) if steps else None
-
-
-def _data_stall_percent(epochs: Sequence[EpochMetrics]) -> float | None:
-    timed = [epoch for epoch in epochs if epoch.timed]
-    train_seconds = sum(epoch.train_seconds for epoch in timed)
-    return 100 * sum(epoch.data_stall_seconds for epoch in timed) / train_seconds if train_seconds > 0 else None
-
-
-def _contradiction(record: Record) -> str | None:
-    """What is wrong with a record whose fields are valid each by itself."""
-    if record.schema_version != SCHEMA_VERSION:
-        return _version(record.schema_version)
-    if record.status == "done" and record.result is None:
-        return f"{RECORD} says done and has no result"
-    if record.status == "failed" and record.failure is None:
-        return f"{RECORD} says failed and has no failure"
-    if (record.status == "pruned") != (record.pruned is not None) or (record.pruned and record.result):
-        return f"{RECORD} contradicts itself: a run is pruned or it is done"
-    return None
 
 
 def _version(version: int) -> str:
@@ -354,26 +304,18 @@ def _version(version: int) -> str:
 
 def _explain(text: bytes, error: ValidationError) -> str:
     """Why a record is invalid, in one line; another schema version explains everything else."""
-    try:
-        version = json.loads(text)["schema_version"]
-    except (ValueError, TypeError, KeyError):
-        version = SCHEMA_VERSION
-    if isinstance(version, int) and version != SCHEMA_VERSION:
-        return _version(version)
-    return f"{RECORD} is broken: {_first(error)}"
+    with suppress(ValueError, TypeError, KeyError):
+        if isinstance(version := json.loads(text)["schema_version"], int) and version != SCHEMA_VERSION:
+            return _version(version)
+    return f"{RECORD} is broken: {first_error(error)}"
 
 
-def _first(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
     """The first error of a validation, and the number of the others."""
-    errors = error.errors(include_url=False, include_context=False)
-    place = ".".join(map(str, errors[0]["loc"]))
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    message = " ".join(errors[0]["msg"].split())
-    return f"{place}: {message}{more}" if place else f"{message}{more}"
-
-
-def _write_record(folder: Path, record: Record) -> None:
-    write_atomic(folder / RECORD, record.model_dump_json(indent=1, exclude={"result": {"epochs"}}) + "\n")
+    first, *others = error.errors(include_url=False, include_context=False)
+    place = ".".join(map(str, first["loc"]))
+    message = " ".join(first["msg"].split()) + (f" (and {len(others)} more)" if others else "")
+    return f"{place}: {message}" if place else message
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -11,16 +11,11 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from harness.results.store import SWEEPS, Problem
+from harness.results.store import SWEEPS, Problem, first_error
 from harness.results.values import Value
 
 TRIALS = "trials.json"
-METRICS = {
-    "error": "error %",
-    "top5_error": "top-5 error %",
-    "loss": "training loss",
-    "epoch_seconds": "s/epoch",
-}
+METRICS = {"error": "error %", "top5_error": "top-5 error %", "loss": "training loss", "epoch_seconds": "s/epoch"}
 """What a search can minimise, and its heading."""
 
 Function = Literal["loguniform", "uniform", "randint", "choice", "grid"]
@@ -184,10 +179,7 @@ def load_sweeps(paths: Iterable[Path]) -> Sweeps:
         try:
             loaded.sweeps.append(Sweep.model_validate(json.loads(path.read_bytes())))
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            reason = f"{place}: {first['msg']}" if place else first["msg"]
-            loaded.problems.append(Problem(path.parent, f"{TRIALS} is broken: {reason}"))
+            loaded.problems.append(Problem(path.parent, f"{TRIALS} is broken: {first_error(error)}"))
         except (OSError, ValueError, RecursionError) as error:
             loaded.problems.append(Problem(path.parent, f"{TRIALS} is broken: {error}"))
     return loaded

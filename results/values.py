@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 SCHEMA_VERSION = 1
 
@@ -189,6 +189,17 @@ class Record(Value):
     environment: dict[str, Any]  # commit, dirty, versions, gpu, driver, host, command
     started_at: datetime
     finished_at: datetime
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """A run has either a result, a failure or the epoch at which a search pruned it."""
+        outcomes = {"done": self.result, "failed": self.failure, "pruned": self.pruned}
+        if outcomes[self.status] is None:
+            field = {"done": "result", "failed": "failure"}.get(self.status, self.status)
+            raise ValueError(f"it says {self.status} and has no {field}")
+        if sum(outcome is not None for outcome in outcomes.values()) > 1:
+            raise ValueError("it contradicts itself: a run is done, failed or pruned")
+        return self
 
 
 class Prediction(Value):

@@ -9,12 +9,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from strict_tape import REASONS
+from tape import REASONS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from harness.models.resnet import build
+from harness.models.build import build
 from harness.models.variants import Variant
 from harness.spec import Precision, RunSpec
 from harness.training.optim import make_optimizer

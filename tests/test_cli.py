@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,25 @@ def test_run_report_rerun_force(tmp_path: Path, capsys: Any) -> None:
     code, out, _ = harness(line.replace("--seeds 2", "--seeds 1") + " --force", capsys)
     assert (code, "epoch 1/2" in out) == (0, True)
     assert len(list((tmp_path / "runs" / ".superseded").iterdir())) == 1
+
+
+def test_each_record_is_read_once_a_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = ROOT / "results" / "records" / "sample_digits_cpu_2026-11-22" / "runs"
+    stored = shutil.copytree(records, tmp_path / "runs")
+    read: Counter[str] = Counter()
+    bytes_of = Path.read_bytes
+
+    def count(path: Path) -> bytes:
+        if path.name == "record.json":
+            read[path.parent.name] += 1
+        return bytes_of(path)
+
+    monkeypatch.setattr(Path, "read_bytes", count)
+    line = f"run --dataset digits --variants msra --depths 8 --seeds 2 --epochs 10 --gpus 0 --out {stored}"
+    code, out, _ = harness(f"{line} --loader resident", capsys)
+    assert (code, "all 2 runs were done already" in out) == (0, True)
+    assert read == dict.fromkeys((path.parent.name for path in stored.glob("*/record.json")), 1)
+    assert "msra-8" in (stored / "report.html").read_text()
 
 
 def test_dry_run_starts_and_writes_nothing(tmp_path: Path, capsys: Any) -> None:

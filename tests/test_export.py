@@ -55,7 +55,7 @@ def read_events(path: Path) -> Iterator[Any]:
 
 
 def test_tensorboard_holds_every_epoch(runs: Path, capsys: Any) -> None:
-    assert export_runs([runs], "tensorboard") == 3
+    assert export_runs(load_records([runs]).records, "tensorboard") == 3
     for stored in load_records([runs]).records:
         (path,) = stored.folder.glob("events.out.tfevents.*")
         scalars = [
@@ -68,7 +68,7 @@ def test_tensorboard_holds_every_epoch(runs: Path, capsys: Any) -> None:
         assert times[0] == pytest.approx(stored.record.started_at.timestamp() + 2.5)
         assert times[1] - times[0] == pytest.approx(2.5)
         assert not [tag for tag, *_ in scalars if tag == "top5_error"]  # it was not measured
-    assert export_runs([runs], "tensorboard") == 0
+    assert export_runs(load_records([runs]).records, "tensorboard") == 0
     assert len(load_records([runs]).records) == 3  # an event file is no harm to a run's folder
 
 
@@ -100,11 +100,11 @@ def test_wandb_writes_a_run_each(runs: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_mistakes_are_one_line(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="did you mean tensorboard"):
-        export_runs([runs], "tensorbord")
+        export_runs(load_records([runs]).records, "tensorbord")
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(UserError, match=r"pip install 'resnet-harness\[mlflow\]'"):
-        export_runs([runs], "mlflow")
+        export_runs(load_records([runs]).records, "mlflow")
     (finished,) = [s.folder for s in load_records([runs]).records if s.record.seed == 0]
     (finished / "epochs.jsonl").write_text("nonsense\n")
     with pytest.raises(UserError, match=r"epochs.jsonl line 1"):
-        export_runs([runs], "tensorboard")
+        export_runs(load_records([runs]).records, "tensorboard")

@@ -26,15 +26,15 @@ def alive_after(way: str, out: Path) -> dict[str, int]:
     """How many of each are still there after a run; what the run raised is held meanwhile."""
     import torch
     from nvidia.dali import Pipeline
-    from strict_tape import Arena, StrictTape
+    from tape import Arena, Tape
     from test_train import RunPaths, spec
 
     import harness.training.setup
-    from harness.cluster.launch import Worker
+    from harness.cluster.job import Worker
     from harness.loaders.dali import DaliLoader
     from harness.training.train import train
 
-    graphs: list[weakref.ref[StrictTape]] = []
+    graphs: list[weakref.ref[Tape]] = []
     loaders: list[weakref.ref[Any]] = []
     closed: weakref.WeakSet[Any] = weakref.WeakSet()
     pipelines: list[weakref.ref[Any]] = []
@@ -43,7 +43,7 @@ def alive_after(way: str, out: Path) -> dict[str, int]:
     def make_graphs(device: Any) -> Any:
         arena = Arena()
 
-        def make() -> StrictTape:
+        def make() -> Tape:
             graph = arena()
             graphs.append(weakref.ref(graph))
             return graph

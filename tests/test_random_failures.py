@@ -28,14 +28,14 @@ def plan(seed: int) -> tuple[int, str, str]:
 def train_all(rank: int, folder: Path) -> list[dict[str, Any]]:
     """An eager run, an undisturbed captured one, and one for each seed."""
     import torch.distributed as dist
-    from strict_tape import Arena, StrictTape, install_collectives
+    from tape import Arena, Tape, install_collectives
     from test_train import RunPaths, losses, spec
 
     import harness.training.setup
-    from harness.cluster.launch import Worker
+    from harness.cluster.job import Worker
     from harness.training.train import train
 
-    class Failing(StrictTape):
+    class Failing(Tape):
         """Raises at `stage`."""
 
         stage = ""
@@ -69,7 +69,7 @@ def train_all(rank: int, folder: Path) -> list[dict[str, Any]]:
     def run(name: str, engine: str, failure: tuple[int, str, str] | None) -> dict[str, Any]:
         arena, made = Arena(), 0
 
-        def make_graph() -> StrictTape:
+        def make_graph() -> Tape:
             nonlocal made
             graph = Failing(arena)
             if failure is not None and failure[:2] == (rank, GRAPHS[made]):
@@ -129,7 +129,7 @@ def test_undisturbed_ranks_replay_graphs_and_give_eagers_figures(ranks: list[lis
 @pytest.mark.parametrize("seed", SEEDS)
 def test_one_rank_fails_and_both_go_on_alike(ranks: list[list[dict[str, Any]]], seed: int) -> None:
     failing, graph, stage = plan(seed)
-    both = [rank[2 + seed] for rank in ranks]
+    both = [rank[2 + SEEDS.index(seed)] for rank in ranks]
     whole = ranks[0][1]
     for mine in both:
         assert mine["engine"] == ("graph" if graph.startswith("evaluation") else "eager")

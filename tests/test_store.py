@@ -47,6 +47,10 @@ def make_record(seed: int = 0, **changes: Any) -> Record:
     return Record(**(values | changes))
 
 
+def finished_keys(out: Path) -> set[str]:
+    return {stored.record.key for stored in store.load_records([out]).records if stored.record.status == "done"}
+
+
 def make_failed(seed: int = 0) -> Record:
     return make_record(seed, status="failed", result=None, failure=Failure(kind="OOM", message="out of memory"))
 
@@ -73,7 +77,7 @@ def test_a_finished_run_reads_back_equal(tmp_path: Path) -> None:
     epochs = tuple(store.load_epochs(folder))
     result = stored.record.result.model_copy(update={"epochs": epochs, "data_stall_percent": None})
     assert stored.record.model_copy(update={"result": result}) == record
-    assert store.finished_keys(tmp_path) == {record.key}
+    assert finished_keys(tmp_path) == {record.key}
 
 
 def test_wait_share_leaves_untimed_epochs_out(tmp_path: Path) -> None:
@@ -152,7 +156,7 @@ def test_a_failed_run_says_why_and_may_be_tried_again(tmp_path: Path) -> None:
     folder = store.fail(tmp_path, failed)
     assert folder == store.partial_dir(tmp_path, failed.name)
     assert store.load_records([tmp_path]).records == [store.Stored(failed, folder)]
-    assert store.finished_keys(tmp_path) == set()
+    assert finished_keys(tmp_path) == set()
     assert store.start(tmp_path, failed.name, {"epochs": 3}) == folder
     loaded = store.load_records([tmp_path])
     assert loaded.records == []
@@ -177,7 +181,7 @@ def test_an_interrupted_run_says_how_far_it_came(tmp_path: Path) -> None:
 def test_only_what_belongs_there_is_stored(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="only a run with a result"):
         store.finish(tmp_path, make_failed())
-    with pytest.raises(ValueError, match="needs its failure"):
+    with pytest.raises(ValueError, match="only a run without a result"):
         store.fail(tmp_path, make_record())
     assert list(tmp_path.iterdir()) == []
 
@@ -233,7 +237,7 @@ def test_any_mixture_of_paths_gives_each_run_once(tmp_path: Path) -> None:
         (2, "there"),
     ]
     assert loaded.problems == []
-    assert store.finished_keys(tmp_path / "nowhere") == set()
+    assert finished_keys(tmp_path / "nowhere") == set()
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness import plan
 from harness.loaders.datasets import Dataset, Split, limit, load_dataset
@@ -21,6 +21,7 @@ from harness.loaders.loader import Loader, make_evaluation_loader
 from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_normalize
 from harness.models.build import SMALLEST_IMAGE, build
 from harness.models.variants import Variant, default_depth, find_variant
+from harness.progress import say
 from harness.results.store import load_records
 from harness.spec import RunSpec, UserError
 from harness.training.evaluation import MultiScale, evaluate
@@ -101,95 +102,85 @@ def evaluate_weights(options: EvalOptions) -> Errors:
     if options.predictions and not options.predictions.expanduser().absolute().parent.is_dir():
         raise UserError(f"--predictions {options.predictions}: no such folder")
     try:
-        return _evaluate(options, _prepare(options))
+        return _evaluate(options)
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Prepared:
-    """A network with its weights and a loader of the images: every mistake of the user has been found."""
-
-    variant: Variant
-    dataset: Dataset
-    network: nn.Module
-    unused: list[str]
-    test: Split
-    position: NDArray[np.int64]  # of these images in the whole test set
-    loader: Loader
-    batch_size: int
-
-
-def _prepare(options: EvalOptions) -> _Prepared:
+def _evaluate(options: EvalOptions) -> Errors:
     """Raises ValueError or UserError."""
     function = find_variant(options.variant)
     variant = function(default_depth(function) if options.depth is None else options.depth)
-    recipe, scales, weights = variant.recipe, options.scales, options.weights.expanduser()
+    name, scales, weights = f"{variant.name}-{variant.network.depth}", options.scales, options.weights.expanduser()
     smallest = SMALLEST_IMAGE[variant.network.architecture]
     if scales and min(scales) < smallest:
         raise UserError(f"--scales {min(scales)} is too small for {variant.name}: at least {smallest} pixels")
     tensors = load_weights(weights)
     _check_origin(weights, variant)
     dataset = load_dataset(options.dataset, options.data_dir)
-    crop = None if scales else recipe.crop
+    crop = None if scales else variant.recipe.crop
     network = build(variant.network, dataset.num_classes, max(scales) if scales else crop or dataset.image_size)
     try:
         unused = match_weights(network, tensors)
     except WeightsError as error:
-        name = f"{variant.name}-{variant.network.depth}"
         raise UserError(f"{weights} into {name} for {dataset.num_classes} classes: {error}") from None
 
-    position: NDArray[np.int64] = np.arange(len(dataset.test))
+    position: NDArray[np.int64] = np.arange(len(dataset.test))  # of these images in the whole test set
     test = dataset.test
     if options.limit is not None:
         # the same choice, of positions in place of images
         position = limit(Split(position, test.labels), options.limit).images  # type: ignore[arg-type, assignment]
         test = limit(test, options.limit)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loader, order = _load(options, variant, dataset, test, device)
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    flip = bool(scales) and dataset.flip
+    set_precision("fp32")
+    batches: list[Tensor] = []
+    evaluation = evaluate(
+        MultiScale(network, scales, flip=flip) if scales else network,
+        loader,
+        images=len(test),
+        autocast=nullcontext(),
+        on_ranked=batches.append,
+    )
+    loader.close()
+    ranked: NDArray[np.int64] = torch.cat(batches).cpu().numpy()
+    labels = test.labels[order]
+    if options.predictions:
+        _write_predictions(options.predictions.expanduser(), position[order], labels, ranked, dataset)
+    misses = len(test) - int((ranked == labels[:, None]).sum())
+    return Errors(
+        name=name,
+        label=dataset.label,
+        images=evaluation.images,
+        of=len(dataset.test),
+        error=evaluation.error,
+        top5_error=100 * misses / len(test) if dataset.num_classes > 5 else None,
+        scales=scales,
+        flip=flip,
+        unused=tuple(unused),
+    )
+
+
+def _load(
+    options: EvalOptions, variant: Variant, dataset: Dataset, test: Split, device: torch.device
+) -> tuple[Loader, NDArray[np.int64]]:
+    """A loader of the images, and the order in which it gives them."""
+    recipe, scales = variant.recipe, options.scales
     most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2)) if scales else EVAL_BATCH_SIZE
     batch_size = min(options.batch_size or most, len(test))
     config = LoaderConfig(
-        augment=Augment(0 if scales else recipe.pad, recipe.pad_mode, crop, flip=False),
+        augment=Augment(0 if scales else recipe.pad, recipe.pad_mode, None if scales else recipe.crop, flip=False),
         normalize=options.normalize
-        or make_normalize(recipe.normalize, _training_images(weights, variant, dataset)),
+        or make_normalize(recipe.normalize, _training_images(options.weights.expanduser(), variant, dataset)),
         batch_size=batch_size,
         eval_batch_size=batch_size,
         device=device,
         threads=torch.get_num_threads(),
     )
-    loader = make_evaluation_loader("resident", test, config)
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return _Prepared(variant, dataset, network, unused, test, position, loader, batch_size)
-
-
-def _evaluate(options: EvalOptions, prepared: _Prepared) -> Errors:
-    dataset, test, network = prepared.dataset, prepared.test, prepared.network
-    flip = bool(options.scales) and dataset.flip
-    if options.scales:
-        network = MultiScale(network, options.scales, flip=flip)
-    set_precision("fp32")
-    batches: list[Tensor] = []
-    evaluation = evaluate(
-        network, prepared.loader, images=len(test), autocast=nullcontext(), on_ranked=batches.append
-    )
-    prepared.loader.close()
-    ranked: NDArray[np.int64] = torch.cat(batches).cpu().numpy()
-    order = SamplingPlan(len(test), prepared.batch_size, train=False).draw(0).index  # the loader's
-    labels = test.labels[order]
-    if options.predictions:
-        _write_predictions(options.predictions.expanduser(), prepared.position[order], labels, ranked, dataset)
-    hits = int((ranked == labels[:, None]).sum())
-    return Errors(
-        name=f"{prepared.variant.name}-{prepared.variant.network.depth}",
-        label=dataset.label,
-        images=evaluation.images,
-        of=len(dataset.test),
-        error=evaluation.error,
-        top5_error=100 * (len(test) - hits) / len(test) if dataset.num_classes > 5 else None,
-        scales=options.scales,
-        flip=flip,
-        unused=tuple(prepared.unused),
-    )
+    order = SamplingPlan(len(test), batch_size, train=False).draw(0).index
+    return make_evaluation_loader("resident", test, config), order
 
 
 def _check_origin(weights: Path, variant: Variant) -> None:
@@ -255,5 +246,4 @@ def print_errors(errors: Errors, console: Console) -> None:
         lines.append(
             f"left over in the file: {len(errors.unused)} tensors of layers that are never called: {', '.join(layers)}"
         )
-    for line in lines:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    say(console, "\n".join(lines))

@@ -14,7 +14,7 @@ import statistics
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -24,13 +24,13 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from harness.cluster.job import Failed, Started, Worker
 from harness.deadline import stopping_on_sigterm
+from harness.progress import make_table, say
 from harness.record import classify
 from harness.resources import Session
-from harness.results.metrics import figures
+from harness.results.metrics import NONE, figures
 from harness.results.store import keep_prediction
 from harness.results.values import Measurement, Prediction
 from harness.spec import RunPaths, RunSpec
@@ -107,7 +107,7 @@ def count_cells(specs: Sequence[RunSpec]) -> dict[RunSpec, int]:
 
 
 def probe_cells(
-    probe: Callable[..., Outcome], cells: Sequence[RunSpec], session: Session, console: Console
+    probe: Callable[..., Outcome], cells: Iterable[RunSpec], session: Session, console: Console
 ) -> list[tuple[RunSpec, Outcome | Failed]]:
     """Call `probe(spec, worker, report, paths=...)` for each cell where its runs would be; outcomes in their order.
 
@@ -116,9 +116,9 @@ def probe_cells(
 
     def progress(spec: RunSpec, event: Any) -> None:
         if isinstance(event, Started):
-            console.print(f"{spec.name}: probing", style="dim", soft_wrap=True, markup=False)
+            say(console, f"{spec.name}: probing", style="dim")
 
-    if not cells:
+    if not (cells := list(cells)):
         return []
     if session.allocation.workers == 1 and session.resources.address is None:
         session = replace(session, resources=replace(session.resources, launcher="local"))
@@ -128,15 +128,16 @@ def probe_cells(
     return [(spec, by_cell[spec]) for spec in cells]
 
 
-def make_table(spec: RunSpec, note: str, columns: Sequence[str], left: Sequence[str]) -> Table:
-    """An empty table with a title that says on what was probed."""
+def print_cells(
+    spec: RunSpec, note: str, columns: Sequence[str], lines: Sequence[Sequence[str]], console: Console
+) -> None:
+    """Print a line for each cell, without the columns that nothing is known of; a line without a name is dim."""
+    shown = [i for i in range(len(columns)) if any(line[i] not in (NONE, "") for line in lines)]
     title = f"{spec.loader} · {spec.precision} · {'GPU' if spec.device == 'cuda' else 'CPU'}{note}"
-    table = Table(
-        box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left", title_style="", title=title
-    )
-    for name in columns:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    return table
+    table = make_table(*(columns[i] for i in shown), left=("run", "variant", "width"), title=title)
+    for line in lines:
+        table.add_row(*(escape(line[i]) for i in shown), style="" if line[0] else "dim")
+    console.print(table)
 
 
 def width_of(spec: RunSpec) -> str:
@@ -260,65 +261,64 @@ def total_joules(cells: Sequence[Cell]) -> Measurement:
 def estimate(todo: Sequence[RunSpec], session: Session, console: Console) -> bool:
     """Probe every cell of the missing runs, store and print what is predicted. Returns whether a probe failed."""
     cells = count_cells(todo)
-    outcomes = probe_cells(predict, list(cells), session, console)
-    for spec, outcome in outcomes:
-        if isinstance(outcome, Prediction):
-            keep_prediction(session.paths.out, spec.key, outcome)
-    probed = [Cell(spec, cells[spec], outcome) for spec, outcome in outcomes]
+    probed = [Cell(spec, cells[spec], outcome) for spec, outcome in probe_cells(predict, cells, session, console)]
+    for cell in probed:
+        if isinstance(cell.outcome, Prediction):
+            keep_prediction(session.paths.out, cell.spec.key, cell.outcome)
     print_estimate(probed, todo, session.allocation.concurrent_runs, console)
-    return any(isinstance(outcome, Failed) for _, outcome in outcomes)
+    return any(isinstance(cell.outcome, Failed) for cell in probed)
 
 
 def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_runs: int, console: Console) -> None:
     """Print a line for each cell, their sums, and notes."""
     if not cells:
-        console.print("nothing to estimate: all runs are done already; --force counts them again")
+        say(console, "nothing to estimate: all runs are done already; --force counts them again")
         return
-    predicted = {cell.spec: cell.outcome for cell in cells if isinstance(cell.outcome, Prediction)}
     columns = ("variant", "depth", "width", "runs", "s/epoch", "eval s", "h/run", "GPU-h", *MEMORY, "kJ")
     notes: dict[str, None] = {}
     missing: dict[str, dict[str, None]] = defaultdict(dict)  # reason -> columns
     lines: list[list[str]] = []
     for cell in cells:
-        line = [escape(cell.spec.variant), str(cell.spec.network.depth), width_of(cell.spec), str(cell.runs)]
+        line = [cell.spec.variant, str(cell.spec.network.depth), width_of(cell.spec), str(cell.runs)]
         if isinstance(cell.outcome, Failed):
-            failure = classify(cell.outcome)
-            lines.append([*line, failure.kind, *["–"] * (len(columns) - len(line) - 1)])
-            notes[f"{cell.spec.name} failed, {failure.kind}: {failure.message}"] = None
+            lines.append(_failed_line(line, cell.spec, cell.outcome, columns, notes))
             continue
         one, joules = cell.outcome, total_joules([cell])
         memory = {name: getattr(one.memory, field) for name, field in MEMORY.items()}
         seconds = (one.epoch_seconds, one.eval_seconds, one.run_seconds / 3600, cell.gpu_hours)
-        numbers = map(figures, [*seconds, *(measured.value for measured in memory.values())])
-        lines.append([*line, *numbers, kilo(joules)])
+        lines.append(line + [figures(n) for n in (*seconds, *(m.value for m in memory.values()))] + [kilo(joules)])
         for name, measured in {**memory, "kJ": joules}.items():
             if measured.value is None:
                 missing[str(measured.reason)][name] = None
         notes |= dict.fromkeys(f"while probing {cell.spec.name}: {cause}" for cause in one.interference)
-    shown = [i for i in range(len(columns)) if any(line[i] != "–" for line in lines)]
     first = cells[0].spec
-    table = make_table(first, "", [columns[i] for i in shown], ("variant", "width"))
-    for line in lines:
-        table.add_row(*(line[i] for i in shown))
-    console.print(table)
-    seconds_of = {spec: one.run_seconds for spec, one in predicted.items()}
-    sums = [f"{figures(all_seconds(todo, seconds_of, concurrent_runs) / 3600)} hours"]
+    print_cells(first, "", columns, lines, console)
+    predicted = {cell.spec: cell.outcome for cell in cells if isinstance(cell.outcome, Prediction)}
+    hours = all_seconds(todo, {spec: one.run_seconds for spec, one in predicted.items()}, concurrent_runs) / 3600
+    sums = [f"{figures(hours)} hours"]
     if first.device == "cuda":
         gpu_hours = [value for cell in cells if (value := cell.gpu_hours) is not None]
-        sums.append(f"{figures(sum(gpu_hours) if gpu_hours else None)} GPU-hours")
-        sums.append(f"{kilo(total_joules(cells))} kJ")
+        sums += [f"{figures(sum(gpu_hours) if gpu_hours else None)} GPU-hours", f"{kilo(total_joules(cells))} kJ"]
     runs = sum(cell.runs for cell in cells if cell.spec in predicted)
-    console.print(
-        f"in all {runs} runs, {concurrent_runs} at a time: {', '.join(sums)}", style="bold", soft_wrap=True
-    )
+    say(console, f"in all {runs} runs, {concurrent_runs} at a time: {', '.join(sums)}", style="bold")
     for note in (*notes, *(f"{', '.join(names)} cannot be had: {reason}" for reason, names in missing.items())):
-        console.print(note, soft_wrap=True, markup=False)
+        say(console, note)
     steps = "/".join(str(n) for n in sorted({one.steps for one in predicted.values()})) or "no"
-    console.print(
+    say(
+        console,
         f"from {steps} training steps after warm-up and {EVAL_BATCHES} evaluation batches or fewer, one seed each; "
         "GPU-h and kJ (while training) are of all runs of a line, memory in MiB of one worker; runs done are not counted",
-        style="dim", soft_wrap=True,
-    )  # fmt: skip
+        style="dim",
+    )
+
+
+def _failed_line(
+    line: list[str], spec: RunSpec, failed: Failed, columns: Sequence[str], notes: dict[str, None]
+) -> list[str]:
+    """The line of a cell whose probe failed; adds why to the notes."""
+    failure = classify(failed)
+    notes[f"{spec.name} failed, {failure.kind}: {failure.message}"] = None
+    return [*line, failure.kind, *[NONE] * (len(columns) - len(line) - 1)]
 
 
 # --- --profile ---
@@ -393,39 +393,32 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
 
 def profile(todo: Sequence[RunSpec], session: Session, console: Console) -> bool:
     """Break down a step of every cell of the missing runs and print it. Returns whether a probe failed."""
-    cells = list(count_cells(todo))
-    outcomes = probe_cells(break_down, cells, session, console)
-    print_breakdown(outcomes, console)
-    return any(isinstance(outcome, Failed) for _, outcome in outcomes)
-
-
-def print_breakdown(cells: Sequence[tuple[RunSpec, Breakdown | Failed]], console: Console) -> None:
-    """Print a line for each cell: milliseconds of each part with its share, their sum, a step of the engine."""
-    if not cells:
-        console.print("nothing to profile: all runs are done already; --force counts them again")
-        return
-    measured = [outcome for _, outcome in cells if isinstance(outcome, Breakdown)]
-    parts = [name for name in PARTS if any(name in outcome.parts for outcome in measured)]
-    engines = "/".join(dict.fromkeys(outcome.engine for outcome in measured)) or cells[0][0].engine
-    columns = ("run", "width", *parts, "sum", engines)
-    table = make_table(cells[0][0], " · milliseconds of a step", columns, ("run", "width"))
-    notes: list[str] = []
-    for spec, outcome in cells:
-        line = [escape(spec.name), width_of(spec)]
+    outcomes = probe_cells(break_down, count_cells(todo), session, console)
+    if not outcomes:
+        say(console, "nothing to profile: all runs are done already; --force counts them again")
+        return False
+    engines = "/".join(dict.fromkeys(o.engine for _, o in outcomes if isinstance(o, Breakdown)))
+    columns = ("run", "width", *PARTS, "sum", engines or outcomes[0][0].engine)
+    notes: dict[str, None] = {}
+    lines: list[list[str]] = []
+    for spec, outcome in outcomes:
+        line = [spec.name, width_of(spec)]
         if isinstance(outcome, Failed):
-            table.add_row(*line, *["–"] * (len(parts) + 2))
-            notes.append(f"{spec.name} failed: {outcome.message}")
+            lines.append(_failed_line(line, spec, outcome, columns, notes))
             continue
-        took = [outcome.parts.get(name) for name in parts]
-        table.add_row(*line, *map(figures, [*took, outcome.eager_ms, outcome.engine_ms]))
-        shares = ["–" if ms is None else f"{100 * ms / outcome.eager_ms:.0f} %" for ms in took]
-        table.add_row("", "", *shares, style="dim")
-    console.print(table)
+        took = [outcome.parts.get(name) for name in PARTS]
+        lines.append([*line, *map(figures, [*took, outcome.eager_ms, outcome.engine_ms])])
+        lines.append(
+            ["", "", *(NONE if ms is None else f"{100 * ms / outcome.eager_ms:.0f} %" for ms in took), "", ""]
+        )
+    print_cells(outcomes[0][0], " · milliseconds of a step", columns, lines, console)
     for note in notes:
-        console.print(note, soft_wrap=True, markup=False)
-    console.print(
+        say(console, note)
+    say(
+        console,
         f"data: from the last step's end until its batch is there. Parts by eager kernels, the median of up to {STEPS} "
-        f"steps after warm-up, of the slowest rank; all-reduce after backward, where DDP would hide it. {engines}: a step "
-        "as runs take it",
-        style="dim", soft_wrap=True,
-    )  # fmt: skip
+        f"steps after warm-up, of the slowest rank; all-reduce after backward, where DDP would hide it. {columns[-1]}: "
+        "a step as runs take it",
+        style="dim",
+    )
+    return any(isinstance(outcome, Failed) for _, outcome in outcomes)

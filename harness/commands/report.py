@@ -1,16 +1,16 @@
-"""Stored runs -> tables, pages and files: what `harness report`, `export` and `variants` do."""
+"""Stored runs -> tables, pages, files and answers: `harness report`, `compare`, `why`, `export` and `variants`."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.plan import check_word, local_copy
-from harness.results.store import collector_paused, load_predictions, load_records
+from harness.plan import check_word, open_out
+from harness.results.remote import is_uri
+from harness.results.store import collector_paused, load_predictions, load_records, write_atomic
 from harness.spec import UserError
 
 if TYPE_CHECKING:
@@ -18,26 +18,15 @@ if TYPE_CHECKING:
 
     from harness.results.rows import Row
     from harness.results.store import Loaded, Problem, Stored
-    from harness.results.sweeps import Sweep, Sweeps
+    from harness.results.sweeps import Sweep
 
 PAGE = "report.html"
+COMPARISON_FORMATS = ("table", "markdown", "json")
 
 
 def find_results(words: Sequence[str]) -> list[Path]:
     """Folders as they are; for a URI, the local folder into which its records were copied. Raises UserError."""
-    from harness.results.remote import StorageError, is_uri, pull_results
-
-    paths = []
-    for word in words:
-        if not is_uri(word):
-            paths.append(Path(word))
-            continue
-        paths.append(local_copy(word))
-        try:
-            pull_results(word, paths[-1])
-        except StorageError as error:
-            raise UserError(str(error)) from None
-    return paths
+    return [open_out(word, write=False)[0] if is_uri(word) else Path(word) for word in words]
 
 
 def load_runs(paths: Sequence[Path]) -> Loaded:
@@ -58,15 +47,6 @@ def load_runs(paths: Sequence[Path]) -> Loaded:
 def _name_problems(problems: Sequence[Problem]) -> None:
     for problem in problems:
         print(f"harness: passed over: {problem}", file=sys.stderr)
-
-
-def load_searches(paths: Sequence[Path]) -> Sweeps:
-    """Read all sweeps under `paths`; what cannot be read goes to standard error, a line each."""
-    from harness.results.sweeps import load_sweeps
-
-    loaded = load_sweeps(paths)
-    _name_problems(loaded.problems)
-    return loaded
 
 
 def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
@@ -100,12 +80,15 @@ def print_report(
     """
     from harness.results.report.columns import sort_rows
     from harness.results.report.table import FORMATS, render
-    from harness.results.sweeps import Sweeps
+    from harness.results.sweeps import Sweeps, load_sweeps
 
     check_word(format, (*FORMATS, "html"), "--format")
     loaded = load_runs(paths)
     rows = make_rows(loaded, across)
-    searches = load_searches(paths) if format == "html" or curves is not None else Sweeps([], [])
+    searches = Sweeps([], [])
+    if format == "html" or curves is not None:
+        searches = load_sweeps(paths)
+        _name_problems(searches.problems)
     try:
         if sort is not None:
             rows = sort_rows(rows, sort)
@@ -146,36 +129,25 @@ def print_rows(loaded: Loaded, console: Console) -> None:
 @collector_paused()
 def write_page(out: Path, loaded: Loaded | None = None) -> Path:
     """Write the page of all runs in a folder into it. Raises UserError where it cannot be written."""
-    from harness.results.store import load_records
     from harness.results.sweeps import load_sweeps
 
     loaded, searches = loaded or load_records([out]), load_sweeps([out])
     text = make_html(make_rows(loaded), [*loaded.problems, *searches.problems], sweeps=searches.sweeps)
-    path = out / PAGE
-    temporary = path.with_name(f".{PAGE}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_atomic(out / PAGE, text)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-    return path
+        raise UserError(f"{out / PAGE} cannot be written: {error.strerror or error}") from None
+    return out / PAGE
 
 
-def export_runs(paths: Sequence[Path], to: str) -> int:
-    """Export the finished, failed and pruned runs under `paths`; returns how many the other tool did not have.
+def export_runs(records: Sequence[Stored], to: str) -> int:
+    """Export finished, failed and pruned runs; returns how many the other tool did not have.
 
     Raises UserError for a tool that is unknown or not installed, and for epochs that cannot be read.
     """
-    from harness.results.export import TARGETS
-
-    check_word(to, tuple(TARGETS), "--to")
-    return export_records(load_runs(paths).records, to)
-
-
-def export_records(records: Sequence[Stored], to: str) -> int:
-    """`export_runs` for runs that were loaded already."""
     from harness.results.export import TARGETS, export
 
+    check_word(to, tuple(TARGETS), "--to")
     try:
         return export(records, TARGETS[to])
     except ImportError as error:
@@ -195,14 +167,8 @@ def make_html(
     from harness.results.report.charts import load_bundle
     from harness.results.report.page import make_page
 
-    return make_page(
-        rows,
-        bundle=load_bundle(cache_dir()),
-        made_at=datetime.now(UTC),
-        columns=columns,
-        problems=problems,
-        sweeps=sweeps,
-    )
+    bundle, now = load_bundle(cache_dir()), datetime.now(UTC)
+    return make_page(rows, bundle=bundle, made_at=now, columns=columns, problems=problems, sweeps=sweeps)
 
 
 def print_text(text: str, console: Console, output: Path | None = None) -> None:
@@ -217,6 +183,68 @@ def print_text(text: str, console: Console, output: Path | None = None) -> None:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror or error}") from None
+
+
+def print_why(row: str, path: Path, console: Console) -> None:
+    """Print the records, epochs and formulas behind every row of that name (msra-20), or the row of that number."""
+    from harness.results.explain import why
+
+    rows = make_rows(load_runs([path]))
+    matches = [match for match in rows if match.name == row]
+    if row.isdecimal():
+        if not 1 <= int(row) <= len(rows):
+            known = f"{str(path)!r} has rows 1 to {len(rows)}"
+            raise UserError(f"row {row}: {known}" if rows else f"no runs in {str(path)!r}")
+        matches = [rows[int(row) - 1]]
+    elif not matches:
+        check_word(row, sorted({row.name for row in rows}), "row")
+    print_text("\n".join(map(why, matches)), console)
+
+
+def print_comparison(
+    paths: Sequence[Path],
+    console: Console,
+    *,
+    by: str | None = None,
+    fail_on: str | None = None,
+    format: str = "table",
+    across: Sequence[str] = (),
+) -> int:
+    """Print two folders side by side, or the runs of one by a field. Returns the exit code: 1 where `fail_on` is met.
+
+    Raises UserError for a condition, field or format that cannot be read, and where there is nothing to compare.
+    """
+    from harness.results.compare import compare, compare_by, parse_fail_on, render_comparison, violations
+
+    check_word(format, COMPARISON_FORMATS, "--format")
+    try:
+        conditions = parse_fail_on(fail_on) if fail_on is not None else ()
+    except ValueError as error:
+        raise UserError(f"--fail-on: {error}") from None
+    metrics = [condition.metric for condition in conditions]
+    if by is None and len(paths) != 2:
+        given = f"{len(paths)} folder{'s' * (len(paths) != 1)} given"
+        raise UserError(f"compare takes two folders, or --by FIELD: {given}")
+    sides = []
+    for side in [list(paths)] if by is not None else [[path] for path in paths]:
+        sides.append(make_rows(load_runs(side), across))
+        if not any(row.done for row in sides[-1]):
+            raise UserError(f"no finished run in {', '.join(repr(str(path)) for path in side)}")
+    try:
+        a, b = sides[0], sides[-1]
+        pairs = compare(a, b, metrics) if by is None else compare_by(a, by, metrics)
+    except ValueError as error:
+        raise UserError(f"--by: {error}") from None
+    if not pairs and not conditions:
+        hint = "rows that differ in nothing but --by"
+        hint = hint if by else "a row of A and one of B that agree in all but the folder"
+        raise UserError(f"nothing to compare: no {hint}; --across FIELD overlooks a difference")
+    colour = console.is_terminal and not console.no_color
+    print_text(render_comparison(pairs, format, width=console.width, colour=colour), console)
+    failed = violations(pairs, conditions)
+    for line in failed:
+        print(f"harness: --fail-on: {line}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def print_variants(console: Console) -> None:

@@ -43,15 +43,12 @@ def make_repro(stored: Stored) -> str:
     versions = _mapping(record.environment.get("versions"))
     commit, dirty = record.environment.get("commit"), record.environment.get("dirty")
     lines = [f"# {record.name}, {record.status} {record.finished_at:%Y-%m-%d %H:%M} UTC", f"# {_machine(record)}"]
+    own = "resnet-harness"
     if isinstance(commit, str):
-        lines.append(
-            f"git checkout {commit}" + ("  # and uncommitted changes, which are not known" if dirty else "")
-        )
+        lines.append(f"git checkout {commit}{'  # and uncommitted changes, which are not known' * bool(dirty)}")
     else:
         lines.append("# the commit is not known: it was not run from a checkout")
-    own = "resnet-harness"
-    if own in versions and not isinstance(commit, str):
-        lines.append(f"# {own} {versions[own]}")
+        lines += [f"# {own} {versions[own]}"] if own in versions else []
     if pins := [f"{name}=={version}" for name, version in versions.items() if name != own]:
         lines.append(f"pip install {' '.join(map(shlex.quote, pins))}")
     lines.append(shlex.join(make_command(stored)))

@@ -16,17 +16,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from harness import plan
-from harness.cluster.job import Started, Telemetry
-from harness.commands.report import export_records, print_rows, write_page
+from harness import plan, progress
+from harness.cluster.job import Report, Started, Telemetry, Worker
+from harness.commands.report import export_runs, print_rows, write_page
 from harness.deadline import TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.plan import Grid
-from harness.progress import JsonLines, Progress, load_data
+from harness.progress import JsonLines, Progress, load_data, make_table
 from harness.record import Recorder, lock_run, name_of
 from harness.resources import Resources, Session, check_resources, make_allocation
 from harness.results.remote import push_file, push_run
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
-from harness.results.values import EpochMetrics
+from harness.results.values import EpochMetrics, RunResult
 from harness.spec import RunPaths, RunSpec, UserError
 
 if TYPE_CHECKING:
@@ -112,12 +112,12 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
     return code
 
 
-def say(text: str, options: RunOptions, console: Console, **style: Any) -> None:
+def say(text: str, options: RunOptions, console: Console, style: str = "") -> None:
     """Print a line for people; to standard error where the output is for programs."""
     if options.format == "jsonl":
         print(text, file=sys.stderr)
     else:
-        console.print(text, soft_wrap=True, markup=False, highlight=False, **style)
+        progress.say(console, text, style)
 
 
 def check_options(grid: Grid, options: RunOptions) -> None:
@@ -128,14 +128,13 @@ def check_options(grid: Grid, options: RunOptions) -> None:
     plan.check_until_ci(grid, options.until_ci, options.max_seeds)
     plan.check_word(options.format, FORMATS, "--format")
     if options.estimate or options.profile:
-        probe = "--estimate" if options.estimate else "--profile"
-        others = {
-            "--profile": options.estimate and options.profile,
-            "--dry-run": options.dry_run,
+        chosen = {
+            "--estimate": options.estimate, "--profile": options.profile, "--dry-run": options.dry_run,
             "--format jsonl": options.format == "jsonl",
-        }
-        if other := next((name for name, chosen in others.items() if chosen), None):
-            raise UserError(f"{probe} and {other} exclude each other: {probe} probes and prints a table")
+        }  # fmt: skip
+        probe, *others = (name for name, is_chosen in chosen.items() if is_chosen)
+        if others:
+            raise UserError(f"{probe} and {others[0]} exclude each other: {probe} probes and prints a table")
 
 
 # --- before training ---
@@ -144,7 +143,7 @@ def check_options(grid: Grid, options: RunOptions) -> None:
 def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpec]) -> int:
     """Print the plan, or probe what is missing of it. Returns the exit code."""
     options, console, recorder = prepared.options, prepared.console, prepared.recorder
-    code = EXIT_DONE
+    failed = False
     if options.dry_run:
         console.print(_plan_table(prepared, specs))
     else:
@@ -152,8 +151,7 @@ def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpe
 
         if todo:
             prepared.check_nodes()
-        function = probe.estimate if options.estimate else probe.profile
-        code = EXIT_FAILED if function(todo, prepared.session, console) else EXIT_DONE
+        failed = (probe.estimate if options.estimate else probe.profile)(todo, prepared.session, console)
         if options.estimate:
             recorder.push(push_run, recorder.paths.out / ESTIMATES)
     if options.until_ci is not None and not options.profile:
@@ -161,19 +159,17 @@ def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpe
         console.print(
             f"and further seeds, to {most} of a row, until its error is known to ±{options.until_ci:g} points"
         )
-    return code
+    return EXIT_FAILED if failed else EXIT_DONE
 
 
 def _plan_table(prepared: _Prepared, specs: Sequence[RunSpec]) -> Table:
     finished = prepared.recorder.find_finished(specs)
-    table = Table(
-        box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left", title_style="",
-        title=f"{len(specs)} runs on {escape(prepared.dataset.label)}, "
-        f"{sum(spec.key in finished for spec in specs)} of them done already",
+    done = sum(spec.key in finished for spec in specs)
+    words = ("loader", "precision", "engine", "width", "key", "state")
+    table = make_table(
+        *("variant", "depth", "seed", "epochs", "batch", *words), left=("variant", *words),
+        title=f"{len(specs)} runs on {escape(prepared.dataset.label)}, {done} of them done already",
     )  # fmt: skip
-    numbers = ("depth", "seed", "epochs", "batch")
-    for name in ("variant", *numbers, "loader", "precision", "engine", "width", "key", "state"):
-        table.add_column(name, justify="right" if name in numbers else "left")
     for spec in specs:
         if spec.key in finished:
             state = "done" + (", again by --force" if prepared.options.force else "")
@@ -214,10 +210,16 @@ def train_all(prepared: _Prepared, specs: list[RunSpec], todo: list[RunSpec]) ->
     return specs, EXIT_FAILED if failures else EXIT_DONE
 
 
+def train_run(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths) -> RunResult:
+    """Train a run. The driver names this function, and only workers import torch."""
+    from harness.training.train import train
+
+    return train(spec, worker, report, paths=paths)
+
+
 def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     """Launch some runs and store what each comes to. Returns how many failed, or could not be stored at --out."""
     from harness.training.telemetry import NodeTelemetry
-    from harness.training.train import train
 
     options, recorder, session = prepared.options, prepared.recorder, prepared.session
     paths, concurrent_runs = session.paths, min(session.allocation.concurrent_runs, len(specs))
@@ -233,7 +235,7 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
         epochs = {spec.key: plan.count_epochs(spec, len(prepared.dataset.train)) for spec in specs}
         display = Progress(specs, epochs, prepared.console, concurrent_runs=concurrent_runs)
 
-    def progress(spec: RunSpec, event: Any) -> None:
+    def note(spec: RunSpec, event: Any) -> None:
         if isinstance(event, Telemetry):
             recorder.nodes[spec.key].append(event.node)
             return
@@ -242,10 +244,10 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
         display.event(spec, event)
 
     runs = session.launch(
-        partial(train, paths=paths),
+        partial(train_run, paths=paths),
         specs,
         fallback_world_sizes=plan.fallback_world_sizes(options.elastic, specs),
-        progress=progress,
+        progress=note,
         telemetry=NodeTelemetry,
         progress_of=lambda event: event.epoch if isinstance(event, EpochMetrics) else 0,
     )
@@ -282,16 +284,16 @@ def _allow_open_files(more: int) -> None:
 
 
 def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
-    """Read the folder of results once; print the table of the command's runs and write the page of all runs."""
+    """Print the table of the command's runs, and write the page of all runs in the folder."""
     options, recorder, console = prepared.options, prepared.recorder, prepared.console
     paths = recorder.paths
     if options.format == "jsonl" and not options.tensorboard:
         return
     with collector_paused():
-        loaded = load_records([paths.out])
+        loaded = load_records([paths.out], recorder.known)
     mine = select(loaded, {name_of(spec, paths.label) for spec in specs})
     if options.tensorboard:
-        export_records(mine.records, "tensorboard")
+        export_runs(mine.records, "tensorboard")
         for stored in mine.records:
             recorder.push(push_run, stored.folder)
     if options.format == "jsonl":

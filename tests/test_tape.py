@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from strict_tape import Arena, CaptureError, StrictTape
+from tape import Arena, CaptureError, Tape
 from torch import Tensor
 
 from harness.training.engine import Captured
@@ -53,7 +53,7 @@ ALLOWED: dict[str, Callable[[], Any]] = {
 }
 
 
-def capture(work: Callable[[], Any], arena: Arena | None = None) -> tuple[StrictTape, Any]:
+def capture(work: Callable[[], Any], arena: Arena | None = None) -> tuple[Tape, Any]:
     tape = (arena or Arena())()
     tape.warm_up(lambda: None)
     with tape.capture():

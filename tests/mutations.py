@@ -1,0 +1,153 @@
+"""Plants one defect at a time in a copy of this repository, and runs the test that is there for it.
+
+    python tests/mutations.py [WORD...]     those defects whose name has one of the words
+
+Prints a line of Markdown for each, and ends with 1 where a defect stays unseen. Not a test itself: it takes minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STEP, ENGINE, TRAIN, SETUP, NVML, MEMORY, TELEMETRY, OPTIM = (
+    f"harness/training/{name}.py"
+    for name in ("step", "engine", "train", "setup", "nvml", "memory", "telemetry", "optim")
+)
+DALI, XRESNET = "loaders/dali.py", "models/xresnet.py"
+
+
+@dataclass(frozen=True)
+class Defect:
+    """In `file`, each text is replaced by the next; `test` must fail then."""
+
+    name: str
+    file: str
+    texts: tuple[tuple[str, str], ...]
+    test: str
+
+
+DEFECTS = (
+    Defect("the step reads its loss", STEP, (("+= loss_sum.detach()", "+= loss_sum.detach().item()"),),
+           "test_engine.py::test_the_lr_drops_inside_a_graph"),
+    Defect("the step reads its loss (any variant)", STEP, (("+= loss_sum.detach()", "+= loss_sum.detach().item()"),),
+           "test_fake_devices.py::test_a_whole_step_needs_no_value_and_one_device[he2015]"),
+    Defect("labels are selected by a mask", STEP,
+           (("logits.float(), labels, reduction", "logits.float()[labels >= 0], labels[labels >= 0], reduction"),),
+           "test_engine.py::test_the_lr_drops_inside_a_graph"),
+    Defect("a branch on an activation", XRESNET,
+           (("activated = self.activation(x)\n", "activated = self.activation(x) if x.amax() > 0 else x\n"),),
+           "test_fake_devices.py::test_forward_on_a_fake_gpu[xresnet]"),
+    Defect("a constant on the CPU", XRESNET, (("weight.sigmoid()", "(weight.sigmoid() * torch.ones(()))"),),
+           "test_fake_devices.py::test_a_whole_step_needs_no_value_and_one_device[se_mxresnet]"),
+    Defect("fp16 computes in bf16", STEP, (('torch.bfloat16 if precision == "bf16" else torch.float16', "torch.bfloat16"),),
+           "test_fake_devices.py::test_a_whole_step_in_half_precision[fp16-he2015]"),
+    Defect("a new lr is a new tensor", OPTIM, (('group["lr"].fill_(lr)', 'group["lr"] = torch.tensor(lr)'),),
+           "test_engine.py::test_the_lr_drops_inside_a_graph"),
+    Defect("momentum is made in the first step", OPTIM, (("    if recipe.momentum:\n", "    if False:\n"),),
+           "test_engine.py::test_a_captured_run_is_the_eager_one_bit_for_bit"),
+    Defect("casts of weights are kept", STEP, (("cache_enabled=False", "cache_enabled=True"),),
+           "test_engine.py::test_half_precision_weights_are_not_frozen_in_a_graph"),
+    Defect("a graph's inputs are not renewed", ENGINE, (("static.copy_(new, non_blocking=True)", "pass"),),
+           "test_engine.py::test_a_captured_run_is_the_eager_one_bit_for_bit"),
+    Defect("warm-up leaves its trace", ENGINE, (("            restore()\n", ""),),
+           "test_engine.py::test_a_captured_run_is_the_eager_one_bit_for_bit"),
+    Defect("a shape is captured during an epoch", ENGINE,
+           (("            return self._function(*inputs)\n        graph, own", "            self.prepare(*inputs)\n        graph, own"),
+            ("for inputs in calls:", "for inputs in calls[:1]:")),
+           "test_random_failures.py::test_undisturbed_ranks_replay_graphs_and_give_eagers_figures"),
+    Defect("each rank chooses its engine", ENGINE, (("gather(self._try(way, calls))", "[self._try(way, calls)]"),),
+           "test_random_failures.py::test_one_rank_fails_and_both_go_on_alike[41]"),
+    Defect("graphs outlive a run that ends well", SETUP, (("        self.engine.reset()\n        self.forward.reset()\n", ""),),
+           "test_lifetime.py::test_nothing_outlives_a_run[graphs-ends well]"),
+    Defect("graphs outlive a run that raises", TRAIN,
+           (("stack.enter_context(closing(make_trainer(run, warn, meter)))", "make_trainer(run, warn, meter)"),),
+           "test_lifetime.py::test_nothing_outlives_a_run[graphs-raises]"),
+    Defect("loaders outlive a run that is interrupted", TRAIN,
+           (("stack.enter_context(closing(prepare(spec, worker, paths, meter)))", "prepare(spec, worker, paths, meter)"),),
+           "test_lifetime.py::test_nothing_outlives_a_run[loaders-is interrupted]"),
+    Defect("a closed loader keeps its pipeline", DALI, (("self._pipeline = self._pixels = None", "self._pixels = None"),),
+           "test_lifetime.py::test_nothing_outlives_a_run[pipelines-raises]"),
+    Defect("DALI shares memory that it is fed", DALI, (("no_copy=False", "no_copy=True"),),
+           "test_loaders.py::test_dali_shares_no_memory_that_it_is_fed"),
+    Defect("NVML without a session", NVML, (("    pynvml.nvmlInit()\n", ""),),
+           "test_gpu_readings.py::test_joules_of_an_epoch_and_of_a_node"),
+    Defect("a session is left open", NVML, (("        nvml.nvmlShutdown()\n", "        pass\n"),),
+           "test_gpu_readings.py::test_gpus_are_counted_and_the_session_is_closed"),
+    Defect("NVML's index taken for CUDA's", NVML, (('for name in (*named, f"GPU-{uuid}", f"MIG-{uuid}"):', "for name in (str(index),):"),),
+           "test_gpu_readings.py::test_the_gpu_is_the_one_that_cuda_computes_on"),
+    Defect("a MIG instance's UUID without its prefix", NVML, (('(*named, f"GPU-{uuid}", f"MIG-{uuid}")', '(f"GPU-{uuid}",)'),),
+           "test_gpu_readings.py::test_a_mig_instance_is_read_by_itself"),
+    Defect("another process's memory taken for ours", NVML, (("processes.get(os.getpid())", "next(iter(processes.values()), None)"),),
+           "test_gpu_readings.py::test_memory_of_this_process_or_the_reason"),
+    Defect("only NVML's own errors are caught", NVML,
+           (("        except Exception as error:\n            self._reasons[figure]",
+             "        except self._nvml.NVMLError as error:\n            self._reasons[figure]"),),
+           "test_gpu_readings.py::test_an_old_library_lacks_functions"),
+    Defect("a counter that went back is believed", TELEMETRY, ((" and after > before", ""),),
+           "test_gpu_readings.py::test_a_counter_that_does_not_count_gives_no_energy"),
+    Defect("a throttled GPU is believed", NVML, (("SLOWDOWN = 0x08 | 0x20 | 0x40 | 0x80", "SLOWDOWN = 0x20"),),
+           "test_gpu_readings.py::test_what_interferes_with_an_epoch"),
+    Defect("what a process held before is others'", MEMORY, (("existed = torch._C._cuda_hasPrimaryContext(index)", "existed = False"),),
+           "test_gpu_readings.py::test_the_context_of_a_second_run"),
+    Defect("two ways to say TF32, mixed", STEP,
+           (('torch.backends.cudnn.allow_tf32 = precision == "tf32"',
+             'torch.backends.cudnn.conv.fp32_precision = "tf32" if precision == "tf32" else "ieee"'),),
+           "test_precision_flags.py::test_every_flag_can_be_read_and_says_what_was_asked"),
+    Defect("TF32 stays on", STEP,
+           (('torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"', 'torch.backends.cuda.matmul.allow_tf32 |= precision == "tf32"'),),
+           "test_precision_flags.py::test_nothing_is_left_of_the_precision_before"),
+)  # fmt: skip
+
+
+def run_test(tree: Path, test: str) -> str:
+    """passed, failed or, where there is no such test, its exit code."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{test}"], cwd=tree,
+        env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {0: "passed", 1: "failed"}.get(finished.returncode, f"pytest ends with {finished.returncode}")
+
+
+def plant(tree: Path, defect: Defect) -> None:
+    """Change the copy. Raises ValueError where the text is not there once."""
+    path = tree / defect.file
+    text = path.read_text()
+    for old, new in defect.texts:
+        if text.count(old) != 1:
+            raise ValueError(f"{defect.name}: {text.count(old)} times in {defect.file}: {old!r}")
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+def main(words: list[str]) -> int:
+    """Print the table."""
+    chosen = [d for d in DEFECTS if not words or any(word in d.name for word in words)]
+    unseen = 0
+    print("| defect | file | test | with it |\n|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(
+            ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info")
+        )
+        for defect in chosen:
+            before = (tree / defect.file).read_text()
+            try:
+                plant(tree, defect)
+                outcome = run_test(tree, defect.test)
+            except ValueError as error:
+                outcome = str(error)
+            (tree / defect.file).write_text(before)
+            unseen += outcome != "failed"
+            print(f"| {defect.name} | {defect.file} | `{defect.test}` | {outcome} |", flush=True)
+    return 1 if unseen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
