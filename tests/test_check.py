@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from nvml_stub import NvmlStub
 
 from harness import cli
 from harness.commands import check
@@ -110,7 +109,7 @@ def test_a_check_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )  # fmt: skip
 def test_builds_that_do_not_fit(
-    build: str | None, driver: str, cuda: int, wheel: str, ok: bool, words: str, nvml: NvmlStub,
+    build: str | None, driver: str, cuda: int, wheel: str, ok: bool, words: str, nvml: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     nvml.set(DRIVER=driver, CUDA=cuda)
