@@ -342,15 +342,17 @@ def evaluate(
 
 
 @app.command()
-def doctor(
+def check(
+    quick: Annotated[bool, opt("Look at what is installed; measure nothing.", "--quick")] = False,
+    gpus: Gpus = None,
     out: Annotated[Path, opt("Where results would go.")] = Path("runs"),
     data_dir: Annotated[Path | None, opt("Where the images are.")] = None,
     address: Address = None,
 ) -> None:
-    """Say what this machine lacks, if anything."""
-    from harness.commands.doctor import Target, print_findings
+    """Say what this machine lacks, and measure whether it trains rightly."""
+    from harness.commands.check import Target, print_findings
 
-    raise typer.Exit(print_findings(Target(out, data_dir, address), make_console()))
+    raise typer.Exit(print_findings(Target(out, data_dir, address, gpus, quick), make_console()))
 
 
 def main() -> None:

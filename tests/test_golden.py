@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parent / "golden"
 RECORDS = GOLDEN.parents[1] / "results" / "records"
 SAMPLE = RECORDS / "sample_digits_cpu_2026-11-22" / "runs"
 SWEEP = RECORDS / "sweep_cifar10-q75_cpu_2026-11-22" / "runs"
-COMMANDS = ("run", "tune", "report", "compare", "why", "export", "repro", "variants", "eval", "doctor")
+COMMANDS = ("run", "tune", "report", "compare", "why", "export", "repro", "variants", "eval", "check")
 
 
 # --- the names inside the packages ---
@@ -477,7 +477,7 @@ eval --variant msra
 eval --weights file --variant msra --scales 96,x
 eval --weights file --variant msra --mean 1,2
 eval --weights file --variant msra --dataset digits
-doctor --nothing
+check --nothing
 nothing
 """
 

@@ -139,3 +139,9 @@ def count_gpus() -> int:
 def driver_version() -> str:
     """Of NVIDIA's driver. Raises what NVML raises."""
     return str(load_nvml().nvmlSystemGetDriverVersion())
+
+
+def cuda_driver_version() -> tuple[int, int]:
+    """The newest CUDA that the driver runs. Raises what NVML raises."""
+    number = int(load_nvml().nvmlSystemGetCudaDriverVersion_v2())
+    return number // 1000, number % 1000 // 10

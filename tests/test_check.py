@@ -1,4 +1,4 @@
-"""`harness doctor`: what is here is ok, what is not is named with what to do, and the exit code follows."""
+"""`harness check`: what is here is ok, what is not is named with what to do, and the exit code follows."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from harness import cli
-from harness.commands import doctor
-from harness.commands.doctor import CHECKS, Finding, Target
+from harness.commands import check
+from harness.commands.check import CHECKS, Finding, Target
+
+pytest_plugins = ["nvml_stub"]
 
 
 def run(words: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["harness", "doctor", *words])
+    monkeypatch.setattr(sys, "argv", ["harness", "check", "--quick", *words])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     out, err = capsys.readouterr()
@@ -37,13 +40,13 @@ def test_a_machine_that_runs_these_tests_is_ready(
 def test_what_is_missing_is_one_line_with_advice(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = doctor.installed_version
+    whole = check.installed_version
     missing = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")
 
     def version(package: str) -> str | None:
         return None if package in missing else {"ray": "2.61.0", "pynvml": "13.0.1"}.get(package) or whole(package)
 
-    monkeypatch.setattr(doctor, "installed_version", version)
+    monkeypatch.setattr(check, "installed_version", version)
     code, out, _ = run(["--out", str(tmp_path), "--data-dir", str(tmp_path)], capsys, monkeypatch)
     assert code == 1
     lines = out.splitlines()
@@ -56,14 +59,14 @@ def test_what_is_missing_is_one_line_with_advice(
 
 def test_data_folders_are_recognised(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    assert not doctor.check_data(Target(tmp_path, tmp_path)).ok
+    assert not check.check_data(Target(tmp_path, tmp_path)).ok
     (tmp_path / "test").mkdir()
-    assert doctor.check_data(Target(tmp_path, tmp_path)).detail.startswith("class folders in ")
+    assert check.check_data(Target(tmp_path, tmp_path)).detail.startswith("class folders in ")
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/proc/self").exists(), reason="needs a folder nobody writes to")
 def test_a_folder_that_takes_nothing() -> None:
-    finding = doctor.check_storage(Target(Path("/proc/self/nowhere")))
+    finding = check.check_storage(Target(Path("/proc/self/nowhere")))
     assert not finding.ok
     assert finding.needed
     assert "/proc/self" in finding.detail
@@ -72,7 +75,7 @@ def test_a_folder_that_takes_nothing() -> None:
 def test_no_cluster_is_a_finding_and_a_bad_address_a_mistake(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finding = doctor.check_cluster(Target(tmp_path, address="127.0.0.1:1"))
+    finding = check.check_cluster(Target(tmp_path, address="127.0.0.1:1"))
     assert finding is not None
     assert not finding.ok
     assert "no Ray cluster answers" in finding.line("cluster")
@@ -86,6 +89,35 @@ def test_a_check_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.Mo
 
     for name in ("torch", "NVML", "GPU", "NCCL", "DALI"):
         monkeypatch.setitem(CHECKS, name, broken)
-    found = dict(doctor.examine(Target(tmp_path)))
+    found = dict(check.examine(Target(tmp_path)))
     assert found["DALI"].detail == "the check failed: libcudart.so: cannot open"
     assert not found["torch"].ok
+
+
+@pytest.mark.parametrize(
+    ("build", "driver", "cuda", "wheel", "ok", "words"),
+    [
+        ("13.0", "580.65.06", 13000, "nvidia-dali-cuda130", True, "driver 580.65.06 for CUDA 13.0"),
+        ("12.8", "580.65.06", 13000, "nvidia-dali-cuda120", True, "torch for CUDA 12.8"),
+        ("12.6", "535.183.01", 12020, "nvidia-dali-cuda120", True, "CUDA 12.2"),
+        ("13.0", "550.54.15", 12040, "nvidia-dali-cuda120", False, "cu126 or cu128: pytorch.org/get-started"),
+        ("13.0", "550.54.15", 12040, "nvidia-dali-cuda120", False, "or update the driver to 580 or newer"),
+        ("12.8", "470.82.01", 11040, "nvidia-dali-cuda120", False, "built for CUDA 11 (cu118"),
+        (None, "550.54.15", 12040, "nvidia-dali-cuda120", False, "this torch uses no GPU; install a torch built for"),
+        ("12.8", "550.54.15", 12040, "nvidia-dali-cuda130", False,
+         "pip uninstall nvidia-dali-cuda130 && pip install nvidia-dali-cuda120"),
+    ],
+)  # fmt: skip
+def test_builds_that_do_not_fit(
+    build: str | None, driver: str, cuda: int, wheel: str, ok: bool, words: str, nvml: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    nvml.set(DRIVER=driver, CUDA=cuda)
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.setattr(check, "installed_version", lambda package: "2.4.0" if package == wheel else None)
+    finding = check.check_builds(Target(Path()))
+    assert finding is not None
+    assert finding.ok == ok
+    assert words in finding.line("builds")
+    nvml.set(FAIL="nvmlInit_v2=9")
+    assert check.check_builds(Target(Path())) is None, "no driver"

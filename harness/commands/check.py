@@ -1,4 +1,7 @@
-"""What this machine lacks, a line each: what `harness doctor` prints. Each check imports what it looks at."""
+"""What this machine lacks and whether it trains rightly, a line each: what `harness check` prints.
+
+Each check imports what it looks at.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from importlib.metadata import requires
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +22,8 @@ from harness.spec import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from harness.training.checks import Check
 
 LEAST_SHARED_MEMORY_GIB = 1.0  # for Ray's object store and NCCL; Docker's default is 64 MiB
 DALI_WHEELS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")
@@ -30,6 +36,8 @@ class Target:
     out: Path
     data_dir: Path | None = None
     address: str | None = None
+    gpus: int | None = None  # None: all
+    quick: bool = False  # nothing is measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +105,37 @@ def check_gpu(target: Target) -> Finding:
     names = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
     detail = f"{torch.cuda.device_count()} x {', '.join(names)}"
     return Finding(value == 64.0, detail, "a sum on it is wrong", needed=False)
+
+
+def check_builds(target: Target) -> Finding | None:
+    """Whether torch's CUDA, the driver's and DALI's fit together."""
+    import torch
+
+    from harness.training.nvml import cuda_driver_version, driver_version
+
+    try:
+        driver, newest = driver_version(), cuda_driver_version()
+    except Exception:
+        return None  # no driver: the NVML line says so
+    builds = {"torch": torch.version.cuda or ""}
+    builds |= {wheel: f"{wheel[-3:-1]}.0" for wheel in DALI_WHEELS if installed_version(wheel) is not None}
+    have = ", ".join(
+        f"{name} for CUDA {cuda}" if cuda else f"{name} without CUDA" for name, cuda in builds.items()
+    )
+    detail, fits = f"driver {driver} for CUDA {newest[0]}.{newest[1]}; {have}", newest[0]
+    kind = {11: "cu118", 12: "cu126 or cu128"}.get(fits, f"cu{fits}0")
+    torch_line = f"install a torch built for CUDA {fits} ({kind}: pytorch.org/get-started has the line)"
+    if not builds["torch"]:
+        return Finding(False, detail, "this torch uses no GPU", torch_line)
+    if int(builds["torch"].split(".")[0]) > fits:
+        update = (
+            "or update the driver to 580 or newer" if builds["torch"].startswith("13") else "or update the driver"
+        )
+        return Finding(False, detail, "the driver is too old for this torch", f"{torch_line}, {update}")
+    if newer := [wheel for wheel in builds if wheel != "torch" and int(wheel[-3:-1]) > fits]:
+        advice = f"pip uninstall {newer[0]} && pip install nvidia-dali-cuda{fits}0"
+        return Finding(False, detail, "the driver is too old for this DALI", advice)
+    return Finding(True, detail)
 
 
 def check_nccl(target: Target) -> Finding:
@@ -197,7 +236,7 @@ def check_storage(target: Target) -> Finding:
     why = f"results go to --out {target.out}"
     advice = "name a folder that you may write to, on a file system that renames and locks"
     try:
-        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=where) as folder:
+        with tempfile.TemporaryDirectory(prefix=".check-", dir=where) as folder:
             before, after = Path(folder, "a"), Path(folder, "b")
             with before.open("wb") as file:
                 file.write(b"whole")
@@ -267,6 +306,7 @@ CHECKS: dict[str, Callable[[Target], Finding | None]] = {
     "torch": check_torch,
     "NVML": check_nvml,
     "GPU": check_gpu,
+    "builds": check_builds,
     "NCCL": check_nccl,
     "DALI": check_dali,
     "Ray": check_ray,
@@ -305,9 +345,69 @@ def print_findings(target: Target, console: Console) -> int:
         text.stylize("green" if finding.ok else "red" if finding.needed else "yellow", 0, 7)
         console.print(text, soft_wrap=True)
         missing += finding.needed and not finding.ok
-    verdict = f"{missing} of what a run needs is missing" if missing else "ready"
+    if not missing and not target.quick:
+        missing = measure(target, console)
+        verdict = f"{missing} of the checks failed" if missing else "ready"
+    else:
+        verdict = f"{missing} of what a run needs is missing" if missing else "ready"
     console.print(verdict, style="bold", soft_wrap=True)
     return 1 if missing else 0
+
+
+def measure(target: Target, console: Console) -> int:
+    """Measure in this process, and then on two ranks where that is possible. Returns how many checks failed."""
+    from rich.text import Text
+
+    from harness.cluster.job import Worker
+    from harness.training.checks import run_checks
+    from harness.training.nvml import count_gpus
+    from harness.training.telemetry import count_cpus
+
+    failed = 0
+
+    def show(check: Check) -> None:
+        nonlocal failed
+        text = Text(check.line())
+        text.stylize("yellow" if check.passed is None else "green" if check.passed else "red", 0, 7)
+        console.print(text, soft_wrap=True)
+        failed += check.passed is False
+
+    if target.address is None:
+        gpus = count_gpus() if target.gpus is None else min(target.gpus, count_gpus())
+        for check in run_checks(Worker(device="cuda:0" if gpus else "cpu", threads=count_cpus())):
+            show(check)
+    for check in measure_ranks(target):
+        show(check)
+    return failed
+
+
+def measure_ranks(target: Target) -> list[Check]:
+    """The checks of several ranks, launched as a run is."""
+    from harness.cluster.job import Failed, Worker
+    from harness.plan import Grid
+    from harness.resources import Resources, Session, make_allocation
+    from harness.spec import RunPaths
+    from harness.training.checks import Check, make_spec, run_rank_checks
+
+    with ExitStack() as stack:
+        out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-check-")))
+        resources = Resources(gpus=target.gpus, workers=None, address=target.address)
+        allocation = make_allocation(Grid(variants=("he2015",)), resources, stack)
+        if allocation.device == "cuda" and allocation.gpus < 2:
+            return [Check("several ranks", None, "they need two GPUs")]
+        if allocation.device == "cpu":
+            if allocation.threads < 2:
+                return [Check("several ranks", None, "they need two CPU cores")]
+            allocation = replace(allocation, workers=2, threads=allocation.threads // 2)
+        session = Session(allocation, resources, RunPaths(out=out), stack)
+        spec = make_spec(Worker(device=allocation.device))
+        runs = session.launch(run_rank_checks, [spec], progress=lambda *_: None)
+        outcomes = [outcome for _, outcome in runs]
+    return [
+        check
+        for outcome in outcomes
+        for check in ([Check("several ranks", False, outcome.message)] if isinstance(outcome, Failed) else outcome)
+    ]
 
 
 def _reason(error: Exception) -> str:
