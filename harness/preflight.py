@@ -155,9 +155,7 @@ def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> None:
     if differences:
         more = len(differences) - ROWS_SHOWN
         names = list(Difference._fields)
-        table = make_table(*names, left=names, caption=f"and {more} more" if more > 0 else None)
-        for column in table.columns:
-            column.no_wrap, column.overflow = False, "fold"
+        table = make_table(*names, left=names, fold=True, caption=f"and {more} more" if more > 0 else None)
         for difference in differences[:ROWS_SHOWN]:
             table.add_row(
                 *map(escape, difference)

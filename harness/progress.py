@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Literal, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -31,19 +31,16 @@ def say(console: Console, text: str, style: str = "") -> None:
     console.print(Text(text, style=style), soft_wrap=True)
 
 
-def make_table(*columns: str, left: Collection[str] = (), title: str | None = None, **options: Any) -> Table:
-    """An empty table without lines; numbers are aligned to the right, the columns `left` are words."""
-    table = Table(
-        title=title,
-        box=None,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-        title_justify="left",
-        title_style="",
-        **options,
-    )
+def make_table(*columns: str, left: Collection[str] = (), fold: bool = False, **options: Any) -> Table:
+    """An empty table without lines; numbers are aligned to the right, the columns `left` are words.
+
+    Cells that are too long for the console are cut off, or continue below with `fold`.
+    """
+    options = {"box": None, "pad_edge": False, "title_justify": "left", "title_style": "", **options}
+    table = Table(padding=(0, 2, 0, 0), **options)
+    overflow: Literal["fold", "ellipsis"] = "fold" if fold else "ellipsis"
     for name in columns:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True, overflow="ellipsis")
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=not fold, overflow=overflow)
     return table
 
 

@@ -157,7 +157,7 @@ def _plan_table(prepared: _Prepared, specs: Sequence[RunSpec]) -> Table:
     done = sum(spec.key in finished for spec in specs)
     words = ("loader", "precision", "engine", "width", "key", "state")
     table = make_table(
-        *("variant", "depth", "seed", "epochs", "batch", *words), left=("variant", *words),
+        *("variant", "depth", "seed", "epochs", "batch", *words), left=("variant", *words), fold=True,
         title=f"{len(specs)} runs on {escape(prepared.dataset.label)}, {done} of them done already",
     )  # fmt: skip
     for spec in specs:
