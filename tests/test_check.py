@@ -119,5 +119,5 @@ def test_builds_that_do_not_fit(
     assert finding is not None
     assert finding.ok == ok
     assert words in finding.line("builds")
-    nvml.set(FAIL="nvmlInit_v2=9")
+    nvml.set(FAIL="nvmlInitWithFlags=9")
     assert check.check_builds(Target(Path())) is None, "no driver"
