@@ -90,8 +90,8 @@ def start(case: Case) -> Running:
     return running
 
 
-def ray_workers(pid: int) -> list[int]:
-    """The training workers below a process."""
+def descendants(pid: int, title: bytes = b"RayTrainWorker") -> list[int]:
+    """The processes below a process whose command line holds `title`: by default the training workers."""
     parents: dict[int, list[int]] = {}
     titles: dict[int, bytes] = {}
     for path in Path("/proc").glob("[0-9]*"):
@@ -106,7 +106,7 @@ def ray_workers(pid: int) -> list[int]:
         children = parents.get(queue.pop(), [])
         below += children
         queue += children
-    return [child for child in below if b"RayTrainWorker" in titles[child]]
+    return [child for child in below if title in titles[child]]
 
 
 def strike(running: Running, kind: str, chance: random.Random) -> bool:
@@ -117,7 +117,7 @@ def strike(running: Running, kind: str, chance: random.Random) -> bool:
             os.killpg(pid, signal.SIGKILL)
         elif kind == "driver":
             os.kill(pid, signal.SIGKILL)
-        elif workers := ray_workers(pid):
+        elif workers := descendants(pid):
             os.kill(chance.choice(workers), signal.SIGKILL)
         else:
             return False

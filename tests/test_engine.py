@@ -71,7 +71,7 @@ def batch(images: int) -> tuple[Tensor, Tensor]:
 
 def everything(step: Step) -> list[Tensor]:
     momentum = [state["momentum_buffer"] for state in step.optimizer.state.values()]
-    return [t.detach().clone() for t in (*step.parameters, *step.buffers(), *momentum, step.loss_sum)]
+    return [t.detach().clone() for t in (*step.parameters, *step.network.buffers(), *momentum, step.loss_sum)]
 
 
 def equal(some: list[Tensor], others: list[Tensor]) -> bool:
