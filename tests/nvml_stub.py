@@ -38,7 +38,7 @@ class NvmlStub:
     """The stub as the NVML of this process and of its children."""
 
     def __init__(self, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.library = library
+        self.shared_object = library
         self._monkeypatch = monkeypatch
         for name in [name for name in os.environ if name.startswith("NVML_STUB_")]:
             monkeypatch.delenv(name)
@@ -49,7 +49,7 @@ class NvmlStub:
         """As if this process had just loaded `library`."""
         import pynvml
 
-        self.library = library
+        self.shared_object = library
         loaded = ctypes.CDLL(str(library))
         loaded.nvmlStubReset()
         self._monkeypatch.setattr(pynvml, "nvmlLib", loaded)
@@ -67,7 +67,7 @@ class NvmlStub:
 
     def run(self, code: str, *, limit_seconds: float = 60, **environment: str) -> str:
         """What a fresh Python prints that runs `code` in this scenario. Raises CalledProcessError."""
-        paths = [str(self.library.parent), os.environ.get("LD_LIBRARY_PATH", "")]
+        paths = [str(self.shared_object.parent), os.environ.get("LD_LIBRARY_PATH", "")]
         finished = subprocess.run(
             [sys.executable, "-c", code],
             env=os.environ | {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, paths))} | environment,
