@@ -1,4 +1,4 @@
-"""What all tests share: a cache of their own."""
+"""What all tests share: a cache of their own, and the same examples in each run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# the same examples each time: a test that fails by chance blocks what has nothing to do with it
+settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parent.parent
 
