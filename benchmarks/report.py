@@ -19,7 +19,8 @@ from pathlib import Path
 from rounds import harness_seconds, median_and_range, process_seconds, take_turns, write_readings
 from synthetic import store_runs
 
-from harness.plan import Allocation, Grid, expand
+from harness.cluster.job import Allocation
+from harness.plan import Grid, expand
 
 FORMATS = ("table", "markdown", "csv", "json", "latex", "html")
 
