@@ -91,7 +91,14 @@ def trials(path: str) -> str:
         rows.append(
             [*cells, "–" if test is None else f"{test:.2f}", *(f"{v:.4g}" for v in trial["fields"].values())]
         )
-    header = ("trial", "state", "epochs", "held-out error %", "test error %", *(d["field"] for d in sweep["dimensions"]))
+    header = (
+        "trial",
+        "state",
+        "epochs",
+        "held-out error %",
+        "test error %",
+        *(d["field"] for d in sweep["dimensions"]),
+    )
     return f"\n\n{make_table(header, rows)}\n\n"
 
 
