@@ -38,6 +38,7 @@ class Search:
     loader: str = "dali"
     precision: str = "fp32"
     engine: str | None = None
+    deterministic: bool = False
     epochs: int | None = None
     batch_size: int | None = None
     val: int | None = None
