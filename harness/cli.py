@@ -55,6 +55,9 @@ Epochs = Annotated[int | None, opt("Instead of the recipe's; its schedule is str
 BatchSize = Annotated[int | None, opt("Global, over all workers. Default: the recipe's.")]
 Precision = Annotated[str, opt("fp32, tf32, bf16 or fp16.")]
 Engine = Annotated[str | None, opt("eager, compile or graph. Default: graph on GPUs, eager on the CPU.")]
+Deterministic = Annotated[
+    bool, opt("Deterministic algorithms on GPUs too: slower, and rows of their own.", "--deterministic")
+]
 LimitTrain = Annotated[int | None, opt("Train on this many images only; marked in tables.")]
 Gpus = Annotated[int | None, opt("GPUs to use, 0 for the CPU. Default: all.")]
 Workers = Annotated[
@@ -90,6 +93,7 @@ def run(
     batch_size: BatchSize = None,
     precision: Precision = "fp32",
     engine: Engine = None,
+    deterministic: Deterministic = False,
     settings: Annotated[
         list[str] | None, opt("FIELD=VALUE of recipe or network, as in lr=0.05. Repeatable.", "--set")
     ] = None,
@@ -184,6 +188,7 @@ def tune(
     batch_size: BatchSize = None,
     precision: Precision = "fp32",
     engine: Engine = None,
+    deterministic: Deterministic = False,
     val: Annotated[
         int | None,
         typer.Option(
