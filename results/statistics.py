@@ -150,8 +150,9 @@ def moderated(errors: Sequence[float], images: int | None, planned: int | None =
 
 def estimate_mean(errors: Sequence[float], images: int | None, planned: int | None = None) -> Estimate | None:
     """The mean of all errors, with the moderated spread."""
-    spread = moderated(errors, images, planned)
-    return spread and Estimate(mean(errors), math.sqrt(spread.variance / len(errors)), spread.freedom)
+    if (spread := moderated(errors, images, planned)) is None:
+        return None
+    return Estimate(mean(errors), math.sqrt(spread.variance / len(errors)), spread.freedom)
 
 
 def subtract(b: Estimate, a: Estimate) -> Estimate:
