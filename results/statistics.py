@@ -43,24 +43,6 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """Mean of a minus mean of b, with Welch's interval and two-sided p."""
-
-    difference: float
-    interval: Interval
-    p: float
-
-
-@dataclass(frozen=True, slots=True)
-class Equivalence:
-    """Two one-sided tests. "~": the runs allow neither verdict. `interval` is that of 1 - 2 alpha."""
-
-    verdict: Literal["equivalent", "different", "~"]
-    p: float  # the larger of the two one-sided p: below alpha means equivalent
-    interval: Interval
-
-
-@dataclass(frozen=True, slots=True)
 class Verdict:
     """Ours against a published number, lower being better. `interval`: where the published number was expected."""
 
@@ -246,43 +228,6 @@ def _smallest(enough: Callable[[int], bool]) -> int | None:
     """The smallest number of runs, from 2, for which something holds that goes on holding for more."""
     n = 2 + bisect_left(range(2, MAX_SEEDS + 1), True, key=enough)
     return n if n <= MAX_SEEDS else None
-
-
-def welch(a: Sample, b: Sample, level: float = 0.95) -> Difference | None:
-    """Difference of two means without assuming equal spread; None where a side has one run.
-
-    B. L. Welch, The generalization of "Student's" problem when several different population variances are
-    involved, Biometrika 34, 1947.
-    """
-    if a.std is None or b.std is None:
-        return None
-    difference = a.mean - b.mean
-    error, freedom = _welch(a, b)
-    interval = _around(difference, t_quantile(0.5 + level / 2, freedom) * error)
-    return Difference(difference, interval, _two_sided(difference, error, freedom))
-
-
-def tost(a: Sample, b: Sample, margin: float, alpha: float = 0.05) -> Equivalence | None:
-    """Are two means the same within ±margin? None where a side has one run.
-
-    Two one-sided Welch tests (D. J. Schuirmann, A comparison of the two one-sided tests procedure and the power
-    approach, J. Pharmacokinetics and Biopharmaceutics 15, 1987): equivalent where the interval of 1 - 2 alpha lies
-    inside the margin, different where it lies outside of it whole.
-    """
-    if margin <= 0:
-        raise ValueError(f"margin {margin} is not above 0")
-    if a.std is None or b.std is None:
-        return None
-    difference = a.mean - b.mean
-    error, freedom = _welch(a, b)
-    above, below = _one_sided(difference + margin, error, freedom), _one_sided(margin - difference, error, freedom)
-    interval = _around(difference, t_quantile(1 - alpha, freedom) * error)
-    verdict: Literal["equivalent", "different", "~"] = "~"
-    if max(above, below) < alpha:
-        verdict = "equivalent"
-    elif interval.low > margin or interval.high < -margin:
-        verdict = "different"
-    return Equivalence(verdict, max(above, below), interval)
 
 
 def _welch(a: Sample, b: Sample) -> tuple[float, float]:
