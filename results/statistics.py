@@ -31,9 +31,9 @@ class Sample:
     std: float | None = None
 
     @property
-    def variance_of_mean(self) -> float | None:
-        """std^2 / n: the squared standard error."""
-        return None if self.std is None else self.std**2 / self.n
+    def estimate(self) -> Estimate | None:
+        """The mean, by these runs' own spread; None for one run."""
+        return None if self.std is None else Estimate(self.mean, self.std / math.sqrt(self.n), self.n - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +148,7 @@ def subtract(b: Estimate, a: Estimate) -> Estimate:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p adjusted for the number of tests (S. Holm, Scand. J. Statist. 6, 1979): below alpha in at most alpha of all
-    families without an effect."""
+    """p adjusted for the number of tests: S. Holm, Scand. J. Statist. 6, 1979."""
     adjusted, largest = [0.0] * len(ps), 0.0
     for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
         largest = adjusted[index] = max(largest, min(1.0, (len(ps) - rank) * ps[index]))
@@ -167,9 +166,7 @@ def _around(centre: float, half: float) -> Interval:
 
 def confidence_interval(runs: Sample, level: float = 0.95) -> Interval | None:
     """Student's interval for the mean; None for one run."""
-    if runs.variance_of_mean is None:
-        return None
-    return _around(runs.mean, t_quantile(0.5 + level / 2, runs.n - 1) * math.sqrt(runs.variance_of_mean))
+    return runs.estimate and runs.estimate.interval(level)
 
 
 def compare_with_published(ours: Sample, published: Sample, alpha: float = 0.05) -> Verdict | None:
@@ -180,17 +177,17 @@ def compare_with_published(ours: Sample, published: Sample, alpha: float = 0.05)
     std takes 1/m in place of 1; with std, and more than one run on each side, Welch's test decides. One run of
     ours is tested against the interval of a published mean ± std in the same way.
     """
-    difference = ours.mean - published.mean
-    if ours.std is not None and published.std is not None and published.n > 1:
-        error, freedom = _welch(ours, published)
+    if ours.estimate and published.estimate:
+        apart = subtract(ours.estimate, published.estimate)
     else:
         known = ours if ours.std is not None else published
         if known.std is None or known.n < 2:
             return None
-        error, freedom = known.std * math.sqrt(1 / ours.n + 1 / published.n), known.n - 1.0
-    p = _two_sided(difference, error, freedom)
-    expected = _around(ours.mean, t_quantile(1 - alpha / 2, freedom) * error)
-    return Verdict("consistent" if p >= alpha else "better" if difference < 0 else "worse", p, expected)
+        error = known.std * math.sqrt(1 / ours.n + 1 / published.n)
+        apart = Estimate(ours.mean - published.mean, error, known.n - 1)
+    expected = _around(ours.mean, apart.half(1 - alpha))
+    word: Literal["better", "worse"] = "better" if apart.value < 0 else "worse"
+    return Verdict("consistent" if apart.p() >= alpha else word, apart.p(), expected)
 
 
 def seeds_to_tell(std: float, difference: float, published_n: int = 1, alpha: float = 0.05) -> int | None:
@@ -228,17 +225,6 @@ def _smallest(enough: Callable[[int], bool]) -> int | None:
     """The smallest number of runs, from 2, for which something holds that goes on holding for more."""
     n = 2 + bisect_left(range(2, MAX_SEEDS + 1), True, key=enough)
     return n if n <= MAX_SEEDS else None
-
-
-def _welch(a: Sample, b: Sample) -> tuple[float, float]:
-    """Standard error of the difference, and the Welch-Satterthwaite degrees of freedom."""
-    first, second = a.variance_of_mean or 0.0, b.variance_of_mean or 0.0
-    total = first + second
-    if total == 0:
-        return 0.0, float(a.n + b.n - 2)
-    # as shares of the total: squares of tiny variances would underflow
-    share = first / total
-    return math.sqrt(total), 1 / (share**2 / (a.n - 1) + (1 - share) ** 2 / (b.n - 1))
 
 
 def _two_sided(difference: float, error: float, freedom: float) -> float:
