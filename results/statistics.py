@@ -166,7 +166,7 @@ def _around(centre: float, half: float) -> Interval:
 
 def confidence_interval(runs: Sample, level: float = 0.95) -> Interval | None:
     """Student's interval for the mean; None for one run."""
-    return runs.estimate and runs.estimate.interval(level)
+    return None if runs.estimate is None else runs.estimate.interval(level)
 
 
 def compare_with_published(ours: Sample, published: Sample, alpha: float = 0.05) -> Verdict | None:
