@@ -238,7 +238,7 @@ def main() -> None:
     entries: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as peer_data:
         if args.peer:
-            write_cifar10(Path(peer_data), train, dataset.test, dataset.classes)
+            write_cifar10(Path(peer_data), train, limit(dataset.test, 1000), dataset.classes)  # they evaluate
         for depth in map(int, args.depths.split(",")):
             ways = make_ways(depth, args, data, dataset, device, Path(peer_data))
             take_turns(ways, args.rounds, args.epochs, device, console)
