@@ -27,8 +27,15 @@ class Published:
     memory_mib: float | None = None
     epoch_seconds: float | None = None
     hardware: str | None = None
+    year: int | None = None  # of the costs
+    progress: tuple[float, ...] = ()  # errors by epoch
     source: str
     note: str | None = None
+
+    @property
+    def number(self) -> float:
+        """The error, top-1 where it is published."""
+        return self.error if self.error is not None else self.top5_error or 0.0
 
     @property
     def sample(self) -> Sample | None:
@@ -38,7 +45,10 @@ class Published:
 @cache
 def load_published() -> tuple[Published, ...]:
     text = (Path(__file__).parent / "published.toml").read_text(encoding="utf-8")
-    return tuple(Published(**entry) for entry in tomllib.loads(text)["published"])
+    return tuple(
+        Published(**entry | {"progress": tuple(entry.get("progress", ()))})
+        for entry in tomllib.loads(text)["published"]
+    )
 
 
 def find_published(dataset: str, variant: str, depth: int) -> Published | None:
