@@ -9,16 +9,18 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, TypeVar, get_args
 
+from harness.cluster.job import Allocation
 from harness.models.presets import find_preset
 from harness.models.variants import Recipe, Variant, default_depth, find_variant
 from harness.results.statistics import confidence_interval, sample
 from harness.search_space import apply
 from harness.spec import Engine, Precision, RunSpec, UserError, check_word
 
+Value = TypeVar("Value")
 LOADERS = ("dali", "resident", "dataloader", "synthetic")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENGINES: tuple[str, ...] = get_args(Engine)
@@ -39,6 +41,7 @@ class Grid:
     loader: str = "dali"
     precision: str = "fp32"
     engine: str | None = None  # None: graph on a GPU, eager on a CPU
+    deterministic: bool = False
     epochs: int | None = None
     batch_size: int | None = None
     val: int | None = None
@@ -48,16 +51,9 @@ class Grid:
     specs: tuple[RunSpec, ...] = ()  # these runs, in place of variants × depths × seeds: `make_spec_grid`
 
 
-@dataclass(frozen=True, slots=True)
-class Allocation:
-    """`concurrent_runs` at a time, each of `workers` ranks with `threads` CPU threads."""
-
-    device: Literal["cuda", "cpu"]
-    gpus: int
-    workers: int
-    concurrent_runs: int
-    threads: int
-    runs_per_gpu: int = 1
+def fill(kind: type[Value], values: Mapping[str, Any]) -> Value:
+    """A dataclass from the values that are named as its fields are."""
+    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})  # type: ignore[arg-type]
 
 
 def parse_words(text: str | None, what: str) -> tuple[str, ...]:
@@ -200,6 +196,7 @@ def _make_spec(grid: Grid, name: str, depth: int, seed: int, allocation: Allocat
         loader=grid.loader,
         precision=grid.precision,  # type: ignore[arg-type]
         engine=choose_engine(grid.engine, allocation.device),
+        deterministic=grid.deterministic,
         device=allocation.device,
         workers=allocation.workers,
         seed=seed,
@@ -243,7 +240,11 @@ def make_spec_grid(paths: Sequence[Path], grid: Grid, given: Collection[str]) ->
     if len(datasets) > 1:
         raise UserError(f"--spec: runs on {' and on '.join(datasets)}; a command trains on one data set")
     fixed = {name: getattr(grid, name) for name in ("loader", "precision", "dataset") if name in given}
-    fixed |= {name: value for name in ("engine", "limit_train", "limit_test") if (value := getattr(grid, name))}
+    fixed |= {
+        name: value
+        for name in ("engine", "limit_train", "limit_test", "deterministic")
+        if (value := getattr(grid, name))
+    }
     fixed |= {"fingerprint": ANY_IMAGES} if "dataset" in given else {}
     changed = [replace(_override_spec(spec, grid), **fixed) for spec in read]
     seeds = grid.seeds if "seeds" in given else ()

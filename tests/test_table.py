@@ -91,6 +91,7 @@ CHANGES: list[dict[str, Any]] = [
     {"result": {"device": "NVIDIA A100"}},
     {"result": {"threads": 4}},
     {"network": {"depth": 20, "shortcut": "A"}},
+    {"deterministic": True},
     {"brand_new_field": 1},
 ]
 
@@ -109,6 +110,8 @@ def test_a_hidden_difference_between_rows_that_look_different_is_named_too() -> 
     assert [row.differs for row in rows] == [("torch=2.15",), ("torch=2.11",)]
     rows = summarise([make_run(0), make_run(0, depth=56)])  # the depth has its own column
     assert [row.differs for row in rows] == [(), ()]
+    rows = summarise([make_run(0), make_run(0, loader="resident", deterministic=True)])
+    assert sorted(row.differs for row in rows) == [(), ("deterministic=True",)]
 
 
 def test_a_seed_run_twice_counts_once_with_its_last_run() -> None:
@@ -314,14 +317,14 @@ def test_the_whole_page() -> None:
         "───────  ─────  ──────  ─  ───────────  ──────  ─────  ────────────  ────────────────\n"
         "msra        20   0.27M  2  8.40 ± 0.14    8.20  −0.20  8.29 (+0.11)  consistent p=.64\n"
         "msra        56   0.27M  2  6.40 ± 0.14    6.20  −0.20  6.31 (+0.09)  consistent p=.69",
-        "variant  depth  s/epoch   img/s  wait %  alloc  resvd   NVML\n"
-        "───────  ─────  ───────  ──────  ──────  ─────  ─────  ─────\n"
-        "msra        20     4.50  11,111     1.2    417    512  1,890\n"
-        "msra        56     4.50  11,111     1.2    417    512  1,890",
+        "variant  depth  s/epoch  published s²   img/s  wait %  alloc  resvd   NVML  published MiB²\n"
+        "───────  ─────  ───────  ────────────  ──────  ──────  ─────  ─────  ─────  ──────────────\n"
+        "msra        20     4.50  11 s (2.44×)  11,111     1.2    417    512  1,890         521 MiB\n"
+        "msra        56     4.50  30 s (6.67×)  11,111     1.2    417    512  1,890         860 MiB",
     ]
     assert render(summarise(runs), "markdown").splitlines()[4] == (
         "| msra      |      20 |    0.27M |   2 | 8.40 ± 0.14 |     8.20 | −0.20 | 8.29 (+0.11) | consistent p=.64 "
-        "|      4.50 |  11,111 |      1.2 |     417 |     512 |  1,890 |"
+        "|      4.50 |   11 s (2.44×) |  11,111 |      1.2 |     417 |     512 |  1,890 |          521 MiB |"
     )
 
 
