@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -356,11 +358,19 @@ def main() -> None:
     usage_error: type[Exception] = next(
         cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException"
     )
+    for stream in (sys.stdout, sys.stderr):  # ASCII, say: a sign that it lacks is shown as "?"
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     code: Any
     try:
         code = app(standalone_mode=False)
     except UserError as error:
         code = _complain(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(f"{error.filename or 'a file'}: {error.strerror}; the same command goes on once there is room")
+        code = 1
     except usage_error as error:
         message = error.format_message()  # type: ignore[attr-defined]
         if message.startswith("Usage:"):  # no command was named
@@ -374,7 +384,10 @@ def main() -> None:
 
 
 def _complain(message: str) -> int:
-    print(f"harness: error: {' '.join(message.split())}", file=sys.stderr)
+    from harness.results.remote import redact
+
+    shown = "".join(sign if sign.isprintable() else "?" for sign in " ".join(redact(message).split()))
+    print(f"harness: error: {shown}", file=sys.stderr)
     return 2
 
 
