@@ -3,6 +3,7 @@
 import math
 import statistics as stdlib
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,12 +13,18 @@ from harness.results.statistics import (
     Sample,
     compare_with_published,
     confidence_interval,
+    estimate_mean,
+    holm,
     mean,
     median,
+    median_runs,
+    moderated,
+    prior_std,
     sample,
     seeds_needed,
     seeds_to_tell,
     std,
+    subtract,
     t_quantile,
     t_survival,
     tost,
@@ -219,3 +226,67 @@ def test_seeds_to_tell_is_where_the_verdict_turns(spread: float, difference: flo
 
     assert verdict(n) == "worse"
     assert n == 2 or verdict(n - 1) == "consistent"
+
+
+# --- the moderated spread ---
+
+
+def test_the_prior_is_the_noise_of_the_test_set() -> None:
+    assert prior_std(8.0, 10_000) == pytest.approx(1.3 * 0.2)
+    assert prior_std(0.0, 10_000) == prior_std(0.5, 10_000)
+    assert prior_std(8.0, 2_500) == pytest.approx(2 * prior_std(8.0, 10_000))
+
+
+def test_the_spread_of_few_runs_is_moderated() -> None:
+    prior = prior_std(8.0, 10_000) ** 2
+    one = moderated([8.0], 10_000)
+    assert one is not None
+    assert (one.variance, one.freedom) == pytest.approx((prior, 8))
+    three = moderated([7.9, 8.0, 8.1], 10_000)
+    assert three is not None
+    assert (three.variance, three.freedom) == pytest.approx(((8 * prior + 2 * 0.01) / 10, 10))
+    assert moderated([8.0], None) is None
+    plain = moderated([7.9, 8.0, 8.1], None)
+    assert plain is not None
+    assert (plain.variance, plain.freedom) == pytest.approx((0.01, 2))
+
+
+def test_seeds_that_were_added_for_their_spread_count_in_the_mean_alone() -> None:
+    planned, added = [7.9, 8.0, 8.1, 8.0, 8.0], [9.0, 7.0]
+    first = estimate_mean(planned, 10_000)
+    all_of_them = estimate_mean(planned + added, 10_000, planned=5)
+    assert first is not None
+    assert all_of_them is not None
+    assert all_of_them.value == pytest.approx(8.0)
+    assert all_of_them.freedom == first.freedom
+    assert all_of_them.error == pytest.approx(first.error * math.sqrt(5 / 7))
+
+
+@given(some, some)
+def test_a_difference_without_a_prior_is_welchs(a: list[float], b: list[float]) -> None:
+    if min(std(a) or 0, std(b) or 0) < 1e-6:  # scipy warns
+        return
+    first, second = estimate_mean(a, None), estimate_mean(b, None)
+    assert first is not None
+    assert second is not None
+    ours, theirs = subtract(second, first), stats.ttest_ind(b, a, equal_var=False)
+    interval = theirs.confidence_interval(0.90)
+    assert ours.p() == pytest.approx(theirs.pvalue, rel=1e-6, abs=1e-12)
+    assert (ours.interval().low, ours.interval().high) == pytest.approx((interval.low, interval.high), rel=1e-6)
+    greater = stats.ttest_ind([v - 0.3 for v in b], a, equal_var=False, alternative="greater").pvalue
+    assert ours.p_above(0.3) == pytest.approx(greater, rel=1e-6, abs=1e-12)
+
+
+def test_holm_of_a_worked_example() -> None:
+    # the result of p.adjust in R
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.6, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_a_median_is_as_exact_as_a_mean_of_fewer() -> None:
+    draw = np.random.default_rng(0)
+    for n in (1, 2, 3, 5, 7, 10):
+        variance = np.median(draw.standard_normal((60_000, n)), axis=1).var()
+        assert median_runs(n) == pytest.approx(1 / variance, rel=0.03)
+    assert median_runs(101) == pytest.approx(101 * 2 / math.pi)
