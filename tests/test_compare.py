@@ -201,7 +201,7 @@ def test_why_names_records_epochs_and_formula(tmp_path: Path) -> None:
     for words in (
         "error 8.40 ± 0.14 % = mean ± std (n − 1) of the last epoch's error over 2 run(s), on the test set",
         f"seed 0  8.3000  {runs[0].folder}",
-        "in epoch 170", "published 8.29 %", "consistent: p = ",
+        "in epoch 170", "published 8.29 %", "no verdict: fewer than 3 seeds",
         "3 epochs timed, 4.5 to 4.6; left out: 1 (warm-up), 5 (interference: it swapped), 6\n",
         "NVML 1,890", "network.depth = 20",
     ):  # fmt: skip
