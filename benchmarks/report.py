@@ -20,7 +20,8 @@ from typing import Any
 from rounds import harness_seconds, make_table, median_and_range, process_seconds, take_turns, write_readings
 from synthetic import store_runs
 
-from harness.plan import Allocation, Grid, expand
+from harness.cluster.job import Allocation
+from harness.plan import Grid, expand
 
 FORMATS = ("table", "markdown", "csv", "json", "latex", "html")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import sys
-from collections.abc import Mapping
-from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,6 @@ from harness.spec import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-Value = TypeVar("Value")
 app = typer.Typer(
     name="harness",
     help="Train every depth and variant of a family of residual networks, and compare what was measured.",
@@ -146,16 +145,11 @@ def run(
         "settings": parse_settings(settings or ()),
         "until": parse_until(until, datetime.now()) if until is not None else None,
     }
-    grid = fill(plan.Grid, values)
+    grid = plan.fill(plan.Grid, values)
     if spec:
         grid = plan.make_spec_grid(spec, grid, chosen(context))
-    options = fill(RunOptions, values | {"resources": fill(Resources, values)})
+    options = plan.fill(RunOptions, values | {"resources": plan.fill(Resources, values)})
     raise typer.Exit(run_grid(grid, options, make_console()))
-
-
-def fill(kind: type[Value], values: Mapping[str, Any]) -> Value:
-    """A dataclass from the values that are named as its fields are."""
-    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})  # type: ignore[arg-type]
 
 
 def chosen(context: typer.Context) -> set[str]:
@@ -208,15 +202,13 @@ def tune(
 ) -> None:
     """Search for the best recipe; poor trials stop early."""
     values = dict(locals())
-    from harness.commands.sweep import make_search
-    from harness.commands.tune import TuneOptions
+    from harness.commands.tune import TuneOptions, make_search
     from harness.commands.tune import tune as run_search
     from harness.deadline import parse_until
+    from harness.plan import fill
 
-    request = make_search(values)
-    stop_at = None if until is None else parse_until(until, datetime.now())
-    options = TuneOptions(out=out, address=address, until=stop_at, verbose=verbose)
-    raise typer.Exit(run_search(request, options, make_console(), resume=resume, given=chosen(context)))
+    options = fill(TuneOptions, values | {"until": None if until is None else parse_until(until, datetime.now())})
+    raise typer.Exit(run_search(make_search(values), options, make_console(), given=chosen(context)))
 
 
 # --- stored runs ---
@@ -337,6 +329,7 @@ def evaluate(
     """Print the errors of stored weights on a test set."""
     values = dict(locals())
     from harness.commands import evaluate as command
+    from harness.plan import fill
 
     values |= {
         "scales": command.parse_scales(scales) if scales is not None else (),
@@ -366,11 +359,19 @@ def main() -> None:
     usage_error: type[Exception] = next(
         cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException"
     )
+    for stream in (sys.stdout, sys.stderr):  # ASCII, say: a sign that it lacks is shown as "?"
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     code: Any
     try:
         code = app(standalone_mode=False)
     except UserError as error:
         code = _complain(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(f"{error.filename or 'a file'}: {error.strerror}; the same command goes on once there is room")
+        code = 1
     except usage_error as error:
         message = error.format_message()  # type: ignore[attr-defined]
         if message.startswith("Usage:"):  # no command was named
@@ -384,7 +385,10 @@ def main() -> None:
 
 
 def _complain(message: str) -> int:
-    print(f"harness: error: {' '.join(message.split())}", file=sys.stderr)
+    from harness.results.remote import redact
+
+    shown = "".join(sign if sign.isprintable() else "?" for sign in " ".join(redact(message).split()))
+    print(f"harness: error: {shown}", file=sys.stderr)
     return 2
 
 

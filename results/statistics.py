@@ -12,7 +12,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 MAX_SEEDS = 1_000
 LEVEL = 0.90
@@ -32,33 +31,15 @@ class Sample:
     std: float | None = None
 
     @property
-    def variance_of_mean(self) -> float | None:
-        """std^2 / n: the squared standard error."""
-        return None if self.std is None else self.std**2 / self.n
+    def estimate(self) -> Estimate | None:
+        """The mean, by these runs' own spread; None for one run."""
+        return None if self.std is None else Estimate(self.mean, self.std / math.sqrt(self.n), self.n - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
     low: float
     high: float
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Mean of a minus mean of b, with Welch's interval and two-sided p."""
-
-    difference: float
-    interval: Interval
-    p: float
-
-
-@dataclass(frozen=True, slots=True)
-class Equivalence:
-    """Two one-sided tests. "~": the runs allow neither verdict. `interval` is that of 1 - 2 alpha."""
-
-    verdict: Literal["equivalent", "different", "~"]
-    p: float  # the larger of the two one-sided p: below alpha means equivalent
-    interval: Interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +139,7 @@ def subtract(b: Estimate, a: Estimate) -> Estimate:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p adjusted for the number of tests (S. Holm, Scand. J. Statist. 6, 1979): below alpha in at most alpha of all
-    families without an effect."""
+    """p adjusted for the number of tests: S. Holm, Scand. J. Statist. 6, 1979."""
     adjusted, largest = [0.0] * len(ps), 0.0
     for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
         largest = adjusted[index] = max(largest, min(1.0, (len(ps) - rank) * ps[index]))
@@ -189,9 +169,7 @@ def _around(centre: float, half: float) -> Interval:
 
 def confidence_interval(runs: Sample, level: float = 0.95) -> Interval | None:
     """Student's interval for the mean; None for one run."""
-    if runs.variance_of_mean is None:
-        return None
-    return _around(runs.mean, t_quantile(0.5 + level / 2, runs.n - 1) * math.sqrt(runs.variance_of_mean))
+    return None if runs.estimate is None else runs.estimate.interval(level)
 
 
 def seeds_needed(std: float, difference: float, alpha: float = 0.05, power: float = 0.8) -> int | None:
@@ -215,54 +193,6 @@ def _smallest(enough: Callable[[int], bool]) -> int | None:
     """The smallest number of runs, from 2, for which something holds that goes on holding for more."""
     n = 2 + bisect_left(range(2, MAX_SEEDS + 1), True, key=enough)
     return n if n <= MAX_SEEDS else None
-
-
-def welch(a: Sample, b: Sample, level: float = 0.95) -> Difference | None:
-    """Difference of two means without assuming equal spread; None where a side has one run.
-
-    B. L. Welch, The generalization of "Student's" problem when several different population variances are
-    involved, Biometrika 34, 1947.
-    """
-    if a.std is None or b.std is None:
-        return None
-    difference = a.mean - b.mean
-    error, freedom = _welch(a, b)
-    interval = _around(difference, t_quantile(0.5 + level / 2, freedom) * error)
-    return Difference(difference, interval, _two_sided(difference, error, freedom))
-
-
-def tost(a: Sample, b: Sample, margin: float, alpha: float = 0.05) -> Equivalence | None:
-    """Are two means the same within ±margin? None where a side has one run.
-
-    Two one-sided Welch tests (D. J. Schuirmann, A comparison of the two one-sided tests procedure and the power
-    approach, J. Pharmacokinetics and Biopharmaceutics 15, 1987): equivalent where the interval of 1 - 2 alpha lies
-    inside the margin, different where it lies outside of it whole.
-    """
-    if margin <= 0:
-        raise ValueError(f"margin {margin} is not above 0")
-    if a.std is None or b.std is None:
-        return None
-    difference = a.mean - b.mean
-    error, freedom = _welch(a, b)
-    above, below = _one_sided(difference + margin, error, freedom), _one_sided(margin - difference, error, freedom)
-    interval = _around(difference, t_quantile(1 - alpha, freedom) * error)
-    verdict: Literal["equivalent", "different", "~"] = "~"
-    if max(above, below) < alpha:
-        verdict = "equivalent"
-    elif interval.low > margin or interval.high < -margin:
-        verdict = "different"
-    return Equivalence(verdict, max(above, below), interval)
-
-
-def _welch(a: Sample, b: Sample) -> tuple[float, float]:
-    """Standard error of the difference, and the Welch-Satterthwaite degrees of freedom."""
-    first, second = a.variance_of_mean or 0.0, b.variance_of_mean or 0.0
-    total = first + second
-    if total == 0:
-        return 0.0, float(a.n + b.n - 2)
-    # as shares of the total: squares of tiny variances would underflow
-    share = first / total
-    return math.sqrt(total), 1 / (share**2 / (a.n - 1) + (1 - share) ** 2 / (b.n - 1))
 
 
 def _two_sided(difference: float, error: float, freedom: float) -> float:

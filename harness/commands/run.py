@@ -26,7 +26,7 @@ from harness.plan import Grid
 from harness.progress import JsonLines, Progress, load_data, make_table, say
 from harness.record import Recorder, lock_run, name_of, name_other_code
 from harness.resources import Resources, Session, check_resources, make_allocation
-from harness.results.remote import push_file, push_run
+from harness.results.remote import push_file, push_run, redact
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
 from harness.results.values import EpochMetrics, RunResult
 from harness.spec import RunPaths, RunSpec, UserError, check_word
@@ -97,7 +97,8 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             dataset = load_data(grid.dataset, paths, console)
             images = len(dataset.train)
             specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
-            plan.fallback_world_sizes(options.elastic, specs)
+            fallback = plan.fallback_world_sizes(options.elastic, specs)
+            allocation = replace(allocation, fallback_world_sizes=fallback)
             paths = replace(paths, label=dataset.label)
             environment = {"launcher": options.resources.launcher}
             recorder = Recorder(paths, dataset.original, environment, partial(say, console))
@@ -245,7 +246,6 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     runs = session.launch(
         partial(train_run, paths=paths),
         specs,
-        fallback_world_sizes=plan.fallback_world_sizes(options.elastic, specs),
         progress=note,
         telemetry=NodeTelemetry,
         progress_of=lambda event: event.epoch if isinstance(event, EpochMetrics) else 0,
@@ -303,7 +303,7 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
     note = partial(say, console, style="dim")
     if not recorder.started:
         note(f"all {len(specs)} runs were done already; --force trains them again")
-    note(f"stored in {paths.remote.partition('?')[0] or paths.out}")
+    note(f"stored in {redact(paths.remote).partition('?')[0] or paths.out}")
     try:
         page = write_page(paths.out, loaded)
     except UserError as error:  # the runs are stored, whatever becomes of their page
