@@ -313,7 +313,10 @@ def judge(row: Row) -> Against | None:
 
 def _not_judged(row: Row, published: Published, best: Sequence[float]) -> Iterator[str]:
     """Why a row gets no verdict."""
-    yield from published.differences(row.spec)
+    differences = published.differences(row.spec)
+    yield from differences[:3]
+    if differences[3:]:
+        yield f"{len(differences) - 3} more fields"
     if (precision := row.fields.get("precision")) != published.precision:
         yield f"{precision}, theirs {published.precision}"
     if row.batch_norm_images != row.batch_size:

@@ -358,6 +358,7 @@ def test_in_a_real_browser(rows: list[Row], bundle: str, tmp_path: Path) -> None
         browser.wait_for(f"{marks.format('curves', 'line')} === 6")
 
         # pointing into the curves tells each row's error at that epoch
+        browser.ask("document.querySelector('[data-chart=curves]').scrollIntoView({block: 'center'})")
         box = browser.ask("(({left, top, width, height}) => [left + width / 2, top + height / 2])"
                           "(document.querySelector('[data-chart=curves] svg').getBoundingClientRect())")  # fmt: skip
         browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
