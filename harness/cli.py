@@ -244,10 +244,14 @@ def report(
 @app.command()
 def compare(
     paths: Annotated[list[str], arg("Two folders of results, A and B; or one, with --by.")],
-    by: Annotated[str | None, opt("Compare runs that differ in this field, as in loader.")] = None,
+    by: Annotated[
+        str | None,
+        opt("Compare runs that differ in this field, as in loader, or precision=fp32,bf16: first is A."),
+    ] = None,
     fail_on: Annotated[
         str | None, opt("Exit with 1 where this holds, as in 'error>+0.3,epoch_seconds>5%'.")
     ] = None,
+    strict: Annotated[bool, opt("Exit with 1, too, where the runs cannot tell.", "--strict")] = False,
     across: Across = None,
     format: Annotated[str, opt("table, markdown or json.")] = "table",
 ) -> None:
@@ -260,6 +264,7 @@ def compare(
         make_console(),
         by=by,
         fail_on=fail_on,
+        strict=strict,
         format=format,
         across=parse_words(across, "--across"),
     )
