@@ -91,6 +91,13 @@ class Row:
         return None if best is None or last is None else best - last.mean
 
     @property
+    def duration(self) -> str:
+        """ "180 epochs" """
+        if (duration := setting(self.spec, "recipe.duration", int, float)) is None:
+            return NONE
+        return f"{duration:,g} {setting(self.spec, 'recipe.unit', str) or 'epoch'}{'s' * (duration != 1)}"
+
+    @property
     def batch_norm_images(self) -> int:
         """Over how many images of a step each batch norm takes its statistics."""
         local = setting(self.spec, "recipe.batch_norm", str) != "sync"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures, suggest
+from harness.results.published import Published, find_published
 from harness.results.rows import Row, setting
 from harness.results.store import Interrupted, Stored
 from harness.results.verdict import ALPHA, MAX_HALF_WIDTH
@@ -20,6 +21,7 @@ class Column:
     means: str = ""  # stands under the table
     right: bool = True
     stays: bool = False  # in the table, even where all rows agree
+    hidden: bool = False  # from the table, unless it is chosen
     part: Literal["what", "errors", "costs"] = "what"  # of a table that is too wide for the terminal
     key: Callable[[Row], float | str | None] | None = None
 
@@ -44,12 +46,6 @@ def _width(row: Row) -> str:
     if "workers" in row.averaged_over:
         return f"{row.text('workers')} of {row.batch_size}"
     return f"{row.workers}×{row.batch_size // max(1, row.workers)}"
-
-
-def _duration(row: Row) -> str:
-    if (duration := setting(row.spec, "recipe.duration", int, float)) is None:
-        return NONE
-    return f"{duration:,g} {setting(row.spec, 'recipe.unit', str) or 'epoch'}{'s' * (duration != 1)}"
 
 
 def _limit(row: Row) -> str:
@@ -85,6 +81,46 @@ def _published(row: Row) -> str:
     published = row.against.published
     half = "" if row.against.half is None else f" ± {row.against.half:.2f}"
     return f"{published.number:.2f} ({_signed(row.against.difference)}{half})"
+
+
+def cost_entry(row: Row) -> Published | None:
+    """The published entry whose seconds and memory are of such runs as the row's: images by number and size, network.
+
+    How the images were compressed does not matter to a cost, nor does the number of epochs.
+    """
+    overrides = setting(row.spec, "overrides", list) or ()
+    other = any(not str(text).startswith(("epochs=", "val=")) for text in overrides)
+    if other or setting(row.spec, "limit_train", int) is not None:
+        return None
+    return find_published(row.fields.get("dataset", ""), row.variant, row.depth)
+
+
+def epoch_seconds_ratio(row: Row) -> float | None:
+    """Published seconds over ours."""
+    entry = cost_entry(row)
+    return entry.epoch_seconds / row.epoch_seconds if entry and entry.epoch_seconds and row.epoch_seconds else None
+
+
+def _published_seconds(row: Row) -> str:
+    entry, ratio = cost_entry(row), epoch_seconds_ratio(row)
+    if entry is None or entry.epoch_seconds is None:
+        return NONE
+    return f"{entry.epoch_seconds:g} s" + (f" ({figures(ratio)}×)" if ratio else "")
+
+
+def _published_memory(row: Row) -> str:
+    entry = cost_entry(row)
+    return f"{entry.memory_mib:,g} MiB" if entry and entry.memory_mib else NONE
+
+
+def _published_number(row: Row, variant: str | None = None) -> float | None:
+    entry = find_published(row.fields.get("dataset", ""), variant or row.variant, row.depth)
+    return entry.number if entry else None
+
+
+def _published_error(row: Row, variant: str | None = None) -> str:
+    entry = find_published(row.fields.get("dataset", ""), variant or row.variant, row.depth)
+    return NONE if entry is None else f"{entry.number:.2f}{' (top-5)' if entry.error is None else ''}"
 
 
 def _verdict(row: Row) -> str:
@@ -126,7 +162,7 @@ DESCRIPTORS: tuple[Column, ...] = (
     Column("dataset", "data set", lambda r: _averaged(r, "label") or r.dataset, right=False),
     Column("limit_train", "images", _limit, "of the training set that were used",
            key=lambda r: setting(r.spec, "limit_train", int)),
-    Column("duration", "trained", _duration, right=False, key=lambda r: setting(r.spec, "recipe.duration", int, float)),
+    Column("duration", "trained", lambda r: r.duration, right=False, key=lambda r: setting(r.spec, "recipe.duration", int, float)),
     Column("overrides", "changed", lambda r: ", ".join(map(str, setting(r.spec, "overrides", list) or ())) or NONE,
            "what differs from the variant's own recipe", right=False),
     Column("loader", "loader", lambda r: r.text("loader"), right=False),
@@ -154,9 +190,23 @@ DERIVED: dict[str, tuple[Column, ...]] = {
                "neither", right=False, stays=True, part="errors",
                key=lambda r: r.against.adjusted if r.against else None),
     ),
+    "accuracy": (
+        Column("published_error", "published %", _published_error, "as printed by the source, whatever the images here",
+               hidden=True, part="errors", key=_published_number),
+        Column("paper_error", "paper %", lambda r: _published_error(r, "he2015"),
+               "of the same depth in arXiv:1512.03385", hidden=True, part="errors",
+               key=lambda r: _published_number(r, "he2015")),
+    ),
     "epoch_seconds": (
+        Column("published_epoch_seconds", "published s", _published_seconds,
+               "published s/epoch, on the hardware named below (and how many times as long as ours)",
+               stays=True, part="costs", key=epoch_seconds_ratio),
         Column("predicted_epoch_seconds", "predicted", lambda r: figures(_predicted_seconds(r)),
                "s/epoch as a probe of some steps predicted it before", stays=True, part="costs", key=_predicted_seconds),
+    ),
+    "nvml_process_mib": (
+        Column("published_memory_mib", "published MiB", _published_memory, "published memory, on the same hardware",
+               stays=True, part="costs", key=lambda r: e.memory_mib if (e := cost_entry(r)) else None),
     ),
 }  # fmt: skip
 """Columns that follow a metric's."""
@@ -166,7 +216,7 @@ def make_columns() -> list[Column]:
     """All columns, in their order: what a row is, its errors, its costs."""
     columns = list(DESCRIPTORS)
     for name, metric in METRICS.items():
-        columns += [_metric_column(metric)] if metric.in_table else []
+        columns.append(_metric_column(metric))
         columns += DERIVED.get(name, ())
     return columns
 
@@ -180,7 +230,8 @@ def _metric_column(metric: Metric) -> Column:
         return own(row) if own else metric.summary(row.figures.get(metric.name, UNKNOWN))
 
     part: Literal["errors", "costs"] = "errors" if metric.kind in ("size", "error") else "costs"
-    return Column(metric.name, metric.title, text, metric.means, stays=True, part=part, key=key)
+    return Column(metric.name, metric.title, text, metric.means, stays=True, hidden=not metric.in_table, part=part,
+                  key=key)  # fmt: skip
 
 
 def find_columns(names: Sequence[str]) -> list[Column]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric
 from harness.results.published import Published
-from harness.results.report.columns import progress, pruned_at
+from harness.results.report.columns import cost_entry, progress, pruned_at
 from harness.results.rows import Row, incomparable
 from harness.results.statistics import wilson
 from harness.results.values import UNMEASURED, RunResult
@@ -121,6 +121,12 @@ def _run_notes(row: Row) -> Iterator[tuple[str, ...]]:
         yield _cite(row.against.published), "published"
         if row.against.reason:
             yield f"no verdict: {row.against.reason}", "verdict"
+    if (entry := cost_entry(row)) and (entry.epoch_seconds or entry.memory_mib):
+        yield (
+            f"on {entry.hardware}, {entry.year}: {entry.source}",
+            "published_epoch_seconds",
+            "published_memory_mib",
+        )
 
 
 def _missing_notes(row: Row) -> Iterator[tuple[str, ...]]:
