@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from harness.loaders.datasets import Dataset
 
-_GRID = ("dataset", "loader", "precision", "engine", "epochs", "batch_size", "val", "limit_train")
+_GRID = ("dataset", "loader", "precision", "engine", "epochs", "batch_size", "batch_norm", "val", "limit_train")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

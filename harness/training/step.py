@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.loaders.resident import upload
 from harness.spec import Precision, RunSpec
+from harness.training.batch_norm import SyncBatchNorm
 
 
 @dataclass(slots=True)
@@ -34,11 +35,15 @@ class Step:
     world_size: int
     mark: Callable[[str], None] = lambda _: None  # called with the name of each part when it has been queued
     norms: Sequence[Any] = ()  # batch norms that count
+    synchronised: Sequence[SyncBatchNorm] = ()
     all_reduce: Callable[[Tensor], Any] | None = None  # sums over the ranks; None with one rank, and under DDP
 
     def __call__(self, images: Tensor, labels: Tensor, global_images: float) -> None:
         """images (n, 3, H, W), labels (n,): this rank's share of a step over `global_images`."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self.all_reduce is not None:
+            for norm in self.synchronised:
+                norm.all_reduce = self.all_reduce
         with make_autocast(images.device, self.spec.precision), self._counting_together():
             logits = self.network(images)
         loss_sum = F.cross_entropy(
