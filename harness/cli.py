@@ -56,6 +56,9 @@ BatchSize = Annotated[int | None, opt("Global, over all workers. Default: the re
 BatchNorm = Annotated[str | None, opt("Statistics of a batch: local (of each worker's images) or sync (of all workers').")]
 Precision = Annotated[str, opt("fp32, tf32, bf16 or fp16.")]
 Engine = Annotated[str | None, opt("eager, compile or graph. Default: graph on GPUs, eager on the CPU.")]
+Deterministic = Annotated[
+    bool, opt("Deterministic algorithms on GPUs too: slower, and rows of their own.", "--deterministic")
+]
 LimitTrain = Annotated[int | None, opt("Train on this many images only; marked in tables.")]
 Gpus = Annotated[int | None, opt("GPUs to use, 0 for the CPU. Default: all.")]
 Workers = Annotated[
@@ -92,6 +95,7 @@ def run(
     batch_norm: BatchNorm = None,
     precision: Precision = "fp32",
     engine: Engine = None,
+    deterministic: Deterministic = False,
     settings: Annotated[
         list[str] | None, opt("FIELD=VALUE of recipe or network, as in lr=0.05. Repeatable.", "--set")
     ] = None,
@@ -187,6 +191,7 @@ def tune(
     batch_norm: BatchNorm = None,
     precision: Precision = "fp32",
     engine: Engine = None,
+    deterministic: Deterministic = False,
     val: Annotated[
         int | None,
         typer.Option(

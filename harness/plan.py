@@ -38,6 +38,7 @@ class Grid:
     loader: str = "dali"
     precision: str = "fp32"
     engine: str | None = None  # None: graph on a GPU, eager on a CPU
+    deterministic: bool = False
     epochs: int | None = None
     batch_size: int | None = None
     batch_norm: str | None = None  # local or sync
@@ -185,6 +186,7 @@ def _make_spec(grid: Grid, name: str, depth: int, seed: int, allocation: Allocat
         loader=grid.loader,
         precision=grid.precision,  # type: ignore[arg-type]
         engine=choose_engine(grid.engine, allocation.device),
+        deterministic=grid.deterministic,
         device=allocation.device,
         workers=allocation.workers,
         seed=seed,
@@ -228,7 +230,11 @@ def make_spec_grid(paths: Sequence[Path], grid: Grid, given: Collection[str]) ->
     if len(datasets) > 1:
         raise UserError(f"--spec: runs on {' and on '.join(datasets)}; a command trains on one data set")
     fixed = {name: getattr(grid, name) for name in ("loader", "precision", "dataset") if name in given}
-    fixed |= {name: value for name in ("engine", "limit_train", "limit_test") if (value := getattr(grid, name))}
+    fixed |= {
+        name: value
+        for name in ("engine", "limit_train", "limit_test", "deterministic")
+        if (value := getattr(grid, name))
+    }
     fixed |= {"fingerprint": ANY_IMAGES} if "dataset" in given else {}
     changed = [replace(_override_spec(spec, grid), **fixed) for spec in read]
     seeds = grid.seeds if "seeds" in given else ()

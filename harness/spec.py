@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +67,7 @@ class RunSpec:
     device: Literal["cuda", "cpu"]
     workers: int = 1
     seed: int = 0
+    deterministic: bool = field(default=False, metadata={"added": True})  # algorithms, at the cost of speed
 
     @property
     def key(self) -> str:
@@ -74,7 +75,7 @@ class RunSpec:
 
         Fields that stand at their default are left out, so that a field added later leaves old keys as they are.
         """
-        text = json.dumps(_contents(self), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(_contents(self, whole=False), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -88,8 +89,12 @@ class RunSpec:
         return f"{self.name} seed {self.seed}"
 
     def to_json(self) -> dict[str, Any]:
-        """Every field, defaults included, as JSON values."""
-        whole: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        """Every field, defaults included, as JSON values.
+
+        A field that was added when runs were stored already (metadata "added") is left out at its default: specs of
+        equal runs are equal, whenever they were stored.
+        """
+        whole: dict[str, Any] = json.loads(json.dumps(_contents(self, whole=True)))
         return whole
 
     @classmethod
@@ -104,7 +109,7 @@ class RunSpec:
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}".lstrip(": ")) from None
         parts = {"network": Network, "recipe": Recipe}
         for name, part in {"": cls, **parts}.items():
-            known = {field.name for field in fields(part)}
+            known = {each.name for each in fields(part)}
             if unknown := [key for key in (values[name] if name else values) if key not in known]:
                 raise ValueError(
                     f"{name}{'.' * bool(name)}{unknown[0]}: no such field{suggest(unknown[0], known)}"
@@ -118,15 +123,16 @@ def _as_tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def _contents(value: Any) -> Any:
-    if is_dataclass(value):
-        kept = {}
-        for field in fields(value):
-            item = getattr(value, field.name)
-            if field.default is MISSING or item != field.default:
-                kept[field.name] = _contents(item)
-        return kept
-    return value
+def _contents(value: Any, *, whole: bool) -> Any:
+    """Of nested dataclasses, as dictionaries: all fields, or those that differ from their default."""
+    if not is_dataclass(value):
+        return value
+    kept = {}
+    for each in fields(value):
+        item, always = getattr(value, each.name), whole and "added" not in each.metadata
+        if always or each.default is MISSING or item != each.default:
+            kept[each.name] = _contents(item, whole=whole)
+    return kept
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -307,6 +307,8 @@ SHOWN = {
     "recipe.batch_size", "loader", "precision", "engine", "workers", "device", "hardware",
 }  # fmt: skip
 """Fields that have a column of their own."""
+NAMED = {"deterministic"}
+"""Fields that are stored only where they are not at their default: named in each row that has them."""
 
 
 def _name_differences(rows: list[Row]) -> list[Row]:
@@ -336,7 +338,7 @@ def _name_differences(rows: list[Row]) -> list[Row]:
         words = [f"{name}={value if len(value) <= 16 else f'{value[:12]}…'}" for name, value in values]
         return replace(row, differs=(*row.differs, *words)) if words else row
 
-    own = [[n for n in row.fields if n in differing and scope(n, row) in differing[n]] for row in rows]
+    own = [[n for n in row.fields if n in NAMED or scope(n, row) in differing.get(n, ())] for row in rows]
     named = [extend(row, names) for row, names in zip(rows, own, strict=True)]
     # a field that only some of them have: widths of an elastic run
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)

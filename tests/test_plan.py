@@ -234,6 +234,9 @@ def test_options_change_a_given_spec(tmp_path: Path) -> None:
     assert changed.overrides == ("lr=0.2", "epochs=20", "batch_size=64")
     assert (changed.loader, changed.engine, changed.seed) == ("resident", "compile", spec.seed)
     assert changed.recipe.milestones == tuple(2 * m for m in spec.recipe.milestones)
+    (slow,) = respec(path, deterministic=True)
+    assert (slow.key != spec.key, "deterministic" in spec.to_json()) == (True, False)
+    assert respec(write_spec(tmp_path / "slow.json", slow)) == [slow], "kept where the option is not given"
     (other,) = respec(path, "dataset", dataset="digits")
     assert (other.dataset, other.recipe) == ("digits", spec.recipe)
 

@@ -91,6 +91,7 @@ CHANGES: list[dict[str, Any]] = [
     {"result": {"device": "NVIDIA A100"}},
     {"result": {"threads": 4}},
     {"network": {"depth": 20, "shortcut": "A"}},
+    {"deterministic": True},
     {"brand_new_field": 1},
 ]
 
@@ -109,6 +110,8 @@ def test_a_hidden_difference_between_rows_that_look_different_is_named_too() -> 
     assert [row.differs for row in rows] == [("torch=2.15",), ("torch=2.11",)]
     rows = summarise([make_run(0), make_run(0, depth=56)])  # the depth has its own column
     assert [row.differs for row in rows] == [(), ()]
+    rows = summarise([make_run(0), make_run(0, loader="resident", deterministic=True)])
+    assert sorted(row.differs for row in rows) == [(), ("deterministic=True",)]
 
 
 def test_a_seed_run_twice_counts_once_with_its_last_run() -> None:

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
     from harness.loaders.datasets import Dataset
 
-_GRID = ("dataset", "loader", "precision", "engine", "epochs", "batch_size", "batch_norm", "val", "limit_train")
+_GRID = (
+    "dataset", "loader", "precision", "engine", "deterministic", "epochs", "batch_size", "batch_norm", "val",
+    "limit_train",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +70,7 @@ def make_search(options: Mapping[str, Any]) -> Search:
     depth = options.get("depth")
     grid = Grid(
         variants=(options["variant"],), depths=() if depth is None else (depth,), seeds=(options["seed"],),
-        **{name: options[name] for name in _GRID},
+        **{name: options[name] for name in _GRID if name in options},
     )  # fmt: skip
     own = {f.name: options[f.name] for f in fields(Search) if f.name in options}
     data_dir = options["data_dir"]
