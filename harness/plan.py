@@ -164,7 +164,9 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
             raise UserError(f"--limit-train {spec.limit_train}: {grid.dataset} has {train_images} training images")
         check_batch(spec.recipe, allocation.workers)
         if spec.recipe.batch_norm == "sync" and spec.engine == "compile":
-            raise UserError("--engine compile cannot synchronise batch norm; with --batch-norm sync eager and graph are allowed")
+            raise UserError(
+                "--engine compile cannot synchronise batch norm; with --batch-norm sync eager and graph are allowed"
+            )
         images = spec.limit_train or train_images
         if spec.recipe.val >= images:
             raise UserError(f"{spec.recipe.val} validation images of {images}: none are left to train on")

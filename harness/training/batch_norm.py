@@ -25,16 +25,18 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
     all_reduce: AllReduce
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        """(n, C) too."""
+
     def forward(self, x: Tensor) -> Tensor:
         """(n, C) or (n, C, H, W), of this rank. Every rank calls it, with one image at least."""
         if not self.training:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, self.running_mean is None, 0.0, self.eps
-            )
-        weight = self.weight
-        if weight is None:
-            weight = torch.ones(self.num_features, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-        out, mean, var, count = _Normalise.apply(x, weight, self.bias, self.eps, self.all_reduce)  # type: ignore[no-untyped-call]
+            return super().forward(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight: Tensor = (
+            self.weight if self.affine else torch.ones(self.num_features, dtype=dtype, device=x.device)
+        )
+        out, mean, var, count = _Normalise.apply(x, weight, self.bias, self.eps, self.all_reduce)
         if self.running_mean is not None and self.running_var is not None and self.momentum is not None:
             with torch.no_grad():
                 self.running_mean.lerp_(mean, self.momentum)
@@ -69,7 +71,7 @@ class _Normalise(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), mean, var, count
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, mean, var, count = ctx.saved_tensors
         none = mean.new_empty(0)
         # as if mean and variance were constants: one kernel, and the two sums that the rest needs
