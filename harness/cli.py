@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +14,6 @@ from harness.spec import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-Value = TypeVar("Value")
 app = typer.Typer(
     name="harness",
     help="Train every depth and variant of a family of residual networks, and compare what was measured.",
@@ -150,16 +147,11 @@ def run(
         "settings": parse_settings(settings or ()),
         "until": parse_until(until, datetime.now()) if until is not None else None,
     }
-    grid = fill(plan.Grid, values)
+    grid = plan.fill(plan.Grid, values)
     if spec:
         grid = plan.make_spec_grid(spec, grid, chosen(context))
-    options = fill(RunOptions, values | {"resources": fill(Resources, values)})
+    options = plan.fill(RunOptions, values | {"resources": plan.fill(Resources, values)})
     raise typer.Exit(run_grid(grid, options, make_console()))
-
-
-def fill(kind: type[Value], values: Mapping[str, Any]) -> Value:
-    """A dataclass from the values that are named as its fields are."""
-    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})  # type: ignore[arg-type]
 
 
 def chosen(context: typer.Context) -> set[str]:
@@ -213,15 +205,13 @@ def tune(
 ) -> None:
     """Search for the best recipe; poor trials stop early."""
     values = dict(locals())
-    from harness.commands.sweep import make_search
-    from harness.commands.tune import TuneOptions
+    from harness.commands.tune import TuneOptions, make_search
     from harness.commands.tune import tune as run_search
     from harness.deadline import parse_until
+    from harness.plan import fill
 
-    request = make_search(values)
-    stop_at = None if until is None else parse_until(until, datetime.now())
-    options = TuneOptions(out=out, address=address, until=stop_at, verbose=verbose)
-    raise typer.Exit(run_search(request, options, make_console(), resume=resume, given=chosen(context)))
+    options = fill(TuneOptions, values | {"until": None if until is None else parse_until(until, datetime.now())})
+    raise typer.Exit(run_search(make_search(values), options, make_console(), given=chosen(context)))
 
 
 # --- stored runs ---
@@ -342,6 +332,7 @@ def evaluate(
     """Print the errors of stored weights on a test set."""
     values = dict(locals())
     from harness.commands import evaluate as command
+    from harness.plan import fill
 
     values |= {
         "scales": command.parse_scales(scales) if scales is not None else (),

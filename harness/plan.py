@@ -9,15 +9,17 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, TypeVar, get_args
 
+from harness.cluster.job import Allocation
 from harness.models.variants import Recipe, Variant, default_depth, find_variant
 from harness.results.statistics import confidence_interval, sample
 from harness.search_space import apply
 from harness.spec import Engine, Precision, RunSpec, UserError, check_word
 
+Value = TypeVar("Value")
 LOADERS = ("dali", "resident", "dataloader", "synthetic")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENGINES: tuple[str, ...] = get_args(Engine)
@@ -49,16 +51,9 @@ class Grid:
     specs: tuple[RunSpec, ...] = ()  # these runs, in place of variants × depths × seeds: `make_spec_grid`
 
 
-@dataclass(frozen=True, slots=True)
-class Allocation:
-    """`concurrent_runs` at a time, each of `workers` ranks with `threads` CPU threads."""
-
-    device: Literal["cuda", "cpu"]
-    gpus: int
-    workers: int
-    concurrent_runs: int
-    threads: int
-    runs_per_gpu: int = 1
+def fill(kind: type[Value], values: Mapping[str, Any]) -> Value:
+    """A dataclass from the values that are named as its fields are."""
+    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})  # type: ignore[arg-type]
 
 
 def parse_words(text: str | None, what: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import harness.cluster.connect
 from harness.cluster import local
 from harness.cluster.connect import ClusterError, connect, disconnect
 from harness.cluster.failures import count_failures
-from harness.cluster.job import Entered, Failed, JobConfig, Started, Worker
+from harness.cluster.job import Allocation, Entered, Failed, Started, Worker
 from harness.cluster.launch import launch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -47,14 +47,14 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
             "order": os.environ.get("CUDA_DEVICE_ORDER")}  # fmt: skip
 
 
-def make_job(storage: Path, **options: Any) -> JobConfig:
-    return JobConfig(
-        **{"world_size": 1, "concurrent_runs": 1, "device": "cpu", "threads": 1, "storage": storage, **options}
+def make_job(storage: Path, **options: Any) -> Allocation:
+    return Allocation(
+        **{"workers": 1, "concurrent_runs": 1, "device": "cpu", "threads": 1, "storage": storage, **options}
     )
 
 
 def collect(
-    runs: Any, specs: list[dict[str, Any]], job: JobConfig, **options: Any
+    runs: Any, specs: list[dict[str, Any]], job: Allocation, **options: Any
 ) -> tuple[dict[str, Any], list[Any]]:
     events: list[Any] = []
     outcomes = {
@@ -75,7 +75,7 @@ def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
             {"name": "dies twice, further on", "epochs": 1, "dies": 2, "further": True},
         ]
         outcomes, events = collect(
-            launch, specs, make_job(tmp_path / "ray", world_size=2, retries=1),
+            launch, specs, make_job(tmp_path / "ray", workers=2, retries=1),
             progress_of=lambda event: event["epoch"] + 1 if isinstance(event, dict) else 0,
         )  # fmt: skip
     finally:
@@ -103,7 +103,7 @@ def test_local_has_the_same_signature_and_outcomes(tmp_path: Path) -> None:
     assert outcomes["raises"].exception == "TooBigError"
     assert events[0] == ("good", Started(attempt=1))
     with pytest.raises(ValueError, match="one worker, not 2"):
-        collect(local.launch, specs, make_job(tmp_path, world_size=2))
+        collect(local.launch, specs, make_job(tmp_path, workers=2))
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:x", "127.0.0.1:1"])
@@ -149,8 +149,7 @@ def test_a_death_counts_against_the_limit_unless_the_run_had_come_further() -> N
 
 def test_shares_of_a_gpu_add_up_to_no_more_than_one_in_rays_four_decimals(tmp_path: Path) -> None:
     for runs in range(1, 33):
-        job = make_job(tmp_path, device="cuda", gpus_per_worker=1 / runs)
-        assert job.runs_per_gpu == runs
+        job = make_job(tmp_path, device="cuda", runs_per_gpu=runs)
         assert round(job.resources["GPU"], 4) * runs <= 1
         assert (job.resources["GPU"] + 1e-4) * runs > 1, "no room for one more"
     assert make_job(tmp_path).resources == {"CPU": 1.0}

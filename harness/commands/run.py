@@ -96,7 +96,8 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             dataset = load_data(grid.dataset, paths, console)
             images = len(dataset.train)
             specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
-            plan.fallback_world_sizes(options.elastic, specs)
+            fallback = plan.fallback_world_sizes(options.elastic, specs)
+            allocation = replace(allocation, fallback_world_sizes=fallback)
             paths = replace(paths, label=dataset.label)
             environment = {"launcher": options.resources.launcher}
             recorder = Recorder(paths, dataset.original, environment, partial(say, console))
@@ -251,7 +252,6 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     runs = session.launch(
         partial(train_run, paths=paths),
         specs,
-        fallback_world_sizes=plan.fallback_world_sizes(options.elastic, specs),
         progress=note,
         telemetry=NodeTelemetry,
         progress_of=lambda event: event.epoch if isinstance(event, EpochMetrics) else 0,

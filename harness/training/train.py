@@ -135,6 +135,8 @@ def _train(
     on_test = evaluate_test(run, trainer, stack) if run.data.eval_split == "val" else None
     return RunResult(
         **summarise_history(history, run.data.eval_split, spec.workers),
+        evaluated_images=len(run.data.eval),
+        test_images=on_test.images if on_test else None,
         parameters=sum(p.numel() for p in trainer.step.parameters),
         test_error=on_test.error if on_test else None,
         test_top5_error=on_test.top5_error if on_test else None,
