@@ -42,7 +42,7 @@ def compute(name: str, rank: int, world: int, all_reduce: Any) -> dict[str, Tens
     recipe = replace(variant.recipe, label_smoothing=0.1)
     step = Step(
         network, parameters, torch.optim.SGD(parameters, lr=0.05, momentum=0.9), torch.amp.GradScaler("cpu", enabled=False),
-        replace(spec(), recipe=recipe), torch.zeros((), dtype=torch.float64), world,
+        replace(spec(), recipe=recipe), torch.zeros(2, dtype=torch.float64), world,
         norms=[m for m in network.modules() if isinstance(m, nn.BatchNorm2d) and m.num_batches_tracked is not None],
         synchronised=[m for m in network.modules() if isinstance(m, SyncBatchNorm)],
         all_reduce=all_reduce if world > 1 else None,
@@ -59,7 +59,7 @@ def compute(name: str, rank: int, world: int, all_reduce: Any) -> dict[str, Tens
             assert parameter.grad is not None
             seen[f"gradient {number} {i}"] = parameter.grad.clone()
         assert images.grad is not None
-        gradient, loss = images.grad.clone(), step.loss_sum.clone()
+        gradient, loss = images.grad.clone(), step.totals[0].clone()
         if world > 1:
             all_reduce(gradient), all_reduce(loss)
         seen |= {f"gradient of the images {number}": gradient, f"loss {number}": loss}

@@ -13,7 +13,7 @@ from torch import nn
 
 from harness.cluster.job import Worker
 from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
-from harness.loaders.loader import Loader, make_loaders
+from harness.loaders.loader import Loader, make_evaluation_loader, make_loaders
 from harness.loaders.sampling import Augment, LoaderConfig, SamplingPlan, make_normalize
 from harness.models.build import build
 from harness.spec import RunPaths, RunSpec
@@ -38,7 +38,7 @@ EVAL_BATCH_SIZE = 1000
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """The three sets of a run, of which it uses two."""
+    """The three sets of a run."""
 
     train: Split
     eval: Split  # evaluated after each epoch: the validation split, or the test set where there is none
@@ -65,6 +65,7 @@ class Prepared:
     loader_config: LoaderConfig
     train_loader: Loader
     eval_loader: Loader
+    test_loader: Loader | None  # where other images are evaluated after each epoch
     network: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -76,8 +77,8 @@ class Prepared:
 
     def close(self) -> None:
         """Close the loaders."""
-        self.train_loader.close()
-        self.eval_loader.close()
+        for loader in filter(None, (self.train_loader, self.eval_loader, self.test_loader)):
+            loader.close()
 
 
 def prepare(spec: RunSpec, worker: Worker, paths: RunPaths, meter: MemoryMeter | None = None) -> Prepared:
@@ -125,7 +126,11 @@ def assemble(
             threads=worker.threads,
         )
         train_loader, eval_loader = make_loaders(spec.loader, data.train, data.eval, config)
-    return Prepared(spec, data, config, train_loader, eval_loader, network, optimizer, scaler)
+        test_loader = None
+        if data.eval_split == "val":
+            test_config = replace(config, eval_batch_size=min(EVAL_BATCH_SIZE, len(data.test)))
+            test_loader = make_evaluation_loader(spec.loader, data.test, test_config)
+    return Prepared(spec, data, config, train_loader, eval_loader, test_loader, network, optimizer, scaler)
 
 
 def is_captured(spec: RunSpec) -> bool:
@@ -272,7 +277,7 @@ def make_step(prepared: Prepared, *, ddp: bool) -> Step:
         prepared.optimizer,
         prepared.scaler,
         prepared.spec,
-        torch.zeros((), dtype=torch.float64, device=device),
+        torch.zeros(2, dtype=torch.float64, device=device),
         world_size,
         norms=[norm for norm in norms if norm.num_batches_tracked is not None and norm.momentum],
         synchronised=synchronised,

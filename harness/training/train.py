@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from harness.cluster.job import Worker
-from harness.loaders.loader import Loader, make_evaluation_loader
+from harness.loaders.loader import Loader
 from harness.results.remote import RemoteRun
 from harness.results.store import append_epoch, partial_dir, run_name, write_epochs
 from harness.results.values import EpochMetrics, Measurement, RunResult
@@ -35,7 +34,7 @@ from harness.training.optim import (
     total_epochs,
     total_steps,
 )
-from harness.training.setup import EVAL_BATCH_SIZE, Prepared, Trainer, make_trainer, prepare
+from harness.training.setup import Prepared, Trainer, make_trainer, prepare
 from harness.training.step import flushed_denormals, make_autocast, mix
 from harness.training.telemetry import (
     EpochReading,
@@ -86,6 +85,7 @@ def _train(
     epochs = total_epochs(spec.recipe, run.train_loader.steps)
     steps_in_all = total_steps(spec.recipe, run.train_loader.steps)
     setup_seconds = time.perf_counter() - entered_at
+    on_test: Evaluation | None = None
 
     for epoch in range(first, epochs):
         steps = min(run.train_loader.steps, steps_in_all - epoch * run.train_loader.steps)
@@ -99,12 +99,15 @@ def _train(
         reading = telemetry.stop(metrics.train_seconds)
         evaluating_at = time.perf_counter()
         evaluation = run_eval(trainer, run.eval_loader, len(run.data.eval))
+        on_test = run_eval(trainer, run.test_loader, len(run.data.test)) if run.test_loader else None
         warmup, partial = epoch - first < WARMUP_EPOCHS < epochs, steps < run.train_loader.steps
         untimed = why_untimed(spec, worker, reading, warmup=warmup, partial=partial)
         metrics = metrics.model_copy(
             update={
                 "error": evaluation.error,
                 "top5_error": evaluation.top5_error,
+                "eval_loss": evaluation.loss,
+                "test_error": on_test.error if on_test else None,
                 "eval_seconds": time.perf_counter() - evaluating_at,
                 "timed": not untimed,
                 "untimed": untimed,
@@ -132,7 +135,8 @@ def _train(
         save_weights(run, folder)
         remote.push(required=True)
     memory = meter.read(run.network, run.optimizer, trainer.graphs)
-    on_test = evaluate_test(run, trainer, stack) if run.data.eval_split == "val" else None
+    if run.test_loader and on_test is None:  # resumed after the last epoch
+        on_test = run_eval(trainer, run.test_loader, len(run.data.test))
     return RunResult(
         **summarise_history(history, run.data.eval_split, spec.workers),
         evaluated_images=len(run.data.eval),
@@ -194,7 +198,7 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
     spec, loader = trainer.step.spec, trainer.loader
     recipe, rank = spec.recipe, dist.get_rank() if dist.is_initialized() else 0
     random = np.random.default_rng([spec.seed, epoch, rank])  # of mixup alone: the loader's plan has its own
-    trainer.step.loss_sum.zero_()
+    totals = trainer.step.totals.zero_()
     seen, lr, stall_seconds = 0, float("nan"), 0.0
     trainer.watchdog.finish()
     started_at = requested_at = time.perf_counter()
@@ -212,15 +216,16 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
         requested_at = time.perf_counter()
     trainer.watchdog.finish()
     train_seconds = time.perf_counter() - started_at
-    sums = torch.stack([trainer.step.loss_sum, torch.full_like(trainer.step.loss_sum, seen)])
+    sums = torch.cat([totals, torch.full_like(totals[:1], seen)])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    loss_sum, all_seen = sums.tolist()
+    loss_sum, wrong, all_seen = sums.tolist()
     return EpochMetrics(
         epoch=epoch + 1,
         steps=steps,
         images=round(all_seen),
         loss=loss_sum / all_seen,
+        train_error=100 * wrong / all_seen,
         error=float("nan"),
         lr=lr,
         train_seconds=train_seconds,
@@ -234,14 +239,6 @@ def run_eval(trainer: Trainer, loader: Loader, images: int) -> Evaluation:
     """Evaluate the network as the run does: by its own engine, in its own precision."""
     autocast = make_autocast(trainer.device, trainer.step.spec.precision)
     return evaluate(trainer.network, loader, images=images, autocast=autocast, forward=trainer.forward)
-
-
-def evaluate_test(run: Prepared, trainer: Trainer, stack: ExitStack) -> Evaluation:
-    """Evaluate the trained network on the test set, where another set was evaluated after each epoch."""
-    test = run.data.test
-    config = replace(run.loader_config, eval_batch_size=min(EVAL_BATCH_SIZE, len(test)))
-    loader = stack.enter_context(closing(make_evaluation_loader(run.spec.loader, test, config)))
-    return run_eval(trainer, loader, len(test))
 
 
 def why_untimed(spec: RunSpec, worker: Worker, reading: EpochReading, *, warmup: bool, partial: bool) -> str:
