@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -247,10 +249,14 @@ def report(
 @app.command()
 def compare(
     paths: Annotated[list[str], arg("Two folders of results, A and B; or one, with --by.")],
-    by: Annotated[str | None, opt("Compare runs that differ in this field, as in loader.")] = None,
+    by: Annotated[
+        str | None,
+        opt("Compare runs that differ in this field, as in loader, or precision=fp32,bf16: first is A."),
+    ] = None,
     fail_on: Annotated[
         str | None, opt("Exit with 1 where this holds, as in 'error>+0.3,epoch_seconds>5%'.")
     ] = None,
+    strict: Annotated[bool, opt("Exit with 1, too, where the runs cannot tell.", "--strict")] = False,
     across: Across = None,
     format: Annotated[str, opt("table, markdown or json.")] = "table",
 ) -> None:
@@ -263,6 +269,7 @@ def compare(
         make_console(),
         by=by,
         fail_on=fail_on,
+        strict=strict,
         format=format,
         across=parse_words(across, "--across"),
     )
@@ -362,11 +369,19 @@ def main() -> None:
     usage_error: type[Exception] = next(
         cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException"
     )
+    for stream in (sys.stdout, sys.stderr):  # ASCII, say: a sign that it lacks is shown as "?"
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     code: Any
     try:
         code = app(standalone_mode=False)
     except UserError as error:
         code = _complain(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(f"{error.filename or 'a file'}: {error.strerror}; the same command goes on once there is room")
+        code = 1
     except usage_error as error:
         message = error.format_message()  # type: ignore[attr-defined]
         if message.startswith("Usage:"):  # no command was named
@@ -380,7 +395,10 @@ def main() -> None:
 
 
 def _complain(message: str) -> int:
-    print(f"harness: error: {' '.join(message.split())}", file=sys.stderr)
+    from harness.results.remote import redact
+
+    shown = "".join(sign if sign.isprintable() else "?" for sign in " ".join(redact(message).split()))
+    print(f"harness: error: {shown}", file=sys.stderr)
     return 2
 
 

@@ -191,6 +191,7 @@ class Record(Value):
     failure: Failure | None = None
     pruned: Pruned | None = None
     environment: dict[str, Any]  # commit, dirty, versions, gpu, driver, host, command
+    added_until: float | None = None  # points: --until-ci added this seed, as the interval was wider than that
     started_at: datetime
     finished_at: datetime
 

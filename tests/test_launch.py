@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -127,6 +128,39 @@ def test_workers_of_any_cluster_number_gpus_as_nvml_does(monkeypatch: pytest.Mon
     monkeypatch.delenv("CUDA_DEVICE_ORDER")
     connect(None, cpus=1, gpus=0)
     assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+def test_a_long_folder_for_temporary_files_and_a_ray_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "init", lambda **options: given.update(options))
+    monkeypatch.setattr(harness.cluster.connect, "inspect_cluster", lambda: None)
+    monkeypatch.setattr(harness.cluster.connect, "_watch", lambda: None)
+    connect(None, cpus=1, gpus=0)
+    assert "_temp_dir" not in given
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "long" * 10)  # a socket's name has 107 bytes
+    connect(None, cpus=1, gpus=0)
+    assert given["_temp_dir"] == "/tmp/ray"
+
+    def fail(**options: Any) -> None:
+        raise OSError("AF_UNIX path length cannot exceed 107 bytes\nand more")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(ClusterError, match=r"^Ray does not start here: AF_UNIX path .* 107 bytes$"):
+        connect(None, cpus=1, gpus=0)
+
+
+@pytest.mark.parametrize(("ends", "says"), [("os._exit(1)", True), ("disconnect()", False)])
+def test_a_command_that_ray_ends_says_that_it_can_go_on(ends: str, says: bool) -> None:
+    """Ray's library ends the driver where raylet or head are gone, and runs no code of ours."""
+    code = f"""import os, ray
+from harness.cluster.connect import _watch, disconnect
+ray.shutdown = lambda: None
+_watch()
+{ends}"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert ("the same command goes on" in done.stderr) == says, done.stderr
 
 
 def test_private_names_of_ray_that_are_used_exist() -> None:

@@ -207,16 +207,22 @@ def print_comparison(
     *,
     by: str | None = None,
     fail_on: str | None = None,
+    strict: bool = False,
     format: str = "table",
     across: Sequence[str] = (),
 ) -> int:
-    """Print two folders side by side, or the runs of one by a field. Returns the exit code: 1 where `fail_on` is met.
+    """Print two folders side by side, or the runs of one by a field. Returns the exit code: 1 where `fail_on` is met,
+    or with `strict` where the runs cannot tell.
 
     Raises UserError for a condition, field or format that cannot be read, and where there is nothing to compare.
     """
-    from harness.results.compare import compare, compare_by, parse_fail_on, render_comparison, violations
+    from harness.results.compare import compare, compare_by
+    from harness.results.gate import check_conditions, parse_fail_on
+    from harness.results.report.comparison import render_comparison
 
     check_word(format, COMPARISON_FORMATS, "--format")
+    if strict and fail_on is None:
+        raise UserError("--strict is for --fail-on, whose conditions it makes stricter")
     try:
         conditions = parse_fail_on(fail_on) if fail_on is not None else ()
     except ValueError as error:
@@ -230,21 +236,21 @@ def print_comparison(
         sides.append(make_rows(load_runs(side), across))
         if not any(row.done for row in sides[-1]):
             raise UserError(f"no finished run in {', '.join(repr(str(path)) for path in side)}")
+    a, b = sides[0], sides[-1]
     try:
-        a, b = sides[0], sides[-1]
         pairs = compare(a, b, metrics) if by is None else compare_by(a, by, metrics)
     except ValueError as error:
-        raise UserError(f"--by: {error}") from None
-    if not pairs and not conditions:
+        raise UserError(f"--by: {error}" if by else str(error)) from None
+    if not any(pair.figures for pair in pairs) and not conditions:
         hint = "rows that differ in nothing but --by"
         hint = hint if by else "a row of A and one of B that agree in all but the folder"
         raise UserError(f"nothing to compare: no {hint}; --across FIELD overlooks a difference")
     colour = console.is_terminal and not console.no_color
     print_text(render_comparison(pairs, format, width=console.width, colour=colour), console)
-    failed = violations(pairs, conditions)
-    for line in failed:
+    gate = check_conditions(pairs, conditions)
+    for line in [*gate.failed, *gate.unclear]:
         print(f"harness: --fail-on: {line}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if gate.failed or (strict and gate.unclear) else 0
 
 
 def print_variants(console: Console) -> None:

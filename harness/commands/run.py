@@ -25,7 +25,7 @@ from harness.plan import Grid
 from harness.progress import JsonLines, Progress, load_data, make_table, say
 from harness.record import Recorder, lock_run, name_of
 from harness.resources import Resources, Session, check_resources, make_allocation
-from harness.results.remote import push_file, push_run
+from harness.results.remote import push_file, push_run, redact
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
 from harness.results.values import EpochMetrics, RunResult
 from harness.spec import RunPaths, RunSpec, UserError, check_word
@@ -309,7 +309,7 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
     note = partial(say, console, style="dim")
     if not recorder.started:
         note(f"all {len(specs)} runs were done already; --force trains them again")
-    note(f"stored in {paths.remote.partition('?')[0] or paths.out}")
+    note(f"stored in {redact(paths.remote).partition('?')[0] or paths.out}")
     try:
         page = write_page(paths.out, loaded)
     except UserError as error:  # the runs are stored, whatever becomes of their page

@@ -23,7 +23,7 @@ from harness.results.remote import RemoteRun
 from harness.results.store import append_epoch, partial_dir, run_name, write_epochs
 from harness.results.values import EpochMetrics, Measurement, RunResult
 from harness.spec import DivergedError, RunPaths, RunSpec
-from harness.training.checkpoint import load_checkpoint, save_checkpoint
+from harness.training.checkpoint import load_checkpoint, outline, save_checkpoint
 from harness.training.evaluation import Evaluation, evaluate
 from harness.training.memory import MemoryMeter, largest
 from harness.training.optim import (
@@ -73,7 +73,10 @@ def _train(
     run = stack.enter_context(closing(prepare(spec, worker, paths, meter)))
     folder = partial_dir(paths.out, run_name(paths.label, spec.variant, spec.network.depth, spec.seed, spec.key))
     remote = RemoteRun(paths.remote, folder, warn)
-    remote.pull(worker.rank)
+    for turn in (0, 1):  # rank 0 first: it may have newer checkpoints than the store, which gets them
+        if turn == min(worker.rank, 1):
+            remote.pull(worker.rank)
+        gather(turn)
     history = resume(run, folder, warn)
     first, attempt = len(history), history[-1].attempt + 1 if history else 1
     if worker.rank == 0:
@@ -164,7 +167,15 @@ def _train(
 
 def resume(run: Prepared, folder: Path, warn: Callable[[str], None]) -> list[EpochMetrics]:
     """Load the newest checkpoint into the run; the epochs that it has done, none where there is no checkpoint."""
-    state = load_checkpoint(folder / "checkpoints", run.spec.key, warn)
+
+    def check(state: dict[str, Any]) -> None:
+        mine = run.network.state_dict(), run.optimizer.state_dict()["state"]
+        if outline(dict(enumerate(mine))) != outline({0: state["network"], 1: state["optimizer"]["state"]}):
+            raise ValueError("its tensors are not those of this run")
+        for row in state["history"] or [None]:
+            EpochMetrics.model_validate(row)
+
+    state = load_checkpoint(folder / "checkpoints", run.spec.key, warn, check)
     if state is None:
         return []
     run.network.load_state_dict(state["network"])
