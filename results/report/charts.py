@@ -224,7 +224,7 @@ def _load_learning(row: Row) -> Iterator[dict[str, Any]]:
         figures["test"] = ("test_error", "")
 
     def means(name: str) -> list[float | None]:
-        columns = [[getattr(run[epoch], name, None) for run in runs] for epoch in common]
+        columns: list[list[Any]] = [[getattr(run[epoch], name, None) for run in runs] for epoch in common]
         return [
             float(f"{mean(c):.4g}") if all(v is not None and math.isfinite(v) for v in c) else None
             for c in columns
