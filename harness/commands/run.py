@@ -56,6 +56,7 @@ class RunOptions:
     force: bool = False
     fail_fast: bool = False
     format: str = "table"
+    preset: str | None = None  # whose table is printed
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +112,8 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
     except TimeUp as up:
         say(console, f"{up}; the same command goes on")
         return EXIT_STOPPED
-    print_results(prepared, specs)
-    return code
+    met = print_results(prepared, specs)
+    return code if met else EXIT_FAILED
 
 
 def check_options(grid: Grid, options: RunOptions) -> None:
@@ -288,12 +289,15 @@ def _allow_open_files(more: int) -> None:
 # --- after training ---
 
 
-def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
-    """Print the table of the command's runs, and write the page of all runs in the folder."""
+def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
+    """Print the table of the command's runs, and write the page of all runs in the folder.
+
+    Returns whether the runs meet what their preset demands.
+    """
     options, recorder, console = prepared.options, prepared.recorder, prepared.console
     paths = recorder.paths
     if options.format == "jsonl" and not options.tensorboard:
-        return
+        return True
     with collector_paused():
         loaded = load_records([paths.out], recorder.known)
     mine = select(loaded, {name_of(spec, paths.label) for spec in specs})
@@ -302,8 +306,8 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
         for stored in mine.records:
             recorder.push(push_run, stored.folder)
     if options.format == "jsonl":
-        return
-    print_rows(mine, console)
+        return True
+    met = print_rows(mine, console, options.preset)
     if options.until_ci is not None:
         _print_wide_rows(prepared, specs, options.until_ci)
     note = partial(say, console, style="dim")
@@ -314,9 +318,10 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
         page = write_page(paths.out, loaded)
     except UserError as error:  # the runs are stored, whatever becomes of their page
         note(f"no page: {error}")
-        return
+        return met
     recorder.push(push_file, page)
     note(f"page: {page}")
+    return met
 
 
 def select(loaded: Loaded, names: Collection[str]) -> Loaded:
