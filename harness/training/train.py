@@ -37,7 +37,6 @@ from harness.training.optim import (
 from harness.training.setup import Prepared, Trainer, make_trainer, prepare
 from harness.training.step import flushed_denormals, make_autocast, mix
 from harness.training.telemetry import (
-    EpochReading,
     EpochTelemetry,
     describe_machine,
     device_name,
@@ -92,36 +91,15 @@ def _train(
 
     for epoch in range(first, epochs):
         steps = min(run.train_loader.steps, steps_in_all - epoch * run.train_loader.steps)
-        telemetry.start()
-        metrics = run_steps(trainer, epoch=epoch, steps=steps)
-        if not math.isfinite(metrics.loss):
-            raise DivergedError(epoch + 1, (epoch + 1) * run.train_loader.steps)
-        if worker.world_size > 1:
-            for buffer in run.network.buffers():
-                dist.broadcast(buffer, 0)
-        reading = telemetry.stop(metrics.train_seconds)
-        evaluating_at = time.perf_counter()
-        evaluation = run_eval(trainer, run.eval_loader, len(run.data.eval))
-        on_test = run_eval(trainer, run.test_loader, len(run.data.test)) if run.test_loader else None
+        metrics, on_test = run_epoch(run, trainer, telemetry, epoch=epoch, steps=steps)
         warmup, partial = epoch - first < WARMUP_EPOCHS < epochs, steps < run.train_loader.steps
-        untimed = why_untimed(spec, worker, reading, warmup=warmup, partial=partial)
-        metrics = metrics.model_copy(
-            update={
-                "error": evaluation.error,
-                "top5_error": evaluation.top5_error,
-                "eval_loss": evaluation.loss,
-                "test_error": on_test.error if on_test else None,
-                "eval_seconds": time.perf_counter() - evaluating_at,
-                "timed": not untimed,
-                "untimed": untimed,
-                "energy_joules": reading.joules if worker.runs_per_gpu == 1 else None,
-                "interference": reading.interference,
-                "attempt": attempt,
-                "workers": None if worker.world_size == spec.workers else worker.world_size,
-                "skew": reading.skew,
-                "slowest_rank": reading.slowest_rank,
-            }
-        )
+        untimed = why_untimed(spec, worker, metrics.interference, warmup=warmup, partial=partial)
+        own: dict[str, Any] = {"timed": not untimed, "untimed": untimed, "attempt": attempt}
+        if worker.world_size != spec.workers:
+            own["workers"] = worker.world_size
+        if worker.runs_per_gpu > 1:
+            own["energy_joules"] = None
+        metrics = metrics.model_copy(update=own)
         history.append(metrics)
         meter.sample()
         if epoch - first + 1 == WARMUP_EPOCHS < epochs - first:
@@ -163,6 +141,33 @@ def _train(
         warnings=tuple(warnings_seen),
         ranks=tuple(gather(summarise_rank(worker.rank, memory, history[first:]))),
     )
+
+
+def run_epoch(
+    run: Prepared, trainer: Trainer, telemetry: EpochTelemetry, *, epoch: int, steps: int
+) -> tuple[EpochMetrics, Evaluation | None]:
+    """Train an epoch and evaluate what it came to, on the test set too where other images are held out.
+
+    A collective. Raises DivergedError.
+    """
+    telemetry.start()
+    metrics = run_steps(trainer, epoch=epoch, steps=steps)
+    if not math.isfinite(metrics.loss):
+        raise DivergedError(epoch + 1, (epoch + 1) * run.train_loader.steps)
+    if trainer.step.world_size > 1:
+        for buffer in run.network.buffers():
+            dist.broadcast(buffer, 0)
+    reading = telemetry.stop(metrics.train_seconds)
+    evaluating_at = time.perf_counter()
+    evaluation = run_eval(trainer, run.eval_loader, len(run.data.eval))
+    on_test = run_eval(trainer, run.test_loader, len(run.data.test)) if run.test_loader else None
+    measured = {
+        "error": evaluation.error, "top5_error": evaluation.top5_error, "eval_loss": evaluation.loss,
+        "test_error": on_test.error if on_test else None, "eval_seconds": time.perf_counter() - evaluating_at,
+        "energy_joules": reading.joules, "interference": reading.interference, "skew": reading.skew,
+        "slowest_rank": reading.slowest_rank,
+    }  # fmt: skip
+    return metrics.model_copy(update=measured), on_test
 
 
 def resume(run: Prepared, folder: Path, warn: Callable[[str], None]) -> list[EpochMetrics]:
@@ -252,12 +257,12 @@ def run_eval(trainer: Trainer, loader: Loader, images: int) -> Evaluation:
     return evaluate(trainer.network, loader, images=images, autocast=autocast, forward=trainer.forward)
 
 
-def why_untimed(spec: RunSpec, worker: Worker, reading: EpochReading, *, warmup: bool, partial: bool) -> str:
+def why_untimed(spec: RunSpec, worker: Worker, causes: Sequence[str], *, warmup: bool, partial: bool) -> str:
     """Why an epoch's seconds stay out of the medians; empty where they count."""
     reasons = (
         "warm-up" if warmup else "",
         "partial epoch" if partial else "",
-        f"interference: {', '.join(reading.interference)}" if reading.interference else "",
+        f"interference: {', '.join(causes)}" if causes else "",
         f"{worker.runs_per_gpu} runs share the GPU" if worker.runs_per_gpu > 1 else "",
         f"another width: {worker.world_size} workers" if worker.world_size != spec.workers else "",
     )
