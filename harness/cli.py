@@ -52,6 +52,9 @@ Variant = Annotated[str, opt("Its network and recipe are used: see `harness vari
 Depth = Annotated[int | None, opt("Default: the variant's own.")]
 Epochs = Annotated[int | None, opt("Instead of the recipe's; its schedule is stretched.")]
 BatchSize = Annotated[int | None, opt("Global, over all workers. Default: the recipe's.")]
+BatchNorm = Annotated[
+    str | None, opt("Statistics of a batch: local (of each worker's images) or sync (of all workers').")
+]
 Precision = Annotated[str, opt("fp32, tf32, bf16 or fp16.")]
 Engine = Annotated[str | None, opt("eager, compile or graph. Default: graph on GPUs, eager on the CPU.")]
 Deterministic = Annotated[
@@ -68,6 +71,7 @@ Until = Annotated[
     str | None, opt("Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued.")
 ]
 Verbose = Annotated[bool, opt("Show Ray's own messages.", "--verbose")]
+Preset = Annotated[str | None, opt("The runs of a source's table: cfmz, fattorib, mpmz, convnet or ladder.")]
 Across = Annotated[str | None, opt("Fields to average over, as in workers,threads.")]
 Results = Annotated[list[str] | None, arg("Folders of results or of single runs, s3:// or gs://.")]
 
@@ -81,6 +85,7 @@ def run(
     depths: Annotated[str | None, opt("Depths, as in 20,32,56,110. Default: each variant's own.")] = None,
     variants: Annotated[str, opt("Variants, as in msra,he2015: see `harness variants`.")] = "he2015",
     seeds: Annotated[str, opt("A count (3 is seeds 0,1,2) or the seeds themselves (0,7).")] = "1",
+    preset: Preset = None,
     spec: Annotated[
         list[Path] | None,
         opt("Train the run of this record.json or spec.json, as changed by other options. Repeatable."),
@@ -90,6 +95,7 @@ def run(
     loader: Loader = "dali",
     epochs: Epochs = None,
     batch_size: BatchSize = None,
+    batch_norm: BatchNorm = None,
     precision: Precision = "fp32",
     engine: Engine = None,
     deterministic: Deterministic = False,
@@ -145,6 +151,8 @@ def run(
         "settings": parse_settings(settings or ()),
         "until": parse_until(until, datetime.now()) if until is not None else None,
     }
+    if preset is not None:
+        values |= plan.apply_preset(preset, values, chosen(context))
     grid = plan.fill(plan.Grid, values)
     if spec:
         grid = plan.make_spec_grid(spec, grid, chosen(context))
@@ -180,6 +188,7 @@ def tune(
     loader: Loader = "dali",
     epochs: Epochs = None,
     batch_size: BatchSize = None,
+    batch_norm: BatchNorm = None,
     precision: Precision = "fp32",
     engine: Engine = None,
     deterministic: Deterministic = False,
@@ -220,24 +229,19 @@ def report(
     format: Annotated[str, opt("table, markdown, csv, json, latex or html.")] = "table",
     sort: Annotated[str | None, opt("A column, as in error; -error: largest first.")] = None,
     columns: Annotated[str | None, opt("Columns to show, as in variant,depth,error.")] = None,
+    preset: Preset = None,
     across: Across = None,
     output: Annotated[Path | None, opt("Write to this file.")] = None,
     curves: Annotated[Path | None, opt("Draw the charts into this folder, as SVG and PNG.")] = None,
 ) -> None:
     """Print the comparison table of stored runs."""
-    from harness.commands.report import find_results, print_report
-    from harness.plan import parse_words
+    values = dict(locals())
+    from harness.commands.report import ReportOptions, find_results, print_report
+    from harness.plan import fill, parse_words
 
-    any_run = print_report(
-        find_results(paths or ["runs"]),
-        make_console(),
-        format=format,
-        sort=sort,
-        columns=parse_words(columns, "--columns"),
-        across=parse_words(across, "--across"),
-        output=output,
-        curves=curves,
-    )
+    values |= {"columns": parse_words(columns, "--columns"), "across": parse_words(across, "--across")}
+    options = fill(ReportOptions, values)
+    any_run = print_report(find_results(paths or ["runs"]), make_console(), options)
     raise typer.Exit(0 if any_run else 2)
 
 
