@@ -106,7 +106,9 @@ def _outside(values: Mapping[str, float | None], low: float, high: float) -> Ite
 
 def _grid(name: str, error: float | None, images: int | None) -> Iterator[str]:
     """An error is a whole number of images."""
-    if error is not None and images and math.isfinite(error) and abs(error * images / 100 - round(error * images / 100)) > 1e-4:
+    if error is None or not images or not math.isfinite(error):
+        return
+    if abs(error * images / 100 - round(error * images / 100)) > 1e-4:
         yield f"{name} {error:g} is no whole number of {images} images"
 
 
@@ -191,10 +193,12 @@ def _epoch(epoch: EpochMetrics, batch: Any) -> Iterator[str]:
     yield from _outside({"error": epoch.error, "top5_error": epoch.top5_error}, 0, 100)
     yield from _outside({"loss": epoch.loss, "lr": epoch.lr, "data_stall_seconds": epoch.data_stall_seconds,
                          "eval_seconds": epoch.eval_seconds}, 0, math.inf)  # fmt: skip
-    yield from _outside({"steps": epoch.steps, "images": epoch.images, "train_seconds": epoch.train_seconds}, 1e-9, math.inf)
+    yield from _outside(
+        {"steps": epoch.steps, "images": epoch.images, "train_seconds": epoch.train_seconds}, 1e-9, math.inf
+    )
     if epoch.data_stall_seconds > epoch.train_seconds * 1.001:
         yield f"waited {epoch.data_stall_seconds:g} of {epoch.train_seconds:g} s"
-    if epoch.train_seconds > 0 and not math.isclose(epoch.images / epoch.train_seconds, epoch.images_per_second, rel_tol=1e-4):
+    if not math.isclose(epoch.images, epoch.images_per_second * epoch.train_seconds, rel_tol=1e-4):
         yield f"{epoch.images} images in {epoch.train_seconds:g} s are not {epoch.images_per_second:g} a second"
     if isinstance(batch, int) and epoch.images > epoch.steps * batch:
         yield f"{epoch.images} images in {epoch.steps} steps of {batch}"

@@ -240,7 +240,7 @@ def print_findings(paths: Sequence[Path]) -> int:
     for finding in findings:
         print(finding)
     old = sum(not has_hashes(run.folder) for run in loaded.records)
-    unhashed = f"; {old} of them have no hash stored, their files are only checked against each other" if old else ""
+    unhashed = f"; {old} of them have no hash stored: only their figures are checked" if old else ""
     print(f"{len(loaded.records)} runs verified, {len(findings)} findings{unhashed}")
     return 1 if findings else 0
 
