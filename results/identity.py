@@ -1,4 +1,4 @@
-"""What of a record makes rows: one rule for every leaf of it.
+"""What of a record makes rows: one rule for every leaf of it, in rules.toml.
 
 A leaf either splits rows, is noted where it is mixed within a row, is shown as a figure, or cannot mislead, for the
 reason given. What runs have in common under the first two is in CSV and JSON, the page and `harness why`.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -25,67 +26,12 @@ class Rule:
     words: str = ""  # split, note: its name in tables; figure: where it stands; ignored: why it cannot mislead
 
 
-RULES = tuple(
-    Rule(*rule)
-    for rule in (
-        ("seed", "figure", "n and the list of seeds: a row is made of runs that differ in it alone"),
-        ("spec.seed", "ignored", "repeats the seed"),
-        ("spec.*", "split"),
-        ("dataset", "split", "label"),
-        ("original", "split", "original"),
-        ("result.evaluated_on", "split", "evaluated_on"),
-        ("result.device", "split", "hardware"),
-        ("result.threads", "split", "threads"),
-        ("result.widths*", "split", "widths"),
-        ("result.engine", "split", "engine"),
-        ("result.machine.torch", "split", "torch"),
-        ("environment.versions.torch", "split", "torch"),  # where the machine does not say
-        ("environment.code", "split", "code"),
-        ("environment.commit", "note", "commit"),  # splits where the hash of the code is not known
-        ("environment.dirty", "note", "uncommitted changes"),  # as the commit
-        ("environment.check.status", "note", "check"),
-        ("environment.check.*", "ignored", "what the check came to is noted; these say when and how"),
-        ("environment.concurrent_runs", "note", "concurrent runs"),
-        ("environment.command*", "ignored", "whatever of it changes a figure is in the spec"),
-        ("environment.attempts*", "ignored", "a resumed run ends as an unbroken one does; the page lists them"),
-        ("environment.versions.*", "note"),
-        ("environment.*", "note"),
-        ("result.machine.*", "note"),
-        ("result.parameters", "note", "parameters"),
-        ("result.runs_per_gpu", "note", "runs per GPU"),
-        ("result.warmup_epochs", "note", "warm-up epochs"),
-        ("result.workers", "ignored", "repeats spec.workers, which splits"),
-        ("result.batch_size*", "ignored", "follows from the spec, which splits"),
-        ("result.evaluated_images", "note", "images evaluated"),
-        ("result.test_images", "note", "test images"),
-        ("result.interference*", "figure", "a footnote of the seconds"),
-        ("result.warnings*", "figure", "a footnote"),
-        ("result.timing.untimed*", "ignored", "a footnote where no epoch was timed; `why` lists the epochs"),
-        ("result.timing.*", "figure", "beside s/epoch"),
-        ("result.attempts", "ignored", "a resumed run ends as an unbroken one does; the page lists them"),
-        ("result.memory.warmup*.reason", "ignored", "`why` has these peaks where they were measured"),
-        ("result.memory.growth*.reason", "ignored", "`why` has this slope where it was measured"),
-        ("result.memory.*.reason", "figure", "a footnote where the figure is missing"),
-        ("result.memory.*", "figure", "a column, or `why`"),
-        ("result.ranks*", "figure", "`why` and the page; no column is made of them"),
-        ("result.nodes*", "figure", "`why` and the page; no column is made of them"),
-        ("result.epochs*", "figure", "the charts and `why`"),
-        ("result.*", "figure", "a column, CSV and JSON, or `why`"),
-        ("status", "figure", "n: done of all"),
-        ("failure.traceback", "ignored", "kind and message are in a footnote; the page has it"),
-        ("failure.*", "figure", "a footnote"),
-        ("pruned.epoch", "figure", "in place of the error"),
-        ("pruned.of", "figure", "in place of the error"),
-        ("pruned.*", "ignored", "a pruned run is averaged with nothing"),
-        ("variant", "ignored", "repeats spec.variant, which splits"),
-        ("depth", "ignored", "repeats spec.network.depth, which splits"),
-        ("key", "ignored", "a hash of the spec; `harness verify` computes it again"),
-        ("name", "ignored", "the folder's: data set, variant, depth, seed and key"),
-        ("schema_version", "ignored", "records of another version are not read"),
-        ("started_at", "ignored", "an instant"),
-        ("finished_at", "ignored", "an instant; of a seed that was run again the last run counts, and a footnote says so"),
-    )
-)  # fmt: skip
+def _load_rules() -> tuple[Rule, ...]:
+    text = Path(__file__).with_name("rules.toml").read_text(encoding="utf-8")
+    return tuple(Rule(path, *rule) for path, rule in tomllib.loads(text).items())
+
+
+RULES = _load_rules()
 
 
 @cache
@@ -94,18 +40,10 @@ def find_rule(path: str) -> Rule | None:
     return next((rule for rule in RULES if fnmatchcase(path, rule.path)), None)
 
 
-def _code(record: Record, _: RunResult) -> str | None:
-    return code_of(record)
-
-
 def _torch(record: Record, result: RunResult) -> str | None:
     versions = record.environment.get("versions")
     known = result.machine.get("torch") or (versions.get("torch") if isinstance(versions, dict) else None)
     return known if isinstance(known, str) else None
-
-
-def _engine(record: Record, result: RunResult) -> str | None:
-    return result.engine if result.engine != record.spec.get("engine") else None
 
 
 SPLIT: dict[str, Callable[[Record, RunResult], str | None]] = {
@@ -117,9 +55,9 @@ SPLIT: dict[str, Callable[[Record, RunResult], str | None]] = {
     "widths": lambda _, result: (
         "→".join(map(str, result.widths)) or None
     ),  # of runs that went on with fewer workers
-    "engine": _engine,  # a fallback
+    "engine": lambda _, result: result.engine,  # the one that was used, which a fallback makes differ
     "torch": _torch,  # whole: "2.15.0+cu130"
-    "code": _code,
+    "code": lambda record, _: code_of(record),
 }
 """What splits rows beside the spec. None: the row lacks the field."""
 
@@ -155,8 +93,9 @@ def conditions(record: Record) -> Iterator[tuple[str, str]]:
                 yield noted, str(value)
 
 
-_RESULT = [r.path.removeprefix("result.") for r in RULES if r.treatment == "note" and r.path.count(".") == 1
-           and r.path.startswith("result.") and "*" not in r.path]  # fmt: skip
+_RESULT = [
+    name for name in RunResult.model_fields if (rule := find_rule(f"result.{name}")) and rule.treatment == "note"
+]
 
 
 @cache

@@ -120,7 +120,7 @@ def show(rows: list[Row]) -> str:
 @pytest.mark.parametrize("path", CASES)
 def test_every_leaf_of_a_record_has_its_rule_and_keeps_to_it(path: str) -> None:
     rule = find_rule(path)
-    assert rule is not None, f"{path}: a rule in results/identity.py says what becomes of it"
+    assert rule is not None, f"{path}: a rule in results/rules.toml says what becomes of it"
     at, changes = CASES[path]
     if rule.treatment == "ignored":
         assert len(rule.words) > 8, "a reason"
