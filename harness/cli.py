@@ -70,6 +70,7 @@ Until = Annotated[
 ]
 Verbose = Annotated[bool, opt("Show Ray's own messages.", "--verbose")]
 Across = Annotated[str | None, opt("Fields to average over, as in workers,threads.")]
+NoCheck = Annotated[bool, opt("Train on a GPU that is new without checking it first.", "--no-check")]
 Results = Annotated[list[str] | None, arg("Folders of results or of single runs, s3:// or gs://.")]
 
 
@@ -119,6 +120,7 @@ def run(
     ] = None,
     checkpoint_every: Annotated[int, opt("Epochs between checkpoints.")] = 1,
     format: Annotated[str, opt("table, or jsonl: a JSON object per epoch, no table.")] = "table",
+    no_check: NoCheck = False,
     dry_run: Annotated[bool, opt("Print the plan and what is done already.", "--dry-run")] = False,
     estimate: Annotated[
         bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.", "--estimate")
@@ -204,6 +206,7 @@ def tune(
     until: Until = None,
     resume: Annotated[str | None, opt("Continue the sweep of that name in --out.")] = None,
     address: Address = None,
+    no_check: NoCheck = False,
     verbose: Verbose = False,
 ) -> None:
     """Search for the best recipe; poor trials stop early."""
@@ -215,7 +218,7 @@ def tune(
 
     request = make_search(values)
     stop_at = None if until is None else parse_until(until, datetime.now())
-    options = TuneOptions(out=out, address=address, until=stop_at, verbose=verbose)
+    options = TuneOptions(out=out, address=address, until=stop_at, no_check=no_check, verbose=verbose)
     raise typer.Exit(run_search(request, options, make_console(), resume=resume, given=chosen(context)))
 
 

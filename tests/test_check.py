@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from harness import cli
+from harness.checklist import Result
 from harness.commands import check
 from harness.commands.check import CHECKS, Finding, Target
 
@@ -59,17 +60,16 @@ def test_what_is_missing_is_one_line_with_advice(
 
 def test_data_folders_are_recognised(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    assert not check.check_data(Target(tmp_path, tmp_path)).ok
+    assert check.check_data(Target(tmp_path, tmp_path))[0] == "missing"
     (tmp_path / "test").mkdir()
-    assert check.check_data(Target(tmp_path, tmp_path)).detail.startswith("class folders in ")
+    state, detail = check.check_data(Target(tmp_path, tmp_path))
+    assert (state, detail.startswith("class folders in ")) == ("ok", True)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/proc/self").exists(), reason="needs a folder nobody writes to")
 def test_a_folder_that_takes_nothing() -> None:
-    finding = check.check_storage(Target(Path("/proc/self/nowhere")))
-    assert not finding.ok
-    assert finding.needed
-    assert "/proc/self" in finding.detail
+    state, detail = check.check_storage(Target(Path("/proc/self/nowhere")))
+    assert (state, "/proc/self" in detail) == ("missing", True)
 
 
 def test_no_cluster_is_a_finding_and_a_bad_address_a_mistake(
@@ -77,8 +77,7 @@ def test_no_cluster_is_a_finding_and_a_bad_address_a_mistake(
 ) -> None:
     finding = check.check_cluster(Target(tmp_path, address="127.0.0.1:1"))
     assert finding is not None
-    assert not finding.ok
-    assert "no Ray cluster answers" in finding.line("cluster")
+    assert Result("cluster", *finding).line().startswith("missing  cluster: no Ray cluster answers")
     code, _, err = run(["--address", "nonsense"], capsys, monkeypatch)
     assert (code, err.count("\n")) == (2, 1)
 
@@ -89,9 +88,8 @@ def test_a_check_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.Mo
 
     for name in ("torch", "NVML", "GPU", "NCCL", "DALI"):
         monkeypatch.setitem(CHECKS, name, broken)
-    found = dict(check.examine(Target(tmp_path)))
-    assert found["DALI"].detail == "the check failed: libcudart.so: cannot open"
-    assert not found["torch"].ok
+    found = {result.name: result for result in check.examine(Target(tmp_path))}
+    assert found["DALI"] == Result("DALI", "missing", "the check failed: libcudart.so: cannot open")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +115,7 @@ def test_builds_that_do_not_fit(
     monkeypatch.setattr(check, "installed_version", lambda package: "2.4.0" if package == wheel else None)
     finding = check.check_builds(Target(Path()))
     assert finding is not None
-    assert finding.ok == ok
-    assert words in finding.line("builds")
+    assert finding[0] == ("ok" if ok else "missing")
+    assert words in finding[1]
     nvml.set(FAIL="nvmlInitWithFlags=9")
     assert check.check_builds(Target(Path())) is None, "no driver"

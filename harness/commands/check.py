@@ -6,27 +6,31 @@ Each check imports what it looks at.
 from __future__ import annotations
 
 import os
+import queue
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import requires
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.checklist import CHECKS as MEASURED
+from harness.checklist import STYLES, Result
 from harness.preflight import LEAST_DISK_GIB, free_gib
-from harness.record import installed_version
+from harness.record import DALI_WHEELS, installed_version
 from harness.spec import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.training.checks import Check
+    from harness.selfcheck import Device
 
 LEAST_SHARED_MEMORY_GIB = 1.0  # for Ray's object store and NCCL; Docker's default is 64 MiB
-DALI_WHEELS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")
+MOST_SECONDS = 600.0  # of a device's checks
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,39 +44,32 @@ class Target:
     quick: bool = False  # nothing is measured
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What a check found."""
+Finding = tuple[str, str]  # a state and its words, of which a Result is made
 
-    ok: bool
-    detail: str
-    why: str = ""  # what it is for; printed where it is missing, as the advice is
-    advice: str = ""
-    needed: bool = True  # for runs on the CPU, or since the user named it
 
-    def line(self, name: str) -> str:
-        """ "missing  DALI: not installed; ..." """
-        if self.ok:
-            return f"ok       {name}: {self.detail}"
-        state = "missing" if self.needed else "absent "
-        return f"{state}  {name}: {'; '.join(part for part in (self.detail, self.why, self.advice) if part)}"
+def find(ok: bool, detail: str, why: str = "", advice: str = "", needed: bool = True) -> Finding:
+    """ok, or missing, or absent where it is not needed for runs on the CPU, nor named by the user. `why` says what it is
+    for; that and the advice are of use where it is not there."""
+    if ok:
+        return "ok", detail
+    return "missing" if needed else "absent", "; ".join(part for part in (detail, why, advice) if part)
 
 
 def check_python(target: Target) -> Finding:
     detail = f"{sys.version.split()[0]} at {sys.prefix}"
-    return Finding(sys.version_info >= (3, 11), detail, advice="3.11 or newer is needed")
+    return find(sys.version_info >= (3, 11), detail, advice="3.11 or newer is needed")
 
 
 def check_torch(target: Target) -> Finding:
     if installed_version("torch") is None:
-        return Finding(False, "not installed", "networks are made with it", "pip install torch torchvision")
+        return find(False, "not installed", "networks are made with it", "pip install torch torchvision")
     import torch
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
     product = torch.ones(2, 2) @ torch.ones(2, 2)
     works = product.sum().item() == 8.0 and torch.distributed.is_gloo_available()
     why = "a matrix product or gloo does not work"
-    return Finding(works, f"{torch.__version__}, {build}", why, "install it again")
+    return find(works, f"{torch.__version__}, {build}", why, "install it again")
 
 
 def check_nvml(target: Target) -> Finding:
@@ -80,11 +77,11 @@ def check_nvml(target: Target) -> Finding:
 
     why = "GPUs are counted and their memory is measured with it"
     try:
-        return Finding(True, f"driver {driver_version()}")
+        return find(True, f"driver {driver_version()}")
     except ImportError:
-        return Finding(False, "no module pynvml", why, "pip install nvidia-ml-py")
+        return find(False, "no module pynvml", why, "pip install nvidia-ml-py")
     except Exception as error:  # pynvml.NVMLError
-        return Finding(False, str(error), why, "install NVIDIA's driver where there is a GPU", needed=False)
+        return find(False, str(error), why, "install NVIDIA's driver where there is a GPU", needed=False)
 
 
 def check_gpu(target: Target) -> Finding:
@@ -95,16 +92,16 @@ def check_gpu(target: Target) -> Finding:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         detail = "none" if hidden is None else f"none (CUDA_VISIBLE_DEVICES={hidden})"
         advice = "nothing to do for CPU runs; else NVIDIA's driver, and --gpus all in a container"
-        return Finding(False, detail, "runs train on the CPU", advice, needed=False)
+        return find(False, detail, "runs train on the CPU", advice, needed=False)
     import torch
 
     if not torch.cuda.is_available():
         why, advice = "its CUDA build and the driver do not fit", "a newer driver, or torch for an older CUDA"
-        return Finding(False, f"{count}, which torch cannot use", why, advice, needed=False)
+        return find(False, f"{count}, which torch cannot use", why, advice, needed=False)
     value = torch.ones(8, 8, device="cuda").sum().item()
     names = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
     detail = f"{torch.cuda.device_count()} x {', '.join(names)}"
-    return Finding(value == 64.0, detail, "a sum on it is wrong", needed=False)
+    return find(value == 64.0, detail, "a sum on it is wrong", needed=False)
 
 
 def check_builds(target: Target) -> Finding | None:
@@ -126,16 +123,16 @@ def check_builds(target: Target) -> Finding | None:
     kind = {11: "cu118", 12: "cu126 or cu128"}.get(fits, f"cu{fits}0")
     torch_line = f"install a torch built for CUDA {fits} ({kind}: pytorch.org/get-started has the line)"
     if not builds["torch"]:
-        return Finding(False, detail, "this torch uses no GPU", torch_line)
+        return find(False, detail, "this torch uses no GPU", torch_line)
     if int(builds["torch"].split(".")[0]) > fits:
         update = (
             "or update the driver to 580 or newer" if builds["torch"].startswith("13") else "or update the driver"
         )
-        return Finding(False, detail, "the driver is too old for this torch", f"{torch_line}, {update}")
+        return find(False, detail, "the driver is too old for this torch", f"{torch_line}, {update}")
     if newer := [wheel for wheel in builds if wheel != "torch" and int(wheel[-3:-1]) > fits]:
         advice = f"pip uninstall {newer[0]} && pip install nvidia-dali-cuda{fits}0"
-        return Finding(False, detail, "the driver is too old for this DALI", advice)
-    return Finding(True, detail)
+        return find(False, detail, "the driver is too old for this DALI", advice)
+    return find(True, detail)
 
 
 def check_nccl(target: Target) -> Finding:
@@ -143,10 +140,10 @@ def check_nccl(target: Target) -> Finding:
 
     if not torch.distributed.is_nccl_available():
         why = "several GPUs communicate through it"
-        return Finding(False, "not in this build of torch", why, "a CUDA build of torch", needed=False)
+        return find(False, "not in this build of torch", why, "a CUDA build of torch", needed=False)
     from torch.cuda import nccl
 
-    return Finding(True, ".".join(str(part) for part in nccl.version()))
+    return find(True, ".".join(str(part) for part in nccl.version()))
 
 
 def check_dali(target: Target) -> Finding:
@@ -154,7 +151,7 @@ def check_dali(target: Target) -> Finding:
     wheels = [f"{name} {detail}" for name in DALI_WHEELS if (detail := installed_version(name)) is not None]
     why, other = "the default loader", "or choose --loader resident"
     if not wheels:
-        return Finding(False, "not installed", why, f"pip install nvidia-dali-cuda120, {other}")
+        return find(False, "not installed", why, f"pip install nvidia-dali-cuda120, {other}")
     import torch
 
     from harness.training.nvml import count_gpus
@@ -168,11 +165,11 @@ def check_dali(target: Target) -> Finding:
                 f"{wheels[0]} on {device}: {_reason(error)[:160]}",
                 "the wheel of your CUDA (cuda120 or cuda130)",
             )
-            return Finding(False, detail, why, f"{advice}, {other}")
+            return find(False, detail, why, f"{advice}, {other}")
         if not right:
-            return Finding(False, f"{wheels[0]} on {device} gives wrong images", why, other)
+            return find(False, f"{wheels[0]} on {device} gives wrong images", why, other)
     detail = f"{', '.join(wheels)}, runs on {' and '.join(devices)}"
-    return Finding(len(wheels) == 1, detail, "two wheels write into one folder", "keep one of them")
+    return find(len(wheels) == 1, detail, "two wheels write into one folder", "keep one of them")
 
 
 def _load_by_dali(device: str) -> bool:
@@ -206,12 +203,12 @@ def check_ray(target: Target) -> Finding:
     pin = next((line for line in requires("resnet-harness") or () if re.match(r"ray\b", line)), "")
     why, advice = "several workers and several runs at a time", f"pip install '{pin}', or choose --launcher local"
     if detail is None:
-        return Finding(False, "not installed", why, advice)
+        return find(False, "not installed", why, advice)
     import ray.train
 
     bounds = [tuple(map(int, pair)) for pair in re.findall(r"(?:>=|<)(\d+)\.(\d+)", pin)]
     fits = len(bounds) != 2 or min(bounds) <= tuple(map(int, detail.split(".")[:2])) < max(bounds)
-    return Finding(fits and hasattr(ray.train, "ScalingConfig"), detail, why, advice)
+    return find(fits and hasattr(ray.train, "ScalingConfig"), detail, why, advice)
 
 
 def check_cluster(target: Target) -> Finding | None:
@@ -223,9 +220,9 @@ def check_cluster(target: Target) -> Finding | None:
         cluster = connect(target.address, cpus=0, gpus=0)
     except ClusterError as error:
         advice = "`ray start --head` there, and one ~/.ray/auth_token on all machines: cluster/README.md"
-        return Finding(False, str(error), "named by --address", advice)
+        return find(False, str(error), "named by --address", advice)
     disconnect()
-    return Finding(True, f"{cluster.nodes} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}")
+    return find(True, f"{cluster.nodes} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}")
 
 
 def check_storage(target: Target) -> Finding:
@@ -247,17 +244,15 @@ def check_storage(target: Target) -> Finding:
             with FileLock(Path(folder, "lock"), timeout=5):
                 right = after.read_bytes() == b"whole" and not before.exists()
     except (OSError, NotImplementedError) as error:
-        return Finding(False, f"{where}: {getattr(error, 'strerror', None) or error}", why, advice)
-    return Finding(right, f"{where} takes files, renames and locks", why, advice)
+        return find(False, f"{where}: {getattr(error, 'strerror', None) or error}", why, advice)
+    return find(right, f"{where} takes files, renames and locks", why, advice)
 
 
 def check_disk(target: Target) -> Finding:
     where = _nearest(target.out)
     free = free_gib(where)
     why = f"at least {LEAST_DISK_GIB:.0f} GiB is needed for weights and checkpoints"
-    return Finding(
-        free >= LEAST_DISK_GIB, f"{free:.1f} GiB free at {where}", why, "make room, or name another --out"
-    )
+    return find(free >= LEAST_DISK_GIB, f"{free:.1f} GiB free at {where}", why, "make room, or name another --out")
 
 
 def check_shared_memory(target: Target) -> Finding | None:
@@ -266,7 +261,7 @@ def check_shared_memory(target: Target) -> Finding | None:
         return None
     free = free_gib(path)
     why, advice = "Ray and NCCL put what processes share there", "docker run --shm-size 8g"
-    return Finding(free >= LEAST_SHARED_MEMORY_GIB, f"{free:.1f} GiB free in {path}", why, advice, needed=False)
+    return find(free >= LEAST_SHARED_MEMORY_GIB, f"{free:.1f} GiB free in {path}", why, advice, needed=False)
 
 
 def check_data(target: Target) -> Finding:
@@ -277,7 +272,7 @@ def check_data(target: Target) -> Finding:
         here = (cache / "downloads" / "cifar-10-batches-py").is_dir()
         detail = f"cifar10 in {cache}" if here else f"no cifar10 in {cache} yet"
         advice = "without a network name --data-dir, or take --dataset digits"
-        return Finding(here, detail, "the first run downloads 163 MiB", advice, needed=False)
+        return find(here, detail, "the first run downloads 163 MiB", advice, needed=False)
     root = target.data_dir.expanduser()
     kinds = {
         "cifar-10-batches-py": ("cifar-10-batches-py",),
@@ -287,7 +282,7 @@ def check_data(target: Target) -> Finding:
     kind = next((kind for kind, names in kinds.items() if all((root / name).exists() for name in names)), None)
     detail = f"{kind} in {root}" if kind else f"nothing known in {root}"
     advice = "cifar-10-batches-py, train/ and test/ with class folders, or miniplaces' kit is expected in it"
-    return Finding(kind is not None, detail, "named by --data-dir", advice)
+    return find(kind is not None, detail, "named by --data-dir", advice)
 
 
 def check_pynvml(target: Target) -> Finding | None:
@@ -296,7 +291,7 @@ def check_pynvml(target: Target) -> Finding | None:
     if detail is None:
         return None
     advice = "pip uninstall pynvml: nvidia-ml-py is the package that is used"
-    return Finding(
+    return find(
         False, f"the package pynvml {detail} is installed", "it makes every process warn", advice, needed=False
     )
 
@@ -319,19 +314,20 @@ CHECKS: dict[str, Callable[[Target], Finding | None]] = {
 }
 
 
-def examine(target: Target) -> Iterator[tuple[str, Finding]]:
-    """Every check's finding, as it is found. A check that breaks is a finding, not a traceback."""
+def examine(target: Target) -> Iterator[Result]:
+    """Every finding, as it comes. A check that breaks is a finding, not a traceback."""
     for name, check in CHECKS.items():
         try:
             finding = check(target)
         except Exception as error:
-            finding = Finding(False, f"the check failed: {_reason(error)[:200]}")
+            finding = find(False, f"the check failed: {_reason(error)[:200]}")
         if finding is not None:
-            yield name, finding
+            yield Result(name, *finding)
 
 
 def print_findings(target: Target, console: Console) -> int:
-    """Print a line for each finding. Returns 0 where nothing is missing that runs on the CPU need, else 1.
+    """Print a line for each finding. Returns 0 where nothing is missing that runs on the CPU need, and no measured check
+    failed, else 1.
 
     Raises UserError for an address that cannot be one.
     """
@@ -339,75 +335,68 @@ def print_findings(target: Target, console: Console) -> int:
         raise UserError(f"--address {target.address!r} is not HOST:PORT or auto")
     from rich.text import Text
 
-    missing = 0
-    for name, finding in examine(target):
-        text = Text(finding.line(name))
-        text.stylize("green" if finding.ok else "red" if finding.needed else "yellow", 0, 7)
-        console.print(text, soft_wrap=True)
-        missing += finding.needed and not finding.ok
-    if not missing and not target.quick:
-        missing = measure(target, console)
-        verdict = f"{missing} of the checks failed" if missing else "ready"
-    else:
-        verdict = f"{missing} of what a run needs is missing" if missing else "ready"
+    def show(results: Iterable[Result]) -> int:
+        wrong = 0
+        for result in results:
+            text = Text(result.line())
+            text.stylize(STYLES.get(result.state, "yellow"), 0, 8)
+            console.print(text, soft_wrap=True)
+            wrong += result.state in ("missing", "failed")
+        return wrong
+
+    verdict = "ready"
+    if missing := show(examine(target)):
+        verdict = f"{missing} of what a run needs is missing"
+    elif not target.quick and (missing := show(measure_all(target))):
+        verdict = f"{missing} of the checks failed"
     console.print(verdict, style="bold", soft_wrap=True)
     return 1 if missing else 0
 
 
-def measure(target: Target, console: Console) -> int:
-    """Measure in this process, and then on two ranks where that is possible. Returns how many checks failed."""
-    from rich.text import Text
-
-    from harness.cluster.job import Worker
-    from harness.training.checks import run_checks
-    from harness.training.nvml import count_gpus
-    from harness.training.telemetry import count_cpus
-
-    failed = 0
-
-    def show(check: Check) -> None:
-        nonlocal failed
-        text = Text(check.line())
-        text.stylize("yellow" if check.passed is None else "green" if check.passed else "red", 0, 7)
-        console.print(text, soft_wrap=True)
-        failed += check.passed is False
-
-    if target.address is None:
-        gpus = count_gpus() if target.gpus is None else min(target.gpus, count_gpus())
-        for check in run_checks(Worker(device="cuda:0" if gpus else "cpu", threads=count_cpus())):
-            show(check)
-    for check in measure_ranks(target):
-        show(check)
-    return failed
-
-
-def measure_ranks(target: Target) -> list[Check]:
-    """The checks of several ranks, launched as a run is."""
-    from harness.cluster.job import Failed, Worker
+def measure_all(target: Target) -> Iterator[Result]:
+    """All checks of every GPU here, at the same time, or of one of each kind in a cluster; then those of several ranks.
+    What GPUs come to is known to later runs."""
+    from harness.loaders.cache import cache_dir
     from harness.plan import Grid
-    from harness.resources import Resources, Session, make_allocation
-    from harness.spec import RunPaths
-    from harness.training.checks import Check, make_spec, run_rank_checks
+    from harness.resources import Resources, make_allocation
+    from harness.selfcheck import find_devices, make_ranks, store_results
 
+    resources = Resources(gpus=target.gpus, address=target.address)
     with ExitStack() as stack:
-        out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-check-")))
-        resources = Resources(gpus=target.gpus, workers=None, address=target.address)
         allocation = make_allocation(Grid(variants=("he2015",)), resources, stack)
-        if allocation.device == "cuda" and allocation.gpus < 2:
-            return [Check("several ranks", None, "they need two GPUs")]
-        if allocation.device == "cpu":
-            if allocation.threads < 2:
-                return [Check("several ranks", None, "they need two CPU cores")]
+        on_gpu = allocation.device == "cuda"
+        devices = find_devices(allocation, target.address)
+        several = (allocation.gpus if on_gpu else allocation.threads) > 1
+        if not on_gpu and several:
             allocation = replace(allocation, workers=2, threads=allocation.threads // 2)
-        session = Session(allocation, resources, RunPaths(out=out), stack)
-        spec = make_spec(Worker(device=allocation.device))
-        runs = session.launch(run_rank_checks, [spec], progress=lambda *_: None)
-        outcomes = [outcome for _, outcome in runs]
-    return [
-        check
-        for outcome in outcomes
-        for check in ([Check("several ranks", False, outcome.message)] if isinstance(outcome, Failed) else outcome)
-    ]
+        ranks = make_ranks(allocation, resources, None, devices)
+        for group in (devices, [ranks] * several):
+            names = [check.name for check in MEASURED if check.ranks == (group is not devices)]
+            for device, result in measure_together(group, names):
+                if on_gpu:
+                    store_results(device.combination, [result], cache_dir())
+                tag = f"{device.name}: " * (len(group) > 1)
+                yield replace(result, detail=tag + result.detail)
+    if not several:
+        yield Result("several ranks", "skipped", f"they need two {'GPUs' if on_gpu else 'CPU cores'}")
+
+
+def measure_together(devices: Sequence[Device], names: Sequence[str]) -> Iterator[tuple[Device, Result]]:
+    """The results of all devices, as they come."""
+    results: queue.SimpleQueue[tuple[Device, Result] | None] = queue.SimpleQueue()
+
+    def work(device: Device) -> None:
+        try:
+            for result in device.measure(names, MOST_SECONDS):
+                results.put((device, result))
+        finally:
+            results.put(None)
+
+    for device in devices:
+        threading.Thread(target=work, args=[device], daemon=True).start()
+    for _ in devices:
+        while (one := results.get()) is not None:
+            yield one
 
 
 def _reason(error: Exception) -> str:

@@ -20,6 +20,7 @@ from harness.record import Recorder, classify, lock_run, name_of
 from harness.results.store import finished_dir, load_epochs, write_atomic
 from harness.results.sweeps import TRIALS, Dimension, State, Sweep, Trial
 from harness.results.values import EpochMetrics, Pruned, RunResult
+from harness.selfcheck import Checked
 from harness.spec import RunPaths, RunSpec, UserError
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Prepared:
     allocation: Allocation
     epochs: int
     total: int
+    checked: Checked = field(default_factory=Checked)
 
     def make_spec(self, point: Mapping[str, Any], **changes: Any) -> RunSpec:
         """The run of one point. Raises UserError where it cannot be one."""
@@ -135,9 +137,11 @@ class SweepTrials:
         self.running: dict[str, _Running] = {}
         self.interrupted = [trial for trial in study.trials if trial.state == "running"]
         environment = {
-            "launcher": "tune", "concurrent_runs": prepared.allocation.concurrent_runs, "sweep": prepared.folder.name
+            "launcher": "tune", "concurrent_runs": prepared.allocation.concurrent_runs, "sweep": prepared.folder.name,
+            **prepared.checked.environment,
         }  # fmt: skip
-        self.recorder = Recorder(prepared.paths, prepared.dataset.original, environment, table.say)
+        warnings = prepared.checked.warnings
+        self.recorder = Recorder(prepared.paths, prepared.dataset.original, environment, table.say, warnings)
 
     def close(self) -> None:
         """Unlock the runs that have not ended."""

@@ -33,6 +33,7 @@ from harness.results.store import SWEEPS, load_epochs, partial_dir, write_atomic
 from harness.results.sweeps import METRICS, TRIALS, Dimension, Sweep, Trial, best_first, format_value
 from harness.results.values import RunResult
 from harness.search_space import finite_values, parse_search
+from harness.selfcheck import RefusedError, check_first
 from harness.spec import RunPaths, RunSpec, UserError, check_word
 
 SWEEP, JOURNAL, WINNER = "sweep.json", "journal.log", "winner.json"
@@ -47,6 +48,7 @@ class TuneOptions:
     out: Path = Path("runs")
     address: str | None = None
     until: datetime | None = None
+    no_check: bool = False  # of devices that are new
     verbose: bool = False
 
 
@@ -58,8 +60,8 @@ def tune(
     `given` names the options on the command line: a resumed search keeps its own, and to contradict them is an error.
     Raises UserError, before anything is started, for whatever cannot work.
     """
-    out = plan.check_out(options.out)
-    folder = None
+    options = replace(options, out=plan.check_out(options.out))
+    out, folder = options.out, None
     if resume is not None:
         folder = _find_sweep(out, resume)
         search = _load_search(folder, search, given)
@@ -70,7 +72,11 @@ def tune(
     )  # fmt: skip
     check_resources(resources)
     with ExitStack() as stack, stopping_at(options.until):
-        prepared, judged_by = _prepare(search, dimensions, resources, RunPaths(out=out), folder, console, stack)
+        try:
+            prepared, judged_by = _prepare(search, dimensions, resources, options, folder, console, stack)
+        except RefusedError as error:
+            _say(str(error), console)
+            return EXIT_FAILED
         study = Study(
             prepared.folder / JOURNAL, dimensions, algorithm=search.search_algorithm, scheduler=search.scheduler,
             epochs=prepared.epochs, seed=search.grid.seeds[0],
@@ -162,11 +168,14 @@ def _check(search: Search) -> tuple[Dimension, ...]:
 
 
 def _prepare(
-    search: Search, dimensions: tuple[Dimension, ...], resources: Resources, paths: RunPaths, folder: Path | None,
+    search: Search, dimensions: tuple[Dimension, ...], resources: Resources, options: TuneOptions, folder: Path | None,
     console: Console, stack: ExitStack,
 ) -> tuple[Prepared, str]:  # fmt: skip
-    """Look at devices and data, and make the sweep's folder or lock the one that is resumed; what judges the trials."""
-    paths = replace(paths, data_dir=search.data_dir)
+    """Look at devices and data, and make the sweep's folder or lock the one that is resumed; what judges the trials.
+
+    Raises RefusedError where the devices do not train rightly.
+    """
+    paths = RunPaths(out=options.out, data_dir=search.data_dir)
     allocation = make_allocation(search.grid, resources, stack)
     dataset = load_data(search.grid.dataset, paths, console)
     if search.metric == "top5_error" and dataset.num_classes <= 10:
@@ -178,6 +187,9 @@ def _prepare(
     allocation = _allocate_trials(allocation, search, total)
     specs = [make_trial_spec(search.make_grid(point), allocation, dataset) for point in _corners(dimensions)]
     epochs = plan.count_epochs(specs[0], len(dataset.train))
+    checked = check_first(specs, allocation, resources, paths, console, skip=options.no_check)
+    if (adapted := checked.adapt(specs[0])) != specs[0]:
+        search = replace(search, grid=replace(search.grid, loader=adapted.loader, engine=adapted.engine))
     if folder is None:
         folder = _make_folder(paths.out, specs[0], dataset.label)
         stored = {
@@ -191,7 +203,7 @@ def _prepare(
     paths = replace(paths, label=dataset.label)
     return Prepared(
         search=search, folder=folder, dimensions=dimensions, dataset=dataset, paths=paths, allocation=allocation,
-        epochs=epochs, total=total,
+        epochs=epochs, total=total, checked=checked,
     ), judged_by  # fmt: skip
 
 
