@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # bytecode is worth seconds in every process that Ray starts
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test check format study clean
+.PHONY: quickstart test check format study measure claims docs clean
 
 $(BIN)/harness: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,21 @@ test: check
 # make study DATA=data/cifar10-q75 [OUT=runs/study] [MORE='--until 9m --parts 1,2']; benchmarks/study.py says more
 study: $(BIN)/harness
 	$(BIN)/python benchmarks/study.py --data-dir '$(DATA)' --out '$(or $(OUT),runs/study)' $(MORE)
+
+# make measure DATA=data/cifar10-q75 PEERS='../a ../b' [OUT=runs/measured]: every benchmark, on an otherwise idle machine
+measure: $(BIN)/harness
+	PYTHON=$(abspath $(BIN)/python) benchmarks/measure.sh '$(or $(OUT),runs/measured)' '$(DATA)' $(PEERS)
+
+# the site in build/site; a warning is an error
+docs: $(BIN)/harness
+	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[docs]'
+	rm -rf build/docs && mkdir -p build/docs
+	cp -r --parents README.md CHANGELOG.md CONTRIBUTING.md LICENSE docs results/records cluster/README.md build/docs
+	find build/docs/results -name '*.json*' -delete
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+claims: $(BIN)/harness
+	$(BIN)/python benchmarks/claims.py
 
 format: $(BIN)/harness
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,6 @@
 """Kill runs at random moments, give the same command again, compare with an undisturbed run.
 
-    python benchmarks/chaos.py --kills 24 --out /tmp/chaos
+    python benchmarks/chaos.py --kills 60 --out /tmp/chaos
 
 Three ways to die: one training worker (SIGKILL; the command itself continues), the driver (SIGKILL to the command), the
 whole process group. Equal means: every epoch's loss and error, and all weights, bit for bit. Prints a Markdown table;
@@ -23,9 +23,9 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from rounds import ROOT
+from rounds import ROOT, make_table, median_and_range, write_readings
 
 KINDS = {"local": ("driver", "group"), "ray": ("worker", "driver", "group")}
 WORKERS = {"local": 1, "ray": 2}
@@ -164,11 +164,8 @@ def measure_whole(case: Case) -> tuple[Outcome, float, float]:
 
 def try_once(
     case: Case, kind: str, point: tuple[int, float], chance: random.Random
-) -> tuple[Outcome, bool, list[str]]:
-    """Start, kill so many seconds after an epoch, give the command again until it succeeds.
-
-    Returns the outcome, whether the run was interrupted, and the cells of a table's line.
-    """
+) -> tuple[Outcome, dict[str, Any]]:
+    """Start, kill so many seconds after an epoch, give the command again until it succeeds: the outcome, a reading."""
     running = start(case)
     while running.process.poll() is None and not running.reached(point[0]):
         time.sleep(0.005)
@@ -188,21 +185,36 @@ def try_once(
         text = "\n".join(line for _, line in running.lines[-30:])
         raise SystemExit(f"{case.command}\nended with {code} after {kind} was killed at {seconds:.1f} s:\n{text}")
     outcome = read_outcome(case.out)
-    recovery = f"{min(after) - killed_at:.1f}" if after else ""
-    cells = [kind if struck else f"{kind} (had ended)", f"{seconds:.1f}", f"{max(before, default=0)}/{case.epochs}",
-             str(commands), str(outcome.attempts), str(outcome.kept), recovery]  # fmt: skip
-    return outcome, commands > 1 or outcome.attempts > 1, cells
+    return outcome, {
+        "launcher": case.launcher, "killed": kind if struck else f"{kind} (had ended)", "after_seconds": seconds,
+        "epoch": max(before, default=0), "commands": commands, "attempts": outcome.attempts, "kept": outcome.kept,
+        "recovery_seconds": min(after) - killed_at if after else None,
+        "interrupted": commands > 1 or outcome.attempts > 1,
+    }  # fmt: skip
+
+
+def describe(content: dict[str, Any]) -> str:
+    """The table of stored readings: a line for each launcher and kind of kill."""
+    readings, rows = content["readings"], []
+    for launcher, kind in dict.fromkeys((r["launcher"], r["killed"]) for r in readings):
+        own = [r for r in readings if (r["launcher"], r["killed"]) == (launcher, kind)]
+        seconds = [r["recovery_seconds"] for r in own if r["recovery_seconds"] is not None]
+        cells = [launcher, kind, len(own), sum(r["interrupted"] for r in own), sum(r["equal"] for r in own)]
+        rows.append([*cells, median_and_range(seconds, 2) if seconds else "–"])
+    header = ("launcher", "killed", "times", "interrupted", "equal bit for bit", "seconds to the next epoch")
+    return make_table(header, rows)
 
 
 def main() -> int:
     """Kill, compare, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=24)
+    parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--launcher", choices=("both", *KINDS), default="both")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="an empty or absent folder")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     chance = random.Random(options.seed)
     launchers = tuple(KINDS) if options.launcher == "both" else (options.launcher,)
@@ -211,11 +223,7 @@ def main() -> int:
         return Case(launcher, options.out / f"{launcher}-{name}", options.epochs, options.images)
 
     whole = {launcher: measure_whole(case(launcher, "whole")) for launcher in launchers}
-    print(
-        "| launcher | killed | after s | epoch | commands | attempts | epochs kept | s to the next epoch | equal |"
-    )
-    print("|---|---|---:|---:|---:|---:|---:|---:|---|", flush=True)
-    equal = interrupted = 0
+    readings: list[dict[str, Any]] = []
     for number in range(options.kills):
         launcher = launchers[number % len(launchers)]
         kind = KINDS[launcher][number // len(launchers) % len(KINDS[launcher])]
@@ -223,13 +231,13 @@ def main() -> int:
         epoch = chance.randrange(options.epochs)  # every epoch alike; 0: while it starts
         point = (epoch, chance.uniform(0, each if epoch else first))
         this = case(launcher, number)
-        outcome, cut, cells = try_once(this, kind, point, chance)
+        outcome, reading = try_once(this, kind, point, chance)
         shutil.rmtree(this.out)
-        same = outcome.equals(reference)
-        equal, interrupted = equal + same, interrupted + cut
-        print(f"| {launcher} | {' | '.join(cells)} | {'yes' if same else 'NO'} |", flush=True)
-    print(f"\n{options.kills} kills, {interrupted} runs interrupted, {equal} results equal bit for bit")
-    return 0 if equal == options.kills else 1
+        readings.append(reading | {"equal": outcome.equals(reference)})
+        print(f"{number + 1}/{options.kills} {readings[-1]}", file=sys.stderr, flush=True)
+        write_readings(options.json, epochs=options.epochs, images=options.images, readings=readings)
+    print(describe({"readings": readings}))
+    return 0 if all(reading["equal"] for reading in readings) else 1
 
 
 if __name__ == "__main__":

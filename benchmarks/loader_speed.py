@@ -1,7 +1,7 @@
 """Images per second of every loader, with nothing to train: python benchmarks/loader_speed.py [--data-dir DIR]
 
-Loaders take turns. A row is one loader under one normalisation: the median over rounds, its range, and its ratio to
-PyTorch's DataLoader. CPU time is that of this process and its threads, per image; DataLoader's worker processes (with 3
+Loaders take turns. A row is one loader under one normalisation: the median over rounds and its range, and the ratio to
+PyTorch's DataLoader with its 95 % interval. CPU time is that of this process and its threads, per image; DataLoader's worker processes (with 3
 threads or more) are not included.
 """
 
@@ -12,13 +12,11 @@ import itertools
 import time
 from functools import partial
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
-from rounds import take_turns, write_readings
+from rounds import make_table, median_and_range, ratio, take_turns, write_readings
 
 from harness.loaders.datasets import Split, load_dataset
 from harness.loaders.loader import LOADERS, Loader, make_loaders
@@ -57,6 +55,18 @@ def load_split(data_dir: Path | None) -> Split:
     return Split(images, generator.integers(0, 10, 50_000))
 
 
+def describe(content: dict[str, Any]) -> str:
+    """The table of stored readings."""
+    rows = []
+    for title, loaders in content["readings"].items():
+        base = [speed for speed, _ in loaders["dataloader"]]
+        for name, readings in loaders.items():
+            speeds, cpu = ([reading[i] for reading in readings] for i in (0, 1))
+            compared = "–" if name == "dataloader" else ratio(speeds, base)
+            rows.append([title, name, median_and_range(speeds, 4), compared, median_and_range(cpu)])
+    return make_table(("normalisation", "loader", "images/s", "/ dataloader", "CPU µs/image"), rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, help="CIFAR-10; without it 50,000 images of noise, as fast")
@@ -70,11 +80,6 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device, split = torch.device(options.device), load_split(options.data_dir)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{options.threads} CPU threads"
-    table = Table(
-        title=f"{len(split):,} images, batches of {options.batch_size}, {options.rounds} rounds, {where}"
-    )
-    for column in ("normalisation", "loader", "images/s", "range", "x dataloader", "CPU us/image"):
-        table.add_column(column, justify="left" if column in ("normalisation", "loader") else "right")
     readings = {}
     for title, kind, pad_mode in RECIPES:
         config = LoaderConfig(
@@ -88,19 +93,12 @@ def main() -> None:
             for name, (loader, _) in pairs.items()
         }
         readings[title] = take_turns(ways, options.rounds)
-        base = median(speed for speed, _ in readings[title]["dataloader"])
-        for name, values in readings[title].items():
-            speeds = [speed for speed, _ in values]
-            table.add_row(
-                title, name, f"{median(speeds):,.0f}", f"{min(speeds):,.0f} to {max(speeds):,.0f}",
-                f"{median(speeds) / base:.1f}", f"{median(cpu for _, cpu in values):.1f}",
-            )  # fmt: skip
-        table.add_section()
         for pair in pairs.values():
             for loader in pair:
                 loader.close()
-    Console(width=None if Console().is_terminal else 120).print(table)
-    write_readings(options.json, images_per_second_and_cpu_microseconds=readings, device=where)
+    content = {"readings": readings, "device": where, "images": len(split), "batch_size": options.batch_size}
+    print(describe(content))
+    write_readings(options.json, **content)
 
 
 if __name__ == "__main__":

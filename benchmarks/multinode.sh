@@ -83,6 +83,7 @@ row() { # WHAT FOLDER SECONDS
     attempts="$(python -c 'import json, pathlib, sys
 print(json.loads(next(pathlib.Path(sys.argv[1]).glob("*/record.json")).read_text())["result"]["attempts"])' "$out/$2")"
     echo "| $1 | $attempts | $equal | $3 |"
+    echo "{\"what\": \"$1\", \"attempts\": $attempts, \"equal\": \"$equal\", \"seconds\": $3}" >> "$out/multinode.jsonl"
 }
 
 mkdir -p "$out"
@@ -130,6 +131,6 @@ start_node c 3 --address="$net.1:$port"
 wait_for "trying again" "$out/killed.log"
 back=$SECONDS
 wait $! || { tail -n 20 "$out/killed.log" >&2; exit 1; }
-row "node killed, replaced after it was missed ($((back - killed)) s to the next attempt)" killed $SECONDS
+row "node killed, replaced after its loss was noticed ($((back - killed)) s to the next attempt)" killed $SECONDS
 echo
 echo "logs and results: $out"

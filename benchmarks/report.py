@@ -15,11 +15,13 @@ import tempfile
 from functools import partial
 from itertools import islice, product
 from pathlib import Path
+from typing import Any
 
-from rounds import harness_seconds, median_and_range, process_seconds, take_turns, write_readings
+from rounds import harness_seconds, make_table, median_and_range, process_seconds, take_turns, write_readings
 from synthetic import store_runs
 
-from harness.plan import Allocation, Grid, expand
+from harness.cluster.job import Allocation
+from harness.plan import Grid, expand
 
 FORMATS = ("table", "markdown", "csv", "json", "latex", "html")
 
@@ -42,10 +44,17 @@ def store_many(out: Path, runs: int) -> None:
     store_runs(out, islice(specs, runs), epochs=180)
 
 
+def describe(content: dict[str, Any]) -> str:
+    """The table of stored readings."""
+    sizes = {name: f"{size / 2**20:.2f}" for name, size in content["bytes"].items()}
+    rows = [(name, median_and_range(s), sizes.get(name, "–")) for name, s in content["readings"].items()]
+    return make_table(("command", "seconds", "MiB"), rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=int, nargs="*", default=[1_000, 10_000])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -57,28 +66,23 @@ def main() -> None:
         options.rounds,
         warmup=1,
     )
+    sizes = {}
     for runs in options.runs:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "runs"
             store_many(out, runs)
+            page = Path(folder) / "report"
             ways = {
                 f"{runs:,} runs, {format}": partial(
-                    harness_seconds,
-                    "report",
-                    out,
-                    "--format",
-                    format,
-                    "--output",
-                    Path(folder) / f"report.{format}",
+                    harness_seconds, "report", out, "--format", format, "--output", page.with_suffix(f".{format}")
                 )
                 for format in FORMATS
             }
             seconds |= take_turns(ways, options.rounds, warmup=1)
-            size = (Path(folder) / "report.html").stat().st_size / 2**20
-            print(f"page of {runs:,} runs: {size:.2f} MiB")
-    for name, values in seconds.items():
-        print(f"{name:24} {median_and_range(values)}")
-    write_readings(options.json, seconds=seconds)
+            sizes[f"{runs:,} runs, html"] = page.with_suffix(".html").stat().st_size
+    content = {"readings": seconds, "bytes": sizes}
+    print(describe(content))
+    write_readings(options.json, **content)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Timing in rounds: ways take turns (A B C, A B C, ...), so that whatever else the machine does falls on all alike.
+"""Timing in rounds, ratios with their intervals, and the files of readings that every claim is written from.
 
-Every reading is kept, and written as JSON beside the conditions.
+Ways take turns in counterbalanced rounds (A B C, C B A, ...), so that whatever else the machine does, and any drift,
+falls on all alike. Every reading is stored with its command and conditions; `claims.py` writes the text from them.
 """
 
 from __future__ import annotations
@@ -10,27 +11,62 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+from tabulate import tabulate
+
 Reading = TypeVar("Reading")
 ROOT = Path(__file__).resolve().parent.parent
+RESAMPLES = 10_000
 
 
 def take_turns(
     ways: Mapping[str, Callable[[], Reading]], rounds: int, *, warmup: int = 0
 ) -> dict[str, list[Reading]]:
-    """Call every way once a round, in turn; readings by way, those of `warmup` rounds before them left out."""
+    """Call every way once a round, every other round in reverse; readings by way, without those of `warmup` rounds."""
     readings: dict[str, list[Reading]] = {name: [] for name in ways}
     for number in range(-warmup, rounds):
-        for name, way in ways.items():
+        for name, way in counterbalanced(list(ways.items()), number):
             reading = way()
             if number >= 0:
                 readings[name].append(reading)
         print(f"round {number + 1} of {rounds}" if number >= 0 else "warm-up", file=sys.stderr, flush=True)
     return readings
+
+
+def counterbalanced(ways: list[Reading], number: int) -> list[Reading]:
+    """The order of round `number`."""
+    return ways[::-1] if number % 2 else ways
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """The median over rounds of a / b, with the percentile bootstrap's 95 % interval over rounds."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def differs(self) -> bool:
+        """Whether the interval leaves out 1: only then is one of the two called faster."""
+        return not self.low <= 1 <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
+    """Of readings taken in the same rounds. Raises ValueError for lengths that differ."""
+    each = np.array([x / y for x, y in zip(a, b, strict=True)])
+    drawn = np.random.default_rng(0).integers(0, len(each), (RESAMPLES, len(each)))
+    low, high = np.quantile(np.median(each[drawn], axis=1), (0.025, 0.975))
+    return Ratio(float(np.median(each)), float(low), float(high))
 
 
 def harness_seconds(*words: object) -> float:
@@ -45,9 +81,18 @@ def process_seconds(command: Sequence[str]) -> float:
     return time.perf_counter() - began
 
 
-def median_and_range(seconds: Sequence[float]) -> str:
-    """ "0.62 s (0.59 to 0.70)" """
-    return f"{statistics.median(seconds):.3g} s ({min(seconds):.3g} to {max(seconds):.3g})"
+def median_and_range(values: Sequence[float], digits: int = 3) -> str:
+    """ "0.62 (0.59 to 0.70)" """
+    middle, low, high = (f"{value:.{digits}g}" for value in (statistics.median(values), min(values), max(values)))
+    return f"{middle} ({low} to {high})"
+
+
+def make_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table: words to the left, figures to the right."""
+    rows = [list(map(str, row)) for row in rows]
+    words = [all(row[i][:1].isalpha() for row in rows) for i in range(len(header))]
+    align = ["left" if word else "right" for word in words]
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=align)
 
 
 def write_readings(path: Path | None, **content: Any) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rounds import harness_seconds
+from rounds import harness_seconds, make_table, write_readings
 from synthetic import make_result
 
 import harness.cluster.launch
@@ -78,14 +78,22 @@ def timed(seconds: dict[str, float], name: str, function: Callable[..., Any]) ->
     return call
 
 
+def describe(content: dict[str, Any]) -> str:
+    """The table of stored readings."""
+    rows = [(name, f"{value:.2f}", TARGETS.get(name, "–")) for name, value in content["readings"].items()]
+    return make_table(("measured", "is", "target"), rows)
+
+
 def main() -> int:
     """Simulate, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--out", type=Path, required=True, help="an empty or absent folder")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     seconds: dict[str, float] = {}
+    content: dict[str, Any]
     resources.join_cluster = join_simulated
     harness.cluster.launch._Run.run = end_at_once  # type: ignore[method-assign]
     run._Prepared.check_nodes = lambda _: None  # type: ignore[method-assign]
@@ -107,21 +115,23 @@ def main() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     again = {"again": 0.0}
     timed(again, "again", run.run_grid)(grid, options, console)
-    measured = {
-        "planning, seconds": seconds["expand"],
-        "report, seconds": min(harness_seconds("report", args.out) for _ in range(3)),
-        "overhead of a run, milliseconds": 1000 * seconds["train"] / runs,
-        "driver's peak memory, MiB": peak,
+    content = {
+        "runs": runs,
+        "workers": GPUS_PER_NODE,
+        "gpus": NODES * GPUS_PER_NODE,
+        "cpus": os.cpu_count(),
+        "readings": {
+            "planning, seconds": seconds["expand"],
+            "report, seconds": min(harness_seconds("report", args.out) for _ in range(3)),
+            "overhead of a run, milliseconds": 1000 * seconds["train"] / runs,
+            "driver's peak memory, MiB": peak,
+            "the same command again, nothing left to do, seconds": again["again"],
+            "of that, reading what is finished, seconds": seconds["finished"],
+        },
     }
-    print(
-        f"{runs} runs of {GPUS_PER_NODE} workers, {NODES * GPUS_PER_NODE} GPUs, {os.cpu_count()} CPU cores here\n"
-    )
-    print("| measured | is | target |\n|---|---:|---:|")
-    for name, value in measured.items():
-        print(f"| {name} | {value:.2f} | {TARGETS[name]:g} |")
-    print(f"| the same command again, nothing left to do, seconds | {again['again']:.2f} | |")
-    print(f"| of that, reading what is finished, seconds | {seconds['finished']:.2f} | |")
-    return int(any(value > TARGETS[name] for name, value in measured.items()))
+    print(describe(content))
+    write_readings(args.json, **content)
+    return int(any(content["readings"][name] > limit for name, limit in TARGETS.items()))
 
 
 if __name__ == "__main__":

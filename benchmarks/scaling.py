@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,9 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from rich.console import Console
-from rich.table import Table
-from rounds import take_turns, write_readings
+from rounds import make_table, median_and_range, ratio, take_turns, write_readings
 
 from harness.cluster.job import Worker
 from harness.commands.probe import Breakdown, break_down
@@ -63,34 +60,27 @@ def measure(world: int, spec: RunSpec, paths: RunPaths) -> Breakdown:
     return breakdown
 
 
-def make_table(title: str, readings: dict[str, list[Breakdown]]) -> Table:
-    """A line for each kind of scaling and number of workers; the first is one worker."""
-    table = Table(title=title)
-    words = (
-        "scaling",
-        "workers",
-        "batch per worker",
-        "ms/step",
-        "images/s",
-        "efficiency",
-        "all-reduce ms",
-        "share of step",
-    )
-    for column in words:
-        table.add_column(column, justify="left" if column == "scaling" else "right")
-    alone = median(b.engine_ms for b in readings["strong 1"]) if "strong 1" in readings else float("nan")
-    for name, values in readings.items():
-        kind, world = name.split()[0], int(name.split()[1])
-        batch = 128 * world if kind == "weak" else 128
-        step = median(b.engine_ms for b in values)
-        reduce = median(b.parts.get("all-reduce", 0.0) for b in values)
-        efficiency = alone / step if kind == "weak" else alone / step / world
-        share = f"{100 * reduce / median(b.eager_ms for b in values):.0f} %"
-        table.add_row(
-            kind if world > 1 else "one worker", str(world), str(batch // world), f"{step:.4g}", f"{1000 * batch / step:,.0f}",
-            f"{100 * efficiency:.0f} %", *((f"{reduce:.3g}", share) if world > 1 else ("–", "–")),
-        )  # fmt: skip
-    return table
+def describe(content: dict[str, Any]) -> str:
+    """The table of stored readings: a line for each depth, kind of scaling and number of workers."""
+    rows = []
+    for depth, ways in content["readings"].items():
+        milliseconds = {name: [b["engine_ms"] for b in values] for name, values in ways.items()}
+        for name, values in ways.items():
+            kind, world = name.split()[0], int(name.split()[1])
+            batch, step = 128 * world if kind == "weak" else 128, milliseconds[name]
+            cells = [depth, kind if world > 1 else "one worker", world, batch // world, median_and_range(step)]
+            cells.append(f"{1000 * batch / median(step):,.0f}")
+            if world == 1 or "strong 1" not in milliseconds:
+                rows.append([*cells, "–", "–", "–"])
+                continue
+            scale = 1 if kind == "weak" else world
+            reduce = [b["parts"].get("all-reduce", 0.0) for b in values]
+            share = 100 * median(reduce) / median(b["eager_ms"] for b in values)
+            efficiency = ratio(milliseconds["strong 1"], [scale * each for each in step])
+            rows.append([*cells, efficiency, f"{median(reduce):.3g}", f"{share:.0f} %"])
+    header = ("depth", "scaling", "workers", "batch per worker", "ms/step", "images/s", "efficiency", "all-reduce ms",
+              "share of step")  # fmt: skip
+    return make_table(header, rows)
 
 
 def count_workers(words: Sequence[str]) -> list[tuple[str, int]]:
@@ -111,13 +101,12 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16" if gpus else "fp32")
     parser.add_argument("--loader", default="resident")
     parser.add_argument("--images", type=int, default=None if gpus else 5120)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     dataset = load_dataset("cifar10", args.data_dir)
     paths = RunPaths(out=Path("unused"), data_dir=args.data_dir and args.data_dir.absolute(), label=dataset.label)
     device = torch.device("cuda" if gpus else "cpu")
-    console = Console(width=None if sys.stdout.isatty() else 110)
     raw = {}
     for depth in map(int, args.depths.split(",")):
         variant = he2015(depth)
@@ -130,10 +119,11 @@ def main() -> None:
             )  # fmt: skip
             ways[f"{kind} {world}"] = partial(measure, world, spec, paths)
         readings = take_turns(ways, args.rounds)
-        title = f"ResNet-{depth}, {args.engine}, {args.precision}, {args.loader}, {device_name(device)}"
-        console.print(make_table(title, readings))
         raw[str(depth)] = {name: [asdict(b) for b in values] for name, values in readings.items()}
-    write_readings(args.json, machine=describe_machine(device), data=dataset.label, milliseconds_by_depth=raw)
+    content = {"machine": describe_machine(device), "device": device_name(device), "data": dataset.label,
+               "engine": args.engine, "precision": args.precision, "loader": args.loader, "readings": raw}  # fmt: skip
+    print(describe(content))
+    write_readings(args.json, **content)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,7 @@ import torch
 import torch.nn.functional as F
 from peers import load_peer, write_cifar10
 from rich.console import Console
-from rich.table import Table
-from rounds import write_readings
+from rounds import counterbalanced, make_table, median_and_range, ratio, write_readings
 
 from harness.cluster.job import Worker
 from harness.loaders.datasets import Dataset, limit, load_dataset
@@ -162,7 +161,7 @@ def take_turns(ways: Sequence[Way], rounds: int, epochs: int, device: torch.devi
     """`rounds` rounds, in each of which every way trains its share of `epochs`."""
     gpu = open_device(device)  # by its UUID: NVML does not know CUDA_VISIBLE_DEVICES
     for number in range(rounds):
-        for way in (way for way in ways if not way.failed):
+        for way in (way for way in counterbalanced(list(ways), number) if not way.failed):
             try:
                 way.take_turn(number, -(-epochs // rounds))
             except Exception as error:
@@ -173,34 +172,40 @@ def take_turns(ways: Sequence[Way], rounds: int, epochs: int, device: torch.devi
         console.print(f"depth {ways[0].depth}: round {number + 1} of {rounds}", style="dim")
 
 
-def ratio(way: Way, base: Way | None) -> str:
-    """Seconds over the base's, the median over rounds of the rounds' medians."""
-    pairs = list(zip(way.seconds, base.seconds, strict=False)) if base else []
-    if base is None or not pairs or way.failed or base.failed:
-        return "–"
-    return f"{statistics.median(statistics.median(a) / statistics.median(b) for a, b in pairs):.3f}"
-
-
-def print_ways(ways: Sequence[Way], images: int, console: Console) -> None:
-    """A table of one depth."""
-    bound = {way.precision: way for way in ways if way.name == "bare loop"}
-    working = [way for way in ways if way.name == "harness" and way.loader != "synthetic" and way.seconds]
-    best = min(working, key=lambda way: statistics.median(way.all_seconds), default=None)
-    table = Table(title=f"ResNet-{ways[0].depth}, {images:,} images, {-(-images // BATCH)} steps of {BATCH}")
-    words = ("way", "engine", "precision", "loader")
-    numbers = ("set-up s", "s/epoch", "IQR", "images/s", "/ bare", "/ our best")
-    for column in (*words, *numbers):
-        table.add_column(column, justify="left" if column in words else "right")
-    for way in ways:
-        cells = [way.name, way.engine, way.precision, way.loader]
-        if way.failed or len(way.all_seconds) < 2:
-            table.add_row(*cells, "–", "failed")
-            continue
-        low, middle, high = statistics.quantiles(way.all_seconds, n=4)
-        cells += [f"{way.setup_seconds:.1f}", f"{middle:.4g}", f"{high - low:.2g}", f"{images / middle:,.0f}"]
-        cells += [ratio(way, bound.get(way.precision)), ratio(way, best)]
-        table.add_row(*cells, style="bold" if way is best else None)
-    console.print(table)
+def describe(content: dict[str, Any]) -> str:
+    """The table of stored readings; ratios of the rounds' medians, with 95 % intervals."""
+    rows, images = [], content["images"]
+    for depth in dict.fromkeys(way["depth"] for way in content["readings"]):
+        ways = [way for way in content["readings"] if way["depth"] == depth]
+        by_round = [[] if way["failed"] else [statistics.median(turn) for turn in way["seconds"]] for way in ways]
+        bound = {way["precision"]: s for way, s in zip(ways, by_round, strict=True) if way["name"] == "bare loop"}
+        working = [s for way, s in zip(ways, by_round, strict=True)
+                   if s and way["name"] == "harness" and way["loader"] != "synthetic"]  # fmt: skip
+        best = min(working, key=statistics.median, default=[])
+        for way, seconds in zip(ways, by_round, strict=True):
+            cells = [depth, way["name"], way["engine"], way["precision"], way["loader"]]
+            if not seconds:
+                rows.append([*cells, "–", way["failed"], "–", "–", "–"])
+                continue
+            cells += [f"{way['setup_seconds']:.1f}", median_and_range(seconds, 4)]
+            cells.append(f"{images / statistics.median(seconds):,.0f}")
+            for base in (bound.get(way["precision"]), best):
+                comparable = base and len(base) == len(seconds) and base is not seconds
+                cells.append(str(ratio(seconds, base)) if comparable else "–")
+            rows.append(cells)
+    header = (
+        "depth",
+        "way",
+        "engine",
+        "precision",
+        "loader",
+        "set-up s",
+        "s/epoch",
+        "images/s",
+        "/ bare",
+        "/ our best",
+    )
+    return make_table(header, rows)
 
 
 @flushed_denormals()
@@ -217,8 +222,8 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every engine x precision x loader")
     parser.add_argument("--peer", type=Path, action="append", default=[], help="other people's code; repeatable")
     parser.add_argument("--images", type=int, help="of the training images; default: all")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=12, help="timed ones of each way, over all rounds")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=20, help="timed ones of each way, over all rounds")
     parser.add_argument("--threads", type=int, default=count_cpus())
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--json", type=Path, help="write every reading there, after each depth")
@@ -237,16 +242,17 @@ def main() -> None:
         for depth in map(int, args.depths.split(",")):
             ways = make_ways(depth, args, data, dataset, device, Path(peer_data))
             take_turns(ways, args.rounds, args.epochs, device, console)
-            print_ways(ways, len(train), console)
             for way in ways:
                 with contextlib.suppress(Exception):
                     way.epochs.close()
                 way.epochs = None  # type: ignore[assignment]
                 entries.append(asdict(way))
-            write_readings(
-                args.json, machine=describe_machine(device), data=dataset.label, images=len(train), batch_size=BATCH,
-                warmup_epochs=WARMUP_EPOCHS, threads=args.threads, ways=entries,
-            )  # fmt: skip
+            content = {
+                "machine": describe_machine(device), "data": dataset.label, "images": len(train), "batch_size": BATCH,
+                "warmup_epochs": WARMUP_EPOCHS, "threads": args.threads, "readings": entries,
+            }  # fmt: skip
+            print(describe(content))
+            write_readings(args.json, **content)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 

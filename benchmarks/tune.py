@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rounds import write_readings
+
 BASE = "tune --dataset digits --depth 8 --limit-train 256 --gpus 0 --loader resident --search lr=loguniform(0.003,0.3)"
 LIMIT_SECONDS = 2.0
 SAME = (
@@ -44,7 +46,7 @@ def load_trials(out: Path) -> list[dict[str, Any]]:
     return trials
 
 
-def measure_overhead(folder: Path, workers: int) -> bool:
+def measure_overhead(folder: Path, workers: int, json_path: Path | None) -> bool:
     """Wall time from the end of the first trial to the end of the last, less training and evaluation."""
     process = start(f"{BASE} --epochs 3 --samples 9 --scheduler none --concurrent 1 --workers {workers}", folder)
     assert process.stdout is not None
@@ -55,6 +57,8 @@ def measure_overhead(folder: Path, workers: int) -> bool:
     each = (wall - training) / len(trials)
     print(f"{len(trials)} trials after the first, {workers} workers: {wall:.1f} s, of which training {training:.1f} s; "
           f"{each:.2f} s a trial beside it")  # fmt: skip
+    content = {"workers": workers, "trials": len(trials), "wall_seconds": wall, "training_seconds": training}
+    write_readings(json_path, **content)
     return each <= LIMIT_SECONDS or workers > 1
 
 
@@ -91,10 +95,11 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--algorithm", default="random")
+    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if options.what == "overhead":
-            return 0 if measure_overhead(Path(folder), options.workers) else 1
+            return 0 if measure_overhead(Path(folder), options.workers, options.json) else 1
         return 0 if kill_and_compare(Path(folder), options.kills, options.algorithm) else 1
 
 

@@ -7,13 +7,18 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from harness.cluster.job import LOOPBACK
 from harness.cluster.nodes import Cluster, inspect_cluster
 
 CONNECT_SECONDS = 20.0
+LONGEST_TEMP_DIR = 36  # a socket may have a name of 107 bytes, of which Ray adds up to 71
+LOST = "harness: Ray or this command was killed; the same command goes on from the last finished epochs"
+_watchers: list[subprocess.Popen[bytes]] = []
 
 GPU_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # NVML's; CUDA's own is by speed
 _ENVIRONMENT = {
@@ -53,6 +58,8 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
         options |= {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False, "address": "local"}
         options["object_store_memory"] = 256 * 2**20  # nothing large travels through Ray
         options["_node_ip_address"] = LOOPBACK
+        if len(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) > LONGEST_TEMP_DIR:
+            options["_temp_dir"] = "/tmp/ray"
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     else:
@@ -63,9 +70,13 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
     try:
         with _staying_on_loopback() if address is None else contextlib.nullcontext():
             ray.init(**options)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise ClusterError(f"no Ray cluster answers at {address!r}: {first}") from None
+        what = "Ray does not start here" if address is None else f"no Ray cluster answers at {address!r}"
+        raise ClusterError(f"{what}: {first}") from None
+    with contextlib.suppress(OSError):  # Ray lets everybody on this machine read it
+        (Path.home() / ".ray" / "auth_token").chmod(0o600)
+    _watch()
     return inspect_cluster()
 
 
@@ -74,6 +85,15 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
+    while _watchers:
+        _watchers.pop().communicate(b"ended\n")
+
+
+def _watch() -> None:
+    """Say a last word if this process ends without `disconnect`: Ray ends it where its own processes on this node or
+    the head are gone, and runs no code of ours."""
+    command = ["sh", "-c", 'read -r ended || echo "$0" >&2', LOST]
+    _watchers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What a launcher is given and what it reports: a job's settings, a worker's place, progress events, failures.
+"""What a launcher is given and what it reports: where runs are placed, a worker's place, progress events, failures.
 
 No Ray here: whoever only needs these values does not pay for its import.
 """
@@ -23,36 +23,28 @@ PLACEMENTS: tuple[Placement, ...] = ("pack", "strict-pack", "spread")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class JobConfig:
-    """How runs are launched; none of it changes what a run computes."""
+class Allocation:
+    """`concurrent_runs` at a time, each of `workers` ranks with `threads` CPUs; none of it changes what a run computes."""
 
-    world_size: int
-    concurrent_runs: int
     device: Literal["cuda", "cpu"]
-    threads: int  # CPUs of a worker
-    storage: Path | str  # for Ray's own files; seen by every node: a shared folder, or a URI that pyarrow opens
-    gpus_per_worker: float = 1.0  # 1/N where N runs share a GPU
-    placement: Placement = (
-        "pack"  # pack prefers one node for a run's workers, strict-pack insists, spread prefers many
+    workers: int
+    concurrent_runs: int
+    threads: int
+    gpus: int = 0  # of all runs
+    runs_per_gpu: int = 1
+    # pack prefers one node for a run's workers, strict-pack insists, spread prefers many
+    placement: Placement = "pack"
+    fallback_world_sizes: tuple[int, ...] = ()  # largest first: for a cluster that has become too small
+    storage: Path | str = (
+        ""  # for Ray's own files; seen by every node: a shared folder, or a URI that pyarrow opens
     )
     retries: int = 2  # after deaths in a row that brought no progress
     placement_timeout_seconds: float = 1800.0  # as long as a cloud may take to bring another node
-    fallback_world_sizes: tuple[int, ...] = ()  # largest first: for a cluster that has become too small
-
-    @property
-    def gpus(self) -> float:
-        """GPUs of a worker; 0 on the CPU."""
-        return self.gpus_per_worker if self.device == "cuda" else 0.0
-
-    @property
-    def runs_per_gpu(self) -> int:
-        """How many runs share a GPU."""
-        return round(1 / self.gpus_per_worker)
 
     @property
     def resources(self) -> dict[str, float]:
         """What a worker takes, as Ray counts it: to four decimals, rounded down so that the shares of a GPU fit."""
-        gpus = {"GPU": math.floor(self.gpus * 10_000) / 10_000} if self.gpus else {}
+        gpus = {"GPU": math.floor(10_000 / self.runs_per_gpu) / 10_000} if self.device == "cuda" else {}
         return {"CPU": float(self.threads), **gpus}
 
 

@@ -22,9 +22,9 @@ from harness.cluster.failures import count_failures, make_failed
 from harness.cluster.job import (
     COLLECTIVE_SECONDS,
     LOOPBACK,
+    Allocation,
     Entered,
     Failed,
-    JobConfig,
     Outcome,
     Report,
     Spec,
@@ -42,7 +42,7 @@ SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
 def launch(
     train: Callable[[Spec, Worker, Report], Outcome],
     specs: Sequence[Spec],
-    job: JobConfig,
+    job: Allocation,
     *,
     progress: Callable[[Spec, Any], None],
     telemetry: StartSampler | None = None,
@@ -154,7 +154,7 @@ class _Run(Generic[Spec, Outcome]):
     train: Callable[[Spec, Worker, Report], Outcome]
     spec: Spec
     index: int
-    job: JobConfig
+    job: Allocation
     telemetry: StartSampler | None
     mailbox: Any
     stop: threading.Event
@@ -172,7 +172,7 @@ class _Run(Generic[Spec, Outcome]):
             world_size = self._wait_for_resources()
             if world_size is None:
                 return Failed(
-                    exception="", message=f"no room in the cluster for {self._describe(self.job.world_size)} within "
+                    exception="", message=f"no room in the cluster for {self._describe(self.job.workers)} within "
                     f"{self.job.placement_timeout_seconds / 60:.0f} minutes", traceback="", died=True, attempts=self.attempt,
                 )  # fmt: skip
             self._announce(world_size)
@@ -209,13 +209,13 @@ class _Run(Generic[Spec, Outcome]):
             return
         if self.announced is not None and self.attempt == self.announced[0]:
             self.reason = "the cluster has changed before the workers were placed"
-        smaller = world_size if world_size != self.job.world_size else None
+        smaller = world_size if world_size != self.job.workers else None
         self._put(Started(attempt=self.attempt, reason=self.reason, world_size=smaller))
         self.announced = (self.attempt, world_size)
 
     def _choose_world_size(self) -> int:
         job = self.job
-        return choose_world_size(inspect_cluster(), job) if job.fallback_world_sizes else job.world_size
+        return choose_world_size(inspect_cluster(), job) if job.fallback_world_sizes else job.workers
 
     def _wait_for_resources(self) -> int | None:
         """Wait until the cluster has a run's resources free; with how many workers, None where that took too long.
@@ -313,7 +313,7 @@ class _Placed:
     index: int
     attempt: int
     started_at: float
-    job: JobConfig
+    job: Allocation
     telemetry: StartSampler | None
     mailbox: Any
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from harness.cluster.failures import make_failed
 from harness.cluster.job import (
+    Allocation,
     Entered,
     Failed,
-    JobConfig,
     Outcome,
     Report,
     Spec,
@@ -25,15 +25,15 @@ from harness.cluster.job import (
 def launch(
     train: Callable[[Spec, Worker, Report], Outcome],
     specs: Sequence[Spec],
-    job: JobConfig,
+    job: Allocation,
     *,
     progress: Callable[[Spec, Any], None],
     telemetry: StartSampler | None = None,
     progress_of: Callable[[Any], float] = lambda _: 0.0,
 ) -> Iterator[tuple[Spec, Outcome | Failed]]:
     """Run every spec, one after another; yield each as it ends. Raises ValueError for more than one worker."""
-    if job.world_size != 1:
-        raise ValueError(f"the local launcher runs one worker, not {job.world_size}: use --launcher ray")
+    if job.workers != 1:
+        raise ValueError(f"the local launcher runs one worker, not {job.workers}: use --launcher ray")
     cuda = job.device == "cuda"
     worker = Worker(device="cuda:0" if cuda else "cpu", threads=job.threads, runs_per_gpu=job.runs_per_gpu)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if cuda else ""

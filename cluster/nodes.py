@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from harness.cluster.job import JobConfig
+from harness.cluster.job import Allocation
 
 Answer = TypeVar("Answer")
 
@@ -59,49 +59,40 @@ def inspect_cluster() -> Cluster:
     return Cluster(members=tuple(Node(cpus=int(r.get("CPU", 0)), gpus=int(r.get("GPU", 0))) for r in resources))
 
 
-def count_runs(cluster: Cluster, world_size: int, resources: Mapping[str, float], placement: str) -> int:
-    """How many runs of `world_size` workers with these resources each an idle cluster could hold."""
+def count_runs(cluster: Cluster, job: Allocation) -> int:
+    """How many runs of the job's workers an idle cluster could hold."""
     workers = [
-        min(int(has[name] / amount + 1e-6) for name, amount in resources.items())
+        min(int(has[name] / amount + 1e-6) for name, amount in job.resources.items())
         for has in ({"CPU": node.cpus, "GPU": node.gpus} for node in cluster.members)
     ]
-    if placement == "strict-pack":
-        return sum(count // world_size for count in workers)
-    return sum(workers) // world_size
+    if job.placement == "strict-pack":
+        return sum(count // job.workers for count in workers)
+    return sum(workers) // job.workers
 
 
-def choose_world_size(cluster: Cluster, job: JobConfig) -> int:
+def choose_world_size(cluster: Cluster, job: Allocation) -> int:
     """The largest world size of the job of which the cluster can hold a run; the job's own if there is none.
 
     What other runs use now does not count: a run waits for them, and takes fewer workers only where the cluster itself
     has become too small.
     """
-    for world_size in (job.world_size, *job.fallback_world_sizes):
-        if count_runs(cluster, world_size, job.resources, job.placement):
-            return world_size
-    return job.world_size
+    widths = (job.workers, *job.fallback_world_sizes)
+    return next((width for width in widths if count_runs(cluster, replace(job, workers=width))), job.workers)
 
 
-def fit(
-    cluster: Cluster, *, world_size: int, concurrent_runs: int, gpus_per_worker: float, placement: str
-) -> tuple[int, int]:
-    """How many of `concurrent_runs` runs can train at a time, and with how many CPUs a worker.
+def fit(cluster: Cluster, job: Allocation) -> Allocation:
+    """The job with as many of its concurrent runs as fit, and the most CPUs a worker with which they do.
 
-    The most CPUs that leave the number of runs as it is with one CPU; (0, 0) where not one run can be placed.
-    `gpus_per_worker` is 0 for runs without GPUs.
+    No concurrent runs where not one can be placed.
     """
-    gpus = {"GPU": gpus_per_worker} if gpus_per_worker else {}
 
     def runs(threads: int) -> int:
-        return min(concurrent_runs, count_runs(cluster, world_size, {"CPU": threads, **gpus}, placement))
+        return min(job.concurrent_runs, count_runs(cluster, replace(job, threads=threads)))
 
-    most = runs(1)
-    if not most:
-        return 0, 0
-    threads = 1
-    while threads * world_size * most < cluster.cpus and runs(threads + 1) == most:
+    most, threads = runs(1), 1
+    while most and threads * job.workers * most < cluster.cpus and runs(threads + 1) == most:
         threads += 1
-    return most, threads
+    return replace(job, concurrent_runs=most, threads=threads)
 
 
 def working_nodes() -> list[dict[str, Any]]:

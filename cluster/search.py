@@ -32,7 +32,7 @@ from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from harness.cluster.failures import WORKER_DIED, WorkerDiedError, is_death, make_failed
-from harness.cluster.job import COLLECTIVE_SECONDS, Failed, JobConfig, Outcome, Report, Spec, Started, Worker
+from harness.cluster.job import COLLECTIVE_SECONDS, Allocation, Failed, Outcome, Report, Spec, Started, Worker
 
 PEER_SECONDS = 10.0  # for the other ranks to end once one has
 LEAVE_SECONDS = 10.0  # for the ranks to destroy their process group together
@@ -65,7 +65,7 @@ class Trials(Protocol[Proposed, Ended]):
 
 
 def search(
-    train: Callable[[Spec, Worker, Report], Outcome], trials: Trials[Spec, Outcome], job: JobConfig
+    train: Callable[[Spec, Worker, Report], Outcome], trials: Trials[Spec, Outcome], job: Allocation
 ) -> None:
     """Run everything that `trials` proposes, `job.concurrent_runs` at a time.
 
@@ -83,9 +83,7 @@ def search(
 
     try:
         tune.run(
-            tune.with_resources(
-                trial, tune.PlacementGroupFactory([job.resources] * job.world_size, strategy="PACK")
-            ),
+            tune.with_resources(trial, tune.PlacementGroupFactory([job.resources] * job.workers, strategy="PACK")),
             name="search",
             num_samples=-1,  # `trials` says when there are no more
             search_alg=_Proposals(driver),
@@ -207,14 +205,14 @@ class Pruned(SystemExit):
     """Raised by `report` in every rank of a pruned trial."""
 
 
-def _run_trial(config: dict[str, Any], train: Callable[[Any, Worker, Report], Any], job: JobConfig) -> None:
+def _run_trial(config: dict[str, Any], train: Callable[[Any, Worker, Report], Any], job: Allocation) -> None:
     """What Tune calls in its actor, once for each trial that the actor serves: rank 0, which starts the others."""
     note = Path(job.storage) / f"{tune.get_context().get_trial_id()}.failed"
     if note.exists():
         tune.report({"outcome": (pickle.loads(note.read_bytes()),)})
         return
     worker = Worker(
-        world_size=job.world_size, device="cuda:0" if job.gpus else "cpu", threads=job.threads,
+        world_size=job.workers, device="cuda:0" if job.device == "cuda" else "cpu", threads=job.threads,
         launch_seconds=max(0.0, time.time() - config["proposed_at"]), runs_per_gpu=job.runs_per_gpu,
     )  # fmt: skip
     spec = config["spec"]
@@ -352,7 +350,7 @@ class _Peers:
 
 @contextlib.contextmanager
 def _peers(
-    train: Callable[[Any, Worker, Report], Any], spec: Any, worker: Worker, job: JobConfig, note: Path
+    train: Callable[[Any, Worker, Report], Any], spec: Any, worker: Worker, job: Allocation, note: Path
 ) -> Iterator[_Peers]:
     """Start ranks 1 and up; end their processes at last."""
     peers = _Peers(note)

@@ -1,11 +1,14 @@
 #!/bin/bash
 # sbatch --nodes=2 cluster/slurm.sh --depths 20,32,56,110 --data-dir /shared/data --out /shared/runs
-# What follows the script's name goes to `harness run`. A job that is requeued goes on from its checkpoints.
+# What follows the script's name goes to `harness run`. At its time limit the job is requeued, and goes on from its
+# checkpoints. It ends as COMPLETED only if `harness run` ended well.
 #SBATCH --job-name=resnet-harness
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 #SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
 #SBATCH --time=08:00:00
 #SBATCH --output=harness-%j.log
 set -euo pipefail
@@ -26,7 +29,27 @@ mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 read -r head _ < <(srun --nodes=1 --ntasks=1 --nodelist="${nodes[0]}" hostname -I)
 port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one network do not meet
 
+# symmetric-run gives its options to `ray start` on all nodes, so none may be for the head alone; and it ends with 0
+# where Ray did not start: the command itself says here that it ran, and how it ended
+export HARNESS_EXIT_CODE_FILE="${TMPDIR:-/tmp}/harness-exit-code-$SLURM_JOB_ID"
+rm -f "$HARNESS_EXIT_CODE_FILE"
+trap 'echo "time limit: requeued, goes on from the last checkpoints"; scontrol requeue "$SLURM_JOB_ID"' USR1
+# shellcheck disable=SC2016  # for the shell on the head node
 srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     ray symmetric-run --address "$head:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
-    --num-gpus "${SLURM_GPUS_ON_NODE:-8}" --include-dashboard=false \
-    -- harness run --address "$head:$port" "$@"
+    --num-gpus "${SLURM_GPUS_ON_NODE:-8}" \
+    -- bash -c 'harness run "$@"; code=$?; echo "$code" >"$HARNESS_EXIT_CODE_FILE"; exit "$code"' \
+    harness --address "$head:$port" "$@" &
+steps=$!
+while true; do # a signal ends `wait` too
+    ended=0
+    wait "$steps" || ended=$?
+    kill -0 "$steps" 2>/dev/null || break
+done
+if [[ ! -s $HARNESS_EXIT_CODE_FILE ]]; then
+    echo "nothing was trained: Ray did not start on all $SLURM_JOB_NUM_NODES nodes; its messages are above" >&2
+    exit $((ended ? ended : 1))
+fi
+code=$(<"$HARNESS_EXIT_CODE_FILE")
+rm -f "$HARNESS_EXIT_CODE_FILE"
+exit "$code"

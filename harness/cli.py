@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import sys
-from collections.abc import Mapping
-from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,6 @@ from harness.spec import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-Value = TypeVar("Value")
 app = typer.Typer(
     name="harness",
     help="Train every depth and variant of a family of residual networks, and compare what was measured.",
@@ -69,6 +68,7 @@ Until = Annotated[
     str | None, opt("Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued.")
 ]
 Verbose = Annotated[bool, opt("Show Ray's own messages.", "--verbose")]
+Preset = Annotated[str | None, opt("The runs of a source's table: cfmz, fattorib, mpmz, convnet or ladder.")]
 Across = Annotated[str | None, opt("Fields to average over, as in workers,threads.")]
 NoCheck = Annotated[bool, opt("Train on a GPU that is new without checking it first.", "--no-check")]
 Results = Annotated[list[str] | None, arg("Folders of results or of single runs, s3:// or gs://.")]
@@ -83,6 +83,7 @@ def run(
     depths: Annotated[str | None, opt("Depths, as in 20,32,56,110. Default: each variant's own.")] = None,
     variants: Annotated[str, opt("Variants, as in msra,he2015: see `harness variants`.")] = "he2015",
     seeds: Annotated[str, opt("A count (3 is seeds 0,1,2) or the seeds themselves (0,7).")] = "1",
+    preset: Preset = None,
     spec: Annotated[
         list[Path] | None,
         opt("Train the run of this record.json or spec.json, as changed by other options. Repeatable."),
@@ -148,16 +149,13 @@ def run(
         "settings": parse_settings(settings or ()),
         "until": parse_until(until, datetime.now()) if until is not None else None,
     }
-    grid = fill(plan.Grid, values)
+    if preset is not None:
+        values |= plan.apply_preset(preset, values, chosen(context))
+    grid = plan.fill(plan.Grid, values)
     if spec:
         grid = plan.make_spec_grid(spec, grid, chosen(context))
-    options = fill(RunOptions, values | {"resources": fill(Resources, values)})
+    options = plan.fill(RunOptions, values | {"resources": plan.fill(Resources, values)})
     raise typer.Exit(run_grid(grid, options, make_console()))
-
-
-def fill(kind: type[Value], values: Mapping[str, Any]) -> Value:
-    """A dataclass from the values that are named as its fields are."""
-    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})  # type: ignore[arg-type]
 
 
 def chosen(context: typer.Context) -> set[str]:
@@ -211,15 +209,13 @@ def tune(
 ) -> None:
     """Search for the best recipe; poor trials stop early."""
     values = dict(locals())
-    from harness.commands.sweep import make_search
-    from harness.commands.tune import TuneOptions
+    from harness.commands.tune import TuneOptions, make_search
     from harness.commands.tune import tune as run_search
     from harness.deadline import parse_until
+    from harness.plan import fill
 
-    request = make_search(values)
-    stop_at = None if until is None else parse_until(until, datetime.now())
-    options = TuneOptions(out=out, address=address, until=stop_at, no_check=no_check, verbose=verbose)
-    raise typer.Exit(run_search(request, options, make_console(), resume=resume, given=chosen(context)))
+    options = fill(TuneOptions, values | {"until": None if until is None else parse_until(until, datetime.now())})
+    raise typer.Exit(run_search(make_search(values), options, make_console(), given=chosen(context)))
 
 
 # --- stored runs ---
@@ -231,34 +227,33 @@ def report(
     format: Annotated[str, opt("table, markdown, csv, json, latex or html.")] = "table",
     sort: Annotated[str | None, opt("A column, as in error; -error: largest first.")] = None,
     columns: Annotated[str | None, opt("Columns to show, as in variant,depth,error.")] = None,
+    preset: Preset = None,
     across: Across = None,
     output: Annotated[Path | None, opt("Write to this file.")] = None,
     curves: Annotated[Path | None, opt("Draw the charts into this folder, as SVG and PNG.")] = None,
 ) -> None:
     """Print the comparison table of stored runs."""
-    from harness.commands.report import find_results, print_report
-    from harness.plan import parse_words
+    values = dict(locals())
+    from harness.commands.report import ReportOptions, find_results, print_report
+    from harness.plan import fill, parse_words
 
-    any_run = print_report(
-        find_results(paths or ["runs"]),
-        make_console(),
-        format=format,
-        sort=sort,
-        columns=parse_words(columns, "--columns"),
-        across=parse_words(across, "--across"),
-        output=output,
-        curves=curves,
-    )
+    values |= {"columns": parse_words(columns, "--columns"), "across": parse_words(across, "--across")}
+    options = fill(ReportOptions, values)
+    any_run = print_report(find_results(paths or ["runs"]), make_console(), options)
     raise typer.Exit(0 if any_run else 2)
 
 
 @app.command()
 def compare(
     paths: Annotated[list[str], arg("Two folders of results, A and B; or one, with --by.")],
-    by: Annotated[str | None, opt("Compare runs that differ in this field, as in loader.")] = None,
+    by: Annotated[
+        str | None,
+        opt("Compare runs that differ in this field, as in loader, or precision=fp32,bf16: first is A."),
+    ] = None,
     fail_on: Annotated[
         str | None, opt("Exit with 1 where this holds, as in 'error>+0.3,epoch_seconds>5%'.")
     ] = None,
+    strict: Annotated[bool, opt("Exit with 1, too, where the runs cannot tell.", "--strict")] = False,
     across: Across = None,
     format: Annotated[str, opt("table, markdown or json.")] = "table",
 ) -> None:
@@ -271,6 +266,7 @@ def compare(
         make_console(),
         by=by,
         fail_on=fail_on,
+        strict=strict,
         format=format,
         across=parse_words(across, "--across"),
     )
@@ -340,6 +336,7 @@ def evaluate(
     """Print the errors of stored weights on a test set."""
     values = dict(locals())
     from harness.commands import evaluate as command
+    from harness.plan import fill
 
     values |= {
         "scales": command.parse_scales(scales) if scales is not None else (),
@@ -369,11 +366,19 @@ def main() -> None:
     usage_error: type[Exception] = next(
         cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException"
     )
+    for stream in (sys.stdout, sys.stderr):  # ASCII, say: a sign that it lacks is shown as "?"
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     code: Any
     try:
         code = app(standalone_mode=False)
     except UserError as error:
         code = _complain(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _complain(f"{error.filename or 'a file'}: {error.strerror}; the same command goes on once there is room")
+        code = 1
     except usage_error as error:
         message = error.format_message()  # type: ignore[attr-defined]
         if message.startswith("Usage:"):  # no command was named
@@ -387,7 +392,10 @@ def main() -> None:
 
 
 def _complain(message: str) -> int:
-    print(f"harness: error: {' '.join(message.split())}", file=sys.stderr)
+    from harness.results.remote import redact
+
+    shown = "".join(sign if sign.isprintable() else "?" for sign in " ".join(redact(message).split()))
+    print(f"harness: error: {shown}", file=sys.stderr)
     return 2
 
 

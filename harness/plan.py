@@ -9,15 +9,18 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, TypeVar, get_args
 
+from harness.cluster.job import Allocation
+from harness.models.presets import find_preset
 from harness.models.variants import Recipe, Variant, default_depth, find_variant
 from harness.results.statistics import confidence_interval, sample
 from harness.search_space import apply
 from harness.spec import Engine, Precision, RunSpec, UserError, check_word
 
+Value = TypeVar("Value")
 LOADERS = ("dali", "resident", "dataloader", "synthetic")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENGINES: tuple[str, ...] = get_args(Engine)
@@ -32,6 +35,7 @@ class Grid:
 
     variants: tuple[str, ...]
     depths: tuple[int, ...] = ()  # none: each variant's default
+    networks: tuple[tuple[str, int], ...] = ()  # variants and depths, in place of variants × depths: a preset's
     seeds: tuple[int, ...] = (0,)
     dataset: str = "cifar10"
     loader: str = "dali"
@@ -47,16 +51,9 @@ class Grid:
     specs: tuple[RunSpec, ...] = ()  # these runs, in place of variants × depths × seeds: `make_spec_grid`
 
 
-@dataclass(frozen=True, slots=True)
-class Allocation:
-    """`concurrent_runs` at a time, each of `workers` ranks with `threads` CPU threads."""
-
-    device: Literal["cuda", "cpu"]
-    gpus: int
-    workers: int
-    concurrent_runs: int
-    threads: int
-    runs_per_gpu: int = 1
+def fill(kind: type[Value], values: Mapping[str, Any]) -> Value:
+    """A dataclass from the values that are named as its fields are."""
+    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})  # type: ignore[arg-type]
 
 
 def parse_words(text: str | None, what: str) -> tuple[str, ...]:
@@ -111,12 +108,31 @@ def check_grid(grid: Grid) -> None:
     check_count(grid.val, "--val", least=0)
     try:
         check_dataset_name(grid.dataset)
-        for name in () if grid.specs else grid.variants:
-            function = find_variant(name)
-            for depth in grid.depths or (default_depth(function),):
-                function(depth)
+        for name, depth in () if grid.specs else grid_networks(grid):
+            find_variant(name)(depth)
     except (DataError, ValueError) as error:
         raise UserError(str(error)) from None
+
+
+def grid_networks(grid: Grid) -> list[tuple[str, int]]:
+    """Variant and depth of every row. Raises ValueError for an unknown variant."""
+    every = (
+        (name, depth) for name in grid.variants for depth in grid.depths or (default_depth(find_variant(name)),)
+    )
+    return list(grid.networks or every)
+
+
+def apply_preset(name: str, values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """The preset's networks and data set, but for what a user chose: `given`. Raises UserError."""
+    if "spec" in given:
+        raise UserError("--preset and --spec exclude each other: each names the runs")
+    try:
+        preset = find_preset(name)
+        chosen = (values[option] if option in given else () for option in ("variants", "depths"))
+        networks = preset.select(*chosen)
+    except ValueError as error:
+        raise UserError(f"--preset: {error}") from None
+    return {"networks": networks, "dataset": values["dataset"] if "dataset" in given else preset.dataset}
 
 
 def choose_engine(engine: str | None, device: str) -> Engine:
@@ -150,8 +166,7 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
         specs = [
             _make_spec(grid, name, depth, seed, allocation, fingerprint)
             for seed in grid.seeds
-            for name in grid.variants
-            for depth in grid.depths or (default_depth(find_variant(name)),)
+            for name, depth in grid_networks(grid)
         ]
     for spec in specs:
         if spec.limit_train is not None and spec.limit_train > train_images:
@@ -159,7 +174,10 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
         check_batch(spec.recipe, allocation.workers)
         images = spec.limit_train or train_images
         if spec.recipe.val >= images:
-            raise UserError(f"{spec.recipe.val} validation images of {images}: none are left to train on")
+            raise UserError(
+                f"{spec.name} holds out {spec.recipe.val:,} training images, and here are {images:,}: give a number "
+                f"that leaves some to train on, as --val {max(1, images // 10)}"
+            )
     return list(dict.fromkeys(specs))
 
 

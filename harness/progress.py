@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.cluster.job import Entered, Failed, Started, Waiting
-from harness.results.sweeps import METRICS, Trial, best_first, format_value
+from harness.results.sweeps import Sweep, Trial, best_first, format_value
 from harness.results.values import EpochMetrics, RunResult
 from harness.spec import RunPaths, RunSpec, UserError
 
@@ -233,12 +233,10 @@ class Progress(LiveTable):
 class TrialTable(LiveTable):
     """The trials of a sweep as they train; `trials` is read each time it is drawn."""
 
-    def __init__(
-        self, trials: list[Trial], console: Console, *, total: int, epochs: int, concurrent_runs: int, metric: str
-    ) -> None:
+    def __init__(self, sweep: Sweep, trials: list[Trial], console: Console, concurrent_runs: int) -> None:
         super().__init__(console)
-        self.trials, self.total, self.epochs = trials, total, epochs
-        self.concurrent_runs, self.metric = concurrent_runs, metric
+        self.sweep, self.trials, self.concurrent_runs = sweep, trials, concurrent_runs
+        self.total, self.epochs = sweep.total, sweep.epochs
 
     def line(self, trial: Trial, text: str) -> None:
         """What happened to a trial; on a terminal the table shows it."""
@@ -266,14 +264,13 @@ class TrialTable(LiveTable):
             counts[trial.state] += 1
         words = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
         best = self.best()
-        shown = f"; best {self.metric} {best.value:.4g} by {describe_trial(best)}" if best else ""
+        shown = f"; best {self.sweep.metric} {best.value:.4g} by {describe_trial(best)}" if best else ""
         return f"{words or 'none begun'} of {self.total}{shown}; left {clock(self.left())}"
 
     def render(self) -> Group:
         """The trials that fit on the screen: running ones, the best, the latest."""
         names = list(dict.fromkeys(name for trial in self.trials for name in trial.fields))
-        heading = METRICS.get(self.metric, self.metric)
-        table = make_table("trial", "epoch", heading, *names, "", left=("",))
+        table = make_table("trial", "epoch", self.sweep.heading, *names, "", left=("",))
         best = self.best()
         shown = sorted(self.trials, key=lambda t: (t.state != "running", t is not best, -t.number))
         for trial in sorted(shown[: max(4, self.console.height - 5)], key=lambda t: t.number):

@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.cluster.job import Failed, Started
 from harness.results import store
-from harness.results.remote import StorageError, pull_run, push_finished, push_run
+from harness.results.remote import StorageError, pull_run, push_finished, push_run, redact
 from harness.results.store import Stored, partial_dir, run_name
 from harness.results.values import Failure, Pruned, Record, RunResult
 from harness.spec import RunPaths, RunSpec, UserError
@@ -65,7 +65,7 @@ def describe_code() -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD") if own else None,
         "dirty": None if status is None else bool(status),
         "versions": {package: known for package in PACKAGES if (known := installed_version(package))},
-        "command": ["harness", *sys.argv[1:]],
+        "command": ["harness", *map(redact, sys.argv[1:])],
     }
 
 
@@ -130,17 +130,28 @@ class Recorder:
         """Note that an attempt began; the epochs that are left of an earlier command."""
         folder, earlier = self.partial(spec), []
         self.nodes[spec.key] = []
-        if spec.key not in self.started:
-            self.started[spec.key] = datetime.now(UTC)
-            self.pull(folder)
-            store.start(self.paths.out, name_of(spec, self.paths.label), spec.to_json())
-            earlier = store.load_epochs(folder)
-        note_attempt(folder, event)
+        try:
+            if spec.key not in self.started:
+                self.started[spec.key] = datetime.now(UTC)
+                self.pull(folder)
+                store.start(self.paths.out, name_of(spec, self.paths.label), spec.to_json())
+                earlier = store.load_epochs(folder)
+            note_attempt(folder, event)
+        except OSError as error:  # the run says the same when it writes, and others may go on
+            self.warn(f"{spec.title}: {describe_os_error(error, folder)}")
         self.push(push_run, folder)
         return earlier
 
     def end(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, **environment: Any) -> bool:
         """Store what a run came to. Returns whether it is a result and is stored at the URI too, if there is one."""
+        try:
+            return self._end(spec, outcome, environment)
+        except OSError as error:
+            what = describe_os_error(error, self.partial(spec))
+            self.warn(f"{spec.title} is not stored: {what}; the same command goes on from its last checkpoint")
+            return False
+
+    def _end(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, environment: Mapping[str, Any]) -> bool:
         folder = self.partial(spec)
         attempts = load_attempts(folder)
         if isinstance(outcome, RunResult):
@@ -191,6 +202,11 @@ class Recorder:
                 pull_run(self.paths.remote, folder)
         except StorageError as error:
             raise UserError(f"--out {error}") from None
+
+
+def describe_os_error(error: OSError, path: Path) -> str:
+    """One line: which file, and what is wrong with it."""
+    return f"{error.filename or path}: {error.strerror or error}"
 
 
 def note_attempt(folder: Path, event: Started) -> None:

@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from harness.cluster.job import PLACEMENTS, JobConfig, Placement
-from harness.plan import Allocation, Grid, check_count
+from harness.cluster.job import PLACEMENTS, Allocation, Placement
+from harness.plan import Grid, check_count
 from harness.results.remote import join_uri
 from harness.spec import RunPaths, RunSpec, UserError, check_word
 
@@ -68,9 +68,19 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack) -> Alloc
         gpus, cpus, where = count_gpus(), count_cpus(), "this machine"
     resources = fill_from_specs(resources, grid, gpus)
     allocation = allocate(resources, have_gpus=gpus, have_cpus=cpus, precision=grid.precision, where=where)
-    if resources.address is not None:
-        return _fit(allocation, cluster, resources)
-    return replace(allocation, concurrent_runs=1) if resources.launcher == "local" else allocation
+    if resources.address is None:
+        return replace(allocation, concurrent_runs=1) if resources.launcher == "local" else allocation
+    from harness.cluster.nodes import fit
+
+    fitted = fit(cluster, allocation)
+    if not fitted.concurrent_runs:
+        what = "GPUs" if fitted.device == "cuda" else "CPUs"
+        largest = max((n.gpus if fitted.device == "cuda" else n.cpus for n in cluster.members), default=0)
+        raise UserError(
+            f"--workers {fitted.workers} --placement {fitted.placement}: no room in {where}, whose largest node has "
+            f"{largest} {what} (each worker needs a CPU)"
+        )
+    return fitted
 
 
 def fill_from_specs(resources: Resources, grid: Grid, have_gpus: int) -> Resources:
@@ -109,34 +119,18 @@ def allocate(
             raise UserError(f"--precision {precision} needs a GPU; on the CPU fp32 and bf16 are allowed")
         if share > 1:
             raise UserError(f"--runs-per-gpu {share} needs a GPU; leave it out on the CPU")
-        return Allocation("cpu", 0, workers, concurrent_runs=1, threads=have_cpus // workers)
+        return Allocation(
+            device="cpu", workers=workers, concurrent_runs=1, threads=have_cpus // workers,
+            placement=resources.placement,
+        )  # fmt: skip
     workers = resources.workers or (gpus if share == 1 else 1)
     if gpus % workers:
         divisors = ", ".join(str(n) for n in range(1, gpus + 1) if gpus % n == 0)
         raise UserError(f"--workers {workers} does not divide --gpus {gpus} (allowed: {divisors})")
-    threads, concurrent_runs = max(1, have_cpus // (gpus * share)), gpus // workers * share
-    return Allocation("cuda", gpus, workers, concurrent_runs, threads, runs_per_gpu=share)
-
-
-def _fit(allocation: Allocation, cluster: Cluster, resources: Resources) -> Allocation:
-    """Fit the runs to the cluster's nodes. Raises UserError where not even one run can be placed."""
-    from harness.cluster.nodes import fit
-
-    concurrent_runs, threads = fit(
-        cluster,
-        world_size=allocation.workers,
-        concurrent_runs=allocation.concurrent_runs,
-        gpus_per_worker=1 / allocation.runs_per_gpu if allocation.device == "cuda" else 0.0,
-        placement=resources.placement,
-    )
-    if not concurrent_runs:
-        what = "GPUs" if allocation.device == "cuda" else "CPUs"
-        largest = max((n.gpus if allocation.device == "cuda" else n.cpus for n in cluster.members), default=0)
-        raise UserError(
-            f"--workers {allocation.workers} --placement {resources.placement}: no room in the cluster at "
-            f"{resources.address}, whose largest node has {largest} {what} (each worker needs a CPU)"
-        )
-    return replace(allocation, concurrent_runs=concurrent_runs, threads=threads)
+    return Allocation(
+        device="cuda", gpus=gpus, workers=workers, concurrent_runs=gpus // workers * share, runs_per_gpu=share,
+        threads=max(1, have_cpus // (gpus * share)), placement=resources.placement,
+    )  # fmt: skip
 
 
 def join_cluster(stack: ExitStack, address: str | None, *, cpus: int, gpus: int, verbose: bool) -> Cluster:
@@ -159,46 +153,29 @@ class Session:
     resources: Resources
     paths: RunPaths
     stack: ExitStack
-    _launch: Callable[..., Any] | None = None
+    joined: bool = False
+
+    def join(self) -> None:
+        """Start Ray in this machine, unless a cluster was joined or none is needed."""
+        job, resources = self.allocation, self.resources
+        if resources.launcher == "ray" and resources.address is None and not self.joined:
+            cpus = job.threads * job.workers * job.concurrent_runs
+            join_cluster(self.stack, None, cpus=cpus, gpus=job.gpus, verbose=resources.verbose)
+            self.joined = True
 
     def launch(
-        self,
-        train: Callable[..., Any],
-        specs: Sequence[RunSpec],
-        *,
-        fallback_world_sizes: tuple[int, ...] = (),
-        **callbacks: Any,
+        self, train: Callable[..., Any], specs: Sequence[RunSpec], **callbacks: Any
     ) -> Generator[tuple[RunSpec, Any], None, None]:
         """Launch `train(spec, worker, report)` for each spec; yields (spec, outcome) as `harness.cluster.launch` does.
 
         A Ray cluster of this machine is started at the first call that needs one. `callbacks` are the launcher's.
         """
-        allocation, resources = self.allocation, self.resources
-        if self._launch is None:
-            if resources.launcher == "local":
-                from harness.cluster.local import launch
-            else:
-                from harness.cluster.launch import launch
-            if resources.launcher == "ray" and resources.address is None:
-                cpus = allocation.threads * allocation.workers * allocation.concurrent_runs
-                join_cluster(self.stack, None, cpus=cpus, gpus=allocation.gpus, verbose=resources.verbose)
-            self._launch = launch
-        job = make_job(allocation, resources, self.paths, fallback_world_sizes=fallback_world_sizes)
-        return cast("Generator[tuple[RunSpec, Any], None, None]", self._launch(train, specs, job, **callbacks))
-
-
-def make_job(
-    allocation: Allocation, resources: Resources, paths: RunPaths, *, fallback_world_sizes: tuple[int, ...] = ()
-) -> JobConfig:
-    """How the launcher runs each of the runs."""
-    at_uri = paths.remote and resources.address
-    return JobConfig(
-        world_size=allocation.workers,
-        concurrent_runs=allocation.concurrent_runs,
-        device=allocation.device,
-        threads=allocation.threads,
-        gpus_per_worker=1 / allocation.runs_per_gpu,
-        storage=join_uri(paths.remote, ".ray") if at_uri else paths.out / ".ray",
-        placement=resources.placement,
-        fallback_world_sizes=fallback_world_sizes,
-    )
+        if self.resources.launcher == "local":
+            from harness.cluster.local import launch
+        else:
+            from harness.cluster.launch import launch
+        self.join()
+        at_uri = self.paths.remote and self.resources.address
+        storage = join_uri(self.paths.remote, ".ray") if at_uri else self.paths.out / ".ray"
+        runs = launch(train, specs, replace(self.allocation, storage=storage), **callbacks)
+        return cast("Generator[tuple[RunSpec, Any], None, None]", runs)

@@ -35,7 +35,7 @@ from harness.spec import RunPaths, RunSpec
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.plan import Allocation
+    from harness.cluster.job import Allocation
 
 SECONDS = 90.0  # at most, before a first run
 PROGRAM = (sys.executable, "-m", "harness.training.checks")

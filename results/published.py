@@ -1,14 +1,19 @@
-"""Published numbers, read from published.toml beside this file."""
+"""Published numbers, read from published.toml beside this file, and the networks and recipes behind them."""
 
 from __future__ import annotations
 
+import json
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from harness.results.statistics import Sample
+
+HERE = Path(__file__).parent
+PINS = "pins.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,26 +24,65 @@ class Published:
     variant: str
     depth: int
     error: float | None = None
+    rounded: float = 0.01  # the last place of the number as printed
+    statistic: Literal["mean", "median"] = "mean"  # of the n runs
     std: float | None = None
     n: int = 1
     top5_error: float | None = None
+    images: int = 10_000  # of the test set
     rule: Literal["last", "best", "unstated"]
     recipe: Literal["same", "other"]
+    changes: Mapping[str, Any] = field(default_factory=dict)  # fields of the recipe in which theirs is another
+    precision: str = "fp32"
     memory_mib: float | None = None
     epoch_seconds: float | None = None
     hardware: str | None = None
+    year: int | None = None  # of the costs
+    progress: Sequence[float] = ()  # errors by epoch
     source: str
     note: str | None = None
+
+    @property
+    def number(self) -> float:
+        """The error, top-1 where it is published."""
+        return self.error if self.error is not None else self.top5_error or 0.0
 
     @property
     def sample(self) -> Sample | None:
         return None if self.error is None else Sample(self.n, self.error, self.std)
 
+    def differences(self, spec: Mapping[str, Any]) -> list[str]:
+        """The fields in which a run's network and recipe are not those behind this number: "lr 0.05, theirs 0.1"."""
+        return list(_differences(self, spec))
+
+
+def _differences(published: Published, spec: Mapping[str, Any]) -> Iterator[str]:
+    pins = _load_pins()
+    if (pin := pins.get(f"{published.variant}-{published.depth}")) is None:
+        yield "no copy of their network and recipe is kept here"
+        return
+    changes = {"network": {}, "recipe": published.changes}
+    for part, changed in changes.items():
+        own = spec.get(part)
+        defaults = pins["defaults"][part]
+        ours = defaults | (own if isinstance(own, dict) else {})  # a field that is newer than the record
+        theirs = defaults | pin[part] | changed
+        for name in ours.keys() | theirs.keys():
+            if (a := ours.get(name)) != (b := theirs.get(name)):
+                yield f"{name} {a}, theirs {b}"
+
 
 @cache
 def load_published() -> tuple[Published, ...]:
-    text = (Path(__file__).parent / "published.toml").read_text(encoding="utf-8")
+    text = (HERE / "published.toml").read_text(encoding="utf-8")
     return tuple(Published(**entry) for entry in tomllib.loads(text)["published"])
+
+
+@cache
+def _load_pins() -> dict[str, Any]:
+    """{"defaults": {"network": {...}, "recipe": {...}}, "msra-20": what differs from them}."""
+    pins: dict[str, Any] = json.loads((HERE / PINS).read_text(encoding="utf-8"))
+    return pins
 
 
 def find_published(dataset: str, variant: str, depth: int) -> Published | None:

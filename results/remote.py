@@ -34,6 +34,14 @@ def is_uri(text: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) is not None
 
 
+def redact(text: str) -> str:
+    """A text without the keys and passwords of the URIs in it, to be shown or stored."""
+    text = re.sub(r"(?<=://)[^/@\s'\"]*@", "", text)
+    return re.sub(
+        r"([?&][\w-]*(?:key|secret|token|password|credential)[\w-]*=)[^&\s'\"]*", r"\1...", text, flags=re.I
+    )
+
+
 def join_uri(uri: str, name: str) -> str:
     """A folder below; options after "?" stay at the end."""
     folder, mark, options = uri.partition("?")
@@ -41,8 +49,8 @@ def join_uri(uri: str, name: str) -> str:
 
 
 def cache_folder(uri: str, cache: Path) -> Path:
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", uri.partition("?")[0].rstrip("/").rpartition("/")[2]).strip("-.")
-    return cache / "remote" / f"{name[:40] or 'results'}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}"
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", redact(uri).partition("?")[0].rstrip("/").rpartition("/")[2]).strip("-.")
+    return cache / "remote" / f"{name[:40] or 'results'}-{hashlib.sha256(redact(uri).encode()).hexdigest()[:12]}"
 
 
 # --- files ---
@@ -100,7 +108,7 @@ def _open(uri: str) -> _Folder:
     try:
         from pyarrow.fs import FileSystem
     except ImportError:
-        raise StorageError(f"{uri} needs pyarrow: pip install pyarrow") from None
+        raise StorageError(f"{redact(uri)} needs pyarrow: pip install pyarrow") from None
     with _one_line(uri):
         files, root = FileSystem.from_uri(uri)
     return _Folder(files, root.rstrip("/"))
@@ -119,7 +127,7 @@ def _one_line(uri: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are of these kinds
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise StorageError(f"{uri.partition('?')[0]}: {first}") from None
+        raise StorageError(redact(f"{uri.partition('?')[0]}: {first}")) from None
 
 
 def _same(info: Any, local: Path) -> bool:
@@ -204,8 +212,9 @@ def pull_results(uri: str, folder: Path) -> None:
 def pull_run(uri: str, folder: Path, *, only: str = "") -> None:
     """Make the local folder of a run equal to the URI's, or what is below `only` in it. Raises StorageError.
 
-    The URI's files replace those of the cache. Checkpoints that were never stored are removed: other nodes do not have
-    them, and all ranks must begin with the same.
+    The URI's files replace those of the cache. Checkpoints newer than all that it has were written while the store was
+    away: it gets them now, unless `only` is given. All others that it does not have are removed: all ranks must begin
+    with the same.
     """
     remote, cache = _open(uri), _local(folder)
     with _one_line(uri):
@@ -214,8 +223,14 @@ def pull_run(uri: str, folder: Path, *, only: str = "") -> None:
         for name, info in stored.items():
             if not _same(info, folder / name):
                 remote.copy(f"{folder.name}/{name}", cache, name)
-        for local in (folder / CHECKPOINTS).glob("*"):
-            if f"{CHECKPOINTS}/{local.name}" not in stored and not local.name.startswith("."):
+        newest = max((name for name in stored if name.startswith(f"{CHECKPOINTS}/")), default="")
+        for local in sorted((folder / CHECKPOINTS).glob("*")):
+            name = f"{CHECKPOINTS}/{local.name}"
+            if name in stored or local.name.startswith("."):
+                continue
+            if name > newest and local.suffix == ".pt" and not only:
+                cache.copy(name, remote, f"{folder.name}/{name}")
+            else:
                 local.unlink(missing_ok=True)
 
 

@@ -113,9 +113,14 @@ class RankUse(Value):
     rss_mib: float | None
 
 
+TEST_IMAGES = {"cifar10": 10_000, "cifar2": 2_000, "digits": 360, "miniplaces": 10_000}
+
+
 class RunResult(Value):
     parameters: int
     evaluated_on: Literal["test", "val"]
+    evaluated_images: int | None = None  # of which the errors are; None in early records: `Record.images`
+    test_images: int | None = None  # of which `test_error` is
     epochs: tuple[EpochMetrics, ...] = ()  # empty in what `load_records` returns: use `load_epochs(folder)`
     final_error: float
     best_error: float
@@ -183,6 +188,7 @@ class Record(Value):
     failure: Failure | None = None
     pruned: Pruned | None = None
     environment: dict[str, Any]  # commit, dirty, versions, gpu, driver, host, command
+    added_until: float | None = None  # points: --until-ci added this seed, as the interval was wider than that
     started_at: datetime
     finished_at: datetime
 
@@ -196,6 +202,18 @@ class Record(Value):
         if sum(outcome is not None for outcome in outcomes.values()) > 1:
             raise ValueError("it contradicts itself: a run is done, failed or pruned")
         return self
+
+    def images(self, *, test: bool = False) -> int | None:
+        """How many images the errors are of, or `test_error`; of early records by their specification, if it says."""
+        result, spec = self.result, self.spec
+        if result is None:
+            return None
+        if known := result.test_images if test else result.evaluated_images:
+            return known
+        if result.evaluated_on == "val" and not test:
+            val = spec["recipe"].get("val") if isinstance(spec.get("recipe"), dict) else None
+            return val if isinstance(val, int) and val > 0 else None
+        return spec.get("limit_test") or TEST_IMAGES.get(str(spec.get("dataset")))
 
 
 class Prediction(Value):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -85,6 +87,71 @@ def test_each_record_is_read_once_a_command(tmp_path: Path, capsys: Any, monkeyp
     assert (code, "all 2 runs were done already" in out) == (0, True)
     assert read == dict.fromkeys((path.parent.name for path in stored.glob("*/record.json")), 1)
     assert "msra-8" in (stored / "report.html").read_text()
+
+
+def test_a_full_disk_is_one_line_and_the_other_runs_go_on(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from harness.results import store
+
+    write, full = store.write_atomic, [True]
+
+    def fill(path: Path, content: str | bytes) -> None:
+        if path.name == "record.json" and full and full.pop():
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(store, "write_atomic", fill)
+    line = f"run {QUICK} --launcher local --seeds 2 --out {tmp_path}/runs"
+    code, out, err = harness(line, capsys)
+    assert (code, err) == (1, "")
+    said = [text for text in out.splitlines() if "No space left on device" in text]
+    assert len(said) == 1
+    assert said[0].startswith("he2015-8 seed 0 is not stored: ")
+    assert "the same command goes on" in said[0]
+    assert [stored.record.seed for stored in load_records([tmp_path / "runs"]).records] == [1]
+    code, out, _ = harness(line, capsys)
+    assert (code, "seed 0: epoch" in out) == (0, False), "nothing is trained again"
+
+    full.append(True)
+    monkeypatch.setattr("harness.commands.report.write_atomic", fill)
+    monkeypatch.setattr("harness.plan.check_out", lambda out: fill(out / "record.json", ""))
+    code, _, err = harness(line, capsys)
+    assert (code, err.count("\n"), "record.json: No space left on device" in err) == (1, 1, True)
+
+
+def test_a_folder_removed_while_a_run_trains_is_no_traceback(tmp_path: Path, capsys: Any) -> None:
+    """What is trained after that is stored, or a line says why not."""
+    line = f"run {QUICK.replace('--epochs 2', '--epochs 30')} --launcher local --out {tmp_path}/runs"
+    with subprocess.Popen(
+        [sys.executable, "-m", "harness.cli", *shlex.split(line)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as command:  # fmt: skip
+        assert command.stdout is not None
+        for text in command.stdout:
+            if "epoch 3/" in text:
+                shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+                break
+        out, err = command.communicate(timeout=120)
+    stored = load_records([tmp_path / "runs"]).records if (tmp_path / "runs").exists() else []
+    assert "Traceback" not in out + err
+    assert [one.record.status for one in stored] == ["done"] or "not stored" in out, out + err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_a_sign_shows_a_question_mark(encoding: str, tmp_path: Path) -> None:
+    stored = ROOT / "results" / "records" / "sample_digits_cpu_2026-11-22" / "runs"
+    done = subprocess.run(
+        [sys.executable, "-m", "harness.cli", "report", str(stored)],
+        cwd=ROOT, capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"?" in done.stdout
+
+
+def test_a_message_holds_no_control_characters(capsys: Any) -> None:
+    code, _, err = harness("report '/no\x1b[2Jsuch'", capsys)
+    assert (code, "\x1b" in err) == (2, False)
 
 
 def test_dry_run_starts_and_writes_nothing(tmp_path: Path, capsys: Any) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import signal
 import subprocess
+import time
 import tomllib
 from importlib.util import find_spec
 from pathlib import Path
@@ -114,39 +116,71 @@ def test_slurm_script_parses_and_starts_ray_everywhere() -> None:
     text = path.read_text()
     assert "RAY_AUTH_MODE=token" in text
     assert "RAY_AUTH_TOKEN=" in text
-    # what symmetric-run refuses
-    after = text.split("symmetric-run")[1].split("-- harness")[0]
-    assert not re.search(r"--(head|node-ip-address|port|block)\b", after)
+    # what symmetric-run refuses, and what `ray start` takes on the head alone
+    after = text.split("ray symmetric-run")[1].split("-- bash")[0]
+    assert not re.search(r"--(head|node-ip-address|port|block|include-dashboard|dashboard-)", after)
 
 
-def test_slurm_script_with_a_slurm_of_two_nodes(tmp_path: Path) -> None:
-    """The script itself, under commands that only write down how they are called."""
-    calls = tmp_path / "calls"
-    stubs = {
-        "scontrol": "printf 'n1\\nn2\\n'",
-        "srun": f'if [[ "$*" == *hostname* ]]; then echo "10.0.0.1 fe80::1"; else echo "$RAY_AUTH_MODE '
-        f'${{#RAY_AUTH_TOKEN}} $*" >> {calls}; fi',
-        "python": "exec python3 \"$@\"",
-    }  # fmt: skip
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "activate").write_text("")
-    for name, body in stubs.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    done = subprocess.run(
+STUBS = {
+    "scontrol": 'if [ "$1" = requeue ]; then echo "requeued $2"; else printf "n1\\nn2\\n"; fi',
+    "srun": 'if [[ "$*" == *hostname* ]]; then echo "10.0.0.1 fe80::1"; exit; fi\n'
+    'echo "$RAY_AUTH_MODE ${#RAY_AUTH_TOKEN} $*" >> "$HOME/calls"\nexec "${@:4}"',
+    # as symmetric-run: what `ray start` says is passed over
+    "ray": 'if [ -n "$NO_RAY" ]; then echo "ray did not start"; exit 0; fi\n'
+    'while [ "$1" != -- ]; do shift; done\nshift\n"$@"',
+    "harness": 'echo "harness $*" >> "$HOME/calls"\nsleep "${SECONDS_OF_RUN:-0}"\nexit "${ENDS_WITH:-0}"',
+    "python": 'exec python3 "$@"',
+}
+
+
+def start_slurm_script(folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """The script itself, where Slurm, Ray and the harness only write down how they are called."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "activate").write_text("")
+    for name, body in STUBS.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / "bin" / name).chmod(0o755)
+    return subprocess.Popen(
         ["bash", str(CLUSTER / "slurm.sh"), "--depths", "20", "--out", "/shared/my runs"],
         env={
-            "PATH": f"{tmp_path}/bin:/usr/local/bin:/usr/bin:/bin", "HOME": str(tmp_path), "HARNESS_VENV": str(tmp_path),
+            "PATH": f"{folder}/bin:/usr/local/bin:/usr/bin:/bin", "HOME": str(folder), "HARNESS_VENV": str(folder),
             "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "71", "SLURM_GPUS_ON_NODE": "8",
+            "TMPDIR": str(folder), **environment,
         },
-        capture_output=True, text=True, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
-    line = calls.read_text().strip()
-    assert line.startswith(
+
+
+@pytest.mark.parametrize(
+    ("environment", "code", "says"),
+    [({}, 0, ""), ({"ENDS_WITH": "1"}, 1, ""), ({"NO_RAY": "1"}, 1, "nothing was trained: Ray did not start")],
+)
+def test_a_slurm_job_ends_as_its_command_did(
+    environment: dict[str, str], code: int, says: str, tmp_path: Path
+) -> None:
+    script = start_slurm_script(tmp_path, **environment)
+    _, errors = script.communicate(timeout=60)
+    assert (script.returncode, says in errors, bool(errors)) == (code, True, bool(says))
+    first, *rest = (tmp_path / "calls").read_text().splitlines()
+    assert first.startswith(
         "token 64 --nodes=2 --ntasks=2 --ntasks-per-node=1 ray symmetric-run --address 10.0.0.1:20071"
     )
-    assert line.endswith("-- harness run --address 10.0.0.1:20071 --depths 20 --out /shared/my runs")
+    started = ["harness run --address 10.0.0.1:20071 --depths 20 --out /shared/my runs"]
+    assert rest == ([] if says else started)
+    assert not list(tmp_path.glob("harness-exit-code*"))
+
+
+def test_a_slurm_job_is_requeued_before_its_time_limit(tmp_path: Path) -> None:
+    assert re.search(r"^#SBATCH --signal=B:USR1@\d+$", (CLUSTER / "slurm.sh").read_text(), re.MULTILINE)
+    script = start_slurm_script(tmp_path, SECONDS_OF_RUN="2")
+    for _ in range(100):
+        if (tmp_path / "calls").exists() and "harness run" in (tmp_path / "calls").read_text():
+            break
+        time.sleep(0.1)
+    script.send_signal(signal.SIGUSR1)
+    out, _ = script.communicate(timeout=60)
+    assert "requeued 71" in out
+    assert script.returncode == 0, "the command went on to its end here; Slurm would have stopped it"
 
 
 def test_dockerfile_installs_our_wheel() -> None:

@@ -15,7 +15,12 @@ from harness import cli, plan
 from harness.search_space import parse_search, parse_settings
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "examples/compare.yml",
+)
 SAMPLE = ROOT / "results" / "records" / "sample_digits_cpu_2026-11-22" / "runs"
 README_LINES = 150
 
@@ -24,6 +29,7 @@ def commands(page: Path) -> list[list[str]]:
     """The words of every command in the indented lines of a page, without comments."""
     text = page.read_text().replace("\\\n", " ")
     lines = [line.strip().removeprefix("$ ") for line in text.splitlines() if line.startswith("    ")]
+    lines = [line.removeprefix("- run: ").partition(" >> ")[0] for line in lines]
     programs = ("harness", "make", "python", "sudo")
     return [shlex.split(line, comments=True) for line in lines if line.split(" ")[0] in programs]
 

@@ -56,7 +56,7 @@ def make_run(case: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def search_without_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `harness tune` start nothing: trials learn as a formula says, and take their turns epoch by epoch."""
     import harness.cluster.search
-    import harness.commands.tune
+    import harness.resources
     from harness.cluster.job import Started
     from harness.results.values import EpochMetrics, Measurement, Memory, RunResult
 
@@ -99,7 +99,7 @@ def search_without_training(monkeypatch: pytest.MonkeyPatch) -> None:
         )  # fmt: skip
 
     monkeypatch.setattr(harness.cluster.search, "search", search)
-    monkeypatch.setattr(harness.commands.tune, "join_cluster", lambda *_, **__: None)
+    monkeypatch.setattr(harness.resources, "join_cluster", lambda *_, **__: None)
 
 
 def load_frame(*paths: str, epochs: bool = False) -> Any:

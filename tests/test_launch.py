@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import harness.cluster.connect
 from harness.cluster import local
 from harness.cluster.connect import ClusterError, connect, disconnect
 from harness.cluster.failures import count_failures
-from harness.cluster.job import Entered, Failed, JobConfig, Started, Worker
+from harness.cluster.job import Allocation, Entered, Failed, Started, Worker
 from harness.cluster.launch import launch
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -47,14 +48,14 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
             "order": os.environ.get("CUDA_DEVICE_ORDER")}  # fmt: skip
 
 
-def make_job(storage: Path, **options: Any) -> JobConfig:
-    return JobConfig(
-        **{"world_size": 1, "concurrent_runs": 1, "device": "cpu", "threads": 1, "storage": storage, **options}
+def make_job(storage: Path, **options: Any) -> Allocation:
+    return Allocation(
+        **{"workers": 1, "concurrent_runs": 1, "device": "cpu", "threads": 1, "storage": storage, **options}
     )
 
 
 def collect(
-    runs: Any, specs: list[dict[str, Any]], job: JobConfig, **options: Any
+    runs: Any, specs: list[dict[str, Any]], job: Allocation, **options: Any
 ) -> tuple[dict[str, Any], list[Any]]:
     events: list[Any] = []
     outcomes = {
@@ -75,7 +76,7 @@ def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
             {"name": "dies twice, further on", "epochs": 1, "dies": 2, "further": True},
         ]
         outcomes, events = collect(
-            launch, specs, make_job(tmp_path / "ray", world_size=2, retries=1),
+            launch, specs, make_job(tmp_path / "ray", workers=2, retries=1),
             progress_of=lambda event: event["epoch"] + 1 if isinstance(event, dict) else 0,
         )  # fmt: skip
     finally:
@@ -103,7 +104,7 @@ def test_local_has_the_same_signature_and_outcomes(tmp_path: Path) -> None:
     assert outcomes["raises"].exception == "TooBigError"
     assert events[0] == ("good", Started(attempt=1))
     with pytest.raises(ValueError, match="one worker, not 2"):
-        collect(local.launch, specs, make_job(tmp_path, world_size=2))
+        collect(local.launch, specs, make_job(tmp_path, workers=2))
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:x", "127.0.0.1:1"])
@@ -129,6 +130,39 @@ def test_workers_of_any_cluster_number_gpus_as_nvml_does(monkeypatch: pytest.Mon
     assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
+def test_a_long_folder_for_temporary_files_and_a_ray_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "init", lambda **options: given.update(options))
+    monkeypatch.setattr(harness.cluster.connect, "inspect_cluster", lambda: None)
+    monkeypatch.setattr(harness.cluster.connect, "_watch", lambda: None)
+    connect(None, cpus=1, gpus=0)
+    assert "_temp_dir" not in given
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp/" + "long" * 10)  # a socket's name has 107 bytes
+    connect(None, cpus=1, gpus=0)
+    assert given["_temp_dir"] == "/tmp/ray"
+
+    def fail(**options: Any) -> None:
+        raise OSError("AF_UNIX path length cannot exceed 107 bytes\nand more")
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(ClusterError, match=r"^Ray does not start here: AF_UNIX path .* 107 bytes$"):
+        connect(None, cpus=1, gpus=0)
+
+
+@pytest.mark.parametrize(("ends", "says"), [("os._exit(1)", True), ("disconnect()", False)])
+def test_a_command_that_ray_ends_says_that_it_can_go_on(ends: str, says: bool) -> None:
+    """Ray's library ends the driver where raylet or head are gone, and runs no code of ours."""
+    code = f"""import os, ray
+from harness.cluster.connect import _watch, disconnect
+ray.shutdown = lambda: None
+_watch()
+{ends}"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert ("the same command goes on" in done.stderr) == says, done.stderr
+
+
 def test_private_names_of_ray_that_are_used_exist() -> None:
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     import ray.train
@@ -149,8 +183,7 @@ def test_a_death_counts_against_the_limit_unless_the_run_had_come_further() -> N
 
 def test_shares_of_a_gpu_add_up_to_no_more_than_one_in_rays_four_decimals(tmp_path: Path) -> None:
     for runs in range(1, 33):
-        job = make_job(tmp_path, device="cuda", gpus_per_worker=1 / runs)
-        assert job.runs_per_gpu == runs
+        job = make_job(tmp_path, device="cuda", runs_per_gpu=runs)
         assert round(job.resources["GPU"], 4) * runs <= 1
         assert (job.resources["GPU"] + 1e-4) * runs > 1, "no room for one more"
     assert make_job(tmp_path).resources == {"CPU": 1.0}

@@ -1,11 +1,14 @@
 """Published numbers: each names a variant and depth that exist here, and says where it comes from."""
 
-from typing import get_args, get_type_hints
+import json
+import os
+from dataclasses import MISSING, asdict, fields, replace
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from harness.models.variants import find_variant
-from harness.results.published import Published, find_published, load_published
+from harness.models.variants import Network, Recipe, find_variant
+from harness.results.published import HERE, PINS, Published, find_published, load_published
 
 
 @pytest.mark.parametrize(
@@ -17,10 +20,15 @@ def test_every_number_names_a_known_variant_and_a_legal_depth(entry: Published) 
     for percent in (entry.error, entry.top5_error):
         assert percent is None or 0 < percent < 50
     assert entry.n >= 1
+    assert 0.001 <= entry.rounded <= 0.5
+    assert entry.statistic == "mean" or entry.n > 2
     assert entry.std is None or entry.n > 1
     hints = get_type_hints(Published)
     assert entry.rule in get_args(hints["rule"])
     assert entry.recipe in get_args(hints["recipe"])
+    assert entry.statistic in get_args(hints["statistic"])
+    assert not entry.changes or entry.recipe == "same"
+    assert not entry.changes or replace(find_variant(entry.variant)(entry.depth).recipe, **entry.changes)
     assert entry.recipe == "same" or entry.note  # what is other about it
     assert (entry.memory_mib is None and entry.epoch_seconds is None) or entry.hardware
     assert entry.source
@@ -55,3 +63,55 @@ def test_only_the_same_recipe_stands_beside_our_runs() -> None:
     assert entry.source.startswith("arXiv:1512.03385")
     assert find_published("cifar10-q75", "he2015", 20) is None
     assert find_published("cifar10", "he2015", 26) is None
+
+
+def test_the_kept_networks_and_recipes_are_those_of_the_variants() -> None:
+    """Where this fails a variant has changed: are its published numbers still of the "same" recipe? If so, write the
+    copies anew with UPDATE_GOLDEN=1."""
+
+    def defaults(kind: type) -> dict[str, Any]:
+        return {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+
+    common = {"network": defaults(Network), "recipe": defaults(Recipe)}
+    pins: dict[str, Any] = {"defaults": common}
+    for entry in load_published():
+        if entry.recipe == "same":
+            variant = find_variant(entry.variant)(entry.depth)
+            parts = {"network": asdict(variant.network), "recipe": asdict(variant.recipe)}
+            own = {p: {n: v for n, v in all_.items() if common[p].get(n, ...) != v} for p, all_ in parts.items()}
+            pins[variant_name(entry)] = own
+    text = "{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(pin)}" for name, pin in pins.items()) + "\n}\n"
+    if os.environ.get("UPDATE_GOLDEN"):
+        (HERE / PINS).write_text(text, encoding="utf-8")
+    assert text == (HERE / PINS).read_text(encoding="utf-8")
+
+
+def variant_name(entry: Published) -> str:
+    return f"{entry.variant}-{entry.depth}"
+
+
+def spec_of(entry: Published, **recipe: Any) -> dict[str, Any]:
+    """As a record has it."""
+    variant = find_variant(entry.variant)(entry.depth)
+    values = {"network": asdict(variant.network), "recipe": asdict(variant.recipe) | dict(entry.changes) | recipe}
+    spec: dict[str, Any] = json.loads(json.dumps(values))
+    return spec
+
+
+def test_a_spec_is_compared_with_the_published_one_field_by_field() -> None:
+    for entry in (entry for entry in load_published() if entry.recipe == "same"):
+        assert entry.differences(spec_of(entry)) == [], variant_name(entry)
+    entry = find_published("cifar10", "msra", 20)
+    assert entry is not None
+    spec = spec_of(entry)
+    for part, values in spec.items():
+        for name, value in values.items():
+            changed = (not value) if isinstance(value, bool) else "other" if isinstance(value, str) else -1
+            (words,) = entry.differences(spec | {part: values | {name: changed}})
+            assert words == f"{name} {changed}, theirs {value}"
+    older = spec | {"recipe": {n: v for n, v in spec["recipe"].items() if n != "mixup"}}
+    assert entry.differences(older) == [], "stored before the field existed"
+    he2015 = find_published("cifar10", "he2015", 20)
+    assert he2015 is not None
+    assert he2015.differences(spec_of(he2015, val=0)) == ["val 0, theirs 5000"]
+    assert replace(entry, depth=8).differences(spec) == ["no copy of their network and recipe is kept here"]

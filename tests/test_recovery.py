@@ -22,7 +22,7 @@ from ray import cloudpickle
 
 from harness.cluster.connect import connect, disconnect
 from harness.cluster.failures import make_failed
-from harness.cluster.job import Entered, Failed, JobConfig, Started, Telemetry, Waiting, Worker
+from harness.cluster.job import Allocation, Entered, Failed, Started, Telemetry, Waiting, Worker
 from harness.cluster.launch import launch
 from harness.cluster.nodes import Cluster, Node, Unanswered, ask_every_node, choose_world_size, fit
 from harness.record import classify
@@ -157,7 +157,7 @@ def test_an_elastic_run_goes_on_with_fewer_workers_and_grows_again(
 def test_the_world_size_is_the_largest_that_the_cluster_can_hold(
     alive: tuple[tuple[int, int], ...], placement: str, expected: int
 ) -> None:
-    job = make_job(Path(), world_size=8, fallback_world_sizes=(4, 2), device="cuda", placement=placement)
+    job = make_job(Path(), workers=8, fallback_world_sizes=(4, 2), device="cuda", placement=placement)
     assert choose_world_size(nodes(*alive), job) == expected
 
 
@@ -166,10 +166,10 @@ def test_killed_at_a_random_moment_the_same_command_ends_as_if_nothing_had_been(
     chaos = load_chaos()
     whole, killed = (chaos.Case("local", tmp_path / name, epochs=8, images=128) for name in ("whole", "killed"))
     reference, *_ = chaos.measure_whole(whole)
-    chance = random.Random()
+    chance = random.Random(0)
     point = (chance.randrange(1, whole.epochs), chance.uniform(0, 0.3))
-    outcome, _, cells = chaos.try_once(killed, "group", point, chance)
-    assert outcome.equals(reference), (point, cells)
+    outcome, reading = chaos.try_once(killed, "group", point, chance)
+    assert outcome.equals(reference), (point, reading)
     (stored,) = load_records([tmp_path / "killed"]).records
     assert [attempt["reason"] for attempt in stored.record.environment["attempts"]] == [
         "",
@@ -195,9 +195,9 @@ class ToySampler:
         return "2 samples"
 
 
-def make_job(storage: Path, **options: Any) -> JobConfig:
-    return JobConfig(
-        **{"world_size": 1, "concurrent_runs": 1, "device": "cpu", "threads": 1, "storage": storage, **options}
+def make_job(storage: Path, **options: Any) -> Allocation:
+    return Allocation(
+        **{"workers": 1, "concurrent_runs": 1, "device": "cpu", "threads": 1, "storage": storage, **options}
     )
 
 
@@ -298,7 +298,7 @@ def test_waiting_for_room_is_shown_and_ends(one_cpu: Cluster, tmp_path: Path) ->
     events: list[Any] = []
     began = time.monotonic()
     runs = launch(
-        toy, [{"seconds": 0}], make_job(tmp_path / "ray", world_size=2, placement_timeout_seconds=5),
+        toy, [{"seconds": 0}], make_job(tmp_path / "ray", workers=2, placement_timeout_seconds=5),
         progress=lambda _, event: events.append(event),
     )  # fmt: skip
     ((_, outcome),) = list(runs)
@@ -352,20 +352,15 @@ def nodes(*sizes: tuple[int, int]) -> Cluster:
 def test_runs_are_laid_over_nodes_as_they_are(
     cluster: Cluster, workers: int, concurrent_runs: int, gpu: bool, placement: str, expected: tuple[int, int]
 ) -> None:
-    found = fit(
-        cluster,
-        world_size=workers,
-        concurrent_runs=concurrent_runs,
-        gpus_per_worker=float(gpu),
-        placement=placement,
-    )
-    assert found == expected
+    job = make_job(Path(), workers=workers, concurrent_runs=concurrent_runs, device="cuda" if gpu else "cpu", placement=placement)  # fmt: skip
+    found = fit(cluster, job)
+    assert (found.concurrent_runs, found.threads)[: 1 + bool(expected[0])] == expected[: 1 + bool(expected[0])]
 
 
 def test_runs_that_share_gpus_fit_as_often_as_there_are_shares_and_cpus() -> None:
-    share = {"world_size": 1, "concurrent_runs": 99, "placement": "pack"}
-    assert fit(nodes((64, 8)), gpus_per_worker=1 / 3, **share) == (24, 2)  # type: ignore[arg-type]
-    assert fit(nodes((8, 4)), gpus_per_worker=1 / 4, **share) == (8, 1)  # type: ignore[arg-type]
+    for cluster, share, expected in ((nodes((64, 8)), 3, (24, 2)), (nodes((8, 4)), 4, (8, 1))):
+        found = fit(cluster, make_job(Path(), device="cuda", runs_per_gpu=share, concurrent_runs=99))
+        assert (found.concurrent_runs, found.threads) == expected
 
 
 class WorkerGroupError(Exception):

@@ -71,15 +71,72 @@ def test_a_run_is_sent_whole_and_brought_back(tmp_path: Path) -> None:
     assert names(sent) == {"spec.json", "checkpoints/epoch2.pt", "checkpoints/epoch3.pt"}
     assert (sent / "spec.json").stat().st_ctime_ns == written, "what has arrived is not sent again"
 
-    write(here, checkpoints__epoch4_pt="never arrived", checkpoints__epoch3_pt="changed")
-    storage.pull_run(uri, here)
-    assert names(here) >= {"checkpoints/epoch2.pt", "checkpoints/epoch3.pt"}
-    assert "checkpoints/epoch4.pt" not in names(here), "other nodes do not know it either"
+    write(here, checkpoints__epoch1_pt="old", checkpoints__epoch4_pt="new", checkpoints__epoch3_pt="changed")
+    storage.pull_run(uri, here, only=storage.CHECKPOINTS)
+    assert names(here / "checkpoints") >= {"epoch2.pt", "epoch3.pt"}
+    assert not names(here / "checkpoints") & {"epoch1.pt", "epoch4.pt"}, "other nodes do not know them either"
     assert (here / "checkpoints" / "epoch3.pt").read_text() == "3"
 
     other = tmp_path / "other node" / "run.partial"
     RemoteRun(uri, other, pytest.fail).pull(rank=1)
     assert names(other) == {"checkpoints/epoch2.pt", "checkpoints/epoch3.pt"}
+
+
+def test_checkpoints_of_an_outage_until_the_end_are_kept_and_sent(tmp_path: Path) -> None:
+    """The store was away from epoch 3 on: by the next command rank 0 sends what it has, and older ones count no more."""
+    there, uri = tmp_path / "bucket", (tmp_path / "bucket").as_uri()
+    for sent in ("2", ""):
+        write(there / "run.partial", **{f"checkpoints__epoch{sent}_pt": sent} if sent else {"spec_json": "{}"})
+        here = write(tmp_path / f"here{sent}" / "run.partial", checkpoints__epoch5_pt="5", checkpoints__epoch6_pt="6",
+                     checkpoints__epoch1_pt="1")  # fmt: skip
+        (here / "checkpoints" / "epoch7.tmp").write_text("half")
+        storage.pull_run(uri, here)
+        newer = {"epoch5.pt", "epoch6.pt"} | ({"epoch2.pt"} if sent else {"epoch1.pt"})
+        assert names(here / "checkpoints") == names(there / "run.partial" / "checkpoints") == newer
+        shutil.rmtree(there)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://AKIA:wJalr%2Fx@bucket/runs", "s3://bucket/runs"),
+        ("Cannot open 's3://AKIA:key@bucket'", "Cannot open 's3://bucket'"),
+        ("s3://b/r?region=eu&secret_key=abc&access_key=d", "s3://b/r?region=eu&secret_key=...&access_key=..."),
+        ("--out=gs://b/r@2", "--out=gs://b/r@2"),
+        ("user@host", "user@host"),
+    ],
+)
+def test_keys_in_a_uri_are_never_shown(text: str, shown: str) -> None:
+    assert storage.redact(text) == shown
+
+
+def test_keys_are_neither_printed_nor_stored(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run to a URI with keys in it, where a folder stands for the bucket."""
+    opened: list[str] = []
+
+    def open_folder(uri: str) -> Any:
+        opened.append(uri)
+        return storage._local(tmp_path / "bucket")
+
+    monkeypatch.setattr(storage, "_open", open_folder)
+    uri = "s3://AKIAKEY:SECRETKEY@bucket/runs"
+    code, out, err = harness(
+        f"run --dataset digits --depths 8 --limit-train 64 --epochs 1 --gpus 0 --loader resident --launcher local --out {uri}",
+        capsys,
+    )
+    assert (code, set(opened)) == (0, {uri})
+    (record,) = (tmp_path / "bucket").glob("*/record.json")
+    page = (tmp_path / "bucket" / "report.html").read_text()
+    for text in (out, err, record.read_text(), page):
+        assert "KEY" not in text
+    assert "s3://bucket/runs" in record.read_text()
+
+    def refuse(uri: str) -> Any:
+        raise StorageError(f"{uri}: access denied")
+
+    monkeypatch.setattr(storage, "check_uri", refuse)
+    code, _, err = harness(f"run --dataset digits --gpus 0 --out {uri}", capsys)
+    assert (code, err) == (2, "harness: error: --out s3://bucket/runs: access denied\n")
 
 
 def test_a_finished_run_replaces_its_partial_one_and_keeps_the_one_before(tmp_path: Path) -> None:

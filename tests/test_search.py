@@ -13,7 +13,7 @@ import pytest
 from ray import cloudpickle
 
 from harness.cluster.connect import connect, disconnect
-from harness.cluster.job import Failed, JobConfig, Started, Worker
+from harness.cluster.job import Allocation, Failed, Started, Worker
 from harness.cluster.search import leave, run_rank, search
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -95,9 +95,9 @@ class Toys:
         self.outcomes[name] = outcome
 
 
-def make_job(storage: Path, world_size: int) -> JobConfig:
-    return JobConfig(
-        world_size=world_size, concurrent_runs=2 // world_size, device="cpu", threads=1, storage=storage
+def make_job(storage: Path, world_size: int) -> Allocation:
+    return Allocation(
+        workers=world_size, concurrent_runs=2 // world_size, device="cpu", threads=1, storage=storage
     )
 
 

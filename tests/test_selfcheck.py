@@ -19,6 +19,7 @@ from rich.console import Console
 
 from harness import plan, selfcheck
 from harness.checklist import BY_NAME, CHECKS, Result
+from harness.cluster.job import Allocation
 from harness.commands import run, tune
 from harness.resources import Resources
 from harness.selfcheck import Checked, Device, RefusedError, check_first, measure
@@ -65,7 +66,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
 
 
 def make_specs(workers: int = 1, **changes: Any) -> list[RunSpec]:
-    allocation = plan.Allocation("cuda", workers, workers, 1, 4)
+    allocation = Allocation(device="cuda", gpus=workers, workers=workers, concurrent_runs=1, threads=4)
     grid = plan.Grid(variants=("he2015",), **changes)
     return plan.expand(grid, allocation, fingerprint="f" * 64, train_images=50_000)
 
@@ -74,7 +75,7 @@ def first(specs: list[RunSpec], **options: Any) -> tuple[Checked, list[str]]:
     """What comes of it, and the lines that are printed."""
     device, workers = specs[0].device, specs[0].workers
     console = Console(file=io.StringIO(), width=200)
-    allocation = plan.Allocation(device, workers, workers, 1, 4)
+    allocation = Allocation(device=device, gpus=workers, workers=workers, concurrent_runs=1, threads=4)
     checked = check_first(specs, allocation, Resources(), RunPaths(out=Path()), console, **options)
     return checked, console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
@@ -238,7 +239,9 @@ def test_a_check_that_hangs_is_ended_with_all_that_it_has_started(
 def test_gpus_of_this_machine(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     nvml.set(GPUS=3, DRIVER="550.54.15")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
-    devices = selfcheck.find_devices(plan.Allocation("cuda", 2, 2, 1, 4), None)
+    devices = selfcheck.find_devices(
+        Allocation(device="cuda", gpus=2, workers=2, concurrent_runs=1, threads=4), None
+    )
     assert [device.name for device in devices] == ["cuda:0", "cuda:1"]
     assert devices[0].combination["driver"] == "550.54.15"
     assert [device.combination["device"] for device in devices] == ["Stub GPU 2", "Stub GPU 0"]
@@ -262,7 +265,9 @@ def test_one_node_of_each_kind_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> 
         return {only: [Result(name, "passed", "") for name in question.args[2]]}
 
     monkeypatch.setattr("harness.cluster.nodes.ask_every_node", ask)
-    devices = selfcheck.find_devices(plan.Allocation("cuda", 3, 1, 3, 4), "auto")
+    devices = selfcheck.find_devices(
+        Allocation(device="cuda", gpus=3, workers=1, concurrent_runs=3, threads=4), "auto"
+    )
     assert [device.name for device in devices] == ["Tesla T4 on a", "NVIDIA L4 on c"]
     assert [r.name for r in devices[1].measure(["eager"], 30.0)] == ["eager"]
     assert asked == [("c", 1, ("cuda:0", 4, ["eager"], 30.0))]

@@ -3,6 +3,7 @@
 import math
 import statistics as stdlib
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,16 +13,20 @@ from harness.results.statistics import (
     Sample,
     compare_with_published,
     confidence_interval,
+    estimate_mean,
+    holm,
     mean,
     median,
+    median_runs,
+    moderated,
+    prior_std,
     sample,
     seeds_needed,
     seeds_to_tell,
     std,
+    subtract,
     t_quantile,
     t_survival,
-    tost,
-    welch,
 )
 
 errors = st.integers(50, 6_000).map(lambda hundredths: hundredths / 100)  # percent, as 10,000 images give it
@@ -87,62 +92,7 @@ def test_the_confidence_interval_is_scipys(values: list[float]) -> None:
 
 def test_one_run_has_no_interval() -> None:
     assert confidence_interval(Sample(1, 8.0)) is None
-    assert welch(Sample(1, 8.0), Sample(5, 8.0, 0.2)) is None
-    assert tost(Sample(5, 8.0, 0.2), Sample(1, 8.0), 0.2) is None
     assert compare_with_published(Sample(1, 8.0), Sample(1, 8.75)) is None
-
-
-@given(some, some)
-def test_welch_is_scipys(a: list[float], b: list[float]) -> None:
-    first, second = sample(a), sample(b)
-    if min(first.std or 0, second.std or 0) < 1e-6:  # scipy warns
-        return
-    ours = welch(first, second)
-    theirs = stats.ttest_ind(a, b, equal_var=False)
-    assert ours is not None
-    interval = theirs.confidence_interval(0.95)
-    assert ours.p == pytest.approx(theirs.pvalue, rel=1e-6, abs=1e-12)
-    assert (ours.interval.low, ours.interval.high) == pytest.approx((interval.low, interval.high), rel=1e-6)
-
-
-@given(some, some, st.floats(0.01, 5))
-def test_equivalence_is_two_one_sided_tests_of_scipy(a: list[float], b: list[float], margin: float) -> None:
-    first, second = sample(a), sample(b)
-    if min(first.std or 0, second.std or 0) < 1e-6:  # scipy warns
-        return
-    ours = tost(first, second, margin)
-    assert ours is not None
-    above = stats.ttest_ind([v + margin for v in a], b, equal_var=False, alternative="greater").pvalue
-    below = stats.ttest_ind([v - margin for v in a], b, equal_var=False, alternative="less").pvalue
-    assert ours.p == pytest.approx(max(above, below), rel=1e-6, abs=1e-12)
-    inside = -margin < ours.interval.low and ours.interval.high < margin
-    if abs(ours.p - 0.05) > 1e-9:
-        assert (ours.verdict == "equivalent") == inside
-    swapped = tost(second, first, margin)
-    assert swapped is not None
-    assert swapped.verdict == ours.verdict
-
-
-def test_equivalence_of_a_published_example() -> None:
-    # D. Lakens, Equivalence Tests, Social Psychological and Personality Science 8, 2017: Moon and Roeder (2014),
-    # bounds of ±0.384 points: t(182) = -2.69, p = .004
-    result = tost(Sample(95, 5.25, 0.95), Sample(89, 5.22, 0.83), 0.384)
-    assert result is not None
-    assert result.verdict == "equivalent"
-    assert round(result.p, 3) == 0.004
-
-
-def test_three_verdicts_of_equivalence() -> None:
-    runs = Sample(5, 8.0, 0.1)
-    for other, verdict in ((8.01, "equivalent"), (9.0, "different"), (8.2, "~")):
-        result = tost(runs, Sample(5, other, 0.1), 0.2)
-        assert result is not None
-        assert result.verdict == verdict
-    result = tost(Sample(3, 8.0, 0.0), Sample(3, 8.0, 0.0), 0.2)
-    assert result is not None
-    assert (result.verdict, result.p) == ("equivalent", 0.0)
-    with pytest.raises(ValueError, match="margin"):
-        tost(runs, runs, 0)
 
 
 @given(some, errors)
@@ -219,3 +169,67 @@ def test_seeds_to_tell_is_where_the_verdict_turns(spread: float, difference: flo
 
     assert verdict(n) == "worse"
     assert n == 2 or verdict(n - 1) == "consistent"
+
+
+# --- the moderated spread ---
+
+
+def test_the_prior_is_the_noise_of_the_test_set() -> None:
+    assert prior_std(8.0, 10_000) == pytest.approx(1.3 * 0.2)
+    assert prior_std(0.0, 10_000) == prior_std(0.5, 10_000)
+    assert prior_std(8.0, 2_500) == pytest.approx(2 * prior_std(8.0, 10_000))
+
+
+def test_the_spread_of_few_runs_is_moderated() -> None:
+    prior = prior_std(8.0, 10_000) ** 2
+    one = moderated([8.0], 10_000)
+    assert one is not None
+    assert (one.variance, one.freedom) == pytest.approx((prior, 8))
+    three = moderated([7.9, 8.0, 8.1], 10_000)
+    assert three is not None
+    assert (three.variance, three.freedom) == pytest.approx(((8 * prior + 2 * 0.01) / 10, 10))
+    assert moderated([8.0], None) is None
+    plain = moderated([7.9, 8.0, 8.1], None)
+    assert plain is not None
+    assert (plain.variance, plain.freedom) == pytest.approx((0.01, 2))
+
+
+def test_seeds_that_were_added_for_their_spread_count_in_the_mean_alone() -> None:
+    planned, added = [7.9, 8.0, 8.1, 8.0, 8.0], [9.0, 7.0]
+    first = estimate_mean(planned, 10_000)
+    all_of_them = estimate_mean(planned + added, 10_000, planned=5)
+    assert first is not None
+    assert all_of_them is not None
+    assert all_of_them.value == pytest.approx(8.0)
+    assert all_of_them.freedom == first.freedom
+    assert all_of_them.error == pytest.approx(first.error * math.sqrt(5 / 7))
+
+
+@given(some, some)
+def test_a_difference_without_a_prior_is_welchs(a: list[float], b: list[float]) -> None:
+    if min(std(a) or 0, std(b) or 0) < 1e-6:  # scipy warns
+        return
+    first, second = estimate_mean(a, None), estimate_mean(b, None)
+    assert first is not None
+    assert second is not None
+    ours, theirs = subtract(second, first), stats.ttest_ind(b, a, equal_var=False)
+    interval = theirs.confidence_interval(0.90)
+    assert ours.p() == pytest.approx(theirs.pvalue, rel=1e-6, abs=1e-12)
+    assert (ours.interval().low, ours.interval().high) == pytest.approx((interval.low, interval.high), rel=1e-6)
+    greater = stats.ttest_ind([v - 0.3 for v in b], a, equal_var=False, alternative="greater").pvalue
+    assert ours.p_above(0.3) == pytest.approx(greater, rel=1e-6, abs=1e-12)
+
+
+def test_holm_of_a_worked_example() -> None:
+    # the result of p.adjust in R
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.6, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_a_median_is_as_exact_as_a_mean_of_fewer() -> None:
+    draw = np.random.default_rng(0)
+    for n in (1, 2, 3, 5, 7, 10):
+        variance = np.median(draw.standard_normal((60_000, n)), axis=1).var()
+        assert median_runs(n) == pytest.approx(1 / variance, rel=0.03)
+    assert median_runs(101) == pytest.approx(101 * 2 / math.pi)

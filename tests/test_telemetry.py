@@ -14,7 +14,7 @@ import torch
 from records import NOW, make_record
 
 from harness.cluster import local
-from harness.cluster.job import JobConfig, Telemetry
+from harness.cluster.job import Allocation, Telemetry
 from harness.results.explain import why
 from harness.results.report.page import make_page
 from harness.results.rows import summarise
@@ -126,7 +126,7 @@ def test_the_local_launcher_samples_in_a_thread_and_survives_a_broken_one(tmp_pa
         events.clear()
         runs = local.launch(
             lambda spec, *_: spec * 2, [21],
-            JobConfig(world_size=1, concurrent_runs=1, device="cpu", threads=1, storage=tmp_path),
+            Allocation(workers=1, concurrent_runs=1, device="cpu", threads=1, storage=tmp_path),
             progress=lambda _, event: events.append(event), telemetry=watch,
         )  # fmt: skip
         return list(runs)

@@ -142,6 +142,44 @@ def test_a_damaged_checkpoint_falls_back_aloud(whole: RunResult, tmp_path: Path)
     assert [row.attempt for row in resumed.epochs] == [1, 2, 2]
 
 
+def flip(path: Path) -> None:
+    """Change a byte of a tensor, as a failing disk does."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    torch.save(torch.load(path, weights_only=True) | changes, path)
+
+
+def to_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES: dict[str, Any] = {
+    "checksum": flip,
+    "no 'optimizer'": lambda path: torch.save({"key": spec().key, "network": {}}, path),
+    "valid": lambda path: rewrite(path, history=[]),  # "Input should be a valid ..."
+    "tensors": lambda path: rewrite(path, network={"conv.weight": torch.zeros(1)}),
+    "irectory": to_folder,
+}
+
+
+@pytest.mark.parametrize("says", DAMAGES)
+def test_a_checkpoint_that_is_wrong_inside_is_named_and_the_older_one_taken(
+    says: str, whole: RunResult, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(spec(), tmp_path, stop_after=2)
+    DAMAGES[says](folder(spec(), tmp_path) / "checkpoints" / "epoch-000002.pt")
+    with pytest.warns(UserWarning, match=rf"epoch-000002.pt is damaged, taking the one before: .*{says}"):
+        resumed = run(spec(), tmp_path)
+    assert losses(resumed) == losses(whole)
+    assert [row.attempt for row in resumed.epochs] == [1, 2, 2]
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(spec(), tmp_path, stop_after=1)

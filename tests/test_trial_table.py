@@ -7,13 +7,18 @@ import io
 from rich.console import Console
 
 from harness.progress import TrialTable
-from harness.results.sweeps import State, Trial
+from harness.results.sweeps import Dimension, State, Sweep, Trial
 
 
 def draw(trials: list[Trial], height: int = 30) -> str:
     """What a terminal of this height shows."""
     console = Console(file=io.StringIO(), width=100, height=height, force_terminal=True, color_system=None)
-    table = TrialTable(trials, console, total=16, epochs=9, concurrent_runs=2, metric="error")
+    sweep = Sweep(
+        name="s", variant="msra", dataset="digits", metric="error", selected_on="val", val=1, epochs=9, total=16,
+        scheduler="asha", search_algorithm="random", trials=[],
+        dimensions=[Dimension(field="lr", function="uniform", values=(0.1, 2.0))],
+    )  # fmt: skip
+    table = TrialTable(sweep, trials, console, concurrent_runs=2)
     with console.capture() as captured:
         console.print(table.render())
     return "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -21,7 +21,7 @@ from harness.results.explain import why
 from harness.results.report.table import render
 from harness.results.rows import summarise
 from harness.results.store import SWEEPS, fail, finish, load_epochs, load_records, start
-from harness.results.sweeps import Dimension, Trial, best_first, load_sweeps
+from harness.results.sweeps import Dimension, Sweep, Trial, best_first, load_sweeps
 from harness.results.values import Pruned
 from harness.search_space import finite_values, parse_search, parse_settings
 from harness.spec import RunSpec, UserError
@@ -119,7 +119,11 @@ PAD = Dimension(field="pad", function="randint", values=(1, 3))
 def open_study(
     path: Path, dimensions: Any, *, algorithm: str = "random", scheduler: str = "none", seed: int = 0
 ) -> Study:
-    return Study(path, dimensions, algorithm=algorithm, scheduler=scheduler, epochs=9, seed=seed)
+    sweep = Sweep(
+        name="s", variant="msra", dataset="digits", metric="error", selected_on="val", val=1, epochs=9, total=99,
+        scheduler=scheduler, search_algorithm=algorithm, dimensions=list(dimensions), trials=[],
+    )  # fmt: skip
+    return Study(path, sweep, seed=seed)
 
 
 def propose_all(path: Path, dimensions: Any, algorithm: str, count: int, seed: int = 0) -> list[Trial]:
@@ -391,11 +395,11 @@ def trials_of(out: Path, *, newest: bool = False) -> Any:
 def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.commands.tune.join_cluster", lambda *_, **__: None)
+    monkeypatch.setattr("harness.resources.join_cluster", lambda *_, **__: None)
     monkeypatch.setattr("harness.cluster.search.search", search_here(None))
     code, out, err = harness(f"{SWEEP} --out {tmp_path}/whole", capsys)
     assert (code, err) == (0, "")
-    assert "judged by error % of 12 held-out training images, a tenth of 128" in out
+    assert "judged by error % of 12 held-out training images" in out
     whole = trials_of(tmp_path / "whole")
     assert [t["number"] for t in whole["trials"]] == [1, 2, 3, 4]
     read = load_sweeps([tmp_path / "whole"])  # the page reads what was written

@@ -25,7 +25,7 @@ from harness.plan import Grid
 from harness.progress import JsonLines, Progress, load_data, make_table, say
 from harness.record import Recorder, lock_run, name_of
 from harness.resources import Resources, Session, check_resources, make_allocation
-from harness.results.remote import push_file, push_run
+from harness.results.remote import push_file, push_run, redact
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
 from harness.results.values import EpochMetrics, RunResult
 from harness.selfcheck import RefusedError, check_first
@@ -58,6 +58,7 @@ class RunOptions:
     force: bool = False
     fail_fast: bool = False
     format: str = "table"
+    preset: str | None = None  # whose table is printed
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,8 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             dataset = load_data(grid.dataset, paths, console)
             images = len(dataset.train)
             specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
-            plan.fallback_world_sizes(options.elastic, specs)
+            fallback = plan.fallback_world_sizes(options.elastic, specs)
+            allocation = replace(allocation, fallback_world_sizes=fallback)
             paths = replace(paths, label=dataset.label)
             environment = {"launcher": options.resources.launcher}
             recorder = Recorder(paths, dataset.original, environment, partial(say, console))
@@ -115,8 +117,8 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
     except RefusedError as error:
         say(console, str(error))
         return EXIT_FAILED
-    print_results(prepared, specs)
-    return code
+    met = print_results(prepared, specs)
+    return code if met else EXIT_FAILED
 
 
 def check_options(grid: Grid, options: RunOptions) -> None:
@@ -263,7 +265,6 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     runs = session.launch(
         partial(train_run, paths=paths),
         specs,
-        fallback_world_sizes=plan.fallback_world_sizes(options.elastic, specs),
         progress=note,
         telemetry=NodeTelemetry,
         progress_of=lambda event: event.epoch if isinstance(event, EpochMetrics) else 0,
@@ -300,12 +301,15 @@ def _allow_open_files(more: int) -> None:
 # --- after training ---
 
 
-def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
-    """Print the table of the command's runs, and write the page of all runs in the folder."""
+def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
+    """Print the table of the command's runs, and write the page of all runs in the folder.
+
+    Returns whether the runs meet what their preset demands.
+    """
     options, recorder, console = prepared.options, prepared.recorder, prepared.console
     paths = recorder.paths
     if options.format == "jsonl" and not options.tensorboard:
-        return
+        return True
     with collector_paused():
         loaded = load_records([paths.out], recorder.known)
     mine = select(loaded, {name_of(spec, paths.label) for spec in specs})
@@ -314,21 +318,22 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
         for stored in mine.records:
             recorder.push(push_run, stored.folder)
     if options.format == "jsonl":
-        return
-    print_rows(mine, console)
+        return True
+    met = print_rows(mine, console, options.preset)
     if options.until_ci is not None:
         _print_wide_rows(prepared, specs, options.until_ci)
     note = partial(say, console, style="dim")
     if not recorder.started:
         note(f"all {len(specs)} runs were done already; --force trains them again")
-    note(f"stored in {paths.remote.partition('?')[0] or paths.out}")
+    note(f"stored in {redact(paths.remote).partition('?')[0] or paths.out}")
     try:
         page = write_page(paths.out, loaded)
     except UserError as error:  # the runs are stored, whatever becomes of their page
         note(f"no page: {error}")
-        return
+        return met
     recorder.push(push_file, page)
     note(f"page: {page}")
+    return met
 
 
 def select(loaded: Loaded, names: Collection[str]) -> Loaded:

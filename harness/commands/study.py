@@ -25,7 +25,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages.journal import BaseJournalBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from harness.results.sweeps import Dimension, FieldImportance, Importance, State, Trial, format_value
+from harness.results.sweeps import Dimension, FieldImportance, Importance, State, Sweep, Trial, format_value
 from harness.search_space import count_points, finite_values, grid_points, round_value
 
 SAMPLERS: dict[str, Callable[..., BaseSampler]] = {"random": RandomSampler, "tpe": TPESampler, "gp": GPSampler}
@@ -115,25 +115,17 @@ def make_pruner(scheduler: str, epochs: int) -> BasePruner:
 class Study:
     """The trials of a sweep and the decisions about them. Opening its journal again gives the same."""
 
-    def __init__(
-        self,
-        path: Path,
-        dimensions: Sequence[Dimension],
-        *,
-        algorithm: str,
-        scheduler: str,
-        epochs: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, path: Path, sweep: Sweep, *, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.dimensions, self.algorithm, self.epochs, self.seed = dimensions, algorithm, epochs, seed
+        self.dimensions, self.algorithm = sweep.dimensions, sweep.search_algorithm
+        self.epochs, self.seed = sweep.epochs, seed
         self._journal = Journal(path)
         self._storage = JournalStorage(self._journal)
         self._study = optuna.create_study(
             storage=self._storage, study_name="sweep", sampler=RandomSampler(), load_if_exists=True,
-            pruner=make_pruner(scheduler, epochs),
+            pruner=make_pruner(sweep.scheduler, sweep.epochs),
         )  # fmt: skip
-        self.distributions = {d.field: _distribution(d) for d in dimensions}
+        self.distributions = {d.field: _distribution(d) for d in self.dimensions}
         self.trials = [self._read(frozen) for frozen in self._study.get_trials(deepcopy=False)]
         self.to_prune = {
             frozen.number + 1

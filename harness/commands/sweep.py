@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness import plan
-from harness.cluster.job import Failed, Started
-from harness.commands.study import Study, weigh
-from harness.models.variants import default_depth, find_variant
-from harness.plan import Allocation, Grid
+from harness.cluster.job import Allocation, Failed, Started
+from harness.commands.study import Study
+from harness.plan import Grid, fill
 from harness.progress import TrialTable, describe_trial
 from harness.record import Recorder, classify, lock_run, name_of
 from harness.results.store import finished_dir, load_epochs, write_atomic
-from harness.results.sweeps import TRIALS, Dimension, State, Sweep, Trial
+from harness.results.sweeps import TRIALS, State, Sweep, Trial
 from harness.results.values import EpochMetrics, Pruned, RunResult
 from harness.selfcheck import Checked
 from harness.spec import RunPaths, RunSpec, UserError
@@ -28,14 +27,23 @@ if TYPE_CHECKING:
 
     from harness.loaders.datasets import Dataset
 
-_GRID = ("dataset", "loader", "precision", "engine", "deterministic", "epochs", "batch_size", "val", "limit_train")
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Search:
-    """What the user chose; `make_search` reads it from the options that sweep.json keeps."""
+    """What the user chose, under the names of the options; sweep.json keeps it. Fields of `Grid` mean what they do there."""
 
-    grid: Grid  # of one variant, at most one depth, one seed
+    variant: str
+    depth: int | None = None
+    seed: int = 0
+    dataset: str = "cifar10"
+    loader: str = "dali"
+    precision: str = "fp32"
+    engine: str | None = None
+    deterministic: bool = False
+    epochs: int | None = None
+    batch_size: int | None = None
+    val: int | None = None
+    limit_train: int | None = None
     search: tuple[str, ...] = ()
     samples: int | None = None
     search_algorithm: str = "random"
@@ -47,39 +55,13 @@ class Search:
     runs_per_gpu: int = 1
     concurrent: int | None = None
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """By the names of the command line."""
-        grid = self.grid
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "grid"}
-        return own | {name: getattr(grid, name) for name in _GRID} | {
-            "variant": grid.variants[0], "depth": next(iter(grid.depths), None), "seed": grid.seeds[0]
-        }  # fmt: skip
-
     def make_grid(self, point: Mapping[str, Any]) -> Grid:
         """The one run of a point of the search space."""
-        settings = dict(point)
-        depths = (settings.pop("depth"),) if "depth" in settings else self.grid.depths
-        return replace(self.grid, depths=depths, settings=settings)
-
-
-def make_search(options: Mapping[str, Any]) -> Search:
-    """Options of the command line, by name, as one value. Others than those of a search are left out."""
-    depth = options.get("depth")
-    grid = Grid(
-        variants=(options["variant"],), depths=() if depth is None else (depth,), seeds=(options["seed"],),
-        **{name: options[name] for name in _GRID if name in options},
-    )  # fmt: skip
-    own = {f.name: options[f.name] for f in fields(Search) if f.name in options}
-    data_dir = options["data_dir"]
-    return Search(
-        **own
-        | {
-            "grid": grid,
-            "search": tuple(options["search"] or ()),
-            "data_dir": None if data_dir is None else Path(data_dir).expanduser().absolute(),
-        }
-    )
+        depth = point.get("depth", self.depth)
+        return fill(Grid, asdict(self) | {
+            "variants": (self.variant,), "depths": () if depth is None else (depth,), "seeds": (self.seed,),
+            "settings": {name: value for name, value in point.items() if name != "depth"},
+        })  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,30 +69,16 @@ class Prepared:
     """What is known before the first trial."""
 
     search: Search
+    sweep: Sweep  # without its trials
     folder: Path
-    dimensions: tuple[Dimension, ...]
     dataset: Dataset
     paths: RunPaths
     allocation: Allocation
-    epochs: int
-    total: int
     checked: Checked = field(default_factory=Checked)
 
     def make_spec(self, point: Mapping[str, Any], **changes: Any) -> RunSpec:
         """The run of one point. Raises UserError where it cannot be one."""
-        return make_trial_spec(replace(self.search.make_grid(point), **changes), self.allocation, self.dataset)
-
-    def summarise(self, study: Study, *, ended: bool = False) -> Sweep:
-        """trials.json, with the fields' importance once the sweep has ended."""
-        grid, search = self.search.grid, self.search
-        searched = any(dimension.field == "depth" for dimension in self.dimensions)
-        depth = None if searched else next(iter(grid.depths), default_depth(find_variant(grid.variants[0])))
-        return Sweep(
-            name=self.folder.name, variant=grid.variants[0], depth=depth, dataset=self.paths.label,
-            metric=search.metric, selected_on="val" if grid.val else "test", val=grid.val, epochs=self.epochs,
-            scheduler=search.scheduler, search_algorithm=search.search_algorithm, total=self.total,
-            dimensions=list(self.dimensions), trials=study.trials, importance=weigh(study) if ended else None,
-        )  # fmt: skip
+        return make_trial_spec(replace(self.search, **changes).make_grid(point), self.allocation, self.dataset)
 
 
 def make_trial_spec(grid: Grid, allocation: Allocation, dataset: Dataset) -> RunSpec:
@@ -133,15 +101,21 @@ class SweepTrials:
 
     def __init__(self, prepared: Prepared, study: Study, table: TrialTable) -> None:
         self.prepared, self.study, self.table = prepared, study, table
-        self.metric = prepared.search.metric
+        self.metric = prepared.sweep.metric
         self.running: dict[str, _Running] = {}
         self.interrupted = [trial for trial in study.trials if trial.state == "running"]
         environment = {
-            "launcher": "tune", "concurrent_runs": prepared.allocation.concurrent_runs, "sweep": prepared.folder.name,
+            "launcher": "tune", "concurrent_runs": prepared.allocation.concurrent_runs, "sweep": prepared.sweep.name,
             **prepared.checked.environment,
         }  # fmt: skip
         warnings = prepared.checked.warnings
         self.recorder = Recorder(prepared.paths, prepared.dataset.original, environment, table.say, warnings)
+
+    def store(self, **changes: Any) -> Sweep:
+        """Write trials.json."""
+        sweep = self.prepared.sweep.model_copy(update={"trials": self.study.trials, **changes})
+        write_atomic(self.prepared.folder / TRIALS, sweep.to_json())
+        return sweep
 
     def close(self) -> None:
         """Unlock the runs that have not ended."""
@@ -156,7 +130,7 @@ class SweepTrials:
                 trial = self.interrupted.pop(0)
                 spec = prepared.make_spec(trial.fields)
             else:
-                point = study.propose() if len(study.trials) < prepared.total else None
+                point = study.propose() if len(study.trials) < prepared.sweep.total else None
                 if point is None:
                     return None
                 spec = prepared.make_spec(point)
@@ -191,19 +165,19 @@ class SweepTrials:
         running.rows.append(event)
         value = measure(running.rows, self.metric)
         prune = self.study.report(running.trial, event.epoch, value, event.train_seconds + event.eval_seconds)
-        progress = f"epoch {event.epoch}/{self.prepared.epochs}  {self.metric} {value:.4g}"
+        progress = f"epoch {event.epoch}/{self.prepared.sweep.epochs}  {self.metric} {value:.4g}"
         self.table.line(running.trial, f"{progress}  {event.train_seconds:.2f} s/epoch")
         return prune
 
     def ended(self, name: str, outcome: RunResult | Failed | None) -> None:
         """Store what came of a trial."""
-        running, search = self.running.pop(name), self.prepared.search
+        running, sweep = self.running.pop(name), self.prepared.sweep
         trial, spec = running.trial, running.spec
         if outcome is None:
             last = running.rows[-1]
             pruned = Pruned(
-                by=search.scheduler, sweep=self.prepared.folder.name, epoch=last.epoch, of=self.prepared.epochs,
-                error=last.error, evaluated_on="val" if spec.recipe.val else "test",
+                by=sweep.scheduler, sweep=sweep.name, epoch=last.epoch, of=sweep.epochs, error=last.error,
+                evaluated_on=sweep.selected_on,
             )  # fmt: skip
             self.recorder.end(spec, pruned, trial=trial.number)
             self._end(trial, "pruned", reason=f"by {pruned.by} after epoch {last.epoch}")
@@ -231,7 +205,7 @@ class SweepTrials:
 
     def _end(self, trial: Trial, state: State, value: float | None = None, reason: str = "") -> None:
         self.study.end(trial, state, value, reason)
-        write_atomic(self.prepared.folder / TRIALS, self.prepared.summarise(self.study).to_json())
+        self.store()
         shown = f", {self.metric} {value:.4g}" if value is not None else ""
         self.table.line(trial, f"{state}{shown}{f' ({reason})' if reason else ''}   [{self.table.summary()}]")
 

@@ -6,9 +6,9 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -18,19 +18,18 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from harness import plan
-from harness.cluster.job import Report, Worker
+from harness.cluster.job import Allocation, Report, Worker
 from harness.commands.run import EXIT_DONE, EXIT_FAILED
-from harness.commands.study import ALGORITHMS, SCHEDULERS, Study, count_trials
-from harness.commands.sweep import Prepared, Search, SweepTrials, make_search, make_trial_spec
+from harness.commands.study import ALGORITHMS, SCHEDULERS, Study, count_trials, weigh
+from harness.commands.sweep import Prepared, Search, SweepTrials, make_trial_spec
 from harness.deadline import stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
-from harness.plan import Allocation
 from harness.progress import TrialTable, describe_trial, load_data
 from harness.record import describe_code, name_of
-from harness.resources import Resources, check_resources, join_cluster, make_allocation, make_job
+from harness.resources import Resources, Session, check_resources, make_allocation
 from harness.results.report.text import Sheet, for_terminal
 from harness.results.store import SWEEPS, load_epochs, partial_dir, write_atomic
-from harness.results.sweeps import METRICS, TRIALS, Dimension, Sweep, Trial, best_first, format_value
+from harness.results.sweeps import METRICS, Dimension, Sweep, Trial, best_first, format_value
 from harness.results.values import RunResult
 from harness.search_space import finite_values, parse_search
 from harness.selfcheck import RefusedError, check_first
@@ -49,54 +48,56 @@ class TuneOptions:
     address: str | None = None
     until: datetime | None = None
     no_check: bool = False  # of devices that are new
+    resume: str | None = None  # name of a sweep
     verbose: bool = False
 
 
-def tune(
-    search: Search, options: TuneOptions, console: Console, *, resume: str | None, given: Collection[str]
-) -> int:
+def make_search(options: Mapping[str, Any]) -> Search:
+    """A search from options, by name: of the command line, or of sweep.json. Others are left out."""
+    data_dir = options["data_dir"]
+    return plan.fill(Search, dict(options) | {
+        "search": tuple(options["search"] or ()),
+        "data_dir": None if data_dir is None else Path(data_dir).expanduser().absolute(),
+    })  # fmt: skip
+
+
+def tune(search: Search, options: TuneOptions, console: Console, *, given: Collection[str]) -> int:
     """Run a search, or continue one, and print what came of it. Returns the exit code.
 
     `given` names the options on the command line: a resumed search keeps its own, and to contradict them is an error.
     Raises UserError, before anything is started, for whatever cannot work.
     """
-    options = replace(options, out=plan.check_out(options.out))
-    out, folder = options.out, None
-    if resume is not None:
-        folder = _find_sweep(out, resume)
+    out = plan.check_out(options.out)
+    folder = None
+    if options.resume is not None:
+        folder = _find_sweep(out, options.resume)
         search = _load_search(folder, search, given)
     dimensions = _check(search)
-    resources = Resources(
-        gpus=search.gpus, workers=search.workers or 1, runs_per_gpu=search.runs_per_gpu, address=options.address,
-        verbose=options.verbose,
-    )  # fmt: skip
+    resources = plan.fill(Resources, asdict(search) | asdict(options) | {"workers": search.workers or 1})
     check_resources(resources)
     with ExitStack() as stack, stopping_at(options.until):
         try:
-            prepared, judged_by = _prepare(search, dimensions, resources, options, folder, console, stack)
+            prepared = _prepare(search, dimensions, resources, replace(options, out=out), folder, console, stack)
         except RefusedError as error:
             _say(str(error), console)
             return EXIT_FAILED
-        study = Study(
-            prepared.folder / JOURNAL, dimensions, algorithm=search.search_algorithm, scheduler=search.scheduler,
-            epochs=prepared.epochs, seed=search.grid.seeds[0],
-        )  # fmt: skip
-        name, allocation = prepared.folder.name, prepared.allocation
+        sweep, allocation = prepared.sweep, prepared.allocation
+        study = Study(prepared.folder / JOURNAL, sweep, seed=search.seed)
         _say(
-            f"sweep {name}: {prepared.total} trials of {prepared.epochs} epochs, {allocation.concurrent_runs} at a time;"
-            f" {judged_by}", console, style="dim",
+            f"sweep {sweep.name}: {sweep.total} trials of {sweep.epochs} epochs, {allocation.concurrent_runs} at a time; "
+            f"judged by {sweep.judged_by}", console, style="dim",
         )  # fmt: skip
-        if options.address is None:
-            cpus = allocation.threads * allocation.workers * allocation.concurrent_runs
-            join_cluster(stack, None, cpus=cpus, gpus=allocation.gpus, verbose=options.verbose)
+        Session(allocation, resources, prepared.paths, stack).join()
+        table = TrialTable(sweep, study.trials, console, allocation.concurrent_runs)
+        trials = SweepTrials(prepared, study, table)
         try:
-            _run(prepared, study, resources, console)
+            _run(prepared, trials, table)
         except KeyboardInterrupt as stop:
-            _say(f"{str(stop) or 'stopped'}; harness tune --resume {name} goes on", console)  # TimeUp says more
+            _say(
+                f"{str(stop) or 'stopped'}; harness tune --resume {sweep.name} goes on", console
+            )  # TimeUp says more
             raise
-    sweep = prepared.summarise(study, ended=True)
-    write_atomic(prepared.folder / TRIALS, sweep.to_json())
-    _print_sweep(prepared, sweep, console)
+    _print_sweep(prepared, trials.store(importance=weigh(study)), console)
     return EXIT_DONE if any(trial.state == "finished" for trial in study.trials) else EXIT_FAILED
 
 
@@ -142,7 +143,7 @@ def _check(search: Search) -> tuple[Dimension, ...]:
     check_word(search.metric, tuple(METRICS), "--metric")
     plan.check_count(search.samples, "--samples")
     plan.check_count(search.concurrent, "--concurrent")
-    plan.check_count(search.grid.seeds[0], "--seed", least=0)
+    plan.check_count(search.seed, "--seed", least=0)
     dimensions = parse_search(search.search)
     if not dimensions:
         raise UserError("--search is missing: name a field to search, as in --search lr=loguniform(0.01,1)")
@@ -152,14 +153,14 @@ def _check(search: Search) -> tuple[Dimension, ...]:
             " grid(...)"
         )
     searched = {dimension.field for dimension in dimensions}
-    for name, value in (("batch_size", search.grid.batch_size), ("depth", search.grid.depths or None)):
-        if value is not None and name in searched:
+    for name in ("batch_size", "depth"):
+        if getattr(search, name) is not None and name in searched:
             raise UserError(f"{name} is searched: leave --{name.replace('_', '-')} out")
     if search.runs_per_gpu > 1 and search.metric == "epoch_seconds":
         raise UserError(
             "--metric epoch_seconds: runs that share a GPU slow each other down; leave --runs-per-gpu out"
         )
-    plan.check_grid(search.grid)
+    plan.check_grid(search.make_grid({}))
     for dimension in dimensions:
         if dimension.field == "depth":
             for depth in finite_values(dimension) or ():
@@ -170,41 +171,53 @@ def _check(search: Search) -> tuple[Dimension, ...]:
 def _prepare(
     search: Search, dimensions: tuple[Dimension, ...], resources: Resources, options: TuneOptions, folder: Path | None,
     console: Console, stack: ExitStack,
-) -> tuple[Prepared, str]:  # fmt: skip
-    """Look at devices and data, and make the sweep's folder or lock the one that is resumed; what judges the trials.
-
-    Raises RefusedError where the devices do not train rightly.
-    """
+) -> Prepared:  # fmt: skip
+    """Look at devices and data, and make the sweep's folder or lock the one that is resumed. Raises RefusedError."""
     paths = RunPaths(out=options.out, data_dir=search.data_dir)
-    allocation = make_allocation(search.grid, resources, stack)
-    dataset = load_data(search.grid.dataset, paths, console)
+    allocation = make_allocation(search.make_grid({}), resources, stack)
+    dataset = load_data(search.dataset, paths, console)
     if search.metric == "top5_error" and dataset.num_classes <= 10:
         raise UserError(
-            f"--metric top5_error: {search.grid.dataset} has {dataset.num_classes} classes, too few for a top-5"
+            f"--metric top5_error: {search.dataset} has {dataset.num_classes} classes, too few for a top-5"
         )
-    search, judged_by = _settle(search, allocation, len(dataset.train))
+    # what was left to the machine and the data is fixed for a sweep that is resumed
+    function = find_variant(search.variant)
+    depth = default_depth(function) if search.depth is None else search.depth
+    images = min(search.limit_train or len(dataset.train), len(dataset.train))
+    val = search.val if search.val is not None else function(depth).recipe.val or min(VAL, images // 10)
+    search = replace(search, val=val, gpus=allocation.gpus, workers=allocation.workers)
     total = count_trials(dimensions, search.samples)
     allocation = _allocate_trials(allocation, search, total)
     specs = [make_trial_spec(search.make_grid(point), allocation, dataset) for point in _corners(dimensions)]
-    epochs = plan.count_epochs(specs[0], len(dataset.train))
     checked = check_first(specs, allocation, resources, paths, console, skip=options.no_check)
     if (adapted := checked.adapt(specs[0])) != specs[0]:
-        search = replace(search, grid=replace(search.grid, loader=adapted.loader, engine=adapted.engine))
+        search = replace(search, loader=adapted.loader, engine=adapted.engine)
     if folder is None:
         folder = _make_folder(paths.out, specs[0], dataset.label)
         stored = {
-            "schema_version": 1, "name": folder.name, "options": search.options, "fingerprint": dataset.fingerprint,
+            "schema_version": 1, "name": folder.name, "options": asdict(search), "fingerprint": dataset.fingerprint,
             "created_at": datetime.now(UTC).isoformat(), **describe_code(),
         }  # fmt: skip
         write_atomic(folder / SWEEP, json.dumps(stored, indent=1, default=str) + "\n")
     elif json.loads((folder / SWEEP).read_bytes())["fingerprint"] != dataset.fingerprint:
-        raise UserError(f"--resume {folder.name}: its images of {search.grid.dataset} differ from those here")
+        raise UserError(f"--resume {folder.name}: its images of {search.dataset} differ from those here")
     _lock(folder, stack)
+    sweep = Sweep(
+        name=folder.name, variant=search.variant, depth=None if any(d.field == "depth" for d in dimensions) else depth,
+        dataset=dataset.label, metric=search.metric, selected_on="val" if val else "test", val=val,
+        epochs=plan.count_epochs(specs[0], len(dataset.train)), scheduler=search.scheduler,
+        search_algorithm=search.search_algorithm, total=total, dimensions=list(dimensions), trials=[],
+    )  # fmt: skip
     paths = replace(paths, label=dataset.label)
     return Prepared(
-        search=search, folder=folder, dimensions=dimensions, dataset=dataset, paths=paths, allocation=allocation,
-        epochs=epochs, total=total, checked=checked,
-    ), judged_by  # fmt: skip
+        search=search,
+        sweep=sweep,
+        folder=folder,
+        dataset=dataset,
+        paths=paths,
+        allocation=allocation,
+        checked=checked,
+    )
 
 
 def _corners(dimensions: Sequence[Dimension]) -> list[dict[str, Any]]:
@@ -215,22 +228,6 @@ def _corners(dimensions: Sequence[Dimension]) -> list[dict[str, Any]]:
         {d.field: values[min(i, len(values) - 1)] for d, values in zip(dimensions, lists, strict=True)}
         for i in range(max(map(len, lists)))
     ]
-
-
-def _settle(search: Search, allocation: Allocation, images: int) -> tuple[Search, str]:
-    """Fix what was left to the machine and the data; and what trials are judged by."""
-    grid = search.grid
-    function = find_variant(grid.variants[0])
-    own = function(next(iter(grid.depths), default_depth(function))).recipe.val
-    images = min(grid.limit_train or images, images)
-    val = grid.val if grid.val is not None else own or min(VAL, images // 10)
-    search = replace(search, grid=replace(grid, val=val), gpus=allocation.gpus, workers=allocation.workers)
-    if search.metric in ("loss", "epoch_seconds"):
-        return search, f"judged by {METRICS[search.metric]}"
-    if not val:
-        return search, "judged ON THE TEST SET, as --val 0 says: the winner's test error is too good"
-    share = f", a tenth of {images:,}" if val == images // 10 else ""
-    return search, f"judged by {METRICS[search.metric]} of {val:,} held-out training images{share}"
 
 
 def _allocate_trials(allocation: Allocation, search: Search, total: int) -> Allocation:
@@ -272,8 +269,8 @@ def _load_search(folder: Path, search: Search, given: Collection[str]) -> Search
         before = make_search(json.loads((folder / SWEEP).read_bytes())["options"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume {folder.name}: {SWEEP} is broken: {error}") from None
-    for name, old in before.options.items():
-        if name in given and search.options[name] != old and name != "data_dir":
+    for name, old in asdict(before).items():
+        if name in given and getattr(search, name) != old and name != "data_dir":
             option = f"--{name.replace('_', '-')}"
             raise UserError(
                 f"{option}: sweep {folder.name} was begun with {old}, and continues with that: leave it out"
@@ -293,16 +290,10 @@ def _lock(folder: Path, stack: ExitStack) -> None:
 # --- while it runs ---
 
 
-def _run(prepared: Prepared, study: Study, resources: Resources, console: Console) -> None:
+def _run(prepared: Prepared, trials: SweepTrials, table: TrialTable) -> None:
     from harness.cluster.search import search
 
-    table = TrialTable(
-        study.trials, console, total=prepared.total, epochs=prepared.epochs, metric=prepared.search.metric,
-        concurrent_runs=prepared.allocation.concurrent_runs,
-    )  # fmt: skip
-    trials = SweepTrials(prepared, study, table)
-    job = make_job(prepared.allocation, resources, prepared.paths)
-    job = replace(job, storage=prepared.folder / f".ray-{os.getpid()}")
+    job = replace(prepared.allocation, storage=prepared.folder / f".ray-{os.getpid()}")
     try:
         with stopping_on_sigterm(), table:
             search(partial(train_trial, paths=prepared.paths), trials, job)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,42 @@ def _stored(folder: Path) -> list[Path]:
 def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any]) -> None:
     """Write `state` as the checkpoint after `epoch` (from 1), then drop all but the newest two."""
     folder.mkdir(parents=True, exist_ok=True)
-    with writing(folder / f"epoch-{epoch:06d}.pt") as unfinished:
+    path = folder / f"epoch-{epoch:06d}.pt"
+    if path.is_dir():
+        path.rename(path.with_suffix(".damaged"))
+    with writing(path) as unfinished:
         torch.save(state, unfinished)
     for old in _stored(folder)[KEPT:]:
         old.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path, key: str, warn: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or None. A damaged one is skipped, with a warning.
+def load_checkpoint(
+    folder: Path, key: str, warn: Callable[[str], None], check: Callable[[dict[str, Any]], None] = lambda _: None
+) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole and of which `check` raises nothing, or None. Others are skipped, with a warning.
 
     Raises CheckpointError where it belongs to a run with another key. Nothing in the file is executed.
     """
     for path in _stored(folder):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            owner = state["key"]
+            with zipfile.ZipFile(path) as file:  # torch.load does not compare the checksums
+                if changed := file.testzip():
+                    raise ValueError(f"the checksum of {changed} is wrong")
+            state = dict(torch.load(path, map_location="cpu", weights_only=True))
+            if (owner := state["key"]) == key:
+                check(state)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            warn(f"checkpoint {path} is damaged, taking the one before: {reason[:200]}")
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
+            warn(f"checkpoint {path} is damaged, taking the one before: {reason.splitlines()[0][:200]}")
             continue
         if owner != key:
             raise CheckpointError(f"checkpoint {path} belongs to run {owner}, not to {key}")
-        return dict(state)
+        return state
     return None
+
+
+def outline(value: Any) -> Any:
+    """Names, shapes and types of the tensors in nested dictionaries."""
+    if isinstance(value, Mapping):
+        return {name: outline(item) for name, item in value.items()}
+    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None

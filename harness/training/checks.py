@@ -277,30 +277,27 @@ def check_clock(bench: Bench) -> Figure:
     """A sequence of products, timed as steps are and by another clock: CUDA's events, the kernel's raw clock. The best
     of three, since others may use the CPU."""
     device = torch.device(bench.worker.device)
-    factor = torch.ones(1024, 1024, device=device) / 1024
+    factor, product = torch.ones(1024, 1024, device=device) / 1024, torch.ones(1024, 1024, device=device)
 
-    def work(times: int) -> None:
-        product = factor
-        for _ in range(times):
-            product = product @ factor
-        synchronize(device)
+    def mark() -> Any:
+        if not bench.on_gpu:
+            return time.clock_gettime(time.CLOCK_MONOTONIC_RAW)
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def measure() -> tuple[float, float, float]:
-        if bench.on_gpu:
-            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            started_at = time.perf_counter()
-            before.record()
-            work(2000)
-            after.record()
-            synchronize(device)
-            seconds, other = time.perf_counter() - started_at, before.elapsed_time(after) / 1000
-        else:
-            raw, started_at = time.clock_gettime(time.CLOCK_MONOTONIC_RAW), time.perf_counter()
-            work(3)
-            seconds, other = time.perf_counter() - started_at, time.clock_gettime(time.CLOCK_MONOTONIC_RAW) - raw
+        synchronize(device)
+        started_at, before = time.perf_counter(), mark()
+        for _ in range(2000 if bench.on_gpu else 3):
+            torch.mm(factor, factor, out=product)
+        after = mark()
+        synchronize(device)
+        seconds = time.perf_counter() - started_at
+        other = before.elapsed_time(after) / 1000 if bench.on_gpu else after - before
         return abs(seconds / other - 1), seconds, other
 
-    work(3)
+    measure()  # warm-up
     error, seconds, other = min(measure() for _ in range(3))
     return error, f"{1000 * seconds:.1f} ms, by the other clock {1000 * other:.1f} ms: a share of {error:.3f}"
 

@@ -24,7 +24,7 @@ from harness.results.remote import RemoteRun
 from harness.results.store import append_epoch, partial_dir, run_name, write_epochs
 from harness.results.values import EpochMetrics, Measurement, RunResult
 from harness.spec import DivergedError, RunPaths, RunSpec
-from harness.training.checkpoint import load_checkpoint, save_checkpoint
+from harness.training.checkpoint import load_checkpoint, outline, save_checkpoint
 from harness.training.evaluation import Evaluation, evaluate
 from harness.training.memory import MemoryMeter, largest
 from harness.training.optim import (
@@ -74,7 +74,10 @@ def _train(
     run = stack.enter_context(closing(prepare(spec, worker, paths, meter)))
     folder = partial_dir(paths.out, run_name(paths.label, spec.variant, spec.network.depth, spec.seed, spec.key))
     remote = RemoteRun(paths.remote, folder, warn)
-    remote.pull(worker.rank)
+    for turn in (0, 1):  # rank 0 first: it may have newer checkpoints than the store, which gets them
+        if turn == min(worker.rank, 1):
+            remote.pull(worker.rank)
+        gather(turn)
     history = resume(run, folder, warn)
     first, attempt = len(history), history[-1].attempt + 1 if history else 1
     if worker.rank == 0:
@@ -135,6 +138,8 @@ def _train(
     on_test = evaluate_test(run, trainer, stack) if run.data.eval_split == "val" else None
     return RunResult(
         **summarise_history(history, run.data.eval_split, spec.workers),
+        evaluated_images=len(run.data.eval),
+        test_images=on_test.images if on_test else None,
         parameters=sum(p.numel() for p in trainer.step.parameters),
         test_error=on_test.error if on_test else None,
         test_top5_error=on_test.top5_error if on_test else None,
@@ -158,7 +163,15 @@ def _train(
 
 def resume(run: Prepared, folder: Path, warn: Callable[[str], None]) -> list[EpochMetrics]:
     """Load the newest checkpoint into the run; the epochs that it has done, none where there is no checkpoint."""
-    state = load_checkpoint(folder / "checkpoints", run.spec.key, warn)
+
+    def check(state: dict[str, Any]) -> None:
+        mine = run.network.state_dict(), run.optimizer.state_dict()["state"]
+        if outline(dict(enumerate(mine))) != outline({0: state["network"], 1: state["optimizer"]["state"]}):
+            raise ValueError("its tensors are not those of this run")
+        for row in state["history"] or [None]:
+            EpochMetrics.model_validate(row)
+
+    state = load_checkpoint(folder / "checkpoints", run.spec.key, warn, check)
     if state is None:
         return []
     run.network.load_state_dict(state["network"])

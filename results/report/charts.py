@@ -191,6 +191,8 @@ def _load_curves(row: Row) -> Iterator[dict[str, Any]]:
         curve = _epochs(common) | {"mean": [round(mean(column), 2) for column in columns]}
         if len(finished) > 1:
             curve |= {name: [round(of(c), 2) for c in columns] for name, of in (("low", min), ("high", max))}
+        if row.against and row.against.published.error is not None:
+            curve["published"] = row.against.published.error
         yield curve
     unfinished: list[Stored | Interrupted] = [*row.failed, *row.pruned, *row.interrupted]
     for run in unfinished:
@@ -215,6 +217,8 @@ def _curve_charts(curves: Values, title: str, styles: Sequence[Style]) -> Iterat
         caption += ": mean of the seeds, band from the smallest to the largest"
     if any("unfinished" in curve for curve in curves):
         caption += "; dotted: a run that did not finish"
+    if any("published" in curve for curve in curves):
+        caption += "; level: the published error"
     last = max(max(curve.get("epoch") or [len(curve["mean"])]) for curve in curves)
     top = max(max(curve.get("high") or curve["mean"]) for curve in curves)
     whole = [min(1, last), max(last, 2)], [0.0, _round_up(top) or 1.0]
@@ -236,7 +240,7 @@ def _zoom(curves: Values, first: int) -> list[float] | None:
     for curve in (curve for curve in curves if "unfinished" not in curve):
         low, high = curve.get("low") or curve["mean"], curve.get("high") or curve["mean"]
         inside = [k for k, epoch in enumerate(curve.get("epoch") or range(1, len(low) + 1)) if epoch >= first]
-        lows += [low[k] for k in inside]
+        lows += [low[k] for k in inside] + [curve["published"] for _ in inside[:1] if "published" in curve]
         highs += [high[k] for k in inside]
         finals.append(high[-1])
     if not lows:
