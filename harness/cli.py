@@ -279,6 +279,14 @@ def compare(
 
 
 @app.command()
+def verify(paths: Results = None) -> None:
+    """Check stored runs for contradictions and changed files."""
+    from harness.commands.report import check_folders, find_results, print_findings
+
+    raise typer.Exit(print_findings(check_folders(find_results(paths or ["runs"]))))
+
+
+@app.command()
 def why(
     row: Annotated[str, arg("A row of `harness report PATH`: msra-20, or its number.")],
     path: Annotated[str, arg("Folder of results.")] = "runs",
