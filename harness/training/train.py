@@ -35,7 +35,7 @@ from harness.training.optim import (
     total_steps,
 )
 from harness.training.setup import Prepared, Trainer, make_trainer, prepare
-from harness.training.step import flushed_denormals, make_autocast, mix
+from harness.training.step import deterministic_algorithms, flushed_denormals, make_autocast, mix
 from harness.training.telemetry import (
     EpochTelemetry,
     describe_machine,
@@ -54,7 +54,10 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     Resumes from the newest checkpoint in the run's folder. Raises DivergedError when the loss is not finite,
     CheckpointError for another run's checkpoint, and DataError when the images are not those of the spec.
     """
-    with ExitStack() as stack:  # graphs and loaders are closed however the run ends
+    with (
+        deterministic_algorithms(spec),
+        ExitStack() as stack,
+    ):  # graphs and loaders are closed however the run ends
         return _train(spec, worker, report, paths, stack)
 
 
