@@ -360,8 +360,8 @@ def measure(target: Target, console: Console) -> int:
 
     from harness.cluster.job import Worker
     from harness.training.checks import run_checks
+    from harness.training.host import count_cpus
     from harness.training.nvml import count_gpus
-    from harness.training.telemetry import count_cpus
 
     failed = 0
 
