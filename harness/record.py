@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.cluster.job import Failed, Started
 from harness.results import store
+from harness.results.identity import hash_code
 from harness.results.remote import StorageError, pull_run, push_finished, push_run, redact
 from harness.results.store import Stored, partial_dir, run_name
 from harness.results.values import Failure, Pruned, Record, RunResult
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from harness.results.values import EpochMetrics, NodeUse
 
 ATTEMPTS = "attempts.jsonl"
-PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py",
-            "nvidia-dali-cuda120", "nvidia-dali-cuda130")  # fmt: skip
+DALI_WHEELS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")
+PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py", *DALI_WHEELS)
 STATUSES: dict[type, Literal["done", "failed", "pruned"]] = {RunResult: "done", Failed: "failed", Pruned: "pruned"}
 
 
@@ -47,7 +48,7 @@ def installed_version(package: str) -> str | None:
 
 @cache
 def describe_code() -> dict[str, Any]:
-    """Commit, whether the tree differs from it, versions, and the command line."""
+    """Commit, whether the tree differs from it, a hash of the code itself, versions, and the command line."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str | None:
@@ -64,9 +65,22 @@ def describe_code() -> dict[str, Any]:
     return {
         "commit": git("rev-parse", "HEAD") if own else None,
         "dirty": None if status is None else bool(status),
+        "code": hash_code(),
         "versions": {package: known for package in PACKAGES if (known := installed_version(package))},
         "command": ["harness", *map(redact, sys.argv[1:])],
     }
+
+
+def name_other_code(record: Record) -> str | None:
+    """The code that trained a run, where it is not this one: "commit 0123456"."""
+    here, there = describe_code(), record.environment
+    same = ("code",) if "code" in there else ("commit", "dirty")  # of early records
+    if all(here[name] == there.get(name) for name in same) and not (there.get("dirty") and "code" not in there):
+        return None
+    if (commit := there.get("commit")) is not None:
+        return f"commit {str(commit)[:7]}{' with uncommitted changes' if there.get('dirty') else ''}"
+    versions = there.get("versions")
+    return f"version {versions.get('resnet-harness')}" if isinstance(versions, dict) else "an unknown version"
 
 
 def classify(failed: Failed) -> Failure:
@@ -104,8 +118,9 @@ class Recorder:
 
     paths: RunPaths
     original: bool  # the images are the published ones
-    environment: Mapping[str, Any]  # of every record: the launcher, and what else is known beforehand
+    environment: dict[str, Any]  # of every record: the launcher, and what else is known beforehand
     warn: Callable[[str], None]
+    warnings: tuple[str, ...] = ()  # of every result, known beforehand
     finished: dict[str, RunResult] = field(default_factory=dict)  # by key
     known: dict[Path, Stored] = field(default_factory=dict)  # what was read of them, by folder
     started: dict[str, datetime] = field(default_factory=dict)
@@ -155,7 +170,9 @@ class Recorder:
         attempts = load_attempts(folder)
         if isinstance(outcome, RunResult):
             nodes = tuple(sorted(self.nodes.get(spec.key, ()), key=lambda node: node.host))
-            outcome = outcome.model_copy(update={"nodes": nodes, "attempts": max(1, len(attempts))})
+            warnings = (*self.warnings, *outcome.warnings)
+            known = {"nodes": nodes, "attempts": max(1, len(attempts)), "warnings": warnings}
+            outcome = outcome.model_copy(update=known)
         record = Record(
             key=spec.key,
             name=name_of(spec, self.paths.label),

@@ -1,6 +1,6 @@
 """The store: one folder per run, and what is kept in it.
 
-    <out>/<name>/            a finished run: record.json, epochs.jsonl, weights.safetensors
+    <out>/<name>/            a finished run: record.json, epochs.jsonl, weights.safetensors, and hashes.json of them
     <out>/<name>.partial/    a run that is not finished: running, interrupted, failed or pruned by a search (the last
                              two have a record.json too)
     <out>/tune/<sweep>/      a search's settings and trials; each trial is a run like any other
@@ -14,10 +14,12 @@ alone, so that a table over thousands of runs reads one small file for each.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,9 +29,10 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from harness.results.values import SCHEMA_VERSION, EpochMetrics, Prediction, Record
+from harness.results.values import SCHEMA_VERSION, EpochMetrics, Prediction, Record, Timing
 
 RECORD, EPOCHS, SPEC, WEIGHTS = "record.json", "epochs.jsonl", "spec.json", "weights.safetensors"
+HASHES = "hashes.json"  # file name -> SHA-256, for `harness verify`
 PARTIAL, SUPERSEDED, SWEEPS, ESTIMATES = ".partial", ".superseded", "tune", ".estimates"
 
 _EPOCHS = TypeAdapter(list[EpochMetrics])
@@ -100,6 +103,7 @@ def start(out: Path, name: str, spec: dict[str, Any]) -> Path:
     if record.exists():
         word = "pruned" if b'"status": "pruned"' in record.read_bytes() else "failed"
         record.rename(folder / f"{word}_{timestamp()}.json")
+    (folder / HASHES).unlink(missing_ok=True)
     write_atomic(folder / SPEC, json.dumps(spec, indent=1, allow_nan=True) + "\n")
     return folder
 
@@ -152,16 +156,12 @@ def finish(out: Path, record: Record) -> Path:
 
     A finished run of the same name is moved to `.superseded/<name>_<time>` first: nothing stored is ever lost.
     """
-    if record.result is None:
+    if (result := record.result) is None:
         raise ValueError(f"run {record.name} is {record.status}: only a run with a result can be finished")
     final = finished_dir(out, record.name)
-    if record.result.data_stall_percent is None:
-        timed = [epoch for epoch in record.result.epochs if epoch.timed]
-        if (seconds := sum(epoch.train_seconds for epoch in timed)) > 0:
-            percent = 100 * sum(epoch.data_stall_seconds for epoch in timed) / seconds
-            result = record.result.model_copy(update={"data_stall_percent": percent})
-            record = record.model_copy(update={"result": result})
-    folder = _write_record(out, record, record.result.epochs if record.result else ())
+    if result.epochs:
+        record = record.model_copy(update={"result": result.model_copy(update=_time(result.epochs))})
+    folder = _write_record(out, record, result.epochs)
     (folder / SPEC).unlink(missing_ok=True)
     if final.exists():
         old = out / SUPERSEDED / f"{record.name}_{timestamp()}"
@@ -170,6 +170,19 @@ def finish(out: Path, record: Record) -> Path:
     folder.rename(final)
     _sync(out)
     return final
+
+
+def _time(epochs: Sequence[EpochMetrics]) -> dict[str, Any]:
+    """The fields of a result that say of the timed epochs how many they are, how they spread, and how long they wait."""
+    timed = [epoch.train_seconds for epoch in epochs if epoch.timed]
+    timing = Timing(
+        epochs=len(timed), fastest=min(timed, default=None), slowest=max(timed, default=None),
+        untimed=dict(Counter(epoch.untimed for epoch in epochs if not epoch.timed)),
+    )  # fmt: skip
+    if not timed or sum(timed) == 0:
+        return {"timing": timing}
+    waiting = sum(epoch.data_stall_seconds for epoch in epochs if epoch.timed)
+    return {"timing": timing, "data_stall_percent": 100 * waiting / sum(timed)}
 
 
 def fail(out: Path, record: Record) -> Path:
@@ -184,8 +197,18 @@ def _write_record(out: Path, record: Record, epochs: Iterable[EpochMetrics] = ()
     folder.mkdir(parents=True, exist_ok=True)
     if epochs:
         write_epochs(folder, epochs)
-    write_atomic(folder / RECORD, record.model_dump_json(indent=1, exclude={"result": {"epochs"}}) + "\n")
+    text = (record.model_dump_json(indent=1, exclude={"result": {"epochs"}}) + "\n").encode()
+    hashes = {name: hash_file(folder / name) for name in (EPOCHS, WEIGHTS) if (folder / name).exists()}
+    hashes[RECORD] = hashlib.sha256(text).hexdigest()
+    write_atomic(folder / HASHES, json.dumps(hashes, indent=1) + "\n")
+    write_atomic(folder / RECORD, text)
     return folder
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import resource
 import sys
+from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
@@ -23,11 +24,12 @@ from harness.commands.report import export_runs, print_rows, write_page
 from harness.deadline import TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.plan import Grid
 from harness.progress import JsonLines, Progress, load_data, make_table, say
-from harness.record import Recorder, lock_run, name_of
+from harness.record import Recorder, lock_run, name_of, name_other_code
 from harness.resources import Resources, Session, check_resources, make_allocation
 from harness.results.remote import push_file, push_run, redact
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
 from harness.results.values import EpochMetrics, RunResult
+from harness.selfcheck import RefusedError, check_first
 from harness.spec import RunPaths, RunSpec, UserError, check_word
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class RunOptions:
     until_ci: float | None = None  # points
     max_seeds: int | None = None
     until: datetime | None = None  # local time at which to stop
+    no_check: bool = False  # of devices that are new
     dry_run: bool = False
     estimate: bool = False  # probe what is missing, train nothing
     profile: bool = False  # the same, for the parts of a step
@@ -103,17 +106,29 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             environment = {"launcher": options.resources.launcher}
             recorder = Recorder(paths, dataset.original, environment, partial(say, console))
             todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
+            _name_other_code(recorder, console)
             _advise_on_batch_norm(todo, console)
             session = Session(allocation, options.resources, paths, stack)
             prepared = _Prepared(options, console, session, dataset, recorder)
             if options.dry_run or options.estimate or options.profile:
                 return preview(prepared, specs, todo)
+            specs, todo = check_devices(prepared, specs, todo)
             specs, code = train_all(prepared, specs, todo)
     except TimeUp as up:
         say(console, f"{up}; the same command goes on")
         return EXIT_STOPPED
+    except RefusedError as error:
+        say(console, str(error))
+        return EXIT_FAILED
     met = print_results(prepared, specs)
     return code if met else EXIT_FAILED
+
+
+def _name_other_code(recorder: Recorder, console: Console) -> None:
+    """Say which of the finished runs other code has trained: the table will have them as they are."""
+    others = Counter(other for stored in recorder.known.values() if (other := name_other_code(stored.record)))
+    for code, runs in others.items():
+        say(console, f"{runs} run{'s' * (runs != 1)} done already, by {code}; --force trains again")
 
 
 def check_options(grid: Grid, options: RunOptions) -> None:
@@ -189,6 +204,27 @@ def _plan_table(prepared: _Prepared, specs: Sequence[RunSpec]) -> Table:
             spec.loader, spec.precision, spec.engine, width, spec.key[:8], state,
         )  # fmt: skip
     return table
+
+
+def check_devices(
+    prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpec]
+) -> tuple[list[RunSpec], list[RunSpec]]:
+    """All runs and those to do, with a loader and an engine that work on their devices. Raises RefusedError."""
+    session, recorder = prepared.session, prepared.recorder
+    checked = check_first(
+        todo,
+        session.allocation,
+        session.resources,
+        session.paths,
+        prepared.console,
+        skip=prepared.options.no_check,
+    )
+    recorder.environment |= checked.environment
+    recorder.warnings = checked.warnings
+    adapted = {spec: checked.adapt(spec) for spec in todo}
+    specs = list(dict.fromkeys(adapted.get(spec, spec) for spec in specs))
+    done = () if prepared.options.force else recorder.find_finished(adapted.values())
+    return specs, plan.pending(dict.fromkeys(adapted.values()), done)
 
 
 # --- training ---
