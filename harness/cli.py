@@ -52,6 +52,9 @@ Variant = Annotated[str, opt("Its network and recipe are used: see `harness vari
 Depth = Annotated[int | None, opt("Default: the variant's own.")]
 Epochs = Annotated[int | None, opt("Instead of the recipe's; its schedule is stretched.")]
 BatchSize = Annotated[int | None, opt("Global, over all workers. Default: the recipe's.")]
+BatchNorm = Annotated[
+    str | None, opt("Statistics of a batch: local (of each worker's images) or sync (of all workers').")
+]
 Precision = Annotated[str, opt("fp32, tf32, bf16 or fp16.")]
 Engine = Annotated[str | None, opt("eager, compile or graph. Default: graph on GPUs, eager on the CPU.")]
 Deterministic = Annotated[
@@ -92,6 +95,7 @@ def run(
     loader: Loader = "dali",
     epochs: Epochs = None,
     batch_size: BatchSize = None,
+    batch_norm: BatchNorm = None,
     precision: Precision = "fp32",
     engine: Engine = None,
     deterministic: Deterministic = False,
@@ -184,6 +188,7 @@ def tune(
     loader: Loader = "dali",
     epochs: Epochs = None,
     batch_size: BatchSize = None,
+    batch_norm: BatchNorm = None,
     precision: Precision = "fp32",
     engine: Engine = None,
     deterministic: Deterministic = False,

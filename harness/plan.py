@@ -24,6 +24,7 @@ Value = TypeVar("Value")
 LOADERS = ("dali", "resident", "dataloader", "synthetic")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENGINES: tuple[str, ...] = get_args(Engine)
+BATCH_NORMS = ("local", "sync")
 GPU_PRECISIONS = ("tf32", "fp16")
 ANY_IMAGES = ""  # as a given run's fingerprint: those of the data set that is named
 MAX_SEEDS = 10  # of a row, for --until-ci
@@ -44,6 +45,7 @@ class Grid:
     deterministic: bool = False
     epochs: int | None = None
     batch_size: int | None = None
+    batch_norm: str | None = None  # local or sync
     val: int | None = None
     limit_train: int | None = None
     limit_test: int | None = None
@@ -103,8 +105,12 @@ def check_grid(grid: Grid) -> None:
         check_word(grid.engine, ENGINES, "--engine")
     for name in ("epochs", "batch_size", "limit_train", "limit_test"):
         check_count(getattr(grid, name), f"--{name.replace('_', '-')}")
-    if grid.batch_size is not None and "batch_size" in grid.settings:
-        raise UserError("batch_size is given twice: leave --batch-size or --set batch_size=... out")
+    if grid.batch_norm is not None:
+        check_word(grid.batch_norm, BATCH_NORMS, "--batch-norm")
+    for name in ("batch_size", "batch_norm"):
+        if getattr(grid, name) is not None and name in grid.settings:
+            option = name.replace("_", "-")
+            raise UserError(f"{name} is given twice: leave --{option} or --set {name}=... out")
     check_count(grid.val, "--val", least=0)
     try:
         check_dataset_name(grid.dataset)
@@ -153,7 +159,7 @@ def override(recipe: Recipe, grid: Grid) -> tuple[Recipe, tuple[str, ...]]:
         factor = grid.epochs / recipe.duration
         milestones, warmup = tuple(m * factor for m in recipe.milestones), recipe.warmup * factor
         recipe = replace(recipe, duration=grid.epochs, unit="epoch", milestones=milestones, warmup=warmup)
-    asked = {"batch_size": grid.batch_size, "val": grid.val}
+    asked = {"batch_size": grid.batch_size, "batch_norm": grid.batch_norm, "val": grid.val}
     own: dict[str, Any] = {name: n for name, n in asked.items() if n is not None and n != getattr(recipe, name)}
     return replace(recipe, **own), tuple(f"{name}={n}" for name, n in (changed | own).items())
 
@@ -172,6 +178,10 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
         if spec.limit_train is not None and spec.limit_train > train_images:
             raise UserError(f"--limit-train {spec.limit_train}: {grid.dataset} has {train_images} training images")
         check_batch(spec.recipe, allocation.workers)
+        if spec.recipe.batch_norm == "sync" and spec.engine == "compile":
+            raise UserError(
+                "--engine compile cannot synchronise batch norm; with --batch-norm sync eager and graph are allowed"
+            )
         images = spec.limit_train or train_images
         if spec.recipe.val >= images:
             raise UserError(

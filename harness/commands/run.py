@@ -103,6 +103,7 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             environment = {"launcher": options.resources.launcher}
             recorder = Recorder(paths, dataset.original, environment, partial(say, console))
             todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
+            _advise_on_batch_norm(todo, console)
             session = Session(allocation, options.resources, paths, stack)
             prepared = _Prepared(options, console, session, dataset, recorder)
             if options.dry_run or options.estimate or options.profile:
@@ -131,6 +132,20 @@ def check_options(grid: Grid, options: RunOptions) -> None:
 
 
 # --- before training ---
+
+
+def _advise_on_batch_norm(todo: Sequence[RunSpec], console: Console) -> None:
+    """Several workers with statistics of their own train another network than the published one."""
+    local = [spec for spec in todo if spec.workers > 1 and spec.recipe.batch_norm == "local"]
+    if local:
+        shares = "/".join(str(n) for n in sorted({spec.recipe.batch_size // spec.workers for spec in local}))
+        say(
+            console,
+            f"batch norm over {shares} images a worker is another network than the published one: "
+            f"{local[0].workers} runs side by side with --workers 1 train that one and finish sooner; "
+            "--batch-norm sync trains it with several workers",
+            style="dim",
+        )
 
 
 def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpec]) -> int:

@@ -26,6 +26,7 @@ from harness.results.report.text import clean
 from harness.results.rows import Row
 from harness.results.statistics import mean
 from harness.results.store import Interrupted, Stored, load_epochs, write_atomic
+from harness.results.values import EpochMetrics
 
 MAX_RUNS = 200  # whose epochs are read for one page: more curves than that cannot be told apart
 MAX_POINT_NAMES = 24  # beside the points of a frontier; with more of them only the best are named
@@ -48,6 +49,8 @@ DESCRIBING = [column for column in DESCRIPTORS if not column.stays and column.na
 """Columns that distinguish rows of one network."""
 MEMORIES = ("nvml_process_mib", "torch_reserved_mib", "rss_mib")  # the best one to compare first
 
+LEARNING = {"val": "held out", "test": "test"}
+"""Images whose curves stand beside the training's."""
 Values = list[dict[str, Any]]
 
 
@@ -156,6 +159,9 @@ def _make_panel(rows: Sequence[Row], styles: Mapping[int, Style], chosen: set[in
     if curves:
         panel.datasets["curves"] = [styles[i]._asdict() | curve for i, some in curves.items() for curve in some]
         panel.charts.extend(_curve_charts(panel.datasets["curves"], title, [styles[i] for i in curves]))
+    if learning := [styles[i]._asdict() | one for i in curves for one in _load_learning(rows[i])]:
+        panel.datasets["learning"] = learning
+        panel.charts.extend(_learning_charts(learning, [styles[i] for i in curves]))
     panel.rows.update({styles[i].row: (styles[i].colour, styles[i].dash) for i in curves or members})
 
     done = [rows[i] for i in members if rows[i].done]
@@ -202,9 +208,32 @@ def _load_curves(row: Row) -> Iterator[dict[str, Any]]:
 
 def _load_errors(run: Stored | Interrupted) -> dict[int, float]:
     """By epoch. None where they cannot be read: the table stands on the record, and `harness why` names the fault."""
+    return {e.epoch: e.error for e in _load_epochs(run.folder) if math.isfinite(e.error)}
+
+
+def _load_epochs(folder: Path) -> list[EpochMetrics]:
     with suppress(OSError, ValueError):
-        return {e.epoch: e.error for e in load_epochs(run.folder) if math.isfinite(e.error)}
-    return {}
+        return load_epochs(folder)
+    return []
+
+
+def _load_learning(row: Row) -> Iterator[dict[str, Any]]:
+    """Error and loss of what is learnt and of what is not, over epochs: means of the finished runs that recorded both."""
+    runs = [{e.epoch: e for e in _load_epochs(s.folder) if e.train_error is not None} for s in row.done]
+    common = sorted(set.intersection(*map(set, runs))) if runs else []
+    figures = {"training": ("train_error", "loss"), LEARNING[row.evaluated_on]: ("error", "eval_loss")}
+    if row.evaluated_on == "val":
+        figures["test"] = ("test_error", "")
+
+    def means(name: str) -> list[float | None]:
+        columns: list[list[Any]] = [[getattr(run[epoch], name, None) for run in runs] for epoch in common]
+        return [
+            float(f"{mean(c):.4g}") if all(v is not None and math.isfinite(v) for v in c) else None
+            for c in columns
+        ]
+
+    for kind, (error, loss) in figures.items() if common else ():
+        yield _epochs(common) | {"of": kind, "error": means(error), "loss": means(loss)}
 
 
 def _epochs(epochs: list[int]) -> dict[str, Any]:
@@ -232,6 +261,18 @@ def _curve_charts(curves: Values, title: str, styles: Sequence[Style]) -> Iterat
     if zoom := _zoom(curves, last // 2 + 1) if last >= 4 else None:
         caption = f"The same from epoch {last // 2 + 1}, up to {zoom[1]:g} %"
         yield Chart("zoom", caption, spec([last // 2 + 1, last], zoom, clip=True))
+
+
+def _learning_charts(curves: Values, styles: Sequence[Style]) -> Iterator[Chart]:
+    last = max(max(curve.get("epoch") or [len(curve["loss"])]) for curve in curves)
+    kinds = [kind for kind in ("training", *LEARNING.values()) if any(curve["of"] == kind for curve in curves)]
+    for figure, title in (("error", "error, %"), ("loss", "loss")):
+        spec = make_spec(
+            "learning", figure=figure, title=title, epochs=[min(1, last), max(last, 2)], kinds=kinds,
+            colour=_by_row("colour", styles),
+        )  # fmt: skip
+        caption = f"{figure.capitalize()} after each epoch, mean of the seeds; of training images during the epoch"
+        yield Chart(f"learning-{figure}", caption, spec)
 
 
 def _zoom(curves: Values, first: int) -> list[float] | None:
