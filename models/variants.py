@@ -11,9 +11,15 @@ import difflib
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 Unit = Literal["epoch", "step"]
+
+
+def added(default: Any) -> Any:
+    """A field newer than stored specs: left out of them, too, where it stands at its default."""
+    return field(default=default, metadata={"added": True})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +49,11 @@ class Network:
     """Groups of a bottleneck's 3x3 convolution (arXiv:1611.05431)."""
     group_width: int = 0
     """Width of one of those groups in the first stage."""
-    stem_width: int = 0
+    stem_width: int = added(0)
     """Of the first convolution; 0: the first stage's."""
-    init: Literal["he", "truncated-he"] = "he"
+    init: Literal["he", "truncated-he"] = added("he")
     """Normal by fan-in (arXiv:1502.01852); truncated-he: none beyond two deviations, with the same variance (Keras)."""
-    padding: Literal["even", "end"] = "even"
+    padding: Literal["even", "end"] = added("even")
     """Of 3x3 convolutions of stride 2, where the image's side is even. even: one pixel on each side. end: one after
     the last pixel alone (TensorFlow's "same")."""
 
@@ -66,7 +72,7 @@ class Recipe:
     warmup: float = 0
     warmup_lr: float = 0.0
     warmup_shape: Literal["constant", "linear"] = "constant"  # constant at warmup_lr, or a line from it to lr
-    first_step: int = 0  # what the schedule counts the first step as; 1 in the Keras callback of the ladder
+    first_step: int = added(0)  # what the schedule counts the first step as; 1 in the Keras callback of the ladder
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
@@ -75,9 +81,7 @@ class Recipe:
     weights of squeeze-and-excitation."""
     label_smoothing: float = 0.0
     mixup: float = 0.0  # alpha; 0 is off
-    mixup_partner: Literal["batch", "set"] = (
-        "batch"  # another image of the rank's batch, or of the whole training set
-    )
+    mixup_partner: Literal["batch", "set"] = added("batch")  # of the rank's batch, or of the whole training set
     normalize: Literal["pixel-mean", "channel-mean", "channel-mean-std", "imagenet", "imagenet-mean"] = (
         "pixel-mean"
     )
@@ -88,12 +92,12 @@ class Recipe:
     pad_mode: Literal["zero", "black", "reflect", "mean"] = "zero"
     """zero: zeros after normalisation; black: before it; mean: of the image's own rows and columns (numpy.pad)."""
     crop: int | None = None  # side of the random crop; None: the image's own
-    scale_range: tuple[int, ...] = ()
+    scale_range: tuple[int, ...] = added(())
     """Least and largest side, drawn for each training image, to which it is enlarged before the crop; (): not at all."""
     flip: bool = True
     val: int = 0  # training images held out, and evaluated in place of the test set
     val_stratified: bool = False  # held out in equal shares of every class
-    batch_norm: Literal["local", "sync"] = field(default="local", metadata={"added": True})
+    batch_norm: Literal["local", "sync"] = added("local")
     """Whose images a training batch's statistics are of: each worker's own, as under DDP, or all workers'."""
 
 
@@ -107,6 +111,8 @@ class Variant:
     source: str
     summary: str
 
+
+NEON_EPS = 1e-3  # of its batch norms
 
 VariantFunction = Callable[[int], Variant]
 
@@ -123,6 +129,31 @@ def check_listed_depth(depth: int, depths: Collection[int]) -> None:
     """Raise ValueError unless depth is one of those."""
     if depth not in depths:
         raise ValueError(f"depth {depth} is none of {', '.join(map(str, depths))}")
+
+
+SIX_N = partial(check_depth, multiple=6)
+
+
+def declare(
+    name: str,
+    summary: str,
+    source: str,
+    *,
+    depth: int,
+    check: Callable[[int], None],
+    recipe: Recipe,
+    **network: Any,
+) -> VariantFunction:
+    """A variant whose recipe and fields of the network are the same at every depth that `check` lets pass."""
+    default = depth
+
+    def variant(depth: int = default) -> Variant:
+        check(depth)
+        own = Network(depth=depth, **network)
+        return Variant(name=name, network=own, recipe=recipe, source=source, summary=summary)
+
+    variant.__name__, variant.__doc__ = name.replace("-", "_"), summary
+    return variant
 
 
 def derive(base: VariantFunction, name: str, summary: str, source: str = "", **changes: Any) -> VariantFunction:
@@ -164,34 +195,16 @@ def he2015(depth: int = 20) -> Variant:
     )
 
 
-def msra(depth: int = 20) -> Variant:
-    """apark263/cfmz, written for neon: batch norm on the output, projections that start as the identity.
-
-    Its images are bytes less the mean colour, of range 255 where ours is 1; the batch norm after the stem
-    makes the two equal.
-    """
-    check_depth(depth, multiple=6)
-    return Variant(
-        name="msra",
-        network=Network(
-            depth=depth,
-            shortcut="identity-conv",
-            head_batch_norm=True,
-            batch_norm_eps=1e-3,  # neon's
-        ),
-        recipe=Recipe(duration=180, milestones=(90, 135), normalize="channel-mean", pad_mode="mean"),
-        source="github.com/apark263/cfmz",
-        summary="180 epochs, lr 0.1 dropped at 90 and 135, batch norm on the output",
-    )
-
+# Its images are bytes less the mean colour, of range 255 where ours is 1; the batch norm after the stem makes them equal.
+msra = declare(
+    "msra", "180 epochs, lr 0.1 dropped at 90 and 135, batch norm on the output", "github.com/apark263/cfmz",
+    depth=20, check=SIX_N, shortcut="identity-conv", head_batch_norm=True, batch_norm_eps=NEON_EPS,
+    recipe=Recipe(duration=180, milestones=(90, 135), normalize="channel-mean", pad_mode="mean"),
+)  # fmt: skip
 
 preact = derive(
-    he2015,
-    "preact",
-    "he2015 with batch norm and ReLU before each convolution",
-    "arXiv:1603.05027 figure 4(e)",
-    block="preact",
-)
+    he2015, "preact", "he2015, pre-activated: arXiv:1603.05027 figure 4(e)", "arXiv:1603.05027", block="preact",
+)  # fmt: skip
 
 
 def fattorib(depth: int = 20) -> Variant:
@@ -237,15 +250,10 @@ def miniplaces(depth: int = 74) -> Variant:
             architecture="imagenet",
             block="bottleneck" if depth == 50 else "basic",
             shortcut="projection",
-            batch_norm_eps=1e-3,  # neon's
+            batch_norm_eps=NEON_EPS,
         ),
         recipe=Recipe(
-            duration=80,
-            milestones=(40, 70),
-            weight_decay=5e-4,
-            normalize="channel-mean",
-            pad=0,
-            crop=112,
+            duration=80, milestones=(40, 70), weight_decay=5e-4, normalize="channel-mean", pad=0, crop=112
         ),
         source="github.com/apark263/mpmz",
         summary="80 epochs, lr 0.1 dropped at 40 and 70, crops of 112 pixels",
@@ -253,39 +261,24 @@ def miniplaces(depth: int = 74) -> Variant:
 
 
 mpmz = derive(
-    miniplaces,
-    "mpmz",
+    miniplaces, "mpmz",
     "the network of the published 17.5 %: shortcuts that start as the identity, batch norm on the output",
-    "github.com/apark263/mpmz@49b0525",
-    shortcut="identity-conv",
-    head_batch_norm=True,
-    normalize="imagenet-mean",
-    scale_range=(128, 240),
-)
+    "github.com/apark263/mpmz@49b0525", shortcut="identity-conv", head_batch_norm=True,
+    normalize="imagenet-mean", scale_range=(128, 240),
+)  # fmt: skip
 
 CONVNET_DEPTHS = (8,)
 
 
-def convnet(depth: int = 8) -> Variant:
-    """A programming exercise's network for the first two classes of CIFAR-10: KaushikRoy94/Work."""
-    check_listed_depth(depth, CONVNET_DEPTHS)
-    return Variant(
-        name="convnet",
-        network=Network(depth=depth, architecture="convnet", shortcut="projection"),
-        recipe=Recipe(
-            duration=5,
-            schedule="linear",
-            weight_decay=0.0,
-            normalize="channel-mean-std",
-            pad=0,
-            flip=False,
-        ),
-        source="github.com/KaushikRoy94/Work",
-        summary="5 epochs, lr 0.1 falling linearly to 0, no augmentation, for cifar2",
-    )
-
+convnet = declare(
+    "convnet", "5 epochs, lr 0.1 falling linearly to 0, no augmentation, for cifar2",
+    "github.com/KaushikRoy94/Work", depth=8, check=partial(check_listed_depth, depths=CONVNET_DEPTHS),
+    architecture="convnet", shortcut="projection",
+    recipe=Recipe( duration=5, schedule="linear", weight_decay=0.0, normalize="channel-mean-std", pad=0, flip=False ),
+)  # fmt: skip
 
 LADDER = "github.com/iamVarunAnand/image_classification"
+X: dict[str, Any] = {"architecture": "xresnet", "shortcut": "projection", "batch_norm_eps": 2e-5}
 
 LADDER_RECIPE = Recipe(
     duration=180,
@@ -301,18 +294,11 @@ LADDER_RECIPE = Recipe(
 )
 
 
-def xresnet(depth: int = 20) -> Variant:
-    """The ladder's first step: pre-activation, average-pool shortcuts, average and maximum pooled together."""
-    check_depth(depth, multiple=6)
-    return Variant(
-        name="xresnet",
-        network=Network(depth=depth, architecture="xresnet", shortcut="projection", batch_norm_eps=2e-5),
-        recipe=LADDER_RECIPE,
-        source=LADDER,
-        summary="180 epochs, lr 0.1 dropped at 90 and 135 after one at 0.01, 5,000 images held out",
-    )
-
-
+xresnet = declare(
+    "xresnet",
+    "the ladder's first step: pre-activation, average-pool shortcuts, both poolings; 5,000 images held out",
+    LADDER, depth=20, check=SIX_N, recipe=LADDER_RECIPE, **X,
+)  # fmt: skip
 COSINE: dict[str, Any] = {
     "schedule": "cosine", "milestones": (), "warmup": 5, "warmup_lr": 0.0, "warmup_shape": "linear",
 }  # fmt: skip
@@ -321,56 +307,39 @@ SQUEEZE: dict[str, Any] = {"squeeze_ratio": 16, "decay": "kernels-but-squeeze"}
 mxresnet = derive(xresnet, "mxresnet", "xresnet with Mish (arXiv:1908.08681)", activation="mish")
 se_mxresnet = derive(mxresnet, "se-mxresnet", "mxresnet with squeeze-and-excitation (arXiv:1709.01507)", **SQUEEZE)
 se_mxresnet_cosine = derive(
-    se_mxresnet, "se-mxresnet-cosine", "se-mxresnet with cosine decay after 5 epochs of warm-up", **COSINE
-)
+    se_mxresnet, "se-mxresnet-cosine", "se-mxresnet with cosine decay after 5 epochs of warm-up", **COSINE,
+)  # fmt: skip
 se_mxresnet_smooth = derive(
-    se_mxresnet_cosine, "se-mxresnet-smooth", "se-mxresnet-cosine with label smoothing 0.1", label_smoothing=0.1
-)
+    se_mxresnet_cosine, "se-mxresnet-smooth", "se-mxresnet-cosine with label smoothing 0.1",
+    label_smoothing=0.1,
+)  # fmt: skip
 se_mxresnet_mixup = derive(se_mxresnet_smooth, "se-mxresnet-mixup", "se-mxresnet-smooth with mixup 0.4", mixup=0.4)
 se_mxresnet_reflect = derive(
-    se_mxresnet_mixup, "se-mxresnet-reflect", "se-mxresnet-mixup with reflection padding", pad_mode="reflect"
-)
+    se_mxresnet_mixup, "se-mxresnet-reflect", "se-mxresnet-mixup with reflection padding", pad_mode="reflect",
+)  # fmt: skip
 
 
-def xresnext_16x2d(depth: int = 29) -> Variant:
-    """xresnet with bottlenecks of 16 groups of width 2 (arXiv:1611.05431)."""
-    check_depth(depth, multiple=9)
-    network = replace(xresnet().network, depth=depth, block="bottleneck", cardinality=16, group_width=2)
-    summary = "xresnet with grouped bottlenecks"
-    return Variant(name="xresnext-16x2d", network=network, recipe=LADDER_RECIPE, source=LADDER, summary=summary)
-
-
+xresnext_16x2d = declare(
+    "xresnext-16x2d", "xresnet with bottlenecks of 16 groups of width 2 (arXiv:1611.05431)", LADDER, depth=29,
+    check=partial(check_depth, multiple=9), recipe=LADDER_RECIPE, **X, block="bottleneck", cardinality=16,
+    group_width=2,
+)  # fmt: skip
 xresnet_bottleneck = derive(
-    xresnext_16x2d, "xresnet-bottleneck", "xresnet with bottlenecks of width 16", cardinality=1, group_width=16
-)
+    xresnext_16x2d, "xresnet-bottleneck", "xresnet with bottlenecks of width 16", cardinality=1, group_width=16,
+)  # fmt: skip
 se_mxresnext_16x2d = derive(
-    xresnext_16x2d,
-    "se-mxresnext-16x2d",
-    "xresnext-16x2d with Mish and squeeze-and-excitation",
-    activation="mish",
-    **SQUEEZE,
-)
+    xresnext_16x2d, "se-mxresnext-16x2d", "xresnext-16x2d with Mish and squeeze-and-excitation",
+    activation="mish", **SQUEEZE,
+)  # fmt: skip
 se_mxresnext_16x2d_reflect = derive(
-    se_mxresnext_16x2d,
-    "se-mxresnext-16x2d-reflect",
-    "se-mxresnext-16x2d with the recipe of se-mxresnet-reflect",
-    label_smoothing=0.1,
-    mixup=0.4,
-    pad_mode="reflect",
-    **COSINE,
-)
+    se_mxresnext_16x2d, "se-mxresnext-16x2d-reflect",
+    "se-mxresnext-16x2d with the recipe of se-mxresnet-reflect", label_smoothing=0.1, mixup=0.4,
+    pad_mode="reflect", **COSINE,
+)  # fmt: skip
 
 LADDER_VARIANTS = (
-    *(
-        xresnet,
-        mxresnet,
-        se_mxresnet,
-        se_mxresnet_cosine,
-        se_mxresnet_smooth,
-        se_mxresnet_mixup,
-        se_mxresnet_reflect,
-    ),
-    *(xresnext_16x2d, xresnet_bottleneck, se_mxresnext_16x2d, se_mxresnext_16x2d_reflect),
+    *(xresnet, mxresnet, se_mxresnet, se_mxresnet_cosine, se_mxresnet_smooth, se_mxresnet_mixup),
+    *(se_mxresnet_reflect, xresnext_16x2d, xresnet_bottleneck, se_mxresnext_16x2d, se_mxresnext_16x2d_reflect),
 )
 
 

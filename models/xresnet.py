@@ -92,7 +92,7 @@ class AverageShortcut(nn.Module):
     torch counts as 0.01.
     """
 
-    def __init__(self, in_width: int, width: int, stride: int, *, bare: bool) -> None:
+    def __init__(self, in_width: int, width: int, stride: int, *, bare: bool = False) -> None:
         super().__init__()
         self.stride = stride
         self.conv = conv1x1(in_width, width)

@@ -94,6 +94,7 @@ def _against(against: Against) -> Iterator[str]:
     published, ours, verdict = against.published, against.ours, against.verdict
     number = published.error if published.error is not None else published.top5_error
     yield f"published {number} % (n = {published.n}, {published.rule} epoch): {published.source}"
+    yield f"  it rests on: {published.rests_on}"
     yield f"  difference = {ours.mean:.4f} − {number} = {against.difference:+.4f}"
     if verdict is None:
         yield "  one run on each side: no verdict"
