@@ -72,7 +72,7 @@ class Mixing:
     """
 
     def __init__(self, loader: Loader, partners: Loader, plan: SamplingPlan, config: LoaderConfig) -> None:
-        self.steps = plan.steps
+        self.steps, self.call_steps, self.calls_ahead = plan.steps, loader.call_steps, loader.calls_ahead
         self._loaders = loader, partners
         self._plan, self._config = plan, config
 
