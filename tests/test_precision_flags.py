@@ -6,6 +6,7 @@ torch has two ways to say TF32, and whoever mixes them makes every reader raise,
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any, get_args
 from unittest import mock
 
 import pytest
+from rich.console import Console
 
 from harness.spec import Precision
 
@@ -226,6 +228,27 @@ def test_a_deterministic_run_is_set_up_as_one(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: a CPU's kernels cannot be compiled")
 def test_the_compiler_reads_the_flags_in_every_precision() -> None:
     assert run("compile") == "compiled"
+
+
+def test_each_way_of_the_speed_benchmark_has_its_own_flags_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import speed
+    import torch
+
+    seen: dict[str, set[bool]] = {"tf32": set(), "fp32": set()}
+
+    def epochs(precision: str) -> Any:
+        while True:
+            seen[precision].add(torch.backends.cuda.matmul.allow_tf32)
+            yield 1.0
+
+    ways = [speed.Way(name, 20, "eager", name, "resident", epochs(name)) for name in seen]
+    try:
+        speed.take_turns(ways, rounds=3, epochs=6, device=torch.device("cpu"), console=Console(file=io.StringIO()))
+    finally:
+        speed.set_precision("fp32")
+    assert seen == {"tf32": {True}, "fp32": {False}}
+    assert [len(way.seconds) for way in ways] == [3, 3]
 
 
 if __name__ == "__main__":
