@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.loaders.cache import Arrays, Metadata, cache_dir, cached, lock
-from harness.loaders.cifar100 import SUPERCLASS, SUPERCLASSES
+from harness.loaders.cifar import SUPERCLASS, SUPERCLASSES, TORCHVISION
 
 DATASETS: tuple[str, ...] = ("cifar10", "cifar2", "cifar100", "cifar100-coarse", "digits", "miniplaces")
 """The names `load_dataset` knows; `folder:PATH` is the other way to name one."""
@@ -31,15 +31,6 @@ DATASETS: tuple[str, ...] = ("cifar10", "cifar2", "cifar100", "cifar100-coarse",
 Progress = Callable[[str, int, int], None]
 """Called with the activity, the count done and the total."""
 
-CIFAR10_CLASSES = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-)
-TORCHVISION: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "cifar10": ("CIFAR10", "cifar-10-batches-py", CIFAR10_CLASSES),
-    "cifar100": ("CIFAR100", "cifar-100-python", tuple(sorted(SUPERCLASS))),
-}
-"""torchvision's class, which knows the address and the checksums, its folder, and the classes in their order."""
 MINIPLACES_TRAIN_IMAGES = 100_000
 ORIGINAL = {"09a5676e728262a768e427676db1b20e1ae9945c739c767c91d3143e7d255138"}  # digits
 """Fingerprints of published images. CIFAR-10's files have MD5 sums in torchvision; those of Mini-Places2 are not known here."""

@@ -1,7 +1,11 @@
-"""The classes of CIFAR-100, fine and coarse: www.cs.toronto.edu/~kriz/cifar.html."""
+"""The classes of CIFAR-10 and CIFAR-100, fine and coarse (www.cs.toronto.edu/~kriz/cifar.html)."""
 
 from __future__ import annotations
 
+CIFAR10_CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
 SUPERCLASSES = {
     "aquatic_mammals": "beaver dolphin otter seal whale", "fish": "aquarium_fish flatfish ray shark trout",
     "flowers": "orchid poppy rose sunflower tulip", "food_containers": "bottle bowl can cup plate",
@@ -20,3 +24,8 @@ SUPERCLASSES = {
 }  # fmt: skip
 """The 20 coarse classes of CIFAR-100 and their fine ones; in its files both are numbered by the alphabet."""
 SUPERCLASS = {fine: coarse for coarse, members in SUPERCLASSES.items() for fine in members.split()}
+TORCHVISION: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", CIFAR10_CLASSES),
+    "cifar100": ("CIFAR100", "cifar-100-python", tuple(sorted(SUPERCLASS))),
+}
+"""torchvision's class, which knows the address and the checksums, its folder, and the classes in their order."""
