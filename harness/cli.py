@@ -396,7 +396,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     code: Any
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="harness")
     except UserError as error:
         code = _complain(str(error))
     except OSError as error:

@@ -46,7 +46,7 @@ def make_table(*columns: str, left: Collection[str] = (), fold: bool = False, **
 
 def natural_width(columns: Mapping[str, Sequence[str]]) -> int:
     """Of these columns beside each other, two spaces between."""
-    return sum(max(map(len, [name, *cells])) + 2 for name, cells in columns.items())
+    return sum(max(map(len, [name, *cells])) + 2 for name, cells in columns.items()) - 2
 
 
 def fit_columns(
@@ -54,7 +54,7 @@ def fit_columns(
 ) -> Mapping[str, Sequence[str]]:
     """Those of the columns that fit: `spare` ones go first, in their order."""
     for name in spare:
-        if natural_width(columns) - 2 > width:
+        if natural_width(columns) > width:
             columns = {kept: cells for kept, cells in columns.items() if kept != name}
     return columns
 

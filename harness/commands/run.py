@@ -96,7 +96,7 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             images = len(dataset.train)
             specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
             fallback = plan.fallback_world_sizes(options.elastic, specs)
-            plan.check_epochs(() if grid.specs else specs, images)
+            plan.check_epochs(() if grid.specs or options.estimate or options.profile else specs, images)
             allocation = replace(allocation, fallback_world_sizes=fallback)
             paths = replace(paths, label=dataset.label)
             runs = len(specs) if options.until_ci is None else plan.MAX_SEEDS
@@ -308,7 +308,8 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
         _print_wide_rows(prepared, specs, options.until_ci)
     note = partial(say, console, style="dim")
     if not recorder.started:
-        note(f"all {len(specs)} runs were done already; --force trains them again")
+        what = "this run was" if len(specs) == 1 else f"all {len(specs)} runs were"
+        note(f"{what} done already; --force trains again")
     note(f"stored in {redact(paths.remote).partition('?')[0] or paths.out}")
     try:
         page = write_page(paths.out, loaded)
