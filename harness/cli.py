@@ -75,6 +75,9 @@ Variant = Annotated[
 Depth = Annotated[int | None, opt("Default: the variant's own.", "--depth", "--depths")]
 Epochs = Annotated[int | None, opt("Instead of the recipe's; its schedule is stretched.")]
 BatchSize = Annotated[int | None, opt("Global, over all workers. Default: the recipe's.")]
+BatchNorm = Annotated[
+    str | None, opt("Statistics of a batch: local (of each worker's images) or sync (of all workers').")
+]
 Precision = Annotated[str, opt("fp32, tf32, bf16 or fp16.")]
 Engine = Annotated[str | None, opt("eager, compile or graph. Default: graph on GPUs, eager on the CPU.")]
 Deterministic = Annotated[
@@ -91,6 +94,7 @@ Until = Annotated[
     str | None, opt("Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued.")
 ]
 Verbose = Annotated[bool, opt("Show Ray's own messages.", "--verbose")]
+Preset = Annotated[str | None, opt("The runs of a source's table: cfmz, fattorib, mpmz, convnet or ladder.")]
 Across = Annotated[str | None, opt("Fields to average over, as in workers,threads.")]
 Results = Annotated[list[str] | None, arg("Folders of results or of single runs, s3:// or gs://.")]
 
@@ -108,6 +112,7 @@ def run(
         str, opt("Variants, as in msra,he2015, or all: see `harness variants`.", "--variants", "--variant")
     ] = "he2015",
     seeds: Annotated[str, opt("A count (3 is seeds 0,1,2) or the seeds themselves (0,7 or 3..6).")] = "1",
+    preset: Preset = None,
     spec: Annotated[
         list[Path] | None,
         opt("Train the run of this record.json or spec.json, as changed by other options. Repeatable."),
@@ -117,6 +122,7 @@ def run(
     loader: Loader = "dali",
     epochs: Epochs = None,
     batch_size: BatchSize = None,
+    batch_norm: BatchNorm = None,
     precision: Precision = "fp32",
     engine: Engine = None,
     deterministic: Deterministic = False,
@@ -174,6 +180,8 @@ def run(
         "settings": parse_settings(settings or ()),
         "until": parse_until(until, datetime.now()) if until is not None else None,
     }
+    if preset is not None:
+        values |= plan.apply_preset(preset, values, chosen(context))
     grid = plan.fill(plan.Grid, values)
     if spec:
         grid = plan.make_spec_grid(spec, grid, chosen(context))
@@ -209,6 +217,7 @@ def tune(
     loader: Loader = "dali",
     epochs: Epochs = None,
     batch_size: BatchSize = None,
+    batch_norm: BatchNorm = None,
     precision: Precision = "fp32",
     engine: Engine = None,
     deterministic: Deterministic = False,
@@ -249,34 +258,33 @@ def report(
     format: Annotated[str, opt("table, markdown, csv, json, latex or html.")] = "table",
     sort: Annotated[str | None, opt("A column, as in error; -error: largest first.")] = None,
     columns: Annotated[str | None, opt("Columns to show, as in variant,depth,error.")] = None,
+    preset: Preset = None,
     across: Across = None,
     output: Annotated[Path | None, opt("Write to this file.")] = None,
     curves: Annotated[Path | None, opt("Draw the charts into this folder, as SVG and PNG.")] = None,
 ) -> None:
     """Print the comparison table of stored runs."""
-    from harness.commands.report import find_results, print_report
-    from harness.plan import parse_words
+    values = dict(locals())
+    from harness.commands.report import ReportOptions, find_results, print_report
+    from harness.plan import fill, parse_words
 
-    any_run = print_report(
-        find_results(paths or ["runs"]),
-        make_console(),
-        format=format,
-        sort=sort,
-        columns=parse_words(columns, "--columns"),
-        across=parse_words(across, "--across"),
-        output=output,
-        curves=curves,
-    )
+    values |= {"columns": parse_words(columns, "--columns"), "across": parse_words(across, "--across")}
+    options = fill(ReportOptions, values)
+    any_run = print_report(find_results(paths or ["runs"]), make_console(), options)
     raise typer.Exit(0 if any_run else 2)
 
 
 @app.command()
 def compare(
     paths: Annotated[list[str], arg("Two folders of results, A and B; or one, with --by.")],
-    by: Annotated[str | None, opt("Compare runs that differ in this field, as in loader.")] = None,
+    by: Annotated[
+        str | None,
+        opt("Compare runs that differ in this field, as in loader, or precision=fp32,bf16: first is A."),
+    ] = None,
     fail_on: Annotated[
         str | None, opt("Exit with 1 where this holds, as in 'error>+0.3,epoch_seconds>5%'.")
     ] = None,
+    strict: Annotated[bool, opt("Exit with 1, too, where the runs cannot tell.", "--strict")] = False,
     across: Across = None,
     format: Annotated[str, opt("table, markdown or json.")] = "table",
 ) -> None:
@@ -289,6 +297,7 @@ def compare(
         make_console(),
         by=by,
         fail_on=fail_on,
+        strict=strict,
         format=format,
         across=parse_words(across, "--across"),
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from harness.cluster.job import Allocation
+from harness.models.presets import find_preset
 from harness.models.variants import Recipe, Variant, default_depth, find_variant, variant_names
 from harness.results.statistics import confidence_interval, sample
 from harness.search_space import apply
@@ -23,6 +24,7 @@ Value = TypeVar("Value")
 LOADERS = ("dali", "resident", "dataloader", "synthetic")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENGINES: tuple[str, ...] = get_args(Engine)
+BATCH_NORMS = ("local", "sync")
 GPU_PRECISIONS = ("tf32", "fp16")
 ANY_IMAGES = ""  # as a given run's fingerprint: those of the data set that is named
 MOST_EPOCHS = 1000  # of a recipe in steps
@@ -36,6 +38,7 @@ class Grid:
 
     variants: tuple[str, ...]
     depths: tuple[int, ...] = ()  # none: each variant's default
+    networks: tuple[tuple[str, int], ...] = ()  # variants and depths, in place of variants × depths: a preset's
     seeds: tuple[int, ...] = (0,)
     dataset: str = "cifar10"
     loader: str = "dali"
@@ -44,6 +47,7 @@ class Grid:
     deterministic: bool = False
     epochs: int | None = None
     batch_size: int | None = None
+    batch_norm: str | None = None  # local or sync
     val: int | None = None
     limit_train: int | None = None
     limit_test: int | None = None
@@ -137,17 +141,40 @@ def check_grid(grid: Grid) -> None:
         check_word(grid.engine, ENGINES, "--engine")
     for name in ("epochs", "batch_size", "limit_train", "limit_test"):
         check_count(getattr(grid, name), f"--{name.replace('_', '-')}")
-    if grid.batch_size is not None and "batch_size" in grid.settings:
-        raise UserError("batch_size is given twice: leave --batch-size or --set batch_size=... out")
+    if grid.batch_norm is not None:
+        check_word(grid.batch_norm, BATCH_NORMS, "--batch-norm")
+    for name in ("batch_size", "batch_norm"):
+        if getattr(grid, name) is not None and name in grid.settings:
+            option = name.replace("_", "-")
+            raise UserError(f"{name} is given twice: leave --{option} or --set {name}=... out")
     check_count(grid.val, "--val", least=0)
     try:
         check_dataset_name(grid.dataset)
-        for name in () if grid.specs else grid.variants:
-            function = find_variant(name)
-            for depth in grid.depths or (default_depth(function),):
-                function(depth)
+        for name, depth in () if grid.specs else grid_networks(grid):
+            find_variant(name)(depth)
     except (DataError, ValueError) as error:
         raise UserError(str(error)) from None
+
+
+def grid_networks(grid: Grid) -> list[tuple[str, int]]:
+    """Variant and depth of every row. Raises ValueError for an unknown variant."""
+    every = (
+        (name, depth) for name in grid.variants for depth in grid.depths or (default_depth(find_variant(name)),)
+    )
+    return list(grid.networks or every)
+
+
+def apply_preset(name: str, values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """The preset's networks and data set, but for what a user chose: `given`. Raises UserError."""
+    if "spec" in given:
+        raise UserError("--preset and --spec exclude each other: each names the runs")
+    try:
+        preset = find_preset(name)
+        chosen = (values[option] if option in given else () for option in ("variants", "depths"))
+        networks = preset.select(*chosen)
+    except ValueError as error:
+        raise UserError(f"--preset: {error}") from None
+    return {"networks": networks, "dataset": values["dataset"] if "dataset" in given else preset.dataset}
 
 
 def choose_engine(engine: str | None, device: str) -> Engine:
@@ -168,7 +195,7 @@ def override(recipe: Recipe, grid: Grid) -> tuple[Recipe, tuple[str, ...]]:
         factor = grid.epochs / recipe.duration
         milestones, warmup = tuple(m * factor for m in recipe.milestones), recipe.warmup * factor
         recipe = replace(recipe, duration=grid.epochs, unit="epoch", milestones=milestones, warmup=warmup)
-    asked = {"batch_size": grid.batch_size, "val": grid.val}
+    asked = {"batch_size": grid.batch_size, "batch_norm": grid.batch_norm, "val": grid.val}
     own: dict[str, Any] = {name: n for name, n in asked.items() if n is not None and n != getattr(recipe, name)}
     return replace(recipe, **own), tuple(f"{name}={n}" for name, n in (changed | own).items())
 
@@ -181,16 +208,22 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
         specs = [
             _make_spec(grid, name, depth, seed, allocation, fingerprint)
             for seed in grid.seeds
-            for name in grid.variants
-            for depth in grid.depths or (default_depth(find_variant(name)),)
+            for name, depth in grid_networks(grid)
         ]
     for spec in specs:
         if spec.limit_train is not None and spec.limit_train > train_images:
             raise UserError(f"--limit-train {spec.limit_train}: {grid.dataset} has {train_images} training images")
         check_batch(spec.recipe, allocation.workers)
+        if spec.recipe.batch_norm == "sync" and spec.engine == "compile":
+            raise UserError(
+                "--engine compile cannot synchronise batch norm; with --batch-norm sync eager and graph are allowed"
+            )
         images = spec.limit_train or train_images
         if spec.recipe.val >= images:
-            raise UserError(f"{spec.recipe.val} validation images of {images}: none are left to train on")
+            raise UserError(
+                f"{spec.name} holds out {spec.recipe.val:,} training images, and here are {images:,}: give a number "
+                f"that leaves some to train on, as --val {max(1, images // 10)}"
+            )
     return list(dict.fromkeys(specs))
 
 

@@ -375,10 +375,12 @@ class JsonLines:
         """Print an epoch, counted from 0; accuracies are shares of 1."""
         if isinstance(event, EpochMetrics):
             self.seconds[spec.key] += event.train_seconds
-            measured = "val_acc" if spec.recipe.val else "test_acc"
+            evaluated = "val" if spec.recipe.val else "test"
+            errors = {"test": event.test_error, evaluated: event.error, "train": event.train_error}
+            shares = {f"{of}_acc": round(1 - error / 100, 6) for of, error in errors.items() if error is not None}
             self._print(
-                spec, epoch=event.epoch - 1, **{measured: round(1 - event.error / 100, 6)},
-                time=self.seconds[spec.key], loss=event.loss,
+                spec, epoch=event.epoch - 1, **shares, time=self.seconds[spec.key], loss=event.loss,
+                **{f"{evaluated}_loss": event.eval_loss},
             )  # fmt: skip
 
     def ended(self, spec: RunSpec, outcome: RunResult | Failed) -> None:

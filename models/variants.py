@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Unit = Literal["epoch", "step"]
@@ -74,6 +74,8 @@ class Recipe:
     flip: bool = True
     val: int = 0  # training images held out, and evaluated in place of the test set
     val_stratified: bool = False  # held out in equal shares of every class
+    batch_norm: Literal["local", "sync"] = field(default="local", metadata={"added": True})
+    """Whose images a training batch's statistics are of: each worker's own, as under DDP, or all workers'."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,48 +1,141 @@
 """Two sets of runs compared: difference, interval, and whether they are the same within a margin.
 
-A difference is B minus A, so that "error +0.30" means B is worse.
+A difference is B minus A, so that "error +0.30" means B is worse. Its 90 % interval is the one that is shown, that the
+verdict rests on, and that `--fail-on` tests.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from typing import Literal, NamedTuple
 
 from harness.results.metrics import METRICS, NONE, Metric, suggest
-from harness.results.report.text import Sheet, clean, escape_markdown, for_markdown, for_terminal, paint
-from harness.results.rows import Row
-from harness.results.statistics import Interval, Sample, estimate_mean, sample, subtract
+from harness.results.rows import Row, flatten_spec
+from harness.results.statistics import (
+    LEVEL,
+    Estimate,
+    Interval,
+    Shift,
+    estimate_mean,
+    mean,
+    median,
+    sample,
+    shift,
+    subtract,
+    t_quantile,
+)
+from harness.results.store import Stored
+
+Verdict = Literal["equivalent", "different", "cannot tell"]
+IDENTITY = ("variant", "network.depth", "dataset")
+IMAGES = ("dataset", "fingerprint", "limit_test", "recipe.val", "recipe.val_stratified")
+"""Errors are compared only where these agree: they are then of the same images."""
+FOLLOWS: Mapping[str, tuple[str, ...]] = {
+    "workers": ("threads",), "device": ("hardware", "threads"), "variant": ("network.", "recipe.", "overrides")
+}  # fmt: skip
+"""Fields, or beginnings of their names, that may change with the one that `--by` names."""
+CODE = ("commit", "dirty")  # what two folders are compared for, as a rule
+SESSION_SPREAD = 0.03  # of seconds, from one session to another: std, as a share
+SESSION_GAP = timedelta(hours=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One metric of one pair. Difference, interval and margin in points, or in percent where the metric is relative."""
+    """One metric of one pair. Difference and interval in points, or in percent of A where the metric is relative."""
 
     metric: Metric
-    a: Sample | None
-    b: Sample | None
-    margin: float | None  # within which the sides are called equivalent
-    difference: float | None = None
-    interval: Interval | None = None  # 90 %, Welch
-    verdict: Literal["equivalent", "different", "~"] = "~"
+    a: tuple[float, ...]  # of each run
+    b: tuple[float, ...]
+    test: Estimate | Shift | None = (
+        None  # of the difference: in points, of logarithms where the metric is relative
+    )
+    how: str = ""  # which test, and what it assumes; or why there is none
+
+    @property
+    def difference(self) -> float | None:
+        return self._scaled(self.test.value) if self.test else None
+
+    @property
+    def interval(self) -> Interval | None:
+        if self.test is None:
+            return None
+        interval = self.test.interval()
+        return Interval(self._scaled(interval.low), self._scaled(interval.high))
+
+    @property
+    def verdict(self) -> Verdict:
+        """Equivalent where the interval lies within the margin, different where it lies beyond it."""
+        if (interval := self.interval) is None or (margin := self.metric.margin) is None:
+            return "cannot tell"
+        lowest = 100 / (1 + margin / 100) - 100 if self.metric.relative else -margin  # a ratio and its inverse
+        if lowest < interval.low and interval.high < margin:
+            return "equivalent"
+        return "different" if interval.low > margin or interval.high < lowest else "cannot tell"
+
+    def __str__(self) -> str:
+        """ "+0.50 (+0.41 … +0.59) points" """
+        interval, unit = self.interval, "%" if self.metric.relative else "points"
+        if self.difference is None or interval is None:
+            return self.how
+        return f"{signed(self.difference)} ({signed(interval.low)} … {signed(interval.high)}) {unit}"
+
+    def _scaled(self, value: float) -> float:
+        return 100 * math.expm1(value) if self.metric.relative else value
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    a: Row
-    b: Row
-    differs: dict[str, tuple[str, str]]  # field -> its value in A and in B
+    """A row of A and its counterpart; None: there is none."""
+
+    a: Row | None
+    b: Row | None
+    differs: Mapping[str, tuple[str, str]]  # field -> its value in A and in B
     figures: tuple[Comparison, ...]
+    unlike: tuple[str, ...] = ()  # machines and versions that differ and that nobody chose
+
+    @property
+    def name(self) -> str:
+        return " → ".join(dict.fromkeys(row.name for row in (self.a, self.b) if row))
+
+    def problems(self) -> Iterator[str]:
+        """What forbids to say that B is no worse, whatever the figures."""
+        if self.a is None:
+            return
+        if self.b is None:
+            yield "has no counterpart in B"
+            return
+        before, after = (sorted(_failures(row)) for row in (self.a, self.b))
+        if len(after) > len(before):
+            yield f"{len(after)} failed in B ({', '.join(after)}), {len(before)} in A"
+        elif not self.b.done:
+            yield "has no finished run in B"
+        for name in self.unlike:
+            yield f"unlike {name}: {' → '.join(self.differs[name])} (--across {name} overlooks it)"
 
 
-IDENTITY = {"variant", "network.depth", "label"}
-"""Fields in which two compared rows agree wherever they take several values on either side."""
+def _failures(row: Row) -> list[str]:
+    """A word for each run that failed or diverged."""
+    failed: list[str] = [stored.record.failure.kind for stored in row.failed if stored.record.failure]
+    results = [stored.record.result for stored in row.done if stored.record.result]
+    return failed + ["NaN" for result in results if not math.isfinite(result.final_error)]
+
+
+def centre_of(metric: Metric, values: Sequence[float]) -> float:
+    """The figure of a side, as its row has it: mean of errors, median of all else."""
+    return mean(values) if metric.kind == "error" else median(values)
+
+
+def signed(value: float) -> str:
+    """Two digits with their sign, 0.00 without."""
+    text = f"{value:+.2f}".replace("-", "−")
+    return "0.00" if text in ("−0.00", "+0.00") else text
+
+
+# --- which rows are compared ---
 
 
 def find_metric(name: str) -> Metric:
@@ -53,52 +146,78 @@ def find_metric(name: str) -> Metric:
     return METRICS[name]
 
 
-def _choose(metrics: Sequence[str]) -> list[Metric]:
-    """Those that have a margin, and those that are named."""
-    names = dict.fromkeys([*(name for name, metric in METRICS.items() if metric.margin), *metrics])
-    return list(map(find_metric, names))
-
-
 def compare(a: Sequence[Row], b: Sequence[Row], metrics: Sequence[str] = ()) -> list[Pair]:
-    """Pair the rows of two sides and compare them; rows without a result or a counterpart are left out.
+    """Pair the rows of two sides and compare them. A row without counterpart is a pair of its own.
 
-    Within a pair a field must agree that takes several values on both sides; variant, depth and data set must where
-    they take several on either. What is constant on a side may be what the comparison is about (dali against
-    dataloader). `metrics` are compared in addition to those with a margin. Raises ValueError for an unknown metric.
+    Within a pair a field agrees that takes several values on both sides, or several on one that the other has too;
+    variant, depth and images wherever they take several. What is constant on a side may be what the comparison is
+    about (dali against dataloader). `metrics` are compared in addition to those with a margin. Raises ValueError for
+    an unknown metric, and for sides that were evaluated on different images.
     """
-    chosen = _choose(metrics)
-    a, b = [row for row in a if row.done], [row for row in b if row.done]
-    binding = []
-    for name in sorted({name for row in (*a, *b) for name in row.fields}):
-        varies = [len({row.fields.get(name) for row in side}) > 1 for side in (a, b)]
-        if all(varies) or (name in IDENTITY and any(varies)):
-            binding.append(name)
-    partners: dict[tuple[str | None, ...], list[Row]] = defaultdict(list)
-    for row in b:
-        partners[tuple(map(row.fields.get, binding))].append(row)
-    pairs = [(row, partners.get(tuple(map(row.fields.get, binding)), ())) for row in a]
-    return [_pair(row, other, chosen) for row, others in pairs for other in others]
+    images = [{_images(row) for row in side if row.done} for side in (a, b)]
+    if all(images) and not images[0] & images[1]:
+        first, second = (next(row for row in side if row.done) for side in (a, b))
+        raise ValueError(f"A was evaluated on {_images_of(first)}, B on {_images_of(second)}: not comparable")
+    names = []
+    for name in sorted({name for row in (*a, *b) for name in row.fields} | {"dataset"}):
+        values = [{_value(row, name) for row in side} - {None} for side in (a, b)]
+        varies = [len(several) > 1 for several in values]
+        always = name in (*IDENTITY, *IMAGES) or values[0] & values[1]
+        if all(varies) or (any(varies) and always):
+            names.append(name)
+    return _match(a, b, names, metrics)
 
 
-def compare_by(rows: Sequence[Row], field: str, metrics: Sequence[str] = ()) -> list[Pair]:
-    """Compare rows that differ in one field alone; A is the field's first value, in order, B each other one.
+def compare_by(rows: Sequence[Row], by: str, metrics: Sequence[str] = ()) -> list[Pair]:
+    """Compare rows that differ in one field alone. A is the field's first value: as given, "precision=fp32,bf16", or
+    else in order; B each other one.
 
-    Raises ValueError for an unknown metric, and where no row has the field or it has one value only.
+    Raises ValueError for an unknown metric, field or value, for a field that has one value only, and for the images.
     """
-    chosen = _choose(metrics)
-    rows = [row for row in rows if row.done]
+    field, _, chosen = by.partition("=")
     known = sorted({name for row in rows for name in row.fields})
     if field not in known:
         raise ValueError(f"no field {field!r} in these runs: {suggest(field, known)}")
-    by: dict[str, dict[str, Row]] = defaultdict(dict)  # value -> the rest of the fields -> row
+    if field in (*IMAGES, "label"):
+        raise ValueError(f"{field}: errors on different images are not comparable")
+    sides: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        rest = json.dumps({name: value for name, value in row.fields.items() if name != field}, sort_keys=True)
-        by[row.fields.get(field, NONE)][rest] = row
-    first, *others = sorted(by, key=_natural)
+        if row.done or field in row.fields:
+            sides[row.fields.get(field, NONE)].append(row)
+    order = [word.strip() for word in chosen.split(",")] if chosen else sorted(sides, key=_natural)
+    if unknown := [value for value in order if value not in sides]:
+        raise ValueError(f"no run has {field} {unknown[0]!r}: {suggest(unknown[0], sorted(sides))}")
+    first, *others = dict.fromkeys(order)
     if not others:
         raise ValueError(f"all runs have {field} {first}: nothing to compare")
-    pairs = [(row, by[value].get(rest)) for value in others for rest, row in by[first].items()]
-    return [_pair(row, other, chosen) for row, other in pairs if other]
+    following = tuple(name for name in known if name.startswith(FOLLOWS.get(field, ())) and name not in _FIXED)
+    names = [name for name in ("dataset", *known) if name != field and name not in following]
+    if any(len({_key(row, names) for row in side if row.done}) < sum(bool(row.done) for row in side)
+           for side in sides.values()):  # fmt: skip
+        names, following = sorted({*names, *following}), ()  # rows of one side differ in them
+    pairs = [pair for value in others for pair in _match(sides[first], sides[value], names, metrics)]
+    return [replace(p, unlike=tuple(n for n in p.unlike if n not in (field, *following))) for p in pairs]
+
+
+_FIXED = ("network.depth", *IMAGES)
+
+
+def _value(row: Row, name: str) -> str | None:
+    return row.dataset if name == "dataset" else row.fields.get(name)
+
+
+def _key(row: Row, names: Iterable[str]) -> tuple[str | None, ...]:
+    return tuple(_value(row, name) for name in names)
+
+
+def _images(row: Row) -> tuple[str | None, ...]:
+    return (row.evaluated_on, *_key(row, IMAGES))
+
+
+def _images_of(row: Row) -> str:
+    where = "the test set" if row.evaluated_on == "test" else f"{row.fields.get('recipe.val')} images held out"
+    limit = f", {row.limit_test} images of it" if row.limit_test else ""
+    return f"{row.dataset} ({where}{limit}, fingerprint {row.fields.get('fingerprint', NONE)[:8]})"
 
 
 def _natural(value: str) -> tuple[float, str]:
@@ -109,179 +228,140 @@ def _natural(value: str) -> tuple[float, str]:
         return math.inf, value
 
 
+def _match(a: Sequence[Row], b: Sequence[Row], names: Sequence[str], metrics: Sequence[str]) -> list[Pair]:
+    """Every row of A with those of B that agree in these fields. A row without a result has no machine to agree in."""
+    several = dict.fromkeys([*(name for name, metric in METRICS.items() if metric.margin), *metrics])
+    chosen = [find_metric(name) for name in several]
+    shared = [name for name in names if all(_value(row, name) is not None for row in (*a, *b))]
+    partners: dict[tuple[str | None, ...], list[Row]] = defaultdict(list)
+    for row in b:
+        partners[_key(row, shared)].append(row)
+
+    def agree(x: Row, y: Row) -> bool:
+        known = names if x.done and y.done else [n for n in names if n in x.fields and n in y.fields]
+        return _key(x, known) == _key(y, known)
+
+    pairs, matched = [], set()
+    for row in a:
+        others = [other for other in partners.get(_key(row, shared), ()) if agree(row, other)]
+        matched |= set(map(id, others))
+        pairs += [_pair(row, other, chosen) for other in others if row.done or other.done]
+        pairs += [Pair(row, None, {}, ())] if row.done and not others else []
+    return pairs + [Pair(None, row, {}, ()) for row in b if row.done and id(row) not in matched]
+
+
 def _pair(a: Row, b: Row, metrics: Sequence[Metric]) -> Pair:
-    sides = {n: (a.fields.get(n, NONE), b.fields.get(n, NONE)) for n in sorted(a.fields.keys() | b.fields.keys())}
+    both = a.done and b.done
+    names = sorted(a.fields.keys() | b.fields.keys() if both else a.fields.keys() & b.fields.keys())
+    sides = {name: (a.fields.get(name, NONE), b.fields.get(name, NONE)) for name in names}
     differs = {name: values for name, values in sides.items() if values[0] != values[1]}
-    return Pair(a, b, differs, tuple(judge(metric, a, b) for metric in metrics))
+    spec = flatten_spec(a.done[0].record.spec) | flatten_spec(b.done[0].record.spec) if both else differs
+    unlike = tuple(name for name in differs if name not in spec and name not in CODE)
+    figures = tuple(judge(metric, a, b) for metric in metrics) if both else ()
+    return Pair(a, b, differs, figures, unlike)
 
 
-def _values(metric: Metric, row: Row) -> list[float]:
-    values = [metric.value(stored.record.result) for stored in row.done if stored.record.result is not None]
-    return [value for value in values if value is not None and math.isfinite(value)]
+# --- one metric of two rows ---
+
+
+class _Side(NamedTuple):
+    values: list[float]
+    runs: list[Stored]
+    planned: int | None  # how many of them were not added by --until-ci
+
+
+def _side(metric: Metric, row: Row) -> _Side:
+    runs = sorted(row.done, key=lambda stored: stored.record.added_until is not None)
+    known = [(value, run) for run in runs if run.record.result for value in [metric.value(run.record.result)]
+             if value is not None and math.isfinite(value)]  # fmt: skip
+    added = sum(run.record.added_until is not None for _, run in known)
+    return _Side([value for value, _ in known], [run for _, run in known], len(known) - added if added else None)
 
 
 def judge(metric: Metric, a: Row, b: Row) -> Comparison:
-    """One metric of two rows. Ratios are tested as logarithms: one and its inverse are then equally far from 1."""
-    first, second = _values(metric, a), _values(metric, b)
-    if not first or not second:
-        return Comparison(metric, None, None, metric.margin)
-    shown = sample(first), sample(second)
-    if metric.relative and min(*first, *second) <= 0:
-        return Comparison(metric, *shown, metric.margin)
-    tested = [list(map(math.log, values)) if metric.relative else values for values in (first, second)]
-
-    def scale(value: float) -> float:
-        return 100 * math.expm1(value) if metric.relative else value
-
-    a_mean, b_mean = (estimate_mean(values, None) for values in tested)
-    if a_mean is None or b_mean is None:
-        return Comparison(metric, *shown, metric.margin, scale(sample(tested[1]).mean - sample(tested[0]).mean))
-    apart = subtract(b_mean, a_mean)
-    low, high = scale(apart.interval().low), scale(apart.interval().high)
-    verdict: Literal["equivalent", "different", "~"] = "~"
-    if (margin := metric.margin) is not None:
-        lowest = 100 / (1 + margin / 100) - 100 if metric.relative else -margin
-        if lowest < low and high < margin:
-            verdict = "equivalent"
-        elif low > margin or high < lowest:
-            verdict = "different"
-    return Comparison(metric, *shown, metric.margin, scale(apart.value), Interval(low, high), verdict)
-
-
-# --- conditions for CI ---
+    """One metric of two rows."""
+    sides = _side(metric, a), _side(metric, b)
+    values = tuple(sides[0].values), tuple(sides[1].values)
+    if not all(values):
+        return Comparison(metric, *values, how="not measured on both sides")
+    if metric.kind == "error":
+        images = sides[0].runs[0].record.images(test=metric.name.startswith("test"))
+        seeds = [[run.record.seed for run in side.runs] for side in sides]
+        return compare_errors(metric, values, images, seeds, (sides[0].planned, sides[1].planned))
+    if metric.relative and min(map(min, values)) <= 0:
+        return Comparison(metric, *values, how="some are 0: no ratio")
+    scale: Callable[[float], float] = math.log if metric.relative else float
+    logs = [list(map(scale, side)) for side in values]
+    if metric.kind not in ("time", "energy") or not metric.relative:
+        return _shift(metric, values, logs, 0.0, "")
+    blocks = _sessions(sides[0].runs, sides[1].runs)
+    counts = [len(set(side)) for side in blocks]
+    if min(counts) >= 3:
+        apart = "" if counts == list(map(len, values)) else f", over {counts[0]} and {counts[1]} sessions"
+        return _shift(metric, values, [_by_session(*both) for both in zip(logs, blocks, strict=True)], 0.0, apart)
+    extra = math.log1p(SESSION_SPREAD) * math.hypot(*(1 / math.sqrt(n) for n in counts))
+    extra *= t_quantile(0.5 + LEVEL / 2, math.inf)
+    each = "one session each" if counts == [1, 1] else f"{counts[0]} and {counts[1]} sessions"
+    return _shift(metric, values, logs, extra, f"; {each}, taken as ±{100 * math.expm1(extra):.0f} %")
 
 
-@dataclass(frozen=True, slots=True)
-class Condition:
-    """error>+0.3: B's error is more than 0.3 points above A's; epoch_seconds>5%: B's epochs take over 5 % longer."""
-
-    metric: str
-    above: bool
-    limit: float
-    percent: bool
-
-    def __str__(self) -> str:
-        return f"{self.metric}{'>' if self.above else '<'}{self.limit:+g}{'%' if self.percent else ''}"
-
-
-def parse_fail_on(text: str) -> tuple[Condition, ...]:
-    """Read 'error>+0.3,epoch_seconds>5%'. Raises ValueError, in one line, for what does not parse."""
-    conditions = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\w+)\s*([<>])\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*(%?)\s*", part)
-        if match is None:
-            raise ValueError(f"cannot read {part.strip()!r}: write conditions like error>+0.3,epoch_seconds>5%")
-        name, sign, limit, percent = match.groups()
-        find_metric(name)
-        conditions.append(Condition(name, sign == ">", float(limit), bool(percent)))
-    return tuple(conditions)
+def compare_errors(
+    metric: Metric,
+    values: tuple[tuple[float, ...], tuple[float, ...]],
+    images: int | None,
+    seeds: Sequence[Sequence[int]] = ((), ()),
+    planned: tuple[int | None, int | None] = (None, None),
+) -> Comparison:
+    """Errors in percent: the difference of their means, by moderated spreads or, where they go together, by seeds."""
+    if paired := _paired(values, seeds):
+        return Comparison(metric, *values, paired, "paired by seed, Student")
+    a, b = (estimate_mean(side, images, first) for side, first in zip(values, planned, strict=True))
+    if a is None or b is None:
+        return Comparison(metric, *values, how="one run, and the number of test images is unknown")
+    return Comparison(metric, *values, subtract(b, a), "Welch, moderated spread" if images else "Welch")
 
 
-def violations(pairs: Sequence[Pair], conditions: Sequence[Condition]) -> list[str]:
-    """A line for every pair that meets a condition, or lacks the figures to check it; and one for no pairs."""
-    if conditions and not pairs:
-        return ["no two rows could be compared"]
-    checked = [(pair, condition, _violation(pair, condition)) for pair in pairs for condition in conditions]
-    return [f"{pair.a.name}: {condition} {problem}" for pair, condition, problem in checked if problem]
+def _paired(values: Sequence[Sequence[float]], seeds: Sequence[Sequence[int]]) -> Estimate | None:
+    """Of the differences by seed; None unless all seeds are common and, at 2.5 %, good on one side is good on the other."""
+    import numpy as np
+
+    n = len(set(seeds[0]))
+    if n < 4 or sorted(seeds[0]) != sorted(seeds[1]) or n < len(seeds[0]):
+        return None
+    a, b = (np.array(side)[np.argsort(own)] for side, own in zip(values, seeds, strict=True))
+    if min(np.ptp(a), np.ptp(b)) == 0:
+        return None
+    r = min(float(np.corrcoef(a, b)[0, 1]), 1 - 1e-12)
+    if r * math.sqrt((n - 2) / (1 - r * r)) < t_quantile(0.975, n - 2):
+        return None
+    return sample((b - a).tolist()).estimate
 
 
-def _violation(pair: Pair, condition: Condition) -> str | None:
-    name, figure = condition.metric, judge(METRICS[condition.metric], pair.a, pair.b)
-    if figure.a is None or figure.b is None:
-        return f"cannot be checked, {name} was not measured on both sides"
-    a, b = figure.a.mean, figure.b.mean
-    if condition.percent and a == 0:
-        return f"cannot be checked, {name} of A is 0"
-    difference = 100 * (b / a - 1) if condition.percent else b - a
-    if difference > condition.limit if condition.above else difference < condition.limit:
-        return f"fails, {name} {a:.6g} -> {b:.6g} ({difference:+.3g}{' %' if condition.percent else ''})"
-    return None
+def _shift(
+    metric: Metric, values: tuple[tuple[float, ...], ...], tested: Sequence[list[float]], extra: float, note: str
+) -> Comparison:
+    a, b = values
+    if test := shift(tested[0], tested[1], extra):
+        return Comparison(metric, a, b, test, f"Hodges and Lehmann, over all pairs of runs{note}")
+    return Comparison(metric, a, b, how="fewer than 3 runs on a side")
 
 
-# --- pairs -> text ---
-
-MEANS = (
-    "A, B: mean ± std over n runs; B − A: errors in points, all else in percent of A, on the logarithms",
-    "interval: 90 %, Welch",
-    "verdict: equivalent where the interval lies within the margin, different where it lies beyond, else ~",
-)
-
-
-def render_comparison(
-    pairs: Sequence[Pair], format: str = "table", *, width: int = 100, colour: bool = False
-) -> str:
-    if format == "json":
-        return _json(pairs)
-    if not pairs:
-        return "nothing to compare: no row of A has a counterpart in B\n"
-    shared = set.intersection(*({(n, *v) for n, v in pair.differs.items()} for pair in pairs))
-    caption = "B against A: " + (", ".join(f"{n} {a} → {b}" for n, a, b in sorted(shared)) or "same settings")
-    named = {name for name, _, _ in shared}
-    own = [", ".join(f"{n} {a} → {b}" for n, (a, b) in pair.differs.items() if n not in named) for pair in pairs]
-    headers = ["what", "metric", "n", "A", "B", "B − A", "interval", "margin", "verdict"]
-    colours = {"equivalent": "green", "different": "red", "~": ""}
-    cells, styles = [], []
-    for pair, differs in zip(pairs, own, strict=True):
-        name = " → ".join(dict.fromkeys([pair.a.name, pair.b.name]))
-        for number, figure in enumerate(pair.figures):
-            what = clean(f"{name} {pair.a.dataset} {differs}".strip()) if number == 0 else ""
-            cells.append([what, *_words(figure)])
-            styles.append(["bold", *[""] * 7, colours[figure.verdict]])
-    sheet = Sheet(headers, [name not in ("what", "metric", "verdict") for name in headers], cells)
-    if format == "markdown":
-        lines = "\n".join(f"- {escape_markdown(line)}" for line in MEANS)
-        return f"{escape_markdown(clean(caption))}\n\n{for_markdown(sheet)}\n\n{lines}\n"
-    output = [paint(line, "bold" if colour else "") for line in textwrap.wrap(clean(caption), width)]
-    output += ["", *for_terminal(sheet, width, styles if colour else None), ""]
-    small = [part for line in MEANS for part in textwrap.wrap(line, width, subsequent_indent="  ")]
-    output += [paint(part, "dim" if colour else "") for part in small]
-    return "\n".join(output) + "\n"
-
-
-def _words(figure: Comparison) -> list[str]:
-    metric, interval = figure.metric, figure.interval
-    unit = " %" if metric.relative else ""
-    return [
-        metric.heading,
-        f"{figure.a.n}, {figure.b.n}" if figure.a and figure.b else NONE,
-        _spread(figure.a, metric),
-        _spread(figure.b, metric),
-        NONE if figure.difference is None else f"{_signed(figure.difference)}{unit}",
-        NONE if interval is None else f"{_signed(interval.low)} … {_signed(interval.high)}",
-        NONE if figure.margin is None else f"±{figure.margin:g}{unit}",
-        NONE if figure.margin is None else figure.verdict,
-    ]
-
-
-def _spread(side: Sample | None, metric: Metric) -> str:
-    if side is None:
-        return NONE
-    digits = 2 if not metric.relative or abs(side.mean) < 100 else 0
-    return f"{side.mean:,.{digits}f}" + ("" if side.std is None else f" ± {side.std:,.{digits}f}")
-
-
-def _signed(value: float) -> str:
-    text = f"{value:+.2f}".replace("-", "−")
-    return "0.00" if text in ("−0.00", "+0.00") else text
-
-
-def _json(pairs: Sequence[Pair]) -> str:
+def _sessions(a: Sequence[Stored], b: Sequence[Stored]) -> tuple[list[int], list[int]]:
+    """The session of each run: runs of one side in a row on one machine, less than an hour apart."""
     entries = [
-        {"a": pair.a.name, "b": pair.b.name, "differs": pair.differs, "figures": list(map(_plain, pair.figures))}
-        for pair in pairs
-    ]
-    values = {"pairs": entries, "sides": "[n, mean, std]", "definitions": MEANS}
-    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+        (str(run.record.result and run.record.result.machine.get("host")), run.record.started_at, side, index)
+        for side, runs in enumerate((a, b)) for index, run in enumerate(runs)
+    ]  # fmt: skip
+    sessions, number, last, ended = ([0] * len(a), [0] * len(b)), 0, ("", -1), datetime.min.replace(tzinfo=UTC)
+    for host, started, side, index in sorted(entries):
+        number += (host, side) != last or started - ended > SESSION_GAP
+        sessions[side][index] = number
+        last, ended = (host, side), (a, b)[side][index].record.finished_at
+    return sessions
 
 
-def _plain(figure: Comparison) -> dict[str, Any]:
-    def number(value: float | None) -> float | None:
-        return value if value is not None and math.isfinite(value) else None
-
-    a, b = ((side.n, side.mean, side.std) if side else None for side in (figure.a, figure.b))
-    interval = figure.interval and (number(figure.interval.low), number(figure.interval.high))
-    return {
-        "metric": figure.metric.name, "unit": "percent" if figure.metric.relative else "points", "a": a, "b": b,
-        "difference": number(figure.difference), "interval": interval, "margin": figure.margin,
-        "verdict": figure.verdict,
-    }  # fmt: skip
+def _by_session(values: Sequence[float], sessions: Sequence[int]) -> list[float]:
+    together: dict[int, list[float]] = defaultdict(list)
+    for value, session in zip(values, sessions, strict=True):
+        together[session].append(value)
+    return list(map(median, together.values()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -37,6 +37,8 @@ class Published:
     memory_mib: float | None = None
     epoch_seconds: float | None = None
     hardware: str | None = None
+    year: int | None = None  # of the costs
+    progress: Sequence[float] = ()  # errors by epoch
     source: str
     note: str | None = None
 

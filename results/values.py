@@ -38,9 +38,12 @@ class EpochMetrics(Value):
     epoch: int  # from 1
     steps: int
     images: int  # training images over all ranks
-    loss: float  # mean over the epoch's training images
+    loss: float  # mean over the epoch's training images, by the training's own loss
+    train_error: float | None = None  # of the training images, as each step saw them before it learnt from them
     error: float
     top5_error: float | None = None
+    eval_loss: float | None = None  # mean cross-entropy over the images that `error` is of
+    test_error: float | None = None  # of the test set, where `error` is of images held out
     lr: float  # at the epoch's last step
     train_seconds: float
     data_stall_seconds: float  # part of train_seconds: waiting for the loader
@@ -188,6 +191,7 @@ class Record(Value):
     failure: Failure | None = None
     pruned: Pruned | None = None
     environment: dict[str, Any]  # commit, dirty, versions, gpu, driver, host, command
+    added_until: float | None = None  # points: --until-ci added this seed, as the interval was wider than that
     started_at: datetime
     finished_at: datetime
 

@@ -34,9 +34,9 @@ class Defect:
 
 
 DEFECTS = (
-    Defect("the step reads its loss", STEP, (("+= loss_sum.detach()", "+= loss_sum.detach().item()"),),
+    Defect("the step reads its loss", STEP, (("loss_sum.detach().double()", "torch.tensor(loss_sum.detach().item())"),),
            "test_engine.py::test_the_lr_drops_inside_a_graph"),
-    Defect("the step reads its loss (any variant)", STEP, (("+= loss_sum.detach()", "+= loss_sum.detach().item()"),),
+    Defect("the step reads its loss (any variant)", STEP, (("loss_sum.detach().double()", "torch.tensor(loss_sum.detach().item())"),),
            "test_fake_devices.py::test_a_whole_step_needs_no_value_and_one_device[he2015]"),
     Defect("labels are selected by a mask", STEP,
            (("logits.float(), labels, reduction", "logits.float()[labels >= 0], labels[labels >= 0], reduction"),),

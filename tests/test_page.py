@@ -231,6 +231,40 @@ def test_the_curves_are_the_stored_epochs(rows: list[Row]) -> None:
     assert partial == {"msra-56 · dataloader": 5, "msra-20 · dataloader": 7}
 
 
+def test_what_is_learnt_stands_beside_what_is_not(tmp_path: Path) -> None:
+    """Training and held-out error and loss, and the test curve where other images are held out; nothing of old records."""
+    for seed in range(2):
+        run = make_run(20, seed)
+        assert run.result is not None
+        epochs = tuple(
+            row.model_copy(
+                update={"train_error": row.error - 3, "eval_loss": row.loss + 0.5, "test_error": row.error + 1}
+            )
+            for row in run.result.epochs
+        )
+        result = run.result.model_copy(update={"epochs": epochs, "evaluated_on": "val"})
+        finish(tmp_path / "runs", run.model_copy(update={"result": result}))
+    finish(tmp_path / "runs", make_run(32, 0))
+    panels = make_panels(summarise(load_records([tmp_path / "runs"]).records))
+    (panel,) = (panel for panel in panels if "learning" in panel.datasets)
+    training, held_out, test = panel.datasets["learning"]
+    assert [curve["of"] for curve in (training, held_out, test)] == ["training", "held out", "test"]
+    stored = [make_curve(20, seed)[4] for seed in range(2)]
+    error, loss = (sum(getattr(row, name) for row in stored) / 2 for name in ("error", "loss"))
+    for curve, figure, expected in (
+        (training, "error", error - 3), (training, "loss", loss), (held_out, "error", error),
+        (held_out, "loss", loss + 0.5), (test, "error", error + 1),
+    ):  # fmt: skip
+        assert curve[figure][4] == pytest.approx(expected, rel=1e-3)
+    assert test["loss"][4] is None
+    assert [chart.name for chart in panel.charts][2:4] == ["learning-error", "learning-loss"]
+    svg = next(
+        path for path in write_charts([panel], tmp_path / "charts") if path.name.endswith("learning-error.svg")
+    )
+    for words in ("training", "held out", "error, %"):
+        assert words in svg.read_text()
+
+
 def test_the_frontier_holds_what_no_other_row_beats(rows: list[Row]) -> None:
     (panel,) = make_panels(rows)
     for chart in ("seconds", "memory"):

@@ -15,6 +15,7 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
+import harness.training.setup
 from harness.cluster.job import Worker
 from harness.loaders.datasets import limit, load_dataset
 from harness.loaders.loader import make_loaders
@@ -26,6 +27,7 @@ from harness.results.store import load_epochs, partial_dir, run_name
 from harness.results.values import EpochMetrics, Measurement, RunResult
 from harness.spec import CheckpointError, DivergedError, RunPaths, RunSpec
 from harness.training.engine import Direct, Engine
+from harness.training.optim import learning_rate, set_lr
 from harness.training.setup import Trainer
 from harness.training.step import Step, mix
 from harness.training.telemetry import EpochReading, EpochTelemetry
@@ -117,6 +119,34 @@ def test_the_same_seed_gives_the_same_losses_bit_for_bit(whole: RunResult, tmp_p
     assert losses(run(spec(seed=1), tmp_path / "other")) != losses(whole)
 
 
+def test_what_is_learnt_is_counted_as_an_independent_loop_counts_it(tmp_path: Path) -> None:
+    """Training errors are of each step's own logits, before it learns from them; evaluation's loss is the plain one."""
+    asked = spec(recipe={"label_smoothing": 0.1})
+    result = run(asked, tmp_path)
+    made = harness.training.setup.prepare(asked, Worker(threads=1), RunPaths(out=tmp_path, label="digits"))
+    network, optimizer = made.network, made.optimizer
+    for epoch, row in enumerate(result.epochs):
+        wrong, before = 0, row.train_seconds
+        assert row.eval_seconds > 0 < before
+        for step, (images, labels) in enumerate(made.train_loader.epoch(epoch)):
+            set_lr(optimizer, learning_rate(asked.recipe, 3 * epoch + step, 3))
+            logits = network(images)
+            wrong += int((logits.argmax(1) != labels).sum())
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1).backward()
+            optimizer.step()
+        assert row.train_error is not None
+        assert row.train_error == pytest.approx(100 * wrong / 150, abs=1.0), "of 150 images one may fall otherwise"
+        network.eval()
+        with torch.no_grad():
+            every = [(network(images), labels) for images, labels in made.eval_loader.epoch(0)]
+        network.train()
+        logits, labels = (torch.cat(part) for part in zip(*every, strict=True))
+        assert row.eval_loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-3)
+        assert row.test_error is None, "the error is the test set's already"
+    made.close()
+
+
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_interrupted_and_resumed_is_the_same_run(whole: RunResult, tmp_path: Path, stop_after: int) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -124,6 +154,8 @@ def test_interrupted_and_resumed_is_the_same_run(whole: RunResult, tmp_path: Pat
     assert [row.epoch for row in load_epochs(folder(spec(), tmp_path))] == list(range(1, stop_after + 1))
     resumed = run(spec(), tmp_path)
     assert losses(resumed) == losses(whole)
+    for name in ("train_error", "error", "eval_loss"):
+        assert [getattr(row, name) for row in resumed.epochs] == [getattr(row, name) for row in whole.epochs]
     assert resumed.final_error == whole.final_error
     assert resumed.attempts == 2
     assert [row.attempt for row in resumed.epochs] == [1] * stop_after + [2] * (3 - stop_after)
@@ -199,13 +231,17 @@ def test_other_images_than_planned_are_refused(tmp_path: Path) -> None:
         run(spec(fingerprint="0" * 64), tmp_path)
 
 
-def test_a_validation_split_is_evaluated_and_the_test_set_once(tmp_path: Path) -> None:
-    result = run(spec(recipe={"val": 30, "mixup": 0.4, "label_smoothing": 0.1, "duration": 1}), tmp_path)
+def test_a_validation_split_and_the_test_set_are_evaluated_after_each_epoch(tmp_path: Path) -> None:
+    held_out = spec(recipe={"val": 30, "mixup": 0.4, "label_smoothing": 0.1, "duration": 2})
+    result = run(held_out, tmp_path)
     assert result.evaluated_on == "val"
     assert result.epochs[0].images == 120
     assert result.test_error is not None
     assert (result.final_error * 30 / 100) % 1 == pytest.approx(0, abs=1e-6)
     assert (result.test_error * 360 / 100) % 1 == pytest.approx(0, abs=1e-6)
+    assert result.test_error == result.epochs[-1].test_error != result.epochs[0].test_error
+    again = run(held_out, tmp_path)
+    assert (again.test_error, again.epochs) == (result.test_error, result.epochs), "resumed after the last epoch"
 
 
 def test_mixup_keeps_the_larger_part() -> None:
@@ -259,7 +295,7 @@ def _rank(rank: int, world: int, port: int, asked: RunSpec, out: Path) -> None:
         trained = nn.parallel.DistributedDataParallel(trained)
     step = Step(
         trained, list(network.parameters()), optimizer, torch.amp.GradScaler("cpu", enabled=False), asked,
-        torch.zeros((), dtype=torch.float64), world,
+        torch.zeros(2, dtype=torch.float64), world,
         all_reduce=torch.distributed.all_reduce if world > 1 and asked.engine == "graph" else None,
     )  # fmt: skip
     trainer = Trainer(

@@ -194,7 +194,8 @@ def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, pat
         reading = telemetry.stop(seconds)
         evaluating_at = time.perf_counter()
         run_eval(trainer, eval_part, eval_images)
-        eval_seconds = (time.perf_counter() - evaluating_at) * eval_loader.steps / max(1, eval_part.steps)
+        eval_steps = eval_loader.steps + (prepared.test_loader.steps if prepared.test_loader else 0)
+        eval_seconds = (time.perf_counter() - evaluating_at) * eval_steps / max(1, eval_part.steps)
         meter.sample()
         memory = largest(gather(meter.read(prepared.network, prepared.optimizer, trainer.graphs)))
 

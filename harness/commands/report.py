@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,18 +62,21 @@ def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
         raise UserError(str(error)) from None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportOptions:
+    """How a table is printed."""
+
+    format: str = "table"
+    across: tuple[str, ...] = ()
+    sort: str | None = None
+    columns: tuple[str, ...] = ()
+    preset: str | None = None  # the rows and columns of that source's table, in their order
+    output: Path | None = None
+    curves: Path | None = None
+
+
 @collector_paused()
-def print_report(
-    paths: Sequence[Path],
-    console: Console,
-    *,
-    format: str = "table",
-    across: Sequence[str] = (),
-    sort: str | None = None,
-    columns: Sequence[str] = (),
-    output: Path | None = None,
-    curves: Path | None = None,
-) -> bool:
+def print_report(paths: Sequence[Path], console: Console, options: ReportOptions | None = None) -> bool:
     """Print the table of all runs under `paths`, or write it to a file; draw the charts into the folder `curves`.
 
     Returns whether there was a run. Raises UserError for an unknown format, column or field, a path that does not
@@ -82,16 +86,24 @@ def print_report(
     from harness.results.report.table import FORMATS, render
     from harness.results.sweeps import Sweeps, load_sweeps
 
+    options = options or ReportOptions()
+    format, columns, output, curves = options.format, options.columns, options.output, options.curves
     check_word(format, (*FORMATS, "html"), "--format")
     loaded = load_runs(paths)
-    rows = make_rows(loaded, across)
+    rows, below = make_rows(loaded, options.across), list[str]()
+    if options.preset is not None:
+        from harness.commands.preset import make_preset_table
+
+        table = make_preset_table(options.preset, rows)
+        rows, below = table.rows, table.below
+        columns = columns or (() if format in ("csv", "json") else table.columns)
     searches = Sweeps([], [])
     if format == "html" or curves is not None:
         searches = load_sweeps(paths)
         _name_problems(searches.problems)
     try:
-        if sort is not None:
-            rows = sort_rows(rows, sort)
+        if options.sort is not None:
+            rows = sort_rows(rows, options.sort)
         if format == "html":
             text = make_html(rows, [*loaded.problems, *searches.problems], columns, searches.sweeps)
         elif format == "table":
@@ -100,6 +112,8 @@ def print_report(
             text = render(rows, format, columns=columns)  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(str(error)) from None
+    if below and format in ("table", "markdown"):
+        text += "\n" + "\n".join(below)
     print_text(text, console, output)
     if curves is not None:
         from harness.results.report.charts import make_panels, write_charts
@@ -120,10 +134,19 @@ def _render_table(rows: Sequence[Row], console: Console, columns: Sequence[str] 
     return render(rows, "table", width=console.width, colour=colour, columns=columns)
 
 
-def print_rows(loaded: Loaded, console: Console) -> None:
-    """Print the table of runs that were loaded."""
+def print_rows(loaded: Loaded, console: Console, preset: str | None = None) -> bool:
+    """Print the table of runs that were loaded, or a preset's table of them; returns whether they meet its demand."""
     _name_problems(loaded.problems)
-    print_text(_render_table(make_rows(loaded), console, colour=True), console)
+    rows = make_rows(loaded)
+    if preset is None:
+        print_text(_render_table(rows, console, colour=True), console)
+        return True
+    from harness.commands.preset import make_preset_table
+
+    table = make_preset_table(preset, rows)
+    text = _render_table(table.rows, console, table.columns, colour=True)
+    print_text("\n".join([text, *table.below]), console)
+    return table.met
 
 
 @collector_paused()
@@ -210,16 +233,22 @@ def print_comparison(
     *,
     by: str | None = None,
     fail_on: str | None = None,
+    strict: bool = False,
     format: str = "table",
     across: Sequence[str] = (),
 ) -> int:
-    """Print two folders side by side, or the runs of one by a field. Returns the exit code: 1 where `fail_on` is met.
+    """Print two folders side by side, or the runs of one by a field. Returns the exit code: 1 where `fail_on` is met,
+    or with `strict` where the runs cannot tell.
 
     Raises UserError for a condition, field or format that cannot be read, and where there is nothing to compare.
     """
-    from harness.results.compare import compare, compare_by, parse_fail_on, render_comparison, violations
+    from harness.results.compare import compare, compare_by
+    from harness.results.gate import check_conditions, parse_fail_on
+    from harness.results.report.comparison import render_comparison
 
     check_word(format, COMPARISON_FORMATS, "--format")
+    if strict and fail_on is None:
+        raise UserError("--strict is for --fail-on, whose conditions it makes stricter")
     try:
         conditions = parse_fail_on(fail_on) if fail_on is not None else ()
     except ValueError as error:
@@ -233,21 +262,21 @@ def print_comparison(
         sides.append(make_rows(load_runs(side), across))
         if not any(row.done for row in sides[-1]):
             raise UserError(f"no finished run in {', '.join(repr(str(path)) for path in side)}")
+    a, b = sides[0], sides[-1]
     try:
-        a, b = sides[0], sides[-1]
         pairs = compare(a, b, metrics) if by is None else compare_by(a, by, metrics)
     except ValueError as error:
-        raise UserError(f"--by: {error}") from None
-    if not pairs and not conditions:
+        raise UserError(f"--by: {error}" if by else str(error)) from None
+    if not any(pair.figures for pair in pairs) and not conditions:
         hint = "rows that differ in nothing but --by"
         hint = hint if by else "a row of A and one of B that agree in all but the folder"
         raise UserError(f"nothing to compare: no {hint}; --across FIELD overlooks a difference")
     colour = console.is_terminal and not console.no_color
     print_text(render_comparison(pairs, format, width=console.width, colour=colour), console)
-    failed = violations(pairs, conditions)
-    for line in failed:
+    gate = check_conditions(pairs, conditions)
+    for line in [*gate.failed, *gate.unclear]:
         print(f"harness: --fail-on: {line}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if gate.failed or (strict and gate.unclear) else 0
 
 
 def print_variants(console: Console) -> None:

@@ -55,6 +55,7 @@ class RunOptions:
     force: bool = False
     fail_fast: bool = False
     format: str = "table"
+    preset: str | None = None  # whose table is printed
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,7 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             environment = {"launcher": resources.launcher}
             recorder = Recorder(paths, dataset.original, environment, partial(say, console))
             todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
+            _advise_on_batch_norm(todo, console)
             session = Session(allocation, resources, paths, stack)
             prepared = _Prepared(options, console, session, dataset, recorder)
             if options.dry_run or options.estimate or options.profile:
@@ -112,8 +114,8 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
     except TimeUp as up:
         say(console, f"{up}; the same command goes on")
         return EXIT_STOPPED
-    print_results(prepared, specs)
-    return code
+    met = print_results(prepared, specs)
+    return code if met else EXIT_FAILED
 
 
 def check_options(grid: Grid, options: RunOptions) -> None:
@@ -132,6 +134,20 @@ def check_options(grid: Grid, options: RunOptions) -> None:
 
 
 # --- before training ---
+
+
+def _advise_on_batch_norm(todo: Sequence[RunSpec], console: Console) -> None:
+    """Several workers with statistics of their own train another network than the published one."""
+    local = [spec for spec in todo if spec.workers > 1 and spec.recipe.batch_norm == "local"]
+    if local:
+        shares = "/".join(str(n) for n in sorted({spec.recipe.batch_size // spec.workers for spec in local}))
+        say(
+            console,
+            f"batch norm over {shares} images a worker is another network than the published one: "
+            f"{local[0].workers} runs side by side with --workers 1 train that one and finish sooner; "
+            "--batch-norm sync trains it with several workers",
+            style="dim",
+        )
 
 
 def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpec]) -> int:
@@ -288,12 +304,15 @@ def _allow_open_files(more: int) -> None:
 # --- after training ---
 
 
-def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
-    """Print the table of the command's runs, and write the page of all runs in the folder."""
+def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
+    """Print the table of the command's runs, and write the page of all runs in the folder.
+
+    Returns whether the runs meet what their preset demands.
+    """
     options, recorder, console = prepared.options, prepared.recorder, prepared.console
     paths = recorder.paths
     if options.format == "jsonl" and not options.tensorboard:
-        return
+        return True
     with collector_paused():
         loaded = load_records([paths.out], recorder.known)
     mine = select(loaded, {name_of(spec, paths.label) for spec in specs})
@@ -302,8 +321,8 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
         for stored in mine.records:
             recorder.push(push_run, stored.folder)
     if options.format == "jsonl":
-        return
-    print_rows(mine, console)
+        return True
+    met = print_rows(mine, console, options.preset)
     if options.until_ci is not None:
         _print_wide_rows(prepared, specs, options.until_ci)
     note = partial(say, console, style="dim")
@@ -315,9 +334,10 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
         page = write_page(paths.out, loaded)
     except UserError as error:  # the runs are stored, whatever becomes of their page
         note(f"no page: {error}")
-        return
+        return met
     recorder.push(push_file, page)
     note(f"page: {page}")
+    return met
 
 
 def select(loaded: Loaded, names: Collection[str]) -> Loaded:

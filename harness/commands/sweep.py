@@ -41,6 +41,7 @@ class Search:
     deterministic: bool = False
     epochs: int | None = None
     batch_size: int | None = None
+    batch_norm: str | None = None
     val: int | None = None
     limit_train: int | None = None
     search: tuple[str, ...] = ()

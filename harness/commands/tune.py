@@ -147,7 +147,7 @@ def _check(search: Search) -> tuple[Dimension, ...]:
             " grid(...)"
         )
     searched = {dimension.field for dimension in dimensions}
-    for name in ("batch_size", "depth"):
+    for name in ("batch_size", "batch_norm", "depth"):
         if getattr(search, name) is not None and name in searched:
             raise UserError(f"{name} is searched: leave --{name.replace('_', '-')} out")
     if search.runs_per_gpu > 1 and search.metric == "epoch_seconds":

@@ -16,11 +16,12 @@ from harness.loaders.loader import Loader
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Errors in percent; `top5_error` is None where there are ten classes or fewer."""
+    """Errors in percent; `top5_error` is None where there are ten classes or fewer. `loss`: the mean cross-entropy."""
 
     images: int
     error: float
     top5_error: float | None
+    loss: float
 
 
 class MultiScale(nn.Module):
@@ -85,7 +86,8 @@ def evaluate(
 
     Raises RuntimeError where the ranks together saw another number: an error over part of a set is not its error.
     """
-    counts: Tensor | None = None  # images, top-1 hits, top-5 hits
+    # images, top-1 hits, top-5 hits, loss; stays so where there are more ranks than images
+    sums = torch.zeros(4, dtype=torch.float64, device=next(network.parameters()).device)
     classes = 0
     with evaluating(network, autocast):
         for batch, labels in loader.epoch(0):
@@ -93,20 +95,20 @@ def evaluate(
             classes = logits.shape[1]
             ranked = logits.topk(min(5, classes), dim=1).indices
             hits = ranked == labels[:, None]
-            seen = torch.stack([torch.ones_like(labels).sum(), hits[:, 0].sum(), hits.sum()])
-            counts = seen if counts is None else counts + seen
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+            counts = (torch.ones_like(labels).sum(), hits[:, 0].sum(), hits.sum(), loss)
+            sums = sums + torch.stack([count.double() for count in counts])
             if on_ranked:
                 on_ranked(ranked)
-    if counts is None:  # more ranks than images
-        counts = torch.zeros(3, dtype=torch.int64, device=next(network.parameters()).device)
     if dist.is_initialized():
-        counts = counts.clone()
-        dist.all_reduce(counts)
-    total, top1, top5 = (int(c) for c in counts.tolist())
+        sums = sums.clone()  # no longer of inference mode
+        dist.all_reduce(sums)
+    total, top1, top5, loss_sum = sums.tolist()
     if total != images:
-        raise RuntimeError(f"evaluation saw {total} images of {images}")
+        raise RuntimeError(f"evaluation saw {total:.0f} images of {images}")
     return Evaluation(
-        images=total,
+        images=images,
         error=100 * (total - top1) / total,
         top5_error=100 * (total - top5) / total if classes > 10 else None,
+        loss=loss_sum / total,
     )

@@ -13,10 +13,11 @@ from torch import nn
 
 from harness.cluster.job import Worker
 from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
-from harness.loaders.loader import Loader, make_loaders
+from harness.loaders.loader import Loader, make_evaluation_loader, make_loaders
 from harness.loaders.sampling import Augment, LoaderConfig, SamplingPlan, make_normalize
 from harness.models.build import build
 from harness.spec import RunPaths, RunSpec
+from harness.training.batch_norm import SyncBatchNorm, synchronise_batch_norms
 from harness.training.engine import (
     Captured,
     Direct,
@@ -37,7 +38,7 @@ EVAL_BATCH_SIZE = 1000
 
 @dataclass(frozen=True, slots=True)
 class Data:
-    """The three sets of a run, of which it uses two."""
+    """The three sets of a run."""
 
     train: Split
     eval: Split  # evaluated after each epoch: the validation split, or the test set where there is none
@@ -64,6 +65,7 @@ class Prepared:
     loader_config: LoaderConfig
     train_loader: Loader
     eval_loader: Loader
+    test_loader: Loader | None  # where other images are evaluated after each epoch
     network: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -75,8 +77,8 @@ class Prepared:
 
     def close(self) -> None:
         """Close the loaders."""
-        self.train_loader.close()
-        self.eval_loader.close()
+        for loader in filter(None, (self.train_loader, self.eval_loader, self.test_loader)):
+            loader.close()
 
 
 def prepare(spec: RunSpec, worker: Worker, paths: RunPaths, meter: MemoryMeter | None = None) -> Prepared:
@@ -105,6 +107,8 @@ def assemble(
     recipe = spec.recipe
     torch.manual_seed(spec.seed)
     network = build(spec.network, num_classes, recipe.crop or data.train.images.shape[1])
+    if recipe.batch_norm == "sync" and worker.world_size > 1:
+        synchronise_batch_norms(network)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(recipe, network, lr_on_device=is_captured(spec))
     scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
@@ -122,7 +126,11 @@ def assemble(
             threads=worker.threads,
         )
         train_loader, eval_loader = make_loaders(spec.loader, data.train, data.eval, config)
-    return Prepared(spec, data, config, train_loader, eval_loader, network, optimizer, scaler)
+        test_loader = None
+        if data.eval_split == "val":
+            test_config = replace(config, eval_batch_size=min(EVAL_BATCH_SIZE, len(data.test)))
+            test_loader = make_evaluation_loader(spec.loader, data.test, test_config)
+    return Prepared(spec, data, config, train_loader, eval_loader, test_loader, network, optimizer, scaler)
 
 
 def is_captured(spec: RunSpec) -> bool:
@@ -246,16 +254,22 @@ def without_communication(step: Step) -> Step:
 
 def make_step(prepared: Prepared, *, ddp: bool) -> Step:
     """The step of a prepared run. Where there are several ranks their gradients are summed by DDP, or by the step."""
-    network, world_size = prepared.network, prepared.loader_config.world_size
+    network, world_size, device = prepared.network, prepared.loader_config.world_size, prepared.device
+    synchronised = [m for m in network.modules() if isinstance(m, SyncBatchNorm)]
+    ddp = ddp and not synchronised  # one order of all-reduces, whatever a rank's autograd does first
     parameters = [p for p in network.parameters() if p.requires_grad]
     trained: nn.Module = network
     if world_size > 1 and ddp:
-        trained = wrap_ddp(network, prepared.device)
+        trained = wrap_ddp(network, device)
     elif world_size > 1:
         for tensor in network.state_dict().values():
             dist.broadcast(tensor, 0)
         # NCCL connects at the first all-reduce of a size, which no capture may be
-        dist.all_reduce(torch.zeros(sum(p.numel() for p in parameters), device=prepared.device))
+        sizes = {(sum(p.numel() for p in parameters), torch.float32)}
+        for norm in synchronised:
+            sizes |= {(2 * norm.num_features + 1, torch.float64), (2 * norm.num_features, torch.float32)}
+        for size, dtype in sorted(sizes, key=str):
+            dist.all_reduce(torch.zeros(size, dtype=dtype, device=device))
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     return Step(
         trained,
@@ -263,8 +277,9 @@ def make_step(prepared: Prepared, *, ddp: bool) -> Step:
         prepared.optimizer,
         prepared.scaler,
         prepared.spec,
-        torch.zeros((), dtype=torch.float64, device=prepared.device),
+        torch.zeros(2, dtype=torch.float64, device=device),
         world_size,
         norms=[norm for norm in norms if norm.num_batches_tracked is not None and norm.momentum],
+        synchronised=synchronised,
         all_reduce=dist.all_reduce if world_size > 1 and not ddp else None,
     )

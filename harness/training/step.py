@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.loaders.resident import upload
 from harness.spec import Precision, RunSpec
+from harness.training.batch_norm import SyncBatchNorm
 
 
 @dataclass(slots=True)
@@ -30,15 +31,19 @@ class Step:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     spec: RunSpec
-    loss_sum: Tensor  # float64, (), over this rank's images of the epoch so far
+    totals: Tensor  # float64, (2,): loss and errors, summed over this rank's images of the epoch so far
     world_size: int
     mark: Callable[[str], None] = lambda _: None  # called with the name of each part when it has been queued
     norms: Sequence[Any] = ()  # batch norms that count
+    synchronised: Sequence[SyncBatchNorm] = ()
     all_reduce: Callable[[Tensor], Any] | None = None  # sums over the ranks; None with one rank, and under DDP
 
     def __call__(self, images: Tensor, labels: Tensor, global_images: float) -> None:
         """images (n, 3, H, W), labels (n,): this rank's share of a step over `global_images`."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self.all_reduce is not None:
+            for norm in self.synchronised:
+                norm.all_reduce = self.all_reduce
         with make_autocast(images.device, self.spec.precision), self._counting_together():
             logits = self.network(images)
         loss_sum = F.cross_entropy(
@@ -56,7 +61,8 @@ class Step:
             self.mark("all-reduce")
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.loss_sum += loss_sum.detach()
+        wrong = logits.argmax(1).ne(labels).sum()
+        self.totals += torch.stack([loss_sum.detach().double(), wrong.double()])
         self.mark("optimizer")
 
     @contextmanager
@@ -77,7 +83,7 @@ class Step:
         """Remember all that a step changes. The function returned restores it, every tensor at its address."""
         with torch.no_grad():
             statistics = self.network.buffers() if isinstance(self.network, nn.Module) else ()
-            tensors = [*self.parameters, *statistics, self.loss_sum]
+            tensors = [*self.parameters, *statistics, self.totals]
             tensors += [v for state in self.optimizer.state.values() for v in state.values() if v is not None]
             values = [tensor.detach().clone() for tensor in tensors]
             scaler = self.scaler.state_dict()

@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from harness.cluster.job import Worker
-from harness.loaders.loader import Loader, make_evaluation_loader
+from harness.loaders.loader import Loader
 from harness.results.remote import RemoteRun
 from harness.results.store import append_epoch, partial_dir, run_name, write_epochs
 from harness.results.values import EpochMetrics, Measurement, RunResult
@@ -35,10 +34,9 @@ from harness.training.optim import (
     total_epochs,
     total_steps,
 )
-from harness.training.setup import EVAL_BATCH_SIZE, Prepared, Trainer, make_trainer, prepare
+from harness.training.setup import Prepared, Trainer, make_trainer, prepare
 from harness.training.step import flushed_denormals, make_autocast, mix
 from harness.training.telemetry import (
-    EpochReading,
     EpochTelemetry,
     describe_machine,
     device_name,
@@ -89,36 +87,19 @@ def _train(
     epochs = total_epochs(spec.recipe, run.train_loader.steps)
     steps_in_all = total_steps(spec.recipe, run.train_loader.steps)
     setup_seconds = time.perf_counter() - entered_at
+    on_test: Evaluation | None = None
 
     for epoch in range(first, epochs):
         steps = min(run.train_loader.steps, steps_in_all - epoch * run.train_loader.steps)
-        telemetry.start()
-        metrics = run_steps(trainer, epoch=epoch, steps=steps)
-        if not math.isfinite(metrics.loss):
-            raise DivergedError(epoch + 1, (epoch + 1) * run.train_loader.steps)
-        if worker.world_size > 1:
-            for buffer in run.network.buffers():
-                dist.broadcast(buffer, 0)
-        reading = telemetry.stop(metrics.train_seconds)
-        evaluating_at = time.perf_counter()
-        evaluation = run_eval(trainer, run.eval_loader, len(run.data.eval))
+        metrics, on_test = run_epoch(run, trainer, telemetry, epoch=epoch, steps=steps)
         warmup, partial = epoch - first < WARMUP_EPOCHS < epochs, steps < run.train_loader.steps
-        untimed = why_untimed(spec, worker, reading, warmup=warmup, partial=partial)
-        metrics = metrics.model_copy(
-            update={
-                "error": evaluation.error,
-                "top5_error": evaluation.top5_error,
-                "eval_seconds": time.perf_counter() - evaluating_at,
-                "timed": not untimed,
-                "untimed": untimed,
-                "energy_joules": reading.joules if worker.runs_per_gpu == 1 else None,
-                "interference": reading.interference,
-                "attempt": attempt,
-                "workers": None if worker.world_size == spec.workers else worker.world_size,
-                "skew": reading.skew,
-                "slowest_rank": reading.slowest_rank,
-            }
-        )
+        untimed = why_untimed(spec, worker, metrics.interference, warmup=warmup, partial=partial)
+        own: dict[str, Any] = {"timed": not untimed, "untimed": untimed, "attempt": attempt}
+        if worker.world_size != spec.workers:
+            own["workers"] = worker.world_size
+        if worker.runs_per_gpu > 1:
+            own["energy_joules"] = None
+        metrics = metrics.model_copy(update=own)
         history.append(metrics)
         meter.sample()
         if epoch - first + 1 == WARMUP_EPOCHS < epochs - first:
@@ -135,7 +116,8 @@ def _train(
         save_weights(run, folder)
         remote.push(required=True)
     memory = meter.read(run.network, run.optimizer, trainer.graphs)
-    on_test = evaluate_test(run, trainer, stack) if run.data.eval_split == "val" else None
+    if run.test_loader and on_test is None:  # resumed after the last epoch
+        on_test = run_eval(trainer, run.test_loader, len(run.data.test))
     return RunResult(
         **summarise_history(history, run.data.eval_split, spec.workers),
         evaluated_images=len(run.data.eval),
@@ -159,6 +141,33 @@ def _train(
         warnings=tuple(warnings_seen),
         ranks=tuple(gather(summarise_rank(worker.rank, memory, history[first:]))),
     )
+
+
+def run_epoch(
+    run: Prepared, trainer: Trainer, telemetry: EpochTelemetry, *, epoch: int, steps: int
+) -> tuple[EpochMetrics, Evaluation | None]:
+    """Train an epoch and evaluate what it came to, on the test set too where other images are held out.
+
+    A collective. Raises DivergedError.
+    """
+    telemetry.start()
+    metrics = run_steps(trainer, epoch=epoch, steps=steps)
+    if not math.isfinite(metrics.loss):
+        raise DivergedError(epoch + 1, (epoch + 1) * run.train_loader.steps)
+    if trainer.step.world_size > 1:
+        for buffer in run.network.buffers():
+            dist.broadcast(buffer, 0)
+    reading = telemetry.stop(metrics.train_seconds)
+    evaluating_at = time.perf_counter()
+    evaluation = run_eval(trainer, run.eval_loader, len(run.data.eval))
+    on_test = run_eval(trainer, run.test_loader, len(run.data.test)) if run.test_loader else None
+    measured = {
+        "error": evaluation.error, "top5_error": evaluation.top5_error, "eval_loss": evaluation.loss,
+        "test_error": on_test.error if on_test else None, "eval_seconds": time.perf_counter() - evaluating_at,
+        "energy_joules": reading.joules, "interference": reading.interference, "skew": reading.skew,
+        "slowest_rank": reading.slowest_rank,
+    }  # fmt: skip
+    return metrics.model_copy(update=measured), on_test
 
 
 def resume(run: Prepared, folder: Path, warn: Callable[[str], None]) -> list[EpochMetrics]:
@@ -205,7 +214,7 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
     spec, loader = trainer.step.spec, trainer.loader
     recipe, rank = spec.recipe, dist.get_rank() if dist.is_initialized() else 0
     random = np.random.default_rng([spec.seed, epoch, rank])  # of mixup alone: the loader's plan has its own
-    trainer.step.loss_sum.zero_()
+    totals = trainer.step.totals.zero_()
     seen, lr, stall_seconds = 0, float("nan"), 0.0
     trainer.watchdog.finish()
     started_at = requested_at = time.perf_counter()
@@ -223,15 +232,16 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
         requested_at = time.perf_counter()
     trainer.watchdog.finish()
     train_seconds = time.perf_counter() - started_at
-    sums = torch.stack([trainer.step.loss_sum, torch.full_like(trainer.step.loss_sum, seen)])
+    sums = torch.cat([totals, torch.full_like(totals[:1], seen)])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    loss_sum, all_seen = sums.tolist()
+    loss_sum, wrong, all_seen = sums.tolist()
     return EpochMetrics(
         epoch=epoch + 1,
         steps=steps,
         images=round(all_seen),
         loss=loss_sum / all_seen,
+        train_error=100 * wrong / all_seen,
         error=float("nan"),
         lr=lr,
         train_seconds=train_seconds,
@@ -247,20 +257,12 @@ def run_eval(trainer: Trainer, loader: Loader, images: int) -> Evaluation:
     return evaluate(trainer.network, loader, images=images, autocast=autocast, forward=trainer.forward)
 
 
-def evaluate_test(run: Prepared, trainer: Trainer, stack: ExitStack) -> Evaluation:
-    """Evaluate the trained network on the test set, where another set was evaluated after each epoch."""
-    test = run.data.test
-    config = replace(run.loader_config, eval_batch_size=min(EVAL_BATCH_SIZE, len(test)))
-    loader = stack.enter_context(closing(make_evaluation_loader(run.spec.loader, test, config)))
-    return run_eval(trainer, loader, len(test))
-
-
-def why_untimed(spec: RunSpec, worker: Worker, reading: EpochReading, *, warmup: bool, partial: bool) -> str:
+def why_untimed(spec: RunSpec, worker: Worker, causes: Sequence[str], *, warmup: bool, partial: bool) -> str:
     """Why an epoch's seconds stay out of the medians; empty where they count."""
     reasons = (
         "warm-up" if warmup else "",
         "partial epoch" if partial else "",
-        f"interference: {', '.join(reading.interference)}" if reading.interference else "",
+        f"interference: {', '.join(causes)}" if causes else "",
         f"{worker.runs_per_gpu} runs share the GPU" if worker.runs_per_gpu > 1 else "",
         f"another width: {worker.world_size} workers" if worker.world_size != spec.workers else "",
     )

@@ -26,6 +26,7 @@ from harness.results.report.text import clean
 from harness.results.rows import Row
 from harness.results.statistics import mean
 from harness.results.store import Interrupted, Stored, load_epochs, write_atomic
+from harness.results.values import EpochMetrics
 
 MAX_RUNS = 200  # whose epochs are read for one page: more curves than that cannot be told apart
 MAX_POINT_NAMES = 24  # beside the points of a frontier; with more of them only the best are named
@@ -48,6 +49,8 @@ DESCRIBING = [column for column in DESCRIPTORS if not column.stays and column.na
 """Columns that distinguish rows of one network."""
 MEMORIES = ("nvml_process_mib", "torch_reserved_mib", "rss_mib")  # the best one to compare first
 
+LEARNING = {"val": "held out", "test": "test"}
+"""Images whose curves stand beside the training's."""
 Values = list[dict[str, Any]]
 
 
@@ -156,6 +159,9 @@ def _make_panel(rows: Sequence[Row], styles: Mapping[int, Style], chosen: set[in
     if curves:
         panel.datasets["curves"] = [styles[i]._asdict() | curve for i, some in curves.items() for curve in some]
         panel.charts.extend(_curve_charts(panel.datasets["curves"], title, [styles[i] for i in curves]))
+    if learning := [styles[i]._asdict() | one for i in curves for one in _load_learning(rows[i])]:
+        panel.datasets["learning"] = learning
+        panel.charts.extend(_learning_charts(learning, [styles[i] for i in curves]))
     panel.rows.update({styles[i].row: (styles[i].colour, styles[i].dash) for i in curves or members})
 
     done = [rows[i] for i in members if rows[i].done]
@@ -191,6 +197,8 @@ def _load_curves(row: Row) -> Iterator[dict[str, Any]]:
         curve = _epochs(common) | {"mean": [round(mean(column), 2) for column in columns]}
         if len(finished) > 1:
             curve |= {name: [round(of(c), 2) for c in columns] for name, of in (("low", min), ("high", max))}
+        if row.against and row.against.published.error is not None:
+            curve["published"] = row.against.published.error
         yield curve
     unfinished: list[Stored | Interrupted] = [*row.failed, *row.pruned, *row.interrupted]
     for run in unfinished:
@@ -200,9 +208,32 @@ def _load_curves(row: Row) -> Iterator[dict[str, Any]]:
 
 def _load_errors(run: Stored | Interrupted) -> dict[int, float]:
     """By epoch. None where they cannot be read: the table stands on the record, and `harness why` names the fault."""
+    return {e.epoch: e.error for e in _load_epochs(run.folder) if math.isfinite(e.error)}
+
+
+def _load_epochs(folder: Path) -> list[EpochMetrics]:
     with suppress(OSError, ValueError):
-        return {e.epoch: e.error for e in load_epochs(run.folder) if math.isfinite(e.error)}
-    return {}
+        return load_epochs(folder)
+    return []
+
+
+def _load_learning(row: Row) -> Iterator[dict[str, Any]]:
+    """Error and loss of what is learnt and of what is not, over epochs: means of the finished runs that recorded both."""
+    runs = [{e.epoch: e for e in _load_epochs(s.folder) if e.train_error is not None} for s in row.done]
+    common = sorted(set.intersection(*map(set, runs))) if runs else []
+    figures = {"training": ("train_error", "loss"), LEARNING[row.evaluated_on]: ("error", "eval_loss")}
+    if row.evaluated_on == "val":
+        figures["test"] = ("test_error", "")
+
+    def means(name: str) -> list[float | None]:
+        columns: list[list[Any]] = [[getattr(run[epoch], name, None) for run in runs] for epoch in common]
+        return [
+            float(f"{mean(c):.4g}") if all(v is not None and math.isfinite(v) for v in c) else None
+            for c in columns
+        ]
+
+    for kind, (error, loss) in figures.items() if common else ():
+        yield _epochs(common) | {"of": kind, "error": means(error), "loss": means(loss)}
 
 
 def _epochs(epochs: list[int]) -> dict[str, Any]:
@@ -215,6 +246,8 @@ def _curve_charts(curves: Values, title: str, styles: Sequence[Style]) -> Iterat
         caption += ": mean of the seeds, band from the smallest to the largest"
     if any("unfinished" in curve for curve in curves):
         caption += "; dotted: a run that did not finish"
+    if any("published" in curve for curve in curves):
+        caption += "; level: the published error"
     last = max(max(curve.get("epoch") or [len(curve["mean"])]) for curve in curves)
     top = max(max(curve.get("high") or curve["mean"]) for curve in curves)
     whole = [min(1, last), max(last, 2)], [0.0, _round_up(top) or 1.0]
@@ -230,13 +263,25 @@ def _curve_charts(curves: Values, title: str, styles: Sequence[Style]) -> Iterat
         yield Chart("zoom", caption, spec([last // 2 + 1, last], zoom, clip=True))
 
 
+def _learning_charts(curves: Values, styles: Sequence[Style]) -> Iterator[Chart]:
+    last = max(max(curve.get("epoch") or [len(curve["loss"])]) for curve in curves)
+    kinds = [kind for kind in ("training", *LEARNING.values()) if any(curve["of"] == kind for curve in curves)]
+    for figure, title in (("error", "error, %"), ("loss", "loss")):
+        spec = make_spec(
+            "learning", figure=figure, title=title, epochs=[min(1, last), max(last, 2)], kinds=kinds,
+            colour=_by_row("colour", styles),
+        )  # fmt: skip
+        caption = f"{figure.capitalize()} after each epoch, mean of the seeds; of training images during the epoch"
+        yield Chart(f"learning-{figure}", caption, spec)
+
+
 def _zoom(curves: Values, first: int) -> list[float] | None:
     """Bounds of the errors from an epoch on, cut above twice the largest final error."""
     lows, highs, finals = [], [], []
     for curve in (curve for curve in curves if "unfinished" not in curve):
         low, high = curve.get("low") or curve["mean"], curve.get("high") or curve["mean"]
         inside = [k for k, epoch in enumerate(curve.get("epoch") or range(1, len(low) + 1)) if epoch >= first]
-        lows += [low[k] for k in inside]
+        lows += [low[k] for k in inside] + [curve["published"] for _ in inside[:1] if "published" in curve]
         highs += [high[k] for k in inside]
         finals.append(high[-1])
     if not lows:

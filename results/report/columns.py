@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures, suggest
+from harness.results.published import Published, find_published
 from harness.results.rows import Row
 from harness.results.store import Interrupted, Stored
 
@@ -20,6 +21,7 @@ class Column:
     means: str = ""  # stands under the table
     right: bool = True
     stays: bool = False  # in the table, even where all rows agree
+    hidden: bool = False  # from the table, unless it is chosen
     part: Literal["what", "errors", "costs"] = "what"  # of a table that is too wide for the terminal
     key: Callable[[Row], float | str | None] | None = None
 
@@ -80,6 +82,45 @@ def _published(row: Row) -> str:
     return f"{number:.2f} ({_signed(row.against.difference)})"
 
 
+def cost_entry(row: Row) -> Published | None:
+    """The published entry whose seconds and memory are of such runs as the row's: images by number and size, network.
+
+    How the images were compressed does not matter to a cost, nor does the number of epochs.
+    """
+    other = any(not text.startswith(("epochs=", "val=")) for text in row.overrides)
+    if other or row.limit_train is not None:
+        return None
+    return find_published(row.fields.get("dataset", ""), row.variant, row.depth)
+
+
+def epoch_seconds_ratio(row: Row) -> float | None:
+    """Published seconds over ours."""
+    entry = cost_entry(row)
+    return entry.epoch_seconds / row.epoch_seconds if entry and entry.epoch_seconds and row.epoch_seconds else None
+
+
+def _published_seconds(row: Row) -> str:
+    entry, ratio = cost_entry(row), epoch_seconds_ratio(row)
+    if entry is None or entry.epoch_seconds is None:
+        return NONE
+    return f"{entry.epoch_seconds:g} s" + (f" ({figures(ratio)}×)" if ratio else "")
+
+
+def _published_memory(row: Row) -> str:
+    entry = cost_entry(row)
+    return f"{entry.memory_mib:,g} MiB" if entry and entry.memory_mib else NONE
+
+
+def _published_number(row: Row, variant: str | None = None) -> float | None:
+    entry = find_published(row.fields.get("dataset", ""), variant or row.variant, row.depth)
+    return entry.number if entry else None
+
+
+def _published_error(row: Row, variant: str | None = None) -> str:
+    entry = find_published(row.fields.get("dataset", ""), variant or row.variant, row.depth)
+    return NONE if entry is None else f"{entry.number:.2f}{' (top-5)' if entry.error is None else ''}"
+
+
 def _verdict(row: Row) -> str:
     if row.against is None:
         return NONE
@@ -131,9 +172,23 @@ DERIVED: dict[str, tuple[Column, ...]] = {
                "interval of 95 %", right=False, stays=True, part="errors",
                key=lambda r: r.against.verdict.p if r.against and r.against.verdict else None),
     ),
+    "accuracy": (
+        Column("published_error", "published %", _published_error, "as printed by the source, whatever the images here",
+               hidden=True, part="errors", key=_published_number),
+        Column("paper_error", "paper %", lambda r: _published_error(r, "he2015"),
+               "of the same depth in arXiv:1512.03385", hidden=True, part="errors",
+               key=lambda r: _published_number(r, "he2015")),
+    ),
     "epoch_seconds": (
+        Column("published_epoch_seconds", "published s", _published_seconds,
+               "published s/epoch, on the hardware named below (and how many times as long as ours)",
+               stays=True, part="costs", key=epoch_seconds_ratio),
         Column("predicted_epoch_seconds", "predicted", lambda r: figures(_predicted_seconds(r)),
                "s/epoch as a probe of some steps predicted it before", stays=True, part="costs", key=_predicted_seconds),
+    ),
+    "nvml_process_mib": (
+        Column("published_memory_mib", "published MiB", _published_memory, "published memory, on the same hardware",
+               stays=True, part="costs", key=lambda r: e.memory_mib if (e := cost_entry(r)) else None),
     ),
 }  # fmt: skip
 """Columns that follow a metric's."""
@@ -143,7 +198,7 @@ def make_columns() -> list[Column]:
     """All columns, in their order: what a row is, its errors, its costs."""
     columns = list(DESCRIPTORS)
     for name, metric in METRICS.items():
-        columns += [_metric_column(metric)] if metric.in_table else []
+        columns.append(_metric_column(metric))
         columns += DERIVED.get(name, ())
     return columns
 
@@ -156,7 +211,8 @@ def _metric_column(metric: Metric) -> Column:
         return _error(row) if metric.name == "error" else metric.summary(row.figures.get(metric.name, UNKNOWN))
 
     part: Literal["errors", "costs"] = "errors" if metric.kind in ("size", "error") else "costs"
-    return Column(metric.name, metric.title, text, metric.means, stays=True, part=part, key=key)
+    return Column(metric.name, metric.title, text, metric.means, stays=True, hidden=not metric.in_table, part=part,
+                  key=key)  # fmt: skip
 
 
 def find_columns(names: Sequence[str]) -> list[Column]:

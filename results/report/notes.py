@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from harness.results.metrics import METRICS, UNKNOWN, Metric
 from harness.results.published import Published
-from harness.results.report.columns import progress, pruned_at
+from harness.results.report.columns import cost_entry, progress, pruned_at
 from harness.results.rows import Row
 from harness.results.values import UNMEASURED
 
@@ -84,6 +84,12 @@ def _run_notes(row: Row) -> Iterator[tuple[str, ...]]:
         yield f"{run} is not done: {progress(partial)}", where
     if row.against is not None:
         yield _cite(row.against.published), "published"
+    if (entry := cost_entry(row)) and (entry.epoch_seconds or entry.memory_mib):
+        yield (
+            f"on {entry.hardware}, {entry.year}: {entry.source}",
+            "published_epoch_seconds",
+            "published_memory_mib",
+        )
 
 
 def _missing_notes(row: Row) -> Iterator[tuple[str, ...]]:

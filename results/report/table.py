@@ -18,6 +18,8 @@ from harness.results.report.columns import (
     NUMBER,
     Column,
     check_names,
+    cost_entry,
+    epoch_seconds_ratio,
     find_columns,
     make_columns,
     progress,
@@ -96,7 +98,7 @@ def _choose_columns(rows: Sequence[Row], texts: dict[str, list[str]]) -> tuple[l
         metric = METRICS.get(column.name)
         if metric is not None and metric.device == "cpu" and on_gpu:
             continue  # CSV and JSON have it
-        if different <= {NONE} or (column.name == "limit_train" and different == {"all"}):
+        if column.hidden or different <= {NONE} or (column.name == "limit_train" and different == {"all"}):
             continue
         if column.name == "device" and any(row.done for row in rows):
             different -= {NONE}  # a run that failed does not know its device
@@ -247,6 +249,10 @@ def plain_values(row: Row) -> dict[str, Any]:
     for category in MEMORY_CATEGORIES:
         values[f"memory_{category.lower().replace(' ', '_')}_mib"] = row.by_category_mib.get(category)
     values |= _published_values(row.against)
+    cost = cost_entry(row)
+    for name in ("epoch_seconds", "memory_mib", "hardware", "year"):
+        values[f"published_{name}"] = getattr(cost, name) if cost else None
+    values["published_epoch_seconds_ratio"] = epoch_seconds_ratio(row)
     failures = ((stored.record.seed, stored.record.failure) for stored in row.failed)
     values["failed"] = "; ".join(f"seed {seed}: {failure.kind}" for seed, failure in failures if failure)
     values["pruned"] = "; ".join(f"seed {stored.record.seed}: {pruned_at(stored)}" for stored in row.pruned)

@@ -1,0 +1,121 @@
+"""A comparison as text, Markdown or JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from harness.results.compare import Comparison, Pair, centre_of, signed
+from harness.results.metrics import NONE, Metric
+from harness.results.report.text import Sheet, clean, escape_markdown, for_markdown, for_terminal, paint
+from harness.results.statistics import std
+
+DEFINITIONS = (
+    "A, B: of errors mean ± std over n runs, of all else median ± std; B − A: of errors in points, of all else in "
+    "percent of A",
+    "interval: 90 %, the one that the verdict rests on",
+    "verdict: equivalent where the interval lies within the margin, different where it lies beyond it",
+)
+HEADERS = ["what", "metric", "n", "A", "B", "B − A", "interval", "margin", "verdict"]
+COLOURS = {"equivalent": "green", "different": "red"}
+
+
+def render_comparison(
+    pairs: Sequence[Pair], format: str = "table", *, width: int = 100, colour: bool = False
+) -> str:
+    """Every pair and metric in a line; then what the tests were, and what else forbids a conclusion."""
+    figures = [figure for pair in pairs for figure in pair.figures]
+    tests = dict.fromkeys(f"{figure.metric.title}: {figure.how}" for figure in figures if figure.how)
+    definitions = [*DEFINITIONS, *tests]
+    if format == "json":
+        return _json(pairs, definitions)
+    if not pairs:
+        return "nothing to compare: no row of A has a counterpart in B\n"
+    both = [pair for pair in pairs if pair.a and pair.b]
+    shared = set.intersection(*({(n, *v) for n, v in pair.differs.items()} for pair in both)) if both else set()
+    caption = "B against A: " + (", ".join(f"{n} {a} → {b}" for n, a, b in sorted(shared)) or "same settings")
+    named = {name for name, _, _ in shared}
+    cells = [line for pair in pairs for line in _lines(pair, named)]
+    problems = [clean(f"{pair.name}: {problem}") for pair in pairs for problem in pair.problems()]
+    sheet = Sheet(HEADERS, [name not in ("what", "metric", "verdict") for name in HEADERS], cells)
+    if format == "markdown":
+        small = "\n".join(f"- {escape_markdown(line)}" for line in [*definitions, *problems])
+        return f"{escape_markdown(clean(caption))}\n\n{for_markdown(sheet)}\n\n{small}\n"
+    styles = [["bold", *[""] * 7, COLOURS.get(line[-1], "")] for line in cells]
+    output = [paint(line, "bold" if colour else "") for line in textwrap.wrap(clean(caption), width)]
+    output += ["", *for_terminal(sheet, width, styles if colour else None), ""]
+    for lines, style in ((definitions, "dim"), (problems, "red")):
+        parts = [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="  ")]
+        output += [paint(part, style if colour else "") for part in parts]
+    return "\n".join(output) + "\n"
+
+
+def _lines(pair: Pair, named: set[str]) -> list[list[str]]:
+    row = pair.a or pair.b
+    own = ", ".join(f"{n} {a} → {b}" for n, (a, b) in pair.differs.items() if n not in named)
+    what = clean(f"{pair.name} {row.dataset if row else NONE} {own}".strip())
+    if not pair.figures:
+        done = [len(side.done) if side else None for side in (pair.a, pair.b)]
+        counts = ", ".join(NONE if n is None else str(n) for n in done)
+        word = (
+            "only in A"
+            if pair.b is None
+            else "only in B"
+            if pair.a is None
+            else "no result in B"
+            if done[0]
+            else "no result in A"
+        )
+        return [[what, NONE, counts, *[NONE] * 5, word]]
+    return [["" if number else what, *_words(figure)] for number, figure in enumerate(pair.figures)]
+
+
+def _words(figure: Comparison) -> list[str]:
+    metric, interval, margin = figure.metric, figure.interval, figure.metric.margin
+    unit = " %" if metric.relative else ""
+    return [
+        metric.heading,
+        f"{len(figure.a)}, {len(figure.b)}",
+        _spread(figure.a, metric),
+        _spread(figure.b, metric),
+        NONE if figure.difference is None else f"{signed(figure.difference)}{unit}",
+        NONE if interval is None else f"{signed(interval.low)} … {signed(interval.high)}",
+        NONE if margin is None else f"±{margin:g}{unit}",
+        NONE if margin is None else figure.verdict,
+    ]
+
+
+def _spread(values: Sequence[float], metric: Metric) -> str:
+    if not values:
+        return NONE
+    centre, spread = centre_of(metric, values), std(values)
+    digits = 2 if not metric.relative or abs(centre) < 100 else 0
+    return f"{centre:,.{digits}f}" + ("" if spread is None else f" ± {spread:,.{digits}f}")
+
+
+def _json(pairs: Sequence[Pair], definitions: Sequence[str]) -> str:
+    def number(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
+    def side(metric: Metric, values: Sequence[float]) -> dict[str, float | None] | None:
+        word = "mean" if metric.kind == "error" else "median"
+        return {"n": len(values), word: centre_of(metric, values), "std": number(std(values))} if values else None
+
+    def plain(figure: Comparison) -> dict[str, Any]:
+        metric, interval = figure.metric, figure.interval
+        return {
+            "metric": metric.name, "unit": "percent" if metric.relative else "points",
+            "a": side(metric, figure.a), "b": side(metric, figure.b), "difference": number(figure.difference),
+            "interval": interval and (number(interval.low), number(interval.high)),
+            "margin": metric.margin, "verdict": figure.verdict, "test": figure.how,
+        }  # fmt: skip
+
+    entries = [
+        {"a": pair.a and pair.a.name, "b": pair.b and pair.b.name, "differs": pair.differs,
+         "problems": list(pair.problems()), "figures": list(map(plain, pair.figures))}
+        for pair in pairs
+    ]  # fmt: skip
+    return json.dumps({"pairs": entries, "definitions": definitions}, indent=1, ensure_ascii=False) + "\n"
