@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from harness.results.store import EPOCHS, ESTIMATES, PARTIAL, RECORD, SPEC, SUPERSEDED, WEIGHTS, timestamp
+from harness.results.store import EPOCHS, ESTIMATES, HASHES, PARTIAL, RECORD, SPEC, SUPERSEDED, WEIGHTS, timestamp
 
 CHECKPOINTS = "checkpoints"
-SMALL = (RECORD, EPOCHS, SPEC, "attempts.jsonl")  # all that tables are made of
+SMALL = (RECORD, EPOCHS, SPEC, HASHES, "attempts.jsonl")  # all that tables are made of
 OBJECT_STORES = ("s3", "gcs", "abfs")  # without folders, and a file exists only when it is whole
 
 

@@ -1,6 +1,6 @@
 """The store: one folder per run, and what is kept in it.
 
-    <out>/<name>/            a finished run: record.json, epochs.jsonl, weights.safetensors
+    <out>/<name>/            a finished run: record.json, epochs.jsonl, weights.safetensors, and hashes.json of them
     <out>/<name>.partial/    a run that is not finished: running, interrupted, failed or pruned by a search (the last
                              two have a record.json too)
     <out>/tune/<sweep>/      a search's settings and trials; each trial is a run like any other
@@ -14,6 +14,7 @@ alone, so that a table over thousands of runs reads one small file for each.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from pydantic import TypeAdapter, ValidationError
 from harness.results.values import SCHEMA_VERSION, EpochMetrics, Prediction, Record
 
 RECORD, EPOCHS, SPEC, WEIGHTS = "record.json", "epochs.jsonl", "spec.json", "weights.safetensors"
+HASHES = "hashes.json"  # file name -> SHA-256, for `harness verify`
 PARTIAL, SUPERSEDED, SWEEPS, ESTIMATES = ".partial", ".superseded", "tune", ".estimates"
 
 _EPOCHS = TypeAdapter(list[EpochMetrics])
@@ -100,6 +102,7 @@ def start(out: Path, name: str, spec: dict[str, Any]) -> Path:
     if record.exists():
         word = "pruned" if b'"status": "pruned"' in record.read_bytes() else "failed"
         record.rename(folder / f"{word}_{timestamp()}.json")
+    (folder / HASHES).unlink(missing_ok=True)
     write_atomic(folder / SPEC, json.dumps(spec, indent=1, allow_nan=True) + "\n")
     return folder
 
@@ -184,8 +187,18 @@ def _write_record(out: Path, record: Record, epochs: Iterable[EpochMetrics] = ()
     folder.mkdir(parents=True, exist_ok=True)
     if epochs:
         write_epochs(folder, epochs)
-    write_atomic(folder / RECORD, record.model_dump_json(indent=1, exclude={"result": {"epochs"}}) + "\n")
+    text = (record.model_dump_json(indent=1, exclude={"result": {"epochs"}}) + "\n").encode()
+    hashes = {name: hash_file(folder / name) for name in (EPOCHS, WEIGHTS) if (folder / name).exists()}
+    hashes[RECORD] = hashlib.sha256(text).hexdigest()
+    write_atomic(folder / HASHES, json.dumps(hashes, indent=1) + "\n")
+    write_atomic(folder / RECORD, text)
     return folder
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parent / "golden"
 RECORDS = GOLDEN.parents[1] / "results" / "records"
 SAMPLE = RECORDS / "sample_digits_cpu_2026-11-22" / "runs"
 SWEEP = RECORDS / "sweep_cifar10-q75_cpu_2026-11-22" / "runs"
-COMMANDS = ("run", "tune", "report", "compare", "why", "export", "repro", "variants", "eval", "check")
+COMMANDS = ("run", "tune", "report", "compare", "verify", "why", "export", "repro", "variants", "eval", "check")
 
 
 # --- the names inside the packages ---

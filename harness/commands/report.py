@@ -35,14 +35,19 @@ def load_runs(paths: Sequence[Path]) -> Loaded:
 
     Raises UserError for a path that is not a folder.
     """
+    loaded = load_records(check_folders(paths))
+    _name_problems(loaded.problems)
+    return loaded
+
+
+def check_folders(paths: Sequence[Path]) -> Sequence[Path]:
+    """The paths. Raises UserError for one that is not a folder."""
     for path in paths:
         if not path.is_dir():
             raise UserError(
                 f"no folder of results at {str(path)!r}; `harness run` makes one (--out, default runs)"
             )
-    loaded = load_records(paths)
-    _name_problems(loaded.problems)
-    return loaded
+    return paths
 
 
 def _name_problems(problems: Sequence[Problem]) -> None:
@@ -225,6 +230,22 @@ def print_why(row: str, path: Path, console: Console) -> None:
         numbers = ", ".join(f"{rows.index(match) + 1} on {match.dataset}" for match in matches)
         raise UserError(f"row {row!r} is on several data sets: give one by its number, {numbers}")
     print_text("\n".join(map(why, matches)), console)
+
+
+def print_findings(paths: Sequence[Path]) -> int:
+    """Print what contradicts itself in stored runs, a line each. Returns the exit code: 1 where anything does."""
+    from harness.results.verify import Finding, has_hashes, verify
+    from harness.spec import RunSpec
+
+    loaded = load_records(paths)
+    findings = [Finding(problem.path, problem.reason) for problem in loaded.problems]
+    findings += verify(loaded.records, lambda spec: RunSpec.from_json(dict(spec)).key)
+    for finding in findings:
+        print(finding)
+    old = sum(not has_hashes(run.folder) for run in loaded.records)
+    unhashed = f"; {old} of them have no hash stored: only their figures are checked" if old else ""
+    print(f"{len(loaded.records)} runs verified, {len(findings)} findings{unhashed}")
+    return 1 if findings else 0
 
 
 def print_comparison(

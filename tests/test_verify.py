@@ -1,0 +1,185 @@
+"""`harness verify`: every planted edit is found, with the stored hashes and, where figures contradict, without them."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import harness
+from test_golden import SAMPLE
+
+from harness.results.store import EPOCHS, HASHES, RECORD, WEIGHTS, finish, load_epochs, load_records, partial_dir
+
+Json = dict[str, Any]
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three stored runs, stored again with hashes and weights."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
+    out = tmp_path / "runs"
+    for stored in load_records(sorted(SAMPLE.glob("digits_msra-8_*"))[:3]).records:
+        result = stored.record.result
+        assert result is not None
+        result = result.model_copy(update={"epochs": tuple(load_epochs(stored.folder)), "evaluated_images": 360})
+        partial_dir(out, stored.record.name).mkdir(parents=True)
+        (partial_dir(out, stored.record.name) / WEIGHTS).write_bytes(stored.record.name.encode())
+        finish(out, stored.record.model_copy(update={"result": result}))
+    return out
+
+
+def edit(*path: str, to: Any) -> Callable[[Json], None]:
+    """Put a value into a record, or what a function makes of it."""
+
+    def change(record: Json) -> None:
+        inner = record
+        for name in path[:-1]:
+            inner = inner[name]
+        inner[path[-1]] = to(inner[path[-1]]) if callable(to) else to
+
+    return change
+
+
+def times(factor: float) -> Callable[[float], float]:
+    return lambda value: value * factor
+
+
+RECORDS: dict[str, tuple[Callable[[Json], None], str]] = {
+    "key": (edit("key", to="0" * 16), "key 0000000000000000: its specification has"),
+    "recipe": (edit("spec", "recipe", "lr", to=0.05), "its specification has"),
+    "network": (edit("spec", "network", "depth", to=14), "depth 8: its specification has 14"),
+    "seed": (edit("seed", to=7), "seed 7: its specification has"),
+    "variant": (edit("variant", to="he2015"), "variant he2015: its specification has msra"),
+    "field": (lambda r: r["spec"].update(colour=1), "no such field"),
+    "name": (edit("name", to="digits_msra-8_s9_00000000"), "name digits_msra-8_s9_00000000: its values give"),
+    "final error": (edit("result", "final_error", to=0.0), "final_error is 0.0, its epochs give"),
+    "final below best": (edit("result", "final_error", to=1.0), "is above final_error 1"),
+    "best error": (edit("result", "best_error", to=0.0), "best_error is 0.0, its epochs give"),
+    "best epoch": (edit("result", "best_epoch", to=1), "best_epoch is 1, its epochs give"),
+    "no whole image": (edit("result", "final_error", to=lambda e: e + 0.1), "is no whole number of 360 images"),
+    "above 100 %": (edit("result", "final_error", to=120.0), "final_error is 120"),
+    "top-5 above top-1": (edit("result", "final_top5_error", to=50.0), "final_top5_error 50 is above final_error"),
+    "test error": (edit("result", "test_error", to=-1.0), "test_error is -1"),
+    "s/epoch": (edit("result", "epoch_seconds", to=times(0.9)), "epoch_seconds is"),
+    "training seconds": (edit("result", "train_seconds", to=times(0.5)), "train_seconds is"),
+    "images a second": (edit("result", "images_per_second", to=times(2)), "images_per_second is"),
+    "evaluation": (edit("result", "eval_seconds", to=times(9)), "eval_seconds is"),
+    "stall": (edit("result", "data_stall_percent", to=140.0), "data_stall_percent is 140"),
+    "parameters": (edit("result", "parameters", to=0), "parameters is 0"),
+    "memory": (edit("result", "memory", "rss_mib", "value", to=-5.0), "RSS MiB is -5"),
+    "allocator": (lambda r: r["result"]["memory"].update(torch_allocated_mib={"value": 9.0, "reason": None},
+                                                         torch_reserved_mib={"value": 8.0, "reason": None}),
+                  "9 MiB allocated of 8 MiB reserved"),
+    "batch": (edit("result", "batch_size", to=64), "batch_size 64"),
+    "workers": (edit("result", "workers", to=2), "workers 2: its specification has 1"),
+    "dates": (edit("finished_at", to="2020-01-01T00:00:00Z"), "before it began"),
+    "too short": (lambda r: r.update(finished_at=r["started_at"]), "from its start to its end"),
+    "duration": (edit("spec", "recipe", "duration", to=30), "10 epochs of the 30 that its recipe trains"),
+    "broken": (lambda r: r.pop("status"), "record.json is broken: status"),
+}  # fmt: skip
+
+EPOCH_EDITS: dict[str, tuple[Callable[[list[Json]], Any], str]] = {
+    "an epoch's error": (lambda e: e[-1].update(error=0.0), "final_error is"),
+    "an epoch's seconds": (lambda e: e[3].update(train_seconds=0.1), "images in 0.1 s are not"),
+    "an epoch's loss": (lambda e: e[3].update(loss=-1.0), "loss is -1"),
+    "an epoch's waiting": (lambda e: e[3].update(data_stall_seconds=99.0), "waited 99 of"),
+    "an epoch's images": (lambda e: e[3].update(images=10**6), "1000000 images in 12 steps of 128"),
+    "an epoch's rate": (lambda e: e[3].update(images_per_second=9e9), "are not 9e+09 a second"),
+    "an untimed epoch": (lambda e: e[3].update(timed=False) or e[4].update(timed=False), "epoch_seconds is"),
+    "the last epoch cut": (lambda e: e.pop(), "9 epochs of the 10"),
+    "an epoch in the middle cut": (lambda e: e.pop(4), "9 of them"),
+    "an epoch doubled": (lambda e: e.append({**e[-1], "epoch": 11}), "11 epochs of the 10"),
+    "all epochs cut": (lambda e: e.clear(), "no epochs: epochs.jsonl is missing or empty"),
+}
+FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no epochs": (lambda f: (f / EPOCHS).unlink(), "no epochs: epochs.jsonl is missing"),
+    "a broken line": (lambda f: (f / EPOCHS).write_text("{}\n{}\n"), "epochs.jsonl cannot be read"),
+    "another folder": (lambda f: f.rename(f.with_name("mine")), "is called mine"),
+    "no record": (lambda f: (f / RECORD).unlink(), "it has no record.json"),
+}
+HASHED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "weights changed": (lambda f: (f / WEIGHTS).write_bytes(b"other"), "weights.safetensors is not as it was stored"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "weights.safetensors is missing"),
+    "hashes broken": (lambda f: (f / HASHES).write_text("["), "hashes.json cannot be read"),
+    "device": (lambda f: change_record(f, edit("result", "device", to="H100")), "record.json is not as it was stored"),
+    "version": (lambda f: change_record(f, edit("environment", "commit", to="0")), "record.json is not as it was stored"),
+    "learning rates": (lambda f: change_epochs(f, lambda e: e[0].update(lr=0.2)), "epochs.jsonl is not as it was stored"),
+}  # fmt: skip
+
+
+def change_record(folder: Path, change: Callable[[Json], Any]) -> None:
+    record = json.loads((folder / RECORD).read_text())
+    change(record)
+    (folder / RECORD).write_text(json.dumps(record))
+
+
+def change_epochs(folder: Path, change: Callable[[list[Json]], Any]) -> None:
+    epochs = [json.loads(line) for line in (folder / EPOCHS).read_text().splitlines()]
+    change(epochs)
+    (folder / EPOCHS).write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
+
+
+def check(runs: Path, capsys: Any) -> tuple[int, str]:
+    code, out, err = harness(f"verify {runs}", capsys)
+    assert err == ""
+    return code, out
+
+
+def test_untouched_runs(runs: Path, capsys: Any) -> None:
+    assert check(runs, capsys) == (0, "3 runs verified, 0 findings\n")
+    for path in runs.glob(f"*/{HASHES}"):
+        path.unlink()
+    code, out = check(runs, capsys)
+    assert code == 0
+    assert "3 of them have no hash stored" in out
+
+
+CASES = (
+    [(name, words, lambda f, c=change: change_record(f, c)) for name, (change, words) in RECORDS.items()]
+    + [(name, words, lambda f, c=change: change_epochs(f, c)) for name, (change, words) in EPOCH_EDITS.items()]
+    + [(name, words, change) for name, (change, words) in FILES.items()]
+)
+
+
+def test_every_planted_edit_is_found(runs: Path, tmp_path: Path, capsys: Any) -> None:
+    """Without hashes by what contradicts itself; with them, whatever it is."""
+    assert len(CASES) + len(HASHED) >= 50
+    missed = []
+    for hashed in (False, True):
+        for name, words, change in CASES + ([(n, w, c) for n, (c, w) in HASHED.items()] if hashed else []):
+            copy = shutil.copytree(runs, tmp_path / re.sub(r"\W", "-", f"{hashed} {name}"))
+            folder = sorted(copy.iterdir())[1]
+            if not hashed:
+                (folder / HASHES).unlink()
+            change(folder)
+            code, out = check(copy, capsys)
+            if code != 1 or words not in out:
+                missed.append((name, hashed, out))
+    assert not missed, missed
+
+
+def test_a_run_copied_as_another_seed_is_found(runs: Path, capsys: Any) -> None:
+    """Even where its key, name and seed were changed with it, and no file is left as it was hashed."""
+    from harness.spec import RunSpec
+
+    folder = sorted(runs.iterdir())[0]
+    record = json.loads((folder / RECORD).read_text())
+    record["seed"] = record["spec"]["seed"] = 7
+    record["key"] = RunSpec.from_json(record["spec"]).key
+    record["name"] = re.sub(r"_s\d+_.*", f"_s7_{record['key'][:8]}", record["name"])
+    copy = shutil.copytree(folder, runs / record["name"])
+    (copy / HASHES).unlink()
+    (copy / RECORD).write_text(json.dumps(record))
+    code, out = check(runs, capsys)
+    assert code == 1
+    assert f"{copy}: its losses and errors are those of {folder}, epoch for epoch" in out
+    change_epochs(copy, lambda epochs: [epoch.update(loss=epoch["loss"] + 0.001) for epoch in epochs])
+    assert f"its seconds are those of {folder}, epoch for epoch" in check(runs, capsys)[1]
+
+
+def test_a_folder_that_does_not_exist(tmp_path: Path, capsys: Any) -> None:
+    code, out, err = harness(f"verify {tmp_path / 'nowhere'}", capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1)
