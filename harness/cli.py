@@ -73,6 +73,13 @@ Variant = Annotated[
     str, opt("Its network and recipe are used: see `harness variants`.", "--variant", "--variants")
 ]
 Depth = Annotated[int | None, opt("Default: the variant's own.", "--depth", "--depths")]
+Depths = Annotated[
+    str | None, opt("Depths, as in 20,32,56 or 20..56. Default: each variant's own.", "--depths", "--depth")
+]
+Variants = Annotated[
+    str, opt("Variants, as in msra,he2015, or all: see `harness variants`.", "--variants", "--variant")
+]
+Launcher = Annotated[str, opt("ray; local: one worker in this process; auto: local for one run with one worker.")]
 Epochs = Annotated[int | None, opt("Instead of the recipe's; its schedule is stretched.")]
 BatchSize = Annotated[int | None, opt("Global, over all workers. Default: the recipe's.")]
 BatchNorm = Annotated[
@@ -106,12 +113,8 @@ Results = Annotated[list[str] | None, arg("Folders of results or of single runs,
 @app.command()
 def run(
     context: typer.Context,
-    depths: Annotated[
-        str | None, opt("Depths, as in 20,32,56 or 20..56. Default: each variant's own.", "--depths", "--depth")
-    ] = None,
-    variants: Annotated[
-        str, opt("Variants, as in msra,he2015, or all: see `harness variants`.", "--variants", "--variant")
-    ] = "he2015",
+    depths: Depths = None,
+    variants: Variants = "he2015",
     seeds: Annotated[str, opt("A count (3 is seeds 0,1,2) or the seeds themselves (0,7 or 3..6).")] = "1",
     preset: Preset = None,
     spec: Annotated[
@@ -142,9 +145,7 @@ def run(
     runs_per_gpu: RunsPerGpu = 1,
     out: Annotated[str, opt("Folder of results, or s3://, gs://; runs that it holds are not repeated.")] = "runs",
     address: Address = None,
-    launcher: Annotated[
-        str, opt("ray; local: one worker in this process; auto: local for one run with one worker.")
-    ] = "auto",
+    launcher: Launcher = "auto",
     until: Until = None,
     placement: Annotated[
         str, opt("A run's workers: pack (on one node if possible), strict-pack (always), spread.")

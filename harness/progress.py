@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 def say(console: Console, text: str, style: str = "") -> None:
-    """Print words as they are: unfolded, and with nothing in them taken for markup."""
-    console.print(Text(text, style=style), soft_wrap=True)
+    """Print words as they are, with nothing in them taken for markup; folded between words, on a terminal alone."""
+    console.print(Text(text, style=style), soft_wrap=not console.is_terminal)
 
 
 def make_table(*columns: str, left: Collection[str] = (), fold: bool = False, **options: Any) -> Table:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple
 
 from harness.results.metrics import METRICS, NONE, Metric, suggest
-from harness.results.rows import Row, flatten_spec
+from harness.results.rows import Row, flatten_spec, setting
 from harness.results.statistics import (
     LEVEL,
     Estimate,
@@ -38,7 +38,7 @@ FOLLOWS: Mapping[str, tuple[str, ...]] = {
     "workers": ("threads",), "device": ("hardware", "threads"), "variant": ("network.", "recipe.", "overrides")
 }  # fmt: skip
 """Fields, or beginnings of their names, that may change with the one that `--by` names."""
-CODE = ("commit", "dirty")  # what two folders are compared for, as a rule
+CODE = ("code",)  # what two folders are compared for, as a rule
 SESSION_SPREAD = 0.03  # of seconds, from one session to another: std, as a share
 SESSION_GAP = timedelta(hours=1)
 
@@ -216,7 +216,8 @@ def _images(row: Row) -> tuple[str | None, ...]:
 
 def _images_of(row: Row) -> str:
     where = "the test set" if row.evaluated_on == "test" else f"{row.fields.get('recipe.val')} images held out"
-    limit = f", {row.limit_test} images of it" if row.limit_test else ""
+    tested = setting(row.spec, "limit_test", int)
+    limit = f", {tested} images of it" if tested else ""
     return f"{row.dataset} ({where}{limit}, fingerprint {row.fields.get('fingerprint', NONE)[:8]})"
 
 
