@@ -21,15 +21,9 @@ from harness.cluster.job import Report, Started, Telemetry, Worker
 from harness.commands.report import export_runs, print_rows, write_page
 from harness.deadline import TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.plan import Grid
-<<<<<<< HEAD
 from harness.progress import JsonLines, Progress, load_data, print_columns, say, width_of
-from harness.record import Recorder, lock_run, name_of
-from harness.resources import Resources, Session, check_resources, choose_launcher, make_allocation
-=======
-from harness.progress import JsonLines, Progress, load_data, make_table, say
 from harness.record import Recorder, lock_run, name_of, name_other_code
-from harness.resources import Resources, Session, check_resources, make_allocation
->>>>>>> main
+from harness.resources import Resources, Session, check_resources, choose_launcher, make_allocation
 from harness.results.remote import push_file, push_run, redact
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
 from harness.results.values import EpochMetrics, RunResult
