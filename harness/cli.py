@@ -73,13 +73,9 @@ Variant = Annotated[
     str, opt("Its network and recipe are used: see `harness variants`.", "--variant", "--variants")
 ]
 Depth = Annotated[int | None, opt("Default: the variant's own.", "--depth", "--depths")]
-Depths = Annotated[
-    str | None, opt("Depths, as in 20,32,56 or 20..56. Default: each variant's own.", "--depths", "--depth")
-]
-Variants = Annotated[
-    str, opt("Variants, as in msra,he2015, or all: see `harness variants`.", "--variants", "--variant")
-]
-Launcher = Annotated[str, opt("ray; local: one worker in this process; auto: local for one run with one worker.")]
+Depths = Annotated[str | None, opt("As in 20,32 or 20..56. Default: each variant's own.", "--depths", "--depth")]
+Variants = Annotated[str, opt("As in msra,he2015, or all: see `harness variants`.", "--variants", "--variant")]
+Launcher = Annotated[str, opt("ray; local: in this process; auto: local for one run with one worker.")]
 Epochs = Annotated[int | None, opt("Instead of the recipe's; its schedule is stretched.")]
 BatchSize = Annotated[int | None, opt("Global, over all workers. Default: the recipe's.")]
 BatchNorm = Annotated[
