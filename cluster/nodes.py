@@ -103,11 +103,11 @@ def working_nodes() -> list[dict[str, Any]]:
 
 
 def ask_every_node(
-    ask: Callable[[], Answer], *, timeout_seconds: float = ANSWER_SECONDS
+    ask: Callable[[], Answer], *, timeout_seconds: float = ANSWER_SECONDS, only: str | None = None, gpus: int = 0
 ) -> dict[str, Answer | Unanswered]:
-    """Call `ask` once on each working node; "host (address)" -> its answer.
+    """Call `ask` once on each working node, or on one alone; "host (address)" -> its answer.
 
-    Takes no resources, so that it also answers while the cluster is busy. Call `connect` before.
+    Takes no resources but `gpus`, so that it also answers while the cluster is busy. Call `connect` before.
     """
     import ray
     from ray.exceptions import RayError, RayTaskError
@@ -116,12 +116,13 @@ def ask_every_node(
     def on_node() -> Answer:
         return ask()
 
-    task = ray.remote(num_cpus=0, max_retries=0)(on_node)  # takes no partial
+    task = ray.remote(num_cpus=0, num_gpus=gpus or None, max_retries=0)(on_node)  # takes no partial
     pending = {}
     for node in working_nodes():
         on_this_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-        pending[name] = task.options(scheduling_strategy=on_this_node).remote()
+        if only in (None, name):
+            pending[name] = task.options(scheduling_strategy=on_this_node).remote()
     answers: dict[str, Answer | Unanswered] = {}
     until = time.monotonic() + timeout_seconds
     for name, reference in pending.items():

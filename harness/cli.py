@@ -73,6 +73,7 @@ Until = Annotated[
 Verbose = Annotated[bool, opt("Show Ray's own messages.", "--verbose")]
 Preset = Annotated[str | None, opt("The runs of a source's table: cfmz, fattorib, mpmz, convnet or ladder.")]
 Across = Annotated[str | None, opt("Fields to average over, as in workers,threads.")]
+NoCheck = Annotated[bool, opt("Train on a GPU that is new without checking it first.", "--no-check")]
 Results = Annotated[list[str] | None, arg("Folders of results or of single runs, s3:// or gs://.")]
 
 
@@ -124,6 +125,7 @@ def run(
     ] = None,
     checkpoint_every: Annotated[int, opt("Epochs between checkpoints.")] = 1,
     format: Annotated[str, opt("table, or jsonl: a JSON object per epoch, no table.")] = "table",
+    no_check: NoCheck = False,
     dry_run: Annotated[bool, opt("Print the plan and what is done already.", "--dry-run")] = False,
     estimate: Annotated[
         bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.", "--estimate")
@@ -207,6 +209,7 @@ def tune(
     until: Until = None,
     resume: Annotated[str | None, opt("Continue the sweep of that name in --out.")] = None,
     address: Address = None,
+    no_check: NoCheck = False,
     verbose: Verbose = False,
 ) -> None:
     """Search for the best recipe; poor trials stop early."""

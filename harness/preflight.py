@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from harness.cluster.nodes import Unanswered, ask_every_node, working_nodes
 from harness.progress import make_table
-from harness.record import installed_version
+from harness.record import DALI_WHEELS, installed_version
 from harness.results.remote import StorageError, find_sentinels, leave_sentinel, remove_sentinels
 from harness.spec import RunPaths, UserError
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from harness.loaders.datasets import Dataset
 
 PACKAGE = Path(__file__).parent
-COMPARED = ("torch", "torchvision", "ray", "numpy", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
+COMPARED = ("torch", "torchvision", "ray", "numpy", *DALI_WHEELS)
 LEAST_DISK_GIB = 2.0  # for a grid's checkpoints and weights, and a decoded data set
 LARGEST_CLOCK_ERROR_SECONDS = 60.0
 ROWS_SHOWN = 40

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from harness.results.values import EpochMetrics, NodeUse
 
 ATTEMPTS = "attempts.jsonl"
-PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py",
-            "nvidia-dali-cuda120", "nvidia-dali-cuda130")  # fmt: skip
+DALI_WHEELS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")
+PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py", *DALI_WHEELS)
 STATUSES: dict[type, Literal["done", "failed", "pruned"]] = {RunResult: "done", Failed: "failed", Pruned: "pruned"}
 
 
@@ -104,8 +104,9 @@ class Recorder:
 
     paths: RunPaths
     original: bool  # the images are the published ones
-    environment: Mapping[str, Any]  # of every record: the launcher, and what else is known beforehand
+    environment: dict[str, Any]  # of every record: the launcher, and what else is known beforehand
     warn: Callable[[str], None]
+    warnings: tuple[str, ...] = ()  # of every result, known beforehand
     finished: dict[str, RunResult] = field(default_factory=dict)  # by key
     known: dict[Path, Stored] = field(default_factory=dict)  # what was read of them, by folder
     started: dict[str, datetime] = field(default_factory=dict)
@@ -156,7 +157,9 @@ class Recorder:
         attempts = load_attempts(folder)
         if isinstance(outcome, RunResult):
             nodes = tuple(sorted(self.nodes.get(spec.key, ()), key=lambda node: node.host))
-            outcome = outcome.model_copy(update={"nodes": nodes, "attempts": max(1, len(attempts))})
+            warnings = (*self.warnings, *outcome.warnings)
+            known = {"nodes": nodes, "attempts": max(1, len(attempts)), "warnings": warnings}
+            outcome = outcome.model_copy(update=known)
         record = Record(
             key=spec.key,
             name=name_of(spec, self.paths.label),

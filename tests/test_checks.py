@@ -1,9 +1,16 @@
-"""What `harness check` measures: all of it passes here, and each check sees the fault that it is for."""
+"""What `harness check` measures: all of it passes here, and each check sees the faults that it is for.
+
+python tests/test_checks.py RANK FOLDER      one of two ranks, whose faults are planted one after another
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import copy
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,126 +18,285 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tape import Tape
+from tape import Arena, Tape, install_collectives
 
+import harness.training.train as training
+from harness.checklist import BY_NAME, CHECKS, SHOW
 from harness.cluster.job import Worker
-from harness.training import checks, setup
+from harness.training import checks, setup, step
+from harness.training.checks import Bench, run_check
 
 ALONE = Worker(threads=1)
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+# --- faults ---
+
+
+def feed(change: Callable[[Any, Any], Any]) -> Plant:
+    """A loader whose batches are changed so."""
+    make = checks.make_loaders
+
+    def made(*args: Any) -> Any:
+        loader, other = make(*args)
+        epoch = loader.epoch
+        return SimpleNamespace(
+            epoch=lambda number: (change(*batch) for batch in epoch(number)), steps=loader.steps, close=loader.close
+        ), other  # fmt: skip
+
+    return lambda patch: patch.setattr(checks, "make_loaders", made)
+
+
+def scale_gradients(factor: float, noise: float = 0.0) -> Plant:
+    """The optimizer sees gradients that are wrong so."""
+    update = torch.optim.SGD.step
+
+    def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for gradient in [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]:
+            gradient.mul_(factor + noise * torch.randn(gradient.shape, generator=generator))
+        return update(self, *args, **kwargs)
+
+    generator = torch.Generator().manual_seed(0)
+    return lambda patch: patch.setattr(torch.optim.SGD, "step", scaled)
+
+
+def freeze_lr(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(training, "set_lr", lambda *_: None)
+
+
+def break_capture(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Tape, "capture", lambda _: 1 / 0)
+
+
+def compile_a_copy(patch: pytest.MonkeyPatch) -> None:
+    """As a compiler that takes weights for constants."""
+    patch.setattr(setup, "compile_network", copy.deepcopy)
+
+
+def compile_wrongly(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(setup, "compile_network", lambda network: lambda images: network(images) * 1.02)
+
+
+def compute_in_fp32(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(step, "make_autocast", lambda *_: torch.autocast("cpu", enabled=False))
+
+
+def keep_weights_in_bf16(patch: pytest.MonkeyPatch) -> None:
+    update = torch.optim.SGD.step
+
+    def rounded(self: Any, *args: Any, **kwargs: Any) -> None:
+        update(self, *args, **kwargs)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.copy_(parameter.data.bfloat16())
+
+    patch.setattr(torch.optim.SGD, "step", rounded)
+
+
+def never_unscale(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch.amp.GradScaler, "step", lambda _, optimizer: optimizer.step())
+
+
+def run_fast(patch: pytest.MonkeyPatch) -> None:
+    real = checks.time
+    fake = SimpleNamespace(perf_counter=lambda: 1.05 * real.perf_counter(), clock_gettime=real.clock_gettime,
+                           CLOCK_MONOTONIC_RAW=real.CLOCK_MONOTONIC_RAW)  # fmt: skip
+    patch.setattr(checks, "time", fake)
+
+
+def own(name: str) -> Plant:
+    """Less of a run's memory has a category than there is."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(checks, "judge_memory", lambda *_, **__: judge({"weights": 90.0, name: 10.0}, on_gpu=True))
+
+    judge = checks.judge_memory
+    return plant
+
+
+FAULTS: dict[str, list[Plant]] = {
+    "eager": [scale_gradients(0.0), scale_gradients(-1.0)],
+    **{f"loader {name}": [feed(lambda i, n: (i, n.roll(1))), feed(lambda i, n: (i.flip(3), n)),
+                          feed(lambda i, n: (i.roll(1, 0), n)), feed(lambda i, n: (i + 2e-4, n))]
+       for name in ("resident", "dataloader", "dali")},
+    "engine graph": [freeze_lr, break_capture, scale_gradients(1.02)],
+    "engine compile": [compile_a_copy, compile_wrongly, scale_gradients(1.02)],
+    "precision bf16": [compute_in_fp32, keep_weights_in_bf16, freeze_lr],
+    "precision fp16": [compute_in_fp32, never_unscale, freeze_lr],
+    "resume": [lambda patch: patch.setattr(training, "load_optimizer_state", lambda *_: None),
+               lambda patch: patch.setattr(checks, "resume", lambda *_: [None] * 2)],
+    "memory": [own("unaccounted")],
+    "clock": [run_fast],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def eager() -> list[float]:
-    return [row.loss for row in checks.train(ALONE)[0]]
+def reference() -> list[float]:
+    return Bench(ALONE).eager
 
 
 @pytest.fixture
-def group(tmp_path: Path) -> Iterator[Worker]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield ALONE
-    dist.destroy_process_group()
+def bench(reference: list[float], monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """The CPU, with tapes for graphs, nothing that compiles, and a memory of which every part has a category."""
+    monkeypatch.setattr(setup, "make_graphs", lambda _: Arena())
+    monkeypatch.setattr(setup, "compile_network", lambda network: network)
+    judge = checks.judge_memory
+    monkeypatch.setattr(
+        checks, "judge_memory", lambda *_, **__: judge({"weights": 99.0, "unaccounted": 1.0}, on_gpu=True)
+    )
+    made = Bench(ALONE)
+    made.__dict__["eager"] = list(reference)
+    return made
 
 
-@pytest.mark.parametrize("name", checks.LOADERS)
-def test_a_loader_that_swaps_labels_or_images(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checks.check_loader(ALONE, name, {}).passed
-    make = checks.make_loaders
+@pytest.fixture
+def half(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU computes in fp16, too, where it is not refused."""
+    monkeypatch.setattr(Bench, "on_gpu", property(lambda _: sys._getframe(1).f_code.co_name == "check_precision"))
 
-    def faulty(change: Any) -> Any:
-        def made(*args: Any) -> Any:
-            loader, other = make(*args)
 
-            def epoch(number: int) -> Any:
-                return (change(*batch) for batch in loader.epoch(number))
+@pytest.mark.usefixtures("half")
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_check_passes_and_sees_each_of_its_faults(
+    name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_check(name, bench)
+    assert whole.state == "passed", whole
+    for plant in FAULTS[name]:
+        with monkeypatch.context() as patch:
+            plant(patch)
+            if name == "eager":
+                del bench.__dict__["eager"]
+            faulty = run_check(name, bench)
+        assert faulty.state == "failed", faulty
 
-            return SimpleNamespace(epoch=epoch, steps=loader.steps, close=loader.close), other
+
+def test_another_order_of_sums_is_no_fault(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits lie above what rounding does: here as that of Winograd's convolutions, 2^-16 of every gradient."""
+    scale_gradients(1.0, 2.0**-16)(monkeypatch)
+    figure, _ = checks.check_engine(bench, "eager")
+    assert 0 < figure < BY_NAME["engine graph"].limit / 3
+
+
+def test_what_cannot_be_checked_is_skipped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    lines = [run_check(name, bench).line() for name in ("engine graph", "precision fp16", "memory")]
+    assert [line.split()[0] for line in lines] == ["skipped"] * 3
+    monkeypatch.setitem(sys.modules, "harness.loaders.dali", None)
+    assert run_check("loader dali", bench).state == "skipped"
+
+
+def test_the_program_prints_a_line_for_each(bench: Bench, capsys: Any) -> None:
+    checks.main("cpu", "1", "clock", "seconds per step")
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row[:3] for row in rows] == [["check", "clock", "passed"], ["check", "seconds per step", "passed"]]
+
+
+# --- two ranks ---
+
+
+def reduce_to_mean(patch: pytest.MonkeyPatch) -> None:
+    whole = checks.sum_gradients
+
+    def mean(parameters: Any, all_reduce: Any) -> None:
+        whole(parameters, all_reduce)
+        for parameter in parameters:
+            parameter.grad.div_(2)
+
+    patch.setattr(checks, "sum_gradients", mean)
+    patch.setattr(step, "sum_gradients", mean)
+
+
+def one_rank_is_wrong(patch: pytest.MonkeyPatch) -> None:
+    """Rank 1 computes gradients that are 5 % too large."""
+
+    def hooked(wrap: Any) -> Any:
+        def made(network: Any, *args: Any) -> Any:
+            for parameter in network.parameters() if dist.get_rank() == 1 else ():
+                parameter.register_hook(lambda gradient: gradient * 1.05)
+            return wrap(network, *args)
 
         return made
 
-    for change in (lambda i, n: (i, n.roll(1)), lambda i, n: (i.flip(3), n), lambda i, n: (i.roll(1, 0), n)):
-        monkeypatch.setattr(checks, "make_loaders", faulty(change))
-        assert checks.check_loader(ALONE, name, {}).passed is False
+    patch.setattr(setup, "wrap_ddp", hooked(setup.wrap_ddp))
 
 
-def test_a_graph_that_freezes_the_lr_and_one_that_does_not_come_about(
-    eager: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    skipped = checks.check_engine(ALONE, "graph", eager, {})
-    assert (skipped.passed, "cannot capture" in skipped.detail) == (None, True)
-    monkeypatch.setattr(setup, "make_graphs", lambda _: Tape)
-    assert checks.check_engine(ALONE, "graph", eager, {}).passed
-    with monkeypatch.context() as patch:
-        patch.setattr("harness.training.train.set_lr", lambda *_: None)
-        assert checks.check_engine(ALONE, "graph", eager, {}).passed is False
-    with monkeypatch.context() as patch:
-        patch.setattr(Tape, "capture", lambda _: 1 / 0)
-        failed = checks.attempt("graph", lambda: checks.check_engine(ALONE, "graph", eager, {}))
-        assert (failed.passed, "going on with eager" in failed.detail) == (False, True)
+def ranks_drift(patch: pytest.MonkeyPatch) -> None:
+    """Gradients are not summed at all."""
+    patch.setattr(step.Step, "__call__", _alone(step.Step.__call__))
 
 
-def test_a_precision_that_is_wrong_or_not_there(eager: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checks.check_precision(ALONE, "bf16", eager).passed
-    assert checks.check_precision(ALONE, "fp16", eager).passed is None
-    assert checks.check_precision(ALONE, "bf16", [loss * 1.3 for loss in eager]).passed is False
-    monkeypatch.setattr("harness.training.step.make_autocast", lambda *_: torch.autocast("cpu", enabled=False))
-    assert checks.check_precision(ALONE, "bf16", eager).passed is False
+def _alone(whole: Any) -> Any:
+    def call(self: Any, *args: Any) -> None:
+        ddp = isinstance(self.network, torch.nn.parallel.DistributedDataParallel)
+        with self.network.no_sync() if ddp else warnings.catch_warnings():
+            whole(self, *args)
+
+    return call
 
 
-def test_a_resume_that_drops_the_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checks.check_resume(ALONE).passed
-    monkeypatch.setattr("harness.training.train.load_optimizer_state", lambda *_: None)
-    assert checks.check_resume(ALONE).passed is False
+def end_slowly(patch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 600, 6))
+    patch.setattr(checks, "time", SimpleNamespace(perf_counter=lambda: next(now), monotonic=checks.time.monotonic))
 
 
-def test_memory_that_belongs_to_nobody() -> None:
-    assert checks.judge_memory({"weights": 99.0, "unaccounted": 1.0}, on_gpu=True).passed
-    assert checks.judge_memory({"weights": 90.0, "unaccounted": 10.0}, on_gpu=True).passed is False
-    assert checks.judge_memory({"weights": 110.0, "unaccounted": -10.0}, on_gpu=True).passed is False
-    assert checks.check_memory(ALONE).passed is None
+RANK_FAULTS: dict[str, list[Plant]] = {
+    "sum of gradients": [reduce_to_mean],
+    "ranks eager": [one_rank_is_wrong, ranks_drift],
+    "ranks graph": [reduce_to_mean],
+    "process group": [end_slowly],
+}
 
 
-def test_a_clock_that_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert checks.check_clock(ALONE).passed
-    real = checks.time
-    fake = SimpleNamespace(
-        perf_counter=lambda: real.perf_counter() * 1.05, clock_gettime=real.clock_gettime,
-        CLOCK_MONOTONIC_RAW=real.CLOCK_MONOTONIC_RAW,
-    )  # fmt: skip
-    monkeypatch.setattr(checks, "time", fake)
-    assert checks.check_clock(ALONE).passed is False
+def check_rank(rank: int, folder: Path) -> list[list[Any]]:
+    """Results without a fault, then with each, as [fault, name, state, detail]."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    install_collectives()
+    patch = pytest.MonkeyPatch()
+    patch.setattr(setup, "make_graphs", lambda _: Arena())
+    patch.setattr(checks, "EPOCHS", 2)  # they are many runs
+    patch.setattr(Bench, "on_gpu", property(lambda _: sys._getframe(1).f_code.co_name == "check_ranks"))
+    worker = Worker(rank=rank, world_size=2, threads=1)
+    found = [["", *vars_of(r)] for r in checks.run_rank_checks(list(RANK_FAULTS), worker, 100.0)]
+    for name, plants in RANK_FAULTS.items():
+        for plant in plants:
+            with patch.context() as own:
+                plant(own)
+                found += [[plant.__name__, *vars_of(r)] for r in checks.run_rank_checks([name], worker, 100.0)]
+    # out of time on one rank alone
+    found += [["late", *vars_of(r)] for r in checks.run_rank_checks(["sum of gradients"], worker, 100.0 * rank)]
+    dist.destroy_process_group()
+    return found
 
 
-def test_a_group_that_does_not_sum_or_does_not_end(group: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = checks.run_rank_checks(checks.make_spec(group), group, lambda _: None)
-    assert [result.passed for result in results] == [True, True, True]
-    monkeypatch.setattr(checks, "GROUP_SECONDS", 0.0)
-    assert checks.check_group(group).passed is False
-    assert checks.check_sum(replace(group, world_size=2)).passed is False, "two ranks, of which one is summed"
+def vars_of(result: Any) -> list[str]:
+    return [result.name, result.state, result.detail]
 
 
-def test_a_rank_that_does_not_sum(group: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "sum_gradients", lambda parameters, _: parameters[0].grad.zero_())
-    assert checks.check_sum(group).passed is False
-    whole, calls = checks.train, []
+def test_two_ranks_pass_and_see_each_of_their_faults(tmp_path: Path) -> None:
+    command = [sys.executable, __file__]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    for process in ranks:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert both[0] == both[1], "all ranks come to the same"
+    for fault, name, state, detail in both[0]:
+        assert state == ("left out" if fault == "late" else "failed" if fault else "passed"), (fault, name, detail)
+    assert len(both[0]) == 4 + 5 + 1
+    wrong = next(detail for fault, _, _, detail in both[0] if fault == "ranks_drift")
+    assert "the ranks end with different weights" in wrong
 
-    def one_trains_less(worker: Worker, **changes: Any) -> Any:
-        metrics, weights = whole(worker, **changes)
-        calls.append(worker)
-        return (
-            metrics if len(calls) == 1 else [m.model_copy(update={"loss": m.loss * 1.01}) for m in metrics]
-        ), weights
 
-    monkeypatch.setattr(checks, "train", one_trains_less)
-    assert checks.check_ranks(group).passed is False
+def test_every_check_has_a_fault() -> None:
+    seen = {check.function for check in CHECKS if check.name in {**FAULTS, **RANK_FAULTS}}
+    assert seen == {check.function for check in CHECKS if check.otherwise != SHOW}
 
 
-def test_a_check_that_breaks_has_failed_and_a_missing_package_is_skipped() -> None:
-    def raises(error: Exception) -> Any:
-        def check() -> checks.Check:
-            raise error
-
-        return check
-
-    assert checks.attempt("x", raises(RuntimeError("a\nb"))) == checks.Check("x", False, "a")
-    assert checks.attempt("x", raises(ImportError("nvidia.dali"))).passed is None
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    own_rank, shared = int(sys.argv[1]), Path(sys.argv[2])
+    (shared / f"{own_rank}.json").write_text(json.dumps(check_rank(own_rank, shared)))

@@ -9,24 +9,25 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.metadata import requires
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.checklist import CHECKS as MEASURED
+from harness.checklist import STYLES, Result
 from harness.preflight import LEAST_DISK_GIB, free_gib
-from harness.record import installed_version
+from harness.record import DALI_WHEELS, installed_version
 from harness.spec import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.training.checks import Check
-
 LEAST_SHARED_MEMORY_GIB = 1.0  # for Ray's object store and NCCL; Docker's default is 64 MiB
-DALI_WHEELS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")
+MOST_SECONDS = 600.0  # of a device's checks
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,178 +41,90 @@ class Target:
     quick: bool = False  # nothing is measured
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What a check found."""
-
-    ok: bool
-    detail: str
-    why: str = ""  # what it is for; printed where it is missing, as the advice is
-    advice: str = ""
-    needed: bool = True  # for runs on the CPU, or since the user named it
-
-    def line(self, name: str) -> str:
-        """ "missing  DALI: not installed; ..." """
-        if self.ok:
-            return f"ok       {name}: {self.detail}"
-        state = "missing" if self.needed else "absent "
-        return f"{state}  {name}: {'; '.join(part for part in (self.detail, self.why, self.advice) if part)}"
+Finding = tuple[str, str]  # a state and its words, of which a Result is made
 
 
-def check_python(target: Target) -> Finding:
-    detail = f"{sys.version.split()[0]} at {sys.prefix}"
-    return Finding(sys.version_info >= (3, 11), detail, advice="3.11 or newer is needed")
+def find(ok: bool, detail: str, advice: str = "", needed: bool = True) -> Finding:
+    """ok, or missing with advice, or absent where it is not needed for runs on the CPU, nor named by the user."""
+    if ok:
+        return "ok", detail
+    return "missing" if needed else "absent", "; ".join(filter(None, (detail, advice)))
 
 
 def check_torch(target: Target) -> Finding:
     if installed_version("torch") is None:
-        return Finding(False, "not installed", "networks are made with it", "pip install torch torchvision")
+        return find(False, "not installed", "pip install torch torchvision")
     import torch
 
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
-    product = torch.ones(2, 2) @ torch.ones(2, 2)
-    works = product.sum().item() == 8.0 and torch.distributed.is_gloo_available()
-    why = "a matrix product or gloo does not work"
-    return Finding(works, f"{torch.__version__}, {build}", why, "install it again")
-
-
-def check_nvml(target: Target) -> Finding:
-    from harness.training.nvml import driver_version
-
-    why = "GPUs are counted and their memory is measured with it"
-    try:
-        return Finding(True, f"driver {driver_version()}")
-    except ImportError:
-        return Finding(False, "no module pynvml", why, "pip install nvidia-ml-py")
-    except Exception as error:  # pynvml.NVMLError
-        return Finding(False, str(error), why, "install NVIDIA's driver where there is a GPU", needed=False)
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+    nccl = "NCCL" if torch.distributed.is_nccl_available() else "no NCCL: one GPU a run"
+    works = (torch.ones(2, 2) @ torch.ones(2, 2)).sum().item() == 8.0 and torch.distributed.is_gloo_available()
+    detail = f"{torch.__version__}, {cuda}, {nccl}; Python {sys.version.split()[0]} at {sys.prefix}"
+    return find(works, detail, "a matrix product or gloo does not work: install it again")
 
 
 def check_gpu(target: Target) -> Finding:
-    from harness.training.nvml import count_gpus
-
-    count = count_gpus()
-    if not count:
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        detail = "none" if hidden is None else f"none (CUDA_VISIBLE_DEVICES={hidden})"
-        advice = "nothing to do for CPU runs; else NVIDIA's driver, and --gpus all in a container"
-        return Finding(False, detail, "runs train on the CPU", advice, needed=False)
+    """Whether torch's CUDA, the driver's and DALI's fit together, and what they may use."""
     import torch
 
-    if not torch.cuda.is_available():
-        why, advice = "its CUDA build and the driver do not fit", "a newer driver, or torch for an older CUDA"
-        return Finding(False, f"{count}, which torch cannot use", why, advice, needed=False)
-    value = torch.ones(8, 8, device="cuda").sum().item()
-    names = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
-    detail = f"{torch.cuda.device_count()} x {', '.join(names)}"
-    return Finding(value == 64.0, detail, "a sum on it is wrong", needed=False)
-
-
-def check_builds(target: Target) -> Finding | None:
-    """Whether torch's CUDA, the driver's and DALI's fit together."""
-    import torch
-
-    from harness.training.nvml import cuda_driver_version, driver_version
+    from harness.training.nvml import count_gpus, cuda_driver_version, driver_version
 
     try:
         driver, newest = driver_version(), cuda_driver_version()
-    except Exception:
-        return None  # no driver: the NVML line says so
+    except ImportError:
+        return find(False, "no module pynvml", "pip install nvidia-ml-py: GPUs are counted with it")
+    except Exception as error:  # pynvml.NVMLError
+        advice = "runs train on the CPU; where there is a GPU, install NVIDIA's driver; in a container, --gpus all"
+        return find(False, f"none ({error})", advice, needed=False)
     builds = {"torch": torch.version.cuda or ""}
     builds |= {wheel: f"{wheel[-3:-1]}.0" for wheel in DALI_WHEELS if installed_version(wheel) is not None}
-    have = ", ".join(
-        f"{name} for CUDA {cuda}" if cuda else f"{name} without CUDA" for name, cuda in builds.items()
-    )
+    have = ", ".join(f"{name} for CUDA {cuda or 'none'}" for name, cuda in builds.items())
     detail, fits = f"driver {driver} for CUDA {newest[0]}.{newest[1]}; {have}", newest[0]
     kind = {11: "cu118", 12: "cu126 or cu128"}.get(fits, f"cu{fits}0")
     torch_line = f"install a torch built for CUDA {fits} ({kind}: pytorch.org/get-started has the line)"
     if not builds["torch"]:
-        return Finding(False, detail, "this torch uses no GPU", torch_line)
+        return find(False, detail, f"this torch uses no GPU; {torch_line}")
     if int(builds["torch"].split(".")[0]) > fits:
-        update = (
-            "or update the driver to 580 or newer" if builds["torch"].startswith("13") else "or update the driver"
+        newer = " to 580 or newer" * builds["torch"].startswith("13")
+        return find(
+            False, detail, f"the driver is too old for this torch; {torch_line}, or update the driver{newer}"
         )
-        return Finding(False, detail, "the driver is too old for this torch", f"{torch_line}, {update}")
-    if newer := [wheel for wheel in builds if wheel != "torch" and int(wheel[-3:-1]) > fits]:
-        advice = f"pip uninstall {newer[0]} && pip install nvidia-dali-cuda{fits}0"
-        return Finding(False, detail, "the driver is too old for this DALI", advice)
-    return Finding(True, detail)
-
-
-def check_nccl(target: Target) -> Finding:
-    import torch
-
-    if not torch.distributed.is_nccl_available():
-        why = "several GPUs communicate through it"
-        return Finding(False, "not in this build of torch", why, "a CUDA build of torch", needed=False)
-    from torch.cuda import nccl
-
-    return Finding(True, ".".join(str(part) for part in nccl.version()))
+    if wheels := [wheel for wheel in builds if wheel != "torch" and int(wheel[-3:-1]) > fits]:
+        advice = f"pip uninstall {wheels[0]} && pip install nvidia-dali-cuda{fits}0"
+        return find(False, detail, f"the driver is too old for this DALI; {advice}")
+    if not (count := count_gpus()):
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return find(
+            False, f"none (CUDA_VISIBLE_DEVICES={hidden}); {detail}", "runs train on the CPU", needed=False
+        )
+    return find(
+        torch.cuda.is_available(), f"{count}; {detail}", "torch cannot use it: a newer driver, or an older torch"
+    )
 
 
 def check_dali(target: Target) -> Finding:
-    """Our own loader on four images: on a GPU too, where there is one."""
-    wheels = [f"{name} {detail}" for name in DALI_WHEELS if (detail := installed_version(name)) is not None]
-    why, other = "the default loader", "or choose --loader resident"
+    wheels = [f"{name} {version}" for name in DALI_WHEELS if (version := installed_version(name)) is not None]
+    other = "or choose --loader resident"
     if not wheels:
-        return Finding(False, "not installed", why, f"pip install nvidia-dali-cuda120, {other}")
-    import torch
-
-    from harness.training.nvml import count_gpus
-
-    devices = ["cpu", *["cuda:0"] * (count_gpus() > 0 and torch.cuda.is_available())]
-    for device in devices:
-        try:
-            right = _load_by_dali(device)
-        except Exception as error:
-            detail, advice = (
-                f"{wheels[0]} on {device}: {_reason(error)[:160]}",
-                "the wheel of your CUDA (cuda120 or cuda130)",
-            )
-            return Finding(False, detail, why, f"{advice}, {other}")
-        if not right:
-            return Finding(False, f"{wheels[0]} on {device} gives wrong images", why, other)
-    detail = f"{', '.join(wheels)}, runs on {' and '.join(devices)}"
-    return Finding(len(wheels) == 1, detail, "two wheels write into one folder", "keep one of them")
-
-
-def _load_by_dali(device: str) -> bool:
-    import numpy as np
-    import torch
-
-    from harness.loaders.datasets import Split
-    from harness.loaders.loader import make_loaders
-    from harness.loaders.sampling import Augment, LoaderConfig, Normalize
-
-    images = np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3)
-    split = Split(images, np.arange(4, dtype=np.int64))
-    config = LoaderConfig(
-        augment=Augment(1, "zero", None, True),
-        normalize=Normalize(np.zeros(3, np.float32), np.ones(3, np.float32)),
-        batch_size=2,
-        eval_batch_size=4,
-        device=torch.device(device),
-        channels_last=False,
-    )
-    loaders = make_loaders("dali", split, split, config)
-    batch, _ = next(iter(loaders[1].epoch(0)))
-    right = batch.shape == (4, 3, 8, 8) and abs(float(batch.max()) - 1.0) < 1e-3
-    for loader in loaders:
-        loader.close()
-    return right
+        return find(False, "not installed", f"the default loader: pip install nvidia-dali-cuda120, {other}")
+    try:
+        import_module("nvidia.dali.fn")
+    except Exception as error:
+        return find(False, f"{wheels[0]}: {_reason(error)[:160]}", f"install the wheel of your CUDA, {other}")
+    return find(len(wheels) == 1, ", ".join(wheels), "two wheels write into one folder: keep one of them")
 
 
 def check_ray(target: Target) -> Finding:
     detail = installed_version("ray")
     pin = next((line for line in requires("resnet-harness") or () if re.match(r"ray\b", line)), "")
-    why, advice = "several workers and several runs at a time", f"pip install '{pin}', or choose --launcher local"
+    advice = f"several workers or runs at a time need it: pip install '{pin}', or choose --launcher local"
     if detail is None:
-        return Finding(False, "not installed", why, advice)
+        return find(False, "not installed", advice)
     import ray.train
 
     bounds = [tuple(map(int, pair)) for pair in re.findall(r"(?:>=|<)(\d+)\.(\d+)", pin)]
     fits = len(bounds) != 2 or min(bounds) <= tuple(map(int, detail.split(".")[:2])) < max(bounds)
-    return Finding(fits and hasattr(ray.train, "ScalingConfig"), detail, why, advice)
+    return find(fits and hasattr(ray.train, "ScalingConfig"), detail, advice)
 
 
 def check_cluster(target: Target) -> Finding | None:
@@ -223,61 +136,50 @@ def check_cluster(target: Target) -> Finding | None:
         cluster = connect(target.address, cpus=0, gpus=0)
     except ClusterError as error:
         advice = "`ray start --head` there, and one ~/.ray/auth_token on all machines: cluster/README.md"
-        return Finding(False, str(error), "named by --address", advice)
+        return find(False, str(error), advice)
     disconnect()
-    return Finding(True, f"{cluster.nodes} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}")
+    return find(True, f"{cluster.nodes} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}")
 
 
 def check_storage(target: Target) -> Finding:
-    """Write, sync, lock and rename as results and checkpoints are stored. Leaves nothing behind."""
+    """Write, rename and lock as results and checkpoints are stored. Leaves nothing behind."""
     from filelock import FileLock
 
+    from harness.results.store import write_atomic
+
     where = _nearest(target.out)
-    why = f"results go to --out {target.out}"
-    advice = "name a folder that you may write to, on a file system that renames and locks"
     try:
-        with tempfile.TemporaryDirectory(prefix=".check-", dir=where) as folder:
-            before, after = Path(folder, "a"), Path(folder, "b")
-            with before.open("wb") as file:
-                file.write(b"whole")
-                file.flush()
-                os.fsync(file.fileno())
-            after.write_bytes(b"old")
-            before.rename(after)
-            with FileLock(Path(folder, "lock"), timeout=5):
-                right = after.read_bytes() == b"whole" and not before.exists()
+        with tempfile.TemporaryDirectory(prefix=".check-", dir=where) as folder, FileLock(Path(folder, "lock"), 5):
+            write_atomic(Path(folder, "file"), "whole")
     except (OSError, NotImplementedError) as error:
-        return Finding(False, f"{where}: {getattr(error, 'strerror', None) or error}", why, advice)
-    return Finding(right, f"{where} takes files, renames and locks", why, advice)
+        advice = (
+            f"results go to --out {target.out}: name a folder that you may write to, where files lock and rename"
+        )
+        return find(False, f"{where}: {getattr(error, 'strerror', None) or error}", advice)
+    return find(True, f"{where} takes files, renames and locks")
 
 
 def check_disk(target: Target) -> Finding:
-    where = _nearest(target.out)
-    free = free_gib(where)
-    why = f"at least {LEAST_DISK_GIB:.0f} GiB is needed for weights and checkpoints"
-    return Finding(
-        free >= LEAST_DISK_GIB, f"{free:.1f} GiB free at {where}", why, "make room, or name another --out"
-    )
-
-
-def check_shared_memory(target: Target) -> Finding | None:
-    path = Path("/dev/shm")
-    if not path.is_dir():
-        return None
-    free = free_gib(path)
-    why, advice = "Ray and NCCL put what processes share there", "docker run --shm-size 8g"
-    return Finding(free >= LEAST_SHARED_MEMORY_GIB, f"{free:.1f} GiB free in {path}", why, advice, needed=False)
+    """Of results, and of what processes share in memory: Ray's object store, NCCL."""
+    where, shared = _nearest(target.out), Path("/dev/shm")
+    for folder, least, advice in (
+        (where, LEAST_DISK_GIB, "weights and checkpoints need room: make some, or name another --out"),
+        (shared, LEAST_SHARED_MEMORY_GIB, "Ray and NCCL share memory there: docker run --shm-size 8g"),
+    ):
+        if folder.is_dir() and free_gib(folder) < least:
+            return find(
+                False, f"{free_gib(folder):.1f} of {least:.0f} GiB free in {folder}", advice, folder == where
+            )
+    return find(True, f"{free_gib(where):.1f} GiB free in {where}")
 
 
 def check_data(target: Target) -> Finding:
     from harness.loaders.cache import cache_dir
 
     if target.data_dir is None:
-        cache = cache_dir()
-        here = (cache / "downloads" / "cifar-10-batches-py").is_dir()
-        detail = f"cifar10 in {cache}" if here else f"no cifar10 in {cache} yet"
-        advice = "without a network name --data-dir, or take --dataset digits"
-        return Finding(here, detail, "the first run downloads 163 MiB", advice, needed=False)
+        here = (cache_dir() / "downloads" / "cifar-10-batches-py").is_dir()
+        advice = "the first run downloads 163 MiB; without a network name --data-dir, or take --dataset digits"
+        return find(here, f"{'' if here else 'no '}cifar10 in {cache_dir()}", advice, needed=False)
     root = target.data_dir.expanduser()
     kinds = {
         "cifar-10-batches-py": ("cifar-10-batches-py",),
@@ -285,53 +187,38 @@ def check_data(target: Target) -> Finding:
         "miniplaces": ("train.txt", "val.txt", "images"),
     }
     kind = next((kind for kind, names in kinds.items() if all((root / name).exists() for name in names)), None)
-    detail = f"{kind} in {root}" if kind else f"nothing known in {root}"
-    advice = "cifar-10-batches-py, train/ and test/ with class folders, or miniplaces' kit is expected in it"
-    return Finding(kind is not None, detail, "named by --data-dir", advice)
-
-
-def check_pynvml(target: Target) -> Finding | None:
-    """That a package which shadows nvidia-ml-py is not there."""
-    detail = installed_version("pynvml")
-    if detail is None:
-        return None
-    advice = "pip uninstall pynvml: nvidia-ml-py is the package that is used"
-    return Finding(
-        False, f"the package pynvml {detail} is installed", "it makes every process warn", advice, needed=False
+    advice = (
+        "cifar-10-batches-py, train/ and test/ with class folders, or miniplaces' kit is expected in --data-dir"
     )
+    return find(kind is not None, f"{kind or 'nothing known'} in {root}", advice)
 
 
 CHECKS: dict[str, Callable[[Target], Finding | None]] = {
-    "Python": check_python,
     "torch": check_torch,
-    "NVML": check_nvml,
     "GPU": check_gpu,
-    "builds": check_builds,
-    "NCCL": check_nccl,
     "DALI": check_dali,
     "Ray": check_ray,
     "cluster": check_cluster,
     "storage": check_storage,
     "disk": check_disk,
-    "shared memory": check_shared_memory,
     "data": check_data,
-    "pynvml": check_pynvml,
 }
 
 
-def examine(target: Target) -> Iterator[tuple[str, Finding]]:
-    """Every check's finding, as it is found. A check that breaks is a finding, not a traceback."""
+def examine(target: Target) -> Iterator[Result]:
+    """Every finding, as it comes. A check that breaks is a finding, not a traceback."""
     for name, check in CHECKS.items():
         try:
             finding = check(target)
         except Exception as error:
-            finding = Finding(False, f"the check failed: {_reason(error)[:200]}")
+            finding = find(False, f"the check failed: {_reason(error)[:200]}")
         if finding is not None:
-            yield name, finding
+            yield Result(name, *finding)
 
 
 def print_findings(target: Target, console: Console) -> int:
-    """Print a line for each finding. Returns 0 where nothing is missing that runs on the CPU need, else 1.
+    """Print a line for each finding. Returns 0 where nothing is missing that runs on the CPU need, and no measured check
+    failed, else 1.
 
     Raises UserError for an address that cannot be one.
     """
@@ -339,75 +226,49 @@ def print_findings(target: Target, console: Console) -> int:
         raise UserError(f"--address {target.address!r} is not HOST:PORT or auto")
     from rich.text import Text
 
-    missing = 0
-    for name, finding in examine(target):
-        text = Text(finding.line(name))
-        text.stylize("green" if finding.ok else "red" if finding.needed else "yellow", 0, 7)
-        console.print(text, soft_wrap=True)
-        missing += finding.needed and not finding.ok
-    if not missing and not target.quick:
-        missing = measure(target, console)
-        verdict = f"{missing} of the checks failed" if missing else "ready"
-    else:
-        verdict = f"{missing} of what a run needs is missing" if missing else "ready"
+    def show(results: Iterable[Result]) -> int:
+        wrong = 0
+        for result in results:
+            text = Text(result.line())
+            text.stylize(STYLES.get(result.state, "yellow"), 0, 8)
+            console.print(text, soft_wrap=True)
+            wrong += result.state in ("missing", "failed")
+        return wrong
+
+    verdict = "ready"
+    if missing := show(examine(target)):
+        verdict = f"{missing} of what a run needs is missing"
+    elif not target.quick and (missing := show(measure_all(target))):
+        verdict = f"{missing} of the checks failed"
     console.print(verdict, style="bold", soft_wrap=True)
     return 1 if missing else 0
 
 
-def measure(target: Target, console: Console) -> int:
-    """Measure in this process, and then on two ranks where that is possible. Returns how many checks failed."""
-    from rich.text import Text
-
-    from harness.cluster.job import Worker
-    from harness.training.checks import run_checks
-    from harness.training.nvml import count_gpus
-    from harness.training.telemetry import count_cpus
-
-    failed = 0
-
-    def show(check: Check) -> None:
-        nonlocal failed
-        text = Text(check.line())
-        text.stylize("yellow" if check.passed is None else "green" if check.passed else "red", 0, 7)
-        console.print(text, soft_wrap=True)
-        failed += check.passed is False
-
-    if target.address is None:
-        gpus = count_gpus() if target.gpus is None else min(target.gpus, count_gpus())
-        for check in run_checks(Worker(device="cuda:0" if gpus else "cpu", threads=count_cpus())):
-            show(check)
-    for check in measure_ranks(target):
-        show(check)
-    return failed
-
-
-def measure_ranks(target: Target) -> list[Check]:
-    """The checks of several ranks, launched as a run is."""
-    from harness.cluster.job import Failed, Worker
+def measure_all(target: Target) -> Iterator[Result]:
+    """All checks of every GPU here, or of one of each kind in a cluster, then those of several ranks. What GPUs come to
+    is known to later runs."""
+    from harness.loaders.cache import cache_dir
     from harness.plan import Grid
-    from harness.resources import Resources, Session, make_allocation
-    from harness.spec import RunPaths
-    from harness.training.checks import Check, make_spec, run_rank_checks
+    from harness.resources import Resources, make_allocation
+    from harness.selfcheck import find_devices, make_ranks, store_results
 
+    resources = Resources(gpus=target.gpus, address=target.address)
     with ExitStack() as stack:
-        out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-check-")))
-        resources = Resources(gpus=target.gpus, workers=None, address=target.address)
         allocation = make_allocation(Grid(variants=("he2015",)), resources, stack)
-        if allocation.device == "cuda" and allocation.gpus < 2:
-            return [Check("several ranks", None, "they need two GPUs")]
-        if allocation.device == "cpu":
-            if allocation.threads < 2:
-                return [Check("several ranks", None, "they need two CPU cores")]
+        on_gpu = allocation.device == "cuda"
+        devices = find_devices(allocation, target.address)
+        several = (allocation.gpus if on_gpu else allocation.threads) > 1
+        if not on_gpu and several:
             allocation = replace(allocation, workers=2, threads=allocation.threads // 2)
-        session = Session(allocation, resources, RunPaths(out=out), stack)
-        spec = make_spec(Worker(device=allocation.device))
-        runs = session.launch(run_rank_checks, [spec], progress=lambda *_: None)
-        outcomes = [outcome for _, outcome in runs]
-    return [
-        check
-        for outcome in outcomes
-        for check in ([Check("several ranks", False, outcome.message)] if isinstance(outcome, Failed) else outcome)
-    ]
+        ranks = make_ranks(allocation, resources, None, devices)
+        for device in (*devices, *[ranks] * several):
+            tag = f"{device.name}: " * (len(devices) > 1)
+            for result in device.measure([c.name for c in MEASURED if c.ranks == device.ranks], MOST_SECONDS):
+                if on_gpu:
+                    store_results(device.combination, [result], cache_dir())
+                yield replace(result, detail=tag + result.detail)
+    if not several:
+        yield Result("several ranks", "skipped", f"they need two {'GPUs' if on_gpu else 'CPU cores'}")
 
 
 def _reason(error: Exception) -> str:

@@ -28,6 +28,7 @@ from harness.resources import Resources, Session, check_resources, make_allocati
 from harness.results.remote import push_file, push_run, redact
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
 from harness.results.values import EpochMetrics, RunResult
+from harness.selfcheck import RefusedError, check_first
 from harness.spec import RunPaths, RunSpec, UserError, check_word
 from harness.until_ci import Goal
 
@@ -50,6 +51,7 @@ class RunOptions:
     until_ci: float | None = None  # points
     max_seeds: int | None = None
     until: datetime | None = None  # local time at which to stop
+    no_check: bool = False  # of devices that are new
     dry_run: bool = False
     estimate: bool = False  # probe what is missing, train nothing
     profile: bool = False  # the same, for the parts of a step
@@ -114,10 +116,14 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
                     say(console, line)
             if options.dry_run or options.estimate or options.profile:
                 return preview(prepared, specs, todo)
+            specs, todo = check_devices(prepared, specs, todo)
             specs, code = train_all(prepared, specs, todo)
     except TimeUp as up:
         say(console, f"{up}; the same command goes on")
         return EXIT_STOPPED
+    except RefusedError as error:
+        say(console, str(error))
+        return EXIT_FAILED
     met = print_results(prepared, specs)
     return code if met else EXIT_FAILED
 
@@ -194,6 +200,27 @@ def _plan_table(prepared: _Prepared, specs: Sequence[RunSpec]) -> Table:
             spec.loader, spec.precision, spec.engine, width, spec.key[:8], state,
         )  # fmt: skip
     return table
+
+
+def check_devices(
+    prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpec]
+) -> tuple[list[RunSpec], list[RunSpec]]:
+    """All runs and those to do, with a loader and an engine that work on their devices. Raises RefusedError."""
+    session, recorder = prepared.session, prepared.recorder
+    checked = check_first(
+        todo,
+        session.allocation,
+        session.resources,
+        session.paths,
+        prepared.console,
+        skip=prepared.options.no_check,
+    )
+    recorder.environment |= checked.environment
+    recorder.warnings = checked.warnings
+    adapted = {spec: checked.adapt(spec) for spec in todo}
+    specs = list(dict.fromkeys(adapted.get(spec, spec) for spec in specs))
+    done = () if prepared.options.force else recorder.find_finished(adapted.values())
+    return specs, plan.pending(dict.fromkeys(adapted.values()), done)
 
 
 # --- training ---

@@ -19,6 +19,7 @@ from harness.record import Recorder, classify, lock_run, name_of
 from harness.results.store import finished_dir, load_epochs, write_atomic
 from harness.results.sweeps import TRIALS, State, Sweep, Trial
 from harness.results.values import EpochMetrics, Pruned, RunResult
+from harness.selfcheck import Checked
 from harness.spec import RunPaths, RunSpec, UserError
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Prepared:
     dataset: Dataset
     paths: RunPaths
     allocation: Allocation
+    checked: Checked = field(default_factory=Checked)
 
     def make_spec(self, point: Mapping[str, Any], **changes: Any) -> RunSpec:
         """The run of one point. Raises UserError where it cannot be one."""
@@ -104,9 +106,11 @@ class SweepTrials:
         self.running: dict[str, _Running] = {}
         self.interrupted = [trial for trial in study.trials if trial.state == "running"]
         environment = {
-            "launcher": "tune", "concurrent_runs": prepared.allocation.concurrent_runs, "sweep": prepared.sweep.name
+            "launcher": "tune", "concurrent_runs": prepared.allocation.concurrent_runs, "sweep": prepared.sweep.name,
+            **prepared.checked.environment,
         }  # fmt: skip
-        self.recorder = Recorder(prepared.paths, prepared.dataset.original, environment, table.say)
+        warnings = prepared.checked.warnings
+        self.recorder = Recorder(prepared.paths, prepared.dataset.original, environment, table.say, warnings)
 
     def store(self, **changes: Any) -> Sweep:
         """Write trials.json."""

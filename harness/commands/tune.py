@@ -32,6 +32,7 @@ from harness.results.store import SWEEPS, load_epochs, partial_dir, write_atomic
 from harness.results.sweeps import METRICS, Dimension, Sweep, Trial, best_first, format_value
 from harness.results.values import RunResult
 from harness.search_space import finite_values, parse_search
+from harness.selfcheck import RefusedError, check_first
 from harness.spec import RunPaths, RunSpec, UserError, check_word
 
 SWEEP, JOURNAL, WINNER = "sweep.json", "journal.log", "winner.json"
@@ -46,6 +47,7 @@ class TuneOptions:
     out: Path = Path("runs")
     address: str | None = None
     until: datetime | None = None
+    no_check: bool = False  # of devices that are new
     resume: str | None = None  # name of a sweep
     verbose: bool = False
 
@@ -74,7 +76,11 @@ def tune(search: Search, options: TuneOptions, console: Console, *, given: Colle
     resources = plan.fill(Resources, asdict(search) | asdict(options) | {"workers": search.workers or 1})
     check_resources(resources)
     with ExitStack() as stack, stopping_at(options.until):
-        prepared = _prepare(search, dimensions, resources, RunPaths(out=out), folder, console, stack)
+        try:
+            prepared = _prepare(search, dimensions, resources, replace(options, out=out), folder, console, stack)
+        except RefusedError as error:
+            _say(str(error), console)
+            return EXIT_FAILED
         sweep, allocation = prepared.sweep, prepared.allocation
         study = Study(prepared.folder / JOURNAL, sweep, seed=search.seed)
         _say(
@@ -163,11 +169,11 @@ def _check(search: Search) -> tuple[Dimension, ...]:
 
 
 def _prepare(
-    search: Search, dimensions: tuple[Dimension, ...], resources: Resources, paths: RunPaths, folder: Path | None,
+    search: Search, dimensions: tuple[Dimension, ...], resources: Resources, options: TuneOptions, folder: Path | None,
     console: Console, stack: ExitStack,
 ) -> Prepared:  # fmt: skip
-    """Look at devices and data, and make the sweep's folder or lock the one that is resumed."""
-    paths = replace(paths, data_dir=search.data_dir)
+    """Look at devices and data, and make the sweep's folder or lock the one that is resumed. Raises RefusedError."""
+    paths = RunPaths(out=options.out, data_dir=search.data_dir)
     allocation = make_allocation(search.make_grid({}), resources, stack)
     dataset = load_data(search.dataset, paths, console)
     if search.metric == "top5_error" and dataset.num_classes <= 10:
@@ -183,6 +189,9 @@ def _prepare(
     total = count_trials(dimensions, search.samples)
     allocation = _allocate_trials(allocation, search, total)
     specs = [make_trial_spec(search.make_grid(point), allocation, dataset) for point in _corners(dimensions)]
+    checked = check_first(specs, allocation, resources, paths, console, skip=options.no_check)
+    if (adapted := checked.adapt(specs[0])) != specs[0]:
+        search = replace(search, loader=adapted.loader, engine=adapted.engine)
     if folder is None:
         folder = _make_folder(paths.out, specs[0], dataset.label)
         stored = {
@@ -200,7 +209,15 @@ def _prepare(
         search_algorithm=search.search_algorithm, total=total, dimensions=list(dimensions), trials=[],
     )  # fmt: skip
     paths = replace(paths, label=dataset.label)
-    return Prepared(search=search, sweep=sweep, folder=folder, dataset=dataset, paths=paths, allocation=allocation)
+    return Prepared(
+        search=search,
+        sweep=sweep,
+        folder=folder,
+        dataset=dataset,
+        paths=paths,
+        allocation=allocation,
+        checked=checked,
+    )
 
 
 def _corners(dimensions: Sequence[Dimension]) -> list[dict[str, Any]]:

@@ -44,6 +44,11 @@ class Gpu:
         """Why `read` gave None."""
         return self._reasons.get(figure, self._reason)
 
+    def model(self) -> str:
+        """ "NVIDIA H200"; "" where NVML does not say."""
+        name = self._call("model", "nvmlDeviceGetName")
+        return name.decode() if isinstance(name, bytes) else name or ""
+
     def processes(self) -> dict[int, float | None]:
         """Process id -> MiB, None where NVML does not give them. Empty where it lists none."""
         listed = self._call("processes", "nvmlDeviceGetComputeRunningProcesses") or ()

@@ -1,0 +1,69 @@
+"""The measured checks: what each is for, how much it may find, and what runs do where it fails. Plain data.
+
+The functions are in `harness.training.checks`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from harness.spec import RunSpec
+
+REFUSE, WARN, SHOW = "refuse", "warn", "show"
+STYLES = {"ok": "green", "passed": "green", "missing": "red", "failed": "red"}  # of states; others are yellow
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A function of `harness.training.checks`, whose figure must not exceed `limit`: docs/gpus.md says where limits
+    come from."""
+
+    name: str
+    function: str
+    limit: float
+    otherwise: (
+        str  # what runs that rest on it do where it fails: REFUSE, WARN, or the value that they take in place
+    )
+    of: tuple[str, str] | None = None  # field and value of the runs that rest on it; None: all do
+    ranks: bool = False  # needs several, and only their runs rest on it
+
+    def concerns(self, spec: RunSpec) -> bool:
+        """Whether a run rests on it."""
+        several, own = (
+            not self.ranks or spec.workers > 1,
+            self.of is None or getattr(spec, self.of[0]) == self.of[1],
+        )
+        return several and own and self.otherwise != SHOW
+
+
+CHECKS = (
+    Check("eager", "check_eager", 0.9, REFUSE),
+    *(Check(f"loader {name}", "check_loader", 1e-4, otherwise, ("loader", name))
+      for name, otherwise in (("resident", REFUSE), ("dataloader", "resident"), ("dali", "resident"))),
+    Check("engine graph", "check_engine", 1e-3, "eager", ("engine", "graph")),
+    Check("engine compile", "check_engine", 1e-3, "eager", ("engine", "compile")),
+    *(Check(f"precision {name}", "check_precision", limit, REFUSE, ("precision", name))
+      for name, limit in (("tf32", 5e-2), ("bf16", 5e-2), ("fp16", 5e-2))),
+    Check("resume", "check_resume", 0.0, WARN),
+    Check("memory", "check_memory", 0.05, WARN),
+    Check("clock", "check_clock", 0.02, WARN),
+    Check("seconds per step", "show_seconds", 0.0, SHOW),
+    Check("sum of gradients", "check_sum", 0.0, REFUSE, ranks=True),
+    Check("ranks eager", "check_ranks", 1e-3, REFUSE, ("engine", "eager"), ranks=True),
+    Check("ranks graph", "check_ranks", 1e-3, "eager", ("engine", "graph"), ranks=True),
+    Check("process group", "check_group", 5.0, WARN, ranks=True),
+)  # fmt: skip
+BY_NAME = {check.name: check for check in CHECKS}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a check came to. Skipped: there is nothing to check here. Left out: there was no time."""
+
+    name: str
+    state: str  # passed, failed, skipped, left out; of what is installed ok, missing, absent
+    detail: str
+
+    def line(self) -> str:
+        """ "passed   loader dali: ..." """
+        return f"{self.state:8} {self.name}: {self.detail}"
