@@ -156,7 +156,7 @@ def forecast(goal: Goal, known: Mapping[RunSpec, Known], dataset: Dataset) -> It
         if refusal and runs.half > goal.half:
             raise UserError(f"--until-ci {goal.half:g}: {row.name}: {refusal}")
         errors = TYPICAL if error is None else (error,)
-        seeds = [f"{goal.seeds(e, images) or 'over 1,000'} at an error of {e:.2g} %" for e in errors]
+        seeds = [f"{goal.seeds(e, images) or 'over 1,000'} seeds at an error of {e:.2g} %" for e in errors]
         yield f"{row.name}: ±{goal.half:g} points will take about {', '.join(seeds)} ({images:,} test images)"
 
 

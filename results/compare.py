@@ -38,7 +38,7 @@ FOLLOWS: Mapping[str, tuple[str, ...]] = {
     "workers": ("threads",), "device": ("hardware", "threads"), "variant": ("network.", "recipe.", "overrides")
 }  # fmt: skip
 """Fields, or beginnings of their names, that may change with the one that `--by` names."""
-CODE = ("commit", "dirty")  # what two folders are compared for, as a rule
+CODE = ("code", "commit")  # what two folders are compared for, as a rule
 SESSION_SPREAD = 0.03  # of seconds, from one session to another: std, as a share
 SESSION_GAP = timedelta(hours=1)
 

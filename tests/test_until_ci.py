@@ -150,7 +150,7 @@ def test_the_command_adds_seeds_until_it_is_narrow_or_may_not(
     code, out = run(f"{line} --until-ci 2 --max-seeds 6", capsys)
     assert code == 0
     assert (
-        "he2015-8: ±2 points will take about 5 at an error of 1 %, 5 at an error of 5 %, 5 at an error of 10 %"
+        "he2015-8: ±2 points will take about 5 seeds at an error of 1 %, 5 seeds at an error of 5 %, 5 seeds at an error of 10 %"
         in out
     )
     seeds: dict[int, list[int]] = {8: [], 14: []}
