@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from harness.cluster.job import Failed, Started
 from harness.results import store
+from harness.results.identity import hash_code
 from harness.results.remote import StorageError, pull_run, push_finished, push_run, redact
 from harness.results.store import Stored, partial_dir, run_name
 from harness.results.values import Failure, Pruned, Record, RunResult
@@ -47,7 +48,7 @@ def installed_version(package: str) -> str | None:
 
 @cache
 def describe_code() -> dict[str, Any]:
-    """Commit, whether the tree differs from it, versions, and the command line."""
+    """Commit, whether the tree differs from it, a hash of the code itself, versions, and the command line."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str | None:
@@ -64,9 +65,22 @@ def describe_code() -> dict[str, Any]:
     return {
         "commit": git("rev-parse", "HEAD") if own else None,
         "dirty": None if status is None else bool(status),
+        "code": hash_code(),
         "versions": {package: known for package in PACKAGES if (known := installed_version(package))},
         "command": ["harness", *map(redact, sys.argv[1:])],
     }
+
+
+def name_other_code(record: Record) -> str | None:
+    """The code that trained a run, where it is not this one: "commit 0123456"."""
+    here, there = describe_code(), record.environment
+    same = ("code",) if "code" in there else ("commit", "dirty")  # of early records
+    if all(here[name] == there.get(name) for name in same) and not (there.get("dirty") and "code" not in there):
+        return None
+    if (commit := there.get("commit")) is not None:
+        return f"commit {str(commit)[:7]}{' with uncommitted changes' if there.get('dirty') else ''}"
+    versions = there.get("versions")
+    return f"version {versions.get('resnet-harness')}" if isinstance(versions, dict) else "an unknown version"
 
 
 def classify(failed: Failed) -> Failure:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple
 
 from harness.results.metrics import METRICS, NONE, Metric, suggest
-from harness.results.rows import Row, flatten_spec
+from harness.results.rows import Row, flatten_spec, setting
 from harness.results.statistics import (
     LEVEL,
     Estimate,
@@ -35,10 +35,15 @@ IDENTITY = ("variant", "network.depth", "dataset")
 IMAGES = ("dataset", "fingerprint", "limit_test", "recipe.val", "recipe.val_stratified")
 """Errors are compared only where these agree: they are then of the same images."""
 FOLLOWS: Mapping[str, tuple[str, ...]] = {
-    "workers": ("threads",), "device": ("hardware", "threads"), "variant": ("network.", "recipe.", "overrides")
+    "workers": ("threads", "concurrent runs"), "device": ("hardware", "threads"), "variant": ("network.", "recipe.", "overrides")
 }  # fmt: skip
 """Fields, or beginnings of their names, that may change with the one that `--by` names."""
-CODE = ("code", "commit")  # what two folders are compared for, as a rule
+EXPECTED = {
+    "code", "commit", "uncommitted changes", "resnet-harness", "check", "launcher", "host", "parameters", "warm-up epochs",
+    "images evaluated", "test images",
+}  # fmt: skip
+"""What two folders are compared for as a rule, and what follows from it or changes no figure. All else that was not chosen
+must be alike: machines and versions."""
 SESSION_SPREAD = 0.03  # of seconds, from one session to another: std, as a share
 SESSION_GAP = timedelta(hours=1)
 
@@ -95,7 +100,9 @@ class Pair:
     b: Row | None
     differs: Mapping[str, tuple[str, str]]  # field -> its value in A and in B
     figures: tuple[Comparison, ...]
-    unlike: tuple[str, ...] = ()  # machines and versions that differ and that nobody chose
+    unlike: Mapping[str, tuple[str, str]] = field(
+        default_factory=dict
+    )  # machines and versions that differ unchosen
 
     @property
     def name(self) -> str:
@@ -113,8 +120,8 @@ class Pair:
             yield f"{len(after)} failed in B ({', '.join(after)}), {len(before)} in A"
         elif not self.b.done:
             yield "has no finished run in B"
-        for name in self.unlike:
-            yield f"unlike {name}: {' → '.join(self.differs[name])} (--across {name} overlooks it)"
+        for name, (a, b) in self.unlike.items():
+            yield f"unlike {name}: {a} → {b} (--across '{name}' overlooks it)"
 
 
 def _failures(row: Row) -> list[str]:
@@ -174,29 +181,30 @@ def compare_by(rows: Sequence[Row], by: str, metrics: Sequence[str] = ()) -> lis
 
     Raises ValueError for an unknown metric, field or value, for a field that has one value only, and for the images.
     """
-    field, _, chosen = by.partition("=")
+    by_field, _, chosen = by.partition("=")
     known = sorted({name for row in rows for name in row.fields})
-    if field not in known:
-        raise ValueError(f"no field {field!r} in these runs: {suggest(field, known)}")
-    if field in (*IMAGES, "label"):
-        raise ValueError(f"{field}: errors on different images are not comparable")
+    if by_field not in known:
+        raise ValueError(f"no field {by_field!r} in these runs: {suggest(by_field, known)}")
+    if by_field in (*IMAGES, "label"):
+        raise ValueError(f"{by_field}: errors on different images are not comparable")
     sides: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if row.done or field in row.fields:
-            sides[row.fields.get(field, NONE)].append(row)
+        if row.done or by_field in row.fields:
+            sides[row.fields.get(by_field, NONE)].append(row)
     order = [word.strip() for word in chosen.split(",")] if chosen else sorted(sides, key=_natural)
     if unknown := [value for value in order if value not in sides]:
-        raise ValueError(f"no run has {field} {unknown[0]!r}: {suggest(unknown[0], sorted(sides))}")
+        raise ValueError(f"no run has {by_field} {unknown[0]!r}: {suggest(unknown[0], sorted(sides))}")
     first, *others = dict.fromkeys(order)
     if not others:
-        raise ValueError(f"all runs have {field} {first}: nothing to compare")
-    following = tuple(name for name in known if name.startswith(FOLLOWS.get(field, ())) and name not in _FIXED)
-    names = [name for name in ("dataset", *known) if name != field and name not in following]
+        raise ValueError(f"all runs have {by_field} {first}: nothing to compare")
+    following = tuple(name for name in known if name.startswith(FOLLOWS.get(by_field, ())) and name not in _FIXED)
+    names = [name for name in ("dataset", *known) if name != by_field and name not in following]
     if any(len({_key(row, names) for row in side if row.done}) < sum(bool(row.done) for row in side)
            for side in sides.values()):  # fmt: skip
         names, following = sorted({*names, *following}), ()  # rows of one side differ in them
     pairs = [pair for value in others for pair in _match(sides[first], sides[value], names, metrics)]
-    return [replace(p, unlike=tuple(n for n in p.unlike if n not in (field, *following))) for p in pairs]
+    follow = (by_field, *FOLLOWS.get(by_field, ())) if following else (by_field,)
+    return [replace(p, unlike={n: both for n, both in p.unlike.items() if n not in follow}) for p in pairs]
 
 
 _FIXED = ("network.depth", *IMAGES)
@@ -216,7 +224,8 @@ def _images(row: Row) -> tuple[str | None, ...]:
 
 def _images_of(row: Row) -> str:
     where = "the test set" if row.evaluated_on == "test" else f"{row.fields.get('recipe.val')} images held out"
-    limit = f", {row.limit_test} images of it" if row.limit_test else ""
+    tested = setting(row.spec, "limit_test", int)
+    limit = f", {tested} images of it" if tested else ""
     return f"{row.dataset} ({where}{limit}, fingerprint {row.fields.get('fingerprint', NONE)[:8]})"
 
 
@@ -251,13 +260,17 @@ def _match(a: Sequence[Row], b: Sequence[Row], names: Sequence[str], metrics: Se
 
 
 def _pair(a: Row, b: Row, metrics: Sequence[Metric]) -> Pair:
-    both = a.done and b.done
-    names = sorted(a.fields.keys() | b.fields.keys() if both else a.fields.keys() & b.fields.keys())
+    measured = a.done and b.done
+    names = sorted(a.fields.keys() | b.fields.keys() if measured else a.fields.keys() & b.fields.keys())
     sides = {name: (a.fields.get(name, NONE), b.fields.get(name, NONE)) for name in names}
     differs = {name: values for name, values in sides.items() if values[0] != values[1]}
-    spec = flatten_spec(a.done[0].record.spec) | flatten_spec(b.done[0].record.spec) if both else differs
-    unlike = tuple(name for name in differs if name not in spec and name not in CODE)
-    figures = tuple(judge(metric, a, b) for metric in metrics) if both else ()
+    unlike: dict[str, tuple[str, str]] = {}
+    if measured:
+        ours, theirs = ({n: ", ".join(sorted(found)) for n, found in row.conditions.items()} for row in (a, b))
+        noted = {name: (ours[name], theirs[name]) for name in ours if name in theirs}
+        chosen = flatten_spec(a.spec).keys() | flatten_spec(b.spec).keys() | EXPECTED
+        unlike = {n: both for n, both in {**differs, **noted}.items() if both[0] != both[1] and n not in chosen}
+    figures = tuple(judge(metric, a, b) for metric in metrics) if measured else ()
     return Pair(a, b, differs, figures, unlike)
 
 

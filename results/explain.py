@@ -10,10 +10,11 @@ from harness.results import prediction
 from harness.results.metrics import METRICS, UNKNOWN
 from harness.results.report import memory as categories
 from harness.results.report.text import clean
-from harness.results.rows import Against, Row
-from harness.results.statistics import confidence_interval, median, seeds_needed, seeds_to_tell
+from harness.results.rows import Row
+from harness.results.statistics import confidence_interval, median, seeds_needed
 from harness.results.store import Stored, load_epochs
 from harness.results.values import EpochMetrics, Measurement, RunResult
+from harness.results.verdict import Against, seeds_to_tell
 
 Curve = Sequence[EpochMetrics] | str
 """The epochs of a run, or why there are none."""
@@ -43,6 +44,12 @@ def why(row: Row) -> str:
     lines += ["what these runs share, beside the seed's own:"]
     lines += [f"  {name} = {value}" for name, value in row.fields.items()]
     lines += [f"  {name} is averaged over: {', '.join(values)}" for name, values in row.averaged_over.items()]
+    lines += ["what is known of them beside:"] if row.conditions else []
+    for name, found in row.conditions.items():
+        values = ", ".join(
+            f"{value} ({n} of {len(row.done)})" if n < len(row.done) else value for value, n in found.items()
+        )
+        lines.append(f"  {name} = {values}")
     return "\n".join(map(clean, lines)) + "\n"
 
 
@@ -87,22 +94,21 @@ def _errors(row: Row, runs: Sequence[Run]) -> Iterator[str]:
         for stored, result, _ in runs:
             yield f"  seed {stored.record.seed}  {_figure(result.test_error)}"
     if row.against is not None:
-        yield from _against(row.against)
+        yield from _against(row, row.against)
 
 
-def _against(against: Against) -> Iterator[str]:
-    published, ours, verdict = against.published, against.ours, against.verdict
-    number = published.error if published.error is not None else published.top5_error
-    yield f"published {number} % (n = {published.n}, {published.rule} epoch): {published.source}"
-    yield f"  difference = {ours.mean:.4f} − {number} = {against.difference:+.4f}"
-    if verdict is None:
-        yield "  one run on each side: no verdict"
-    else:
-        expected = f"{verdict.interval.low:.2f} and {verdict.interval.high:.2f} (95 %)"
-        yield f"  {verdict.verdict}: p = {verdict.p:.3g}; from our spread it was expected between {expected}"
-    if ours.std:
-        seeds = seeds_to_tell(ours.std, against.difference, published.n)
-        yield f"  {seeds} seeds would tell such a difference" if seeds else "  no number of seeds would tell it"
+def _against(row: Row, against: Against) -> Iterator[str]:
+    published = against.published
+    number = f"published {published.number} % (n = {published.n}, {published.rule} epoch)"
+    yield f"{number}: {published.source}"
+    if against.half is None:
+        yield f"  difference {against.difference:+.4f}; no verdict: {against.reason}"
+        return
+    low, high = against.difference - against.half, against.difference + against.half
+    yield f"  difference {against.difference:+.4f}, interval of 90 % {low:+.2f} to {high:+.2f}: {against.word}"
+    yield f"  p = {against.p:.3g}, with all rows {against.adjusted:.3g} (Holm)"
+    seeds = seeds_to_tell(published, row.values("error"))
+    yield f"  {seeds} seeds would make it ±0.5 points" if seeds else "  no number of seeds makes it ±0.5 points"
 
 
 def _seconds(row: Row, runs: Sequence[Run]) -> Iterator[str]:

@@ -50,8 +50,11 @@ def _figures(run: Stored) -> dict[str, Any]:
     """What a run measured, or why it did not."""
     record, result, figures = run.record, run.record.result, dict[str, Any]()
     if result is not None:
-        figures = result.model_dump(exclude={"epochs", "memory", "machine", "device", "workers"})
+        figures = result.model_dump(exclude={"epochs", "memory", "machine", "device", "workers", "timing"})
         figures |= run_figures(result)
+        figures |= (
+            dict(flatten({"timing": result.timing.model_dump(exclude={"untimed"})})) if result.timing else {}
+        )
         figures |= {name: _cell(value) for name, value in flatten(dict(result.memory))}
     failure = record.failure
     return {

@@ -20,12 +20,12 @@ NONE = "–"
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A metric over the runs of a row. `value` is None, with the reason, where no run measured it."""
+    """A metric over the runs of a row. `value` is None where too few runs measured it."""
 
     value: float | None
     std: float | None = None  # of a mean; None: one run, or another aggregation
     n: int = 0  # runs in which it was measured
-    reason: str | None = None
+    reason: str | None = None  # of the first run that did not measure it
 
     @property
     def sample(self) -> Sample | None:
@@ -33,6 +33,13 @@ class Figure:
 
 
 UNKNOWN = Figure(None)
+COMBINE: dict[str, Callable[[Sequence[float]], float]] = {
+    "median": median,
+    # the median of the reciprocals: of two runs, images over the mean of their seconds
+    "rate": lambda values: 1 / median([1 / value for value in values]) if min(values) > 0 else median(values),
+    "max": max,
+    "first": lambda values: values[0],
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +52,7 @@ class Metric:
     read: Callable[[RunResult], float | Measurement | None]
     unit: Literal["%", "s", "images/s", "J", "MiB", ""] = "%"
     kind: Literal["size", "error", "time", "energy", "memory"] = "error"
-    over_seeds: Literal["mean", "median", "max", "first"] = "mean"  # how the runs of a row are combined
+    over_seeds: Literal["mean", "median", "rate", "max", "first"] = "mean"  # how the runs of a row are combined
     digits: int | None = 2  # after the point; None: three significant figures
     scale: float = 1.0  # from the unit to the one shown
     suffix: str = ""
@@ -86,19 +93,25 @@ class Metric:
 
     def summarise(self, results: Sequence[RunResult]) -> Figure:
         """The figure of a row, from its runs; a mean only where all of them have it."""
-        values = [value for result in results if (value := self.value(result)) is not None]
+        values, reason = [], None
+        for result in results:
+            if (value := self.value(result)) is not None:
+                values.append(value)
+            else:
+                reason = reason or self.measure(result).reason
         if not values or (self.over_seeds == "mean" and len(values) < len(results)):
-            return Figure(None, reason=self.measure(results[0]).reason if results else None)
+            return Figure(None, reason=reason)
         if self.over_seeds == "mean":
             return Figure(mean(values), std(values), len(values))
-        combined = {"median": median(values), "max": max(values), "first": values[0]}[self.over_seeds]
-        return Figure(combined, n=len(values))
+        return Figure(COMBINE[self.over_seeds](values), n=len(values), reason=reason)
 
     def plain(self, figure: Figure) -> dict[str, float | None]:
+        """As CSV and JSON have it, with the number of runs that measured it."""
+        n = {f"{self.name}_n": figure.n}
         if self.over_seeds != "mean":
-            return {self.name: figure.value}
+            return {self.name: figure.value} | n
         unit = {"%": "_percent"}.get(self.unit, "")
-        return {f"{self.name}{unit}_mean": figure.value, f"{self.name}{unit}_std": figure.std}
+        return {f"{self.name}{unit}_mean": figure.value, f"{self.name}{unit}_std": figure.std} | n
 
     def text(self, value: float | None) -> str:
         """A value as tables show it."""
@@ -157,12 +170,14 @@ METRICS: dict[str, Metric] = {
         Metric(name="test_top5_error", title="test top-5 %", means=f"top-5 {ON_TEST_SET}",
                read=lambda r: r.test_top5_error, in_table=False),
         Metric(name="epoch_seconds", title="s/epoch", unit="s", kind="time", over_seeds="median", digits=None,
-               means="training only, median over the epochs after warm-up, then over the runs; evaluation, set-up and "
-               "compilation are left out", read=lambda r: r.epoch_seconds, missing="no epoch was timed", margin=5.0,
+               means="training only, median over the epochs after warm-up, then over the runs; in brackets how many epochs "
+               "were timed, the fastest and the slowest (of early records, the fastest and the slowest run); evaluation, "
+               "set-up and compilation are left out", read=lambda r: r.epoch_seconds, missing="no epoch was timed", margin=5.0,
                predict=lambda p: Measurement(value=p.epoch_seconds)),
-        Metric(name="images_per_second", title="img/s", unit="images/s", kind="time", over_seeds="median", digits=None,
-               means="of all workers, same medians", read=lambda r: r.images_per_second, better="higher"),
-        Metric(name="data_stall_percent", title="wait %", kind="time", over_seeds="median", digits=1,
+        Metric(name="images_per_second", title="img/s", unit="images/s", kind="time", over_seeds="rate", digits=None,
+               means="of all workers, over the same epochs and runs", missing="no epoch was timed", better="higher",
+               read=lambda r: None if r.epoch_seconds is None else r.images_per_second),
+        Metric(name="data_stall_percent", title="data wait %", kind="time", over_seeds="median", digits=1,
                means="share of the training time spent waiting for the loader", read=lambda r: r.data_stall_percent),
         Metric(name="eval_seconds", title="eval s", unit="s", kind="time", over_seeds="median", digits=None,
                means="one evaluation, median over the epochs, then over the runs", read=lambda r: r.eval_seconds,

@@ -1,34 +1,26 @@
 """Records -> rows.
 
-A row stands for all runs that differ in nothing but the seed. Runs that differ in anything else (a field of the spec,
-the device, a worker's threads, torch's minor version) are never averaged silently: they get rows of their own, and
-rows that would look the same name what they differ in.
+A row stands for all runs that differ in nothing but the seed. Runs that differ in anything else that splits by
+`identity.RULES` are never averaged silently: they get rows of their own, and rows that would look the same name what
+they differ in. What is only noted is in `Row.conditions`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from harness.results.identity import SPLIT, Surroundings, conditions, surroundings
 from harness.results.metrics import METRICS, NONE, UNKNOWN, Figure
 from harness.results.published import Published, find_published
-from harness.results.statistics import Sample, Verdict, compare_with_published
+from harness.results.statistics import Sample, mean
 from harness.results.store import Interrupted, Stored, collector_paused
-from harness.results.values import Prediction, Record, RunResult, flatten
-
-
-@dataclass(frozen=True, slots=True)
-class Against:
-    """Our error beside a published one: difference = ours - published, in points."""
-
-    published: Published
-    ours: Sample  # the best epochs where the published number is one, else the last ones
-    difference: float
-    verdict: Verdict | None  # None: neither side has a spread
+from harness.results.values import Prediction, RunResult, Timing, flatten
+from harness.results.verdict import MIN_SEEDS, Against, adjust, compare
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,21 +31,17 @@ class Row:
     depth: int
     dataset: str  # label
     original: bool
-    limit_train: int | None
-    limit_test: int | None
-    overrides: tuple[str, ...]
-    duration: float
-    duration_unit: str  # "epoch", "step"
-    loader: str
-    precision: str
-    engine: str
+    evaluated_on: str
     device: str
     workers: int
     batch_size: int
-    evaluated_on: str
+    spec: Mapping[str, Any]  # of one of its runs
     fields: Mapping[str, str]  # everything in which rows can differ, flattened
     differs: tuple[str, ...] = ()  # ("recipe.lr=0.05",): distinguishes this row from others that look the same
     averaged_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # field -> its values, by --across
+    conditions: Mapping[str, Mapping[str, int]] = field(
+        default_factory=dict
+    )  # what is noted: its values, in how many runs
 
     done: tuple[Stored, ...]  # one per seed
     failed: tuple[Stored, ...]
@@ -72,6 +60,11 @@ class Row:
         return f"{self.variant}-{self.depth}"
 
     @property
+    def results(self) -> list[RunResult]:
+        """Of the runs that are done."""
+        return [stored.record.result for stored in self.done if stored.record.result is not None]
+
+    @property
     def error(self) -> Sample | None:
         """Of the last epoch, in percent."""
         return self.figures.get("error", UNKNOWN).sample
@@ -82,10 +75,57 @@ class Row:
         return self.figures.get("epoch_seconds", UNKNOWN).value
 
     @property
+    def timing(self) -> Timing | None:
+        """The timed epochs of all runs together; None where a record does not say, or none was timed."""
+        timed = [result.timing for result in self.results if result.epoch_seconds is not None]
+        known = [timing for timing in timed if timing is not None and timing.fastest is not None]
+        if not known or len(known) < len(timed):
+            return None
+        ends = min(t.fastest or 0.0 for t in known), max(t.slowest or 0.0 for t in known)
+        return Timing(epochs=sum(t.epochs for t in known), fastest=ends[0], slowest=ends[1])
+
+    @property
     def best_minus_last(self) -> float | None:
         """Points by which the error falls where the epoch is chosen on the evaluated images; at most 0."""
         best, last = self.figures.get("best_error", UNKNOWN).value, self.error
         return None if best is None or last is None else best - last.mean
+
+    @property
+    def duration(self) -> str:
+        """ "180 epochs" """
+        if (duration := setting(self.spec, "recipe.duration", int, float)) is None:
+            return NONE
+        return f"{duration:,g} {setting(self.spec, 'recipe.unit', str) or 'epoch'}{'s' * (duration != 1)}"
+
+    @property
+    def batch_norm_images(self) -> int:
+        """Over how many images of a step each batch norm takes its statistics."""
+        local = setting(self.spec, "recipe.batch_norm", str) != "sync"
+        return self.batch_size // max(1, self.workers) if local else self.batch_size
+
+    def text(self, name: str) -> str:
+        """A field; all its values, where the row averages over them."""
+        return "/".join(self.averaged_over.get(name, ())) or self.fields.get(name, NONE)
+
+    @property
+    def planned(self) -> int | None:
+        """How many runs were chosen before --until-ci added others for their spread; None: all."""
+        added = sum(run.record.added_until is not None for run in self.done)
+        return (len(self.done) - added or None) if added else None
+
+    def values(self, name: str) -> list[float]:
+        """A metric of each run that measured it; the planned ones first."""
+        runs = sorted(self.done, key=lambda run: run.record.added_until is not None)
+        results = [run.record.result for run in runs if run.record.result]
+        return [value for result in results if (value := METRICS[name].value(result)) is not None]
+
+
+def setting(spec: Mapping[str, Any], path: str, *kinds: type) -> Any:
+    """A value of a spec, "recipe.lr"; None where it is missing or not of these types, as nothing has checked it."""
+    value: Any = spec
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, kinds) else None
 
 
 @collector_paused()
@@ -112,34 +152,16 @@ def summarise(
         (group.pruned if stored.record.pruned else group.failed).append(stored)
     for partial in interrupted:
         groups.find(partial.spec or {"run": partial.name}, None).interrupted.append(partial)
-    if unknown := [name for name in across if name not in groups.fields]:
-        raise ValueError(f"no field {unknown[0]!r} in these runs: they have {', '.join(sorted(groups.fields))}")
     rows = _add_predictions([_make_row(group) for group in groups.by_identity.values()], predictions)
+    known = groups.fields.union(*(row.conditions for row in rows))
+    if unknown := [name for name in across if name not in known]:
+        raise ValueError(f"no field {unknown[0]!r} in these runs: they have {', '.join(sorted(known))}")
+    rows = [replace(row, against=against) for row, against in zip(rows, adjust([*map(judge, rows)]), strict=True)]
     rows.sort(key=lambda row: (row.dataset, row.variant, row.depth, row.workers, tuple(row.fields.items())))
     return _name_differences(rows)
 
 
 # --- which runs belong to one row ---
-
-Surroundings = tuple[tuple[str, str], ...]
-SURROUNDINGS = ("label", "hardware", "threads", "torch", "widths")
-
-
-def surroundings(record: Record, result: RunResult) -> Surroundings:
-    """What changes figures without being part of a spec, by name; "hardware" is what the spec calls "cuda" or "cpu".
-
-    Only runs that continued with fewer workers have "widths": neither their seconds nor, since batch norm sees other
-    shares of a batch, their errors are averaged with those of others.
-    """
-    named = {"label": record.dataset, "hardware": result.device, "threads": str(result.threads)}
-    if result.widths:
-        named["widths"] = "→".join(map(str, result.widths))
-    if result.engine is not None and result.engine != record.spec.get("engine"):  # a fallback
-        named["engine"] = result.engine
-    versions = record.environment.get("versions")
-    if isinstance(versions, dict) and isinstance(torch := versions.get("torch"), str):
-        named["torch"] = ".".join(torch.split("+")[0].split(".")[:2])
-    return tuple(named.items())
 
 
 @dataclass(slots=True)
@@ -203,53 +225,44 @@ def _word(value: object) -> str:
 
 def _make_row(group: _Group) -> Row:
     done, repeated = _last_of_each_seed(group.done)
-    members = [*done, *group.failed, *group.pruned]
-    spec: Mapping[str, Any] = members[0].record.spec if members else group.interrupted[0].spec
     finished_seeds = {stored.record.seed for stored in done}
-    recipe = _mapping(spec.get("recipe"))
+    results = [stored.record.result for stored in done if stored.record.result is not None]
+    members = [*done, *group.failed, *group.pruned]
     if members:
         record = members[0].record
-        variant, depth, dataset, original = record.variant, record.depth, record.dataset, record.original
+        spec, variant, depth, dataset = record.spec, record.variant, record.depth, record.dataset
     else:
-        name = group.interrupted[0].name
-        variant = str(spec.get("variant", name))
-        depth = int(_number(_mapping(spec.get("network")).get("depth"), 0))
-        dataset, original = (name.split("_")[0] if spec else NONE), False
-    results = [stored.record.result for stored in done if stored.record.result is not None]
-    first = results[0] if results else None
-    limits = (
-        limit if isinstance(limit := spec.get(name), int) else None for name in ("limit_train", "limit_test")
-    )
-    limit_train, limit_test = limits
-    largest = max((r.memory.by_category_mib for r in results), key=lambda c: sum(c.values()), default={})
-    row = Row(
-        variant=variant,
-        depth=depth,
+        name, spec = group.interrupted[0].name, group.interrupted[0].spec
+        variant, depth, dataset = name, 0, name.split("_")[0] if spec else NONE
+    noted: dict[str, Counter[str]] = defaultdict(Counter)
+    for stored in done:
+        for name, value in conditions(stored.record):
+            noted[name][value] += 1
+    return Row(
+        variant=setting(spec, "variant", str) or variant,
+        depth=setting(spec, "network.depth", int) or depth,
         dataset=dataset,
-        original=original,
-        limit_train=limit_train,
-        limit_test=limit_test,
-        overrides=tuple(map(str, overrides)) if isinstance(overrides := spec.get("overrides"), list) else (),
-        duration=_number(recipe.get("duration"), math.nan),
-        duration_unit=str(recipe.get("unit", "epoch")),
-        loader=str(spec.get("loader", NONE)),
-        precision=str(spec.get("precision", NONE)),
-        engine=group.fields.get("engine", NONE),
-        device=first.device if first else NONE,
-        workers=first.workers if first else int(_number(spec.get("workers"), 1)),
-        batch_size=first.batch_size if first else int(_number(recipe.get("batch_size"), 0)),
-        evaluated_on=first.evaluated_on if first else ("val" if recipe.get("val") else "test"),
+        original=bool(members) and all(stored.record.original for stored in members),
+        evaluated_on=results[0].evaluated_on
+        if results
+        else ("val" if setting(spec, "recipe.val", int) else "test"),
+        device=results[0].device if results else NONE,
+        workers=setting(spec, "workers", int) or 1,
+        batch_size=setting(spec, "recipe.batch_size", int) or (results[0].batch_size if results else 0),
+        spec=spec,
         fields=group.fields,
         averaged_over={n: tuple(v) for n, v in group.averaged_over.items() if len(v) > 1},
+        conditions=noted,
         done=tuple(done),
         failed=tuple(s for s in group.failed if s.record.seed not in finished_seeds),
         pruned=tuple(s for s in group.pruned if s.record.seed not in finished_seeds),
         interrupted=tuple(group.interrupted),
         repeated=repeated,
         figures={name: metric.summarise(results) for name, metric in METRICS.items()},
-        by_category_mib=largest,
+        by_category_mib=max(
+            (r.memory.by_category_mib for r in results), key=lambda c: sum(c.values()), default={}
+        ),
     )
-    return replace(row, against=judge(row))
 
 
 def _last_of_each_seed(runs: list[Stored]) -> tuple[list[Stored], int]:
@@ -270,7 +283,9 @@ def _add_predictions(rows: list[Row], predictions: Iterable[Prediction]) -> list
         return rows
 
     def last(row: Row) -> Prediction | None:
-        own = json.dumps({name: value for name, value in row.fields.items() if name not in SURROUNDINGS})
+        own = json.dumps(
+            {name: value for name, value in row.fields.items() if name not in SPLIT or name in row.spec}
+        )
         on = (row.device, row.fields.get("threads"))
         fitting = [p for p in by_spec.get(own, ()) if not row.done or (p.device, str(p.threads)) == on]
         return fitting[-1] if fitting else None
@@ -278,26 +293,54 @@ def _add_predictions(rows: list[Row], predictions: Iterable[Prediction]) -> list
     return [replace(row, predicted=last(row)) for row in rows]
 
 
+def incomparable(row: Row) -> Iterator[tuple[str, str]]:
+    """Why a row is never set beside published errors, and the column that says so."""
+    if not row.original and row.done:
+        yield f"{row.dataset} is not a published data set's own images", "dataset"
+    if setting(row.spec, "limit_train", int):
+        yield "trained on a part of the training set", "limit_train"
+    if (limit := setting(row.spec, "limit_test", int)) is not None:
+        yield f"of {limit:,} of the test images", "error"
+    if row.fields.get("loader") == "synthetic":
+        yield "synthetic images", "loader"
+    if widths := row.fields.get("widths"):
+        yield f"DDP width {widths}: the cluster had no room for {row.workers} workers", "error"
+    for name, values in row.averaged_over.items():
+        yield f"averaged over {name}: {', '.join(values)}, as requested", "n"
+
+
 def judge(row: Row) -> Against | None:
-    """The published number beside a row: only where data, training set and recipe are the published ones, on test
-    images."""
-    if not row.original or row.limit_train is not None or row.limit_test is not None or row.overrides:
-        return None
+    """The published number beside a row, and the verdict where one is due, not adjusted for other rows."""
     published = find_published(row.dataset, row.variant, row.depth)
-    if published is None:
+    if published is None or any(incomparable(row)) or row.fields.get("overrides", NONE) != NONE:
         return None
-    names = ("error", "top5_error", "best_error")
-    if row.evaluated_on != "test":  # the best epoch was then chosen, and measured, on other images
-        names = ("test_error", "test_top5_error", "")
-    last, top5, best = (row.figures.get(name, UNKNOWN).sample for name in names)
-    theirs = published.sample
-    if theirs is not None:
-        ours = best if published.rule == "best" else last
-    else:
-        ours, theirs = top5, Sample(1, published.top5_error or math.nan)
-    if ours is None or not math.isfinite(ours.mean):
+    test = row.evaluated_on == "test"  # else the best epoch was chosen, and measured, on other images
+    last = "error" if test else "test_error"
+    if published.error is None:
+        last = "top5_error" if test else "test_top5_error"
+    errors = {"last": row.values(last), "best": row.values("best_error") if test and published.error else []}
+    ours = errors["best" if published.rule == "best" else "last"]
+    if not ours or not all(map(math.isfinite, ours)):
         return None
-    return Against(published, ours, ours.mean - theirs.mean, compare_with_published(ours, theirs))
+    if reasons := list(_not_judged(row, published, errors["best"])):
+        return Against(published, mean(ours) - published.number, reason="; ".join(reasons))
+    return compare(published, errors["last"], errors["best"], row.planned)
+
+
+def _not_judged(row: Row, published: Published, best: Sequence[float]) -> Iterator[str]:
+    """Why a row gets no verdict."""
+    differences = published.differences(row.spec)
+    yield from differences[:3]
+    if differences[3:]:
+        yield f"{len(differences) - 3} more fields"
+    if (precision := row.fields.get("precision")) != published.precision:
+        yield f"{precision}, theirs {published.precision}"
+    if row.batch_norm_images != row.batch_size:
+        yield f"batch norm over {row.batch_norm_images} images a worker, theirs over {row.batch_size}"
+    if published.rule != "last" and not best:
+        yield "theirs may be a best epoch, and the best on the test set is not known of ours"
+    if len(row.done) < MIN_SEEDS:
+        yield f"fewer than {MIN_SEEDS} seeds"
 
 
 # --- what tells rows apart ---
@@ -320,7 +363,7 @@ def _name_differences(rows: list[Row]) -> list[Row]:
 
     def scope(name: str, row: Row) -> tuple[object, ...]:
         if name.startswith(("recipe.", "network.")):
-            return (row.dataset, row.variant, row.depth, row.overrides)
+            return (row.dataset, row.variant, row.depth, row.fields.get("overrides"))
         return (row.dataset,) if name == "fingerprint" else ()
 
     differing: dict[str, set[tuple[object, ...]]] = {}  # field -> the scopes within which it differs
@@ -343,10 +386,7 @@ def _name_differences(rows: list[Row]) -> list[Row]:
     # a field that only some of them have: widths of an elastic run
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, row in enumerate(named):
-        looks = (
-            row.variant, row.depth, row.dataset, row.limit_train, row.duration, row.duration_unit, row.overrides,
-            row.loader, row.precision, row.engine, row.workers, row.batch_size, row.device, row.differs,
-        )  # fmt: skip
+        looks = (row.dataset, row.device, row.differs, *(row.fields.get(name) for name in SHOWN))
         alike[looks].append(index)
     for indices in (several for several in alike.values() if len(several) > 1):
         names = sorted({name for index in indices for name in named[index].fields})
@@ -354,12 +394,3 @@ def _name_differences(rows: list[Row]) -> list[Row]:
         for index in indices:
             named[index] = extend(named[index], telling)
     return named
-
-
-def _number(value: object, default: float) -> float:
-    """A number of a spec, which nothing has checked."""
-    return value if isinstance(value, int | float) else default
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}

@@ -12,12 +12,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Literal
 
 MAX_SEEDS = 1_000
 LEVEL, ALPHA = 0.90, 0.05
 """Of every interval that is shown and decides, and of each of its ends. `--until-ci` alone has 95 %, and says so."""
 PRIOR_FREEDOM, PRIOR_FACTOR = 8, 1.3
+NORMAL_QUANTILE = 1.959964  # 97.5 %
 MEDIAN_RUNS = {1: 1.0, 2: 2.0, 3: 2.23, 4: 3.36, 5: 3.49, 6: 4.65, 7: 4.75, 8: 5.94, 9: 6.0, 10: 7.25}
 """Runs whose mean is as exact as the median of so many normal runs: the inverse of the median's variance."""
 
@@ -40,15 +40,6 @@ class Sample:
 class Interval:
     low: float
     high: float
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Ours against a published number, lower being better. `interval`: where the published number was expected."""
-
-    verdict: Literal["consistent", "better", "worse"]
-    p: float
-    interval: Interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +205,18 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def wilson(percent: float, images: int) -> Interval:
+    """The interval of 95 % for the error on other images of the same kind, in percent.
+
+    E. B. Wilson, Probable inference, the law of succession, and statistical inference, J. Am. Stat. Assoc. 22, 1927.
+    """
+    share, z = percent / 100, NORMAL_QUANTILE
+    scale = 1 + z**2 / images
+    centre = (share + z**2 / (2 * images)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))
+    return Interval(100 * max(0.0, centre - half), 100 * (centre + half))
+
+
 def median_runs(n: int) -> float:
     """How many runs have a mean as exact as the median of n."""
     return MEDIAN_RUNS.get(n, 2 * n / math.pi)
@@ -226,41 +229,6 @@ def _around(centre: float, half: float) -> Interval:
 def confidence_interval(runs: Sample, level: float = 0.95) -> Interval | None:
     """Student's interval for the mean; None for one run."""
     return None if runs.estimate is None else runs.estimate.interval(level)
-
-
-def compare_with_published(ours: Sample, published: Sample, alpha: float = 0.05) -> Verdict | None:
-    """Could the published number have come out of runs like ours? None where neither side has a spread.
-
-    A single published value is tested against the prediction interval of one further run (Hahn and Meeker,
-    Statistical Intervals, 1991, section 4.7): mean ± t(n-1) std sqrt(1 + 1/n). A published mean of m runs without
-    std takes 1/m in place of 1; with std, and more than one run on each side, Welch's test decides. One run of
-    ours is tested against the interval of a published mean ± std in the same way.
-    """
-    if ours.estimate and published.estimate:
-        apart = subtract(ours.estimate, published.estimate)
-    else:
-        known = ours if ours.std is not None else published
-        if known.std is None or known.n < 2:
-            return None
-        error = known.std * math.sqrt(1 / ours.n + 1 / published.n)
-        apart = Estimate(ours.mean - published.mean, error, known.n - 1)
-    expected = _around(ours.mean, apart.half(1 - alpha))
-    word: Literal["better", "worse"] = "better" if apart.value < 0 else "worse"
-    return Verdict("consistent" if apart.p() >= alpha else word, apart.p(), expected)
-
-
-def seeds_to_tell(std: float, difference: float, published_n: int = 1, alpha: float = 0.05) -> int | None:
-    """How many runs of ours it takes until a published number this far away lies outside the prediction interval.
-
-    None where no number does: the published runs have a spread of their own.
-    """
-    if difference == 0:
-        return None
-
-    def enough(n: int) -> bool:
-        return t_quantile(1 - alpha / 2, n - 1) * std * math.sqrt(1 / n + 1 / published_n) < abs(difference)
-
-    return smallest(enough)
 
 
 def seeds_needed(std: float, difference: float, alpha: float = 0.05, power: float = 0.8) -> int | None:

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from harness.results.values import SCHEMA_VERSION, EpochMetrics, Prediction, Record
+from harness.results.values import SCHEMA_VERSION, EpochMetrics, Prediction, Record, Timing
 
 RECORD, EPOCHS, SPEC, WEIGHTS = "record.json", "epochs.jsonl", "spec.json", "weights.safetensors"
 HASHES = "hashes.json"  # file name -> SHA-256, for `harness verify`
@@ -155,16 +156,12 @@ def finish(out: Path, record: Record) -> Path:
 
     A finished run of the same name is moved to `.superseded/<name>_<time>` first: nothing stored is ever lost.
     """
-    if record.result is None:
+    if (result := record.result) is None:
         raise ValueError(f"run {record.name} is {record.status}: only a run with a result can be finished")
     final = finished_dir(out, record.name)
-    if record.result.data_stall_percent is None:
-        timed = [epoch for epoch in record.result.epochs if epoch.timed]
-        if (seconds := sum(epoch.train_seconds for epoch in timed)) > 0:
-            percent = 100 * sum(epoch.data_stall_seconds for epoch in timed) / seconds
-            result = record.result.model_copy(update={"data_stall_percent": percent})
-            record = record.model_copy(update={"result": result})
-    folder = _write_record(out, record, record.result.epochs if record.result else ())
+    if result.epochs:
+        record = record.model_copy(update={"result": result.model_copy(update=_time(result.epochs))})
+    folder = _write_record(out, record, result.epochs)
     (folder / SPEC).unlink(missing_ok=True)
     if final.exists():
         old = out / SUPERSEDED / f"{record.name}_{timestamp()}"
@@ -173,6 +170,19 @@ def finish(out: Path, record: Record) -> Path:
     folder.rename(final)
     _sync(out)
     return final
+
+
+def _time(epochs: Sequence[EpochMetrics]) -> dict[str, Any]:
+    """The fields of a result that say of the timed epochs how many they are, how they spread, and how long they wait."""
+    timed = [epoch.train_seconds for epoch in epochs if epoch.timed]
+    timing = Timing(
+        epochs=len(timed), fastest=min(timed, default=None), slowest=max(timed, default=None),
+        untimed=dict(Counter(epoch.untimed for epoch in epochs if not epoch.timed)),
+    )  # fmt: skip
+    if not timed or sum(timed) == 0:
+        return {"timing": timing}
+    waiting = sum(epoch.data_stall_seconds for epoch in epochs if epoch.timed)
+    return {"timing": timing, "data_stall_percent": 100 * waiting / sum(timed)}
 
 
 def fail(out: Path, record: Record) -> Path:

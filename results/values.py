@@ -119,6 +119,15 @@ class RankUse(Value):
 TEST_IMAGES = {"cifar10": 10_000, "cifar2": 2_000, "digits": 360, "miniplaces": 10_000}
 
 
+class Timing(Value):
+    """The epochs behind a run's seconds."""
+
+    epochs: int  # timed
+    fastest: float | None  # seconds; None: no epoch was timed
+    slowest: float | None
+    untimed: dict[str, int] = {}  # why the others were left out, and how many
+
+
 class RunResult(Value):
     parameters: int
     evaluated_on: Literal["test", "val"]
@@ -132,6 +141,7 @@ class RunResult(Value):
     test_error: float | None = None  # of the last epoch, where `evaluated_on` is "val"
     test_top5_error: float | None = None
     epoch_seconds: float | None  # median over timed epochs; None where none was timed
+    timing: Timing | None = None  # filled in by `store.finish`
     warmup_epochs: int  # untimed epochs at the start
     eval_seconds: float | None
     images_per_second: float | None
@@ -216,7 +226,7 @@ class Record(Value):
         if result.evaluated_on == "val" and not test:
             val = spec["recipe"].get("val") if isinstance(spec.get("recipe"), dict) else None
             return val if isinstance(val, int) and val > 0 else None
-        return spec.get("limit_test") or TEST_IMAGES.get(str(spec.get("dataset")))
+        return spec.get("limit_test") or (TEST_IMAGES.get(str(spec.get("dataset"))) if self.original else None)
 
 
 class Prediction(Value):

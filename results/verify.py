@@ -88,10 +88,6 @@ def contradictions(record: Record) -> Iterator[str]:
     for name, images in (("final_error", result.evaluated_images), ("best_error", result.evaluated_images),
                          ("test_error", result.test_images)):  # fmt: skip
         yield from _grid(name, getattr(result, name), images)
-    if result.attempts == 1 and not record.environment.get("attempts", ())[1:]:
-        seconds = (record.finished_at - record.started_at).total_seconds()
-        if result.train_seconds > seconds + 1:
-            yield f"train_seconds {result.train_seconds:.4g} of the {seconds:.4g} s from its start to its end"
 
 
 POSITIVE = ("parameters", "epoch_seconds", "images_per_second", "eval_seconds", "train_seconds", "best_epoch",
@@ -128,6 +124,10 @@ def _identity(run: Stored, key_of: KeyOf) -> Iterator[str]:
     ):
         if own is not None and own != theirs:
             yield f"{name} {own}: its specification has {theirs}"
+    if (result := record.result) and result.attempts == 1 and not record.environment.get("attempts", ())[1:]:
+        seconds = (record.finished_at - record.started_at).total_seconds()
+        if result.train_seconds > seconds + 1:
+            yield f"train_seconds {result.train_seconds:.4g} of the {seconds:.4g} s from its start to its end"
     name = run_name(record.dataset, record.variant, record.depth, record.seed, record.key)
     if record.name != name:
         yield f"name {record.name}: its values give {name}"

@@ -155,7 +155,10 @@ def test_a_value_that_one_side_lost_is_not_compared_with_another() -> None:
     one = summarise([make_run(precision=p) for p in ("fp32", "bf16")])
     two = summarise([make_run(precision="fp32")])
     pairs = compare(one, two)
-    assert [(p.a and p.a.precision, p.b and p.b.precision) for p in pairs] == [("bf16", None), ("fp32", "fp32")]
+    assert [(p.a and p.a.text("precision"), p.b and p.b.text("precision")) for p in pairs] == [
+        ("bf16", None),
+        ("fp32", "fp32"),
+    ]
 
 
 def test_the_union_of_rows_is_compared() -> None:
@@ -198,7 +201,11 @@ def test_unlike_machines_and_versions_fail_unless_overlooked() -> None:
     one, two = make_rows(*BASE), make_rows(*BASE, torch="2.11.0")
     pairs = compare(one, two)
     gate = check_conditions(pairs, parse_fail_on("error>+1"))
-    assert gate.failed == ["msra-20: unlike torch: 2.15 → 2.11 (--across torch overlooks it)"]
+    assert gate.failed == ["msra-20: unlike torch: 2.15.0+cu130 → 2.11.0 (--across 'torch' overlooks it)"]
+    drivers = [make_rows(*BASE, result={"machine": {"driver": d, "host": d}}) for d in ("580.1", "590.2")]
+    gate = check_conditions(compare(*drivers), parse_fail_on("error>+1"))
+    assert gate.failed == ["msra-20: unlike driver: 580.1 → 590.2 (--across 'driver' overlooks it)"]
+    assert "unlike driver" in render_comparison(compare(*drivers))
     chosen = make_rows(*BASE, loader="resident")
     assert check_conditions(compare(one, chosen), parse_fail_on("error>+1")).failed == []
     both = summarise([run for row in (*one, *two) for run in row.done])
@@ -374,7 +381,7 @@ def test_why_names_records_epochs_and_formula(tmp_path: Path) -> None:
     for words in (
         "error 8.40 ± 0.14 % = mean ± std (n − 1) of the last epoch's error over 2 run(s), on the test set",
         f"seed 0  8.3000  {runs[0].folder}",
-        "in epoch 170", "published 8.29 %", "consistent: p = ",
+        "in epoch 170", "published 8.29 %", "no verdict: fewer than 3 seeds",
         "3 epochs timed, 4.5 to 4.6; left out: 1 (warm-up), 5 (interference: it swapped), 6\n",
         "NVML 1,890", "network.depth = 20",
     ):  # fmt: skip

@@ -106,6 +106,8 @@ def test_a_spec_is_compared_with_the_published_one_field_by_field() -> None:
     spec = spec_of(entry)
     for part, values in spec.items():
         for name, value in values.items():
+            if name == "batch_norm":  # the same network with one worker; with several, `rows` looks at it
+                continue
             changed = (not value) if isinstance(value, bool) else "other" if isinstance(value, str) else -1
             (words,) = entry.differences(spec | {part: values | {name: changed}})
             assert words == f"{name} {changed}, theirs {value}"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from harness.results import store
-from harness.results.values import EpochMetrics, Failure, Measurement, Memory, Record, RunResult
+from harness.results.values import EpochMetrics, Failure, Measurement, Memory, Record, RunResult, Timing
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -75,7 +75,12 @@ def test_a_finished_run_reads_back_equal(tmp_path: Path) -> None:
     assert stored.record.result is not None
     assert stored.record.result.data_stall_percent == pytest.approx(100 * 0.5 / 10)
     epochs = tuple(store.load_epochs(folder))
-    result = stored.record.result.model_copy(update={"epochs": epochs, "data_stall_percent": None})
+    timed = [epoch.train_seconds for epoch in epochs if epoch.timed]
+    timing = Timing(
+        epochs=len(timed), fastest=min(timed), slowest=max(timed), untimed={"": len(epochs) - len(timed)}
+    )
+    assert stored.record.result.timing == timing
+    result = stored.record.result.model_copy(update={"epochs": epochs, "data_stall_percent": None, "timing": None})
     assert stored.record.model_copy(update={"result": result}) == record
     assert finished_keys(tmp_path) == {record.key}
 

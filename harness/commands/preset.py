@@ -64,7 +64,7 @@ def judge_rows(rows: Sequence[Row], preset: Preset) -> tuple[list[str], bool]:
         lines += [*_progress(row, published)]
         lines.append(
             f"{'PASS' if met else 'FAIL'}: {row.name} on {row.dataset} is {accuracy:.2f} % accurate after "
-            f"{row.duration:g} {row.duration_unit}s, above {preset.least_accuracy:g} % is demanded{beside}"
+            f"{row.duration}, above {preset.least_accuracy:g} % is demanded{beside}"
         )
     return lines, passed
 

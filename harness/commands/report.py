@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -285,6 +285,7 @@ def print_comparison(
         pairs = compare(a, b, metrics) if by is None else compare_by(a, by, metrics)
     except ValueError as error:
         raise UserError(f"--by: {error}" if by else str(error)) from None
+    pairs = [replace(p, unlike={n: v for n, v in p.unlike.items() if n not in across}) for p in pairs]
     if not any(pair.figures for pair in pairs) and not conditions:
         hint = "rows that differ in nothing but --by"
         hint = hint if by else "a row of A and one of B that agree in all but the folder"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import resource
 import sys
+from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from harness.commands.report import export_runs, print_rows, write_page
 from harness.deadline import TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.plan import Grid
 from harness.progress import JsonLines, Progress, load_data, make_table, say
-from harness.record import Recorder, lock_run, name_of
+from harness.record import Recorder, lock_run, name_of, name_other_code
 from harness.resources import Resources, Session, check_resources, make_allocation
 from harness.results.remote import push_file, push_run, redact
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
@@ -107,6 +108,7 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             environment = {"launcher": options.resources.launcher}
             recorder = Recorder(paths, dataset.original, environment, partial(say, console))
             todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
+            _name_other_code(recorder, console)
             _advise_on_batch_norm(todo, console)
             session = Session(allocation, options.resources, paths, stack)
             goal = until_ci.make_goal(options.until_ci, options.max_seeds, len(grid.seeds))
@@ -126,6 +128,13 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
         return EXIT_FAILED
     met = print_results(prepared, specs)
     return code if met else EXIT_FAILED
+
+
+def _name_other_code(recorder: Recorder, console: Console) -> None:
+    """Say which of the finished runs other code has trained: the table will have them as they are."""
+    others = Counter(other for stored in recorder.known.values() if (other := name_other_code(stored.record)))
+    for code, runs in others.items():
+        say(console, f"{runs} run{'s' * (runs != 1)} done already, by {code}; --force trains again")
 
 
 def check_options(grid: Grid, options: RunOptions) -> None:

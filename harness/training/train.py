@@ -295,7 +295,8 @@ def summarise_history(history: Sequence[EpochMetrics], evaluated_on: str, worker
         "final_top5_error": history[-1].top5_error,
         "epoch_seconds": statistics.median(row.train_seconds for row in timed) if timed else None,
         "eval_seconds": statistics.median(row.eval_seconds for row in history),
-        "images_per_second": statistics.median(row.images_per_second for row in timed) if timed else None,
+        # of the same epoch as the seconds, or of the same two
+        "images_per_second": 1 / statistics.median(1 / row.images_per_second for row in timed) if timed else None,
         "train_seconds": sum(row.train_seconds for row in history),
         "interference": tuple(dict.fromkeys(cause for row in history for cause in row.interference)),
         "workers": workers,

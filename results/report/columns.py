@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures, suggest
 from harness.results.published import Published, find_published
-from harness.results.rows import Row
+from harness.results.rows import Row, setting
 from harness.results.store import Interrupted, Stored
+from harness.results.verdict import ALPHA, MAX_HALF_WIDTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,29 +27,30 @@ class Column:
 
     def sort_key(self, row: Row) -> float | str | None:
         """What the column is sorted by: a number where it shows one; None, or NaN, where there is nothing."""
-        value = self.key(row) if self.key else getattr(row, self.name)
-        return ", ".join(value) if isinstance(value, tuple) else value
+        if self.key:
+            return self.key(row)
+        text = self.text(row)
+        return None if text == NONE else text
 
 
 def _signed(value: float | None) -> str:
     return NONE if value is None else f"{value:+.2f}".replace("-", "−")
 
 
-def _or_averaged(row: Row, name: str, text: object) -> str:
-    """A descriptor, or all its values where the row averages over them."""
-    return "/".join(row.averaged_over[name]) if name in row.averaged_over else str(text)
+def _averaged(row: Row, name: str) -> str:
+    """All values of a field, where the row averages over it."""
+    return "/".join(row.averaged_over.get(name, ()))
 
 
 def _width(row: Row) -> str:
     if "workers" in row.averaged_over:
-        return f"{'/'.join(row.averaged_over['workers'])} of {row.batch_size}"
+        return f"{row.text('workers')} of {row.batch_size}"
     return f"{row.workers}×{row.batch_size // max(1, row.workers)}"
 
 
-def _duration(row: Row) -> str:
-    if math.isnan(row.duration):
-        return NONE
-    return f"{row.duration:,g} {row.duration_unit}s" if row.duration != 1 else f"1 {row.duration_unit}"
+def _limit(row: Row) -> str:
+    limit = setting(row.spec, "limit_train", int)
+    return "all" if limit is None else f"{limit:,}"
 
 
 def _error(row: Row) -> str:
@@ -78,8 +79,8 @@ def _published(row: Row) -> str:
     if row.against is None:
         return NONE
     published = row.against.published
-    number = published.error if published.error is not None else published.top5_error
-    return f"{number:.2f} ({_signed(row.against.difference)})"
+    half = "" if row.against.half is None else f" ± {row.against.half:.2f}"
+    return f"{published.number:.2f} ({_signed(row.against.difference)}{half})"
 
 
 def cost_entry(row: Row) -> Published | None:
@@ -87,8 +88,9 @@ def cost_entry(row: Row) -> Published | None:
 
     How the images were compressed does not matter to a cost, nor does the number of epochs.
     """
-    other = any(not text.startswith(("epochs=", "val=")) for text in row.overrides)
-    if other or row.limit_train is not None:
+    overrides = setting(row.spec, "overrides", list) or ()
+    other = any(not str(text).startswith(("epochs=", "val=")) for text in overrides)
+    if other or setting(row.spec, "limit_train", int) is not None:
         return None
     return find_published(row.fields.get("dataset", ""), row.variant, row.depth)
 
@@ -124,10 +126,23 @@ def _published_error(row: Row, variant: str | None = None) -> str:
 def _verdict(row: Row) -> str:
     if row.against is None:
         return NONE
-    if (verdict := row.against.verdict) is None:
-        return "~"
-    p = "p<.001" if verdict.p < 0.001 else f"p={verdict.p:.2g}".replace("0.", ".", 1)
-    return f"{verdict.verdict} {p}"
+    if row.against.word is None:
+        return "not judged"
+    if row.against.word in ("consistent", "cannot tell") or row.against.adjusted is None:
+        return row.against.word
+    p = row.against.adjusted
+    return f"{row.against.word} " + ("p<.001" if p < 0.001 else f"p={p:.2g}".replace("0.", ".", 1))
+
+
+def _seconds(row: Row) -> str:
+    """ "1.74 (27, 1.60–1.96)": the row's figure, how many epochs were timed, the fastest and the slowest."""
+    text = METRICS["epoch_seconds"].summary(row.figures.get("epoch_seconds", UNKNOWN))
+    values = row.values("epoch_seconds")
+    if (timing := row.timing) is not None:
+        low, high = figures(timing.fastest), figures(timing.slowest)
+        return f"{text} ({timing.epochs:,}{f', {low}–{high}' if low != high else ''})"
+    low, high = (figures(end(values, default=None)) for end in (min, max))
+    return f"{text} ({low}–{high})" if low != high else text
 
 
 def _predicted_seconds(row: Row) -> float | None:
@@ -141,19 +156,20 @@ def _runs(row: Row) -> str:
 
 NUMBER = Column("number", "#", lambda r: r.name)  # only where one row takes several tables
 DESCRIPTORS: tuple[Column, ...] = (
-    Column("variant", "variant", lambda r: _or_averaged(r, "variant", r.variant), right=False, stays=True),
-    Column("depth", "depth", lambda r: _or_averaged(r, "network.depth", r.depth or NONE), stays=True),
-    Column("dataset", "data set", lambda r: _or_averaged(r, "label", r.dataset), right=False),
-    Column("limit_train", "images", lambda r: "all" if r.limit_train is None else f"{r.limit_train:,}",
-           "of the training set that were used"),
-    Column("duration", "trained", _duration, right=False),
-    Column("overrides", "changed", lambda r: ", ".join(r.overrides) or NONE,
+    Column("variant", "variant", lambda r: _averaged(r, "variant") or r.variant, right=False, stays=True),
+    Column("depth", "depth", lambda r: _averaged(r, "network.depth") or str(r.depth or NONE), stays=True,
+           key=lambda r: r.depth),
+    Column("dataset", "data set", lambda r: _averaged(r, "label") or r.dataset, right=False),
+    Column("limit_train", "images", _limit, "of the training set that were used",
+           key=lambda r: setting(r.spec, "limit_train", int)),
+    Column("duration", "trained", lambda r: r.duration, right=False, key=lambda r: setting(r.spec, "recipe.duration", int, float)),
+    Column("overrides", "changed", lambda r: ", ".join(map(str, setting(r.spec, "overrides", list) or ())) or NONE,
            "what differs from the variant's own recipe", right=False),
-    Column("loader", "loader", lambda r: _or_averaged(r, "loader", r.loader), right=False),
-    Column("precision", "precision", lambda r: _or_averaged(r, "precision", r.precision), right=False),
-    Column("engine", "engine", lambda r: _or_averaged(r, "engine", r.engine), right=False),
-    Column("workers", "width", _width, "DDP workers × images per step and worker", right=False),
-    Column("device", "device", lambda r: _or_averaged(r, "hardware", r.device), right=False),
+    Column("loader", "loader", lambda r: r.text("loader"), right=False),
+    Column("precision", "precision", lambda r: r.text("precision"), right=False),
+    Column("engine", "engine", lambda r: r.text("engine"), right=False),
+    Column("workers", "width", _width, "DDP workers × images per step and worker", right=False, key=lambda r: r.workers),
+    Column("device", "device", lambda r: _averaged(r, "hardware") or r.device, right=False),
     Column("differs", "differs in", lambda r: ", ".join(r.differs) or NONE, right=False),
 )  # fmt: skip
 DERIVED: dict[str, tuple[Column, ...]] = {
@@ -161,16 +177,18 @@ DERIVED: dict[str, tuple[Column, ...]] = {
         Column("n", "n", _runs, "runs that are done, one a seed", stays=True, part="errors", key=lambda r: len(r.done)),
     ),
     "best_error": (
-        Column("best_minus_last", "b−l", lambda r: _signed(r.best_minus_last),
-               "best minus last, in points: what choosing the epoch on the evaluated images takes off",
-               stays=True, part="errors"),
+        Column("best_minus_last", "best − last", lambda r: _signed(r.best_minus_last),
+               "in points: what choosing the epoch on the evaluated images takes off", stays=True, part="errors",
+               key=lambda r: r.best_minus_last),
     ),
     "test_error": (
-        Column("published", "published", _published, "the published error (and ours minus it, in points)",
-               stays=True, part="errors", key=lambda r: r.against.difference if r.against else None),
-        Column("verdict", "verdict", _verdict, "could the published number be one more run of ours? prediction "
-               "interval of 95 %", right=False, stays=True, part="errors",
-               key=lambda r: r.against.verdict.p if r.against and r.against.verdict else None),
+        Column("published", "published", _published, "the published error; in brackets ours minus it, in points, with the "
+               "interval of 90 % for one more run of ours", stays=True, part="errors",
+               key=lambda r: r.against.difference if r.against else None),
+        Column("verdict", "verdict", _verdict, f"could the published number be one more run of ours? better, worse: no, by "
+               f"Holm's p over the rows, below {ALPHA:g}; consistent: the interval holds 0 and is at most ±{MAX_HALF_WIDTH:g}; cannot tell: "
+               "neither", right=False, stays=True, part="errors",
+               key=lambda r: r.against.adjusted if r.against else None),
     ),
     "accuracy": (
         Column("published_error", "published %", _published_error, "as printed by the source, whatever the images here",
@@ -208,7 +226,8 @@ def _metric_column(metric: Metric) -> Column:
         return row.figures.get(metric.name, UNKNOWN).value
 
     def text(row: Row) -> str:
-        return _error(row) if metric.name == "error" else metric.summary(row.figures.get(metric.name, UNKNOWN))
+        own = {"error": _error, "epoch_seconds": _seconds}.get(metric.name)
+        return own(row) if own else metric.summary(row.figures.get(metric.name, UNKNOWN))
 
     part: Literal["errors", "costs"] = "errors" if metric.kind in ("size", "error") else "costs"
     return Column(metric.name, metric.title, text, metric.means, stays=True, hidden=not metric.in_table, part=part,

@@ -136,8 +136,8 @@ def _kind(column: Column, row: Row) -> str:
     kinds = ["r"] if column.right else []
     if column.name == "error" and row.error is None:
         kinds.append("bad" if row.failed else "warn")
-    if column.name == "verdict" and row.against and row.against.verdict:
-        kinds.append(row.against.verdict.verdict)
+    if column.name == "verdict" and row.against and row.against.word in ("better", "worse"):
+        kinds.append(row.against.word)
     return " ".join(kinds)
 
 

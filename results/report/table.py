@@ -27,9 +27,9 @@ from harness.results.report.columns import (
 )
 from harness.results.report.notes import Note, make_notes
 from harness.results.report.text import SUPERSCRIPT, Sheet, clean, escape_latex, escape_markdown, paint
-from harness.results.rows import Against, Row
-from harness.results.statistics import seeds_to_tell
+from harness.results.rows import Row, setting
 from harness.results.values import MEMORY_CATEGORIES
+from harness.results.verdict import seeds_to_tell
 
 Format = Literal["table", "markdown", "csv", "json", "latex"]
 FORMATS: tuple[Format, ...] = ("table", "markdown", "csv", "json", "latex")
@@ -142,7 +142,7 @@ def render(
     unknown one.
     """
     if format in ("csv", "json"):
-        plain = [plain_values(row) for row in rows]
+        plain = _all_values(rows)
         if columns and plain:
             check_names(columns, list(plain[0]))
             plain = [{name: values[name] for name in columns} for values in plain]
@@ -190,8 +190,8 @@ def _parts(layout: Layout, width: int) -> list[list[int]]:
 def _style(name: str, row: Row) -> str:
     if name == "error" and row.error is None:
         return "red" if row.failed else "yellow"
-    if name in ("published", "verdict") and row.against and row.against.verdict:
-        return {"better": "green", "worse": "red", "consistent": ""}[row.against.verdict.verdict]
+    if name in ("published", "verdict") and row.against:
+        return {"better": "green", "worse": "red"}.get(row.against.word or "", "")
     return "bold" if name in ("variant", "depth", "error") else ""
 
 
@@ -223,16 +223,25 @@ def _without_numbers(layout: Layout) -> Sheet:
 # --- rows -> numbers ---
 
 
+SETTINGS = {
+    "fingerprint": "fingerprint", "limit_train": "limit_train", "limit_test": "limit_test", "duration": "recipe.duration",
+    "duration_unit": "recipe.unit", "loader": "loader", "precision": "precision",
+}  # fmt: skip
+
+
 def plain_values(row: Row) -> dict[str, Any]:
     """A row as CSV and JSON have it: units in the names, nothing rounded, null for what is not finite."""
-    done = [stored.record for stored in row.done]
+    done, timing = [stored.record for stored in row.done], row.timing
+    failures = ((stored.record.seed, stored.record.failure) for stored in row.failed)
     values: dict[str, Any] = {
         **{name: getattr(row, name) for name in ("variant", "depth", "dataset")},
         "dataset_is_original": row.original,
-        "fingerprint": row.fields.get("fingerprint"),
-        **{name: getattr(row, name) for name in ("limit_train", "limit_test", "evaluated_on", "duration", "duration_unit")},
-        "overrides": " ".join(row.overrides),
-        **{name: getattr(row, name) for name in ("loader", "precision", "engine", "device", "workers", "batch_size")},
+        "evaluated_on": row.evaluated_on,
+        "images": done[0].images() if done else None,
+        **{name: setting(row.spec, path, str, int, float) for name, path in SETTINGS.items()},
+        "overrides": " ".join(map(str, setting(row.spec, "overrides", list) or ())),
+        **{name: row.fields.get(name) for name in ("engine", "torch", "code")},
+        **{name: getattr(row, name) for name in ("device", "workers", "batch_size", "batch_norm_images")},
         "differs": " ".join(row.differs),
         "averaged_over": " ".join(f"{name}={'/'.join(v)}" for name, v in row.averaged_over.items()),
         "n": len(done),
@@ -240,7 +249,12 @@ def plain_values(row: Row) -> dict[str, Any]:
     }  # fmt: skip
     for name, metric in METRICS.items():
         values |= metric.plain(row.figures.get(name, UNKNOWN))
-    values["best_minus_last_points"] = row.best_minus_last
+    values |= {
+        "timed_epochs": timing and timing.epochs,
+        "fastest_epoch_seconds": timing and timing.fastest,
+        "slowest_epoch_seconds": timing and timing.slowest,
+        "best_minus_last_points": row.best_minus_last,
+    }
     values |= {
         f"predicted_{name}": metric.predict(row.predicted).value if row.predicted else None
         for name, metric in METRICS.items()
@@ -248,27 +262,39 @@ def plain_values(row: Row) -> dict[str, Any]:
     }
     for category in MEMORY_CATEGORIES:
         values[f"memory_{category.lower().replace(' ', '_')}_mib"] = row.by_category_mib.get(category)
-    values |= _published_values(row.against)
+    values |= _published_values(row)
     cost = cost_entry(row)
     for name in ("epoch_seconds", "memory_mib", "hardware", "year"):
         values[f"published_{name}"] = getattr(cost, name) if cost else None
     values["published_epoch_seconds_ratio"] = epoch_seconds_ratio(row)
-    failures = ((stored.record.seed, stored.record.failure) for stored in row.failed)
     values["failed"] = "; ".join(f"seed {seed}: {failure.kind}" for seed, failure in failures if failure)
     values["pruned"] = "; ".join(f"seed {stored.record.seed}: {pruned_at(stored)}" for stored in row.pruned)
     values["interrupted"] = "; ".join(f"{partial.name}: {progress(partial)}" for partial in row.interrupted)
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def _published_values(against: Against | None) -> dict[str, Any]:
-    names = ("error_percent", "top5_error_percent", "difference_points", "verdict", "seeds_to_tell", "p", "source")
-    values: tuple[Any, ...] = (None,) * len(names)
-    if against is not None:
-        published, ours, verdict = against.published, against.ours, against.verdict
-        seeds = seeds_to_tell(ours.std, against.difference, published.n) if ours.std else None
-        word, p = (verdict.verdict, verdict.p) if verdict else (None, None)
-        values = (published.error, published.top5_error, against.difference, word, seeds, p, published.source)
-    return {f"published_{name}": value for name, value in zip(names, values, strict=True)}
+def _all_values(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows, with all that is noted of any: every value of it, in the order of the runs."""
+    noted = sorted({name for row in rows for name in row.conditions})
+    return [
+        plain_values(row)
+        | {name.lower().replace(" ", "_"): "; ".join(row.conditions.get(name, ())) or None for name in noted}
+        for row in rows
+    ]
+
+
+def _published_values(row: Row) -> dict[str, Any]:
+    values = dict.fromkeys(("error_percent", "top5_error_percent", "difference_points", "half_width_points", "verdict",
+                            "no_verdict", "p", "p_holm", "seeds_to_tell", "source"))  # fmt: skip
+    if (against := row.against) is not None:
+        published = against.published
+        values |= {
+            "error_percent": published.error, "top5_error_percent": published.top5_error,
+            "difference_points": against.difference, "half_width_points": against.half, "verdict": against.word,
+            "no_verdict": against.reason or None, "p": against.p, "p_holm": against.adjusted, "source": published.source,
+            "seeds_to_tell": None if against.half is None else seeds_to_tell(published, row.values("error")),
+        }  # fmt: skip
+    return {f"published_{name}": value for name, value in values.items()}
 
 
 def _csv(plain: list[dict[str, Any]]) -> str:
