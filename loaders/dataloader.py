@@ -18,12 +18,15 @@ Job = tuple[int, int, int, bool]  # which image, y and x of its crop, whether it
 class TorchLoader:
     """Follows the plan with `config.threads` - 1 worker processes; with two threads or fewer, none is fastest."""
 
+    call_steps = 1
+
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
         self.steps = plan.steps
         self._device = config.device
         self._format = torch.channels_last if config.channels_last else torch.contiguous_format
         self._batches = _Batches(plan)
         workers = 0 if config.threads <= 2 else config.threads - 1
+        self.calls_ahead = 2 * workers  # DataLoader's own
         self._loader: DataLoader[tuple[Tensor, int]] = DataLoader(
             _Transformed(split, config),
             batch_sampler=self._batches,

@@ -24,6 +24,9 @@ LOADERS = {
 class Loader(Protocol):
     """Batches of one rank, on its device."""
 
+    call_steps: int  # batches that are made by one call
+    calls_ahead: int  # calls that are made before their batches are requested
+
     @property
     def steps(self) -> int:
         """Batches of this rank in an epoch."""

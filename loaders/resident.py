@@ -20,6 +20,8 @@ MACROBATCH_MIB = 64  # of float32 output, on a GPU: so few calls that their cost
 class ResidentLoader:
     """Follows the plan on `config.device`. On a GPU many batches are made by one call and handed out as views of it."""
 
+    calls_ahead = 0
+
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
         pixels, mean, std = make_padded(split, config.augment, config.normalize)
         self.steps = plan.steps
@@ -33,12 +35,12 @@ class ResidentLoader:
         self._mean = torch.from_numpy(np.ascontiguousarray(row)).to(device)
         self._std = torch.from_numpy(np.tile(std, self._crop[1])).to(device)
         batch_mib = 12 * self._crop[0] * self._crop[1] * plan.batch_size / plan.world_size / 2**20
-        self._macrobatch = 1 if device.type == "cpu" else max(1, int(MACROBATCH_MIB / batch_mib))
+        self.call_steps = 1 if device.type == "cpu" else max(1, int(MACROBATCH_MIB / batch_mib))
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         sample = self._plan.draw(epoch)
-        for first in range(first_step, self.steps, self._macrobatch):
-            part = sample.part(first, first + self._macrobatch)
+        for first in range(first_step, self.steps, self.call_steps):
+            part = sample.part(first, first + self.call_steps)
             index, offset, flip = (upload(array, self._device) for array in (part.index, part.offset, part.flip))
             images, labels = self._make(index, offset, flip), self._labels[index]
             yield from zip(images.split(part.batch_size), labels.split(part.batch_size), strict=True)

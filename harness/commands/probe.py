@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 Outcome = TypeVar("Outcome")
 WARMUP_STEPS = 10  # not timed
 STEPS = 30
-QUEUE_STEPS = 5  # of STEPS: their batches were made ahead, so they do not show the loader's pace
+QUEUE_STEPS = 5  # of STEPS, or as many batches as were made ahead: they do not show the loader's pace
 EVAL_BATCHES = 3
 ENERGY_SECONDS = 0.2  # NVML's counter changes about ten times a second
 MEMORY = {
@@ -62,21 +62,24 @@ PARTS = ("data", "forward", "backward", "all-reduce", "optimizer")
 
 
 class Part:
-    """The first `steps` batches of a loader's epochs, and the instant at which the one after QUEUE_STEPS was wanted."""
+    """The first `steps` batches of a loader's epochs, and the instant at which the one after `queue` was wanted."""
 
-    def __init__(self, loader: Loader, steps: int, device: torch.device) -> None:
+    def __init__(self, loader: Loader, steps: int, device: torch.device, queue: int = QUEUE_STEPS) -> None:
         self.loader = loader
+        self.call_steps, self.calls_ahead = loader.call_steps, loader.calls_ahead
+        self.queue = queue
         self.steps = min(steps, loader.steps)
         self.device = device
         self.paced_at = 0.0
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of one rank, as the loader's."""
-        for step, batch in enumerate(itertools.islice(self.loader.epoch(epoch, first_step), self.steps)):
-            if step == QUEUE_STEPS:
+        batches = self.loader.epoch(epoch, first_step)
+        for step in range(self.steps):
+            if step == self.queue:
                 synchronize(self.device)
                 self.paced_at = time.perf_counter()
-            yield batch
+            yield next(batches)
 
     def close(self) -> None:
         """Close the loader."""
@@ -90,9 +93,11 @@ class Part:
         return int(seen)
 
 
-def train_steps(trainer: Trainer, loader: Loader, epoch: int, steps: int) -> tuple[float, Part]:
+def train_steps(
+    trainer: Trainer, loader: Loader, epoch: int, steps: int, queue: int = QUEUE_STEPS
+) -> tuple[float, Part]:
     """Train up to `steps` steps of an epoch. Returns the seconds they took, and the part of the loader."""
-    trainer.loader = part = Part(loader, steps, trainer.device)
+    trainer.loader = part = Part(loader, steps, trainer.device, queue)
     return run_steps(trainer, epoch=epoch, steps=part.steps).train_seconds, part
 
 
@@ -153,19 +158,25 @@ def kilo(measured: Measurement) -> str:
 # --- --estimate ---
 
 
-def extrapolate(seconds: float, paced_seconds: float, *, steps: int, of: int) -> float:
+def count_steps(loader: Loader) -> tuple[int, int]:
+    """Steps of a probe that use up what a loader made ahead, and all of them: those after it are whole calls."""
+    queue = max(QUEUE_STEPS, loader.call_steps * (1 + loader.calls_ahead))
+    return queue, queue + loader.call_steps * -(-(STEPS - QUEUE_STEPS) // loader.call_steps)
+
+
+def extrapolate(seconds: float, paced_seconds: float, *, steps: int, of: int, queue: int = QUEUE_STEPS) -> float:
     """Seconds of `of` steps, from `steps` of them: what these took, and the others at the pace of the last ones.
 
-    `paced_seconds` are those after QUEUE_STEPS; where there are none, all steps set the pace.
+    `paced_seconds` are those after `queue` steps; where there are none, all steps set the pace.
     """
-    pace = paced_seconds / (steps - QUEUE_STEPS) if steps > QUEUE_STEPS else seconds / steps
+    pace = paced_seconds / (steps - queue) if steps > queue else seconds / steps
     return seconds + (of - steps) * pace
 
 
 def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, paths: RunPaths) -> Prediction:
     """Train some steps of a run, evaluate some batches, and predict the whole. Raises what `prepare` does.
 
-    The steps belong to two epochs: WARMUP_STEPS of the first, up to STEPS of the second.
+    The steps belong to two epochs: WARMUP_STEPS of the first, up to `count_steps` of the second.
     """
     entered_at = time.perf_counter()
     gc.collect()
@@ -185,7 +196,8 @@ def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, pat
         run_eval(trainer, eval_part, eval_images)
         meter.reset()
         telemetry.start()
-        seconds, part = train_steps(trainer, loader, 1, STEPS)
+        queue, steps = count_steps(loader)
+        seconds, part = train_steps(trainer, loader, 1, steps, queue)
         ended_at = time.perf_counter()
         reading = telemetry.stop(seconds)
         evaluating_at = time.perf_counter()
@@ -208,7 +220,9 @@ def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, pat
     return Prediction(
         spec=values,
         steps=part.steps,
-        epoch_seconds=extrapolate(seconds, ended_at - part.paced_at, steps=part.steps, of=loader.steps),
+        epoch_seconds=extrapolate(
+            seconds, ended_at - part.paced_at, steps=part.steps, of=loader.steps, queue=queue
+        ),
         eval_seconds=eval_seconds,
         setup_seconds=setup_seconds,
         epochs=total_steps(spec.recipe, loader.steps) / loader.steps,
