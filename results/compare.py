@@ -355,7 +355,7 @@ def _shift(
 ) -> Comparison:
     a, b = values
     if test := shift(tested[0], tested[1], extra):
-        return Comparison(metric, a, b, test, f"Hodges and Lehmann, over all pairs of runs{note}")
+        return Comparison(metric, a, b, test, f"Hodges and Lehmann{note}")
     return Comparison(metric, a, b, how="fewer than 3 runs on a side")
 
 

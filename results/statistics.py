@@ -226,11 +226,6 @@ def _around(centre: float, half: float) -> Interval:
     return Interval(centre - half, centre + half)
 
 
-def confidence_interval(runs: Sample, level: float = 0.95) -> Interval | None:
-    """Student's interval for the mean; None for one run."""
-    return None if runs.estimate is None else runs.estimate.interval(level)
-
-
 def seeds_needed(std: float, difference: float, alpha: float = 0.05, power: float = 0.8) -> int | None:
     """Runs on each side for a two-sided t-test to see a true difference with this power; None above 1,000.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from harness.plan import open_out
 from harness.results.remote import is_uri
-from harness.results.store import collector_paused, load_predictions, load_records, write_atomic
+from harness.results.store import WEIGHTS, collector_paused, load_predictions, load_records, write_atomic
 from harness.spec import UserError, check_word
 
 if TYPE_CHECKING:
@@ -229,14 +229,18 @@ def print_why(row: str, path: Path, console: Console) -> None:
     print_text("\n".join(map(why, matches)), console)
 
 
-def print_findings(paths: Sequence[Path]) -> int:
-    """Print what contradicts itself in stored runs, a line each. Returns the exit code: 1 where anything does."""
+def print_findings(words: Sequence[str]) -> int:
+    """Print what contradicts itself in stored runs, a line each. Returns the exit code: 1 where anything does.
+
+    The weights of runs at a URI stay there and are not checked.
+    """
     from harness.results.verify import Finding, has_hashes, verify
     from harness.spec import RunSpec
 
-    loaded = load_records(paths)
+    loaded = load_records(check_folders(find_results(words)))
     findings = [Finding(problem.path, problem.reason) for problem in loaded.problems]
-    findings += verify(loaded.records, lambda spec: RunSpec.from_json(dict(spec)).key)
+    elsewhere = [WEIGHTS] if any(map(is_uri, words)) else []
+    findings += verify(loaded.records, lambda spec: RunSpec.from_json(dict(spec)).key, elsewhere)
     for finding in findings:
         print(finding)
     old = sum(not has_hashes(run.folder) for run in loaded.records)
