@@ -104,6 +104,7 @@ def _against(row: Row, against: Against) -> Iterator[str]:
     published = against.published
     number = f"published {published.number} % (n = {published.n}, {published.rule} epoch)"
     yield f"{number}: {published.source}"
+    yield f"  it rests on: {published.rests_on}"
     if against.half is None:
         yield f"  difference {against.difference:+.4f}; no verdict: {against.reason}"
         return
