@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from harness.loaders.datasets import Split
-from harness.loaders.resident import upload
+from harness.loaders.resident import upload, zoom
 from harness.loaders.sampling import EpochSample, LoaderConfig, SamplingPlan, make_padded
 
 dali: Any = import_module("nvidia.dali")  # its types would fail mypy --strict
@@ -109,13 +109,18 @@ class DaliLoader:
         return self._plan.draw(epoch).part(first, first + self.call_steps)
 
     def _feed_pixels(self, run: int) -> Any:
-        index = self._sample(run).index
-        return self._pixels[upload(index, self._config.device) if self._on_gpu else index]
+        sample = self._sample(run)
+        if sample.side is None:
+            return self._pixels[upload(sample.index, self._config.device) if self._on_gpu else sample.index]
+        index, offset, side = (upload(a, self._config.device) for a in (sample.index, sample.offset, sample.side))
+        squares = zoom(torch.as_tensor(self._pixels)[index], offset, side, self._config.augment.crop or 0)
+        return squares if self._on_gpu else squares.numpy()
 
     def _feed_numbers(self, run: int) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]:
         """Crop positions as DALI wants them, k / span: it rounds position * span, which gives back k."""
         sample = self._sample(run)
-        y, x = (sample.offset / self._span).astype(np.float32).T.copy()
+        offset = sample.offset if sample.side is None else np.zeros_like(sample.offset)  # they are cropped already
+        y, x = (offset / self._span).astype(np.float32).T.copy()
         return y, x, sample.flip.astype(np.int32)
 
 
@@ -134,7 +139,12 @@ def define(
     """
     device = "gpu" if config.device.type == "cuda" else "cpu"
     images = fn.external_source(
-        source=feed_pixels, device=device, no_copy=False, layout="HWC", dtype=types.UINT8, ndim=3
+        source=feed_pixels,
+        device=device,
+        no_copy=False,
+        layout="HWC",
+        ndim=3,
+        dtype=types.FLOAT if config.augment.scale_range else types.UINT8,
     )
     y, x, flip = fn.external_source(
         source=feed_numbers, num_outputs=3, dtype=[types.FLOAT, types.FLOAT, types.INT32], ndim=0

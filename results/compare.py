@@ -35,8 +35,12 @@ IDENTITY = ("variant", "network.depth", "dataset")
 IMAGES = ("dataset", "fingerprint", "limit_test", "recipe.val", "recipe.val_stratified")
 """Errors are compared only where these agree: they are then of the same images."""
 FOLLOWS: Mapping[str, tuple[str, ...]] = {
-    "workers": ("threads", "concurrent runs"), "device": ("hardware", "threads"), "variant": ("network.", "recipe.", "overrides")
-}  # fmt: skip
+    "workers": ("threads", "concurrent runs"),
+    "device": ("hardware", "threads", "cpus", "driver", "cuda", "cudnn"),
+    "hardware": ("threads", "cpus", "driver", "cuda", "cudnn", "platform"),
+    "torch": ("torchvision", "cuda", "cudnn"),
+    "variant": ("network.", "recipe.", "overrides"),
+}
 """Fields, or beginnings of their names, that may change with the one that `--by` names."""
 EXPECTED = {
     "code", "commit", "uncommitted changes", "resnet-harness", "check", "launcher", "host", "parameters", "warm-up epochs",
@@ -197,14 +201,15 @@ def compare_by(rows: Sequence[Row], by: str, metrics: Sequence[str] = ()) -> lis
     first, *others = dict.fromkeys(order)
     if not others:
         raise ValueError(f"all runs have {by_field} {first}: nothing to compare")
-    following = tuple(name for name in known if name.startswith(FOLLOWS.get(by_field, ())) and name not in _FIXED)
-    names = [name for name in ("dataset", *known) if name != by_field and name not in following]
+    follows = FOLLOWS.get(by_field, ())
+    bound = ("dataset", *(name for name in known if name != by_field))
+    names = [name for name in bound if name in _FIXED or not name.startswith(follows)]
     if any(len({_key(row, names) for row in side if row.done}) < sum(bool(row.done) for row in side)
            for side in sides.values()):  # fmt: skip
-        names, following = sorted({*names, *following}), ()  # rows of one side differ in them
+        names, follows = list(bound), ()  # rows of one side differ in them
     pairs = [pair for value in others for pair in _match(sides[first], sides[value], names, metrics)]
-    follow = (by_field, *FOLLOWS.get(by_field, ())) if following else (by_field,)
-    return [replace(p, unlike={n: both for n, both in p.unlike.items() if n not in follow}) for p in pairs]
+    allowed = (by_field, *follows)
+    return [replace(p, unlike={n: v for n, v in p.unlike.items() if not n.startswith(allowed)}) for p in pairs]
 
 
 _FIXED = ("network.depth", *IMAGES)
@@ -257,6 +262,17 @@ def _match(a: Sequence[Row], b: Sequence[Row], names: Sequence[str], metrics: Se
         pairs += [_pair(row, other, chosen) for other in others if row.done or other.done]
         pairs += [Pair(row, None, {}, ())] if row.done and not others else []
     return pairs + [Pair(None, row, {}, ()) for row in b if row.done and id(row) not in matched]
+
+
+def nearest(pairs: Sequence[Pair]) -> list[str]:
+    """The fewest fields in which a row of A and one of B differ that have no counterpart."""
+    ours, theirs = [p.a for p in pairs if p.a and not p.b][:50], [p.b for p in pairs if p.b and not p.a][:50]
+    names = sorted({name for row in (*ours, *theirs) for name in row.fields})
+    return min(
+        ([n for n in names if x.fields.get(n) != y.fields.get(n)] for x in ours for y in theirs),
+        key=len,
+        default=[],
+    )
 
 
 def _pair(a: Row, b: Row, metrics: Sequence[Metric]) -> Pair:

@@ -82,11 +82,11 @@ def _errors(row: Row, runs: Sequence[Run]) -> Iterator[str]:
         yield f"  seed {stored.record.seed}  {result.final_error:.4f}  {stored.folder}{note}"
     known = estimate_mean(row.values("error"), runs[0][0].record.images(), row.planned)
     if known is not None and math.isfinite(error.mean):
-        interval = known.interval()
+        interval, spread = known.interval(), known.error * math.sqrt(error.n)
         how = f"moderated spread, {known.freedom:.0f} degrees of freedom"
         yield f"  90 % interval of the mean: {interval.low:.2f} to {interval.high:.2f} ({how})"
-    if error.std and (seeds := seeds_needed(error.std, 0.2)):
-        yield f"  with this spread it takes {seeds} seeds a side to see 0.2 points (power 80 %, alpha 5 %)"
+        if seeds := seeds_needed(spread, 0.2):
+            yield f"  with this spread it takes {seeds} seeds a side to see 0.2 points (power 80 %, alpha 5 %)"
     yield (
         f"best {_summary(row, 'best_error')} % = mean of each run's smallest error; minus last = {row.best_minus_last:+.2f}"
     )
@@ -104,6 +104,7 @@ def _against(row: Row, against: Against) -> Iterator[str]:
     published = against.published
     number = f"published {published.number} % (n = {published.n}, {published.rule} epoch)"
     yield f"{number}: {published.source}"
+    yield f"  it rests on: {published.rests_on}"
     if against.half is None:
         yield f"  difference {against.difference:+.4f}; no verdict: {against.reason}"
         return

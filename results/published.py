@@ -40,6 +40,7 @@ class Published:
     year: int | None = None  # of the costs
     progress: Sequence[float] = ()  # errors by epoch
     source: str
+    rests_on: str = ""  # what is known of its network, split and rule, and from where
     note: str | None = None
 
     @property
@@ -74,8 +75,12 @@ def _differences(published: Published, spec: Mapping[str, Any]) -> Iterator[str]
 
 @cache
 def load_published() -> tuple[Published, ...]:
-    text = (HERE / "published.toml").read_text(encoding="utf-8")
-    return tuple(Published(**entry) for entry in tomllib.loads(text)["published"])
+    read = tomllib.loads((HERE / "published.toml").read_text(encoding="utf-8"))
+    entries = []
+    for entry in read["published"]:
+        about = [words for source, words in read["rests_on"].items() if entry["source"].startswith(source)]
+        entries.append(Published(**entry, rests_on=about[0]))
+    return tuple(entries)
 
 
 @cache

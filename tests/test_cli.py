@@ -81,9 +81,12 @@ def test_each_record_is_read_once_a_command(tmp_path: Path, capsys: Any, monkeyp
             read[path.parent.name] += 1
         return bytes_of(path)
 
+    spec = tmp_path / "spec.json"  # of the recipe that msra had
+    spec.write_text(
+        json.dumps(json.loads((stored / "digits_msra-8_s0_dd58573b" / "record.json").read_text())["spec"])
+    )
     monkeypatch.setattr(Path, "read_bytes", count)
-    line = f"run --dataset digits --variants msra --depths 8 --seeds 2 --epochs 10 --gpus 0 --out {stored}"
-    code, out, _ = harness(f"{line} --loader resident", capsys)
+    code, out, _ = harness(f"run --spec {spec} --seeds 2 --gpus 0 --out {stored}", capsys)
     assert (code, "all 2 runs were done already" in out) == (0, True)
     assert read == dict.fromkeys((path.parent.name for path in stored.glob("*/record.json")), 1)
     assert "msra-8" in (stored / "report.html").read_text()

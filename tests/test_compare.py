@@ -12,7 +12,7 @@ from scipy import stats
 from test_store import make_epoch
 from test_table import make_run
 
-from harness.results.compare import Pair, compare, compare_by, compare_errors, judge
+from harness.results.compare import Pair, compare, compare_by, compare_errors, judge, nearest
 from harness.results.explain import why
 from harness.results.gate import Condition, check_conditions, parse_fail_on
 from harness.results.metrics import METRICS
@@ -226,6 +226,13 @@ def test_compare_by_a_field_inside_one_folder() -> None:
         compare_by(rows, "loader")
 
 
+def test_what_keeps_rows_apart_is_named() -> None:
+    rows = summarise([make_run(loader="dali", lr=0.1), make_run(loader="resident", lr=0.2)])
+    pairs = compare_by(rows, "loader")
+    assert [pair.figures for pair in pairs] == [(), ()]
+    assert nearest(pairs) == ["loader", "recipe.lr"]
+
+
 def test_the_first_value_is_the_baseline() -> None:
     rows = summarise([make_run(precision=p) for p in ("bf16", "fp16", "fp32")])
     (pair,) = compare_by(rows, "precision=fp32,bf16")
@@ -241,6 +248,12 @@ def test_by_workers_where_threads_follow_from_it() -> None:
     (pair,) = compare_by(rows, "workers")
     assert pair.differs == {"threads": ("8", "2"), "workers": ("1", "4")}
     assert list(pair.problems()) == []
+    drivers = [
+        make_run(torch=t, result={"machine": {"cuda": c, "driver": "580"}})
+        for t, c in (("2.11.0", "12"), ("2.15.0", "13"))
+    ]
+    (pair,) = compare_by(summarise(drivers), "torch")
+    assert list(pair.problems()) == [], "CUDA comes with torch"
     # not where runs of one width differ in them
     rows = summarise([make_run(workers=w, result={"threads": t}) for w, t in ((1, 8), (1, 2), (4, 2))])
     assert [p.differs for p in compare_by(rows, "workers") if p.figures] == [{"workers": ("1", "4")}]

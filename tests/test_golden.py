@@ -197,9 +197,10 @@ def test_runs_as_records_have_them() -> None:
 
 # --- plans ---
 
+STORED = "--spec runs/digits_msra-8_s0_e0eab236/record.json --spec runs/digits_msra-14_s0_64526d58/record.json"
 PLANS = [
-    "--variants msra --depths 8,14 --seeds 4 --epochs 10 --gpus 0 --loader dali --out runs",
-    "--variants msra --depths 8,14 --seeds 4 --epochs 10 --gpus 0 --loader dali --out runs --force",
+    f"{STORED} --seeds 4 --gpus 0 --out runs",
+    f"{STORED} --seeds 4 --gpus 0 --out runs --force",
     "--variants msra --depths 8,14 --seeds 2 --epochs 10 --gpus 0 --loader resident --out runs --workers 2",
     "--variants he2015,msra,xresnext-16x2d --val 100 --gpus 0",
     "--variants msra,fattorib --depths 20,56 --seeds 0,7 --loader synthetic --gpus 0 --val 100",

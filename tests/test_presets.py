@@ -148,3 +148,14 @@ def test_the_published_error_is_a_line_in_the_chart(store: Store) -> None:
     other = make_record(0, 8.4, settings=("lr=0.05",))
     (panel,) = make_panels(summarise([Stored(other, store(other) / other.name)]))
     assert "published" not in panel.datasets["curves"][0]
+
+
+def test_records_of_msras_older_recipe_have_rows_of_their_own_and_no_verdict(store: Store, capsys: Any) -> None:
+    record = make_record(0, 8.4)
+    older = record.model_copy(deep=True, update={"key": "0" * 16, "name": "cifar10_msra-20_s0_00000000"})
+    older.spec["recipe"]["pad_mode"] = "zero"
+    store(record, older)
+    out = harness("report", capsys)[1]
+    assert "recipe.pad_mode=mean" in out
+    assert "recipe.pad_mode=zero" in out
+    assert "pad_mode zero, theirs mean" in out

@@ -24,7 +24,7 @@ def make_spec(depth: int = 20, seed: int = 0, *, lr: float = 0.1, **changes: Any
     spec: dict[str, Any] = {
         "variant": "msra", "network": {"depth": depth, "shortcut": "identity-conv", "head_batch_norm": True, "batch_norm_eps": 1e-3},
         "recipe": {"duration": 180, "unit": "epoch", "batch_size": 128, "lr": lr, "milestones": [90, 135],
-                   "normalize": "channel-mean"},
+                   "normalize": "channel-mean", "pad_mode": "mean"},
         "overrides": [], "dataset": "cifar10", "fingerprint": "f" * 64, "limit_train": None, "loader": "dali",
         "precision": "fp32", "engine": "eager", "device": "cuda", "workers": 1, "seed": seed,
     }  # fmt: skip

@@ -171,7 +171,9 @@ def _load(
     most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2)) if scales else EVAL_BATCH_SIZE
     batch_size = min(options.batch_size or most, len(test))
     config = LoaderConfig(
-        augment=Augment(0 if scales else recipe.pad, recipe.pad_mode, None if scales else recipe.crop, flip=False),
+        augment=Augment(0, recipe.pad_mode, None, flip=False)
+        if scales
+        else Augment(recipe.pad, recipe.pad_mode, recipe.crop, flip=False, scale_range=recipe.scale_range),
         normalize=options.normalize
         or make_normalize(recipe.normalize, _training_images(options.weights.expanduser(), variant, dataset)),
         batch_size=batch_size,

@@ -264,7 +264,7 @@ def print_comparison(
 
     Raises UserError for a condition, field or format that cannot be read, and where there is nothing to compare.
     """
-    from harness.results.compare import compare, compare_by
+    from harness.results.compare import compare, compare_by, nearest
     from harness.results.gate import check_conditions, parse_fail_on
     from harness.results.report.comparison import render_comparison
 
@@ -293,7 +293,8 @@ def print_comparison(
     if not any(pair.figures for pair in pairs) and not conditions:
         hint = "rows that differ in nothing but --by"
         hint = hint if by else "a row of A and one of B that agree in all but the folder"
-        raise UserError(f"nothing to compare: no {hint}; --across FIELD overlooks a difference")
+        near = f", the nearest differ in {', '.join(names)}" if (names := nearest(pairs)) else ""
+        raise UserError(f"nothing to compare: no {hint}{near}; --across FIELD overlooks a difference")
     colour = console.is_terminal and not console.no_color
     print_text(render_comparison(pairs, format, width=console.width, colour=colour), console)
     gate = check_conditions(pairs, conditions)

@@ -223,7 +223,7 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
         before, lr = lr, learning_rate(recipe, epoch * loader.steps + step, loader.steps)
         if lr != before:
             set_lr(trainer.step.optimizer, lr)
-        if recipe.mixup:
+        if recipe.mixup and recipe.mixup_partner == "batch":
             images = mix(images, recipe.mixup, random)
         trainer.step.mark("data")
         trainer.engine(images, labels, trainer.global_images(step))
