@@ -340,6 +340,14 @@ def evaluate(
     scales: Annotated[
         str | None, opt("Average over sizes in pixels, as in 96,112,128, and mirrored images.")
     ] = None,
+    average: Annotated[str, opt("With --scales: of logits, or of probabilities.")] = "logits",
+    mirror: Annotated[bool, opt("With --scales: mirrored images too.", "--mirror/--no-mirror")] = True,
+    pool_window: Annotated[
+        int | None, opt("Pool over whole windows of this side alone, as neon's 7 does. miniplaces and mpmz.")
+    ] = None,
+    save_probabilities: Annotated[
+        Path | None, opt("With --scales: write the classes' probabilities at each scale (.npz).")
+    ] = None,
     mean: Annotated[str | None, opt("R,G,B of images in 0..1. Default: the recipe's.")] = None,
     std: Annotated[str | None, opt("R,G,B of images in 0..1. Default: the recipe's.")] = None,
     predictions: Annotated[Path | None, opt("Write each image's most likely classes (CSV).")] = None,

@@ -279,9 +279,13 @@ def test_two_ranks_pass_and_see_each_of_their_faults(tmp_path: Path) -> None:
         subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
         for rank in (0, 1)
     ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
+    try:
+        for process in ranks:
+            _, errors = process.communicate(timeout=100)
+            assert process.returncode == 0, errors
+    finally:
+        for process in ranks:
+            process.kill()
     both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert both[0] == both[1], "all ranks come to the same"
     for fault, name, state, detail in both[0]:

@@ -6,16 +6,19 @@ torch has two ways to say TF32, and whoever mixes them makes every reader raise,
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, get_args
 from unittest import mock
 
 import pytest
+from rich.console import Console
 
 from harness.spec import Precision
 
@@ -161,6 +164,27 @@ def test_every_flag_can_be_read_and_says_what_was_asked(flags: dict[str, dict[st
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: a CPU's kernels cannot be compiled")
 def test_the_compiler_reads_the_flags_in_every_precision() -> None:
     assert run("compile") == "compiled"
+
+
+def test_each_way_of_the_speed_benchmark_has_its_own_flags_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import speed
+    import torch
+
+    seen: dict[str, set[bool]] = {"tf32": set(), "fp32": set()}
+
+    def epochs(precision: str) -> Any:
+        while True:
+            seen[precision].add(torch.backends.cuda.matmul.allow_tf32)
+            yield 1.0
+
+    ways = [speed.Way(name, 20, "eager", name, "resident", epochs(name)) for name in seen]
+    try:
+        speed.take_turns(ways, rounds=3, epochs=6, device=torch.device("cpu"), console=Console(file=io.StringIO()))
+    finally:
+        speed.set_precision("fp32")
+    assert seen == {"tf32": {True}, "fp32": {False}}
+    assert [len(way.seconds) for way in ways] == [3, 3]
 
 
 if __name__ == "__main__":
