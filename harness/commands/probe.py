@@ -38,7 +38,7 @@ from harness.training.engine import Direct, Engine
 from harness.training.memory import MemoryMeter, largest
 from harness.training.optim import total_steps
 from harness.training.setup import Trainer, make_step, make_trainer, prepare
-from harness.training.step import synchronize
+from harness.training.step import deterministic_algorithms, synchronize
 from harness.training.telemetry import EpochTelemetry, device_name, gather
 from harness.training.train import run_eval, run_steps
 from harness.training.watchdog import Watchdog
@@ -185,7 +185,7 @@ def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, pat
     meter = MemoryMeter(torch.device(worker.device))
     prepared = prepare(spec, worker, paths, meter)
     device, loader, eval_loader = prepared.device, prepared.train_loader, prepared.eval_loader
-    with contextlib.closing(prepared):
+    with deterministic_algorithms(spec), contextlib.closing(prepared):
         telemetry = EpochTelemetry(device)
         eval_part = Part(eval_loader, EVAL_BATCHES, device)
         eval_images = eval_part.images()
@@ -382,7 +382,7 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
     does."""
     prepared = prepare(spec, worker, paths)
     device, loader = prepared.device, prepared.train_loader
-    with contextlib.closing(prepared):
+    with deterministic_algorithms(spec), contextlib.closing(prepared):
         if loader.steps < 2:
             raise ValueError("an epoch of one step is too short to profile")
         # several ranks' gradients are summed after backward here, not by DDP inside it, where they hide behind it

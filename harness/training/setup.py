@@ -102,7 +102,7 @@ def assemble(
         torch.cuda.set_device(device)
     torch.set_num_threads(worker.threads)
     set_precision(spec.precision)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not spec.deterministic
 
     recipe = spec.recipe
     torch.manual_seed(spec.seed)
