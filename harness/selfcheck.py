@@ -130,8 +130,10 @@ def measure(device: str, threads: int, names: Sequence[str], seconds: float) -> 
     while waiting and (left := until - time.monotonic()) > 0:
         with tempfile.TemporaryFile("w+", errors="replace") as errors:
             command = [*PROGRAM, device, str(threads), *waiting]
+            # cuBLAS reads it once, before the first kernel: the check of resuming needs it
+            env = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
             pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": errors, "start_new_session": True}
-            with subprocess.Popen(command, text=True, **pipe) as process:
+            with subprocess.Popen(command, text=True, env=env, **pipe) as process:
                 timer = threading.Timer(left, _kill, [process])
                 timer.start()
                 try:

@@ -5,6 +5,7 @@ python tests/test_checks.py RANK FOLDER      one of two ranks, whose faults are 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import subprocess
@@ -176,6 +177,20 @@ def test_another_order_of_sums_is_no_fault(bench: Bench, monkeypatch: pytest.Mon
     scale_gradients(1.0, 2.0**-16)(monkeypatch)
     figure, _ = checks.check_engine(bench, "eager")
     assert 0 < figure < BY_NAME["engine graph"].limit / 3
+
+
+def test_a_resumed_run_is_compared_by_deterministic_algorithms(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered = list[bool]()
+
+    def note(spec: Any) -> Any:
+        entered.append(spec.deterministic)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(checks, "deterministic_algorithms", note)
+    assert run_check("resume", bench).state == "passed"
+    assert entered == [True] * 3
 
 
 def test_what_cannot_be_checked_is_skipped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
