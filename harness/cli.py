@@ -45,7 +45,7 @@ def make_console() -> Console:
 
 # --- options that several commands have ---
 
-Dataset = Annotated[str, opt("cifar10, cifar2, digits, miniplaces or folder:PATH.")]
+Dataset = Annotated[str, opt("cifar10, cifar2, cifar100, cifar100-coarse, digits, miniplaces or folder:PATH.")]
 DataDir = Annotated[Path | None, opt("Where the images are. Default: downloaded once.")]
 Loader = Annotated[str, opt("dali, resident, dataloader or synthetic.")]
 Variant = Annotated[str, opt("Its network and recipe are used: see `harness variants`.")]
