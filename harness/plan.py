@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args
 
 from harness.cluster.job import Allocation
 from harness.models.presets import find_preset
-from harness.models.variants import Recipe, Variant, default_depth, find_variant
+from harness.models.variants import Recipe, Variant, default_depth, find_variant, variant_names
 from harness.results.statistics import confidence_interval, sample
 from harness.search_space import apply
 from harness.spec import Engine, Precision, RunSpec, UserError, check_word
@@ -27,6 +27,8 @@ ENGINES: tuple[str, ...] = get_args(Engine)
 BATCH_NORMS = ("local", "sync")
 GPU_PRECISIONS = ("tf32", "fp16")
 ANY_IMAGES = ""  # as a given run's fingerprint: those of the data set that is named
+MOST_EPOCHS = 1000  # of a recipe in steps
+MOST_NUMBERS = 1000  # in a list of seeds
 MAX_SEEDS = 10  # of a row, for --until-ci
 
 
@@ -68,19 +70,53 @@ def parse_words(text: str | None, what: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(words))
 
 
-def parse_depths(text: str | None) -> tuple[int, ...]:
-    """ "20,32" -> (20, 32). Whether a depth is legal depends on the variant."""
-    return tuple(_whole(word, "--depths", str(text)) for word in parse_words(text, "--depths"))
+def parse_variants(text: str) -> tuple[str, ...]:
+    """ "msra,he2015" -> ("msra", "he2015"); "all": every one."""
+    return variant_names() if text.strip() == "all" else parse_words(text, "--variants")
+
+
+def parse_depths(text: str | None, variants: Sequence[str] = ()) -> tuple[int, ...]:
+    """ "20,32" -> (20, 32); "20..32" -> those from 20 to 32 that all the variants allow, of which each has its own."""
+
+    def legal(depth: int) -> bool:
+        try:
+            return all(find_variant(name)(depth) for name in variants)
+        except ValueError:
+            return False
+
+    depths: list[int] = []
+    for word in parse_words(text, "--depths"):
+        numbers = _numbers(word, "--depths", str(text))
+        chosen = [n for n in numbers if legal(n)] if len(numbers) > 1 else numbers
+        if not chosen:
+            raise UserError(
+                f"--depths {word}: no depth from {numbers[0]} to {numbers[-1]} is one of {', '.join(variants)}"
+            )
+        depths += chosen
+    return tuple(dict.fromkeys(depths))
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """ "3" -> (0, 1, 2), a count; "0,7" -> (0, 7), the seeds themselves; "7," -> (7,)."""
-    if "," not in text:
+    """ "3" -> (0, 1, 2), a count; "0,7" -> (0, 7), the seeds themselves; "7," -> (7,); "3..5" -> (3, 4, 5)."""
+    if "," not in text and ".." not in text:
         count = _whole(text, "--seeds", text)
-        if not 1 <= count <= 1000:
+        if not 1 <= count <= MOST_NUMBERS:
             raise UserError(f"--seeds {text}: a count from 1 to 1000 is allowed, or a list of seeds as in 0,7")
         return tuple(range(count))
-    return tuple(_whole(word, "--seeds", text) for word in parse_words(text.rstrip(","), "--seeds"))
+    words = parse_words(text.rstrip(","), "--seeds")
+    return tuple(dict.fromkeys(seed for word in words for seed in _numbers(word, "--seeds", text)))
+
+
+def _numbers(word: str, option: str, text: str) -> list[int]:
+    """ "7" -> [7]; "3..5" -> [3, 4, 5]."""
+    first, dots, last = word.partition("..")
+    low = _whole(first, option, text)
+    high = _whole(last, option, text) if dots else low
+    if not low <= high < low + MOST_NUMBERS:
+        raise UserError(
+            f"{option} {word}: a range of at most 1000 numbers, the lowest first, is allowed, as in 20..56"
+        )
+    return list(range(low, high + 1))
 
 
 def _whole(word: str, option: str, text: str) -> int:
@@ -329,6 +365,16 @@ def more_seeds(
             used[row].add(seed)
             more.append(replace(row, seed=seed))
     return more
+
+
+def check_epochs(specs: Iterable[RunSpec], train_images: int) -> None:
+    """Raise UserError where a recipe in steps, made for a larger set, is thousands of epochs of this one."""
+    for spec in specs:
+        if spec.recipe.unit == "step" and (epochs := count_epochs(spec, train_images)) > MOST_EPOCHS:
+            raise UserError(
+                f"the {spec.recipe.duration:,} steps of {spec.name}'s recipe are {epochs:,} epochs of {spec.dataset}"
+                f"{' with --limit-train' * bool(spec.limit_train)}: choose with --epochs, as in --epochs 15"
+            )
 
 
 def check_batch(recipe: Recipe, workers: int) -> None:

@@ -104,7 +104,7 @@ def test_the_sums_of_a_sweep(capsys: Any) -> None:
     print_estimate([one, two], todo, 2, console)
     text = capsys.readouterr().out
     # 1813 and 3600 s in turn, on two concurrent_runs: 1813 + 1813 + 1813 + 3600 beside 3600 + 3600
-    assert "in all 6 runs, 2 at a time: 2.51 hours, 9.02 GPU-hours, 90.0 kJ" in text
+    assert "in all 6 runs, 2 at a time: 2 h 31 min, 9.02 GPU-hours, 90.0 kJ" in text
     assert "1,234" in text
     assert "NVML cannot be had: no GPU was used" in text
 
@@ -210,7 +210,7 @@ def test_a_probe_that_fails_is_a_line(tmp_path: Path, capsys: Any, monkeypatch: 
     code, out, _ = harness_(line, capsys, monkeypatch)
     assert code == 1
     assert "msra-8 failed, OOM: no room for the activations" in out
-    assert "in all 1 runs" in out
+    assert "in all 1 run, " in out
     assert len(load_predictions([tmp_path / "runs"])) == 1
 
 

@@ -61,7 +61,9 @@ def test_a_preset_names_what_there_is(name: str) -> None:
 
 def test_the_command_line_wins_over_the_preset(tmp_path: Path, capsys: Any) -> None:
     def plan(words: str) -> list[tuple[str, str]]:
-        code, out, err = harness(f"run {words} --dataset digits --gpus 0 --dry-run --out {tmp_path}", capsys)
+        code, out, err = harness(
+            f"run {words} --epochs 9 --dataset digits --gpus 0 --dry-run --out {tmp_path}", capsys
+        )
         assert (code, err) == (0, "")
         return re.findall(r"^ *│? *([a-z0-9-]+) +│? *(\d+) +│? *0 ", out, re.MULTILINE)
 
@@ -72,7 +74,7 @@ def test_the_command_line_wins_over_the_preset(tmp_path: Path, capsys: Any) -> N
 
 
 def test_a_validation_split_that_does_not_fit_names_one_that_does(tmp_path: Path, capsys: Any) -> None:
-    line = f"run --preset fattorib --dataset digits --gpus 0 --dry-run --out {tmp_path}"
+    line = f"run --preset fattorib --epochs 9 --dataset digits --gpus 0 --dry-run --out {tmp_path}"
     code, _, err = harness(line, capsys)
     assert code == 2
     assert "fattorib-20 holds out 2,500 training images, and here are 1,437" in err

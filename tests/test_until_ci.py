@@ -114,7 +114,9 @@ def test_the_command_adds_seeds_until_it_is_narrow_or_may_not(
         )  # fmt: skip
 
     monkeypatch.setattr(harness.training.train, "train", train)
-    line = f"--dataset digits --depths 8,14 --gpus 0 --launcher local --loader resident --out {tmp_path}"
+    line = (
+        f"--dataset digits --depths 8,14 --epochs 3 --gpus 0 --launcher local --loader resident --out {tmp_path}"
+    )
     code, out = run(f"{line} --until-ci 0.1 --max-seeds 4", capsys)
     assert code == 0
     seeds: dict[int, list[int]] = {8: [], 14: []}

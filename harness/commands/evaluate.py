@@ -43,8 +43,8 @@ class EvalOptions:
     """What to evaluate, and on which images."""
 
     weights: Path
-    variant: str
-    depth: int | None = None  # None: the variant's default
+    variant: str | None = None  # None: the one that the weights name
+    depth: int | None = None  # None: the one that the weights name, or the variant's default
     dataset: str = "cifar10"
     data_dir: Path | None = None
     scales: tuple[int, ...] = ()  # none: images as in training's evaluation, one centre crop
@@ -129,8 +129,12 @@ def evaluate_weights(options: EvalOptions) -> Errors:
 
 def _evaluate(options: EvalOptions) -> Errors:
     """Raises ValueError or UserError."""
-    function = find_variant(options.variant)
-    variant = function(default_depth(function) if options.depth is None else options.depth)
+    named = load_metadata(options.weights.expanduser()) if options.variant is None else {}
+    if (word := options.variant or named.get("variant")) is None:
+        raise UserError(f"{options.weights} does not name its variant: --variant does")
+    function = find_variant(word)
+    depth = options.depth or (int(named["depth"]) if "depth" in named else default_depth(function))
+    variant = function(depth)
     name, scales, weights = f"{variant.name}-{variant.network.depth}", options.scales, options.weights.expanduser()
     smallest = SMALLEST_IMAGE[variant.network.architecture]
     if scales and min(scales) < smallest:

@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.markup import escape
 
 from harness.cluster.job import Failed, Started, Worker
 from harness.deadline import stopping_on_sigterm
-from harness.progress import make_table, say
+from harness.progress import duration, print_columns, say, width_of
 from harness.record import classify
 from harness.resources import Session
 from harness.results.metrics import NONE, figures
@@ -55,6 +54,18 @@ ENERGY_SECONDS = 0.2  # NVML's counter changes about ten times a second
 MEMORY = {
     "alloc": "torch_allocated_mib", "resvd": "torch_reserved_mib", "NVML": "nvml_process_mib", "RSS": "rss_mib",
 }  # fmt: skip
+SPARE = (
+    "RSS",
+    "resvd",
+    "kJ",
+    "GPU-h",
+    "eval",
+    "alloc",
+    "width",
+    "runs",
+    "NVML",
+    "sum",
+)  # dropped on a narrow terminal
 PARTS = ("data", "forward", "backward", "all-reduce", "optimizer")
 
 
@@ -137,17 +148,10 @@ def print_cells(
     spec: RunSpec, note: str, columns: Sequence[str], lines: Sequence[Sequence[str]], console: Console
 ) -> None:
     """Print a line for each cell, without the columns that nothing is known of; a line without a name is dim."""
-    shown = [i for i in range(len(columns)) if any(line[i] not in (NONE, "") for line in lines)]
+    cells = dict(zip(columns, zip(*lines, strict=True), strict=True))
+    known = {name: column for name, column in cells.items() if set(column) - {NONE, ""}}
     title = f"{spec.loader} · {spec.precision} · {'GPU' if spec.device == 'cuda' else 'CPU'}{note}"
-    table = make_table(*(columns[i] for i in shown), left=("run", "variant", "width"), title=title)
-    for line in lines:
-        table.add_row(*(escape(line[i]) for i in shown), style="" if line[0] else "dim")
-    console.print(table)
-
-
-def width_of(spec: RunSpec) -> str:
-    """ "2×64": workers × batch size of each"""
-    return f"{spec.workers}×{spec.recipe.batch_size // spec.workers}"
+    print_columns(known, console, title=title, left=("run", "variant", "width"), spare=SPARE)
 
 
 def kilo(measured: Measurement) -> str:
@@ -289,7 +293,7 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_ru
     if not cells:
         say(console, "nothing to estimate: all runs are done already; --force counts them again")
         return
-    columns = ("variant", "depth", "width", "runs", "s/epoch", "eval s", "h/run", "GPU-h", *MEMORY, "kJ")
+    columns = ("variant", "depth", "width", "runs", "s/epoch", "eval", "a run", "GPU-h", *MEMORY, "kJ")
     notes: dict[str, None] = {}
     missing: dict[str, dict[str, None]] = defaultdict(dict)  # reason -> columns
     lines: list[list[str]] = []
@@ -300,8 +304,9 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_ru
             continue
         one, joules = cell.outcome, total_joules([cell])
         memory = {name: getattr(one.memory, field) for name, field in MEMORY.items()}
-        seconds = (one.epoch_seconds, one.eval_seconds, one.run_seconds / 3600, cell.gpu_hours)
-        lines.append(line + [figures(n) for n in (*seconds, *(m.value for m in memory.values()))] + [kilo(joules)])
+        seconds = [figures(one.epoch_seconds), duration(one.eval_seconds), duration(one.run_seconds)]
+        rest = [figures(n) for n in (cell.gpu_hours, *(m.value for m in memory.values()))]
+        lines.append([*line, *seconds, *rest, kilo(joules)])
         for name, measured in {**memory, "kJ": joules}.items():
             if measured.value is None:
                 missing[str(measured.reason)][name] = None
@@ -309,13 +314,18 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_ru
     first = cells[0].spec
     print_cells(first, "", columns, lines, console)
     predicted = {cell.spec: cell.outcome for cell in cells if isinstance(cell.outcome, Prediction)}
-    hours = all_seconds(todo, {spec: one.run_seconds for spec, one in predicted.items()}, concurrent_runs) / 3600
-    sums = [f"{figures(hours)} hours"]
+    sums = [
+        duration(all_seconds(todo, {spec: one.run_seconds for spec, one in predicted.items()}, concurrent_runs))
+    ]
     if first.device == "cuda":
         gpu_hours = [value for cell in cells if (value := cell.gpu_hours) is not None]
         sums += [f"{figures(sum(gpu_hours) if gpu_hours else None)} GPU-hours", f"{kilo(total_joules(cells))} kJ"]
     runs = sum(cell.runs for cell in cells if cell.spec in predicted)
-    say(console, f"in all {runs} runs, {concurrent_runs} at a time: {', '.join(sums)}", style="bold")
+    say(
+        console,
+        f"in all {runs} run{'s' * (runs != 1)}, {concurrent_runs} at a time: {', '.join(sums)}",
+        style="bold",
+    )
     for note in (*notes, *(f"{', '.join(names)} cannot be had: {reason}" for reason, names in missing.items())):
         say(console, note)
     steps = "/".join(str(n) for n in sorted({one.steps for one in predicted.values()})) or "no"

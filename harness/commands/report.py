@@ -226,6 +226,9 @@ def print_why(row: str, path: Path, console: Console) -> None:
         matches = [rows[int(row) - 1]]
     elif not matches:
         check_word(row, sorted({row.name for row in rows}), "row")
+    elif len({match.dataset for match in matches}) > 1:
+        numbers = ", ".join(f"{rows.index(match) + 1} on {match.dataset}" for match in matches)
+        raise UserError(f"row {row!r} is on several data sets: give one by its number, {numbers}")
     print_text("\n".join(map(why, matches)), console)
 
 

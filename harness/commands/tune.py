@@ -146,7 +146,7 @@ def _check(search: Search) -> tuple[Dimension, ...]:
     plan.check_count(search.seed, "--seed", least=0)
     dimensions = parse_search(search.search)
     if not dimensions:
-        raise UserError("--search is missing: name a field to search, as in --search lr=loguniform(0.01,1)")
+        raise UserError("--search is missing: name a field to search, as in --search 'lr=loguniform(0.01,1)'")
     if search.search_algorithm != "random" and any(d.function == "grid" for d in dimensions):
         raise UserError(
             f"--search-algorithm {search.search_algorithm} makes its own choice of points: choice(...) instead of"
@@ -189,6 +189,7 @@ def _prepare(
     total = count_trials(dimensions, search.samples)
     allocation = _allocate_trials(allocation, search, total)
     specs = [make_trial_spec(search.make_grid(point), allocation, dataset) for point in _corners(dimensions)]
+    plan.check_epochs(specs, len(dataset.train))
     checked = check_first(specs, allocation, resources, paths, console, skip=options.no_check)
     if (adapted := checked.adapt(specs[0])) != specs[0]:
         search = replace(search, loader=adapted.loader, engine=adapted.engine)
