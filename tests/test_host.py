@@ -148,6 +148,7 @@ def test_outliers_are_marked_at_the_end_of_a_run(epochs: int) -> None:
     assert found >= 0.95 * runs
     assert false <= 0.01 * runs * (epochs - 1)
     assert mark_outliers([metrics(s) for s in (1.0, 1.0, 1.0, 2.0)])[3].timed, "of four epochs none can be told"
+    assert mark_outliers([metrics(1.0 + n / 1000) for n in (0, 0, 1, 1, 2, 20)])[5].timed, "2 % are no outlier"
 
 
 def test_seconds_and_images_are_of_the_same_epochs() -> None:

@@ -351,7 +351,7 @@ def _failed_line(
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """Milliseconds of a step: medians over STEPS steps, of the slowest rank."""
+    """Milliseconds of a step: means over the middle half of STEPS steps by their length, of the slowest rank."""
 
     parts: dict[str, float]  # by PARTS; no all-reduce with one rank
     eager_ms: float  # a step of which these are the parts
@@ -407,13 +407,14 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
         trainer = make_trainer(prepared, warn)
         train_steps(trainer, loader, 2, WARMUP_STEPS)
         seconds, part = train_steps(trainer, loader, 3, STEPS)
-    eager_ms = statistics.median(map(sum, zip(*parts.values(), strict=True)))
-    medians = {name: statistics.median(parts[name]) for name in PARTS if name in parts}
-    slowest = torch.tensor([*medians.values(), eager_ms, 1000 * seconds / part.steps], device=device)
-    if dist.is_initialized():
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    *part_ms, eager_ms, engine_ms = slowest.tolist()
-    return Breakdown(dict(zip(medians, part_ms, strict=True)), eager_ms, engine_ms, trainer.engine.name)
+    took = [sum(step) for step in zip(*parts.values(), strict=True)]
+    # of all parts the same steps, or they would not add up
+    middle = sorted(range(len(took)), key=took.__getitem__)[len(took) // 4 : len(took) - len(took) // 4]
+    means = {name: statistics.fmean(parts[name][step] for step in middle) for name in PARTS if name in parts}
+    own = Breakdown(means, sum(means.values()), 1000 * seconds / part.steps, trainer.engine.name)
+    ranks = gather(own)
+    slowest = max(ranks, key=lambda rank: rank.eager_ms)
+    return replace(slowest, engine_ms=max(rank.engine_ms for rank in ranks))
 
 
 def profile(todo: Sequence[RunSpec], session: Session, console: Console) -> bool:
@@ -441,9 +442,9 @@ def profile(todo: Sequence[RunSpec], session: Session, console: Console) -> bool
         say(console, note)
     say(
         console,
-        f"data: from the last step's end until its batch is there. Parts by eager kernels, the median of up to {STEPS} "
-        f"steps after warm-up, of the slowest rank; all-reduce after backward, where DDP would hide it. {columns[-1]}: "
-        "a step as runs take it",
+        "data: from the last step's end until its batch is there. Parts by eager kernels, which add up to the sum: the mean "
+        f"of the middle half of up to {STEPS} steps after warm-up, of the slowest rank; all-reduce after backward, where DDP "
+        f"would hide it. {columns[-1]}: a step as runs take it",
         style="dim",
     )
     return any(isinstance(outcome, Failed) for _, outcome in outcomes)
