@@ -69,7 +69,7 @@ def test_lists() -> None:
         (lambda: check_grid(Grid(variants=("msra",), precision="fp64")), "allowed: fp32, tf32, bf16, fp16"),
         (lambda: check_grid(Grid(variants=("msra",), epochs=0)), "--epochs 0: at least 1"),
         (lambda: specs(limit_train=50_001), "has 50000 training images"),
-        (lambda: specs(val=50_000), "none are left to train on"),
+        (lambda: specs(val=50_000), "give a number that leaves some to train on, as --val 5000"),
     ],
 )
 def test_mistakes_are_one_line_that_says_what_is_allowed(call: Any, says: str) -> None:
