@@ -307,9 +307,9 @@ def compare(
 @app.command()
 def verify(paths: Results = None) -> None:
     """Check stored runs for contradictions and changed files."""
-    from harness.commands.report import check_folders, find_results, print_findings
+    from harness.commands.report import print_findings
 
-    raise typer.Exit(print_findings(check_folders(find_results(paths or ["runs"]))))
+    raise typer.Exit(print_findings(paths or ["runs"]))
 
 
 @app.command()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import os
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,7 +13,6 @@ from typing import Any, TypeVar, get_args
 from harness.cluster.job import Allocation
 from harness.models.presets import find_preset
 from harness.models.variants import Recipe, Variant, default_depth, find_variant, variant_names
-from harness.results.statistics import confidence_interval, sample
 from harness.search_space import apply
 from harness.spec import Engine, Precision, RunSpec, UserError, check_word
 
@@ -29,7 +25,6 @@ GPU_PRECISIONS = ("tf32", "fp16")
 ANY_IMAGES = ""  # as a given run's fingerprint: those of the data set that is named
 MOST_EPOCHS = 1000  # of a recipe in steps
 MOST_NUMBERS = 1000  # in a list of seeds
-MAX_SEEDS = 10  # of a row, for --until-ci
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,57 +309,6 @@ def count_epochs(spec: RunSpec, train_images: int) -> int:
 
     images = (spec.limit_train or train_images) - spec.recipe.val
     return total_epochs(spec.recipe, -(-images // spec.recipe.batch_size))
-
-
-def check_until_ci(grid: Grid, until_ci: float | None, max_seeds: int | None) -> None:
-    """Raise UserError unless seeds can be added until an interval is narrow enough."""
-    if until_ci is None:
-        if max_seeds is not None:
-            raise UserError(f"--max-seeds {max_seeds} is for --until-ci, which says until when seeds are added")
-        return
-    if not 0 < until_ci < math.inf:
-        raise UserError(f"--until-ci {until_ci:g}: points of error above 0 are allowed, as in 0.10")
-    least = max(2, len(grid.seeds))
-    if max_seeds is not None and max_seeds < least:
-        raise UserError(f"--max-seeds {max_seeds}: at least {least} is allowed, which --seeds begins with")
-
-
-def error_half_widths(specs: Iterable[RunSpec], errors: Mapping[str, float]) -> dict[RunSpec, float | None]:
-    """Half the 95 % interval of the mean last-epoch error, in points, for every spec (as seed 0) but for its seed.
-
-    `errors` holds finished runs' errors by key. None: a run is missing or its error is not finite. One run: infinite.
-    """
-    rows: dict[RunSpec, list[float]] = defaultdict(list)
-    for spec in specs:
-        rows[replace(spec, seed=0)].append(errors.get(spec.key, math.nan))
-
-    def half(values: list[float]) -> float | None:
-        interval = confidence_interval(sample(values))
-        width = interval.high - interval.low if interval else math.inf
-        return width / 2 if all(map(math.isfinite, values)) else None
-
-    return {row: half(values) for row, values in rows.items()}
-
-
-def more_seeds(
-    specs: Sequence[RunSpec], errors: Mapping[str, float], *, until_ci: float, max_seeds: int, concurrent_runs: int
-) -> list[RunSpec]:
-    """The next runs of those rows whose interval is still wider than ±until_ci; none: all are narrow, or at their limit.
-
-    One seed a row at a time, more only where GPUs would stand idle. A row with a run that failed gets no further one.
-    """
-    used: dict[RunSpec, set[int]] = defaultdict(set)
-    for spec in specs:
-        used[replace(spec, seed=0)].add(spec.seed)
-    halves = error_half_widths(specs, errors).items()
-    wide = [row for row, half in halves if half is not None and half > until_ci and len(used[row]) < max_seeds]
-    more = []
-    for row in wide * (max(1, concurrent_runs // len(wide)) if wide else 0):
-        if len(used[row]) < max_seeds:
-            seed = next(n for n in itertools.count() if n not in used[row])
-            used[row].add(seed)
-            more.append(replace(row, seed=seed))
-    return more
 
 
 def check_epochs(specs: Iterable[RunSpec], train_images: int) -> None:

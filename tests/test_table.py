@@ -132,7 +132,7 @@ def test_across_averages_what_was_asked_for_and_says_so() -> None:
     page = text([row])
     assert "averaged over workers: 1, 8, as requested" in page
     assert "1/8 of 128" in page
-    with pytest.raises(ValueError, match="no field 'wrokers' in these runs: they have dataset, device"):
+    with pytest.raises(ValueError, match="no field 'wrokers' in these runs: they have check, dataset, device"):
         summarise(runs, across=["wrokers"])
 
 
@@ -385,6 +385,15 @@ def test_a_run_whose_width_changed_is_averaged_with_no_other() -> None:
     assert "DDP width 2→1" in text([alone]), "said of a row that stands alone, too"
     (together,) = summarise([*steady, changed], across=["widths"])
     assert len(together.done) == 3
+
+
+def test_rows_say_which_seeds_were_added_and_what_contradicts_itself() -> None:
+    runs = [make_run(seed, 8.0 + seed / 10) for seed in range(7)]
+    added = [Stored(run.record.model_copy(update={"added_until": 0.25}), run.folder) for run in runs[5:]]
+    (row,) = summarise([*added, *runs[:5]])
+    assert row.planned == 5
+    assert row.values("error")[:5] == [8.0, 8.1, 8.2, 8.3, 8.4]
+    assert "seeds after the first 5 were added until the error was known to ±0.25 points" in text([row])
 
 
 def test_a_record_that_contradicts_itself_is_marked() -> None:

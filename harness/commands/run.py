@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from harness import plan
+from harness import plan, until_ci
 from harness.cluster.job import Report, Started, Telemetry, Worker
 from harness.commands.report import export_runs, print_rows, write_page
 from harness.deadline import TimeUp, format_moment, stopping_at, stopping_on_sigterm
@@ -29,6 +29,7 @@ from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, 
 from harness.results.values import EpochMetrics, RunResult
 from harness.selfcheck import RefusedError, check_first
 from harness.spec import RunPaths, RunSpec, UserError, check_word
+from harness.until_ci import Goal
 
 if TYPE_CHECKING:
     from harness.loaders.datasets import Dataset
@@ -70,6 +71,7 @@ class _Prepared:
     session: Session
     dataset: Dataset
     recorder: Recorder
+    goal: Goal | None = None  # of --until-ci
 
     def check_nodes(self) -> None:
         """Refuse a cluster of several nodes that differ. Raises UserError."""
@@ -103,7 +105,7 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             plan.check_epochs(() if grid.specs or options.estimate or options.profile else specs, images)
             allocation = replace(allocation, fallback_world_sizes=fallback)
             paths = replace(paths, label=dataset.label)
-            runs = len(specs) if options.until_ci is None else plan.MAX_SEEDS
+            runs = len(specs) if options.until_ci is None else until_ci.MAX_SEEDS
             resources = choose_launcher(options.resources, allocation, runs)
             environment = {"launcher": resources.launcher}
             recorder = Recorder(paths, dataset.original, environment, partial(say, console))
@@ -111,7 +113,11 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             _name_other_code(recorder, console)
             _advise_on_batch_norm(todo, console)
             session = Session(allocation, resources, paths, stack)
-            prepared = _Prepared(options, console, session, dataset, recorder)
+            goal = until_ci.make_goal(options.until_ci, options.max_seeds, len(grid.seeds))
+            prepared = _Prepared(options, console, session, dataset, recorder, goal)
+            if goal is not None:
+                for line in until_ci.forecast(goal, until_ci.known_errors(recorder, specs), dataset):
+                    say(console, line)
             if options.dry_run or options.estimate or options.profile:
                 return preview(prepared, specs, todo)
             specs, todo = check_devices(prepared, specs, todo)
@@ -138,7 +144,7 @@ def check_options(grid: Grid, options: RunOptions) -> None:
     plan.check_grid(grid)
     check_resources(options.resources)
     plan.check_count(options.checkpoint_every, "--checkpoint-every")
-    plan.check_until_ci(grid, options.until_ci, options.max_seeds)
+    until_ci.make_goal(options.until_ci, options.max_seeds, len(grid.seeds))
     check_word(options.format, FORMATS, "--format")
     if options.estimate or options.profile:
         names = ("--estimate", "--profile", "--dry-run", "--format jsonl")
@@ -179,10 +185,9 @@ def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpe
         failed = (probe.estimate if options.estimate else probe.profile)(todo, prepared.session, console)
         if options.estimate:
             recorder.push(push_run, recorder.paths.out / ESTIMATES)
-    if options.until_ci is not None and not options.profile:
-        most = options.max_seeds or plan.MAX_SEEDS
-        known = f"until its error is known to ±{options.until_ci:g} points"
-        say(console, f"and further seeds, to {most} of a row, {known}")
+    if prepared.goal is not None and not options.profile:
+        known = f"until its error is known to ±{prepared.goal.half:g} points"
+        say(console, f"and further seeds, to {prepared.goal.max_seeds} of a row, {known}")
     return EXIT_FAILED if failed else EXIT_DONE
 
 
@@ -252,15 +257,12 @@ def train_all(prepared: _Prepared, specs: list[RunSpec], todo: list[RunSpec]) ->
     while True:
         if todo:
             failures += train_batch(prepared, todo)
-        if options.until_ci is None or (failures and options.fail_fast):
+        if (goal := prepared.goal) is None or (failures and options.fail_fast):
             break
-        more = plan.more_seeds(
-            specs,
-            _errors(recorder, specs),
-            until_ci=options.until_ci,
-            max_seeds=options.max_seeds or plan.MAX_SEEDS,
-            concurrent_runs=prepared.session.allocation.concurrent_runs,
-        )
+        known = until_ci.known_errors(recorder, specs)
+        more = until_ci.more_seeds(specs, known, goal, prepared.session.allocation.concurrent_runs)
+        first = {row for row, runs in known.items() if len(runs.errors) < until_ci.FIRST}
+        recorder.added |= {spec.key: goal.half for spec in more if replace(spec, seed=0) not in first}
         if not more:
             break
         specs = [*specs, *more]
@@ -325,11 +327,6 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     return failures
 
 
-def _errors(recorder: Recorder, specs: Sequence[RunSpec]) -> dict[str, float]:
-    """The last-epoch errors of the finished runs, by key."""
-    return {key: result.final_error for key, result in recorder.find_finished(specs).items()}
-
-
 def _allow_open_files(more: int) -> None:
     """Each lock is an open file, and 1024 is a usual limit: raise it as far as needed and allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -359,8 +356,9 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
     if options.format == "jsonl":
         return True
     met = print_rows(mine, console, options.preset)
-    if options.until_ci is not None:
-        _print_wide_rows(prepared, specs, options.until_ci)
+    if prepared.goal is not None:
+        for line in until_ci.shortfalls(prepared.goal, until_ci.known_errors(recorder, specs)):
+            say(console, line)
     note = partial(say, console, style="dim")
     if not recorder.started:
         what = "this run was" if len(specs) == 1 else f"all {len(specs)} runs were"
@@ -387,11 +385,3 @@ def select(loaded: Loaded, names: Collection[str]) -> Loaded:
         [run for run in loaded.interrupted if chosen(run.folder)],
         [problem for problem in loaded.problems if chosen(problem.path)],
     )
-
-
-def _print_wide_rows(prepared: _Prepared, specs: Sequence[RunSpec], until_ci: float) -> None:
-    for row, half in plan.error_half_widths(specs, _errors(prepared.recorder, specs)).items():
-        if half is not None and half > until_ci:
-            seeds = sum(replace(spec, seed=0) == row for spec in specs)
-            known = f"after {seeds} seeds its error is known to ±{half:.2f} points, not to ±{until_ci:g}"
-            say(prepared.console, f"{row.name}: {known}")

@@ -105,6 +105,9 @@ def _run_notes(row: Row) -> Iterator[tuple[str, ...]]:
     where = "n" if row.done else "error"
     if row.repeated:
         yield "a seed that was run more than once counts with its last run", "n"
+    if row.planned:
+        until = max(run.record.added_until or 0.0 for run in row.done)
+        yield f"seeds after the first {row.planned} were added until the error was known to ±{until:g} points", "n"
     for stored in row.failed:
         if failure := stored.record.failure:
             why = f"{failure.kind}: {failure.message}" if failure.message else failure.kind
