@@ -155,7 +155,7 @@ def test_a_run_of_four_workers_trains_the_network_of_one_captured_or_not(
 
 
 def test_the_plan_knows_it() -> None:
-    allocation = Allocation("cpu", workers=2, concurrent_runs=1, threads=1)
+    allocation = Allocation(device="cpu", workers=2, concurrent_runs=1, threads=1)
 
     def make(**changes: Any) -> Any:
         grid = Grid(variants=("he2015",), **changes)
