@@ -10,8 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.results.statistics import Sample
-
 HERE = Path(__file__).parent
 PINS = "pins.json"
 
@@ -47,10 +45,6 @@ class Published:
     def number(self) -> float:
         """The error, top-1 where it is published."""
         return self.error if self.error is not None else self.top5_error or 0.0
-
-    @property
-    def sample(self) -> Sample | None:
-        return None if self.error is None else Sample(self.n, self.error, self.std)
 
     def differences(self, spec: Mapping[str, Any]) -> list[str]:
         """The fields in which a run's network and recipe are not those behind this number: "lr 0.05, theirs 0.1"."""

@@ -103,9 +103,9 @@ class Row:
         local = setting(self.spec, "recipe.batch_norm", str) != "sync"
         return self.batch_size // max(1, self.workers) if local else self.batch_size
 
-    def text(self, name: str) -> str:
+    def text(self, name: str, otherwise: str = NONE) -> str:
         """A field; all its values, where the row averages over them."""
-        return "/".join(self.averaged_over.get(name, ())) or self.fields.get(name, NONE)
+        return "/".join(self.averaged_over.get(name, ())) or self.fields.get(name, otherwise)
 
     @property
     def planned(self) -> int | None:
