@@ -229,6 +229,17 @@ def test_logits_are_averaged_over_scales_and_mirror_images() -> None:
     assert not torch.allclose(views[0], views[1])
 
 
+def test_probabilities_are_averaged_where_they_are_to_be() -> None:
+    network, images = make(), torch.randn(3, 3, 16, 16)
+    with torch.inference_mode():
+        scores = MultiScale(network, (16, 21), flip=False, average="probabilities")(images)
+        expected = sum(network(resize(images, scale)).double().softmax(1) for scale in (16, 21)) / 2
+    torch.testing.assert_close(scores.double().exp(), expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(
+        MultiScale(network, (16, 21), flip=False)(images).softmax(1), scores.exp(), atol=1e-4
+    )
+
+
 @pytest.mark.parametrize("function", VARIANTS, ids=lambda f: f.__name__)
 def test_every_network_takes_any_scale_from_the_smallest_on(function: Callable[[int], Any]) -> None:
     network = function(default_depth(function)).network  # type: ignore[arg-type]

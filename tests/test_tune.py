@@ -77,7 +77,7 @@ MISTAKES = {
     "--search depth=choice(8,21)": "depth 21 is not 6n+2",
     "--search depth=choice(8,14)": "leave --depth out",
     "--search batch_size=choice(32,33) --workers 2": "does not divide the global batch",
-    "--search lr=uniform(0,1) --val 128": "none are left",
+    "--search lr=uniform(0,1) --val 128": "holds out 128 training images, and here are 128",
     "--search lr=uniform(0,1) --variant mrsa": "did you mean 'msra'",
     "--search lr=uniform(0,1) --resume nothing": "there is no sweep",
     "": "--search is missing",
