@@ -29,7 +29,8 @@ from harness.commands.probe import Breakdown, break_down
 from harness.loaders.datasets import load_dataset
 from harness.models.variants import he2015
 from harness.spec import RunPaths, RunSpec
-from harness.training.telemetry import count_cpus, describe_machine, device_name
+from harness.training.host import count_cpus
+from harness.training.telemetry import describe_machine, device_name
 
 
 def run_rank(rank: int, world: int, port: int, spec: RunSpec, paths: RunPaths, out: Any) -> None:

@@ -40,10 +40,11 @@ from harness.loaders.sampling import make_normalize
 from harness.models.build import build, count_parameters
 from harness.models.variants import he2015
 from harness.spec import RunSpec
+from harness.training.host import count_cpus
 from harness.training.nvml import open_device
 from harness.training.setup import Data, assemble, make_trainer
 from harness.training.step import flushed_denormals, make_autocast, set_precision, synchronize
-from harness.training.telemetry import count_cpus, describe_machine, device_name
+from harness.training.telemetry import describe_machine, device_name
 from harness.training.train import run_steps
 
 PARAMETERS = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962}  # option A

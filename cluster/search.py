@@ -27,7 +27,6 @@ from typing import Any, Protocol, TypeVar
 
 import ray
 from ray import tune
-from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -87,8 +86,8 @@ def search(
             name="search",
             num_samples=-1,  # `trials` says when there are no more
             search_alg=_Proposals(driver),
-            scheduler=_Pruning(driver),
-            callbacks=[_Attempts(driver)],
+            stop=driver.receive,
+            callbacks=[driver],
             reuse_actors=True,
             max_failures=job.retries,
             raise_on_failed_trial=False,
@@ -107,17 +106,20 @@ def search(
 # --- in the driver ---
 
 
-@dataclass(slots=True)
-class _Driver:
+class _Driver(tune.Callback):
     """What Tune calls in the driver, handed on to `trials` by their own names."""
 
-    trials: Trials[Any, Any]
-    concurrent_runs: int
-    running: dict[str, str] = field(default_factory=dict)  # Tune's id -> the trial's name
-    attempts: dict[str, int] = field(default_factory=dict)
-    raised: list[Exception] = field(default_factory=list)
+    def __init__(self, trials: Trials[Any, Any], concurrent_runs: int) -> None:
+        self.trials, self.concurrent_runs = trials, concurrent_runs
+        self.running: dict[str, str] = {}  # Tune's id -> the trial's name
+        self.attempts: dict[str, int] = {}
+        self.raised: list[Exception] = []
+
+    def __reduce__(self) -> Any:
+        return str, ()  # Tune writes its state, which nobody reads
 
     def propose(self, trial_id: str) -> Any:
+        """As the search algorithm."""
         if len(self.running) >= self.concurrent_runs:
             return None
         proposal = self.trials.propose()
@@ -126,21 +128,14 @@ class _Driver:
         self.running[trial_id] = proposal[0]
         return {"spec": proposal[1], "proposed_at": time.time()}
 
-    def start(self, trial_id: str) -> None:
-        if trial_id in self.running:
-            attempt = self.attempts[trial_id] = self.attempts.get(trial_id, 0) + 1
-            started = Started(attempt=attempt, reason=WORKER_DIED if attempt > 1 else "")
-            self.trials.reported(self.running[trial_id], started)
-
     def receive(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Take a report or an outcome; True prunes."""
+        """As the stopper: take a report or an outcome; True prunes."""
         if trial_id not in self.running:  # Tune repeats the last result when the function has returned
             return False
-        name = self.running[trial_id]
         try:
             if "outcome" in result:
                 self.end(trial_id, result["outcome"][0])
-            elif self.trials.reported(name, result["event"][0]):
+            elif self.trials.reported(self.running[trial_id], result["event"][0]):
                 self.end(trial_id, None)
                 return True
         except Exception as error:  # Tune would raise its traceback as text
@@ -149,53 +144,36 @@ class _Driver:
         return False
 
     def end(self, trial_id: str, outcome: Any) -> None:
+        """Of no effect after an outcome."""
         name = self.running.pop(trial_id, None)
         if name is not None:
             self.trials.ended(name, outcome)
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        if trial.trial_id in self.running:
+            attempt = self.attempts[trial.trial_id] = self.attempts.get(trial.trial_id, 0) + 1
+            started = Started(attempt=attempt, reason=WORKER_DIED if attempt > 1 else "")
+            self.trials.reported(self.running[trial.trial_id], started)
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        error = WorkerDiedError("its process returned without an outcome")
+        self.end(trial.trial_id, make_failed(error, attempts=1))
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        error = trial.get_pickled_error() or RuntimeError("Ray Tune gives no reason")
+        self.end(trial.trial_id, make_failed(error, attempts=self.attempts.get(trial.trial_id, 1)))
 
 
 class _Proposals(Searcher):
     def __init__(self, driver: _Driver) -> None:
         super().__init__()
-        self.driver = driver
-
-    def suggest(self, trial_id: str) -> Any:
-        return self.driver.propose(trial_id)
+        self.suggest = driver.propose
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         pass
 
     def save(self, checkpoint_path: str) -> None:
         pass
-
-    def restore(self, checkpoint_path: str) -> None:
-        pass
-
-
-class _Pruning(FIFOScheduler):
-    def __init__(self, driver: _Driver) -> None:
-        super().__init__()
-        self.driver = driver
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        pruned = self.driver.receive(trial.trial_id, result)
-        return str(FIFOScheduler.STOP if pruned else FIFOScheduler.CONTINUE)
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        error = WorkerDiedError("its process returned without an outcome")
-        self.driver.end(trial.trial_id, make_failed(error, attempts=1))  # of no effect after an outcome
-
-
-class _Attempts(tune.Callback):
-    def __init__(self, driver: _Driver) -> None:
-        self.driver = driver
-
-    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self.driver.start(trial.trial_id)
-
-    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        error = trial.get_pickled_error() or RuntimeError("Ray Tune gives no reason")
-        self.driver.end(trial.trial_id, make_failed(error, attempts=self.driver.attempts.get(trial.trial_id, 1)))
 
 
 # --- in a trial's processes ---

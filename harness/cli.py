@@ -18,12 +18,33 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="harness",
-    help="Train every depth and variant of a family of residual networks, and compare what was measured.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+OTHER_WORDS = {
+    "list": "variants", "ls": "report", "show": "report", "results": "report", "plot": "report", "train": "run",
+    "benchmark": "run", "bench": "run", "sweep": "tune", "search": "tune", "evaluate": "eval", "test": "eval",
+    "doctor": "check", "explain": "why", "reproduce": "repro", "diff": "compare", "help": "--help", "version": "--version",
+}  # fmt: skip
+"""What people type -> the command."""
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Train every depth and variant of a family of residual networks, and compare what was measured."""
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"resnet-harness {installed('resnet-harness')}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
 
 
 def opt(help: str, *names: str) -> Any:
@@ -45,11 +66,16 @@ def make_console() -> Console:
 
 # --- options that several commands have ---
 
-Dataset = Annotated[str, opt("cifar10, cifar2, digits, miniplaces or folder:PATH.")]
+Dataset = Annotated[str, opt("cifar10, cifar2, cifar100, cifar100-coarse, digits, miniplaces or folder:PATH.")]
 DataDir = Annotated[Path | None, opt("Where the images are. Default: downloaded once.")]
 Loader = Annotated[str, opt("dali, resident, dataloader or synthetic.")]
-Variant = Annotated[str, opt("Its network and recipe are used: see `harness variants`.")]
-Depth = Annotated[int | None, opt("Default: the variant's own.")]
+Variant = Annotated[
+    str, opt("Its network and recipe are used: see `harness variants`.", "--variant", "--variants")
+]
+Depth = Annotated[int | None, opt("Default: the variant's own.", "--depth", "--depths")]
+Depths = Annotated[str | None, opt("As in 20,32 or 20..56. Default: each variant's own.", "--depths", "--depth")]
+Variants = Annotated[str, opt("As in msra,he2015, or all: see `harness variants`.", "--variants", "--variant")]
+Launcher = Annotated[str, opt("ray; local: in this process; auto: local for one run with one worker.")]
 Epochs = Annotated[int | None, opt("Instead of the recipe's; its schedule is stretched.")]
 BatchSize = Annotated[int | None, opt("Global, over all workers. Default: the recipe's.")]
 BatchNorm = Annotated[
@@ -83,9 +109,9 @@ Results = Annotated[list[str] | None, arg("Folders of results or of single runs,
 @app.command()
 def run(
     context: typer.Context,
-    depths: Annotated[str | None, opt("Depths, as in 20,32,56,110. Default: each variant's own.")] = None,
-    variants: Annotated[str, opt("Variants, as in msra,he2015: see `harness variants`.")] = "he2015",
-    seeds: Annotated[str, opt("A count (3 is seeds 0,1,2) or the seeds themselves (0,7).")] = "1",
+    depths: Depths = None,
+    variants: Variants = "he2015",
+    seeds: Annotated[str, opt("A count (3 is seeds 0,1,2) or the seeds themselves (0,7 or 3..6).")] = "1",
     preset: Preset = None,
     spec: Annotated[
         list[Path] | None,
@@ -115,7 +141,7 @@ def run(
     runs_per_gpu: RunsPerGpu = 1,
     out: Annotated[str, opt("Folder of results, or s3://, gs://; runs that it holds are not repeated.")] = "runs",
     address: Address = None,
-    launcher: Annotated[str, opt("ray, or local: one worker in this process.")] = "ray",
+    launcher: Launcher = "auto",
     until: Until = None,
     placement: Annotated[
         str, opt("A run's workers: pack (on one node if possible), strict-pack (always), spread.")
@@ -147,8 +173,8 @@ def run(
     from harness.search_space import parse_settings
 
     values |= {
-        "variants": plan.parse_words(variants, "--variants"),
-        "depths": plan.parse_depths(depths),
+        "variants": (names := plan.parse_variants(variants)),
+        "depths": plan.parse_depths(depths, names),
         "seeds": plan.parse_seeds(seeds),
         "settings": parse_settings(settings or ()),
         "until": parse_until(until, datetime.now()) if until is not None else None,
@@ -281,9 +307,9 @@ def compare(
 @app.command()
 def verify(paths: Results = None) -> None:
     """Check stored runs for contradictions and changed files."""
-    from harness.commands.report import check_folders, find_results, print_findings
+    from harness.commands.report import print_findings
 
-    raise typer.Exit(print_findings(check_folders(find_results(paths or ["runs"]))))
+    raise typer.Exit(print_findings(paths or ["runs"]))
 
 
 @app.command()
@@ -333,12 +359,23 @@ def variants() -> None:
 @app.command("eval")
 def evaluate(
     weights: Annotated[Path, opt("A run's weights.safetensors, or a torch checkpoint.")],
-    variant: Variant,
+    variant: Annotated[
+        str | None,
+        opt("Needed for weights that do not name theirs: see `harness variants`.", "--variant", "--variants"),
+    ] = None,
     depth: Depth = None,
     dataset: Dataset = "cifar10",
     data_dir: DataDir = None,
     scales: Annotated[
         str | None, opt("Average over sizes in pixels, as in 96,112,128, and mirrored images.")
+    ] = None,
+    average: Annotated[str, opt("With --scales: of logits, or of probabilities.")] = "logits",
+    mirror: Annotated[bool, opt("With --scales: mirrored images too.", "--mirror/--no-mirror")] = True,
+    pool_window: Annotated[
+        int | None, opt("Pool over whole windows of this side alone, as neon's 7 does. miniplaces and mpmz.")
+    ] = None,
+    save_probabilities: Annotated[
+        Path | None, opt("With --scales: write the classes' probabilities at each scale (.npz).")
     ] = None,
     mean: Annotated[str | None, opt("R,G,B of images in 0..1. Default: the recipe's.")] = None,
     std: Annotated[str | None, opt("R,G,B of images in 0..1. Default: the recipe's.")] = None,
@@ -384,7 +421,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     code: Any
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="harness")
     except UserError as error:
         code = _complain(str(error))
     except OSError as error:
@@ -393,12 +430,9 @@ def main() -> None:
         _complain(f"{error.filename or 'a file'}: {error.strerror}; the same command goes on once there is room")
         code = 1
     except usage_error as error:
-        message = error.format_message()  # type: ignore[attr-defined]
-        if message.startswith("Usage:"):  # no command was named
-            print(message)
-            code = 2
-        else:
-            code = _complain(message)
+        message = str(error.format_message())  # type: ignore[attr-defined]
+        word = message.partition("No such command '")[2].partition("'")[0]
+        code = _complain(f"{message} Did you mean {OTHER_WORDS[word]!r}?" if word in OTHER_WORDS else message)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     sys.exit(code if isinstance(code, int) else 0)

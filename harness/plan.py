@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import os
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -15,8 +12,7 @@ from typing import Any, TypeVar, get_args
 
 from harness.cluster.job import Allocation
 from harness.models.presets import find_preset
-from harness.models.variants import Recipe, Variant, default_depth, find_variant
-from harness.results.statistics import confidence_interval, sample
+from harness.models.variants import Recipe, Variant, default_depth, find_variant, variant_names
 from harness.search_space import apply
 from harness.spec import Engine, Precision, RunSpec, UserError, check_word
 
@@ -27,7 +23,8 @@ ENGINES: tuple[str, ...] = get_args(Engine)
 BATCH_NORMS = ("local", "sync")
 GPU_PRECISIONS = ("tf32", "fp16")
 ANY_IMAGES = ""  # as a given run's fingerprint: those of the data set that is named
-MAX_SEEDS = 10  # of a row, for --until-ci
+MOST_EPOCHS = 1000  # of a recipe in steps
+MOST_NUMBERS = 1000  # in a list of seeds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,19 +65,53 @@ def parse_words(text: str | None, what: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(words))
 
 
-def parse_depths(text: str | None) -> tuple[int, ...]:
-    """ "20,32" -> (20, 32). Whether a depth is legal depends on the variant."""
-    return tuple(_whole(word, "--depths", str(text)) for word in parse_words(text, "--depths"))
+def parse_variants(text: str) -> tuple[str, ...]:
+    """ "msra,he2015" -> ("msra", "he2015"); "all": every one."""
+    return variant_names() if text.strip() == "all" else parse_words(text, "--variants")
+
+
+def parse_depths(text: str | None, variants: Sequence[str] = ()) -> tuple[int, ...]:
+    """ "20,32" -> (20, 32); "20..32" -> those from 20 to 32 that all the variants allow, of which each has its own."""
+
+    def legal(depth: int) -> bool:
+        try:
+            return all(find_variant(name)(depth) for name in variants)
+        except ValueError:
+            return False
+
+    depths: list[int] = []
+    for word in parse_words(text, "--depths"):
+        numbers = _numbers(word, "--depths", str(text))
+        chosen = [n for n in numbers if legal(n)] if len(numbers) > 1 else numbers
+        if not chosen:
+            raise UserError(
+                f"--depths {word}: no depth from {numbers[0]} to {numbers[-1]} is one of {', '.join(variants)}"
+            )
+        depths += chosen
+    return tuple(dict.fromkeys(depths))
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """ "3" -> (0, 1, 2), a count; "0,7" -> (0, 7), the seeds themselves; "7," -> (7,)."""
-    if "," not in text:
+    """ "3" -> (0, 1, 2), a count; "0,7" -> (0, 7), the seeds themselves; "7," -> (7,); "3..5" -> (3, 4, 5)."""
+    if "," not in text and ".." not in text:
         count = _whole(text, "--seeds", text)
-        if not 1 <= count <= 1000:
+        if not 1 <= count <= MOST_NUMBERS:
             raise UserError(f"--seeds {text}: a count from 1 to 1000 is allowed, or a list of seeds as in 0,7")
         return tuple(range(count))
-    return tuple(_whole(word, "--seeds", text) for word in parse_words(text.rstrip(","), "--seeds"))
+    words = parse_words(text.rstrip(","), "--seeds")
+    return tuple(dict.fromkeys(seed for word in words for seed in _numbers(word, "--seeds", text)))
+
+
+def _numbers(word: str, option: str, text: str) -> list[int]:
+    """ "7" -> [7]; "3..5" -> [3, 4, 5]."""
+    first, dots, last = word.partition("..")
+    low = _whole(first, option, text)
+    high = _whole(last, option, text) if dots else low
+    if not low <= high < low + MOST_NUMBERS:
+        raise UserError(
+            f"{option} {word}: a range of at most 1000 numbers, the lowest first, is allowed, as in 20..56"
+        )
+    return list(range(low, high + 1))
 
 
 def _whole(word: str, option: str, text: str) -> int:
@@ -280,55 +311,14 @@ def count_epochs(spec: RunSpec, train_images: int) -> int:
     return total_epochs(spec.recipe, -(-images // spec.recipe.batch_size))
 
 
-def check_until_ci(grid: Grid, until_ci: float | None, max_seeds: int | None) -> None:
-    """Raise UserError unless seeds can be added until an interval is narrow enough."""
-    if until_ci is None:
-        if max_seeds is not None:
-            raise UserError(f"--max-seeds {max_seeds} is for --until-ci, which says until when seeds are added")
-        return
-    if not 0 < until_ci < math.inf:
-        raise UserError(f"--until-ci {until_ci:g}: points of error above 0 are allowed, as in 0.10")
-    least = max(2, len(grid.seeds))
-    if max_seeds is not None and max_seeds < least:
-        raise UserError(f"--max-seeds {max_seeds}: at least {least} is allowed, which --seeds begins with")
-
-
-def error_half_widths(specs: Iterable[RunSpec], errors: Mapping[str, float]) -> dict[RunSpec, float | None]:
-    """Half the 95 % interval of the mean last-epoch error, in points, for every spec (as seed 0) but for its seed.
-
-    `errors` holds finished runs' errors by key. None: a run is missing or its error is not finite. One run: infinite.
-    """
-    rows: dict[RunSpec, list[float]] = defaultdict(list)
+def check_epochs(specs: Iterable[RunSpec], train_images: int) -> None:
+    """Raise UserError where a recipe in steps, made for a larger set, is thousands of epochs of this one."""
     for spec in specs:
-        rows[replace(spec, seed=0)].append(errors.get(spec.key, math.nan))
-
-    def half(values: list[float]) -> float | None:
-        interval = confidence_interval(sample(values))
-        width = interval.high - interval.low if interval else math.inf
-        return width / 2 if all(map(math.isfinite, values)) else None
-
-    return {row: half(values) for row, values in rows.items()}
-
-
-def more_seeds(
-    specs: Sequence[RunSpec], errors: Mapping[str, float], *, until_ci: float, max_seeds: int, concurrent_runs: int
-) -> list[RunSpec]:
-    """The next runs of those rows whose interval is still wider than ±until_ci; none: all are narrow, or at their limit.
-
-    One seed a row at a time, more only where GPUs would stand idle. A row with a run that failed gets no further one.
-    """
-    used: dict[RunSpec, set[int]] = defaultdict(set)
-    for spec in specs:
-        used[replace(spec, seed=0)].add(spec.seed)
-    halves = error_half_widths(specs, errors).items()
-    wide = [row for row, half in halves if half is not None and half > until_ci and len(used[row]) < max_seeds]
-    more = []
-    for row in wide * (max(1, concurrent_runs // len(wide)) if wide else 0):
-        if len(used[row]) < max_seeds:
-            seed = next(n for n in itertools.count() if n not in used[row])
-            used[row].add(seed)
-            more.append(replace(row, seed=seed))
-    return more
+        if spec.recipe.unit == "step" and (epochs := count_epochs(spec, train_images)) > MOST_EPOCHS:
+            raise UserError(
+                f"the {spec.recipe.duration:,} steps of {spec.name}'s recipe are {epochs:,} epochs of {spec.dataset}"
+                f"{' with --limit-train' * bool(spec.limit_train)}: choose with --epochs, as in --epochs 15"
+            )
 
 
 def check_batch(recipe: Recipe, workers: int) -> None:

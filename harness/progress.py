@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 
 def say(console: Console, text: str, style: str = "") -> None:
-    """Print words as they are: unfolded, and with nothing in them taken for markup."""
-    console.print(Text(text, style=style), soft_wrap=True)
+    """Print words as they are, with nothing in them taken for markup; folded between words, on a terminal alone."""
+    console.print(Text(text, style=style), soft_wrap=not console.is_terminal)
 
 
 def make_table(*columns: str, left: Collection[str] = (), fold: bool = False, **options: Any) -> Table:
@@ -42,6 +42,40 @@ def make_table(*columns: str, left: Collection[str] = (), fold: bool = False, **
     for name in columns:
         table.add_column(name, justify="left" if name in left else "right", no_wrap=not fold, overflow=overflow)
     return table
+
+
+def natural_width(columns: Mapping[str, Sequence[str]]) -> int:
+    """Of these columns beside each other, two spaces between."""
+    return sum(max(map(len, [name, *cells])) + 2 for name, cells in columns.items()) - 2
+
+
+def fit_columns(
+    columns: Mapping[str, Sequence[str]], width: int, spare: Sequence[str]
+) -> Mapping[str, Sequence[str]]:
+    """Those of the columns that fit: `spare` ones go first, in their order."""
+    for name in spare:
+        if natural_width(columns) > width:
+            columns = {kept: cells for kept, cells in columns.items() if kept != name}
+    return columns
+
+
+def print_columns(
+    columns: Mapping[str, Sequence[str]],
+    console: Console,
+    *,
+    title: str,
+    left: Collection[str],
+    spare: Sequence[str],
+) -> None:
+    """Print a table of columns of cells. On a terminal `spare` ones are left out, and named, where all do not fit."""
+    kept = fit_columns(columns, console.width, spare) if console.is_terminal else columns
+    table = make_table(*kept, left=left, width=None if console.is_terminal else natural_width(kept))
+    for row in zip(*kept.values(), strict=True):
+        table.add_row(*map(escape, row), style="" if row[0] else "dim")
+    console.print(title, markup=False, highlight=False)
+    console.print(table, crop=console.is_terminal)
+    if dropped := [name for name in columns if name not in kept]:
+        say(console, f"too narrow for {', '.join(dropped)}", style="dim")
 
 
 def load_data(name: str, paths: RunPaths, console: Console) -> Dataset:
@@ -80,6 +114,10 @@ class _Line:
     @property
     def done(self) -> int:
         return self.last.epoch if self.last else 0
+
+
+BAR_WIDTH = 24
+LIVE_COLUMNS = ("run", "epoch", "loss", "error %", "s/epoch", "left", "")  # the last one: a note
 
 
 class LiveTable:
@@ -188,25 +226,42 @@ class Progress(LiveTable):
         return (line.epochs - line.done) * statistics.median(seconds) if seconds else None
 
     def render(self) -> Group:
-        """The runs that fit on the screen."""
-        columns = ("run", "epoch", "", "loss", "error %", "s/epoch", "left", "")
-        table = make_table(*columns, left=("run", "epoch", ""))
+        """The runs that fit on the screen. Figures are whole; name, state, bar and note get what is left beside them."""
         shown = self._shown()
+        cells: dict[str, list[str]] = {name: [] for name in LIVE_COLUMNS}
         for line in shown:
-            last, done = line.last, line.done
-            style = {"done": "green", "failed": "red", "waiting": "dim"}.get(line.state, "")
-            title = line.spec.title if self.many_seeds else line.spec.name
-            table.add_row(
-                title,
-                f"{done}/{line.epochs}",
-                ProgressBar(total=line.epochs, completed=done, width=24),
+            last = line.last
+            row = (
+                line.spec.title if self.many_seeds else line.spec.name,
+                f"{line.done}/{line.epochs}",
                 f"{last.loss:.3f}" if last else "",
                 f"{last.error:.2f}" if last else "",
                 f"{last.train_seconds:.2f}" if last else "",
                 clock(self._left(line)) if line.state == "training" else line.state,
                 line.note,
-                style=style,
             )
+            for column, cell in zip(cells.values(), row, strict=True):
+                column.append(cell)
+        widths = {name: max(map(len, [name, *column])) for name, column in cells.items()}
+        gap = 2 if self.console.width >= 60 else 1
+        room = self.console.width - sum(widths[name] + gap for name in ("epoch", "loss", "error %", "s/epoch"))
+        for name, least in (("run", 8), ("left", widths["left"]), ("bar", 8), ("", 8)):
+            wanted = widths.get(name, BAR_WIDTH)
+            widths[name] = min(wanted, room) if room >= least else 0
+            room -= (widths[name] + gap) * bool(widths[name])
+        names = [
+            name for name in ("run", "epoch", "bar", "loss", "error %", "s/epoch", "left", "") if widths[name]
+        ]
+        table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
+        for name in names:
+            left = name in ("run", "epoch", "bar", "")
+            table.add_column(
+                name.replace("bar", ""), width=widths[name], no_wrap=True, justify="left" if left else "right"
+            )
+        for number, line in enumerate(shown):
+            style = {"done": "green", "failed": "red", "waiting": "dim"}.get(line.state, "")
+            bar = ProgressBar(total=line.epochs, completed=line.done)
+            table.add_row(*(bar if name == "bar" else escape(cells[name][number]) for name in names), style=style)
         hidden = len(self.lines) - len(shown)
         ended = sum(line.state in ("done", "failed") for line in self.lines.values())
         lefts = [self._left(line) for line in self.lines.values()]
@@ -215,7 +270,10 @@ class Progress(LiveTable):
         footer = f"{ended} of {len(self.lines)} runs ended, left {total}"
         if hidden:
             footer += f", {hidden} not shown"
-        return Group(table, Text(footer + "   Ctrl-C stops; the same command resumes", style="dim"))
+        hint = "Ctrl-C stops; the same command resumes"
+        if len(footer) + 3 + len(hint) > self.console.width:
+            return Group(table, Text(footer, style="dim"), Text(hint, style="dim"))
+        return Group(table, Text(f"{footer}   {hint}", style="dim"))
 
     def _shown(self) -> list[_Line]:
         """The lines that fit on the screen, running ones first, in the order of the plan."""
@@ -333,6 +391,25 @@ class JsonLines:
     def _print(self, spec: RunSpec, **what: Any) -> None:
         row = {**what, "variant": spec.variant, "depth": spec.network.depth, "seed": spec.seed, "key": spec.key}
         print(json.dumps(row), file=self.file, flush=True)
+
+
+def width_of(spec: RunSpec) -> str:
+    """ "2×64": workers × batch size of each"""
+    return f"{spec.workers}×{spec.recipe.batch_size // spec.workers}"
+
+
+def duration(seconds: float) -> str:
+    """ "2.5 s", "25 s", "3 min 10 s", "3 h 10 min", "5 d 3 h"."""
+    if seconds < 59.5:
+        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min" + f" {rest} s" * bool(rest)
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours < 48:
+        return f"{hours} h" + f" {minutes} min" * bool(minutes)
+    days, hours = divmod(round(seconds / 3600), 24)
+    return f"{days} d" + f" {hours} h" * bool(hours)
 
 
 def clock(seconds: float | None) -> str:

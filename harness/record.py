@@ -125,6 +125,7 @@ class Recorder:
     known: dict[Path, Stored] = field(default_factory=dict)  # what was read of them, by folder
     started: dict[str, datetime] = field(default_factory=dict)
     nodes: dict[str, list[NodeUse]] = field(default_factory=dict)
+    added: dict[str, float] = field(default_factory=dict)  # by --until-ci: `Record.added_until`, by key
 
     def partial(self, spec: RunSpec) -> Path:
         """The folder of a run that has not finished."""
@@ -187,6 +188,7 @@ class Recorder:
             failure=classify(outcome) if isinstance(outcome, Failed) else None,
             pruned=outcome if isinstance(outcome, Pruned) else None,
             environment={**describe_code(), **self.environment, **environment, "attempts": attempts},
+            added_until=self.added.get(spec.key),
             started_at=self.started[spec.key],
             finished_at=datetime.now(UTC),
         )

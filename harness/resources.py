@@ -15,7 +15,7 @@ from harness.spec import RunPaths, RunSpec, UserError, check_word
 if TYPE_CHECKING:
     from harness.cluster.nodes import Cluster
 
-LAUNCHERS = ("ray", "local")
+LAUNCHERS = ("auto", "ray", "local")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +26,7 @@ class Resources:
     workers: int | None = None  # ranks of a run; None: all GPUs
     runs_per_gpu: int = 1
     address: str | None = None  # of a running Ray cluster; None: this machine
-    launcher: str = "ray"
+    launcher: str = "auto"  # local for one run with one worker on this machine, else ray
     placement: Placement = "pack"
     verbose: bool = False
 
@@ -42,7 +42,7 @@ def check_resources(resources: Resources) -> None:
         raise UserError(
             f"--runs-per-gpu {resources.runs_per_gpu}: runs that share a GPU have one worker, not {resources.workers}"
         )
-    if resources.launcher == "ray":
+    if resources.launcher != "local":
         return
     if resources.address is not None:
         raise UserError("--address is for --launcher ray: the local launcher uses this process only")
@@ -62,8 +62,8 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack) -> Alloc
         cluster = join_cluster(stack, resources.address, cpus=0, gpus=0, verbose=resources.verbose)
         gpus, cpus, where = cluster.gpus, cluster.cpus, f"the cluster at {resources.address}"
     else:
+        from harness.training.host import count_cpus
         from harness.training.nvml import count_gpus
-        from harness.training.telemetry import count_cpus
 
         gpus, cpus, where = count_gpus(), count_cpus(), "this machine"
     resources = fill_from_specs(resources, grid, gpus)
@@ -81,6 +81,14 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack) -> Alloc
             f"{largest} {what} (each worker needs a CPU)"
         )
     return fitted
+
+
+def choose_launcher(resources: Resources, allocation: Allocation, runs: int) -> Resources:
+    """ "auto" decided: Ray takes seconds to start, which one run with one worker on this machine does not need."""
+    if resources.launcher != "auto":
+        return resources
+    alone = runs == allocation.workers == resources.runs_per_gpu == 1 and resources.address is None
+    return replace(resources, launcher="local" if alone else "ray")
 
 
 def fill_from_specs(resources: Resources, grid: Grid, have_gpus: int) -> Resources:
@@ -158,7 +166,7 @@ class Session:
     def join(self) -> None:
         """Start Ray in this machine, unless a cluster was joined or none is needed."""
         job, resources = self.allocation, self.resources
-        if resources.launcher == "ray" and resources.address is None and not self.joined:
+        if resources.launcher != "local" and resources.address is None and not self.joined:
             cpus = job.threads * job.workers * job.concurrent_runs
             join_cluster(self.stack, None, cpus=cpus, gpus=job.gpus, verbose=resources.verbose)
             self.joined = True

@@ -97,7 +97,7 @@ def _parse_dimension(text: str) -> Dimension:
         name, _, rest = text.partition("=")
         _field(name, "--search", text)
         check_word(rest.partition("(")[0].strip(), FUNCTIONS, f"{what}: function")
-        raise UserError(f"{what}: FIELD=FUNCTION(a,b) is allowed, as in lr=loguniform(0.01,1)")
+        raise UserError(f"{what}: FIELD=FUNCTION(a,b) is allowed, as in --search 'lr=loguniform(0.01,1)'")
     name = _field(match[1], "--search", text)
     function: Any = match[2]
     check_word(function, FUNCTIONS, f"{what}: function")

@@ -13,16 +13,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.checklist import BY_NAME, CHECKS, REFUSE, WARN, Check, Result
+from harness.checklist import BY_NAME, CHECKS, REFUSE, WARN, Result
 from harness.cluster.job import Failed, Report, Worker
 from harness.loaders.cache import cache_dir
 from harness.preflight import hash_code
@@ -62,12 +61,12 @@ def identify(model: str) -> dict[str, str]:
     """The combination of a device, its driver, torch, DALI and this code."""
     from harness.training.nvml import driver_version
 
-    driver = "none"
+    driver = ""
     with suppress(Exception):  # no NVML
         driver = driver_version()
     dali = ", ".join(f"{wheel} {version}" for wheel in DALI_WHEELS if (version := installed_version(wheel)))
-    torch = installed_version("torch") or "none"
-    return {"device": model, "driver": driver, "torch": torch, "dali": dali or "none", "code": hash_code()}
+    torch = installed_version("torch") or ""
+    return {"device": model, "driver": driver, "torch": torch, "dali": dali, "code": hash_code()}
 
 
 def identify_node() -> dict[str, str]:
@@ -83,34 +82,30 @@ def find_devices(allocation: Allocation, address: str | None) -> list[Device]:
     """The devices of this machine, or one of each kind of a cluster's nodes. A cluster must have been joined."""
     if address is not None:
         return _find_nodes(allocation)
-    if allocation.device == "cpu":
-        return [Device("cpu", identify("cpu"), partial(measure, "cpu", allocation.threads))]
     from harness.training.nvml import open_visible
 
-    gpus = islice(open_visible(os.environ.get("CUDA_VISIBLE_DEVICES")), allocation.gpus)
-    return [
-        Device(f"cuda:{index}", identify(gpu.model()), partial(measure, f"cuda:{index}", allocation.threads))
-        for index, gpu in enumerate(gpus)
-    ]
+    models = {"cpu": "cpu"}
+    if allocation.device == "cuda":
+        gpus = open_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))[: allocation.gpus]
+        models = {f"cuda:{index}": gpu.model() for index, gpu in enumerate(gpus)}
+    return [Device(n, identify(model), partial(measure, n, allocation.threads)) for n, model in models.items()]
 
 
 def _find_nodes(allocation: Allocation) -> list[Device]:
     from harness.cluster.nodes import Unanswered, ask_every_node
 
+    device, gpus, threads = ("cuda:0", 1, allocation.threads) if allocation.device == "cuda" else ("cpu", 0, 1)
+
     def on_node(node: str, names: Sequence[str], seconds: float) -> list[Result]:
-        device = "cuda:0" if allocation.device == "cuda" else "cpu"
-        ask = partial(_measure_all, device, allocation.threads, names, seconds)
-        gpus = int(allocation.device == "cuda")
+        ask = lambda: list(measure(device, threads, names, seconds))  # noqa: E731
         (answer,) = ask_every_node(ask, timeout_seconds=seconds + 30, only=node, gpus=gpus).values()
         return [Result(n, "left out", answer.reason) for n in names] if isinstance(answer, Unanswered) else answer
 
     devices = dict[str, Device]()
-    for node, combination in ask_every_node(identify_node).items():
-        if not isinstance(combination, Unanswered) and (combination["device"] != "cpu") == (
-            allocation.device == "cuda"
-        ):
-            devices.setdefault(name_of(combination), Device(f"{combination['device']} on {node}", combination,
-                                                            partial(on_node, node)))  # fmt: skip
+    for node, found in ask_every_node(identify_node).items():
+        if not isinstance(found, Unanswered) and (found["device"] != "cpu") == (gpus > 0):
+            name = f"{found['device']} on {node}"
+            devices.setdefault(name_of(found), Device(name, found, partial(on_node, node)))
     return list(devices.values())
 
 
@@ -118,12 +113,11 @@ def make_ranks(
     allocation: Allocation, resources: Resources, paths: RunPaths | None, devices: Sequence[Device]
 ) -> Device:
     """As many ranks as a run has, launched as its are."""
-    combination = {
-        name: " + ".join(sorted({device.combination[name] for device in devices})) for name in identify("")
-    }
-    workers = str(allocation.workers)
-    ask = partial(measure_ranks, allocation, resources, paths)
-    return Device(f"{workers} ranks", combination | {"workers": workers}, ask, ranks=True)
+    workers, models = str(allocation.workers), sorted({device.combination["device"] for device in devices})
+    combination = {**identify(" + ".join(models)), "workers": workers}
+    return Device(
+        f"{workers} ranks", combination, partial(measure_ranks, allocation, resources, paths), ranks=True
+    )
 
 
 # --- how ---
@@ -136,8 +130,10 @@ def measure(device: str, threads: int, names: Sequence[str], seconds: float) -> 
     while waiting and (left := until - time.monotonic()) > 0:
         with tempfile.TemporaryFile("w+", errors="replace") as errors:
             command = [*PROGRAM, device, str(threads), *waiting]
+            # cuBLAS reads it once, before the first kernel: the check of resuming needs it
+            env = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
             pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": errors, "start_new_session": True}
-            with subprocess.Popen(command, text=True, **pipe) as process:
+            with subprocess.Popen(command, text=True, env=env, **pipe) as process:
                 timer = threading.Timer(left, _kill, [process])
                 timer.start()
                 try:
@@ -157,10 +153,6 @@ def measure(device: str, threads: int, names: Sequence[str], seconds: float) -> 
         yield Result(name, "left out", f"not done within {seconds:.0f} s")
 
 
-def _measure_all(device: str, threads: int, names: Sequence[str], seconds: float) -> list[Result]:
-    return list(measure(device, threads, names, seconds))
-
-
 def _kill(process: subprocess.Popen[str]) -> None:
     """End it, with the processes that it has started."""
     with suppress(ProcessLookupError):
@@ -171,13 +163,15 @@ def measure_ranks(
     allocation: Allocation, resources: Resources, paths: RunPaths | None, names: Sequence[str], seconds: float
 ) -> list[Result]:
     """Launch ranks as a run's; they leave out what is not begun in time."""
+    allocation = replace(allocation, concurrent_runs=1, retries=0, placement_timeout_seconds=seconds)
     with ExitStack() as stack:
         out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-check-")))
-        session = Session(replace(allocation, concurrent_runs=1), resources, paths or RunPaths(out=out), stack)
+        session = Session(allocation, resources, paths or RunPaths(out=out), stack)
         check: Any = tuple(names)  # launchers take any specification
         ((_, outcome),) = session.launch(partial(_check_ranks, seconds=seconds), [check], progress=lambda *_: None)
     if isinstance(outcome, Failed):
-        return [Result(name, "failed", outcome.message) for name in names]
+        state = "left out" if outcome.message.startswith("no room") else "failed"
+        return [Result(name, state, outcome.message) for name in names]
     return list(outcome)
 
 
@@ -228,19 +222,17 @@ class Checked:
     def adapt(self, spec: RunSpec) -> RunSpec:
         """The run with a loader and an engine that work. Raises RefusedError where nothing right is left."""
         for check in CHECKS:
-            if not (check.concerns(spec) and self._failed(check)) or check.otherwise == WARN:
+            result = self.results.get(check.name)
+            if result is None or result.state != "failed" or check.otherwise == WARN or not check.concerns(spec):
                 continue
             if check.of is None or check.otherwise == REFUSE:
                 raise RefusedError(
-                    f"{spec.title} is not trained: check {check.name} failed on this device: "
-                    f"{self.results[check.name].detail} (--no-check trains it regardless)"
+                    f"{spec.title} is not trained: check {check.name} failed on this device: {result.detail} "
+                    "(--no-check trains it regardless)"
                 )
             instead: dict[str, Any] = {check.of[0]: check.otherwise}
             return self.adapt(replace(spec, **instead))
         return spec
-
-    def _failed(self, check: Check) -> bool:
-        return check.name in self.results and self.results[check.name].state == "failed"
 
 
 def check_first(
@@ -253,57 +245,48 @@ def check_first(
     """
     if allocation.device == "cpu" or not specs:
         return Checked()
-    if skip:
-        return _conclude({}, specs, console, state="skipped")
-    cache, until = paths.cache_dir or cache_dir(), time.monotonic() + SECONDS
-    every = find_devices(allocation, resources.address)
-    devices = list({name_of(device.combination): device for device in every}.values())
-    if allocation.workers > 1:
-        devices.append(make_ranks(allocation, resources, paths, devices))
-    results: dict[str, Result] = {}
-    runs, announced = list(specs), False
-    while missing := [c.name for c in CHECKS if c.name not in results and any(c.concerns(run) for run in runs)]:
-        results |= {name: Result(name, "left out", "no such device was there") for name in missing}
+    results, runs = dict[str, Result](), list(specs)
+    if not skip:
+        cache, until = paths.cache_dir or cache_dir(), time.monotonic() + SECONDS
+        every = find_devices(allocation, resources.address)
+        devices = list({name_of(device.combination): device for device in every}.values())
+        if allocation.workers > 1:
+            devices.append(make_ranks(allocation, resources, paths, devices))
+    while missing := [c for c in CHECKS if c.name not in results and any(map(c.concerns, runs))] * (not skip):
         for device in devices:
-            names = [name for name in missing if BY_NAME[name].ranks == device.ranks]
+            names = [check.name for check in missing if check.ranks == device.ranks]
             known = load_results(device.combination, cache)
             if new := [name for name in names if name not in known]:
-                if not announced:
-                    model = device.combination["device"]
-                    say(console, f"first run of this code, torch, DALI and driver on {model}: checking it for at most "
-                        f"{SECONDS:.0f} s (--no-check skips)", style="dim")  # fmt: skip
-                    announced = True
+                say(console, f"new here: {device.name} ({device.combination['device']}) with this driver, torch, DALI and "
+                    f"code; checking it for at most {SECONDS:.0f} s (--no-check skips)", style="dim")  # fmt: skip
                 made = list(device.measure(new, max(0.0, until - time.monotonic())))
                 store_results(device.combination, made, cache)
                 known |= {result.name: result for result in made}
-            for name in names:  # of several devices, one that failed counts
-                if results[name].state != "failed":
-                    results[name] = known[name]
+            # of several devices, one that failed counts
+            results |= {
+                name: known[name] for name in names if name not in results or known[name].state == "failed"
+            }
+        for check in missing:
+            results.setdefault(check.name, Result(check.name, "left out", "no such device was there"))
         runs = [Checked(results).adapt(run) for run in runs]
-    return _conclude(results, specs, console)
-
-
-def _conclude(
-    results: dict[str, Result], specs: Sequence[RunSpec], console: Console, state: str | None = None
-) -> Checked:
-    """Say what failed and what is done about it; what records keep of it."""
-    checked, warnings = Checked(results), list[str]()
-    final = [checked.adapt(spec) for spec in specs]
-    for name, result in results.items():
-        check = BY_NAME[name]
-        if result.state == "failed":
-            instead = (
-                f": {check.of[0]} {check.otherwise} in its place" if check.of and check.otherwise != WARN else ""
-            )
-            warnings.append(f"check {name} failed ({result.detail}){instead}")
-    rest_on = [results[c.name].state for c in CHECKS if c.name in results and any(map(c.concerns, final))]
-    if left_out := [name for name, result in results.items() if result.state == "left out"]:
-        warnings.append(f"checks left out: {', '.join(left_out)} ({results[left_out[0]].detail})")
+    warnings = list(_warn(results.values()))
     for warning in warnings:
         say(console, warning)
-    state = state or ("failed" if "failed" in rest_on else "skipped" if "left out" in rest_on else "passed")
+    states = [results[c.name].state for c in CHECKS if c.name in results and any(map(c.concerns, runs))]
+    state = "failed" if "failed" in states else "skipped" if skip or "left out" in states else "passed"
     kept = {
         "status": state, "at": datetime.now(UTC).isoformat(timespec="seconds"), "version": hash_code(),
         "failed": [name for name, result in results.items() if result.state == "failed"],
     }  # fmt: skip
     return Checked(results, {"check": kept}, tuple(warnings))
+
+
+def _warn(results: Collection[Result]) -> Iterator[str]:
+    """A line for each that failed, with what is done about it, and one for those that were left out."""
+    for result in results:
+        check = BY_NAME[result.name]
+        if result.state == "failed":
+            instead = f": {check.of[0]} {check.otherwise} in its place" if check.of else ""
+            yield f"check {result.name} failed ({result.detail}){instead}"
+    if left_out := [result for result in results if result.state == "left out"]:
+        yield f"checks left out: {', '.join(result.name for result in left_out)} ({left_out[0].detail})"

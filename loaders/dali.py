@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from harness.loaders.datasets import Split
-from harness.loaders.resident import upload
+from harness.loaders.resident import upload, zoom
 from harness.loaders.sampling import EpochSample, LoaderConfig, SamplingPlan, make_padded
 
 dali: Any = import_module("nvidia.dali")  # its types would fail mypy --strict
@@ -34,6 +34,8 @@ PREFETCH = 2  # macrobatches made ahead
 class DaliLoader:
     """Follows the plan on `config.device`. Epochs requested in turn are made ahead, across their ends too."""
 
+    calls_ahead = PREFETCH
+
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
         pixels, mean, std = make_padded(split, config.augment, config.normalize)
         self.steps = plan.steps
@@ -47,13 +49,13 @@ class DaliLoader:
         batch = -(-plan.batch_size // plan.world_size)
         height, width = config.augment.crop_size(split)
         target = GPU_MACROBATCH_MIB if self._on_gpu else CPU_MACROBATCH_MIB
-        self._steps_each = max(1, int(target * 2**20 / (12 * height * width * batch)))
+        self.call_steps = max(1, int(target * 2**20 / (12 * height * width * batch)))
 
         self._next = (0, 0)  # epoch and first step of the macrobatch to be fed next
         self._fed: dict[int, tuple[int, int]] = {}  # the same of those fed, by the pipeline's count of runs
         self._runs = 0
         pipeline = dali.Pipeline(
-            batch_size=batch * self._steps_each,
+            batch_size=batch * self.call_steps,
             num_threads=config.threads,
             device_id=self._pixels.device.index if self._on_gpu else None,
             prefetch_queue_depth=PREFETCH,
@@ -67,7 +69,7 @@ class DaliLoader:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = epoch if self._plan.train else 0  # evaluations are all the same
         size = self._plan.draw(epoch).batch_size
-        for first in range(first_step - first_step % self._steps_each, self.steps, self._steps_each):
+        for first in range(first_step - first_step % self.call_steps, self.steps, self.call_steps):
             images, labels = self._take(epoch, first)
             batches = zip(images.split(size), labels.split(size), strict=True)
             yield from islice(batches, max(0, first_step - first), None)
@@ -101,19 +103,24 @@ class DaliLoader:
         """What run number `run` makes, fixed when DALI requests the first of its inputs."""
         if run not in self._fed:
             self._fed[run] = epoch, first = self._next
-            last = first + self._steps_each
+            last = first + self.call_steps
             self._next = (epoch, last) if last < self.steps else (epoch + self._plan.train, 0)
         epoch, first = self._fed[run]
-        return self._plan.draw(epoch).part(first, first + self._steps_each)
+        return self._plan.draw(epoch).part(first, first + self.call_steps)
 
     def _feed_pixels(self, run: int) -> Any:
-        index = self._sample(run).index
-        return self._pixels[upload(index, self._config.device) if self._on_gpu else index]
+        sample = self._sample(run)
+        if sample.side is None:
+            return self._pixels[upload(sample.index, self._config.device) if self._on_gpu else sample.index]
+        index, offset, side = (upload(a, self._config.device) for a in (sample.index, sample.offset, sample.side))
+        squares = zoom(torch.as_tensor(self._pixels)[index], offset, side, self._config.augment.crop or 0)
+        return squares if self._on_gpu else squares.numpy()
 
     def _feed_numbers(self, run: int) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]:
         """Crop positions as DALI wants them, k / span: it rounds position * span, which gives back k."""
         sample = self._sample(run)
-        y, x = (sample.offset / self._span).astype(np.float32).T.copy()
+        offset = sample.offset if sample.side is None else np.zeros_like(sample.offset)  # they are cropped already
+        y, x = (offset / self._span).astype(np.float32).T.copy()
         return y, x, sample.flip.astype(np.int32)
 
 
@@ -132,7 +139,12 @@ def define(
     """
     device = "gpu" if config.device.type == "cuda" else "cpu"
     images = fn.external_source(
-        source=feed_pixels, device=device, no_copy=False, layout="HWC", dtype=types.UINT8, ndim=3
+        source=feed_pixels,
+        device=device,
+        no_copy=False,
+        layout="HWC",
+        ndim=3,
+        dtype=types.FLOAT if config.augment.scale_range else types.UINT8,
     )
     y, x, flip = fn.external_source(
         source=feed_numbers, num_outputs=3, dtype=[types.FLOAT, types.FLOAT, types.INT32], ndim=0

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
 from harness.loaders.datasets import Split
+from harness.loaders.resident import zoom
 from harness.loaders.sampling import LoaderConfig, SamplingPlan
 
-Job = tuple[int, int, int, bool]  # which image, y and x of its crop, whether it is flipped
+Job = tuple[
+    int, int, int, bool, int
+]  # which image, y and x of its crop, whether it is flipped, side to be resized
 
 
 class TorchLoader:
     """Follows the plan with `config.threads` - 1 worker processes; with two threads or fewer, none is fastest."""
+
+    call_steps = 1
 
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
         self.steps = plan.steps
@@ -24,6 +30,7 @@ class TorchLoader:
         self._format = torch.channels_last if config.channels_last else torch.contiguous_format
         self._batches = _Batches(plan)
         workers = 0 if config.threads <= 2 else config.threads - 1
+        self.calls_ahead = 2 * workers  # DataLoader's own
         self._loader: DataLoader[tuple[Tensor, int]] = DataLoader(
             _Transformed(split, config),
             batch_sampler=self._batches,
@@ -56,7 +63,8 @@ class _Batches:
         draw = self._plan.draw(self.epoch)
         for step in range(self.first_step, self._plan.steps):
             part = draw.part(step, step + 1)
-            yield list(zip(part.index.tolist(), *part.offset.T.tolist(), part.flip.tolist(), strict=True))
+            side = [0] * len(part.index) if part.side is None else part.side.tolist()
+            yield list(zip(part.index.tolist(), *part.offset.T.tolist(), part.flip.tolist(), side, strict=True))
 
     def __len__(self) -> int:
         return self._plan.steps - self.first_step
@@ -79,9 +87,14 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
                 self._mean = self._pad(self._mean)
 
     def __getitem__(self, job: Job) -> tuple[Tensor, int]:
-        index, y, x, flip = job
+        index, y, x, flip, side = job
         image, mean = self._images[index], self._mean
-        if self._normalize_first:
+        if side:
+            square = zoom(
+                image.permute(1, 2, 0)[None], torch.tensor([[y, x]]), torch.tensor([side]), self._size[0]
+            )
+            image = self._normalize(square[0].permute(2, 0, 1) / 255, mean)
+        elif self._normalize_first:
             image = functional.crop(self._pad(self._normalize(image, mean)), y, x, *self._size)
         else:
             mean = mean if mean.ndim == 1 else functional.crop(mean, y, x, *self._size)
@@ -89,8 +102,11 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
         return functional.horizontal_flip(image) if flip else image, self._labels[index]
 
     def _pad(self, image: Tensor) -> Tensor:
-        mode = "reflect" if self._augment.pad_mode == "reflect" else "constant"
-        return functional.pad(image, [self._augment.pad], padding_mode=mode) if self._augment.pad else image
+        pad, mode = self._augment.pad, self._augment.pad_mode
+        if mode == "mean" and pad:  # torchvision has no such mode
+            return torch.from_numpy(np.pad(image.numpy(), ((0, 0), (pad, pad), (pad, pad)), mode))
+        known = "reflect" if mode == "reflect" else "constant"
+        return functional.pad(image, [pad], padding_mode=known) if pad else image
 
     def _normalize(self, image: Tensor, mean: Tensor) -> Tensor:
         image = functional.to_dtype(image, torch.float32, scale=True)

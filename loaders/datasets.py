@@ -23,18 +23,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.loaders.cache import Arrays, Metadata, cache_dir, cached, lock
+from harness.loaders.cifar import SUPERCLASS, SUPERCLASSES, TORCHVISION
 
-DATASETS: tuple[str, ...] = ("cifar10", "cifar2", "digits", "miniplaces")
+DATASETS: tuple[str, ...] = ("cifar10", "cifar2", "cifar100", "cifar100-coarse", "digits", "miniplaces")
 """The names `load_dataset` knows; `folder:PATH` is the other way to name one."""
 
 Progress = Callable[[str, int, int], None]
 """Called with the activity, the count done and the total."""
 
-CIFAR10_CLASSES = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-)
 MINIPLACES_TRAIN_IMAGES = 100_000
+ORIGINAL = {"09a5676e728262a768e427676db1b20e1ae9945c739c767c91d3143e7d255138"}  # digits
+"""Fingerprints of published images. CIFAR-10's files have MD5 sums in torchvision; those of Mini-Places2 are not known here."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
 MIXED_SEED = 20151210
 DOWNLOAD_TIMEOUT_SECONDS = 20
@@ -139,8 +138,9 @@ def load_dataset(
 ) -> Dataset:
     """Read a data set, from the cache where it was decoded before.
 
-    cifar10, cifar2 (its first two classes): `data_dir` holds class folders (train/<class>/*, test/<class>/*) or
-    torchvision's `cifar-10-batches-py`, whose checksums are then checked; without it torchvision downloads it.
+    cifar10, cifar2 (its first two classes), cifar100, cifar100-coarse (its 20 superclasses): `data_dir` holds class
+    folders (train/<class>/*, test/<class>/*; for CIFAR-100 the fine classes) or torchvision's folder of batches, whose
+    checksums are then checked; without it torchvision downloads it.
     digits: scikit-learn's, 1,437 + 360 images scaled from 8x8 to 32x32; takes no `data_dir`.
     miniplaces: `data_dir` holds the development kit: train.txt, val.txt, categories.txt, images/. Its test split
     is the kit's validation list. folder:PATH: any class folders of square images of one size.
@@ -158,8 +158,10 @@ def load_dataset(
         return _load_miniplaces(data_dir, cache, progress)
     if name.startswith("folder:"):
         return _load_class_folders(name, Path(name.removeprefix("folder:")).expanduser(), cache, progress)
-    cifar10 = _load_cifar10(data_dir, cache, progress)
-    return cifar10 if name == "cifar10" else _first_two_classes(cifar10)
+    whole = _load_cifar("cifar100" if name.startswith("cifar100") else "cifar10", data_dir, cache, progress)
+    if name == whole.name:
+        return whole
+    return _first_two_classes(whole) if name == "cifar2" else _superclasses(whole)
 
 
 def limit(split: Split, count: int) -> Split:
@@ -214,59 +216,75 @@ def _load_digits(cache: Path) -> Dataset:
         return Content(tuple(str(name) for name in bunch.target_names), train, test)
 
     content, fingerprint = cached(["digits", version("scikit-learn")], read, Content, cache)
-    return Dataset("digits", "digits", fingerprint, True, *content.parts(), flip=False)
+    return Dataset("digits", "digits", fingerprint, fingerprint in ORIGINAL, *content.parts(), flip=False)
 
 
-def _load_cifar10(data_dir: Path | None, cache: Path, progress: Progress | None) -> Dataset:
+def _load_cifar(name: str, data_dir: Path | None, cache: Path, progress: Progress | None) -> Dataset:
+    kind, folder, classes = TORCHVISION[name]
     download = data_dir is None
     data_dir = data_dir or cache / "downloads"
-    batches = data_dir / "cifar-10-batches-py"
+    batches = data_dir / folder
     if download and not batches.is_dir():
-        _download_cifar10(data_dir)
+        _download_cifar(name, data_dir)
     if not batches.is_dir():
-        dataset = _load_class_folders("cifar10", data_dir, cache, progress)
-        if dataset.classes != CIFAR10_CLASSES:
+        dataset = _load_class_folders(name, data_dir, cache, progress)
+        if dataset.classes != classes:
             first = ", ".join(dataset.classes[:3])
-            raise DataError(f"{data_dir}: not CIFAR-10's classes ({first}, ...): try folder:{data_dir}")
+            raise DataError(
+                f"{data_dir}: not {kind[:5]}-{kind[5:]}'s classes ({first}, ...): try folder:{data_dir}"
+            )
         return dataset
     with os.scandir(batches) as entries:
         stats = sorted((entry.name, entry.stat()) for entry in entries)
     signature = [str(batches.resolve()), *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)]
-    content, fingerprint = cached(signature, lambda: _read_cifar10(data_dir), Content, cache)
-    return Dataset("cifar10", "cifar10", fingerprint, True, *content.parts(), flip=True)
+    content, fingerprint = cached(signature, lambda: _read_cifar(name, data_dir), Content, cache)
+    return Dataset(name, name, fingerprint, True, *content.parts(), flip=True)
 
 
-def _read_cifar10(root: Path) -> Content:
-    from torchvision.datasets import CIFAR10
+def _read_cifar(name: str, root: Path) -> Content:
+    from torchvision import datasets
 
+    kind, folder, classes = TORCHVISION[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's, about the age of the pickles
         try:
-            train, test = (CIFAR10(root, train=train, download=False) for train in (True, False))
+            train, test = (getattr(datasets, kind)(root, train=train, download=False) for train in (True, False))
         except RuntimeError as error:
-            path = root / "cifar-10-batches-py"
-            raise DataError(f"{path}: incomplete or corrupt: a file's checksum is not CIFAR-10's") from error
+            title = f"{kind[:5]}-{kind[5:]}"
+            raise DataError(
+                f"{root / folder}: incomplete or corrupt: a file's checksum is not {title}'s"
+            ) from error
     splits = (Split(part.data, np.asarray(part.targets, np.int64)) for part in (train, test))
-    return Content(CIFAR10_CLASSES, *splits)
+    return Content(classes, *splits)
 
 
-def _download_cifar10(root: Path) -> None:
-    from torchvision.datasets import CIFAR10
+def _download_cifar(name: str, root: Path) -> None:
+    from torchvision import datasets
 
     timeout = socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with lock(root / "cifar10.lock"):
+        with lock(root / f"{name}.lock"):
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)  # torchvision sets none
-            CIFAR10(root, download=True)  # which keeps what another process has just downloaded
+            getattr(datasets, TORCHVISION[name][0])(
+                root, download=True
+            )  # keeps what another process has downloaded
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"cifar10 cannot be downloaded ({reason}): name a folder that has it with --data-dir, "
+            f"{name} cannot be downloaded ({reason}): name a folder that has it with --data-dir, "
             "or train on the embedded images with --dataset digits"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
+
+
+def _superclasses(whole: Dataset) -> Dataset:
+    names = tuple(SUPERCLASSES)
+    number = np.array([names.index(SUPERCLASS[fine]) for fine in whole.classes])
+    content = Content(names, *(Split(split.images, number[split.labels]) for split in (whole.train, whole.test)))
+    label = "cifar100-coarse" if whole.original else f"cifar100-coarse of {whole.label}"
+    return Dataset("cifar100-coarse", label, content.fingerprint(), whole.original, *content.parts(), flip=True)
 
 
 def _first_two_classes(whole: Dataset) -> Dataset:
@@ -335,7 +353,7 @@ def _load_miniplaces(root: Path | None, cache: Path, progress: Progress | None) 
     if name in DATASETS and not whole:
         per_class = np.bincount(content.train.labels, minlength=len(names))
         name = f"{name}-{per_class[0]}" if np.ptp(per_class) == 0 else f"{name}@{fingerprint[:8]}"
-    return Dataset("miniplaces", name, fingerprint, whole, *content.parts(), flip=True)
+    return Dataset("miniplaces", name, fingerprint, fingerprint in ORIGINAL, *content.parts(), flip=True)
 
 
 def _list_kit(root: Path, name: str, num_classes: int) -> list[_File]:

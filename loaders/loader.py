@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 from harness.loaders.datasets import Split, suggest
-from harness.loaders.sampling import LoaderConfig, SamplingPlan
+from harness.loaders.sampling import Augment, LoaderConfig, SamplingPlan, Zoom, draw_shares
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,9 @@ LOADERS = {
 
 class Loader(Protocol):
     """Batches of one rank, on its device."""
+
+    call_steps: int  # batches that are made by one call
+    calls_ahead: int  # calls that are made before their batches are requested
 
     @property
     def steps(self) -> int:
@@ -53,12 +56,51 @@ def make_loaders(name: str, train_split: Split, eval_split: Split, config: Loade
         seed=config.seed,
         rank=config.rank,
         world_size=config.world_size,
+        zoom=_make_zoom(augment, train_split),
     )
-    return _loader_type(name)(train_split, plan, config), make_evaluation_loader(name, eval_split, config)
+    make = _loader_type(name)
+    loader = make(train_split, plan, config)
+    if config.mixup:
+        loader = Mixing(loader, make(train_split, replace(plan, partner=True), config), plan, config)
+    return loader, make_evaluation_loader(name, eval_split, config)
+
+
+class Mixing:
+    """A loader's images, each with a share of its partner: mixup over the whole training set.
+
+    The partner has the same crop and the same flip, as if both had been mixed before.
+    """
+
+    def __init__(self, loader: Loader, partners: Loader, plan: SamplingPlan, config: LoaderConfig) -> None:
+        self.steps, self.call_steps, self.calls_ahead = plan.steps, loader.call_steps, loader.calls_ahead
+        self._loaders = loader, partners
+        self._plan, self._config = plan, config
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        from harness.loaders.resident import upload
+
+        shares = draw_shares(self._plan, epoch, self._config.mixup)
+        size = self._plan.draw(epoch).batch_size
+        pairs = zip(*(loader.epoch(epoch, first_step) for loader in self._loaders), strict=True)
+        for step, ((images, labels), (partners, _)) in enumerate(pairs, first_step):
+            share = upload(shares[step * size : (step + 1) * size], images.device)
+            yield images.lerp(partners, share[:, None, None, None]), labels
+
+    def close(self) -> None:
+        for loader in self._loaders:
+            loader.close()
+
+
+def _make_zoom(augment: Augment, split: Split) -> Zoom | None:
+    crop, _ = augment.crop_size(split)
+    return Zoom(split.images.shape[1], crop, *augment.scale_range) if augment.scale_range else None
 
 
 def make_evaluation_loader(name: str, split: Split, config: LoaderConfig) -> Loader:
-    """Every image of `split` once over all ranks, in a fixed mixed order: the centre crop, never flipped."""
+    """Every image of `split` once over all ranks, in a fixed mixed order: the centre crop, never flipped.
+
+    Where training images are scaled, the whole image at the crop's size in place of its centre.
+    """
     augment = config.augment
     # The centre crop of the padded image is that of the image itself, so evaluation needs no padding.
     fits = augment.crop is None or augment.crop <= min(split.images.shape[1:3])
@@ -70,6 +112,7 @@ def make_evaluation_loader(name: str, split: Split, config: LoaderConfig) -> Loa
         rank=config.rank,
         world_size=config.world_size,
         train=False,
+        zoom=_make_zoom(centre, split),
     )
     # synthetic is a bound for training only: an error is one of real images
     return _loader_type("resident" if name == "synthetic" else name)(split, plan, replace(config, augment=centre))

@@ -20,6 +20,8 @@ MACROBATCH_MIB = 64  # of float32 output, on a GPU: so few calls that their cost
 class ResidentLoader:
     """Follows the plan on `config.device`. On a GPU many batches are made by one call and handed out as views of it."""
 
+    calls_ahead = 0
+
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
         pixels, mean, std = make_padded(split, config.augment, config.normalize)
         self.steps = plan.steps
@@ -33,22 +35,28 @@ class ResidentLoader:
         self._mean = torch.from_numpy(np.ascontiguousarray(row)).to(device)
         self._std = torch.from_numpy(np.tile(std, self._crop[1])).to(device)
         batch_mib = 12 * self._crop[0] * self._crop[1] * plan.batch_size / plan.world_size / 2**20
-        self._macrobatch = 1 if device.type == "cpu" else max(1, int(MACROBATCH_MIB / batch_mib))
+        self.call_steps = 1 if device.type == "cpu" else max(1, int(MACROBATCH_MIB / batch_mib))
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         sample = self._plan.draw(epoch)
-        for first in range(first_step, self.steps, self._macrobatch):
-            part = sample.part(first, first + self._macrobatch)
+        for first in range(first_step, self.steps, self.call_steps):
+            part = sample.part(first, first + self.call_steps)
             index, offset, flip = (upload(array, self._device) for array in (part.index, part.offset, part.flip))
-            images, labels = self._make(index, offset, flip), self._labels[index]
+            side = None if part.side is None else upload(part.side, self._device)
+            images, labels = self._make(index, offset, flip, side), self._labels[index]
             yield from zip(images.split(part.batch_size), labels.split(part.batch_size), strict=True)
 
-    def _make(self, index: Tensor, offset: Tensor, flip: Tensor) -> Tensor:
+    def _make(self, index: Tensor, offset: Tensor, flip: Tensor, side: Tensor | None) -> Tensor:
         height, width = self._crop
         mean = self._mean
         if mean.ndim == 3:
             mean = crop(mean[None], torch.zeros_like(index), offset, flip, self._crop).flatten(2)
-        images = crop(self._pixels, index, offset, flip, self._crop).float().flatten(2)  # rows of width * 3
+        if side is None:
+            images = crop(self._pixels, index, offset, flip, self._crop).float()
+        else:
+            images = zoom(self._pixels[index], offset, side, height)
+            images = torch.where(flip[:, None, None, None], images.flip(2), images)
+        images = images.flatten(2)  # rows of width * 3
         images = images.sub_(mean).div_(self._std).view(-1, height, width, 3)
         return images.permute(0, 3, 1, 2).contiguous(memory_format=self._format)
 
@@ -81,3 +89,23 @@ def crop_by_index(images: Tensor, index: Tensor, offset: Tensor, flip: Tensor, s
     columns = torch.arange(size[1], device=images.device)
     columns = offset[:, 1:] + torch.where(flip[:, None], size[1] - 1 - columns, columns)
     return images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def zoom(images: Tensor, offset: Tensor, side: Tensor, size: int) -> Tensor:
+    """The squares at `offset` (n, 2), of `side` (n,), resized to `size`: (n, H, W, C) -> float32 (n, size, size, C).
+
+    Each new pixel is the mean over the area that it covers, as by OpenCV's INTER_AREA, but not rounded.
+    """
+    rows, columns = (_areas(offset[:, axis], side, images.shape[1 + axis], size) for axis in (0, 1))
+    return torch.einsum(
+        "ncw,nrwk->nrck", columns, torch.einsum("nrh,nhwk->nrwk", rows, images.float())
+    ).contiguous()
+
+
+def _areas(start: Tensor, side: Tensor, old: int, new: int) -> Tensor:
+    """(n, new, old): the share of each old pixel in each new one."""
+    step = (side.double() / new)[:, None, None]
+    first = start[:, None, None] + step * torch.arange(new, device=start.device)[:, None]
+    pixel = torch.arange(old, device=start.device)
+    overlap = torch.minimum(first + step, pixel + 1) - torch.maximum(first, pixel)
+    return (overlap.clamp(min=0) / step).float()

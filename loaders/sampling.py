@@ -6,9 +6,9 @@ any two loaders agree tensor by tensor, and any number of ranks trains on the sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,13 @@ from harness.loaders.datasets import Split
 if TYPE_CHECKING:
     import torch
 
-PadMode = Literal["zero", "black", "reflect"]
-NormalizeKind = Literal["pixel-mean", "channel-mean", "channel-mean-std", "imagenet"]
+PadMode = Literal["zero", "black", "reflect", "mean"]
+NormalizeKind = Literal["pixel-mean", "channel-mean", "channel-mean-std", "imagenet", "imagenet-mean"]
 
 EVALUATION_SEED = 20160627  # one mixed order for every run, so that batch statistics see mixed classes
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+NEON_MEAN = (126.80609131, 119.21331787, 104.41227722)  # of 0..255: what neon's batch writer stores for ImageNet
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +34,25 @@ class Augment:
     pad: int
     pad_mode: PadMode
     """zero: zeros after normalisation. black: zeros in the image, before it. reflect: the image mirrored at its
-    edge (which is not repeated). A mean image is padded as the images are; so with one, black equals zero."""
+    edge (which is not repeated). mean: the means of its own rows and columns, rounded (numpy.pad). A mean image is
+    padded as the images are; so with one, black equals zero."""
     crop: int | None
     """Side of the crop in pixels; None: the image's own."""
     flip: bool
+    scale_range: tuple[int, ...] = ()
+    """Least and largest side to which a training image is enlarged before the crop; an evaluated one is reduced to the
+    crop, whole. The pixels are means over areas. (): no image is resized."""
 
     def crop_size(self, split: Split) -> tuple[int, int]:
         """Height and width of the output. Raises ValueError where padding or crop do not fit the images."""
         height, width = split.images.shape[1:3]
         if self.pad_mode == "reflect" and self.pad >= min(height, width):
             raise ValueError(f"padding of {self.pad} by reflection: {width}x{height} images are too small for it")
+        if self.scale_range and (self.pad or height != width or not height <= min(self.scale_range)):
+            least, most = self.scale_range
+            raise ValueError(
+                f"scales {least} to {most} of {width}x{height} images: square ones, no padding, no reduction"
+            )
         if self.crop is None:
             return height, width
         if not 0 < self.crop <= min(height, width) + 2 * self.pad:
@@ -52,6 +62,8 @@ class Augment:
     def span(self, split: Split) -> tuple[int, int]:
         """Largest offset of the crop in the padded image, in y and x."""
         height, width = self.crop_size(split)
+        if self.scale_range:
+            return 0, 0
         _, all_rows, all_columns, _ = split.images.shape
         return all_rows + 2 * self.pad - height, all_columns + 2 * self.pad - width
 
@@ -69,10 +81,13 @@ class Normalize:
 def make_normalize(kind: NormalizeKind, train: Split) -> Normalize:
     """Measure the training images: their mean image, or their mean colour and its standard deviation.
 
-    pixel-mean: arXiv:1512.03385, section 4.2. imagenet: the constants everyone uses, nothing is measured.
+    pixel-mean: arXiv:1512.03385, section 4.2. imagenet and imagenet-mean are constants, nothing is measured.
     """
+    one = np.ones(3, np.float32)
     if kind == "imagenet":
         return Normalize(np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32))
+    if kind == "imagenet-mean":
+        return Normalize(np.array(NEON_MEAN, np.float32) / np.float32(255), one)
     total: NDArray[np.int64] = np.zeros(train.images.shape[1:], np.int64)
     squares = np.zeros_like(total)
     for start in range(0, len(train), 1000):
@@ -80,7 +95,6 @@ def make_normalize(kind: NormalizeKind, train: Split) -> Normalize:
         total += chunk.sum(axis=0, dtype=np.int64)
         if kind == "channel-mean-std":
             squares += np.square(chunk, out=chunk).sum(axis=0, dtype=np.int64)
-    one = np.ones(3, np.float32)
     if kind == "pixel-mean":
         return Normalize((total / (255 * len(train))).astype(np.float32), one)
     pixels = len(train) * total.shape[0] * total.shape[1]
@@ -107,6 +121,8 @@ class LoaderConfig:
     world_size: int = 1
     threads: int = 1
     """CPU threads that a loader may use."""
+    mixup: float = 0.0
+    """Alpha of mixup with a partner from the whole set; 0: the loader mixes nothing."""
     channels_last: bool = True
 
 
@@ -120,6 +136,8 @@ class EpochSample:
     """(m, 2), y and x of the crop within the padded image."""
     flip: NDArray[np.bool_]
     """(m,)."""
+    side: NDArray[np.int64] | None
+    """(m,), of the square that is resized to the crop's size; None: nothing is resized."""
     batch_size: int
     """Images of each batch of this rank; the last batch may have fewer."""
 
@@ -132,7 +150,23 @@ class EpochSample:
     def part(self, first: int, last: int) -> EpochSample:
         """Steps `first` to `last` (not included) of it, or to its end."""
         images = slice(first * self.batch_size, last * self.batch_size)
-        return EpochSample(self.index[images], self.offset[images], self.flip[images], self.batch_size)
+        side = None if self.side is None else self.side[images]
+        return EpochSample(self.index[images], self.offset[images], self.flip[images], side, self.batch_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Zoom:
+    """Squares of an image that are resized to the crop's size, as if the image had been scaled before."""
+
+    image: int  # side
+    crop: int
+    least: int
+    most: int
+
+    def draw(self, generator: np.random.Generator, images: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Side and offset of each square: the scale uniform over whole numbers, then the offset (neon 1.2)."""
+        side = self.crop * self.image // generator.integers(self.least, self.most, images, endpoint=True)
+        return side, generator.integers(0, self.image - side[:, None], (images, 2), endpoint=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +188,8 @@ class SamplingPlan:
     rank: int = 0
     world_size: int = 1
     train: bool = True
+    zoom: Zoom | None = None
+    partner: bool = False  # in place of each image another of the whole set, cropped and flipped as that one is
 
     def __post_init__(self) -> None:
         if not self.world_size <= self.batch_size:
@@ -182,16 +218,35 @@ def _sample_epoch(plan: SamplingPlan, epoch: int) -> EpochSample:
         order = generator.permutation(plan.images)
         offset = generator.integers(0, plan.span, (plan.images, 2), endpoint=True)
         flip = generator.integers(0, 2, plan.images, dtype=np.uint8).astype(bool) & plan.flip
+        if plan.zoom:
+            side, offset = plan.zoom.draw(generator, plan.images)
     else:
         order = np.random.Generator(np.random.PCG64(EVALUATION_SEED)).permutation(plan.images)
         offset = np.full((plan.images, 2), np.array(plan.span) // 2)
         flip = np.zeros(plan.images, bool)
+        side = np.full(plan.images, plan.zoom.image if plan.zoom else 0)
     body, last = np.split(order, [plan.images - plan.images % plan.batch_size])
     if plan.train and 0 < len(last) < plan.world_size:
         last = np.concatenate([last, order[: plan.world_size - len(last)]])
     shares = body.reshape(-1, plan.batch_size)[:, plan.rank :: plan.world_size]
     index = np.concatenate([shares.ravel(), last[plan.rank :: plan.world_size]])
-    return EpochSample(index, offset[index], flip[index], shares.shape[1])
+    sides = side[index] if plan.zoom else None
+    shown = draw_partners(plan, epoch)[index] if plan.partner else index
+    return EpochSample(shown, offset[index], flip[index], sides, shares.shape[1])
+
+
+def draw_partners(plan: SamplingPlan, epoch: int) -> NDArray[np.int64]:
+    """(images,): which image each one is mixed with."""
+    return np.random.Generator(np.random.PCG64([plan.seed, epoch, 1])).permutation(plan.images)
+
+
+def draw_shares(plan: SamplingPlan, epoch: int, alpha: float) -> NDArray[np.float32]:
+    """The partner's share in each image of this rank's epoch: at most a half, so that the label stays.
+
+    min(l, 1 - l), l ~ Beta(alpha + 1, alpha), as in iamVarunAnand/image_classification.
+    """
+    share = np.random.Generator(np.random.PCG64([plan.seed, epoch, 2])).beta(alpha + 1, alpha, plan.images)
+    return np.minimum(share, 1 - share).astype(np.float32)[replace(plan, partner=False).draw(epoch).index]
 
 
 def make_padded(
@@ -204,7 +259,7 @@ def make_padded(
     """
     pixels, mean = split.images, normalize.mean * np.float32(255)
     if augment.pad:
-        mode: Literal["constant", "reflect"] = "reflect" if augment.pad_mode == "reflect" else "constant"
+        mode: Any = augment.pad_mode if augment.pad_mode in ("reflect", "mean") else "constant"
         border = ((augment.pad, augment.pad), (augment.pad, augment.pad), (0, 0))
         pixels = np.pad(pixels, ((0, 0), *border), mode)
         if augment.pad_mode == "zero":  # the mean is zero there too, so that the difference is

@@ -16,6 +16,8 @@ from harness.loaders.sampling import LoaderConfig, SamplingPlan
 class SyntheticLoader:
     """The first batch of the plan's epoch 0, again and again; a last batch of another size is cut from it."""
 
+    call_steps, calls_ahead = 1, 0
+
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
         self.steps = plan.steps
         self._sample = plan.draw(0)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.models.layers import conv1x1, conv3x3, he_init
+from harness.models.layers import IdentityConv, conv1x1, conv3x3, he_init
 from harness.models.variants import IMAGENET_BLOCKS, Network, check_listed_depth
 
 
 class ImageNetResNet(nn.Module):
-    """3x3 stem of stride 2, stages of width 32, 64, 128, 256, global average pooling, affine without bias.
+    """3x3 stem of stride 2, stages of width 32, 64, 128, 256, average pooling, affine without bias.
 
     An image of 112 pixels leaves maps of 7, as in arXiv:1512.03385, table 1, whose blocks a stage these are at
     depths 18, 34 and 50; at 50 a block is a bottleneck and its output four times as wide.
+
+    `window`, of evaluation alone: pool over whole windows of that side, as neon's layer of 7x7 and stride 7 does, which
+    of a map of 8, 10 or 15 leaves out the last rows and columns. None: over all of the map.
     """
+
+    window: int | None = None
 
     def __init__(self, network: Network, num_classes: int) -> None:
         super().__init__()
@@ -31,26 +36,30 @@ class ImageNetResNet(nn.Module):
             width = 4 * middle if bottleneck else middle
             for position in range(blocks):
                 stride = 2 if index > 0 and position == 0 else 1
-                stage.append(ResidualBlock(in_width, middle, width, stride, eps, bottleneck=bottleneck))
+                stage.append(ResidualBlock(network, in_width, middle, width, stride))
                 in_width = width
             self.stages.append(stage)
         self.fc = nn.Linear(in_width, num_classes, bias=False)
+        self.head_bn = nn.BatchNorm1d(num_classes, eps=eps) if network.head_batch_norm else nn.Identity()
         he_init(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn(self.conv(x)), inplace=True)
-        logits: Tensor = self.fc(self.stages(x).mean((2, 3)))
+        x = self.stages(x)
+        if self.window:
+            height, width = (side - side % self.window or side for side in x.shape[2:])
+            x = x[:, :, :height, :width]
+        logits: Tensor = self.head_bn(self.fc(x.mean((2, 3))))
         return logits
 
 
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions, or 1x1, 3x3, 1x1 as a bottleneck; a 1x1 projection where the shape changes."""
 
-    def __init__(
-        self, in_width: int, middle: int, width: int, stride: int, eps: float, *, bottleneck: bool
-    ) -> None:
+    def __init__(self, network: Network, in_width: int, middle: int, width: int, stride: int) -> None:
         super().__init__()
-        if bottleneck:
+        eps = network.batch_norm_eps
+        if network.block == "bottleneck":
             convs = [conv1x1(in_width, middle), conv3x3(middle, middle, stride), conv1x1(middle, width)]
         else:
             convs = [conv3x3(in_width, middle, stride), conv3x3(middle, width)]
@@ -59,7 +68,9 @@ class ResidualBlock(nn.Module):
             self.residual.extend([conv, nn.BatchNorm2d(conv.out_channels, eps=eps), nn.ReLU(inplace=True)])
         del self.residual[-1]  # the last ReLU follows the sum
         self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or in_width != width:
+        if network.shortcut == "identity-conv" and stride != 1:
+            self.shortcut = IdentityConv(in_width, width)
+        elif stride != 1 or in_width != width:
             self.shortcut = nn.Sequential(conv1x1(in_width, width, stride), nn.BatchNorm2d(width, eps=eps))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TRUNCATED_STD = 0.87962566103423978  # of a standard normal cut at 2
 
 
 def conv3x3(in_width: int, width: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -35,10 +39,28 @@ class IdentityConv(nn.Conv2d):
         nn.init.dirac_(self.weight)
 
 
-def he_init(module: nn.Module) -> None:
-    """He initialisation by fan-in of convolutions and affine layers, but not the identity (arXiv:1502.01852)."""
+class EndPadded(nn.Conv2d):
+    """3x3 convolution that pads as TensorFlow's "same" does: at stride 2 an even side after its last pixel alone."""
+
+    def __init__(self, in_width: int, width: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(in_width, width, 3, stride, groups=groups, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        totals = (max(2 - (side - 1) % self.stride[0], 0) for side in (x.shape[3], x.shape[2]))
+        return super().forward(F.pad(x, [part for n in totals for part in (n // 2, n - n // 2)]))
+
+
+def he_init(module: nn.Module, *, truncated: bool = False) -> None:
+    """He initialisation by fan-in of convolutions and affine layers, but not the identity (arXiv:1502.01852).
+
+    truncated: nothing beyond two deviations of the normal, which is widened so that the variance stays (Keras).
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear) and not isinstance(layer, IdentityConv):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            if truncated:
+                std = math.sqrt(2 / layer.weight[0].numel()) / TRUNCATED_STD
+                nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
+            else:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)

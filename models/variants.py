@@ -1,7 +1,8 @@
 """All variants, as plain data: the network, the recipe that trains it, and where both come from.
 
-THE place to add one. A variant is a function of depth that returns a `Variant`; put its name into `VARIANTS`
-at the end of this file and the command line, the plan, the tests and the tables follow. No torch here.
+THE place to add one. A variant is a function of depth that returns a `Variant`, written out or made by `derive`; put
+it into `VARIANTS` at the end of this file and the command line, the plan, the tests and the tables follow. No torch
+here.
 """
 
 from __future__ import annotations
@@ -10,9 +11,15 @@ import difflib
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 Unit = Literal["epoch", "step"]
+
+
+def added(default: Any) -> Any:
+    """A field newer than stored specs: left out of them, too, where it stands at its default."""
+    return field(default=default, metadata={"added": True})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,10 +34,11 @@ class Network:
     block: Literal["basic", "preact", "late-stride", "bottleneck"] = "basic"
     """preact: full pre-activation (arXiv:1603.05027, figure 4(e)). late-stride: a stage's last block does what
     the next stage's first should (fattorib/ResNets-CIFAR10). bottleneck: 1x1, 3x3, 1x1."""
-    shortcut: Literal["A", "identity-conv", "projection"] = "A"
+    shortcut: Literal["A", "identity-conv", "projection", "bare-projection"] = "A"
     """At a change of width. A: subsample, zero-pad channels, no parameters (arXiv:1512.03385, section 4.2).
     identity-conv: 1x1 convolution of stride 2 that starts as the identity (apark263/cfmz). projection: what
-    the architecture has, a 1x1 convolution with whatever stands around it."""
+    the architecture has, a 1x1 convolution with whatever stands around it. bare-projection: the same without its batch
+    norm, and in the first stage too (the weights stored in iamVarunAnand/image_classification)."""
     head_batch_norm: bool = False
     """Batch norm on the output of the final affine layer (apark263/cfmz)."""
     batch_norm_eps: float = 1e-5
@@ -41,6 +49,13 @@ class Network:
     """Groups of a bottleneck's 3x3 convolution (arXiv:1611.05431)."""
     group_width: int = 0
     """Width of one of those groups in the first stage."""
+    stem_width: int = added(0)
+    """Of the first convolution; 0: the first stage's."""
+    init: Literal["he", "truncated-he"] = added("he")
+    """Normal by fan-in (arXiv:1502.01852); truncated-he: none beyond two deviations, with the same variance (Keras)."""
+    padding: Literal["even", "end"] = added("even")
+    """Of 3x3 convolutions of stride 2, where the image's side is even. even: one pixel on each side. end: one after
+    the last pixel alone (TensorFlow's "same")."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +72,7 @@ class Recipe:
     warmup: float = 0
     warmup_lr: float = 0.0
     warmup_shape: Literal["constant", "linear"] = "constant"  # constant at warmup_lr, or a line from it to lr
+    first_step: int = added(0)  # what the schedule counts the first step as; 1 in the Keras callback of the ladder
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
@@ -65,16 +81,23 @@ class Recipe:
     weights of squeeze-and-excitation."""
     label_smoothing: float = 0.0
     mixup: float = 0.0  # alpha; 0 is off
-    normalize: Literal["pixel-mean", "channel-mean", "channel-mean-std", "imagenet"] = "pixel-mean"
+    mixup_partner: Literal["batch", "set"] = added("batch")  # of the rank's batch, or of the whole training set
+    normalize: Literal["pixel-mean", "channel-mean", "channel-mean-std", "imagenet", "imagenet-mean"] = (
+        "pixel-mean"
+    )
     """What is subtracted from an image of range 0..1, and what it is divided by: the training set's mean
-    image, its mean colour, its mean colour and standard deviation, or ImageNet's colours."""
+    image, its mean colour, its mean colour and standard deviation, or ImageNet's colours; imagenet-mean: ImageNet's mean
+    colour as apark263/mpmz has it, and nothing divided."""
     pad: int = 4
-    pad_mode: Literal["zero", "black", "reflect"] = "zero"  # zero: after normalisation; black: before it
+    pad_mode: Literal["zero", "black", "reflect", "mean"] = "zero"
+    """zero: zeros after normalisation; black: before it; mean: of the image's own rows and columns (numpy.pad)."""
     crop: int | None = None  # side of the random crop; None: the image's own
+    scale_range: tuple[int, ...] = added(())
+    """Least and largest side, drawn for each training image, to which it is enlarged before the crop; (): not at all."""
     flip: bool = True
     val: int = 0  # training images held out, and evaluated in place of the test set
     val_stratified: bool = False  # held out in equal shares of every class
-    batch_norm: Literal["local", "sync"] = field(default="local", metadata={"added": True})
+    batch_norm: Literal["local", "sync"] = added("local")
     """Whose images a training batch's statistics are of: each worker's own, as under DDP, or all workers'."""
 
 
@@ -88,6 +111,8 @@ class Variant:
     source: str
     summary: str
 
+
+NEON_EPS = 1e-3  # of its batch norms
 
 VariantFunction = Callable[[int], Variant]
 
@@ -104,6 +129,51 @@ def check_listed_depth(depth: int, depths: Collection[int]) -> None:
     """Raise ValueError unless depth is one of those."""
     if depth not in depths:
         raise ValueError(f"depth {depth} is none of {', '.join(map(str, depths))}")
+
+
+SIX_N = partial(check_depth, multiple=6)
+
+
+def declare(
+    name: str,
+    summary: str,
+    source: str,
+    *,
+    depth: int,
+    check: Callable[[int], None],
+    recipe: Recipe,
+    **network: Any,
+) -> VariantFunction:
+    """A variant whose recipe and fields of the network are the same at every depth that `check` lets pass."""
+    default = depth
+
+    def variant(depth: int = default) -> Variant:
+        check(depth)
+        own = Network(depth=depth, **network)
+        return Variant(name=name, network=own, recipe=recipe, source=source, summary=summary)
+
+    variant.__name__, variant.__doc__ = name.replace("-", "_"), summary
+    return variant
+
+
+def derive(base: VariantFunction, name: str, summary: str, source: str = "", **changes: Any) -> VariantFunction:
+    """The variant `name`: `base` at the same depths, with other fields of its network and its recipe."""
+    networks = {field: value for field, value in changes.items() if field in Network.__dataclass_fields__}
+    recipes = {field: value for field, value in changes.items() if field not in networks}
+
+    def variant(depth: int = default_depth(base)) -> Variant:
+        own = base(depth)
+        network, recipe = replace(own.network, **networks), replace(own.recipe, **recipes)
+        return Variant(name=name, network=network, recipe=recipe, source=source or own.source, summary=summary)
+
+    variant.__name__, variant.__doc__ = name.replace("-", "_"), summary
+    return variant
+
+
+def default_depth(function: VariantFunction) -> int:
+    """The depth of a variant where none is chosen."""
+    default: int = inspect.signature(function).parameters["depth"].default
+    return default
 
 
 def he2015(depth: int = 20) -> Variant:
@@ -125,36 +195,16 @@ def he2015(depth: int = 20) -> Variant:
     )
 
 
-def msra(depth: int = 20) -> Variant:
-    """apark263/cfmz, written for neon: batch norm on the output, projections that start as the identity.
+# Its images are bytes less the mean colour, of range 255 where ours is 1; the batch norm after the stem makes them equal.
+msra = declare(
+    "msra", "180 epochs, lr 0.1 dropped at 90 and 135, batch norm on the output", "github.com/apark263/cfmz",
+    depth=20, check=SIX_N, shortcut="identity-conv", head_batch_norm=True, batch_norm_eps=NEON_EPS,
+    recipe=Recipe(duration=180, milestones=(90, 135), normalize="channel-mean", pad_mode="mean"),
+)  # fmt: skip
 
-    Its images are bytes less the mean colour, of range 255 where ours is 1; the batch norm after the stem
-    makes the two equal. Its border is each image's own row and column means, ours the mean colour.
-    """
-    check_depth(depth, multiple=6)
-    return Variant(
-        name="msra",
-        network=Network(
-            depth=depth,
-            shortcut="identity-conv",
-            head_batch_norm=True,
-            batch_norm_eps=1e-3,  # neon's
-        ),
-        recipe=Recipe(duration=180, milestones=(90, 135), normalize="channel-mean"),
-        source="github.com/apark263/cfmz",
-        summary="180 epochs, lr 0.1 dropped at 90 and 135, batch norm on the output",
-    )
-
-
-def preact(depth: int = 20) -> Variant:
-    """Full pre-activation: arXiv:1603.05027, figure 4(e)."""
-    return replace(
-        he2015(depth),
-        name="preact",
-        network=Network(depth=depth, block="preact"),
-        source="arXiv:1603.05027 figure 4(e)",
-        summary="he2015 with batch norm and ReLU before each convolution",
-    )
+preact = derive(
+    he2015, "preact", "he2015, pre-activated: arXiv:1603.05027 figure 4(e)", "arXiv:1603.05027", block="preact",
+)  # fmt: skip
 
 
 def fattorib(depth: int = 20) -> Variant:
@@ -186,11 +236,11 @@ IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 74: (9,
 """Blocks in each of the four stages, by depth: arXiv:1512.03385, table 1; 74 is apark263/mpmz's own."""
 
 
-def miniplaces(depth: int = 18) -> Variant:
-    """Mini-Places2, images of 128 pixels cropped to 112: apark263/mpmz, written for neon.
+def miniplaces(depth: int = 74) -> Variant:
+    """Mini-Places2, images of 128 pixels cropped to 112: apark263/mpmz@76a2b88, written for neon.
 
-    Its script has 9 basic blocks a stage, 74 layers, and since its published error also varies scale, aspect
-    and contrast; its README, followed here, has mean subtraction, crops and flips only.
+    The network is that of its last script, trained as its README says, by mean subtraction, crops and flips alone;
+    the script itself varies scale, aspect and contrast too. It published no error: `mpmz` has.
     """
     check_listed_depth(depth, IMAGENET_BLOCKS)
     return Variant(
@@ -200,44 +250,35 @@ def miniplaces(depth: int = 18) -> Variant:
             architecture="imagenet",
             block="bottleneck" if depth == 50 else "basic",
             shortcut="projection",
-            batch_norm_eps=1e-3,  # neon's
+            batch_norm_eps=NEON_EPS,
         ),
         recipe=Recipe(
-            duration=80,
-            milestones=(40, 70),
-            weight_decay=5e-4,
-            normalize="channel-mean",
-            pad=0,
-            crop=112,
+            duration=80, milestones=(40, 70), weight_decay=5e-4, normalize="channel-mean", pad=0, crop=112
         ),
         source="github.com/apark263/mpmz",
         summary="80 epochs, lr 0.1 dropped at 40 and 70, crops of 112 pixels",
     )
 
 
+mpmz = derive(
+    miniplaces, "mpmz",
+    "the network of the published 17.5 %: shortcuts that start as the identity, batch norm on the output",
+    "github.com/apark263/mpmz@49b0525", shortcut="identity-conv", head_batch_norm=True,
+    normalize="imagenet-mean", scale_range=(128, 240),
+)  # fmt: skip
+
 CONVNET_DEPTHS = (8,)
 
 
-def convnet(depth: int = 8) -> Variant:
-    """A programming exercise's network for the first two classes of CIFAR-10: KaushikRoy94/Work."""
-    check_listed_depth(depth, CONVNET_DEPTHS)
-    return Variant(
-        name="convnet",
-        network=Network(depth=depth, architecture="convnet", shortcut="projection"),
-        recipe=Recipe(
-            duration=5,
-            schedule="linear",
-            weight_decay=0.0,
-            normalize="channel-mean-std",
-            pad=0,
-            flip=False,
-        ),
-        source="github.com/KaushikRoy94/Work",
-        summary="5 epochs, lr 0.1 falling linearly to 0, no augmentation, for cifar2",
-    )
-
+convnet = declare(
+    "convnet", "5 epochs, lr 0.1 falling linearly to 0, no augmentation, for cifar2",
+    "github.com/KaushikRoy94/Work", depth=8, check=partial(check_listed_depth, depths=CONVNET_DEPTHS),
+    architecture="convnet", shortcut="projection",
+    recipe=Recipe( duration=5, schedule="linear", weight_decay=0.0, normalize="channel-mean-std", pad=0, flip=False ),
+)  # fmt: skip
 
 LADDER = "github.com/iamVarunAnand/image_classification"
+X: dict[str, Any] = {"architecture": "xresnet", "shortcut": "projection", "batch_norm_eps": 2e-5}
 
 LADDER_RECIPE = Recipe(
     duration=180,
@@ -253,137 +294,77 @@ LADDER_RECIPE = Recipe(
 )
 
 
-def xresnet(depth: int = 20) -> Variant:
-    """The ladder's first step: pre-activation, average-pool shortcuts, average and maximum pooled together."""
-    check_depth(depth, multiple=6)
-    return Variant(
-        name="xresnet",
-        network=Network(depth=depth, architecture="xresnet", shortcut="projection", batch_norm_eps=2e-5),
-        recipe=LADDER_RECIPE,
-        source=LADDER,
-        summary="180 epochs, lr 0.1 dropped at 90 and 135 after one at 0.01, 5,000 images held out",
-    )
+xresnet = declare(
+    "xresnet",
+    "the ladder's first step: pre-activation, average-pool shortcuts, both poolings; 5,000 images held out",
+    LADDER, depth=20, check=SIX_N, recipe=LADDER_RECIPE, **X,
+)  # fmt: skip
+COSINE: dict[str, Any] = {
+    "schedule": "cosine", "milestones": (), "warmup": 5, "warmup_lr": 0.0, "warmup_shape": "linear",
+}  # fmt: skip
+SQUEEZE: dict[str, Any] = {"squeeze_ratio": 16, "decay": "kernels-but-squeeze"}
+
+mxresnet = derive(xresnet, "mxresnet", "xresnet with Mish (arXiv:1908.08681)", activation="mish")
+se_mxresnet = derive(mxresnet, "se-mxresnet", "mxresnet with squeeze-and-excitation (arXiv:1709.01507)", **SQUEEZE)
+se_mxresnet_cosine = derive(
+    se_mxresnet, "se-mxresnet-cosine", "se-mxresnet with cosine decay after 5 epochs of warm-up", **COSINE,
+)  # fmt: skip
+se_mxresnet_smooth = derive(
+    se_mxresnet_cosine, "se-mxresnet-smooth", "se-mxresnet-cosine with label smoothing 0.1",
+    label_smoothing=0.1,
+)  # fmt: skip
+se_mxresnet_mixup = derive(se_mxresnet_smooth, "se-mxresnet-mixup", "se-mxresnet-smooth with mixup 0.4", mixup=0.4)
+se_mxresnet_reflect = derive(
+    se_mxresnet_mixup, "se-mxresnet-reflect", "se-mxresnet-mixup with reflection padding", pad_mode="reflect",
+)  # fmt: skip
 
 
-def mxresnet(depth: int = 20) -> Variant:
-    """xresnet with Mish (arXiv:1908.08681)."""
-    base = xresnet(depth)
-    network = replace(base.network, activation="mish")
-    return replace(base, name="mxresnet", network=network, summary="xresnet with Mish")
+xresnext_16x2d = declare(
+    "xresnext-16x2d", "xresnet with bottlenecks of 16 groups of width 2 (arXiv:1611.05431)", LADDER, depth=29,
+    check=partial(check_depth, multiple=9), recipe=LADDER_RECIPE, **X, block="bottleneck", cardinality=16,
+    group_width=2,
+)  # fmt: skip
+xresnet_bottleneck = derive(
+    xresnext_16x2d, "xresnet-bottleneck", "xresnet with bottlenecks of width 16", cardinality=1, group_width=16,
+)  # fmt: skip
+se_mxresnext_16x2d = derive(
+    xresnext_16x2d, "se-mxresnext-16x2d", "xresnext-16x2d with Mish and squeeze-and-excitation",
+    activation="mish", **SQUEEZE,
+)  # fmt: skip
+se_mxresnext_16x2d_reflect = derive(
+    se_mxresnext_16x2d, "se-mxresnext-16x2d-reflect",
+    "se-mxresnext-16x2d with the recipe of se-mxresnet-reflect", label_smoothing=0.1, mixup=0.4,
+    pad_mode="reflect", **COSINE,
+)  # fmt: skip
 
-
-def se_mxresnet(depth: int = 20) -> Variant:
-    """mxresnet with squeeze-and-excitation (arXiv:1709.01507)."""
-    base = mxresnet(depth)
-    network = replace(base.network, squeeze_ratio=16)
-    recipe = replace(base.recipe, decay="kernels-but-squeeze")
-    summary = "mxresnet with squeeze-and-excitation"
-    return replace(base, name="se-mxresnet", network=network, recipe=recipe, summary=summary)
-
-
-def se_mxresnet_cosine(depth: int = 20) -> Variant:
-    """se-mxresnet with cosine decay after 5 epochs of warm-up."""
-    base = se_mxresnet(depth)
-    recipe = replace(base.recipe, schedule="cosine", milestones=(), warmup=5, warmup_lr=0.0, warmup_shape="linear")
-    summary = "se-mxresnet with cosine decay after 5 epochs of warm-up"
-    return replace(base, name="se-mxresnet-cosine", recipe=recipe, summary=summary)
-
-
-def se_mxresnet_smooth(depth: int = 20) -> Variant:
-    """se-mxresnet-cosine with label smoothing."""
-    base = se_mxresnet_cosine(depth)
-    recipe = replace(base.recipe, label_smoothing=0.1)
-    summary = "se-mxresnet-cosine with label smoothing 0.1"
-    return replace(base, name="se-mxresnet-smooth", recipe=recipe, summary=summary)
-
-
-def se_mxresnet_mixup(depth: int = 20) -> Variant:
-    """se-mxresnet-smooth with mixup: a weight of its own for each image, the label of the heavier part."""
-    base = se_mxresnet_smooth(depth)
-    recipe = replace(base.recipe, mixup=0.4)
-    return replace(base, name="se-mxresnet-mixup", recipe=recipe, summary="se-mxresnet-smooth with mixup 0.4")
-
-
-def se_mxresnet_reflect(depth: int = 20) -> Variant:
-    """se-mxresnet-mixup with reflection padding: the ladder's whole recipe."""
-    base = se_mxresnet_mixup(depth)
-    recipe = replace(base.recipe, pad_mode="reflect")
-    summary = "se-mxresnet-mixup with reflection padding"
-    return replace(base, name="se-mxresnet-reflect", recipe=recipe, summary=summary)
-
-
-def xresnext_16x2d(depth: int = 29) -> Variant:
-    """xresnet with bottlenecks of 16 groups of width 2 (arXiv:1611.05431)."""
-    check_depth(depth, multiple=9)
-    return Variant(
-        name="xresnext-16x2d",
-        network=Network(
-            depth=depth,
-            architecture="xresnet",
-            block="bottleneck",
-            shortcut="projection",
-            batch_norm_eps=2e-5,
-            cardinality=16,
-            group_width=2,
-        ),
-        recipe=LADDER_RECIPE,
-        source=LADDER,
-        summary="xresnet with grouped bottlenecks",
-    )
-
-
-def xresnet_bottleneck(depth: int = 29) -> Variant:
-    """xresnext-16x2d ungrouped: the first line of its source's table of cardinalities, 1 group of width 16.
-
-    Its source keeps no code for it, and counts 0.31M parameters where this has 0.32M.
-    """
-    base = xresnext_16x2d(depth)
-    network = replace(base.network, cardinality=1, group_width=16)
-    summary = "xresnet with bottlenecks of width 16"
-    return replace(base, name="xresnet-bottleneck", network=network, summary=summary)
-
-
-def se_mxresnext_16x2d(depth: int = 29) -> Variant:
-    """xresnext-16x2d with Mish and squeeze-and-excitation."""
-    base = xresnext_16x2d(depth)
-    network = replace(base.network, activation="mish", squeeze_ratio=16)
-    recipe = replace(base.recipe, decay="kernels-but-squeeze")
-    summary = "xresnext-16x2d with Mish and squeeze-and-excitation"
-    return replace(base, name="se-mxresnext-16x2d", network=network, recipe=recipe, summary=summary)
-
-
-def se_mxresnext_16x2d_reflect(depth: int = 29) -> Variant:
-    """se-mxresnext-16x2d trained by the ladder's whole recipe, as its published error was."""
-    base, recipe = se_mxresnext_16x2d(depth), se_mxresnet_reflect().recipe
-    summary = "se-mxresnext-16x2d with the recipe of se-mxresnet-reflect"
-    return replace(base, name="se-mxresnext-16x2d-reflect", recipe=recipe, summary=summary)
-
-
-VARIANTS: tuple[VariantFunction, ...] = (
-    he2015,
-    msra,
-    preact,
-    fattorib,
-    miniplaces,
-    convnet,
-    xresnet,
-    mxresnet,
-    se_mxresnet,
-    se_mxresnet_cosine,
-    se_mxresnet_smooth,
-    se_mxresnet_mixup,
-    se_mxresnet_reflect,
-    xresnext_16x2d,
-    xresnet_bottleneck,
-    se_mxresnext_16x2d,
-    se_mxresnext_16x2d_reflect,
+LADDER_VARIANTS = (
+    *(xresnet, mxresnet, se_mxresnet, se_mxresnet_cosine, se_mxresnet_smooth, se_mxresnet_mixup),
+    *(se_mxresnet_reflect, xresnext_16x2d, xresnet_bottleneck, se_mxresnext_16x2d, se_mxresnext_16x2d_reflect),
 )
 
 
-def default_depth(function: VariantFunction) -> int:
-    """The depth of a variant where none is chosen."""
-    default: int = inspect.signature(function).parameters["depth"].default
-    return default
+def as_in_keras(base: VariantFunction) -> VariantFunction:
+    """The variant "keras-...": as its source's own code and stored weights make it, where torch does otherwise.
+
+    Basic blocks have the shortcuts of the stored weights, XResNeXt the stem of commit 59e44ed: their parameters are
+    those that the README counts.
+    """
+    own = base(default_depth(base))
+    changes: dict[str, Any] = {"init": "truncated-he", "padding": "end", "shortcut": "bare-projection"}
+    if own.network.block == "bottleneck":
+        changes |= {"shortcut": "projection", "stem_width": 0 if own.network.squeeze_ratio else 16}
+    if own.recipe.schedule == "cosine":
+        changes["first_step"] = 1
+    if own.recipe.mixup:
+        changes["mixup_partner"] = "set"
+    return derive(base, f"keras-{own.name}", f"{own.name} as its source computes it, in Keras", **changes)
+
+
+VARIANTS: tuple[VariantFunction, ...] = (
+    *(he2015, msra, preact, fattorib, miniplaces, mpmz, convnet),
+    *LADDER_VARIANTS,
+    *map(as_in_keras, LADDER_VARIANTS),
+)
 
 
 def variant_names() -> tuple[str, ...]:

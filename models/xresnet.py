@@ -6,16 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.models.layers import activation, conv1x1, conv3x3, he_init
+from harness.models.layers import EndPadded, activation, conv1x1, conv3x3, he_init
 from harness.models.variants import Network, check_depth
 
 
 class XResNet(nn.Module):
     """3x3 stem, three stages of n pre-activation blocks, both global poolings side by side, affine.
 
-    Basic blocks of width 16, 32, 64 make 6n+2 layers, bottlenecks of width 64, 128, 256 make 9n+2. The original
-    is written for Keras, whose 3x3 convolutions of stride 2 pad an even image after its last pixel alone; here
-    all four sides are padded.
+    Basic blocks of width 16, 32, 64 make 6n+2 layers, bottlenecks of width 64, 128, 256 make 9n+2.
     """
 
     def __init__(self, network: Network, num_classes: int) -> None:
@@ -26,9 +24,9 @@ class XResNet(nn.Module):
         blocks = (network.depth - 2) // (3 * per_block)
         base = 64 if bottleneck else 16
 
-        self.conv = conv3x3(3, base)
+        in_width = network.stem_width or base
+        self.conv = conv3x3(3, in_width)
         self.stages = nn.Sequential()
-        in_width = base
         for index in range(3):
             width = base << index
             stage = nn.Sequential()
@@ -39,7 +37,7 @@ class XResNet(nn.Module):
             self.stages.append(stage)
         self.activation = activation(in_width, network.batch_norm_eps, network.activation)
         self.fc = nn.Linear(2 * in_width, num_classes)
-        he_init(self)
+        he_init(self, truncated=network.init == "truncated-he")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.activation(self.stages(self.conv(x)))
@@ -52,29 +50,33 @@ class XBlock(nn.Module):
     """Pre-activation block: two 3x3 convolutions, or a bottleneck whose 3x3 convolution is grouped.
 
     The first block of a stage takes its shortcut from the activated input: 2x2 average, 1x1 convolution, batch
-    norm. A basic block of stride 1 keeps its width and has the plain shortcut even there.
+    norm. A basic block of stride 1 keeps its width and has the plain shortcut even there, unless the shortcuts are bare.
     """
 
     def __init__(self, network: Network, in_width: int, width: int, stride: int, *, first: bool) -> None:
         super().__init__()
+        conv = EndPadded if network.padding == "end" else conv3x3
         if network.block == "bottleneck":
             groups = network.cardinality
             middle = groups * network.group_width * width // 64
             convs = [
                 conv1x1(in_width, middle),
-                conv3x3(middle, middle, stride, groups),
+                conv(middle, middle, stride, groups),
                 conv1x1(middle, width),
             ]
         else:
-            convs = [conv3x3(in_width, width, stride), conv3x3(width, width)]
+            convs = [conv(in_width, width, stride), conv3x3(width, width)]
         self.activation = activation(in_width, network.batch_norm_eps, network.activation)
         self.residual = nn.Sequential(convs[0])
-        for conv in convs[1:]:
-            self.residual.extend([activation(conv.in_channels, network.batch_norm_eps, network.activation), conv])
+        for layer in convs[1:]:
+            self.residual.extend(
+                [activation(layer.in_channels, network.batch_norm_eps, network.activation), layer]
+            )
         if network.squeeze_ratio:
             self.residual.append(SqueezeExcite(width, width // network.squeeze_ratio))
-        projects = first and (network.block == "bottleneck" or stride == 2)
-        self.shortcut = AverageShortcut(in_width, width, stride) if projects else None
+        bare = network.shortcut == "bare-projection"
+        projects = first and (bare or network.block == "bottleneck" or stride == 2)
+        self.shortcut = AverageShortcut(in_width, width, stride, bare=bare) if projects else None
 
     def forward(self, x: Tensor) -> Tensor:
         activated = self.activation(x)
@@ -84,17 +86,17 @@ class XBlock(nn.Module):
 
 
 class AverageShortcut(nn.Module):
-    """Mean of 2x2 pixels at the given stride, cut off at the border, then 1x1 convolution and batch norm.
+    """Mean of 2x2 pixels at the given stride, cut off at the border, then 1x1 convolution and, unless bare, batch norm.
 
     Its batch norm has Keras's defaults where the others have values of their own: eps 1e-3, momentum 0.99, which
     torch counts as 0.01.
     """
 
-    def __init__(self, in_width: int, width: int, stride: int) -> None:
+    def __init__(self, in_width: int, width: int, stride: int, *, bare: bool = False) -> None:
         super().__init__()
         self.stride = stride
         self.conv = conv1x1(in_width, width)
-        self.bn = nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)
+        self.bn = nn.Identity() if bare else nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride == 1:

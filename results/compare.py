@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple
 
@@ -35,10 +35,19 @@ IDENTITY = ("variant", "network.depth", "dataset")
 IMAGES = ("dataset", "fingerprint", "limit_test", "recipe.val", "recipe.val_stratified")
 """Errors are compared only where these agree: they are then of the same images."""
 FOLLOWS: Mapping[str, tuple[str, ...]] = {
-    "workers": ("threads",), "device": ("hardware", "threads"), "variant": ("network.", "recipe.", "overrides")
-}  # fmt: skip
+    "workers": ("threads", "concurrent runs"),
+    "device": ("hardware", "threads", "cpus", "driver", "cuda", "cudnn"),
+    "hardware": ("threads", "cpus", "driver", "cuda", "cudnn", "platform"),
+    "torch": ("torchvision", "cuda", "cudnn"),
+    "variant": ("network.", "recipe.", "overrides"),
+}
 """Fields, or beginnings of their names, that may change with the one that `--by` names."""
-CODE = ("code",)  # what two folders are compared for, as a rule
+EXPECTED = {
+    "code", "commit", "uncommitted changes", "resnet-harness", "check", "launcher", "host", "parameters", "warm-up epochs",
+    "images evaluated", "test images",
+}  # fmt: skip
+"""What two folders are compared for as a rule, and what follows from it or changes no figure. All else that was not chosen
+must be alike: machines and versions."""
 SESSION_SPREAD = 0.03  # of seconds, from one session to another: std, as a share
 SESSION_GAP = timedelta(hours=1)
 
@@ -95,7 +104,9 @@ class Pair:
     b: Row | None
     differs: Mapping[str, tuple[str, str]]  # field -> its value in A and in B
     figures: tuple[Comparison, ...]
-    unlike: tuple[str, ...] = ()  # machines and versions that differ and that nobody chose
+    unlike: Mapping[str, tuple[str, str]] = field(
+        default_factory=dict
+    )  # machines and versions that differ unchosen
 
     @property
     def name(self) -> str:
@@ -113,8 +124,8 @@ class Pair:
             yield f"{len(after)} failed in B ({', '.join(after)}), {len(before)} in A"
         elif not self.b.done:
             yield "has no finished run in B"
-        for name in self.unlike:
-            yield f"unlike {name}: {' → '.join(self.differs[name])} (--across {name} overlooks it)"
+        for name, (a, b) in self.unlike.items():
+            yield f"unlike {name}: {a} → {b} (--across '{name}' overlooks it)"
 
 
 def _failures(row: Row) -> list[str]:
@@ -174,29 +185,31 @@ def compare_by(rows: Sequence[Row], by: str, metrics: Sequence[str] = ()) -> lis
 
     Raises ValueError for an unknown metric, field or value, for a field that has one value only, and for the images.
     """
-    field, _, chosen = by.partition("=")
+    by_field, _, chosen = by.partition("=")
     known = sorted({name for row in rows for name in row.fields})
-    if field not in known:
-        raise ValueError(f"no field {field!r} in these runs: {suggest(field, known)}")
-    if field in (*IMAGES, "label"):
-        raise ValueError(f"{field}: errors on different images are not comparable")
+    if by_field not in known:
+        raise ValueError(f"no field {by_field!r} in these runs: {suggest(by_field, known)}")
+    if by_field in (*IMAGES, "label"):
+        raise ValueError(f"{by_field}: errors on different images are not comparable")
     sides: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if row.done or field in row.fields:
-            sides[row.fields.get(field, NONE)].append(row)
+        if row.done or by_field in row.fields:
+            sides[row.fields.get(by_field, NONE)].append(row)
     order = [word.strip() for word in chosen.split(",")] if chosen else sorted(sides, key=_natural)
     if unknown := [value for value in order if value not in sides]:
-        raise ValueError(f"no run has {field} {unknown[0]!r}: {suggest(unknown[0], sorted(sides))}")
+        raise ValueError(f"no run has {by_field} {unknown[0]!r}: {suggest(unknown[0], sorted(sides))}")
     first, *others = dict.fromkeys(order)
     if not others:
-        raise ValueError(f"all runs have {field} {first}: nothing to compare")
-    following = tuple(name for name in known if name.startswith(FOLLOWS.get(field, ())) and name not in _FIXED)
-    names = [name for name in ("dataset", *known) if name != field and name not in following]
+        raise ValueError(f"all runs have {by_field} {first}: nothing to compare")
+    follows = FOLLOWS.get(by_field, ())
+    bound = ("dataset", *(name for name in known if name != by_field))
+    names = [name for name in bound if name in _FIXED or not name.startswith(follows)]
     if any(len({_key(row, names) for row in side if row.done}) < sum(bool(row.done) for row in side)
            for side in sides.values()):  # fmt: skip
-        names, following = sorted({*names, *following}), ()  # rows of one side differ in them
+        names, follows = list(bound), ()  # rows of one side differ in them
     pairs = [pair for value in others for pair in _match(sides[first], sides[value], names, metrics)]
-    return [replace(p, unlike=tuple(n for n in p.unlike if n not in (field, *following))) for p in pairs]
+    allowed = (by_field, *follows)
+    return [replace(p, unlike={n: v for n, v in p.unlike.items() if not n.startswith(allowed)}) for p in pairs]
 
 
 _FIXED = ("network.depth", *IMAGES)
@@ -251,14 +264,29 @@ def _match(a: Sequence[Row], b: Sequence[Row], names: Sequence[str], metrics: Se
     return pairs + [Pair(None, row, {}, ()) for row in b if row.done and id(row) not in matched]
 
 
+def nearest(pairs: Sequence[Pair]) -> list[str]:
+    """The fewest fields in which a row of A and one of B differ that have no counterpart."""
+    ours, theirs = [p.a for p in pairs if p.a and not p.b][:50], [p.b for p in pairs if p.b and not p.a][:50]
+    names = sorted({name for row in (*ours, *theirs) for name in row.fields})
+    return min(
+        ([n for n in names if x.fields.get(n) != y.fields.get(n)] for x in ours for y in theirs),
+        key=len,
+        default=[],
+    )
+
+
 def _pair(a: Row, b: Row, metrics: Sequence[Metric]) -> Pair:
-    both = a.done and b.done
-    names = sorted(a.fields.keys() | b.fields.keys() if both else a.fields.keys() & b.fields.keys())
+    measured = a.done and b.done
+    names = sorted(a.fields.keys() | b.fields.keys() if measured else a.fields.keys() & b.fields.keys())
     sides = {name: (a.fields.get(name, NONE), b.fields.get(name, NONE)) for name in names}
     differs = {name: values for name, values in sides.items() if values[0] != values[1]}
-    spec = flatten_spec(a.done[0].record.spec) | flatten_spec(b.done[0].record.spec) if both else differs
-    unlike = tuple(name for name in differs if name not in spec and name not in CODE)
-    figures = tuple(judge(metric, a, b) for metric in metrics) if both else ()
+    unlike: dict[str, tuple[str, str]] = {}
+    if measured:
+        ours, theirs = ({n: ", ".join(sorted(found)) for n, found in row.conditions.items()} for row in (a, b))
+        noted = {name: (ours[name], theirs[name]) for name in ours if name in theirs}
+        chosen = flatten_spec(a.spec).keys() | flatten_spec(b.spec).keys() | EXPECTED
+        unlike = {n: both for n, both in {**differs, **noted}.items() if both[0] != both[1] and n not in chosen}
+    figures = tuple(judge(metric, a, b) for metric in metrics) if measured else ()
     return Pair(a, b, differs, figures, unlike)
 
 
@@ -343,7 +371,7 @@ def _shift(
 ) -> Comparison:
     a, b = values
     if test := shift(tested[0], tested[1], extra):
-        return Comparison(metric, a, b, test, f"Hodges and Lehmann, over all pairs of runs{note}")
+        return Comparison(metric, a, b, test, f"Hodges and Lehmann{note}")
     return Comparison(metric, a, b, how="fewer than 3 runs on a side")
 
 

@@ -11,7 +11,7 @@ from harness.results.metrics import METRICS, UNKNOWN
 from harness.results.report import memory as categories
 from harness.results.report.text import clean
 from harness.results.rows import Row
-from harness.results.statistics import confidence_interval, median, seeds_needed
+from harness.results.statistics import estimate_mean, median, seeds_needed
 from harness.results.store import Stored, load_epochs
 from harness.results.values import EpochMetrics, Measurement, RunResult
 from harness.results.verdict import Against, seeds_to_tell
@@ -80,10 +80,13 @@ def _errors(row: Row, runs: Sequence[Run]) -> Iterator[str]:
         if not isinstance(curve, str) and not _equal(curve[-1].error, result.final_error):
             note = f"  but epochs.jsonl ends with {curve[-1].error:g} in epoch {curve[-1].epoch}"
         yield f"  seed {stored.record.seed}  {result.final_error:.4f}  {stored.folder}{note}"
-    if interval := confidence_interval(error):
-        yield f"  95 % interval of the mean: {interval.low:.2f} to {interval.high:.2f} (Student's t, {error.n - 1} degrees)"
-    if error.std and (seeds := seeds_needed(error.std, 0.2)):
-        yield f"  with this spread it takes {seeds} seeds a side to see 0.2 points (power 80 %, alpha 5 %)"
+    known = estimate_mean(row.values("error"), runs[0][0].record.images(), row.planned)
+    if known is not None and math.isfinite(error.mean):
+        interval, spread = known.interval(), known.error * math.sqrt(error.n)
+        how = f"moderated spread, {known.freedom:.0f} degrees of freedom"
+        yield f"  90 % interval of the mean: {interval.low:.2f} to {interval.high:.2f} ({how})"
+        if seeds := seeds_needed(spread, 0.2):
+            yield f"  with this spread it takes {seeds} seeds a side to see 0.2 points (power 80 %, alpha 5 %)"
     yield (
         f"best {_summary(row, 'best_error')} % = mean of each run's smallest error; minus last = {row.best_minus_last:+.2f}"
     )
@@ -101,6 +104,7 @@ def _against(row: Row, against: Against) -> Iterator[str]:
     published = against.published
     number = f"published {published.number} % (n = {published.n}, {published.rule} epoch)"
     yield f"{number}: {published.source}"
+    yield f"  it rests on: {published.rests_on}"
     if against.half is None:
         yield f"  difference {against.difference:+.4f}; no verdict: {against.reason}"
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from harness.results.identity import code_of
 from harness.results.metrics import run_figures
 from harness.results.store import Stored, load_epochs
 from harness.results.values import Measurement, flatten
@@ -60,6 +61,6 @@ def _figures(run: Stored) -> dict[str, Any]:
     return {
         **figures,
         "failure": None if failure is None else f"{failure.kind}: {failure.message}",
-        "commit": record.environment.get("commit"),
+        "commit": record.environment.get("commit"), "code": code_of(record),
         "started_at": record.started_at, "finished_at": record.finished_at, "folder": str(run.folder),
     }  # fmt: skip

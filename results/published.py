@@ -10,8 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.results.statistics import Sample
-
 HERE = Path(__file__).parent
 PINS = "pins.json"
 
@@ -40,16 +38,13 @@ class Published:
     year: int | None = None  # of the costs
     progress: Sequence[float] = ()  # errors by epoch
     source: str
+    rests_on: str = ""  # what is known of its network, split and rule, and from where
     note: str | None = None
 
     @property
     def number(self) -> float:
         """The error, top-1 where it is published."""
         return self.error if self.error is not None else self.top5_error or 0.0
-
-    @property
-    def sample(self) -> Sample | None:
-        return None if self.error is None else Sample(self.n, self.error, self.std)
 
     def differences(self, spec: Mapping[str, Any]) -> list[str]:
         """The fields in which a run's network and recipe are not those behind this number: "lr 0.05, theirs 0.1"."""
@@ -74,8 +69,12 @@ def _differences(published: Published, spec: Mapping[str, Any]) -> Iterator[str]
 
 @cache
 def load_published() -> tuple[Published, ...]:
-    text = (HERE / "published.toml").read_text(encoding="utf-8")
-    return tuple(Published(**entry) for entry in tomllib.loads(text)["published"])
+    read = tomllib.loads((HERE / "published.toml").read_text(encoding="utf-8"))
+    entries = []
+    for entry in read["published"]:
+        about = [words for source, words in read["rests_on"].items() if entry["source"].startswith(source)]
+        entries.append(Published(**entry, rests_on=about[0]))
+    return tuple(entries)
 
 
 @cache

@@ -103,13 +103,21 @@ class Row:
         local = setting(self.spec, "recipe.batch_norm", str) != "sync"
         return self.batch_size // max(1, self.workers) if local else self.batch_size
 
-    def text(self, name: str) -> str:
+    def text(self, name: str, otherwise: str = NONE) -> str:
         """A field; all its values, where the row averages over them."""
-        return "/".join(self.averaged_over.get(name, ())) or self.fields.get(name, NONE)
+        return "/".join(self.averaged_over.get(name, ())) or self.fields.get(name, otherwise)
+
+    @property
+    def planned(self) -> int | None:
+        """How many runs were chosen before --until-ci added others for their spread; None: all."""
+        added = sum(run.record.added_until is not None for run in self.done)
+        return (len(self.done) - added or None) if added else None
 
     def values(self, name: str) -> list[float]:
-        """A metric of each run that measured it."""
-        return [value for result in self.results if (value := METRICS[name].value(result)) is not None]
+        """A metric of each run that measured it; the planned ones first."""
+        runs = sorted(self.done, key=lambda run: run.record.added_until is not None)
+        results = [run.record.result for run in runs if run.record.result]
+        return [value for result in results if (value := METRICS[name].value(result)) is not None]
 
 
 def setting(spec: Mapping[str, Any], path: str, *kinds: type) -> Any:
@@ -144,9 +152,10 @@ def summarise(
         (group.pruned if stored.record.pruned else group.failed).append(stored)
     for partial in interrupted:
         groups.find(partial.spec or {"run": partial.name}, None).interrupted.append(partial)
-    if unknown := [name for name in across if name not in groups.fields]:
-        raise ValueError(f"no field {unknown[0]!r} in these runs: they have {', '.join(sorted(groups.fields))}")
     rows = _add_predictions([_make_row(group) for group in groups.by_identity.values()], predictions)
+    known = groups.fields.union(*(row.conditions for row in rows))
+    if unknown := [name for name in across if name not in known]:
+        raise ValueError(f"no field {unknown[0]!r} in these runs: they have {', '.join(sorted(known))}")
     rows = [replace(row, against=against) for row, against in zip(rows, adjust([*map(judge, rows)]), strict=True)]
     rows.sort(key=lambda row: (row.dataset, row.variant, row.depth, row.workers, tuple(row.fields.items())))
     return _name_differences(rows)
@@ -315,7 +324,7 @@ def judge(row: Row) -> Against | None:
         return None
     if reasons := list(_not_judged(row, published, errors["best"])):
         return Against(published, mean(ours) - published.number, reason="; ".join(reasons))
-    return compare(published, errors["last"], errors["best"])
+    return compare(published, errors["last"], errors["best"], row.planned)
 
 
 def _not_judged(row: Row, published: Published, best: Sequence[float]) -> Iterator[str]:

@@ -226,11 +226,6 @@ def _around(centre: float, half: float) -> Interval:
     return Interval(centre - half, centre + half)
 
 
-def confidence_interval(runs: Sample, level: float = 0.95) -> Interval | None:
-    """Student's interval for the mean; None for one run."""
-    return None if runs.estimate is None else runs.estimate.interval(level)
-
-
 def seeds_needed(std: float, difference: float, alpha: float = 0.05, power: float = 0.8) -> int | None:
     """Runs on each side for a two-sided t-test to see a true difference with this power; None above 1,000.
 
@@ -245,12 +240,12 @@ def seeds_needed(std: float, difference: float, alpha: float = 0.05, power: floa
     def enough(n: int) -> bool:
         return n >= ratio * (t_quantile(1 - alpha / 2, 2 * n - 2) + t_quantile(power, 2 * n - 2)) ** 2
 
-    return _smallest(enough)
+    return smallest(enough)
 
 
-def _smallest(enough: Callable[[int], bool]) -> int | None:
-    """The smallest number of runs, from 2, for which something holds that goes on holding for more."""
-    n = 2 + bisect_left(range(2, MAX_SEEDS + 1), True, key=enough)
+def smallest(enough: Callable[[int], bool], least: int = 2) -> int | None:
+    """The smallest number of runs for which something holds that goes on holding for more; None above 1,000."""
+    n = least + bisect_left(range(least, MAX_SEEDS + 1), True, key=enough)
     return n if n <= MAX_SEEDS else None
 
 

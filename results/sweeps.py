@@ -67,20 +67,28 @@ class Trial(Value):
 
 
 class FieldImportance(Value):
-    """How much a field mattered for the metric, from 0 to 1, and which way."""
+    """How much of the metric's ranking a field explains by itself, from 0 to 1, and which of its values are best."""
 
     field: str
     value: float
     sign: str
+    p: float | None = None  # of so much by chance, over all fields; None in early sweeps
 
 
 class Importance(Value):
-    """Importance of the fields, over `trials` trials at the last epoch that all of them reached."""
+    """Importance of the fields, over `trials` trials at an epoch that all of these reached."""
 
     how: str
     epoch: int
     trials: int
     fields: list[FieldImportance]
+    null: float | None = None  # what the first of all fields stays below in 95 % where none has an effect
+
+    @property
+    def heading(self) -> str:
+        """For a list: what it shows, and how much of it chance explains."""
+        text = f"{self.how}, {self.trials} trials at epoch {self.epoch}"
+        return text if self.null is None else f"{text}; by chance up to {self.null:.2f}"
 
 
 class Sweep(Value):
@@ -99,6 +107,7 @@ class Sweep(Value):
     dimensions: list[Dimension] = Field(min_length=1)
     trials: list[Trial]
     importance: Importance | None = None  # None before the sweep's end, and where it is not defined
+    late_importance: Importance | None = None  # of the trials that went on furthest, where at least 12 did
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -125,6 +134,12 @@ class Sweep(Value):
         return METRICS.get(self.metric, self.metric)
 
     @property
+    def importances(self) -> list[Importance]:
+        """At the last epoch of all trials; and of those that went on, as what acts early chose them."""
+        both = [self.importance, self.late_importance]
+        return [one for n, one in enumerate(both) if one and not (n and both[0] and one.epoch == both[0].epoch)]
+
+    @property
     def judged_by(self) -> str:
         if self.metric in ("loss", "epoch_seconds"):
             return f"{self.heading} of the training set"
@@ -134,6 +149,66 @@ class Sweep(Value):
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(), indent=1, default=str) + "\n"
+
+
+HOW = "functional ANOVA, main effects: leave-one-out R² of a parabola in the ranks"
+PERMUTATIONS = 199
+
+
+def weigh(
+    trials: Sequence[Trial], dimensions: Sequence[Dimension], *, late: bool = False, least: int = 8
+) -> Importance | None:
+    """Importance of each field at the last epoch that all trials reached, or with `late` that `least` of them did.
+
+    The share of the metric's ranks that a parabola in the field's ranks, or a mean for each word, predicts for the
+    trial that is left out: a best value between two poor ones counts, and a field without effect has about 0. The
+    null level is that of the metric in random order. None for fewer trials than `least`, and without a spread.
+    """
+    import numpy as np
+    from scipy.stats import rankdata
+
+    known = [trial for trial in trials if trial.curve and trial.state in ("finished", "pruned")]
+    if len(known) < least:
+        return None
+    epoch = sorted(trial.epochs for trial in known)[-least if late else 0]
+    points = [(trial.fields, value) for trial in known for at, value in trial.curve if at == epoch]
+    columns = {d.field: [fields[d.field] for fields, _ in points] for d in dimensions}
+    columns = {name: column for name, column in columns.items() if len(set(map(str, column))) > 1}
+    if len(points) < least or len({value for _, value in points}) == 1 or not columns:
+        return None
+    n, ranks, draw = len(points), rankdata([value for _, value in points]), np.random.default_rng(0)
+    targets = np.column_stack([ranks, *(draw.permutation(ranks) for _ in range(PERMUTATIONS))])
+    scores, signs = [], []
+    for column in columns.values():
+        numbers = all(map(_is_number, column))
+        u = rankdata(column) / n - 0.5 if numbers else np.array([str(item) for item in column])
+        basis = np.vander(u, 3) if numbers else np.equal.outer(u, np.unique(u)).astype(float)
+        q, triangle = np.linalg.qr(basis)
+        q = q[:, np.abs(np.diag(triangle)) > 1e-9]  # two values give no parabola
+        fitted, leverage = q @ (q.T @ targets), (q**2).sum(1)[:, None]
+        alone = leverage > 1 - 1e-9  # without the others of its kind, the mean of all is the prediction
+        left = np.where(
+            alone, (targets - ranks.mean()) * n / (n - 1), (targets - fitted) / np.where(alone, 1, 1 - leverage)
+        )
+        scores.append(1 - (left**2).sum(0) / (((ranks - ranks.mean()) ** 2).sum() * (n / (n - 1)) ** 2))
+        best = column[int(np.argmin(fitted[:, 0]))]
+        ends = {min(column): "less is better", max(column): "more is better"} if numbers else {}
+        signs.append(ends.get(best, f"{format_value(best, exact=False)} is best"))
+    first, null = np.array(scores)[:, 0], np.array(scores)[:, 1:].max(0)
+    fields = [
+        FieldImportance(field=name, value=max(float(score), 0.0), sign=sign,
+                        p=float(1 + (null >= score).sum()) / (PERMUTATIONS + 1))
+        for name, score, sign in zip(columns, first, signs, strict=True)
+    ]  # fmt: skip
+    fields.sort(key=lambda item: -item.value)
+    level = max(float(np.quantile(null, 0.95)), 0.0)
+    return Importance(how=HOW, epoch=epoch, trials=n, fields=fields, null=level)
+
+
+def weigh_both(trials: Sequence[Trial], dimensions: Sequence[Dimension]) -> dict[str, Importance | None]:
+    """The fields of a `Sweep` that are known at its end."""
+    late = weigh(trials, dimensions, late=True, least=12)
+    return {"importance": weigh(trials, dimensions), "late_importance": late}
 
 
 def best_first(trials: Sequence[Trial]) -> list[Trial]:

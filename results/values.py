@@ -116,7 +116,14 @@ class RankUse(Value):
     rss_mib: float | None
 
 
-TEST_IMAGES = {"cifar10": 10_000, "cifar2": 2_000, "digits": 360, "miniplaces": 10_000}
+TEST_IMAGES = {
+    "cifar10": 10_000,
+    "cifar2": 2_000,
+    "cifar100": 10_000,
+    "cifar100-coarse": 10_000,
+    "digits": 360,
+    "miniplaces": 10_000,
+}
 
 
 class Timing(Value):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,11 +34,11 @@ class Finding:
         return f"{self.folder}: {self.problem}"
 
 
-def verify(runs: Sequence[Stored], key_of: KeyOf) -> list[Finding]:
-    """Everything that can be checked of some runs. Reads all their files."""
+def verify(runs: Sequence[Stored], key_of: KeyOf, elsewhere: Collection[str] = ()) -> list[Finding]:
+    """Everything that can be checked of some runs. Reads all their files, but for those that are kept elsewhere."""
     findings, curves, clocks = [], defaultdict(list), defaultdict(list)
     for run in runs:
-        problems = [*contradictions(run.record), *_identity(run, key_of), *_files(run.folder)]
+        problems = [*contradictions(run.record), *_identity(run, key_of), *_files(run.folder, elsewhere)]
         try:
             epochs = load_epochs(run.folder)
         except (OSError, ValueError) as error:
@@ -88,10 +88,6 @@ def contradictions(record: Record) -> Iterator[str]:
     for name, images in (("final_error", result.evaluated_images), ("best_error", result.evaluated_images),
                          ("test_error", result.test_images)):  # fmt: skip
         yield from _grid(name, getattr(result, name), images)
-    if result.attempts == 1 and not record.environment.get("attempts", ())[1:]:
-        seconds = (record.finished_at - record.started_at).total_seconds()
-        if result.train_seconds > seconds + 1:
-            yield f"train_seconds {result.train_seconds:.4g} of the {seconds:.4g} s from its start to its end"
 
 
 POSITIVE = ("parameters", "epoch_seconds", "images_per_second", "eval_seconds", "train_seconds", "best_epoch",
@@ -108,7 +104,7 @@ def _grid(name: str, error: float | None, images: int | None) -> Iterator[str]:
     """An error is a whole number of images."""
     if error is None or not images or not math.isfinite(error):
         return
-    if abs(error * images / 100 - round(error * images / 100)) > 1e-4:
+    if abs(error * images / 100 - round(error * images / 100)) > 0.01:
         yield f"{name} {error:g} is no whole number of {images} images"
 
 
@@ -128,6 +124,10 @@ def _identity(run: Stored, key_of: KeyOf) -> Iterator[str]:
     ):
         if own is not None and own != theirs:
             yield f"{name} {own}: its specification has {theirs}"
+    if (result := record.result) and result.attempts == 1 and not record.environment.get("attempts", ())[1:]:
+        seconds = (record.finished_at - record.started_at).total_seconds()
+        if result.train_seconds > seconds + 1:
+            yield f"train_seconds {result.train_seconds:.4g} of the {seconds:.4g} s from its start to its end"
     name = run_name(record.dataset, record.variant, record.depth, record.seed, record.key)
     if record.name != name:
         yield f"name {record.name}: its values give {name}"
@@ -144,7 +144,7 @@ def has_hashes(folder: Path) -> bool:
     return (folder / HASHES).exists()
 
 
-def _files(folder: Path) -> Iterator[str]:
+def _files(folder: Path, elsewhere: Collection[str]) -> Iterator[str]:
     """Files that are missing or are not as they were stored."""
     try:
         hashes = json.loads((folder / HASHES).read_bytes())
@@ -156,7 +156,7 @@ def _files(folder: Path) -> Iterator[str]:
         return
     for name, stored in names.items():
         if not (folder / name).is_file():
-            yield f"{name} is missing"
+            yield from () if name in elsewhere else (f"{name} is missing",)
         elif hash_file(folder / name) != stored:
             yield f"{name} is not as it was stored (SHA-256)"
 

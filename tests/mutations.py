@@ -20,6 +20,7 @@ STEP, ENGINE, TRAIN, SETUP, NVML, MEMORY, TELEMETRY, OPTIM = (
     f"harness/training/{name}.py"
     for name in ("step", "engine", "train", "setup", "nvml", "memory", "telemetry", "optim")
 )
+SELFCHECK, CHECKS = "harness/selfcheck.py", "harness/training/checks.py"
 DALI, XRESNET = "loaders/dali.py", "models/xresnet.py"
 
 
@@ -103,6 +104,34 @@ DEFECTS = (
     Defect("TF32 stays on", STEP,
            (('torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"', 'torch.backends.cuda.matmul.allow_tf32 |= precision == "tf32"'),),
            "test_precision_flags.py::test_nothing_is_left_of_the_precision_before"),
+    Defect("a benchmark sets its precision once", "benchmarks/speed.py", (("        set_precision(self.precision)", "        number or set_precision(self.precision)"),),
+           "test_precision_flags.py::test_each_way_of_the_speed_benchmark_has_its_own_flags_in_every_round"),
+    Defect("a failed loader is used all the same", SELFCHECK, (("return self.adapt(replace(spec, **instead))", "return spec"),),
+           "test_selfcheck.py::test_a_loader_or_an_engine_that_fails_is_replaced"),
+    Defect("a machine that trains wrongly is not refused", SELFCHECK, (("check.of is None or check.otherwise == REFUSE", "False and check.of is None"),),
+           "test_selfcheck.py::test_where_nothing_right_is_left_a_run_is_refused"),
+    Defect("what is known is checked again", SELFCHECK, (("if name not in known]", "if name]"),),
+           "test_selfcheck.py::test_what_a_run_rests_on_is_checked_once"),
+    Defect("a check holds for any driver", SELFCHECK, (('"driver": driver, ', ""),),
+           "test_selfcheck.py::test_gpus_of_this_machine"),
+    Defect("each device has 90 seconds", SELFCHECK, (("max(0.0, until - time.monotonic())", "SECONDS"),),
+           "test_selfcheck.py::test_ninety_seconds_are_the_most"),
+    Defect("what was left out counts as passed", SELFCHECK, (('if r.state != "left out"', "if r.state"),),
+           "test_selfcheck.py::test_ninety_seconds_are_the_most"),
+    Defect("only the process is ended, not what it started", SELFCHECK, (("os.killpg(process.pid, signal.SIGKILL)", "process.kill()"),),
+           "test_selfcheck.py::test_a_check_that_hangs_is_ended_with_all_that_it_has_started"),
+    Defect("a run does not take the fallback", "harness/commands/run.py", (("adapted = {spec: checked.adapt(spec) for spec in todo}", "adapted = {spec: spec for spec in todo}"),),
+           "test_selfcheck.py::test_a_run_takes_what_works_and_its_record_says_so"),
+    Defect("limits are not applied", CHECKS, (("figure <= check.limit", "figure <= figure"),),
+           "test_checks.py::test_a_check_passes_and_sees_each_of_its_faults"),
+    Defect("rank 0's result is taken for all", CHECKS, (("worst = gather(run_check(name, bench) if in_time else left_out)", "worst = [run_check(name, bench) if in_time else left_out]"),),
+           "test_checks.py::test_two_ranks_pass_and_see_each_of_their_faults"),
+    Defect("a rank leaves a check out by its own clock", CHECKS, (("all(gather(time.monotonic() < until))", "time.monotonic() < until"),),
+           "test_checks.py::test_two_ranks_pass_and_see_each_of_their_faults"),
+    Defect("a probe within the loader's queue", "harness/commands/probe.py", (("max(QUEUE_STEPS, loader.call_steps * (1 + loader.calls_ahead))", "QUEUE_STEPS"),),
+           "test_estimate.py::test_a_probe_outlasts_what_the_loader_made_ahead"),
+    Defect("records keep a field that was added later", "harness/spec.py", (('whole and "added" not in each.metadata', "whole"),),
+           "test_golden.py::test_runs_as_records_have_them"),
 )  # fmt: skip
 
 

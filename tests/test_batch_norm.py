@@ -16,10 +16,10 @@ from test_train import _port, spec
 from torch import Tensor, nn
 
 import harness.training.setup
-from harness.cluster.job import Worker
+from harness.cluster.job import Allocation, Worker
 from harness.models.build import build
 from harness.models.variants import convnet, msra
-from harness.plan import Allocation, Grid, expand
+from harness.plan import Grid, expand
 from harness.results.values import EpochMetrics
 from harness.spec import RunPaths, UserError
 from harness.training.batch_norm import SyncBatchNorm, synchronise_batch_norms
@@ -155,7 +155,7 @@ def test_a_run_of_four_workers_trains_the_network_of_one_captured_or_not(
 
 
 def test_the_plan_knows_it() -> None:
-    allocation = Allocation("cpu", 0, 2, 1, 1)
+    allocation = Allocation(device="cpu", workers=2, concurrent_runs=1, threads=1)
 
     def make(**changes: Any) -> Any:
         grid = Grid(variants=("he2015",), **changes)

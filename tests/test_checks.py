@@ -5,6 +5,7 @@ python tests/test_checks.py RANK FOLDER      one of two ranks, whose faults are 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import subprocess
@@ -178,6 +179,20 @@ def test_another_order_of_sums_is_no_fault(bench: Bench, monkeypatch: pytest.Mon
     assert 0 < figure < BY_NAME["engine graph"].limit / 3
 
 
+def test_a_resumed_run_is_compared_by_deterministic_algorithms(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered = list[bool]()
+
+    def note(spec: Any) -> Any:
+        entered.append(spec.deterministic)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(checks, "deterministic_algorithms", note)
+    assert run_check("resume", bench).state == "passed"
+    assert entered == [True] * 3
+
+
 def test_what_cannot_be_checked_is_skipped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     lines = [run_check(name, bench).line() for name in ("engine graph", "precision fp16", "memory")]
@@ -279,9 +294,13 @@ def test_two_ranks_pass_and_see_each_of_their_faults(tmp_path: Path) -> None:
         subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
         for rank in (0, 1)
     ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors
+    try:
+        for process in ranks:
+            _, errors = process.communicate(timeout=100)
+            assert process.returncode == 0, errors
+    finally:
+        for process in ranks:
+            process.kill()
     both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert both[0] == both[1], "all ranks come to the same"
     for fault, name, state, detail in both[0]:

@@ -54,10 +54,11 @@ def test_run_report_rerun_force(tmp_path: Path, capsys: Any) -> None:
 
     respec = f"run --spec {records[1].folder}/record.json --launcher local"
     code, again, _ = harness(f"{respec} --out {tmp_path}/runs", capsys)
-    assert (code, "all 1 runs were done already" in again) == (0, True), "the same key"
+    assert (code, "this run was done already" in again) == (0, True), "the same key"
     code, plan, _ = harness(f"{respec} --seeds 5,6 --epochs 3 --dry-run", capsys)
     rows = [row.split() for row in plan.splitlines() if row.startswith("he2015")]
-    assert [row[2:4] for row in rows] == [["5", "3"], ["6", "3"]]
+    assert [row[2] for row in rows] == ["5", "6"]
+    assert "epochs 3, batch" in plan
 
     for format in ("markdown", "csv", "json", "table"):
         code, text, _ = harness(f"report {tmp_path}/runs --format {format}", capsys)
@@ -81,9 +82,12 @@ def test_each_record_is_read_once_a_command(tmp_path: Path, capsys: Any, monkeyp
             read[path.parent.name] += 1
         return bytes_of(path)
 
+    spec = tmp_path / "spec.json"  # of the recipe that msra had
+    spec.write_text(
+        json.dumps(json.loads((stored / "digits_msra-8_s0_dd58573b" / "record.json").read_text())["spec"])
+    )
     monkeypatch.setattr(Path, "read_bytes", count)
-    line = f"run --dataset digits --variants msra --depths 8 --seeds 2 --epochs 10 --gpus 0 --out {stored}"
-    code, out, _ = harness(f"{line} --loader resident", capsys)
+    code, out, _ = harness(f"run --spec {spec} --seeds 2 --gpus 0 --out {stored}", capsys)
     assert (code, "all 2 runs were done already" in out) == (0, True)
     assert read == dict.fromkeys((path.parent.name for path in stored.glob("*/record.json")), 1)
     assert "msra-8" in (stored / "report.html").read_text()
@@ -122,14 +126,14 @@ def test_a_full_disk_is_one_line_and_the_other_runs_go_on(
 
 def test_a_folder_removed_while_a_run_trains_is_no_traceback(tmp_path: Path, capsys: Any) -> None:
     """What is trained after that is stored, or a line says why not."""
-    line = f"run {QUICK.replace('--epochs 2', '--epochs 30')} --launcher local --out {tmp_path}/runs"
+    line = f"run {QUICK.replace('--epochs 2', '--epochs 6').replace('128', '64')} --launcher local --out {tmp_path}/runs"
     with subprocess.Popen(
         [sys.executable, "-m", "harness.cli", *shlex.split(line)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as command:  # fmt: skip
         assert command.stdout is not None
         for text in command.stdout:
-            if "epoch 3/" in text:
+            if "epoch 2/" in text:
                 shutil.rmtree(tmp_path / "runs", ignore_errors=True)
                 break
         out, err = command.communicate(timeout=120)
@@ -147,6 +151,47 @@ def test_a_terminal_without_a_sign_shows_a_question_mark(encoding: str, tmp_path
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"?" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "says"),
+    [
+        ("list", 2, "Did you mean 'variants'?"), ("benchmark", 2, "'run'?"), ("help", 2, "'--help'?"),
+        ("reprot", 2, "'report'"), ("--version", 0, "resnet-harness 0"), ("-h", 0, "Usage: harness"),
+        ("why -h", 0, "Usage: harness why"), ("", 2, "Usage: harness"),
+        ("eval --weights /etc/hostname", 2, "does not name its variant"),
+        ("tune --dataset digits", 2, "--search 'lr=loguniform(0.01,1)'"),
+    ],
+)  # fmt: skip
+def test_words_that_people_try(line: str, code: int, says: str, capsys: Any) -> None:
+    done, out, err = harness(line, capsys)
+    assert done == code
+    assert says in (out + err)
+
+
+def test_the_package_is_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "harness", "--version"], cwd=ROOT, capture_output=True, check=True
+    )
+    assert done.stdout.startswith(b"resnet-harness ")
+
+
+def test_weights_name_their_variant_and_a_row_its_data_set(tmp_path: Path, capsys: Any) -> None:
+    """`eval` takes variant and depth from the weights; `why` asks which where a name is on two data sets."""
+    line = f"run {QUICK} --out {tmp_path}/runs".replace("--epochs 2", "--epochs 1")
+    assert harness(line, capsys)[0] == 0
+    stored = only_record(tmp_path / "runs")
+    assert stored.record.environment["launcher"] == "local", "of one run with one worker"
+    code, out, err = harness(f"eval --weights {stored.folder}/weights.safetensors --dataset digits", capsys)
+    assert (code, err, "he2015-8" in out) == (0, "", True)
+
+    other = shutil.copytree(stored.folder, tmp_path / "runs" / "other")
+    record = json.loads((other / "record.json").read_text())
+    record |= {"dataset": "miniplaces", "key": "0" * 16, "spec": record["spec"] | {"dataset": "miniplaces"}}
+    (other / "record.json").write_text(json.dumps(record))
+    code, _, err = harness(f"why he2015-8 {tmp_path}/runs", capsys)
+    assert (code, "on several data sets" in err, "1 on" in err, "2 on" in err) == (2, True, True, True)
+    assert harness(f"why 2 {tmp_path}/runs", capsys)[0] == 0
 
 
 def test_a_message_holds_no_control_characters(capsys: Any) -> None:
@@ -263,7 +308,7 @@ MISTAKES = {
     "--seeds none": "'none' is not a whole number",
     "--data-dir /nowhere/at/all": "/nowhere/at/all",
     "--dataset digits --limit-train 5000": "digits has 1437 training images",
-    "--launcher slurm": "allowed: ray, local",
+    "--launcher slurm": "allowed: auto, ray, local",
     "--launcher local --workers 2": "runs one worker, not 2",
     "--address 127.0.0.1:1": "no Ray cluster answers at '127.0.0.1:1'",
     "--address nonsense": "is not HOST:PORT or auto",

@@ -12,7 +12,7 @@ from scipy import stats
 from test_store import make_epoch
 from test_table import make_run
 
-from harness.results.compare import Pair, compare, compare_by, compare_errors, judge
+from harness.results.compare import Pair, compare, compare_by, compare_errors, judge, nearest
 from harness.results.explain import why
 from harness.results.gate import Condition, check_conditions, parse_fail_on
 from harness.results.metrics import METRICS
@@ -201,7 +201,11 @@ def test_unlike_machines_and_versions_fail_unless_overlooked() -> None:
     one, two = make_rows(*BASE), make_rows(*BASE, torch="2.11.0")
     pairs = compare(one, two)
     gate = check_conditions(pairs, parse_fail_on("error>+1"))
-    assert gate.failed == ["msra-20: unlike torch: 2.15.0+cu130 → 2.11.0 (--across torch overlooks it)"]
+    assert gate.failed == ["msra-20: unlike torch: 2.15.0+cu130 → 2.11.0 (--across 'torch' overlooks it)"]
+    drivers = [make_rows(*BASE, result={"machine": {"driver": d, "host": d}}) for d in ("580.1", "590.2")]
+    gate = check_conditions(compare(*drivers), parse_fail_on("error>+1"))
+    assert gate.failed == ["msra-20: unlike driver: 580.1 → 590.2 (--across 'driver' overlooks it)"]
+    assert "unlike driver" in render_comparison(compare(*drivers))
     chosen = make_rows(*BASE, loader="resident")
     assert check_conditions(compare(one, chosen), parse_fail_on("error>+1")).failed == []
     both = summarise([run for row in (*one, *two) for run in row.done])
@@ -222,6 +226,13 @@ def test_compare_by_a_field_inside_one_folder() -> None:
         compare_by(rows, "loader")
 
 
+def test_what_keeps_rows_apart_is_named() -> None:
+    rows = summarise([make_run(loader="dali", lr=0.1), make_run(loader="resident", lr=0.2)])
+    pairs = compare_by(rows, "loader")
+    assert [pair.figures for pair in pairs] == [(), ()]
+    assert nearest(pairs) == ["loader", "recipe.lr"]
+
+
 def test_the_first_value_is_the_baseline() -> None:
     rows = summarise([make_run(precision=p) for p in ("bf16", "fp16", "fp32")])
     (pair,) = compare_by(rows, "precision=fp32,bf16")
@@ -237,6 +248,12 @@ def test_by_workers_where_threads_follow_from_it() -> None:
     (pair,) = compare_by(rows, "workers")
     assert pair.differs == {"threads": ("8", "2"), "workers": ("1", "4")}
     assert list(pair.problems()) == []
+    drivers = [
+        make_run(torch=t, result={"machine": {"cuda": c, "driver": "580"}})
+        for t, c in (("2.11.0", "12"), ("2.15.0", "13"))
+    ]
+    (pair,) = compare_by(summarise(drivers), "torch")
+    assert list(pair.problems()) == [], "CUDA comes with torch"
     # not where runs of one width differ in them
     rows = summarise([make_run(workers=w, result={"threads": t}) for w, t in ((1, 8), (1, 2), (4, 2))])
     assert [p.differs for p in compare_by(rows, "workers") if p.figures] == [{"workers": ("1", "4")}]

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from harness.loaders import datasets
+from harness.loaders.cifar import CIFAR10_CLASSES, SUPERCLASS, SUPERCLASSES
 from harness.loaders.datasets import (
-    CIFAR10_CLASSES,
     DATASETS,
     DataError,
     Dataset,
@@ -340,6 +340,45 @@ def test_original_batches(tmp_path: Path, cache: Path, monkeypatch: pytest.Monke
     with pytest.raises(DataError, match="checksum") as error:
         load_dataset("cifar10", tmp_path / "data", cache)
     one_line(error, path.parent)
+
+
+def test_cifar100_with_both_sets_of_labels(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From torchvision's batches, whose checksums are looked at, and from folders of the fine classes."""
+    from torchvision.datasets import CIFAR100
+
+    fine = sorted(SUPERCLASS)
+    assert (len(fine), len(SUPERCLASSES), fine[0], fine[-1]) == (100, 20, "apple", "worm")
+    assert {len(members.split()) for members in SUPERCLASSES.values()} == {5}
+    assert list(SUPERCLASSES) == sorted(SUPERCLASSES)
+    folder = tmp_path / "data" / "cifar-100-python"
+    folder.mkdir(parents=True)
+    labels, sums = [fine.index("worm"), fine.index("apple")], {}
+    for name in ("train", "test", "meta"):
+        batch = {
+            "data": RANDOM.integers(0, 256, (2, 3072), dtype=np.uint8),
+            "fine_labels": labels,
+            "fine_label_names": fine,
+        }
+        (folder / name).write_bytes(pickle.dumps(batch))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
+    whole, coarse = (load_dataset(name, tmp_path / "data", cache) for name in ("cifar100", "cifar100-coarse"))
+    assert (whole.label, whole.original, whole.num_classes) == ("cifar100", True, 100)
+    assert [whole.classes[n] for n in whole.train.labels] == ["worm", "apple"]
+    assert (coarse.label, coarse.original, coarse.num_classes) == ("cifar100-coarse", True, 20)
+    assert [coarse.classes[n] for n in coarse.test.labels] == ["non-insect_invertebrates", "fruit_and_vegetables"]
+    assert np.array_equal(whole.train.images, coarse.train.images)
+    assert whole.fingerprint != coarse.fingerprint
+    (folder / "test").write_bytes(b"x")
+    with pytest.raises(DataError, match="checksum is not CIFAR-100's"):
+        load_dataset("cifar100", tmp_path / "data", cache)
+    folders = load_dataset("cifar100-coarse", write_folders(tmp_path / "jpeg", tuple(fine)), cache)
+    assert (folders.label, folders.original) == ("cifar100-coarse of jpeg", False)
+    assert sorted(set(folders.train.labels.tolist())) == list(range(20))
+    with pytest.raises(DataError, match="not CIFAR-100's classes"):
+        load_dataset("cifar100", write_folders(tmp_path / "other", CIFAR10_CLASSES), cache)
 
 
 def test_no_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,12 +8,14 @@ import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 import harness.commands.probe
+import harness.training.train
 from harness import cli, plan
 from harness.cluster.job import Failed, Worker
 from harness.commands.probe import (
@@ -102,7 +104,7 @@ def test_the_sums_of_a_sweep(capsys: Any) -> None:
     print_estimate([one, two], todo, 2, console)
     text = capsys.readouterr().out
     # 1813 and 3600 s in turn, on two concurrent_runs: 1813 + 1813 + 1813 + 3600 beside 3600 + 3600
-    assert "in all 6 runs, 2 at a time: 2.51 hours, 9.02 GPU-hours, 90.0 kJ" in text
+    assert "in all 6 runs, 2 at a time: 2 h 31 min, 9.02 GPU-hours, 90.0 kJ" in text
     assert "1,234" in text
     assert "NVML cannot be had: no GPU was used" in text
 
@@ -129,6 +131,41 @@ def test_a_probe_times_steps_and_writes_nothing(tmp_path: Path) -> None:
     assert (prediction.memory.rss_mib.value or 0) > 50
     assert "seed" not in prediction.spec
     assert list(tmp_path.iterdir()) == []
+
+
+class Queueing:
+    """A loader that makes ten batches by a call, which takes 0.2 s, and 30 before they are requested; nothing else takes
+    any time."""
+
+    call_steps, calls_ahead = 10, 2
+    now = 0.0
+
+    def __init__(self, loader: Any) -> None:
+        self.steps, self.close, self._loader = loader.steps, loader.close, loader
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Any:
+        for step, batch in enumerate(self._loader.epoch(epoch, first_step)):
+            Queueing.now += 0.2 if step >= 30 and step % 10 == 0 else 1e-6
+            yield batch
+
+
+def test_a_probe_outlasts_what_the_loader_made_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, prepare = load_dataset("digits"), harness.commands.probe.prepare
+    grid = plan.Grid(variants=("he2015",), depths=(8,), dataset="digits", loader="resident", limit_train=500,
+                     limit_test=50, batch_size=5)  # fmt: skip
+    width = plan.Allocation(device="cpu", gpus=0, workers=1, concurrent_runs=1, threads=1)
+    (spec,) = plan.expand(grid, width, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
+
+    def prepared(*args: Any) -> Any:
+        made = prepare(*args)
+        return replace(made, train_loader=Queueing(made.train_loader))
+
+    monkeypatch.setattr(harness.commands.probe, "prepare", prepared)
+    for module in (harness.commands.probe, harness.training.train):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: Queueing.now))
+    prediction = predict(spec, Worker(), print, paths=RunPaths(out=tmp_path))
+    assert prediction.steps == 60  # of 100
+    assert prediction.epoch_seconds == pytest.approx(7 * 0.2, rel=0.01), "70 batches have to be waited for"
 
 
 def test_predicted_stands_beside_actual(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +210,7 @@ def test_a_probe_that_fails_is_a_line(tmp_path: Path, capsys: Any, monkeypatch: 
     code, out, _ = harness_(line, capsys, monkeypatch)
     assert code == 1
     assert "msra-8 failed, OOM: no room for the activations" in out
-    assert "in all 1 runs" in out
+    assert "in all 1 run, " in out
     assert len(load_predictions([tmp_path / "runs"])) == 1
 
 

@@ -6,6 +6,7 @@ import csv
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,17 @@ def test_logits_are_averaged_over_scales_and_mirror_images() -> None:
     assert not torch.allclose(views[0], views[1])
 
 
+def test_probabilities_are_averaged_where_they_are_to_be() -> None:
+    network, images = make(), torch.randn(3, 3, 16, 16)
+    with torch.inference_mode():
+        scores = MultiScale(network, (16, 21), flip=False, average="probabilities")(images)
+        expected = sum(network(resize(images, scale)).double().softmax(1) for scale in (16, 21)) / 2
+    torch.testing.assert_close(scores.double().exp(), expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(
+        MultiScale(network, (16, 21), flip=False)(images).softmax(1), scores.exp(), atol=1e-4
+    )
+
+
 @pytest.mark.parametrize("function", VARIANTS, ids=lambda f: f.__name__)
 def test_every_network_takes_any_scale_from_the_smallest_on(function: Callable[[int], Any]) -> None:
     network = function(default_depth(function)).network  # type: ignore[arg-type]
@@ -276,6 +288,47 @@ def test_scales_are_of_the_whole_image(large: Path, tmp_path: Path) -> None:
     assert not ask(large, digits, dataset="digits", scales=(16,), limit=10).flip
 
 
+def test_the_evaluation_of_mpmz(large: Path, tmp_path: Path, capsys: Any) -> None:
+    """Probabilities over 112, 128, 160 and 240 pixels, no mirror, windows of 7x7: to 1e-6 what is computed alone."""
+    dataset = load_dataset(f"folder:{large}")
+    network: Any = make("mpmz", 18)
+    path, file = store(network, tmp_path / "w.safetensors"), tmp_path / "p.npz"
+    line = f"eval --weights {path} --variant mpmz --depth 18 --dataset folder:{large} --limit 14 "
+    multi = f"{line} --scales 112,128,160,240 --average probabilities --no-mirror --pool-window 7"
+    code, out, err = harness(f"{multi} --save-probabilities {file}", capsys)
+    assert (code, err) == (0, "")
+    saved = dict(np.load(file))
+    part = saved["image"]
+    assert saved["label"].tolist() == dataset.test.labels[part].tolist()
+    images = tensors(dataset.test.images[part], np.array([126.80609131, 119.21331787, 104.41227722]) / 255)
+    every = []
+    with torch.inference_mode():
+        for scale in (112, 128, 160, 240):
+            maps = network.stages(torch.relu(network.bn(network.conv(resize(images, scale)))))
+            side = 7 * (maps.shape[2] // 7)
+            scores = network.head_bn(network.fc(maps[:, :, :side, :side].mean((2, 3)))).double().numpy()
+            shifted = np.exp(scores - scores.max(1, keepdims=True))
+            every.append(shifted / shifted.sum(1, keepdims=True))
+            np.testing.assert_allclose(saved[f"scale_{scale}"], every[-1], rtol=0, atol=1e-6)
+    top1, top5 = errors(torch.from_numpy(np.mean(every, axis=0)), saved["label"])
+    assert f"top-1 error {top1:.2f} %, top-5 error {top5:.2f} %" in out
+    assert "probabilities averaged over scales 112, 128, 160, 240\n" in out
+
+
+def test_published_errors_stand_below(
+    monkeypatch: pytest.MonkeyPatch, large: Path, tmp_path: Path, capsys: Any
+) -> None:
+    whole = load_dataset(f"folder:{large}")
+    kit = replace(whole, name="miniplaces", label="miniplaces-400")
+    monkeypatch.setattr("harness.commands.evaluate.load_dataset", lambda *_: kit)
+    path = store(make("mpmz", 74), tmp_path / "w.safetensors")
+    code, out, _ = harness(f"eval --weights {path} --variant mpmz --dataset miniplaces --limit 7", capsys)
+    assert code == 0
+    assert "published: top-5 error 17.5 %" in out
+    assert "published: top-5 error 14.6 %" in out
+    assert out.count("of other images than these: not comparable") == 2
+
+
 # ---- asked wrongly ---------------------------------------------------------------------------------------------
 
 
@@ -317,6 +370,12 @@ MISTAKES = [
     ("--mean 125,123,114 --std 1,1,1", "--mean '125,123,114': three numbers from 0 to 1"),
     ("--mean nan,0,0 --std 1,1,1", "--mean 'nan,0,0'"),
     ("--mean 0,0,0 --std 0,1,1", "--std '0,1,1': three numbers above 0 to 1 are allowed"),
+    ("--scales 16 --average softmax", "--average 'softmax' is unknown (allowed: logits, probabilities)"),
+    ("--no-mirror", "--no-mirror is for --scales"),
+    ("--average probabilities", "--average is for --scales"),
+    ("--save-probabilities {tmp}/p.npz", "--save-probabilities is for --scales"),
+    ("--scales 16 --save-probabilities {tmp}/none/p.npz", "no such folder"),
+    ("--pool-window 7", "--pool-window 7: he2015 pools over all of its map"),
     ("--limit 0", "--limit 0: at least 1"),
     ("--limit 36", "cannot take 36 of 35 images"),
     ("--batch-size 0", "--batch-size 0: at least 1"),

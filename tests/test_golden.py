@@ -197,15 +197,16 @@ def test_runs_as_records_have_them() -> None:
 
 # --- plans ---
 
+STORED = "--spec runs/digits_msra-8_s0_e0eab236/record.json --spec runs/digits_msra-14_s0_64526d58/record.json"
 PLANS = [
-    "--variants msra --depths 8,14 --seeds 4 --epochs 10 --gpus 0 --loader dali --out runs",
-    "--variants msra --depths 8,14 --seeds 4 --epochs 10 --gpus 0 --loader dali --out runs --force",
+    f"{STORED} --seeds 4 --gpus 0 --out runs",
+    f"{STORED} --seeds 4 --gpus 0 --out runs --force",
     "--variants msra --depths 8,14 --seeds 2 --epochs 10 --gpus 0 --loader resident --out runs --workers 2",
-    "--variants he2015,msra,xresnext-16x2d --val 100 --gpus 0",
+    "--variants he2015,msra,xresnext-16x2d --val 100 --epochs 9 --gpus 0",
     "--variants msra,fattorib --depths 20,56 --seeds 0,7 --loader synthetic --gpus 0 --val 100",
     "--variants msra --depths 20 --seeds 7, --set lr=0.05 --set shortcut=projection --set batch-size=64 --gpus 0",
     "--depths 20 --limit-train 500 --limit-test 100 --batch-size 50 --epochs 3 --precision bf16 --engine compile --gpus 0",
-    "--depths 20 --seeds 2 --until-ci 0.5 --gpus 0",
+    "--depths 20 --seeds 2 --epochs 9 --until-ci 0.5 --gpus 0",
 ]
 
 

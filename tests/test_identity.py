@@ -66,6 +66,9 @@ def make_record(seed: int, **changes: Any) -> dict[str, Any]:
         "dataset": "cifar10", "original": True, "spec": SPEC | {"seed": seed}, "result": RESULT,
         "environment": ENVIRONMENT, "started_at": NOW, "finished_at": NOW + timedelta(seconds=1),
     } | changes  # fmt: skip
+    outcomes = {"schema_version", "result", "failure", "pruned"}
+    others = Record.model_fields.keys() - values.keys() - outcomes
+    values |= {name: fill(Record.model_fields[name].annotation) for name in others if seed and not changes}
     whole: dict[str, Any] = json.loads(Record(**values).model_dump_json(exclude={"result": {"epochs"}}))
     return whole
 

@@ -71,10 +71,12 @@ def reference(
     border = ((augment.pad, augment.pad), (augment.pad, augment.pad), (0, 0))
     images = []
     for index, (y, x), flip in zip(draw.index, draw.offset, draw.flip, strict=True):
-        image = split.images[index] / 255
+        image, raw = split.images[index] / 255, split.images[index]
         mean = np.broadcast_to(normalize.mean.astype(np.float64), image.shape)
         if augment.pad_mode == "reflect":
             image = np.pad(image, border, "reflect") - np.pad(mean, border, "reflect")
+        elif augment.pad_mode == "mean":
+            image = np.pad(raw, border, "mean") / 255 - np.pad(mean, border, "mean")
         elif augment.pad_mode == "zero" or normalize.mean.ndim == 3:
             image = np.pad(image - mean, border)
         else:
@@ -118,7 +120,7 @@ def check_against_reference(loader: Loader, augment: Augment, normalize: Normali
 
 @pytest.mark.parametrize("loader", REAL)
 @pytest.mark.parametrize("kind", ["pixel-mean", "channel-mean-std"])
-@pytest.mark.parametrize("pad_mode", ["zero", "black", "reflect"])
+@pytest.mark.parametrize("pad_mode", ["zero", "black", "reflect", "mean"])
 @pytest.mark.parametrize(("size", "channels_last"), [(None, True), (8, False)])
 def test_equals_reference(
     loader: str, kind: Any, pad_mode: Any, size: int | None, channels_last: bool, make: Any

@@ -33,7 +33,10 @@ PARAMETERS = {  # trainable, for ten classes
     "mxresnet": {20: 273_114, 32: 467_546, 44: 661_978, 56: 856_410},
     "se-mxresnet": {20: 275_130, 32: 470_906, 44: 666_682, 56: 862_458},
     "xresnext-16x2d": {29: 332_170, 47: 531_978, 65: 731_786, 83: 931_594},
-    "xresnet-bottleneck": {29: 320_906},  # its source counts 0.31M
+    "xresnet-bottleneck": {29: 320_906},
+    "keras-se-mxresnet": {20: 275_194},  # of the weights that its source stored
+    "keras-xresnext-16x2d": {29: 326_170},  # 0.32M in its source
+    "keras-xresnet-bottleneck": {29: 315_674},  # 0.31M
     "se-mxresnext-16x2d": {29: 364_426, 47: 585_738, 65: 807_050, 83: 1_028_362},
 }
 

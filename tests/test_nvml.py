@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from harness.results.values import Measurement
-from harness.training import telemetry
+from harness.training import host
 from harness.training.nvml import count_gpus, open_device
 from harness.training.telemetry import INTERFERENCE, EpochReading, EpochTelemetry
 
@@ -99,14 +100,14 @@ def test_a_power_cap_or_a_foreign_pid_namespace_is_no_interference(nvml: Nvml) -
     assert EpochTelemetry(GPU).stop(1.0).interference == ()
 
 
-def test_swapping_and_a_clock_that_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swapping_and_a_clock_that_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     epochs = EpochTelemetry(torch.device("cpu"))
     assert epochs.stop(1.0) == EpochReading(None)
-    swapped = (telemetry._pages_swapped() or 0) + 1
-    monkeypatch.setattr(telemetry, "_pages_swapped", lambda: swapped)
+    (tmp_path / "vmstat").write_text("pswpin 99999999999999\n")
+    monkeypatch.setattr(host, "PROC", tmp_path)
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + 60)
-    assert epochs.stop(1.0).interference == INTERFERENCE[3:]
+    assert epochs.stop(1.0).interference == INTERFERENCE[3:5]
 
 
 def test_memory_of_this_process_or_the_reason(nvml: Nvml) -> None:

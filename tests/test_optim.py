@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from harness.models.build import build
-from harness.models.variants import Recipe, he2015, msra, mxresnet, se_mxresnet, xresnext_16x2d
+from harness.models.variants import Recipe, find_variant, he2015, msra, mxresnet, se_mxresnet, xresnext_16x2d
 from harness.training.optim import learning_rate, make_optimizer, total_epochs, total_steps
 
 STEPS = 7
@@ -49,6 +50,17 @@ def test_warmup() -> None:
     assert [learning_rate(flat, step, STEPS) for step in (0, 6, 7)] == [0.01, 0.01, 0.1]
     line = replace(flat, warmup_shape="linear", warmup_lr=0.0)
     assert [learning_rate(line, step, 10) for step in (0, 5, 10)] == pytest.approx([0.0, 0.05, 0.1])
+
+
+def test_keras_counts_the_first_step_as_one() -> None:
+    """callbacks/cosinescheduler.py of iamVarunAnand/image_classification: it counts, then computes."""
+    recipe = find_variant("keras-se-mxresnet-cosine")(20).recipe
+    warm, rest = 5 * STEPS, 175 * STEPS
+    theirs = [
+        0.1 * n / warm if n <= warm else 0.05 * (1 + math.cos((n - warm) / rest * math.pi))
+        for n in range(1, 180 * STEPS + 1)
+    ]
+    assert [learning_rate(recipe, step, STEPS) for step in range(180 * STEPS)] == pytest.approx(theirs, abs=1e-15)
 
 
 def test_the_papers_64k_steps_are_164_epochs_the_last_cut_short() -> None:

@@ -90,7 +90,7 @@ def launch(train, specs, *_, **__):
     yield
 harness.cluster.launch.launch, resources.join_cluster = launch, lambda *_, **__: None
 with tempfile.TemporaryDirectory() as folder:
-    line = 'run --dataset digits --depths 8 --gpus 0 --loader resident --out ' + folder
+    line = 'run --dataset digits --depths 8 --epochs 3 --gpus 0 --loader resident --launcher ray --out ' + folder
     for words, code in ((line + ' --dry-run', 0), (line, 130)):
         sys.argv = ['harness', *words.split()]
         try:

@@ -58,10 +58,11 @@ def make_sweep(**changes: Any) -> dict[str, Any]:
         ],
         "trials": trials,
         "importance": {
-            "how": "rank correlation", "epoch": 3, "trials": 6,
-            "fields": [{"field": "lr", "value": 0.77, "sign": "less is better"},
-                       {"field": "shortcut", "value": 0.2, "sign": "A is best"}],
+            "how": "main effects", "epoch": 3, "trials": 6, "null": 0.4,
+            "fields": [{"field": "lr", "value": 0.77, "sign": "less is better", "p": 0.005},
+                       {"field": "shortcut", "value": 0.2, "sign": "A is best", "p": None}],
         },
+        "late_importance": None,
         **changes,
     }  # fmt: skip
 
@@ -88,7 +89,8 @@ def test_the_section_says_what_was_searched_and_lists_every_trial(tmp_path: Path
         "7 of 8 trials of 9 epochs: 4 finished, 2 pruned, 1 failed · scheduler asha · proposals random",
         "judged by error % of 5,000 held-out training images",
         "lr=loguniform(0.01,1), momentum=uniform(0.5,0.9), shortcut=choice(A,B)",
-        "rank correlation, 6 trials at epoch 3",
+        "main effects, 6 trials at epoch 3; by chance up to 0.40",
+        "less is better, p = 0.005",
         '<span class="warn">pruned</span>, by asha after epoch 3',
         '<span class="bad">failed</span>, NaN: loss is not finite',
         "cifar10_msra-20_s0_4",

@@ -12,6 +12,7 @@ import pytest
 from harness.models.variants import he2015, msra, variant_names
 from harness.plan import (
     Grid,
+    check_epochs,
     check_grid,
     check_out,
     choose_engine,
@@ -21,10 +22,11 @@ from harness.plan import (
     override,
     parse_depths,
     parse_seeds,
+    parse_variants,
     parse_words,
     pending,
 )
-from harness.resources import Resources, allocate, check_resources
+from harness.resources import Resources, allocate, check_resources, choose_launcher
 from harness.spec import RunSpec, UserError
 
 CPU = allocate(Resources(gpus=0, workers=1), have_gpus=0, have_cpus=2, precision="fp32")
@@ -40,7 +42,13 @@ def test_lists() -> None:
     assert parse_seeds("3") == (0, 1, 2)
     assert parse_seeds("0,7") == (0, 7)
     assert parse_seeds("7,") == (7,)
+    assert parse_seeds("3..5") == (3, 4, 5)
+    assert parse_seeds("0,3..5,4") == (0, 3, 4, 5)
     assert parse_words("msra,he2015", "--variants") == ("msra", "he2015")
+    assert parse_variants("msra,he2015") == ("msra", "he2015")
+    assert parse_variants("all") == variant_names()
+    assert parse_depths("20..32", ("msra", "he2015")) == (20, 26, 32), "those that the variants allow"
+    assert parse_depths("8,20..26", ("msra",)) == (8, 20, 26)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +56,10 @@ def test_lists() -> None:
     [
         (lambda: parse_depths("20,x"), "--depths '20,x': 'x' is not a whole number"),
         (lambda: parse_depths("20,,32"), "no empty places"),
+        (lambda: parse_depths("21..25", ("msra",)), "no depth from 21 to 25"),
+        (lambda: parse_depths("32..20", ("msra",)), "the lowest first"),
+        (lambda: parse_seeds("0..4000"), "at most 1000"),
+        (lambda: check_epochs(specs(), 1437), "64,000 steps of he2015-20's recipe are 5,334 epochs of cifar10"),
         (lambda: parse_seeds("0"), "from 1 to 1000"),
         (lambda: parse_seeds("-1"), "not a whole number"),
         (lambda: check_grid(Grid(variants=("he2015",), depths=(21,))), "depth 21 is not 6n\\+2: try 20 or 26"),
@@ -57,7 +69,7 @@ def test_lists() -> None:
         (lambda: check_grid(Grid(variants=("msra",), precision="fp64")), "allowed: fp32, tf32, bf16, fp16"),
         (lambda: check_grid(Grid(variants=("msra",), epochs=0)), "--epochs 0: at least 1"),
         (lambda: specs(limit_train=50_001), "has 50000 training images"),
-        (lambda: specs(val=50_000), "none are left to train on"),
+        (lambda: specs(val=50_000), "give a number that leaves some to train on, as --val 5000"),
     ],
 )
 def test_mistakes_are_one_line_that_says_what_is_allowed(call: Any, says: str) -> None:
@@ -268,3 +280,13 @@ def test_a_spec_that_cannot_be_trained_is_one_line(tmp_path: Path) -> None:
     one, two = write_spec(tmp_path / "1", spec), write_spec(tmp_path / "2", replace(spec, dataset="digits"))
     with pytest.raises(UserError, match="on cifar10 and on digits; a command trains on one data set"):
         make_spec_grid([one, two], Grid(variants=()), ())
+
+
+def test_one_run_with_one_worker_on_this_machine_needs_no_ray() -> None:
+    def launcher(runs: int, address: str | None = None, launcher: str = "auto", **changes: Any) -> str:
+        resources = Resources(address=address, launcher=launcher)
+        return choose_launcher(resources, replace(CPU, **changes), runs).launcher
+
+    assert launcher(1) == "local"
+    assert [launcher(2), launcher(1, workers=2), launcher(1, "auto")] == ["ray"] * 3
+    assert [launcher(2, launcher="local"), launcher(1, launcher="ray")] == ["local", "ray"]

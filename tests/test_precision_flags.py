@@ -6,16 +6,19 @@ torch has two ways to say TF32, and whoever mixes them makes every reader raise,
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, get_args
 from unittest import mock
 
 import pytest
+from rich.console import Console
 
 from harness.spec import Precision
 
@@ -42,10 +45,16 @@ def read_flags() -> dict[str, str]:
         for name in path.split("."):
             place = getattr(place, name, None)
         for flag in (
-            "allow_tf32", "fp32_precision", "allow_bf16_reduced_precision_reduction",
+            "benchmark", "allow_tf32", "fp32_precision", "allow_bf16_reduced_precision_reduction",
             "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation", "deterministic", "enabled",
         ):  # fmt: skip
             readers[f"torch.backends.{path}.{flag}"] = lambda place=place, flag=flag: getattr(place, flag)
+    readers["torch.are_deterministic_algorithms_enabled"] = torch.are_deterministic_algorithms_enabled
+    readers["torch.is_deterministic_algorithms_warn_only_enabled"] = (
+        torch.is_deterministic_algorithms_warn_only_enabled
+    )
+    readers["torch._inductor.config.deterministic"] = lambda: torch._inductor.config.deterministic
+    readers["CUBLAS_WORKSPACE_CONFIG"] = lambda: os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     values = {}
     for name, reader in readers.items():
         try:
@@ -158,9 +167,88 @@ def test_every_flag_can_be_read_and_says_what_was_asked(flags: dict[str, dict[st
     assert flags[precision]["torch.get_float32_matmul_precision"] == ("high" if precision == "tf32" else "highest")
 
 
+DETERMINISTIC = {
+    "torch.are_deterministic_algorithms_enabled": "True", "torch.backends.cudnn.deterministic": "True",
+    "torch.backends.cudnn.benchmark": "False", "torch._inductor.config.deterministic": "True",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}  # fmt: skip
+
+
+def test_a_deterministic_run_leaves_nothing_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it ends well or not, and whatever was set before; on a CPU it changes nothing."""
+    import torch
+    from test_train import spec
+
+    from harness.training.step import deterministic_algorithms
+
+    for own, benchmark in ((None, True), (":16:8", False)):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
+        if own is not None:
+            monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", own)
+        before = read_flags()
+        assert {name: before[name] for name in DETERMINISTIC} != DETERMINISTIC
+        for changes in ({"device": "cpu", "deterministic": True}, {"device": "cuda"}):
+            with deterministic_algorithms(spec(**changes)):
+                assert read_flags() == before
+        with deterministic_algorithms(spec(device="cuda", deterministic=True)):
+            assert read_flags() == before | DETERMINISTIC
+        assert read_flags() == before
+        with pytest.raises(KeyError), deterministic_algorithms(spec(device="cuda", deterministic=True)):
+            raise KeyError
+        assert read_flags() == before
+
+
+def test_a_deterministic_run_is_set_up_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first line of a run on, cuDNN's choice of kernels by their speed included."""
+    import torch
+    from test_train import spec
+
+    import harness.training.train
+    from harness.cluster.job import Worker
+    from harness.spec import RunPaths
+
+    seen: list[dict[str, str]] = []
+
+    def stop(self: Any, *_: Any) -> None:
+        seen.append(read_flags())
+        raise KeyboardInterrupt
+
+    asked = spec(device="cuda", deterministic=True)  # in name alone: the worker's device is the CPU
+    monkeypatch.setattr(harness.training.train, "MemoryMeter", stop)
+    with pytest.raises(KeyboardInterrupt):
+        harness.training.train.train(asked, Worker(threads=1), print, paths=RunPaths(out=tmp_path))
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    harness.training.setup.prepare(asked, Worker(threads=1), RunPaths(out=tmp_path, label="digits")).close()
+    seen.append(read_flags())
+    assert {name: seen[0][name] for name in DETERMINISTIC} == DETERMINISTIC
+    assert seen[1]["torch.backends.cudnn.benchmark"] == "False"
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: a CPU's kernels cannot be compiled")
 def test_the_compiler_reads_the_flags_in_every_precision() -> None:
     assert run("compile") == "compiled"
+
+
+def test_each_way_of_the_speed_benchmark_has_its_own_flags_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import speed
+    import torch
+
+    seen: dict[str, set[bool]] = {"tf32": set(), "fp32": set()}
+
+    def epochs(precision: str) -> Any:
+        while True:
+            seen[precision].add(torch.backends.cuda.matmul.allow_tf32)
+            yield 1.0
+
+    ways = [speed.Way(name, 20, "eager", name, "resident", epochs(name)) for name in seen]
+    try:
+        speed.take_turns(ways, rounds=3, epochs=6, device=torch.device("cpu"), console=Console(file=io.StringIO()))
+    finally:
+        speed.set_precision("fp32")
+    assert seen == {"tf32": {True}, "fp32": {False}}
+    assert [len(way.seconds) for way in ways] == [3, 3]
 
 
 if __name__ == "__main__":

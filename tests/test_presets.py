@@ -61,7 +61,9 @@ def test_a_preset_names_what_there_is(name: str) -> None:
 
 def test_the_command_line_wins_over_the_preset(tmp_path: Path, capsys: Any) -> None:
     def plan(words: str) -> list[tuple[str, str]]:
-        code, out, err = harness(f"run {words} --dataset digits --gpus 0 --dry-run --out {tmp_path}", capsys)
+        code, out, err = harness(
+            f"run {words} --epochs 9 --dataset digits --gpus 0 --dry-run --out {tmp_path}", capsys
+        )
         assert (code, err) == (0, "")
         return re.findall(r"^ *│? *([a-z0-9-]+) +│? *(\d+) +│? *0 ", out, re.MULTILINE)
 
@@ -72,7 +74,7 @@ def test_the_command_line_wins_over_the_preset(tmp_path: Path, capsys: Any) -> N
 
 
 def test_a_validation_split_that_does_not_fit_names_one_that_does(tmp_path: Path, capsys: Any) -> None:
-    line = f"run --preset fattorib --dataset digits --gpus 0 --dry-run --out {tmp_path}"
+    line = f"run --preset fattorib --epochs 9 --dataset digits --gpus 0 --dry-run --out {tmp_path}"
     code, _, err = harness(line, capsys)
     assert code == 2
     assert "fattorib-20 holds out 2,500 training images, and here are 1,437" in err
@@ -148,3 +150,14 @@ def test_the_published_error_is_a_line_in_the_chart(store: Store) -> None:
     other = make_record(0, 8.4, settings=("lr=0.05",))
     (panel,) = make_panels(summarise([Stored(other, store(other) / other.name)]))
     assert "published" not in panel.datasets["curves"][0]
+
+
+def test_records_of_msras_older_recipe_have_rows_of_their_own_and_no_verdict(store: Store, capsys: Any) -> None:
+    record = make_record(0, 8.4)
+    older = record.model_copy(deep=True, update={"key": "0" * 16, "name": "cifar10_msra-20_s0_00000000"})
+    older.spec["recipe"]["pad_mode"] = "zero"
+    store(record, older)
+    out = harness("report", capsys)[1]
+    assert "recipe.pad_mode=mean" in out
+    assert "recipe.pad_mode=zero" in out
+    assert "pad_mode zero, theirs mean" in out

@@ -18,7 +18,7 @@ from harness.training.setup import Data, assemble, make_trainer
 from harness.training.step import make_autocast
 from harness.training.train import run_steps
 
-SECOND_DEPTH = {"miniplaces": 50, "convnet": 8, "xresnet-bottleneck": 38}
+SECOND_DEPTH = {"miniplaces": 50, "mpmz": 18, "convnet": 8}
 
 
 def cases() -> list[Any]:
@@ -26,7 +26,7 @@ def cases() -> list[Any]:
     for function in VARIANTS:
         first = default_depth(function)
         name = function(first).name
-        second = SECOND_DEPTH.get(name, first + (9 if "xt-" in name else 12))
+        second = SECOND_DEPTH.get(name, first + (12 if first == 20 else 9))
         found += [pytest.param(function, depth, id=f"{name}-{depth}") for depth in dict.fromkeys((first, second))]
     return found
 

@@ -11,7 +11,6 @@ from scipy import stats
 
 from harness.results.statistics import (
     Sample,
-    confidence_interval,
     estimate_mean,
     holm,
     mean,
@@ -80,9 +79,9 @@ def test_the_quantile_is_the_printed_tables() -> None:
 @given(some)
 def test_the_confidence_interval_is_scipys(values: list[float]) -> None:
     runs = sample(values)
-    interval = confidence_interval(runs)
-    assert interval is not None
+    assert runs.estimate is not None
     assert runs.std is not None
+    interval = runs.estimate.interval(0.95)
     if runs.std > 1e-9:
         low, high = stats.t.interval(0.95, runs.n - 1, runs.mean, runs.std / math.sqrt(runs.n))
         assert (interval.low, interval.high) == pytest.approx((low, high), rel=1e-9)
@@ -90,7 +89,7 @@ def test_the_confidence_interval_is_scipys(values: list[float]) -> None:
 
 
 def test_one_run_has_no_interval() -> None:
-    assert confidence_interval(Sample(1, 8.0)) is None
+    assert Sample(1, 8.0).estimate is None
 
 
 @settings(max_examples=50)

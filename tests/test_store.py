@@ -63,6 +63,24 @@ def test_run_name_is_readable_and_safe() -> None:
     assert not store.run_name("..", "v", 20, 0, "k").startswith(".")
 
 
+def test_the_timed_epochs_are_counted_with_their_spread(tmp_path: Path) -> None:
+    record = make_record()
+    assert record.result is not None
+    first = record.result.epochs[0]
+    untimed = {1: "warm-up", 4: "interference: it swapped", 5: "interference: it swapped"}
+    epochs = tuple(
+        first.model_copy(update={"epoch": k, "train_seconds": 1.0 + k, "timed": k not in untimed, "untimed": untimed.get(k, "")})
+        for k in range(1, 7)
+    )  # fmt: skip
+    store.finish(
+        tmp_path, record.model_copy(update={"result": record.result.model_copy(update={"epochs": epochs})})
+    )
+    (stored,) = store.load_records([tmp_path]).records
+    assert stored.record.result is not None
+    causes = {"warm-up": 1, "interference: it swapped": 2}
+    assert stored.record.result.timing == Timing(epochs=3, fastest=3.0, slowest=7.0, untimed=causes)
+
+
 def test_a_finished_run_reads_back_equal(tmp_path: Path) -> None:
     record = make_record()
     folder = store.finish(tmp_path, record)

@@ -24,7 +24,7 @@ def make_spec(depth: int = 20, seed: int = 0, *, lr: float = 0.1, **changes: Any
     spec: dict[str, Any] = {
         "variant": "msra", "network": {"depth": depth, "shortcut": "identity-conv", "head_batch_norm": True, "batch_norm_eps": 1e-3},
         "recipe": {"duration": 180, "unit": "epoch", "batch_size": 128, "lr": lr, "milestones": [90, 135],
-                   "normalize": "channel-mean"},
+                   "normalize": "channel-mean", "pad_mode": "mean"},
         "overrides": [], "dataset": "cifar10", "fingerprint": "f" * 64, "limit_train": None, "loader": "dali",
         "precision": "fp32", "engine": "eager", "device": "cuda", "workers": 1, "seed": seed,
     }  # fmt: skip
@@ -59,7 +59,8 @@ def make_run(
         key=hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16], name=f"{dataset}_msra-{depth}_s{seed}", variant="msra", depth=depth, seed=seed,
         status="failed" if failure else "done", dataset=dataset, original=original,
         spec=whole, result=None if failure else make_result(error, **(result or {})),
-        failure=failure, environment={"versions": {"torch": torch}, "check": {"status": "passed"}}, started_at=NOW,
+        failure=failure, environment={"versions": {"torch": torch}, "check": {"status": "passed"}},
+        started_at=NOW - timedelta(days=1),
         finished_at=NOW + timedelta(seconds=finished),
     )  # fmt: skip
     return Stored(record, Path("runs") / record.name)
@@ -131,7 +132,7 @@ def test_across_averages_what_was_asked_for_and_says_so() -> None:
     page = text([row])
     assert "averaged over workers: 1, 8, as requested" in page
     assert "1/8 of 128" in page
-    with pytest.raises(ValueError, match="no field 'wrokers' in these runs: they have dataset, device"):
+    with pytest.raises(ValueError, match="no field 'wrokers' in these runs: they have check, dataset, device"):
         summarise(runs, across=["wrokers"])
 
 
@@ -384,3 +385,87 @@ def test_a_run_whose_width_changed_is_averaged_with_no_other() -> None:
     assert "DDP width 2→1" in text([alone]), "said of a row that stands alone, too"
     (together,) = summarise([*steady, changed], across=["widths"])
     assert len(together.done) == 3
+
+
+def test_rows_say_which_seeds_were_added_and_what_contradicts_itself() -> None:
+    runs = [make_run(seed, 8.0 + seed / 10) for seed in range(7)]
+    added = [Stored(run.record.model_copy(update={"added_until": 0.25}), run.folder) for run in runs[5:]]
+    (row,) = summarise([*added, *runs[:5]])
+    assert row.planned == 5
+    assert row.values("error")[:5] == [8.0, 8.1, 8.2, 8.3, 8.4]
+    assert "seeds after the first 5 were added until the error was known to ±0.25 points" in text([row])
+
+
+def test_a_record_that_contradicts_itself_is_marked() -> None:
+    page = text(summarise([make_run(0), make_run(1, result={"best_error": 9.0})]), width=200)
+    assert "msra-20 seed 1: best_error 9 is above final_error 8.4; see harness verify" in page
+    assert "verify" not in text(summarise([make_run(0)]))
+
+
+def test_a_figure_has_its_own_n_and_says_of_how_many() -> None:
+    untimed = {"epoch_seconds": None, "images_per_second": 1.0, "interference": ("the machine swapped",)}
+    rows = summarise([make_run(0), *(make_run(s, result=untimed) for s in range(1, 5))])
+    page = " ".join(text(rows, width=300).split())
+    assert (
+        "not measured in 4 of 5 runs: no epoch was timed, by reason of interference: the machine swapped" in page
+    )
+    (plain,) = json.loads(render(rows, "json"))["rows"]
+    assert (plain["n"], plain["epoch_seconds_n"], plain["images_per_second_n"], plain["error_n"]) == (5, 1, 1, 5)
+    assert plain["images_per_second"] == 11_111.0, "of the run that was timed"
+
+
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        ({"runs_per_gpu": 3}, "3 runs share the GPU"),
+        ({"interference": ("the GPU was throttled",)}, "interference: the GPU was throttled"),
+        (
+            {"timing": {"epochs": 0, "fastest": None, "slowest": None, "untimed": {"partial epoch": 2}}},
+            "partial epoch",
+        ),
+        ({}, "warm-up"),
+    ],
+)
+def test_the_reason_of_a_missing_figure_is_the_true_one(result: dict[str, Any], reason: str) -> None:
+    page = " ".join(text(summarise([make_run(0, result={"epoch_seconds": None, **result})]), width=300).split())
+    assert f"no epoch was timed, by reason of {reason} " in f"{page} "
+
+
+def test_seconds_carry_their_epochs_and_their_spread() -> None:
+    def timing(epochs: int, fastest: float, slowest: float) -> dict[str, Any]:
+        return {"timing": {"epochs": epochs, "fastest": fastest, "slowest": slowest}}
+
+    slow = {"epoch_seconds": 8.7, "images_per_second": 50_000 / 8.7}
+    fast = {"epoch_seconds": 1.1, "images_per_second": 50_000 / 1.1}
+    (row,) = rows = summarise([make_run(0, result=slow), make_run(1, result=fast)])
+    assert "4.90 (1.10–8.70)" in text(rows)
+    seconds, images = row.figures["epoch_seconds"].value, row.figures["images_per_second"].value
+    assert seconds is not None
+    assert images is not None
+    assert seconds * images == pytest.approx(50_000)
+    rows = summarise(
+        [make_run(0, result=slow | timing(9, 8.5, 9.9)), make_run(1, result=fast | timing(8, 1.0, 1.2))]
+    )
+    assert "4.90 (17, 1.00–9.90)" in text(rows)
+    (plain,) = json.loads(render(rows, "json"))["rows"]
+    assert [plain[name] for name in ("timed_epochs", "fastest_epoch_seconds", "slowest_epoch_seconds")] == [
+        17,
+        1.0,
+        9.9,
+    ]
+
+
+def test_a_run_of_one_epoch_holds_its_warm_up() -> None:
+    words = "of runs of one epoch: the seconds hold the warm-up"
+    assert words in text(summarise([make_run(0, result={"warmup_epochs": 0})]))
+    assert words not in text(summarise([make_run(0)]))
+
+
+def test_what_the_number_of_images_leaves_open_is_said() -> None:
+    page = " ".join(text(summarise([make_run(0, 8.0), make_run(0, 16 / 3.6, dataset="digits", depth=8)])).split())
+    assert "10,000 test images of cifar10 alone leave an error of 8.00 % at 7.48 to 8.55" in page
+    rows = summarise([make_run(0, 16 / 3.6, result={"evaluated_images": 360})])
+    assert "360 test images of cifar10 alone leave an error of 4.44 % at 2.75 to 7.10" in " ".join(
+        text(rows).split()
+    )
+    assert "alone leave" not in text(summarise([make_run(0, original=False)])), "their number is not known"

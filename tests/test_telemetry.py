@@ -20,7 +20,7 @@ from harness.results.report.page import make_page
 from harness.results.rows import summarise
 from harness.results.store import Stored
 from harness.results.values import EpochMetrics, GpuUse, Measurement, Memory, NodeUse, RankUse
-from harness.training import telemetry
+from harness.training import host
 from harness.training.telemetry import EpochTelemetry, NodeTelemetry, gather, summarise_rank
 
 MIB = 2**20
@@ -113,7 +113,7 @@ def test_without_nvml_the_node_is_sampled_all_the_same(visible: str, nvml: Any, 
 
 
 def test_without_linux_there_are_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telemetry, "PROC", tmp_path)
+    monkeypatch.setattr(host, "PROC", tmp_path)
     use = sample("", None, least=1)
     assert use.cpu_percent == Measurement(value=None, reason="/proc/stat cannot be read here")
     assert use.memory_peak_mib == Measurement(value=None, reason="/proc/meminfo cannot be read here")

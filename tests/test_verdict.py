@@ -106,6 +106,10 @@ def test_one_published_value_is_one_more_run() -> None:
     assert each.difference == pytest.approx(0.34)
     assert each.half == pytest.approx(stats.t.ppf(0.95, 12) * error)
     assert each.p == pytest.approx(2 * stats.t.sf(0.34 / error, 12))
+    for statistic, runs in (("mean", 5), ("median", 3.49)):
+        several = compare(replace(PUBLISHED, n=5, statistic=statistic), errors)  # type: ignore[arg-type]
+        error = math.sqrt(spread.variance * (1 / 5 + 1 / runs) + 0.01**2 / 12)
+        assert several.half == pytest.approx(stats.t.ppf(0.95, 12) * error)
 
 
 def test_a_published_spread_is_theirs() -> None:

@@ -180,6 +180,23 @@ def test_a_run_copied_as_another_seed_is_found(runs: Path, capsys: Any) -> None:
     assert f"its seconds are those of {folder}, epoch for epoch" in check(runs, capsys)[1]
 
 
+def test_the_weights_of_runs_at_a_uri_stay_there(
+    runs: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    assert harness(f"verify file://{runs}", capsys)[1] == "3 runs verified, 0 findings\n"
+
+
 def test_a_folder_that_does_not_exist(tmp_path: Path, capsys: Any) -> None:
     code, out, err = harness(f"verify {tmp_path / 'nowhere'}", capsys)
     assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_what_is_recomputed_is_what_training_stores() -> None:
+    from harness.results.verify import _recomputed
+    from harness.training.train import summarise_history
+
+    for folder in SAMPLE.glob("digits_*"):
+        epochs = load_epochs(folder)
+        stored = summarise_history(epochs, "test", 1)
+        assert {name: stored[name] for name in _recomputed(epochs)} == pytest.approx(_recomputed(epochs))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +23,18 @@ from harness.loaders.datasets import Dataset, Split, limit, load_dataset
 from harness.loaders.loader import Loader, make_evaluation_loader
 from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_normalize
 from harness.models.build import SMALLEST_IMAGE, build
+from harness.models.imagenet import ImageNetResNet
 from harness.models.variants import Variant, default_depth, find_variant
 from harness.progress import say
+from harness.results.published import load_published
 from harness.results.store import load_records
-from harness.spec import RunSpec, UserError
+from harness.spec import RunSpec, UserError, check_word
 from harness.training.evaluation import MultiScale, evaluate
 from harness.training.setup import EVAL_BATCH_SIZE, split_data
 from harness.training.step import set_precision
 from harness.training.weights import WeightsError, load_metadata, load_weights, match_weights
 
+AVERAGES = ("logits", "probabilities")
 MULTI_SCALE_PIXELS = EVAL_BATCH_SIZE * 32 * 32  # in a batch, so that memory does not grow with the scale
 
 
@@ -37,11 +43,15 @@ class EvalOptions:
     """What to evaluate, and on which images."""
 
     weights: Path
-    variant: str
-    depth: int | None = None  # None: the variant's default
+    variant: str | None = None  # None: the one that the weights name
+    depth: int | None = None  # None: the one that the weights name, or the variant's default
     dataset: str = "cifar10"
     data_dir: Path | None = None
     scales: tuple[int, ...] = ()  # none: images as in training's evaluation, one centre crop
+    average: str = "logits"
+    mirror: bool = True
+    pool_window: int | None = None  # None: over all of the map
+    save_probabilities: Path | None = None  # at each scale
     normalize: Normalize | None = None  # None: the recipe's
     predictions: Path | None = None
     batch_size: int | None = None
@@ -59,7 +69,9 @@ class Errors:
     error: float
     top5_error: float | None
     scales: tuple[int, ...]
-    flip: bool  # logits averaged over mirrored images too
+    flip: bool  # averaged over mirrored images too
+    average: str  # "logits" or "probabilities"
+    published: tuple[str, ...]  # what the variant's source printed
     unused: tuple[str, ...]  # tensors in the file that belong to no layer of the network
 
 
@@ -99,8 +111,16 @@ def evaluate_weights(options: EvalOptions) -> Errors:
     """
     plan.check_count(options.batch_size, "--batch-size")
     plan.check_count(options.limit, "--limit")
-    if options.predictions and not options.predictions.expanduser().absolute().parent.is_dir():
-        raise UserError(f"--predictions {options.predictions}: no such folder")
+    plan.check_count(options.pool_window, "--pool-window")
+    check_word(options.average, AVERAGES, "--average")
+    if not options.scales:
+        chosen = (options.average != "logits", not options.mirror, options.save_probabilities is not None)
+        for option in itertools.compress(("--average", "--no-mirror", "--save-probabilities"), chosen):
+            raise UserError(f"{option} is for --scales, which says at which sizes images are evaluated")
+    for name in ("predictions", "save_probabilities"):
+        file: Path | None = getattr(options, name)
+        if file and not file.expanduser().absolute().parent.is_dir():
+            raise UserError(f"--{name.replace('_', '-')} {file}: no such folder")
     try:
         return _evaluate(options)
     except ValueError as error:
@@ -109,8 +129,12 @@ def evaluate_weights(options: EvalOptions) -> Errors:
 
 def _evaluate(options: EvalOptions) -> Errors:
     """Raises ValueError or UserError."""
-    function = find_variant(options.variant)
-    variant = function(default_depth(function) if options.depth is None else options.depth)
+    named = load_metadata(options.weights.expanduser()) if options.variant is None else {}
+    if (word := options.variant or named.get("variant")) is None:
+        raise UserError(f"{options.weights} does not name its variant: --variant does")
+    function = find_variant(word)
+    depth = options.depth or (int(named["depth"]) if "depth" in named else default_depth(function))
+    variant = function(depth)
     name, scales, weights = f"{variant.name}-{variant.network.depth}", options.scales, options.weights.expanduser()
     smallest = SMALLEST_IMAGE[variant.network.architecture]
     if scales and min(scales) < smallest:
@@ -125,6 +149,10 @@ def _evaluate(options: EvalOptions) -> Errors:
     except WeightsError as error:
         raise UserError(f"{weights} into {name} for {dataset.num_classes} classes: {error}") from None
 
+    if options.pool_window is not None:
+        if not isinstance(network, ImageNetResNet):
+            raise UserError(f"--pool-window {options.pool_window}: {variant.name} pools over all of its map")
+        network.window = options.pool_window
     position: NDArray[np.int64] = np.arange(len(dataset.test))  # of these images in the whole test set
     test = dataset.test
     if options.limit is not None:
@@ -134,11 +162,16 @@ def _evaluate(options: EvalOptions) -> Errors:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader, order = _load(options, variant, dataset, test, device)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    flip = bool(scales) and dataset.flip
+    flip = bool(scales) and dataset.flip and options.mirror
+    kept: dict[int, list[Tensor]] = {scale: [] for scale in scales}
+    several = MultiScale(
+        network, scales, flip=flip, average=options.average,  # type: ignore[arg-type]
+        on_scale=(lambda scale, batch: kept[scale].append(batch.cpu())) if options.save_probabilities else None,
+    )  # fmt: skip
     set_precision("fp32")
     batches: list[Tensor] = []
     evaluation = evaluate(
-        MultiScale(network, scales, flip=flip) if scales else network,
+        several if scales else network,
         loader,
         images=len(test),
         autocast=nullcontext(),
@@ -149,6 +182,8 @@ def _evaluate(options: EvalOptions) -> Errors:
     labels = test.labels[order]
     if options.predictions:
         _write_predictions(options.predictions.expanduser(), position[order], labels, ranked, dataset)
+    if options.save_probabilities:
+        _write_probabilities(options.save_probabilities.expanduser(), position[order], labels, kept)
     misses = len(test) - int((ranked == labels[:, None]).sum())
     return Errors(
         name=name,
@@ -159,8 +194,34 @@ def _evaluate(options: EvalOptions) -> Errors:
         top5_error=100 * misses / len(test) if dataset.num_classes > 5 else None,
         scales=scales,
         flip=flip,
+        average=options.average,
+        published=tuple(_cite_published(variant, dataset)),
         unused=tuple(unused),
     )
+
+
+def _cite_published(variant: Variant, dataset: Dataset) -> Iterator[str]:
+    """Each published number of the variant, and whether ours may be compared with it."""
+    for entry in load_published():
+        if (entry.variant, entry.depth, entry.dataset) == (variant.name, variant.network.depth, dataset.name):
+            error = "top-5 error" if entry.error is None else "error"
+            about = f"published: {error} {entry.number:g} % ({entry.note or entry.source})"
+            yield about if dataset.original else f"{about}; of other images than these: not comparable"
+
+
+def _write_probabilities(
+    path: Path, position: NDArray[np.int64], labels: NDArray[np.int64], kept: Mapping[int, Sequence[Tensor]]
+) -> None:
+    """Arrays in the test set's order: image and label (n,), and scale_112 and so on (n, classes)."""
+    order = np.argsort(position)
+    arrays: dict[str, Any] = {
+        f"scale_{scale}": torch.cat(list(batches)).numpy()[order] for scale, batches in kept.items()
+    }
+    try:
+        with path.open("wb") as file:
+            np.savez(file, image=position[order], label=labels[order], **arrays)
+    except OSError as error:
+        raise UserError(f"--save-probabilities {path} cannot be written: {error.strerror}") from None
 
 
 def _load(
@@ -171,7 +232,9 @@ def _load(
     most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2)) if scales else EVAL_BATCH_SIZE
     batch_size = min(options.batch_size or most, len(test))
     config = LoaderConfig(
-        augment=Augment(0 if scales else recipe.pad, recipe.pad_mode, None if scales else recipe.crop, flip=False),
+        augment=Augment(0, recipe.pad_mode, None, flip=False)
+        if scales
+        else Augment(recipe.pad, recipe.pad_mode, recipe.crop, flip=False, scale_range=recipe.scale_range),
         normalize=options.normalize
         or make_normalize(recipe.normalize, _training_images(options.weights.expanduser(), variant, dataset)),
         batch_size=batch_size,
@@ -240,7 +303,9 @@ def print_errors(errors: Errors, console: Console) -> None:
     lines = [line]
     if errors.scales:
         mirrored = ", and mirrored" if errors.flip else ""
-        lines.append(f"averaged over scales {', '.join(map(str, errors.scales))}{mirrored}")
+        what = "" if errors.average == "logits" else "probabilities "
+        lines.append(f"{what}averaged over scales {', '.join(map(str, errors.scales))}{mirrored}")
+    lines += errors.published
     if errors.unused:
         layers = dict.fromkeys(name.rpartition(".")[0] for name in errors.unused)
         lines.append(

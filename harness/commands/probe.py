@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.markup import escape
 
 from harness.cluster.job import Failed, Started, Worker
 from harness.deadline import stopping_on_sigterm
-from harness.progress import make_table, say
+from harness.progress import duration, print_columns, say, width_of
 from harness.record import classify
 from harness.resources import Session
 from harness.results.metrics import NONE, figures
@@ -38,7 +37,7 @@ from harness.training.engine import Direct, Engine
 from harness.training.memory import MemoryMeter, largest
 from harness.training.optim import total_steps
 from harness.training.setup import Trainer, make_step, make_trainer, prepare
-from harness.training.step import synchronize
+from harness.training.step import deterministic_algorithms, synchronize
 from harness.training.telemetry import EpochTelemetry, device_name, gather
 from harness.training.train import run_eval, run_steps
 from harness.training.watchdog import Watchdog
@@ -49,12 +48,24 @@ if TYPE_CHECKING:
 Outcome = TypeVar("Outcome")
 WARMUP_STEPS = 10  # not timed
 STEPS = 30
-QUEUE_STEPS = 5  # of STEPS: their batches were made ahead, so they do not show the loader's pace
+QUEUE_STEPS = 5  # of STEPS, or as many batches as were made ahead: they do not show the loader's pace
 EVAL_BATCHES = 3
 ENERGY_SECONDS = 0.2  # NVML's counter changes about ten times a second
 MEMORY = {
     "alloc": "torch_allocated_mib", "resvd": "torch_reserved_mib", "NVML": "nvml_process_mib", "RSS": "rss_mib",
 }  # fmt: skip
+SPARE = (
+    "RSS",
+    "resvd",
+    "kJ",
+    "GPU-h",
+    "eval",
+    "alloc",
+    "width",
+    "runs",
+    "NVML",
+    "sum",
+)  # dropped on a narrow terminal
 PARTS = ("data", "forward", "backward", "all-reduce", "optimizer")
 
 
@@ -62,21 +73,24 @@ PARTS = ("data", "forward", "backward", "all-reduce", "optimizer")
 
 
 class Part:
-    """The first `steps` batches of a loader's epochs, and the instant at which the one after QUEUE_STEPS was wanted."""
+    """The first `steps` batches of a loader's epochs, and the instant at which the one after `queue` was wanted."""
 
-    def __init__(self, loader: Loader, steps: int, device: torch.device) -> None:
+    def __init__(self, loader: Loader, steps: int, device: torch.device, queue: int = QUEUE_STEPS) -> None:
         self.loader = loader
+        self.call_steps, self.calls_ahead = loader.call_steps, loader.calls_ahead
+        self.queue = queue
         self.steps = min(steps, loader.steps)
         self.device = device
         self.paced_at = 0.0
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of one rank, as the loader's."""
-        for step, batch in enumerate(itertools.islice(self.loader.epoch(epoch, first_step), self.steps)):
-            if step == QUEUE_STEPS:
+        batches = self.loader.epoch(epoch, first_step)
+        for step in range(self.steps):
+            if step == self.queue:
                 synchronize(self.device)
                 self.paced_at = time.perf_counter()
-            yield batch
+            yield next(batches)
 
     def close(self) -> None:
         """Close the loader."""
@@ -90,9 +104,11 @@ class Part:
         return int(seen)
 
 
-def train_steps(trainer: Trainer, loader: Loader, epoch: int, steps: int) -> tuple[float, Part]:
+def train_steps(
+    trainer: Trainer, loader: Loader, epoch: int, steps: int, queue: int = QUEUE_STEPS
+) -> tuple[float, Part]:
     """Train up to `steps` steps of an epoch. Returns the seconds they took, and the part of the loader."""
-    trainer.loader = part = Part(loader, steps, trainer.device)
+    trainer.loader = part = Part(loader, steps, trainer.device, queue)
     return run_steps(trainer, epoch=epoch, steps=part.steps).train_seconds, part
 
 
@@ -132,17 +148,10 @@ def print_cells(
     spec: RunSpec, note: str, columns: Sequence[str], lines: Sequence[Sequence[str]], console: Console
 ) -> None:
     """Print a line for each cell, without the columns that nothing is known of; a line without a name is dim."""
-    shown = [i for i in range(len(columns)) if any(line[i] not in (NONE, "") for line in lines)]
+    cells = dict(zip(columns, zip(*lines, strict=True), strict=True))
+    known = {name: column for name, column in cells.items() if set(column) - {NONE, ""}}
     title = f"{spec.loader} · {spec.precision} · {'GPU' if spec.device == 'cuda' else 'CPU'}{note}"
-    table = make_table(*(columns[i] for i in shown), left=("run", "variant", "width"), title=title)
-    for line in lines:
-        table.add_row(*(escape(line[i]) for i in shown), style="" if line[0] else "dim")
-    console.print(table)
-
-
-def width_of(spec: RunSpec) -> str:
-    """ "2×64": workers × batch size of each"""
-    return f"{spec.workers}×{spec.recipe.batch_size // spec.workers}"
+    print_columns(known, console, title=title, left=("run", "variant", "width"), spare=SPARE)
 
 
 def kilo(measured: Measurement) -> str:
@@ -153,19 +162,25 @@ def kilo(measured: Measurement) -> str:
 # --- --estimate ---
 
 
-def extrapolate(seconds: float, paced_seconds: float, *, steps: int, of: int) -> float:
+def count_steps(loader: Loader) -> tuple[int, int]:
+    """Steps of a probe that use up what a loader made ahead, and all of them: those after it are whole calls."""
+    queue = max(QUEUE_STEPS, loader.call_steps * (1 + loader.calls_ahead))
+    return queue, queue + loader.call_steps * -(-(STEPS - QUEUE_STEPS) // loader.call_steps)
+
+
+def extrapolate(seconds: float, paced_seconds: float, *, steps: int, of: int, queue: int = QUEUE_STEPS) -> float:
     """Seconds of `of` steps, from `steps` of them: what these took, and the others at the pace of the last ones.
 
-    `paced_seconds` are those after QUEUE_STEPS; where there are none, all steps set the pace.
+    `paced_seconds` are those after `queue` steps; where there are none, all steps set the pace.
     """
-    pace = paced_seconds / (steps - QUEUE_STEPS) if steps > QUEUE_STEPS else seconds / steps
+    pace = paced_seconds / (steps - queue) if steps > queue else seconds / steps
     return seconds + (of - steps) * pace
 
 
 def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, paths: RunPaths) -> Prediction:
     """Train some steps of a run, evaluate some batches, and predict the whole. Raises what `prepare` does.
 
-    The steps belong to two epochs: WARMUP_STEPS of the first, up to STEPS of the second.
+    The steps belong to two epochs: WARMUP_STEPS of the first, up to `count_steps` of the second.
     """
     entered_at = time.perf_counter()
     gc.collect()
@@ -174,7 +189,7 @@ def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, pat
     meter = MemoryMeter(torch.device(worker.device))
     prepared = prepare(spec, worker, paths, meter)
     device, loader, eval_loader = prepared.device, prepared.train_loader, prepared.eval_loader
-    with contextlib.closing(prepared):
+    with deterministic_algorithms(spec), contextlib.closing(prepared):
         telemetry = EpochTelemetry(device)
         eval_part = Part(eval_loader, EVAL_BATCHES, device)
         eval_images = eval_part.images()
@@ -185,7 +200,8 @@ def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, pat
         run_eval(trainer, eval_part, eval_images)
         meter.reset()
         telemetry.start()
-        seconds, part = train_steps(trainer, loader, 1, STEPS)
+        queue, steps = count_steps(loader)
+        seconds, part = train_steps(trainer, loader, 1, steps, queue)
         ended_at = time.perf_counter()
         reading = telemetry.stop(seconds)
         evaluating_at = time.perf_counter()
@@ -208,7 +224,9 @@ def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, pat
     return Prediction(
         spec=values,
         steps=part.steps,
-        epoch_seconds=extrapolate(seconds, ended_at - part.paced_at, steps=part.steps, of=loader.steps),
+        epoch_seconds=extrapolate(
+            seconds, ended_at - part.paced_at, steps=part.steps, of=loader.steps, queue=queue
+        ),
         eval_seconds=eval_seconds,
         setup_seconds=setup_seconds,
         epochs=total_steps(spec.recipe, loader.steps) / loader.steps,
@@ -275,7 +293,7 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_ru
     if not cells:
         say(console, "nothing to estimate: all runs are done already; --force counts them again")
         return
-    columns = ("variant", "depth", "width", "runs", "s/epoch", "eval s", "h/run", "GPU-h", *MEMORY, "kJ")
+    columns = ("variant", "depth", "width", "runs", "s/epoch", "eval", "a run", "GPU-h", *MEMORY, "kJ")
     notes: dict[str, None] = {}
     missing: dict[str, dict[str, None]] = defaultdict(dict)  # reason -> columns
     lines: list[list[str]] = []
@@ -286,8 +304,9 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_ru
             continue
         one, joules = cell.outcome, total_joules([cell])
         memory = {name: getattr(one.memory, field) for name, field in MEMORY.items()}
-        seconds = (one.epoch_seconds, one.eval_seconds, one.run_seconds / 3600, cell.gpu_hours)
-        lines.append(line + [figures(n) for n in (*seconds, *(m.value for m in memory.values()))] + [kilo(joules)])
+        seconds = [figures(one.epoch_seconds), duration(one.eval_seconds), duration(one.run_seconds)]
+        rest = [figures(n) for n in (cell.gpu_hours, *(m.value for m in memory.values()))]
+        lines.append([*line, *seconds, *rest, kilo(joules)])
         for name, measured in {**memory, "kJ": joules}.items():
             if measured.value is None:
                 missing[str(measured.reason)][name] = None
@@ -295,13 +314,18 @@ def print_estimate(cells: Sequence[Cell], todo: Sequence[RunSpec], concurrent_ru
     first = cells[0].spec
     print_cells(first, "", columns, lines, console)
     predicted = {cell.spec: cell.outcome for cell in cells if isinstance(cell.outcome, Prediction)}
-    hours = all_seconds(todo, {spec: one.run_seconds for spec, one in predicted.items()}, concurrent_runs) / 3600
-    sums = [f"{figures(hours)} hours"]
+    sums = [
+        duration(all_seconds(todo, {spec: one.run_seconds for spec, one in predicted.items()}, concurrent_runs))
+    ]
     if first.device == "cuda":
         gpu_hours = [value for cell in cells if (value := cell.gpu_hours) is not None]
         sums += [f"{figures(sum(gpu_hours) if gpu_hours else None)} GPU-hours", f"{kilo(total_joules(cells))} kJ"]
     runs = sum(cell.runs for cell in cells if cell.spec in predicted)
-    say(console, f"in all {runs} runs, {concurrent_runs} at a time: {', '.join(sums)}", style="bold")
+    say(
+        console,
+        f"in all {runs} run{'s' * (runs != 1)}, {concurrent_runs} at a time: {', '.join(sums)}",
+        style="bold",
+    )
     for note in (*notes, *(f"{', '.join(names)} cannot be had: {reason}" for reason, names in missing.items())):
         say(console, note)
     steps = "/".join(str(n) for n in sorted({one.steps for one in predicted.values()})) or "no"
@@ -327,7 +351,7 @@ def _failed_line(
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """Milliseconds of a step: medians over STEPS steps, of the slowest rank."""
+    """Milliseconds of a step: means over the middle half of STEPS steps by their length, of the slowest rank."""
 
     parts: dict[str, float]  # by PARTS; no all-reduce with one rank
     eager_ms: float  # a step of which these are the parts
@@ -368,7 +392,7 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
     does."""
     prepared = prepare(spec, worker, paths)
     device, loader = prepared.device, prepared.train_loader
-    with contextlib.closing(prepared):
+    with deterministic_algorithms(spec), contextlib.closing(prepared):
         if loader.steps < 2:
             raise ValueError("an epoch of one step is too short to profile")
         # several ranks' gradients are summed after backward here, not by DDP inside it, where they hide behind it
@@ -383,13 +407,14 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
         trainer = make_trainer(prepared, warn)
         train_steps(trainer, loader, 2, WARMUP_STEPS)
         seconds, part = train_steps(trainer, loader, 3, STEPS)
-    eager_ms = statistics.median(map(sum, zip(*parts.values(), strict=True)))
-    medians = {name: statistics.median(parts[name]) for name in PARTS if name in parts}
-    slowest = torch.tensor([*medians.values(), eager_ms, 1000 * seconds / part.steps], device=device)
-    if dist.is_initialized():
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    *part_ms, eager_ms, engine_ms = slowest.tolist()
-    return Breakdown(dict(zip(medians, part_ms, strict=True)), eager_ms, engine_ms, trainer.engine.name)
+    took = [sum(step) for step in zip(*parts.values(), strict=True)]
+    # of all parts the same steps, or they would not add up
+    middle = sorted(range(len(took)), key=took.__getitem__)[len(took) // 4 : len(took) - len(took) // 4]
+    means = {name: statistics.fmean(parts[name][step] for step in middle) for name in PARTS if name in parts}
+    own = Breakdown(means, sum(means.values()), 1000 * seconds / part.steps, trainer.engine.name)
+    ranks = gather(own)
+    slowest = max(ranks, key=lambda rank: rank.eager_ms)
+    return replace(slowest, engine_ms=max(rank.engine_ms for rank in ranks))
 
 
 def profile(todo: Sequence[RunSpec], session: Session, console: Console) -> bool:
@@ -417,9 +442,9 @@ def profile(todo: Sequence[RunSpec], session: Session, console: Console) -> bool
         say(console, note)
     say(
         console,
-        f"data: from the last step's end until its batch is there. Parts by eager kernels, the median of up to {STEPS} "
-        f"steps after warm-up, of the slowest rank; all-reduce after backward, where DDP would hide it. {columns[-1]}: "
-        "a step as runs take it",
+        "data: from the last step's end until its batch is there. Parts by eager kernels, which add up to the sum: the mean "
+        f"of the middle half of up to {STEPS} steps after warm-up, of the slowest rank; all-reduce after backward, where DDP "
+        f"would hide it. {columns[-1]}: a step as runs take it",
         style="dim",
     )
     return any(isinstance(outcome, Failed) for _, outcome in outcomes)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.plan import open_out
 from harness.results.remote import is_uri
-from harness.results.store import collector_paused, load_predictions, load_records, write_atomic
+from harness.results.store import WEIGHTS, collector_paused, load_predictions, load_records, write_atomic
 from harness.spec import UserError, check_word
 
 if TYPE_CHECKING:
@@ -226,17 +226,24 @@ def print_why(row: str, path: Path, console: Console) -> None:
         matches = [rows[int(row) - 1]]
     elif not matches:
         check_word(row, sorted({row.name for row in rows}), "row")
+    elif len({match.dataset for match in matches}) > 1:
+        numbers = ", ".join(f"{rows.index(match) + 1} on {match.dataset}" for match in matches)
+        raise UserError(f"row {row!r} is on several data sets: give one by its number, {numbers}")
     print_text("\n".join(map(why, matches)), console)
 
 
-def print_findings(paths: Sequence[Path]) -> int:
-    """Print what contradicts itself in stored runs, a line each. Returns the exit code: 1 where anything does."""
+def print_findings(words: Sequence[str]) -> int:
+    """Print what contradicts itself in stored runs, a line each. Returns the exit code: 1 where anything does.
+
+    The weights of runs at a URI stay there and are not checked.
+    """
     from harness.results.verify import Finding, has_hashes, verify
     from harness.spec import RunSpec
 
-    loaded = load_records(paths)
+    loaded = load_records(check_folders(find_results(words)))
     findings = [Finding(problem.path, problem.reason) for problem in loaded.problems]
-    findings += verify(loaded.records, lambda spec: RunSpec.from_json(dict(spec)).key)
+    elsewhere = [WEIGHTS] if any(map(is_uri, words)) else []
+    findings += verify(loaded.records, lambda spec: RunSpec.from_json(dict(spec)).key, elsewhere)
     for finding in findings:
         print(finding)
     old = sum(not has_hashes(run.folder) for run in loaded.records)
@@ -260,7 +267,7 @@ def print_comparison(
 
     Raises UserError for a condition, field or format that cannot be read, and where there is nothing to compare.
     """
-    from harness.results.compare import compare, compare_by
+    from harness.results.compare import compare, compare_by, nearest
     from harness.results.gate import check_conditions, parse_fail_on
     from harness.results.report.comparison import render_comparison
 
@@ -285,10 +292,12 @@ def print_comparison(
         pairs = compare(a, b, metrics) if by is None else compare_by(a, by, metrics)
     except ValueError as error:
         raise UserError(f"--by: {error}" if by else str(error)) from None
+    pairs = [replace(p, unlike={n: v for n, v in p.unlike.items() if n not in across}) for p in pairs]
     if not any(pair.figures for pair in pairs) and not conditions:
         hint = "rows that differ in nothing but --by"
         hint = hint if by else "a row of A and one of B that agree in all but the folder"
-        raise UserError(f"nothing to compare: no {hint}; --across FIELD overlooks a difference")
+        near = f", the nearest differ in {', '.join(names)}" if (names := nearest(pairs)) else ""
+        raise UserError(f"nothing to compare: no {hint}{near}; --across FIELD overlooks a difference")
     colour = console.is_terminal and not console.no_color
     print_text(render_comparison(pairs, format, width=console.width, colour=colour), console)
     gate = check_conditions(pairs, conditions)

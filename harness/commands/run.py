@@ -15,28 +15,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from harness import plan
+from harness import plan, until_ci
 from harness.cluster.job import Report, Started, Telemetry, Worker
 from harness.commands.report import export_runs, print_rows, write_page
 from harness.deadline import TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.plan import Grid
-from harness.progress import JsonLines, Progress, load_data, make_table, say
+from harness.progress import JsonLines, Progress, load_data, print_columns, say, width_of
 from harness.record import Recorder, lock_run, name_of, name_other_code
-from harness.resources import Resources, Session, check_resources, make_allocation
+from harness.resources import Resources, Session, check_resources, choose_launcher, make_allocation
 from harness.results.remote import push_file, push_run, redact
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
 from harness.results.values import EpochMetrics, RunResult
 from harness.selfcheck import RefusedError, check_first
 from harness.spec import RunPaths, RunSpec, UserError, check_word
+from harness.until_ci import Goal
 
 if TYPE_CHECKING:
     from harness.loaders.datasets import Dataset
 
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 130
 FORMATS = ("table", "jsonl")
+SHARED = ("epochs", "batch", "loader", "precision", "engine", "width", "set")  # said once where runs agree
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +71,7 @@ class _Prepared:
     session: Session
     dataset: Dataset
     recorder: Recorder
+    goal: Goal | None = None  # of --until-ci
 
     def check_nodes(self) -> None:
         """Refuse a cluster of several nodes that differ. Raises UserError."""
@@ -101,15 +102,22 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             images = len(dataset.train)
             specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
             fallback = plan.fallback_world_sizes(options.elastic, specs)
+            plan.check_epochs(() if grid.specs or options.estimate or options.profile else specs, images)
             allocation = replace(allocation, fallback_world_sizes=fallback)
             paths = replace(paths, label=dataset.label)
-            environment = {"launcher": options.resources.launcher}
+            runs = len(specs) if options.until_ci is None else until_ci.MAX_SEEDS
+            resources = choose_launcher(options.resources, allocation, runs)
+            environment = {"launcher": resources.launcher}
             recorder = Recorder(paths, dataset.original, environment, partial(say, console))
             todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
             _name_other_code(recorder, console)
             _advise_on_batch_norm(todo, console)
-            session = Session(allocation, options.resources, paths, stack)
-            prepared = _Prepared(options, console, session, dataset, recorder)
+            session = Session(allocation, resources, paths, stack)
+            goal = until_ci.make_goal(options.until_ci, options.max_seeds, len(grid.seeds))
+            prepared = _Prepared(options, console, session, dataset, recorder, goal)
+            if goal is not None:
+                for line in until_ci.forecast(goal, until_ci.known_errors(recorder, specs), dataset):
+                    say(console, line)
             if options.dry_run or options.estimate or options.profile:
                 return preview(prepared, specs, todo)
             specs, todo = check_devices(prepared, specs, todo)
@@ -136,7 +144,7 @@ def check_options(grid: Grid, options: RunOptions) -> None:
     plan.check_grid(grid)
     check_resources(options.resources)
     plan.check_count(options.checkpoint_every, "--checkpoint-every")
-    plan.check_until_ci(grid, options.until_ci, options.max_seeds)
+    until_ci.make_goal(options.until_ci, options.max_seeds, len(grid.seeds))
     check_word(options.format, FORMATS, "--format")
     if options.estimate or options.profile:
         names = ("--estimate", "--profile", "--dry-run", "--format jsonl")
@@ -168,7 +176,7 @@ def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpe
     options, console, recorder = prepared.options, prepared.console, prepared.recorder
     failed = False
     if options.dry_run:
-        console.print(_plan_table(prepared, specs))
+        print_plan(prepared, specs)
     else:
         from harness.commands import probe
 
@@ -177,33 +185,45 @@ def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpe
         failed = (probe.estimate if options.estimate else probe.profile)(todo, prepared.session, console)
         if options.estimate:
             recorder.push(push_run, recorder.paths.out / ESTIMATES)
-    if options.until_ci is not None and not options.profile:
-        most = options.max_seeds or plan.MAX_SEEDS
-        known = f"until its error is known to ±{options.until_ci:g} points"
-        say(console, f"and further seeds, to {most} of a row, {known}")
+    if prepared.goal is not None and not options.profile:
+        known = f"until its error is known to ±{prepared.goal.half:g} points"
+        say(console, f"and further seeds, to {prepared.goal.max_seeds} of a row, {known}")
     return EXIT_FAILED if failed else EXIT_DONE
 
 
-def _plan_table(prepared: _Prepared, specs: Sequence[RunSpec]) -> Table:
-    finished = prepared.recorder.find_finished(specs)
+def print_plan(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
+    """Print what is planned and what is done; what all runs share stands in a line of its own."""
+    console, finished = prepared.console, prepared.recorder.find_finished(specs)
+    columns: dict[str, list[str]] = {
+        "variant": [spec.variant for spec in specs],
+        "depth": [str(spec.network.depth) for spec in specs],
+        "seed": [str(spec.seed) for spec in specs],
+        "epochs": [str(plan.count_epochs(spec, len(prepared.dataset.train))) for spec in specs],
+        "batch": [str(spec.recipe.batch_size) for spec in specs],
+        "loader": [spec.loader for spec in specs],
+        "precision": [spec.precision for spec in specs],
+        "engine": [spec.engine for spec in specs],
+        "width": [f"{width_of(spec)} on {'GPU' if spec.device == 'cuda' else 'CPU'}" for spec in specs],
+        "set": [
+            " ".join(o for o in spec.overrides if not o.startswith(("epochs=", "batch_size="))) for spec in specs
+        ],
+        "key": [spec.key[:8] for spec in specs],
+        "state": [_state(prepared, spec, spec.key in finished) for spec in specs],
+    }
+    same = {name: values[0] for name, values in columns.items() if name in SHARED and len(set(values)) == 1}
     done = sum(spec.key in finished for spec in specs)
-    words = ("loader", "precision", "engine", "width", "key", "state")
-    table = make_table(
-        *("variant", "depth", "seed", "epochs", "batch", *words), left=("variant", *words), fold=True,
-        title=f"{len(specs)} runs on {escape(prepared.dataset.label)}, {done} of them done already",
+    title = f"{len(specs)} run{'s' * (len(specs) != 1)} on {prepared.dataset.label}, {done} of them done already"
+    shared = ", ".join(f"{name} {value}" for name, value in same.items() if value)
+    print_columns(
+        {name: values for name, values in columns.items() if name not in same}, console,
+        title=f"{title}\n{shared}", left=("variant", *SHARED[2:], "key", "state"), spare=("key", *reversed(SHARED)),
     )  # fmt: skip
-    for spec in specs:
-        if spec.key in finished:
-            state = "done" + (", again by --force" if prepared.options.force else "")
-        else:
-            state = "resumes" if prepared.recorder.partial(spec).is_dir() else "to do"
-        epochs = plan.count_epochs(spec, len(prepared.dataset.train))
-        width = f"{spec.workers} × {spec.recipe.batch_size // spec.workers} on {'GPU' if spec.device == 'cuda' else 'CPU'}"
-        table.add_row(
-            spec.variant, str(spec.network.depth), str(spec.seed), str(epochs), str(spec.recipe.batch_size),
-            spec.loader, spec.precision, spec.engine, width, spec.key[:8], state,
-        )  # fmt: skip
-    return table
+
+
+def _state(prepared: _Prepared, spec: RunSpec, finished: bool) -> str:
+    if finished:
+        return "done, again by --force" if prepared.options.force else "done"
+    return "resumes" if prepared.recorder.partial(spec).is_dir() else "to do"
 
 
 def check_devices(
@@ -237,15 +257,12 @@ def train_all(prepared: _Prepared, specs: list[RunSpec], todo: list[RunSpec]) ->
     while True:
         if todo:
             failures += train_batch(prepared, todo)
-        if options.until_ci is None or (failures and options.fail_fast):
+        if (goal := prepared.goal) is None or (failures and options.fail_fast):
             break
-        more = plan.more_seeds(
-            specs,
-            _errors(recorder, specs),
-            until_ci=options.until_ci,
-            max_seeds=options.max_seeds or plan.MAX_SEEDS,
-            concurrent_runs=prepared.session.allocation.concurrent_runs,
-        )
+        known = until_ci.known_errors(recorder, specs)
+        more = until_ci.more_seeds(specs, known, goal, prepared.session.allocation.concurrent_runs)
+        first = {row for row, runs in known.items() if len(runs.errors) < until_ci.FIRST}
+        recorder.added |= {spec.key: goal.half for spec in more if replace(spec, seed=0) not in first}
         if not more:
             break
         specs = [*specs, *more]
@@ -310,11 +327,6 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     return failures
 
 
-def _errors(recorder: Recorder, specs: Sequence[RunSpec]) -> dict[str, float]:
-    """The last-epoch errors of the finished runs, by key."""
-    return {key: result.final_error for key, result in recorder.find_finished(specs).items()}
-
-
 def _allow_open_files(more: int) -> None:
     """Each lock is an open file, and 1024 is a usual limit: raise it as far as needed and allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -344,11 +356,13 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
     if options.format == "jsonl":
         return True
     met = print_rows(mine, console, options.preset)
-    if options.until_ci is not None:
-        _print_wide_rows(prepared, specs, options.until_ci)
+    if prepared.goal is not None:
+        for line in until_ci.shortfalls(prepared.goal, until_ci.known_errors(recorder, specs)):
+            say(console, line)
     note = partial(say, console, style="dim")
     if not recorder.started:
-        note(f"all {len(specs)} runs were done already; --force trains them again")
+        what = "this run was" if len(specs) == 1 else f"all {len(specs)} runs were"
+        note(f"{what} done already; --force trains again")
     note(f"stored in {redact(paths.remote).partition('?')[0] or paths.out}")
     try:
         page = write_page(paths.out, loaded)
@@ -371,11 +385,3 @@ def select(loaded: Loaded, names: Collection[str]) -> Loaded:
         [run for run in loaded.interrupted if chosen(run.folder)],
         [problem for problem in loaded.problems if chosen(problem.path)],
     )
-
-
-def _print_wide_rows(prepared: _Prepared, specs: Sequence[RunSpec], until_ci: float) -> None:
-    for row, half in plan.error_half_widths(specs, _errors(prepared.recorder, specs)).items():
-        if half is not None and half > until_ci:
-            seeds = sum(replace(spec, seed=0) == row for spec in specs)
-            known = f"after {seeds} seeds its error is known to ±{half:.2f} points, not to ±{until_ci:g}"
-            say(prepared.console, f"{row.name}: {known}")

@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages.journal import BaseJournalBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from harness.results.sweeps import Dimension, FieldImportance, Importance, State, Sweep, Trial, format_value
+from harness.results.sweeps import Dimension, State, Sweep, Trial
 from harness.search_space import count_points, finite_values, grid_points, round_value
 
 SAMPLERS: dict[str, Callable[..., BaseSampler]] = {"random": RandomSampler, "tpe": TPESampler, "gp": GPSampler}
@@ -247,56 +246,3 @@ def _convert(d: Dimension, value: Any) -> Any:
     if d.function in ("loguniform", "uniform"):
         return round_value(d, value)
     return type(d.values[0])(value) if d.function == "randint" else value
-
-
-def weigh(study: Study) -> Importance | None:
-    """Importance of each field for the metric, over all trials at the last epoch that all of them reached.
-
-    Rank correlation (Spearman) for numbers; for words the share of the ranks' variance between them (its root, so that
-    two words give the same figure as a rank correlation). fANOVA where the proposals were not random. None for fewer
-    than four trials.
-    """
-    known = [trial for trial in study.trials if trial.curve and trial.state in ("finished", "pruned")]
-    if len(known) < 4:
-        return None
-    epoch = min(trial.epochs for trial in known)
-    points = [(trial.fields, value) for trial in known for at, value in trial.curve if at == epoch]
-    values = [value for _, value in points]
-    if len(points) < 4 or len(set(values)) == 1:
-        return None
-    how, items = "rank correlation", []
-    for d in study.dimensions:
-        column = [fields[d.field] for fields, _ in points]
-        if len(set(column)) > 1:
-            weight, sign = _correlate(column, values)
-            items.append(FieldImportance(field=d.field, value=weight, sign=sign))
-    if study.algorithm != "random" and len(items) > 1:
-        how, shares = "fANOVA, shares of the variance", _fanova(study, points)
-        items = [item.model_copy(update={"value": shares.get(item.field, 0.0)}) for item in items]
-    items.sort(key=lambda item: -item.value)
-    return Importance(how=how, epoch=epoch, trials=len(points), fields=items)
-
-
-def _fanova(study: Study, points: Sequence[tuple[Mapping[str, Any], float]]) -> dict[str, float]:
-    complete = optuna.create_study()
-    for fields, value in points:
-        complete.add_trial(create_trial(params=dict(fields), distributions=study.distributions, value=value))
-    evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-    return dict(optuna.importance.get_param_importances(complete, evaluator=evaluator))
-
-
-def _correlate(column: Sequence[Any], values: Sequence[float]) -> tuple[float, str]:
-    from scipy.stats import rankdata, spearmanr
-
-    if all(isinstance(item, int | float) and not isinstance(item, bool) for item in column):
-        rho = float(spearmanr(column, values).statistic)
-        return abs(rho), "more is better" if rho < 0 else "less is better"
-    ranks = [float(rank) for rank in rankdata(values)]
-    groups: dict[Any, list[float]] = {}
-    for item, rank in zip(column, ranks, strict=True):
-        groups.setdefault(item, []).append(rank)
-    means = {item: statistics.fmean(group) for item, group in groups.items()}
-    middle = statistics.fmean(ranks)
-    between = sum(len(group) * (means[item] - middle) ** 2 for item, group in groups.items())
-    best = min(means, key=lambda item: means[item])
-    return math.sqrt(between / sum((rank - middle) ** 2 for rank in ranks)), f"{format_value(best)} is best"

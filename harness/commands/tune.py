@@ -20,7 +20,7 @@ from rich.console import Console
 from harness import plan
 from harness.cluster.job import Allocation, Report, Worker
 from harness.commands.run import EXIT_DONE, EXIT_FAILED
-from harness.commands.study import ALGORITHMS, SCHEDULERS, Study, count_trials, weigh
+from harness.commands.study import ALGORITHMS, SCHEDULERS, Study, count_trials
 from harness.commands.sweep import Prepared, Search, SweepTrials, make_trial_spec
 from harness.deadline import stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
@@ -29,7 +29,7 @@ from harness.record import describe_code, name_of
 from harness.resources import Resources, Session, check_resources, make_allocation
 from harness.results.report.text import Sheet, for_terminal
 from harness.results.store import SWEEPS, load_epochs, partial_dir, write_atomic
-from harness.results.sweeps import METRICS, Dimension, Sweep, Trial, best_first, format_value
+from harness.results.sweeps import METRICS, Dimension, Sweep, Trial, best_first, format_value, weigh_both
 from harness.results.values import RunResult
 from harness.search_space import finite_values, parse_search
 from harness.selfcheck import RefusedError, check_first
@@ -97,7 +97,7 @@ def tune(search: Search, options: TuneOptions, console: Console, *, given: Colle
                 f"{str(stop) or 'stopped'}; harness tune --resume {sweep.name} goes on", console
             )  # TimeUp says more
             raise
-    _print_sweep(prepared, trials.store(importance=weigh(study)), console)
+    _print_sweep(prepared, trials.store(**weigh_both(study.trials, sweep.dimensions)), console)
     return EXIT_DONE if any(trial.state == "finished" for trial in study.trials) else EXIT_FAILED
 
 
@@ -146,7 +146,7 @@ def _check(search: Search) -> tuple[Dimension, ...]:
     plan.check_count(search.seed, "--seed", least=0)
     dimensions = parse_search(search.search)
     if not dimensions:
-        raise UserError("--search is missing: name a field to search, as in --search lr=loguniform(0.01,1)")
+        raise UserError("--search is missing: name a field to search, as in --search 'lr=loguniform(0.01,1)'")
     if search.search_algorithm != "random" and any(d.function == "grid" for d in dimensions):
         raise UserError(
             f"--search-algorithm {search.search_algorithm} makes its own choice of points: choice(...) instead of"
@@ -189,6 +189,7 @@ def _prepare(
     total = count_trials(dimensions, search.samples)
     allocation = _allocate_trials(allocation, search, total)
     specs = [make_trial_spec(search.make_grid(point), allocation, dataset) for point in _corners(dimensions)]
+    plan.check_epochs(specs, len(dataset.train))
     checked = check_first(specs, allocation, resources, paths, console, skip=options.no_check)
     if (adapted := checked.adapt(specs[0])) != specs[0]:
         search = replace(search, loader=adapted.loader, engine=adapted.engine)
@@ -325,9 +326,14 @@ def _print_sweep(prepared: Prepared, sweep: Sweep, console: Console) -> None:
     lines.append(
         f"\nseconds: of training and evaluation. {sweep.judged_by}; of pruned and failed trials as far as they came"
     )
-    if (importance := sweep.importance) is not None:
-        lines.append(f"\nimportance ({importance.how}, {importance.trials} trials at epoch {importance.epoch}):")
-        lines += [f"  {item.field:<16} {item.value:.2f}  {item.sign}" for item in importance.fields]
+    for importance in sweep.importances:
+        lines.append(
+            f"\nimportance for the {sweep.heading} at epoch {importance.epoch} of {sweep.epochs} ({importance.heading}):"
+        )
+        lines += [
+            f"  {item.field:<16} {item.value:.2f}  p = {item.p or 1:.3f}  {item.sign}"
+            for item in importance.fields
+        ]
     finished = [trial for trial in ranked if trial.state == "finished"]
     if finished:
         lines.append("\nbest:")

@@ -34,7 +34,7 @@ from harness.results.values import EpochMetrics
 from harness.spec import Engine, Precision, RunSpec
 from harness.training.memory import MemoryMeter
 from harness.training.setup import Data, Prepared, Trainer, assemble, make_trainer
-from harness.training.step import sum_gradients, synchronize
+from harness.training.step import deterministic_algorithms, sum_gradients, synchronize
 from harness.training.telemetry import gather
 from harness.training.train import resume, run_steps, save
 
@@ -119,7 +119,9 @@ def start(
     """A run before its first step, until the stack closes. Raises RuntimeError where its engine does not work."""
     split, given_up = make_split(), list[str]()
     data = Data(split, split, split, "test")
-    prepared = assemble(make_spec(worker, **changes), data, worker, num_classes=CLASSES, flip=True, meter=meter)
+    spec = make_spec(worker, **changes)
+    stack.enter_context(deterministic_algorithms(spec))
+    prepared = assemble(spec, data, worker, num_classes=CLASSES, flip=True, meter=meter)
     stack.enter_context(closing(prepared))
     if worker.world_size > 1 or dist.is_initialized():  # the statistics of a batch are those of a rank's share
         for module in prepared.network.modules():

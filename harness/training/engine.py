@@ -15,8 +15,8 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, Protocol
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 import torch._dynamo  # here and not at first use: torch.fx would keep the frame of that use, and all it refers to
@@ -31,22 +31,6 @@ Inputs = tuple[Tensor | float, ...]
 Snapshot = Callable[[], Callable[[], None]]
 
 
-class Graph(Protocol):
-    """Something that records work on a device and does it again."""
-
-    def warm_up(self, work: Callable[[], Any]) -> None:
-        """Do the work WARMUP_CALLS times, not recorded."""
-
-    def capture(self) -> AbstractContextManager[None]:
-        """Record what is done inside."""
-
-    def replay(self) -> None:
-        """Do it again, on the same tensors."""
-
-    def reset(self) -> None:
-        """Give back what it holds, whoever still refers to it."""
-
-
 class CudaGraphs:
     """Makes the graphs of one run, which share a memory pool and a stream."""
 
@@ -56,16 +40,19 @@ class CudaGraphs:
         self.stream = torch.cuda.Stream(device)
         self.reserved_bytes = 0  # by the pool
 
-    def __call__(self) -> Graph:
-        return _CudaGraph(self)
+    def __call__(self) -> CudaGraph:
+        return CudaGraph(self)
 
 
-class _CudaGraph:
+class CudaGraph:
+    """Records work on a device and does it again, on the same tensors."""
+
     def __init__(self, shared: CudaGraphs) -> None:
         self._shared = shared
         self._graph = torch.cuda.CUDAGraph()
 
     def warm_up(self, work: Callable[[], Any]) -> None:
+        """Do the work WARMUP_CALLS times, not recorded."""
         stream, caller = self._shared.stream, torch.cuda.current_stream(self._shared.device)
         stream.wait_stream(caller)
         with torch.cuda.stream(stream):
@@ -75,6 +62,7 @@ class _CudaGraph:
 
     @contextmanager
     def capture(self) -> Iterator[None]:
+        """Record what is done inside."""
         shared, caller = self._shared, torch.cuda.current_stream(self._shared.device)
         torch.cuda.synchronize(shared.device)
         torch.cuda.empty_cache()
@@ -95,9 +83,11 @@ class _CudaGraph:
         shared.reserved_bytes += torch.cuda.memory_reserved(shared.device) - before
 
     def replay(self) -> None:
+        """Do it again."""
         self._graph.replay()
 
     def reset(self) -> None:
+        """Give back what it holds, whoever still refers to it."""
         self._graph.reset()
 
 
@@ -128,12 +118,12 @@ class Captured:
     """
 
     def __init__(
-        self, function: Function, make_graph: Callable[[], Graph], warm_up: Function | None = None
+        self, function: Function, make_graph: Callable[[], CudaGraph], warm_up: Function | None = None
     ) -> None:
         self._function = function
         self._warm_up = warm_up or function
         self._make_graph = make_graph
-        self._graphs: dict[tuple[Any, ...], tuple[Graph, Inputs, Any]] = {}
+        self._graphs: dict[tuple[Any, ...], tuple[CudaGraph, Inputs, Any]] = {}
 
     def prepare(self, *inputs: Tensor | float) -> None:
         """Capture a graph for such inputs: tensors are copied into its own, a number is a constant of it."""
@@ -239,7 +229,7 @@ def nothing_to_restore() -> Callable[[], None]:
     return lambda: None
 
 
-def make_graphs(device: torch.device) -> Callable[[], Graph]:
+def make_graphs(device: torch.device) -> Callable[[], CudaGraph]:
     """What captures on this device. Raises RuntimeError where nothing does."""
     if device.type != "cuda":
         raise RuntimeError(f"a {device.type} cannot capture graphs, a GPU can")

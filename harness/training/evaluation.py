@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -25,14 +27,24 @@ class Evaluation:
 
 
 class MultiScale(nn.Module):
-    """A network's logits averaged over sizes of the image and, with `flip`, over its mirror image at each.
+    """A network's scores averaged over sizes of the image and, with `flip`, over its mirror image at each.
 
-    A scale is the shorter side in pixels; images are resized to it by bilinear interpolation, antialiased, and the
+    The average is of logits, or of the classes' probabilities, whose logarithms are then the scores. `on_scale` is given
+    every batch's probabilities at each scale, (n, classes). A scale is the shorter side in pixels; images are resized to it by bilinear interpolation, antialiased, and the
     network, which ends in a global pooling, is applied to the whole of them: arXiv:1512.03385, section 3.4.
     """
 
-    def __init__(self, network: nn.Module, scales: tuple[int, ...], *, flip: bool) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        scales: tuple[int, ...],
+        *,
+        flip: bool,
+        average: Literal["logits", "probabilities"] = "logits",
+        on_scale: Callable[[int, Tensor], None] | None = None,
+    ) -> None:
         super().__init__()
+        self.average, self.on_scale = average, on_scale
         self.network = network
         self.scales = scales
         self.flip = flip
@@ -42,10 +54,15 @@ class MultiScale(nn.Module):
         views: list[Tensor] = []
         for scale in self.scales:
             resized = resize(images, scale)
-            views.append(self.network(resized))
-            if self.flip:
-                views.append(self.network(resized.flip(3)))
-        return torch.stack(views).mean(0)
+            both = [resized, resized.flip(3)] if self.flip else [resized]
+            logits = torch.stack([self.network(view) for view in both])
+            if self.on_scale:
+                self.on_scale(scale, logits.softmax(2).mean(0))
+            views.append(logits)
+        every = torch.cat(views)
+        return (
+            every.mean(0) if self.average == "logits" else every.log_softmax(2).logsumexp(0) - math.log(len(every))
+        )
 
 
 def resize(images: Tensor, scale: int) -> Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
-import resource
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
-from pathlib import Path
 from statistics import linear_regression
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.results.values import MEMORY_CATEGORIES, Measurement, Memory
+from harness.training.host import PROC, family, read_mib
 from harness.training.nvml import MIB, open_device
 
 NO_GPU = Measurement(value=None, reason="no GPU was used")
@@ -43,6 +43,8 @@ class MemoryMeter:
         no_epoch = Measurement(value=None, reason="there was no epoch after warm-up")
         self._warmup = (no_epoch, no_epoch) if self.on_gpu else (NO_GPU, NO_GPU)  # allocated, reserved
         gc.collect()  # what an earlier run in this process left
+        self._peak_is_own = _reset_peak()
+        self._workers_mib = 0.0  # largest of the samples
         if self.on_gpu:
             self._open()
         else:
@@ -100,7 +102,7 @@ class MemoryMeter:
         self._owned_tensors += tensors
 
     def reset(self) -> None:
-        """Set-up or warm-up is over: keep its peaks apart. The host's peak is the process's and cannot be reset."""
+        """Set-up or warm-up is over: keep its peaks apart. The host's peak is that of the whole run."""
         self._in_use.clear()
         if self.on_gpu:
             allocated, reserved = self._peaks()
@@ -116,7 +118,11 @@ class MemoryMeter:
         )
 
     def sample(self) -> None:
-        """After each epoch, since NVML knows no peak of the past."""
+        """After each epoch, since NVML knows no peak of the past, and a worker process may end."""
+        if workers := family()[1:]:
+            self._workers_mib = max(
+                self._workers_mib, sum(read_mib(f"{p}/smaps_rollup", "Pss") or 0.0 for p in workers)
+            )
         if not self.on_gpu:
             self._in_use.append(_resident_mib())
             return
@@ -128,7 +134,7 @@ class MemoryMeter:
     ) -> Memory:
         """The peaks, in MiB. With the network and its optimizer, by category too; `graphs` has `reserved_bytes`."""
         growth = _slope(self._in_use)
-        rss = Measurement(value=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB)
+        rss = self._rss()
         sizes = _sizes(network, optimizer)
         allocated = reserved = process = NO_GPU
         total = rss.value
@@ -155,10 +161,20 @@ class MemoryMeter:
             by_category_mib=self._by_category(total, sizes),
         )
 
+    def _rss(self) -> Measurement:
+        """Peak of this process since the run began, and the largest sample of its workers' own and shared parts."""
+        peak = read_mib("self/status", "VmHWM")
+        if peak is None:
+            return Measurement(value=None, reason="/proc/self/status cannot be read here")
+        reason = None if self._peak_is_own else "of the whole process: its peak cannot be reset here"
+        return Measurement(value=peak + self._workers_mib, reason=reason)
+
     def _by_category(self, total: float | None, sizes: dict[str, float]) -> dict[str, float]:
         if total is None or not sizes:
             return {}
         categories = self._categories | sizes
+        if not self.on_gpu:
+            categories["data loader"] = categories.get("data loader", 0.0) + self._workers_mib
         categories["unaccounted"] = total - sum(categories.values())
         return {name: categories[name] for name in MEMORY_CATEGORIES if categories.get(name)}
 
@@ -187,10 +203,17 @@ def _slope(in_use: list[float]) -> Measurement:
 
 def _resident_mib() -> float:
     """Resident memory of this process now."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / MIB
-    except (OSError, ValueError, IndexError):
-        return 0.0
+    return read_mib("self/status", "VmRSS") or 0.0
+
+
+def _reset_peak() -> bool:
+    """Begin with a peak of what is resident now, without what an earlier run left in the allocator; whether that worked."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):
+        (PROC / "self/clear_refs").write_text("5")  # Linux 4.0
+        return True
+    return False
 
 
 def larger(one: Measurement, other: Measurement) -> Measurement:

@@ -23,7 +23,8 @@ def total_epochs(recipe: Recipe, steps_per_epoch: int) -> int:
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """The lr of one optimizer step, counted from 0 over the whole run."""
+    """The lr of one optimizer step, counted from 0 over the whole run, whatever the recipe counts it as."""
+    step += recipe.first_step
     unit = steps_per_epoch if recipe.unit == "epoch" else 1
     warmup = round(recipe.warmup * unit)
     if step < warmup:

@@ -102,7 +102,7 @@ def assemble(
         torch.cuda.set_device(device)
     torch.set_num_threads(worker.threads)
     set_precision(spec.precision)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not spec.deterministic
 
     recipe = spec.recipe
     torch.manual_seed(spec.seed)
@@ -115,7 +115,7 @@ def assemble(
     scaler.scale(torch.zeros((), device=device))  # makes its tensors, which a capture must find
     with meter.category("data loader") if meter else nullcontext():  # last: they must be closed
         config = LoaderConfig(
-            augment=Augment(recipe.pad, recipe.pad_mode, recipe.crop, recipe.flip and flip),
+            augment=Augment(recipe.pad, recipe.pad_mode, recipe.crop, recipe.flip and flip, recipe.scale_range),
             normalize=make_normalize(recipe.normalize, data.train),
             batch_size=recipe.batch_size,
             eval_batch_size=min(EVAL_BATCH_SIZE, len(data.eval)),
@@ -124,6 +124,7 @@ def assemble(
             rank=worker.rank,
             world_size=worker.world_size,
             threads=worker.threads,
+            mixup=recipe.mixup if recipe.mixup_partner == "set" else 0.0,
         )
         train_loader, eval_loader = make_loaders(spec.loader, data.train, data.eval, config)
         test_loader = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from harness.loaders.resident import upload
 from harness.spec import Precision, RunSpec
 from harness.training.batch_norm import SyncBatchNorm
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @dataclass(slots=True)
@@ -159,6 +162,31 @@ def flushed_denormals() -> Iterator[None]:
         yield
     finally:
         torch.set_flush_denormal(False)
+
+
+@contextmanager
+def deterministic_algorithms(spec: RunSpec) -> Iterator[None]:
+    """What `spec.deterministic` means while a run goes on; without it, and on a CPU, nothing changes.
+
+    The same bits at every repetition, on the same GPU and versions. Enter it before the first kernel of the process:
+    cuBLAS reads its setting once. An operation without a deterministic form raises RuntimeError.
+    """
+    if not spec.deterministic or spec.device == "cpu":
+        yield
+        return
+    cudnn, enabled = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    before = cudnn.benchmark, cudnn.deterministic, os.environ.get(CUBLAS)
+    os.environ[CUBLAS] = ":4096:8"  # workspaces of its own choice may differ, and the order of sums with them
+    cudnn.benchmark, cudnn.deterministic = False, True  # no kernel is chosen by its speed
+    torch.use_deterministic_algorithms(True)  # in the compiler too
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled)
+        cudnn.benchmark, cudnn.deterministic, workspaces = before
+        del os.environ[CUBLAS]
+        if workspaces is not None:
+            os.environ[CUBLAS] = workspaces
 
 
 def synchronize(device: torch.device) -> None:

@@ -12,12 +12,13 @@ import socket
 import statistics
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.results.values import EpochMetrics, GpuUse, Measurement, Memory, NodeUse, RankUse
+from harness.training.host import CAUSES, PROC, STOPPED_SECONDS, HostLook, count_cpus, read_mib, read_ticks
 from harness.training.nvml import Gpu, driver_version, open_device, open_visible
 
 if TYPE_CHECKING:
@@ -25,15 +26,8 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 INTERVAL_SECONDS = 1.0
-PROC = Path("/proc")
 CLOCK_SHARE = 0.9  # of the highest SM clock seen in this run
-INTERFERENCE = (
-    "another process used the GPU",
-    "the GPU was throttled",
-    "the GPU's clock fell",
-    "the machine swapped",
-    "the clock was set or the machine slept",
-)
+INTERFERENCE = ("another process used the GPU", "the GPU was throttled", "the GPU's clock fell", *CAUSES)
 """Why an epoch's seconds are not to be trusted. Such an epoch is kept, named, and left out of the median."""
 
 
@@ -58,7 +52,7 @@ class NodeTelemetry:
             self._gpus_reason = (
                 str(error) if isinstance(error, LookupError) and visible == "" else f"NVML: {error}"
             )
-        self._started_at, self._ticks = time.monotonic(), _cpu_ticks()
+        self._started_at, self._ticks = time.monotonic(), read_ticks()
         self._interval_seconds = interval_seconds
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
         self._thread.start()
@@ -81,7 +75,7 @@ class NodeTelemetry:
             host=socket.gethostname(),
             seconds=time.monotonic() - self._started_at,
             samples=self._samples,
-            cpu_percent=_busy_percent(self._ticks, _cpu_ticks()),
+            cpu_percent=_busy_percent(self._ticks, read_ticks()),
             memory_peak_mib=_summarise(max, self._memory_mib, "/proc/meminfo cannot be read here"),
             gpus=tuple(gpu.summarise() for gpu in self._gpus),
             gpus_reason=self._gpus_reason,
@@ -127,15 +121,7 @@ def _summarise(measure: Callable[[list[float]], float], values: list[float], rea
     return Measurement(value=measure(values)) if values else Measurement(value=None, reason=reason)
 
 
-def _cpu_ticks() -> tuple[int, int] | None:
-    """(busy, all) clock ticks of all processors since the node started."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        ticks = [int(word) for word in (PROC / "stat").read_text().splitlines()[0].split()[1:9]]
-        return sum(ticks) - ticks[3] - ticks[4], sum(ticks)  # idle and waiting for a disk
-    return None
-
-
-def _busy_percent(before: tuple[int, int] | None, after: tuple[int, int] | None) -> Measurement:
+def _busy_percent(before: tuple[int, ...] | None, after: tuple[int, ...] | None) -> Measurement:
     if before is None or after is None:
         return Measurement(value=None, reason="/proc/stat cannot be read here")
     if after[1] <= before[1]:
@@ -145,11 +131,8 @@ def _busy_percent(before: tuple[int, int] | None, after: tuple[int, int] | None)
 
 def _memory_used_mib() -> float | None:
     """Of the whole node: what is not available to new processes."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        lines = (PROC / "meminfo").read_text().splitlines()
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Mem")}
-        return (kib["MemTotal"] - kib["MemAvailable"]) / 1024
-    return None
+    total, available = read_mib("meminfo", "MemTotal"), read_mib("meminfo", "MemAvailable")
+    return None if total is None or available is None else total - available
 
 
 # --- an epoch ---
@@ -166,40 +149,52 @@ class EpochReading:
 
 
 class EpochTelemetry:
-    """Looks at device and host before and after each epoch, and not in between.
+    """Looks at device and host before and after each epoch, and in between at nothing but its own thread's sleep.
 
-    Each rank has a GPU of its own, so the sum over ranks counts every GPU once.
+    Each rank has a GPU of its own, so the sum over ranks counts every GPU once. Close it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._gpu = open_device(device)
         self._highest_clock = 0.0
+        self._alive_at, self._asleep = (
+            time.monotonic(),
+            0.0,
+        )  # the thread's last sign of life, the longest time without one
+        self._closing = threading.Event()
+        threading.Thread(target=_stay_awake, args=(weakref.ref(self), self._closing), daemon=True).start()
         self.start()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closing.set()
 
     def start(self) -> None:
         """Open the window."""
-        self._swapped = _pages_swapped()
-        self._clocks = (time.time(), time.monotonic())
+        self._host, self._asleep = HostLook(), 0.0
         self._joules = self._gpu.read("energy_joules")
 
     def stop(self, train_seconds: float) -> EpochReading:
         """Close it, when the device has finished. A collective of all ranks."""
         spent = spent_joules(self._joules, self._gpu.read("energy_joules"))
-        seconds, every, causes = zip(*gather((train_seconds, spent, self._interference())), strict=True)
+        asleep = max(self._asleep, time.monotonic() - self._alive_at)
+        ranks = gather((train_seconds, spent, self._interference(), self._host.until(HostLook()), asleep))
+        seconds, every, _, hosts, _ = zip(*ranks, strict=True)
+        found: set[str] = set()
+        for _, _, on_gpu, host, own_asleep in ranks:
+            own_seconds = sum(other.own_seconds for other in hosts if other.host == host.host)
+            causes = (*on_gpu, *host.causes(own_seconds, own_asleep))
+            found |= {cause for cause, there in zip(INTERFERENCE, causes, strict=True) if there}
         joules = [own for own in every if own is not None]
         return EpochReading(
             joules=sum(joules) if len(joules) == len(every) else None,
-            interference=tuple(
-                c for c, ranks in zip(INTERFERENCE, zip(*causes, strict=True), strict=True) if any(ranks)
-            ),
+            interference=tuple(cause for cause in INTERFERENCE if cause in found),
             skew=max(seconds) / min(seconds) if len(seconds) > 1 else None,
             slowest_rank=seconds.index(max(seconds)) if len(seconds) > 1 else None,
         )
 
     def _interference(self) -> tuple[bool, ...]:
-        """Of this rank, in the order of INTERFERENCE."""
-        swapped = _pages_swapped()
-        wall, steady = time.time() - self._clocks[0], time.monotonic() - self._clocks[1]
+        """Of this rank's GPU, in the order of INTERFERENCE."""
         clock = self._gpu.read("sm_clock_mhz") or 0.0
         self._highest_clock = max(self._highest_clock, clock)
         processes = self._gpu.processes()  # those of another PID namespace say nothing
@@ -207,17 +202,15 @@ class EpochTelemetry:
             os.getpid() in processes and len(processes) > 1,
             bool(self._gpu.read("slowdown")),
             clock < CLOCK_SHARE * self._highest_clock,
-            swapped is not None and self._swapped is not None and swapped > self._swapped,
-            abs(wall - steady) > 1.0,
         )
 
 
-def _pages_swapped() -> int | None:
-    """Pages the machine has swapped in since it started."""
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = (PROC / "vmstat").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("pswpin "))
-    return None
+def _stay_awake(telemetry: weakref.ref[EpochTelemetry], closing: threading.Event) -> None:
+    """Give signs of life until closed: what stops a process stops its threads too."""
+    while not closing.wait(STOPPED_SECONDS / 4) and (own := telemetry()) is not None:
+        now = time.monotonic()
+        own._asleep, own._alive_at = max(own._asleep, now - own._alive_at), now
+        del own
 
 
 # --- the ranks ---
@@ -250,11 +243,6 @@ def summarise_rank(rank: int, memory: Memory, epochs: Sequence[EpochMetrics]) ->
 
 
 # --- the machine ---
-
-
-def count_cpus() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def device_name(device: torch.device) -> str:

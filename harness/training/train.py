@@ -35,8 +35,9 @@ from harness.training.optim import (
     total_steps,
 )
 from harness.training.setup import Prepared, Trainer, make_trainer, prepare
-from harness.training.step import flushed_denormals, make_autocast, mix
+from harness.training.step import deterministic_algorithms, flushed_denormals, make_autocast, mix
 from harness.training.telemetry import (
+    INTERFERENCE,
     EpochTelemetry,
     describe_machine,
     device_name,
@@ -44,6 +45,7 @@ from harness.training.telemetry import (
     summarise_rank,
 )
 
+OUTLIER_MADS, OUTLIER_SHARE = 5.0, 0.25
 WARMUP_EPOCHS = 1  # of every attempt: first kernels, first allocations, caches that fill
 
 
@@ -54,7 +56,10 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     Resumes from the newest checkpoint in the run's folder. Raises DivergedError when the loss is not finite,
     CheckpointError for another run's checkpoint, and DataError when the images are not those of the spec.
     """
-    with ExitStack() as stack:  # graphs and loaders are closed however the run ends
+    with (
+        deterministic_algorithms(spec),
+        ExitStack() as stack,
+    ):  # graphs and loaders are closed however the run ends
         return _train(spec, worker, report, paths, stack)
 
 
@@ -83,7 +88,7 @@ def _train(
         write_epochs(folder, history)
     trainer = stack.enter_context(closing(make_trainer(run, warn, meter)))
     stack.enter_context(trainer.watchdog.collectives())
-    telemetry = EpochTelemetry(run.device)
+    telemetry = stack.enter_context(closing(EpochTelemetry(run.device)))
     epochs = total_epochs(spec.recipe, run.train_loader.steps)
     steps_in_all = total_steps(spec.recipe, run.train_loader.steps)
     setup_seconds = time.perf_counter() - entered_at
@@ -115,6 +120,7 @@ def _train(
     if worker.rank == 0:
         save_weights(run, folder)
         remote.push(required=True)
+    history = mark_outliers(history)
     memory = meter.read(run.network, run.optimizer, trainer.graphs)
     if run.test_loader and on_test is None:  # resumed after the last epoch
         on_test = run_eval(trainer, run.test_loader, len(run.data.test))
@@ -223,7 +229,7 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
         before, lr = lr, learning_rate(recipe, epoch * loader.steps + step, loader.steps)
         if lr != before:
             set_lr(trainer.step.optimizer, lr)
-        if recipe.mixup:
+        if recipe.mixup and recipe.mixup_partner == "batch":
             images = mix(images, recipe.mixup, random)
         trainer.step.mark("data")
         trainer.engine(images, labels, trainer.global_images(step))
@@ -269,20 +275,47 @@ def why_untimed(spec: RunSpec, worker: Worker, causes: Sequence[str], *, warmup:
     return "; ".join(filter(None, reasons))
 
 
+def mark_outliers(history: Sequence[EpochMetrics]) -> list[EpochMetrics]:
+    """The epochs, those marked as untimed that are far slower than the run's others: a second opinion, at its end.
+
+    Above the median by OUTLIER_MADS median absolute deviations, and by OUTLIER_SHARE of it. From five epochs on.
+    """
+    timed = [row.train_seconds for row in history if row.timed]
+    if len(timed) < 5:
+        return list(history)
+    centre = statistics.median(timed)
+    spread = statistics.median(abs(seconds - centre) for seconds in timed)
+    limit = centre + max(OUTLIER_MADS * spread, OUTLIER_SHARE * centre)
+    outlier = {"timed": False, "untimed": "outlier: far slower than this run's other epochs"}
+    return [row.model_copy(update=outlier) if row.timed and row.train_seconds > limit else row for row in history]
+
+
 def total_energy(history: Sequence[EpochMetrics], worker: Worker) -> Measurement:
-    """Joules of all epochs, or why there is no such figure."""
+    """Joules of all epochs, with what they hold beside this run and what they lack; or why there is no such figure."""
     if worker.runs_per_gpu > 1:
         return Measurement(value=None, reason=f"{worker.runs_per_gpu} runs share the GPU")
     joules = [row.energy_joules for row in history if row.energy_joules is not None]
-    if len(joules) == len(history):
-        return Measurement(value=sum(joules))
-    reason = "no GPU was used" if worker.device == "cpu" else "NVML does not count this GPU's energy"
-    return Measurement(value=None, reason=reason)
+    if len(joules) < len(history):
+        reason = "no GPU was used" if worker.device == "cpu" else "NVML does not count this GPU's energy"
+        return Measurement(value=None, reason=reason)
+    shared = sum(INTERFERENCE[0] in row.interference for row in history)
+    disturbed = sum(bool(row.interference) for row in history) - shared
+    lost = history[-1].attempt - 1
+    remarks = (
+        f"with the energy of other processes in {shared} epochs" if shared else "",
+        f"{disturbed} disturbed epochs count" if disturbed else "",
+        f"without what {lost} interrupted attempts spent on epochs that were lost" if lost else "",
+    )
+    return Measurement(value=sum(joules), reason="; ".join(filter(None, remarks)) or None)
 
 
 def summarise_history(history: Sequence[EpochMetrics], evaluated_on: str, workers: int) -> dict[str, Any]:
     """The fields of a RunResult that follow from its epochs; `workers` is how many were asked for."""
-    timed = [row for row in history if row.timed]
+    # where every epoch was disturbed, their seconds are shown, and `interference` marks them
+    timed = [row for row in history if row.timed] or [
+        row for row in history if row.untimed.startswith("interference")
+    ]
+    seconds = statistics.median(row.train_seconds for row in timed) if timed else None
     best = min(history, key=lambda row: row.error)
     widths = [row.workers or workers for row in history]
     changes = tuple(width for width, before in zip(widths, [0, *widths], strict=False) if width != before)
@@ -293,10 +326,9 @@ def summarise_history(history: Sequence[EpochMetrics], evaluated_on: str, worker
         "best_error": best.error,
         "best_epoch": best.epoch,
         "final_top5_error": history[-1].top5_error,
-        "epoch_seconds": statistics.median(row.train_seconds for row in timed) if timed else None,
+        "epoch_seconds": seconds,
         "eval_seconds": statistics.median(row.eval_seconds for row in history),
-        # of the same epoch as the seconds, or of the same two
-        "images_per_second": 1 / statistics.median(1 / row.images_per_second for row in timed) if timed else None,
+        "images_per_second": statistics.median(row.images for row in timed) / seconds if seconds else None,
         "train_seconds": sum(row.train_seconds for row in history),
         "interference": tuple(dict.fromkeys(cause for row in history for cause in row.interference)),
         "workers": workers,

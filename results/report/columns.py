@@ -37,11 +37,6 @@ def _signed(value: float | None) -> str:
     return NONE if value is None else f"{value:+.2f}".replace("-", "−")
 
 
-def _averaged(row: Row, name: str) -> str:
-    """All values of a field, where the row averages over it."""
-    return "/".join(row.averaged_over.get(name, ()))
-
-
 def _width(row: Row) -> str:
     if "workers" in row.averaged_over:
         return f"{row.text('workers')} of {row.batch_size}"
@@ -156,10 +151,10 @@ def _runs(row: Row) -> str:
 
 NUMBER = Column("number", "#", lambda r: r.name)  # only where one row takes several tables
 DESCRIPTORS: tuple[Column, ...] = (
-    Column("variant", "variant", lambda r: _averaged(r, "variant") or r.variant, right=False, stays=True),
-    Column("depth", "depth", lambda r: _averaged(r, "network.depth") or str(r.depth or NONE), stays=True,
+    Column("variant", "variant", lambda r: r.text("variant", r.variant), right=False, stays=True),
+    Column("depth", "depth", lambda r: r.text("network.depth", str(r.depth or NONE)), stays=True,
            key=lambda r: r.depth),
-    Column("dataset", "data set", lambda r: _averaged(r, "label") or r.dataset, right=False),
+    Column("dataset", "data set", lambda r: r.text("label", r.dataset), right=False),
     Column("limit_train", "images", _limit, "of the training set that were used",
            key=lambda r: setting(r.spec, "limit_train", int)),
     Column("duration", "trained", lambda r: r.duration, right=False, key=lambda r: setting(r.spec, "recipe.duration", int, float)),
@@ -169,7 +164,7 @@ DESCRIPTORS: tuple[Column, ...] = (
     Column("precision", "precision", lambda r: r.text("precision"), right=False),
     Column("engine", "engine", lambda r: r.text("engine"), right=False),
     Column("workers", "width", _width, "DDP workers × images per step and worker", right=False, key=lambda r: r.workers),
-    Column("device", "device", lambda r: _averaged(r, "hardware") or r.device, right=False),
+    Column("device", "device", lambda r: r.text("hardware", r.device), right=False),
     Column("differs", "differs in", lambda r: ", ".join(r.differs) or NONE, right=False),
 )  # fmt: skip
 DERIVED: dict[str, tuple[Column, ...]] = {

@@ -14,8 +14,9 @@ from harness.results.report.text import Sheet, clean, escape_markdown, for_markd
 from harness.results.statistics import std
 
 DEFINITIONS = (
-    "A, B: of errors mean ± std over n runs, of all else median ± std; B − A: of errors in points, of all else in "
-    "percent of A",
+    "A, B: of errors mean ± std over n runs, of all else median ± std",
+    "B − A: of errors the difference of the means, in points; of all else the median over all pairs of a run of B and one "
+    "of A, in percent of A, which need not be that of the two medians",
     "interval: 90 %, the one that the verdict rests on",
     "verdict: equivalent where the interval lies within the margin, different where it lies beyond it",
 )

@@ -12,6 +12,7 @@ from harness.results.report.columns import cost_entry, progress, pruned_at
 from harness.results.rows import Row, incomparable
 from harness.results.statistics import wilson
 from harness.results.values import UNMEASURED, RunResult
+from harness.results.verify import contradictions
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,9 @@ def _run_notes(row: Row) -> Iterator[tuple[str, ...]]:
     where = "n" if row.done else "error"
     if row.repeated:
         yield "a seed that was run more than once counts with its last run", "n"
+    if row.planned:
+        until = max(run.record.added_until or 0.0 for run in row.done)
+        yield f"seeds after the first {row.planned} were added until the error was known to ±{until:g} points", "n"
     for stored in row.failed:
         if failure := stored.record.failure:
             why = f"{failure.kind}: {failure.message}" if failure.message else failure.kind
@@ -117,6 +121,9 @@ def _run_notes(row: Row) -> Iterator[tuple[str, ...]]:
         seed = partial.spec.get("seed")
         run = f"{row.name} seed {seed}" if seed is not None else partial.name
         yield f"{run} is not done: {progress(partial)}", where
+    for stored in row.done:
+        for problem in contradictions(stored.record):
+            yield f"{row.name} seed {stored.record.seed}: {problem}; see harness verify", "n"
     if row.against is not None:
         yield _cite(row.against.published), "published"
         if row.against.reason:

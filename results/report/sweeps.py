@@ -54,9 +54,10 @@ def make_sweep_panel(sweep: Sweep) -> Panel:
         panel.charts.append(Chart(f"slice-{axis.title}", caption + note, spec))
     if (weights := sweep.importance) is not None:
         panel.datasets["importance"] = [
-            {"field": clean(f.field), "value": clamp(f.value), "sign": clean(f.sign)} for f in weights.fields
+            {"field": clean(f.field), "value": clamp(f.value), "sign": clean(f.sign), "chance": weights.null}
+            for f in weights.fields
         ]
-        caption = f"Importance of each field for {metric}; {clean(weights.how)}, {weights.trials} trials at epoch {weights.epoch}"
+        caption = f"Importance of each field for {metric}; {clean(weights.heading)}"
         height = BAR * len(weights.fields) + AROUND_BARS
         panel.charts.append(Chart("importance", caption, make_spec("importance"), height=height, in_page=False))
     return panel

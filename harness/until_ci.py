@@ -1,0 +1,172 @@
+"""`run --until-ci`: seeds are added to a row until its error is known well enough, or cannot become so.
+
+The interval is `estimate_mean`'s at 96 %, looked at from the fifth seed on. As one stops by it, it holds the true mean in 95 %
+(simulated: tests/test_until_ci.py). A goal that the noise of the test images alone puts out of reach is refused: a limit of
+seeds would select the rows whose spread is small by chance.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from harness.record import Recorder, name_of
+from harness.results.published import find_published
+from harness.results.rows import summarise
+from harness.results.statistics import PRIOR_FREEDOM, estimate_mean, mean, prior_std, smallest, t_quantile
+from harness.results.store import finished_dir, load_records
+from harness.spec import RunSpec, UserError
+
+if TYPE_CHECKING:
+    from harness.loaders.datasets import Dataset
+
+LEVEL, FIRST, MAX_SEEDS = 0.96, 5, 10
+RESERVE = 1.1  # of the spread: where the limit only just suffices, the rows that reach the goal do so by chance
+TYPICAL = (1.0, 5.0, 10.0)  # errors in percent
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The errors of a row's runs, in percent, each of so many images."""
+
+    errors: tuple[float, ...] = ()
+    images: int | None = None
+    failed: bool = False  # a run of the row is missing, or diverged
+
+    @property
+    def half(self) -> float:
+        """Half the interval of their mean, in points."""
+        estimate = estimate_mean(self.errors, self.images) if self.errors else None
+        return math.inf if estimate is None else estimate.half(LEVEL)
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """Half an interval, in points, and how many seeds of a row it may take."""
+
+    half: float
+    max_seeds: int = MAX_SEEDS
+
+    def seeds(self, error: float, images: int) -> int | None:
+        """How many it takes where runs scatter as the test images let expect; None above 1,000.
+
+        By the error's first figure alone: the row's own mean must not decide whether the row goes on.
+        """
+        spread = RESERVE * prior_std(float(f"{error:.1g}"), images)
+
+        def enough(n: int) -> bool:
+            return t_quantile(0.5 + LEVEL / 2, PRIOR_FREEDOM + n - 1) * spread <= self.half * math.sqrt(n)
+
+        return smallest(enough, FIRST)
+
+    def refusal(self, error: float, images: int | None) -> str | None:
+        """Why the goal cannot be reached; None where it can."""
+        needed = self.seeds(error, images) if images else FIRST
+        if needed is not None and needed <= self.max_seeds:
+            return None
+        takes = f"about {needed} seeds" if needed else "more than 1,000 seeds"
+        return f"±{self.half:g} points takes {takes} at an error of {error:.2g} % of {images:,} images, {self.max_seeds} are allowed"
+
+    def open(self, known: Known) -> bool:
+        """Whether a row gets a further seed."""
+        n = len(known.errors)
+        if (
+            known.failed
+            or n >= self.max_seeds
+            or (0 < n <= FIRST and self.refusal(mean(known.errors), known.images))
+        ):
+            return False
+        return n < FIRST or known.half > self.half
+
+
+def make_goal(half: float | None, max_seeds: int | None, seeds: int) -> Goal | None:
+    """From the options; `seeds` are those that a row begins with. Raises UserError."""
+    if half is None:
+        if max_seeds is not None:
+            raise UserError(f"--max-seeds {max_seeds} is for --until-ci, which says until when seeds are added")
+        return None
+    if not 0 < half < math.inf:
+        raise UserError(f"--until-ci {half:g}: points of error above 0 are allowed, as in 0.25")
+    least = max(FIRST, seeds)
+    if max_seeds is not None and max_seeds < least:
+        raise UserError(f"--max-seeds {max_seeds}: at least {least} is allowed")
+    return Goal(half, max_seeds or max(MAX_SEEDS, seeds))
+
+
+def known_errors(recorder: Recorder, specs: Sequence[RunSpec]) -> dict[RunSpec, Known]:
+    """What is known of each row (its spec as seed 0): the runs that the report puts into one row, the latest such row.
+
+    The error is the one that is compared with others: of the test set, where images were held out.
+    """
+    finished = recorder.find_finished(specs)
+    by_key = {spec.key: replace(spec, seed=0) for spec in specs}
+    known = {replace(spec, seed=0): Known(failed=spec.key not in finished) for spec in specs}
+    failed = {replace(spec, seed=0) for spec in specs if spec.key not in finished}
+    folders = [
+        finished_dir(recorder.paths.out, name_of(spec, recorder.paths.label))
+        for spec in specs
+        if spec.key in finished
+    ]
+    rows = summarise(load_records(folders, recorder.known).records)
+    for row in sorted(rows, key=lambda row: max(run.record.finished_at for run in row.done)):
+        test = row.evaluated_on == "val"
+        errors = [
+            result.test_error if test else result.final_error for run in row.done if (result := run.record.result)
+        ]
+        finite = tuple(error for error in errors if error is not None and math.isfinite(error))
+        spec = by_key[row.done[0].record.key]
+        lost = spec in failed or len(finite) < len(errors)
+        known[spec] = Known(finite, row.done[0].record.images(test=test), lost)
+    return known
+
+
+def more_seeds(
+    specs: Sequence[RunSpec], known: Mapping[RunSpec, Known], goal: Goal, concurrent_runs: int
+) -> list[RunSpec]:
+    """The next runs of those rows that are open: to five at once, then one at a time, more where GPUs would stand idle."""
+    used: dict[RunSpec, set[int]] = defaultdict(set)
+    for spec in specs:
+        used[replace(spec, seed=0)].add(spec.seed)
+    rows = [row for row in used if goal.open(known[row])]
+    each = max(1, concurrent_runs // len(rows)) if rows else 0
+    counts = {}
+    for row in rows:
+        n = len(known[row].errors)
+        counts[row] = min(max(each, FIRST - n) if n < FIRST else each, goal.max_seeds - n)
+    more = []
+    for turn in range(max(counts.values(), default=0)):
+        for row in (row for row in rows if turn < counts[row]):
+            seed = next(n for n in itertools.count() if n not in used[row])
+            used[row].add(seed)
+            more.append(replace(row, seed=seed))
+    return more
+
+
+def forecast(goal: Goal, known: Mapping[RunSpec, Known], dataset: Dataset) -> Iterator[str]:
+    """How many seeds each row will need, in words. Raises UserError for a goal that is known to be out of reach."""
+    for row, runs in known.items():
+        images = runs.images or row.limit_test or len(dataset.test)
+        entry = find_published(dataset.label, row.variant, row.network.depth) if dataset.original else None
+        error = mean(runs.errors) if runs.errors else entry.error if entry else None
+        refusal = goal.refusal(0.0 if error is None else error, images)
+        if refusal and runs.half > goal.half:
+            raise UserError(f"--until-ci {goal.half:g}: {row.name}: {refusal}")
+        errors = TYPICAL if error is None else (error,)
+        seeds = [f"{goal.seeds(e, images) or 'over 1,000'} seeds at an error of {e:.2g} %" for e in errors]
+        yield f"{row.name}: ±{goal.half:g} points will take about {', '.join(seeds)} ({images:,} test images)"
+
+
+def shortfalls(goal: Goal, known: Mapping[RunSpec, Known]) -> Iterator[str]:
+    """A line for each row whose error is not known as well as it should be."""
+    for row, runs in known.items():
+        if runs.failed or runs.half <= goal.half:
+            continue
+        why = goal.refusal(mean(runs.errors), runs.images) if runs.errors else None
+        after = (
+            f"after {len(runs.errors)} seeds its error is known to ±{runs.half:.2f} points, not to ±{goal.half:g}"
+        )
+        yield f"{row.name}: {after}" + (f": {why}" if why else "")

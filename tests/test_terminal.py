@@ -1,0 +1,68 @@
+"""What a terminal of 40, 80 and 140 columns shows: figures whole, nothing wrapped inside a word."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+from test_estimate import make_specs
+from test_store import make_epoch
+
+from harness.cluster.job import Entered, Failed, Started
+from harness.progress import Progress, duration, fit_columns, print_columns
+
+
+def draw(width: int, *events: Any, failed: bool = False) -> list[str]:
+    """The live table of two runs after these events of the first."""
+    file = io.StringIO()
+    console = Console(file=file, width=width, height=30, force_terminal=True, color_system=None)
+    specs = make_specs(device="cpu", workers=1, seeds=(0, 1), depths=(20,))
+    table = Progress(specs, {spec.key: 164 for spec in specs}, console, concurrent_runs=1)
+    for event in events:
+        table.event(specs[0], event)
+    if failed:
+        table.ended(specs[0], Failed(exception="ValueError", message="x" * 300, traceback="", died=False))
+    file.seek(0)
+    file.truncate()
+    console.print(table.render())
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_the_live_table_keeps_figures_whole(width: int) -> None:
+    metrics = make_epoch(12, loss=1.23456, error=34.5678, train_seconds=1234.567)
+    lines = draw(width, Started(attempt=1), Entered(), metrics)
+    assert max(map(len, lines)) <= width
+    assert lines[0].split()[:4] == ["run", "epoch", "loss", "error"]
+    for figure in ("12/164", "1.235", "34.57", "1234.57"):
+        assert figure in lines[1], lines
+    assert ("\u2501" in lines[1]) == (width > 40), "the bar gets what is left"
+    assert len(draw(width, Started(attempt=1), failed=True)) == len(lines), "a long note takes no second line"
+
+
+def test_columns_that_do_not_fit_are_left_out_and_named() -> None:
+    columns = {"variant": ["msra", "he2015"], "state": ["to do", "done"], "key": ["01234567"] * 2}
+    assert list(fit_columns(columns, 24, ("key", "state"))) == list(columns)
+    assert list(fit_columns(columns, 23, ("key", "state"))) == ["variant", "state"]
+    assert list(fit_columns(columns, 9, ("key", "state"))) == ["variant"]
+    for terminal in (True, False):
+        file = io.StringIO()
+        console = Console(file=file, width=20, force_terminal=terminal, color_system=None)
+        print_columns(columns, console, title="2 runs", left=("variant", "state", "key"), spare=("key",))
+        text = file.getvalue()
+        assert ("too narrow for key" in text) == terminal
+        assert ("01234567" in text) != terminal
+        assert [line.split()[0] for line in text.splitlines()][:4] == ["2", "variant", "msra", "he2015"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.034, "0.034 s"), (2.46, "2.5 s"), (25.2, "25 s"), (59.7, "1 min"), (190, "3 min 10 s"), (3599.7, "1 h"),
+        (11_400, "3 h 10 min"), (172_799, "2 d"), (442_800, "5 d 3 h"),
+    ],
+)  # fmt: skip
+def test_seconds_in_units_that_people_read(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
