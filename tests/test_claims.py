@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-UNITS = r"(?:%|s\b|seconds|ms\b|milliseconds|minutes|MiB|GiB|images/s|img/s|times)"
+UNITS = r"(?:%|s\b|seconds|ms\b|milliseconds|minutes|MiB|GiB|GB|images/s|img/s|times)"
 MEASURED = re.compile(rf"\b\d[\d,.]*\s?{UNITS}")
 
 
@@ -73,15 +73,22 @@ def test_rounds_are_counterbalanced() -> None:
     assert order == ["a", "b", "b", "a"]
 
 
-# figures that nobody measured: definitions, targets, limits, sizes of published data
-STATED = re.compile(
-    r"95 %|90 %|5 %|100 %|163 MiB|1 %|0 %|50 %|2 s\b|6\.9 GB|\d+ minutes of|60 seconds|10 %|94 %|80 %|50,000|300 s"
-)
+# Figures of no machine: definitions, limits, sizes of published data, error rates that the named tests simulate.
+STATED = {
+    "README.md": {"6.9 GB"},
+    "data.md": {"161 MiB", "163 MiB"},
+    "gpus.md": {"100 times", "2 %", "5 %", "5 s", "90 seconds"},
+    "numbers.md": {"0.1 %", "0.25 s", "0.6 %", "2 %", "3 %", "4 %", "5 %", "7 %", "90 %", "94 %", "95 %"},
+    "running.md": {"8 %", "95 %"},
+    "sweeps.md": {"100 %", "95 %", "99 %"},
+    "variants.md": {"12.9 %", "87 %", "95 %"},
+}
 
 
 @pytest.mark.parametrize("page", [p for p in pages() if "records" not in p.parts], ids=lambda page: page.name)
 def test_no_measured_figure_stands_outside_the_written_ones(page: Path, claims: ModuleType) -> None:
     bare = claims.FIGURE.sub("", page.read_text())
     prose = "\n".join(line for line in bare.splitlines() if not line.startswith("    "))
-    figures = [match[0] for match in MEASURED.finditer(prose) if not STATED.fullmatch(match[0])]
-    assert not figures, figures
+    figures = {match[0] for match in MEASURED.finditer(prose)}
+    assert not figures - STATED.get(page.name, set())
+    assert not STATED.get(page.name, set()) - figures, "no longer stated"
