@@ -314,19 +314,20 @@ def print_variants(console: Console) -> None:
     from harness.models.build import build, count_flops, count_parameters
     from harness.models.variants import VARIANTS, default_depth
 
-    for function in VARIANTS:
-        variant = function(default_depth(function))
+    variants = [function(default_depth(function)) for function in VARIANTS]
+    width = max(len(variant.name) for variant in variants) + 2
+    for variant in variants:
         classes, side = (100, 112) if variant.network.architecture == "imagenet" else (10, 32)
         with torch.device("meta"):
             parameters = count_parameters(build(variant.network, classes, side))
         macs = count_flops(variant.network, classes, side) / 1e6
         line = Text()
-        line.append(f"{variant.name:27}", style="bold")
-        line.append(f"depth {variant.network.depth:<4} {parameters:>9,} parameters {macs:>7.1f} MMAC")
+        line.append(f"{variant.name:{width}}", style="bold")
+        line.append(f"depth {variant.network.depth:<4} {parameters:>10,} parameters {macs:>7.1f} MMAC")
         console.print(line, soft_wrap=True)
         console.print(Text(f"    {variant.summary} ({variant.source})", style="dim"), soft_wrap=True)
     console.print(
-        "\nEach at its default depth, for one 32x32 image and 10 classes (miniplaces: 112x112 and 100). "
+        "\nEach at its default depth, for one 32x32 image and 10 classes (miniplaces and mpmz: 112x112 and 100). "
         "MMAC: million multiply-adds, forward.",
         style="dim",
     )
