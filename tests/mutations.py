@@ -21,7 +21,7 @@ STEP, ENGINE, TRAIN, SETUP, NVML, MEMORY, TELEMETRY, OPTIM = (
     for name in ("step", "engine", "train", "setup", "nvml", "memory", "telemetry", "optim")
 )
 SELFCHECK, CHECKS = "harness/selfcheck.py", "harness/training/checks.py"
-DALI, XRESNET = "loaders/dali.py", "models/xresnet.py"
+SEARCH, DALI, XRESNET = "cluster/search.py", "loaders/dali.py", "models/xresnet.py"
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,11 @@ DEFECTS = (
            "test_precision_flags.py::test_nothing_is_left_of_the_precision_before"),
     Defect("a benchmark sets its precision once", "benchmarks/speed.py", (("        set_precision(self.precision)", "        number or set_precision(self.precision)"),),
            "test_precision_flags.py::test_each_way_of_the_speed_benchmark_has_its_own_flags_in_every_round"),
+    Defect("a failed rank keeps its graphs while it leaves", SEARCH,
+           (("        result = make_failed(error, attempts=1)\n        _clear_frames(error)\n", "        result = make_failed(error, attempts=1)\n"),),
+           "test_search.py::test_a_failed_rank_frees_what_its_frames_hold_before_it_leaves"),
+    Defect("a process whose group cannot be destroyed serves on", SEARCH, (("return not thread.is_alive()", "return True"),),
+           "test_search.py::test_a_group_that_cannot_be_destroyed_is_given_up_at_a_deadline"),
     Defect("a failed loader is used all the same", SELFCHECK, (("return self.adapt(replace(spec, **instead))", "return spec"),),
            "test_selfcheck.py::test_a_loader_or_an_engine_that_fails_is_replaced"),
     Defect("a machine that trains wrongly is not refused", SELFCHECK, (("check.of is None or check.otherwise == REFUSE", "False and check.of is None"),),
