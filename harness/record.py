@@ -46,9 +46,13 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-@cache
 def describe_code() -> dict[str, Any]:
     """Commit, whether the tree differs from it, a hash of the code itself, versions, and the command line."""
+    return {**_identify_code(), "command": ["harness", *map(redact, sys.argv[1:])]}
+
+
+@cache
+def _identify_code() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str | None:
@@ -67,13 +71,12 @@ def describe_code() -> dict[str, Any]:
         "dirty": None if status is None else bool(status),
         "code": hash_code(),
         "versions": {package: known for package in PACKAGES if (known := installed_version(package))},
-        "command": ["harness", *map(redact, sys.argv[1:])],
     }
 
 
 def name_other_code(record: Record) -> str | None:
     """The code that trained a run, where it is not this one: "commit 0123456"."""
-    here, there = describe_code(), record.environment
+    here, there = _identify_code(), record.environment
     same = ("code",) if "code" in there else ("commit", "dirty")  # of early records
     if all(here[name] == there.get(name) for name in same) and not (there.get("dirty") and "code" not in there):
         return None
