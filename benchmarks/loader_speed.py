@@ -62,7 +62,7 @@ def describe(content: dict[str, Any]) -> str:
         base = [speed for speed, _ in loaders["dataloader"]]
         for name, readings in loaders.items():
             speeds, cpu = ([reading[i] for reading in readings] for i in (0, 1))
-            compared = "–" if name == "dataloader" else ratio(speeds, base)
+            compared = "–" if name in ("dataloader", "synthetic") else ratio(speeds, base)
             rows.append([title, name, median_and_range(speeds, 4), compared, median_and_range(cpu)])
     return make_table(("normalisation", "loader", "images/s", "/ dataloader", "CPU µs/image"), rows)
 

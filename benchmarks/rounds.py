@@ -83,7 +83,8 @@ def process_seconds(command: Sequence[str]) -> float:
 
 def median_and_range(values: Sequence[float], digits: int = 3) -> str:
     """ "0.62 (0.59 to 0.70)" """
-    middle, low, high = (f"{value:.{digits}g}" for value in (statistics.median(values), min(values), max(values)))
+    shown = (statistics.median(values), min(values), max(values))
+    middle, low, high = (f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}g}" for value in shown)
     return f"{middle} ({low} to {high})"
 
 
