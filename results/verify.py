@@ -10,31 +10,29 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from harness.results.statistics import median
-from harness.results.store import EPOCHS, HASHES, PARTIAL, RECORD, Stored, hash_file, load_epochs, run_name
+from harness.results.store import (
+    EPOCHS,
+    HASHES,
+    PARTIAL,
+    RECORD,
+    Problem,
+    Stored,
+    hash_file,
+    load_epochs,
+    run_name,
+)
 from harness.results.values import EpochMetrics, Record
 
 KeyOf = Callable[[Mapping[str, Any]], str]
 """The key of a run from its specification. Raises ValueError where that is none."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What is wrong in a run's folder, in one line."""
-
-    folder: Path
-    problem: str
-
-    def __str__(self) -> str:
-        return f"{self.folder}: {self.problem}"
-
-
-def verify(runs: Sequence[Stored], key_of: KeyOf, elsewhere: Collection[str] = ()) -> list[Finding]:
+def verify(runs: Sequence[Stored], key_of: KeyOf, elsewhere: Collection[str] = ()) -> list[Problem]:
     """Everything that can be checked of some runs. Reads all their files, but for those that are kept elsewhere."""
     findings, curves, clocks = [], defaultdict(list), defaultdict(list)
     for run in runs:
@@ -51,12 +49,12 @@ def verify(runs: Sequence[Stored], key_of: KeyOf, elsewhere: Collection[str] = (
             curve = tuple((epoch.loss, epoch.error) for epoch in epochs)
             curves[json.dumps(other, sort_keys=True), curve].append(run)
             clocks[tuple(epoch.train_seconds for epoch in epochs)].append(run)
-        findings += [Finding(run.folder, problem) for problem in problems]
+        findings += [Problem(run.folder, problem) for problem in problems]
     for what, groups in (("losses and errors", curves.values()), ("seconds", clocks.values())):
         for twins in groups:
             for one, two in pairwise(twins):
                 if one.record.key != two.record.key:
-                    findings.append(Finding(two.folder, f"its {what} are those of {one.folder}, epoch for epoch"))
+                    findings.append(Problem(two.folder, f"its {what} are those of {one.folder}, epoch for epoch"))
     return findings
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_two_ranks
 from tape import Arena, Tape, install_collectives
 
 import harness.training.train as training
@@ -289,19 +289,7 @@ def vars_of(result: Any) -> list[str]:
 
 
 def test_two_ranks_pass_and_see_each_of_their_faults(tmp_path: Path) -> None:
-    command = [sys.executable, __file__]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    try:
-        for process in ranks:
-            _, errors = process.communicate(timeout=100)
-            assert process.returncode == 0, errors
-    finally:
-        for process in ranks:
-            process.kill()
-    both = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    both = run_two_ranks(__file__, tmp_path, 100)
     assert both[0] == both[1], "all ranks come to the same"
     for fault, name, state, detail in both[0]:
         assert state == ("left out" if fault == "late" else "failed" if fault else "passed"), (fault, name, detail)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import run_two_ranks
 
 SEEDS = range(40, 45)  # every graph, stage and rank is among them
 STAGES = ("warm-up", "second call of warm-up", "begin of capture", "middle of capture", "end of capture")
@@ -105,18 +105,7 @@ def train_all(rank: int, folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    started = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    try:
-        for process in started:
-            _, errors = process.communicate(timeout=250)
-            assert process.returncode == 0, errors
-    finally:
-        for process in started:
-            process.kill()
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return run_two_ranks(__file__, folder, 250)
 
 
 def test_undisturbed_ranks_replay_graphs_and_give_eagers_figures(ranks: list[list[dict[str, Any]]]) -> None:

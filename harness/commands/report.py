@@ -237,13 +237,13 @@ def print_findings(words: Sequence[str]) -> int:
 
     The weights of runs at a URI stay there and are not checked.
     """
-    from harness.results.verify import Finding, has_hashes, verify
+    from harness.results.verify import has_hashes, verify
     from harness.spec import RunSpec
 
     loaded = load_records(check_folders(find_results(words)))
-    findings = [Finding(problem.path, problem.reason) for problem in loaded.problems]
     elsewhere = [WEIGHTS] if any(map(is_uri, words)) else []
-    findings += verify(loaded.records, lambda spec: RunSpec.from_json(dict(spec)).key, elsewhere)
+    contradictions = verify(loaded.records, lambda spec: RunSpec.from_json(dict(spec)).key, elsewhere)
+    findings = [*loaded.problems, *contradictions]
     for finding in findings:
         print(finding)
     old = sum(not has_hashes(run.folder) for run in loaded.records)

@@ -30,8 +30,9 @@ class MultiScale(nn.Module):
     """A network's scores averaged over sizes of the image and, with `flip`, over its mirror image at each.
 
     The average is of logits, or of the classes' probabilities, whose logarithms are then the scores. `on_scale` is given
-    every batch's probabilities at each scale, (n, classes). A scale is the shorter side in pixels; images are resized to it by bilinear interpolation, antialiased, and the
-    network, which ends in a global pooling, is applied to the whole of them: arXiv:1512.03385, section 3.4.
+    every batch's probabilities at each scale, (n, classes). A scale is the shorter side in pixels; images are resized
+    to it by bilinear interpolation, antialiased, and the network, which ends in a global pooling, is applied to the
+    whole of them: arXiv:1512.03385, section 3.4.
     """
 
     def __init__(

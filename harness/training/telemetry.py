@@ -157,10 +157,8 @@ class EpochTelemetry:
     def __init__(self, device: torch.device) -> None:
         self._gpu = open_device(device)
         self._highest_clock = 0.0
-        self._alive_at, self._asleep = (
-            time.monotonic(),
-            0.0,
-        )  # the thread's last sign of life, the longest time without one
+        self._alive_at = time.monotonic()  # the thread's last sign of life
+        self._asleep = 0.0  # the longest time without one
         self._closing = threading.Event()
         threading.Thread(target=_stay_awake, args=(weakref.ref(self), self._closing), daemon=True).start()
         self.start()

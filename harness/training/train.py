@@ -56,10 +56,8 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     Resumes from the newest checkpoint in the run's folder. Raises DivergedError when the loss is not finite,
     CheckpointError for another run's checkpoint, and DataError when the images are not those of the spec.
     """
-    with (
-        deterministic_algorithms(spec),
-        ExitStack() as stack,
-    ):  # graphs and loaders are closed however the run ends
+    # graphs and loaders are closed however the run ends
+    with deterministic_algorithms(spec), ExitStack() as stack:
         return _train(spec, worker, report, paths, stack)
 
 
