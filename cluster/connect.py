@@ -50,23 +50,19 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
         _check_alive(address)
     import ray
 
-    options: dict[str, Any] = {
-        "log_to_driver": verbose,
-        "logging_level": "INFO" if verbose else "ERROR",
-    }
+    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if address is None:
-        options |= {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False, "address": "local"}
-        options["object_store_memory"] = 256 * 2**20  # nothing large travels through Ray
-        options["_node_ip_address"] = LOOPBACK
+        options |= {
+            "num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False, "address": "local",
+            "object_store_memory": 256 * 2**20,  # nothing large travels through Ray
+            "_node_ip_address": LOOPBACK,
+        }  # fmt: skip
         if len(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) > LONGEST_TEMP_DIR:
             options["_temp_dir"] = "/tmp/ray"
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    else:
-        options |= {
-            "address": address,
-            "runtime_env": {"env_vars": GPU_ORDER},
-        }  # its nodes have their own environment
+    else:  # its nodes have their own environment
+        options |= {"address": address, "runtime_env": {"env_vars": GPU_ORDER}}
     try:
         with _staying_on_loopback() if address is None else contextlib.nullcontext():
             ray.init(**options)
@@ -121,13 +117,9 @@ def _check_alive(address: str) -> None:
         except OSError as error:
             raise ClusterError(f"no Ray cluster answers at {address!r}: {error.strerror or error}") from None
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
+    command += [] if address == "auto" else ["--address", address]
     try:
-        done = subprocess.run(
-            command if address == "auto" else [*command, "--address", address],
-            capture_output=True,
-            timeout=CONNECT_SECONDS,
-            check=False,
-        )
+        done = subprocess.run(command, capture_output=True, timeout=CONNECT_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise ClusterError(f"no Ray cluster answers at {address!r} within {CONNECT_SECONDS:.0f} seconds") from None
     if done.returncode:

@@ -33,9 +33,8 @@ def make_failed(error: BaseException, *, attempts: int) -> Failed:
     died = is_death(cause) or is_lost_peer(cause)
     text = str(cause).strip() or type(cause).__name__
     if died:  # a watchdog knows which rank it was, and where
-        text = next(
-            (str(error) for error in failures or [cause] if "RankStalledError" in _names(error)), WORKER_DIED
-        )
+        stalled = [str(error) for error in failures or [cause] if "RankStalledError" in _names(error)]
+        text = stalled[0] if stalled else WORKER_DIED
     elif "RayError" in _names(cause):
         text = text.splitlines()[-1]
     return Failed(

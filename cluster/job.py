@@ -6,10 +6,10 @@ No Ray here: whoever only needs these values does not pay for its import.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 Spec = TypeVar("Spec")
 Outcome = TypeVar("Outcome")
@@ -32,8 +32,9 @@ class Allocation:
     threads: int
     gpus: int = 0  # of all runs
     runs_per_gpu: int = 1
-    # pack prefers one node for a run's workers, strict-pack insists, spread prefers many
-    placement: Placement = "pack"
+    placement: Placement = (
+        "pack"  # pack prefers one node for a run's workers, strict-pack insists, spread prefers many
+    )
     fallback_world_sizes: tuple[int, ...] = ()  # largest first: for a cluster that has become too small
     storage: Path | str = (
         ""  # for Ray's own files; seen by every node: a shared folder, or a URI that pyarrow opens
@@ -101,13 +102,8 @@ class Telemetry:
     node: Any
 
 
-class Sampler(Protocol):
-    """Measures a node from its construction on."""
-
-    def stop(self) -> Any:
-        """End it; its measurements."""
-
-
-StartSampler = Callable[[str | None], Sampler]
-"""Starts a sampler on the node it is called on. The argument is CUDA_VISIBLE_DEVICES of a run's workers there: "" for a
-run without GPUs, None for all of them."""
+Train = Callable[[Spec, Worker, Report], Outcome]
+Launched = Iterator[tuple[Spec, Outcome | Failed]]
+StartSampler = Callable[[str | None], Any]
+"""Starts what measures the node it is called on; its `stop()` ends it and returns the measurements. The argument is
+CUDA_VISIBLE_DEVICES of a run's workers there: "" for a run without GPUs, None for all of them."""

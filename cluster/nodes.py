@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from harness.cluster.failures import make_failed
 from harness.cluster.job import Allocation
 
 Answer = TypeVar("Answer")
@@ -30,18 +31,11 @@ class Cluster:
 
     @property
     def cpus(self) -> int:
-        """CPUs of all nodes."""
         return sum(node.cpus for node in self.members)
 
     @property
     def gpus(self) -> int:
-        """GPUs of all nodes."""
         return sum(node.gpus for node in self.members)
-
-    @property
-    def nodes(self) -> int:
-        """How many nodes are alive."""
-        return len(self.members)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +104,7 @@ def ask_every_node(
     Takes no resources but `gpus`, so that it also answers while the cluster is busy. Call `connect` before.
     """
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import GetTimeoutError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     def on_node() -> Answer:
@@ -128,14 +122,10 @@ def ask_every_node(
     for name, reference in pending.items():
         try:
             answers[name] = ray.get(reference, timeout=max(0.0, until - time.monotonic()))
-        except ray.exceptions.GetTimeoutError:
+        except GetTimeoutError:
             ray.cancel(reference, force=True)
             answers[name] = Unanswered(reason=f"no answer within {timeout_seconds:.0f} seconds")
-        except RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, BaseException) else error
-            text = str(cause).strip() or type(cause).__name__
-            answers[name] = Unanswered(reason=f"{type(cause).__name__}: {text.splitlines()[-1]}")
         except RayError as error:
-            text = str(error).strip() or type(error).__name__
-            answers[name] = Unanswered(reason=text.splitlines()[0])
+            failed = make_failed(error, attempts=1)
+            answers[name] = Unanswered(reason=f"{failed.exception}: {failed.message}".removeprefix(": "))
     return answers

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-CIFAR10_CLASSES = (
-    *("airplane", "automobile", "bird", "cat", "deer"),
-    *("dog", "frog", "horse", "ship", "truck"),
-)
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SUPERCLASSES = {
     "aquatic_mammals": "beaver dolphin otter seal whale", "fish": "aquarium_fish flatfish ray shark trout",
     "flowers": "orchid poppy rose sunflower tulip", "food_containers": "bottle bowl can cup plate",
@@ -29,3 +26,8 @@ TORCHVISION: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "cifar100": ("CIFAR100", "cifar-100-python", tuple(sorted(SUPERCLASS))),
 }
 """torchvision's class, which knows the address and the checksums, its folder, and the classes in their order."""
+RELABELLED = {
+    "cifar2": ("cifar10", {name: name for name in CIFAR10_CLASSES[:2]}),
+    "cifar100-coarse": ("cifar100", SUPERCLASS),
+}
+"""Data sets made of another's images: the class of each of its classes; images of others are left out."""

@@ -64,8 +64,8 @@ class Augment:
         height, width = self.crop_size(split)
         if self.scale_range:
             return 0, 0
-        _, all_rows, all_columns, _ = split.images.shape
-        return all_rows + 2 * self.pad - height, all_columns + 2 * self.pad - width
+        rows, columns = split.images.shape[1:3]
+        return rows + 2 * self.pad - height, columns + 2 * self.pad - width
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -123,7 +123,6 @@ class LoaderConfig:
     """CPU threads that a loader may use."""
     mixup: float = 0.0
     """Alpha of mixup with a partner from the whole set; 0: the loader mixes nothing."""
-    channels_last: bool = True
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -192,12 +191,12 @@ class SamplingPlan:
     partner: bool = False  # in place of each image another of the whole set, cropped and flipped as that one is
 
     def __post_init__(self) -> None:
-        if not self.world_size <= self.batch_size:
-            raise ValueError(
-                f"batch size {self.batch_size} is less than one image for each of {self.world_size} workers"
-            )
-        if not self.world_size <= self.images:
-            raise ValueError(f"{self.images} images are less than one for each of {self.world_size} workers")
+        for count, what in (
+            (self.batch_size, f"batch size {self.batch_size} is"),
+            (self.images, f"{self.images} images are"),
+        ):
+            if count < self.world_size:
+                raise ValueError(f"{what} less than one image for each of {self.world_size} workers")
 
     @property
     def steps(self) -> int:

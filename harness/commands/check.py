@@ -138,7 +138,9 @@ def check_cluster(target: Target) -> Finding | None:
         advice = "`ray start --head` there, and one ~/.ray/auth_token on all machines: cluster/README.md"
         return find(False, str(error), advice)
     disconnect()
-    return find(True, f"{cluster.nodes} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}")
+    return find(
+        True, f"{len(cluster.members)} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}"
+    )
 
 
 def check_storage(target: Target) -> Finding:
