@@ -27,7 +27,7 @@ from rounds import make_table, median_and_range, ratio, take_turns, write_readin
 from harness.cluster.job import Worker
 from harness.commands.probe import Breakdown, break_down
 from harness.loaders.datasets import load_dataset
-from harness.models.variants import he2015
+from harness.models.variants import find_variant
 from harness.spec import RunPaths, RunSpec
 from harness.training.host import count_cpus
 from harness.training.telemetry import describe_machine, device_name
@@ -110,7 +110,7 @@ def main() -> None:
     device = torch.device("cuda" if gpus else "cpu")
     raw = {}
     for depth in map(int, args.depths.split(",")):
-        variant = he2015(depth)
+        variant = find_variant("he2015")(depth)
         ways = {}
         for kind, world in count_workers(args.workers.split(",")):
             spec = RunSpec(
