@@ -23,7 +23,7 @@ import traceback
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import ray
 from ray import tune
@@ -56,24 +56,21 @@ _ENVIRONMENT = {
     "TUNE_WARN_THRESHOLD_S": "60",
 }
 
-Proposed = TypeVar("Proposed", covariant=True)
-Ended = TypeVar("Ended", contravariant=True)
 
-
-class Trials(Protocol[Proposed, Ended]):
+class Trials(Protocol):
     """What to try, and what to prune. Every method is called in the driver's main thread."""
 
-    def propose(self) -> tuple[str, Proposed] | None:
+    def propose(self) -> tuple[str, Any] | None:
         """The next trial, by a name of its own; None when there are no more. Called when a slot is free."""
 
     def reported(self, name: str, event: Any) -> bool:
         """Rank 0 of a trial reported (or `Started`: an attempt at it begins). True prunes the trial."""
 
-    def ended(self, name: str, outcome: Ended | Failed | None) -> None:
-        """A trial is over. None: it was pruned."""
+    def ended(self, name: str, outcome: Any) -> None:
+        """A trial is over: its outcome, `Failed`, or None where it was pruned."""
 
 
-def search(train: Train[Spec, Outcome], trials: Trials[Spec, Outcome], job: Allocation) -> None:
+def search(train: Train[Spec, Outcome], trials: Trials, job: Allocation) -> None:
     """Run everything that `trials` proposes, `job.concurrent_runs` at a time.
 
     A process that dies is retried; an exception is not, since it would be raised again. In a trial that is pruned,
@@ -107,7 +104,7 @@ def search(train: Train[Spec, Outcome], trials: Trials[Spec, Outcome], job: Allo
 class _Driver(tune.Callback):
     """What Tune calls in the driver, handed on to `trials` by their own names."""
 
-    def __init__(self, trials: Trials[Any, Any], concurrent_runs: int) -> None:
+    def __init__(self, trials: Trials, concurrent_runs: int) -> None:
         self.trials, self.concurrent_runs = trials, concurrent_runs
         self.running: dict[str, str] = {}  # Tune's id -> the trial's name
         self.attempts = Counter[str]()
@@ -291,9 +288,8 @@ class _Peers:
         with socket.socket() as free:
             free.bind(("", 0))
             self.url = f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
-        remote = ray.remote(num_cpus=job.resources["CPU"], num_gpus=job.resources.get("GPU", 0), max_restarts=0)(
-            Peer
-        )
+        cpus, gpus = job.resources["CPU"], job.resources.get("GPU", 0)
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(Peer)
         for rank in range(1, worker.world_size):
             bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
             self.actors.append(remote.options(scheduling_strategy=bundle).remote())

@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import os
 import socket
+import tomllib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ from numpy.typing import NDArray
 
 from harness.loaders.cache import Content, cache_dir, cached, lock
 from harness.loaders.cache import Split as Split
-from harness.loaders.cifar import RELABELLED, TORCHVISION
 
 Progress = Callable[[str, int, int], None]
 """Called with the activity, the count done and the total."""
@@ -30,6 +30,22 @@ MINIPLACES_TRAIN_IMAGES = 100_000
 ORIGINAL = {"09a5676e728262a768e427676db1b20e1ae9945c739c767c91d3143e7d255138"}  # digits
 """Fingerprints of published images. CIFAR-10's files have MD5 sums in torchvision; those of Mini-Places2 are not known here."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
+_CIFAR = tomllib.loads(Path(__file__).with_name("cifar.toml").read_text())
+CIFAR10_CLASSES: tuple[str, ...] = tuple(_CIFAR["cifar10"].split())
+SUPERCLASSES: dict[str, str] = _CIFAR["cifar100"]
+"""The 20 coarse classes of CIFAR-100 and their fine ones."""
+SUPERCLASS = {fine: coarse for coarse, members in SUPERCLASSES.items() for fine in members.split()}
+TORCHVISION: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", CIFAR10_CLASSES),
+    "cifar100": ("CIFAR100", "cifar-100-python", tuple(sorted(SUPERCLASS))),
+}
+"""torchvision's class, which knows the address and the checksums, its folder, and the classes in their order."""
+RELABELLED = {
+    "cifar2": ("cifar10", {name: name for name in CIFAR10_CLASSES[:2]}),
+    "cifar100-coarse": ("cifar100", SUPERCLASS),
+}
+"""Data sets made of another's images: the class of each of its classes; images of others are left out."""
+
 MIXED_SEED = 20151210
 DOWNLOAD_TIMEOUT_SECONDS = 20
 DECODE_CHUNK = 200
@@ -93,9 +109,9 @@ def check_dataset_name(name: str) -> None:
         raise DataError(describe_unknown("data set", name, (*DATASETS, "folder:PATH")))
 
 
-def describe_unknown(kind: str, name: str, allowed: Iterable[str]) -> str:
+def describe_unknown(kind: str, name: str, allowed: Collection[str]) -> str:
     """What is wrong with a name that is none of the allowed, in one line."""
-    close = difflib.get_close_matches(name, allowed := list(allowed), n=1)
+    close = difflib.get_close_matches(name, allowed, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"unknown {kind} {name!r}: {hint}allowed are {', '.join(allowed)}"
 

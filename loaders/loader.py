@@ -52,7 +52,7 @@ LOADERS: dict[str, MakeLoader] = {
     "dali": _imported("harness.loaders.dali", "DaliLoader"),
     "resident": _imported("harness.loaders.resident", "ResidentLoader"),
     "dataloader": _imported("harness.loaders.dataloader", "TorchLoader"),
-    "synthetic": _imported("harness.loaders.synthetic", "SyntheticLoader"),
+    "synthetic": _imported("harness.loaders.resident", "SyntheticLoader"),
 }
 
 

@@ -1,8 +1,9 @@
-"""The whole set as one uint8 tensor on the device, cropped and flipped there by indexing."""
+"""The whole set as one uint8 tensor on the device, cropped and flipped there by indexing; and one batch of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,29 @@ class ResidentLoader:
 
     def close(self) -> None:
         self._pixels = self._labels = torch.empty(0)
+
+
+class SyntheticLoader:
+    """One constant batch, epoch 0's first: what training costs when loading costs nothing. A last, smaller one is cut."""
+
+    call_steps, calls_ahead = 1, 0
+
+    def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
+        self.steps = plan.steps
+        self._sample = plan.draw(0)
+        first = self._sample.part(0, 1).index
+        few = Split(split.images[first], split.labels[first])
+        once = replace(plan, images=len(few), batch_size=len(few), rank=0, world_size=1)
+        self._images, self._labels = next(ResidentLoader(few, once, config).epoch(0))
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        del epoch
+        for step in range(first_step, self.steps):
+            size = len(self._sample.part(step, step + 1).index)
+            yield self._images[:size], self._labels[:size]
+
+    def close(self) -> None:
+        self._images = self._labels = torch.empty(0)
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -88,20 +88,16 @@ def make_normalize(kind: NormalizeKind, train: Split) -> Normalize:
         return Normalize(np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32))
     if kind == "imagenet-mean":
         return Normalize(np.array(NEON_MEAN, np.float32) / np.float32(255), one)
-    total: NDArray[np.int64] = np.zeros(train.images.shape[1:], np.int64)
-    squares = np.zeros_like(total)
-    for start in range(0, len(train), 1000):
-        chunk = train.images[start : start + 1000].astype(np.uint32)
-        total += chunk.sum(axis=0, dtype=np.int64)
-        if kind == "channel-mean-std":
-            squares += np.square(chunk, out=chunk).sum(axis=0, dtype=np.int64)
+    total = train.images.sum(axis=0, dtype=np.int64)
     if kind == "pixel-mean":
         return Normalize((total / (255 * len(train))).astype(np.float32), one)
     pixels = len(train) * total.shape[0] * total.shape[1]
     mean = total.sum(axis=(0, 1)) / pixels
     if kind == "channel-mean":
         return Normalize((mean / 255).astype(np.float32), one)
-    std = np.sqrt(squares.sum(axis=(0, 1)) / pixels - mean**2)
+    rows = train.images.reshape(len(train), -1)
+    squares = np.einsum("np,np->p", rows, rows, dtype=np.int64).reshape(-1, 3).sum(axis=0)
+    std = np.sqrt(squares / pixels - mean**2)
     if not std.all():
         raise ValueError("channel-mean-std: a channel has the same value in all training images")
     return Normalize((mean / 255).astype(np.float32), (std / 255).astype(np.float32))
@@ -155,17 +151,15 @@ class EpochSample:
 
 @dataclass(frozen=True, slots=True)
 class Zoom:
-    """Squares of an image that are resized to the crop's size, as if the image had been scaled before."""
+    """Squares of an image that are resized to the crop's size, as if the image had been scaled before (neon 1.2).
+
+    The scale is uniform over whole numbers from `least` to `most`, then the offset over those that there are.
+    """
 
     image: int  # side
     crop: int
     least: int
     most: int
-
-    def draw(self, generator: np.random.Generator, images: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Side and offset of each square: the scale uniform over whole numbers, then the offset (neon 1.2)."""
-        side = self.crop * self.image // generator.integers(self.least, self.most, images, endpoint=True)
-        return side, generator.integers(0, self.image - side[:, None], (images, 2), endpoint=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +212,9 @@ def _sample_epoch(plan: SamplingPlan, epoch: int) -> EpochSample:
         offset = generator.integers(0, plan.span, (plan.images, 2), endpoint=True)
         flip = generator.integers(0, 2, plan.images, dtype=np.uint8).astype(bool) & plan.flip
         if plan.zoom:
-            side, offset = plan.zoom.draw(generator, plan.images)
+            scale = generator.integers(plan.zoom.least, plan.zoom.most, plan.images, endpoint=True)
+            side = plan.zoom.crop * plan.zoom.image // scale
+            offset = generator.integers(0, plan.zoom.image - side[:, None], (plan.images, 2), endpoint=True)
     else:
         order = np.random.Generator(np.random.PCG64(EVALUATION_SEED)).permutation(plan.images)
         offset = np.full((plan.images, 2), np.array(plan.span) // 2)

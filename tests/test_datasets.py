@@ -17,9 +17,11 @@ import pytest
 from PIL import Image
 
 from harness.loaders import datasets
-from harness.loaders.cifar import CIFAR10_CLASSES, SUPERCLASS, SUPERCLASSES
 from harness.loaders.datasets import (
+    CIFAR10_CLASSES,
     DATASETS,
+    SUPERCLASS,
+    SUPERCLASSES,
     DataError,
     Dataset,
     Split,
