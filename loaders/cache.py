@@ -1,8 +1,4 @@
-"""The images of a data set, and their cache: one file each, named by the fingerprint of its contents.
-
-A small index leads from the signature of the source files (names, sizes, times) to that fingerprint, so that the
-next start decodes nothing.
-"""
+"""The images of a data set, and their cache: a file by the signature of the source files (names, sizes, times)."""
 
 from __future__ import annotations
 
@@ -70,13 +66,13 @@ def cached(signature: Sequence[str], read: Callable[[], Content], folder: Path) 
     from safetensors import SafetensorError
 
     key = hashlib.sha256("\n".join((str(CACHE_FORMAT), *signature)).encode()).hexdigest()
-    index = folder / "index" / f"{key}.json"
-    if hit := _load(index, folder):
+    path = folder / f"{key}.safetensors"
+    if hit := _load(path):
         return hit
     try:
-        index.parent.mkdir(parents=True, exist_ok=True)
-        with lock(index.with_suffix(".lock")):
-            return _load(index, folder) or _save(index, folder, read())  # another process may have been faster
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(path.with_suffix(".lock")):
+            return _load(path) or _save(path, read())  # another process may have been faster
     except (OSError, SafetensorError) as error:  # no room, no permission
         warnings.warn(f"{folder}: the cache cannot be written ({error}): decoding anew", stacklevel=2)
         content = read()
@@ -90,43 +86,33 @@ def lock(path: Path) -> AbstractContextManager[Any]:
     return FileLock(path)
 
 
-def _load(index: Path, folder: Path) -> tuple[Content, str] | None:
+def _load(path: Path) -> tuple[Content, str] | None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        fingerprint = str(json.loads(index.read_text())["fingerprint"])
-        with safe_open(folder / f"{fingerprint}.safetensors", "np") as file:
-            train, test = (
-                Split(*(file.get_tensor(f"{part}_{what}") for what in ("images", "labels")))
-                for part in ("train", "test")
-            )
-            content = Content(tuple(json.loads(file.metadata()["classes"])), train, test)
+        with safe_open(path, "np") as file:
+            metadata = file.metadata()
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        train, test = (Split(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "test"))
+        content = Content(tuple(json.loads(metadata["classes"])), train, test)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
-    return (content, fingerprint) if content.fingerprint() == fingerprint else None
+    fingerprint = content.fingerprint()
+    return (content, fingerprint) if metadata.get("fingerprint") == fingerprint else None
 
 
-def _save(index: Path, folder: Path, content: Content) -> tuple[Content, str]:
+def _save(path: Path, content: Content) -> tuple[Content, str]:
+    """Write beside the path, then rename: readers see the whole file or none."""
     from safetensors.numpy import save_file
 
     fingerprint = content.fingerprint()
-    arrays = {
-        f"{part}_{what}": np.ascontiguousarray(getattr(split, what))
-        for part, split in (("train", content.train), ("test", content.test))
-        for what in ("images", "labels")
-    }
-    metadata = {"classes": json.dumps(content.classes)}
-    path = folder / f"{fingerprint}.safetensors"
-    _write_atomic(path, lambda part: save_file(arrays, part, metadata=metadata))
-    _write_atomic(index, lambda part: part.write_text(json.dumps({"fingerprint": fingerprint})))
-    return content, fingerprint
-
-
-def _write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the path, then rename: readers see the whole file or none."""
+    metadata = {"classes": json.dumps(content.classes), "fingerprint": fingerprint}
+    arrays = {"train_images": content.train.images, "train_labels": content.train.labels}
+    arrays |= {"test_images": content.test.images, "test_labels": content.test.labels}
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(part)
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part, metadata=metadata)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+    return content, fingerprint

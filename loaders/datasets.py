@@ -7,7 +7,6 @@ CIFAR-10 in its own format.
 from __future__ import annotations
 
 import difflib
-import os
 import socket
 import tomllib
 import warnings
@@ -209,10 +208,8 @@ def _load_cifar(request: Request) -> Dataset:
             first = ", ".join(dataset.classes[:3])
             raise DataError(f"{root}: not {kind[:5]}-{kind[5:]}'s classes ({first}, ...): try folder:{root}")
         return dataset
-    with os.scandir(batches) as entries:
-        stats = sorted((entry.name, entry.stat()) for entry in entries)
-    signature = [str(batches.resolve()), *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)]
-    content, fingerprint = cached(signature, lambda: _read_cifar(name, root), request.cache)
+    files = (str(_stat(batches, path.name, 0)) for path in sorted(batches.iterdir()))
+    content, fingerprint = cached([str(batches.resolve()), *files], lambda: _read_cifar(name, root), request.cache)
     return Dataset(name, name, fingerprint, True, *content.parts(), flip=True)
 
 
@@ -285,15 +282,10 @@ def _list_class_folders(root: Path, split: str) -> tuple[list[str], list[_File]]
         raise DataError(f"{folder}: no class folders: expected {split}/<class>/*")
     files: list[_File] = []
     for label, name in enumerate(classes):
-        images = sorted(path.name for path in (folder / name).iterdir())
-        mine = [
-            _stat(root, f"{split}/{name}/{image}", label)
-            for image in images
-            if image.lower().endswith(IMAGE_SUFFIXES)
-        ]
-        if not mine:
+        images = sorted(path.name for path in (folder / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not images:
             raise DataError(f"{folder / name}: no images in this class folder")
-        files += mine
+        files += [_stat(root, f"{split}/{name}/{image}", label) for image in images]
     return classes, files
 
 
