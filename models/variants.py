@@ -189,8 +189,8 @@ def find(kind: str, name: str, entries: Mapping[str, Entry]) -> Entry:
     if name in entries:
         return entries[name]
     close = difflib.get_close_matches(name, entries, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ValueError(f"unknown {kind} {name!r}: {hint}allowed are {', '.join(entries)}")
+    hint = f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(entries)}"
+    raise ValueError(f"unknown {kind} {name!r}: {hint}")
 
 
 def find_variant(name: str) -> VariantFunction:
