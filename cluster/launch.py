@@ -270,13 +270,10 @@ class _Run(Generic[Spec, Outcome]):
         )
 
     def _announce(self, world_size: int) -> None:
-        if (self.attempt, world_size) == self.announced:
-            return
-        if self.announced is not None and self.attempt == self.announced[0]:
-            self.reason = "the cluster has changed before the workers were placed"
-        smaller = world_size if world_size != self.task.job.workers else None
-        self._put(Started(attempt=self.attempt, reason=self.reason, world_size=smaller))
-        self.announced = (self.attempt, world_size)
+        if (self.attempt, world_size) != self.announced:
+            smaller = world_size if world_size != self.task.job.workers else None
+            self._put(Started(attempt=self.attempt, reason=self.reason, world_size=smaller))
+            self.announced = (self.attempt, world_size)
 
     def _wait_for_resources(self) -> int | None:
         """Wait until the cluster has a run's resources free; with how many workers, None where that took too long.

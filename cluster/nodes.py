@@ -111,12 +111,14 @@ def ask_every_node(
         return ask()
 
     task = ray.remote(num_cpus=0, num_gpus=gpus or None, max_retries=0)(on_node)  # takes no partial
-    pending = {}
-    for node in working_nodes():
-        on_this_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-        if only in (None, name):
-            pending[name] = task.options(scheduling_strategy=on_this_node).remote()
+    nodes = {
+        f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": node["NodeID"] for node in working_nodes()
+    }
+    pending = {
+        name: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        for name, node in nodes.items()
+        if only in (None, name)
+    }
     answers: dict[str, Answer | Unanswered] = {}
     until = time.monotonic() + timeout_seconds
     for name, reference in pending.items():

@@ -165,11 +165,8 @@ class _Proposals(Searcher):
         super().__init__()
         self.suggest = driver.propose
 
-    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        pass
-
-    def save(self, checkpoint_path: str) -> None:
-        pass
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None: ...
+    def save(self, checkpoint_path: str) -> None: ...
 
 
 # --- in a trial's processes ---

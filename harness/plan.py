@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from harness.cluster.job import Allocation
-from harness.models.presets import find_preset
-from harness.models.variants import VARIANTS, Recipe, Variant, default_depth, find_variant
+from harness.models.variants import VARIANTS, Recipe, Variant, default_depth, find_preset, find_variant
 from harness.search_space import apply
 from harness.spec import Engine, Precision, RunSpec, UserError, check_word
 

@@ -22,10 +22,8 @@ CACHE_FORMAT = 1  # part of every signature: raise it when arrays come out diffe
 class Split:
     """Images and their labels."""
 
-    images: NDArray[np.uint8]
-    """(N, H, W, 3), RGB."""
-    labels: NDArray[np.int64]
-    """(N,), indices into the data set's classes."""
+    images: NDArray[np.uint8]  # (N, H, W, 3), RGB
+    labels: NDArray[np.int64]  # (N,), indices into the data set's classes
 
     def __len__(self) -> int:
         return len(self.labels)

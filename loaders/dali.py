@@ -123,13 +123,9 @@ class DaliLoader:
 
 
 def define(
-    config: LoaderConfig,
-    size: tuple[int, int],
-    mean: NDArray[np.float32],
-    std: NDArray[np.float32],
-    feed_pixels: Callable[[int], Any],
-    feed_numbers: Callable[[int], Any],
-) -> None:
+    config: LoaderConfig, size: tuple[int, int], mean: NDArray[np.float32], std: NDArray[np.float32],
+    feed_pixels: Callable[[int], Any], feed_numbers: Callable[[int], Any],
+) -> None:  # fmt: skip
     """Define the current pipeline: the same graph on every device.
 
     DALI copies what it is fed (`no_copy` is False), in order of the stream that wrote it, and waits for the copy. With

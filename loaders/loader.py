@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
@@ -38,21 +39,17 @@ class Loader(Protocol):
 MakeLoader = Callable[[Split, SamplingPlan, LoaderConfig], Loader]
 
 
-def _imported(module: str, name: str) -> MakeLoader:
-    """A class that is imported when it is used, so that DALI is loaded only then."""
-
-    def make(split: Split, plan: SamplingPlan, config: LoaderConfig) -> Loader:
-        made: Loader = getattr(import_module(module), name)(split, plan, config)
-        return made
-
-    return make
+def _import(module: str, name: str, split: Split, plan: SamplingPlan, config: LoaderConfig) -> Loader:
+    """Imported when it is used, so that DALI is loaded only then."""
+    loader: Loader = getattr(import_module(f"harness.loaders.{module}"), name)(split, plan, config)
+    return loader
 
 
 LOADERS: dict[str, MakeLoader] = {
-    "dali": _imported("harness.loaders.dali", "DaliLoader"),
-    "resident": _imported("harness.loaders.resident", "ResidentLoader"),
-    "dataloader": _imported("harness.loaders.dataloader", "TorchLoader"),
-    "synthetic": _imported("harness.loaders.resident", "SyntheticLoader"),
+    "dali": partial(_import, "dali", "DaliLoader"),
+    "resident": partial(_import, "resident", "ResidentLoader"),
+    "dataloader": partial(_import, "dataloader", "TorchLoader"),
+    "synthetic": partial(_import, "resident", "SyntheticLoader"),
 }
 
 

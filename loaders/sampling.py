@@ -36,8 +36,7 @@ class Augment:
     """zero: zeros after normalisation. black: zeros in the image, before it. reflect: the image mirrored at its
     edge (which is not repeated). mean: the means of its own rows and columns, rounded (numpy.pad). A mean image is
     padded as the images are; so with one, black equals zero."""
-    crop: int | None
-    """Side of the crop in pixels; None: the image's own."""
+    crop: int | None  # side in pixels; None: the image's own
     flip: bool
     scale_range: tuple[int, ...] = ()
     """Least and largest side to which a training image is enlarged before the crop; an evaluated one is reduced to the
@@ -72,10 +71,8 @@ class Augment:
 class Normalize:
     """output = (image / 255 - mean) / std."""
 
-    mean: NDArray[np.float32]
-    """(3,), or (H, W, 3): a mean image."""
-    std: NDArray[np.float32]
-    """(3,)."""
+    mean: NDArray[np.float32]  # (3,), or (H, W, 3): a mean image
+    std: NDArray[np.float32]  # (3,)
 
 
 def make_normalize(kind: NormalizeKind, train: Split) -> Normalize:
@@ -115,26 +112,21 @@ class LoaderConfig:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    threads: int = 1
-    """CPU threads that a loader may use."""
-    mixup: float = 0.0
-    """Alpha of mixup with a partner from the whole set; 0: the loader mixes nothing."""
+    threads: int = 1  # of the CPU, that a loader may use
+    mixup: float = 0.0  # alpha of mixup with a partner from the whole set; 0: the loader mixes nothing
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class EpochSample:
     """One rank's epoch, or a part of it: for each image which it is, where it is cropped, whether it is flipped."""
 
-    index: NDArray[np.int64]
-    """(m,), into the split."""
-    offset: NDArray[np.int64]
-    """(m, 2), y and x of the crop within the padded image."""
-    flip: NDArray[np.bool_]
-    """(m,)."""
-    side: NDArray[np.int64] | None
-    """(m,), of the square that is resized to the crop's size; None: nothing is resized."""
-    batch_size: int
-    """Images of each batch of this rank; the last batch may have fewer."""
+    index: NDArray[np.int64]  # (m,), into the split
+    offset: NDArray[np.int64]  # (m, 2), y and x of the crop within the padded image
+    flip: NDArray[np.bool_]  # (m,)
+    side: (
+        NDArray[np.int64] | None
+    )  # (m,), of the square that is resized to the crop's size; None: nothing is resized
+    batch_size: int  # images of each batch of this rank; the last batch may have fewer
 
     @property
     def batch_sizes(self) -> list[int]:

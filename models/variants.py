@@ -1,6 +1,7 @@
 """What a variant is: a network, the recipe that trains it, and where both come from. No torch here.
 
 All are plain data in variants.toml, THE place to add one; the command line, the plan, the tests and the tables follow.
+So are presets, in presets.toml: `harness run --preset NAME` trains one, `harness report --preset NAME` prints its table.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import difflib
 import inspect
 import math
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -188,10 +189,45 @@ def find(kind: str, name: str, entries: Mapping[str, Entry]) -> Entry:
     raise ValueError(f"unknown {kind} {name!r}: {hint}")
 
 
+def load_rows(name: str) -> dict[str, dict[str, Any]]:
+    """The tables of a file beside this one."""
+    return tomllib.loads(Path(__file__).with_name(name).read_text())
+
+
+_ROWS = load_rows("variants.toml")
+VARIANTS: dict[str, VariantFunction] = {name: make_variant(name, _ROWS) for name in _ROWS}
+
+
 def find_variant(name: str) -> VariantFunction:
     """The variant of that name. Raises ValueError where there is none."""
     return find("variant", name, VARIANTS)
 
 
-_ROWS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
-VARIANTS: dict[str, VariantFunction] = {name: make_variant(name, _ROWS) for name in _ROWS}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """The runs behind one source's table, and the columns in which it prints them: see presets.toml."""
+
+    source: str
+    dataset: str
+    networks: dict[str, list[int]]
+    columns: list[str]
+    least_accuracy: float | None = None
+
+    def select(self, variants: Sequence[str] = (), depths: Sequence[int] = ()) -> tuple[tuple[str, int], ...]:
+        """Variant and depth of every row; variants or depths that a user chose stand in place of the preset's own.
+
+        A chosen variant that the preset has not comes at its default depth. Raises ValueError for an unknown one.
+        """
+        return tuple(
+            (name, depth)
+            for name in variants or self.networks
+            for depth in depths or self.networks.get(name) or (default_depth(find_variant(name)),)
+        )
+
+
+PRESETS = {name: Preset(**row) for name, row in load_rows("presets.toml").items()}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name. Raises ValueError where there is none."""
+    return find("preset", name, PRESETS)
