@@ -24,7 +24,7 @@ GPU_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # NVML's; CUDA's own is by spee
 _ENVIRONMENT = {
     **GPU_ORDER,
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # also how often reports are collected: 2 s by default
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # how soon an end is seen: 2 s by default
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",

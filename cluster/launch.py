@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
-from harness.cluster.failures import count_failures, make_failed
 from harness.cluster.job import (
     COLLECTIVE_SECONDS,
     LOOPBACK,
@@ -35,6 +34,8 @@ from harness.cluster.job import (
     Train,
     Waiting,
     Worker,
+    count_failures,
+    make_failed,
 )  # fmt: skip
 from harness.cluster.nodes import choose_world_size, inspect_cluster
 
@@ -131,7 +132,7 @@ def _remove(storage: Path | str) -> None:
 
 
 class Mailbox:
-    """Callbacks of Ray Train run in another process: what they see waits here for the driver."""
+    """What the workers of all runs report waits here for the driver."""
 
     def __init__(self) -> None:
         self.events: list[tuple[int, Any]] = []
@@ -184,8 +185,8 @@ class _Task(Generic[Spec, Outcome]):
         )  # fmt: skip
 
         def report(event: Any) -> None:
-            # a barrier among the ranks in Ray Train; only rank 0's report is used
-            ray.train.report({"event": event if worker.rank == 0 else None})
+            if worker.rank == 0:
+                ray.get(self.mailbox.put.remote(self.index, event))  # else a death soon after would lose it
 
         if worker.rank == 0:
             self.mailbox.put_placement_group.remote(self.index, get_current_placement_group())
@@ -321,14 +322,6 @@ class _Run(Generic[Spec, Outcome]):
         from harness.cluster.loopback import LoopbackConfig
 
         task, job, attempt = self.task, self.task.job, self.attempt
-        index, mailbox = task.index, task.mailbox
-
-        class Relay(ray.train.UserCallback):
-            """Runs in Ray Train's controller, where an exception would end the run: so it raises none."""
-
-            def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-                with contextlib.suppress(Exception):
-                    mailbox.put.remote(index, metrics[0]["event"])
 
         class QuietTrainer(TorchTrainer):
             def _create_default_callbacks(self) -> list[Any]:
@@ -348,7 +341,7 @@ class _Run(Generic[Spec, Outcome]):
             ),
             run_config=ray.train.RunConfig(
                 # a name used twice would resume the first run of that name
-                name=f"run-{index}-{uuid.uuid4().hex[:12]}", storage_path=str(job.storage), callbacks=[Relay()],
+                name=f"run-{task.index}-{uuid.uuid4().hex[:12]}", storage_path=str(job.storage),
                 failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),

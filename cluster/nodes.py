@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from harness.cluster.failures import make_failed
-from harness.cluster.job import Allocation
+from harness.cluster.job import Allocation, make_failed
 
 Answer = TypeVar("Answer")
 

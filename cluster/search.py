@@ -30,9 +30,9 @@ from ray import tune
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from harness.cluster.failures import WORKER_DIED, WorkerDiedError, is_death, make_failed
 from harness.cluster.job import (
     COLLECTIVE_SECONDS,
+    WORKER_DIED,
     Allocation,
     Failed,
     Outcome,
@@ -41,6 +41,9 @@ from harness.cluster.job import (
     Started,
     Train,
     Worker,
+    WorkerDiedError,
+    is_death,
+    make_failed,
 )
 
 PEER_SECONDS = 10.0  # for the other ranks to end once one has

@@ -7,12 +7,11 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 CACHE_FORMAT = 1  # part of every signature: raise it when arrays come out differently from the same files
@@ -69,19 +68,12 @@ def cached(signature: Sequence[str], read: Callable[[], Content], folder: Path) 
         return hit
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with lock(path.with_suffix(".lock")):
+        with FileLock(path.with_suffix(".lock")):
             return _load(path) or _save(path, read())  # another process may have been faster
     except (OSError, SafetensorError) as error:  # no room, no permission
         warnings.warn(f"{folder}: the cache cannot be written ({error}): decoding anew", stacklevel=2)
         content = read()
         return content, content.fingerprint()
-
-
-def lock(path: Path) -> AbstractContextManager[Any]:
-    """Held by one process at a time."""
-    from filelock import FileLock
-
-    return FileLock(path)
 
 
 def _load(path: Path) -> tuple[Content, str] | None:

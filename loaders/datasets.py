@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
-from harness.loaders.cache import Content, cache_dir, cached, lock
+from harness.loaders.cache import Content, cache_dir, cached
 from harness.loaders.cache import Split as Split
 
 Progress = Callable[[str, int, int], None]
@@ -233,7 +234,7 @@ def _download_cifar(name: str, root: Path) -> None:
     timeout = socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with lock(root / f"{name}.lock"):
+        with FileLock(root / f"{name}.lock"):
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)  # torchvision sets none
             getattr(datasets, TORCHVISION[name][0])(root, download=True)  # keeps what is downloaded already
     except (OSError, RuntimeError) as error:
@@ -298,9 +299,8 @@ def _load_miniplaces(request: Request) -> Dataset:
     root = request.folder()
     classes: dict[int, str] = {}
     for number, path, label in _list_lines(root / "categories.txt"):
-        if label in classes:
+        if classes.setdefault(label, path) != path:
             raise DataError(f"{root / 'categories.txt'} line {number}: label {label} is {classes[label]} already")
-        classes[label] = path
     if sorted(classes) != list(range(len(classes))):
         raise DataError(f"{root / 'categories.txt'}: labels are not 0 to {len(classes) - 1}")
     train, test = (_list_kit(root, name, len(classes)) for name in ("train.txt", "val.txt"))

@@ -14,8 +14,7 @@ from ray import cloudpickle
 
 import harness.cluster.connect
 from harness.cluster.connect import ClusterError, connect, disconnect
-from harness.cluster.failures import count_failures
-from harness.cluster.job import Allocation, Entered, Failed, Started, Worker
+from harness.cluster.job import Allocation, Entered, Failed, Started, Worker, count_failures
 from harness.cluster.launch import launch, launch_here
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -168,7 +167,6 @@ def test_private_names_of_ray_that_are_used_exist() -> None:
     from ray.train.torch import TorchTrainer
 
     assert hasattr(TorchTrainer, "_create_default_callbacks")
-    assert hasattr(ray.train, "UserCallback")
     assert issubclass(ray.train.TrainingFailedError, Exception)
 
 

@@ -21,8 +21,7 @@ import two_nodes
 from ray import cloudpickle
 
 from harness.cluster.connect import connect, disconnect
-from harness.cluster.failures import make_failed
-from harness.cluster.job import Allocation, Entered, Failed, Started, Telemetry, Waiting, Worker
+from harness.cluster.job import Allocation, Entered, Failed, Started, Telemetry, Waiting, Worker, make_failed
 from harness.cluster.launch import launch
 from harness.cluster.nodes import Cluster, Node, Unanswered, ask_every_node, choose_world_size, fit
 from harness.record import classify
