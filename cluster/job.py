@@ -107,8 +107,8 @@ class Telemetry:
 Train = Callable[[Spec, Worker, Report], Outcome]
 Launched = Iterator[tuple[Spec, Outcome | Failed]]
 StartSampler = Callable[[str | None], Any]
-"""Starts what measures the node it is called on; its `stop()` ends it and returns the measurements. The argument is
-CUDA_VISIBLE_DEVICES of a run's workers there: "" for a run without GPUs, None for all of them."""
+"""A class that measures the node it is made on, in a process of its own; its `stop()` ends that and returns the
+measurements. The argument is CUDA_VISIBLE_DEVICES of a run's workers there: "" for a run without GPUs, None for all."""
 
 
 # --- what went wrong with a run, and whether another attempt is worth it ---

@@ -195,8 +195,8 @@ class _Task(Generic[Spec, Outcome]):
         if self.telemetry is not None and context.get_local_rank() == 0:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") if job.device == "cuda" else ""
             with contextlib.suppress(Exception):  # owned by this worker: Ray ends it with the worker
-                remote = ray.remote(num_cpus=0, scheduling_strategy=_this_node())(NodeSampler)
-                sampler = remote.remote(self.telemetry, visible)
+                remote: Any = ray.remote(num_cpus=0, scheduling_strategy=_this_node())(self.telemetry)
+                sampler = remote.remote(visible)
         outcome = self.train(self.spec, worker, report)
         if sampler is not None:
             with contextlib.suppress(Exception):  # a missing figure does not cost the run
@@ -204,16 +204,6 @@ class _Task(Generic[Spec, Outcome]):
                 ray.get(self.mailbox.put.remote(self.index, measured), timeout=10)
                 ray.kill(sampler)
         return outcome
-
-
-class NodeSampler:
-    """A process of its own, so that measuring takes no time from the step."""
-
-    def __init__(self, start: StartSampler, visible: str | None) -> None:
-        self.sampler = start(visible)
-
-    def stop(self) -> Any:
-        return self.sampler.stop()
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 from harness.loaders.datasets import Split, describe_unknown
-from harness.loaders.sampling import LoaderConfig, SamplingPlan, Zoom, draw_shares
+from harness.loaders.sampling import LoaderConfig, SamplingPlan, draw_shares
 
 if TYPE_CHECKING:
     import torch
@@ -83,11 +83,10 @@ def make_evaluation_loader(name: str, split: Split, config: LoaderConfig) -> Loa
 
 def _make_plan(split: Split, config: LoaderConfig, *, train: bool) -> SamplingPlan:
     augment = config.augment
-    crop, _ = augment.crop_size(split)
     return SamplingPlan(
         images=len(split), batch_size=config.batch_size if train else config.eval_batch_size, train=train,
         span=augment.span(split), flip=augment.flip, seed=config.seed, rank=config.rank, world_size=config.world_size,
-        zoom=Zoom(split.images.shape[1], crop, *augment.scale_range) if augment.scale_range else None,
+        scale_range=augment.scale_range, image=split.images.shape[1], crop=augment.crop_size(split)[0],
     )  # fmt: skip
 
 

@@ -142,19 +142,6 @@ class EpochSample:
 
 
 @dataclass(frozen=True, slots=True)
-class Zoom:
-    """Squares of an image that are resized to the crop's size, as if the image had been scaled before (neon 1.2).
-
-    The scale is uniform over whole numbers from `least` to `most`, then the offset over those that there are.
-    """
-
-    image: int  # side
-    crop: int
-    least: int
-    most: int
-
-
-@dataclass(frozen=True, slots=True)
 class SamplingPlan:
     """All randomness, as a pure function of (seed, epoch) and whatever the number of ranks.
 
@@ -173,7 +160,11 @@ class SamplingPlan:
     rank: int = 0
     world_size: int = 1
     train: bool = True
-    zoom: Zoom | None = None
+    scale_range: tuple[
+        int, ...
+    ] = ()  # squares of side crop * image / scale are resized to the crop, as by neon 1.2
+    image: int = 0  # side, where images are scaled
+    crop: int = 0  # the same
     partner: bool = False  # in place of each image another of the whole set, cropped and flipped as that one is
 
     def __post_init__(self) -> None:
@@ -203,21 +194,21 @@ def _sample_epoch(plan: SamplingPlan, epoch: int) -> EpochSample:
         order = generator.permutation(plan.images)
         offset = generator.integers(0, plan.span, (plan.images, 2), endpoint=True)
         flip = generator.integers(0, 2, plan.images, dtype=np.uint8).astype(bool) & plan.flip
-        if plan.zoom:
-            scale = generator.integers(plan.zoom.least, plan.zoom.most, plan.images, endpoint=True)
-            side = plan.zoom.crop * plan.zoom.image // scale
-            offset = generator.integers(0, plan.zoom.image - side[:, None], (plan.images, 2), endpoint=True)
+        if plan.scale_range:  # uniform over whole numbers, and then the offset over those that there are
+            least, most = plan.scale_range
+            side = plan.crop * plan.image // generator.integers(least, most, plan.images, endpoint=True)
+            offset = generator.integers(0, plan.image - side[:, None], (plan.images, 2), endpoint=True)
     else:
         order = np.random.Generator(np.random.PCG64(EVALUATION_SEED)).permutation(plan.images)
         offset = np.full((plan.images, 2), np.array(plan.span) // 2)
         flip = np.zeros(plan.images, bool)
-        side = np.full(plan.images, plan.zoom.image if plan.zoom else 0)
+        side = np.full(plan.images, plan.image)
     body, last = np.split(order, [plan.images - plan.images % plan.batch_size])
     if plan.train and 0 < len(last) < plan.world_size:
         last = np.concatenate([last, order[: plan.world_size - len(last)]])
     shares = body.reshape(-1, plan.batch_size)[:, plan.rank :: plan.world_size]
     index = np.concatenate([shares.ravel(), last[plan.rank :: plan.world_size]])
-    sides = side[index] if plan.zoom else None
+    sides = side[index] if plan.scale_range else None
     shown = draw_partners(plan, epoch)[index] if plan.partner else index
     return EpochSample(shown, offset[index], flip[index], sides, shares.shape[1])
 
