@@ -169,7 +169,7 @@ def test_killed_at_a_random_moment_the_same_command_ends_as_if_nothing_had_been(
     chance = random.Random(0)
     point = (chance.randrange(1, whole.epochs), chance.uniform(0, 0.3))
     outcome, reading = chaos.try_once(killed, "group", point, chance)
-    assert outcome.equals(reference), (point, reading)
+    assert outcome.content == reference.content, (point, reading)
     (stored,) = load_records([tmp_path / "killed"]).records
     assert [attempt["reason"] for attempt in stored.record.environment["attempts"]] == [
         "",
@@ -203,7 +203,7 @@ def make_job(storage: Path, **options: Any) -> Allocation:
 
 def kill_controller() -> int:
     """SIGKILL to Ray Train's controller, the process between this one and its workers. How many there were."""
-    ours = load_chaos().descendants(os.getpid(), b"TrainController")
+    ours = load_chaos().descendants(os.getpid(), "TrainController")
     for pid in ours:
         os.kill(pid, signal.SIGKILL)
     return len(ours)
