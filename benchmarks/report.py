@@ -13,7 +13,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from functools import partial
-from itertools import count, islice, product
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def store_many(out: Path, runs: int) -> None:
     """All depths and five seeds, by loader and learning rate, until there are so many."""
     width = Allocation(device="cuda", gpus=1, workers=1, concurrent_runs=1, threads=8)
     base = Grid(variants=("msra",), depths=(20, 32, 44, 56, 110), seeds=tuple(range(5)))
-    grids = (replace(base, loader=loader, settings={"lr": 0.1 / k}) for k, loader in product(count(1), LOADERS))
+    grids = (replace(base, loader=loader, settings={"lr": 0.1 / k}) for k in count(1) for loader in LOADERS)
     specs = (spec for grid in grids for spec in expand(grid, width, fingerprint="f" * 64, train_images=50_000))
     os.fsync = lambda _: None  # type: ignore[assignment]
     store_runs(out, islice(specs, runs), epochs=180)
