@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,14 +96,17 @@ class Running:
 
 def descendants(pid: int, title: str = "RayTrainWorker") -> list[int]:
     """The processes below a process whose command line holds `title`: by default the training workers."""
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    processes = [line.split(None, 2) for line in listing.splitlines()]
-    parents = {int(child): int(parent) for child, parent, *_ in processes}
+    parents: dict[int, int] = {}
+    titles: dict[int, str] = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            titles[int(path.name)] = (path / "cmdline").read_bytes().decode(errors="replace")
 
     def is_below(child: int) -> bool:
         return (parent := parents.get(child, 0)) == pid or (parent > 0 and is_below(parent))
 
-    return [int(child) for child, _, *words in processes if title in "".join(words) and is_below(int(child))]
+    return [child for child, words in titles.items() if title in words and is_below(child)]
 
 
 def strike(running: Running, kind: str, chance: random.Random) -> bool:

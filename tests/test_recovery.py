@@ -253,7 +253,7 @@ def test_a_dead_controller_leaves_its_room_to_the_next_attempt(one_cpu: Cluster,
 
 def samplers() -> list[int]:
     """The processes that measure a node."""
-    return load_chaos().descendants(os.getpid(), b"NodeSampler")
+    return load_chaos().descendants(os.getpid(), "NodeSampler")
 
 
 def listening_addresses(pids: set[int]) -> set[str]:
@@ -288,7 +288,7 @@ def test_a_cluster_of_this_machine_listens_on_loopback_alone(one_cpu: Cluster, t
     runs = launch(look_at_sockets, [{}], make_job(tmp_path), progress=lambda *_: None)
     ((_, of_rank),) = list(runs)
     assert of_rank == {"0100007F"}, "where its ranks find each other"
-    found = listening_addresses(set(load_chaos().descendants(os.getpid(), b"")))
+    found = listening_addresses(set(load_chaos().descendants(os.getpid(), "")))
     assert found, "a cluster that listens nowhere?"
     assert found <= {"0100007F", "0000000000000000FFFF00000100007F"}
 
