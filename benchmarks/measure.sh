@@ -21,7 +21,9 @@ measure() { # NAME SCRIPT WORDS-OF-A-SMOKE-TEST WORDS...
     if [[ -n "${SMOKE:-}" ]]; then read -ra short <<< "$3"; fi
     if [[ -e "$out/$name.json" ]]; then return 0; fi
     echo "== $name" >&2
-    "$python" "$here/$script" "${@:4}" "${short[@]}" --json "$out/$name.json.new" && mv "$out/$name.json.new" "$out/$name.json"
+    "$python" "$here/$script" "${@:4}" "${short[@]}" --json "$out/$name.json.new" ||
+        echo "measure.sh: $script ended with exit code $?" >&2 # a target was missed, or it does not work
+    if [[ -e "$out/$name.json.new" ]]; then mv "$out/$name.json.new" "$out/$name.json"; fi
 }
 
 few=()

@@ -257,6 +257,8 @@ if __name__ == "__main__":
         compile_all()
         print(json.dumps("compiled"))
     else:
+        import harness.training.step  # noqa: F401  # once, not in each of the forked processes
+
         orders = [(last,) for last in PRECISIONS]
         orders += [(first, last) for first in PRECISIONS for last in PRECISIONS]
         orders += [(*ROUND, last) for last in PRECISIONS]
