@@ -98,15 +98,9 @@ def main() -> None:
         out=Path("unused"), data_dir=options.data_dir and options.data_dir.absolute(), label=dataset.label
     )
     device = torch.device("cuda" if gpus else "cpu")
-<<<<<<< HEAD
-    raw = {}
-    for depth in map(int, args.depths.split(",")):
-        variant = find_variant("he2015")(depth)
-=======
     readings = {}
     for depth in map(int, options.depths.split(",")):
-        variant = he2015(depth)
->>>>>>> main
+        variant = find_variant("he2015")(depth)
         ways = {}
         for kind, world in count_workers(options.workers.split(",")):
             spec = RunSpec(

@@ -152,13 +152,8 @@ def make_ways(
     if not options.all:
         first = (engines[0], precisions[0], loaders[0])
         chosen = [c for c in chosen if sum(a != b for a, b in zip(c, first, strict=True)) <= 1]
-<<<<<<< HEAD
-    worker = Worker(device="cpu" if device.type == "cpu" else "cuda:0", threads=args.threads)
-    variant = find_variant("he2015")(depth)
-=======
     worker = Worker(device="cpu" if device.type == "cpu" else "cuda:0", threads=options.threads)
-    variant = he2015(depth)
->>>>>>> main
+    variant = find_variant("he2015")(depth)
     recipe = replace(variant.recipe, duration=1000, unit="epoch", milestones=(), warmup=0)
 
     def spec(engine: str, precision: str, loader: str) -> RunSpec:
