@@ -22,18 +22,12 @@ _watchers: list[subprocess.Popen[bytes]] = []
 
 GPU_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # NVML's; CUDA's own is by speed
 _ENVIRONMENT = {
-    **GPU_ORDER,
-    "RAY_TRAIN_V2_ENABLED": "1",
+    **GPU_ORDER, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_DEDUP_LOGS": "1", "RAY_TRAIN_V2_ENABLED": "1", "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # how soon an end is seen: 2 s by default
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_DEDUP_LOGS": "1",
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that calls Ray after the end would start it again
-}
+}  # fmt: skip
 
 
 class ClusterError(RuntimeError):
@@ -108,19 +102,18 @@ def _staying_on_loopback() -> Iterator[None]:
 
 def _check_alive(address: str) -> None:
     """Fail early and clearly: ray.init would retry for minutes and then end the process."""
-    if address != "auto":
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
-            raise ClusterError(f"--address {address!r} is not HOST:PORT or auto")
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            raise ClusterError(f"no Ray cluster answers at {address!r}: {error.strerror or error}") from None
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
-    command += [] if address == "auto" else ["--address", address]
+    none = f"no Ray cluster answers at {address!r}"
     try:
-        done = subprocess.run(command, capture_output=True, timeout=CONNECT_SECONDS, check=False)
+        if address != "auto":
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdigit():
+                raise ClusterError(f"--address {address!r} is not HOST:PORT or auto")
+            socket.create_connection((host, int(port)), timeout=10).close()
+            command += ["--address", address]
+        if subprocess.run(command, capture_output=True, timeout=CONNECT_SECONDS, check=False).returncode:
+            raise ClusterError(f"{none}: `ray health-check` found none")
+    except OSError as error:
+        raise ClusterError(f"{none}: {error.strerror or error}") from None
     except subprocess.TimeoutExpired:
-        raise ClusterError(f"no Ray cluster answers at {address!r} within {CONNECT_SECONDS:.0f} seconds") from None
-    if done.returncode:
-        raise ClusterError(f"no Ray cluster answers at {address!r}: `ray health-check` found none")
+        raise ClusterError(f"{none} within {CONNECT_SECONDS:.0f} seconds") from None

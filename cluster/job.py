@@ -153,10 +153,9 @@ def make_failed(error: BaseException, *, attempts: int) -> Failed:
 
 
 def count_failures(failures: int, best_progress: float, progress: float) -> tuple[int, float]:
-    """Deaths in a row without progress, this one included; and the best progress so far.
+    """Deaths in a row without progress, this one included, and the best progress; of what it returned for the last one.
 
-    `failures` and `best_progress` are what this returned for the attempt before. An attempt that made progress resets
-    the count; one that dies where an earlier one died does not, however many epochs it repeated.
+    An attempt that made progress resets the count; one that dies where an earlier one died does not.
     """
     return (1, progress) if progress > best_progress else (failures + 1, best_progress)
 

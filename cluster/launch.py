@@ -255,7 +255,6 @@ class _Run(Generic[Spec, Outcome]):
         self.task.mailbox.put.remote(self.task.index, event)
 
     def _describe(self, workers: int) -> str:
-        """ "2 x 4 CPU + 1 GPU" """
         return f"{workers} x " + " + ".join(
             f"{amount:g} {name}" for name, amount in self.task.job.resources.items()
         )

@@ -30,12 +30,9 @@ class TorchLoader:
         workers = 0 if config.threads <= 2 else config.threads - 1
         self.calls_ahead = 2 * workers  # DataLoader's own
         self._loader: DataLoader[tuple[Tensor, int]] = DataLoader(
-            _Transformed(split, config),
-            batch_sampler=self._batches,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=config.device.type == "cuda",
-        )
+            _Transformed(split, config), batch_sampler=self._batches, num_workers=workers,
+            persistent_workers=workers > 0, pin_memory=config.device.type == "cuda",
+        )  # fmt: skip
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self._batches.epoch, self._batches.first_step = epoch, first_step

@@ -48,7 +48,7 @@ RELABELLED = {
 
 MIXED_SEED = 20151210
 DOWNLOAD_TIMEOUT_SECONDS = 20
-DECODE_CHUNK = 200
+REPORT_EVERY = 200  # images
 DECODE_THREADS = 4
 
 
@@ -378,19 +378,18 @@ def _decode(root: Path, files: list[_File], progress: Progress | None) -> NDArra
         raise DataError(f"{first}: image is {width}x{height}: only square images are supported")
     images = np.empty((len(files), height, width, 3), np.uint8)
 
-    def decode(start: int) -> int:
-        for index, file in enumerate(files[start : start + DECODE_CHUNK], start):
-            image = _read_image(root / file.path)
-            if image.shape != images.shape[1:]:
-                size = f"{image.shape[1]}x{image.shape[0]}"
-                raise DataError(f"{root / file.path}: image is {size}, others are {width}x{height} ({first})")
-            images[index] = image
-        return min(start + DECODE_CHUNK, len(files))
+    def decode(index: int) -> None:
+        path = root / files[index].path
+        image = _read_image(path)
+        if image.shape != images.shape[1:]:
+            size = f"{image.shape[1]}x{image.shape[0]}"
+            raise DataError(f"{path}: image is {size}, others are {width}x{height} ({first})")
+        images[index] = image
 
     Image.init()  # not thread-safe on first use
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        for done in pool.map(decode, range(0, len(files), DECODE_CHUNK)):
-            if progress:
+        for done, _ in enumerate(pool.map(decode, range(len(files))), 1):
+            if progress and (done % REPORT_EVERY == 0 or done == len(files)):
                 progress("decoding images", done, len(files))
     return images
 

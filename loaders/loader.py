@@ -18,12 +18,9 @@ if TYPE_CHECKING:
 class Loader(Protocol):
     """Batches of one rank, on its device."""
 
+    steps: int  # batches of this rank in an epoch
     call_steps: int  # batches that are made by one call
     calls_ahead: int  # calls that are made before their batches are requested
-
-    @property
-    def steps(self) -> int:
-        """Batches of this rank in an epoch."""
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The epoch's batches from `first_step` on: images float32 (n, 3, H, W) and labels int64 (n,).

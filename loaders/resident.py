@@ -69,16 +69,14 @@ class SyntheticLoader:
 
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
         self.steps = plan.steps
-        self._sample = plan.draw(0)
-        first = self._sample.part(0, 1).index
+        sample = plan.draw(0)
+        self._sizes, first = sample.batch_sizes, sample.part(0, 1).index
         few = Split(split.images[first], split.labels[first])
         once = replace(plan, images=len(few), batch_size=len(few), rank=0, world_size=1)
         self._images, self._labels = next(ResidentLoader(few, once, config).epoch(0))
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        del epoch
-        for step in range(first_step, self.steps):
-            size = len(self._sample.part(step, step + 1).index)
+        for size in self._sizes[first_step:]:
             yield self._images[:size], self._labels[:size]
 
     def close(self) -> None:

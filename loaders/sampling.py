@@ -160,20 +160,15 @@ class SamplingPlan:
     rank: int = 0
     world_size: int = 1
     train: bool = True
-    scale_range: tuple[
-        int, ...
-    ] = ()  # squares of side crop * image / scale are resized to the crop, as by neon 1.2
+    scale_range: tuple[int, ...] = ()  # squares of crop * image / scale are resized to the crop, as by neon 1.2
     image: int = 0  # side, where images are scaled
-    crop: int = 0  # the same
+    crop: int = 0  # side, too
     partner: bool = False  # in place of each image another of the whole set, cropped and flipped as that one is
 
     def __post_init__(self) -> None:
-        for count, what in (
-            (self.batch_size, f"batch size {self.batch_size} is"),
-            (self.images, f"{self.images} images are"),
-        ):
-            if count < self.world_size:
-                raise ValueError(f"{what} less than one image for each of {self.world_size} workers")
+        if min(self.images, self.batch_size) < self.world_size:
+            what = f"{self.images} images in batches of {self.batch_size}"
+            raise ValueError(f"{what} are less than one for each of {self.world_size} workers")
 
     @property
     def steps(self) -> int:

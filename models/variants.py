@@ -127,16 +127,11 @@ def check_depth(network: Network) -> None:
     depth, listed = network.depth, LISTED_DEPTHS.get(network.architecture)
     if listed and depth not in listed:
         raise ValueError(f"depth {depth} is none of {', '.join(map(str, listed))}")
-    layers = layers_per_block(network)
+    layers = 9 if network.block == "bottleneck" else 6  # that one more block in each of three stages adds
     n = (depth - 2) / layers
     if not listed and (n < 1 or n != int(n)):
         below = max(1, int(n)) * layers + 2
         raise ValueError(f"depth {depth} is not {layers}n+2: try {below} or {below + layers}")
-
-
-def layers_per_block(network: Network) -> int:
-    """Convolutions that one more block in each of three stages adds."""
-    return 9 if network.block == "bottleneck" else 6
 
 
 ABOUT = {
