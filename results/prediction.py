@@ -54,7 +54,7 @@ def predicted_figures(row: Row) -> tuple[PredictedFigure, ...]:
     pairs = []
     for name, metric in METRICS.items():
         if metric.predict:
-            predicted, actual = metric.predict(row.predicted), row.figures[name]
+            predicted, actual = metric.measure(row.predicted), row.figures[name]
             if row.fields.get("device") != "cpu" or predicted.value is not None or actual.value is not None:
                 sides = (scaled(side.value, side.reason) for side in (predicted, actual))
                 pairs.append(PredictedFigure(metric.heading, *sides))

@@ -173,6 +173,14 @@ class RunResult(Value):
     ranks: tuple[RankUse, ...] = ()
     nodes: tuple[NodeUse, ...] = ()  # in the last attempt
 
+    @property
+    def accuracy(self) -> float:
+        return 100 - self.final_error
+
+    @property
+    def test_accuracy(self) -> float | None:
+        return None if self.test_error is None else 100 - self.test_error
+
 
 class Failure(Value):
     kind: Literal["OOM", "NaN", "killed", "exception"]

@@ -26,7 +26,7 @@ from harness.results.report.page import make_page
 from harness.results.report.table import Format, render
 from harness.results.rows import Row, summarise
 from harness.results.store import Stored, finish, load_records, write_epochs
-from harness.results.values import EpochMetrics, Measurement, RunResult
+from harness.results.values import EpochMetrics, RunResult
 
 DECIBEL = {0: 31.25, 1: 33.25}
 
@@ -36,8 +36,8 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Metric:
     """A figure that no one else has heard of, read from the machine's description."""
     metric = Metric(
         name="fan_noise", title="dB", unit="", kind="energy", means="how loud the fans were, mean over the seeds",
-        read=lambda result: result.machine.get("decibel"), over_seeds="mean", digits=3, margin=5.0,
-        predict=lambda _: Measurement(value=30.5),
+        read=lambda result: result.machine.get("decibel"), record_name="fan_noise", over_seeds="mean", digits=3, margin=5.0,
+        predict=lambda _: 30.5,
     )  # fmt: skip
     monkeypatch.setitem(METRICS, metric.name, metric)
     return metric

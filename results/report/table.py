@@ -256,7 +256,7 @@ def plain_values(row: Row) -> dict[str, Any]:
         "best_minus_last_points": row.best_minus_last,
     }
     values |= {
-        f"predicted_{name}": metric.predict(row.predicted).value if row.predicted else None
+        f"predicted_{name}": metric.measure(row.predicted).value if row.predicted else None
         for name, metric in METRICS.items()
         if metric.predict
     }
