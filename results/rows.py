@@ -19,7 +19,7 @@ from harness.results.metrics import METRICS, NONE, UNKNOWN, Figure
 from harness.results.published import Published, find_published
 from harness.results.statistics import Sample, mean
 from harness.results.store import Interrupted, Stored, collector_paused
-from harness.results.values import Prediction, RunResult, Timing, flatten
+from harness.results.values import Prediction, RunResult, Timing, flatten, setting
 from harness.results.verdict import MIN_SEEDS, Against, adjust, compare
 
 
@@ -118,14 +118,6 @@ class Row:
         runs = sorted(self.done, key=lambda run: run.record.added_until is not None)
         results = [run.record.result for run in runs if run.record.result]
         return [value for result in results if (value := METRICS[name].value(result)) is not None]
-
-
-def setting(spec: Mapping[str, Any], path: str, *kinds: type) -> Any:
-    """A value of a spec, "recipe.lr"; None where it is missing or not of these types, as nothing has checked it."""
-    value: Any = spec
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value if isinstance(value, kinds) else None
 
 
 @collector_paused()
