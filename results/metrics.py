@@ -131,8 +131,8 @@ def figures(value: float | None) -> str:
 
 
 def _load_metrics() -> dict[str, Metric]:
-    metrics = {}
-    for name, entry in tomllib.loads(METRICS_FILE.read_text(encoding="utf-8")).items():
+    metrics, text = {}, Path(__file__).with_name("metrics.toml").read_text(encoding="utf-8")
+    for name, entry in tomllib.loads(text).items():
         path, predict = entry.pop("read", name), entry.pop("predict", None)
         metrics[name] = Metric(
             name=name, record_name=path.rpartition(".")[2], read=attrgetter(path), predict=predict and attrgetter(predict), **entry
@@ -140,7 +140,6 @@ def _load_metrics() -> dict[str, Metric]:
     return metrics
 
 
-METRICS_FILE = Path(__file__).with_name("metrics.toml")
 METRICS = _load_metrics()
 
 

@@ -294,7 +294,9 @@ def first_error(error: ValidationError) -> str:
     """The first error of a validation, and the number of the others."""
     first, *others = error.errors(include_url=False, include_context=False)
     place = ".".join(map(str, first["loc"]))
-    message = " ".join(first["msg"].removeprefix("Value error, ").split()) + (f" (and {len(others)} more)" if others else "")
+    message = " ".join(first["msg"].removeprefix("Value error, ").split()) + (
+        f" (and {len(others)} more)" if others else ""
+    )
     return f"{place}: {message}" if place else message
 
 
