@@ -24,6 +24,7 @@ class Check:
     otherwise: str
     of: tuple[str, str] | None = None  # field and value of the runs that rest on it; None: all do
     ranks: bool = False  # needs several, and only their runs rest on it
+    gpu: bool = False  # skipped on a CPU
 
     def concerns(self, spec: RunSpec) -> bool:
         """Whether a run rests on it."""
@@ -36,18 +37,18 @@ CHECKS = (
     Check("loader resident", "check_loader", 1e-4, REFUSE, ("loader", "resident")),
     Check("loader dataloader", "check_loader", 1e-4, "resident", ("loader", "dataloader")),
     Check("loader dali", "check_loader", 1e-4, "resident", ("loader", "dali")),
-    Check("engine graph", "check_engine", 1e-3, "eager", ("engine", "graph")),
+    Check("engine graph", "check_engine", 1e-3, "eager", ("engine", "graph"), gpu=True),
     Check("engine compile", "check_engine", 1e-3, "eager", ("engine", "compile")),
-    Check("precision tf32", "check_precision", 5e-2, REFUSE, ("precision", "tf32")),
+    Check("precision tf32", "check_precision", 5e-2, REFUSE, ("precision", "tf32"), gpu=True),
     Check("precision bf16", "check_precision", 5e-2, REFUSE, ("precision", "bf16")),
-    Check("precision fp16", "check_precision", 5e-2, REFUSE, ("precision", "fp16")),
+    Check("precision fp16", "check_precision", 5e-2, REFUSE, ("precision", "fp16"), gpu=True),
     Check("resume", "check_resume", 0.0, WARN),
-    Check("memory", "check_memory", 0.05, WARN),
+    Check("memory", "check_memory", 0.05, WARN, gpu=True),
     Check("clock", "check_clock", 0.02, WARN),
     Check("seconds per step", "show_seconds", 0.0, SHOW),
     Check("sum of gradients", "check_sum", 0.0, REFUSE, ranks=True),
     Check("ranks eager", "check_ranks", 1e-3, REFUSE, ("engine", "eager"), ranks=True),
-    Check("ranks graph", "check_ranks", 1e-3, "eager", ("engine", "graph"), ranks=True),
+    Check("ranks graph", "check_ranks", 1e-3, "eager", ("engine", "graph"), ranks=True, gpu=True),
     Check("process group", "check_group", 5.0, WARN, ranks=True),
 )
 BY_NAME = {check.name: check for check in CHECKS}
