@@ -16,8 +16,8 @@ from harness.results.report import columns as cells
 from harness.results.report.columns import SPARE, Column, find_columns, make_columns
 from harness.results.report.notes import make_notes
 from harness.results.report.text import Sheet, add_mark, clean, for_latex, for_markdown, for_terminal
-from harness.results.rows import Row, setting
-from harness.results.values import MEMORY_CATEGORIES
+from harness.results.rows import Row
+from harness.results.values import MEMORY_CATEGORIES, setting
 from harness.results.verdict import seeds_to_tell
 
 Format = Literal["table", "markdown", "csv", "json", "latex"]
@@ -167,7 +167,7 @@ def plain_values(row: Row) -> dict[str, Any]:
         "fastest_epoch_seconds": timing and timing.fastest,
         "slowest_epoch_seconds": timing and timing.slowest,
         "best_minus_last_points": row.best_minus_last,
-        **{f"predicted_{name}": metric.predict(row.predicted).value if row.predicted else None
+        **{f"predicted_{name}": metric.measure(row.predicted).value if row.predicted else None
            for name, metric in METRICS.items() if metric.predict},
         **{f"memory_{name.lower().replace(' ', '_')}_mib": row.by_category_mib.get(name) for name in MEMORY_CATEGORIES},
         "published_error_percent": against and against.published.error,
