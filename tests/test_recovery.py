@@ -257,7 +257,7 @@ def test_a_dead_controller_leaves_its_room_to_the_next_attempt(one_cpu: Cluster,
 
 def samplers() -> list[int]:
     """The processes that measure a node."""
-    return load_chaos().descendants(os.getpid(), "NodeSampler")
+    return load_chaos().descendants(os.getpid(), ToySampler.__name__)
 
 
 def listening_addresses(pids: set[int]) -> set[str]:
