@@ -48,13 +48,9 @@ class Target:
 class Missing(Exception):  # noqa: N818
     """What is wrong, and advice."""
 
-    state = "missing"
-
 
 class Absent(Missing):
     """Not needed for runs on the CPU, nor named by the user."""
-
-    state = "absent"
 
 
 def check_torch(target: Target) -> str:
@@ -160,13 +156,11 @@ def check_storage(target: Target) -> str:
 def check_disk(target: Target) -> str:
     """Of results, and of what processes share in memory: Ray's object store, NCCL."""
     where, shared = _nearest(target.out), Path("/dev/shm")
-    free = f"{free_gib(where):.1f} GiB free in {where}"
+    free, needed = f"{free_gib(where):.1f} GiB free in {where}", f"at least {LEAST_DISK_GIB:.0f} are needed"
     if free_gib(where) < LEAST_DISK_GIB:
-        advice = "weights and checkpoints need room: make some, or name another --out"
-        raise Missing(f"{free}, {LEAST_DISK_GIB:.0f} needed", advice)
+        raise Missing(free, f"{needed} for weights and checkpoints: make room, or name another --out")
     if shared.is_dir() and (left := free_gib(shared)) < LEAST_SHARED_MEMORY_GIB:
-        advice = "Ray and NCCL share memory there: docker run --shm-size 8g"
-        raise Absent(f"{left:.1f} of {LEAST_SHARED_MEMORY_GIB:.0f} GiB free in {shared}", advice)
+        raise Absent(f"{left:.1f} GiB free in {shared}", "Ray and NCCL need 1 there: docker run --shm-size 8g")
     return free
 
 
@@ -202,7 +196,7 @@ def examine(target: Target) -> Iterator[Result]:
         try:
             yield Result(name, "ok", check(target))
         except Missing as finding:
-            yield Result(name, finding.state, "; ".join(finding.args))
+            yield Result(name, type(finding).__name__.lower(), "; ".join(finding.args))
         except Exception as error:
             yield Result(name, "missing", f"the check failed: {_reason(error)}")
 

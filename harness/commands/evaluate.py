@@ -131,13 +131,15 @@ def _evaluate(options: EvalOptions) -> Errors:
     device, recipe = torch.device("cuda" if torch.cuda.is_available() else "cpu"), variant.recipe
     most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2)) if scales else EVAL_BATCH_SIZE
     batch_size = min(options.batch_size or most, len(test))
-    crop, zoom = (None, None) if scales else (recipe.crop, recipe.scale_range)
+    augment = Augment(recipe.pad, recipe.pad_mode, recipe.crop, False, recipe.scale_range)
+    if scales:
+        augment = Augment(0, recipe.pad_mode, None, False)
     normalize = options.normalize or make_normalize(
         recipe.normalize, _training_images(options.weights, about, variant, dataset)
     )
     config = LoaderConfig(
-        augment=Augment(recipe.pad, recipe.pad_mode, crop, False, zoom), normalize=normalize, device=device,
-        batch_size=batch_size, eval_batch_size=batch_size, threads=torch.get_num_threads(),
+        augment=augment, normalize=normalize, batch_size=batch_size, eval_batch_size=batch_size, device=device,
+        threads=torch.get_num_threads(),
     )  # fmt: skip
     ranked, scores = list[Tensor](), defaultdict[int, list[Tensor]](list)
     flip = bool(scales) and dataset.flip and options.mirror
