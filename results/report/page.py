@@ -24,7 +24,7 @@ from harness.results.report import memory
 from harness.results.report.charts import category_colours, make_labels, make_panels
 from harness.results.report.columns import Column
 from harness.results.report.sweeps import clamp, is_finite, make_sweep_panel, show
-from harness.results.report.table import lay_out
+from harness.results.report.table import lay_out, style_of
 from harness.results.report.text import MARKS, ORDINARY, clean
 from harness.results.rows import Row
 from harness.results.store import Problem, Stored
@@ -82,8 +82,8 @@ def make_page(
         probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := predicted_figures(row))],
         each=lambda name: [(row, run) for row in rows for run in getattr(row, name)],
         environments=list(environments.values()), data=Markup(text), css=css, scripts=[*map(Markup, scripts), script],
-        NONE=NONE, category_colours=category_colours, best_first=best_first, clamp=clamp, Counter=Counter, is_finite=is_finite, kind=_kind,
-        link_marks=_link_marks, memory=memory, number=_number, show=show, sort_key=_sort_key,
+        NONE=NONE, category_colours=category_colours, best_first=best_first, clamp=clamp, Counter=Counter, is_finite=is_finite, 
+        link_marks=_link_marks, memory=memory, number=_number, show=show, sort_key=_sort_key, style_of=style_of,
     )  # fmt: skip
 
 
@@ -107,15 +107,6 @@ def _sort_key(column: Column, row: Row) -> str | None:
     if isinstance(key, float):
         return f"{key:.6g}" if math.isfinite(key) else None
     return None if key is None else str(key)
-
-
-def _kind(column: Column, row: Row) -> str:
-    kinds = ["r"] if column.right else []
-    if column.name == "error" and row.error is None:
-        kinds.append("bad" if row.failed else "warn")
-    if column.name == "verdict" and row.against and row.against.word in ("better", "worse"):
-        kinds.append(row.against.word)
-    return " ".join(kinds)
 
 
 def _run(stored: Stored, environments: dict[str, _Group]) -> list[str]:
