@@ -82,7 +82,7 @@ def make_page(
         probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := predicted_figures(row))],
         each=lambda name: [(row, run) for row in rows for run in getattr(row, name)],
         environments=list(environments.values()), data=Markup(text), css=css, scripts=[*map(Markup, scripts), script],
-        NONE=NONE, category_colours=category_colours, best_first=best_first, clamp=clamp, Counter=Counter, is_finite=is_finite, 
+        NONE=NONE, category_colours=category_colours, best_first=best_first, clamp=clamp, Counter=Counter, is_finite=is_finite,
         link_marks=_link_marks, memory=memory, number=_number, show=show, sort_key=_sort_key, style_of=style_of,
     )  # fmt: skip
 
