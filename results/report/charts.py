@@ -365,7 +365,10 @@ def write_charts(panels: Sequence[Panel], folder: Path) -> list[Path]:
         stem = re.sub(r"[^A-Za-z0-9.+_]+", "-", f"{panel.stem[:80]}-{chart.name[:40]}").strip("-.") or "x"
         stems[stem] += 1
         stem += f"-{stems[stem]}" if stems[stem] > 1 else ""
-        spec = complete_spec(panel, chart)
+        height = HEIGHT if chart.height is None else chart.height - AROUND_BARS
+        lines = [chart.caption] if len(chart.caption) <= MAX_LINE else chart.caption.split("; ")
+        title = {"text": panel.title, "subtitle": lines, "offset": 18}
+        spec = {"width": WIDTH, "height": height, "title": title, "datasets": panel.datasets, **chart.spec}
         svg, png = folder / f"{stem}.svg", folder / f"{stem}.png"
         svg.write_text(vl_convert.vegalite_to_svg(spec, **options), encoding="utf-8")
         png.write_bytes(vl_convert.vegalite_to_png(spec, scale=2, **options))
@@ -373,27 +376,18 @@ def write_charts(panels: Sequence[Panel], folder: Path) -> list[Path]:
     return written
 
 
-def complete_spec(panel: Panel, chart: Chart) -> dict[str, Any]:
-    """A chart that stands alone: with its values, title and size."""
-    height = HEIGHT if chart.height is None else chart.height - AROUND_BARS
-    lines = [chart.caption] if len(chart.caption) <= MAX_LINE else chart.caption.split("; ")
-    title = {"text": panel.title, "subtitle": lines, "offset": 18}
-    return {"width": WIDTH, "height": height, "title": title, "datasets": panel.datasets, **chart.spec}
-
-
-def load_bundle(cache: Path | None = None) -> str:
+def load_bundle(cache: Path) -> str:
     """Vega, Vega-Lite and vega-embed as one script, so that a page needs no network.
 
     vl-convert bundles it in a second or two; it is kept in the folder `cache`, where that can be written.
     """
-    path = None if cache is None else cache / f"vega-{version('vl-convert-python')}.js"
-    if path is not None and path.is_file():
+    path = cache / f"vega-{version('vl-convert-python')}.js"
+    if path.is_file():
         return path.read_text(encoding="utf-8")
     import vl_convert
 
     bundle = vl_convert.javascript_bundle(None, vl_version=VEGA_LITE)  # type: ignore[arg-type]
-    if path is not None:
-        with suppress(OSError):  # a page can be made without keeping it
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, bundle)
+    with suppress(OSError):  # a page can be made without keeping it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, bundle)
     return bundle
