@@ -169,7 +169,7 @@ def test_no_name_breaks_out(tmp_path: Path) -> None:
         nasty.model_copy(update={"name": "y", "key": "y", "status": "failed", "result": None, "failure": failure}),
     )
     loaded = load_records([tmp_path])
-    text = page(summarise(loaded.records, loaded.interrupted), title=NASTY, problems=[Problem(Path(NASTY), NASTY)])
+    text = page(summarise(loaded.records, loaded.interrupted), problems=[Problem(Path(NASTY), NASTY)])
     tags = Tags()
     tags.feed(text)
     assert "img" not in tags.tags

@@ -38,15 +38,9 @@ RUN_COLUMNS = ("seed", *(m.heading for m in RUN_METRICS), "attempts", "finished"
 
 
 def make_page(
-    rows: Sequence[Row],
-    *,
-    bundle: str,
-    made_at: datetime,
-    title: str = "Residual networks, compared",
-    columns: Sequence[str] = (),
-    problems: Sequence[Problem] = (),
+    rows: Sequence[Row], *, bundle: str, made_at: datetime, columns: Sequence[str] = (), problems: Sequence[Problem] = (),
     sweeps: Sequence[Sweep] = (),
-) -> str:
+) -> str:  # fmt: skip
     """The whole page as one HTML text; `bundle` is `charts.load_bundle()`.
 
     Raises ValueError for a column that does not exist.
@@ -76,7 +70,7 @@ def make_page(
         finalize=lambda value: clean(value) if type(value) is str else value,  # no control characters in what is printed
     )  # fmt: skip
     return environment.get_template("page.html").render(
-        title=title, made_at=made_at, rows=rows, sheet=layout.sheet, labels=labels, panels=panels, joined=joined,
+        made_at=made_at, rows=rows, sheet=layout.sheet, labels=labels, panels=panels, joined=joined,
         columns=[NETWORK, *layout.columns[2:]] if joined else layout.columns, sweeps=searches, problems=problems,
         swatches={label: style.colour for panel in panels for label, style in panel.rows.items()}, row_of=row_of,
         probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := predicted_figures(row))],
