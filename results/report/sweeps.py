@@ -86,7 +86,7 @@ class _Axis:
     def __init__(self, dimension: Dimension, values: Sequence[Any]) -> None:
         self.title, self.continuous, self.log = clean(dimension.field), dimension.continuous, dimension.log
         self.names = list(dict.fromkeys(map(show, [*dimension.values, *values])))
-        self.bounds = (
+        self.bounds: list[Any] = (
             [dimension.values[0], dimension.values[-1]] if self.continuous else [self.names[0], self.names[-1]]
         )
         self.low, self.high = map(self.scale, self.bounds)
