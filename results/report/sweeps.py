@@ -86,10 +86,9 @@ class _Axis:
     def __init__(self, dimension: Dimension, values: Sequence[Any]) -> None:
         self.title, self.continuous, self.log = clean(dimension.field), dimension.continuous, dimension.log
         self.names = list(dict.fromkeys(map(show, [*dimension.values, *values])))
-        self.bounds: list[Any] = (
-            [dimension.values[0], dimension.values[-1]] if self.continuous else [self.names[0], self.names[-1]]
-        )
-        self.low, self.high = map(self.scale, self.bounds)
+        self.values = dimension.values
+        ends: Sequence[Any] = self.values if self.continuous else self.names
+        self.low, self.high = self.scale(ends[0]), self.scale(ends[-1])
 
     def scale(self, value: Any) -> float:
         """A number for a value: its logarithm, or its place among the words."""
@@ -122,7 +121,7 @@ class _Axis:
         if not self.continuous:
             scale = {"type": "point", "padding": 0.5, "domain": self.names}
             return {"type": "ordinal", "scale": scale, "sort": None, "axis": {"labelAngle": 0, "grid": False}}
-        low, high = self.bounds
+        low, high = self.values[0], self.values[-1]
         if low == high:
             low, high = (low / 2, high * 2) if self.log else (low - 0.5, high + 0.5)
         scale = {"type": "log" if self.log else "linear", "domain": [low, high], "nice": False}
