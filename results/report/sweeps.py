@@ -121,7 +121,7 @@ class _Axis:
         if not self.continuous:
             scale = {"type": "point", "padding": 0.5, "domain": self.names}
             return {"type": "ordinal", "scale": scale, "sort": None, "axis": {"labelAngle": 0, "grid": False}}
-        low, high = self.values[0], self.values[-1]
+        low, high = float(self.values[0]), float(self.values[-1])
         if low == high:
             low, high = (low / 2, high * 2) if self.log else (low - 0.5, high + 0.5)
         scale = {"type": "log" if self.log else "linear", "domain": [low, high], "nice": False}
