@@ -216,8 +216,8 @@ def print_estimate(outcomes: Outcomes, todo: Sequence[RunSpec], concurrent_runs:
     runs, on_gpu = count_cells(todo), outcomes[0][0].device == "cuda"
     predicted = {spec: outcome for spec, outcome in outcomes if isinstance(outcome, Prediction)}
     hours = {s: runs[s] * one.workers * one.run_seconds / 3600 if on_gpu else None for s, one in predicted.items()}
-    joules = {s: one.run_joules.value for s, one in predicted.items()}
-    kilojoules = {s: None if each is None else runs[s] * each / 1000 for s, each in joules.items()}
+    energies = {spec: one.run_joules.value for spec, one in predicted.items()}
+    kilojoules = {s: joules and runs[s] * joules / 1000 for s, joules in energies.items()}
     notes, missing = dict[str, None](), defaultdict[str, dict[str, None]](dict)  # reason -> columns
 
     def line(spec: RunSpec, one: Prediction) -> list[list[str]]:
