@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from harness.results.statistics import (
-    Sample,
     estimate_mean,
     holm,
     mean,
@@ -18,7 +17,6 @@ from harness.results.statistics import (
     median_runs,
     moderated,
     prior_std,
-    sample,
     seeds_needed,
     std,
     subtract,
@@ -40,7 +38,7 @@ def test_mean_std_and_median_are_the_usual_ones(values: list[float]) -> None:
 
 def test_values_without_a_spread_or_a_mean() -> None:
     assert std([7.0]) is None
-    assert sample([7.0]) == Sample(1, 7.0, None)
+    assert estimate_mean([7.0], None) is None
     assert math.isnan(mean([1.0, math.nan]))
     assert math.isnan(mean([math.inf, -math.inf]))
     spread = std([1.0, math.inf])
@@ -78,18 +76,13 @@ def test_the_quantile_is_the_printed_tables() -> None:
 
 @given(some)
 def test_the_confidence_interval_is_scipys(values: list[float]) -> None:
-    runs = sample(values)
-    assert runs.estimate is not None
-    assert runs.std is not None
-    interval = runs.estimate.interval(0.95)
-    if runs.std > 1e-9:
-        low, high = stats.t.interval(0.95, runs.n - 1, runs.mean, runs.std / math.sqrt(runs.n))
+    estimate = estimate_mean(values, None)
+    assert estimate is not None
+    interval, spread = estimate.interval(0.95), std(values)
+    if spread and spread > 1e-9:
+        low, high = stats.t.interval(0.95, len(values) - 1, mean(values), spread / math.sqrt(len(values)))
         assert (interval.low, interval.high) == pytest.approx((low, high), rel=1e-9)
-    assert interval.low <= runs.mean <= interval.high
-
-
-def test_one_run_has_no_interval() -> None:
-    assert Sample(1, 8.0).estimate is None
+    assert interval.low <= mean(values) <= interval.high
 
 
 @settings(max_examples=50)

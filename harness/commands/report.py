@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -289,10 +289,9 @@ def print_comparison(
             raise UserError(f"no finished run in {', '.join(repr(str(path)) for path in side)}")
     a, b = sides[0], sides[-1]
     try:
-        pairs = compare(a, b, metrics) if by is None else compare_by(a, by, metrics)
+        pairs = compare(a, b, metrics, across) if by is None else compare_by(a, by, metrics, across)
     except ValueError as error:
         raise UserError(f"--by: {error}" if by else str(error)) from None
-    pairs = [replace(p, unlike={n: v for n, v in p.unlike.items() if n not in across}) for p in pairs]
     if not any(pair.figures for pair in pairs) and not conditions:
         hint = "rows that differ in nothing but --by"
         hint = hint if by else "a row of A and one of B that agree in all but the folder"

@@ -135,8 +135,8 @@ def make_styles(labels: Mapping[int, str]) -> dict[int, Style]:
 
 def _sort_by_error(rows: Sequence[Row], members: Sequence[int]) -> list[int]:
     def error(i: int) -> float:
-        sample = rows[i].error
-        return sample.mean if sample and math.isfinite(sample.mean) else math.inf
+        own = rows[i].error
+        return own if own is not None and math.isfinite(own) else math.inf
 
     return sorted(members, key=error)
 
@@ -304,10 +304,10 @@ def _round_up(value: float) -> float:
 
 def _point(row: Row, figure: str) -> dict[str, Any] | None:
     cost, error = row.figures[figure].value, row.error
-    if cost is None or error is None or not math.isfinite(cost) or not math.isfinite(error.mean):
+    if cost is None or error is None or not math.isfinite(cost) or not math.isfinite(error):
         return None
-    std = error.std or 0.0
-    return {"cost": float(f"{cost:.6g}"), "error": error.mean, "low": error.mean - std, "high": error.mean + std}
+    std = row.figures["error"].std or 0.0
+    return {"cost": float(f"{cost:.6g}"), "error": error, "low": error - std, "high": error + std}
 
 
 def _mark_best(points: Values) -> Values:

@@ -8,15 +8,13 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from harness.results.compare import Comparison, Pair, centre_of, signed
-from harness.results.metrics import NONE, Metric
+from harness.results.compare import Comparison, Pair, signed
+from harness.results.metrics import NONE, Figure
 from harness.results.report.text import Sheet, clean, escape_markdown, for_markdown, for_terminal, paint
-from harness.results.statistics import std
 
 DEFINITIONS = (
-    "A, B: of errors mean ± std over n runs, of all else median ± std",
-    "B − A: of errors the difference of the means, in points; of all else the median over all pairs of a run of B and one "
-    "of A, in percent of A, which need not be that of the two medians",
+    "A, B: of n runs, as in harness report: of errors mean ± std, of seconds the median, of memory the largest",
+    "B − A: the difference of these two: of percentages in points, of all else in percent of A",
     "interval: 90 %, the one that the verdict rests on",
     "verdict: equivalent where the interval lies within the margin, different where it lies beyond it",
 )
@@ -32,7 +30,8 @@ def render_comparison(
     tests = dict.fromkeys(f"{figure.metric.title}: {figure.how}" for figure in figures if figure.how)
     definitions = [*DEFINITIONS, *tests]
     if format == "json":
-        return _json(pairs, definitions)
+        values = {"pairs": list(map(_plain, pairs)), "definitions": definitions}
+        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     if not pairs:
         return "nothing to compare: no row of A has a counterpart in B\n"
     both = [pair for pair in pairs if pair.a and pair.b]
@@ -59,18 +58,8 @@ def _lines(pair: Pair, named: set[str]) -> list[list[str]]:
     own = ", ".join(f"{n} {a} → {b}" for n, (a, b) in pair.differs.items() if n not in named)
     what = clean(f"{pair.name} {row.dataset if row else NONE} {own}".strip())
     if not pair.figures:
-        done = [len(side.done) if side else None for side in (pair.a, pair.b)]
-        counts = ", ".join(NONE if n is None else str(n) for n in done)
-        word = (
-            "only in A"
-            if pair.b is None
-            else "only in B"
-            if pair.a is None
-            else "no result in B"
-            if done[0]
-            else "no result in A"
-        )
-        return [[what, NONE, counts, *[NONE] * 5, word]]
+        counts = ", ".join(str(len(side.done)) if side else NONE for side in (pair.a, pair.b))
+        return [[what, NONE, counts, *[NONE] * 5, f"no result in {'B' if pair.a and pair.a.done else 'A'}"]]
     return [["" if number else what, *_words(figure)] for number, figure in enumerate(pair.figures)]
 
 
@@ -79,9 +68,9 @@ def _words(figure: Comparison) -> list[str]:
     unit = " %" if metric.relative else ""
     return [
         metric.heading,
-        f"{len(figure.a)}, {len(figure.b)}",
-        _spread(figure.a, metric),
-        _spread(figure.b, metric),
+        f"{figure.a.n}, {figure.b.n}",
+        metric.summary(figure.a),
+        metric.summary(figure.b),
         NONE if figure.difference is None else f"{signed(figure.difference)}{unit}",
         NONE if interval is None else f"{signed(interval.low)} … {signed(interval.high)}",
         NONE if margin is None else f"±{margin:g}{unit}",
@@ -89,34 +78,21 @@ def _words(figure: Comparison) -> list[str]:
     ]
 
 
-def _spread(values: Sequence[float], metric: Metric) -> str:
-    if not values:
-        return NONE
-    centre, spread = centre_of(metric, values), std(values)
-    digits = 2 if not metric.relative or abs(centre) < 100 else 0
-    return f"{centre:,.{digits}f}" + ("" if spread is None else f" ± {spread:,.{digits}f}")
+def _plain(pair: Pair) -> dict[str, Any]:
+    """A pair as JSON has it."""
 
-
-def _json(pairs: Sequence[Pair], definitions: Sequence[str]) -> str:
     def number(value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None
 
-    def side(metric: Metric, values: Sequence[float]) -> dict[str, float | None] | None:
-        word = "mean" if metric.kind == "error" else "median"
-        return {"n": len(values), word: centre_of(metric, values), "std": number(std(values))} if values else None
+    def side(figure: Figure) -> dict[str, float | None]:
+        return {"n": figure.n, "value": number(figure.value), "std": number(figure.std)}
 
-    def plain(figure: Comparison) -> dict[str, Any]:
-        metric, interval = figure.metric, figure.interval
-        return {
-            "metric": metric.name, "unit": "percent" if metric.relative else "points",
-            "a": side(metric, figure.a), "b": side(metric, figure.b), "difference": number(figure.difference),
-            "interval": interval and (number(interval.low), number(interval.high)),
-            "margin": metric.margin, "verdict": figure.verdict, "test": figure.how,
-        }  # fmt: skip
-
-    entries = [
-        {"a": pair.a and pair.a.name, "b": pair.b and pair.b.name, "differs": pair.differs,
-         "problems": list(pair.problems()), "figures": list(map(plain, pair.figures))}
-        for pair in pairs
+    figures = [
+        {"metric": figure.metric.name, "unit": "percent" if figure.metric.relative else "points",
+         "a": side(figure.a), "b": side(figure.b), "difference": number(figure.difference),
+         "interval": figure.interval and list(map(number, figure.interval)),
+         "margin": figure.metric.margin, "verdict": figure.verdict, "test": figure.how}
+        for figure in pair.figures
     ]  # fmt: skip
-    return json.dumps({"pairs": entries, "definitions": definitions}, indent=1, ensure_ascii=False) + "\n"
+    names = {"a": pair.a and pair.a.name, "b": pair.b and pair.b.name}
+    return names | {"differs": pair.differs, "problems": list(pair.problems()), "figures": figures}

@@ -37,8 +37,8 @@ def _sampling_notes(rows: Sequence[Row]) -> Iterator[Note]:
     """What the number of images alone leaves open, at the smallest and the largest error of each data set."""
     groups: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
     for i, row in enumerate(rows):
-        if row.error is not None and 0 <= row.error.mean <= 100 and (images := row.done[0].record.images()):
-            groups[row.dataset, row.evaluated_on, images][i] = row.error.mean
+        if row.error is not None and 0 <= row.error <= 100 and (images := row.done[0].record.images()):
+            groups[row.dataset, row.evaluated_on, images][i] = row.error
     for (dataset, on, images), errors in groups.items():
         ends = [(error, wilson(error, images)) for error in sorted({min(errors.values()), max(errors.values())})]
         leave = ", of ".join(f"{error:.2f} % at {i.low:.2f} to {i.high:.2f}" for error, i in ends)
