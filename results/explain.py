@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections import Counter
+from collections.abc import Iterator
 
 from harness.results import prediction
 from harness.results.metrics import METRICS, UNKNOWN
 from harness.results.report import memory as categories
 from harness.results.report.text import clean
 from harness.results.rows import Row
-from harness.results.statistics import estimate_mean, median, seeds_needed
+from harness.results.statistics import estimate_mean, median
 from harness.results.store import Stored, load_epochs
-from harness.results.values import EpochMetrics, Measurement, RunResult, Value
+from harness.results.values import Measurement, RunResult, Value
 from harness.results.verdict import Against, seeds_to_tell
 from harness.results.verify import check_epochs
 
@@ -58,14 +58,10 @@ def _figures(row: Row) -> Iterator[str]:
 
 
 def _interval(row: Row) -> Iterator[str]:
-    errors = row.values("error")
-    known = estimate_mean(errors, row.done[0].record.images(), row.planned)
+    known = estimate_mean(row.values("error"), row.done[0].record.images(), row.planned)
     if known is not None and math.isfinite(known.value):
-        low, high = known.interval()
         how = f"moderated spread, {known.freedom:.0f} degrees of freedom"
-        yield f"  90 % interval of the mean: {low:.2f} to {high:.2f} ({how})"
-        if seeds := seeds_needed(known.error * math.sqrt(len(errors)), 0.2):
-            yield f"  with this spread it takes {seeds} seeds a side to see 0.2 points (power 80 %, alpha 5 %)"
+        yield "  90 % interval of the mean: {:.2f} to {:.2f} ({})".format(*known.interval(), how)
 
 
 def _against(row: Row, against: Against) -> Iterator[str]:
@@ -102,8 +98,8 @@ def _epochs(run: Stored, result: RunResult) -> Iterator[str]:
     timed = [epoch for epoch in epochs if epoch.timed]
     seconds = [epoch.train_seconds for epoch in timed]
     text = f"{len(timed)} epochs timed" + (f", {min(seconds):.4g} to {max(seconds):.4g} s" if timed else "")
-    if out := _left_out(epochs):
-        text += f"; left out: {out}"
+    if out := Counter(epoch.untimed or "for no known reason" for epoch in epochs if not epoch.timed):
+        text += "; left out: " + ", ".join(f"{n} {reason}" for reason, n in out.items())
     if result.widths:
         text += f"; DDP width {'→'.join(map(str, result.widths))}, requested {result.workers}"
     yield text
@@ -163,18 +159,3 @@ def _word(value: object) -> str:
     if isinstance(value, Measurement):
         return f"null ({value.reason or 'no reason given'})" if value.value is None else _word(value.value)
     return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}") if isinstance(value, float) else str(value)
-
-
-def _left_out(epochs: Sequence[EpochMetrics]) -> str:
-    """ "1 (warm-up), 7-9 (interference: the machine swapped)" """
-    by_reason: dict[str, list[int]] = {}
-    for epoch in epochs:
-        if not epoch.timed:
-            by_reason.setdefault(epoch.untimed, []).append(epoch.epoch)
-    return ", ".join(f"{_ranges(n)} ({reason})" if reason else _ranges(n) for reason, n in by_reason.items())
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[1, 2, 3, 7] -> "1-3, 7"."""
-    runs = [list(run) for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
-    return ", ".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else str(run[0][1]) for run in runs)

@@ -28,13 +28,6 @@ class Interval(NamedTuple):
     high: float
 
 
-class Spread(NamedTuple):
-    """Variance of one run, and the degrees of freedom with which it is known."""
-
-    variance: float
-    freedom: float
-
-
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """A mean or a difference of means, with its standard error."""
@@ -145,28 +138,31 @@ def prior_std(error: float, images: int) -> float:
     return PRIOR_FACTOR * 100 * math.sqrt(max(error, 0.5) / 100 / (2 * images))
 
 
-def moderated(errors: Sequence[float], images: int | None, planned: int | None = None) -> Spread | None:
-    """The spread of runs with these errors, in percent: their own, and `prior_std` with the weight of 8 degrees.
+def moderated(centre: float, own: float | None, n: int, images: int) -> tuple[float, int]:
+    """Variance of one run, and its degrees of freedom: the own spread of n runs, and `prior_std` with the weight of 8.
 
     G. K. Smyth, Linear models and empirical Bayes methods, Stat. Appl. Genet. Mol. Biol. 3, 2004. One run suffices.
-    `planned`: only the first so many runs count. Where `--until-ci` added the others, their spread decided how many
-    they are, while the mean of all, given the residuals, is as exact as ever (C. Stein, A two-sample test, Ann. Math.
-    Stat. 16, 1945). Without `images` there is no prior: None for one run.
     """
-    first = errors[:planned]
-    own = std(first)
-    if images is None:
-        return None if own is None else Spread(own**2, len(first) - 1)
-    freedom = PRIOR_FREEDOM + len(first) - 1
-    squares = PRIOR_FREEDOM * prior_std(mean(first), images) ** 2 + (len(first) - 1) * (own or 0.0) ** 2
-    return Spread(squares / freedom, freedom)
+    freedom = PRIOR_FREEDOM + n - 1
+    return (PRIOR_FREEDOM * prior_std(centre, images) ** 2 + (n - 1) * (own or 0.0) ** 2) / freedom, freedom
 
 
 def estimate_mean(errors: Sequence[float], images: int | None, planned: int | None = None) -> Estimate | None:
-    """The mean of all errors, with the moderated spread."""
-    if (spread := moderated(errors, images, planned)) is None:
+    """The mean of all errors, in percent, with the moderated spread; without `images` by their own: None for one run.
+
+    `planned`: only the spread of the first so many counts. Where `--until-ci` added the others, their spread decided how
+    many they are, while the mean of all, given the residuals, is as exact as ever (C. Stein, A two-sample test, Ann.
+    Math. Stat. 16, 1945).
+    """
+    first = errors[:planned]
+    own = std(first)
+    if images is not None:
+        variance, freedom = moderated(mean(first), own, len(first), images)
+    elif own is not None:
+        variance, freedom = own**2, len(first) - 1
+    else:
         return None
-    return Estimate(mean(errors), math.sqrt(spread.variance / len(errors)), spread.freedom)
+    return Estimate(mean(errors), math.sqrt(variance / len(errors)), freedom)
 
 
 def subtract(b: Estimate, a: Estimate) -> Estimate:
@@ -202,23 +198,6 @@ def wilson(percent: float, images: int) -> Interval:
 def median_runs(n: int) -> float:
     """How many runs have a mean as exact as the median of n."""
     return MEDIAN_RUNS.get(n, 2 * n / math.pi)
-
-
-def seeds_needed(std: float, difference: float, alpha: float = 0.05, power: float = 0.8) -> int | None:
-    """Runs on each side for a two-sided t-test to see a true difference with this power; None above 1,000.
-
-    The smallest n >= 2 with n >= 2 (std / difference)^2 (t(1 - alpha/2) + t(power))^2, at 2n - 2 degrees of
-    freedom: the usual iteration (Chow, Shao and Wang, Sample Size Calculations in Clinical Research, 2008,
-    section 3.2).
-    """
-    if difference == 0:
-        return None
-    ratio = 2 * (std / difference) ** 2
-
-    def enough(n: int) -> bool:
-        return n >= ratio * (t_quantile(1 - alpha / 2, 2 * n - 2) + t_quantile(power, 2 * n - 2)) ** 2
-
-    return smallest(enough)
 
 
 def smallest(enough: Callable[[int], bool], least: int = 2) -> int | None:
