@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import statistics
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Literal
 
 from harness.results.metrics import METRICS, NONE, Figure, Metric, suggest
@@ -34,20 +36,9 @@ IMAGES = (
     "label", "dataset", "fingerprint", "evaluated_on", "limit_test", "recipe.val", "recipe.val_stratified",
 )  # fmt: skip
 """Errors are compared only where these agree: they are then of the same images."""
-FOLLOWS: Mapping[str, tuple[str, ...]] = {
-    "workers": ("threads", "concurrent runs"),
-    "device": ("hardware", "threads", "cpus", "driver", "cuda", "cudnn"),
-    "hardware": ("threads", "cpus", "driver", "cuda", "cudnn", "platform"),
-    "torch": ("torchvision", "cuda", "cudnn"),
-    "variant": ("network.", "recipe.", "overrides"),
-}
-"""Fields, or beginnings of their names, that may change with the one that `--by` names."""
-EXPECTED = {
-    "code", "commit", "uncommitted changes", "resnet-harness", "check", "launcher", "host", "parameters", "warm-up epochs",
-    "images evaluated", "test images",
-}  # fmt: skip
-"""What two folders are compared for as a rule, and what follows from it or changes no figure. All else that was not chosen
-must be alike: machines and versions."""
+RULES = tomllib.loads(Path(__file__).with_name("compare.toml").read_text(encoding="utf-8"))
+FOLLOWS = {name: tuple(others) for name, others in RULES["follows"].items()}
+EXPECTED = frozenset(RULES["expected"])
 SESSION_SPREAD = 0.03  # of seconds, from one session to another: std, as a share
 SESSION_GAP = timedelta(hours=1)
 
@@ -280,11 +271,12 @@ def judge(metric: Metric, a: Row, b: Row) -> Comparison:
     if metric.relative and min(map(min, values)) <= 0:
         return Comparison(metric, *figures, how="some are 0: no ratio")
     scale = math.log if metric.relative else float
-    scaled, centres = [list(map(scale, side)) for side in values], [scale(f.value or 0.0) for f in figures]
+    scaled: Sequence[list[float]] = [list(map(scale, side)) for side in values]
+    a_value, b_value = (scale(figure.value or 0.0) for figure in figures)
     extra, note = 0.0, ""
     if metric.relative and metric.kind in ("time", "energy"):
-        scaled, extra, note = _in_sessions(scaled, _sessions(*runs))
-    if test := shift(centres[1] - centres[0], scaled[0], scaled[1], extra):
+        scaled, extra, note = _in_sessions(runs, scaled)
+    if test := shift(b_value - a_value, scaled[0], scaled[1], extra):
         return Comparison(metric, *figures, test, f"Mann and Whitney{note}")
     return Comparison(metric, *figures, how="fewer than 3 runs on a side")
 
@@ -326,33 +318,31 @@ def _paired(values: Sequence[Sequence[float]], seeds: Sequence[Sequence[int]]) -
     return estimate_mean([y - x for x, y in zip(a, b, strict=True)], None)
 
 
-def _sessions(a: Sequence[Stored], b: Sequence[Stored]) -> tuple[list[int], list[int]]:
-    """The session of each run: runs of one side in a row on one machine, less than an hour apart."""
+def _by_session(runs: Sequence[Sequence[Stored]], values: Sequence[Sequence[float]]) -> list[list[list[float]]]:
+    """Of either side the values of each session: of runs of one side in a row on one machine, less than an hour apart."""
     entries = [
         (str(run.record.result and run.record.result.machine.get("host")), run.record.started_at, side, index)
-        for side, runs in enumerate((a, b)) for index, run in enumerate(runs)
+        for side, several in enumerate(runs) for index, run in enumerate(several)
     ]  # fmt: skip
-    sessions, number, last, ended = ([0] * len(a), [0] * len(b)), 0, ("", -1), datetime.min.replace(tzinfo=UTC)
+    sessions: list[list[list[float]]] = [[], []]
+    last, ended = ("", -1), datetime.min.replace(tzinfo=UTC)
     for host, started, side, index in sorted(entries):
-        number += (host, side) != last or started - ended > SESSION_GAP
-        sessions[side][index] = number
-        last, ended = (host, side), (a, b)[side][index].record.finished_at
+        if (host, side) != last or started - ended > SESSION_GAP:
+            sessions[side].append([])
+        sessions[side][-1].append(values[side][index])
+        last, ended = (host, side), runs[side][index].record.finished_at
     return sessions
 
 
 def _in_sessions(
-    values: Sequence[list[float]], sessions: Sequence[Sequence[int]]
-) -> tuple[list[list[float]], float, str]:
+    runs: Sequence[Sequence[Stored]], values: Sequence[list[float]]
+) -> tuple[Sequence[list[float]], float, str]:
     """What is tested, how much sessions add to half the interval, and a note: from three a side on their medians are tested."""
-    together: list[dict[int, list[float]]] = []
-    for side, numbers in zip(values, sessions, strict=True):
-        together.append(defaultdict(list))
-        for value, number in zip(side, numbers, strict=True):
-            together[-1][number].append(value)
-    a, b = map(len, together)
+    sessions = _by_session(runs, values)
+    a, b = map(len, sessions)
     if min(a, b) >= 3:
         note = "" if [a, b] == list(map(len, values)) else f", over {a} and {b} sessions"
-        return [list(map(median, side.values())) for side in together], 0.0, note
+        return [list(map(median, side)) for side in sessions], 0.0, note
     extra = t_quantile(0.5 + LEVEL / 2, math.inf) * math.log1p(SESSION_SPREAD) * math.hypot(a**-0.5, b**-0.5)
     each = "one session each" if a == b == 1 else f"{a} and {b} sessions"
-    return list(values), extra, f"; {each}, taken as ±{100 * math.expm1(extra):.0f} %"
+    return values, extra, f"; {each}, taken as ±{100 * math.expm1(extra):.0f} %"

@@ -57,13 +57,15 @@ def _name_problems(problems: Sequence[Problem]) -> None:
 
 @contextmanager
 def _mistakes(prefix: str = "", file: str = "") -> Iterator[None]:
-    """What is wrong with the user's words, or keeps `file` from being written, as a UserError."""
+    """What is wrong with the user's words, or keeps `file` (as it is named to the user) from being written, as a UserError."""
     try:
         yield
     except ValueError as error:
         raise UserError(f"{prefix}{error}") from None
     except OSError as error:
-        raise UserError(f"{prefix}{file or error.filename} cannot be written: {error.strerror or error}") from None
+        if not file:
+            raise
+        raise UserError(f"{file} cannot be written: {error.strerror or error}") from None
 
 
 def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
@@ -214,9 +216,8 @@ def print_why(row: str, path: Path, console: Console) -> None:
     rows = make_rows(load_runs([path]))
     matches = [match for number, match in enumerate(rows, 1) if row in (match.name, str(number))]
     if row.isdecimal() and not matches:
-        raise UserError(
-            f"row {row}: {str(path)!r} has rows 1 to {len(rows)}" if rows else f"no runs in {str(path)!r}"
-        )
+        known = f"row {row}: {str(path)!r} has rows 1 to {len(rows)}"
+        raise UserError(known if rows else f"no runs in {str(path)!r}")
     if not matches:
         check_word(row, sorted({row.name for row in rows}), "row")
     if len({match.dataset for match in matches}) > 1:
@@ -282,13 +283,9 @@ def print_comparison(
     with _mistakes("" if by is None else "--by: "):
         pairs = compare(a, b, metrics, across) if by is None else compare_by(a, by, metrics, across)
     if not any(pair.figures for pair in pairs) and not conditions:
-        hint = (
-            "rows that differ in nothing but --by"
-            if by
-            else "a row of A and one of B that agree in all but the folder"
-        )
+        alike = "differ in nothing but --by" if by else "of A and B agree in all but the folder"
         near = f", the nearest differ in {', '.join(names)}" if (names := nearest(pairs)) else ""
-        raise UserError(f"nothing to compare: no {hint}{near}; --across FIELD overlooks a difference")
+        raise UserError(f"nothing to compare: no rows {alike}{near}; --across FIELD overlooks a difference")
     colour = console.is_terminal and not console.no_color
     print_text(render_comparison(pairs, format, width=console.width, colour=colour), console)
     gate = check_conditions(pairs, conditions)
@@ -312,10 +309,8 @@ def print_variants(console: Console) -> None:
         with torch.device("meta"):
             parameters = count_parameters(build(variant.network, classes, side))
         macs = count_flops(variant.network, classes, side) / 1e6
-        line = Text()
-        line.append(f"{variant.name:{width}}", style="bold")
-        line.append(f"depth {variant.network.depth:<4} {parameters:>10,} parameters {macs:>7.1f} MMAC")
-        console.print(line, soft_wrap=True)
+        size = f"depth {variant.network.depth:<4} {parameters:>10,} parameters {macs:>7.1f} MMAC"
+        console.print(Text.assemble((f"{variant.name:{width}}", "bold"), size), soft_wrap=True)
         console.print(Text(f"    {variant.summary} ({variant.source})", style="dim"), soft_wrap=True)
     console.print(
         "\nEach at its default depth, for one 32x32 image and 10 classes (miniplaces and mpmz: 112x112 and 100). "
