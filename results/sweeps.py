@@ -185,8 +185,9 @@ def weigh(
         numbers = all(map(_is_number, column))
         u = rankdata(column) / n - 0.5 if numbers else np.array([str(item) for item in column])
         basis = np.vander(u, 3) if numbers else np.equal.outer(u, np.unique(u)).astype(float)
-        hat = basis @ np.linalg.pinv(basis)  # of two values that is a line
-        fitted, leverage = hat @ targets, np.diag(hat)[:, None]
+        q, triangle = np.linalg.qr(basis)
+        q = q[:, np.abs(np.diag(triangle)) > 1e-9]  # two values give no parabola
+        fitted, leverage = q @ (q.T @ targets), (q**2).sum(1)[:, None]
         alone = leverage > 1 - 1e-9  # without the others of its kind, the mean of all is the prediction
         by_others = (targets - fitted) / np.where(alone, 1, 1 - leverage)
         left = np.where(alone, centred * n / (n - 1), by_others)
