@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.results import store
-from harness.results.rows import setting
 from harness.results.statistics import median
 from harness.results.store import EPOCHS, HASHES, RECORD, Problem, Stored
-from harness.results.values import EpochMetrics, Measurement, Record, Value
+from harness.results.values import EpochMetrics, Measurement, Record, Value, setting
 
 KeyOf = Callable[[Mapping[str, Any]], str]
 """The key of a run from its specification. Raises ValueError where that is none."""
