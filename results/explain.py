@@ -61,7 +61,8 @@ def _interval(row: Row) -> Iterator[str]:
     known = estimate_mean(row.values("error"), row.done[0].record.images(), row.planned)
     if known is not None and math.isfinite(known.value):
         how = f"moderated spread, {known.freedom:.0f} degrees of freedom"
-        yield "  90 % interval of the mean: {:.2f} to {:.2f} ({})".format(*known.interval(), how)
+        low, high = known.interval()
+        yield f"  90 % interval of the mean: {low:.2f} to {high:.2f} ({how})"
 
 
 def _against(row: Row, against: Against) -> Iterator[str]:

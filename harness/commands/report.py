@@ -72,7 +72,8 @@ def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
     """The rows of a table, with their predictions. Raises UserError for a field to average over that no run has."""
     from harness.results.rows import summarise
 
-    outs = dict.fromkeys(run.folder.parent for run in (*loaded.records, *loaded.interrupted))
+    folders = [*(run.folder for run in loaded.records), *(run.folder for run in loaded.interrupted)]
+    outs = dict.fromkeys(folder.parent for folder in folders)
     with _mistakes():
         return summarise(loaded.records, loaded.interrupted, across, load_predictions(outs))
 
