@@ -76,16 +76,15 @@ def _impossible(*values: Value) -> Iterator[str]:
     known: dict[str, float] = {}
     for value in values:
         for name, figure in vars(value).items():
-            number = (
-                figure.value if type(figure) is Measurement else figure
-            )  # pydantic's isinstance takes 20 times as long
+            # pydantic's isinstance takes 20 times as long
+            number = figure.value if type(figure) is Measurement else figure
             if type(number) is float or type(number) is int:
                 known[name] = number
                 if not 0 < number < math.inf and name not in ANY_SIGN and (number != 0 or name in POSITIVE):
                     yield f"{name} is {number:g}"
     for name, most in AT_MOST.items():
         limit = known.get(most, math.inf) if isinstance(most, str) else most
-        if known.get(name, 0.0) > limit * 1.001:
+        if name in known and known[name] > limit * 1.001:
             other = f"{most} {limit:g}" if isinstance(most, str) else f"{limit:g}"
             yield f"{name} is {known[name]:g}, above {other}"
 
