@@ -85,9 +85,7 @@ def _load_pins() -> dict[str, Any]:
 @cache
 def find_published(dataset: str, variant: str, depth: int) -> Published | None:
     """The published number that may stand beside runs of this variant on this data set: the first of its recipe."""
-    same = (
-        e
-        for e in load_published()
-        if (e.dataset, e.variant, e.depth, e.recipe) == (dataset, variant, depth, "same")
-    )
-    return next(same, None)
+    for entry in load_published():
+        if (entry.dataset, entry.variant, entry.depth, entry.recipe) == (dataset, variant, depth, "same"):
+            return entry
+    return None

@@ -208,10 +208,10 @@ def _make_row(group: _Group, predictions: Mapping[Fields, Sequence[Prediction]])
         last[run.record.seed, run.record.key, surroundings(run.record)] = run
     done: list[Stored] = [last[key] for key in sorted(last)]
     finished_seeds = {stored.record.seed for stored in done}
-    unfinished = {
-        status: tuple(s for s in group.runs[status] if s.record.seed not in finished_seeds)
+    failed, pruned = (
+        tuple(s for s in group.runs[status] if s.record.seed not in finished_seeds)
         for status in ("failed", "pruned")
-    }
+    )
     results = [stored.record.result for stored in done if stored.record.result is not None]
     members = [*done, *group.runs["failed"], *group.runs["pruned"]]
     if members:
@@ -245,8 +245,8 @@ def _make_row(group: _Group, predictions: Mapping[Fields, Sequence[Prediction]])
         averaged_over={n: tuple(v) for n, v in group.averaged_over.items() if len(v) > 1},
         conditions=noted,
         done=tuple(done),
-        failed=unfinished["failed"],
-        pruned=unfinished["pruned"],
+        failed=failed,
+        pruned=pruned,
         interrupted=tuple(group.runs["interrupted"]),
         repeated=len(group.runs["done"]) - len(done),
         figures={name: metric.summarise(results) for name, metric in METRICS.items()},

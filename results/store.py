@@ -291,12 +291,12 @@ def _interrupted(folder: Path) -> Interrupted:
 
 
 def first_error(error: ValidationError) -> str:
-    """The first error of a validation, and the number of the others."""
+    """The first error of a validation, the value where it is a short one, and the number of the other errors."""
     first, *others = error.errors(include_url=False, include_context=False)
-    place = ".".join(map(str, first["loc"]))
-    message = " ".join(first["msg"].removeprefix("Value error, ").split()) + (
-        f" (and {len(others)} more)" if others else ""
-    )
+    place, given = ".".join(map(str, first["loc"])), first["input"]
+    message = " ".join(first["msg"].removeprefix("Value error, ").split())
+    message += f", not {given!r}" if isinstance(given, str | int | float) and len(repr(given)) < 40 else ""
+    message += f" (and {len(others)} more)" if others else ""
     return f"{place}: {message}" if place else message
 
 
