@@ -38,9 +38,7 @@ class Row:
     fields: Mapping[str, str]  # everything in which rows can differ, flattened
     differs: tuple[str, ...] = ()  # ("recipe.lr=0.05",): distinguishes this row from others that look the same
     averaged_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # field -> its values, by --across
-    conditions: Mapping[str, Mapping[str, int]] = field(
-        default_factory=dict
-    )  # noted: its values, in how many runs
+    conditions: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # what is noted: value -> runs
 
     done: tuple[Stored, ...]  # one per seed
     failed: tuple[Stored, ...]
