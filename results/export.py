@@ -74,7 +74,8 @@ def mlflow(run: Stored, points: Sequence[Point]) -> bool:
             client.log_param(own, name, str(setting)[:500])
         for figures, epoch, at in points:
             metrics = [tool.entities.Metric(n, v, int(at * 1000), epoch) for n, v in figures.items()]
-            client.log_batch(own, metrics=metrics)
+            if metrics:  # none of the whole of a run that failed
+                client.log_batch(own, metrics=metrics)
         status = {"done": "FINISHED", "failed": "FAILED", "pruned": "KILLED"}[record.status]
     finally:
         client.set_terminated(own, status, end_time=ended)
