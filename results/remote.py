@@ -182,13 +182,13 @@ def pull_results(uri: str, folder: Path) -> None:
         remote.copy_new(wanted, cache, cache.list())
         for run in whole:
             shutil.rmtree(folder / f"{run}{PARTIAL}", ignore_errors=True)
-        for run in sorted(path.parent for path in folder.glob(f"[!.]*/{RECORD}")):
-            if run.name in whole or run.name.endswith(PARTIAL):
+        for local in sorted(path.parent for path in folder.glob(f"[!.]*/{RECORD}")):
+            if local.name in whole or local.name.endswith(PARTIAL):
                 continue
-            if (run / WEIGHTS).exists():
-                push_finished(uri, run)
+            if (local / WEIGHTS).exists():
+                push_finished(uri, local)
             else:  # removed at the URI: without its weights the cached copy is no run
-                shutil.rmtree(run)
+                shutil.rmtree(local)
 
 
 def pull_run(uri: str, folder: Path, *, only: str = "") -> None:
