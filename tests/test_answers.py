@@ -20,7 +20,7 @@ from harness.commands.repro import make_command, make_repro
 from harness.commands.run import RunOptions
 from harness.models.variants import VARIANTS
 from harness.resources import allocate, fill_from_specs
-from harness.results.store import Stored, fail, finish
+from harness.results.store import Stored, finish
 from harness.results.values import Failure
 
 
@@ -46,7 +46,7 @@ def runs(tmp_path: Path) -> Path:
                 tmp_path / "b",
                 make_record(seed, error - depth / 100 + 1, depths=(depth,), loader="dataloader", seconds=4.4),
             )
-    fail(tmp_path / "a", make_record(3, 0.0, failure=Failure(kind="OOM", message="out of memory")))
+    finish(tmp_path / "a", make_record(3, 0.0, failure=Failure(kind="OOM", message="out of memory")))
     return tmp_path
 
 
