@@ -107,8 +107,9 @@ def main() -> int:
     grid = plan.Grid(
         variants=VARIANTS, depths=DEPTHS, seeds=tuple(range(count)), dataset="digits", loader="resident"
     )
-    use = resources.Resources(gpus=NODES * GPUS_PER_NODE, workers=GPUS_PER_NODE, address="simulated:1")
-    options = run.RunOptions(out=str(args.out), resources=use)
+    options = run.RunOptions(
+        out=str(args.out), gpus=NODES * GPUS_PER_NODE, workers=GPUS_PER_NODE, address="simulated:1"
+    )
     code = run.run_grid(grid, options, console)
     runs = len(list(args.out.glob("*/record.json")))
     assert (code, runs) == (0, count * len(DEPTHS) * len(VARIANTS)), (code, runs)

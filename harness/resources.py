@@ -7,37 +7,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from harness.cluster.job import PLACEMENTS, Allocation, Placement
-from harness.plan import Grid, check_count
+from harness.cluster.job import Allocation
+from harness.options import Grid, Resources, check_options
+from harness.plan import GPU_PRECISIONS
 from harness.results.remote import join_uri
-from harness.spec import RunPaths, RunSpec, UserError, check_word
+from harness.spec import RunPaths, RunSpec, UserError
 
 if TYPE_CHECKING:
     from harness.cluster.nodes import Cluster
 
-LAUNCHERS = ("auto", "ray", "local")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resources:
-    """What a command may use."""
-
-    gpus: int | None = None  # None: all
-    workers: int | None = None  # ranks of a run; None: all GPUs
-    runs_per_gpu: int = 1
-    address: str | None = None  # of a running Ray cluster; None: this machine
-    launcher: str = "auto"  # local for one run with one worker on this machine, else ray
-    placement: Placement = "pack"
-    verbose: bool = False
-
 
 def check_resources(resources: Resources) -> None:
     """Raise UserError for what can be seen to be wrong without devices."""
-    check_word(resources.launcher, LAUNCHERS, "--launcher")
-    check_word(resources.placement, PLACEMENTS, "--placement")
-    check_count(resources.gpus, "--gpus", least=0)
-    check_count(resources.workers, "--workers")
-    check_count(resources.runs_per_gpu, "--runs-per-gpu")
+    check_options(resources)
     if resources.runs_per_gpu > 1 and resources.workers not in (None, 1):
         raise UserError(
             f"--runs-per-gpu {resources.runs_per_gpu}: runs that share a GPU have one worker, not {resources.workers}"
@@ -123,7 +105,7 @@ def allocate(
         workers = resources.workers or 1
         if workers > have_cpus:
             raise UserError(f"--workers {workers}: {where} has {have_cpus} CPU cores, and each worker needs one")
-        if precision in ("tf32", "fp16"):
+        if precision in GPU_PRECISIONS:
             raise UserError(f"--precision {precision} needs a GPU; on the CPU fp32 and bf16 are allowed")
         if share > 1:
             raise UserError(f"--runs-per-gpu {share} needs a GPU; leave it out on the CPU")

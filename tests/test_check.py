@@ -13,7 +13,7 @@ import torch
 from harness import cli
 from harness.checklist import Result
 from harness.commands import check
-from harness.commands.check import CHECKS, Finding, Target
+from harness.commands.check import CHECKS, CheckOptions, Finding
 
 pytest_plugins = ["nvml_stub"]
 
@@ -59,22 +59,22 @@ def test_what_is_missing_is_one_line_with_advice(
 
 def test_data_folders_are_recognised(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    assert check.check_data(Target(tmp_path, tmp_path))[0] == "missing"
+    assert check.check_data(CheckOptions(out=tmp_path, data_dir=tmp_path))[0] == "missing"
     (tmp_path / "test").mkdir()
-    state, detail = check.check_data(Target(tmp_path, tmp_path))
+    state, detail = check.check_data(CheckOptions(out=tmp_path, data_dir=tmp_path))
     assert (state, detail.startswith("class folders in ")) == ("ok", True)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/proc/self").exists(), reason="needs a folder nobody writes to")
 def test_a_folder_that_takes_nothing() -> None:
-    state, detail = check.check_storage(Target(Path("/proc/self/nowhere")))
+    state, detail = check.check_storage(CheckOptions(out=Path("/proc/self/nowhere")))
     assert (state, "/proc/self" in detail) == ("missing", True)
 
 
 def test_no_cluster_is_a_finding_and_a_bad_address_a_mistake(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finding = check.check_cluster(Target(tmp_path, address="127.0.0.1:1"))
+    finding = check.check_cluster(CheckOptions(out=tmp_path, address="127.0.0.1:1"))
     assert finding is not None
     assert Result("cluster", *finding).line().startswith("missing  cluster: no Ray cluster answers")
     code, _, err = run(["--address", "nonsense"], capsys, monkeypatch)
@@ -82,12 +82,12 @@ def test_no_cluster_is_a_finding_and_a_bad_address_a_mistake(
 
 
 def test_a_check_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(target: Target) -> Finding:
+    def broken(target: CheckOptions) -> Finding:
         raise OSError("libcudart.so: cannot open\nand more")
 
     for name in ("torch", "GPU", "DALI"):
         monkeypatch.setitem(CHECKS, name, broken)
-    found = {result.name: result for result in check.examine(Target(tmp_path))}
+    found = {result.name: result for result in check.examine(CheckOptions(out=tmp_path))}
     assert found["DALI"] == Result("DALI", "missing", "the check failed: libcudart.so: cannot open")
 
 
@@ -113,9 +113,9 @@ def test_builds_that_do_not_fit(
     monkeypatch.setattr(torch.version, "cuda", build)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(check, "installed_version", lambda package: "2.4.0" if package == wheel else None)
-    finding = check.check_gpu(Target(Path()))
+    finding = check.check_gpu(CheckOptions(out=Path()))
     assert finding is not None
     assert finding[0] == ("ok" if ok else "missing")
     assert words in finding[1]
     nvml.set(FAIL="nvmlInitWithFlags=9")
-    assert check.check_gpu(Target(Path()))[0] == "absent", "no driver"
+    assert check.check_gpu(CheckOptions(out=Path()))[0] == "absent", "no driver"

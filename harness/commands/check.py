@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import requires
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from harness.checklist import CHECKS as MEASURED
 from harness.checklist import STYLES, Result
+from harness.options import CheckOptions, Grid, Resources
 from harness.preflight import LEAST_DISK_GIB, free_gib
 from harness.record import DALI_WHEELS, installed_version
 from harness.spec import UserError
@@ -28,17 +29,6 @@ if TYPE_CHECKING:
 
 LEAST_SHARED_MEMORY_GIB = 1.0  # for Ray's object store and NCCL; Docker's default is 64 MiB
 MOST_SECONDS = 600.0  # of a device's checks
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a user wants to run with."""
-
-    out: Path
-    data_dir: Path | None = None
-    address: str | None = None
-    gpus: int | None = None  # None: all
-    quick: bool = False  # nothing is measured
 
 
 Finding = tuple[str, str]  # a state and its words, of which a Result is made
@@ -51,7 +41,7 @@ def find(ok: bool, detail: str, advice: str = "", needed: bool = True) -> Findin
     return "missing" if needed else "absent", "; ".join(filter(None, (detail, advice)))
 
 
-def check_torch(target: Target) -> Finding:
+def check_torch(target: CheckOptions) -> Finding:
     if installed_version("torch") is None:
         return find(False, "not installed", "pip install torch torchvision")
     import torch
@@ -63,7 +53,7 @@ def check_torch(target: Target) -> Finding:
     return find(works, detail, "a matrix product or gloo does not work: install it again")
 
 
-def check_gpu(target: Target) -> Finding:
+def check_gpu(target: CheckOptions) -> Finding:
     """Whether torch's CUDA, the driver's and DALI's fit together, and what they may use."""
     import torch
 
@@ -102,7 +92,7 @@ def check_gpu(target: Target) -> Finding:
     )
 
 
-def check_dali(target: Target) -> Finding:
+def check_dali(target: CheckOptions) -> Finding:
     wheels = [f"{name} {version}" for name in DALI_WHEELS if (version := installed_version(name)) is not None]
     other = "or choose --loader resident"
     if not wheels:
@@ -114,7 +104,7 @@ def check_dali(target: Target) -> Finding:
     return find(len(wheels) == 1, ", ".join(wheels), "two wheels write into one folder: keep one of them")
 
 
-def check_ray(target: Target) -> Finding:
+def check_ray(target: CheckOptions) -> Finding:
     detail = installed_version("ray")
     pin = next((line for line in requires("resnet-harness") or () if re.match(r"ray\b", line)), "")
     advice = f"several workers or runs at a time need it: pip install '{pin}', or choose --launcher local"
@@ -127,7 +117,7 @@ def check_ray(target: Target) -> Finding:
     return find(fits and hasattr(ray.train, "ScalingConfig"), detail, advice)
 
 
-def check_cluster(target: Target) -> Finding | None:
+def check_cluster(target: CheckOptions) -> Finding | None:
     if target.address is None:
         return None
     from harness.cluster.connect import ClusterError, connect, disconnect
@@ -141,7 +131,7 @@ def check_cluster(target: Target) -> Finding | None:
     return find(True, f"{cluster.nodes} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}")
 
 
-def check_storage(target: Target) -> Finding:
+def check_storage(target: CheckOptions) -> Finding:
     """Write, rename and lock as results and checkpoints are stored. Leaves nothing behind."""
     from filelock import FileLock
 
@@ -159,7 +149,7 @@ def check_storage(target: Target) -> Finding:
     return find(True, f"{where} takes files, renames and locks")
 
 
-def check_disk(target: Target) -> Finding:
+def check_disk(target: CheckOptions) -> Finding:
     """Of results, and of what processes share in memory: Ray's object store, NCCL."""
     where, shared = _nearest(target.out), Path("/dev/shm")
     for folder, least, advice in (
@@ -173,7 +163,7 @@ def check_disk(target: Target) -> Finding:
     return find(True, f"{free_gib(where):.1f} GiB free in {where}")
 
 
-def check_data(target: Target) -> Finding:
+def check_data(target: CheckOptions) -> Finding:
     from harness.loaders.cache import cache_dir
 
     if target.data_dir is None:
@@ -193,7 +183,7 @@ def check_data(target: Target) -> Finding:
     return find(kind is not None, f"{kind or 'nothing known'} in {root}", advice)
 
 
-CHECKS: dict[str, Callable[[Target], Finding | None]] = {
+CHECKS: dict[str, Callable[[CheckOptions], Finding | None]] = {
     "torch": check_torch,
     "GPU": check_gpu,
     "DALI": check_dali,
@@ -205,7 +195,7 @@ CHECKS: dict[str, Callable[[Target], Finding | None]] = {
 }
 
 
-def examine(target: Target) -> Iterator[Result]:
+def examine(target: CheckOptions) -> Iterator[Result]:
     """Every finding, as it comes. A check that breaks is a finding, not a traceback."""
     for name, check in CHECKS.items():
         try:
@@ -216,7 +206,7 @@ def examine(target: Target) -> Iterator[Result]:
             yield Result(name, *finding)
 
 
-def print_findings(target: Target, console: Console) -> int:
+def print_findings(target: CheckOptions, console: Console) -> int:
     """Print a line for each finding. Returns 0 where nothing is missing that runs on the CPU need, and no measured check
     failed, else 1.
 
@@ -244,12 +234,11 @@ def print_findings(target: Target, console: Console) -> int:
     return 1 if missing else 0
 
 
-def measure_all(target: Target) -> Iterator[Result]:
+def measure_all(target: CheckOptions) -> Iterator[Result]:
     """All checks of every GPU here, or of one of each kind in a cluster, then those of several ranks. What GPUs come to
     is known to later runs."""
     from harness.loaders.cache import cache_dir
-    from harness.plan import Grid
-    from harness.resources import Resources, make_allocation
+    from harness.resources import make_allocation
     from harness.selfcheck import find_devices, make_ranks, store_results
 
     resources = Resources(gpus=target.gpus, address=target.address)

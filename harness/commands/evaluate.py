@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -18,44 +17,23 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
-from harness import plan
 from harness.loaders.datasets import Dataset, Split, limit, load_dataset
 from harness.loaders.loader import Loader, make_evaluation_loader
 from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_normalize
 from harness.models.build import SMALLEST_IMAGE, build
 from harness.models.imagenet import ImageNetResNet
 from harness.models.variants import Variant, default_depth, find_variant
+from harness.options import EvalOptions, check_options
 from harness.progress import say
 from harness.results.published import load_published
 from harness.results.store import load_records
-from harness.spec import RunSpec, UserError, check_word
+from harness.spec import RunSpec, UserError
 from harness.training.evaluation import MultiScale, evaluate
 from harness.training.setup import EVAL_BATCH_SIZE, split_data
 from harness.training.step import set_precision
 from harness.training.weights import WeightsError, load_metadata, load_weights, match_weights
 
-AVERAGES = ("logits", "probabilities")
 MULTI_SCALE_PIXELS = EVAL_BATCH_SIZE * 32 * 32  # in a batch, so that memory does not grow with the scale
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalOptions:
-    """What to evaluate, and on which images."""
-
-    weights: Path
-    variant: str | None = None  # None: the one that the weights name
-    depth: int | None = None  # None: the one that the weights name, or the variant's default
-    dataset: str = "cifar10"
-    data_dir: Path | None = None
-    scales: tuple[int, ...] = ()  # none: images as in training's evaluation, one centre crop
-    average: str = "logits"
-    mirror: bool = True
-    pool_window: int | None = None  # None: over all of the map
-    save_probabilities: Path | None = None  # at each scale
-    normalize: Normalize | None = None  # None: the recipe's
-    predictions: Path | None = None
-    batch_size: int | None = None
-    limit: int | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -73,14 +51,6 @@ class Errors:
     average: str  # "logits" or "probabilities"
     published: tuple[str, ...]  # what the variant's source printed
     unused: tuple[str, ...]  # tensors in the file that belong to no layer of the network
-
-
-def parse_scales(text: str) -> tuple[int, ...]:
-    """ "96,112,128" -> (96, 112, 128), in pixels."""
-    words = plan.parse_words(text, "--scales")
-    if not all(re.fullmatch(r"[1-9]\d{0,3}", word) for word in words):
-        raise UserError(f"--scales {text!r}: whole numbers of pixels from 1 to 9999 are allowed, as in 96,112,128")
-    return tuple(int(word) for word in words)
 
 
 def parse_normalize(mean: str | None, std: str | None) -> Normalize | None:
@@ -109,10 +79,8 @@ def evaluate_weights(options: EvalOptions) -> Errors:
     On the GPU where there is one, in fp32. One centre crop in the recipe's size, or, with scales, the whole image
     at each of them, and mirrored where the data set allows it. Raises UserError.
     """
-    plan.check_count(options.batch_size, "--batch-size")
-    plan.check_count(options.limit, "--limit")
-    plan.check_count(options.pool_window, "--pool-window")
-    check_word(options.average, AVERAGES, "--average")
+    check_options(options)
+    parse_normalize(options.mean, options.std)
     if not options.scales:
         chosen = (options.average != "logits", not options.mirror, options.save_probabilities is not None)
         for option in itertools.compress(("--average", "--no-mirror", "--save-probabilities"), chosen):
@@ -235,7 +203,7 @@ def _load(
         augment=Augment(0, recipe.pad_mode, None, flip=False)
         if scales
         else Augment(recipe.pad, recipe.pad_mode, recipe.crop, flip=False, scale_range=recipe.scale_range),
-        normalize=options.normalize
+        normalize=parse_normalize(options.mean, options.std)
         or make_normalize(recipe.normalize, _training_images(options.weights.expanduser(), variant, dataset)),
         batch_size=batch_size,
         eval_batch_size=batch_size,

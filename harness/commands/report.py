@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.options import ReportOptions
 from harness.plan import open_out
 from harness.results.remote import is_uri
 from harness.results.store import WEIGHTS, collector_paused, load_predictions, load_records, write_atomic
@@ -65,19 +66,6 @@ def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
         return summarise(loaded.records, loaded.interrupted, across, load_predictions(outs))
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReportOptions:
-    """How a table is printed."""
-
-    format: str = "table"
-    across: tuple[str, ...] = ()
-    sort: str | None = None
-    columns: tuple[str, ...] = ()
-    preset: str | None = None  # the rows and columns of that source's table, in their order
-    output: Path | None = None
-    curves: Path | None = None
 
 
 @collector_paused()

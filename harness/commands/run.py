@@ -8,8 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,46 +19,22 @@ from harness import plan, until_ci
 from harness.cluster.job import Report, Started, Telemetry, Worker
 from harness.commands.report import export_runs, print_rows, write_page
 from harness.deadline import TimeUp, format_moment, stopping_at, stopping_on_sigterm
-from harness.plan import Grid
+from harness.options import Grid, RunOptions
 from harness.progress import JsonLines, Progress, load_data, print_columns, say, width_of
 from harness.record import Recorder, lock_run, name_of, name_other_code
-from harness.resources import Resources, Session, check_resources, choose_launcher, make_allocation
+from harness.resources import Session, check_resources, choose_launcher, make_allocation
 from harness.results.remote import push_file, push_run, redact
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
 from harness.results.values import EpochMetrics, RunResult
 from harness.selfcheck import RefusedError, check_first
-from harness.spec import RunPaths, RunSpec, UserError, check_word
+from harness.spec import RunPaths, RunSpec, UserError
 from harness.until_ci import Goal
 
 if TYPE_CHECKING:
     from harness.loaders.datasets import Dataset
 
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 130
-FORMATS = ("table", "jsonl")
 SHARED = ("epochs", "batch", "loader", "precision", "engine", "width", "set")  # said once where runs agree
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunOptions:
-    """How a grid is carried out; nothing here changes what a run computes."""
-
-    out: str = "runs"  # a folder or a URI
-    data_dir: Path | None = None
-    resources: Resources = field(default_factory=Resources)
-    elastic: int | None = None  # fewest workers that a run may continue with
-    checkpoint_every: int = 1  # epochs
-    until_ci: float | None = None  # points
-    max_seeds: int | None = None
-    until: datetime | None = None  # local time at which to stop
-    no_check: bool = False  # of devices that are new
-    dry_run: bool = False
-    estimate: bool = False  # probe what is missing, train nothing
-    profile: bool = False  # the same, for the parts of a step
-    tensorboard: bool = False
-    force: bool = False
-    fail_fast: bool = False
-    format: str = "table"
-    preset: str | None = None  # whose table is printed
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +50,7 @@ class _Prepared:
 
     def check_nodes(self) -> None:
         """Refuse a cluster of several nodes that differ. Raises UserError."""
-        if self.options.resources.address is not None:
+        if self.options.address is not None:
             from harness.preflight import check_nodes
 
             check_nodes(self.dataset, self.session.paths, self.console)
@@ -97,7 +72,7 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
         say(console, f"until {until:%A} {format_moment(until)}")
     try:
         with ExitStack() as stack, stopping_at(until):
-            allocation = make_allocation(grid, options.resources, stack)
+            allocation = make_allocation(grid, options, stack)
             dataset = load_data(grid.dataset, paths, console)
             images = len(dataset.train)
             specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
@@ -106,7 +81,7 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             allocation = replace(allocation, fallback_world_sizes=fallback)
             paths = replace(paths, label=dataset.label)
             runs = len(specs) if options.until_ci is None else until_ci.MAX_SEEDS
-            resources = choose_launcher(options.resources, allocation, runs)
+            resources = choose_launcher(options, allocation, runs)
             environment = {"launcher": resources.launcher}
             recorder = Recorder(paths, dataset.original, environment, partial(say, console))
             todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
@@ -142,10 +117,8 @@ def _name_other_code(recorder: Recorder, console: Console) -> None:
 def check_options(grid: Grid, options: RunOptions) -> None:
     """Every check that needs neither data nor devices. Raises UserError."""
     plan.check_grid(grid)
-    check_resources(options.resources)
-    plan.check_count(options.checkpoint_every, "--checkpoint-every")
+    check_resources(options)
     until_ci.make_goal(options.until_ci, options.max_seeds, len(grid.seeds))
-    check_word(options.format, FORMATS, "--format")
     if options.estimate or options.profile:
         names = ("--estimate", "--profile", "--dry-run", "--format jsonl")
         chosen = (options.estimate, options.profile, options.dry_run, options.format == "jsonl")

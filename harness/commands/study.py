@@ -28,8 +28,6 @@ from harness.results.sweeps import Dimension, State, Sweep, Trial
 from harness.search_space import count_points, finite_values, grid_points, round_value
 
 SAMPLERS: dict[str, Callable[..., BaseSampler]] = {"random": RandomSampler, "tpe": TPESampler, "gp": GPSampler}
-ALGORITHMS = tuple(SAMPLERS)
-SCHEDULERS = ("asha", "hyperband", "median", "none")
 STATES: dict[State, TrialState] = {
     "running": TrialState.RUNNING,
     "finished": TrialState.COMPLETE,
@@ -102,7 +100,7 @@ def count_trials(dimensions: Sequence[Dimension], samples: int | None) -> int:
 
 
 def make_pruner(scheduler: str, epochs: int) -> BasePruner:
-    """Of one of SCHEDULERS. No trial is pruned in the first tenth of its epochs."""
+    """Of one of options.SCHEDULERS. No trial is pruned in the first tenth of its epochs."""
     grace = max(1, math.ceil(epochs / 10))
     if scheduler == "asha":
         return SuccessiveHalvingPruner(min_resource=grace, reduction_factor=REDUCTION)

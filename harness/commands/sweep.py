@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from harness import plan
 from harness.cluster.job import Allocation, Failed, Started
 from harness.commands.study import Study
-from harness.plan import Grid, fill
+from harness.options import Grid, Search, fill
 from harness.progress import TrialTable, describe_trial
 from harness.record import Recorder, classify, lock_run, name_of
 from harness.results.store import finished_dir, load_epochs, write_atomic
@@ -28,41 +28,13 @@ if TYPE_CHECKING:
     from harness.loaders.datasets import Dataset
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Search:
-    """What the user chose, under the names of the options; sweep.json keeps it. Fields of `Grid` mean what they do there."""
-
-    variant: str
-    depth: int | None = None
-    seed: int = 0
-    dataset: str = "cifar10"
-    loader: str = "dali"
-    precision: str = "fp32"
-    engine: str | None = None
-    deterministic: bool = False
-    epochs: int | None = None
-    batch_size: int | None = None
-    batch_norm: str | None = None
-    val: int | None = None
-    limit_train: int | None = None
-    search: tuple[str, ...] = ()
-    samples: int | None = None
-    search_algorithm: str = "random"
-    scheduler: str = "asha"
-    metric: str = "error"
-    data_dir: Path | None = None
-    gpus: int | None = None
-    workers: int | None = None  # None: 1
-    runs_per_gpu: int = 1
-    concurrent: int | None = None
-
-    def make_grid(self, point: Mapping[str, Any]) -> Grid:
-        """The one run of a point of the search space."""
-        depth = point.get("depth", self.depth)
-        return fill(Grid, asdict(self) | {
-            "variants": (self.variant,), "depths": () if depth is None else (depth,), "seeds": (self.seed,),
-            "settings": {name: value for name, value in point.items() if name != "depth"},
-        })  # fmt: skip
+def make_trial_grid(search: Search, point: Mapping[str, Any]) -> Grid:
+    """The one run of a point of the search space."""
+    depth = point.get("depth", search.depth)
+    return fill(Grid, asdict(search) | {
+        "variants": (search.variant,), "depths": () if depth is None else (depth,), "seeds": (search.seed,),
+        "settings": {name: value for name, value in point.items() if name != "depth"},
+    })  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +51,9 @@ class Prepared:
 
     def make_spec(self, point: Mapping[str, Any], **changes: Any) -> RunSpec:
         """The run of one point. Raises UserError where it cannot be one."""
-        return make_trial_spec(replace(self.search, **changes).make_grid(point), self.allocation, self.dataset)
+        return make_trial_spec(
+            make_trial_grid(replace(self.search, **changes), point), self.allocation, self.dataset
+        )
 
 
 def make_trial_spec(grid: Grid, allocation: Allocation, dataset: Dataset) -> RunSpec:

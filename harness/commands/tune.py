@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,14 @@ from rich.console import Console
 from harness import plan
 from harness.cluster.job import Allocation, Report, Worker
 from harness.commands.run import EXIT_DONE, EXIT_FAILED
-from harness.commands.study import ALGORITHMS, SCHEDULERS, Study, count_trials
-from harness.commands.sweep import Prepared, Search, SweepTrials, make_trial_spec
+from harness.commands.study import Study, count_trials
+from harness.commands.sweep import Prepared, SweepTrials, make_trial_grid, make_trial_spec
 from harness.deadline import stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
+from harness.options import Resources, Search, TuneOptions, check_options, fill
 from harness.progress import TrialTable, describe_trial, load_data
 from harness.record import describe_code, name_of
-from harness.resources import Resources, Session, check_resources, make_allocation
+from harness.resources import Session, check_resources, make_allocation
 from harness.results.report.text import Sheet, for_terminal
 from harness.results.store import SWEEPS, load_epochs, partial_dir, write_atomic
 from harness.results.sweeps import METRICS, Dimension, Sweep, Trial, best_first, format_value, weigh_both
@@ -40,40 +41,21 @@ VAL = 5_000
 SEEDS = 5  # of the command that trains the winner
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TuneOptions:
-    """How a search is carried out."""
-
-    out: Path = Path("runs")
-    address: str | None = None
-    until: datetime | None = None
-    no_check: bool = False  # of devices that are new
-    resume: str | None = None  # name of a sweep
-    verbose: bool = False
-
-
-def make_search(options: Mapping[str, Any]) -> Search:
-    """A search from options, by name: of the command line, or of sweep.json. Others are left out."""
-    data_dir = options["data_dir"]
-    return plan.fill(Search, dict(options) | {
-        "search": tuple(options["search"] or ()),
-        "data_dir": None if data_dir is None else Path(data_dir).expanduser().absolute(),
-    })  # fmt: skip
-
-
-def tune(search: Search, options: TuneOptions, console: Console, *, given: Collection[str]) -> int:
+def tune(given: Mapping[str, Any], console: Console) -> int:
     """Run a search, or continue one, and print what came of it. Returns the exit code.
 
-    `given` names the options on the command line: a resumed search keeps its own, and to contradict them is an error.
+    `given`: options by name; a resumed search keeps its own, and to contradict them is an error.
     Raises UserError, before anything is started, for whatever cannot work.
     """
+    search, options, folder = fill(Search, given), fill(TuneOptions, given), None
     out = plan.check_out(options.out)
-    folder = None
     if options.resume is not None:
         folder = _find_sweep(out, options.resume)
         search = _load_search(folder, search, given)
+    if search.data_dir is not None:
+        search = replace(search, data_dir=Path(search.data_dir).expanduser().absolute())
     dimensions = _check(search)
-    resources = plan.fill(Resources, asdict(search) | asdict(options) | {"workers": search.workers or 1})
+    resources = fill(Resources, asdict(search) | asdict(options) | {"workers": search.workers or 1})
     check_resources(resources)
     with ExitStack() as stack, stopping_at(options.until):
         try:
@@ -138,12 +120,8 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPath
 
 def _check(search: Search) -> tuple[Dimension, ...]:
     """Every check that needs neither data nor devices."""
-    check_word(search.search_algorithm, ALGORITHMS, "--search-algorithm")
-    check_word(search.scheduler, SCHEDULERS, "--scheduler")
+    check_options(search)
     check_word(search.metric, tuple(METRICS), "--metric")
-    plan.check_count(search.samples, "--samples")
-    plan.check_count(search.concurrent, "--concurrent")
-    plan.check_count(search.seed, "--seed", least=0)
     dimensions = parse_search(search.search)
     if not dimensions:
         raise UserError("--search is missing: name a field to search, as in --search 'lr=loguniform(0.01,1)'")
@@ -160,11 +138,11 @@ def _check(search: Search) -> tuple[Dimension, ...]:
         raise UserError(
             "--metric epoch_seconds: runs that share a GPU slow each other down; leave --runs-per-gpu out"
         )
-    plan.check_grid(search.make_grid({}))
+    plan.check_grid(make_trial_grid(search, {}))
     for dimension in dimensions:
         if dimension.field == "depth":
             for depth in finite_values(dimension) or ():
-                plan.check_grid(search.make_grid({"depth": depth}))
+                plan.check_grid(make_trial_grid(search, {"depth": depth}))
     return dimensions
 
 
@@ -174,7 +152,7 @@ def _prepare(
 ) -> Prepared:  # fmt: skip
     """Look at devices and data, and make the sweep's folder or lock the one that is resumed. Raises RefusedError."""
     paths = RunPaths(out=options.out, data_dir=search.data_dir)
-    allocation = make_allocation(search.make_grid({}), resources, stack)
+    allocation = make_allocation(make_trial_grid(search, {}), resources, stack)
     dataset = load_data(search.dataset, paths, console)
     if search.metric == "top5_error" and dataset.num_classes <= 10:
         raise UserError(
@@ -188,7 +166,9 @@ def _prepare(
     search = replace(search, val=val, gpus=allocation.gpus, workers=allocation.workers)
     total = count_trials(dimensions, search.samples)
     allocation = _allocate_trials(allocation, search, total)
-    specs = [make_trial_spec(search.make_grid(point), allocation, dataset) for point in _corners(dimensions)]
+    specs = [
+        make_trial_spec(make_trial_grid(search, point), allocation, dataset) for point in _corners(dimensions)
+    ]
     plan.check_epochs(specs, len(dataset.train))
     checked = check_first(specs, allocation, resources, paths, console, skip=options.no_check)
     if (adapted := checked.adapt(specs[0])) != specs[0]:
@@ -267,7 +247,7 @@ def _find_sweep(out: Path, name: str) -> Path:
 def _load_search(folder: Path, search: Search, given: Collection[str]) -> Search:
     """The options a sweep was begun with; the command line may repeat them, not contradict them."""
     try:
-        before = make_search(json.loads((folder / SWEEP).read_bytes())["options"])
+        before = fill(Search, json.loads((folder / SWEEP).read_bytes())["options"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume {folder.name}: {SWEEP} is broken: {error}") from None
     for name, old in asdict(before).items():
