@@ -285,7 +285,7 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     )
     failures = 0
     try:
-        with stopping_on_sigterm(), display, closing(runs) as outcomes:
+        with stopping_on_sigterm(), display.live(), closing(runs) as outcomes:
             for spec, outcome in outcomes:
                 failures += not recorder.end(spec, outcome, concurrent_runs=concurrent_runs)
                 display.ended(spec, outcome)

@@ -276,7 +276,7 @@ def _run(prepared: Prepared, trials: SweepTrials, table: TrialTable) -> None:
 
     job = replace(prepared.allocation, storage=prepared.folder / f".ray-{os.getpid()}")
     try:
-        with stopping_on_sigterm(), table:
+        with stopping_on_sigterm(), table.live():
             search(partial(train_trial, paths=prepared.paths), trials, job)
     finally:
         trials.close()
