@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from harness import plan
 from harness.cluster.job import Allocation, Report, Worker
+from harness.commands.report import print_text
 from harness.commands.run import EXIT_DONE, EXIT_FAILED
 from harness.commands.study import Study, count_trials
 from harness.commands.sweep import Prepared, SweepTrials, make_trial_grid, make_trial_spec
 from harness.deadline import stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
 from harness.options import Resources, Search, TuneOptions, check_options, fill
-from harness.progress import TrialTable, describe_trial, load_data
-from harness.record import describe_code, name_of
+from harness.progress import TrialTable, describe_trial, load_data, say
+from harness.record import describe_code, lock_file, name_of
 from harness.resources import Session, check_resources, make_allocation
 from harness.results.report.text import Sheet, for_terminal
 from harness.results.store import SWEEPS, load_epochs, partial_dir, write_atomic
@@ -61,30 +62,29 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
         try:
             prepared = _prepare(search, dimensions, resources, replace(options, out=out), folder, console, stack)
         except RefusedError as error:
-            _say(str(error), console)
+            say(console, str(error))
             return EXIT_FAILED
         sweep, allocation = prepared.sweep, prepared.allocation
         study = Study(prepared.folder / JOURNAL, sweep, seed=search.seed)
-        _say(
-            f"sweep {sweep.name}: {sweep.total} trials of {sweep.epochs} epochs, {allocation.concurrent_runs} at a time; "
-            f"judged by {sweep.judged_by}", console, style="dim",
+        say(
+            console, f"sweep {sweep.name}: {sweep.total} trials of {sweep.epochs} epochs, {allocation.concurrent_runs} at "
+            f"a time; judged by {sweep.judged_by}", style="dim",
         )  # fmt: skip
         Session(allocation, resources, prepared.paths, stack).join()
-        table = TrialTable(sweep, study.trials, console, allocation.concurrent_runs)
-        trials = SweepTrials(prepared, study, table)
+        from harness.cluster.search import search as run_search
+
+        trials = SweepTrials(prepared, study, TrialTable(sweep, study.trials, console, allocation.concurrent_runs))
+        job = replace(allocation, storage=prepared.folder / f".ray-{os.getpid()}")
         try:
-            _run(prepared, trials, table)
-        except KeyboardInterrupt as stop:
-            _say(
-                f"{str(stop) or 'stopped'}; harness tune --resume {sweep.name} goes on", console
-            )  # TimeUp says more
+            with stopping_on_sigterm(), trials.table.live():
+                run_search(partial(train_trial, paths=prepared.paths), trials, job)
+        except KeyboardInterrupt as stop:  # TimeUp says more
+            say(console, f"{str(stop) or 'stopped'}; harness tune --resume {sweep.name} goes on")
             raise
+        finally:
+            trials.close()
     _print_sweep(prepared, trials.store(**weigh_both(study.trials, sweep.dimensions)), console)
     return EXIT_DONE if any(trial.state == "finished" for trial in study.trials) else EXIT_FAILED
-
-
-def _say(text: str, console: Console, **style: Any) -> None:
-    console.print(text, soft_wrap=True, markup=False, highlight=False, **style)
 
 
 def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths) -> RunResult:
@@ -182,23 +182,15 @@ def _prepare(
         write_atomic(folder / SWEEP, json.dumps(stored, indent=1, default=str) + "\n")
     elif json.loads((folder / SWEEP).read_bytes())["fingerprint"] != dataset.fingerprint:
         raise UserError(f"--resume {folder.name}: its images of {search.dataset} differ from those here")
-    _lock(folder, stack)
+    busy = f"--resume {folder.name}: another harness command is running it"
+    stack.callback(lock_file(folder / ".lock", busy).release)
     sweep = Sweep(
         name=folder.name, variant=search.variant, depth=None if any(d.field == "depth" for d in dimensions) else depth,
         dataset=dataset.label, metric=search.metric, selected_on="val" if val else "test", val=val,
         epochs=plan.count_epochs(specs[0], len(dataset.train)), scheduler=search.scheduler,
         search_algorithm=search.search_algorithm, total=total, dimensions=list(dimensions), trials=[],
     )  # fmt: skip
-    paths = replace(paths, label=dataset.label)
-    return Prepared(
-        search=search,
-        sweep=sweep,
-        folder=folder,
-        dataset=dataset,
-        paths=paths,
-        allocation=allocation,
-        checked=checked,
-    )
+    return Prepared(search, sweep, folder, dataset, replace(paths, label=dataset.label), allocation, checked)
 
 
 def _corners(dimensions: Sequence[Dimension]) -> list[dict[str, Any]]:
@@ -223,16 +215,14 @@ def _allocate_trials(allocation: Allocation, search: Search, total: int) -> Allo
 
 def _make_folder(out: Path, spec: RunSpec, label: str) -> Path:
     """A new folder: runs/tune/msra-20_cifar10_20260102-030405."""
-    words = f"{spec.variant}-{spec.network.depth}_{label}_{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    words = f"{spec.name}_{label}_{datetime.now(UTC):%Y%m%d-%H%M%S}"
     name = re.sub(r"[^A-Za-z0-9.+_]+", "-", words)
-    for number in range(1, 1000):
-        folder = out / SWEEPS / (name if number == 1 else f"{name}-{number}")
-        try:
+    for number in itertools.count(1):
+        with suppress(FileExistsError):
+            folder = out / SWEEPS / (name if number == 1 else f"{name}-{number}")
             folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise UserError(f"--out {out}: no free name for a sweep beside {name}")
+            break
+    return folder
 
 
 def _find_sweep(out: Path, name: str) -> Path:
@@ -259,29 +249,6 @@ def _load_search(folder: Path, search: Search, given: Collection[str]) -> Search
     return replace(before, data_dir=search.data_dir) if "data_dir" in given else before
 
 
-def _lock(folder: Path, stack: ExitStack) -> None:
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(f"--resume {folder.name}: another harness command is running it") from None
-    stack.callback(lock.release)
-
-
-# --- while it runs ---
-
-
-def _run(prepared: Prepared, trials: SweepTrials, table: TrialTable) -> None:
-    from harness.cluster.search import search
-
-    job = replace(prepared.allocation, storage=prepared.folder / f".ray-{os.getpid()}")
-    try:
-        with stopping_on_sigterm(), table.live():
-            search(partial(train_trial, paths=prepared.paths), trials, job)
-    finally:
-        trials.close()
-
-
 # --- after ---
 
 
@@ -301,28 +268,28 @@ def _print_sweep(prepared: Prepared, sweep: Sweep, console: Console) -> None:
     headers = ["trial", "state", "epochs", sweep.heading, *names, "seconds", ""]
     sheet = Sheet(headers, [True, False, *[True] * (len(names) + 3), False], cells)
     width = console.width if console.is_terminal else max(console.width, sheet.width)
-    lines = [f"\n{len(ranked)} trials of {sweep.variant} on {sweep.dataset}, best first", ""]
-    lines += for_terminal(sheet, width)
+    lines = [
+        f"\n{len(ranked)} trials of {sweep.variant} on {sweep.dataset}, best first",
+        "",
+        *for_terminal(sheet, width),
+    ]
     lines.append(
         f"\nseconds: of training and evaluation. {sweep.judged_by}; of pruned and failed trials as far as they came"
     )
-    for importance in sweep.importances:
+    for one in sweep.importances:
         lines.append(
-            f"\nimportance for the {sweep.heading} at epoch {importance.epoch} of {sweep.epochs} ({importance.heading}):"
+            f"\nimportance for the {sweep.heading} at epoch {one.epoch} of {sweep.epochs} ({one.heading}):"
         )
         lines += [
-            f"  {item.field:<16} {item.value:.2f}  p = {item.p or 1:.3f}  {item.sign}"
-            for item in importance.fields
+            f"  {item.field:<16} {item.value:.2f}  p = {item.p or 1:.3f}  {item.sign}" for item in one.fields
         ]
-    finished = [trial for trial in ranked if trial.state == "finished"]
-    if finished:
+    if finished := [trial for trial in ranked if trial.state == "finished"]:
         lines.append("\nbest:")
         lines += [f"  {trial.value:.4g}  {describe_trial(trial)}  ({trial.run})" for trial in finished[:3]]
         lines += ["\ntrain the winner in full:", f"  {shlex.join(write_winner(prepared, finished[0]))}"]
     else:
         lines.append("\nno trial came to its end")
-    console.file.write("\n".join([*lines, f"\nstored in {prepared.folder}"]) + "\n")
-    console.file.flush()
+    print_text("\n".join([*lines, f"\nstored in {prepared.folder}"]), console)
 
 
 def write_winner(prepared: Prepared, trial: Trial) -> list[str]:
