@@ -16,22 +16,23 @@ from harness.spec import RunPaths, RunSpec, UserError
 if TYPE_CHECKING:
     from harness.cluster.nodes import Cluster
 
+Runs = Generator[tuple[RunSpec, Any], None, None]
+
 
 def check_resources(resources: Resources) -> None:
     """Raise UserError for what can be seen to be wrong without devices."""
     check_options(resources)
-    if resources.runs_per_gpu > 1 and resources.workers not in (None, 1):
-        raise UserError(
-            f"--runs-per-gpu {resources.runs_per_gpu}: runs that share a GPU have one worker, not {resources.workers}"
-        )
+    share, several = resources.runs_per_gpu, resources.workers not in (None, 1)
+    if share > 1 and several:
+        raise UserError(f"--runs-per-gpu {share}: runs that share a GPU have one worker, not {resources.workers}")
     if resources.launcher != "local":
         return
     if resources.address is not None:
         raise UserError("--address is for --launcher ray: the local launcher uses this process only")
-    if resources.workers not in (None, 1):
+    if several:
         raise UserError(f"--launcher local runs one worker, not {resources.workers}; --launcher ray runs more")
-    if resources.runs_per_gpu > 1:
-        raise UserError(f"--launcher local runs one process; --runs-per-gpu {resources.runs_per_gpu} needs ray")
+    if share > 1:
+        raise UserError(f"--launcher local runs one process; --runs-per-gpu {share} needs ray")
 
 
 def make_allocation(grid: Grid, resources: Resources, stack: ExitStack) -> Allocation:
@@ -96,8 +97,7 @@ def allocate(
     resources: Resources, *, have_gpus: int, have_cpus: int, precision: str, where: str = "this machine"
 ) -> Allocation:
     """Divide what `where` has among concurrent runs. Raises UserError where there is less than was asked for."""
-    gpus = have_gpus if resources.gpus is None else resources.gpus
-    share = resources.runs_per_gpu
+    gpus, share = have_gpus if resources.gpus is None else resources.gpus, resources.runs_per_gpu
     if gpus > have_gpus:
         have = f"{have_gpus} GPU{'s' * (have_gpus != 1)}" if have_gpus else "no GPU"
         raise UserError(f"--gpus {gpus}: {where} has {have}" + ("; --gpus 0 trains on the CPU" * (not have_gpus)))
@@ -153,9 +153,7 @@ class Session:
             join_cluster(self.stack, None, cpus=cpus, gpus=job.gpus, verbose=resources.verbose)
             self.joined = True
 
-    def launch(
-        self, train: Callable[..., Any], specs: Sequence[RunSpec], **callbacks: Any
-    ) -> Generator[tuple[RunSpec, Any], None, None]:
+    def launch(self, train: Callable[..., Any], specs: Sequence[RunSpec], **callbacks: Any) -> Runs:
         """Launch `train(spec, worker, report)` for each spec; yields (spec, outcome) as `harness.cluster.launch` does.
 
         A Ray cluster of this machine is started at the first call that needs one. `callbacks` are the launcher's.
@@ -167,5 +165,4 @@ class Session:
         self.join()
         at_uri = self.paths.remote and self.resources.address
         storage = join_uri(self.paths.remote, ".ray") if at_uri else self.paths.out / ".ray"
-        runs = launch(train, specs, replace(self.allocation, storage=storage), **callbacks)
-        return cast("Generator[tuple[RunSpec, Any], None, None]", runs)
+        return cast("Runs", launch(train, specs, replace(self.allocation, storage=storage), **callbacks))

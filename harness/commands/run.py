@@ -166,58 +166,44 @@ def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpe
 
 def print_plan(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
     """Print what is planned and what is done; what all runs share stands in a line of its own."""
-    console, finished = prepared.console, prepared.recorder.find_finished(specs)
-    columns: dict[str, list[str]] = {
-        "variant": [spec.variant for spec in specs],
-        "depth": [str(spec.network.depth) for spec in specs],
-        "seed": [str(spec.seed) for spec in specs],
-        "epochs": [str(plan.count_epochs(spec, len(prepared.dataset.train))) for spec in specs],
-        "batch": [str(spec.recipe.batch_size) for spec in specs],
-        "loader": [spec.loader for spec in specs],
-        "precision": [spec.precision for spec in specs],
-        "engine": [spec.engine for spec in specs],
-        "width": [f"{width_of(spec)} on {'GPU' if spec.device == 'cuda' else 'CPU'}" for spec in specs],
-        "set": [
-            " ".join(o for o in spec.overrides if not o.startswith(("epochs=", "batch_size="))) for spec in specs
-        ],
-        "key": [spec.key[:8] for spec in specs],
-        "state": [_state(prepared, spec, spec.key in finished) for spec in specs],
-    }
-    same = {name: values[0] for name, values in columns.items() if name in SHARED and len(set(values)) == 1}
+    console, recorder, dataset = prepared.console, prepared.recorder, prepared.dataset
+    finished = recorder.find_finished(specs)
+    lines = []
+    for spec in specs:
+        state = "resumes" if recorder.partial(spec).is_dir() else "to do"
+        if spec.key in finished:
+            state = f"done{', again by --force' * prepared.options.force}"
+        own = " ".join(text for text in spec.overrides if not text.startswith(("epochs=", "batch_size=")))
+        lines.append({
+            "variant": spec.variant, "depth": spec.network.depth, "seed": spec.seed,
+            "epochs": plan.count_epochs(spec, len(dataset.train)), "batch": spec.recipe.batch_size,
+            "loader": spec.loader, "precision": spec.precision, "engine": spec.engine,
+            "width": f"{width_of(spec)} on {'GPU' if spec.device == 'cuda' else 'CPU'}", "set": own,
+            "key": spec.key[:8], "state": state,
+        })  # fmt: skip
+    columns = {name: [str(line[name]) for line in lines] for name in lines[0]}
+    same = {name: columns.pop(name)[0] for name in SHARED if len(set(columns[name])) == 1}
     done = sum(spec.key in finished for spec in specs)
-    title = f"{len(specs)} run{'s' * (len(specs) != 1)} on {prepared.dataset.label}, {done} of them done already"
+    title = f"{len(specs)} run{'s' * (len(specs) != 1)} on {dataset.label}, {done} of them done already"
     shared = ", ".join(f"{name} {value}" for name, value in same.items() if value)
-    print_columns(
-        {name: values for name, values in columns.items() if name not in same}, console,
-        title=f"{title}\n{shared}", left=("variant", *SHARED[2:], "key", "state"), spare=("key", *reversed(SHARED)),
-    )  # fmt: skip
-
-
-def _state(prepared: _Prepared, spec: RunSpec, finished: bool) -> str:
-    if finished:
-        return "done, again by --force" if prepared.options.force else "done"
-    return "resumes" if prepared.recorder.partial(spec).is_dir() else "to do"
+    left, spare = ("variant", *SHARED[2:], "key", "state"), ("key", *reversed(SHARED))
+    print_columns(columns, console, title=f"{title}\n{shared}", left=left, spare=spare)
 
 
 def check_devices(
     prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpec]
 ) -> tuple[list[RunSpec], list[RunSpec]]:
     """All runs and those to do, with a loader and an engine that work on their devices. Raises RefusedError."""
-    session, recorder = prepared.session, prepared.recorder
+    session, recorder, options = prepared.session, prepared.recorder, prepared.options
     checked = check_first(
-        todo,
-        session.allocation,
-        session.resources,
-        session.paths,
-        prepared.console,
-        skip=prepared.options.no_check,
+        todo, session.allocation, session.resources, session.paths, prepared.console, skip=options.no_check
     )
     recorder.environment |= checked.environment
     recorder.warnings = checked.warnings
     adapted = {spec: checked.adapt(spec) for spec in todo}
-    specs = list(dict.fromkeys(adapted.get(spec, spec) for spec in specs))
-    done = () if prepared.options.force else recorder.find_finished(adapted.values())
-    return specs, plan.pending(dict.fromkeys(adapted.values()), done)
+    todo = list(dict.fromkeys(adapted.values()))
+    done = () if options.force else recorder.find_finished(todo)
+    return list(dict.fromkeys(adapted.get(spec, spec) for spec in specs)), plan.pending(todo, done)
 
 
 # --- training ---

@@ -156,14 +156,9 @@ class Study:
     def add(self, fields: Mapping[str, Any], run: str, key: str) -> Trial:
         """A new trial, running."""
         attributes = {"run": run, "key": key}
-        self._study.add_trial(
-            create_trial(
-                state=TrialState.RUNNING,
-                params=dict(fields),
-                distributions=self.distributions,
-                user_attrs=attributes,
-            )
-        )
+        self._study.add_trial(create_trial(
+            state=TrialState.RUNNING, params=dict(fields), distributions=self.distributions, user_attrs=attributes,
+        ))  # fmt: skip
         self.trials.append(self._read(self._study.get_trials(deepcopy=False)[-1]))
         return self.trials[-1]
 
@@ -215,20 +210,15 @@ class Study:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study = optuna.create_study(sampler=SAMPLERS[self.algorithm](seed=number))
             if self.algorithm != "random":
-                study.add_trials(self._ended())
+                for trial in self._study.get_trials(states=[s for s in TrialState if s != TrialState.RUNNING]):
+                    if trial.state == TrialState.FAIL:
+                        trial = create_trial(
+                            state=TrialState.PRUNED, params=trial.params, distributions=trial.distributions
+                        )
+                    study.add_trial(trial)
             drawn = {d.field: self.distributions[d.field] for d in self.dimensions if d.function != "grid"}
             params = study.ask(drawn).params
         return {d.field: _convert(d, params[d.field]) for d in self.dimensions if d.field in params}
-
-    def _ended(self) -> list[FrozenTrial]:
-        frozen = self._study.get_trials(deepcopy=False)
-        return [
-            create_trial(state=TrialState.PRUNED, params=trial.params, distributions=trial.distributions)
-            if trial.state == TrialState.FAIL
-            else trial
-            for trial in frozen
-            if trial.state != TrialState.RUNNING
-        ]
 
 
 def _distribution(d: Dimension) -> BaseDistribution:
