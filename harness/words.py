@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from harness.models.variants import find_variant, variant_names
+from harness.models.variants import VARIANTS, find_variant
 from harness.spec import UserError
 
 MOST_NUMBERS = 1000  # in a list of seeds
@@ -21,7 +21,7 @@ def parse_words(text: str, what: str = "") -> tuple[str, ...]:
 
 def parse_variants(text: str) -> tuple[str, ...]:
     """ "msra,he2015" -> ("msra", "he2015"); "all": every one."""
-    return variant_names() if text.strip() == "all" else parse_words(text, "--variants")
+    return tuple(VARIANTS) if text.strip() == "all" else parse_words(text, "--variants")
 
 
 def parse_depths(text: str, variants: Sequence[str] = ()) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from records import ENVIRONMENT, make_record
 from harness import cli, plan
 from harness.commands import run
 from harness.commands.repro import make_command, make_repro
-from harness.models.variants import variant_names
+from harness.models.variants import VARIANTS
 from harness.options import ENGINES, RunOptions
 from harness.resources import allocate, fill_from_specs
 from harness.results.store import Stored, fail, finish
@@ -143,7 +143,7 @@ REPEATED: list[dict[str, Any]] = [
     {"settings": ("lr=0.05", "weight_decay=0.0005")},
     {"workers": 8, "precision": "bf16", "loader": "dataloader", "limit_train": 1000},
     {"variants": ("he2015",), "depths": (110,)},
-    *({"variants": (name,), "depths": (), "engine": engine} for name in variant_names() for engine in ENGINES),
+    *({"variants": (name,), "depths": (), "engine": engine} for name in tuple(VARIANTS) for engine in ENGINES),
 ]
 
 

@@ -56,7 +56,7 @@ def make_preset_table(name: str, rows: Sequence[Row]) -> PresetTable:
             f"{'PASS' if met else 'FAIL'}: {row.name} on {row.dataset} is {accuracy:.2f} % accurate after "
             f"{row.duration}, above {preset.least_accuracy:g} % is demanded{beside}"
         )
-    return PresetTable(mine, preset.columns, lines, passed)
+    return PresetTable(mine, tuple(preset.columns), lines, passed)
 
 
 def _cite(entry: Published) -> str:
