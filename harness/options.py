@@ -69,20 +69,14 @@ def fill(group: type[Group], values: Mapping[str, Any]) -> Group:
     return group(**own)
 
 
-def check_count(value: int | None, option: str, *, least: int = 1) -> None:
-    """Raise UserError unless `value` is None or at least `least`."""
-    if value is not None and value < least:
-        raise UserError(f"{option} {value}: at least {least} is allowed")
-
-
 def check_options(group: object) -> None:
     """Raise UserError for a value that its option does not allow."""
     for name, option in options_of(type(group)).items():
-        value = getattr(group, name)
+        value, what = getattr(group, name), option.names[0]
         if option.words and value is not None:
-            check_word(value, option.words, option.names[0])
-        if option.least is not None:
-            check_count(value, option.names[0], least=option.least)
+            check_word(value, option.words, what)
+        if option.least is not None and value is not None and value < option.least:
+            raise UserError(f"{what} {value}: at least {option.least} is allowed")
 
 
 def _parse_settings(texts: list[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from harness.spec import Engine, RunSpec, UserError
 from harness.words import parse_depths
 
 GPU_PRECISIONS = ("tf32", "fp16")
+SHARED = ("dataset", "loader", "precision", "engine", "deterministic", "limit_train", "limit_test")  # with RunSpec
 ANY_IMAGES = ""  # as a given run's fingerprint: those of the data set that is named
 MOST_EPOCHS = 1000  # of a recipe in steps
 
@@ -93,14 +94,8 @@ def override(recipe: Recipe, grid: Grid) -> tuple[Recipe, tuple[str, ...]]:
 
 def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images: int) -> list[RunSpec]:
     """Every run of a grid, each once; seeds outermost, so that a table over all depths and variants is there early."""
-    if grid.specs:
-        specs = [_place(spec, allocation, fingerprint) for spec in grid.specs]
-    else:
-        specs = [
-            _make_spec(grid, name, depth, seed, allocation, fingerprint)
-            for seed in grid.seeds
-            for name, depth in grid_networks(grid)
-        ]
+    named = ((name, depth, seed) for seed in grid.seeds for name, depth in grid_networks(grid))
+    specs = [_place(spec, allocation, fingerprint) for spec in grid.specs or _make_specs(grid, named)]
     for spec in specs:
         if spec.limit_train is not None and spec.limit_train > train_images:
             raise UserError(f"--limit-train {spec.limit_train}: {grid.dataset} has {train_images} training images")
@@ -118,26 +113,24 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
     return list(dict.fromkeys(specs))
 
 
-def _make_spec(grid: Grid, name: str, depth: int, seed: int, allocation: Allocation, fingerprint: str) -> RunSpec:
-    variant, settings = apply(find_variant(name)(depth), grid.settings)
+def _make_specs(grid: Grid, named: Iterable[tuple[str, int, int]]) -> Iterator[RunSpec]:
+    """The runs of variants, depths and seeds, not placed yet."""
+    shared = {name: getattr(grid, name) for name in SHARED}
+    for name, depth, seed in named:
+        variant = find_variant(name)(depth)
+        spec = RunSpec(variant=name, network=variant.network, recipe=variant.recipe, seed=seed,
+                       fingerprint=ANY_IMAGES, device="cpu", **shared)  # fmt: skip
+        yield _change(spec, grid)
+
+
+def _change(spec: RunSpec, grid: Grid) -> RunSpec:
+    """The run with a grid's settings, epochs, batch size, batch norm and validation images."""
+    variant = Variant(name=spec.variant, network=spec.network, recipe=spec.recipe, summary="", source="")
+    variant, settings = apply(variant, grid.settings)
     recipe, changed = override(variant.recipe, grid)
-    return RunSpec(
-        variant=name,
-        network=variant.network,
-        recipe=recipe,
-        overrides=settings + changed,
-        dataset=grid.dataset,
-        fingerprint=fingerprint,
-        limit_train=grid.limit_train,
-        limit_test=grid.limit_test,
-        loader=grid.loader,
-        precision=grid.precision,  # type: ignore[arg-type]
-        engine=choose_engine(grid.engine, allocation.device),
-        deterministic=grid.deterministic,
-        device=allocation.device,
-        workers=allocation.workers,
-        seed=seed,
-    )
+    names = {text.partition("=")[0] for text in settings + changed}
+    kept = tuple(text for text in spec.overrides if text.partition("=")[0] not in names)
+    return replace(spec, network=variant.network, recipe=recipe, overrides=kept + settings + changed)
 
 
 def _place(spec: RunSpec, allocation: Allocation, fingerprint: str) -> RunSpec:
@@ -158,18 +151,9 @@ def _change_specs(grid: Grid, given: Collection[str]) -> Grid:
     datasets = list(dict.fromkeys([grid.dataset] if "dataset" in given else [spec.dataset for spec in grid.specs]))
     if len(datasets) > 1:
         raise UserError(f"--spec: runs on {' and on '.join(datasets)}; a command trains on one data set")
-    own = ("dataset", "loader", "precision", "engine", "deterministic", "limit_train", "limit_test")
-    fixed = {name: getattr(grid, name) for name in own if name in given}
+    fixed = {name: getattr(grid, name) for name in SHARED if name in given}
     fixed |= {"fingerprint": ANY_IMAGES} if "dataset" in given else {}
-    specs = []
-    for spec in grid.specs:
-        variant = Variant(name=spec.variant, network=spec.network, recipe=spec.recipe, summary="", source="")
-        variant, settings = apply(variant, grid.settings)
-        recipe, changed = override(variant.recipe, grid)
-        names = {text.partition("=")[0] for text in settings + changed}
-        kept = tuple(text for text in spec.overrides if text.partition("=")[0] not in names)
-        overrides = kept + settings + changed
-        specs.append(replace(spec, network=variant.network, recipe=recipe, overrides=overrides, **fixed))
+    specs = [replace(_change(spec, grid), **fixed) for spec in grid.specs]
     seeds = grid.seeds if "seeds" in given else ()
     specs = [replace(spec, seed=seed) for seed in seeds for spec in specs] or specs
     precision = max((spec.precision for spec in specs), key=lambda p: p in GPU_PRECISIONS)

@@ -119,7 +119,11 @@ class _Line:
         return self.last.epoch if self.last else 0
 
 
-FIGURES = ("epoch", "loss", "error %", "s/epoch")  # never cut off
+COLUMNS = ("run", "epoch", "bar", "loss", "error %", "s/epoch", "left", "")  # of runs; the last one: a note
+FIGURES, LEFT = (
+    ("epoch", "loss", "error %", "s/epoch"),
+    ("run", "epoch", "bar", ""),
+)  # never cut off; aligned to the left
 STYLES = {"done": "green", "finished": "green", "failed": "red", "waiting": "dim", "pruned": "dim"}
 
 
@@ -178,8 +182,8 @@ class Progress(LiveTable):
             again = f"attempt {event.attempt}: {event.reason}" if event.reason else ""
             line.state, line.note = "starting", "; ".join(filter(None, [width, again]))
             if again:
-                with_width = " with " * bool(width) + width
-                self.say(f"{spec.title}: {event.reason}; trying again ({event.attempt}){with_width}")
+                width = width and f" with {width}"
+                self.say(f"{spec.title}: {event.reason}; trying again ({event.attempt}){width}")
             else:
                 self.log(f"{spec.title}: starting")
         elif isinstance(event, Waiting):
@@ -211,30 +215,21 @@ class Progress(LiveTable):
         """Seconds, by the median epoch so far; of a run that has not begun, by runs of the same network."""
         if line.state in ("done", "failed"):
             return 0.0
-        like = [
-            other
-            for other in self.lines.values()
-            if (other.spec.network, other.spec.recipe) == (line.spec.network, line.spec.recipe)
-        ]
+        net = (line.spec.network, line.spec.recipe)
+        like = [other for other in self.lines.values() if (other.spec.network, other.spec.recipe) == net]
         seconds = line.seconds or [seconds for other in like for seconds in other.seconds]
         return (line.epochs - line.done) * statistics.median(seconds) if seconds else None
 
     def render(self) -> Group:
         """The runs that fit on the screen. Figures are whole; the other columns get what is left beside them."""
         ranks = {"training": 0, "starting": 0, "failed": 1, "waiting": 2}
-        lines = list(self.lines.values())
-        shown, width = self.fit(lines, lambda line: ranks.get(line.state, 3)), self.console.width
-        names = (
-            ("run", "epoch", "bar", "loss", "error %", "s/epoch", "left", "") if width >= 60 else ("run", *FIGURES)
-        )
-        table = Table(box=None, pad_edge=False, padding=(0, 2 if width >= 60 else 1, 0, 0))
+        lines, wide = list(self.lines.values()), self.console.width >= 60
+        shown = self.fit(lines, lambda line: ranks.get(line.state, 3))
+        names = COLUMNS if wide else ("run", *FIGURES)
+        table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0))
         for name in names:
-            words = name in ("run", "bar", "")
-            table.add_column(
-                name.replace("bar", ""),
-                no_wrap=name in FIGURES,
-                justify="left" if words or name == "epoch" else "right",
-            )
+            justify: Literal["left", "right"] = "left" if name in LEFT else "right"
+            table.add_column(name.replace("bar", ""), no_wrap=name in FIGURES, justify=justify)
         for line in shown:
             last = line.last
             cells = {
@@ -246,11 +241,12 @@ class Progress(LiveTable):
                 "left": clock(self._left(line)) if line.state == "training" else line.state,
                 "": line.note,
             }
-            bar = ProgressBar(total=line.epochs, completed=line.done, width=24 if width >= 100 else 10)
-            texts = {name: Text(cell, no_wrap=True, overflow="ellipsis") for name, cell in cells.items()}
-            table.add_row(
-                *(bar if name == "bar" else texts[name] for name in names), style=STYLES.get(line.state, "")
+            bar = ProgressBar(
+                total=line.epochs, completed=line.done, width=24 if self.console.width >= 100 else 10
             )
+            shapes = {name: Text(cell, no_wrap=True, overflow="ellipsis") for name, cell in cells.items()}
+            row = [bar if name == "bar" else shapes[name] for name in names]
+            table.add_row(*row, style=STYLES.get(line.state, ""))
         ended = sum(line.state in ("done", "failed") for line in lines)
         lefts = [left for line in lines if (left := self._left(line)) is not None]
         total = clock(sum(lefts) / self.concurrent_runs) if len(lefts) == len(lines) else "?"

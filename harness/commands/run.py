@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import resource
 import sys
 from collections import Counter
@@ -61,7 +60,7 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
 
     Raises UserError, before anything is started or written, for whatever cannot work.
     """
-    check_options(grid, options)
+    goal = check_options(grid, options)
     if options.format == "jsonl":
         console = Console(stderr=True)  # standard output is for programs
     out, remote = plan.open_out(options.out, write=not options.dry_run)
@@ -88,7 +87,6 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             _name_other_code(recorder, console)
             _advise_on_batch_norm(todo, console)
             session = Session(allocation, resources, paths, stack)
-            goal = until_ci.make_goal(options.until_ci, options.max_seeds, len(grid.seeds))
             prepared = _Prepared(options, console, session, dataset, recorder, goal)
             if goal is not None:
                 for line in until_ci.forecast(goal, until_ci.known_errors(recorder, specs), dataset):
@@ -114,17 +112,16 @@ def _name_other_code(recorder: Recorder, console: Console) -> None:
         say(console, f"{runs} run{'s' * (runs != 1)} done already, by {code}; --force trains again")
 
 
-def check_options(grid: Grid, options: RunOptions) -> None:
-    """Every check that needs neither data nor devices. Raises UserError."""
+def check_options(grid: Grid, options: RunOptions) -> Goal | None:
+    """Every check that needs neither data nor devices; the goal of --until-ci. Raises UserError."""
     plan.check_grid(grid)
     check_resources(options)
-    until_ci.make_goal(options.until_ci, options.max_seeds, len(grid.seeds))
-    if options.estimate or options.profile:
-        names = ("--estimate", "--profile", "--dry-run", "--format jsonl")
-        chosen = (options.estimate, options.profile, options.dry_run, options.format == "jsonl")
-        probe, *others = itertools.compress(names, chosen)
-        if others:
-            raise UserError(f"{probe} and {others[0]} exclude each other: {probe} probes and prints a table")
+    probes = {"--estimate": options.estimate, "--profile": options.profile}
+    others = probes | {"--dry-run": options.dry_run, "--format jsonl": options.format == "jsonl"}
+    if any(probes.values()) and sum(others.values()) > 1:
+        probe, other, *_ = (name for name, given in others.items() if given)
+        raise UserError(f"{probe} and {other} exclude each other: {probe} probes and prints a table")
+    return until_ci.make_goal(options.until_ci, options.max_seeds, len(grid.seeds))
 
 
 # --- before training ---

@@ -51,13 +51,12 @@ class Prepared:
 
     def make_spec(self, point: Mapping[str, Any], **changes: Any) -> RunSpec:
         """The run of one point. Raises UserError where it cannot be one."""
-        return make_trial_spec(
-            make_trial_grid(replace(self.search, **changes), point), self.allocation, self.dataset
-        )
+        return make_trial_spec(replace(self.search, **changes), point, self.allocation, self.dataset)
 
 
-def make_trial_spec(grid: Grid, allocation: Allocation, dataset: Dataset) -> RunSpec:
-    (spec,) = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
+def make_trial_spec(search: Search, point: Mapping[str, Any], allocation: Allocation, dataset: Dataset) -> RunSpec:
+    grid, images = make_trial_grid(search, point), len(dataset.train)
+    (spec,) = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
     return spec
 
 

@@ -138,11 +138,9 @@ def _check(search: Search) -> tuple[Dimension, ...]:
         raise UserError(
             "--metric epoch_seconds: runs that share a GPU slow each other down; leave --runs-per-gpu out"
         )
-    plan.check_grid(make_trial_grid(search, {}))
-    for dimension in dimensions:
-        if dimension.field == "depth":
-            for depth in finite_values(dimension) or ():
-                plan.check_grid(make_trial_grid(search, {"depth": depth}))
+    depths = [depth for d in dimensions if d.field == "depth" for depth in finite_values(d) or ()]
+    for point in ({}, *({"depth": depth} for depth in depths)):
+        plan.check_grid(make_trial_grid(search, point))
     return dimensions
 
 
@@ -166,9 +164,7 @@ def _prepare(
     search = replace(search, val=val, gpus=allocation.gpus, workers=allocation.workers)
     total = count_trials(dimensions, search.samples)
     allocation = _allocate_trials(allocation, search, total)
-    specs = [
-        make_trial_spec(make_trial_grid(search, point), allocation, dataset) for point in _corners(dimensions)
-    ]
+    specs = [make_trial_spec(search, point, allocation, dataset) for point in _corners(dimensions)]
     plan.check_epochs(specs, len(dataset.train))
     checked = check_first(specs, allocation, resources, paths, console, skip=options.no_check)
     if (adapted := checked.adapt(specs[0])) != specs[0]:
