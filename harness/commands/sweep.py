@@ -16,7 +16,7 @@ from harness.commands.study import Study
 from harness.options import Grid, Search, fill
 from harness.progress import TrialTable, describe_trial
 from harness.record import Recorder, classify, lock_run, name_of
-from harness.results.store import finished_dir, load_epochs, write_atomic
+from harness.results.store import load_epochs, write_atomic
 from harness.results.sweeps import TRIALS, State, Sweep, Trial
 from harness.results.values import EpochMetrics, Pruned, RunResult
 from harness.selfcheck import Checked
@@ -168,7 +168,7 @@ class SweepTrials:
         result = self.recorder.find_finished([spec]).get(spec.key)
         if result is None:
             return False
-        rows = load_epochs(finished_dir(self.prepared.paths.out, trial.run))
+        rows = load_epochs(self.prepared.paths.out / trial.run)
         for i in range(len(rows)):
             self._report(trial, rows[: i + 1])
         self._end(trial, "finished", measure_run(result, rows, self.metric), "was done already")
