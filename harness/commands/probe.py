@@ -116,11 +116,6 @@ def print_outcomes(
         say(console, line)
 
 
-def warn(message: str) -> None:
-    """Say what a run would record among its warnings."""
-    warnings.warn(message, stacklevel=2)
-
-
 def train_steps(trainer: Trainer, epoch: int, steps: int) -> EpochMetrics:
     """Train up to `steps` steps of an epoch."""
     return run_steps(trainer, epoch=epoch, steps=min(steps, trainer.loader.steps))
@@ -177,7 +172,7 @@ def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, pat
     device, loader, test_loader = prepared.device, prepared.train_loader, prepared.test_loader
     with (
         deterministic_algorithms(spec), closing(prepared), closing(EpochTelemetry(device)) as telemetry,
-        closing(make_trainer(prepared, warn, meter)) as trainer,
+        closing(make_trainer(prepared, warnings.warn, meter)) as trainer,
     ):  # fmt: skip
         train_steps(trainer, 0, WARMUP_STEPS)
         setup_seconds = worker.launch_seconds + time.perf_counter() - entered_at
@@ -248,8 +243,7 @@ def print_estimate(outcomes: Outcomes, todo: Sequence[RunSpec], concurrent_runs:
         say(console, note)
     steps = "/".join(str(n) for n in sorted({one.steps for one in predicted.values()})) or "no"
     about = (
-        f"from {steps} training steps after warm-up and {EVAL_BATCHES} evaluation batches or fewer, one seed each; "
-        "GPU-h and kJ (while training) are of all runs of a line, memory in MiB of one worker; runs done are not counted"
+        f"from {steps} steps after warm-up of one seed; GPU-h and kJ are of all runs of a line, MiB of one worker"
     )
     say(console, about, style="dim")
 
@@ -302,14 +296,14 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
             raise ValueError("an epoch of one step is too short to profile")
         # several ranks' gradients are summed after backward here, not by DDP inside it, where they hide behind it
         step, clock = make_step(prepared, ddp=False), StepClock(device)
-        plain = Engine([("eager", Direct(step))], step.snapshot, warn)
+        plain = Engine([("eager", Direct(step))], step.snapshot, warnings.warn)
         images = len(prepared.data.train)
         by_parts = Trainer(step, plain, plain, prepared.network, loader, images, device, Watchdog(device))
         train_steps(by_parts, 0, WARMUP_STEPS)
         step.mark = clock.mark
         train_steps(by_parts, 1, STEPS)
         parts = clock.read()
-        with closing(make_trainer(prepared, warn)) as trainer:
+        with closing(make_trainer(prepared, warnings.warn)) as trainer:
             train_steps(trainer, 2, WARMUP_STEPS)
             metrics = train_steps(trainer, 3, STEPS)
     took = [sum(step) for step in zip(*parts.values(), strict=True)]
@@ -334,8 +328,7 @@ def print_profile(outcomes: Outcomes, console: Console) -> None:
 
     print_outcomes(outcomes, columns, lines, console, " · milliseconds of a step")
     about = (
-        "data: from the last step's end until its batch is there. Parts by eager kernels, which add up to the sum: the mean "
-        f"of the middle half of up to {STEPS} steps after warm-up, of the slowest rank; all-reduce after backward, where DDP "
-        f"would hide it. {columns[-1]}: a step as runs take it"
+        f"the middle half of {STEPS} steps of the slowest rank, by eager kernels; data: from the last step's end until its "
+        f"batch is there; all-reduce after backward, where DDP would hide it. {columns[-1]}: a step as runs take it"
     )
     say(console, about, style="dim")
