@@ -206,6 +206,13 @@ def test_a_width_that_cannot_be_is_refused(elastic: int, says: str) -> None:
         fallback_world_sizes(elastic, wide(8))
 
 
+def test_a_grid_is_the_same_from_words_and_from_values() -> None:
+    words = {"variants": "msra,he2015", "depths": "20..32", "seeds": "2", "settings": ["lr=0.05"], "epochs": 9}
+    values = {"variants": ("msra", "he2015"), "depths": (20, 26, 32), "seeds": (0, 1), "settings": {"lr": 0.05}}
+    assert make_grid(words) == make_grid(values | {"epochs": 9})
+    assert make_grid({"preset": "cfmz", "depths": "8"}).networks == (("msra", 8),)
+
+
 # --- --spec ---
 
 

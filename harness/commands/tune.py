@@ -25,7 +25,7 @@ from harness.commands.study import Study, count_trials
 from harness.commands.sweep import Prepared, SweepTrials, make_trial_grid, make_trial_spec
 from harness.deadline import stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
-from harness.options import Resources, Search, TuneOptions, check_options, fill
+from harness.options import Resources, Search, TuneOptions, check_options, fill, options_of
 from harness.progress import TrialTable, describe_trial, load_data, say
 from harness.record import describe_code, lock_file, name_of
 from harness.resources import Session, check_resources, make_allocation
@@ -153,9 +153,8 @@ def _prepare(
     allocation = make_allocation(make_trial_grid(search, {}), resources, stack)
     dataset = load_data(search.dataset, paths, console)
     if search.metric == "top5_error" and dataset.num_classes <= 10:
-        raise UserError(
-            f"--metric top5_error: {search.dataset} has {dataset.num_classes} classes, too few for a top-5"
-        )
+        classes = f"{search.dataset} has {dataset.num_classes} classes"
+        raise UserError(f"--metric top5_error: {classes}, too few for a top-5")
     # what was left to the machine and the data is fixed for a sweep that is resumed
     function = find_variant(search.variant)
     depth = default_depth(function) if search.depth is None else search.depth
@@ -238,10 +237,8 @@ def _load_search(folder: Path, search: Search, given: Collection[str]) -> Search
         raise UserError(f"--resume {folder.name}: {SWEEP} is broken: {error}") from None
     for name, old in asdict(before).items():
         if name in given and getattr(search, name) != old and name != "data_dir":
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"{option}: sweep {folder.name} was begun with {old}, and continues with that: leave it out"
-            )
+            begun = f"sweep {folder.name} was begun with {old}, and continues with that"
+            raise UserError(f"{options_of(Search)[name].names[0]}: {begun}: leave it out")
     return replace(before, data_dir=search.data_dir) if "data_dir" in given else before
 
 
@@ -264,21 +261,13 @@ def _print_sweep(prepared: Prepared, sweep: Sweep, console: Console) -> None:
     headers = ["trial", "state", "epochs", sweep.heading, *names, "seconds", ""]
     sheet = Sheet(headers, [True, False, *[True] * (len(names) + 3), False], cells)
     width = console.width if console.is_terminal else max(console.width, sheet.width)
-    lines = [
-        f"\n{len(ranked)} trials of {sweep.variant} on {sweep.dataset}, best first",
-        "",
-        *for_terminal(sheet, width),
-    ]
-    lines.append(
-        f"\nseconds: of training and evaluation. {sweep.judged_by}; of pruned and failed trials as far as they came"
-    )
+    title = f"\n{len(ranked)} trials of {sweep.variant} on {sweep.dataset}, best first"
+    reach = f"{sweep.judged_by}; of pruned and failed trials as far as they came"
+    lines = [title, "", *for_terminal(sheet, width), f"\nseconds: of training and evaluation. {reach}"]
     for one in sweep.importances:
-        lines.append(
-            f"\nimportance for the {sweep.heading} at epoch {one.epoch} of {sweep.epochs} ({one.heading}):"
-        )
-        lines += [
-            f"  {item.field:<16} {item.value:.2f}  p = {item.p or 1:.3f}  {item.sign}" for item in one.fields
-        ]
+        at = f"at epoch {one.epoch} of {sweep.epochs} ({one.heading})"
+        lines.append(f"\nimportance for the {sweep.heading} {at}:")
+        lines += [f"  {x.field:<16} {x.value:.2f}  p = {x.p or 1:.3f}  {x.sign}" for x in one.fields]
     if finished := [trial for trial in ranked if trial.state == "finished"]:
         lines.append("\nbest:")
         lines += [f"  {trial.value:.4g}  {describe_trial(trial)}  ({trial.run})" for trial in finished[:3]]
