@@ -30,6 +30,7 @@ from harness.cluster.job import Entered, Started
 from harness.cluster.nodes import Cluster, Node
 from harness.commands import run
 from harness.loaders.datasets import load_dataset
+from harness.options import Grid, RunOptions
 from harness.record import Recorder
 
 NODES, GPUS_PER_NODE, CPUS_PER_NODE = 64, 8, 64
@@ -90,10 +91,8 @@ def main() -> int:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     load_dataset("digits")
     seeds = tuple(range(-(-options.runs // (len(DEPTHS) * len(VARIANTS)))))
-    grid = plan.Grid(
-        variants=VARIANTS, depths=DEPTHS, seeds=seeds, dataset="digits", loader="resident", epochs=EPOCHS
-    )
-    choice = run.RunOptions(
+    grid = Grid(variants=VARIANTS, depths=DEPTHS, seeds=seeds, dataset="digits", loader="resident", epochs=EPOCHS)
+    choice = RunOptions(
         out=str(options.out),
         gpus=NODES * GPUS_PER_NODE,
         workers=GPUS_PER_NODE,
