@@ -46,7 +46,7 @@ def make_preset_table(name: str, rows: Sequence[Row]) -> PresetTable:
     for row in mine:
         if preset.least_accuracy is None or row.error is None:
             continue
-        accuracy = 100 - row.error.mean
+        accuracy = 100 - row.error
         met = accuracy > preset.least_accuracy
         passed &= met
         published = find_published(preset.dataset, row.variant, row.depth)
