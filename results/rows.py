@@ -16,7 +16,7 @@ from typing import Any
 from harness.results.identity import SPLIT, conditions, surroundings
 from harness.results.metrics import METRICS, NONE, UNKNOWN, Figure
 from harness.results.published import Published, find_published
-from harness.results.statistics import Sample, mean
+from harness.results.statistics import mean
 from harness.results.store import Interrupted, Stored, collector_paused
 from harness.results.values import Prediction, RunResult, Timing, flatten, setting
 from harness.results.verdict import MIN_SEEDS, Against, adjust, compare
@@ -62,9 +62,9 @@ class Row:
         return [stored.record.result for stored in self.done if stored.record.result is not None]
 
     @property
-    def error(self) -> Sample | None:
+    def error(self) -> float | None:
         """Of the last epoch, in percent."""
-        return self.figures.get("error", UNKNOWN).sample
+        return self.figures.get("error", UNKNOWN).value
 
     @property
     def epoch_seconds(self) -> float | None:
@@ -85,7 +85,7 @@ class Row:
     def best_minus_last(self) -> float | None:
         """Points by which the error falls where the epoch is chosen on the evaluated images; at most 0."""
         best, last = self.figures.get("best_error", UNKNOWN).value, self.error
-        return None if best is None or last is None else best - last.mean
+        return None if best is None or last is None else best - last
 
     @property
     def duration(self) -> str:

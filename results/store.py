@@ -202,10 +202,11 @@ def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] | None = No
 
     Never raises for a folder's contents: one that is no run, or whose record is broken, half-written, wrongly edited or
     of another schema version, becomes a Problem. A copy of a run that was read before (same key, same instant) is
-    skipped. Records come without their epochs: `load_epochs(folder)`.
+    skipped, and so is a folder of other results. Records come without their epochs: `load_epochs(folder)`.
     """
     loaded = Loaded([], [], [])
     seen: set[tuple[str, datetime]] = set()
+    others: list[Path] = []  # folders of results inside one
     for folder in _folders(paths, loaded.problems):
         if known and folder in known:
             loaded.records.append(known[folder])
@@ -218,12 +219,17 @@ def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] | None = No
         except FileNotFoundError:
             if folder.name.endswith(PARTIAL):
                 loaded.interrupted.append(_interrupted(folder))
+            elif any(inner.suffix == PARTIAL or (inner / RECORD).exists() for inner in folder.iterdir()):
+                others.append(folder)
             else:
                 loaded.problems.append(Problem(folder, f"no run: it has no {RECORD}"))
         except OSError as error:
             loaded.problems.append(Problem(folder, f"{RECORD} cannot be read: {error.strerror}"))
         except ValidationError as error:
             loaded.problems.append(Problem(folder, f"{RECORD} is broken: {first_error(error)}"))
+    if not loaded.records and not loaded.interrupted:
+        hint = "it holds results of its own: give this folder"
+        loaded.problems.extend(Problem(folder, hint) for folder in others)
     return loaded
 
 

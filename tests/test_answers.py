@@ -131,7 +131,7 @@ def test_report_sorts_chooses_columns_and_writes_a_file(runs: Path, capsys: Any)
 def test_why_by_name_and_by_number(runs: Path, capsys: Any) -> None:
     code, by_name, _ = harness(f"why msra-20 {runs}/a", capsys)
     assert code == 0
-    for words in ("error 7.90 ± 0.10", "seed 3 failed: OOM", "loader = dali"):
+    for words in ("error % 7.90 ± 0.10", "seed 3 failed: OOM", "loader = dali"):
         assert words in by_name
     assert harness(f"why 1 {runs}/a", capsys)[1] == by_name
     assert harness(f"why 2 {runs}/a", capsys)[1].startswith("msra-32")

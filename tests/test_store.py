@@ -239,6 +239,18 @@ def test_every_broken_folder_is_named_and_the_rest_is_read(tmp_path: Path) -> No
         assert "\n" not in str(problem)
 
 
+def test_a_folder_of_results_inside_another_is_no_broken_run(tmp_path: Path) -> None:
+    """As `make quickstart` makes runs/quickstart: passed over in silence, and named where there is nothing else."""
+    inner = store.finish(tmp_path / "quickstart", make_record(1))
+    store.start(tmp_path / "begun", "x_s0_1", {})
+    (first, second) = store.load_records([tmp_path]).problems
+    assert str(second) == f"{inner.parent}: it holds results of its own: give this folder"
+    assert first.path == tmp_path / "begun"
+    outer = store.finish(tmp_path, make_record(0))
+    loaded = store.load_records([tmp_path])
+    assert ([s.folder for s in loaded.records], loaded.problems) == ([outer], [])
+
+
 def test_any_mixture_of_paths_gives_each_run_once(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     first = store.finish(here, make_record(0))

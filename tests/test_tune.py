@@ -300,7 +300,7 @@ def test_a_stopped_run_is_shown_and_averaged_with_nothing(tmp_path: Path) -> Non
     assert [s.record.key for s in loaded.records if s.record.status == "done"] == [make_record(0).key]
     (row,) = summarise(loaded.records)
     assert row.error is not None
-    assert (row.error.n, row.error.mean, len(row.done), len(row.pruned)) == (1, 8.3, 1, 1)
+    assert (row.figures["error"].n, row.error, len(row.done), len(row.pruned)) == (1, 8.3, 1, 1)
     text = render([row], "markdown")
     assert "1 of 2" in text
     assert "seed 1 was pruned at 3 of 30 epochs by a search" in text
