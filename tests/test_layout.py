@@ -102,11 +102,6 @@ def functions(module: str) -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctio
 NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
-def is_command(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether typer makes a command of it: its parameters are the command's options."""
-    return any(ast.unparse(decorator).startswith("app.command(") for decorator in function.decorator_list)
-
-
 def lines_of(path: Path) -> int:
     """As `wc -l` counts."""
     return path.read_bytes().count(b"\n")
@@ -136,13 +131,13 @@ def test_no_function_is_too_long() -> None:
     assert not long, ranked(long)
 
 
-def test_no_function_but_a_command_has_many_parameters() -> None:
+def test_no_function_has_many_parameters() -> None:
     many = {}
     for module in modules():
         for name, function in functions(module):
             arguments = function.args
             parameters = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
             count = len([one for one in parameters if one.arg not in ("self", "cls")])
-            if count > MOST_PARAMETERS and not is_command(function):
+            if count > MOST_PARAMETERS:
                 many[name] = count
     assert not many, ranked(many)
