@@ -33,8 +33,8 @@ from harness.results.metrics import NONE, figures
 from harness.results.store import keep_prediction
 from harness.results.values import Measurement, Prediction
 from harness.spec import RunPaths, RunSpec
-from harness.training.engine import Direct, Engine
-from harness.training.memory import MemoryMeter, largest
+from harness.training.engine import Engine, Way
+from harness.training.memory import largest
 from harness.training.optim import total_steps
 from harness.training.setup import Trainer, make_step, make_trainer, prepare
 from harness.training.step import deterministic_algorithms, synchronize
@@ -108,7 +108,7 @@ def train_steps(
     trainer: Trainer, loader: Loader, epoch: int, steps: int, queue: int = QUEUE_STEPS
 ) -> tuple[float, Part]:
     """Train up to `steps` steps of an epoch. Returns the seconds they took, and the part of the loader."""
-    trainer.loader = part = Part(loader, steps, trainer.device, queue)
+    trainer.loader = part = Part(loader, steps, trainer.run.device, queue)
     return run_steps(trainer, epoch=epoch, steps=part.steps).train_seconds, part
 
 
@@ -186,19 +186,20 @@ def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, pat
     gc.collect()
     if worker.device != "cpu":
         torch.cuda.empty_cache()  # of an earlier probe in this process
-    meter = MemoryMeter(torch.device(worker.device))
-    prepared = prepare(spec, worker, paths, meter)
+    prepared = prepare(spec, worker, paths)
     device, loader, eval_loader = prepared.device, prepared.train_loader, prepared.eval_loader
-    with deterministic_algorithms(spec), contextlib.closing(prepared):
-        telemetry = EpochTelemetry(device)
+    with (
+        deterministic_algorithms(spec),
+        contextlib.closing(prepared),
+        contextlib.closing(EpochTelemetry(device)) as telemetry,
+    ):
         eval_part = Part(eval_loader, EVAL_BATCHES, device)
         eval_images = eval_part.images()
-        with meter.category("NCCL"):
-            trainer = make_trainer(prepared, warn)
+        trainer = make_trainer(prepared, warn)
         train_steps(trainer, loader, 0, WARMUP_STEPS)
         setup_seconds = worker.launch_seconds + time.perf_counter() - entered_at
         run_eval(trainer, eval_part, eval_images)
-        meter.reset()
+        prepared.meter.reset()
         telemetry.start()
         queue, steps = count_steps(loader)
         seconds, part = train_steps(trainer, loader, 1, steps, queue)
@@ -208,17 +209,16 @@ def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, pat
         run_eval(trainer, eval_part, eval_images)
         eval_steps = eval_loader.steps + (prepared.test_loader.steps if prepared.test_loader else 0)
         eval_seconds = (time.perf_counter() - evaluating_at) * eval_steps / max(1, eval_part.steps)
-        meter.sample()
-        memory = largest(gather(meter.read(prepared.network, prepared.optimizer, trainer.graphs)))
+        memory = largest(gather(trainer.measure_memory()))
 
     if device.type == "cpu":
         energy = Measurement(value=None, reason="no GPU was used")
-    elif reading.joules is None:
+    elif reading.energy_joules is None:
         energy = Measurement(value=None, reason="NVML does not count this GPU's energy")
     elif seconds < ENERGY_SECONDS:
         energy = Measurement(value=None, reason=f"{part.steps} steps are too short for NVML's energy counter")
     else:
-        energy = Measurement(value=reading.joules * loader.steps / part.steps)
+        energy = Measurement(value=reading.energy_joules * loader.steps / part.steps)
     values = spec.to_json()
     del values["seed"]
     return Prediction(
@@ -397,9 +397,8 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
             raise ValueError("an epoch of one step is too short to profile")
         # several ranks' gradients are summed after backward here, not by DDP inside it, where they hide behind it
         step, clock = make_step(prepared, ddp=False), StepClock(device)
-        plain = Engine([("eager", Direct(step))], step.snapshot, warn)
-        images = len(prepared.data.train)
-        by_parts = Trainer(step, plain, plain, prepared.network, loader, images, device, Watchdog(device))
+        plain = Engine([Way("eager", step)], warn)
+        by_parts = Trainer(prepared, step, plain, plain, loader, Watchdog(device))
         train_steps(by_parts, loader, 0, WARMUP_STEPS)
         step.mark = clock.mark
         train_steps(by_parts, loader, 1, STEPS)
@@ -411,7 +410,7 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
     # of all parts the same steps, or they would not add up
     middle = sorted(range(len(took)), key=took.__getitem__)[len(took) // 4 : len(took) - len(took) // 4]
     means = {name: statistics.fmean(parts[name][step] for step in middle) for name in PARTS if name in parts}
-    own = Breakdown(means, sum(means.values()), 1000 * seconds / part.steps, trainer.engine.name)
+    own = Breakdown(means, sum(means.values()), 1000 * seconds / part.steps, trainer.engine.way.name)
     ranks = gather(own)
     slowest = max(ranks, key=lambda rank: rank.eager_ms)
     return replace(slowest, engine_ms=max(rank.engine_ms for rank in ranks))

@@ -32,7 +32,6 @@ from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingP
 from harness.models.variants import Variant, find_variant
 from harness.results.values import EpochMetrics
 from harness.spec import Engine, Precision, RunSpec
-from harness.training.memory import MemoryMeter
 from harness.training.setup import Data, Prepared, Trainer, assemble, make_trainer
 from harness.training.step import deterministic_algorithms, sum_gradients, synchronize
 from harness.training.telemetry import gather
@@ -113,21 +112,19 @@ def make_spec(worker: Worker, **changes: Any) -> RunSpec:
     return replace(spec, **changes)
 
 
-def start(
-    worker: Worker, stack: ExitStack, meter: MemoryMeter | None = None, **changes: Any
-) -> tuple[Prepared, Trainer]:
+def start(worker: Worker, stack: ExitStack, **changes: Any) -> tuple[Prepared, Trainer]:
     """A run before its first step, until the stack closes. Raises RuntimeError where its engine does not work."""
     split, given_up = make_split(), list[str]()
     data = Data(split, split, split, "test")
     spec = make_spec(worker, **changes)
     stack.enter_context(deterministic_algorithms(spec))
-    prepared = assemble(spec, data, worker, num_classes=CLASSES, flip=True, meter=meter)
+    prepared = assemble(spec, data, worker, num_classes=CLASSES, flip=True)
     stack.enter_context(closing(prepared))
     if worker.world_size > 1 or dist.is_initialized():  # the statistics of a batch are those of a rank's share
         for module in prepared.network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-    trainer = stack.enter_context(closing(make_trainer(prepared, given_up.append, meter)))
+    trainer = stack.enter_context(closing(make_trainer(prepared, given_up.append)))
     if given_up:
         raise RuntimeError(given_up[0])
     return prepared, trainer
@@ -258,11 +255,10 @@ def check_resume(bench: Bench) -> Figure:
 
 def check_memory(bench: Bench) -> Figure:
     """What the categories do not account for is little of what the driver counts."""
-    meter = MemoryMeter(torch.device(bench.worker.device))
     with ExitStack() as stack:
-        prepared, trainer = start(bench.worker, stack, meter, engine="graph" if bench.on_gpu else "eager")
+        _, trainer = start(bench.worker, stack, engine="graph" if bench.on_gpu else "eager")
         train_epochs(trainer, last=2)
-        memory = meter.read(prepared.network, prepared.optimizer, trainer.graphs).by_category_mib
+        memory = trainer.measure_memory().by_category_mib
     return judge_memory(memory, on_gpu=bench.on_gpu)
 
 
