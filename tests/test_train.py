@@ -192,17 +192,11 @@ def rewrite(path: Path, **changes: Any) -> None:
     torch.save(torch.load(path, weights_only=True) | changes, path)
 
 
-def to_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
 DAMAGES: dict[str, Any] = {
     "checksum": flip,
     "not those of this run": lambda path: torch.save({"key": spec().key, "network": {}}, path),
     "valid": lambda path: rewrite(path, history=[]),  # "Input should be a valid ..."
     "tensors": lambda path: rewrite(path, network={"conv.weight": torch.zeros(1)}),
-    "irectory": to_folder,
 }
 
 

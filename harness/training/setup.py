@@ -84,10 +84,9 @@ def prepare(spec: RunSpec, worker: Worker, paths: RunPaths) -> Prepared:
     meter = MemoryMeter(torch.device(worker.device))
     with meter.category("data loader"):
         dataset = load_dataset(spec.dataset, paths.data_dir, paths.cache_dir)
-    if dataset.fingerprint != spec.fingerprint:
-        raise RuntimeError(
-            f"the images on this node are {dataset.fingerprint[:12]}, the run asks for {spec.fingerprint[:12]}"
-        )
+    here, wanted = dataset.fingerprint, spec.fingerprint
+    if here != wanted:
+        raise RuntimeError(f"the images on this node are {here[:12]}, the run asks for {wanted[:12]}")
     data = split_data(spec, dataset)
     return assemble(spec, data, worker, num_classes=dataset.num_classes, flip=dataset.flip, meter=meter)
 
@@ -96,8 +95,8 @@ def assemble(
     spec: RunSpec, data: Data, worker: Worker, *, num_classes: int, flip: bool, meter: MemoryMeter | None = None
 ) -> Prepared:
     """Set the device up and make loaders, network and optimizer. `flip`: whether these images may be mirrored."""
-    meter = meter or MemoryMeter(torch.device(worker.device))  # before anything touches the device
     device = torch.device(worker.device)
+    meter = meter or MemoryMeter(device)  # before anything touches the device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_num_threads(worker.threads)
@@ -117,15 +116,10 @@ def assemble(
         config = LoaderConfig(
             augment=Augment(recipe.pad, recipe.pad_mode, recipe.crop, recipe.flip and flip, recipe.scale_range),
             normalize=make_normalize(recipe.normalize, data.train),
-            batch_size=recipe.batch_size,
-            eval_batch_size=min(EVAL_BATCH_SIZE, len(data.eval)),
-            device=device,
-            seed=spec.seed,
-            rank=worker.rank,
-            world_size=worker.world_size,
-            threads=worker.threads,
+            batch_size=recipe.batch_size, eval_batch_size=min(EVAL_BATCH_SIZE, len(data.eval)),
+            device=device, threads=worker.threads, rank=worker.rank, world_size=worker.world_size, seed=spec.seed,
             mixup=recipe.mixup if recipe.mixup_partner == "set" else 0.0,
-        )
+        )  # fmt: skip
         train_loader, eval_loader = make_loaders(spec.loader, data.train, data.eval, config)
         test_loader = None
         if data.eval_split == "val":

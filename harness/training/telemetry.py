@@ -107,9 +107,9 @@ def _summarise(measure: Callable[[list[float]], float], values: list[float], rea
 def _busy_percent(before: tuple[int, ...] | None, after: tuple[int, ...] | None) -> Measurement:
     if before is None or after is None:
         return Measurement(value=None, reason="/proc/stat cannot be read here")
-    if after[1] <= before[1]:
-        return Measurement(value=None, reason="the run ended before the clock ticked")
-    return Measurement(value=100 * (after[0] - before[0]) / (after[1] - before[1]))
+    busy, every = after[0] - before[0], after[1] - before[1]
+    reason = None if every else "the run ended before the clock ticked"
+    return Measurement(value=100 * busy / every if every else None, reason=reason)
 
 
 # --- an epoch ---

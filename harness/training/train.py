@@ -107,27 +107,21 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
             on_test = run_eval(trainer, run.test_loader, len(run.data.test))
         return RunResult(
             **summarise_history(history, run.data.eval_split, spec.workers),
+            parameters=sum(p.numel() for p in trainer.step.parameters),
             evaluated_images=len(run.data.eval),
             test_images=on_test.images if on_test else None,
-            parameters=sum(p.numel() for p in trainer.step.parameters),
             test_error=on_test.error if on_test else None,
             test_top5_error=on_test.top5_error if on_test else None,
             warmup_epochs=WARMUP_EPOCHS if epochs > 1 else 0,
-            setup_seconds=setup_seconds,
-            launch_seconds=worker.launch_seconds,
+            setup_seconds=setup_seconds, launch_seconds=worker.launch_seconds,
             energy_joules=total_energy(history, worker),
             memory=largest(gather(memory)),
-            batch_size=spec.recipe.batch_size,
-            batch_size_per_gpu=spec.recipe.batch_size // spec.workers,
-            threads=worker.threads,
-            device=device_name(run.device),
-            machine=describe_machine(run.device),
-            attempts=attempt,
-            engine=trainer.engine.way.name,
-            runs_per_gpu=worker.runs_per_gpu,
-            warnings=tuple(warnings_seen),
+            batch_size=spec.recipe.batch_size, batch_size_per_gpu=spec.recipe.batch_size // spec.workers,
+            threads=worker.threads, runs_per_gpu=worker.runs_per_gpu,
+            device=device_name(run.device), machine=describe_machine(run.device),
+            engine=trainer.engine.way.name, attempts=attempt, warnings=tuple(warnings_seen),
             ranks=tuple(gather(summarise_rank(worker.rank, memory, history[first:]))),
-        )
+        )  # fmt: skip
 
 
 def run_epoch(
@@ -227,18 +221,10 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
         dist.all_reduce(sums)
     loss_sum, wrong, all_seen = sums.tolist()
     return EpochMetrics(
-        epoch=epoch + 1,
-        steps=steps,
-        images=round(all_seen),
-        loss=loss_sum / all_seen,
-        train_error=100 * wrong / all_seen,
-        error=float("nan"),
-        lr=lr,
-        train_seconds=train_seconds,
-        data_stall_seconds=stall_seconds,
-        eval_seconds=0.0,
-        images_per_second=all_seen / train_seconds,
-    )
+        epoch=epoch + 1, steps=steps, images=round(all_seen), loss=loss_sum / all_seen, lr=lr,
+        train_error=100 * wrong / all_seen, error=math.nan, eval_seconds=0.0, train_seconds=train_seconds,
+        data_stall_seconds=stall_seconds, images_per_second=all_seen / train_seconds,
+    )  # fmt: skip
 
 
 def run_eval(trainer: Trainer, loader: Loader, images: int) -> Evaluation:
@@ -308,17 +294,12 @@ def summarise_history(history: Sequence[EpochMetrics], evaluated_on: str, worker
     widths = [row.workers or workers for row in history]
     changes = tuple(width for width, before in zip(widths, [0, *widths], strict=False) if width != before)
     return {
-        "evaluated_on": evaluated_on,
-        "epochs": tuple(history),
-        "final_error": history[-1].error,
-        "best_error": best.error,
-        "best_epoch": best.epoch,
-        "final_top5_error": history[-1].top5_error,
-        "epoch_seconds": seconds,
+        "evaluated_on": evaluated_on, "epochs": tuple(history), "epoch_seconds": seconds,
+        "final_error": history[-1].error, "final_top5_error": history[-1].top5_error,
+        "best_error": best.error, "best_epoch": best.epoch,
         "eval_seconds": statistics.median(row.eval_seconds for row in history),
         "images_per_second": statistics.median(row.images for row in timed) / seconds if seconds else None,
         "train_seconds": sum(row.train_seconds for row in history),
         "interference": tuple(dict.fromkeys(cause for row in history for cause in row.interference)),
-        "workers": workers,
-        "widths": () if changes == (workers,) else changes,
-    }
+        "workers": workers, "widths": () if changes == (workers,) else changes,
+    }  # fmt: skip
