@@ -128,7 +128,7 @@ class HostLook:
             asleep > STOPPED_SECONDS,
             False,
             judged and later.throttled - self.throttled > QUOTA_SHARE * seconds,
-            judged and stolen > STEAL_SHARE * every,
+            judged and stolen > STEAL_SHARE * every > 0,
         )
         return HostWindow(
             host=socket.gethostname(),
