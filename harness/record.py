@@ -212,14 +212,11 @@ def describe_os_error(error: OSError, path: Path) -> str:
 
 def note_attempt(folder: Path, event: Started) -> None:
     """Add a line to attempts.jsonl: when an attempt began, why, and its workers where they are fewer."""
-    path, reason = folder / ATTEMPTS, event.reason
-    if path.exists() and not reason:
-        reason = "the command was given again"
-    line: dict[str, Any] = {"started_at": datetime.now(UTC).isoformat(), "reason": reason}
-    if event.world_size is not None:
-        line["workers"] = event.world_size
+    path = folder / ATTEMPTS
+    reason = event.reason or ("the command was given again" if path.exists() else "")
+    line = {"started_at": datetime.now(UTC).isoformat(), "reason": reason, "workers": event.world_size}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({name: value for name, value in line.items() if value is not None}) + "\n")
 
 
 def load_attempts(folder: Path) -> list[dict[str, Any]]:
