@@ -26,7 +26,7 @@ from harness.training.memory import MemoryMeter
 from harness.training.telemetry import INTERFERENCE, EpochTelemetry
 from harness.training.train import mark_outliers, summarise_history, total_energy
 
-STOPPED, _, QUOTA, STOLEN = CAUSES[2:]
+STOPPED, QUOTA, STOLEN, _ = CAUSES[2:]
 
 
 class FakeHost:

@@ -26,8 +26,8 @@ we do not use."""
 QUOTA_SHARE, STEAL_SHARE = 0.10, 0.02
 OTHERS = "other processes used the CPU"
 CAUSES = (
-    "the machine swapped", "the clock was set or the machine slept", "the process was stopped for a while", OTHERS,
-    "the CPU quota was used up", "the hypervisor took the CPU",
+    "the machine swapped", "the clock was set or the machine slept", "the process was stopped for a while",
+    "the CPU quota was used up", "the hypervisor took the CPU", OTHERS,
 )  # fmt: skip
 
 
@@ -126,13 +126,12 @@ class HostLook:
             later.swaps > self.swaps,
             abs((later.wall - self.wall) - (later.steady - self.steady)) > JUMP_SECONDS,
             asleep > STOPPED_SECONDS,
-            False,
             judged and later.throttled - self.throttled > QUOTA_SHARE * seconds,
             judged and stolen > STEAL_SHARE * every > 0,
         )
         return HostWindow(
             host=socket.gethostname(),
-            causes={cause for cause, there in zip(CAUSES, seen, strict=True) if there},
+            causes={cause for cause, there in zip(CAUSES[:-1], seen, strict=True) if there},
             wait_share=waited / (waited + ran) if ran else None,
             own_seconds=max(later.process - self.process, ran / 1e9),
             busy_seconds=busy / os.sysconf("SC_CLK_TCK"),
