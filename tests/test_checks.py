@@ -24,6 +24,7 @@ from tape import Arena, Tape, install_collectives
 import harness.training.train as training
 from harness.checklist import BY_NAME, CHECKS, SHOW
 from harness.cluster.job import Worker
+from harness.results.values import EpochMetrics
 from harness.training import checks, setup, step
 from harness.training.checks import Bench, run_check
 
@@ -36,7 +37,7 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 def feed(change: Callable[[Any, Any], Any]) -> Plant:
     """A loader whose batches are changed so."""
-    make = checks.make_loaders
+    make = setup.make_loaders
 
     def made(*args: Any) -> Any:
         loader, other = make(*args)
@@ -45,7 +46,7 @@ def feed(change: Callable[[Any, Any], Any]) -> Plant:
             epoch=lambda number: (change(*batch) for batch in epoch(number)), steps=loader.steps, close=loader.close
         ), other  # fmt: skip
 
-    return lambda patch: patch.setattr(checks, "make_loaders", made)
+    return lambda patch: patch.setattr(setup, "make_loaders", made)
 
 
 def scale_gradients(factor: float, noise: float = 0.0) -> Plant:
@@ -109,7 +110,7 @@ def own(name: str) -> Plant:
     """Less of a run's memory has a category than there is."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(checks, "judge_memory", lambda *_, **__: judge({"weights": 90.0, name: 10.0}, on_gpu=True))
+        patch.setattr(checks, "judge_memory", lambda _: judge({"weights": 90.0, name: 10.0}))
 
     judge = checks.judge_memory
     return plant
@@ -132,19 +133,17 @@ FAULTS: dict[str, list[Plant]] = {
 
 
 @pytest.fixture(scope="module")
-def reference() -> list[float]:
+def reference() -> list[EpochMetrics]:
     return Bench(ALONE).eager
 
 
 @pytest.fixture
-def bench(reference: list[float], monkeypatch: pytest.MonkeyPatch) -> Bench:
+def bench(reference: list[EpochMetrics], monkeypatch: pytest.MonkeyPatch) -> Bench:
     """The CPU, with tapes for graphs, nothing that compiles, and a memory of which every part has a category."""
     monkeypatch.setattr(setup, "make_graphs", lambda _: Arena())
     monkeypatch.setattr(setup, "compile_network", lambda network: network)
     judge = checks.judge_memory
-    monkeypatch.setattr(
-        checks, "judge_memory", lambda *_, **__: judge({"weights": 99.0, "unaccounted": 1.0}, on_gpu=True)
-    )
+    monkeypatch.setattr(checks, "judge_memory", lambda _: judge({"weights": 99.0, "unaccounted": 1.0}))
     made = Bench(ALONE)
     made.__dict__["eager"] = list(reference)
     return made
@@ -153,7 +152,7 @@ def bench(reference: list[float], monkeypatch: pytest.MonkeyPatch) -> Bench:
 @pytest.fixture
 def half(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU computes in fp16, too, where it is not refused."""
-    monkeypatch.setattr(Bench, "on_gpu", property(lambda _: sys._getframe(1).f_code.co_name == "check_precision"))
+    monkeypatch.setattr(Bench, "on_gpu", property(lambda _: sys._getframe(1).f_code.co_name == "run_check"))
 
 
 @pytest.mark.usefixtures("half")
@@ -269,8 +268,7 @@ def check_rank(rank: int, folder: Path) -> list[list[Any]]:
     install_collectives()
     patch = pytest.MonkeyPatch()
     patch.setattr(setup, "make_graphs", lambda _: Arena())
-    patch.setattr(checks, "EPOCHS", 2)  # they are many runs
-    patch.setattr(Bench, "on_gpu", property(lambda _: sys._getframe(1).f_code.co_name == "check_ranks"))
+    patch.setattr(Bench, "on_gpu", property(lambda _: sys._getframe(1).f_code.co_name == "run_check"))
     worker = Worker(rank=rank, world_size=2, threads=1)
     found = [["", *vars_of(r)] for r in checks.run_rank_checks(list(RANK_FAULTS), worker, 100.0)]
     for name, plants in RANK_FAULTS.items():

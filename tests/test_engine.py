@@ -256,7 +256,7 @@ def test_a_network_that_cannot_be_compiled_is_trained_all_the_same(
 
 
 def test_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
-    asked = small(limit_train=16, recipe={"duration": 20})
+    asked = small(limit_train=16, recipe={"duration": 10})
     # a fresh process, free of what other tests left behind
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
         results = [fresh.submit(run, asked, tmp_path / str(number)).result() for number in range(2)]

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 LEAST_SHARED_MEMORY_GIB = 1.0  # for Ray's object store and NCCL; Docker's default is 64 MiB
 MOST_SECONDS = 600.0  # of a device's checks
+DATA_FOLDERS = {
+    "cifar-10-batches-py": ("cifar-10-batches-py",), "class folders": ("train", "test"),
+    "miniplaces": ("train.txt", "val.txt", "images"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,107 +45,99 @@ class Target:
     quick: bool = False  # nothing is measured
 
 
-Finding = tuple[str, str]  # a state and its words, of which a Result is made
+class Missing(Exception):  # noqa: N818
+    """What is wrong, and advice."""
 
 
-def find(ok: bool, detail: str, advice: str = "", needed: bool = True) -> Finding:
-    """ok, or missing with advice, or absent where it is not needed for runs on the CPU, nor named by the user."""
-    if ok:
-        return "ok", detail
-    return "missing" if needed else "absent", "; ".join(filter(None, (detail, advice)))
+class Absent(Missing):
+    """Not needed for runs on the CPU, nor named by the user."""
 
 
-def check_torch(target: Target) -> Finding:
+def check_torch(target: Target) -> str:
     if installed_version("torch") is None:
-        return find(False, "not installed", "pip install torch torchvision")
+        raise Missing("not installed", "pip install torch torchvision")
     import torch
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
     nccl = "NCCL" if torch.distributed.is_nccl_available() else "no NCCL: one GPU a run"
-    works = (torch.ones(2, 2) @ torch.ones(2, 2)).sum().item() == 8.0 and torch.distributed.is_gloo_available()
     detail = f"{torch.__version__}, {cuda}, {nccl}; Python {sys.version.split()[0]} at {sys.prefix}"
-    return find(works, detail, "a matrix product or gloo does not work: install it again")
+    if (torch.ones(2, 2) @ torch.ones(2, 2)).sum().item() != 8.0 or not torch.distributed.is_gloo_available():
+        raise Missing(detail, "a matrix product or gloo does not work: install it again")
+    return detail
 
 
-def check_gpu(target: Target) -> Finding:
+def check_gpu(target: Target) -> str:
     """Whether torch's CUDA, the driver's and DALI's fit together, and what they may use."""
     import torch
 
     from harness.training.nvml import count_gpus, cuda_driver_version, driver_version
 
     try:
-        driver, newest = driver_version(), cuda_driver_version()
-    except ImportError:
-        return find(False, "no module pynvml", "pip install nvidia-ml-py: GPUs are counted with it")
+        driver, (newest, minor) = driver_version(), cuda_driver_version()
     except Exception as error:  # pynvml.NVMLError
         advice = "runs train on the CPU; where there is a GPU, install NVIDIA's driver; in a container, --gpus all"
-        return find(False, f"none ({error})", advice, needed=False)
-    builds = {"torch": torch.version.cuda or ""}
+        raise Absent(f"none ({error})", advice) from None
+    builds = {"torch": torch.version.cuda or "none"}
     builds |= {wheel: f"{wheel[-3:-1]}.0" for wheel in DALI_WHEELS if installed_version(wheel) is not None}
-    have = ", ".join(f"{name} for CUDA {cuda or 'none'}" for name, cuda in builds.items())
-    detail, fits = f"driver {driver} for CUDA {newest[0]}.{newest[1]}; {have}", newest[0]
-    kind = {11: "cu118", 12: "cu126 or cu128"}.get(fits, f"cu{fits}0")
-    torch_line = f"install a torch built for CUDA {fits} ({kind}: pytorch.org/get-started has the line)"
-    if not builds["torch"]:
-        return find(False, detail, f"this torch uses no GPU; {torch_line}")
-    if int(builds["torch"].split(".")[0]) > fits:
-        newer = " to 580 or newer" * builds["torch"].startswith("13")
-        return find(
-            False, detail, f"the driver is too old for this torch; {torch_line}, or update the driver{newer}"
-        )
-    if wheels := [wheel for wheel in builds if wheel != "torch" and int(wheel[-3:-1]) > fits]:
-        advice = f"pip uninstall {wheels[0]} && pip install nvidia-dali-cuda{fits}0"
-        return find(False, detail, f"the driver is too old for this DALI; {advice}")
+    have = ", ".join(f"{name} for CUDA {cuda}" for name, cuda in builds.items())
+    detail = f"driver {driver} for CUDA {newest}.{minor}; {have}"
+    kind = {11: "cu118", 12: "cu126 or cu128"}.get(newest, f"cu{newest}0")
+    fitting = f"install a torch built for CUDA {newest} ({kind}: pytorch.org/get-started has the line)"
+    if torch.version.cuda is None:
+        raise Missing(detail, f"this torch uses no GPU; {fitting}")
+    too_new = [name for name, cuda in builds.items() if int(cuda.partition(".")[0]) > newest]
+    if "torch" in too_new:
+        other = "update the driver" + " to 580 or newer" * torch.version.cuda.startswith("13")
+        raise Missing(detail, f"the driver is too old for this torch; {fitting}, or {other}")
+    if too_new:
+        advice = f"pip uninstall {too_new[0]} && pip install nvidia-dali-cuda{newest}0"
+        raise Missing(detail, f"the driver is too old for this DALI; {advice}")
     if not (count := count_gpus()):
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return find(
-            False, f"none (CUDA_VISIBLE_DEVICES={hidden}); {detail}", "runs train on the CPU", needed=False
-        )
-    return find(
-        torch.cuda.is_available(), f"{count}; {detail}", "torch cannot use it: a newer driver, or an older torch"
-    )
+        hidden = f"none (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}); {detail}"
+        raise Absent(hidden, "runs train on the CPU")
+    if not torch.cuda.is_available():
+        raise Missing(f"{count}; {detail}", "torch cannot use it: a newer driver, or an older torch")
+    return f"{count}; {detail}"
 
 
-def check_dali(target: Target) -> Finding:
+def check_dali(target: Target) -> str:
     wheels = [f"{name} {version}" for name in DALI_WHEELS if (version := installed_version(name)) is not None]
     other = "or choose --loader resident"
     if not wheels:
-        return find(False, "not installed", f"the default loader: pip install nvidia-dali-cuda120, {other}")
+        raise Missing("not installed", f"the default loader: pip install nvidia-dali-cuda120, {other}")
+    if len(wheels) > 1:
+        raise Missing(", ".join(wheels), "two wheels write into one folder: keep one of them")
     try:
         import_module("nvidia.dali.fn")
     except Exception as error:
-        return find(False, f"{wheels[0]}: {_reason(error)[:160]}", f"install the wheel of your CUDA, {other}")
-    return find(len(wheels) == 1, ", ".join(wheels), "two wheels write into one folder: keep one of them")
+        raise Missing(f"{wheels[0]}: {_reason(error)}", f"install the wheel of your CUDA, {other}") from None
+    return wheels[0]
 
 
-def check_ray(target: Target) -> Finding:
-    detail = installed_version("ray")
+def check_ray(target: Target) -> str:
+    version = installed_version("ray")
     pin = next((line for line in requires("resnet-harness") or () if re.match(r"ray\b", line)), "")
-    advice = f"several workers or runs at a time need it: pip install '{pin}', or choose --launcher local"
-    if detail is None:
-        return find(False, "not installed", advice)
-    import ray.train
-
-    bounds = [tuple(map(int, pair)) for pair in re.findall(r"(?:>=|<)(\d+)\.(\d+)", pin)]
-    fits = len(bounds) != 2 or min(bounds) <= tuple(map(int, detail.split(".")[:2])) < max(bounds)
-    return find(fits and hasattr(ray.train, "ScalingConfig"), detail, advice)
+    low, high = sorted(tuple(map(int, pair)) for pair in re.findall(r"[=<](\d+)\.(\d+)", pin))
+    if version is None or not low <= tuple(map(int, version.split(".")[:2])) < high:
+        advice = f"several workers or runs at a time need it: pip install '{pin}', or choose --launcher local"
+        raise Missing(version or "not installed", advice)
+    import_module("ray.train")
+    return version
 
 
-def check_cluster(target: Target) -> Finding | None:
-    if target.address is None:
-        return None
+def check_cluster(target: Target) -> str:
     from harness.cluster.connect import ClusterError, connect, disconnect
 
     try:
         cluster = connect(target.address, cpus=0, gpus=0)
     except ClusterError as error:
         advice = "`ray start --head` there, and one ~/.ray/auth_token on all machines: cluster/README.md"
-        return find(False, str(error), advice)
+        raise Missing(str(error), advice) from None
     disconnect()
-    return find(True, f"{cluster.nodes} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}")
+    return f"{cluster.nodes} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}"
 
 
-def check_storage(target: Target) -> Finding:
+def check_storage(target: Target) -> str:
     """Write, rename and lock as results and checkpoints are stored. Leaves nothing behind."""
     from filelock import FileLock
 
@@ -152,96 +148,57 @@ def check_storage(target: Target) -> Finding:
         with tempfile.TemporaryDirectory(prefix=".check-", dir=where) as folder, FileLock(Path(folder, "lock"), 5):
             write_atomic(Path(folder, "file"), "whole")
     except (OSError, NotImplementedError) as error:
-        advice = (
-            f"results go to --out {target.out}: name a folder that you may write to, where files lock and rename"
-        )
-        return find(False, f"{where}: {getattr(error, 'strerror', None) or error}", advice)
-    return find(True, f"{where} takes files, renames and locks")
+        advice = "name a folder that you may write to, where files lock and rename"
+        raise Missing(f"{where}: {_reason(error)}", f"results go to --out {target.out}: {advice}") from None
+    return f"{where} takes files, renames and locks"
 
 
-def check_disk(target: Target) -> Finding:
+def check_disk(target: Target) -> str:
     """Of results, and of what processes share in memory: Ray's object store, NCCL."""
     where, shared = _nearest(target.out), Path("/dev/shm")
-    for folder, least, advice in (
-        (where, LEAST_DISK_GIB, "weights and checkpoints need room: make some, or name another --out"),
-        (shared, LEAST_SHARED_MEMORY_GIB, "Ray and NCCL share memory there: docker run --shm-size 8g"),
-    ):
-        if folder.is_dir() and free_gib(folder) < least:
-            return find(
-                False, f"{free_gib(folder):.1f} of {least:.0f} GiB free in {folder}", advice, folder == where
-            )
-    return find(True, f"{free_gib(where):.1f} GiB free in {where}")
+    free, needed = f"{free_gib(where):.1f} GiB free in {where}", f"at least {LEAST_DISK_GIB:.0f} are needed"
+    if free_gib(where) < LEAST_DISK_GIB:
+        raise Missing(free, f"{needed} for weights and checkpoints: make room, or name another --out")
+    if shared.is_dir() and (left := free_gib(shared)) < LEAST_SHARED_MEMORY_GIB:
+        raise Absent(f"{left:.1f} GiB free in {shared}", "Ray and NCCL need 1 there: docker run --shm-size 8g")
+    return free
 
 
-def check_data(target: Target) -> Finding:
+def check_data(target: Target) -> str:
     from harness.loaders.cache import cache_dir
 
     if target.data_dir is None:
-        here = (cache_dir() / "downloads" / "cifar-10-batches-py").is_dir()
+        if (cache_dir() / "downloads" / "cifar-10-batches-py").is_dir():
+            return f"cifar10 in {cache_dir()}"
         advice = "the first run downloads 163 MiB; without a network name --data-dir, or take --dataset digits"
-        return find(here, f"{'' if here else 'no '}cifar10 in {cache_dir()}", advice, needed=False)
+        raise Absent(f"no cifar10 in {cache_dir()}", advice)
     root = target.data_dir.expanduser()
-    kinds = {
-        "cifar-10-batches-py": ("cifar-10-batches-py",),
-        "class folders": ("train", "test"),
-        "miniplaces": ("train.txt", "val.txt", "images"),
-    }
-    kind = next((kind for kind, names in kinds.items() if all((root / name).exists() for name in names)), None)
-    advice = (
+    for kind, names in DATA_FOLDERS.items():
+        if all((root / name).exists() for name in names):
+            return f"{kind} in {root}"
+    expected = (
         "cifar-10-batches-py, train/ and test/ with class folders, or miniplaces' kit is expected in --data-dir"
     )
-    return find(kind is not None, f"{kind or 'nothing known'} in {root}", advice)
+    raise Missing(f"nothing known in {root}", expected)
 
 
-CHECKS: dict[str, Callable[[Target], Finding | None]] = {
-    "torch": check_torch,
-    "GPU": check_gpu,
-    "DALI": check_dali,
-    "Ray": check_ray,
-    "cluster": check_cluster,
-    "storage": check_storage,
-    "disk": check_disk,
-    "data": check_data,
-}
+CHECKS: dict[str, Callable[[Target], str]] = {
+    "torch": check_torch, "GPU": check_gpu, "DALI": check_dali, "Ray": check_ray, "cluster": check_cluster,
+    "storage": check_storage, "disk": check_disk, "data": check_data,
+}  # fmt: skip
 
 
 def examine(target: Target) -> Iterator[Result]:
-    """Every finding, as it comes. A check that breaks is a finding, not a traceback."""
+    """What is here, as it is looked at. A check that breaks is a line, not a traceback."""
     for name, check in CHECKS.items():
+        if name == "cluster" and target.address is None:
+            continue
         try:
-            finding = check(target)
+            yield Result(name, "ok", check(target))
+        except Missing as finding:
+            yield Result(name, type(finding).__name__.lower(), "; ".join(finding.args))
         except Exception as error:
-            finding = find(False, f"the check failed: {_reason(error)[:200]}")
-        if finding is not None:
-            yield Result(name, *finding)
-
-
-def print_findings(target: Target, console: Console) -> int:
-    """Print a line for each finding. Returns 0 where nothing is missing that runs on the CPU need, and no measured check
-    failed, else 1.
-
-    Raises UserError for an address that cannot be one.
-    """
-    if target.address not in (None, "auto") and not re.fullmatch(r".+:\d+", str(target.address)):
-        raise UserError(f"--address {target.address!r} is not HOST:PORT or auto")
-    from rich.text import Text
-
-    def show(results: Iterable[Result]) -> int:
-        wrong = 0
-        for result in results:
-            text = Text(result.line())
-            text.stylize(STYLES.get(result.state, "yellow"), 0, 8)
-            console.print(text, soft_wrap=True)
-            wrong += result.state in ("missing", "failed")
-        return wrong
-
-    verdict = "ready"
-    if missing := show(examine(target)):
-        verdict = f"{missing} of what a run needs is missing"
-    elif not target.quick and (missing := show(measure_all(target))):
-        verdict = f"{missing} of the checks failed"
-    console.print(verdict, style="bold", soft_wrap=True)
-    return 1 if missing else 0
+            yield Result(name, "missing", f"the check failed: {_reason(error)}")
 
 
 def measure_all(target: Target) -> Iterator[Result]:
@@ -250,7 +207,7 @@ def measure_all(target: Target) -> Iterator[Result]:
     from harness.loaders.cache import cache_dir
     from harness.plan import Grid
     from harness.resources import Resources, make_allocation
-    from harness.selfcheck import find_devices, make_ranks, store_results
+    from harness.selfcheck import find_devices, make_ranks
 
     resources = Resources(gpus=target.gpus, address=target.address)
     with ExitStack() as stack:
@@ -263,16 +220,40 @@ def measure_all(target: Target) -> Iterator[Result]:
         ranks = make_ranks(allocation, resources, None, devices)
         for device in (*devices, *[ranks] * several):
             tag = f"{device.name}: " * (len(devices) > 1)
-            for result in device.measure([c.name for c in MEASURED if c.ranks == device.ranks], MOST_SECONDS):
-                if on_gpu:
-                    store_results(device.combination, [result], cache_dir())
+            names = [check.name for check in MEASURED if check.ranks == device.ranks]
+            for result in device.check(names, MOST_SECONDS, cache_dir()):
                 yield replace(result, detail=tag + result.detail)
     if not several:
         yield Result("several ranks", "skipped", f"they need two {'GPUs' if on_gpu else 'CPU cores'}")
 
 
+def print_findings(target: Target, console: Console) -> int:
+    """Print a line for each finding. Returns 0 where nothing is missing that runs on the CPU need, and no measured check
+    failed, else 1.
+
+    Raises UserError for an address that cannot be one.
+    """
+    from rich.text import Text
+
+    if target.address not in (None, "auto") and not re.fullmatch(r".+:\d+", str(target.address)):
+        raise UserError(f"--address {target.address!r} is not HOST:PORT or auto")
+    steps = [(examine, "of what a run needs is missing"), (measure_all, "of the checks failed")]
+    for findings, verdict in steps[: 1 if target.quick else 2]:
+        wrong = 0
+        for result in findings(target):
+            text = Text(result.line())
+            text.stylize(STYLES.get(result.state, "yellow"), 0, 8)
+            console.print(text, soft_wrap=True)
+            wrong += result.state in ("missing", "failed")
+        if wrong:
+            console.print(f"{wrong} {verdict}", style="bold", soft_wrap=True)
+            return 1
+    console.print("ready", style="bold")
+    return 0
+
+
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _nearest(path: Path) -> Path:

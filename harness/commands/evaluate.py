@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import itertools
-import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness import plan
 from harness.loaders.datasets import Dataset, Split, limit, load_dataset
-from harness.loaders.loader import Loader, make_evaluation_loader
+from harness.loaders.loader import make_evaluation_loader
 from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_normalize
 from harness.models.build import SMALLEST_IMAGE, build
 from harness.models.imagenet import ImageNetResNet
@@ -58,29 +55,24 @@ class EvalOptions:
     limit: int | None = None
 
 
-@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Errors:
-    """Errors in percent over `images` images of the test set; `top5_error` is None for five classes or fewer."""
+    """Errors in percent over `images` of the `of` images of a test set."""
 
-    name: str  # "he2015-20"
-    label: str  # of the data set
+    of_what: str  # "he2015-20 on CIFAR-10"
     images: int
-    of: int  # images of the test set
+    of: int
     error: float
-    top5_error: float | None
-    scales: tuple[int, ...]
-    flip: bool  # averaged over mirrored images too
-    average: str  # "logits" or "probabilities"
-    published: tuple[str, ...]  # what the variant's source printed
-    unused: tuple[str, ...]  # tensors in the file that belong to no layer of the network
+    top5_error: float | None  # None for five classes or fewer
+    notes: tuple[str, ...]  # how scores were averaged, what was published, what is left over in the file
 
 
 def parse_scales(text: str) -> tuple[int, ...]:
     """ "96,112,128" -> (96, 112, 128), in pixels."""
     words = plan.parse_words(text, "--scales")
-    if not all(re.fullmatch(r"[1-9]\d{0,3}", word) for word in words):
+    if not all(word.isascii() and word.isdecimal() and 0 < int(word) < 10_000 for word in words):
         raise UserError(f"--scales {text!r}: whole numbers of pixels from 1 to 9999 are allowed, as in 96,112,128")
-    return tuple(int(word) for word in words)
+    return tuple(map(int, words))
 
 
 def parse_normalize(mean: str | None, std: str | None) -> Normalize | None:
@@ -89,18 +81,15 @@ def parse_normalize(mean: str | None, std: str | None) -> Normalize | None:
         return None
     if mean is None or std is None:
         raise UserError("--mean and --std go together: one was given without the other")
-    return Normalize(_colour(mean, "--mean", above=-1e-9), _colour(std, "--std", above=0.0))
+    return Normalize(_colour(mean, "--mean", "from 0"), _colour(std, "--std", "above 0"))
 
 
-def _colour(text: str, option: str, *, above: float) -> NDArray[np.float32]:
-    try:
-        numbers = [float(word) for word in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) != 3 or not all(math.isfinite(number) and above < number <= 1 for number in numbers):
-        least = "above 0" if above == 0 else "from 0"
-        raise UserError(f"{option} {text!r}: three numbers {least} to 1 are allowed, as in 0.485,0.456,0.406")
-    return np.array(numbers, np.float32)
+def _colour(text: str, option: str, least: str) -> NDArray[np.float32]:
+    with suppress(ValueError):
+        colour = np.array(text.split(",")).astype(np.float32)
+        if len(colour) == 3 and np.all((colour > 0) | (colour == 0) & (least == "from 0")) and np.all(colour <= 1):
+            return colour
+    raise UserError(f"{option} {text!r}: three numbers {least} to 1 are allowed, as in 0.485,0.456,0.406")
 
 
 def evaluate_weights(options: EvalOptions) -> Errors:
@@ -109,158 +98,123 @@ def evaluate_weights(options: EvalOptions) -> Errors:
     On the GPU where there is one, in fp32. One centre crop in the recipe's size, or, with scales, the whole image
     at each of them, and mirrored where the data set allows it. Raises UserError.
     """
-    plan.check_count(options.batch_size, "--batch-size")
-    plan.check_count(options.limit, "--limit")
-    plan.check_count(options.pool_window, "--pool-window")
+    for name in ("batch_size", "limit", "pool_window"):
+        plan.check_count(getattr(options, name), f"--{name.replace('_', '-')}")
     check_word(options.average, AVERAGES, "--average")
-    if not options.scales:
-        chosen = (options.average != "logits", not options.mirror, options.save_probabilities is not None)
-        for option in itertools.compress(("--average", "--no-mirror", "--save-probabilities"), chosen):
-            raise UserError(f"{option} is for --scales, which says at which sizes images are evaluated")
-    for name in ("predictions", "save_probabilities"):
-        file: Path | None = getattr(options, name)
+    for_scales = {
+        "--average": options.average != "logits", "--no-mirror": not options.mirror,
+        "--save-probabilities": options.save_probabilities is not None,
+    }  # fmt: skip
+    for option in [option for option, given in for_scales.items() if given and not options.scales]:
+        raise UserError(f"{option} is for --scales, which says at which sizes images are evaluated")
+    files = {"--predictions": options.predictions, "--save-probabilities": options.save_probabilities}
+    for option, file in files.items():
         if file and not file.expanduser().absolute().parent.is_dir():
-            raise UserError(f"--{name.replace('_', '-')} {file}: no such folder")
+            raise UserError(f"{option} {file}: no such folder")
     try:
-        return _evaluate(options)
+        return _evaluate(replace(options, weights=options.weights.expanduser()))
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
 def _evaluate(options: EvalOptions) -> Errors:
     """Raises ValueError or UserError."""
-    named = load_metadata(options.weights.expanduser()) if options.variant is None else {}
-    if (word := options.variant or named.get("variant")) is None:
+    about, scales = load_metadata(options.weights), options.scales
+    variant = _choose_variant(options, about)
+    tensors, dataset = load_weights(options.weights), load_dataset(options.dataset, options.data_dir)
+    network, unused = _load_network(options, variant, tensors, dataset)
+    index, test = np.arange(len(dataset.test)), dataset.test  # which images of the whole test set
+    if options.limit is not None:
+        index = limit(Split(index, test.labels), options.limit).images  # type: ignore[arg-type, assignment]
+        test = Split(test.images[index], test.labels[index])
+
+    device, recipe = torch.device("cuda" if torch.cuda.is_available() else "cpu"), variant.recipe
+    most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2)) if scales else EVAL_BATCH_SIZE
+    batch_size = min(options.batch_size or most, len(test))
+    augment = Augment(recipe.pad, recipe.pad_mode, recipe.crop, False, recipe.scale_range)
+    if scales:
+        augment = Augment(0, recipe.pad_mode, None, False)
+    normalize = options.normalize or make_normalize(
+        recipe.normalize, _training_images(options.weights, about, variant, dataset)
+    )
+    config = LoaderConfig(
+        augment=augment, normalize=normalize, batch_size=batch_size, eval_batch_size=batch_size, device=device,
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+    ranked, scores = list[Tensor](), defaultdict[int, list[Tensor]](list)
+    flip = bool(scales) and dataset.flip and options.mirror
+    keep = options.save_probabilities is not None
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    evaluated = network if not scales else MultiScale(
+        network, scales, flip=flip, average=options.average,  # type: ignore[arg-type]
+        on_scale=(lambda scale, batch: scores[scale].append(batch.cpu())) if keep else None,
+    )  # fmt: skip
+    set_precision("fp32")
+    with closing(make_evaluation_loader("resident", test, config)) as loader:
+        evaluation = evaluate(evaluated, loader, images=len(test), autocast=nullcontext(), on_ranked=ranked.append)
+    given = index[SamplingPlan(len(test), batch_size, train=False).draw(0).index]  # the loader's order
+    turn = np.argsort(given)
+    images, labels = given[turn], dataset.test.labels[given[turn]]
+    likeliest = torch.cat(ranked).cpu().numpy()[turn]  # (n, 5), as images and labels in the test set's order
+    if options.predictions is not None:
+        import pandas as pd
+
+        classes = np.array(dataset.classes)
+        top = {f"top{rank}": classes[column] for rank, column in enumerate(likeliest.T, 1)}
+        with _writing("--predictions", options.predictions) as path:
+            pd.DataFrame({"image": images, "label": classes[labels], **top}).to_csv(path, index=False)
+    if options.save_probabilities is not None:
+        arrays: Any = {f"scale_{scale}": torch.cat(parts)[turn].numpy() for scale, parts in scores.items()}
+        with _writing("--save-probabilities", options.save_probabilities) as path, path.open("wb") as file:
+            np.savez(file, image=images, label=labels, **arrays)
+    misses = len(test) - int((likeliest == labels[:, None]).sum())
+    return Errors(
+        of_what=f"{_name(variant)} on {dataset.label}", images=len(test), of=len(dataset.test),
+        error=evaluation.error, top5_error=100 * misses / len(test) if dataset.num_classes > 5 else None,
+        notes=tuple(_annotate(options, flip, variant, dataset, unused)),
+    )  # fmt: skip
+
+
+def _choose_variant(options: EvalOptions, about: Mapping[str, str]) -> Variant:
+    """The variant that was named, or that the weights name."""
+    if (word := options.variant or about.get("variant")) is None:
         raise UserError(f"{options.weights} does not name its variant: --variant does")
-    function = find_variant(word)
-    depth = options.depth or (int(named["depth"]) if "depth" in named else default_depth(function))
-    variant = function(depth)
-    name, scales, weights = f"{variant.name}-{variant.network.depth}", options.scales, options.weights.expanduser()
-    smallest = SMALLEST_IMAGE[variant.network.architecture]
+    function, named = find_variant(word), "0" if options.variant else about.get("depth", "0")
+    variant = function(options.depth or int(named) or default_depth(function))
+    smallest, scales = SMALLEST_IMAGE[variant.network.architecture], options.scales
     if scales and min(scales) < smallest:
         raise UserError(f"--scales {min(scales)} is too small for {variant.name}: at least {smallest} pixels")
-    tensors = load_weights(weights)
-    _check_origin(weights, variant)
-    dataset = load_dataset(options.dataset, options.data_dir)
-    crop = None if scales else variant.recipe.crop
-    network = build(variant.network, dataset.num_classes, max(scales) if scales else crop or dataset.image_size)
+    trained = variant
+    with suppress(KeyError, ValueError):  # of other origin
+        trained = find_variant(about["variant"])(int(about["depth"]))
+    if trained.network != variant.network:  # its tensors might fit all the same
+        raise UserError(f"{options.weights} holds weights of {_name(trained)}, not of {_name(variant)}")
+    return variant
+
+
+def _load_network(
+    options: EvalOptions, variant: Variant, tensors: Mapping[str, Tensor], dataset: Dataset
+) -> tuple[nn.Module, list[str]]:
+    """The network with its weights, and the tensors of the file that belong to no layer of it."""
+    size = max(options.scales, default=0) or variant.recipe.crop or dataset.image_size
+    network = build(variant.network, dataset.num_classes, size)
     try:
         unused = match_weights(network, tensors)
     except WeightsError as error:
-        raise UserError(f"{weights} into {name} for {dataset.num_classes} classes: {error}") from None
-
+        what = f"{options.weights} into {_name(variant)} for {dataset.num_classes} classes"
+        raise UserError(f"{what}: {error}") from None
     if options.pool_window is not None:
         if not isinstance(network, ImageNetResNet):
             raise UserError(f"--pool-window {options.pool_window}: {variant.name} pools over all of its map")
         network.window = options.pool_window
-    position: NDArray[np.int64] = np.arange(len(dataset.test))  # of these images in the whole test set
-    test = dataset.test
-    if options.limit is not None:
-        # the same choice, of positions in place of images
-        position = limit(Split(position, test.labels), options.limit).images  # type: ignore[arg-type, assignment]
-        test = limit(test, options.limit)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loader, order = _load(options, variant, dataset, test, device)
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    flip = bool(scales) and dataset.flip and options.mirror
-    kept: dict[int, list[Tensor]] = {scale: [] for scale in scales}
-    several = MultiScale(
-        network, scales, flip=flip, average=options.average,  # type: ignore[arg-type]
-        on_scale=(lambda scale, batch: kept[scale].append(batch.cpu())) if options.save_probabilities else None,
-    )  # fmt: skip
-    set_precision("fp32")
-    batches: list[Tensor] = []
-    evaluation = evaluate(
-        several if scales else network,
-        loader,
-        images=len(test),
-        autocast=nullcontext(),
-        on_ranked=batches.append,
-    )
-    loader.close()
-    ranked: NDArray[np.int64] = torch.cat(batches).cpu().numpy()
-    labels = test.labels[order]
-    if options.predictions:
-        _write_predictions(options.predictions.expanduser(), position[order], labels, ranked, dataset)
-    if options.save_probabilities:
-        _write_probabilities(options.save_probabilities.expanduser(), position[order], labels, kept)
-    misses = len(test) - int((ranked == labels[:, None]).sum())
-    return Errors(
-        name=name,
-        label=dataset.label,
-        images=evaluation.images,
-        of=len(dataset.test),
-        error=evaluation.error,
-        top5_error=100 * misses / len(test) if dataset.num_classes > 5 else None,
-        scales=scales,
-        flip=flip,
-        average=options.average,
-        published=tuple(_cite_published(variant, dataset)),
-        unused=tuple(unused),
-    )
+    return network, unused
 
 
-def _cite_published(variant: Variant, dataset: Dataset) -> Iterator[str]:
-    """Each published number of the variant, and whether ours may be compared with it."""
-    for entry in load_published():
-        if (entry.variant, entry.depth, entry.dataset) == (variant.name, variant.network.depth, dataset.name):
-            error = "top-5 error" if entry.error is None else "error"
-            about = f"published: {error} {entry.number:g} % ({entry.note or entry.source})"
-            yield about if dataset.original else f"{about}; of other images than these: not comparable"
+def _name(variant: Variant) -> str:
+    return f"{variant.name}-{variant.network.depth}"
 
 
-def _write_probabilities(
-    path: Path, position: NDArray[np.int64], labels: NDArray[np.int64], kept: Mapping[int, Sequence[Tensor]]
-) -> None:
-    """Arrays in the test set's order: image and label (n,), and scale_112 and so on (n, classes)."""
-    order = np.argsort(position)
-    arrays: dict[str, Any] = {
-        f"scale_{scale}": torch.cat(list(batches)).numpy()[order] for scale, batches in kept.items()
-    }
-    try:
-        with path.open("wb") as file:
-            np.savez(file, image=position[order], label=labels[order], **arrays)
-    except OSError as error:
-        raise UserError(f"--save-probabilities {path} cannot be written: {error.strerror}") from None
-
-
-def _load(
-    options: EvalOptions, variant: Variant, dataset: Dataset, test: Split, device: torch.device
-) -> tuple[Loader, NDArray[np.int64]]:
-    """A loader of the images, and the order in which it gives them."""
-    recipe, scales = variant.recipe, options.scales
-    most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2)) if scales else EVAL_BATCH_SIZE
-    batch_size = min(options.batch_size or most, len(test))
-    config = LoaderConfig(
-        augment=Augment(0, recipe.pad_mode, None, flip=False)
-        if scales
-        else Augment(recipe.pad, recipe.pad_mode, recipe.crop, flip=False, scale_range=recipe.scale_range),
-        normalize=options.normalize
-        or make_normalize(recipe.normalize, _training_images(options.weights.expanduser(), variant, dataset)),
-        batch_size=batch_size,
-        eval_batch_size=batch_size,
-        device=device,
-        threads=torch.get_num_threads(),
-    )
-    order = SamplingPlan(len(test), batch_size, train=False).draw(0).index
-    return make_evaluation_loader("resident", test, config), order
-
-
-def _check_origin(weights: Path, variant: Variant) -> None:
-    """Raise UserError where the file names another network, whose tensors might fit all the same."""
-    about = load_metadata(weights)
-    try:
-        trained = find_variant(about["variant"])(int(about["depth"]))
-    except (KeyError, ValueError):
-        return
-    if trained.network != variant.network:
-        raise UserError(
-            f"{weights} holds weights of {trained.name}-{trained.network.depth}, "
-            f"not of {variant.name}-{variant.network.depth}"
-        )
-
-
-def _training_images(weights: Path, variant: Variant, dataset: Dataset) -> Split:
+def _training_images(weights: Path, about: Mapping[str, str], variant: Variant, dataset: Dataset) -> Split:
     """The images over which a run measured its mean; the record beside its weights says what it left out.
 
     Without one, those the recipe trains on, with validation images drawn by seed 0 if there are enough.
@@ -270,45 +224,43 @@ def _training_images(weights: Path, variant: Variant, dataset: Dataset) -> Split
         variant=variant.name, network=variant.network, recipe=recipe, dataset=dataset.name,
         fingerprint=dataset.fingerprint, loader="resident", device="cpu",
     )  # fmt: skip
-    key = load_metadata(weights).get("key")
-    for stored in load_records([weights.parent]).records if key else []:
-        if stored.record.key == key:
+    for stored in load_records([weights.parent]).records if "key" in about else []:
+        if stored.record.key == about["key"]:
             known = stored.record.spec
-            recipe = replace(spec.recipe, val=known["recipe"]["val"])
+            recipe = replace(recipe, val=known["recipe"]["val"])
             spec = replace(spec, recipe=recipe, seed=stored.record.seed, limit_train=known["limit_train"])
     return split_data(spec, dataset).train
 
 
-def _write_predictions(
-    path: Path, position: NDArray[np.int64], labels: NDArray[np.int64], ranked: NDArray[np.int64], dataset: Dataset
-) -> None:
-    """A line per image: its position in the test set, its class, and the most likely classes, best first."""
+@contextmanager
+def _writing(option: str, path: Path) -> Iterator[Path]:
     try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            rows.writerow(["image", "label", *(f"top{rank + 1}" for rank in range(ranked.shape[1]))])
-            for row in np.argsort(position):
-                classes = [dataset.classes[number] for number in (labels[row], *ranked[row])]
-                rows.writerow([int(position[row]), *classes])
+        yield path.expanduser()
     except OSError as error:
-        raise UserError(f"--predictions {path} cannot be written: {error.strerror}") from None
+        raise UserError(f"{option} {path} cannot be written: {error.strerror or error}") from None
+
+
+def _annotate(
+    options: EvalOptions, flip: bool, variant: Variant, dataset: Dataset, unused: list[str]
+) -> Iterator[str]:
+    """How scores were averaged, what the variant's source printed, and which tensors of the file were not used."""
+    if options.scales:
+        what = "" if options.average == "logits" else "probabilities "
+        scales = ", ".join(map(str, options.scales))
+        yield f"{what}averaged over scales {scales}{', and mirrored' * flip}"
+    for entry in load_published():
+        if (entry.variant, entry.depth, entry.dataset) == (variant.name, variant.network.depth, dataset.name):
+            error = "top-5 error" if entry.error is None else "error"
+            other = "" if dataset.original else "; of other images than these: not comparable"
+            yield f"published: {error} {entry.number:g} % ({entry.note or entry.source}){other}"
+    if unused:
+        layers = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in unused))
+        yield f"left over in the file: {len(unused)} tensors of layers that are never called: {layers}"
 
 
 def print_errors(errors: Errors, console: Console) -> None:
-    """Print errors, on how many images of which set, and which tensors of the file were not used."""
+    """Print errors, on how many images of which set, and what there is to know about them."""
     count = f"{errors.images:,}" if errors.images == errors.of else f"{errors.images:,} of {errors.of:,}"
-    line = f"{errors.name} on {errors.label}, test set, {count} images: top-1 error {errors.error:.2f} %"
-    if errors.top5_error is not None:
-        line += f", top-5 error {errors.top5_error:.2f} %"
-    lines = [line]
-    if errors.scales:
-        mirrored = ", and mirrored" if errors.flip else ""
-        what = "" if errors.average == "logits" else "probabilities "
-        lines.append(f"{what}averaged over scales {', '.join(map(str, errors.scales))}{mirrored}")
-    lines += errors.published
-    if errors.unused:
-        layers = dict.fromkeys(name.rpartition(".")[0] for name in errors.unused)
-        lines.append(
-            f"left over in the file: {len(errors.unused)} tensors of layers that are never called: {', '.join(layers)}"
-        )
-    say(console, "\n".join(lines))
+    top5 = "" if errors.top5_error is None else f", top-5 error {errors.top5_error:.2f} %"
+    line = f"{errors.of_what}, test set, {count} images: top-1 error {errors.error:.2f} %{top5}"
+    say(console, "\n".join((line, *errors.notes)))

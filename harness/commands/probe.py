@@ -116,11 +116,6 @@ def print_outcomes(
         say(console, line)
 
 
-def warn(message: str) -> None:
-    """Say what a run would record among its warnings."""
-    warnings.warn(message, stacklevel=2)
-
-
 def train_steps(trainer: Trainer, epoch: int, steps: int) -> EpochMetrics:
     """Train up to `steps` steps of an epoch."""
     return run_steps(trainer, epoch=epoch, steps=min(steps, trainer.loader.steps))
@@ -158,11 +153,11 @@ def time_steps(trainer: Trainer, epoch: int) -> tuple[EpochMetrics, float]:
 
 def time_eval(trainer: Trainer, loader: Loader) -> float:
     """Seconds of a batch of an evaluation: the mean of the first EVAL_BATCHES."""
-    run, batches, started_at = trainer.run, min(EVAL_BATCHES, loader.steps), time.perf_counter()
-    with evaluating(run.network, make_autocast(run.device, run.spec.precision)):
+    batches, started_at = min(EVAL_BATCHES, loader.steps), time.perf_counter()
+    with evaluating(trainer.run.network, make_autocast(trainer.run.device, trainer.run.spec.precision)):
         for images, _ in itertools.islice(loader.epoch(0), batches):
             trainer.forward(images)
-        synchronize(run.device)
+        synchronize(trainer.run.device)
     return (time.perf_counter() - started_at) / max(1, batches)
 
 
@@ -176,7 +171,7 @@ def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, pat
     device, loader, test_loader = prepared.device, prepared.train_loader, prepared.test_loader
     with (
         deterministic_algorithms(spec), closing(prepared), closing(EpochTelemetry(device)) as telemetry,
-        closing(make_trainer(prepared, warn)) as trainer,
+        closing(make_trainer(prepared, warnings.warn)) as trainer,
     ):  # fmt: skip
         train_steps(trainer, 0, WARMUP_STEPS)
         setup_seconds = worker.launch_seconds + time.perf_counter() - entered_at
@@ -246,8 +241,7 @@ def print_estimate(outcomes: Outcomes, todo: Sequence[RunSpec], concurrent_runs:
         say(console, note)
     steps = "/".join(str(n) for n in sorted({one.steps for one in predicted.values()})) or "no"
     about = (
-        f"from {steps} training steps after warm-up and {EVAL_BATCHES} evaluation batches or fewer, one seed each; "
-        "GPU-h and kJ (while training) are of all runs of a line, memory in MiB of one worker; runs done are not counted"
+        f"from {steps} steps after warm-up of one seed; GPU-h and kJ are of all runs of a line, MiB of one worker"
     )
     say(console, about, style="dim")
 
@@ -300,13 +294,13 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
             raise ValueError("an epoch of one step is too short to profile")
         # several ranks' gradients are summed after backward here, not by DDP inside it, where they hide behind it
         step, clock = make_step(prepared, ddp=False), StepClock(device)
-        plain = Engine([Way("eager", step)], warn)
+        plain = Engine([Way("eager", step)], warnings.warn)
         by_parts = Trainer(prepared, step, plain, plain, loader, Watchdog(device))
         train_steps(by_parts, 0, WARMUP_STEPS)
         step.mark = clock.mark
         train_steps(by_parts, 1, STEPS)
         parts = clock.read()
-        with closing(make_trainer(prepared, warn)) as trainer:
+        with closing(make_trainer(prepared, warnings.warn)) as trainer:
             train_steps(trainer, 2, WARMUP_STEPS)
             metrics = train_steps(trainer, 3, STEPS)
     took = [sum(step) for step in zip(*parts.values(), strict=True)]
@@ -331,8 +325,7 @@ def print_profile(outcomes: Outcomes, console: Console) -> None:
 
     print_outcomes(outcomes, columns, lines, console, " · milliseconds of a step")
     about = (
-        "data: from the last step's end until its batch is there. Parts by eager kernels, which add up to the sum: the mean "
-        f"of the middle half of up to {STEPS} steps after warm-up, of the slowest rank; all-reduce after backward, where DDP "
-        f"would hide it. {columns[-1]}: a step as runs take it"
+        f"the middle half of {STEPS} steps of the slowest rank, by eager kernels; data: from the last step's end until its "
+        f"batch is there; all-reduce after backward, where DDP would hide it. {columns[-1]}: a step as runs take it"
     )
     say(console, about, style="dim")

@@ -135,8 +135,8 @@ def print_report(paths: Sequence[Path], console: Console, options: ReportOptions
 def _render_table(rows: Sequence[Row], console: Console, columns: Sequence[str] = (), *, colour: bool) -> str:
     from harness.results.report.table import render
 
-    colour = colour and console.is_terminal and not console.no_color
-    return render(rows, "table", width=console.width, colour=colour, columns=columns)
+    fit = colour and console.is_terminal
+    return render(rows, columns=columns, width=console.width, fit=fit, colour=fit and not console.no_color)
 
 
 def print_rows(loaded: Loaded, console: Console, preset: str | None = None) -> bool:

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 from harness.checklist import BY_NAME, Result
 from harness.cluster.job import Worker
 from harness.loaders.datasets import Split
-from harness.loaders.loader import make_loaders
-from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan
-from harness.models.variants import Variant, find_variant
+from harness.loaders.sampling import SamplingPlan
+from harness.models.variants import find_variant
 from harness.results.values import EpochMetrics
 from harness.spec import Engine, Precision, RunSpec
 from harness.training.setup import Data, Prepared, Trainer, assemble, make_trainer
@@ -59,19 +58,25 @@ class Bench:
         return self.worker.device != "cpu"
 
     @cached_property
-    def eager(self) -> list[float]:
-        """The reference: losses of each epoch, kernel by kernel."""
-        metrics, _ = train(self.worker)
-        self.seconds["eager"] = step_seconds(metrics)
-        return [row.loss for row in metrics]
+    def eager(self) -> list[EpochMetrics]:
+        """The reference: a run kernel by kernel."""
+        return self.train("eager")[0]
+
+    def train(self, engine: Engine, **changes: Any) -> tuple[list[EpochMetrics], dict[str, Tensor]]:
+        """A whole small run, timed: its epochs and its weights."""
+        metrics, weights = train(self.worker, engine=engine, **changes)
+        if not changes:
+            self.seconds[engine] = min(row.train_seconds / row.steps for row in metrics[1:])
+        return metrics, weights
 
 
 def run_check(name: str, bench: Bench) -> Result:
     """Its result; a failure where it raises."""
     check = BY_NAME[name]
-    arguments = check.of[1:] if check.of else ()
+    if check.gpu and not bench.on_gpu:
+        return Result(name, "skipped", "only a GPU does it")
     try:
-        figure, words = globals()[check.function](bench, *arguments)
+        figure, words = globals()[check.function](bench, *(check.of or ())[1:])
     except (SkippedError, ImportError) as error:
         return Result(name, "skipped", str(error))
     except Exception as error:
@@ -101,26 +106,24 @@ def make_split() -> Split:
 
 def make_spec(worker: Worker, **changes: Any) -> RunSpec:
     """A small run on this device, whose lr changes at every step."""
-    variant: Variant = find_variant("he2015")(8)
+    variant = find_variant("he2015")(8)
     recipe = replace(
         variant.recipe, duration=EPOCHS, unit="epoch", batch_size=BATCH, lr=0.02, schedule="cosine", milestones=()
     )
-    spec = RunSpec(
-        variant="he2015", network=variant.network, recipe=recipe, dataset="check", fingerprint="", loader="resident",
-        device="cuda" if worker.device.startswith("cuda") else "cpu", workers=worker.world_size,
+    own: dict[str, Any] = {"loader": "resident", "device": "cuda" if worker.device.startswith("cuda") else "cpu"}
+    return RunSpec(
+        variant="he2015", network=variant.network, recipe=recipe, dataset="check", fingerprint="",
+        workers=worker.world_size, **own | changes,
     )  # fmt: skip
-    return replace(spec, **changes)
 
 
 def start(worker: Worker, stack: ExitStack, **changes: Any) -> tuple[Prepared, Trainer]:
     """A run before its first step, until the stack closes. Raises RuntimeError where its engine does not work."""
-    split, given_up = make_split(), list[str]()
-    data = Data(split, split, split, "test")
-    spec = make_spec(worker, **changes)
+    split, given_up, spec = make_split(), list[str](), make_spec(worker, **changes)
     stack.enter_context(deterministic_algorithms(spec))
-    prepared = assemble(spec, data, worker, num_classes=CLASSES, flip=True)
-    stack.enter_context(closing(prepared))
-    if worker.world_size > 1 or dist.is_initialized():  # the statistics of a batch are those of a rank's share
+    data = Data(split, split, split, "test")
+    prepared = stack.enter_context(closing(assemble(spec, data, worker, num_classes=CLASSES, flip=True)))
+    if dist.is_initialized():  # the statistics of a batch are those of a rank's share
         for module in prepared.network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
@@ -130,7 +133,7 @@ def start(worker: Worker, stack: ExitStack, **changes: Any) -> tuple[Prepared, T
     return prepared, trainer
 
 
-def train_epochs(trainer: Trainer, first: int = 0, last: int = EPOCHS) -> list[EpochMetrics]:
+def train_epochs(trainer: Trainer, first: int, last: int) -> list[EpochMetrics]:
     """These epochs of a run."""
     return [run_steps(trainer, epoch=epoch, steps=trainer.loader.steps) for epoch in range(first, last)]
 
@@ -139,19 +142,16 @@ def train(worker: Worker, **changes: Any) -> tuple[list[EpochMetrics], dict[str,
     """A whole small run: its epochs and its weights."""
     with ExitStack() as stack:
         prepared, trainer = start(worker, stack, **changes)
-        metrics = train_epochs(trainer)
+        metrics = train_epochs(trainer, 0, EPOCHS)
         return metrics, {name: value.cpu().clone() for name, value in prepared.network.state_dict().items()}
 
 
-def step_seconds(metrics: list[EpochMetrics]) -> float:
-    """Of its fastest epoch, the first left out."""
-    return min(row.train_seconds / row.steps for row in metrics[1:])
-
-
-def difference(losses: list[float], reference: list[float]) -> float:
-    """The largest relative one; NaN counts as infinite."""
-    worst = max(abs(one - other) / abs(other) for one, other in zip(losses, reference, strict=True))
-    return worst if worst == worst else float("inf")
+def compare(metrics: list[EpochMetrics], reference: list[EpochMetrics], whose: str) -> Figure:
+    """The largest relative difference of losses."""
+    losses = np.array([[row.loss for row in rows] for rows in (metrics, reference)])
+    worst = float(np.abs(losses[0] / losses[1] - 1).max())
+    how = f"to {worst:.1e}" if worst else "bit for bit"
+    return worst, f"losses of {EPOCHS * 5} steps are {whose} {how}"
 
 
 # --- checks ---
@@ -159,22 +159,16 @@ def difference(losses: list[float], reference: list[float]) -> float:
 
 def check_eager(bench: Bench) -> Figure:
     """The losses fall: last / first."""
-    first, *_, last = bench.eager
+    first, last = bench.eager[0].loss, bench.eager[-1].loss
     return last / first, f"loss {first:.3f} to {last:.3f} in {EPOCHS * 5} steps, a share of {last / first:.2f}"
 
 
 def check_loader(bench: Bench, name: str) -> Figure:
     """Its tensors are those of the plan, over three epochs in order and out of order, on a device that is kept busy."""
-    split, device = make_split(), torch.device(bench.worker.device)
-    normalize = Normalize(np.array([0.4, 0.5, 0.6], np.float32), np.array([0.2, 0.3, 0.25], np.float32))
-    config = LoaderConfig(
-        augment=Augment(4, "zero", None, True), normalize=normalize, batch_size=BATCH, eval_batch_size=BATCH,
-        device=device, threads=bench.worker.threads,
-    )  # fmt: skip
-    plan = SamplingPlan(images=IMAGES, batch_size=BATCH, span=(8, 8), flip=True, seed=config.seed)
     worst, wrong, batches, took = 0.0, 0, 0, list[float]()
     with ExitStack() as stack:
-        loader, _ = (stack.enter_context(closing(each)) for each in make_loaders(name, split, split, config))
+        prepared, _ = start(bench.worker, stack, loader=name)
+        loader, device = prepared.train_loader, prepared.device
         for epoch in (0, 1, 2, 1, 0, 2):
             kept, started_at = list[tuple[Tensor, Tensor]](), time.perf_counter()
             iterator = loader.epoch(epoch)
@@ -184,8 +178,8 @@ def check_loader(bench: Bench, name: str) -> Figure:
                 kept.append(next(iterator))
             synchronize(device)
             took.append((time.perf_counter() - started_at) / loader.steps)
-            images, labels = torch.cat([i for i, _ in kept]).cpu(), torch.cat([n for _, n in kept]).cpu()
-            expected, right = reference_epoch(split, plan, normalize, epoch)
+            images, labels = (torch.cat(tensors).cpu() for tensors in zip(*kept, strict=True))
+            expected, right = reference_epoch(prepared, epoch)
             worst = max(worst, float((images - expected).abs().max()))
             wrong += int((labels != right).sum())
             batches += len(kept)
@@ -195,10 +189,12 @@ def check_loader(bench: Bench, name: str) -> Figure:
     return float("inf") if wrong else worst, words
 
 
-def reference_epoch(split: Split, plan: SamplingPlan, normalize: Normalize, epoch: int) -> tuple[Tensor, Tensor]:
-    """Images and labels of an epoch, one by one by the definition."""
-    sample, padding = plan.draw(epoch), ((0, 0), (4, 4), (4, 4), (0, 0))
-    padded = np.pad((split.images / np.float32(255) - normalize.mean) / normalize.std, padding)
+def reference_epoch(prepared: Prepared, epoch: int) -> tuple[Tensor, Tensor]:
+    """Images and labels of an epoch, one by one by the definition: padded by 4 and cropped."""
+    split, normalize, seed = prepared.data.train, prepared.loader_config.normalize, prepared.spec.seed
+    sample = SamplingPlan(images=IMAGES, batch_size=BATCH, span=(8, 8), flip=True, seed=seed).draw(epoch)
+    normalized = (split.images / np.float32(255) - normalize.mean) / normalize.std
+    padded = np.pad(normalized, ((0, 0), (4, 4), (4, 4), (0, 0)))
     made = []
     for index, (y, x), flip in zip(sample.index, sample.offset, sample.flip, strict=True):
         image = padded[index, y : y + SIZE, x : x + SIZE]
@@ -209,31 +205,20 @@ def reference_epoch(split: Split, plan: SamplingPlan, normalize: Normalize, epoc
 
 def check_engine(bench: Bench, engine: Engine) -> Figure:
     """Its losses are eager's, and it is what ran: `start` raises where another one would."""
-    try:
-        metrics, _ = train(bench.worker, engine=engine)
-    except RuntimeError as error:
-        if not bench.on_gpu and "cannot capture" in str(error):
-            raise SkippedError(str(error)) from None
-        raise
-    bench.seconds[engine] = step_seconds(metrics)
-    worst = difference([row.loss for row in metrics], bench.eager)
-    how = "bit for bit eager's" if worst == 0 else f"eager's to {worst:.1e}"
-    return worst, f"losses of {EPOCHS * 5} steps are {how}"
+    return compare(bench.train(engine)[0], bench.eager, "eager's")
 
 
 def check_precision(bench: Bench, precision: Precision) -> Figure:
     """Its losses are near those of fp32, and it is not fp32."""
-    if precision != "bf16" and not bench.on_gpu:
-        raise SkippedError("the CPU trains in fp32 and bf16")
-    metrics, weights = train(bench.worker, precision=precision)
-    worst = difference([row.loss for row in metrics], bench.eager)
+    metrics, weights = bench.train("eager", precision=precision)
+    worst, words = compare(metrics, bench.eager, "fp32's")
     if precision != "tf32":  # which old GPUs do not have
         dtype = torch.bfloat16 if precision == "bf16" else torch.float16
         if worst == 0:
             raise RuntimeError("it computes in fp32")
         if all(torch.equal(w, w.to(dtype).to(w.dtype)) for w in weights.values() if w.ndim == 4):
             raise RuntimeError("its weights are not kept in fp32")
-    return worst, f"losses of {EPOCHS * 5} steps are fp32's to {worst:.1e}"
+    return worst, words
 
 
 def check_resume(bench: Bench) -> Figure:
@@ -243,10 +228,10 @@ def check_resume(bench: Bench) -> Figure:
     _, whole = train(bench.worker, deterministic=True)
     with tempfile.TemporaryDirectory(prefix="harness-check-") as name, ExitStack() as stack:
         prepared, trainer = start(bench.worker, stack, deterministic=True)
-        save(prepared, Path(name), train_epochs(trainer, last=half))
+        save(prepared, Path(name), train_epochs(trainer, 0, half))
         prepared, trainer = start(bench.worker, stack, deterministic=True)
         done = resume(prepared, Path(name), lambda _: None)
-        train_epochs(trainer, first=len(done))
+        train_epochs(trainer, len(done), EPOCHS)
         resumed = {key: value.cpu() for key, value in prepared.network.state_dict().items()}
     worst = max(float((resumed[key].double() - whole[key].double()).abs().max()) for key in whole)
     words = f"weights after {len(done)} + {EPOCHS - half} epochs differ by {worst:.1e} from those after {EPOCHS}"
@@ -256,26 +241,24 @@ def check_resume(bench: Bench) -> Figure:
 def check_memory(bench: Bench) -> Figure:
     """What the categories do not account for is little of what the driver counts."""
     with ExitStack() as stack:
-        _, trainer = start(bench.worker, stack, engine="graph" if bench.on_gpu else "eager")
-        train_epochs(trainer, last=2)
-        memory = trainer.measure_memory().by_category_mib
-    return judge_memory(memory, on_gpu=bench.on_gpu)
+        _, trainer = start(bench.worker, stack, engine="graph")
+        train_epochs(trainer, 0, 2)
+        return judge_memory(trainer.measure_memory().by_category_mib)
 
 
-def judge_memory(by_category_mib: dict[str, float], *, on_gpu: bool) -> Figure:
-    """Of a run's categories. A CPU has no driver that counts."""
+def judge_memory(by_category_mib: dict[str, float]) -> Figure:
+    """Of a run's categories."""
+    if not by_category_mib:
+        raise SkippedError("no driver says how much this process uses")
     total, rest = sum(by_category_mib.values()), by_category_mib.get("unaccounted", 0.0)
-    words = f"{rest:.0f} of {total:.0f} MiB belong to no category"
-    if not by_category_mib or not on_gpu:
-        raise SkippedError(f"no driver says how much this process uses; {words}")
-    return abs(rest) / total, words
+    return abs(rest) / total, f"{rest:.0f} of {total:.0f} MiB belong to no category"
 
 
 def check_clock(bench: Bench) -> Figure:
     """A sequence of products, timed as steps are and by another clock: CUDA's events, the kernel's raw clock. The best
     of three, since others may use the CPU."""
     device = torch.device(bench.worker.device)
-    factor, product = torch.ones(1024, 1024, device=device) / 1024, torch.ones(1024, 1024, device=device)
+    factor, product = torch.ones(2, 1024, 1024, device=device) / 1024
 
     def mark() -> Any:
         if not bench.on_gpu:
@@ -284,7 +267,8 @@ def check_clock(bench: Bench) -> Figure:
         event.record()
         return event
 
-    def measure() -> tuple[float, float, float]:
+    figures = list[tuple[float, float, float]]()
+    for _ in range(4):
         synchronize(device)
         started_at, before = time.perf_counter(), mark()
         for _ in range(2000 if bench.on_gpu else 3):
@@ -293,10 +277,8 @@ def check_clock(bench: Bench) -> Figure:
         synchronize(device)
         seconds = time.perf_counter() - started_at
         other = before.elapsed_time(after) / 1000 if bench.on_gpu else after - before
-        return abs(seconds / other - 1), seconds, other
-
-    measure()  # warm-up
-    error, seconds, other = min(measure() for _ in range(3))
+        figures.append((abs(seconds / other - 1), seconds, other))
+    error, seconds, other = min(figures[1:])  # the first is warm-up
     return error, f"{1000 * seconds:.1f} ms, by the other clock {1000 * other:.1f} ms: a share of {error:.3f}"
 
 
@@ -337,16 +319,13 @@ def check_sum(bench: Bench) -> Figure:
 
 def check_ranks(bench: Bench, engine: Engine) -> Figure:
     """All ranks together train as one does alone, batch norm's statistics held still."""
-    if engine == "graph" and not bench.on_gpu:
-        raise SkippedError("a cpu cannot capture graphs, a GPU can")
     worker = bench.worker
     one, _ = train(replace(worker, rank=0, world_size=1))
     together, weights = train(worker, engine=engine)
-    worst = difference([row.loss for row in together], [row.loss for row in one])
     sums = gather([float(value.double().sum()) for value in weights.values()])
     if any(each != sums[0] for each in sums):
         raise RuntimeError("the ranks end with different weights")
-    return worst, f"losses of {EPOCHS * 5} steps on {worker.world_size} ranks are one rank's to {worst:.1e}"
+    return compare(together, one, f"those of one rank on {worker.world_size} ranks")
 
 
 def check_group(bench: Bench) -> Figure:

@@ -108,7 +108,7 @@ def make_labels(rows: Sequence[Row], layout: Layout | None = None) -> list[str]:
     if not rows:
         return []
     layout = layout or lay_out(rows)
-    words = [layout.words[c.name] for c in layout.columns if c in DESCRIBING]
+    words = [[clean(c.text(row)) for row in rows] for c in layout.columns if c in DESCRIBING]
     labels: list[str] = []
     seen: dict[str, int] = defaultdict(int)
     for i, row in enumerate(rows):

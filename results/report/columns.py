@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from operator import itemgetter
+from typing import Any
 
 from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures, suggest
 from harness.results.published import Published, find_published
@@ -20,22 +22,15 @@ class Column:
     header: str
     text: Callable[[Row], str]
     means: str = ""  # stands under the table
+    key: Callable[[Row], Any] | None = None  # what it is sorted by: a number, None or NaN; by default its text
     right: bool = True
-    stays: bool = False  # in the table, even where all rows agree
+    stays: bool = True  # in the table, even where all rows agree
     hidden: bool = False  # from the table, unless it is chosen
-    part: Literal["what", "errors", "costs"] = "what"  # of a table that is too wide for the terminal
-    key: Callable[[Row], float | str | None] | None = None
 
     def sort_key(self, row: Row) -> float | str | None:
-        """What the column is sorted by: a number where it shows one; None, or NaN, where there is nothing."""
-        if self.key:
-            return self.key(row)
-        text = self.text(row)
-        return None if text == NONE else text
-
-
-def _signed(value: float | None) -> str:
-    return NONE if value is None else f"{value:+.2f}".replace("-", "−")
+        """What the column is sorted by; None, or NaN, where there is nothing."""
+        value: float | str | None = (self.key or self.text)(row)
+        return None if value == NONE else value
 
 
 def _width(row: Row) -> str:
@@ -44,9 +39,39 @@ def _width(row: Row) -> str:
     return f"{row.workers}×{row.batch_size // max(1, row.workers)}"
 
 
-def _limit(row: Row) -> str:
-    limit = setting(row.spec, "limit_train", int)
-    return "all" if limit is None else f"{limit:,}"
+def _limit(row: Row) -> Any:
+    return setting(row.spec, "limit_train", int)
+
+
+def _overrides(row: Row) -> list[str]:
+    return list(map(str, setting(row.spec, "overrides", list) or ()))
+
+
+_descriptor = partial(Column, right=False, stays=False)
+DESCRIPTORS: tuple[Column, ...] = (
+    _descriptor("variant", "variant", lambda r: r.text("variant", r.variant), stays=True),
+    _descriptor("depth", "depth", lambda r: r.text("network.depth", str(r.depth or NONE)), stays=True, right=True,
+              key=lambda r: r.depth),
+    _descriptor("dataset", "data set", lambda r: r.text("label", r.dataset)),
+    _descriptor("limit_train", "images", lambda r: f"{limit:,}" if (limit := _limit(r)) else "all",
+              "of the training set that were used", right=True, key=_limit),
+    _descriptor("duration", "trained", lambda r: r.duration, key=lambda r: setting(r.spec, "recipe.duration", int, float)),
+    _descriptor("overrides", "changed", lambda r: ", ".join(_overrides(r)) or NONE,
+              "what differs from the variant's own recipe"),
+    _descriptor("loader", "loader", lambda r: r.text("loader")),
+    _descriptor("precision", "precision", lambda r: r.text("precision")),
+    _descriptor("engine", "engine", lambda r: r.text("engine")),
+    _descriptor("workers", "width", _width, "DDP workers × images per step and worker", key=lambda r: r.workers),
+    _descriptor("device", "device", lambda r: r.text("hardware", r.device)),
+    _descriptor("differs", "differs in", lambda r: ", ".join(r.differs) or NONE),
+)  # fmt: skip
+
+
+# --- its figures ---
+
+
+def _signed(value: float | None) -> str:
+    return NONE if value is None else f"{value:+.2f}".replace("-", "−")
 
 
 def _error(row: Row) -> str:
@@ -68,15 +93,40 @@ def progress(partial: Interrupted) -> str:
     """ "epoch 3 of 30" """
     if partial.epochs == 0:
         return "no epoch yet"
-    return f"epoch {partial.epochs} of {partial.of}" if partial.of else f"epoch {partial.epochs}"
+    return f"epoch {partial.epochs}" + (f" of {partial.of}" if partial.of else "")
+
+
+def _seconds(row: Row) -> str:
+    """ "1.74 (27, 1.60–1.96)": the row's figure, how many epochs were timed, the fastest and the slowest."""
+    timing, words = row.timing, list[str]()
+    ends = row.values("epoch_seconds")
+    if timing is not None:
+        words, ends = [f"{timing.epochs:,}"], [timing.fastest or 0.0, timing.slowest or 0.0]
+    if ends and (low := figures(min(ends))) != (high := figures(max(ends))):
+        words.append(f"{low}–{high}")
+    text = METRICS["epoch_seconds"].summary(row.figures.get("epoch_seconds", UNKNOWN))
+    return text + (f" ({', '.join(words)})" if words else "")
+
+
+def _runs(row: Row) -> str:
+    missing = len(row.failed) + len(row.pruned) + len(row.interrupted)
+    return f"{len(row.done)}" + (f" of {len(row.done) + missing}" if missing else "")
 
 
 def _published(row: Row) -> str:
     if row.against is None:
         return NONE
-    published = row.against.published
     half = "" if row.against.half is None else f" ± {row.against.half:.2f}"
-    return f"{published.number:.2f} ({_signed(row.against.difference)}{half})"
+    return f"{row.against.published.number:.2f} ({_signed(row.against.difference)}{half})"
+
+
+def _verdict(row: Row) -> str:
+    if row.against is None:
+        return NONE
+    word, p = row.against.word, row.against.adjusted
+    if word in (None, "consistent", "cannot tell") or p is None:
+        return word or "not judged"
+    return f"{word} " + ("p<.001" if p < 0.001 else f"p={p:.2g}".replace("0.", ".", 1))
 
 
 def cost_entry(row: Row) -> Published | None:
@@ -84,150 +134,92 @@ def cost_entry(row: Row) -> Published | None:
 
     How the images were compressed does not matter to a cost, nor does the number of epochs.
     """
-    overrides = setting(row.spec, "overrides", list) or ()
-    other = any(not str(text).startswith(("epochs=", "val=")) for text in overrides)
-    if other or setting(row.spec, "limit_train", int) is not None:
-        return None
-    return find_published(row.fields.get("dataset", ""), row.variant, row.depth)
+    other = any(not text.startswith(("epochs=", "val=")) for text in _overrides(row))
+    return None if other or _limit(row) is not None else _entry(row)
+
+
+def _entry(row: Row, variant: str = "") -> Published | None:
+    return find_published(row.fields.get("dataset", ""), variant or row.variant, row.depth)
+
+
+def _quote(row: Row, variant: str = "") -> str:
+    entry = _entry(row, variant)
+    return NONE if entry is None else f"{entry.number:.2f}{' (top-5)' if entry.error is None else ''}"
 
 
 def epoch_seconds_ratio(row: Row) -> float | None:
     """Published seconds over ours."""
-    entry = cost_entry(row)
-    return entry.epoch_seconds / row.epoch_seconds if entry and entry.epoch_seconds and row.epoch_seconds else None
+    seconds = getattr(cost_entry(row), "epoch_seconds", None)
+    return seconds / row.epoch_seconds if seconds and row.epoch_seconds else None
 
 
 def _published_seconds(row: Row) -> str:
-    entry, ratio = cost_entry(row), epoch_seconds_ratio(row)
-    if entry is None or entry.epoch_seconds is None:
-        return NONE
-    return f"{entry.epoch_seconds:g} s" + (f" ({figures(ratio)}×)" if ratio else "")
+    seconds, ratio = getattr(cost_entry(row), "epoch_seconds", None), epoch_seconds_ratio(row)
+    return (f"{seconds:g} s" if seconds else NONE) + (f" ({figures(ratio)}×)" if ratio else "")
 
 
-def _published_memory(row: Row) -> str:
-    entry = cost_entry(row)
-    return f"{entry.memory_mib:,g} MiB" if entry and entry.memory_mib else NONE
+def _published_memory(row: Row) -> Any:
+    return getattr(cost_entry(row), "memory_mib", None)
 
 
-def _published_number(row: Row, variant: str | None = None) -> float | None:
-    entry = find_published(row.fields.get("dataset", ""), variant or row.variant, row.depth)
-    return entry.number if entry else None
-
-
-def _published_error(row: Row, variant: str | None = None) -> str:
-    entry = find_published(row.fields.get("dataset", ""), variant or row.variant, row.depth)
-    return NONE if entry is None else f"{entry.number:.2f}{' (top-5)' if entry.error is None else ''}"
-
-
-def _verdict(row: Row) -> str:
-    if row.against is None:
-        return NONE
-    if row.against.word is None:
-        return "not judged"
-    if row.against.word in ("consistent", "cannot tell") or row.against.adjusted is None:
-        return row.against.word
-    p = row.against.adjusted
-    return f"{row.against.word} " + ("p<.001" if p < 0.001 else f"p={p:.2g}".replace("0.", ".", 1))
-
-
-def _seconds(row: Row) -> str:
-    """ "1.74 (27, 1.60–1.96)": the row's figure, how many epochs were timed, the fastest and the slowest."""
-    text = METRICS["epoch_seconds"].summary(row.figures.get("epoch_seconds", UNKNOWN))
-    values = row.values("epoch_seconds")
-    if (timing := row.timing) is not None:
-        low, high = figures(timing.fastest), figures(timing.slowest)
-        return f"{text} ({timing.epochs:,}{f', {low}–{high}' if low != high else ''})"
-    low, high = (figures(end(values, default=None)) for end in (min, max))
-    return f"{text} ({low}–{high})" if low != high else text
-
-
-def _predicted_seconds(row: Row) -> float | None:
-    return row.predicted.epoch_seconds if row.predicted else None
-
-
-def _runs(row: Row) -> str:
-    missing = len(row.failed) + len(row.pruned) + len(row.interrupted)
-    return f"{len(row.done)} of {len(row.done) + missing}" if missing else str(len(row.done))
-
-
-NUMBER = Column("number", "#", lambda r: r.name)  # only where one row takes several tables
-DESCRIPTORS: tuple[Column, ...] = (
-    Column("variant", "variant", lambda r: r.text("variant", r.variant), right=False, stays=True),
-    Column("depth", "depth", lambda r: r.text("network.depth", str(r.depth or NONE)), stays=True,
-           key=lambda r: r.depth),
-    Column("dataset", "data set", lambda r: r.text("label", r.dataset), right=False),
-    Column("limit_train", "images", _limit, "of the training set that were used",
-           key=lambda r: setting(r.spec, "limit_train", int)),
-    Column("duration", "trained", lambda r: r.duration, right=False, key=lambda r: setting(r.spec, "recipe.duration", int, float)),
-    Column("overrides", "changed", lambda r: ", ".join(map(str, setting(r.spec, "overrides", list) or ())) or NONE,
-           "what differs from the variant's own recipe", right=False),
-    Column("loader", "loader", lambda r: r.text("loader"), right=False),
-    Column("precision", "precision", lambda r: r.text("precision"), right=False),
-    Column("engine", "engine", lambda r: r.text("engine"), right=False),
-    Column("workers", "width", _width, "DDP workers × images per step and worker", right=False, key=lambda r: r.workers),
-    Column("device", "device", lambda r: r.text("hardware", r.device), right=False),
-    Column("differs", "differs in", lambda r: ", ".join(r.differs) or NONE, right=False),
-)  # fmt: skip
 DERIVED: dict[str, tuple[Column, ...]] = {
     "parameters": (
-        Column("n", "n", _runs, "runs that are done, one a seed", stays=True, part="errors", key=lambda r: len(r.done)),
+        Column("n", "n", _runs, "runs that are done, one a seed", lambda r: len(r.done)),
     ),
     "best_error": (
         Column("best_minus_last", "best − last", lambda r: _signed(r.best_minus_last),
-               "in points: what choosing the epoch on the evaluated images takes off", stays=True, part="errors",
-               key=lambda r: r.best_minus_last),
+               "in points: what choosing the epoch on the evaluated images takes off", lambda r: r.best_minus_last),
     ),
     "test_error": (
         Column("published", "published", _published, "the published error; in brackets ours minus it, in points, with the "
-               "interval of 90 % for one more run of ours", stays=True, part="errors",
-               key=lambda r: r.against.difference if r.against else None),
+               "interval of 90 % for one more run of ours", lambda r: getattr(r.against, "difference", None)),
         Column("verdict", "verdict", _verdict, f"could the published number be one more run of ours? better, worse: no, by "
                f"Holm's p over the rows, below {ALPHA:g}; consistent: the interval holds 0 and is at most ±{MAX_HALF_WIDTH:g}; cannot tell: "
-               "neither", right=False, stays=True, part="errors",
-               key=lambda r: r.against.adjusted if r.against else None),
+               "neither", lambda r: getattr(r.against, "adjusted", None), right=False),
     ),
     "accuracy": (
-        Column("published_error", "published %", _published_error, "as printed by the source, whatever the images here",
-               hidden=True, part="errors", key=_published_number),
-        Column("paper_error", "paper %", lambda r: _published_error(r, "he2015"),
-               "of the same depth in arXiv:1512.03385", hidden=True, part="errors",
-               key=lambda r: _published_number(r, "he2015")),
+        Column("published_error", "published %", _quote, "as printed by the source, whatever the images here",
+               lambda r: getattr(_entry(r), "number", None), hidden=True),
+        Column("paper_error", "paper %", lambda r: _quote(r, "he2015"), "of the same depth in arXiv:1512.03385",
+               lambda r: getattr(_entry(r, "he2015"), "number", None), hidden=True),
     ),
     "epoch_seconds": (
         Column("published_epoch_seconds", "published s", _published_seconds,
-               "published s/epoch, on the hardware named below (and how many times as long as ours)",
-               stays=True, part="costs", key=epoch_seconds_ratio),
-        Column("predicted_epoch_seconds", "predicted", lambda r: figures(_predicted_seconds(r)),
-               "s/epoch as a probe of some steps predicted it before", stays=True, part="costs", key=_predicted_seconds),
+               "published s/epoch, on the hardware named below (and how many times as long as ours)", epoch_seconds_ratio),
+        Column("predicted_epoch_seconds", "predicted", lambda r: figures(getattr(r.predicted, "epoch_seconds", None)),
+               "s/epoch as a probe of some steps predicted it before", lambda r: getattr(r.predicted, "epoch_seconds", None)),
     ),
     "nvml_process_mib": (
-        Column("published_memory_mib", "published MiB", _published_memory, "published memory, on the same hardware",
-               stays=True, part="costs", key=lambda r: e.memory_mib if (e := cost_entry(r)) else None),
+        Column("published_memory_mib", "published MiB", lambda r: f"{mib:,g} MiB" if (mib := _published_memory(r)) else NONE,
+               "published memory, on the same hardware", _published_memory),
     ),
 }  # fmt: skip
 """Columns that follow a metric's."""
+SPARE = (
+    "best_minus_last", "data_stall_percent", "images_per_second", "energy_joules", "parameters", "torch_allocated_mib",
+    "published_memory_mib", "predicted_epoch_seconds", "published_epoch_seconds", "best_error", "torch_reserved_mib",
+    "top5_error", "published", "verdict",
+)  # fmt: skip
+"""What a terminal that is too narrow goes without, in this order."""
 
 
 def make_columns() -> list[Column]:
     """All columns, in their order: what a row is, its errors, its costs."""
     columns = list(DESCRIPTORS)
     for name, metric in METRICS.items():
-        columns.append(_metric_column(metric))
-        columns += DERIVED.get(name, ())
+        columns += [_metric_column(metric), *DERIVED.get(name, ())]
     return columns
 
 
 def _metric_column(metric: Metric) -> Column:
+    def text(row: Row) -> str:
+        return metric.summary(row.figures.get(metric.name, UNKNOWN))
+
     def key(row: Row) -> float | None:
         return row.figures.get(metric.name, UNKNOWN).value
 
-    def text(row: Row) -> str:
-        own = {"error": _error, "epoch_seconds": _seconds}.get(metric.name)
-        return own(row) if own else metric.summary(row.figures.get(metric.name, UNKNOWN))
-
-    part: Literal["errors", "costs"] = "errors" if metric.kind in ("size", "error") else "costs"
-    return Column(metric.name, metric.title, text, metric.means, stays=True, hidden=not metric.in_table, part=part,
-                  key=key)  # fmt: skip
+    own = {"error": _error, "epoch_seconds": _seconds}.get(metric.name, text)
+    return Column(metric.name, metric.title, own, metric.means, key, hidden=not metric.in_table)
 
 
 def find_columns(names: Sequence[str]) -> list[Column]:
@@ -249,8 +241,8 @@ def sort_rows(rows: Sequence[Row], by: str) -> list[Row]:
     Raises ValueError for a column that does not exist.
     """
     (column,) = find_columns([by.removeprefix("-")])
-    keys: list[Any] = [column.sort_key(row) for row in rows]
-    lacking = {i for i, key in enumerate(keys) if key is None or key != key}  # NaN
-    having = [i for i in range(len(rows)) if i not in lacking]
-    having.sort(key=lambda i: keys[i], reverse=by.startswith("-"))
-    return [rows[i] for i in (*having, *sorted(lacking))]
+    keyed = [(column.sort_key(row), row) for row in rows]
+    having: list[tuple[Any, Row]] = [(key, row) for key, row in keyed if key is not None and key == key]  # not NaN
+    having.sort(key=itemgetter(0), reverse=by.startswith("-"))
+    lacking = [row for key, row in keyed if key is None or key != key]
+    return [*(row for _, row in having), *lacking]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from harness.results.compare import Comparison, Pair, centre_of, signed
 from harness.results.metrics import NONE, Metric
-from harness.results.report.text import Sheet, clean, escape_markdown, for_markdown, for_terminal, paint
+from harness.results.report.text import Sheet, clean, for_markdown, for_terminal
 from harness.results.statistics import std
 
 DEFINITIONS = (
@@ -27,12 +26,13 @@ COLOURS = {"equivalent": "green", "different": "red"}
 def render_comparison(
     pairs: Sequence[Pair], format: str = "table", *, width: int = 100, colour: bool = False
 ) -> str:
-    """Every pair and metric in a line; then what the tests were, and what else forbids a conclusion."""
+    """Every pair and metric in a line; then what else forbids a conclusion, and what the tests were."""
     figures = [figure for pair in pairs for figure in pair.figures]
     tests = dict.fromkeys(f"{figure.metric.title}: {figure.how}" for figure in figures if figure.how)
     definitions = [*DEFINITIONS, *tests]
     if format == "json":
-        return _json(pairs, definitions)
+        values = {"pairs": list(map(_plain_pair, pairs)), "definitions": definitions}
+        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     if not pairs:
         return "nothing to compare: no row of A has a counterpart in B\n"
     both = [pair for pair in pairs if pair.a and pair.b]
@@ -40,38 +40,34 @@ def render_comparison(
     caption = "B against A: " + (", ".join(f"{n} {a} → {b}" for n, a, b in sorted(shared)) or "same settings")
     named = {name for name, _, _ in shared}
     cells = [line for pair in pairs for line in _lines(pair, named)]
-    problems = [clean(f"{pair.name}: {problem}") for pair in pairs for problem in pair.problems()]
-    sheet = Sheet(HEADERS, [name not in ("what", "metric", "verdict") for name in HEADERS], cells)
-    if format == "markdown":
-        small = "\n".join(f"- {escape_markdown(line)}" for line in [*definitions, *problems])
-        return f"{escape_markdown(clean(caption))}\n\n{for_markdown(sheet)}\n\n{small}\n"
-    styles = [["bold", *[""] * 7, COLOURS.get(line[-1], "")] for line in cells]
-    output = [paint(line, "bold" if colour else "") for line in textwrap.wrap(clean(caption), width)]
-    output += ["", *for_terminal(sheet, width, styles if colour else None), ""]
-    for lines, style in ((definitions, "dim"), (problems, "red")):
-        parts = [part for line in lines for part in textwrap.wrap(line, width, subsequent_indent="  ")]
-        output += [paint(part, style if colour else "") for part in parts]
-    return "\n".join(output) + "\n"
+    sheet = Sheet(
+        headers=HEADERS,
+        right=[name not in ("what", "metric", "verdict") for name in HEADERS],
+        cells=cells,
+        caption=clean(caption),
+        notes=[clean(f"{pair.name}: {problem}") for pair in pairs for problem in pair.problems()],
+        means=definitions,
+        styles=[["bold", *[""] * 7, COLOURS.get(line[-1], "")] for line in cells],
+    )
+    return (
+        for_markdown(sheet)
+        if format == "markdown"
+        else "\n".join(for_terminal(sheet, width, colour=colour)) + "\n"
+    )
 
 
-def _lines(pair: Pair, named: set[str]) -> list[list[str]]:
+def _lines(pair: Pair, named: set[str]) -> Iterator[list[str]]:
     row = pair.a or pair.b
     own = ", ".join(f"{n} {a} → {b}" for n, (a, b) in pair.differs.items() if n not in named)
     what = clean(f"{pair.name} {row.dataset if row else NONE} {own}".strip())
+    for number, figure in enumerate(pair.figures):
+        yield ["" if number else what, *_words(figure)]
     if not pair.figures:
-        done = [len(side.done) if side else None for side in (pair.a, pair.b)]
-        counts = ", ".join(NONE if n is None else str(n) for n in done)
-        word = (
-            "only in A"
-            if pair.b is None
-            else "only in B"
-            if pair.a is None
-            else "no result in B"
-            if done[0]
-            else "no result in A"
-        )
-        return [[what, NONE, counts, *[NONE] * 5, word]]
-    return [["" if number else what, *_words(figure)] for number, figure in enumerate(pair.figures)]
+        counts = ", ".join(str(len(side.done)) if side else NONE for side in (pair.a, pair.b))
+        word = f"no result in {'B' if pair.a and pair.a.done else 'A'}"
+        if not (pair.a and pair.b):
+            word = f"only in {'A' if pair.a else 'B'}"
+        yield [what, NONE, counts, *[NONE] * 5, word]
 
 
 def _words(figure: Comparison) -> list[str]:
@@ -97,26 +93,24 @@ def _spread(values: Sequence[float], metric: Metric) -> str:
     return f"{centre:,.{digits}f}" + ("" if spread is None else f" ± {spread:,.{digits}f}")
 
 
-def _json(pairs: Sequence[Pair], definitions: Sequence[str]) -> str:
+def _plain_pair(pair: Pair) -> dict[str, Any]:
+    return {
+        "a": pair.a and pair.a.name, "b": pair.b and pair.b.name, "differs": pair.differs,
+        "problems": list(pair.problems()), "figures": list(map(_plain_figure, pair.figures)),
+    }  # fmt: skip
+
+
+def _plain_figure(figure: Comparison) -> dict[str, Any]:
     def number(value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None
 
-    def side(metric: Metric, values: Sequence[float]) -> dict[str, float | None] | None:
+    def side(values: Sequence[float]) -> dict[str, float | None] | None:
         word = "mean" if metric.kind == "error" else "median"
         return {"n": len(values), word: centre_of(metric, values), "std": number(std(values))} if values else None
 
-    def plain(figure: Comparison) -> dict[str, Any]:
-        metric, interval = figure.metric, figure.interval
-        return {
-            "metric": metric.name, "unit": "percent" if metric.relative else "points",
-            "a": side(metric, figure.a), "b": side(metric, figure.b), "difference": number(figure.difference),
-            "interval": interval and (number(interval.low), number(interval.high)),
-            "margin": metric.margin, "verdict": figure.verdict, "test": figure.how,
-        }  # fmt: skip
-
-    entries = [
-        {"a": pair.a and pair.a.name, "b": pair.b and pair.b.name, "differs": pair.differs,
-         "problems": list(pair.problems()), "figures": list(map(plain, pair.figures))}
-        for pair in pairs
-    ]  # fmt: skip
-    return json.dumps({"pairs": entries, "definitions": definitions}, indent=1, ensure_ascii=False) + "\n"
+    metric, interval = figure.metric, figure.interval
+    return {
+        "metric": metric.name, "unit": "percent" if metric.relative else "points", "a": side(figure.a), "b": side(figure.b),
+        "difference": number(figure.difference), "interval": interval and (number(interval.low), number(interval.high)),
+        "margin": metric.margin, "verdict": figure.verdict, "test": figure.how,
+    }  # fmt: skip

@@ -24,7 +24,7 @@ from harness.results.report.charts import make_labels, make_panels
 from harness.results.report.columns import Column
 from harness.results.report.sweeps import clamp, is_finite, make_sweep_panel, show
 from harness.results.report.table import lay_out
-from harness.results.report.text import clean
+from harness.results.report.text import MARKS, ORDINARY, clean
 from harness.results.rows import Row
 from harness.results.store import Problem, Stored
 from harness.results.sweeps import Sweep, best_first
@@ -79,7 +79,7 @@ def make_page(
     row_of = {s.folder.name: i for i, row in enumerate(rows) for s in row.done if s.folder.name in trials}
     scripts = [bundle.replace("</script", "<\\/script")] if any(panel.charts for panel in every) else []
     # variant and depth are one column: the first stays in place when the others scroll
-    joined = [column.name for column in layout.columns[1:3]] == ["variant", "depth"]
+    joined = [column.name for column in layout.columns[:2]] == ["variant", "depth"]
     charts = [{chart.name: chart.spec for chart in panel.charts if chart.in_page} for panel in every]
     drawn = [{"rows": p.rows, "charts": c, "datasets": p.datasets} for p, c in zip(every, charts, strict=True)]
     data = {"panels": drawn, "columns": RUN_COLUMNS, "runs": runs}
@@ -87,8 +87,8 @@ def make_page(
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     css, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     return _make_environment().get_template("page.html").render(
-        title=title, made_at=made_at, policy=POLICY, rows=rows, layout=layout, labels=labels, panels=panels,
-        columns=[NETWORK, *layout.columns[3:]] if joined else layout.columns[1:], sweeps=searches, problems=problems,
+        title=title, made_at=made_at, policy=POLICY, rows=rows, sheet=layout.sheet, labels=labels, panels=panels,
+        joined=joined, columns=[NETWORK, *layout.columns[2:]] if joined else layout.columns, sweeps=searches, problems=problems,
         swatches={label: colour for panel in panels for label, (colour, _) in panel.rows.items()}, row_of=row_of,
         probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := predicted_figures(row))],
         each=lambda name: [(row, run) for row in rows for run in getattr(row, name)],
@@ -106,10 +106,20 @@ def _make_environment() -> Environment:
     )  # fmt: skip
     environment.globals |= {
         **LIMITS, "NETWORK": NETWORK, "NONE": NONE, "best_first": best_first, "clamp": clamp, "count": _count,
-        "Counter": Counter, "cut": _cut, "MAX_TRACEBACK": MAX_TRACEBACK, "is_finite": is_finite, "kind": _kind, "memory": memory, "number": _number,
+        "Counter": Counter, "cut": _cut, "MAX_TRACEBACK": MAX_TRACEBACK, "is_finite": is_finite, "kind": _kind, "link_marks": _link_marks, "memory": memory, "number": _number,
         "show": show, "sort_key": _sort_key,
     }  # fmt: skip
     return environment
+
+
+def _link_marks(text: str) -> Markup:
+    """The text, escaped, with a link to each footnote whose mark it has."""
+    parts = MARKS.split(text) if not text.isascii() else [text]
+    for i, part in enumerate(parts):
+        numbers = part.translate(ORDINARY).split(",") if i % 2 else ()
+        links = ",".join(f'<a href="#note-{number}">{number}</a>' for number in numbers)
+        parts[i] = f"<sup>{links}</sup>" if i % 2 else str(escape(part))
+    return Markup("".join(parts))
 
 
 def _count(number: int, what: str) -> str:

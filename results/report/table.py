@@ -6,27 +6,16 @@ import csv
 import io
 import json
 import math
-import textwrap
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 from harness.results.metrics import METRICS, NONE, UNKNOWN
-from harness.results.report import text as cells
-from harness.results.report.columns import (
-    NUMBER,
-    Column,
-    check_names,
-    cost_entry,
-    epoch_seconds_ratio,
-    find_columns,
-    make_columns,
-    progress,
-    pruned_at,
-)
-from harness.results.report.notes import Note, make_notes
-from harness.results.report.text import SUPERSCRIPT, Sheet, clean, escape_latex, escape_markdown, paint
+from harness.results.report import columns as cells
+from harness.results.report.columns import SPARE, Column, find_columns, make_columns
+from harness.results.report.notes import make_notes
+from harness.results.report.text import Sheet, add_mark, clean, for_latex, for_markdown, for_terminal
 from harness.results.rows import Row
 from harness.results.values import MEMORY_CATEGORIES, setting
 from harness.results.verdict import seeds_to_tell
@@ -35,66 +24,56 @@ Format = Literal["table", "markdown", "csv", "json", "latex"]
 FORMATS: tuple[Format, ...] = ("table", "markdown", "csv", "json", "latex")
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """What stands in the table, above it and below it."""
-
-    caption: str  # what all rows share
-    columns: list[Column]  # the first numbers the rows
-    words: dict[str, list[str]]  # column -> a cell for each row, without marks
-    marks: dict[tuple[int, str], list[int]]  # (row, column) -> numbers of notes
-    header_marks: dict[str, list[int]]  # column -> numbers of notes that hold for all its cells
-    sheet: Sheet  # the words with their marks
-    notes: list[str]
-    means: list[str]  # "error %: ..."
-
-    @property
-    def numbered(self) -> list[str]:
-        return [f"{_mark([number])} {note}" for number, note in enumerate(self.notes, 1)]
+class Layout(NamedTuple):
+    columns: list[Column]
+    sheet: Sheet  # of these columns, with the marks of the notes
 
 
-def _mark(numbers: Sequence[int]) -> str:
-    return ",".join(str(number).translate(SUPERSCRIPT) for number in numbers)
-
-
-def lay_out(rows: Sequence[Row], wanted: Sequence[str] = ()) -> Layout:
+def lay_out(rows: Sequence[Row], wanted: Sequence[str] = (), without: Collection[str] = ()) -> Layout:
     """Which columns stand in the table, what is said once above it, and which marks go where.
 
     Raises ValueError for a wanted column that does not exist.
     """
     chosen = find_columns(wanted)
-    texts = {column.name: [column.text(row) for row in rows] for column in make_columns()}
-    shown, shared = _choose_columns(rows, texts)
+    words = {column.name: [clean(column.text(row)) for row in rows] for column in make_columns()}
+    shown, shared = _choose_columns(rows, words)
     if wanted:
         shown, shared = chosen, [column for column in shared if column.name not in wanted]
-    columns = [NUMBER, *shown]
-    names = {column.name for column in columns}
-    notes = [note for note in make_notes(rows) if not wanted or any(name in names for _, name in note.cells)]
-    marks, header_marks = _place_marks(notes, names, len(rows))
-    caption = []
-    for column in shared:
-        text = next(text for text in texts[column.name] if text != NONE)
-        text = f"training images: {text}" if column.name == "limit_train" else text
-        caption.append(text + _mark(header_marks.get(column.name, ())))
-    texts[NUMBER.name] = [str(i) for i in range(1, len(rows) + 1)]
-    words = {name: [clean(text) for text in texts[name]] for name in names}
-    sheet = Sheet(
-        [column.header + _mark(header_marks.get(column.name, ())) for column in columns],
-        [column.right for column in columns],
-        [[words[c.name][i] + _mark(marks.get((i, c.name), ())) for c in columns] for i in range(len(rows))],
-    )
-    means = [f"{column.header}: {column.means}" for column in columns if column.means]
-    texts_of_notes = [clean(note.text) for note in notes]
-    return Layout(clean(" · ".join(caption)), columns, words, marks, header_marks, sheet, texts_of_notes, means)
+    shown = [column for column in shown if column.name not in without]
+    heads = {column.name: column.header for column in shown}
+    above = {column.name: next(text for text in words[column.name] if text != NONE) for column in shared}
+    if "limit_train" in above:
+        above["limit_train"] = f"training images: {above['limit_train']}"
+    absent = (words.keys() if wanted else set(without)) - heads.keys() - above.keys()
+    notes: list[str] = []
+    for note, at in make_notes(rows).items():
+        members: dict[str, list[int]] = defaultdict(list)
+        for i, name in at:
+            members[name].append(i)
+        if members.keys() <= absent:
+            continue
+        notes.append(f"{add_mark('', number := len(notes) + 1)} {clean(note)}")
+        for name, marked in members.items():
+            if name in above:
+                above[name] = add_mark(above[name], number)
+            elif name in heads and len(marked) == len(rows):
+                heads[name] = add_mark(heads[name], number)
+            else:
+                for i in marked:
+                    words[name][i] = add_mark(words[name][i], number)
+    body = list(zip(*(words[name] for name in heads), strict=True))
+    means = [f"{column.header}: {column.means}" for column in shown if column.means]
+    right = [column.right for column in shown]
+    return Layout(shown, Sheet([*heads.values()], right, body, " · ".join(above.values()), notes, means))
 
 
-def _choose_columns(rows: Sequence[Row], texts: dict[str, list[str]]) -> tuple[list[Column], list[Column]]:
+def _choose_columns(rows: Sequence[Row], words: dict[str, list[str]]) -> tuple[list[Column], list[Column]]:
     """The columns that stand in the table, and those that all rows agree in, which are said above it."""
     shown: list[Column] = []
     shared: list[Column] = []
     on_gpu = any(row.done and row.fields.get("device") == "cuda" for row in rows)
     for column in make_columns():
-        different = set(texts[column.name])
+        different = set(words[column.name])
         metric = METRICS.get(column.name)
         if metric is not None and metric.device == "cpu" and on_gpu:
             continue  # CSV and JSON have it
@@ -106,85 +85,40 @@ def _choose_columns(rows: Sequence[Row], texts: dict[str, list[str]]) -> tuple[l
     return shown, shared
 
 
-def _place_marks(
-    notes: Sequence[Note], shown: set[str], rows: int
-) -> tuple[dict[tuple[int, str], list[int]], dict[str, list[int]]]:
-    """Numbers of notes by cell, and by column where a note holds for every row or the column is not shown."""
-    marks: dict[tuple[int, str], list[int]] = defaultdict(list)
-    header_marks: dict[str, list[int]] = defaultdict(list)
-    for number, note in enumerate(notes, 1):
-        for name in dict.fromkeys(name for _, name in sorted(note.cells)):
-            members = [i for i, n in note.cells if n == name]
-            if len(members) == rows or name not in shown:
-                header_marks[name].append(number)
-            else:
-                for i in members:
-                    marks[i, name].append(number)
-    return dict(marks), dict(header_marks)
-
-
 # --- rows -> text ---
 
 
 def render(
-    rows: Sequence[Row],
-    format: Format = "table",
-    *,
-    width: int = 100,
+    rows: Sequence[Row], format: Format = "table", *, columns: Sequence[str] = (), width: int = 100, fit: bool = False,
     colour: bool = False,
-    columns: Sequence[str] = (),
-) -> str:
+) -> str:  # fmt: skip
     """The table as text, with a line of what all rows share above it and its definitions below.
 
-    table: for a terminal of that width; in two or three parts where it would not fit. markdown, latex: one table.
-    csv, json: raw numbers, units in the names, nothing rounded. `columns` chooses and orders what is shown: names of
-    `make_columns`, or for csv and json names of theirs; none: all that say something. Raises ValueError for an
-    unknown one.
+    table: for a terminal of that width; `fit`: without some columns, which it names, where there is no room for
+    all. csv, json: raw numbers, units in the names, nothing rounded. `columns` chooses and orders what is shown: names of `make_columns`,
+    or for csv and json names of theirs; none: all that say something. Raises ValueError for an unknown one.
     """
     if format in ("csv", "json"):
         plain = _all_values(rows)
         if columns and plain:
-            check_names(columns, list(plain[0]))
+            cells.check_names(columns, list(plain[0]))
             plain = [{name: values[name] for name in columns} for values in plain]
         return _csv(plain) if format == "csv" else _json(rows, plain)
     if not rows:
         return "no runs\n"
     layout = lay_out(rows, columns)
-    if format == "markdown":
-        return _markdown(layout)
-    return _latex(layout) if format == "latex" else _terminal(layout, rows, width, colour)
-
-
-def _terminal(layout: Layout, rows: Sequence[Row], width: int, colour: bool) -> str:
-    output = [paint(line, "bold" if colour else "") for line in textwrap.wrap(layout.caption, width)]
-    output += [""] if output else []
-    for part in _parts(layout, width):
-        styles = [[_style(layout.columns[j].name, row) for j in part] for row in rows] if colour else None
-        output += [*cells.for_terminal(layout.sheet.select(part), width, styles), ""]
-    for line in layout.numbered:
-        output += textwrap.wrap(line, width, subsequent_indent="  ")
-    output += [paint(line, "dim" if colour else "") for line in textwrap.wrap(" · ".join(layout.means), width)]
-    return "\n".join(output) + "\n"
-
-
-def _parts(layout: Layout, width: int) -> list[list[int]]:
-    """The columns of each table that is printed: all in one where they fit, else errors and costs apart, and where
-    that is still too wide, what the rows are in a table of its own that numbers them."""
-    number, *rest = range(len(layout.columns))
-    parts = ("what", "errors", "costs")
-    what, errors, costs = ([j for j in rest if layout.columns[j].part == part] for part in parts)
-    widths = layout.sheet.widths
-
-    def fits(part: list[int]) -> bool:
-        return sum(widths[j] for j in part) + 2 * (len(part) - 1) <= width
-
-    if fits(rest):
-        return [rest]
-    pair = [part for part in ([*what, *errors], [*what, *costs]) if len(part) > len(what)]
-    if all(map(fits, pair)):
-        return pair
-    short = [number, *(j for j in what if layout.columns[j].name in ("variant", "depth"))]
-    return [part for part in ([number, *what], [*short, *errors], [*short, *costs]) if len(part) > len(short)]
+    if format != "table":
+        return for_markdown(layout.sheet) if format == "markdown" else for_latex(layout.sheet)
+    widths = dict(zip((column.name for column in layout.columns), layout.sheet.widths, strict=True))
+    for name in SPARE if fit and not columns else ():
+        if sum(widths.values()) + 2 * (len(widths) - 1) > width:
+            widths.pop(name, None)
+    if out := {column.name: column.header for column in layout.columns if column.name not in widths}:
+        layout = lay_out(rows, without=out)
+    styles = [[_style(column.name, row) for column in layout.columns] for row in rows] if colour else ()
+    notes = [*layout.sheet.notes, *([f"too narrow for {', '.join(out.values())}"] if out else ())]
+    sheet = replace(layout.sheet, notes=notes, styles=styles)
+    return "\n".join(for_terminal(sheet, width if fit else max(width, sheet.width), colour=colour)) + "\n"
 
 
 def _style(name: str, row: Row) -> str:
@@ -193,31 +127,6 @@ def _style(name: str, row: Row) -> str:
     if name in ("published", "verdict") and row.against:
         return {"better": "green", "worse": "red"}.get(row.against.word or "", "")
     return "bold" if name in ("variant", "depth", "error") else ""
-
-
-def _markdown(layout: Layout) -> str:
-    parts = [
-        escape_markdown(layout.caption),
-        cells.for_markdown(_without_numbers(layout)),
-        "  \n".join(map(escape_markdown, layout.numbered)),
-        "\n".join(f"- {escape_markdown(line)}" for line in layout.means),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _latex(layout: Layout) -> str:
-    small = [*layout.numbered, "; ".join(layout.means)]
-    parts = [
-        "% needs \\usepackage{booktabs}",
-        rf"\noindent {escape_latex(layout.caption)}\par\smallskip" if layout.caption else "",
-        cells.for_latex(_without_numbers(layout)),
-        "\\par\\smallskip{\\footnotesize\n" + " \\\\\n".join(map(escape_latex, small)) + "\\par}",
-    ]
-    return "\n".join(part for part in parts if part) + "\n"
-
-
-def _without_numbers(layout: Layout) -> Sheet:
-    return layout.sheet.select(range(1, len(layout.columns)))
 
 
 # --- rows -> numbers ---
@@ -233,6 +142,10 @@ def plain_values(row: Row) -> dict[str, Any]:
     """A row as CSV and JSON have it: units in the names, nothing rounded, null for what is not finite."""
     done, timing = [stored.record for stored in row.done], row.timing
     failures = ((stored.record.seed, stored.record.failure) for stored in row.failed)
+    against, cost = row.against, cells.cost_entry(row)
+    seeds = (
+        None if against is None or against.half is None else seeds_to_tell(against.published, row.values("error"))
+    )
     values: dict[str, Any] = {
         **{name: getattr(row, name) for name in ("variant", "depth", "dataset")},
         "dataset_is_original": row.original,
@@ -254,22 +167,25 @@ def plain_values(row: Row) -> dict[str, Any]:
         "fastest_epoch_seconds": timing and timing.fastest,
         "slowest_epoch_seconds": timing and timing.slowest,
         "best_minus_last_points": row.best_minus_last,
-    }
-    values |= {
-        f"predicted_{name}": metric.measure(row.predicted).value if row.predicted else None
-        for name, metric in METRICS.items()
-        if metric.predict
-    }
-    for category in MEMORY_CATEGORIES:
-        values[f"memory_{category.lower().replace(' ', '_')}_mib"] = row.by_category_mib.get(category)
-    values |= _published_values(row)
-    cost = cost_entry(row)
-    for name in ("epoch_seconds", "memory_mib", "hardware", "year"):
-        values[f"published_{name}"] = getattr(cost, name) if cost else None
-    values["published_epoch_seconds_ratio"] = epoch_seconds_ratio(row)
-    values["failed"] = "; ".join(f"seed {seed}: {failure.kind}" for seed, failure in failures if failure)
-    values["pruned"] = "; ".join(f"seed {stored.record.seed}: {pruned_at(stored)}" for stored in row.pruned)
-    values["interrupted"] = "; ".join(f"{partial.name}: {progress(partial)}" for partial in row.interrupted)
+        **{f"predicted_{name}": metric.measure(row.predicted).value if row.predicted else None
+           for name, metric in METRICS.items() if metric.predict},
+        **{f"memory_{name.lower().replace(' ', '_')}_mib": row.by_category_mib.get(name) for name in MEMORY_CATEGORIES},
+        "published_error_percent": against and against.published.error,
+        "published_top5_error_percent": against and against.published.top5_error,
+        "published_difference_points": against and against.difference,
+        "published_half_width_points": against and against.half,
+        "published_verdict": against and against.word,
+        "published_no_verdict": (against and against.reason) or None,
+        "published_p": against and against.p,
+        "published_p_holm": against and against.adjusted,
+        "published_seeds_to_tell": seeds,
+        "published_source": against and against.published.source,
+        **{f"published_{name}": getattr(cost, name, None) for name in ("epoch_seconds", "memory_mib", "hardware", "year")},
+        "published_epoch_seconds_ratio": cells.epoch_seconds_ratio(row),
+        "failed": "; ".join(f"seed {seed}: {failure.kind}" for seed, failure in failures if failure),
+        "pruned": "; ".join(f"seed {stored.record.seed}: {cells.pruned_at(stored)}" for stored in row.pruned),
+        "interrupted": "; ".join(f"{partial.name}: {cells.progress(partial)}" for partial in row.interrupted),
+    }  # fmt: skip
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
@@ -283,20 +199,6 @@ def _all_values(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def _published_values(row: Row) -> dict[str, Any]:
-    values = dict.fromkeys(("error_percent", "top5_error_percent", "difference_points", "half_width_points", "verdict",
-                            "no_verdict", "p", "p_holm", "seeds_to_tell", "source"))  # fmt: skip
-    if (against := row.against) is not None:
-        published = against.published
-        values |= {
-            "error_percent": published.error, "top5_error_percent": published.top5_error,
-            "difference_points": against.difference, "half_width_points": against.half, "verdict": against.word,
-            "no_verdict": against.reason or None, "p": against.p, "p_holm": against.adjusted, "source": published.source,
-            "seeds_to_tell": None if against.half is None else seeds_to_tell(published, row.values("error")),
-        }  # fmt: skip
-    return {f"published_{name}": value for name, value in values.items()}
-
-
 def _csv(plain: list[dict[str, Any]]) -> str:
     output = io.StringIO()
     if plain:
@@ -308,11 +210,10 @@ def _csv(plain: list[dict[str, Any]]) -> str:
 
 def _json(rows: Sequence[Row], plain: list[dict[str, Any]]) -> str:
     notes = [
-        {"text": note.text, "cells": [{"row": i, "column": name} for i, name in sorted(note.cells)]}
-        for note in make_notes(rows)
+        {"text": text, "cells": [{"row": i, "column": name} for i, name in sorted(at)]}
+        for text, at in make_notes(rows).items()
     ]
     means = {column.name: column.means for column in make_columns()}
-    means |= {name: metric.means for name, metric in METRICS.items()}
     definitions = [{"column": name, "means": text} for name, text in means.items() if text]
     parts = {"rows": plain, "notes": notes, "definitions": definitions}
     # one value a line: json's own indenting takes twenty times as long

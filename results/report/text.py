@@ -1,10 +1,10 @@
-"""Cells of text -> a table for a terminal, Markdown or LaTeX."""
+"""A table of words, with what stands above and below it -> text for a terminal, Markdown or LaTeX."""
 
 from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -13,19 +13,20 @@ from rich import cells as rich_cells
 ANSI = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 DIGITS, SUPERSCRIPTS = "0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"
 SUPERSCRIPT, ORDINARY = str.maketrans(DIGITS, SUPERSCRIPTS), str.maketrans(SUPERSCRIPTS, DIGITS)
+MARKS = re.compile(f"([{SUPERSCRIPTS},]*[{SUPERSCRIPTS}])")
 
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """A table of clean cells (`clean`), and which columns are aligned to the right."""
+    """A table of clean words (`clean`), and which of its columns are aligned to the right."""
 
-    headers: list[str]
-    right: list[bool]
-    cells: list[list[str]]
-
-    def select(self, wanted: Sequence[int]) -> Sheet:
-        lines = [[line[j] for j in wanted] for line in (self.headers, *self.cells)]
-        return Sheet(lines[0], [self.right[j] for j in wanted], lines[1:])
+    headers: Sequence[str]
+    right: Sequence[bool]
+    cells: Sequence[Sequence[str]]
+    caption: str = ""
+    notes: Sequence[str] = ()  # below, a line each
+    means: Sequence[str] = ()  # below them, definitions
+    styles: Sequence[Sequence[str]] = ()  # of the cells: keys of `ANSI`
 
     @property
     def widths(self) -> list[int]:
@@ -48,32 +49,45 @@ def clean(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "�" for c in text)
 
 
+def add_mark(text: str, number: int) -> str:
+    """The text with the mark of a footnote, after those it has."""
+    return text + "," * text.endswith(tuple(SUPERSCRIPTS)) + str(number).translate(SUPERSCRIPT)
+
+
 def paint(text: str, style: str) -> str:
     return f"\x1b[{ANSI[style]}m{text}\x1b[0m" if style and text.strip() else text
 
 
-def for_terminal(sheet: Sheet, width: int, styles: list[list[str]] | None = None) -> Iterator[str]:
-    """Lines of plain columns; `styles` are keys of `ANSI`, cell by cell. tabulate and rich take 10 to 100 times as
-    long, which is seconds for thousands of rows."""
-    natural = sheet.widths
-    sizes = _fit(natural, sheet.right, width)
-    columns = range(len(sizes))
+def for_terminal(sheet: Sheet, width: int, *, colour: bool = False) -> Iterator[str]:
+    """Lines of plain columns, with what stands above and below them. tabulate and rich take 10 to 100 times as long,
+    which is seconds for thousands of rows."""
+
+    def wrap(texts: Iterable[str], style: str, indent: str = "") -> Iterator[str]:
+        for text in texts:
+            for line in textwrap.wrap(text, width, subsequent_indent=indent):
+                yield paint(line, style if colour else "")
 
     def pad(text: str, j: int) -> str:
         space = " " * (sizes[j] - cell_len(text))
         return space + text if sheet.right[j] else text + space
 
+    if sheet.caption:
+        yield from (*wrap([sheet.caption], "bold"), "")
+    natural = sheet.widths
+    sizes = _fit(natural, sheet.right, width)
+    columns = range(len(sizes))
     yield "  ".join(pad(sheet.headers[j], j) for j in columns).rstrip()
     yield "  ".join("─" * size for size in sizes)
-    for i, cells in enumerate(sheet.cells):
+    styles: Iterable[Sequence[str]] = sheet.styles if colour else ()
+    for cells, looks in zip_longest(sheet.cells, styles, fillvalue=[""] * len(sizes)):
         folded = [textwrap.wrap(cells[j], sizes[j]) if sizes[j] < natural[j] else [cells[j]] for j in columns]
         for parts in zip_longest(*folded, fillvalue=""):
-            yield "  ".join(
-                paint(pad(part, j), styles[i][j] if styles else "") for j, part in enumerate(parts)
-            ).rstrip()
+            yield "  ".join(paint(pad(part, j), looks[j]) for j, part in enumerate(parts)).rstrip()
+    if sheet.notes or sheet.means:
+        yield from ("", *wrap(sheet.notes, "", "  "), *wrap([" · ".join(sheet.means)], "dim"))
 
 
-def _fit(widths: list[int], right: list[bool], width: int) -> list[int]:
+def _fit(widths: list[int], right: Sequence[bool], width: int) -> list[int]:
     """Column widths; where they do not fit, the widest columns of words are folded, to no less than 12."""
     sizes = list(widths)
     words = [j for j in range(len(sizes)) if not right[j]]
@@ -89,31 +103,38 @@ def for_markdown(sheet: Sheet) -> str:
 
     headers, *cells = [list(map(escape_markdown, line)) for line in (sheet.headers, *sheet.cells)]
     sides = ["right" if right else "left" for right in sheet.right] if cells else None
-    return tabulate(cells, headers, tablefmt="github", colalign=sides, disable_numparse=True)
+    table = tabulate(cells, headers, tablefmt="github", colalign=sides, disable_numparse=True)
+    notes = "  \n".join(map(escape_markdown, sheet.notes))
+    means = "\n".join(f"- {escape_markdown(line)}" for line in sheet.means)
+    return "\n\n".join(filter(None, (escape_markdown(sheet.caption), table, notes, means))) + "\n"
 
 
 def escape_markdown(text: str) -> str:
     """The text, with nothing in it that Markdown or HTML reads as markup."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|~#&" else c for c in text)
+    return re.sub(r"[\\`*_\[\]<>|~#&]", r"\\\g<0>", text)
 
 
 def for_latex(sheet: Sheet) -> str:
     """A tabular of the booktabs package."""
     header, *lines = [" & ".join(map(escape_latex, cells)) + r" \\" for cells in (sheet.headers, *sheet.cells)]
-    start = rf"\begin{{tabular}}{{{''.join('r' if right else 'l' for right in sheet.right)}}}"
-    return "\n".join([start, r"\toprule", header, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}"])
+    below = " \\\\\n".join(map(escape_latex, [*sheet.notes, "; ".join(sheet.means)]))
+    parts = [
+        "% needs \\usepackage{booktabs}",
+        rf"\noindent {escape_latex(sheet.caption)}\par\smallskip" if sheet.caption else "",
+        rf"\begin{{tabular}}{{{''.join('r' if right else 'l' for right in sheet.right)}}}",
+        r"\toprule", header, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}",
+        f"\\par\\smallskip{{\\footnotesize\n{below}\\par}}",
+    ]  # fmt: skip
+    return "\n".join(filter(None, parts)) + "\n"
 
 
-LATEX = {
+LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
     ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "·": r"$\cdot$",
-    "–": "--", "…": r"\ldots{}", "²": r"\textsuperscript{2}", **{c: f"\\{c}" for c in "&%$#_{}"},
-}  # fmt: skip
+    "–": "--", "…": r"\ldots{}", **{c: f"\\{c}" for c in "&%$#_{}"},
+})  # fmt: skip
 
 
 def escape_latex(text: str) -> str:
     """The text for pdflatex without further packages; letters beyond its fonts stay as they are."""
-    parts = re.split(f"([{SUPERSCRIPTS},]*[{SUPERSCRIPTS}])", text)
-    escaped = ["".join(LATEX.get(c, c) for c in part) for part in parts]
-    escaped[1::2] = [rf"\textsuperscript{{{part.translate(ORDINARY)}}}" for part in parts[1::2]]
-    return "".join(escaped)
+    return MARKS.sub(lambda mark: rf"\textsuperscript{{{mark[0].translate(ORDINARY)}}}", text.translate(LATEX))
