@@ -20,10 +20,9 @@ check: $(BIN)/harness
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	MYPYPATH=benchmarks $(BIN)/mypy benchmarks
 
 test: check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # make study DATA=data/cifar10-q75 [OUT=runs/study] [MORE='--until 9m --parts table,depth']; benchmarks/study.py says more
 study: $(BIN)/harness

@@ -39,7 +39,7 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
         report({"epoch": epoch, "rank": worker.rank})
     last = worker.rank == worker.world_size - 1
     if worker.attempt <= spec.get("dies", 0) and last:
-        time.sleep(0.5)  # let the reports out
+        time.sleep(2.0)  # let the reports out, on a busy machine too
         os._exit(1)
     if spec.get("raises") and worker.attempt > spec.get("dies", 0) and last:
         raise TooBigError("does not fit\nsecond line")

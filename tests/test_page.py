@@ -169,7 +169,7 @@ def test_no_name_breaks_out(tmp_path: Path) -> None:
         nasty.model_copy(update={"name": "y", "key": "y", "status": "failed", "result": None, "failure": failure}),
     )
     loaded = load_records([tmp_path])
-    text = page(summarise(loaded.records, loaded.interrupted), title=NASTY, problems=[Problem(Path(NASTY), NASTY)])
+    text = page(summarise(loaded.records, loaded.interrupted), problems=[Problem(Path(NASTY), NASTY)])
     tags = Tags()
     tags.feed(text)
     assert "img" not in tags.tags
@@ -298,13 +298,13 @@ def test_commands_of_one_environment_stand_on_lines_of_their_own(tmp_path: Path)
     assert "�" not in text
 
 
-def test_more_rows_than_a_legend_holds_carry_their_style(tmp_path: Path) -> None:
+def test_more_rows_than_a_legend_holds_have_none(tmp_path: Path) -> None:
     for number in range(MAX_LEGEND + 1):
         finish(tmp_path / "runs", make_run(20, 0, f"loader{number}"))
     (panel,) = make_panels(summarise(load_records([tmp_path / "runs"]).records))
     spec = panel.charts[0].spec
-    assert spec["encoding"]["color"] == {"field": "colour", "type": "nominal", "scale": None, "legend": None}
-    assert len({(curve["colour"], tuple(curve["dash"])) for curve in panel.datasets["curves"]}) > len(PALETTE)
+    assert spec["encoding"]["color"]["legend"] is None
+    assert len({(style.colour, tuple(style.dash)) for style in panel.rows.values()}) > len(PALETTE)
     svg = write_charts([panel], tmp_path / "charts")[0].read_text()
     assert set(PALETTE) <= set(re.findall(r'stroke="(#[0-9a-f]{6})"', svg))
     assert 'stroke-dasharray="7,3"' in svg

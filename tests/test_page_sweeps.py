@@ -140,9 +140,8 @@ def test_a_trial_links_to_the_row_of_its_run(tmp_path: Path) -> None:
 def test_the_parallel_plot_has_every_value_at_its_place() -> None:
     sweep = Sweep.model_validate(make_sweep())
     panel = make_sweep_panel(sweep)
-    names = ["parallel", "slice-lr", "slice-momentum", "slice-shortcut", "importance"]
+    names = ["parallel", "slice-lr", "slice-momentum", "slice-shortcut"]
     assert [chart.name for chart in panel.charts] == names
-    assert [chart.name for chart in panel.charts if chart.in_page] == names[:-1]
     caption, spec = panel.charts[0].caption, panel.charts[0].spec
     assert "faint: a trial that was pruned" in caption
     assert "1 of 7 trials are not drawn" in caption
@@ -235,14 +234,14 @@ def test_no_name_breaks_out(tmp_path: Path) -> None:
     assert "\x1b" not in text
     folder = tmp_path / "charts"
     written = write_charts([*map(make_sweep_panel, load_sweeps([tmp_path]).sweeps)], folder)
-    assert len(written) == len(set(written)) == 8
+    assert len(written) == len(set(written)) == 6
     assert {path.parent for path in written} == {folder}
 
 
 def test_the_plots_are_drawn_without_a_browser(tmp_path: Path) -> None:
     sweep = Sweep.model_validate(make_sweep())
     written = write_charts([make_sweep_panel(sweep)], tmp_path)
-    charts = ("parallel", "slice-lr", "slice-momentum", "slice-shortcut", "importance")
+    charts = ("parallel", "slice-lr", "slice-momentum", "slice-shortcut")
     assert [path.name for path in written] == [f"{sweep.name}-{c}.{e}" for c in charts for e in ("svg", "png")]
     svg = written[0].read_text()
     for words in ("shortcut", "error %", "momentum", "0.01", "msra-20 on cifar10"):

@@ -5,6 +5,7 @@ torch has two ways to say TF32, and whoever mixes them makes every reader raise,
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
@@ -258,8 +259,7 @@ if __name__ == "__main__":
         compile_all()
         print(json.dumps("compiled"))
     else:
-        import harness.training.step  # noqa: F401  # once, not in each of the forked processes
-
+        read_flags(), importlib.import_module("harness.training.step")  # imports once, not in each forked process
         orders = [(last,) for last in PRECISIONS]
         orders += [(first, last) for first in PRECISIONS for last in PRECISIONS]
         orders += [(*ROUND, last) for last in PRECISIONS]

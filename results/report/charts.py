@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,13 +43,9 @@ PALETTE = (
 DASHES = ([1, 0], [7, 3], [2, 2], [10, 3, 2, 3])
 SHAPES = ("circle", "square", "triangle-up", "diamond")
 """Colours stand for networks; dashes and shapes for the conditions that one network was trained under."""
-
 DESCRIBING = [column for column in DESCRIPTORS if not column.stays and column.name != "dataset"]
 """Columns that distinguish rows of one network."""
 MEMORIES = ("nvml_process_mib", "torch_reserved_mib", "rss_mib")  # the best one to compare first
-
-LEARNING = {"val": "held out", "test": "test"}
-"""Images whose curves stand beside the training's."""
 Values = list[dict[str, Any]]
 
 
@@ -63,27 +58,27 @@ class Chart:
     spec: dict[str, Any]
     wide: bool = False
     height: int | None = None  # pixels in the page, where its rows have a fixed height
-    in_page: bool = True  # False: only in files
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    title: str
-    stem: str  # of its files
-    charts: list[Chart] = field(default_factory=list)
-    datasets: dict[str, Values] = field(default_factory=dict)
-    rows: dict[str, tuple[str, list[int]]] = field(default_factory=dict)  # label -> colour and dash; can be hidden
-    categories: dict[str, dict[str, float]] = field(default_factory=dict)  # label -> memory by category, MiB
-    left_out: int = 0  # rows whose curves are not shown
 
 
 class Style(NamedTuple):
     """How a row looks in all charts."""
 
-    row: str  # its label
     colour: str
     dash: list[int]
     shape: str
+
+
+@dataclass(slots=True)
+class Panel:
+    """The charts of a data set or a sweep."""
+
+    title: str
+    stem: str  # of its files
+    charts: list[Chart] = field(default_factory=list)
+    datasets: dict[str, Values] = field(default_factory=dict)
+    rows: dict[str, Style] = field(default_factory=dict)  # by label; each can be hidden
+    categories: dict[str, dict[str, float]] = field(default_factory=dict)  # label -> memory by category, MiB
+    left_out: int = 0  # rows whose curves are not shown
 
 
 def make_panels(rows: Sequence[Row], labels: Sequence[str] = ()) -> list[Panel]:
@@ -91,12 +86,15 @@ def make_panels(rows: Sequence[Row], labels: Sequence[str] = ()) -> list[Panel]:
 
     `labels` are `make_labels(rows)`, where they have been made.
     """
-    labels = labels or make_labels(rows)
-    chosen = _choose(rows)
-    groups: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
-    for i, row in enumerate(rows):
-        groups[row.dataset, row.evaluated_on][i] = labels[i]
-    panels = [_make_panel(rows, make_styles(members), chosen) for members in groups.values()]
+    groups: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+    for row, label in zip(rows, labels or make_labels(rows), strict=True):
+        groups[row.dataset, row.evaluated_on][label] = row
+    left, chosen = MAX_RUNS, set[int]()
+    for row in sorted(rows, key=_final_error):  # those with the smallest error
+        left -= sum(map(len, (row.done, row.failed, row.pruned, row.interrupted)))
+        if left >= 0 or not chosen:
+            chosen.add(id(row))
+    panels = [_make_panel(members, chosen) for members in groups.values()]
     return [panel for panel in panels if panel.charts]
 
 
@@ -105,82 +103,77 @@ def make_labels(rows: Sequence[Row], layout: Layout | None = None) -> list[str]:
 
     `layout` is `lay_out(rows)`, where it has been made.
     """
-    if not rows:
-        return []
-    layout = layout or lay_out(rows)
-    words = [[clean(c.text(row)) for row in rows] for c in layout.columns if c in DESCRIBING]
+    shown = (layout or lay_out(rows)).columns if rows else []
+    describing = [column for column in shown if column in DESCRIBING]
     labels: list[str] = []
-    seen: dict[str, int] = defaultdict(int)
-    for i, row in enumerate(rows):
-        label = " · ".join([clean(row.name), *(texts[i] for texts in words if texts[i] != NONE)])
+    seen: Counter[str] = Counter()
+    for row in rows:
+        words = [row.name, *(text for column in describing if (text := column.text(row)) != NONE)]
+        label = clean(" · ".join(words))
         seen[label] += 1
         labels.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
     return labels
 
 
-def make_styles(labels: Mapping[int, str]) -> dict[int, Style]:
+def make_styles(labels: Sequence[str]) -> dict[str, Style]:
     """Colours by network, dashes and shapes by the rest of the label; colours alone where one of them is enough."""
-    parts = {i: label.partition(" · ")[::2] for i, label in labels.items()}
-    networks, conditions = (list(dict.fromkeys(words)) for words in zip(*parts.values(), strict=True))
+    parts = [label.partition(" · ")[::2] for label in labels]
+    networks = {name: k for k, name in enumerate(dict.fromkeys(network for network, _ in parts))}
+    conditions = {name: k for k, name in enumerate(dict.fromkeys(condition for _, condition in parts))}
     styles = {}
-    for i, (network, condition) in parts.items():
-        k, j = networks.index(network), conditions.index(condition)
+    for label, (network, condition) in zip(labels, parts, strict=True):
+        k, j = networks[network], conditions[condition]
         if len(networks) == 1:
             k, j = j, 0
         j += k // len(PALETTE)
-        looks = PALETTE[k % len(PALETTE)], DASHES[j % len(DASHES)], SHAPES[j % len(SHAPES)]
-        styles[i] = Style(labels[i], *looks)
+        styles[label] = Style(PALETTE[k % len(PALETTE)], DASHES[j % len(DASHES)], SHAPES[j % len(SHAPES)])
     return styles
 
 
-def _sort_by_error(rows: Sequence[Row], members: Sequence[int]) -> list[int]:
-    def error(i: int) -> float:
-        sample = rows[i].error
-        return sample.mean if sample and math.isfinite(sample.mean) else math.inf
-
-    return sorted(members, key=error)
+def _final_error(row: Row) -> float:
+    return row.error.mean if row.error and math.isfinite(row.error.mean) else math.inf
 
 
-def _choose(rows: Sequence[Row]) -> set[int]:
-    """The rows whose curves are shown: all, or those with the smallest error."""
-    order = _sort_by_error(rows, range(len(rows)))
-    counts = (sum(map(len, (r.done, r.failed, r.pruned, r.interrupted))) for r in (rows[i] for i in order))
-    fitting = sum(runs <= MAX_RUNS for runs in accumulate(counts))
-    return set(order[: max(1, fitting)])
-
-
-def _make_panel(rows: Sequence[Row], styles: Mapping[int, Style], chosen: set[int]) -> Panel:
-    members = list(styles)
-    first = rows[members[0]]
+def _make_panel(rows: Mapping[str, Row], chosen: set[int]) -> Panel:
+    first = next(iter(rows.values()))
     panel = Panel(clean(first.dataset), clean(first.dataset))
+    styles = make_styles(list(rows))
     title = "test error, %" if first.evaluated_on == "test" else "error of held-out images, %"
 
-    curves = {i: some for i in members if i in chosen and (some := list(_load_curves(rows[i])))}
+    curved, curves, learning = dict[str, Style](), Values(), Values()
+    for label, row in rows.items():
+        if id(row) in chosen and (own := list(_load_curves(row))):
+            curved[label] = styles[label]
+            curves += [{"row": label} | curve for curve in own if "of" not in curve]
+            learning += [{"row": label} | curve for curve in own if "of" in curve]
+    panel.rows = curved or styles
     if curves:
-        panel.datasets["curves"] = [styles[i]._asdict() | curve for i, some in curves.items() for curve in some]
-        panel.charts.extend(_curve_charts(panel.datasets["curves"], title, [styles[i] for i in curves]))
-    if learning := [styles[i]._asdict() | one for i in curves for one in _load_learning(rows[i])]:
+        panel.datasets["curves"] = curves
+        panel.charts += _curve_charts(curves, title, curved)
+    if learning:
         panel.datasets["learning"] = learning
-        panel.charts.extend(_learning_charts(learning, [styles[i] for i in curves]))
-    panel.rows.update({styles[i].row: (styles[i].colour, styles[i].dash) for i in curves or members})
+        panel.charts += _learning_charts(learning, curved)
 
-    done = [rows[i] for i in members if rows[i].done]
+    done = [row for row in rows.values() if row.done]
     missing = {name: sum(row.figures[name].value is None for row in done) for name in MEMORIES}
     for name, figure in (("seconds", "epoch_seconds"), ("memory", min(MEMORIES, key=missing.__getitem__))):
-        points = {i: point for i in members if (point := _point(rows[i], figure))}
-        if points:
-            panel.datasets[name] = _mark_best([styles[i]._asdict() | point for i, point in points.items()])
-            panel.charts.append(_frontier_chart(name, figure, title, [styles[i] for i in points]))
+        if points := list(_points(rows, figure)):
+            panel.datasets[name] = points
+            shown = {point["row"]: styles[point["row"]] for point in points}
+            panel.charts.append(_frontier_chart(name, figure, title, shown))
 
-    having = [i for i in members if memory.known(rows[i].by_category_mib)]
-    for i in sorted(_sort_by_error(rows, having)[:MAX_BARS]):
-        panel.categories[styles[i].row] = memory.known(rows[i].by_category_mib)
-    if panel.categories:
-        panel.datasets["categories"] = memory.category_values(panel.categories)
-        on_gpu = rows[having[0]].fields.get("device") == "cuda"
-        panel.charts.append(_category_chart(panel.categories, on_gpu=on_gpu))
-    left_out = sum(1 for i in members if rows[i].done and i not in curves) if len(chosen) < len(rows) else 0
-    return replace(panel, left_out=left_out)
+    having = {label: parts for label, row in rows.items() if (parts := memory.known(row.by_category_mib))}
+    best = sorted(having, key=lambda label: _final_error(rows[label]))[:MAX_BARS]
+    panel.categories = {label: parts for label, parts in having.items() if label in best}
+    if best:
+        panel.datasets["categories"] = [
+            {"row": label, "category": name, "mib": round(value, 2)}
+            for label, parts in panel.categories.items() for name, value in parts.items()
+        ]  # fmt: skip
+        panel.charts.append(_category_chart(panel.categories, on_gpu=first.fields.get("device") == "cuda"))
+    if not all(id(row) in chosen for row in rows.values()):
+        panel.left_out = len([row for label, row in rows.items() if row.done and label not in curved])
+    return panel
 
 
 # --- curves ---
@@ -189,147 +182,122 @@ def _make_panel(rows: Sequence[Row], styles: Mapping[int, Style], chosen: set[in
 def _load_curves(row: Row) -> Iterator[dict[str, Any]]:
     """Error over epochs, in percent: the mean of the finished runs with smallest and largest; each other run by itself.
 
-    The spec spreads the lists, and fills in epochs 1, 2, 3, ...
+    Then, of the finished runs that recorded both, means of error and loss of what is learnt and of what is not. The specs
+    spread the lists, and fill in epochs 1, 2, 3, ...
     """
-    finished = [errors for stored in row.done if (errors := _load_errors(stored))]
-    if common := sorted(set.intersection(*map(set, finished))) if finished else []:
-        columns = [[errors[epoch] for errors in finished] for epoch in common]
-        curve = _epochs(common) | {"mean": [round(mean(column), 2) for column in columns]}
-        if len(finished) > 1:
-            curve |= {name: [round(of(c), 2) for c in columns] for name, of in (("low", min), ("high", max))}
+    runs = [_load_epochs(stored) for stored in row.done]
+    if epochs := _common_epochs([[e for e in run if math.isfinite(e.error)] for run in runs]):
+        curve = _number(epochs) | {"mean": _combine(epochs, "error")}
+        if len(epochs[0]) > 1:
+            curve |= {"low": _combine(epochs, "error", min), "high": _combine(epochs, "error", max)}
         if row.against and row.against.published.error is not None:
             curve["published"] = row.against.published.error
         yield curve
-    unfinished: list[Stored | Interrupted] = [*row.failed, *row.pruned, *row.interrupted]
-    for run in unfinished:
-        if errors := _load_errors(run):
-            yield _epochs(list(errors)) | {"mean": [round(e, 2) for e in errors.values()], "unfinished": True}
+    partials: list[Stored | Interrupted] = [*row.failed, *row.pruned, *row.interrupted]
+    for number, partial in enumerate(partials, 1):
+        if epochs := [[e] for e in _load_epochs(partial) if math.isfinite(e.error)]:
+            yield _number(epochs) | {"mean": _combine(epochs, "error"), "unfinished": number}
+    if epochs := _common_epochs([[e for e in run if e.train_error is not None] for run in runs]):
+        on_test = row.evaluated_on == "test"
+        names = {"training": ("train_error", "loss"), "test" if on_test else "held out": ("error", "eval_loss")}
+        for kind, (error, loss) in (names | ({} if on_test else {"test": ("test_error", "")})).items():
+            yield _number(epochs) | {"of": kind, "error": _combine(epochs, error), "loss": _combine(epochs, loss)}
 
 
-def _load_errors(run: Stored | Interrupted) -> dict[int, float]:
-    """By epoch. None where they cannot be read: the table stands on the record, and `harness why` names the fault."""
-    return {e.epoch: e.error for e in _load_epochs(run.folder) if math.isfinite(e.error)}
-
-
-def _load_epochs(folder: Path) -> list[EpochMetrics]:
+def _load_epochs(run: Stored | Interrupted) -> list[EpochMetrics]:
+    """None where they cannot be read: the table stands on the record, and `harness why` names the fault."""
     with suppress(OSError, ValueError):
-        return load_epochs(folder)
+        return load_epochs(run.folder)
     return []
 
 
-def _load_learning(row: Row) -> Iterator[dict[str, Any]]:
-    """Error and loss of what is learnt and of what is not, over epochs: means of the finished runs that recorded both."""
-    runs = [{e.epoch: e for e in _load_epochs(s.folder) if e.train_error is not None} for s in row.done]
-    common = sorted(set.intersection(*map(set, runs))) if runs else []
-    figures = {"training": ("train_error", "loss"), LEARNING[row.evaluated_on]: ("error", "eval_loss")}
-    if row.evaluated_on == "val":
-        figures["test"] = ("test_error", "")
-
-    def means(name: str) -> list[float | None]:
-        columns: list[list[Any]] = [[getattr(run[epoch], name, None) for run in runs] for epoch in common]
-        return [
-            float(f"{mean(c):.4g}") if all(v is not None and math.isfinite(v) for v in c) else None
-            for c in columns
-        ]
-
-    for kind, (error, loss) in figures.items() if common else ():
-        yield _epochs(common) | {"of": kind, "error": means(error), "loss": means(loss)}
+def _common_epochs(runs: Sequence[Sequence[EpochMetrics]]) -> list[list[EpochMetrics]]:
+    """The epochs that all runs have, each as it was in every run; runs without an epoch do not count."""
+    by_number = [{e.epoch: e for e in run} for run in runs if run]
+    common = sorted(set.intersection(*map(set, by_number))) if by_number else []
+    return [[run[number] for run in by_number] for number in common]
 
 
-def _epochs(epochs: list[int]) -> dict[str, Any]:
-    return {} if epochs == list(range(1, len(epochs) + 1)) else {"epoch": epochs}
+def _combine(
+    epochs: Sequence[Sequence[EpochMetrics]], name: str, of: Callable[[list[float]], float] = mean
+) -> list[float | None]:
+    """A figure after each epoch over the runs, to four digits; None where a run does not have it."""
+    columns = [[getattr(e, name, None) for e in epoch] for epoch in epochs]
+    return [
+        float(f"{of(column):.4g}") if all(v is not None and math.isfinite(v) for v in column) else None  # type: ignore[arg-type]
+        for column in columns
+    ]
 
 
-def _curve_charts(curves: Values, title: str, styles: Sequence[Style]) -> Iterator[Chart]:
-    caption = "Error after each epoch"
-    if any("low" in curve for curve in curves):
-        caption += ": mean of the seeds, band from the smallest to the largest"
-    if any("unfinished" in curve for curve in curves):
-        caption += "; dotted: a run that did not finish"
-    if any("published" in curve for curve in curves):
-        caption += "; level: the published error"
+def _number(epochs: Sequence[Sequence[EpochMetrics]]) -> dict[str, Any]:
+    numbers = [epoch[0].epoch for epoch in epochs]
+    return {} if numbers == list(range(1, len(numbers) + 1)) else {"epoch": numbers}
+
+
+def _curve_charts(curves: Values, title: str, styles: Mapping[str, Style]) -> Iterator[Chart]:
+    parts = {
+        "low": ": mean of the seeds, band from the smallest to the largest",
+        "unfinished": "; dotted: a run that did not finish",
+        "published": "; level: the published error",
+    }
+    said = (text for name, text in parts.items() if any(name in curve for curve in curves))
+    looks = {"colour": _encode(styles, "colour"), "dash": _encode(styles, "dash"), "error": title}
     last = max(max(curve.get("epoch") or [len(curve["mean"])]) for curve in curves)
     top = max(max(curve.get("high") or curve["mean"]) for curve in curves)
-    whole = [min(1, last), max(last, 2)], [0.0, _round_up(top) or 1.0]
+    spec = make_spec("curves", epochs=[1, max(last, 2)], errors=[0, top or 1], clip=False, first=1, **looks)
+    yield Chart("curves", "".join(["Error after each epoch", *said]), spec)
 
-    def spec(epochs: list[int], errors: list[float], *, clip: bool) -> dict[str, Any]:
-        at = f"at > 0 ? at : {epochs[0]}"  # hidden, the rule stands inside the plot: outside, it would take its room
-        return make_spec("curves", epochs=epochs, errors=errors, error=title, clip=clip, at=at, **looks)
-
-    looks = {style: _by_row(style, styles) for style in ("colour", "dash")}
-    yield Chart("curves", caption, spec(*whole, clip=False))
-    if zoom := _zoom(curves, last // 2 + 1) if last >= 4 else None:
-        caption = f"The same from epoch {last // 2 + 1}, up to {zoom[1]:g} %"
-        yield Chart("zoom", caption, spec([last // 2 + 1, last], zoom, clip=True))
-
-
-def _learning_charts(curves: Values, styles: Sequence[Style]) -> Iterator[Chart]:
-    last = max(max(curve.get("epoch") or [len(curve["loss"])]) for curve in curves)
-    kinds = [kind for kind in ("training", *LEARNING.values()) if any(curve["of"] == kind for curve in curves)]
-    for figure, title in (("error", "error, %"), ("loss", "loss")):
-        spec = make_spec(
-            "learning", figure=figure, title=title, epochs=[min(1, last), max(last, 2)], kinds=kinds,
-            colour=_by_row("colour", styles),
-        )  # fmt: skip
-        caption = f"{figure.capitalize()} after each epoch, mean of the seeds; of training images during the epoch"
-        yield Chart(f"learning-{figure}", caption, spec)
-
-
-def _zoom(curves: Values, first: int) -> list[float] | None:
-    """Bounds of the errors from an epoch on, cut above twice the largest final error."""
-    lows, highs, finals = [], [], []
+    first, lows, highs, finals = last // 2 + 1, list[float](), list[float](), list[float]()
     for curve in (curve for curve in curves if "unfinished" not in curve):
         low, high = curve.get("low") or curve["mean"], curve.get("high") or curve["mean"]
-        inside = [k for k, epoch in enumerate(curve.get("epoch") or range(1, len(low) + 1)) if epoch >= first]
-        lows += [low[k] for k in inside] + [curve["published"] for _ in inside[:1] if "published" in curve]
-        highs += [high[k] for k in inside]
+        late = [k for k, epoch in enumerate(curve.get("epoch") or range(1, len(low) + 1)) if epoch >= first]
+        lows += [low[k] for k in late] + [curve["published"] for _ in late[:1] if "published" in curve]
+        highs += [high[k] for k in late]
         finals.append(high[-1])
-    if not lows:
-        return None
-    lowest, highest = min(lows), min(max(highs), 2 * max(finals))
-    margin = 0.05 * (highest - lowest) or 0.5
-    step = 10.0 ** math.floor(math.log10(margin))
-    bottom = max(0.0, math.floor((lowest - margin) / step) * step)
-    return [round(bottom, 6), round(math.ceil((highest + margin) / step) * step, 6)]
+    if lows and last >= 4:
+        errors = [min(lows), max(min(max(highs), 2 * max(finals)), min(lows) + 0.5)]
+        spec = make_spec("curves", epochs=[first, last], errors=errors, clip=True, first=first, **looks)
+        yield Chart("zoom", f"The same from epoch {first}", spec)
 
 
-def _round_up(value: float) -> float:
-    """To a multiple of half its power of ten."""
-    step = 0.5 * 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
-    return round(math.ceil(value / step) * step, 6)
+def _learning_charts(curves: Values, styles: Mapping[str, Style]) -> Iterator[Chart]:
+    last = max(max(curve.get("epoch") or [len(curve["loss"])]) for curve in curves)
+    kinds = list(dict.fromkeys(curve["of"] for curve in curves))
+    for figure, title in (("error", "error, %"), ("loss", "loss")):
+        looks = {"epochs": [1, max(last, 2)], "kinds": kinds, "colour": _encode(styles, "colour")}
+        caption = f"{figure.capitalize()} after each epoch, mean of the seeds; of training images during the epoch"
+        yield Chart(f"learning-{figure}", caption, make_spec("learning", figure=figure, title=title, **looks))
 
 
 # --- error against cost, memory by category ---
 
 
-def _point(row: Row, figure: str) -> dict[str, Any] | None:
-    cost, error = row.figures[figure].value, row.error
-    if cost is None or error is None or not math.isfinite(cost) or not math.isfinite(error.mean):
-        return None
-    std = error.std or 0.0
-    return {"cost": float(f"{cost:.6g}"), "error": error.mean, "low": error.mean - std, "high": error.mean + std}
-
-
-def _mark_best(points: Values) -> Values:
+def _points(rows: Mapping[str, Row], figure: str) -> Iterator[dict[str, Any]]:
     """`best`: no other row is better in both. The cheapest row of a network has its name beside it."""
-    lowest = math.inf
-    named: set[str] = set()
-    for point in sorted(points, key=lambda p: (p["cost"], p["error"])):
-        network = point["row"].partition(" · ")[0]
-        point |= {"best": point["error"] < lowest, "name": "" if network in named else network}
-        lowest = min(lowest, point["error"])
+    every = ((row.figures[figure].value, _final_error(row), label) for label, row in rows.items())
+    order = sorted(
+        (cost, error, label) for cost, error, label in every if cost is not None and cost + error < math.inf
+    )
+    lowest, named = math.inf, set[str]()
+    for cost, error, label in order:
+        network, std = label.partition(" · ")[0], getattr(rows[label].error, "std", None) or 0.0
+        best = error < lowest
+        shown = network not in named and (best or len(order) <= MAX_POINT_NAMES)
+        yield {
+            "row": label, "cost": float(f"{cost:.6g}"), "error": round(error, 2), "low": round(error - std, 2),
+            "high": round(error + std, 2), "best": best, "name": network if shown else "",
+        }  # fmt: skip
+        lowest = min(lowest, error)
         named.add(network)
-    return [point | {name: round(point[name], 2) for name in ("error", "low", "high")} for point in points]
 
 
-def _frontier_chart(name: str, figure: str, title: str, styles: Sequence[Style]) -> Chart:
+def _frontier_chart(name: str, figure: str, title: str, styles: Mapping[str, Style]) -> Chart:
     metric = METRICS[figure]
     cost = "seconds per epoch"
     if metric.unit == "MiB":
         cost = f"{metric.means.removeprefix('MiB, ').partition(':')[0]}, MiB"
-    named = "true" if len(styles) <= MAX_POINT_NAMES else "datum.best"
-    looks = {style: _by_row(style, styles) for style in ("colour", "shape")}
-    spec = make_spec("frontier", data=name, cost=cost, error=title, named=named, **looks)
+    looks = {"colour": _encode(styles, "colour"), "shape": _encode(styles, "shape")}
+    spec = make_spec("frontier", data=name, cost=cost, error=title, **looks)
     return Chart(name, f"Error against {cost}; the line joins rows that no other row beats in both", spec)
 
 
@@ -341,42 +309,45 @@ def _category_chart(categories: Mapping[str, Mapping[str, float]], *, on_gpu: bo
         caption += "; left of zero: what the categories count twice"
     if len(categories) == MAX_BARS:
         caption += f"; the {MAX_BARS} rows with the smallest error"
-    names, colours = zip(*memory.colours(categories).items(), strict=True)
-    spec = make_spec("categories", rows=list(categories), title=f"{whole}, MiB", categories=names, colours=colours)
+    colours, title = category_colours(categories), f"{whole}, MiB"
+    looks = {"categories": list(colours), "colours": list(colours.values())}
+    spec = make_spec("categories", rows=list(categories), title=title, **looks)
     return Chart("categories", caption, spec, wide=True, height=BAR * len(categories) + AROUND_BARS)
+
+
+def category_colours(categories: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """The categories that hold something in any row, in their order, with their colours.
+
+    These are distinct also for the colour-blind, neighbours most of all: chosen by a search over CIELAB distances as seen
+    without one of the cones, on white and on the dark page. A GPU has no "process at its start", a CPU no CUDA context.
+    """
+    names = {name for parts in categories.values() for name in parts}
+    colours = load_specs()["memory"]
+    return {name: colours.get(name, colours["other"]) for name in memory.known(dict.fromkeys(names, 1.0))}
 
 
 # --- specs and files ---
 
 
 @cache
-def _load_specs() -> dict[str, Any]:
+def load_specs() -> dict[str, Any]:
     specs: dict[str, Any] = json.loads(Path(__file__).with_name("charts.json").read_text(encoding="utf-8"))
     return specs
 
 
 def make_spec(name: str, **values: Any) -> dict[str, Any]:
     """A spec of `charts.json`, each "$word" in it replaced by a value or by another part of that file."""
-
-    def fill(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {key: fill(value) for key, value in part.items()}
-        if isinstance(part, list):
-            return [fill(value) for value in part]
-        if isinstance(part, str) and part.startswith("$"):
-            return values[part[1:]] if part[1:] in values else _load_specs()[part[1:]]
-        return part
-
-    spec: dict[str, Any] = fill(_load_specs()[name])
+    known = load_specs() | values
+    text = re.sub(r'"\$(\w+)"', lambda word: json.dumps(known[word[1]]), json.dumps(load_specs()[name]))
+    spec: dict[str, Any] = json.loads(text)
     return spec
 
 
-def _by_row(style: str, styles: Sequence[Style]) -> dict[str, Any]:
-    """An encoding of rows. Too many for a legend: the values carry their style."""
-    if len(styles) > MAX_LEGEND:
-        return {"field": style, "type": "nominal", "scale": None, "legend": None}
-    scale = {"domain": [each.row for each in styles], "range": [getattr(each, style) for each in styles]}
-    return {"field": "row", "type": "nominal", "scale": scale} | ({"legend": None} if len(styles) == 1 else {})
+def _encode(styles: Mapping[str, Style], channel: str) -> dict[str, Any]:
+    """The colours, dashes or shapes of rows, with a legend where it helps."""
+    scale = {"domain": list(styles), "range": [getattr(style, channel) for style in styles.values()]}
+    legend = {} if 1 < len(styles) <= MAX_LEGEND else {"legend": None}
+    return {"field": "row", "type": "nominal", "scale": scale} | legend
 
 
 def write_charts(panels: Sequence[Panel], folder: Path) -> list[Path]:
@@ -389,12 +360,15 @@ def write_charts(panels: Sequence[Panel], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     stems: dict[str, int] = defaultdict(int)
-    options: dict[str, Any] = {"vl_version": VEGA_LITE, "config": _load_specs()["light"]}
+    options: dict[str, Any] = {"vl_version": VEGA_LITE, "config": load_specs()["light"]}
     for panel, chart in [(p, chart) for p in panels for chart in p.charts]:
         stem = re.sub(r"[^A-Za-z0-9.+_]+", "-", f"{panel.stem[:80]}-{chart.name[:40]}").strip("-.") or "x"
         stems[stem] += 1
         stem += f"-{stems[stem]}" if stems[stem] > 1 else ""
-        spec = complete_spec(panel, chart)
+        height = HEIGHT if chart.height is None else chart.height - AROUND_BARS
+        lines = [chart.caption] if len(chart.caption) <= MAX_LINE else chart.caption.split("; ")
+        title = {"text": panel.title, "subtitle": lines, "offset": 18}
+        spec = {"width": WIDTH, "height": height, "title": title, "datasets": panel.datasets, **chart.spec}
         svg, png = folder / f"{stem}.svg", folder / f"{stem}.png"
         svg.write_text(vl_convert.vegalite_to_svg(spec, **options), encoding="utf-8")
         png.write_bytes(vl_convert.vegalite_to_png(spec, scale=2, **options))
@@ -402,27 +376,18 @@ def write_charts(panels: Sequence[Panel], folder: Path) -> list[Path]:
     return written
 
 
-def complete_spec(panel: Panel, chart: Chart) -> dict[str, Any]:
-    """A chart that stands alone: with its values, title and size."""
-    height = HEIGHT if chart.height is None else chart.height - AROUND_BARS
-    lines = [chart.caption] if len(chart.caption) <= MAX_LINE else chart.caption.split("; ")
-    title = {"text": panel.title, "subtitle": lines, "offset": 18}
-    return {"width": WIDTH, "height": height, "title": title, "datasets": panel.datasets, **chart.spec}
-
-
-def load_bundle(cache: Path | None = None) -> str:
+def load_bundle(cache: Path) -> str:
     """Vega, Vega-Lite and vega-embed as one script, so that a page needs no network.
 
     vl-convert bundles it in a second or two; it is kept in the folder `cache`, where that can be written.
     """
-    path = None if cache is None else cache / f"vega-{version('vl-convert-python')}.js"
-    if path is not None and path.is_file():
+    path = cache / f"vega-{version('vl-convert-python')}.js"
+    if path.is_file():
         return path.read_text(encoding="utf-8")
     import vl_convert
 
     bundle = vl_convert.javascript_bundle(None, vl_version=VEGA_LITE)  # type: ignore[arg-type]
-    if path is not None:
-        with suppress(OSError):  # a page can be made without keeping it
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, bundle)
+    with suppress(OSError):  # a page can be made without keeping it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, bundle)
     return bundle

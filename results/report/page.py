@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,10 +21,10 @@ from markupsafe import Markup, escape
 from harness.results.metrics import METRICS, NONE
 from harness.results.prediction import predicted_figures
 from harness.results.report import memory
-from harness.results.report.charts import make_labels, make_panels
+from harness.results.report.charts import category_colours, make_labels, make_panels
 from harness.results.report.columns import Column
 from harness.results.report.sweeps import clamp, is_finite, make_sweep_panel, show
-from harness.results.report.table import lay_out
+from harness.results.report.table import lay_out, style_of
 from harness.results.report.text import MARKS, ORDINARY, clean
 from harness.results.rows import Row
 from harness.results.store import Problem, Stored
@@ -31,37 +32,15 @@ from harness.results.sweeps import Sweep, best_first
 from harness.results.values import Measurement, Record
 
 HERE = Path(__file__).parent
-LIMITS = {
-    "TALL": 40,  # rows: a longer table scrolls in itself, so that the charts are within reach
-    "MAX_UNFINISHED": 300,  # of each kind
-    "MAX_SETTINGS": 400,  # rows whose settings are all printed
-    "MAX_PREDICTED": 100,  # rows
-    "MAX_ENVIRONMENTS": 50,
-    "MAX_COMMANDS": 5,
-    "MAX_USES": 200,  # lines of a row's nodes, and of its ranks
-}
-MAX_TRACEBACK = 4_000  # characters, the last ones
-POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data:; "
-    "base-uri 'none'; form-action 'none'"
-)
-"""With it the browser itself keeps the page from the network. Vega compiles its expressions, hence unsafe-eval."""
-
-NETWORK = Column("network", "network", lambda r: r.name, right=False, key=lambda r: f"{r.variant} {r.depth:06}")
+NETWORK = Column("network", "network", lambda r: r.name, key=lambda r: f"{r.variant} {r.depth:06}", right=False)
 RUN_METRICS = [metric for metric in METRICS.values() if metric.kind != "size"]
 RUN_COLUMNS = ("seed", *(m.heading for m in RUN_METRICS), "attempts", "finished", "folder", "environment")
 
 
 def make_page(
-    rows: Sequence[Row],
-    *,
-    bundle: str,
-    made_at: datetime,
-    title: str = "Residual networks, compared",
-    columns: Sequence[str] = (),
-    problems: Sequence[Problem] = (),
+    rows: Sequence[Row], *, bundle: str, made_at: datetime, columns: Sequence[str] = (), problems: Sequence[Problem] = (),
     sweeps: Sequence[Sweep] = (),
-) -> str:
+) -> str:  # fmt: skip
     """The whole page as one HTML text; `bundle` is `charts.load_bundle()`.
 
     Raises ValueError for a column that does not exist.
@@ -80,50 +59,36 @@ def make_page(
     scripts = [bundle.replace("</script", "<\\/script")] if any(panel.charts for panel in every) else []
     # variant and depth are one column: the first stays in place when the others scroll
     joined = [column.name for column in layout.columns[:2]] == ["variant", "depth"]
-    charts = [{chart.name: chart.spec for chart in panel.charts if chart.in_page} for panel in every]
-    drawn = [{"rows": p.rows, "charts": c, "datasets": p.datasets} for p, c in zip(every, charts, strict=True)]
+    drawn = [{"rows": p.rows, "charts": {c.name: c.spec for c in p.charts}, "datasets": p.datasets} for p in every]
     data = {"panels": drawn, "columns": RUN_COLUMNS, "runs": runs}
     # "<" inside a script could end it; JSON strings may hold it in this form
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     css, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
-    return _make_environment().get_template("page.html").render(
-        title=title, made_at=made_at, policy=POLICY, rows=rows, sheet=layout.sheet, labels=labels, panels=panels,
-        joined=joined, columns=[NETWORK, *layout.columns[2:]] if joined else layout.columns, sweeps=searches, problems=problems,
-        swatches={label: colour for panel in panels for label, (colour, _) in panel.rows.items()}, row_of=row_of,
-        probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := predicted_figures(row))],
-        each=lambda name: [(row, run) for row in rows for run in getattr(row, name)],
-        environments=list(environments.values()), data=Markup(text), css=css,
-        scripts=[*map(Markup, scripts), script],
-    )  # fmt: skip
-
-
-def _make_environment() -> Environment:
-    """Whatever is printed is escaped, and has no control characters."""
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
         extensions=["jinja2.ext.do"],
-        finalize=lambda value: clean(value) if type(value) is str else value,
+        finalize=lambda value: clean(value) if type(value) is str else value,  # no control characters in what is printed
     )  # fmt: skip
-    environment.globals |= {
-        **LIMITS, "NETWORK": NETWORK, "NONE": NONE, "best_first": best_first, "clamp": clamp, "count": _count,
-        "Counter": Counter, "cut": _cut, "MAX_TRACEBACK": MAX_TRACEBACK, "is_finite": is_finite, "kind": _kind, "link_marks": _link_marks, "memory": memory, "number": _number,
-        "show": show, "sort_key": _sort_key,
-    }  # fmt: skip
-    return environment
+    return environment.get_template("page.html").render(
+        made_at=made_at, rows=rows, sheet=layout.sheet, labels=labels, panels=panels, joined=joined,
+        columns=[NETWORK, *layout.columns[2:]] if joined else layout.columns, sweeps=searches, problems=problems,
+        swatches={label: style.colour for panel in panels for label, style in panel.rows.items()}, row_of=row_of,
+        probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := predicted_figures(row))],
+        each=lambda name: [(row, run) for row in rows for run in getattr(row, name)],
+        environments=list(environments.values()), data=Markup(text), css=css, scripts=[*map(Markup, scripts), script],
+        NONE=NONE, category_colours=category_colours, best_first=best_first, clamp=clamp, Counter=Counter, is_finite=is_finite,
+        link_marks=_link_marks, memory=memory, number=_number, show=show, sort_key=_sort_key, style_of=style_of,
+    )  # fmt: skip
 
 
 def _link_marks(text: str) -> Markup:
     """The text, escaped, with a link to each footnote whose mark it has."""
-    parts = MARKS.split(text) if not text.isascii() else [text]
-    for i, part in enumerate(parts):
-        numbers = part.translate(ORDINARY).split(",") if i % 2 else ()
-        links = ",".join(f'<a href="#note-{number}">{number}</a>' for number in numbers)
-        parts[i] = f"<sup>{links}</sup>" if i % 2 else str(escape(part))
-    return Markup("".join(parts))
+    return Markup(MARKS.sub(_link, escape(text)))
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
+def _link(mark: re.Match[str]) -> str:
+    links = [f'<a href="#note-{number}">{number}</a>' for number in mark[0].translate(ORDINARY).split(",")]
+    return f"<sup>{','.join(links)}</sup>"
 
 
 def _number(value: float | Measurement | None, digits: int = 0) -> str:
@@ -131,24 +96,11 @@ def _number(value: float | Measurement | None, digits: int = 0) -> str:
     return NONE if value is None else f"{value:,.{digits}f}"
 
 
-def _cut(traceback: str) -> Markup:
-    return Markup("\n").join(escape(clean(line)) for line in traceback[-MAX_TRACEBACK:].splitlines())
-
-
 def _sort_key(column: Column, row: Row) -> str | None:
     key = column.sort_key(row)
     if isinstance(key, float):
         return f"{key:.6g}" if math.isfinite(key) else None
     return None if key is None else str(key)
-
-
-def _kind(column: Column, row: Row) -> str:
-    kinds = ["r"] if column.right else []
-    if column.name == "error" and row.error is None:
-        kinds.append("bad" if row.failed else "warn")
-    if column.name == "verdict" and row.against and row.against.word in ("better", "worse"):
-        kinds.append(row.against.word)
-    return " ".join(kinds)
 
 
 def _run(stored: Stored, environments: dict[str, _Group]) -> list[str]:
@@ -176,28 +128,18 @@ class _Group:
 
 
 def _add_environment(groups: dict[str, _Group], record: Record) -> int:
-    """Count a run with those of its environment, by its description; the environment's number."""
-    fields = _describe_environment(record)
+    """Count a run with those that share all but command and attempts with it; the number of their environment."""
+    environment, result = record.environment, record.result
+    machine = {"device": result.device, "threads a worker": result.threads, **result.machine} if result else {}
+    machine = {name: value for name, value in machine.items() if value is not None}
+    fields = machine | environment | machine
+    fields = {n: v for n, v in fields.items() if v is not None and n not in ("command", "attempts", "dirty")}
+    if isinstance(versions := fields.get("versions"), Mapping):
+        fields["versions"] = ", ".join(f"{package} {version}" for package, version in versions.items())
+    if environment.get("dirty"):
+        fields["commit"] = f"{fields.get('commit')} and uncommitted changes"
     group = groups.setdefault(repr(fields), _Group(len(groups) + 1, fields))
     group.runs += 1
-    if isinstance(command := record.environment.get("command"), list):
+    if isinstance(command := environment.get("command"), list):
         group.commands[shlex.join(map(str, command))] = None
     return group.number
-
-
-def _describe_environment(record: Record) -> dict[str, object]:
-    """What a run shares with others: all but its command and its attempts."""
-    fields: dict[str, object] = {}
-    if (result := record.result) is not None:
-        machine = {name: value for name, value in result.machine.items() if value is not None}
-        fields = {"device": result.device, "threads a worker": result.threads} | machine
-    for name, value in record.environment.items():
-        if name == "versions" and isinstance(value, Mapping):
-            fields["versions"] = ", ".join(f"{package} {version}" for package, version in value.items())
-        elif name == "dirty":
-            if value:
-                commit = fields.get("commit", record.environment.get("commit"))
-                fields["commit"] = f"{commit} and uncommitted changes"
-        elif name not in ("command", "attempts") and value is not None:
-            fields.setdefault(name, value)
-    return fields

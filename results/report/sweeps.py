@@ -1,4 +1,4 @@
-"""A sweep -> its charts: every trial as a line through its values, the metric against each field, importance."""
+"""A sweep -> its charts: every trial as a line through its values, and the metric against each field."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from harness.results.report.charts import AROUND_BARS, BAR, Chart, Panel, make_spec
+from harness.results.report.charts import Chart, Panel, make_spec
 from harness.results.report.text import clean
 from harness.results.sweeps import Dimension, Sweep, Trial, best_first, format_value
 
@@ -16,19 +16,19 @@ RANGE = ["#3b7dd8", "#8a63d2", "#c2447d", "#e8743b"]
 
 
 def make_sweep_panel(sweep: Sweep) -> Panel:
-    """Charts "parallel", "slice-<field>" for each field, and "importance"; none where no trial has a value yet.
+    """Charts "parallel", and "slice-<field>" for each field; none where no trial has a value yet.
 
     Names of fields stand in titles and values alone, never where Vega reads a path or an expression.
     """
-    panel = Panel(f"{clean(sweep.title)} on {clean(sweep.dataset)}", clean(sweep.name), [], {})
+    panel = Panel(f"{clean(sweep.title)} on {clean(sweep.dataset)}", clean(sweep.name))
     drawn = [t for t in best_first(sweep.trials) if t.state != "failed" and is_finite(t.last)][:MAX_DRAWN]
     if not drawn:
         return panel
     metric, lasts = clean(sweep.heading), [trial.last or 0.0 for trial in drawn]
     axes = [_Axis(d, [trial.fields[d.field] for trial in drawn]) for d in sweep.dimensions]
-    axes.append(_Axis(Dimension(field=metric, function="uniform", values=(min(lasts), max(lasts))), lasts))
+    last = _Axis(Dimension(field=metric, function="uniform", values=(min(lasts), max(lasts))), lasts)
     # the best on top
-    panel.datasets["trials"] = [_value(sweep, trial, axes) for trial in reversed(drawn)]
+    panel.datasets["trials"] = [_value(sweep, trial, axes, last) for trial in reversed(drawn)]
 
     faint = any(trial.state != "finished" for trial in drawn)
     note = "; faint: a trial that was pruned, at its last value" if faint else ""
@@ -40,26 +40,17 @@ def make_sweep_panel(sweep: Sweep) -> Panel:
     ends = finished if len(set(finished)) > 1 else lasts
     scale = {"domain": [min(ends), max(ends)], "range": RANGE, "clamp": True}
     colour = {"field": "value", "type": "quantitative", "scale": scale, "legend": None}
-    spec = make_spec(
-        "parallel", colour=colour, axes=[-0.45, len(axes) - 0.75],
-        heads=[{"axis": j, "place": 1.0, "text": axis.title} for j, axis in enumerate(axes)],
-        ticks=[{"axis": j, "place": place, "text": text} for j, axis in enumerate(axes) for place, text in axis.ticks],
-    )  # fmt: skip
+    columns = list(enumerate([*axes, last]))
+    heads = [{"axis": j, "place": 1.0, "text": axis.title} for j, axis in columns]
+    ticks = [{"axis": j, "place": place, "text": text} for j, axis in columns for place, text in axis.ticks]
+    spec = make_spec("parallel", colour=colour, axes=[-0.45, len(axes) + 0.25], heads=heads, ticks=ticks)
     caption = f"Every trial is a line through its values to its {metric}"
     panel.charts.append(Chart("parallel", caption + note, spec, wide=True))
-    for j, axis in enumerate(axes[:-1]):
+    for j, axis in enumerate(axes):
         x = axis.encoding | {"field": f"x{j}", "title": axis.title}
         caption = f"{metric} against {axis.title}{' on a log scale' if axis.log else ''}"
         spec = make_spec("slice", x=x, metric=metric, colour=colour)
         panel.charts.append(Chart(f"slice-{axis.title}", caption + note, spec))
-    if (weights := sweep.importance) is not None:
-        panel.datasets["importance"] = [
-            {"field": clean(f.field), "value": clamp(f.value), "sign": clean(f.sign), "chance": weights.null}
-            for f in weights.fields
-        ]
-        caption = f"Importance of each field for {metric}; {clean(weights.heading)}"
-        height = BAR * len(weights.fields) + AROUND_BARS
-        panel.charts.append(Chart("importance", caption, make_spec("importance"), height=height, in_page=False))
     return panel
 
 
@@ -73,21 +64,20 @@ def clamp(share: float) -> float:
     return min(max(share, 0.0), 1.0) if math.isfinite(share) else 0.0
 
 
-def _value(sweep: Sweep, trial: Trial, axes: Sequence[_Axis]) -> dict[str, Any]:
-    own = [*(trial.fields[d.field] for d in sweep.dimensions), trial.last]
-    shown = zip(axes, own[:-1], strict=False)
-    return {
-        "trial": trial.number, "value": trial.last, "whole": trial.state == "finished",
-        "fields": " · ".join(f"{axis.title} {show(value)}" for axis, value in shown),
-        "state": f"{trial.state} after {trial.epochs} of {sweep.epochs} epochs",
-        "place": [axis.place(value) for axis, value in zip(axes, own, strict=True)],
-        **{f"x{j}": value if axis.continuous else show(value) for j, (axis, value) in enumerate(zip(axes, own, strict=True))},
-    }  # fmt: skip
-
-
 def show(value: object) -> str:
     """A field's value to six figures."""
     return clean(format_value(value, exact=False))
+
+
+def _value(sweep: Sweep, trial: Trial, axes: Sequence[_Axis], last: _Axis) -> dict[str, Any]:
+    own = [(axis, trial.fields[d.field]) for axis, d in zip(axes, sweep.dimensions, strict=True)]
+    return {
+        "trial": trial.number, "value": trial.last, "whole": trial.state == "finished",
+        "fields": " · ".join(f"{axis.title} {show(value)}" for axis, value in own),
+        "state": f"{trial.state} after {trial.epochs} of {sweep.epochs} epochs",
+        "place": [axis.place(axis.scale(value)) for axis, value in [*own, (last, trial.last)]],
+        **{f"x{j}": value if axis.continuous else show(value) for j, (axis, value) in enumerate(own)},
+    }  # fmt: skip
 
 
 class _Axis:
@@ -96,33 +86,34 @@ class _Axis:
     def __init__(self, dimension: Dimension, values: Sequence[Any]) -> None:
         self.title, self.continuous, self.log = clean(dimension.field), dimension.continuous, dimension.log
         self.names = list(dict.fromkeys(map(show, [*dimension.values, *values])))
-        self.low, self.high = dimension.values[0], dimension.values[-1]
+        self.values = dimension.values
+        ends: Sequence[Any] = self.values if self.continuous else self.names
+        self.low, self.high = self.scale(ends[0]), self.scale(ends[-1])
 
-    def place(self, value: Any) -> float:
+    def scale(self, value: Any) -> float:
+        """A number for a value: its logarithm, or its place among the words."""
         if not self.continuous:
-            return self.names.index(show(value)) / (len(self.names) - 1) if len(self.names) > 1 else 0.5
-        scale = math.log10 if self.log else float
-        low, high = scale(self.low), scale(self.high)
-        return round(clamp((scale(value) - low) / (high - low)), 5) if high > low else 0.5
+            return self.names.index(show(value))
+        return math.log10(value) if self.log else float(value)
+
+    def place(self, scaled: float) -> float:
+        width = self.high - self.low
+        return round(clamp((scaled - self.low) / width), 5) if width > 0 else 0.5
 
     @property
     def ticks(self) -> list[tuple[float, str]]:
         """Places and labels: the bounds, and round values where there is room."""
         if not self.continuous:
-            return [(self.place(name), name) for name in self.names]
-        marks = [self.low, self.high]
-        if self.log:
-            powers = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
-            marks += [10.0**power for power in powers]
-        elif (width := self.high - self.low) > 0:
-            unit = 10.0 ** math.floor(math.log10(width))
-            step = next(s for s in (unit / 5, unit / 2, unit, 2 * unit, 5 * unit) if width / s <= 6)
-            marks += [k * step for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
-        ticks: list[tuple[float, str]] = []
-        for mark in marks:
-            if all(abs(self.place(mark) - other) > 0.06 for other, _ in ticks):
-                ticks.append((self.place(mark), f"{mark:.4g}"))
-        return sorted(ticks)
+            return [(self.place(k), name) for k, name in enumerate(self.names)]
+        unit = 10.0 ** math.floor(math.log10(self.high - self.low or 1.0))
+        steps = (unit / 5, unit / 2, unit, 2 * unit, 5 * unit)
+        step = 1.0 if self.log else next(s for s in steps if (self.high - self.low) / s <= 6)
+        rounded = [k * step for k in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        ticks: dict[float, str] = {}
+        for mark in (self.low, self.high, *rounded):
+            if all(abs(self.place(mark) - other) > 0.06 for other in ticks):
+                ticks[self.place(mark)] = f"{10**mark if self.log else mark:.4g}"
+        return sorted(ticks.items())
 
     @property
     def encoding(self) -> dict[str, Any]:
@@ -130,9 +121,9 @@ class _Axis:
         if not self.continuous:
             scale = {"type": "point", "padding": 0.5, "domain": self.names}
             return {"type": "ordinal", "scale": scale, "sort": None, "axis": {"labelAngle": 0, "grid": False}}
-        bounds = [self.low, self.high]
-        if self.low == self.high:
-            bounds = [self.low / 2, self.high * 2] if self.log else [self.low - 0.5, self.high + 0.5]
-        scale = {"type": "log" if self.log else "linear", "domain": bounds, "nice": False}
+        low, high = float(self.values[0]), float(self.values[-1])
+        if low == high:
+            low, high = (low / 2, high * 2) if self.log else (low - 0.5, high + 0.5)
+        scale = {"type": "log" if self.log else "linear", "domain": [low, high], "nice": False}
         axis = {"format": "~g", "tickCount": 6, "grid": False, "labelOverlap": True}
         return {"type": "quantitative", "scale": scale, "axis": axis}

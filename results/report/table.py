@@ -115,16 +115,17 @@ def render(
             widths.pop(name, None)
     if out := {column.name: column.header for column in layout.columns if column.name not in widths}:
         layout = lay_out(rows, without=out)
-    styles = [[_style(column.name, row) for column in layout.columns] for row in rows] if colour else ()
+    styles = [[style_of(column.name, row) for column in layout.columns] for row in rows] if colour else ()
     notes = [*layout.sheet.notes, *([f"too narrow for {', '.join(out.values())}"] if out else ())]
     sheet = replace(layout.sheet, notes=notes, styles=styles)
     return "\n".join(for_terminal(sheet, width if fit else max(width, sheet.width), colour=colour)) + "\n"
 
 
-def _style(name: str, row: Row) -> str:
+def style_of(name: str, row: Row) -> str:
+    """How a cell looks: a key of `text.ANSI`, and a class in page.css."""
     if name == "error" and row.error is None:
         return "red" if row.failed else "yellow"
-    if name in ("published", "verdict") and row.against:
+    if name == "verdict" and row.against:
         return {"better": "green", "worse": "red"}.get(row.against.word or "", "")
     return "bold" if name in ("variant", "depth", "error") else ""
 
