@@ -124,19 +124,22 @@ def test_a_full_disk_is_one_line_and_the_other_runs_go_on(
     assert (code, err.count("\n"), "record.json: No space left on device" in err) == (1, 1, True)
 
 
-def test_a_folder_removed_while_a_run_trains_is_no_traceback(tmp_path: Path, capsys: Any) -> None:
+def test_a_folder_removed_while_a_run_trains_is_no_traceback(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is trained after that is stored, or a line says why not."""
-    line = f"run {QUICK.replace('--epochs 2', '--epochs 6').replace('128', '64')} --launcher local --out {tmp_path}/runs"
-    with subprocess.Popen(
-        [sys.executable, "-m", "harness.cli", *shlex.split(line)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as command:  # fmt: skip
-        assert command.stdout is not None
-        for text in command.stdout:
-            if "epoch 2/" in text:
-                shutil.rmtree(tmp_path / "runs", ignore_errors=True)
-                break
-        out, err = command.communicate(timeout=120)
+    from harness.progress import Progress
+
+    event = Progress.event
+
+    def remove_in_epoch_2(self: Progress, spec: Any, what: Any) -> None:
+        event(self, spec, what)
+        if getattr(what, "epoch", None) == 2:
+            shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+
+    monkeypatch.setattr(Progress, "event", remove_in_epoch_2)
+    line = f"run {QUICK.replace('--epochs 2', '--epochs 4').replace('128', '64')} --launcher local --out {tmp_path}/runs"
+    _, out, err = harness(line, capsys)
     stored = load_records([tmp_path / "runs"]).records if (tmp_path / "runs").exists() else []
     assert "Traceback" not in out + err
     assert [one.record.status for one in stored] == ["done"] or "not stored" in out, out + err

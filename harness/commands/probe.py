@@ -214,9 +214,8 @@ def print_estimate(outcomes: Outcomes, todo: Sequence[RunSpec], concurrent_runs:
     runs, on_gpu = count_cells(todo), outcomes[0][0].device == "cuda"
     predicted = {spec: outcome for spec, outcome in outcomes if isinstance(outcome, Prediction)}
     hours = {s: runs[s] * one.workers * one.run_seconds / 3600 if on_gpu else None for s, one in predicted.items()}
-    kilojoules = {
-        s: one.run_joules.value and runs[s] * one.run_joules.value / 1000 for s, one in predicted.items()
-    }
+    energies = {spec: one.run_joules.value for spec, one in predicted.items()}
+    kilojoules = {s: joules and runs[s] * joules / 1000 for s, joules in energies.items()}
     notes, missing = dict[str, None](), defaultdict[str, dict[str, None]](dict)  # reason -> columns
 
     def line(spec: RunSpec, one: Prediction) -> list[list[str]]:
@@ -241,7 +240,7 @@ def print_estimate(outcomes: Outcomes, todo: Sequence[RunSpec], concurrent_runs:
         say(console, note)
     steps = "/".join(str(n) for n in sorted({one.steps for one in predicted.values()})) or "no"
     about = (
-        f"from {steps} steps after warm-up of one seed; GPU-h and kJ are of all runs of a line, MiB of one worker"
+        f"from {steps} steps after warm-up, one seed; GPU-h and kJ are of all runs of a line, MiB of one worker"
     )
     say(console, about, style="dim")
 

@@ -122,7 +122,8 @@ def start(worker: Worker, stack: ExitStack, **changes: Any) -> tuple[Prepared, T
     split, given_up, spec = make_split(), list[str](), make_spec(worker, **changes)
     stack.enter_context(deterministic_algorithms(spec))
     data = Data(split, split, split, "test")
-    prepared = stack.enter_context(closing(assemble(spec, data, worker, num_classes=CLASSES, flip=True)))
+    prepared = assemble(spec, data, worker, num_classes=CLASSES, flip=True)
+    stack.enter_context(closing(prepared))
     if dist.is_initialized():  # the statistics of a batch are those of a rank's share
         for module in prepared.network.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -298,9 +299,8 @@ def run_rank_checks(names: Sequence[str], worker: Worker, seconds: float) -> lis
         left_out = Result(name, "left out", f"not begun within {seconds:.0f} s")
         worst = gather(run_check(name, bench) if in_time else left_out)
         failed = [(rank, result) for rank, result in enumerate(worst) if result.state == "failed"]
-        results += [
-            replace(result, detail=f"on rank {rank}: {result.detail}") for rank, result in failed[:1]
-        ] or worst[:1]
+        first = [replace(result, detail=f"on rank {rank}: {result.detail}") for rank, result in failed[:1]]
+        results += first or worst[:1]
     return results
 
 
