@@ -52,5 +52,5 @@ def store_runs(out: Path, specs: Iterable[RunSpec], epochs: int) -> int:
             environment={"commit": "0" * 40, "dirty": False, "versions": {"torch": "2.15.0"}, "host": "node"},
             started_at=STARTED, finished_at=STARTED + timedelta(seconds=count),
         )  # fmt: skip
-        (store.fail if failed else store.finish)(out, record)
+        store.finish(out, record)
     return count

@@ -179,7 +179,7 @@ class Recorder:
                 self.finished[spec.key] = outcome
                 self.known.pop(folder, None)  # of an earlier run, by --force
                 return self.push(push_finished, folder)
-            self.push(push_run, store.fail(self.paths.out, record))
+            self.push(push_run, store.finish(self.paths.out, record))
             return False
         except OSError as error:
             what = describe_os_error(error, self.partial(spec))

@@ -74,13 +74,10 @@ class Goal:
     def open(self, known: Known) -> bool:
         """Whether a row gets a further seed."""
         n = len(known.errors)
-        if (
-            known.failed
-            or n >= self.max_seeds
-            or (0 < n <= FIRST and self.refusal(mean(known.errors), known.images))
-        ):
+        if known.failed or n >= self.max_seeds:
             return False
-        return n < FIRST or known.half > self.half
+        hopeless = 0 < n <= FIRST and self.refusal(mean(known.errors), known.images)
+        return not hopeless and (n < FIRST or known.half > self.half)
 
 
 def make_goal(half: float | None, max_seeds: int | None, seeds: int) -> Goal | None:
@@ -103,20 +100,16 @@ def known_errors(recorder: Recorder, specs: Sequence[RunSpec]) -> dict[RunSpec, 
     The error is the one that is compared with others: of the test set, where images were held out.
     """
     finished = recorder.find_finished(specs)
-    by_key = {spec.key: replace(spec, seed=0) for spec in specs}
-    known = {replace(spec, seed=0): Known(failed=spec.key not in finished) for spec in specs}
-    failed = {replace(spec, seed=0) for spec in specs if spec.key not in finished}
+    row_of = {spec.key: replace(spec, seed=0) for spec in specs}
+    lost = {row_of[spec.key] for spec in specs if spec.key not in finished}
+    known = {row: Known(failed=row in lost) for row in row_of.values()}
     folders = [recorder.paths.out / name_of(spec, recorder.paths.label) for spec in specs if spec.key in finished]
     rows = summarise(load_records(folders, recorder.known).records)
     for row in sorted(rows, key=lambda row: max(run.record.finished_at for run in row.done)):
         test = row.evaluated_on == "val"
-        errors = [
-            result.test_error if test else result.final_error for run in row.done if (result := run.record.result)
-        ]
-        finite = tuple(error for error in errors if error is not None and math.isfinite(error))
-        spec = by_key[row.done[0].record.key]
-        lost = spec in failed or len(finite) < len(errors)
-        known[spec] = Known(finite, row.done[0].record.images(test=test), lost)
+        errors = tuple(filter(math.isfinite, row.values("test_error" if test else "error")))
+        first, spec = row.done[0].record, row_of[row.done[0].record.key]
+        known[spec] = Known(errors, first.images(test=test), spec in lost or len(errors) < len(row.done))
     return known
 
 
@@ -128,18 +121,14 @@ def more_seeds(
     for spec in specs:
         used[replace(spec, seed=0)].add(spec.seed)
     rows = [row for row in used if goal.open(known[row])]
-    each = max(1, concurrent_runs // len(rows)) if rows else 0
-    counts = {}
+    each = max(1, concurrent_runs // max(1, len(rows)))
+    more = []
     for row in rows:
         n = len(known[row].errors)
-        counts[row] = min(max(each, FIRST - n) if n < FIRST else each, goal.max_seeds - n)
-    more = []
-    for turn in range(max(counts.values(), default=0)):
-        for row in (row for row in rows if turn < counts[row]):
-            seed = next(n for n in itertools.count() if n not in used[row])
-            used[row].add(seed)
-            more.append(replace(row, seed=seed))
-    return more
+        free = (seed for seed in itertools.count() if seed not in used[row])
+        count = min(max(each, FIRST - n), goal.max_seeds - n)
+        more.append([replace(row, seed=seed) for seed in itertools.islice(free, count)])
+    return [spec for turn in itertools.zip_longest(*more) for spec in turn if spec is not None]
 
 
 def forecast(goal: Goal, known: Mapping[RunSpec, Known], dataset: Dataset) -> Iterator[str]:
@@ -159,10 +148,7 @@ def forecast(goal: Goal, known: Mapping[RunSpec, Known], dataset: Dataset) -> It
 def shortfalls(goal: Goal, known: Mapping[RunSpec, Known]) -> Iterator[str]:
     """A line for each row whose error is not known as well as it should be."""
     for row, runs in known.items():
-        if runs.failed or runs.half <= goal.half:
-            continue
-        why = goal.refusal(mean(runs.errors), runs.images) if runs.errors else None
-        after = (
-            f"after {len(runs.errors)} seeds its error is known to ±{runs.half:.2f} points, not to ±{goal.half:g}"
-        )
-        yield f"{row.name}: {after}" + (f": {why}" if why else "")
+        if not runs.failed and runs.half > goal.half:
+            why = goal.refusal(mean(runs.errors), runs.images) if runs.errors else None
+            after = f"{row.name}: after {len(runs.errors)} seeds its error is known to ±{runs.half:.2f} points"
+            yield f"{after}, not to ±{goal.half:g}" + (f": {why}" if why else "")

@@ -10,7 +10,7 @@ from harness.results.store import Stored, load_epochs
 from harness.results.values import EpochMetrics, flatten
 
 Point = tuple[dict[str, float], int, float]
-"""An epoch's figures by name, the epoch, and the instant of its end in seconds since 1970."""
+"""Figures by name of an epoch, or at last of the whole run; the epoch, or 0; its end in seconds since 1970."""
 Target = Callable[[Stored, Sequence[Point]], bool]
 """Writes one run into a tool; False where the tool has that run already."""
 
@@ -31,7 +31,7 @@ def export(runs: Iterable[Stored], target: Target) -> int:
             at += epoch.train_seconds + epoch.eval_seconds
             figures = {name: value for name in EPOCH_FIGURES if (value := getattr(epoch, name)) is not None}
             points.append((figures, epoch.epoch, at))
-        exported += target(run, points)
+        exported += target(run, [*points, (summary(run), 0, run.record.finished_at.timestamp())])
     return exported
 
 
@@ -51,7 +51,7 @@ def tensorboard(run: Stored, points: Sequence[Point]) -> bool:
 
     with SummaryWriter(logdir=str(run.folder)) as writer:
         writer.add_text("spec", f"```\n{json.dumps(run.record.spec, indent=1)}\n```", 0)
-        for figures, epoch, at in (*points, (summary(run), 0, run.record.finished_at.timestamp())):
+        for figures, epoch, at in points:
             for name, value in figures.items():
                 writer.add_scalar(name, value, epoch, walltime=at)
     return True
@@ -61,26 +61,21 @@ def mlflow(run: Stored, points: Sequence[Point]) -> bool:
     """A run in the experiment named by the data set, where MLFLOW_TRACKING_URI says."""
     import mlflow as tool
 
-    client = tool.MlflowClient()
-    record = run.record
-    experiment = client.get_experiment_by_name(record.dataset)
-    number = experiment.experiment_id if experiment else client.create_experiment(record.dataset)
-    finished, ended = record.finished_at.isoformat(), int(record.finished_at.timestamp() * 1000)
-    same = f"tags.key = '{record.key}' and tags.finished_at = '{finished}'"
-    if client.search_runs([number], same, max_results=1):
+    client, record = tool.MlflowClient(), run.record
+    experiment = tool.set_experiment(record.dataset).experiment_id
+    tags = {"key": record.key, "finished_at": record.finished_at.isoformat()}
+    if client.search_runs([experiment], " and ".join(f"tags.{n} = '{v}'" for n, v in tags.items()), max_results=1):
         return False
-    started = int(record.started_at.timestamp() * 1000)
-    tags = {"key": record.key, "finished_at": finished, "folder": str(run.folder)}
-    own = client.create_run(number, start_time=started, tags=tags, run_name=record.name).info.run_id
-    status = "FAILED"
+    started, ended = (int(at.timestamp() * 1000) for at in (record.started_at, record.finished_at))
+    tags["folder"], status = str(run.folder), "FAILED"
+    own = client.create_run(experiment, start_time=started, tags=tags, run_name=record.name).info.run_id
     try:
         for name, setting in flatten(record.spec):
             client.log_param(own, name, str(setting)[:500])
         for figures, epoch, at in points:
             metrics = [tool.entities.Metric(n, v, int(at * 1000), epoch) for n, v in figures.items()]
-            client.log_batch(own, metrics=metrics)
-        for name, value in summary(run).items():
-            client.log_metric(own, name, value, timestamp=ended)
+            if metrics:  # none of the whole of a run that failed
+                client.log_batch(own, metrics=metrics)
         status = {"done": "FINISHED", "failed": "FAILED", "pruned": "KILLED"}[record.status]
     finally:
         client.set_terminated(own, status, end_time=ended)
@@ -99,9 +94,10 @@ def wandb(run: Stored, points: Sequence[Point]) -> bool:
     failed, resumed = True, own.resumed
     try:
         if not resumed:
-            for figures, epoch, _ in points:
+            *epochs, (whole, _, _) = points
+            for figures, epoch, _ in epochs:
                 own.log({**figures, "epoch": epoch}, step=epoch)
-            own.summary.update(summary(run))
+            own.summary.update(whole)
         failed = record.status != "done"
     finally:
         own.finish(exit_code=int(failed))

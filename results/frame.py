@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from harness.results.identity import code_of
@@ -24,10 +24,10 @@ def make_frame(runs: Iterable[Stored], *, epochs: bool = False) -> pandas.DataFr
     import pandas
 
     if epochs:
-        return pandas.DataFrame(
-            [{**_identity(run), **e.model_dump()} for run in runs for e in load_epochs(run.folder)]
-        )
-    return pandas.DataFrame([{**_identity(run), **_figures(run)} for run in runs])
+        lines = ({**_identity(run), **epoch.model_dump()} for run in runs for epoch in load_epochs(run.folder))
+    else:
+        lines = ({**_identity(run), **_figures(run)} for run in runs)
+    return pandas.DataFrame(list(lines))
 
 
 def _identity(run: Stored) -> dict[str, Any]:
@@ -35,29 +35,27 @@ def _identity(run: Stored) -> dict[str, Any]:
     spec = {name: value for name, value in record.spec.items() if name not in ("dataset", "device", "fingerprint")}
     return {
         "name": record.name, "status": record.status, "dataset": record.dataset, "variant": record.variant,
-        "depth": record.depth, "seed": record.seed, **{name: _cell(value) for name, value in flatten(spec)},
+        "depth": record.depth, "seed": record.seed, **_cells(spec),
         "device": record.result.device if record.result else record.spec.get("device"),
     }  # fmt: skip
 
 
-def _cell(value: Any) -> Any:
-    """A list of a spec as text, a measurement as its value: the reason for a missing one is in the record."""
-    if isinstance(value, Measurement):
-        return value.value
-    return ",".join(map(str, value)) if isinstance(value, list) else value
+def _cells(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Measurements as their values (the reason for a missing one is in the record), and lists of a spec as text."""
+    cells = {n: value.value if isinstance(value, Measurement) else value for n, value in flatten(values)}
+    return {n: ",".join(map(str, value)) if isinstance(value, list) else value for n, value in cells.items()}
 
 
 def _figures(run: Stored) -> dict[str, Any]:
     """What a run measured, or why it did not."""
-    record, result, figures = run.record, run.record.result, dict[str, Any]()
+    record, result, failure = run.record, run.record.result, run.record.failure
+    figures: dict[str, Any] = {}
     if result is not None:
-        figures = result.model_dump(exclude={"epochs", "memory", "machine", "device", "workers", "timing"})
-        figures |= run_figures(result)
-        figures |= (
-            dict(flatten({"timing": result.timing.model_dump(exclude={"untimed"})})) if result.timing else {}
-        )
-        figures |= {name: _cell(value) for name, value in flatten(dict(result.memory))}
-    failure = record.failure
+        figures = result.model_dump(
+            exclude={"epochs", "memory", "machine", "device", "workers", "timing"}
+        ) | run_figures(result)
+        timing = {name: value for name, value in result.timing or () if name != "untimed"}
+        figures |= _cells({"timing": timing, **dict(result.memory)})
     return {
         **figures,
         "failure": None if failure is None else f"{failure.kind}: {failure.message}",

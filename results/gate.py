@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from harness.results.compare import Comparison, Pair, centre_of, find_metric
+from harness.results.compare import Comparison, Pair, find_metric
 from harness.results.statistics import ALPHA, Estimate, Shift, holm
 
 
@@ -24,14 +24,12 @@ class Condition(NamedTuple):
 
     def on(self, figure: Comparison) -> tuple[Estimate | Shift, float] | None:
         """The test and the limit on its scale, both mirrored for "<"; None where there is none."""
-        relative, centre = figure.metric.relative, centre_of(figure.metric, figure.a)
+        relative, centre = figure.metric.relative, figure.a.value
         limit = self.limit / 100 if self.percent else self.limit
-        if relative != self.percent:
-            if centre == 0:
-                return None
-            limit = limit / centre if relative else limit * centre
-        if figure.test is None:
+        if figure.test is None or centre is None or (relative != self.percent and centre == 0):
             return None
+        if relative != self.percent:
+            limit = limit / centre if relative else limit * centre
         if relative:
             limit = math.log1p(limit) if limit > -1 else -math.inf
         return (figure.test, limit) if self.above else (-figure.test, -limit)
@@ -72,11 +70,11 @@ def check_conditions(pairs: Sequence[Pair], conditions: Sequence[Condition]) -> 
         gate.failed.append("no two rows could be compared")
     for condition in conditions:
         figures = [next(f for f in pair.figures if f.metric.name == condition.metric) for pair in both]
-        tests = [condition.on(figure) if figure.a and figure.b else None for figure in figures]
+        tests = [condition.on(figure) if figure.a.n and figure.b.n else None for figure in figures]
         ps = holm([on[0].p_above(min(0.0, on[1])) if on else 1.0 for on in tests])
         for pair, figure, on, p in zip(both, figures, tests, ps, strict=True):
             line = f"{pair.name}: {condition}"
-            if not (figure.a and figure.b):
+            if not (figure.a.n and figure.b.n):
                 gate.failed.append(f"{line} cannot be checked, {condition.metric} was not measured on both sides")
             elif on is None:
                 gate.unclear.append(f"{line} cannot tell: {figure if figure.test is None else 'A is 0'}")

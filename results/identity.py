@@ -47,9 +47,7 @@ SPLIT: dict[str, Callable[[Record, RunResult], str | None]] = {
     "evaluated_on": lambda _, result: result.evaluated_on,
     "hardware": lambda _, result: result.device,  # what the spec calls "cuda" or "cpu"
     "threads": lambda _, result: str(result.threads),
-    "widths": lambda _, result: (
-        "→".join(map(str, result.widths)) or None
-    ),  # of runs that went on with fewer workers
+    "widths": lambda _, result: "→".join(map(str, result.widths)) or None,  # that went on with fewer workers
     "engine": lambda _, result: result.engine,  # the one that was used, which a fallback makes differ
     "torch": _torch,  # whole: "2.15.0+cu130"
     "code": lambda record, _: code_of(record),

@@ -11,7 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.results.statistics import Sample, mean, median, std
+from harness.results.statistics import mean, median, std
 from harness.results.values import Measurement, Prediction, RunResult
 
 NONE = "–"
@@ -26,13 +26,10 @@ class Figure:
     n: int = 0  # runs in which it was measured
     reason: str | None = None  # of the first run that did not measure it
 
-    @property
-    def sample(self) -> Sample | None:
-        return None if self.value is None else Sample(self.n, self.value, self.std)
-
 
 UNKNOWN = Figure(None)
 COMBINE: dict[str, Callable[[Sequence[float]], float]] = {
+    "mean": mean,
     "median": median,
     # the median of the reciprocals: of two runs, images over the mean of their seconds
     "rate": lambda values: 1 / median([1 / value for value in values]) if min(values) > 0 else median(values),
@@ -96,9 +93,12 @@ class Metric:
                 reason = reason or self.measure(result).reason
         if not values or (self.over_seeds == "mean" and len(values) < len(results)):
             return Figure(None, reason=reason)
-        if self.over_seeds == "mean":
-            return Figure(mean(values), std(values), len(values))
-        return Figure(COMBINE[self.over_seeds](values), n=len(values), reason=reason)
+        return self.combine(values, reason)
+
+    def combine(self, values: Sequence[float], reason: str | None = None) -> Figure:
+        """The figure of a row, from those of its runs, of which there is one at least."""
+        spread = std(values) if self.over_seeds == "mean" else None
+        return Figure(COMBINE[self.over_seeds](values), spread, len(values), reason)
 
     def plain(self, figure: Figure) -> dict[str, float | None]:
         """As CSV and JSON have it, with the number of runs that measured it."""

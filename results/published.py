@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+
+from harness.results.values import setting
 
 HERE = Path(__file__).parent
 PINS = "pins.json"
@@ -48,23 +50,19 @@ class Published:
 
     def differences(self, spec: Mapping[str, Any]) -> list[str]:
         """The fields in which a run's network and recipe are not those behind this number: "lr 0.05, theirs 0.1"."""
-        return list(_differences(self, spec))
-
-
-def _differences(published: Published, spec: Mapping[str, Any]) -> Iterator[str]:
-    pins = _load_pins()
-    if (pin := pins.get(f"{published.variant}-{published.depth}")) is None:
-        yield "no copy of their network and recipe is kept here"
-        return
-    changes = {"network": {}, "recipe": published.changes}
-    for part, changed in changes.items():
-        own = spec.get(part)
-        defaults = pins["defaults"][part]
-        ours = defaults | (own if isinstance(own, dict) else {})  # a field that is newer than the record
-        theirs = defaults | pin[part] | changed
-        for name in sorted((ours.keys() | theirs.keys()) - {"batch_norm"}):  # the same with one worker
-            if (a := ours.get(name)) != (b := theirs.get(name)):
-                yield f"{name} {a}, theirs {b}"
+        pins = _load_pins()
+        if (pin := pins.get(f"{self.variant}-{self.depth}")) is None:
+            return ["no copy of their network and recipe is kept here"]
+        different: list[str] = []
+        for part, changed in {"network": {}, "recipe": self.changes}.items():
+            defaults = pins["defaults"][part]
+            ours = defaults | (setting(spec, part, dict) or {})  # a field that is newer than the record
+            theirs = defaults | pin[part] | changed
+            names = sorted((ours.keys() | theirs.keys()) - {"batch_norm"})  # the same with one worker
+            different += [
+                f"{n} {ours.get(n)}, theirs {theirs.get(n)}" for n in names if ours.get(n) != theirs.get(n)
+            ]
+        return different
 
 
 @cache
@@ -84,12 +82,10 @@ def _load_pins() -> dict[str, Any]:
     return pins
 
 
+@cache
 def find_published(dataset: str, variant: str, depth: int) -> Published | None:
     """The published number that may stand beside runs of this variant on this data set: the first of its recipe."""
-    return _same_recipe().get((dataset, variant, depth))
-
-
-@cache
-def _same_recipe() -> dict[tuple[str, str, int], Published]:
-    same = [entry for entry in reversed(load_published()) if entry.recipe == "same"]
-    return {(entry.dataset, entry.variant, entry.depth): entry for entry in same}
+    for entry in load_published():
+        if (entry.dataset, entry.variant, entry.depth, entry.recipe) == (dataset, variant, depth, "same"):
+            return entry
+    return None

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -58,6 +58,8 @@ def cache_folder(uri: str, cache: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
+    """A folder of results; files are named by their paths in it, the same at the URI and in the cache."""
+
     files: Any  # pyarrow.fs.FileSystem
     root: str
     is_cache: bool = False
@@ -69,19 +71,18 @@ class _Folder:
     def path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root
 
-    def list(self, name: str = "") -> dict[str, Any]:
-        """{"checkpoints/epoch-000001.pt": pyarrow.fs.FileInfo} of every file below `name`; may be empty."""
+    def list(self, name: str = "", *, recursive: bool = True) -> dict[str, Any]:
+        """{"run/spec.json": pyarrow.fs.FileInfo} of every file below `name`; may be empty."""
         from pyarrow.fs import FileSelector, FileType
 
-        base = self.path(name)
-        infos = self.files.get_file_info(FileSelector(base, allow_not_found=True, recursive=True))
-        return {info.path.removeprefix(f"{base}/"): info for info in infos if info.type == FileType.File}
+        infos = self.files.get_file_info(FileSelector(self.path(name), allow_not_found=True, recursive=recursive))
+        return {info.path.removeprefix(f"{self.root}/"): info for info in infos if info.type == FileType.File}
 
-    def copy(self, name: str, target: _Folder, new_name: str) -> None:
-        """Copy one file, whole or not at all. The cached copy gets the other's time, by which `_same` knows it."""
+    def copy(self, name: str, target: _Folder, new_name: str = "") -> None:
+        """Copy one file, whole or not at all. The cached copy gets the other's time, by which `copy_new` knows it."""
         from pyarrow.fs import copy_files
 
-        source, path = self.path(name), PurePosixPath(target.path(new_name))
+        source, path = self.path(name), PurePosixPath(target.path(new_name or name))
         unfinished = path if target.is_object_store else path.with_name(f".{path.name}.{os.getpid()}")
         if not target.is_object_store:
             target.files.create_dir(str(path.parent), recursive=True)
@@ -90,28 +91,38 @@ class _Folder:
             target.files.move(str(unfinished), str(path))
         before, after = self.files.get_file_info([source])[0], target.files.get_file_info([str(path)])[0]
         if before.size != after.size:
-            raise OSError(f"{new_name} has {after.size} bytes, not {before.size}: it changed while it was copied")
+            raise OSError(f"{name} has {after.size} bytes, not {before.size}: it changed while it was copied")
         for folder, file, info in ((self, source, after), (target, path, before)):
             if folder.is_cache and info.mtime_ns is not None:
                 os.utime(file, ns=(info.mtime_ns, info.mtime_ns))
+
+    def copy_new(self, stored: Mapping[str, Any], target: _Folder, there: Mapping[str, Any]) -> None:
+        """Copy the files that `target` has not, or has otherwise, by what `list` says; no two clocks are compared."""
+        for name, info in stored.items():
+            other = there.get(name)
+            if other is None or (info.size, info.mtime_ns) != (other.size, other.mtime_ns):
+                self.copy(name, target)
 
     def remove(self, name: str) -> None:
         """Remove a folder and all in it, if it exists."""
         for path in self.list(name):
             with contextlib.suppress(FileNotFoundError):
-                self.files.delete_file(self.path(f"{name}/{path}"))
+                self.files.delete_file(self.path(path))
         with contextlib.suppress(OSError):  # object stores have no folders
             self.files.delete_dir(self.path(name))
 
 
-def _open(uri: str) -> _Folder:
+@contextmanager
+def _open(uri: str) -> Iterator[_Folder]:
+    """The folder at a URI; whatever its file system raises, as one line that names the URI."""
+    from pyarrow.fs import FileSystem
+
     try:
-        from pyarrow.fs import FileSystem
-    except ImportError:
-        raise StorageError(f"{redact(uri)} needs pyarrow: pip install pyarrow") from None
-    with _one_line(uri):
         files, root = FileSystem.from_uri(uri)
-    return _Folder(files, root.rstrip("/"))
+        yield _Folder(files, root.rstrip("/"))
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are of these kinds
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise StorageError(redact(f"{uri.partition('?')[0]}: {first}")) from None
 
 
 def _local(folder: Path) -> _Folder:
@@ -120,32 +131,13 @@ def _local(folder: Path) -> _Folder:
     return _Folder(LocalFileSystem(), str(folder.absolute()), is_cache=True)
 
 
-@contextmanager
-def _one_line(uri: str) -> Iterator[None]:
-    """Whatever a file system raises, as one line that names the URI."""
-    try:
-        yield
-    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are of these kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise StorageError(redact(f"{uri.partition('?')[0]}: {first}")) from None
-
-
-def _same(info: Any, local: Path) -> bool:
-    """Whether a remote file and a local one are the same; no two clocks are compared."""
-    try:
-        here = local.stat()
-    except FileNotFoundError:
-        return False
-    return bool(info.size == here.st_size and info.mtime_ns == here.st_mtime_ns)
-
-
 # --- sentinels ---
 
 
 def check_uri(uri: str) -> None:
     """Raise StorageError unless files can be written to the URI and removed."""
-    folder, name = _open(uri), f".write-{os.getpid()}-{os.urandom(4).hex()}"
-    with _one_line(uri):
+    name = f".write-{os.getpid()}-{os.urandom(4).hex()}"
+    with _open(uri) as folder:
         if not folder.is_object_store:
             folder.files.create_dir(folder.root, recursive=True)
     leave_sentinel(uri, name)
@@ -154,25 +146,19 @@ def check_uri(uri: str) -> None:
 
 def leave_sentinel(uri: str, name: str) -> None:
     """Write an empty file. Raises StorageError."""
-    folder = _open(uri)
-    with _one_line(uri), folder.files.open_output_stream(folder.path(name)) as stream:
+    with _open(uri) as folder, folder.files.open_output_stream(folder.path(name)) as stream:
         stream.write(b"")
 
 
 def find_sentinels(uri: str, prefix: str) -> list[str]:
     """Names of the files at the top that begin so. Raises StorageError."""
-    from pyarrow.fs import FileSelector
-
-    folder = _open(uri)
-    with _one_line(uri):
-        infos = folder.files.get_file_info(FileSelector(folder.root, allow_not_found=True))
-    return [info.base_name for info in infos if info.base_name.startswith(prefix)]
+    with _open(uri) as folder:
+        return [name for name in folder.list(recursive=False) if name.startswith(prefix)]
 
 
 def remove_sentinels(uri: str, prefix: str) -> None:
     """Remove these files. Raises StorageError."""
-    folder = _open(uri)
-    with _one_line(uri):
+    with _open(uri) as folder:
         for name in find_sentinels(uri, prefix):
             folder.files.delete_file(folder.path(name))
 
@@ -186,27 +172,23 @@ def pull_results(uri: str, folder: Path) -> None:
     A finished run that was not stored when its command ended is pushed now; the cache's partial run of one that has
     been finished since, by whatever machine, is removed. Raises StorageError.
     """
-    remote, cache = _open(uri), _local(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _one_line(uri):
-        stored = remote.list()
-        runs = {parts[0] for name in stored if len(parts := name.split("/")) > 1 and not parts[0].startswith(".")}
+    with _open(uri) as remote:
+        cache, stored = _local(folder), remote.list()
+        runs = {name.partition("/")[0] for name in stored if "/" in name and not name.startswith(".")}
         whole = {run for run in runs if run.endswith(PARTIAL) or f"{run}/{RECORD}" in stored}
-        for name, info in stored.items():
-            run, _, file = name.partition("/")
-            wanted = (run in whole and file in SMALL) or (run == ESTIMATES and file)
-            if wanted and not _same(info, folder / name):
-                remote.copy(name, cache, name)
+        small = {f"{run}/{file}" for run in whole for file in SMALL}
+        wanted = {n: info for n, info in stored.items() if n in small or n.startswith(f"{ESTIMATES}/")}
+        remote.copy_new(wanted, cache, cache.list())
         for run in whole:
-            if not run.endswith(PARTIAL):
-                shutil.rmtree(folder / f"{run}{PARTIAL}", ignore_errors=True)
-        for local in sorted(folder.glob(f"*/{RECORD}")):
-            name = local.parent.name
-            if not name.endswith(PARTIAL) and not name.startswith(".") and name not in whole:
-                if (local.parent / WEIGHTS).exists():
-                    push_finished(uri, local.parent)
-                else:  # removed at the URI: without its weights the cached copy is no run
-                    shutil.rmtree(local.parent)
+            shutil.rmtree(folder / f"{run}{PARTIAL}", ignore_errors=True)
+        for local in sorted(path.parent for path in folder.glob(f"[!.]*/{RECORD}")):
+            if local.name in whole or local.name.endswith(PARTIAL):
+                continue
+            if (local / WEIGHTS).exists():
+                push_finished(uri, local)
+            else:  # removed at the URI: without its weights the cached copy is no run
+                shutil.rmtree(local)
 
 
 def pull_run(uri: str, folder: Path, *, only: str = "") -> None:
@@ -216,22 +198,18 @@ def pull_run(uri: str, folder: Path, *, only: str = "") -> None:
     away: it gets them now, unless `only` is given. All others that it does not have are removed: all ranks must begin
     with the same.
     """
-    remote, cache = _open(uri), _local(folder)
-    with _one_line(uri):
-        stored = remote.list(f"{folder.name}/{only}" if only else folder.name)
-        stored = {f"{only}/{name}" if only else name: info for name, info in stored.items()}
-        for name, info in stored.items():
-            if not _same(info, folder / name):
-                remote.copy(f"{folder.name}/{name}", cache, name)
-        newest = max((name for name in stored if name.startswith(f"{CHECKPOINTS}/")), default="")
-        for local in sorted((folder / CHECKPOINTS).glob("*")):
-            name = f"{CHECKPOINTS}/{local.name}"
-            if name in stored or local.name.startswith("."):
+    checkpoints = f"{folder.name}/{CHECKPOINTS}"
+    with _open(uri) as remote:
+        cache, stored = _local(folder.parent), remote.list(f"{folder.name}/{only}" if only else folder.name)
+        remote.copy_new(stored, cache, cache.list(folder.name))
+        newest = max((name for name in stored if name.startswith(f"{checkpoints}/")), default="")
+        for name, info in sorted(cache.list(checkpoints).items()):
+            if name in stored or info.base_name.startswith("."):
                 continue
-            if name > newest and local.suffix == ".pt" and not only:
-                cache.copy(name, remote, f"{folder.name}/{name}")
+            if name > newest and info.extension == "pt" and not only:
+                cache.copy(name, remote)
             else:
-                local.unlink(missing_ok=True)
+                (folder.parent / name).unlink(missing_ok=True)
 
 
 def push_run(uri: str, folder: Path, *, checkpoints: bool = False) -> None:
@@ -239,43 +217,37 @@ def push_run(uri: str, folder: Path, *, checkpoints: bool = False) -> None:
 
     `checkpoints`: also remove those at the URI that are no longer in the folder; only the run's own rank 0 may.
     """
-    remote, cache, run = _open(uri), _local(folder), folder.name
-    with _one_line(uri):
-        stored = remote.list(run)
-        paths = [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".") and p.suffix != ".tmp"]
-        names = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
-        for name in sorted(names, key=lambda name: name == RECORD):
-            if name not in stored or not _same(stored[name], names[name]):
-                cache.copy(name, remote, f"{run}/{name}")
-        for name in stored if checkpoints else ():
-            if name.startswith(f"{CHECKPOINTS}/") and name not in names:
-                remote.files.delete_file(remote.path(f"{run}/{name}"))
+    with _open(uri) as remote:
+        cache, stored = _local(folder.parent), remote.list(folder.name)
+        files = sorted(cache.list(folder.name).items(), key=lambda item: item[1].base_name == RECORD)
+        own = {n: info for n, info in files if not info.base_name.startswith(".") and info.extension != "tmp"}
+        cache.copy_new(own, remote, stored)
+        for name in stored.keys() - own if checkpoints else ():
+            if name.startswith(f"{folder.name}/{CHECKPOINTS}/"):
+                remote.files.delete_file(remote.path(name))
 
 
 def push_finished(uri: str, folder: Path) -> None:
     """Copy a finished run to the URI, then remove its partial folder there. Another finished run of that name is kept
     in `.superseded`. Raises StorageError."""
-    remote, run = _open(uri), folder.name
-    with _one_line(uri):
+    run, record, old = folder.name, f"{folder.name}/{RECORD}", f"{SUPERSEDED}/{folder.name}_{timestamp()}"
+    with _open(uri) as remote:
         stored = remote.list(run)
-        if RECORD in stored:
-            with remote.files.open_input_stream(remote.path(f"{run}/{RECORD}")) as stream:
+        if record in stored:
+            with remote.files.open_input_stream(remote.path(record)) as stream:
                 same = stream.read() == (folder / RECORD).read_bytes()
+            for name in () if same else stored:
+                remote.copy(name, remote, old + name.removeprefix(run))
             if not same:
-                old = f"{SUPERSEDED}/{run}_{timestamp()}"
-                for name in stored:
-                    remote.copy(f"{run}/{name}", remote, f"{old}/{name}")
                 remote.remove(run)
-    push_run(uri, folder)
-    with _one_line(uri):
+        push_run(uri, folder)
         remote.remove(f"{run}{PARTIAL}")
 
 
 def push_file(uri: str, path: Path) -> None:
     """Copy one file to the top of the URI. Raises StorageError."""
-    remote = _open(uri)
-    with _one_line(uri):
-        _local(path.parent).copy(path.name, remote, path.name)
+    with _open(uri) as remote:
+        _local(path.parent).copy(path.name, remote)
 
 
 @dataclass(frozen=True, slots=True)

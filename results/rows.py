@@ -16,7 +16,7 @@ from typing import Any
 from harness.results.identity import SPLIT, conditions, surroundings
 from harness.results.metrics import METRICS, NONE, UNKNOWN, Figure
 from harness.results.published import Published, find_published
-from harness.results.statistics import Sample, mean
+from harness.results.statistics import mean
 from harness.results.store import Interrupted, Stored, collector_paused
 from harness.results.values import Prediction, RunResult, Timing, flatten, setting
 from harness.results.verdict import MIN_SEEDS, Against, adjust, compare
@@ -38,9 +38,7 @@ class Row:
     fields: Mapping[str, str]  # everything in which rows can differ, flattened
     differs: tuple[str, ...] = ()  # ("recipe.lr=0.05",): distinguishes this row from others that look the same
     averaged_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # field -> its values, by --across
-    conditions: Mapping[str, Mapping[str, int]] = field(
-        default_factory=dict
-    )  # noted: its values, in how many runs
+    conditions: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # what is noted: value -> runs
 
     done: tuple[Stored, ...]  # one per seed
     failed: tuple[Stored, ...]
@@ -64,9 +62,9 @@ class Row:
         return [stored.record.result for stored in self.done if stored.record.result is not None]
 
     @property
-    def error(self) -> Sample | None:
+    def error(self) -> float | None:
         """Of the last epoch, in percent."""
-        return self.figures.get("error", UNKNOWN).sample
+        return self.figures.get("error", UNKNOWN).value
 
     @property
     def epoch_seconds(self) -> float | None:
@@ -87,7 +85,7 @@ class Row:
     def best_minus_last(self) -> float | None:
         """Points by which the error falls where the epoch is chosen on the evaluated images; at most 0."""
         best, last = self.figures.get("best_error", UNKNOWN).value, self.error
-        return None if best is None or last is None else best - last.mean
+        return None if best is None or last is None else best - last
 
     @property
     def duration(self) -> str:
@@ -138,8 +136,8 @@ def summarise(
     for prediction in predictions:
         by_spec[tuple(flatten_spec(prediction.spec).items())].append(prediction)
     rows = [_make_row(group, by_spec) for group in groups]
-    known = {name for row in rows for name in (*row.fields, *row.conditions)}.union(
-        *(g.averaged_over for g in groups)
+    known = set[str]().union(
+        *(row.fields.keys() | row.conditions.keys() for row in rows), *(g.averaged_over for g in groups)
     )
     if unknown := [name for name in across if name not in known]:
         raise ValueError(f"no field {unknown[0]!r} in these runs: they have {', '.join(sorted(known))}")
@@ -208,10 +206,10 @@ def _make_row(group: _Group, predictions: Mapping[Fields, Sequence[Prediction]])
         last[run.record.seed, run.record.key, surroundings(run.record)] = run
     done: list[Stored] = [last[key] for key in sorted(last)]
     finished_seeds = {stored.record.seed for stored in done}
-    unfinished = {
-        status: tuple(s for s in group.runs[status] if s.record.seed not in finished_seeds)
+    failed, pruned = (
+        tuple(s for s in group.runs[status] if s.record.seed not in finished_seeds)
         for status in ("failed", "pruned")
-    }
+    )
     results = [stored.record.result for stored in done if stored.record.result is not None]
     members = [*done, *group.runs["failed"], *group.runs["pruned"]]
     if members:
@@ -225,34 +223,25 @@ def _make_row(group: _Group, predictions: Mapping[Fields, Sequence[Prediction]])
     for stored in done:
         for name, value in conditions(stored.record):
             noted[name][value] += 1
-    device = results[0].device if results else NONE
+    first = results[0] if results else None
+    device = first.device if first else NONE
     own = tuple((n, value) for n, value in group.fields.items() if n not in SPLIT or n in spec)
     on = (device, group.fields.get("threads"))
     fitting = [p for p in predictions.get(own, ()) if not done or (p.device, str(p.threads)) == on]
-    by_category = (result.memory.by_category_mib for result in results)
     split = "val" if setting(spec, "recipe.val", int) else "test"
     return Row(
-        variant=variant,
-        depth=depth,
-        dataset=dataset,
+        variant=variant, depth=depth, dataset=dataset, device=device, spec=spec, fields=group.fields, conditions=noted,
         original=bool(members) and all(stored.record.original for stored in members),
-        evaluated_on=results[0].evaluated_on if results else split,
-        device=device,
+        evaluated_on=first.evaluated_on if first else split,
         workers=setting(spec, "workers", int) or 1,
-        batch_size=setting(spec, "recipe.batch_size", int) or (results[0].batch_size if results else 0),
-        spec=spec,
-        fields=group.fields,
+        batch_size=setting(spec, "recipe.batch_size", int) or (first.batch_size if first else 0),
         averaged_over={n: tuple(v) for n, v in group.averaged_over.items() if len(v) > 1},
-        conditions=noted,
-        done=tuple(done),
-        failed=unfinished["failed"],
-        pruned=unfinished["pruned"],
-        interrupted=tuple(group.runs["interrupted"]),
+        done=tuple(done), failed=failed, pruned=pruned, interrupted=tuple(group.runs["interrupted"]),
         repeated=len(group.runs["done"]) - len(done),
         figures={name: metric.summarise(results) for name, metric in METRICS.items()},
-        by_category_mib=max(by_category, key=lambda categories: sum(categories.values()), default={}),
+        by_category_mib=max((r.memory.by_category_mib for r in results), key=lambda c: sum(c.values()), default={}),
         predicted=fitting[-1] if fitting else None,
-    )
+    )  # fmt: skip
 
 
 def incomparable(row: Row) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 MAX_SEEDS = 1_000
 LEVEL, ALPHA = 0.90, 0.05
@@ -22,32 +23,9 @@ MEDIAN_RUNS = {1: 1.0, 2: 2.0, 3: 2.23, 4: 3.36, 5: 3.49, 6: 4.65, 7: 4.75, 8: 5
 """Runs whose mean is as exact as the median of so many normal runs: the inverse of the median's variance."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """n values, as a table or a paper gives them. `std` divides by n - 1; None where n is 1."""
-
-    n: int
-    mean: float
-    std: float | None = None
-
-    @property
-    def estimate(self) -> Estimate | None:
-        """The mean, by these runs' own spread; None for one run."""
-        return None if self.std is None else Estimate(self.mean, self.std / math.sqrt(self.n), self.n - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(NamedTuple):
     low: float
     high: float
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Variance of one run, and the degrees of freedom with which it is known."""
-
-    variance: float
-    freedom: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +40,17 @@ class Estimate:
         return t_quantile(0.5 + level / 2, self.freedom) * self.error
 
     def interval(self, level: float = LEVEL) -> Interval:
-        return _around(self.value, self.half(level))
+        half = self.half(level)
+        return Interval(self.value - half, self.value + half)
 
     def p(self) -> float:
         """Two-sided, of the hypothesis that the true value is 0."""
-        return _two_sided(self.value, self.error, self.freedom)
+        return min(1.0, 2 * Estimate(abs(self.value), self.error, self.freedom).p_above(0.0))
 
     def p_above(self, threshold: float) -> float:
         """One-sided, of the hypothesis that the true value is at most this."""
-        return _one_sided(self.value - threshold, self.error, self.freedom)
+        excess = self.value - threshold
+        return t_survival(excess / self.error, self.freedom) if self.error else float(excess <= 0)
 
     def __neg__(self) -> Estimate:
         return Estimate(-self.value, self.error, self.freedom)
@@ -78,43 +58,42 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """How far the values of B lie above those of A, however they scatter: a few slow runs do little to it.
+    """How far B lies above A, however their values scatter: a few slow runs do little to it.
 
-    Median and interval of all differences of a value of B and one of A (J. L. Hodges and E. L. Lehmann, Ann. Math.
-    Stat. 34, 1963), by the exact distribution of Mann and Whitney's U. `extra` is half the 90 % interval of what the
-    runs cannot show, as normal noise: that of the two sessions.
+    `value` is the difference of the two figures that are shown, of medians say. The interval has the differences of a
+    value of B and one of A, by the exact distribution of Mann and Whitney's U (J. L. Hodges and E. L. Lehmann, Ann. Math.
+    Stat. 34, 1963), and reaches to `value` where that lies outside, which makes it no narrower. `extra` is half the 90 %
+    interval of what the runs cannot show, as normal noise: that of the two sessions.
     """
 
+    value: float
     differences: tuple[float, ...]  # sorted
     a: int
     b: int
     extra: float = 0.0
 
-    @property
-    def value(self) -> float:
-        return median(self.differences)
-
     def interval(self) -> Interval:
         edge = bisect_right(rank_cdf(self.a, self.b), ALPHA + 1e-9) - 1
-        low, high = (self.value - self.differences[edge], self.differences[-1 - edge] - self.value)
-        return Interval(self.value - math.hypot(low, self.extra), self.value + math.hypot(high, self.extra))
+        below = max(0.0, self.value - self.differences[edge])
+        above = max(0.0, self.differences[-1 - edge] - self.value)
+        return Interval(self.value - math.hypot(below, self.extra), self.value + math.hypot(above, self.extra))
 
     def p_above(self, threshold: float) -> float:
         """One-sided, of the hypothesis that the true shift is at most this; with `extra`, of a normal one."""
         if self.extra:
             error = (self.value - self.interval().low) / t_quantile(0.5 + LEVEL / 2, math.inf)
-            return _one_sided(self.value - threshold, error, math.inf)
+            return Estimate(self.value, error, math.inf).p_above(threshold)
         return rank_cdf(self.a, self.b)[bisect_right(self.differences, threshold)]
 
     def __neg__(self) -> Shift:
-        return Shift(tuple(-value for value in reversed(self.differences)), self.a, self.b, self.extra)
+        return Shift(-self.value, tuple(-d for d in reversed(self.differences)), self.a, self.b, self.extra)
 
 
-def shift(a: Sequence[float], b: Sequence[float], extra: float = 0.0) -> Shift | None:
+def shift(value: float, a: Sequence[float], b: Sequence[float], extra: float = 0.0) -> Shift | None:
     """None where a side has fewer than three values: no interval of 90 % exists."""
     if min(len(a), len(b)) < 3:
         return None
-    return Shift(tuple(sorted(y - x for x in a for y in b)), len(a), len(b), extra)
+    return Shift(value, tuple(sorted(y - x for x in a for y in b)), len(a), len(b), extra)
 
 
 @cache
@@ -150,10 +129,6 @@ def median(values: Sequence[float]) -> float:
     return statistics.median(values)
 
 
-def sample(values: Sequence[float]) -> Sample:
-    return Sample(len(values), mean(values), std(values))
-
-
 def prior_std(error: float, images: int) -> float:
     """The standard deviation, in points, that runs with this error in percent are expected to have.
 
@@ -163,28 +138,31 @@ def prior_std(error: float, images: int) -> float:
     return PRIOR_FACTOR * 100 * math.sqrt(max(error, 0.5) / 100 / (2 * images))
 
 
-def moderated(errors: Sequence[float], images: int | None, planned: int | None = None) -> Spread | None:
-    """The spread of runs with these errors, in percent: their own, and `prior_std` with the weight of 8 degrees.
+def moderated(centre: float, own: float | None, n: int, images: int) -> tuple[float, int]:
+    """Variance of one run, and its degrees of freedom: the own spread of n runs, and `prior_std` with the weight of 8.
 
     G. K. Smyth, Linear models and empirical Bayes methods, Stat. Appl. Genet. Mol. Biol. 3, 2004. One run suffices.
-    `planned`: only the first so many runs count. Where `--until-ci` added the others, their spread decided how many
-    they are, while the mean of all, given the residuals, is as exact as ever (C. Stein, A two-sample test, Ann. Math.
-    Stat. 16, 1945). Without `images` there is no prior: None for one run.
     """
-    first = errors[:planned]
-    own = std(first)
-    if images is None:
-        return None if own is None else Spread(own**2, len(first) - 1)
-    freedom = PRIOR_FREEDOM + len(first) - 1
-    squares = PRIOR_FREEDOM * prior_std(mean(first), images) ** 2 + (len(first) - 1) * (own or 0.0) ** 2
-    return Spread(squares / freedom, freedom)
+    freedom = PRIOR_FREEDOM + n - 1
+    return (PRIOR_FREEDOM * prior_std(centre, images) ** 2 + (n - 1) * (own or 0.0) ** 2) / freedom, freedom
 
 
 def estimate_mean(errors: Sequence[float], images: int | None, planned: int | None = None) -> Estimate | None:
-    """The mean of all errors, with the moderated spread."""
-    if (spread := moderated(errors, images, planned)) is None:
+    """The mean of all errors, in percent, with the moderated spread; without `images` by their own: None for one run.
+
+    `planned`: only the spread of the first so many counts. Where `--until-ci` added the others, their spread decided how
+    many they are, while the mean of all, given the residuals, is as exact as ever (C. Stein, A two-sample test, Ann.
+    Math. Stat. 16, 1945).
+    """
+    first = errors[:planned]
+    own = std(first)
+    if images is not None:
+        variance, freedom = moderated(mean(first), own, len(first), images)
+    elif own is not None:
+        variance, freedom = own**2, len(first) - 1
+    else:
         return None
-    return Estimate(mean(errors), math.sqrt(spread.variance / len(errors)), spread.freedom)
+    return Estimate(mean(errors), math.sqrt(variance / len(errors)), freedom)
 
 
 def subtract(b: Estimate, a: Estimate) -> Estimate:
@@ -222,44 +200,10 @@ def median_runs(n: int) -> float:
     return MEDIAN_RUNS.get(n, 2 * n / math.pi)
 
 
-def _around(centre: float, half: float) -> Interval:
-    return Interval(centre - half, centre + half)
-
-
-def seeds_needed(std: float, difference: float, alpha: float = 0.05, power: float = 0.8) -> int | None:
-    """Runs on each side for a two-sided t-test to see a true difference with this power; None above 1,000.
-
-    The smallest n >= 2 with n >= 2 (std / difference)^2 (t(1 - alpha/2) + t(power))^2, at 2n - 2 degrees of
-    freedom: the usual iteration (Chow, Shao and Wang, Sample Size Calculations in Clinical Research, 2008,
-    section 3.2).
-    """
-    if difference == 0:
-        return None
-    ratio = 2 * (std / difference) ** 2
-
-    def enough(n: int) -> bool:
-        return n >= ratio * (t_quantile(1 - alpha / 2, 2 * n - 2) + t_quantile(power, 2 * n - 2)) ** 2
-
-    return smallest(enough)
-
-
 def smallest(enough: Callable[[int], bool], least: int = 2) -> int | None:
     """The smallest number of runs for which something holds that goes on holding for more; None above 1,000."""
     n = least + bisect_left(range(least, MAX_SEEDS + 1), True, key=enough)
     return n if n <= MAX_SEEDS else None
-
-
-def _two_sided(difference: float, error: float, freedom: float) -> float:
-    if error == 0:
-        return 1.0 if difference == 0 else 0.0
-    return min(1.0, 2 * t_survival(abs(difference / error), freedom))
-
-
-def _one_sided(difference: float, error: float, freedom: float) -> float:
-    """p of the hypothesis that the true difference is at most 0."""
-    if error == 0:
-        return 0.0 if difference > 0 else 1.0
-    return t_survival(difference / error, freedom)
 
 
 def t_survival(t: float, freedom: float) -> float:

@@ -141,16 +141,22 @@ def load_epochs(folder: Path) -> list[EpochMetrics]:
 
 
 def finish(out: Path, record: Record) -> Path:
-    """Store a finished run: write record.json into its partial folder, then rename the folder.
+    """Store what became of a run: record.json in its partial folder, which gets its final name where there is a result.
 
     A finished run of the same name is moved to `.superseded/<name>_<time>` first: nothing stored is ever lost.
     """
-    if (result := record.result) is None:
-        raise ValueError(f"run {record.name} is {record.status}: only a run with a result can be finished")
-    final = out / record.name
-    if result.epochs:
+    folder, final, result = partial_dir(out, record.name), out / record.name, record.result
+    folder.mkdir(parents=True, exist_ok=True)
+    if result and result.epochs:
         record = record.model_copy(update={"result": result.model_copy(update=_time(result.epochs))})
-    folder = _write_record(out, record, result.epochs)
+        write_epochs(folder, result.epochs)
+    text = (record.model_dump_json(indent=1, exclude={"result": {"epochs"}}) + "\n").encode()
+    hashes = {name: hash_file(folder / name) for name in (EPOCHS, WEIGHTS) if (folder / name).exists()}
+    hashes[RECORD] = hashlib.sha256(text).hexdigest()
+    write_atomic(folder / HASHES, json.dumps(hashes, indent=1) + "\n")
+    write_atomic(folder / RECORD, text)
+    if result is None:
+        return folder
     (folder / SPEC).unlink(missing_ok=True)
     if final.exists():
         old = out / SUPERSEDED / f"{record.name}_{timestamp()}"
@@ -170,26 +176,6 @@ def _time(epochs: Sequence[EpochMetrics]) -> dict[str, Any]:
         untimed=dict(Counter(epoch.untimed for epoch in epochs if not epoch.timed)),
     )  # fmt: skip
     return {"timing": timing, "data_stall_percent": 100 * sum(waiting) / sum(seconds) if sum(seconds) else None}
-
-
-def fail(out: Path, record: Record) -> Path:
-    """Store why a run failed, or that a search pruned it: record.json in its partial folder, beside its epochs."""
-    if record.result is not None:
-        raise ValueError(f"run {record.name} is {record.status}: only a run without a result can have failed")
-    return _write_record(out, record)
-
-
-def _write_record(out: Path, record: Record, epochs: Iterable[EpochMetrics] = ()) -> Path:
-    folder = partial_dir(out, record.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    if epochs:
-        write_epochs(folder, epochs)
-    text = (record.model_dump_json(indent=1, exclude={"result": {"epochs"}}) + "\n").encode()
-    hashes = {name: hash_file(folder / name) for name in (EPOCHS, WEIGHTS) if (folder / name).exists()}
-    hashes[RECORD] = hashlib.sha256(text).hexdigest()
-    write_atomic(folder / HASHES, json.dumps(hashes, indent=1) + "\n")
-    write_atomic(folder / RECORD, text)
-    return folder
 
 
 def hash_file(path: Path) -> str:
@@ -216,10 +202,11 @@ def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] | None = No
 
     Never raises for a folder's contents: one that is no run, or whose record is broken, half-written, wrongly edited or
     of another schema version, becomes a Problem. A copy of a run that was read before (same key, same instant) is
-    skipped. Records come without their epochs: `load_epochs(folder)`.
+    skipped, and so is a folder of other results. Records come without their epochs: `load_epochs(folder)`.
     """
     loaded = Loaded([], [], [])
     seen: set[tuple[str, datetime]] = set()
+    others: list[Path] = []  # folders of results inside one
     for folder in _folders(paths, loaded.problems):
         if known and folder in known:
             loaded.records.append(known[folder])
@@ -232,12 +219,17 @@ def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] | None = No
         except FileNotFoundError:
             if folder.name.endswith(PARTIAL):
                 loaded.interrupted.append(_interrupted(folder))
+            elif any(inner.suffix == PARTIAL or (inner / RECORD).exists() for inner in folder.iterdir()):
+                others.append(folder)
             else:
                 loaded.problems.append(Problem(folder, f"no run: it has no {RECORD}"))
         except OSError as error:
             loaded.problems.append(Problem(folder, f"{RECORD} cannot be read: {error.strerror}"))
         except ValidationError as error:
             loaded.problems.append(Problem(folder, f"{RECORD} is broken: {first_error(error)}"))
+    if not loaded.records and not loaded.interrupted:
+        hint = "it holds results of its own: give this folder"
+        loaded.problems.extend(Problem(folder, hint) for folder in others)
     return loaded
 
 
@@ -291,12 +283,12 @@ def _interrupted(folder: Path) -> Interrupted:
 
 
 def first_error(error: ValidationError) -> str:
-    """The first error of a validation, and the number of the others."""
+    """The first error of a validation, the value where it is a short one, and the number of the other errors."""
     first, *others = error.errors(include_url=False, include_context=False)
-    place = ".".join(map(str, first["loc"]))
-    message = " ".join(first["msg"].removeprefix("Value error, ").split()) + (
-        f" (and {len(others)} more)" if others else ""
-    )
+    place, given = ".".join(map(str, first["loc"])), first["input"]
+    message = " ".join(first["msg"].removeprefix("Value error, ").split())
+    message += f", not {given!r}" if isinstance(given, str | int | float) and len(repr(given)) < 40 else ""
+    message += f" (and {len(others)} more)" if others else ""
     return f"{place}: {message}" if place else message
 
 

@@ -141,11 +141,12 @@ class Sweep(Value):
 
     @property
     def judged_by(self) -> str:
-        if self.metric in ("loss", "epoch_seconds"):
-            return f"{self.heading} of the training set"
-        if self.selected_on == "test":
-            return f"{self.heading} of the TEST SET, by which the best was chosen"
-        return f"{self.heading} of {self.val or 0:,} held-out training images"
+        images = {
+            "val": f"{self.val or 0:,} held-out training images",
+            "test": "the TEST SET, by which the best was chosen",
+        }
+        training = self.metric in ("loss", "epoch_seconds")
+        return f"{self.heading} of " + ("the training set" if training else images[self.selected_on])
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(), indent=1, default=str) + "\n"
@@ -178,6 +179,7 @@ def weigh(
         return None
     n, ranks, draw = len(points), rankdata([value for _, value in points]), np.random.default_rng(0)
     targets = np.column_stack([ranks, *(draw.permutation(ranks) for _ in range(PERMUTATIONS))])
+    centred = targets - ranks.mean()
     scores, signs = [], []
     for column in columns.values():
         numbers = all(map(_is_number, column))
@@ -187,10 +189,9 @@ def weigh(
         q = q[:, np.abs(np.diag(triangle)) > 1e-9]  # two values give no parabola
         fitted, leverage = q @ (q.T @ targets), (q**2).sum(1)[:, None]
         alone = leverage > 1 - 1e-9  # without the others of its kind, the mean of all is the prediction
-        left = np.where(
-            alone, (targets - ranks.mean()) * n / (n - 1), (targets - fitted) / np.where(alone, 1, 1 - leverage)
-        )
-        scores.append(1 - (left**2).sum(0) / (((ranks - ranks.mean()) ** 2).sum() * (n / (n - 1)) ** 2))
+        by_others = (targets - fitted) / np.where(alone, 1, 1 - leverage)
+        left = np.where(alone, centred * n / (n - 1), by_others)
+        scores.append(1 - (left**2).sum(0) / ((centred[:, 0] ** 2).sum() * (n / (n - 1)) ** 2))
         best = column[int(np.argmin(fitted[:, 0]))]
         ends = {min(column): "less is better", max(column): "more is better"} if numbers else {}
         signs.append(ends.get(best, f"{format_value(best, exact=False)} is best"))
@@ -247,10 +248,9 @@ def load_sweeps(paths: Iterable[Path]) -> Sweeps:
     for path in sorted({file.resolve() for folder in paths for file in folder.glob(f"{SWEEPS}/*/{TRIALS}")}):
         try:
             loaded.sweeps.append(Sweep.model_validate(json.loads(path.read_bytes())))
-        except ValidationError as error:
-            loaded.problems.append(Problem(path.parent, f"{TRIALS} is broken: {first_error(error)}"))
         except (OSError, ValueError, RecursionError) as error:
-            loaded.problems.append(Problem(path.parent, f"{TRIALS} is broken: {error}"))
+            why = first_error(error) if isinstance(error, ValidationError) else error
+            loaded.problems.append(Problem(path.parent, f"{TRIALS} is broken: {why}"))
     return loaded
 
 

@@ -9,22 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
-
-SCHEMA_VERSION = 1
-
-
-def _check_version(version: int) -> int:
-    if version != SCHEMA_VERSION:
-        raise ValueError(
-            f"{version} is {'newer' if version > SCHEMA_VERSION else 'older'} than the {SCHEMA_VERSION} read here"
-        )
-    return version
-
-
-SchemaVersion = Annotated[int, AfterValidator(_check_version)]
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Value(BaseModel):
@@ -208,7 +195,7 @@ class Pruned(Value):
 class Record(Value):
     """One run: its whole spec, its result or failure, and everything needed to repeat or question it."""
 
-    schema_version: SchemaVersion = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     key: str  # hash of the whole spec
     name: str  # folder
     status: Literal["done", "failed", "pruned"]
@@ -229,11 +216,11 @@ class Record(Value):
     @model_validator(mode="after")
     def _check(self) -> Self:
         """A run has either a result, a failure or the epoch at which a search pruned it."""
-        outcomes = {"done": self.result, "failed": self.failure, "pruned": self.pruned}
-        if outcomes[self.status] is None:
-            field = {"done": "result", "failed": "failure"}.get(self.status, self.status)
-            raise ValueError(f"it says {self.status} and has no {field}")
-        if sum(outcome is not None for outcome in outcomes.values()) > 1:
+        fields = {"done": "result", "failed": "failure", "pruned": "pruned"}
+        given = [status for status, name in fields.items() if getattr(self, name) is not None]
+        if self.status not in given:
+            raise ValueError(f"it says {self.status} and has no {fields[self.status]}")
+        if len(given) > 1:
             raise ValueError("it contradicts itself: a run is done, failed or pruned")
         return self
 
@@ -253,7 +240,7 @@ class Record(Value):
 class Prediction(Value):
     """What a short probe predicts of a run, whatever its seed. Warm-up is excluded."""
 
-    schema_version: SchemaVersion = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     spec: dict[str, Any]  # of the run, without its seed
     steps: int  # training steps that were timed
     epoch_seconds: float  # training only, as in `RunResult`
@@ -276,9 +263,8 @@ class Prediction(Value):
     @property
     def run_joules(self) -> Measurement:
         """Energy of all GPUs while the whole run trains."""
-        if self.energy_joules.value is None:
-            return self.energy_joules
-        return Measurement(value=self.epochs * self.energy_joules.value)
+        joules = self.energy_joules.value
+        return self.energy_joules if joules is None else Measurement(value=self.epochs * joules)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

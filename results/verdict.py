@@ -9,28 +9,26 @@ often a verdict is wrong.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from harness.results.published import Published
 from harness.results.statistics import (
-    MAX_SEEDS,
     PRIOR_FREEDOM,
     Estimate,
     estimate_mean,
     holm,
+    mean,
     median_runs,
     moderated,
-    prior_std,
+    smallest,
+    std,
     subtract,
     t_quantile,
 )
 
-ALPHA = (
-    0.04  # of Holm's p: 5 % of families then hold a false verdict at most, also where runs scatter by 0.3 points
-)
+ALPHA = 0.04  # of Holm's p: 5 % of families hold a false verdict then, also where runs scatter by 0.3 points
 MIN_SEEDS = 3
 MAX_HALF_WIDTH = 0.5  # points; where the interval is wider, nothing is called consistent
 MARGIN = 1.0  # points, within which the whole interval lies of what is called consistent
@@ -61,13 +59,9 @@ def compare(
     halves = [estimate.half() for estimate in estimates]
     one_side = len({estimate.value > 0 for estimate in estimates}) == 1
     p = max(estimate.p() for estimate in estimates) if one_side else 1.0
-    near = all(
-        abs(estimate.value) <= half and abs(estimate.value) + half < MARGIN
-        for estimate, half in zip(estimates, halves, strict=True)
-    )
-    word: Literal["consistent", "cannot tell"] = "cannot tell"
-    if near and max(halves) <= MAX_HALF_WIDTH:
-        word = "consistent"
+    off = [abs(estimate.value) for estimate in estimates]
+    near = all(d <= half <= MAX_HALF_WIDTH and d + half < MARGIN for d, half in zip(off, halves, strict=True))
+    word: Literal["consistent", "cannot tell"] = "consistent" if near else "cannot tell"
     return Against(published, estimates[0].value, max(halves), p, p, word)
 
 
@@ -79,16 +73,14 @@ def _runs(published: Published) -> float:
 def _subtract(published: Published, errors: Sequence[float], planned: int | None) -> Estimate:
     """Ours minus theirs, which is a mean of runs like ours, or has a spread of its own."""
     images, number, rounding = published.images, published.number, published.rounded**2 / 12
-    spread, ours = moderated(errors, images, planned), estimate_mean(errors, images, planned)
-    assert spread is not None  # as the number of images is known
-    assert ours is not None
+    ours = estimate_mean(errors, images, planned)
+    assert ours is not None  # as the number of images is known
     if published.std is None or published.n == 1:
-        error = math.sqrt(spread.variance * (1 / len(errors) + 1 / _runs(published)) + rounding)
-        return Estimate(ours.value - number, error, spread.freedom)
-    freedom = PRIOR_FREEDOM + published.n - 1
-    squares = PRIOR_FREEDOM * prior_std(number, images) ** 2 + (published.n - 1) * published.std**2
-    theirs = Estimate(number, math.sqrt(squares / freedom / published.n + rounding), freedom)
-    return subtract(ours, theirs)
+        one_run = len(errors) * ours.error**2
+        error = math.sqrt(ours.error**2 + one_run / _runs(published) + rounding)
+        return Estimate(ours.value - number, error, ours.freedom)
+    variance, freedom = moderated(number, published.std, published.n, images)
+    return subtract(ours, Estimate(number, math.sqrt(variance / published.n + rounding), freedom))
 
 
 def adjust(judged: Sequence[Against | None]) -> list[Against | None]:
@@ -104,13 +96,10 @@ def adjust(judged: Sequence[Against | None]) -> list[Against | None]:
 
 def seeds_to_tell(published: Published, errors: Sequence[float]) -> int | None:
     """The smallest number of runs like these whose interval is ±0.5 points; None where no number suffices."""
-    spread = moderated(errors, published.images)
-    assert spread is not None
+    one_run, _ = moderated(mean(errors), std(errors), len(errors), published.images)
 
     def enough(n: int) -> bool:
-        variance = spread.variance * (1 / n + 1 / _runs(published)) + published.rounded**2 / 12
-        freedom = PRIOR_FREEDOM + n - 1
-        return t_quantile(0.95, freedom) * math.sqrt(variance) <= MAX_HALF_WIDTH
+        variance = one_run * (1 / n + 1 / _runs(published)) + published.rounded**2 / 12
+        return t_quantile(0.95, PRIOR_FREEDOM + n - 1) * math.sqrt(variance) <= MAX_HALF_WIDTH
 
-    n = bisect_left(range(MIN_SEEDS, MAX_SEEDS), True, key=enough) + MIN_SEEDS
-    return n if n < MAX_SEEDS else None
+    return smallest(enough, MIN_SEEDS)

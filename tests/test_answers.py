@@ -20,7 +20,7 @@ from harness.commands.repro import make_command, make_repro
 from harness.commands.run import RunOptions
 from harness.models.variants import VARIANTS
 from harness.resources import allocate, fill_from_specs
-from harness.results.store import Stored, fail, finish
+from harness.results.store import Stored, finish
 from harness.results.values import Failure
 
 
@@ -46,7 +46,7 @@ def runs(tmp_path: Path) -> Path:
                 tmp_path / "b",
                 make_record(seed, error - depth / 100 + 1, depths=(depth,), loader="dataloader", seconds=4.4),
             )
-    fail(tmp_path / "a", make_record(3, 0.0, failure=Failure(kind="OOM", message="out of memory")))
+    finish(tmp_path / "a", make_record(3, 0.0, failure=Failure(kind="OOM", message="out of memory")))
     return tmp_path
 
 
@@ -131,7 +131,7 @@ def test_report_sorts_chooses_columns_and_writes_a_file(runs: Path, capsys: Any)
 def test_why_by_name_and_by_number(runs: Path, capsys: Any) -> None:
     code, by_name, _ = harness(f"why msra-20 {runs}/a", capsys)
     assert code == 0
-    for words in ("error 7.90 ± 0.10", "seed 3 failed: OOM", "loader = dali"):
+    for words in ("error % 7.90 ± 0.10", "seed 3 failed: OOM", "loader = dali"):
         assert words in by_name
     assert harness(f"why 1 {runs}/a", capsys)[1] == by_name
     assert harness(f"why 2 {runs}/a", capsys)[1].startswith("msra-32")

@@ -19,7 +19,7 @@ from harness.results.metrics import METRICS
 from harness.results.report.comparison import render_comparison
 from harness.results.rows import Row, summarise
 from harness.results.store import Stored, finish, load_records, write_epochs
-from harness.results.values import Failure
+from harness.results.values import Failure, Measurement
 
 
 def make_rows(errors: list[float], seconds: list[float], **changes: Any) -> list[Row]:
@@ -81,11 +81,43 @@ def test_times_are_compared_as_ratios_and_bear_outliers() -> None:
     (pair,) = compare(at(one, 0, 4, 8, 12, 16), at(two, 2, 6, 10, 14, 18))  # a session each
     time = pair.figures[1]
     assert time.interval is not None
-    assert time.difference == pytest.approx(100 * (np.median(np.divide.outer(slower, BASE[1])) - 1))
+    assert time.difference == pytest.approx(100 * (np.median(slower) / np.median(BASE[1]) - 1))
     assert 9 < time.interval.low < time.difference < time.interval.high < 235
     assert time.verdict == "different"
     (back,) = compare(at(two, 2, 6, 10, 14, 18), at(one, 0, 4, 8, 12, 16))
     assert back.figures[1].verdict == "different", "neither side is favoured"
+
+
+@pytest.mark.parametrize("metric", [name for name, metric in METRICS.items() if metric.better])
+def test_the_difference_is_that_of_the_two_figures_beside_it(metric: str) -> None:
+    """Whatever the runs: A, B, B - A, interval and verdict are one statement, and A and B are those of `report`."""
+    draw = np.random.default_rng(0)
+    known = {"top5_error": "final_top5_error"}
+    for n in (3, 4, 6, 9):
+        sides = []
+        for _ in range(2):
+            values = 10 * np.exp(0.05 * draw.standard_normal(n)) * np.where(draw.random(n) < 0.3, 2, 1)
+            if metric.endswith("mib"):
+                none = make_run(0).record.result
+                assert none is not None
+                changes = [
+                    {"memory": none.memory.model_copy(update={metric: Measurement(value=v)})} for v in values
+                ]
+            else:
+                field = known.get(metric, METRICS[metric].record_name)
+                changes = [
+                    {field: Measurement(value=v) if metric == "energy_joules" else v} for v in values.tolist()
+                ]
+            sides += summarise([make_run(seed, result=change) for seed, change in enumerate(changes)])
+        figure = judge(METRICS[metric], *sides)
+        assert figure.a.value == sides[0].figures[metric].value
+        assert figure.b.value == sides[1].figures[metric].value
+        assert figure.a.value is not None
+        assert figure.b.value is not None
+        points, percent = figure.b.value - figure.a.value, 100 * (figure.b.value / figure.a.value - 1)
+        assert figure.difference == pytest.approx(percent if METRICS[metric].relative else points)
+        assert figure.interval is not None
+        assert figure.interval.low <= figure.difference <= figure.interval.high
 
 
 def test_one_session_each_is_said_and_widens_the_interval() -> None:
@@ -175,7 +207,7 @@ def test_the_union_of_rows_is_compared() -> None:
     assert gate.failed == ["msra-56: 2 failed in B (OOM, OOM), 0 in A"]
     text = render_comparison(pairs)
     assert "no result in B" in text
-    assert "only in B" in text
+    assert "no result in A" in text
     assert "msra-56: 2 failed in B (OOM, OOM), 0 in A" in text
     gone = check_conditions(compare(one, summarise([make_run(0)])), parse_fail_on("error>+5"))
     assert gone.failed == ["msra-56: has no counterpart in B"]
@@ -262,7 +294,9 @@ def test_by_workers_where_threads_follow_from_it() -> None:
 def test_other_images_are_refused() -> None:
     one = make_rows(*BASE)
     for other in ({"dataset": "digits"}, {"limit_test": 100}, {"fingerprint": "0" * 64}):
-        with pytest.raises(ValueError, match=r"^A was evaluated on cifar10 \(.*, B on .*: not comparable$"):
+        with pytest.raises(
+            ValueError, match=r"^A and B were evaluated on different images \(\w+ .* → .*: not comparable$"
+        ):
             compare(one, make_rows(*BASE, **other))
     with pytest.raises(ValueError, match="different images"):
         compare_by(one, "fingerprint")
@@ -392,17 +426,17 @@ def test_why_names_records_epochs_and_formula(tmp_path: Path) -> None:
     (row,) = summarise(runs)
     text = why(row)
     for words in (
-        "error 8.40 ± 0.14 % = mean ± std (n − 1) of the last epoch's error over 2 run(s), on the test set",
-        f"seed 0  8.3000  {runs[0].folder}",
-        "in epoch 170", "published 8.29 %", "no verdict: fewer than 3 seeds",
-        "3 epochs timed, 4.5 to 4.6; left out: 1 (warm-up), 5 (interference: it swapped), 6\n",
-        "NVML 1,890", "network.depth = 20",
+        ": errors are of the test set\n",
+        "error % 8.40 ± 0.14 = top-1 after the last epoch, mean ± std (n − 1) over the seeds\n  seed 0: 8.30, seed 1: 8.50",
+        f"seed 0: {runs[0].folder}",
+        "best epoch 170", "published 8.29 %", "no verdict: fewer than 3 seeds",
+        "3 epochs timed, 4.5 to 4.6 s; left out: 1 warm-up, 1 interference: it swapped, 1 for no known reason\n",
+        "NVML MiB 1,890", "network.depth = 20",
     ):  # fmt: skip
         assert words in text
-    assert "but epochs.jsonl" not in text
     write_epochs(runs[0].folder, [make_epoch(1, error=7.0, train_seconds=1.0)])
-    assert "but epochs.jsonl ends with 7 in epoch 1" in why(row)
-    assert "but epochs.jsonl gives 1" in why(row)
+    assert "but final_error is 8.3, its epochs give 7" in why(row)
+    assert "but epoch_seconds is 4.55, its epochs give 1" in why(row)
     (runs[1].folder / "epochs.jsonl").write_text("{}\n")
     assert "epochs.jsonl line 1" in why(row)
 

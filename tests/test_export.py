@@ -13,7 +13,7 @@ from records import make_record
 
 from harness.commands.report import export_runs
 from harness.results.export import TARGETS, export
-from harness.results.store import fail, finish, load_records, start, write_epochs
+from harness.results.store import finish, load_records, start, write_epochs
 from harness.results.values import EpochMetrics, Failure
 from harness.spec import UserError
 
@@ -37,7 +37,7 @@ def runs(tmp_path: Path) -> Path:
         finish(out, record.model_copy(update={"result": result}))
     failed = make_record(2, 0.0, failure=Failure(kind="NaN", message="loss is not finite"))
     write_epochs(start(out, failed.name, failed.spec), make_epochs(2)[:2])
-    fail(out, failed)
+    finish(out, failed)
     return out
 
 

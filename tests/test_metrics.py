@@ -89,7 +89,7 @@ def test_a_new_figure_is_on_the_page(made_up: Metric, rows: list[Row]) -> None:
 def test_a_new_figure_is_compared(made_up: Metric, rows: list[Row]) -> None:
     pairs = compare(rows, rows)
     assert [figure.metric.name for figure in pairs[0].figures] == ["error", "epoch_seconds", "fan_noise"]
-    assert "32.25 ± 1.41" in render_comparison(pairs, width=200)
+    assert "32.250 ± 1.414" in render_comparison(pairs, width=200)
     gate = check_conditions(pairs, parse_fail_on("fan_noise<+1"))
     assert any("fan_noise<+1" in line for line in (*gate.failed, *gate.unclear))
 

@@ -28,7 +28,7 @@ from harness.results.report.charts import (
 from harness.results.report.page import make_page
 from harness.results.report.table import Format, render
 from harness.results.rows import Row, summarise
-from harness.results.store import Problem, fail, finish, load_records, start, write_epochs
+from harness.results.store import Problem, finish, load_records, start, write_epochs
 from harness.results.values import EpochMetrics, Failure, Measurement, Memory, Record
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -97,7 +97,7 @@ def rows(tmp_path: Path) -> list[Row]:
                         depth, seed, loader, Failure(kind="NaN", message="loss is not finite", traceback=trace)
                     )
                     write_epochs(start(out, failed.name, failed.spec), make_curve(depth, seed, 5))
-                    fail(out, failed)
+                    finish(out, failed)
                 elif (loader, depth, seed) == ("dataloader", 20, 2):
                     run = make_run(depth, seed, loader)
                     write_epochs(start(out, run.name, run.spec), make_curve(depth, seed, 7))
@@ -164,7 +164,7 @@ def test_no_name_breaks_out(tmp_path: Path) -> None:
     nasty = nasty.model_copy(update={"spec": nasty.spec | {"loader": NASTY, "recipe": {"lr": NASTY}}})
     finish(tmp_path, nasty)
     failure = Failure(kind="exception", message=NASTY, traceback=NASTY)
-    fail(
+    finish(
         tmp_path,
         nasty.model_copy(update={"name": "y", "key": "y", "status": "failed", "result": None, "failure": failure}),
     )

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +115,10 @@ def test_keys_are_neither_printed_nor_stored(tmp_path: Path, capsys: Any, monkey
     """A run to a URI with keys in it, where a folder stands for the bucket."""
     opened: list[str] = []
 
-    def open_folder(uri: str) -> Any:
+    @contextmanager
+    def open_folder(uri: str) -> Iterator[Any]:
         opened.append(uri)
-        return storage._local(tmp_path / "bucket")
+        yield storage._local(tmp_path / "bucket")
 
     monkeypatch.setattr(storage, "_open", open_folder)
     uri = "s3://AKIAKEY:SECRETKEY@bucket/runs"

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from harness.results.statistics import (
-    Sample,
     estimate_mean,
     holm,
     mean,
@@ -18,8 +17,6 @@ from harness.results.statistics import (
     median_runs,
     moderated,
     prior_std,
-    sample,
-    seeds_needed,
     std,
     subtract,
     t_quantile,
@@ -40,7 +37,7 @@ def test_mean_std_and_median_are_the_usual_ones(values: list[float]) -> None:
 
 def test_values_without_a_spread_or_a_mean() -> None:
     assert std([7.0]) is None
-    assert sample([7.0]) == Sample(1, 7.0, None)
+    assert estimate_mean([7.0], None) is None
     assert math.isnan(mean([1.0, math.nan]))
     assert math.isnan(mean([math.inf, -math.inf]))
     spread = std([1.0, math.inf])
@@ -78,40 +75,13 @@ def test_the_quantile_is_the_printed_tables() -> None:
 
 @given(some)
 def test_the_confidence_interval_is_scipys(values: list[float]) -> None:
-    runs = sample(values)
-    assert runs.estimate is not None
-    assert runs.std is not None
-    interval = runs.estimate.interval(0.95)
-    if runs.std > 1e-9:
-        low, high = stats.t.interval(0.95, runs.n - 1, runs.mean, runs.std / math.sqrt(runs.n))
+    estimate = estimate_mean(values, None)
+    assert estimate is not None
+    interval, spread = estimate.interval(0.95), std(values)
+    if spread and spread > 1e-9:
+        low, high = stats.t.interval(0.95, len(values) - 1, mean(values), spread / math.sqrt(len(values)))
         assert (interval.low, interval.high) == pytest.approx((low, high), rel=1e-9)
-    assert interval.low <= runs.mean <= interval.high
-
-
-def test_one_run_has_no_interval() -> None:
-    assert Sample(1, 8.0).estimate is None
-
-
-@settings(max_examples=50)
-@given(st.floats(0.2, 1), st.floats(0.25, 1))
-def test_the_seeds_needed_reach_the_power(spread: float, difference: float) -> None:
-    n = seeds_needed(spread, difference)
-    assert n is not None
-
-    def power(n: int) -> float:
-        freedom, shift = 2 * n - 2, difference / spread * math.sqrt(n / 2)
-        edge = stats.t.ppf(0.975, freedom)
-        return float(stats.nct.sf(edge, freedom, shift) + stats.nct.cdf(-edge, freedom, shift))
-
-    assert power(n) > 0.79
-    assert n <= 4 or power(n - 2) < 0.8  # not many more than it takes
-
-
-def test_seeds_of_a_textbook() -> None:
-    # standardised difference 0.5, power 0.8, two-sided 0.05: 64 in each group (Cohen, 1988, table 2.4.1)
-    assert seeds_needed(1.0, 0.5) == 64
-    assert seeds_needed(1.0, 0.0) is None
-    assert seeds_needed(1.0, 0.01) is None
+    assert interval.low <= mean(values) <= interval.high
 
 
 # --- the moderated spread ---
@@ -125,16 +95,14 @@ def test_the_prior_is_the_noise_of_the_test_set() -> None:
 
 def test_the_spread_of_few_runs_is_moderated() -> None:
     prior = prior_std(8.0, 10_000) ** 2
-    one = moderated([8.0], 10_000)
-    assert one is not None
-    assert (one.variance, one.freedom) == pytest.approx((prior, 8))
-    three = moderated([7.9, 8.0, 8.1], 10_000)
-    assert three is not None
-    assert (three.variance, three.freedom) == pytest.approx(((8 * prior + 2 * 0.01) / 10, 10))
-    assert moderated([8.0], None) is None
-    plain = moderated([7.9, 8.0, 8.1], None)
+    assert moderated(8.0, None, 1, 10_000) == pytest.approx((prior, 8))
+    assert moderated(8.0, 0.1, 3, 10_000) == pytest.approx(((8 * prior + 2 * 0.01) / 10, 10))
+    assert estimate_mean([8.0], None) is None
+    plain, three = (estimate_mean([7.9, 8.0, 8.1], images) for images in (None, 10_000))
     assert plain is not None
-    assert (plain.variance, plain.freedom) == pytest.approx((0.01, 2))
+    assert three is not None
+    assert (plain.value, plain.error**2, plain.freedom) == pytest.approx((8.0, 0.01 / 3, 2))
+    assert (three.error**2, three.freedom) == pytest.approx(((8 * prior + 2 * 0.01) / 30, 10))
 
 
 def test_seeds_that_were_added_for_their_spread_count_in_the_mean_alone() -> None:

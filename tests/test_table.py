@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from harness.results.metrics import Figure
 from harness.results.published import find_published
 from harness.results.report.table import FORMATS, render
 from harness.results.rows import Row, summarise
@@ -73,7 +74,7 @@ def text(rows: list[Row], **options: Any) -> str:
 def test_seeds_are_averaged_and_nothing_else() -> None:
     (row,) = summarise([make_run(0, 8.0), make_run(1, 8.3), make_run(2, 8.6)])
     assert row.error is not None
-    assert (row.error.n, row.error.mean, row.error.std) == (3, pytest.approx(8.3), pytest.approx(0.3))
+    assert row.figures["error"] == Figure(pytest.approx(8.3), pytest.approx(0.3), 3)
     assert row.best_minus_last == pytest.approx(-0.2)
     page = text([row])
     assert "8.30 ± 0.30" in page
@@ -120,7 +121,7 @@ def test_a_seed_run_twice_counts_once_with_its_last_run() -> None:
     first, second = make_run(0, 9.0, finished=1), make_run(0, 8.0, finished=2)
     (row,) = summarise([second, first])
     assert row.error is not None
-    assert (row.error.n, row.error.mean) == (1, 8.0)
+    assert (row.figures["error"].n, row.error) == (1, 8.0)
     assert "counts with its last run" in text([row])
 
 
@@ -128,7 +129,7 @@ def test_across_averages_what_was_asked_for_and_says_so() -> None:
     runs = [make_run(0, 8.0), make_run(1, 8.2), make_run(0, 8.4, workers=8)]
     (row,) = summarise(runs, across=["workers"])
     assert row.error is not None
-    assert row.error.n == 3
+    assert row.figures["error"].n == 3
     page = text([row])
     assert "averaged over workers: 1, 8, as requested" in page
     assert "1/8 of 128" in page
@@ -397,7 +398,7 @@ def test_rows_say_which_seeds_were_added_and_what_contradicts_itself() -> None:
 
 def test_a_record_that_contradicts_itself_is_marked() -> None:
     page = text(summarise([make_run(0), make_run(1, result={"best_error": 9.0})]), width=200)
-    assert "msra-20 seed 1: best_error 9 is above final_error 8.4; see harness verify" in page
+    assert "msra-20 seed 1: best_error is 9, above final_error 8.4; see harness verify" in page
     assert "verify" not in text(summarise([make_run(0)]))
 
 

@@ -190,9 +190,12 @@ def test_why_and_the_page_show_nodes_and_ranks(tmp_path: Path) -> None:
     rows = summarise([Stored(record.model_copy(update={"result": result}), folder)])
     text = why(rows[0])
     assert "at most 1.250 (rank 1 in epoch 2)" in text, "warm-up is left out"
-    assert "rank 1 on node<1>  5 s/epoch" in text
-    assert "GPU 0  used 87 %  431 W, at most 612 W  null (NVML: Not Supported) J  memory at most 2,048 MiB" in text
-    assert "node2  60 s, 61 samples  CPU 12 %" in text
+    assert "rank 1, host node<1>, train_seconds 5," in text
+    assert (
+        "gpu 0, utilisation_percent 87, power_watts 431, power_peak_watts 612, energy_joules null (NVML: Not Supported), "
+        "memory_peak_mib 2,048" in text
+    )
+    assert "host node2, seconds 60, samples 61, cpu_percent 12" in text
     page = make_page(rows, bundle="", made_at=NOW)
     assert "<td>node&lt;1&gt;</td><td>33</td><td>9,000</td><td>0</td><td>87</td><td>431</td><td>612</td>" in page
     assert "<td>1,501</td>" in page

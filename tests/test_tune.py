@@ -20,7 +20,7 @@ from harness.models.variants import he2015, msra
 from harness.results.explain import why
 from harness.results.report.table import render
 from harness.results.rows import summarise
-from harness.results.store import SWEEPS, fail, finish, load_epochs, load_records, start
+from harness.results.store import SWEEPS, finish, load_epochs, load_records, start
 from harness.results.sweeps import Dimension, Sweep, Trial, best_first, load_sweeps
 from harness.results.values import Pruned
 from harness.search_space import finite_values, parse_search, parse_settings
@@ -292,7 +292,7 @@ def test_an_event_that_was_not_written_whole_is_removed(tmp_path: Path) -> None:
 def test_a_stopped_run_is_shown_and_averaged_with_nothing(tmp_path: Path) -> None:
     pruned = Pruned(by="asha", sweep="s", epoch=3, of=30, error=45.0, evaluated_on="val")
     finish(tmp_path, make_record(0))
-    folder = fail(tmp_path, make_record(1, status="pruned", result=None, pruned=pruned))
+    folder = finish(tmp_path, make_record(1, status="pruned", result=None, pruned=pruned))
     assert folder.name.endswith(".partial")
     (tmp_path / SWEEPS / "some-sweep").mkdir(parents=True)
     loaded = load_records([tmp_path])
@@ -300,7 +300,7 @@ def test_a_stopped_run_is_shown_and_averaged_with_nothing(tmp_path: Path) -> Non
     assert [s.record.key for s in loaded.records if s.record.status == "done"] == [make_record(0).key]
     (row,) = summarise(loaded.records)
     assert row.error is not None
-    assert (row.error.n, row.error.mean, len(row.done), len(row.pruned)) == (1, 8.3, 1, 1)
+    assert (row.figures["error"].n, row.error, len(row.done), len(row.pruned)) == (1, 8.3, 1, 1)
     text = render([row], "markdown")
     assert "1 of 2" in text
     assert "seed 1 was pruned at 3 of 30 epochs by a search" in text
@@ -311,8 +311,6 @@ def test_a_stopped_run_is_shown_and_averaged_with_nothing(tmp_path: Path) -> Non
 
     start(tmp_path, make_record(1).name, {})  # taken up again: the record of the stop is kept beside
     assert len(list(folder.glob("pruned_*.json"))) == 1
-    with pytest.raises(ValueError, match="only a run without a result"):
-        fail(tmp_path, make_record(1))
     broken = make_record(2).model_copy(update={"pruned": pruned})
     finish(tmp_path, broken)
     assert "contradicts itself" in load_records([tmp_path]).problems[0].reason

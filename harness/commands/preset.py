@@ -56,7 +56,7 @@ def judge_rows(rows: Sequence[Row], preset: Preset) -> tuple[list[str], bool]:
     for row in rows:
         if preset.least_accuracy is None or row.error is None:
             continue
-        accuracy = 100 - row.error.mean
+        accuracy = 100 - row.error
         met = accuracy > preset.least_accuracy
         passed &= met
         published = find_published(preset.dataset, row.variant, row.depth)

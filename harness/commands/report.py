@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from harness.spec import UserError, check_word
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from harness.commands.preset import PresetTable
     from harness.results.rows import Row
     from harness.results.store import Loaded, Problem, Stored
     from harness.results.sweeps import Sweep
@@ -42,11 +44,9 @@ def load_runs(paths: Sequence[Path]) -> Loaded:
 
 def check_folders(paths: Sequence[Path]) -> Sequence[Path]:
     """The paths. Raises UserError for one that is not a folder."""
-    for path in paths:
-        if not path.is_dir():
-            raise UserError(
-                f"no folder of results at {str(path)!r}; `harness run` makes one (--out, default runs)"
-            )
+    if missing := [path for path in paths if not path.is_dir()]:
+        hint = "`harness run` makes one (--out, default runs)"
+        raise UserError(f"no folder of results at {str(missing[0])!r}; {hint}")
     return paths
 
 
@@ -55,16 +55,27 @@ def _name_problems(problems: Sequence[Problem]) -> None:
         print(f"harness: passed over: {problem}", file=sys.stderr)
 
 
+@contextmanager
+def _mistakes(prefix: str = "", file: str = "") -> Iterator[None]:
+    """What is wrong with the user's words, or keeps `file` (as it is named to the user) from being written, as a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{prefix}{error}") from None
+    except OSError as error:
+        if not file:
+            raise
+        raise UserError(f"{file} cannot be written: {error.strerror or error}") from None
+
+
 def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
     """The rows of a table, with their predictions. Raises UserError for a field to average over that no run has."""
     from harness.results.rows import summarise
 
     folders = [*(run.folder for run in loaded.records), *(run.folder for run in loaded.interrupted)]
     outs = dict.fromkeys(folder.parent for folder in folders)
-    try:
+    with _mistakes():
         return summarise(loaded.records, loaded.interrupted, across, load_predictions(outs))
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,47 +103,45 @@ def print_report(paths: Sequence[Path], console: Console, options: ReportOptions
     from harness.results.sweeps import Sweeps, load_sweeps
 
     options = options or ReportOptions()
-    format, columns, output, curves = options.format, options.columns, options.output, options.curves
+    format, output, curves = options.format, options.output, options.curves
     check_word(format, (*FORMATS, "html"), "--format")
-    loaded = load_runs(paths)
-    rows, below = make_rows(loaded, options.across), list[str]()
-    if options.preset is not None:
-        from harness.commands.preset import make_preset_table
-
-        table = make_preset_table(options.preset, rows)
-        rows, below = table.rows, table.below
-        columns = columns or (() if format in ("csv", "json") else table.columns)
-    searches = Sweeps([], [])
+    loaded, searches = load_runs(paths), Sweeps([], [])
+    table = _choose_rows(make_rows(loaded, options.across), options.preset)
+    columns = options.columns or (() if format in ("csv", "json") else table.columns)
     if format == "html" or curves is not None:
         searches = load_sweeps(paths)
         _name_problems(searches.problems)
-    try:
-        if options.sort is not None:
-            rows = sort_rows(rows, options.sort)
+    with _mistakes():
+        rows = sort_rows(table.rows, options.sort) if options.sort is not None else table.rows
         if format == "html":
             text = make_html(rows, [*loaded.problems, *searches.problems], columns, searches.sweeps)
         elif format == "table":
             text = _render_table(rows, console, columns, colour=output is None)
         else:
             text = render(rows, format, columns=columns)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if below and format in ("table", "markdown"):
-        text += "\n" + "\n".join(below)
+    if table.below and format in ("table", "markdown"):
+        text += "\n" + "\n".join(table.below)
     print_text(text, console, output)
     if curves is not None:
         from harness.results.report.charts import make_panels, write_charts
         from harness.results.report.sweeps import make_sweep_panel
 
-        try:
+        with _mistakes(file=f"--curves {curves}"):
             for path in write_charts([*make_panels(rows), *map(make_sweep_panel, searches.sweeps)], curves):
                 print(f"harness: drawn: {path}", file=sys.stderr)
-        except OSError as error:
-            raise UserError(f"--curves {curves} cannot be written to: {error.strerror or error}") from None
     return bool(rows)
 
 
-def _render_table(rows: Sequence[Row], console: Console, columns: Sequence[str] = (), *, colour: bool) -> str:
+def _choose_rows(rows: list[Row], preset: str | None) -> PresetTable:
+    """All rows; or a preset's own, with its columns and what is said of them."""
+    from harness.commands.preset import PresetTable, make_preset_table
+
+    return PresetTable(rows, (), [], True) if preset is None else make_preset_table(preset, rows)
+
+
+def _render_table(
+    rows: Sequence[Row], console: Console, columns: Sequence[str] = (), *, colour: bool = True
+) -> str:
     from harness.results.report.table import render
 
     fit = colour and console.is_terminal
@@ -142,15 +151,8 @@ def _render_table(rows: Sequence[Row], console: Console, columns: Sequence[str] 
 def print_rows(loaded: Loaded, console: Console, preset: str | None = None) -> bool:
     """Print the table of runs that were loaded, or a preset's table of them; returns whether they meet its demand."""
     _name_problems(loaded.problems)
-    rows = make_rows(loaded)
-    if preset is None:
-        print_text(_render_table(rows, console, colour=True), console)
-        return True
-    from harness.commands.preset import make_preset_table
-
-    table = make_preset_table(preset, rows)
-    text = _render_table(table.rows, console, table.columns, colour=True)
-    print_text("\n".join([text, *table.below]), console)
+    table = _choose_rows(make_rows(loaded), preset)
+    print_text("\n".join([_render_table(table.rows, console, table.columns), *table.below]), console)
     return table.met
 
 
@@ -161,10 +163,8 @@ def write_page(out: Path, loaded: Loaded | None = None) -> Path:
 
     loaded, searches = loaded or load_records([out]), load_sweeps([out])
     text = make_html(make_rows(loaded), [*loaded.problems, *searches.problems], sweeps=searches.sweeps)
-    try:
+    with _mistakes(file=str(out / PAGE)):
         write_atomic(out / PAGE, text)
-    except OSError as error:
-        raise UserError(f"{out / PAGE} cannot be written: {error.strerror or error}") from None
     return out / PAGE
 
 
@@ -178,10 +178,9 @@ def export_runs(records: Sequence[Stored], to: str) -> int:
     check_word(to, tuple(TARGETS), "--to")
     try:
         return export(records, TARGETS[to])
-    except ImportError as error:
-        raise UserError(f"--to {to}: {error}; pip install 'resnet-harness[{to}]'") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"--to {to}: {error}") from None
+    except (ImportError, ValueError, OSError) as error:
+        hint = f"; pip install 'resnet-harness[{to}]'" if isinstance(error, ImportError) else ""
+        raise UserError(f"--to {to}: {error}{hint}") from None
 
 
 def make_html(
@@ -206,11 +205,9 @@ def print_text(text: str, console: Console, output: Path | None = None) -> None:
         console.file.write(text)
         console.file.flush()
         return
-    try:
+    with _mistakes(file=f"--output {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error.strerror or error}") from None
 
 
 def print_why(row: str, path: Path, console: Console) -> None:
@@ -218,15 +215,13 @@ def print_why(row: str, path: Path, console: Console) -> None:
     from harness.results.explain import why
 
     rows = make_rows(load_runs([path]))
-    matches = [match for match in rows if match.name == row]
-    if row.isdecimal():
-        if not 1 <= int(row) <= len(rows):
-            known = f"{str(path)!r} has rows 1 to {len(rows)}"
-            raise UserError(f"row {row}: {known}" if rows else f"no runs in {str(path)!r}")
-        matches = [rows[int(row) - 1]]
-    elif not matches:
+    matches = [match for number, match in enumerate(rows, 1) if row in (match.name, str(number))]
+    if row.isdecimal() and not matches:
+        known = f"row {row}: {str(path)!r} has rows 1 to {len(rows)}"
+        raise UserError(known if rows else f"no runs in {str(path)!r}")
+    if not matches:
         check_word(row, sorted({row.name for row in rows}), "row")
-    elif len({match.dataset for match in matches}) > 1:
+    if len({match.dataset for match in matches}) > 1:
         numbers = ", ".join(f"{rows.index(match) + 1} on {match.dataset}" for match in matches)
         raise UserError(f"row {row!r} is on several data sets: give one by its number, {numbers}")
     print_text("\n".join(map(why, matches)), console)
@@ -274,10 +269,8 @@ def print_comparison(
     check_word(format, COMPARISON_FORMATS, "--format")
     if strict and fail_on is None:
         raise UserError("--strict is for --fail-on, whose conditions it makes stricter")
-    try:
+    with _mistakes("--fail-on: "):
         conditions = parse_fail_on(fail_on) if fail_on is not None else ()
-    except ValueError as error:
-        raise UserError(f"--fail-on: {error}") from None
     metrics = [condition.metric for condition in conditions]
     if by is None and len(paths) != 2:
         given = f"{len(paths)} folder{'s' * (len(paths) != 1)} given"
@@ -288,16 +281,12 @@ def print_comparison(
         if not any(row.done for row in sides[-1]):
             raise UserError(f"no finished run in {', '.join(repr(str(path)) for path in side)}")
     a, b = sides[0], sides[-1]
-    try:
-        pairs = compare(a, b, metrics) if by is None else compare_by(a, by, metrics)
-    except ValueError as error:
-        raise UserError(f"--by: {error}" if by else str(error)) from None
-    pairs = [replace(p, unlike={n: v for n, v in p.unlike.items() if n not in across}) for p in pairs]
+    with _mistakes("" if by is None else "--by: "):
+        pairs = compare(a, b, metrics, across) if by is None else compare_by(a, by, metrics, across)
     if not any(pair.figures for pair in pairs) and not conditions:
-        hint = "rows that differ in nothing but --by"
-        hint = hint if by else "a row of A and one of B that agree in all but the folder"
+        alike = "differ in nothing but --by" if by else "of A and B agree in all but the folder"
         near = f", the nearest differ in {', '.join(names)}" if (names := nearest(pairs)) else ""
-        raise UserError(f"nothing to compare: no {hint}{near}; --across FIELD overlooks a difference")
+        raise UserError(f"nothing to compare: no rows {alike}{near}; --across FIELD overlooks a difference")
     colour = console.is_terminal and not console.no_color
     print_text(render_comparison(pairs, format, width=console.width, colour=colour), console)
     gate = check_conditions(pairs, conditions)
@@ -321,10 +310,8 @@ def print_variants(console: Console) -> None:
         with torch.device("meta"):
             parameters = count_parameters(build(variant.network, classes, side))
         macs = count_flops(variant.network, classes, side) / 1e6
-        line = Text()
-        line.append(f"{variant.name:{width}}", style="bold")
-        line.append(f"depth {variant.network.depth:<4} {parameters:>10,} parameters {macs:>7.1f} MMAC")
-        console.print(line, soft_wrap=True)
+        size = f"depth {variant.network.depth:<4} {parameters:>10,} parameters {macs:>7.1f} MMAC"
+        console.print(Text.assemble((f"{variant.name:{width}}", "bold"), size), soft_wrap=True)
         console.print(Text(f"    {variant.summary} ({variant.source})", style="dim"), soft_wrap=True)
     console.print(
         "\nEach at its default depth, for one 32x32 image and 10 classes (miniplaces and mpmz: 112x112 and 100). "

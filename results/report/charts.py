@@ -131,7 +131,7 @@ def make_styles(labels: Sequence[str]) -> dict[str, Style]:
 
 
 def _final_error(row: Row) -> float:
-    return row.error.mean if row.error and math.isfinite(row.error.mean) else math.inf
+    return row.error if row.error is not None and math.isfinite(row.error) else math.inf
 
 
 def _make_panel(rows: Mapping[str, Row], chosen: set[int]) -> Panel:
@@ -280,7 +280,7 @@ def _points(rows: Mapping[str, Row], figure: str) -> Iterator[dict[str, Any]]:
     )
     lowest, named = math.inf, set[str]()
     for cost, error, label in order:
-        network, std = label.partition(" · ")[0], getattr(rows[label].error, "std", None) or 0.0
+        network, std = label.partition(" · ")[0], rows[label].figures["error"].std or 0.0
         best = error < lowest
         shown = network not in named and (best or len(order) <= MAX_POINT_NAMES)
         yield {

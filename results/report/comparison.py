@@ -7,15 +7,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from harness.results.compare import Comparison, Pair, centre_of, signed
-from harness.results.metrics import NONE, Metric
+from harness.results.compare import Comparison, Pair, signed
+from harness.results.metrics import NONE, Figure
 from harness.results.report.text import Sheet, clean, for_markdown, for_terminal
-from harness.results.statistics import std
 
 DEFINITIONS = (
-    "A, B: of errors mean ± std over n runs, of all else median ± std",
-    "B − A: of errors the difference of the means, in points; of all else the median over all pairs of a run of B and one "
-    "of A, in percent of A, which need not be that of the two medians",
+    "A, B: of n runs, as in harness report: of errors mean ± std, of seconds the median, of memory the largest",
+    "B − A: the difference of these two: of percentages in points, of all else in percent of A",
     "interval: 90 %, the one that the verdict rests on",
     "verdict: equivalent where the interval lies within the margin, different where it lies beyond it",
 )
@@ -64,10 +62,7 @@ def _lines(pair: Pair, named: set[str]) -> Iterator[list[str]]:
         yield ["" if number else what, *_words(figure)]
     if not pair.figures:
         counts = ", ".join(str(len(side.done)) if side else NONE for side in (pair.a, pair.b))
-        word = f"no result in {'B' if pair.a and pair.a.done else 'A'}"
-        if not (pair.a and pair.b):
-            word = f"only in {'A' if pair.a else 'B'}"
-        yield [what, NONE, counts, *[NONE] * 5, word]
+        yield [what, NONE, counts, *[NONE] * 5, f"no result in {'B' if pair.a and pair.a.done else 'A'}"]
 
 
 def _words(figure: Comparison) -> list[str]:
@@ -75,22 +70,14 @@ def _words(figure: Comparison) -> list[str]:
     unit = " %" if metric.relative else ""
     return [
         metric.heading,
-        f"{len(figure.a)}, {len(figure.b)}",
-        _spread(figure.a, metric),
-        _spread(figure.b, metric),
+        f"{figure.a.n}, {figure.b.n}",
+        metric.summary(figure.a),
+        metric.summary(figure.b),
         NONE if figure.difference is None else f"{signed(figure.difference)}{unit}",
         NONE if interval is None else f"{signed(interval.low)} … {signed(interval.high)}",
         NONE if margin is None else f"±{margin:g}{unit}",
         NONE if margin is None else figure.verdict,
     ]
-
-
-def _spread(values: Sequence[float], metric: Metric) -> str:
-    if not values:
-        return NONE
-    centre, spread = centre_of(metric, values), std(values)
-    digits = 2 if not metric.relative or abs(centre) < 100 else 0
-    return f"{centre:,.{digits}f}" + ("" if spread is None else f" ± {spread:,.{digits}f}")
 
 
 def _plain_pair(pair: Pair) -> dict[str, Any]:
@@ -104,13 +91,12 @@ def _plain_figure(figure: Comparison) -> dict[str, Any]:
     def number(value: float | None) -> float | None:
         return value if value is not None and math.isfinite(value) else None
 
-    def side(values: Sequence[float]) -> dict[str, float | None] | None:
-        word = "mean" if metric.kind == "error" else "median"
-        return {"n": len(values), word: centre_of(metric, values), "std": number(std(values))} if values else None
+    def side(figure: Figure) -> dict[str, float | None]:
+        return {"n": figure.n, "value": number(figure.value), "std": number(figure.std)}
 
     metric, interval = figure.metric, figure.interval
     return {
         "metric": metric.name, "unit": "percent" if metric.relative else "points", "a": side(figure.a), "b": side(figure.b),
-        "difference": number(figure.difference), "interval": interval and (number(interval.low), number(interval.high)),
+        "difference": number(figure.difference), "interval": interval and list(map(number, interval)),
         "margin": metric.margin, "verdict": figure.verdict, "test": figure.how,
     }  # fmt: skip

@@ -26,8 +26,8 @@ def make_notes(rows: Sequence[Row]) -> Mapping[str, set[tuple[int, str]]]:
                 notes[text] |= {(i, column) for column in columns}
     groups: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
     for i, row in enumerate(rows):
-        if row.error is not None and 0 <= row.error.mean <= 100 and (images := row.done[0].record.images()):
-            groups[row.dataset, row.evaluated_on, images][i] = row.error.mean
+        if row.error is not None and 0 <= row.error <= 100 and (images := row.done[0].record.images()):
+            groups[row.dataset, row.evaluated_on, images][i] = row.error
     for (dataset, on, images), errors in groups.items():
         notes[_sampling_note(dataset, on, images, errors.values())] = {(i, "error") for i in errors}
     return notes
