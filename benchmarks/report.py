@@ -21,7 +21,8 @@ from rounds import harness, make_table, median_and_range, parse_options, process
 from synthetic import store_runs
 
 from harness.cluster.job import Allocation
-from harness.plan import Grid, expand
+from harness.options import Grid
+from harness.plan import expand
 
 LOADERS = ("dali", "resident", "dataloader")
 FORMATS = ("table", "markdown", "csv", "json", "latex", "html")

@@ -30,6 +30,7 @@ from harness.cluster.job import Entered, Started
 from harness.cluster.nodes import Cluster, Node
 from harness.commands import run
 from harness.loaders.datasets import load_dataset
+from harness.options import Grid, RunOptions
 from harness.record import Recorder
 
 NODES, GPUS_PER_NODE, CPUS_PER_NODE = 64, 8, 64
@@ -90,10 +91,14 @@ def main() -> int:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     load_dataset("digits")
     seeds = tuple(range(-(-options.runs // (len(DEPTHS) * len(VARIANTS)))))
-    grid = plan.Grid(
-        variants=VARIANTS, depths=DEPTHS, seeds=seeds, dataset="digits", loader="resident", epochs=EPOCHS
+    grid = Grid(variants=VARIANTS, depths=DEPTHS, seeds=seeds, dataset="digits", loader="resident", epochs=EPOCHS)
+    choice = RunOptions(
+        out=str(options.out),
+        gpus=NODES * GPUS_PER_NODE,
+        workers=GPUS_PER_NODE,
+        address="simulated:1",
+        no_check=True,
     )
-    use = resources.Resources(gpus=NODES * GPUS_PER_NODE, workers=GPUS_PER_NODE, address="simulated:1")
     text = io.StringIO()
     runs, console = len(seeds) * len(DEPTHS) * len(VARIANTS), Console(file=text, width=120)
     seconds: dict[str, float] = {}
@@ -102,11 +107,11 @@ def main() -> int:
         patch.object(run._Prepared, "check_nodes"), timed(seconds, run, "train_batch"), timed(seconds, plan, "expand"),
         timed(seconds, Recorder, "find_finished"), timed(seconds, run, "run_grid"),
     ):  # fmt: skip
-        code = run.run_grid(grid, run.RunOptions(out=str(options.out), resources=use, no_check=True), console)
+        code = run.run_grid(grid, choice, console)
         stored = len(list(options.out.glob("*/record.json")))
         assert (code, stored) == (0, runs), (code, stored, text.getvalue())
         peak, first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, dict(seconds)
-        run.run_grid(grid, run.RunOptions(out=str(options.out), resources=use, no_check=True), console)
+        run.run_grid(grid, choice, console)
     readings = {
         "planning, seconds": first["expand"],
         "report, seconds": min(process_seconds(harness("report", options.out)) for _ in range(3)),

@@ -1,16 +1,20 @@
-"""The `harness` command: parse, call, print, exit code. Imports nothing heavy."""
+"""The `harness` command: parse, call, print, exit code. Imports nothing heavy. Options: `harness.options`."""
 
 from __future__ import annotations
 
 import errno
 import io
 import sys
-from datetime import datetime
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 
+from harness import options as groups
+from harness.options import Option, fill, options_of
 from harness.spec import UserError
 
 if TYPE_CHECKING:
@@ -47,16 +51,6 @@ def start(
         raise typer.Exit(2)
 
 
-def opt(help: str, *names: str) -> Any:
-    """An option."""
-    return typer.Option(*names, help=help)
-
-
-def arg(help: str) -> Any:
-    """An argument."""
-    return typer.Argument(help=help)
-
-
 def make_console() -> Console:
     """Where tables go."""
     from rich.console import Console
@@ -64,244 +58,92 @@ def make_console() -> Console:
     return Console()
 
 
-# --- options that several commands have ---
+Results = Annotated[list[str] | None, typer.Argument(help="Folders of results or of single runs, s3:// or gs://.")]
+Given = Mapping[str, Any]  # the options that stood on the command line
 
-Dataset = Annotated[str, opt("cifar10, cifar2, cifar100, cifar100-coarse, digits, miniplaces or folder:PATH.")]
-DataDir = Annotated[Path | None, opt("Where the images are. Default: downloaded once.")]
-Loader = Annotated[str, opt("dali, resident, dataloader or synthetic.")]
-Variant = Annotated[
-    str, opt("Its network and recipe are used: see `harness variants`.", "--variant", "--variants")
-]
-Depth = Annotated[int | None, opt("Default: the variant's own.", "--depth", "--depths")]
-Depths = Annotated[str | None, opt("As in 20,32 or 20..56. Default: each variant's own.", "--depths", "--depth")]
-Variants = Annotated[str, opt("As in msra,he2015, or all: see `harness variants`.", "--variants", "--variant")]
-Launcher = Annotated[str, opt("ray; local: in this process; auto: local for one run with one worker.")]
-Epochs = Annotated[int | None, opt("Instead of the recipe's; its schedule is stretched.")]
-BatchSize = Annotated[int | None, opt("Global, over all workers. Default: the recipe's.")]
-BatchNorm = Annotated[
-    str | None, opt("Statistics of a batch: local (of each worker's images) or sync (of all workers').")
-]
-Precision = Annotated[str, opt("fp32, tf32, bf16 or fp16.")]
-Engine = Annotated[str | None, opt("eager, compile or graph. Default: graph on GPUs, eager on the CPU.")]
-Deterministic = Annotated[
-    bool, opt("Deterministic algorithms on GPUs too: slower, and rows of their own.", "--deterministic")
-]
-LimitTrain = Annotated[int | None, opt("Train on this many images only; marked in tables.")]
-Gpus = Annotated[int | None, opt("GPUs to use, 0 for the CPU. Default: all.")]
-Workers = Annotated[
-    int | None, opt("DDP processes per run; gpus/workers runs train at a time. Default: all GPUs (tune: 1).")
-]
-RunsPerGpu = Annotated[int, opt("Runs that share a GPU, for errors only: their seconds and energy do not count.")]
-Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.")]
-Until = Annotated[
-    str | None, opt("Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued.")
-]
-Verbose = Annotated[bool, opt("Show Ray's own messages.", "--verbose")]
-Preset = Annotated[str | None, opt("The runs of a source's table: cfmz, fattorib, mpmz, convnet or ladder.")]
-Across = Annotated[str | None, opt("Fields to average over, as in workers,threads.")]
-NoCheck = Annotated[bool, opt("Train on a GPU that is new without checking it first.", "--no-check")]
-Results = Annotated[list[str] | None, arg("Folders of results or of single runs, s3:// or gs://.")]
+
+def command(*kinds: type, name: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A command with the options of some dataclasses, beside the parameters of its function, which gets as `given` those
+    that stood on the command line. It returns the exit code; None: 0."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        own = [p for p in signature(function, eval_str=True).parameters.values() if p.name != "given"]
+        options = {name: option for kind in kinds for name, option in options_of(kind).items()}
+
+        def call(**words: Any) -> None:
+            given = chosen({name: words.pop(name) for name in options})
+            raise typer.Exit(function(given, **words) or 0)
+
+        derived = [_make_parameter(name, option) for name, option in options.items()]
+        call.__signature__ = Signature([*own, *derived])  # type: ignore[attr-defined]
+        call.__doc__ = function.__doc__
+        app.command(name or function.__name__)(call)
+        return function
+
+    return register
+
+
+def chosen(words: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a command's options that stood on the command line."""
+    return {name: word for name, word in words.items() if word not in (None, [], ())}
+
+
+def _make_parameter(name: str, option: Option) -> Parameter:
+    """What typer reads. Without the default, so that an option that is not given is None."""
+    kinds = () if get_origin(option.kind) is tuple else (option.kind, *get_args(option.kind))
+    kind = next((kind for kind in (bool, int, float, Path) if kind in kinds), str)
+    shown = isinstance(option.default, str | int | Path) and kind is not bool
+    help = f"{option.help}  [default: {option.default}]" if shown else option.help
+    return Parameter(
+        name,
+        Parameter.KEYWORD_ONLY,
+        default=Parameter.empty if option.required else None,
+        annotation=Annotated[list[str] if option.repeatable else kind, typer.Option(*option.names, help=help)],
+    )
 
 
 # --- training ---
 
 
-@app.command()
-def run(
-    context: typer.Context,
-    depths: Depths = None,
-    variants: Variants = "he2015",
-    seeds: Annotated[str, opt("A count (3 is seeds 0,1,2) or the seeds themselves (0,7 or 3..6).")] = "1",
-    preset: Preset = None,
-    spec: Annotated[
-        list[Path] | None,
-        opt("Train the run of this record.json or spec.json, as changed by other options. Repeatable."),
-    ] = None,
-    dataset: Dataset = "cifar10",
-    data_dir: DataDir = None,
-    loader: Loader = "dali",
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    batch_norm: BatchNorm = None,
-    precision: Precision = "fp32",
-    engine: Engine = None,
-    deterministic: Deterministic = False,
-    settings: Annotated[
-        list[str] | None, opt("FIELD=VALUE of recipe or network, as in lr=0.05. Repeatable.", "--set")
-    ] = None,
-    val: Annotated[int | None, opt("Training images to hold out and evaluate on.")] = None,
-    limit_train: LimitTrain = None,
-    limit_test: Annotated[int | None, opt("Evaluate on this many test images only; marked in tables.")] = None,
-    until_ci: Annotated[
-        float | None, opt("Add seeds until the 95 % interval of the error is ± this many points.")
-    ] = None,
-    max_seeds: Annotated[int | None, opt("For --until-ci: of one row. Default: 10.")] = None,
-    gpus: Gpus = None,
-    workers: Workers = None,
-    runs_per_gpu: RunsPerGpu = 1,
-    out: Annotated[str, opt("Folder of results, or s3://, gs://; runs that it holds are not repeated.")] = "runs",
-    address: Address = None,
-    launcher: Launcher = "auto",
-    until: Until = None,
-    placement: Annotated[
-        str, opt("A run's workers: pack (on one node if possible), strict-pack (always), spread.")
-    ] = "pack",
-    elastic: Annotated[
-        int | None, opt("Continue with at least this many workers when a cluster loses nodes; marked.")
-    ] = None,
-    checkpoint_every: Annotated[int, opt("Epochs between checkpoints.")] = 1,
-    format: Annotated[str, opt("table, or jsonl: a JSON object per epoch, no table.")] = "table",
-    no_check: NoCheck = False,
-    dry_run: Annotated[bool, opt("Print the plan and what is done already.", "--dry-run")] = False,
-    estimate: Annotated[
-        bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.", "--estimate")
-    ] = False,
-    profile: Annotated[
-        bool, opt("Time the parts of a step of what is missing: data, forward, ...", "--profile")
-    ] = False,
-    tensorboard: Annotated[bool, opt("Write each run's event file beside its record.", "--tensorboard")] = False,
-    force: Annotated[bool, opt("Train finished runs again; the old results are kept.", "--force")] = False,
-    fail_fast: Annotated[bool, opt("Stop at the first run that fails.", "--fail-fast")] = False,
-    verbose: Verbose = False,
-) -> None:
+@command(groups.Grid, groups.RunOptions)
+def run(given: Given) -> int:
     """Train what is missing of a grid of runs, and print the table."""
-    values = dict(locals())
-    from harness import plan
-    from harness.commands.run import RunOptions, run_grid
-    from harness.deadline import parse_until
-    from harness.resources import Resources
-    from harness.search_space import parse_settings
+    from harness.commands.run import run_grid
+    from harness.plan import make_grid
 
-    values |= {
-        "variants": (names := plan.parse_variants(variants)),
-        "depths": plan.parse_depths(depths, names),
-        "seeds": plan.parse_seeds(seeds),
-        "settings": parse_settings(settings or ()),
-        "until": parse_until(until, datetime.now()) if until is not None else None,
-    }
-    if preset is not None:
-        values |= plan.apply_preset(preset, values, chosen(context))
-    grid = plan.fill(plan.Grid, values)
-    if spec:
-        grid = plan.make_spec_grid(spec, grid, chosen(context))
-    options = plan.fill(RunOptions, values | {"resources": plan.fill(Resources, values)})
-    raise typer.Exit(run_grid(grid, options, make_console()))
+    return run_grid(make_grid(given), fill(groups.RunOptions, given), make_console())
 
 
-def chosen(context: typer.Context) -> set[str]:
-    """The parameters that stood on the command line."""
-    return {name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"}  # type: ignore[union-attr]
-
-
-@app.command()
-def tune(
-    context: typer.Context,
-    search: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="FIELD=loguniform(a,b), uniform, randint, choice or grid; of recipe or network. Repeatable."
-        ),
-    ] = None,
-    variant: Variant = "he2015",
-    depth: Depth = None,
-    samples: Annotated[
-        int | None, opt("Trials, or trials of each grid point. Default: 16, with a grid 1.")
-    ] = None,
-    search_algorithm: Annotated[str, opt("random, tpe or gp (a Gaussian process).")] = "random",
-    scheduler: Annotated[str, opt("Stops poor trials early: asha, hyperband, median or none.")] = "asha",
-    metric: Annotated[str, opt("To minimise: error, top5_error, loss or epoch_seconds.")] = "error",
-    seed: Annotated[int, opt("Of the proposals, and of every trial.")] = 0,
-    dataset: Dataset = "cifar10",
-    data_dir: DataDir = None,
-    loader: Loader = "dali",
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    batch_norm: BatchNorm = None,
-    precision: Precision = "fp32",
-    engine: Engine = None,
-    deterministic: Deterministic = False,
-    val: Annotated[
-        int | None,
-        typer.Option(
-            help="Training images held out to judge by; 0 judges by the test set. Default: 5000 or a tenth."
-        ),
-    ] = None,
-    limit_train: LimitTrain = None,
-    gpus: Gpus = None,
-    workers: Workers = None,
-    runs_per_gpu: RunsPerGpu = 1,
-    concurrent: Annotated[int | None, opt("Trials at a time. Default: all that fit.")] = None,
-    out: Annotated[Path, opt("Folder of results; trials are runs in it like any other.")] = Path("runs"),
-    until: Until = None,
-    resume: Annotated[str | None, opt("Continue the sweep of that name in --out.")] = None,
-    address: Address = None,
-    no_check: NoCheck = False,
-    verbose: Verbose = False,
-) -> None:
+@command(groups.Search, groups.TuneOptions)
+def tune(given: Given) -> int:
     """Search for the best recipe; poor trials stop early."""
-    values = dict(locals())
-    from harness.commands.tune import TuneOptions, make_search
     from harness.commands.tune import tune as run_search
-    from harness.deadline import parse_until
-    from harness.plan import fill
 
-    options = fill(TuneOptions, values | {"until": None if until is None else parse_until(until, datetime.now())})
-    raise typer.Exit(run_search(make_search(values), options, make_console(), given=chosen(context)))
+    return run_search(given, make_console())
 
 
 # --- stored runs ---
 
 
-@app.command()
-def report(
-    paths: Results = None,
-    format: Annotated[str, opt("table, markdown, csv, json, latex or html.")] = "table",
-    sort: Annotated[str | None, opt("A column, as in error; -error: largest first.")] = None,
-    columns: Annotated[str | None, opt("Columns to show, as in variant,depth,error.")] = None,
-    preset: Preset = None,
-    across: Across = None,
-    output: Annotated[Path | None, opt("Write to this file.")] = None,
-    curves: Annotated[Path | None, opt("Draw the charts into this folder, as SVG and PNG.")] = None,
-) -> None:
+@command(groups.ReportOptions)
+def report(given: Given, paths: Results = None) -> int:
     """Print the comparison table of stored runs."""
-    values = dict(locals())
-    from harness.commands.report import ReportOptions, find_results, print_report
-    from harness.plan import fill, parse_words
+    from harness.commands.report import find_results, print_report
 
-    values |= {"columns": parse_words(columns, "--columns"), "across": parse_words(across, "--across")}
-    options = fill(ReportOptions, values)
-    any_run = print_report(find_results(paths or ["runs"]), make_console(), options)
-    raise typer.Exit(0 if any_run else 2)
+    options = fill(groups.ReportOptions, given)
+    return 0 if print_report(find_results(paths or ["runs"]), make_console(), options) else 2
 
 
-@app.command()
+@command(groups.CompareOptions)
 def compare(
-    paths: Annotated[list[str], arg("Two folders of results, A and B; or one, with --by.")],
-    by: Annotated[
-        str | None,
-        opt("Compare runs that differ in this field, as in loader, or precision=fp32,bf16: first is A."),
-    ] = None,
-    fail_on: Annotated[
-        str | None, opt("Exit with 1 where this holds, as in 'error>+0.3,epoch_seconds>5%'.")
-    ] = None,
-    strict: Annotated[bool, opt("Exit with 1, too, where the runs cannot tell.", "--strict")] = False,
-    across: Across = None,
-    format: Annotated[str, opt("table, markdown or json.")] = "table",
-) -> None:
+    given: Given,
+    paths: Annotated[list[str], typer.Argument(help="Two folders of results, A and B; or one, with --by.")],
+) -> int:
     """Compare two sets of runs: better, worse or the same?"""
     from harness.commands.report import find_results, print_comparison
-    from harness.plan import parse_words
 
-    code = print_comparison(
-        find_results(paths),
-        make_console(),
-        by=by,
-        fail_on=fail_on,
-        strict=strict,
-        format=format,
-        across=parse_words(across, "--across"),
-    )
-    raise typer.Exit(code)
+    options = asdict(fill(groups.CompareOptions, given))
+    return print_comparison(find_results(paths), make_console(), **options)
 
 
 @app.command()
@@ -314,8 +156,8 @@ def verify(paths: Results = None) -> None:
 
 @app.command()
 def why(
-    row: Annotated[str, arg("A row of `harness report PATH`: msra-20, or its number.")],
-    path: Annotated[str, arg("Folder of results.")] = "runs",
+    row: Annotated[str, typer.Argument(help="A row of `harness report PATH`: msra-20, or its number.")],
+    path: Annotated[str, typer.Argument(help="Folder of results.")] = "runs",
 ) -> None:
     """Print what is behind a row's figures."""
     from harness.commands.report import find_results, print_why
@@ -327,7 +169,8 @@ def why(
 def export(
     paths: Results = None,
     to: Annotated[
-        str, opt("tensorboard (event files in the runs' folders), mlflow or wandb (by their variables).")
+        str,
+        typer.Option(help="tensorboard (event files in the runs' folders), mlflow or wandb (by their variables)."),
     ] = "tensorboard",
 ) -> None:
     """Export stored runs to TensorBoard, MLflow or W&B."""
@@ -339,8 +182,8 @@ def export(
 
 @app.command()
 def repro(
-    run: Annotated[str, arg("A run's folder, or its name or key in PATH.")],
-    path: Annotated[Path, arg("Folder of results.")] = Path("runs"),
+    run: Annotated[str, typer.Argument(help="A run's folder, or its name or key in PATH.")],
+    path: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("runs"),
 ) -> None:
     """Print the commands that train a stored run again."""
     from harness.commands.repro import print_repro
@@ -356,58 +199,20 @@ def variants() -> None:
     print_variants(make_console())
 
 
-@app.command("eval")
-def evaluate(
-    weights: Annotated[Path, opt("A run's weights.safetensors, or a torch checkpoint.")],
-    variant: Annotated[
-        str | None,
-        opt("Needed for weights that do not name theirs: see `harness variants`.", "--variant", "--variants"),
-    ] = None,
-    depth: Depth = None,
-    dataset: Dataset = "cifar10",
-    data_dir: DataDir = None,
-    scales: Annotated[
-        str | None, opt("Average over sizes in pixels, as in 96,112,128, and mirrored images.")
-    ] = None,
-    average: Annotated[str, opt("With --scales: of logits, or of probabilities.")] = "logits",
-    mirror: Annotated[bool, opt("With --scales: mirrored images too.", "--mirror/--no-mirror")] = True,
-    pool_window: Annotated[
-        int | None, opt("Pool over whole windows of this side alone, as neon's 7 does. miniplaces and mpmz.")
-    ] = None,
-    save_probabilities: Annotated[
-        Path | None, opt("With --scales: write the classes' probabilities at each scale (.npz).")
-    ] = None,
-    mean: Annotated[str | None, opt("R,G,B of images in 0..1. Default: the recipe's.")] = None,
-    std: Annotated[str | None, opt("R,G,B of images in 0..1. Default: the recipe's.")] = None,
-    predictions: Annotated[Path | None, opt("Write each image's most likely classes (CSV).")] = None,
-    batch_size: Annotated[int | None, opt("Default: training's 1000, less for large scales.")] = None,
-    limit: Annotated[int | None, opt("Evaluate this many images only, the same number of each class.")] = None,
-) -> None:
+@command(groups.EvalOptions, name="eval")
+def evaluate(given: Given) -> None:
     """Print the errors of stored weights on a test set."""
-    values = dict(locals())
-    from harness.commands import evaluate as command
-    from harness.plan import fill
+    from harness.commands.evaluate import evaluate_weights, print_errors
 
-    values |= {
-        "scales": command.parse_scales(scales) if scales is not None else (),
-        "normalize": command.parse_normalize(mean, std),
-    }
-    options = fill(command.EvalOptions, values)
-    command.print_errors(command.evaluate_weights(options), make_console())
+    print_errors(evaluate_weights(fill(groups.EvalOptions, given)), make_console())
 
 
-@app.command()
-def check(
-    quick: Annotated[bool, opt("Look at what is installed; measure nothing.", "--quick")] = False,
-    gpus: Gpus = None,
-    out: Annotated[Path, opt("Where results would go.")] = Path("runs"),
-    data_dir: Annotated[Path | None, opt("Where the images are.")] = None,
-    address: Address = None,
-) -> None:
+@command(groups.CheckOptions)
+def check(given: Given) -> int:
     """Say what this machine lacks, and measure whether it trains rightly."""
-    from harness.commands.check import Target, print_findings
+    from harness.commands.check import print_findings
 
-    raise typer.Exit(print_findings(Target(out, data_dir, address, gpus, quick), make_console()))
+    return print_findings(fill(groups.CheckOptions, given), make_console())
 
 
 def main() -> None:

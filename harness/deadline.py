@@ -21,13 +21,13 @@ class TimeUp(KeyboardInterrupt):
     """The moment of `--until`; the message says so."""
 
 
-def parse_until(text: str, now: datetime) -> datetime:
+def parse_until(text: str, now: datetime | None = None) -> datetime:
     """A duration from now ("9m", "2h30m", "90s", "1d") or the next occurrence of a time of day ("18:00", "18:00:30").
 
     Local time without a zone, so that a duration stays right over a change of the clocks. Raises UserError for
     anything else.
     """
-    words = text.strip()
+    words, now = text.strip(), now or datetime.now()
     if clock := _CLOCK.fullmatch(words):
         hour, minute, second = (int(part or 0) for part in clock.groups())
         if hour < 24 and minute < 60 and second < 60:

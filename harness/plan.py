@@ -2,147 +2,57 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any
 
 from harness.cluster.job import Allocation
 from harness.models.presets import find_preset
-from harness.models.variants import VARIANTS, Recipe, Variant, default_depth, find_variant
+from harness.models.variants import Recipe, Variant, default_depth, find_variant
+from harness.options import Grid, check_options, fill
 from harness.search_space import apply
-from harness.spec import Engine, Precision, RunSpec, UserError, check_word
+from harness.spec import Engine, RunSpec, UserError
+from harness.words import parse_depths
 
-Value = TypeVar("Value")
-LOADERS = ("dali", "resident", "dataloader", "synthetic")
-PRECISIONS: tuple[str, ...] = get_args(Precision)
-ENGINES: tuple[str, ...] = get_args(Engine)
-BATCH_NORMS = ("local", "sync")
 GPU_PRECISIONS = ("tf32", "fp16")
+SHARED = ("dataset", "loader", "precision", "engine", "deterministic", "limit_train", "limit_test")  # with RunSpec
 ANY_IMAGES = ""  # as a given run's fingerprint: those of the data set that is named
 MOST_EPOCHS = 1000  # of a recipe in steps
-MOST_NUMBERS = 1000  # in a list of seeds
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Grid:
-    """The runs a user asked for."""
+def make_grid(given: Mapping[str, Any]) -> Grid:
+    """The runs that options name: variants × depths × seeds, a preset's, or stored ones as changed by other options.
 
-    variants: tuple[str, ...]
-    depths: tuple[int, ...] = ()  # none: each variant's default
-    networks: tuple[tuple[str, int], ...] = ()  # variants and depths, in place of variants × depths: a preset's
-    seeds: tuple[int, ...] = (0,)
-    dataset: str = "cifar10"
-    loader: str = "dali"
-    precision: str = "fp32"
-    engine: str | None = None  # None: graph on a GPU, eager on a CPU
-    deterministic: bool = False
-    epochs: int | None = None
-    batch_size: int | None = None
-    batch_norm: str | None = None  # local or sync
-    val: int | None = None
-    limit_train: int | None = None
-    limit_test: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)  # fields of recipe and network, by name
-    specs: tuple[RunSpec, ...] = ()  # these runs, in place of variants × depths × seeds: `make_spec_grid`
-
-
-def fill(kind: type[Value], values: Mapping[str, Any]) -> Value:
-    """A dataclass from the values that are named as its fields are."""
-    return kind(**{field.name: values[field.name] for field in fields(kind) if field.name in values})  # type: ignore[arg-type]
-
-
-def parse_words(text: str | None, what: str) -> tuple[str, ...]:
-    """ "a,b" -> ("a", "b"), each once; none of an option that was not given."""
-    if text is None:
-        return ()
-    words = [word.strip() for word in text.split(",")]
-    if not all(words):
-        raise UserError(f"{what} {text!r}: a list with commas and no empty places is allowed, as in a,b")
-    return tuple(dict.fromkeys(words))
-
-
-def parse_variants(text: str) -> tuple[str, ...]:
-    """ "msra,he2015" -> ("msra", "he2015"); "all": every one."""
-    return tuple(VARIANTS) if text.strip() == "all" else parse_words(text, "--variants")
-
-
-def parse_depths(text: str | None, variants: Sequence[str] = ()) -> tuple[int, ...]:
-    """ "20,32" -> (20, 32); "20..32" -> those from 20 to 32 that all the variants allow, of which each has its own."""
-
-    def legal(depth: int) -> bool:
+    Values, or words as on the command line. Raises UserError.
+    """
+    for option in ("preset", "variants", "depths"):
+        if "specs" in given and option in given:
+            raise UserError(f"--spec and --{option} exclude each other: the file names the network")
+    if isinstance(words := given.get("depths"), str):
+        named = fill(Grid, {n: v for n, v in given.items() if n == "variants"})
+        given = {**given, "depths": parse_depths(words, named.variants)}
+    grid = fill(Grid, given)
+    if "preset" in given:
         try:
-            return all(find_variant(name)(depth) for name in variants)
-        except ValueError:
-            return False
-
-    depths: list[int] = []
-    for word in parse_words(text, "--depths"):
-        numbers = _numbers(word, "--depths", str(text))
-        chosen = [n for n in numbers if legal(n)] if len(numbers) > 1 else numbers
-        if not chosen:
-            raise UserError(
-                f"--depths {word}: no depth from {numbers[0]} to {numbers[-1]} is one of {', '.join(variants)}"
-            )
-        depths += chosen
-    return tuple(dict.fromkeys(depths))
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """ "3" -> (0, 1, 2), a count; "0,7" -> (0, 7), the seeds themselves; "7," -> (7,); "3..5" -> (3, 4, 5)."""
-    if "," not in text and ".." not in text:
-        count = _whole(text, "--seeds", text)
-        if not 1 <= count <= MOST_NUMBERS:
-            raise UserError(f"--seeds {text}: a count from 1 to 1000 is allowed, or a list of seeds as in 0,7")
-        return tuple(range(count))
-    words = parse_words(text.rstrip(","), "--seeds")
-    return tuple(dict.fromkeys(seed for word in words for seed in _numbers(word, "--seeds", text)))
-
-
-def _numbers(word: str, option: str, text: str) -> list[int]:
-    """ "7" -> [7]; "3..5" -> [3, 4, 5]."""
-    first, dots, last = word.partition("..")
-    low = _whole(first, option, text)
-    high = _whole(last, option, text) if dots else low
-    if not low <= high < low + MOST_NUMBERS:
-        raise UserError(
-            f"{option} {word}: a range of at most 1000 numbers, the lowest first, is allowed, as in 20..56"
-        )
-    return list(range(low, high + 1))
-
-
-def _whole(word: str, option: str, text: str) -> int:
-    if not re.fullmatch(r"\d{1,9}", word.strip()):
-        raise UserError(f"{option} {text!r}: {word!r} is not a whole number")
-    return int(word)
-
-
-def check_count(value: int | None, option: str, *, least: int = 1) -> None:
-    """Raise UserError unless `value` is None or at least `least`."""
-    if value is not None and value < least:
-        raise UserError(f"{option} {value}: at least {least} is allowed")
+            preset = find_preset(given["preset"])
+            networks = preset.select(grid.variants if "variants" in given else (), grid.depths)
+        except ValueError as error:
+            raise UserError(f"--preset: {error}") from None
+        grid = replace(grid, networks=networks, dataset=given.get("dataset", preset.dataset))
+    return _change_specs(grid, given) if grid.specs else grid
 
 
 def check_grid(grid: Grid) -> None:
     """Every check that needs neither data nor devices."""
     from harness.loaders.datasets import DataError, check_dataset_name
 
-    check_word(grid.loader, LOADERS, "--loader")
-    check_word(grid.precision, PRECISIONS, "--precision")
-    if grid.engine is not None:
-        check_word(grid.engine, ENGINES, "--engine")
-    for name in ("epochs", "batch_size", "limit_train", "limit_test"):
-        check_count(getattr(grid, name), f"--{name.replace('_', '-')}")
-    if grid.batch_norm is not None:
-        check_word(grid.batch_norm, BATCH_NORMS, "--batch-norm")
+    check_options(grid)
     for name in ("batch_size", "batch_norm"):
         if getattr(grid, name) is not None and name in grid.settings:
             option = name.replace("_", "-")
             raise UserError(f"{name} is given twice: leave --{option} or --set {name}=... out")
-    check_count(grid.val, "--val", least=0)
     try:
         check_dataset_name(grid.dataset)
         for name, depth in () if grid.specs else grid_networks(grid):
@@ -157,19 +67,6 @@ def grid_networks(grid: Grid) -> list[tuple[str, int]]:
         (name, depth) for name in grid.variants for depth in grid.depths or (default_depth(find_variant(name)),)
     )
     return list(grid.networks or every)
-
-
-def apply_preset(name: str, values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
-    """The preset's networks and data set, but for what a user chose: `given`. Raises UserError."""
-    if "spec" in given:
-        raise UserError("--preset and --spec exclude each other: each names the runs")
-    try:
-        preset = find_preset(name)
-        chosen = (values[option] if option in given else () for option in ("variants", "depths"))
-        networks = preset.select(*chosen)
-    except ValueError as error:
-        raise UserError(f"--preset: {error}") from None
-    return {"networks": networks, "dataset": values["dataset"] if "dataset" in given else preset.dataset}
 
 
 def choose_engine(engine: str | None, device: str) -> Engine:
@@ -197,14 +94,8 @@ def override(recipe: Recipe, grid: Grid) -> tuple[Recipe, tuple[str, ...]]:
 
 def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images: int) -> list[RunSpec]:
     """Every run of a grid, each once; seeds outermost, so that a table over all depths and variants is there early."""
-    if grid.specs:
-        specs = [_place(spec, allocation, fingerprint) for spec in grid.specs]
-    else:
-        specs = [
-            _make_spec(grid, name, depth, seed, allocation, fingerprint)
-            for seed in grid.seeds
-            for name, depth in grid_networks(grid)
-        ]
+    named = ((name, depth, seed) for seed in grid.seeds for name, depth in grid_networks(grid))
+    specs = [_place(spec, allocation, fingerprint) for spec in grid.specs or _make_specs(grid, named)]
     for spec in specs:
         if spec.limit_train is not None and spec.limit_train > train_images:
             raise UserError(f"--limit-train {spec.limit_train}: {grid.dataset} has {train_images} training images")
@@ -222,26 +113,24 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
     return list(dict.fromkeys(specs))
 
 
-def _make_spec(grid: Grid, name: str, depth: int, seed: int, allocation: Allocation, fingerprint: str) -> RunSpec:
-    variant, settings = apply(find_variant(name)(depth), grid.settings)
+def _make_specs(grid: Grid, named: Iterable[tuple[str, int, int]]) -> Iterator[RunSpec]:
+    """The runs of variants, depths and seeds, not placed yet."""
+    shared = {name: getattr(grid, name) for name in SHARED}
+    for name, depth, seed in named:
+        variant = find_variant(name)(depth)
+        spec = RunSpec(variant=name, network=variant.network, recipe=variant.recipe, seed=seed,
+                       fingerprint=ANY_IMAGES, device="cpu", **shared)  # fmt: skip
+        yield _change(spec, grid)
+
+
+def _change(spec: RunSpec, grid: Grid) -> RunSpec:
+    """The run with a grid's settings, epochs, batch size, batch norm and validation images."""
+    variant = Variant(name=spec.variant, network=spec.network, recipe=spec.recipe, summary="", source="")
+    variant, settings = apply(variant, grid.settings)
     recipe, changed = override(variant.recipe, grid)
-    return RunSpec(
-        variant=name,
-        network=variant.network,
-        recipe=recipe,
-        overrides=settings + changed,
-        dataset=grid.dataset,
-        fingerprint=fingerprint,
-        limit_train=grid.limit_train,
-        limit_test=grid.limit_test,
-        loader=grid.loader,
-        precision=grid.precision,  # type: ignore[arg-type]
-        engine=choose_engine(grid.engine, allocation.device),
-        deterministic=grid.deterministic,
-        device=allocation.device,
-        workers=allocation.workers,
-        seed=seed,
-    )
+    names = {text.partition("=")[0] for text in settings + changed}
+    kept = tuple(text for text in spec.overrides if text.partition("=")[0] not in names)
+    return replace(spec, network=variant.network, recipe=recipe, overrides=kept + settings + changed)
 
 
 def _place(spec: RunSpec, allocation: Allocation, fingerprint: str) -> RunSpec:
@@ -257,50 +146,18 @@ def _place(spec: RunSpec, allocation: Allocation, fingerprint: str) -> RunSpec:
     )
 
 
-def load_spec(path: Path) -> RunSpec:
-    """The run of a record.json or spec.json. Raises UserError where the file holds none."""
-    try:
-        values = json.loads(path.read_bytes())
-        return RunSpec.from_json(values["spec"] if isinstance(values, dict) and "spec" in values else values)
-    except OSError as error:
-        raise UserError(f"--spec {path}: {error.strerror or error}") from None
-    except ValueError as error:  # of JSON too
-        raise UserError(f"--spec {path} holds no run's specification: {error}") from None
-
-
-def make_spec_grid(paths: Sequence[Path], grid: Grid, given: Collection[str]) -> Grid:
-    """The runs of some files, changed by those fields of `grid` that the user chose: `given`, and all without default.
-
-    Raises UserError for a file that cannot be read and for options that contradict it.
-    """
-    for option in ("variants", "depths"):
-        if option in given:
-            raise UserError(f"--spec and --{option} exclude each other: the file names the network")
-    read = [load_spec(path) for path in paths]
-    datasets = list(dict.fromkeys([grid.dataset] if "dataset" in given else [spec.dataset for spec in read]))
+def _change_specs(grid: Grid, given: Collection[str]) -> Grid:
+    """The stored runs of a grid, changed by those of its other fields that are given."""
+    datasets = list(dict.fromkeys([grid.dataset] if "dataset" in given else [spec.dataset for spec in grid.specs]))
     if len(datasets) > 1:
         raise UserError(f"--spec: runs on {' and on '.join(datasets)}; a command trains on one data set")
-    fixed = {name: getattr(grid, name) for name in ("loader", "precision", "dataset") if name in given}
-    fixed |= {
-        name: value
-        for name in ("engine", "limit_train", "limit_test", "deterministic")
-        if (value := getattr(grid, name))
-    }
+    fixed = {name: getattr(grid, name) for name in SHARED if name in given}
     fixed |= {"fingerprint": ANY_IMAGES} if "dataset" in given else {}
-    changed = [replace(_override_spec(spec, grid), **fixed) for spec in read]
+    specs = [replace(_change(spec, grid), **fixed) for spec in grid.specs]
     seeds = grid.seeds if "seeds" in given else ()
-    specs = [replace(spec, seed=seed) for seed in seeds for spec in changed] or changed
+    specs = [replace(spec, seed=seed) for seed in seeds for spec in specs] or specs
     precision = max((spec.precision for spec in specs), key=lambda p: p in GPU_PRECISIONS)
     return replace(grid, dataset=datasets[0], precision=precision, specs=tuple(specs))
-
-
-def _override_spec(spec: RunSpec, grid: Grid) -> RunSpec:
-    variant = Variant(name=spec.variant, network=spec.network, recipe=spec.recipe, summary="", source="")
-    variant, settings = apply(variant, grid.settings)
-    recipe, changed = override(variant.recipe, grid)
-    names = {text.partition("=")[0] for text in settings + changed}
-    kept = tuple(text for text in spec.overrides if text.partition("=")[0] not in names)
-    return replace(spec, network=variant.network, recipe=recipe, overrides=kept + settings + changed)
 
 
 def count_epochs(spec: RunSpec, train_images: int) -> int:

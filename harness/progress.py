@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Literal, Self
+from functools import partial
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -18,12 +19,14 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.cluster.job import Entered, Failed, Started, Waiting
-from harness.results.sweeps import Sweep, Trial, best_first, format_value
+from harness.results.sweeps import State, Sweep, Trial, best_first, format_value
 from harness.results.values import EpochMetrics, RunResult
 from harness.spec import RunPaths, RunSpec, UserError
 
 if TYPE_CHECKING:
     from harness.loaders.datasets import Dataset
+
+Row = TypeVar("Row")
 
 
 def say(console: Console, text: str, style: str = "") -> None:
@@ -102,7 +105,7 @@ def load_data(name: str, paths: RunPaths, console: Console) -> Dataset:
             raise UserError(str(error)) from None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Line:
     spec: RunSpec
     epochs: int
@@ -116,8 +119,12 @@ class _Line:
         return self.last.epoch if self.last else 0
 
 
-BAR_WIDTH = 24
-LIVE_COLUMNS = ("run", "epoch", "loss", "error %", "s/epoch", "left", "")  # the last one: a note
+COLUMNS = ("run", "epoch", "bar", "loss", "error %", "s/epoch", "left", "")  # of runs; the last one: a note
+FIGURES, LEFT = (
+    ("epoch", "loss", "error %", "s/epoch"),
+    ("run", "epoch", "bar", ""),
+)  # never cut off; aligned to the left
+STYLES = {"done": "green", "finished": "green", "failed": "red", "waiting": "dim", "pruned": "dim"}
 
 
 class LiveTable:
@@ -125,34 +132,27 @@ class LiveTable:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._live: Live | None = None
+        self.say = partial(say, console)
 
     def render(self) -> Group:
         """The table as it is now."""
         raise NotImplementedError
 
-    def __enter__(self) -> Self:
-        if self.console.is_terminal:
-            self._live = Live(
-                get_renderable=self.render, console=self.console, refresh_per_second=4, transient=True
-            )
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def say(self, text: str) -> None:
-        """A line, above the table if there is one."""
-        say(self.console, text)
+    def live(self) -> AbstractContextManager[Any]:
+        """Show the table until the end."""
+        if not self.console.is_terminal:
+            return nullcontext()
+        return Live(get_renderable=self.render, console=self.console, refresh_per_second=4, transient=True)
 
     def log(self, text: str) -> None:
         """A line where there is no table to show the same."""
         if not self.console.is_terminal:
             self.say(text)
+
+    def fit(self, lines: Sequence[Row], rank: Callable[[Row], Any]) -> list[Row]:
+        """The lines that fit on the screen, those of least rank, in their order."""
+        kept = sorted(lines, key=rank)[: max(4, self.console.height - 5)]
+        return [line for line in lines if any(line is other for other in kept)]
 
 
 class Progress(LiveTable):
@@ -161,10 +161,10 @@ class Progress(LiveTable):
     def __init__(
         self, specs: Sequence[RunSpec], epochs: Mapping[str, int], console: Console, *, concurrent_runs: int
     ) -> None:
+        super().__init__(console)
         self.lines = {spec.key: _Line(spec, epochs[spec.key]) for spec in specs}
         self.concurrent_runs = concurrent_runs
         self.many_seeds = len({spec.seed for spec in specs}) > 1
-        super().__init__(console)
 
     def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
         """A run continues after the epochs of an earlier command."""
@@ -172,20 +172,18 @@ class Progress(LiveTable):
             line = self.lines[spec.key]
             line.last = history[-1]
             line.seconds = [row.train_seconds + row.eval_seconds for row in history]
-            self.say(f"{spec.title}: goes on after epoch {history[-1].epoch}/{line.epochs}")
+            self.say(f"{spec.title}: goes on after epoch {line.done}/{line.epochs}")
 
     def event(self, spec: RunSpec, event: Any) -> None:
         """An attempt began, or an epoch ended."""
         line = self.lines[spec.key]
         if isinstance(event, Started):
-            line.state = "starting"
             width = f"{event.world_size} of {spec.workers} workers" if event.world_size else ""
-            line.note = "; ".join(
-                filter(None, [width, event.reason and f"attempt {event.attempt}: {event.reason}"])
-            )
-            if event.reason:
-                again = f"trying again ({event.attempt}){' with ' * bool(width)}{width}"
-                self.say(f"{spec.title}: {event.reason}; {again}")
+            again = f"attempt {event.attempt}: {event.reason}" if event.reason else ""
+            line.state, line.note = "starting", "; ".join(filter(None, [width, again]))
+            if again:
+                width = width and f" with {width}"
+                self.say(f"{spec.title}: {event.reason}; trying again ({event.attempt}){width}")
             else:
                 self.log(f"{spec.title}: starting")
         elif isinstance(event, Waiting):
@@ -217,75 +215,44 @@ class Progress(LiveTable):
         """Seconds, by the median epoch so far; of a run that has not begun, by runs of the same network."""
         if line.state in ("done", "failed"):
             return 0.0
-        seconds = line.seconds or [
-            seconds
-            for other in self.lines.values()
-            for seconds in other.seconds
-            if (other.spec.network, other.spec.recipe) == (line.spec.network, line.spec.recipe)
-        ]
+        net = (line.spec.network, line.spec.recipe)
+        like = [other for other in self.lines.values() if (other.spec.network, other.spec.recipe) == net]
+        seconds = line.seconds or [seconds for other in like for seconds in other.seconds]
         return (line.epochs - line.done) * statistics.median(seconds) if seconds else None
 
     def render(self) -> Group:
-        """The runs that fit on the screen. Figures are whole; name, state, bar and note get what is left beside them."""
-        shown = self._shown()
-        cells: dict[str, list[str]] = {name: [] for name in LIVE_COLUMNS}
+        """The runs that fit on the screen. Figures are whole; the other columns get what is left beside them."""
+        ranks = {"training": 0, "starting": 0, "failed": 1, "waiting": 2}
+        lines, wide = list(self.lines.values()), self.console.width >= 60
+        shown = self.fit(lines, lambda line: ranks.get(line.state, 3))
+        names = COLUMNS if wide else ("run", *FIGURES)
+        table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0))
+        for name in names:
+            justify: Literal["left", "right"] = "left" if name in LEFT else "right"
+            table.add_column(name.replace("bar", ""), no_wrap=name in FIGURES, justify=justify)
         for line in shown:
             last = line.last
-            row = (
-                line.spec.title if self.many_seeds else line.spec.name,
-                f"{line.done}/{line.epochs}",
-                f"{last.loss:.3f}" if last else "",
-                f"{last.error:.2f}" if last else "",
-                f"{last.train_seconds:.2f}" if last else "",
-                clock(self._left(line)) if line.state == "training" else line.state,
-                line.note,
+            cells = {
+                "run": line.spec.title if self.many_seeds else line.spec.name,
+                "epoch": f"{line.done}/{line.epochs}",
+                "loss": f"{last.loss:.3f}" if last else "",
+                "error %": f"{last.error:.2f}" if last else "",
+                "s/epoch": f"{last.train_seconds:.2f}" if last else "",
+                "left": clock(self._left(line)) if line.state == "training" else line.state,
+                "": line.note,
+            }
+            bar = ProgressBar(
+                total=line.epochs, completed=line.done, width=24 if self.console.width >= 100 else 10
             )
-            for column, cell in zip(cells.values(), row, strict=True):
-                column.append(cell)
-        widths = {name: max(map(len, [name, *column])) for name, column in cells.items()}
-        gap = 2 if self.console.width >= 60 else 1
-        room = self.console.width - sum(widths[name] + gap for name in ("epoch", "loss", "error %", "s/epoch"))
-        for name, least in (("run", 8), ("left", widths["left"]), ("bar", 8), ("", 8)):
-            wanted = widths.get(name, BAR_WIDTH)
-            widths[name] = min(wanted, room) if room >= least else 0
-            room -= (widths[name] + gap) * bool(widths[name])
-        names = [
-            name for name in ("run", "epoch", "bar", "loss", "error %", "s/epoch", "left", "") if widths[name]
-        ]
-        table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0))
-        for name in names:
-            left = name in ("run", "epoch", "bar", "")
-            table.add_column(
-                name.replace("bar", ""), width=widths[name], no_wrap=True, justify="left" if left else "right"
-            )
-        for number, line in enumerate(shown):
-            style = {"done": "green", "failed": "red", "waiting": "dim"}.get(line.state, "")
-            bar = ProgressBar(total=line.epochs, completed=line.done)
-            table.add_row(*(bar if name == "bar" else escape(cells[name][number]) for name in names), style=style)
-        hidden = len(self.lines) - len(shown)
-        ended = sum(line.state in ("done", "failed") for line in self.lines.values())
-        lefts = [self._left(line) for line in self.lines.values()]
-        known = [left for left in lefts if left is not None]
-        total = clock(sum(known) / self.concurrent_runs) if len(known) == len(lefts) else "?"
-        footer = f"{ended} of {len(self.lines)} runs ended, left {total}"
-        if hidden:
-            footer += f", {hidden} not shown"
-        hint = "Ctrl-C stops; the same command resumes"
-        if len(footer) + 3 + len(hint) > self.console.width:
-            return Group(table, Text(footer, style="dim"), Text(hint, style="dim"))
-        return Group(table, Text(f"{footer}   {hint}", style="dim"))
-
-    def _shown(self) -> list[_Line]:
-        """The lines that fit on the screen, running ones first, in the order of the plan."""
-        room = max(4, self.console.height - 4)
-        lines = list(self.lines.values())
-        if len(lines) <= room:
-            return lines
-        ranked = sorted(
-            lines, key=lambda line: {"training": 0, "starting": 0, "failed": 1, "waiting": 2}.get(line.state, 3)
-        )
-        kept = {id(line) for line in ranked[:room]}
-        return [line for line in lines if id(line) in kept]
+            shapes = {name: Text(cell, no_wrap=True, overflow="ellipsis") for name, cell in cells.items()}
+            row = [bar if name == "bar" else shapes[name] for name in names]
+            table.add_row(*row, style=STYLES.get(line.state, ""))
+        ended = sum(line.state in ("done", "failed") for line in lines)
+        lefts = [left for line in lines if (left := self._left(line)) is not None]
+        total = clock(sum(lefts) / self.concurrent_runs) if len(lefts) == len(lines) else "?"
+        footer = f"{ended} of {len(lines)} runs ended, left {total}"
+        footer += f", {len(lines) - len(shown)} not shown" * (len(shown) < len(lines))
+        return Group(table, Text(f"{footer}   Ctrl-C stops; the same command resumes", style="dim"))
 
 
 class TrialTable(LiveTable):
@@ -294,11 +261,10 @@ class TrialTable(LiveTable):
     def __init__(self, sweep: Sweep, trials: list[Trial], console: Console, concurrent_runs: int) -> None:
         super().__init__(console)
         self.sweep, self.trials, self.concurrent_runs = sweep, trials, concurrent_runs
-        self.total, self.epochs = sweep.total, sweep.epochs
 
     def line(self, trial: Trial, text: str) -> None:
         """What happened to a trial; on a terminal the table shows it."""
-        self.log(f"trial {trial.number}/{self.total}: {text}")
+        self.log(f"trial {trial.number}/{self.sweep.total}: {text}")
 
     def left(self) -> float | None:
         """Seconds, from the epochs that trials so far have taken; None before the first epoch."""
@@ -306,9 +272,8 @@ class TrialTable(LiveTable):
         if not seconds:
             return None
         ended = [trial.epochs for trial in self.trials if trial.state != "running"]
-        expected = statistics.fmean(ended) if ended else self.epochs
-        epochs = (self.total - len(self.trials)) * expected
-        epochs += sum(max(0, self.epochs - t.epochs) for t in self.trials if t.state == "running")
+        epochs = (self.sweep.total - len(self.trials)) * (statistics.fmean(ended) if ended else self.sweep.epochs)
+        epochs += sum(max(0, self.sweep.epochs - t.epochs) for t in self.trials if t.state == "running")
         return epochs * statistics.median(seconds) / self.concurrent_runs
 
     def best(self) -> Trial | None:
@@ -317,33 +282,29 @@ class TrialTable(LiveTable):
 
     def summary(self) -> str:
         """3 running, 4 pruned, 9 finished, 1 failed of 32; best ...; left 1:20."""
-        counts = dict.fromkeys(("running", "pruned", "finished", "failed"), 0)
-        for trial in self.trials:
-            counts[trial.state] += 1
-        words = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        counts = Counter(trial.state for trial in self.trials)
+        states: tuple[State, ...] = ("running", "pruned", "finished", "failed")
+        words = ", ".join(f"{counts[state]} {state}" for state in states if counts[state])
         best = self.best()
         shown = f"; best {self.sweep.metric} {best.value:.4g} by {describe_trial(best)}" if best else ""
-        return f"{words or 'none begun'} of {self.total}{shown}; left {clock(self.left())}"
+        return f"{words or 'none begun'} of {self.sweep.total}{shown}; left {clock(self.left())}"
 
     def render(self) -> Group:
         """The trials that fit on the screen: running ones, the best, the latest."""
         names = list(dict.fromkeys(name for trial in self.trials for name in trial.fields))
         table = make_table("trial", "epoch", self.sweep.heading, *names, "", left=("",))
         best = self.best()
-        shown = sorted(self.trials, key=lambda t: (t.state != "running", t is not best, -t.number))
-        for trial in sorted(shown[: max(4, self.console.height - 5)], key=lambda t: t.number):
-            style = {"finished": "green", "failed": "red", "pruned": "dim"}.get(trial.state, "")
+        for trial in self.fit(self.trials, lambda t: (t.state != "running", t is not best, -t.number)):
             state: str = "finished, the best so far" if trial is best else trial.state
-            if trial.state == "running" and trial.epochs == self.epochs:
+            if trial.state == "running" and trial.epochs == self.sweep.epochs:
                 state = "last evaluation"
-            fields = (format_value(trial.fields[name]) if name in trial.fields else "" for name in names)
             table.add_row(
                 str(trial.number),
-                f"{trial.epochs}/{self.epochs}",
+                f"{trial.epochs}/{self.sweep.epochs}",
                 "" if trial.last is None else f"{trial.last:.4g}",
-                *fields,
+                *(format_value(trial.fields[name]) if name in trial.fields else "" for name in names),
                 f"{state} {trial.reason}".rstrip(),
-                style="bold green" if trial is best else style,
+                style="bold green" if trial is best else STYLES.get(trial.state, ""),
             )
         hint = Text("Ctrl-C stops; the same sweep continues with --resume", style="dim")
         return Group(table, Text(self.summary(), style="dim"), hint)
@@ -357,15 +318,11 @@ def describe_trial(trial: Trial) -> str:
 class JsonLines:
     """A JSON object per epoch, for programs. "time" is training seconds since epoch 0 began."""
 
+    live = staticmethod(nullcontext)
+
     def __init__(self, file: IO[str]) -> None:
         self.file = file
         self.seconds: dict[str, float] = defaultdict(float)
-
-    def __enter__(self) -> JsonLines:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
 
     def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
         """Epochs of an earlier command count in the time; they are not printed again."""

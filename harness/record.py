@@ -92,19 +92,25 @@ def classify(failed: Failed) -> Failure:
     return Failure(kind="exception", message=f"{name}: {message}", traceback=failed.traceback)
 
 
-def lock_run(spec: RunSpec, label: str, out: Path) -> FileLock:
-    """Lock a run against other commands. Raises UserError where one of them is training it."""
+def lock_file(path: Path, busy: str) -> FileLock:
+    """Lock a file against other commands. Raises UserError, with `busy` where one of them has locked it."""
     from filelock import FileLock, Timeout
 
-    (out / ".locks").mkdir(exist_ok=True)
-    lock = FileLock(out / ".locks" / f"{name_of(spec, label)}.lock")
+    lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise UserError(f"{spec.title} is being trained by another harness command in --out {out}") from None
+        raise UserError(busy) from None
     except OSError as error:
-        raise UserError(f"{spec.title} cannot be locked in --out {out}: {error.strerror}") from None
+        raise UserError(f"{path} cannot be locked: {error.strerror}") from None
     return lock
+
+
+def lock_run(spec: RunSpec, label: str, out: Path) -> FileLock:
+    """Lock a run against other commands. Raises UserError where one of them is training it."""
+    (out / ".locks").mkdir(exist_ok=True)
+    busy = f"{spec.title} is being trained by another harness command in --out {out}"
+    return lock_file(out / ".locks" / f"{name_of(spec, label)}.lock", busy)
 
 
 @dataclass(slots=True)

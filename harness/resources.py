@@ -7,49 +7,32 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from harness.cluster.job import PLACEMENTS, Allocation, Placement
-from harness.plan import Grid, check_count
+from harness.cluster.job import Allocation
+from harness.options import Grid, Resources, check_options
+from harness.plan import GPU_PRECISIONS
 from harness.results.remote import join_uri
-from harness.spec import RunPaths, RunSpec, UserError, check_word
+from harness.spec import RunPaths, RunSpec, UserError
 
 if TYPE_CHECKING:
     from harness.cluster.nodes import Cluster
 
-LAUNCHERS = ("auto", "ray", "local")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resources:
-    """What a command may use."""
-
-    gpus: int | None = None  # None: all
-    workers: int | None = None  # ranks of a run; None: all GPUs
-    runs_per_gpu: int = 1
-    address: str | None = None  # of a running Ray cluster; None: this machine
-    launcher: str = "auto"  # local for one run with one worker on this machine, else ray
-    placement: Placement = "pack"
-    verbose: bool = False
+Runs = Generator[tuple[RunSpec, Any], None, None]
 
 
 def check_resources(resources: Resources) -> None:
     """Raise UserError for what can be seen to be wrong without devices."""
-    check_word(resources.launcher, LAUNCHERS, "--launcher")
-    check_word(resources.placement, PLACEMENTS, "--placement")
-    check_count(resources.gpus, "--gpus", least=0)
-    check_count(resources.workers, "--workers")
-    check_count(resources.runs_per_gpu, "--runs-per-gpu")
-    if resources.runs_per_gpu > 1 and resources.workers not in (None, 1):
-        raise UserError(
-            f"--runs-per-gpu {resources.runs_per_gpu}: runs that share a GPU have one worker, not {resources.workers}"
-        )
+    check_options(resources)
+    share, several = resources.runs_per_gpu, resources.workers not in (None, 1)
+    if share > 1 and several:
+        raise UserError(f"--runs-per-gpu {share}: runs that share a GPU have one worker, not {resources.workers}")
     if resources.launcher != "local":
         return
     if resources.address is not None:
         raise UserError("--address is for --launcher ray: the local launcher uses this process only")
-    if resources.workers not in (None, 1):
+    if several:
         raise UserError(f"--launcher local runs one worker, not {resources.workers}; --launcher ray runs more")
-    if resources.runs_per_gpu > 1:
-        raise UserError(f"--launcher local runs one process; --runs-per-gpu {resources.runs_per_gpu} needs ray")
+    if share > 1:
+        raise UserError(f"--launcher local runs one process; --runs-per-gpu {share} needs ray")
 
 
 def make_allocation(grid: Grid, resources: Resources, stack: ExitStack) -> Allocation:
@@ -114,8 +97,7 @@ def allocate(
     resources: Resources, *, have_gpus: int, have_cpus: int, precision: str, where: str = "this machine"
 ) -> Allocation:
     """Divide what `where` has among concurrent runs. Raises UserError where there is less than was asked for."""
-    gpus = have_gpus if resources.gpus is None else resources.gpus
-    share = resources.runs_per_gpu
+    gpus, share = have_gpus if resources.gpus is None else resources.gpus, resources.runs_per_gpu
     if gpus > have_gpus:
         have = f"{have_gpus} GPU{'s' * (have_gpus != 1)}" if have_gpus else "no GPU"
         raise UserError(f"--gpus {gpus}: {where} has {have}" + ("; --gpus 0 trains on the CPU" * (not have_gpus)))
@@ -123,7 +105,7 @@ def allocate(
         workers = resources.workers or 1
         if workers > have_cpus:
             raise UserError(f"--workers {workers}: {where} has {have_cpus} CPU cores, and each worker needs one")
-        if precision in ("tf32", "fp16"):
+        if precision in GPU_PRECISIONS:
             raise UserError(f"--precision {precision} needs a GPU; on the CPU fp32 and bf16 are allowed")
         if share > 1:
             raise UserError(f"--runs-per-gpu {share} needs a GPU; leave it out on the CPU")
@@ -171,9 +153,7 @@ class Session:
             join_cluster(self.stack, None, cpus=cpus, gpus=job.gpus, verbose=resources.verbose)
             self.joined = True
 
-    def launch(
-        self, train: Callable[..., Any], specs: Sequence[RunSpec], **callbacks: Any
-    ) -> Generator[tuple[RunSpec, Any], None, None]:
+    def launch(self, train: Callable[..., Any], specs: Sequence[RunSpec], **callbacks: Any) -> Runs:
         """Launch `train(spec, worker, report)` for each spec; yields (spec, outcome) as `harness.cluster.launch` does.
 
         A Ray cluster of this machine is started at the first call that needs one. `callbacks` are the launcher's.
@@ -185,5 +165,4 @@ class Session:
         self.join()
         at_uri = self.paths.remote and self.resources.address
         storage = join_uri(self.paths.remote, ".ray") if at_uri else self.paths.out / ".ray"
-        runs = launch(train, specs, replace(self.allocation, storage=storage), **callbacks)
-        return cast("Generator[tuple[RunSpec, Any], None, None]", runs)
+        return cast("Runs", launch(train, specs, replace(self.allocation, storage=storage), **callbacks))

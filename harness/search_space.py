@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -92,38 +91,35 @@ def apply(variant: Variant, settings: Mapping[str, Any]) -> tuple[Variant, tuple
 
 def _parse_dimension(text: str) -> Dimension:
     what = f"--search {text!r}"
-    match = re.fullmatch(r"\s*([\w-]+)\s*=\s*(\w+)\s*\((.*)\)\s*", text)
-    if match is None:
-        name, _, rest = text.partition("=")
-        _field(name, "--search", text)
-        check_word(rest.partition("(")[0].strip(), FUNCTIONS, f"{what}: function")
+    name, _, rest = text.partition("=")
+    name = _field(name, "--search", text)
+    function, bracket, inside = rest.strip().partition("(")
+    check_word(function.strip(), FUNCTIONS, f"{what}: function")
+    if not (bracket and inside.endswith(")")):
         raise UserError(f"{what}: FIELD=FUNCTION(a,b) is allowed, as in --search 'lr=loguniform(0.01,1)'")
-    name = _field(match[1], "--search", text)
-    function: Any = match[2]
-    check_word(function, FUNCTIONS, f"{what}: function")
-    words = [word.strip() for word in match[3].split(",")]
-    hint = _HINTS[name]
+    kind: Any = function.strip()
+    hint, words = _HINTS[name], [word.strip() for word in inside[:-1].split(",")]
     if get_origin(hint) is tuple:
         raise UserError(
             f"{what}: {name} is a list of numbers and cannot be searched; --set of `harness run` sets it"
         )
-    if function in ("choice", "grid"):
+    if kind in ("choice", "grid"):
         values = tuple(dict.fromkeys(_value(name, word, what) for word in words))
-        return Dimension(field=name, function=function, values=values)
+        return Dimension(field=name, function=kind, values=values)
     if hint not in (float, int):
         raise UserError(f"{what}: {name} is no number; choice(...) and grid(...) are allowed")
-    if function != "randint" and hint is int:
+    if kind != "randint" and hint is int:
         raise UserError(f"{what}: {name} is a whole number; randint, choice and grid are allowed")
     if len(words) != 2:
-        raise UserError(f"{what}: {function} takes two numbers, the lowest and the highest")
+        raise UserError(f"{what}: {kind} takes two numbers, the lowest and the highest")
     low, high = (_value(name, word, what) for word in words)
     if not low < high:
         raise UserError(f"{what}: the lowest number must be below the highest")
-    if function == "loguniform" and low <= 0:
+    if kind == "loguniform" and low <= 0:
         raise UserError(f"{what}: loguniform needs numbers above 0")
-    if function == "randint" and not (float(low).is_integer() and float(high).is_integer()):
+    if kind == "randint" and not (float(low).is_integer() and float(high).is_integer()):
         raise UserError(f"{what}: randint takes whole numbers")
-    return Dimension(field=name, function=function, values=(low, high))
+    return Dimension(field=name, function=kind, values=(low, high))
 
 
 def _field(word: str, option: str, text: str) -> str:
@@ -142,15 +138,14 @@ def _value(name: str, word: str, what: str) -> Any:
         return word
     if type(None) in get_args(hint) and word.lower() == "none":
         return None
+    several = get_origin(hint) is tuple
     try:
         if hint is bool and word.lower() not in ("true", "false"):  # pydantic takes 1 and yes, too
             raise ValueError
-        value = TypeAdapter(hint).validate_python(word.split(",") if get_origin(hint) is tuple else word)
+        value = TypeAdapter(hint).validate_python(word.split(",") if several else word)
     except ValueError:
         kind = "true or false" if hint is bool else f"a {'' if 'float' in str(hint) else 'whole '}number"
         raise UserError(f"{what}: {name} is {kind}, not {word!r}") from None
-    if any(
-        not math.isfinite(number) or number < 0 for number in (value if isinstance(value, tuple) else (value,))
-    ):
+    if not all(math.isfinite(number) and number >= 0 for number in (value if several else (value,))):
         raise UserError(f"{what}: {name} {word} is not a number from 0 up")
     return value

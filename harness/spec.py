@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -117,6 +117,22 @@ class RunSpec:
         # not the validated values: 180 would have become 180.0, and the key with it
         made = {name: part(**_as_tuples(values[name])) for name, part in parts.items()}
         return cls(**{**_as_tuples(values), **made})
+
+
+def load_specs(paths: Iterable[str | Path]) -> tuple[RunSpec, ...]:
+    """The runs of record.json and spec.json files. Raises UserError where a file holds none."""
+    specs = []
+    for path in paths:
+        try:
+            values = json.loads(Path(path).read_bytes())
+            specs.append(
+                RunSpec.from_json(values["spec"] if isinstance(values, dict) and "spec" in values else values)
+            )
+        except OSError as error:
+            raise UserError(f"--spec {path}: {error.strerror or error}") from None
+        except ValueError as error:  # of JSON too
+            raise UserError(f"--spec {path} holds no run's specification: {error}") from None
+    return tuple(specs)
 
 
 def _as_tuples(values: dict[str, Any]) -> dict[str, Any]:

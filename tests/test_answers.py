@@ -17,8 +17,8 @@ from records import ENVIRONMENT, make_record
 from harness import cli, plan
 from harness.commands import run
 from harness.commands.repro import make_command, make_repro
-from harness.commands.run import RunOptions
 from harness.models.variants import VARIANTS
+from harness.options import ENGINES, RunOptions
 from harness.resources import allocate, fill_from_specs
 from harness.results.store import Stored, finish
 from harness.results.values import Failure
@@ -143,11 +143,7 @@ REPEATED: list[dict[str, Any]] = [
     {"settings": ("lr=0.05", "weight_decay=0.0005")},
     {"workers": 8, "precision": "bf16", "loader": "dataloader", "limit_train": 1000},
     {"variants": ("he2015",), "depths": (110,)},
-    *(
-        {"variants": (name,), "depths": (), "engine": engine}
-        for name in tuple(VARIANTS)
-        for engine in plan.ENGINES
-    ),
+    *({"variants": (name,), "depths": (), "engine": engine} for name in tuple(VARIANTS) for engine in ENGINES),
 ]
 
 
@@ -172,7 +168,7 @@ def test_the_command_of_repro_plans_the_same_run(
         cli.main()
     ((grid, options),) = grids
     assert options.out == "repro"
-    resources = fill_from_specs(options.resources, grid, 8)
+    resources = fill_from_specs(options, grid, 8)
     allocation = allocate(resources, have_gpus=8, have_cpus=8, precision=grid.precision)
     (spec,) = plan.expand(grid, allocation, fingerprint="f" * 64, train_images=50_000)
     assert (spec.key, spec.engine) == (record.key, record.spec["engine"])

@@ -13,12 +13,13 @@ import torch
 from harness import cli
 from harness.checklist import Result
 from harness.commands import check
-from harness.commands.check import CHECKS, Target
+from harness.commands.check import CHECKS
+from harness.options import CheckOptions
 
 pytest_plugins = ["nvml_stub"]
 
 
-def look(name: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+def look(name: str, target: CheckOptions, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     """State and detail of one check."""
     monkeypatch.setattr(check, "CHECKS", {name: CHECKS[name]})
     (result,) = check.examine(target)
@@ -66,34 +67,34 @@ def test_what_is_missing_is_one_line_with_advice(
 
 def test_data_folders_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train").mkdir()
-    assert look("data", Target(tmp_path, tmp_path), monkeypatch)[0] == "missing"
+    assert look("data", CheckOptions(out=tmp_path, data_dir=tmp_path), monkeypatch)[0] == "missing"
     (tmp_path / "test").mkdir()
-    state, detail = look("data", Target(tmp_path, tmp_path), monkeypatch)
+    state, detail = look("data", CheckOptions(out=tmp_path, data_dir=tmp_path), monkeypatch)
     assert (state, detail.startswith("class folders in ")) == ("ok", True)
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/proc/self").exists(), reason="needs a folder nobody writes to")
 def test_a_folder_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    state, detail = look("storage", Target(Path("/proc/self/nowhere")), monkeypatch)
+    state, detail = look("storage", CheckOptions(out=Path("/proc/self/nowhere")), monkeypatch)
     assert (state, "/proc/self" in detail) == ("missing", True)
 
 
 def test_no_cluster_is_a_finding_and_a_bad_address_a_mistake(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finding = look("cluster", Target(tmp_path, address="127.0.0.1:1"), monkeypatch)
+    finding = look("cluster", CheckOptions(out=tmp_path, address="127.0.0.1:1"), monkeypatch)
     assert Result("cluster", *finding).line().startswith("missing  cluster: no Ray cluster answers")
     code, _, err = run(["--address", "nonsense"], capsys, monkeypatch)
     assert (code, err.count("\n")) == (2, 1)
 
 
 def test_a_check_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(target: Target) -> str:
+    def broken(target: CheckOptions) -> str:
         raise OSError("libcudart.so: cannot open\nand more")
 
     for name in ("torch", "GPU", "DALI"):
         monkeypatch.setitem(CHECKS, name, broken)
-    found = {result.name: result for result in check.examine(Target(tmp_path))}
+    found = {result.name: result for result in check.examine(CheckOptions(out=tmp_path))}
     assert found["DALI"] == Result("DALI", "missing", "the check failed: libcudart.so: cannot open")
 
 
@@ -119,7 +120,7 @@ def test_builds_that_do_not_fit(
     monkeypatch.setattr(torch.version, "cuda", build)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(check, "installed_version", lambda package: "2.4.0" if package == wheel else None)
-    state, detail = look("GPU", Target(Path()), monkeypatch)
+    state, detail = look("GPU", CheckOptions(out=Path()), monkeypatch)
     assert (state, words in detail) == ("ok" if ok else "missing", True)
     nvml.set(FAIL="nvmlInitWithFlags=9")
-    assert look("GPU", Target(Path()), monkeypatch)[0] == "absent", "no driver"
+    assert look("GPU", CheckOptions(out=Path()), monkeypatch)[0] == "absent", "no driver"

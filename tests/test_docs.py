@@ -12,7 +12,7 @@ import typer.main
 from command import harness
 
 from harness import cli, plan
-from harness.search_space import parse_search, parse_settings
+from harness.search_space import parse_search
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (
@@ -46,19 +46,10 @@ def test_the_pages_have_commands() -> None:
 @pytest.mark.parametrize("words", [case for case in COMMANDS if case.values[0][0] == "harness"])  # type: ignore[index]
 def test_a_harness_command_is_taken(words: list[str]) -> None:
     command = typer.main.get_command(cli.app).commands[words[1]]  # type: ignore[attr-defined]
-    given = command.make_context(words[1], words[2:], resilient_parsing=False).params
-    if words[1] == "run":
-        grid = plan.Grid(
-            variants=plan.parse_words(given["variants"], "--variants"),
-            depths=plan.parse_depths(given["depths"]) if given["depths"] else (),
-            seeds=plan.parse_seeds(given["seeds"]),
-            dataset=given["dataset"],
-            loader=given["loader"],
-            precision=given["precision"],
-            engine=given["engine"],
-            settings=parse_settings(given["settings"] or ()),
-        )
-        plan.check_grid(grid)
+    params = command.make_context(words[1], words[2:], resilient_parsing=False).params
+    given = cli.chosen(params)
+    if words[1] == "run" and "specs" not in given:  # those files are not here
+        plan.check_grid(plan.make_grid(given))
     if words[1] == "tune":
         assert parse_search(given["search"])
 

@@ -10,24 +10,21 @@ from typing import Any
 import pytest
 
 from harness.models.variants import VARIANTS, he2015, msra
+from harness.options import Grid, Resources
 from harness.plan import (
-    Grid,
     check_epochs,
     check_grid,
     check_out,
     choose_engine,
     expand,
     fallback_world_sizes,
-    make_spec_grid,
+    make_grid,
     override,
-    parse_depths,
-    parse_seeds,
-    parse_variants,
-    parse_words,
     pending,
 )
-from harness.resources import Resources, allocate, check_resources, choose_launcher
+from harness.resources import allocate, check_resources, choose_launcher
 from harness.spec import RunSpec, UserError
+from harness.words import parse_depths, parse_seeds, parse_variants, parse_words
 
 CPU = allocate(Resources(gpus=0, workers=1), have_gpus=0, have_cpus=2, precision="fp32")
 
@@ -209,6 +206,13 @@ def test_a_width_that_cannot_be_is_refused(elastic: int, says: str) -> None:
         fallback_world_sizes(elastic, wide(8))
 
 
+def test_a_grid_is_the_same_from_words_and_from_values() -> None:
+    words = {"variants": "msra,he2015", "depths": "20..32", "seeds": "2", "settings": ["lr=0.05"], "epochs": 9}
+    values = {"variants": ("msra", "he2015"), "depths": (20, 26, 32), "seeds": (0, 1), "settings": {"lr": 0.05}}
+    assert make_grid(words) == make_grid(values | {"epochs": 9})
+    assert make_grid({"preset": "cfmz", "depths": "8"}).networks == (("msra", 8),)
+
+
 # --- --spec ---
 
 
@@ -218,10 +222,9 @@ def write_spec(path: Path, spec: RunSpec, **more: Any) -> Path:
     return path
 
 
-def respec(path: Path, *given: str, allocation: Any = CPU, **changes: Any) -> list[RunSpec]:
+def respec(path: Path, allocation: Any = CPU, **given: Any) -> list[RunSpec]:
     """The runs of a --spec file with some options given."""
-    grid = make_spec_grid([path], Grid(variants=("he2015",), **changes), given)
-    return expand(grid, allocation, fingerprint="f" * 64, train_images=50_000)
+    return expand(make_grid({"specs": [path], **given}), allocation, fingerprint="f" * 64, train_images=50_000)
 
 
 @pytest.mark.parametrize("name", tuple(VARIANTS))
@@ -239,17 +242,15 @@ def test_every_variant_and_engine_comes_back_from_its_json(name: str, tmp_path: 
 def test_options_change_a_given_spec(tmp_path: Path) -> None:
     (spec,) = specs(epochs=10, settings={"lr": 0.05})
     path = write_spec(tmp_path / "spec.json", spec)
-    assert [run.seed for run in respec(path, "seeds", seeds=(3, 5))] == [3, 5]
-    (changed,) = respec(
-        path, "loader", epochs=20, batch_size=64, loader="resident", engine="compile", settings={"lr": 0.2}
-    )
+    assert [run.seed for run in respec(path, seeds=(3, 5))] == [3, 5]
+    (changed,) = respec(path, epochs=20, batch_size=64, loader="resident", engine="compile", settings={"lr": 0.2})
     assert changed.overrides == ("lr=0.2", "epochs=20", "batch_size=64")
     assert (changed.loader, changed.engine, changed.seed) == ("resident", "compile", spec.seed)
     assert changed.recipe.milestones == tuple(2 * m for m in spec.recipe.milestones)
     (slow,) = respec(path, deterministic=True)
     assert (slow.key != spec.key, "deterministic" in spec.to_json()) == (True, False)
     assert respec(write_spec(tmp_path / "slow.json", slow)) == [slow], "kept where the option is not given"
-    (other,) = respec(path, "dataset", dataset="digits")
+    (other,) = respec(path, dataset="digits")
     assert (other.dataset, other.recipe) == ("digits", spec.recipe)
 
 
@@ -274,12 +275,12 @@ def test_a_spec_that_cannot_be_trained_is_one_line(tmp_path: Path) -> None:
             respec(path)
         assert "\n" not in str(caught.value)
     path.write_text("{")
-    for option, says in {"variants": "exclude each other", "": "holds no run's specification"}.items():
+    for given, says in (({"variants": "msra"}, "exclude each other"), ({}, "holds no run's specification")):
         with pytest.raises(UserError, match=says):
-            respec(path, *filter(None, [option]))
+            respec(path, **given)
     one, two = write_spec(tmp_path / "1", spec), write_spec(tmp_path / "2", replace(spec, dataset="digits"))
     with pytest.raises(UserError, match="on cifar10 and on digits; a command trains on one data set"):
-        make_spec_grid([one, two], Grid(variants=()), ())
+        make_grid({"specs": [one, two]})
 
 
 def test_one_run_with_one_worker_on_this_machine_needs_no_ray() -> None:

@@ -13,7 +13,6 @@ import pytest
 import typer
 
 from harness import cli, plan
-from harness.search_space import parse_settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -51,17 +50,12 @@ def test_every_command_is_one_that_the_harness_takes(tiny: bool) -> None:
         if step.kind == "peers":
             continue
         command = app.commands[step.kind]  # type: ignore[attr-defined]
-        given = command.make_context(step.kind, list(step.words)).params
-        assert given["gpus" if "gpus" in given else "dataset"] is not None
+        params = command.make_context(step.kind, list(step.words)).params
+        given = cli.chosen(params)
+        assert ("gpus" if "gpus" in params else "dataset") in given
         if step.kind != "run":
             continue
-        sweep = plan.Grid(
-            variants=plan.parse_words(given["variants"], "--variants"),
-            depths=plan.parse_depths(given["depths"]) if given["depths"] else (),
-            seeds=plan.parse_seeds(given["seeds"]), dataset=given["dataset"], loader=given["loader"],
-            precision=given["precision"], epochs=given["epochs"], val=given["val"], limit_train=given["limit_train"],
-            settings=parse_settings(given["settings"] or ()),
-        )  # fmt: skip
+        sweep = plan.make_grid(given)
         plan.check_grid(sweep)
         specs = plan.expand(sweep, width, fingerprint="f", train_images=50_000)
         if tiny:

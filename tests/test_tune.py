@@ -15,8 +15,9 @@ from test_store import make_record
 from harness import search_space as space
 from harness.cluster.job import Started, Worker
 from harness.commands import study
-from harness.commands.study import SCHEDULERS, Journal, Study
+from harness.commands.study import Journal, Study
 from harness.models.variants import he2015, msra
+from harness.options import SCHEDULERS
 from harness.results.explain import why
 from harness.results.report.table import render
 from harness.results.rows import summarise

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import requires
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from harness.checklist import CHECKS as MEASURED
 from harness.checklist import STYLES, Result
+from harness.options import CheckOptions, Grid, Resources
 from harness.preflight import LEAST_DISK_GIB, free_gib
 from harness.record import DALI_WHEELS, installed_version
 from harness.spec import UserError
@@ -34,17 +35,6 @@ DATA_FOLDERS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a user wants to run with."""
-
-    out: Path
-    data_dir: Path | None = None
-    address: str | None = None
-    gpus: int | None = None  # None: all
-    quick: bool = False  # nothing is measured
-
-
 class Missing(Exception):  # noqa: N818
     """What is wrong, and advice."""
 
@@ -53,7 +43,7 @@ class Absent(Missing):
     """Not needed for runs on the CPU, nor named by the user."""
 
 
-def check_torch(target: Target) -> str:
+def check_torch(target: CheckOptions) -> str:
     if installed_version("torch") is None:
         raise Missing("not installed", "pip install torch torchvision")
     import torch
@@ -66,7 +56,7 @@ def check_torch(target: Target) -> str:
     return detail
 
 
-def check_gpu(target: Target) -> str:
+def check_gpu(target: CheckOptions) -> str:
     """Whether torch's CUDA, the driver's and DALI's fit together, and what they may use."""
     import torch
 
@@ -100,7 +90,7 @@ def check_gpu(target: Target) -> str:
     return f"{count}; {detail}"
 
 
-def check_dali(target: Target) -> str:
+def check_dali(target: CheckOptions) -> str:
     wheels = [f"{name} {version}" for name in DALI_WHEELS if (version := installed_version(name)) is not None]
     other = "or choose --loader resident"
     if not wheels:
@@ -114,7 +104,7 @@ def check_dali(target: Target) -> str:
     return wheels[0]
 
 
-def check_ray(target: Target) -> str:
+def check_ray(target: CheckOptions) -> str:
     version = installed_version("ray")
     pin = next((line for line in requires("resnet-harness") or () if re.match(r"ray\b", line)), "")
     low, high = sorted(tuple(map(int, pair)) for pair in re.findall(r"[=<](\d+)\.(\d+)", pin))
@@ -125,7 +115,7 @@ def check_ray(target: Target) -> str:
     return version
 
 
-def check_cluster(target: Target) -> str:
+def check_cluster(target: CheckOptions) -> str:
     from harness.cluster.connect import ClusterError, connect, disconnect
 
     try:
@@ -137,7 +127,7 @@ def check_cluster(target: Target) -> str:
     return f"{cluster.nodes} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}"
 
 
-def check_storage(target: Target) -> str:
+def check_storage(target: CheckOptions) -> str:
     """Write, rename and lock as results and checkpoints are stored. Leaves nothing behind."""
     from filelock import FileLock
 
@@ -153,7 +143,7 @@ def check_storage(target: Target) -> str:
     return f"{where} takes files, renames and locks"
 
 
-def check_disk(target: Target) -> str:
+def check_disk(target: CheckOptions) -> str:
     """Of results, and of what processes share in memory: Ray's object store, NCCL."""
     where, shared = _nearest(target.out), Path("/dev/shm")
     free, needed = f"{free_gib(where):.1f} GiB free in {where}", f"at least {LEAST_DISK_GIB:.0f} are needed"
@@ -164,7 +154,7 @@ def check_disk(target: Target) -> str:
     return free
 
 
-def check_data(target: Target) -> str:
+def check_data(target: CheckOptions) -> str:
     from harness.loaders.cache import cache_dir
 
     if target.data_dir is None:
@@ -182,13 +172,13 @@ def check_data(target: Target) -> str:
     raise Missing(f"nothing known in {root}", expected)
 
 
-CHECKS: dict[str, Callable[[Target], str]] = {
+CHECKS: dict[str, Callable[[CheckOptions], str]] = {
     "torch": check_torch, "GPU": check_gpu, "DALI": check_dali, "Ray": check_ray, "cluster": check_cluster,
     "storage": check_storage, "disk": check_disk, "data": check_data,
 }  # fmt: skip
 
 
-def examine(target: Target) -> Iterator[Result]:
+def examine(target: CheckOptions) -> Iterator[Result]:
     """What is here, as it is looked at. A check that breaks is a line, not a traceback."""
     for name, check in CHECKS.items():
         if name == "cluster" and target.address is None:
@@ -201,12 +191,11 @@ def examine(target: Target) -> Iterator[Result]:
             yield Result(name, "missing", f"the check failed: {_reason(error)}")
 
 
-def measure_all(target: Target) -> Iterator[Result]:
+def measure_all(target: CheckOptions) -> Iterator[Result]:
     """All checks of every GPU here, or of one of each kind in a cluster, then those of several ranks. What GPUs come to
     is known to later runs."""
     from harness.loaders.cache import cache_dir
-    from harness.plan import Grid
-    from harness.resources import Resources, make_allocation
+    from harness.resources import make_allocation
     from harness.selfcheck import find_devices, make_ranks
 
     resources = Resources(gpus=target.gpus, address=target.address)
@@ -227,7 +216,7 @@ def measure_all(target: Target) -> Iterator[Result]:
         yield Result("several ranks", "skipped", f"they need two {'GPUs' if on_gpu else 'CPU cores'}")
 
 
-def print_findings(target: Target, console: Console) -> int:
+def print_findings(target: CheckOptions, console: Console) -> int:
     """Print a line for each finding. Returns 0 where nothing is missing that runs on the CPU need, and no measured check
     failed, else 1.
 

@@ -15,44 +15,23 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 
-from harness import plan
 from harness.loaders.datasets import Dataset, Split, limit, load_dataset
 from harness.loaders.loader import make_evaluation_loader
 from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_normalize
 from harness.models.build import SMALLEST_IMAGE, build
 from harness.models.imagenet import ImageNetResNet
 from harness.models.variants import Variant, default_depth, find_variant
+from harness.options import EvalOptions, check_options
 from harness.progress import say
 from harness.results.published import load_published
 from harness.results.store import load_records
-from harness.spec import RunSpec, UserError, check_word
+from harness.spec import RunSpec, UserError
 from harness.training.evaluation import MultiScale, evaluate
 from harness.training.setup import EVAL_BATCH_SIZE, split_data
 from harness.training.step import set_precision
 from harness.training.weights import WeightsError, load_metadata, load_weights, match_weights
 
-AVERAGES = ("logits", "probabilities")
 MULTI_SCALE_PIXELS = EVAL_BATCH_SIZE * 32 * 32  # in a batch, so that memory does not grow with the scale
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvalOptions:
-    """What to evaluate, and on which images."""
-
-    weights: Path
-    variant: str | None = None  # None: the one that the weights name
-    depth: int | None = None  # None: the one that the weights name, or the variant's default
-    dataset: str = "cifar10"
-    data_dir: Path | None = None
-    scales: tuple[int, ...] = ()  # none: images as in training's evaluation, one centre crop
-    average: str = "logits"
-    mirror: bool = True
-    pool_window: int | None = None  # None: over all of the map
-    save_probabilities: Path | None = None  # at each scale
-    normalize: Normalize | None = None  # None: the recipe's
-    predictions: Path | None = None
-    batch_size: int | None = None
-    limit: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,14 +44,6 @@ class Errors:
     error: float
     top5_error: float | None  # None for five classes or fewer
     notes: tuple[str, ...]  # how scores were averaged, what was published, what is left over in the file
-
-
-def parse_scales(text: str) -> tuple[int, ...]:
-    """ "96,112,128" -> (96, 112, 128), in pixels."""
-    words = plan.parse_words(text, "--scales")
-    if not all(word.isascii() and word.isdecimal() and 0 < int(word) < 10_000 for word in words):
-        raise UserError(f"--scales {text!r}: whole numbers of pixels from 1 to 9999 are allowed, as in 96,112,128")
-    return tuple(map(int, words))
 
 
 def parse_normalize(mean: str | None, std: str | None) -> Normalize | None:
@@ -98,9 +69,8 @@ def evaluate_weights(options: EvalOptions) -> Errors:
     On the GPU where there is one, in fp32. One centre crop in the recipe's size, or, with scales, the whole image
     at each of them, and mirrored where the data set allows it. Raises UserError.
     """
-    for name in ("batch_size", "limit", "pool_window"):
-        plan.check_count(getattr(options, name), f"--{name.replace('_', '-')}")
-    check_word(options.average, AVERAGES, "--average")
+    check_options(options)
+    parse_normalize(options.mean, options.std)
     for_scales = {
         "--average": options.average != "logits", "--no-mirror": not options.mirror,
         "--save-probabilities": options.save_probabilities is not None,
@@ -134,7 +104,7 @@ def _evaluate(options: EvalOptions) -> Errors:
     augment = Augment(recipe.pad, recipe.pad_mode, recipe.crop, False, recipe.scale_range)
     if scales:
         augment = Augment(0, recipe.pad_mode, None, False)
-    normalize = options.normalize or make_normalize(
+    normalize = parse_normalize(options.mean, options.std) or make_normalize(
         recipe.normalize, _training_images(options.weights, about, variant, dataset)
     )
     config = LoaderConfig(

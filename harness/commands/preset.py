@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
-from harness.models.presets import Preset, find_preset
+from harness.models.presets import find_preset
 from harness.results.metrics import figures
 from harness.results.published import Published, find_published
 from harness.results.rows import Row
@@ -14,8 +14,7 @@ from harness.results.store import load_epochs
 from harness.spec import UserError
 
 
-@dataclass(frozen=True, slots=True)
-class PresetTable:
+class PresetTable(NamedTuple):
     rows: list[Row]
     columns: tuple[str, ...]
     below: list[str]  # lines
@@ -23,37 +22,28 @@ class PresetTable:
 
 
 def make_preset_table(name: str, rows: Sequence[Row]) -> PresetTable:
-    """The table of a preset out of all rows. Raises UserError for an unknown preset."""
+    """A source's table out of all rows: those of its variants on its data set, in its order; other depths follow its own.
+
+    Raises UserError for an unknown preset.
+    """
     try:
         preset = find_preset(name)
     except ValueError as error:
         raise UserError(f"--preset: {error}") from None
-    mine = select_rows(rows, preset)
-    return PresetTable(mine, tuple(preset.columns), *judge_rows(mine, preset))
-
-
-def select_rows(rows: Sequence[Row], preset: Preset) -> list[Row]:
-    """The rows of the preset's variants on its data set, in the order of its table; other depths follow its own."""
-    own = preset.select()
-    names = [name for name, _ in own]
-    mine = [row for row in rows if row.variant in names and row.fields.get("dataset") == preset.dataset]
+    own = list(preset.select())
+    names = [variant for variant, _ in own]
 
     def place(row: Row) -> tuple[int, int]:
         return (own.index(key) if (key := (row.variant, row.depth)) in own else len(own), names.index(row.variant))
 
-    return sorted(mine, key=place)
-
-
-def judge_rows(rows: Sequence[Row], preset: Preset) -> tuple[list[str], bool]:
-    """What is said below the table, and whether every finished row is as accurate as the source demands."""
-    ran = {(row.variant, row.depth) for row in rows}
-    lines = [
-        f"not run yet: {name}-{depth}, published {_cite(entry)}"
-        for name, depth in preset.select()
-        if (name, depth) not in ran and (entry := find_published(preset.dataset, name, depth))
-    ]
-    passed = True
-    for row in rows:
+    mine = [row for row in rows if row.variant in names and row.fields.get("dataset") == preset.dataset]
+    mine.sort(key=place)
+    ran = {(row.variant, row.depth) for row in mine}
+    lines, passed = [], True
+    for variant, depth in own:
+        if (variant, depth) not in ran and (entry := find_published(preset.dataset, variant, depth)):
+            lines.append(f"not run yet: {variant}-{depth}, published {_cite(entry)}")
+    for row in mine:
         if preset.least_accuracy is None or row.error is None:
             continue
         accuracy = 100 - row.error
@@ -61,12 +51,12 @@ def judge_rows(rows: Sequence[Row], preset: Preset) -> tuple[list[str], bool]:
         passed &= met
         published = find_published(preset.dataset, row.variant, row.depth)
         beside = f"; published {100 - published.number:.2f} %" if published else ""
-        lines += [*_progress(row, published)]
+        lines += _progress(row, published)
         lines.append(
             f"{'PASS' if met else 'FAIL'}: {row.name} on {row.dataset} is {accuracy:.2f} % accurate after "
             f"{row.duration}, above {preset.least_accuracy:g} % is demanded{beside}"
         )
-    return lines, passed
+    return PresetTable(mine, tuple(preset.columns), lines, passed)
 
 
 def _cite(entry: Published) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.options import ReportOptions
 from harness.plan import open_out
 from harness.results.remote import is_uri
 from harness.results.store import WEIGHTS, collector_paused, load_predictions, load_records, write_atomic
@@ -76,19 +76,6 @@ def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
     outs = dict.fromkeys(folder.parent for folder in folders)
     with _mistakes():
         return summarise(loaded.records, loaded.interrupted, across, load_predictions(outs))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ReportOptions:
-    """How a table is printed."""
-
-    format: str = "table"
-    across: tuple[str, ...] = ()
-    sort: str | None = None
-    columns: tuple[str, ...] = ()
-    preset: str | None = None  # the rows and columns of that source's table, in their order
-    output: Path | None = None
-    curves: Path | None = None
 
 
 @collector_paused()

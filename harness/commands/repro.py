@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from harness.commands.report import load_runs, print_text
 from harness.results.store import PARTIAL, RECORD, Stored
@@ -40,7 +39,7 @@ def _find_run(run: str, path: Path) -> Stored:
 def make_repro(stored: Stored) -> str:
     """A shell script that trains one run again; comments say what it cannot promise."""
     record = stored.record
-    versions = _mapping(record.environment.get("versions"))
+    versions = record.environment.get("versions") or {}
     commit, dirty = record.environment.get("commit"), record.environment.get("dirty")
     lines = [f"# {record.name}, {record.status} {record.finished_at:%Y-%m-%d %H:%M} UTC", f"# {_machine(record)}"]
     own = "resnet-harness"
@@ -59,8 +58,7 @@ def make_repro(stored: Stored) -> str:
     else:
         if not same:
             lines.append("# this version of the harness gives it another key: its meaning may have changed")
-    original = record.environment.get("command")
-    if isinstance(original, list):
+    if original := record.environment.get("command"):
         lines.append(f"# the command it was part of: {shlex.join(map(str, original))}")
     return "\n".join(" ".join(line.split("\n")) for line in lines) + "\n"
 
@@ -69,24 +67,17 @@ def make_command(stored: Stored) -> list[str]:
     """The command that trains this run alone, from its record: the same network, recipe, engine, device and seed."""
     environment = stored.record.environment
     command = ["harness", "run", "--spec", str(stored.folder / RECORD), "--out", "repro"]
-    original = environment.get("command")
-    if isinstance(original, list) and "--data-dir" in original[:-1]:
+    original = environment.get("command") or ()
+    if "--data-dir" in original[:-1]:
         command += ["--data-dir", str(original[original.index("--data-dir") + 1])]
     return [*command, "--launcher", "local"] if environment.get("launcher") == "local" else command
 
 
 def _machine(record: Record) -> str:
-    machine = record.result.machine if record.result else {}
-    parts = [
-        record.result.device if record.result else None,
-        machine.get("gpu"),
-        machine.get("driver") and f"driver {machine['driver']}",
-        machine.get("platform"),
-        machine.get("python") and f"Python {machine['python']}",
-        f"CUDA {machine['cuda']}" if machine.get("gpu") and machine.get("cuda") else None,
-    ]
-    return ", ".join(dict.fromkeys(str(part) for part in parts if part)) or "the machine is not known"
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
+    if (result := record.result) is None:
+        return "the machine is not known"
+    shown = {"gpu": "{}", "driver": "driver {}", "platform": "{}", "python": "Python {}"}
+    if result.machine.get("gpu"):
+        shown["cuda"] = "CUDA {}"
+    parts = [words.format(known) for name, words in shown.items() if (known := result.machine.get(name))]
+    return ", ".join(dict.fromkeys([result.device, *parts]))

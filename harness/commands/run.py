@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import resource
 import sys
 from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,46 +18,22 @@ from harness import plan, until_ci
 from harness.cluster.job import Report, Started, Telemetry, Worker
 from harness.commands.report import export_runs, print_rows, write_page
 from harness.deadline import TimeUp, format_moment, stopping_at, stopping_on_sigterm
-from harness.plan import Grid
+from harness.options import Grid, RunOptions
 from harness.progress import JsonLines, Progress, load_data, print_columns, say, width_of
 from harness.record import Recorder, lock_run, name_of, name_other_code
-from harness.resources import Resources, Session, check_resources, choose_launcher, make_allocation
+from harness.resources import Session, check_resources, choose_launcher, make_allocation
 from harness.results.remote import push_file, push_run, redact
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
 from harness.results.values import EpochMetrics, RunResult
 from harness.selfcheck import RefusedError, check_first
-from harness.spec import RunPaths, RunSpec, UserError, check_word
+from harness.spec import RunPaths, RunSpec, UserError
 from harness.until_ci import Goal
 
 if TYPE_CHECKING:
     from harness.loaders.datasets import Dataset
 
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 130
-FORMATS = ("table", "jsonl")
 SHARED = ("epochs", "batch", "loader", "precision", "engine", "width", "set")  # said once where runs agree
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunOptions:
-    """How a grid is carried out; nothing here changes what a run computes."""
-
-    out: str = "runs"  # a folder or a URI
-    data_dir: Path | None = None
-    resources: Resources = field(default_factory=Resources)
-    elastic: int | None = None  # fewest workers that a run may continue with
-    checkpoint_every: int = 1  # epochs
-    until_ci: float | None = None  # points
-    max_seeds: int | None = None
-    until: datetime | None = None  # local time at which to stop
-    no_check: bool = False  # of devices that are new
-    dry_run: bool = False
-    estimate: bool = False  # probe what is missing, train nothing
-    profile: bool = False  # the same, for the parts of a step
-    tensorboard: bool = False
-    force: bool = False
-    fail_fast: bool = False
-    format: str = "table"
-    preset: str | None = None  # whose table is printed
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +49,7 @@ class _Prepared:
 
     def check_nodes(self) -> None:
         """Refuse a cluster of several nodes that differ. Raises UserError."""
-        if self.options.resources.address is not None:
+        if self.options.address is not None:
             from harness.preflight import check_nodes
 
             check_nodes(self.dataset, self.session.paths, self.console)
@@ -86,7 +60,7 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
 
     Raises UserError, before anything is started or written, for whatever cannot work.
     """
-    check_options(grid, options)
+    goal = check_options(grid, options)
     if options.format == "jsonl":
         console = Console(stderr=True)  # standard output is for programs
     out, remote = plan.open_out(options.out, write=not options.dry_run)
@@ -97,7 +71,7 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
         say(console, f"until {until:%A} {format_moment(until)}")
     try:
         with ExitStack() as stack, stopping_at(until):
-            allocation = make_allocation(grid, options.resources, stack)
+            allocation = make_allocation(grid, options, stack)
             dataset = load_data(grid.dataset, paths, console)
             images = len(dataset.train)
             specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
@@ -106,14 +80,13 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             allocation = replace(allocation, fallback_world_sizes=fallback)
             paths = replace(paths, label=dataset.label)
             runs = len(specs) if options.until_ci is None else until_ci.MAX_SEEDS
-            resources = choose_launcher(options.resources, allocation, runs)
+            resources = choose_launcher(options, allocation, runs)
             environment = {"launcher": resources.launcher}
             recorder = Recorder(paths, dataset.original, environment, partial(say, console))
             todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
             _name_other_code(recorder, console)
             _advise_on_batch_norm(todo, console)
             session = Session(allocation, resources, paths, stack)
-            goal = until_ci.make_goal(options.until_ci, options.max_seeds, len(grid.seeds))
             prepared = _Prepared(options, console, session, dataset, recorder, goal)
             if goal is not None:
                 for line in until_ci.forecast(goal, until_ci.known_errors(recorder, specs), dataset):
@@ -139,19 +112,16 @@ def _name_other_code(recorder: Recorder, console: Console) -> None:
         say(console, f"{runs} run{'s' * (runs != 1)} done already, by {code}; --force trains again")
 
 
-def check_options(grid: Grid, options: RunOptions) -> None:
-    """Every check that needs neither data nor devices. Raises UserError."""
+def check_options(grid: Grid, options: RunOptions) -> Goal | None:
+    """Every check that needs neither data nor devices; the goal of --until-ci. Raises UserError."""
     plan.check_grid(grid)
-    check_resources(options.resources)
-    plan.check_count(options.checkpoint_every, "--checkpoint-every")
-    until_ci.make_goal(options.until_ci, options.max_seeds, len(grid.seeds))
-    check_word(options.format, FORMATS, "--format")
-    if options.estimate or options.profile:
-        names = ("--estimate", "--profile", "--dry-run", "--format jsonl")
-        chosen = (options.estimate, options.profile, options.dry_run, options.format == "jsonl")
-        probe, *others = itertools.compress(names, chosen)
-        if others:
-            raise UserError(f"{probe} and {others[0]} exclude each other: {probe} probes and prints a table")
+    check_resources(options)
+    probes = {"--estimate": options.estimate, "--profile": options.profile}
+    others = probes | {"--dry-run": options.dry_run, "--format jsonl": options.format == "jsonl"}
+    if any(probes.values()) and sum(others.values()) > 1:
+        probe, other, *_ = (name for name, given in others.items() if given)
+        raise UserError(f"{probe} and {other} exclude each other: {probe} probes and prints a table")
+    return until_ci.make_goal(options.until_ci, options.max_seeds, len(grid.seeds))
 
 
 # --- before training ---
@@ -193,58 +163,44 @@ def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpe
 
 def print_plan(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
     """Print what is planned and what is done; what all runs share stands in a line of its own."""
-    console, finished = prepared.console, prepared.recorder.find_finished(specs)
-    columns: dict[str, list[str]] = {
-        "variant": [spec.variant for spec in specs],
-        "depth": [str(spec.network.depth) for spec in specs],
-        "seed": [str(spec.seed) for spec in specs],
-        "epochs": [str(plan.count_epochs(spec, len(prepared.dataset.train))) for spec in specs],
-        "batch": [str(spec.recipe.batch_size) for spec in specs],
-        "loader": [spec.loader for spec in specs],
-        "precision": [spec.precision for spec in specs],
-        "engine": [spec.engine for spec in specs],
-        "width": [f"{width_of(spec)} on {'GPU' if spec.device == 'cuda' else 'CPU'}" for spec in specs],
-        "set": [
-            " ".join(o for o in spec.overrides if not o.startswith(("epochs=", "batch_size="))) for spec in specs
-        ],
-        "key": [spec.key[:8] for spec in specs],
-        "state": [_state(prepared, spec, spec.key in finished) for spec in specs],
-    }
-    same = {name: values[0] for name, values in columns.items() if name in SHARED and len(set(values)) == 1}
+    console, recorder, dataset = prepared.console, prepared.recorder, prepared.dataset
+    finished = recorder.find_finished(specs)
+    lines = []
+    for spec in specs:
+        state = "resumes" if recorder.partial(spec).is_dir() else "to do"
+        if spec.key in finished:
+            state = f"done{', again by --force' * prepared.options.force}"
+        own = " ".join(text for text in spec.overrides if not text.startswith(("epochs=", "batch_size=")))
+        lines.append({
+            "variant": spec.variant, "depth": spec.network.depth, "seed": spec.seed,
+            "epochs": plan.count_epochs(spec, len(dataset.train)), "batch": spec.recipe.batch_size,
+            "loader": spec.loader, "precision": spec.precision, "engine": spec.engine,
+            "width": f"{width_of(spec)} on {'GPU' if spec.device == 'cuda' else 'CPU'}", "set": own,
+            "key": spec.key[:8], "state": state,
+        })  # fmt: skip
+    columns = {name: [str(line[name]) for line in lines] for name in lines[0]}
+    same = {name: columns.pop(name)[0] for name in SHARED if len(set(columns[name])) == 1}
     done = sum(spec.key in finished for spec in specs)
-    title = f"{len(specs)} run{'s' * (len(specs) != 1)} on {prepared.dataset.label}, {done} of them done already"
+    title = f"{len(specs)} run{'s' * (len(specs) != 1)} on {dataset.label}, {done} of them done already"
     shared = ", ".join(f"{name} {value}" for name, value in same.items() if value)
-    print_columns(
-        {name: values for name, values in columns.items() if name not in same}, console,
-        title=f"{title}\n{shared}", left=("variant", *SHARED[2:], "key", "state"), spare=("key", *reversed(SHARED)),
-    )  # fmt: skip
-
-
-def _state(prepared: _Prepared, spec: RunSpec, finished: bool) -> str:
-    if finished:
-        return "done, again by --force" if prepared.options.force else "done"
-    return "resumes" if prepared.recorder.partial(spec).is_dir() else "to do"
+    left, spare = ("variant", *SHARED[2:], "key", "state"), ("key", *reversed(SHARED))
+    print_columns(columns, console, title=f"{title}\n{shared}", left=left, spare=spare)
 
 
 def check_devices(
     prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpec]
 ) -> tuple[list[RunSpec], list[RunSpec]]:
     """All runs and those to do, with a loader and an engine that work on their devices. Raises RefusedError."""
-    session, recorder = prepared.session, prepared.recorder
+    session, recorder, options = prepared.session, prepared.recorder, prepared.options
     checked = check_first(
-        todo,
-        session.allocation,
-        session.resources,
-        session.paths,
-        prepared.console,
-        skip=prepared.options.no_check,
+        todo, session.allocation, session.resources, session.paths, prepared.console, skip=options.no_check
     )
     recorder.environment |= checked.environment
     recorder.warnings = checked.warnings
     adapted = {spec: checked.adapt(spec) for spec in todo}
-    specs = list(dict.fromkeys(adapted.get(spec, spec) for spec in specs))
-    done = () if prepared.options.force else recorder.find_finished(adapted.values())
-    return specs, plan.pending(dict.fromkeys(adapted.values()), done)
+    todo = list(dict.fromkeys(adapted.values()))
+    done = () if options.force else recorder.find_finished(todo)
+    return list(dict.fromkeys(adapted.get(spec, spec) for spec in specs)), plan.pending(todo, done)
 
 
 # --- training ---
@@ -312,7 +268,7 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     )
     failures = 0
     try:
-        with stopping_on_sigterm(), display, closing(runs) as outcomes:
+        with stopping_on_sigterm(), display.live(), closing(runs) as outcomes:
             for spec, outcome in outcomes:
                 failures += not recorder.end(spec, outcome, concurrent_runs=concurrent_runs)
                 display.ended(spec, outcome)

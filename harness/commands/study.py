@@ -28,8 +28,6 @@ from harness.results.sweeps import Dimension, State, Sweep, Trial
 from harness.search_space import count_points, finite_values, grid_points, round_value
 
 SAMPLERS: dict[str, Callable[..., BaseSampler]] = {"random": RandomSampler, "tpe": TPESampler, "gp": GPSampler}
-ALGORITHMS = tuple(SAMPLERS)
-SCHEDULERS = ("asha", "hyperband", "median", "none")
 STATES: dict[State, TrialState] = {
     "running": TrialState.RUNNING,
     "finished": TrialState.COMPLETE,
@@ -102,7 +100,7 @@ def count_trials(dimensions: Sequence[Dimension], samples: int | None) -> int:
 
 
 def make_pruner(scheduler: str, epochs: int) -> BasePruner:
-    """Of one of SCHEDULERS. No trial is pruned in the first tenth of its epochs."""
+    """Of one of options.SCHEDULERS. No trial is pruned in the first tenth of its epochs."""
     grace = max(1, math.ceil(epochs / 10))
     if scheduler == "asha":
         return SuccessiveHalvingPruner(min_resource=grace, reduction_factor=REDUCTION)
@@ -158,14 +156,9 @@ class Study:
     def add(self, fields: Mapping[str, Any], run: str, key: str) -> Trial:
         """A new trial, running."""
         attributes = {"run": run, "key": key}
-        self._study.add_trial(
-            create_trial(
-                state=TrialState.RUNNING,
-                params=dict(fields),
-                distributions=self.distributions,
-                user_attrs=attributes,
-            )
-        )
+        self._study.add_trial(create_trial(
+            state=TrialState.RUNNING, params=dict(fields), distributions=self.distributions, user_attrs=attributes,
+        ))  # fmt: skip
         self.trials.append(self._read(self._study.get_trials(deepcopy=False)[-1]))
         return self.trials[-1]
 
@@ -217,20 +210,15 @@ class Study:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study = optuna.create_study(sampler=SAMPLERS[self.algorithm](seed=number))
             if self.algorithm != "random":
-                study.add_trials(self._ended())
+                for trial in self._study.get_trials(states=[s for s in TrialState if s != TrialState.RUNNING]):
+                    if trial.state == TrialState.FAIL:
+                        trial = create_trial(
+                            state=TrialState.PRUNED, params=trial.params, distributions=trial.distributions
+                        )
+                    study.add_trial(trial)
             drawn = {d.field: self.distributions[d.field] for d in self.dimensions if d.function != "grid"}
             params = study.ask(drawn).params
         return {d.field: _convert(d, params[d.field]) for d in self.dimensions if d.field in params}
-
-    def _ended(self) -> list[FrozenTrial]:
-        frozen = self._study.get_trials(deepcopy=False)
-        return [
-            create_trial(state=TrialState.PRUNED, params=trial.params, distributions=trial.distributions)
-            if trial.state == TrialState.FAIL
-            else trial
-            for trial in frozen
-            if trial.state != TrialState.RUNNING
-        ]
 
 
 def _distribution(d: Dimension) -> BaseDistribution:

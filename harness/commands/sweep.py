@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from harness import plan
 from harness.cluster.job import Allocation, Failed, Started
 from harness.commands.study import Study
-from harness.plan import Grid, fill
+from harness.options import Grid, Search, fill
 from harness.progress import TrialTable, describe_trial
 from harness.record import Recorder, classify, lock_run, name_of
 from harness.results.store import load_epochs, write_atomic
@@ -28,44 +28,16 @@ if TYPE_CHECKING:
     from harness.loaders.datasets import Dataset
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Search:
-    """What the user chose, under the names of the options; sweep.json keeps it. Fields of `Grid` mean what they do there."""
-
-    variant: str
-    depth: int | None = None
-    seed: int = 0
-    dataset: str = "cifar10"
-    loader: str = "dali"
-    precision: str = "fp32"
-    engine: str | None = None
-    deterministic: bool = False
-    epochs: int | None = None
-    batch_size: int | None = None
-    batch_norm: str | None = None
-    val: int | None = None
-    limit_train: int | None = None
-    search: tuple[str, ...] = ()
-    samples: int | None = None
-    search_algorithm: str = "random"
-    scheduler: str = "asha"
-    metric: str = "error"
-    data_dir: Path | None = None
-    gpus: int | None = None
-    workers: int | None = None  # None: 1
-    runs_per_gpu: int = 1
-    concurrent: int | None = None
-
-    def make_grid(self, point: Mapping[str, Any]) -> Grid:
-        """The one run of a point of the search space."""
-        depth = point.get("depth", self.depth)
-        return fill(Grid, asdict(self) | {
-            "variants": (self.variant,), "depths": () if depth is None else (depth,), "seeds": (self.seed,),
-            "settings": {name: value for name, value in point.items() if name != "depth"},
-        })  # fmt: skip
+def make_trial_grid(search: Search, point: Mapping[str, Any]) -> Grid:
+    """The one run of a point of the search space."""
+    depth = point.get("depth", search.depth)
+    return fill(Grid, asdict(search) | {
+        "variants": (search.variant,), "depths": () if depth is None else (depth,), "seeds": (search.seed,),
+        "settings": {name: value for name, value in point.items() if name != "depth"},
+    })  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """What is known before the first trial."""
 
@@ -75,15 +47,16 @@ class Prepared:
     dataset: Dataset
     paths: RunPaths
     allocation: Allocation
-    checked: Checked = field(default_factory=Checked)
+    checked: Checked
 
     def make_spec(self, point: Mapping[str, Any], **changes: Any) -> RunSpec:
         """The run of one point. Raises UserError where it cannot be one."""
-        return make_trial_spec(replace(self.search, **changes).make_grid(point), self.allocation, self.dataset)
+        return make_trial_spec(replace(self.search, **changes), point, self.allocation, self.dataset)
 
 
-def make_trial_spec(grid: Grid, allocation: Allocation, dataset: Dataset) -> RunSpec:
-    (spec,) = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=len(dataset.train))
+def make_trial_spec(search: Search, point: Mapping[str, Any], allocation: Allocation, dataset: Dataset) -> RunSpec:
+    grid, images = make_trial_grid(search, point), len(dataset.train)
+    (spec,) = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
     return spec
 
 
@@ -109,8 +82,8 @@ class SweepTrials:
             "launcher": "tune", "concurrent_runs": prepared.allocation.concurrent_runs, "sweep": prepared.sweep.name,
             **prepared.checked.environment,
         }  # fmt: skip
-        warnings = prepared.checked.warnings
-        self.recorder = Recorder(prepared.paths, prepared.dataset.original, environment, table.say, warnings)
+        original, warnings = prepared.dataset.original, prepared.checked.warnings
+        self.recorder = Recorder(prepared.paths, original, environment, table.say, warnings)
 
     def store(self, **changes: Any) -> Sweep:
         """Write trials.json."""
@@ -164,8 +137,8 @@ class SweepTrials:
                 self.table.say(f"trial {name}: {event.reason}; trying again ({event.attempt})")
             return False
         running.rows.append(event)
+        prune = self._report(running.trial, running.rows)
         value = measure(running.rows, self.metric)
-        prune = self.study.report(running.trial, event.epoch, value, event.train_seconds + event.eval_seconds)
         progress = f"epoch {event.epoch}/{self.prepared.sweep.epochs}  {self.metric} {value:.4g}"
         self.table.line(running.trial, f"{progress}  {event.train_seconds:.2f} s/epoch")
         return prune
@@ -173,22 +146,21 @@ class SweepTrials:
     def ended(self, name: str, outcome: RunResult | Failed | None) -> None:
         """Store what came of a trial."""
         running, sweep = self.running.pop(name), self.prepared.sweep
-        trial, spec = running.trial, running.spec
+        stored: RunResult | Failed | Pruned
         if outcome is None:
             last = running.rows[-1]
-            pruned = Pruned(
-                by=sweep.scheduler, sweep=sweep.name, epoch=last.epoch, of=sweep.epochs, error=last.error,
-                evaluated_on=sweep.selected_on,
-            )  # fmt: skip
-            self.recorder.end(spec, pruned, trial=trial.number)
-            self._end(trial, "pruned", reason=f"by {pruned.by} after epoch {last.epoch}")
+            stored = Pruned(by=sweep.scheduler, sweep=sweep.name, epoch=last.epoch, of=sweep.epochs, error=last.error,
+                            evaluated_on=sweep.selected_on)  # fmt: skip
         else:
-            self.recorder.end(spec, outcome, trial=trial.number)
-            if isinstance(outcome, Failed):
-                failure = classify(outcome)
-                self._end(trial, "failed", reason=f"{failure.kind}: {failure.message}")
-            else:
-                self._end(trial, "finished", measure_run(outcome, outcome.epochs, self.metric))
+            stored = outcome
+        self.recorder.end(running.spec, stored, trial=running.trial.number)
+        if isinstance(stored, Pruned):
+            self._end(running.trial, "pruned", reason=f"by {stored.by} after epoch {stored.epoch}")
+        elif isinstance(stored, Failed):
+            failure = classify(stored)
+            self._end(running.trial, "failed", reason=f"{failure.kind}: {failure.message}")
+        else:
+            self._end(running.trial, "finished", measure_run(stored, stored.epochs, self.metric))
         running.lock.release()
 
     def _end_stored(self, trial: Trial, spec: RunSpec) -> bool:
@@ -197,12 +169,16 @@ class SweepTrials:
         if result is None:
             return False
         rows = load_epochs(self.prepared.paths.out / trial.run)
-        for i, row in enumerate(rows, 1):
-            self.study.report(
-                trial, row.epoch, measure(rows[:i], self.metric), row.train_seconds + row.eval_seconds
-            )
+        for i in range(len(rows)):
+            self._report(trial, rows[: i + 1])
         self._end(trial, "finished", measure_run(result, rows, self.metric), "was done already")
         return True
+
+    def _report(self, trial: Trial, rows: Sequence[EpochMetrics]) -> bool:
+        """The last of a trial's epochs; True prunes it."""
+        last = rows[-1]
+        seconds = last.train_seconds + last.eval_seconds
+        return self.study.report(trial, last.epoch, measure(rows, self.metric), seconds)
 
     def _end(self, trial: Trial, state: State, value: float | None = None, reason: str = "") -> None:
         self.study.end(trial, state, value, reason)

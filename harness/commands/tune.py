@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from harness import plan
 from harness.cluster.job import Allocation, Report, Worker
+from harness.commands.report import print_text
 from harness.commands.run import EXIT_DONE, EXIT_FAILED
-from harness.commands.study import ALGORITHMS, SCHEDULERS, Study, count_trials
-from harness.commands.sweep import Prepared, Search, SweepTrials, make_trial_spec
+from harness.commands.study import Study, count_trials
+from harness.commands.sweep import Prepared, SweepTrials, make_trial_grid, make_trial_spec
 from harness.deadline import stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
-from harness.progress import TrialTable, describe_trial, load_data
-from harness.record import describe_code, name_of
-from harness.resources import Resources, Session, check_resources, make_allocation
+from harness.options import Resources, Search, TuneOptions, check_options, fill, options_of
+from harness.progress import TrialTable, describe_trial, load_data, say
+from harness.record import describe_code, lock_file, name_of
+from harness.resources import Session, check_resources, make_allocation
 from harness.results.report.text import Sheet, for_terminal
 from harness.results.store import SWEEPS, load_epochs, partial_dir, write_atomic
 from harness.results.sweeps import METRICS, Dimension, Sweep, Trial, best_first, format_value, weigh_both
@@ -40,69 +42,49 @@ VAL = 5_000
 SEEDS = 5  # of the command that trains the winner
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TuneOptions:
-    """How a search is carried out."""
-
-    out: Path = Path("runs")
-    address: str | None = None
-    until: datetime | None = None
-    no_check: bool = False  # of devices that are new
-    resume: str | None = None  # name of a sweep
-    verbose: bool = False
-
-
-def make_search(options: Mapping[str, Any]) -> Search:
-    """A search from options, by name: of the command line, or of sweep.json. Others are left out."""
-    data_dir = options["data_dir"]
-    return plan.fill(Search, dict(options) | {
-        "search": tuple(options["search"] or ()),
-        "data_dir": None if data_dir is None else Path(data_dir).expanduser().absolute(),
-    })  # fmt: skip
-
-
-def tune(search: Search, options: TuneOptions, console: Console, *, given: Collection[str]) -> int:
+def tune(given: Mapping[str, Any], console: Console) -> int:
     """Run a search, or continue one, and print what came of it. Returns the exit code.
 
-    `given` names the options on the command line: a resumed search keeps its own, and to contradict them is an error.
+    `given`: options by name; a resumed search keeps its own, and to contradict them is an error.
     Raises UserError, before anything is started, for whatever cannot work.
     """
+    search, options, folder = fill(Search, given), fill(TuneOptions, given), None
     out = plan.check_out(options.out)
-    folder = None
     if options.resume is not None:
         folder = _find_sweep(out, options.resume)
         search = _load_search(folder, search, given)
+    if search.data_dir is not None:
+        search = replace(search, data_dir=Path(search.data_dir).expanduser().absolute())
     dimensions = _check(search)
-    resources = plan.fill(Resources, asdict(search) | asdict(options) | {"workers": search.workers or 1})
+    resources = fill(Resources, asdict(search) | asdict(options) | {"workers": search.workers or 1})
     check_resources(resources)
     with ExitStack() as stack, stopping_at(options.until):
         try:
             prepared = _prepare(search, dimensions, resources, replace(options, out=out), folder, console, stack)
         except RefusedError as error:
-            _say(str(error), console)
+            say(console, str(error))
             return EXIT_FAILED
         sweep, allocation = prepared.sweep, prepared.allocation
         study = Study(prepared.folder / JOURNAL, sweep, seed=search.seed)
-        _say(
-            f"sweep {sweep.name}: {sweep.total} trials of {sweep.epochs} epochs, {allocation.concurrent_runs} at a time; "
-            f"judged by {sweep.judged_by}", console, style="dim",
+        say(
+            console, f"sweep {sweep.name}: {sweep.total} trials of {sweep.epochs} epochs, {allocation.concurrent_runs} at "
+            f"a time; judged by {sweep.judged_by}", style="dim",
         )  # fmt: skip
         Session(allocation, resources, prepared.paths, stack).join()
-        table = TrialTable(sweep, study.trials, console, allocation.concurrent_runs)
-        trials = SweepTrials(prepared, study, table)
+        from harness.cluster.search import search as run_search
+
+        trials = SweepTrials(prepared, study, TrialTable(sweep, study.trials, console, allocation.concurrent_runs))
+        job = replace(allocation, storage=prepared.folder / f".ray-{os.getpid()}")
         try:
-            _run(prepared, trials, table)
-        except KeyboardInterrupt as stop:
-            _say(
-                f"{str(stop) or 'stopped'}; harness tune --resume {sweep.name} goes on", console
-            )  # TimeUp says more
+            with stopping_on_sigterm(), trials.table.live():
+                run_search(partial(train_trial, paths=prepared.paths), trials, job)
+        except KeyboardInterrupt as stop:  # TimeUp says more
+            say(console, f"{str(stop) or 'stopped'}; harness tune --resume {sweep.name} goes on")
             raise
+        finally:
+            trials.close()
     _print_sweep(prepared, trials.store(**weigh_both(study.trials, sweep.dimensions)), console)
     return EXIT_DONE if any(trial.state == "finished" for trial in study.trials) else EXIT_FAILED
-
-
-def _say(text: str, console: Console, **style: Any) -> None:
-    console.print(text, soft_wrap=True, markup=False, highlight=False, **style)
 
 
 def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths) -> RunResult:
@@ -138,12 +120,8 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPath
 
 def _check(search: Search) -> tuple[Dimension, ...]:
     """Every check that needs neither data nor devices."""
-    check_word(search.search_algorithm, ALGORITHMS, "--search-algorithm")
-    check_word(search.scheduler, SCHEDULERS, "--scheduler")
+    check_options(search)
     check_word(search.metric, tuple(METRICS), "--metric")
-    plan.check_count(search.samples, "--samples")
-    plan.check_count(search.concurrent, "--concurrent")
-    plan.check_count(search.seed, "--seed", least=0)
     dimensions = parse_search(search.search)
     if not dimensions:
         raise UserError("--search is missing: name a field to search, as in --search 'lr=loguniform(0.01,1)'")
@@ -160,11 +138,9 @@ def _check(search: Search) -> tuple[Dimension, ...]:
         raise UserError(
             "--metric epoch_seconds: runs that share a GPU slow each other down; leave --runs-per-gpu out"
         )
-    plan.check_grid(search.make_grid({}))
-    for dimension in dimensions:
-        if dimension.field == "depth":
-            for depth in finite_values(dimension) or ():
-                plan.check_grid(search.make_grid({"depth": depth}))
+    depths = [depth for d in dimensions if d.field == "depth" for depth in finite_values(d) or ()]
+    for point in ({}, *({"depth": depth} for depth in depths)):
+        plan.check_grid(make_trial_grid(search, point))
     return dimensions
 
 
@@ -174,12 +150,11 @@ def _prepare(
 ) -> Prepared:  # fmt: skip
     """Look at devices and data, and make the sweep's folder or lock the one that is resumed. Raises RefusedError."""
     paths = RunPaths(out=options.out, data_dir=search.data_dir)
-    allocation = make_allocation(search.make_grid({}), resources, stack)
+    allocation = make_allocation(make_trial_grid(search, {}), resources, stack)
     dataset = load_data(search.dataset, paths, console)
     if search.metric == "top5_error" and dataset.num_classes <= 10:
-        raise UserError(
-            f"--metric top5_error: {search.dataset} has {dataset.num_classes} classes, too few for a top-5"
-        )
+        classes = f"{search.dataset} has {dataset.num_classes} classes"
+        raise UserError(f"--metric top5_error: {classes}, too few for a top-5")
     # what was left to the machine and the data is fixed for a sweep that is resumed
     function = find_variant(search.variant)
     depth = default_depth(function) if search.depth is None else search.depth
@@ -188,7 +163,7 @@ def _prepare(
     search = replace(search, val=val, gpus=allocation.gpus, workers=allocation.workers)
     total = count_trials(dimensions, search.samples)
     allocation = _allocate_trials(allocation, search, total)
-    specs = [make_trial_spec(search.make_grid(point), allocation, dataset) for point in _corners(dimensions)]
+    specs = [make_trial_spec(search, point, allocation, dataset) for point in _corners(dimensions)]
     plan.check_epochs(specs, len(dataset.train))
     checked = check_first(specs, allocation, resources, paths, console, skip=options.no_check)
     if (adapted := checked.adapt(specs[0])) != specs[0]:
@@ -202,23 +177,15 @@ def _prepare(
         write_atomic(folder / SWEEP, json.dumps(stored, indent=1, default=str) + "\n")
     elif json.loads((folder / SWEEP).read_bytes())["fingerprint"] != dataset.fingerprint:
         raise UserError(f"--resume {folder.name}: its images of {search.dataset} differ from those here")
-    _lock(folder, stack)
+    busy = f"--resume {folder.name}: another harness command is running it"
+    stack.callback(lock_file(folder / ".lock", busy).release)
     sweep = Sweep(
         name=folder.name, variant=search.variant, depth=None if any(d.field == "depth" for d in dimensions) else depth,
         dataset=dataset.label, metric=search.metric, selected_on="val" if val else "test", val=val,
         epochs=plan.count_epochs(specs[0], len(dataset.train)), scheduler=search.scheduler,
         search_algorithm=search.search_algorithm, total=total, dimensions=list(dimensions), trials=[],
     )  # fmt: skip
-    paths = replace(paths, label=dataset.label)
-    return Prepared(
-        search=search,
-        sweep=sweep,
-        folder=folder,
-        dataset=dataset,
-        paths=paths,
-        allocation=allocation,
-        checked=checked,
-    )
+    return Prepared(search, sweep, folder, dataset, replace(paths, label=dataset.label), allocation, checked)
 
 
 def _corners(dimensions: Sequence[Dimension]) -> list[dict[str, Any]]:
@@ -243,16 +210,14 @@ def _allocate_trials(allocation: Allocation, search: Search, total: int) -> Allo
 
 def _make_folder(out: Path, spec: RunSpec, label: str) -> Path:
     """A new folder: runs/tune/msra-20_cifar10_20260102-030405."""
-    words = f"{spec.variant}-{spec.network.depth}_{label}_{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    words = f"{spec.name}_{label}_{datetime.now(UTC):%Y%m%d-%H%M%S}"
     name = re.sub(r"[^A-Za-z0-9.+_]+", "-", words)
-    for number in range(1, 1000):
-        folder = out / SWEEPS / (name if number == 1 else f"{name}-{number}")
-        try:
+    for number in itertools.count(1):
+        with suppress(FileExistsError):
+            folder = out / SWEEPS / (name if number == 1 else f"{name}-{number}")
             folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise UserError(f"--out {out}: no free name for a sweep beside {name}")
+            break
+    return folder
 
 
 def _find_sweep(out: Path, name: str) -> Path:
@@ -267,39 +232,14 @@ def _find_sweep(out: Path, name: str) -> Path:
 def _load_search(folder: Path, search: Search, given: Collection[str]) -> Search:
     """The options a sweep was begun with; the command line may repeat them, not contradict them."""
     try:
-        before = make_search(json.loads((folder / SWEEP).read_bytes())["options"])
+        before = fill(Search, json.loads((folder / SWEEP).read_bytes())["options"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume {folder.name}: {SWEEP} is broken: {error}") from None
     for name, old in asdict(before).items():
         if name in given and getattr(search, name) != old and name != "data_dir":
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"{option}: sweep {folder.name} was begun with {old}, and continues with that: leave it out"
-            )
+            begun = f"sweep {folder.name} was begun with {old}, and continues with that"
+            raise UserError(f"{options_of(Search)[name].names[0]}: {begun}: leave it out")
     return replace(before, data_dir=search.data_dir) if "data_dir" in given else before
-
-
-def _lock(folder: Path, stack: ExitStack) -> None:
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(f"--resume {folder.name}: another harness command is running it") from None
-    stack.callback(lock.release)
-
-
-# --- while it runs ---
-
-
-def _run(prepared: Prepared, trials: SweepTrials, table: TrialTable) -> None:
-    from harness.cluster.search import search
-
-    job = replace(prepared.allocation, storage=prepared.folder / f".ray-{os.getpid()}")
-    try:
-        with stopping_on_sigterm(), table:
-            search(partial(train_trial, paths=prepared.paths), trials, job)
-    finally:
-        trials.close()
 
 
 # --- after ---
@@ -321,28 +261,20 @@ def _print_sweep(prepared: Prepared, sweep: Sweep, console: Console) -> None:
     headers = ["trial", "state", "epochs", sweep.heading, *names, "seconds", ""]
     sheet = Sheet(headers, [True, False, *[True] * (len(names) + 3), False], cells)
     width = console.width if console.is_terminal else max(console.width, sheet.width)
-    lines = [f"\n{len(ranked)} trials of {sweep.variant} on {sweep.dataset}, best first", ""]
-    lines += for_terminal(sheet, width)
-    lines.append(
-        f"\nseconds: of training and evaluation. {sweep.judged_by}; of pruned and failed trials as far as they came"
-    )
-    for importance in sweep.importances:
-        lines.append(
-            f"\nimportance for the {sweep.heading} at epoch {importance.epoch} of {sweep.epochs} ({importance.heading}):"
-        )
-        lines += [
-            f"  {item.field:<16} {item.value:.2f}  p = {item.p or 1:.3f}  {item.sign}"
-            for item in importance.fields
-        ]
-    finished = [trial for trial in ranked if trial.state == "finished"]
-    if finished:
+    title = f"\n{len(ranked)} trials of {sweep.variant} on {sweep.dataset}, best first"
+    reach = f"{sweep.judged_by}; of pruned and failed trials as far as they came"
+    lines = [title, "", *for_terminal(sheet, width), f"\nseconds: of training and evaluation. {reach}"]
+    for one in sweep.importances:
+        at = f"at epoch {one.epoch} of {sweep.epochs} ({one.heading})"
+        lines.append(f"\nimportance for the {sweep.heading} {at}:")
+        lines += [f"  {x.field:<16} {x.value:.2f}  p = {x.p or 1:.3f}  {x.sign}" for x in one.fields]
+    if finished := [trial for trial in ranked if trial.state == "finished"]:
         lines.append("\nbest:")
         lines += [f"  {trial.value:.4g}  {describe_trial(trial)}  ({trial.run})" for trial in finished[:3]]
         lines += ["\ntrain the winner in full:", f"  {shlex.join(write_winner(prepared, finished[0]))}"]
     else:
         lines.append("\nno trial came to its end")
-    console.file.write("\n".join([*lines, f"\nstored in {prepared.folder}"]) + "\n")
-    console.file.flush()
+    print_text("\n".join([*lines, f"\nstored in {prepared.folder}"]), console)
 
 
 def write_winner(prepared: Prepared, trial: Trial) -> list[str]:

@@ -1,0 +1,288 @@
+"""Every option, declared once as a field of a dataclass: name, type, default, help, what is allowed, how words are read.
+
+The command line is derived from these fields (`harness.cli`); `fill` makes a dataclass of values and words by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+from harness.cluster.job import PLACEMENTS, Placement
+from harness.deadline import parse_until
+from harness.spec import Engine, Precision, RunSpec, UserError, check_word, load_specs
+from harness.words import parse_scales, parse_seeds, parse_variants, parse_words
+
+Group = TypeVar("Group")
+LOADERS = ("dali", "resident", "dataloader", "synthetic")
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+ENGINES: tuple[str, ...] = get_args(Engine)
+LAUNCHERS = ("auto", "ray", "local")
+FORMATS = ("table", "jsonl")
+ALGORITHMS = ("random", "tpe", "gp")
+SCHEDULERS = ("asha", "hyperband", "median", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What a field's annotation says of it as an option."""
+
+    help: str
+    names: tuple[str, ...] = ()  # on the command line; none: the field's
+    parse: Callable[[Any], Any] | None = None  # of its words; raises UserError
+    words: Collection[str] = ()  # all that are allowed
+    least: int | None = None
+    repeatable: bool = False
+    kind: Any = str  # the field's type
+    default: Any = None
+    required: bool = False
+
+
+def opt(help: str, *names: str, **more: Any) -> Option:
+    """An option of this help, with names other than the field's."""
+    return Option(help, names, **more)
+
+
+def options_of(group: type) -> dict[str, Option]:
+    """The options among the fields of a dataclass, by name; its own before those that it inherits."""
+    hints, options = get_type_hints(group, include_extras=True), {}
+    known = {each.name: each for each in fields(group)}
+    for name in dict.fromkeys(name for kind in group.__mro__ for name in vars(kind).get("__annotations__", ())):
+        for option in getattr(hints[name], "__metadata__", ()):
+            names, default = option.names or (f"--{name.replace('_', '-')}",), known[name].default
+            required = default is known[name].default_factory is MISSING
+            kind = hints[name].__origin__
+            options[name] = replace(option, names=names, kind=kind, default=default, required=required)
+    return options
+
+
+def fill(group: type[Group], values: Mapping[str, Any]) -> Group:
+    """A dataclass from the values that are named as its fields are; words are read as its options say."""
+    own = {each.name: values[each.name] for each in fields(group) if each.name in values}  # type: ignore[arg-type]
+    for name, option in options_of(group).items():
+        if option.parse and isinstance(own.get(name), list if option.repeatable else str):
+            own[name] = option.parse(own[name])
+    return group(**own)
+
+
+def check_options(group: object) -> None:
+    """Raise UserError for a value that its option does not allow."""
+    for name, option in options_of(type(group)).items():
+        value, what = getattr(group, name), option.names[0]
+        if option.words and value is not None:
+            check_word(value, option.words, what)
+        if option.least is not None and value is not None and value < option.least:
+            raise UserError(f"{what} {value}: at least {option.least} is allowed")
+
+
+def _parse_settings(texts: list[str]) -> dict[str, Any]:
+    from harness.search_space import parse_settings
+
+    return parse_settings(texts)
+
+
+# --- options that several commands have ---
+
+# fmt: off
+Preset = Annotated[str | None, opt("The runs of a source's table: cfmz, fattorib, mpmz, convnet or ladder.")]
+Variant = opt("Its network and recipe are used: see `harness variants`.", "--variant", "--variants")
+Depth = Annotated[int | None, opt("Default: the variant's own.", "--depth", "--depths")]
+Dataset = Annotated[str, opt("cifar10, cifar2, cifar100, cifar100-coarse, digits, miniplaces or folder:PATH.")]
+DataDir = Annotated[Path | None, opt("Where the images are. Default: downloaded once.")]
+Gpus = Annotated[int | None, opt("GPUs to use, 0 for the CPU. Default: all.", least=0)]
+Workers = Annotated[int | None, opt(
+    "DDP processes per run; gpus/workers runs train at a time. Default: all GPUs (tune: 1).", least=1)]
+RunsPerGpu = Annotated[int, opt(
+    "Runs that share a GPU, for errors only: their seconds and energy do not count.", least=1)]
+Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.")]
+Verbose = Annotated[bool, opt("Show Ray's own messages.")]
+Until = Annotated[datetime | None, opt(
+    "Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued.", parse=parse_until)]
+NoCheck = Annotated[bool, opt("Train on a GPU that is new without checking it first.")]
+Across = Annotated[tuple[str, ...], opt(
+    "Fields to average over, as in workers,threads.", parse=partial(parse_words, what="--across"))]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """How runs train: what `run` and `tune` share."""
+
+    dataset: Dataset = "cifar10"
+    data_dir: DataDir = None
+    loader: Annotated[str, opt("dali, resident, dataloader or synthetic.", words=LOADERS)] = "dali"
+    epochs: Annotated[int | None, opt("Instead of the recipe's; its schedule is stretched.", least=1)] = None
+    batch_size: Annotated[int | None, opt("Global, over all workers. Default: the recipe's.", least=1)] = None
+    batch_norm: Annotated[str | None, opt(
+        "Statistics of a batch: local (of each worker's images) or sync (of all workers').",
+        words=("local", "sync"))] = None
+    precision: Annotated[str, opt("fp32, tf32, bf16 or fp16.", words=PRECISIONS)] = "fp32"
+    engine: Annotated[str | None, opt(
+        "eager, compile or graph. Default: graph on GPUs, eager on the CPU.", words=ENGINES)] = None
+    deterministic: Annotated[bool, opt(
+        "Deterministic algorithms on GPUs too: slower, and rows of their own.")] = False
+    val: Annotated[int | None, opt("Training images to hold out and evaluate on.", least=0)] = None
+    limit_train: Annotated[int | None, opt("Train on this many images only; marked in tables.", least=1)] = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid(Training):
+    """The runs of a command: variants × depths × seeds, or `networks` × seeds, or `specs`."""
+
+    depths: Annotated[tuple[int, ...], opt(  # read by `plan.make_grid`: ranges depend on the variants
+        "As in 20,32 or 20..56. Default: each variant's own.", "--depths", "--depth")] = ()
+    variants: Annotated[tuple[str, ...], opt(
+        "As in msra,he2015, or all: see `harness variants`. Default: he2015.", "--variants", "--variant",
+        parse=parse_variants)] = ("he2015",)
+    seeds: Annotated[tuple[int, ...], opt(
+        "A count (3 is seeds 0,1,2) or the seeds themselves (0,7 or 3..6). Default: 1.", parse=parse_seeds)] = (0,)
+    specs: Annotated[tuple[RunSpec, ...], opt(
+        "Train the run of this record.json or spec.json, as changed by other options. Repeatable.", "--spec",
+        parse=load_specs, repeatable=True)] = ()
+    settings: Annotated[Mapping[str, Any], opt(
+        "FIELD=VALUE of recipe or network, as in lr=0.05. Repeatable.", "--set",
+        parse=_parse_settings, repeatable=True)] = field(default_factory=dict)
+    limit_test: Annotated[int | None, opt("Evaluate on this many test images only; marked in tables.", least=1)] = None
+    networks: tuple[tuple[str, int], ...] = ()  # variants and depths: a preset's
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resources:
+    """What a command may use."""
+
+    gpus: Gpus = None
+    workers: Workers = None
+    runs_per_gpu: RunsPerGpu = 1
+    placement: Annotated[Placement, opt(
+        "A run's workers: pack (on one node if possible), strict-pack (always), spread.", words=PLACEMENTS)] = "pack"
+    address: Address = None
+    launcher: Annotated[str, opt(
+        "ray; local: in this process; auto: local for one run with one worker.", words=LAUNCHERS)] = "auto"
+    verbose: Verbose = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunOptions(Resources):
+    """How a grid is carried out; nothing here changes what a run computes."""
+
+    preset: Preset = None  # whose table is printed
+    data_dir: DataDir = None
+    out: Annotated[str, opt("Folder of results, or s3://, gs://; runs that it holds are not repeated.")] = "runs"
+    until: Until = None
+    until_ci: Annotated[float | None, opt(
+        "Add seeds until the 95 % interval of the error is ± this many points.")] = None
+    max_seeds: Annotated[int | None, opt("For --until-ci: of one row. Default: 10.")] = None
+    elastic: Annotated[int | None, opt(
+        "Continue with at least this many workers when a cluster loses nodes; marked.")] = None
+    checkpoint_every: Annotated[int, opt("Epochs between checkpoints.", least=1)] = 1
+    format: Annotated[str, opt("table, or jsonl: a JSON object per epoch, no table.", words=FORMATS)] = "table"
+    no_check: NoCheck = False
+    dry_run: Annotated[bool, opt("Print the plan and what is done already.")] = False
+    estimate: Annotated[bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.")] = False
+    profile: Annotated[bool, opt("Time the parts of a step of what is missing: data, forward, ...")] = False
+    tensorboard: Annotated[bool, opt("Write each run's event file beside its record.")] = False
+    force: Annotated[bool, opt("Train finished runs again; the old results are kept.")] = False
+    fail_fast: Annotated[bool, opt("Stop at the first run that fails.")] = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search(Training):
+    """A hyperparameter search, as sweep.json keeps it."""
+
+    search: Annotated[tuple[str, ...], opt(
+        "FIELD=loguniform(a,b), uniform, randint, choice or grid; of recipe or network. Repeatable.",
+        parse=tuple, repeatable=True)] = ()
+    variant: Annotated[str, Variant] = "he2015"
+    depth: Depth = None
+    samples: Annotated[int | None, opt("Trials, or trials of each grid point. Default: 16, with a grid 1.", least=1)] = None
+    search_algorithm: Annotated[str, opt("random, tpe or gp (a Gaussian process).", words=ALGORITHMS)] = "random"
+    scheduler: Annotated[str, opt(
+        "Stops poor trials early: asha, hyperband, median or none.", words=SCHEDULERS)] = "asha"
+    metric: Annotated[str, opt("To minimise: error, top5_error, loss or epoch_seconds.")] = "error"
+    seed: Annotated[int, opt("Of the proposals, and of every trial.", least=0)] = 0
+    val: Annotated[int | None, opt(
+        "Training images held out to judge by; 0 judges by the test set. Default: 5000 or a tenth.", least=0)] = None
+    gpus: Gpus = None
+    workers: Workers = None  # None: 1
+    runs_per_gpu: RunsPerGpu = 1
+    concurrent: Annotated[int | None, opt("Trials at a time. Default: all that fit.", least=1)] = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TuneOptions:
+    """How a search is carried out."""
+
+    out: Annotated[Path, opt("Folder of results; trials are runs in it like any other.")] = Path("runs")
+    until: Until = None
+    resume: Annotated[str | None, opt("Continue the sweep of that name in --out.")] = None
+    address: Address = None
+    no_check: NoCheck = False
+    verbose: Verbose = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportOptions:
+    """How a table is printed."""
+
+    format: Annotated[str, opt("table, markdown, csv, json, latex or html.")] = "table"
+    sort: Annotated[str | None, opt("A column, as in error; -error: largest first.")] = None
+    columns: Annotated[tuple[str, ...], opt(
+        "Columns to show, as in variant,depth,error.", parse=partial(parse_words, what="--columns"))] = ()
+    preset: Preset = None  # the rows and columns of that source's table, in their order
+    across: Across = ()
+    output: Annotated[Path | None, opt("Write to this file.")] = None
+    curves: Annotated[Path | None, opt("Draw the charts into this folder, as SVG and PNG.")] = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompareOptions:
+    """What is compared, and when that fails."""
+
+    by: Annotated[str | None, opt(
+        "Compare runs that differ in this field, as in loader, or precision=fp32,bf16: first is A.")] = None
+    fail_on: Annotated[str | None, opt(
+        "Exit with 1 where this holds, as in 'error>+0.3,epoch_seconds>5%'.")] = None
+    strict: Annotated[bool, opt("Exit with 1, too, where the runs cannot tell.")] = False
+    across: Across = ()
+    format: Annotated[str, opt("table, markdown or json.")] = "table"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalOptions:
+    """What to evaluate, and on which images."""
+
+    weights: Annotated[Path, opt("A run's weights.safetensors, or a torch checkpoint.")]
+    variant: Annotated[str | None, opt(
+        "Needed for weights that do not name theirs: see `harness variants`.", "--variant", "--variants")] = None
+    depth: Depth = None
+    dataset: Dataset = "cifar10"
+    data_dir: DataDir = None
+    scales: Annotated[tuple[int, ...], opt(  # none: images as in training's evaluation, one centre crop
+        "Average over sizes in pixels, as in 96,112,128, and mirrored images.", parse=parse_scales)] = ()
+    average: Annotated[str, opt(
+        "With --scales: of logits, or of probabilities.", words=("logits", "probabilities"))] = "logits"
+    mirror: Annotated[bool, opt("With --scales: mirrored images too, the default.", "--mirror/--no-mirror")] = True
+    pool_window: Annotated[int | None, opt(
+        "Pool over whole windows of this side alone, as neon's 7 does. miniplaces and mpmz.", least=1)] = None
+    save_probabilities: Annotated[Path | None, opt(
+        "With --scales: write the classes' probabilities at each scale (.npz).")] = None
+    mean: Annotated[str | None, opt("R,G,B of images in 0..1. Default: the recipe's.")] = None
+    std: Annotated[str | None, opt("R,G,B of images in 0..1. Default: the recipe's.")] = None
+    predictions: Annotated[Path | None, opt("Write each image's most likely classes (CSV).")] = None
+    batch_size: Annotated[int | None, opt("Default: training's 1000, less for large scales.", least=1)] = None
+    limit: Annotated[int | None, opt(
+        "Evaluate this many images only, the same number of each class.", least=1)] = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckOptions:
+    """What a user wants to run with."""
+
+    quick: Annotated[bool, opt("Look at what is installed; measure nothing.")] = False
+    gpus: Gpus = None
+    out: Annotated[Path, opt("Where results would go.")] = Path("runs")
+    data_dir: Annotated[Path | None, opt("Where the images are.")] = None
+    address: Address = None
