@@ -221,7 +221,7 @@ def _run_fattorib(path: Path, job: Job, turns: Turns) -> None:
 
 def _run_zoo(path: Path, job: Job, turns: Turns) -> None:
     from harness.models.build import build
-    from harness.models.variants import he2015
+    from harness.models.variants import find_variant
 
     # the package itself would load every script of its own, and make a loader for each
     sys.modules["airbench"] = _load_module("airbench", path / "airbench/airbench/utils.py")
@@ -229,7 +229,7 @@ def _run_zoo(path: Path, job: Job, turns: Turns) -> None:
     networks = []
 
     def make_ours(**kwargs: Any) -> Any:
-        networks.append(build(he2015(job["depth"]).network, 10))
+        networks.append(build(find_variant("he2015")(job["depth"]).network, 10))
         return networks[-1]
 
     def error() -> float:

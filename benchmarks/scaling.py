@@ -26,7 +26,7 @@ from rounds import make_table, median_and_range, parse_options, publish, ratio, 
 from harness.cluster.job import Worker
 from harness.commands.probe import Breakdown, break_down
 from harness.loaders.datasets import load_dataset
-from harness.models.variants import he2015
+from harness.models.variants import find_variant
 from harness.spec import RunPaths, RunSpec
 from harness.training.host import count_cpus
 from harness.training.telemetry import device_name
@@ -100,7 +100,7 @@ def main() -> None:
     device = torch.device("cuda" if gpus else "cpu")
     readings = {}
     for depth in map(int, options.depths.split(",")):
-        variant = he2015(depth)
+        variant = find_variant("he2015")(depth)
         ways = {}
         for kind, world in count_workers(options.workers.split(",")):
             spec = RunSpec(

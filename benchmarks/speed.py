@@ -38,7 +38,7 @@ from harness.cluster.job import Worker
 from harness.loaders.datasets import Dataset, limit, load_dataset
 from harness.loaders.sampling import make_normalize
 from harness.models.build import build, count_parameters
-from harness.models.variants import he2015
+from harness.models.variants import find_variant
 from harness.spec import RunSpec
 from harness.training.host import count_cpus
 from harness.training.nvml import Gpu, open_device
@@ -153,7 +153,7 @@ def make_ways(
         first = (engines[0], precisions[0], loaders[0])
         chosen = [c for c in chosen if sum(a != b for a, b in zip(c, first, strict=True)) <= 1]
     worker = Worker(device="cpu" if device.type == "cpu" else "cuda:0", threads=options.threads)
-    variant = he2015(depth)
+    variant = find_variant("he2015")(depth)
     recipe = replace(variant.recipe, duration=1000, unit="epoch", milestones=(), warmup=0)
 
     def spec(engine: str, precision: str, loader: str) -> RunSpec:

@@ -22,18 +22,12 @@ _watchers: list[subprocess.Popen[bytes]] = []
 
 GPU_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # NVML's; CUDA's own is by speed
 _ENVIRONMENT = {
-    **GPU_ORDER,
-    "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # also how often reports are collected: 2 s by default
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_DEDUP_LOGS": "1",
+    **GPU_ORDER, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_DEDUP_LOGS": "1", "RAY_TRAIN_V2_ENABLED": "1", "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # how soon an end is seen: 2 s by default
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that calls Ray after the end would start it again
-}
+}  # fmt: skip
 
 
 class ClusterError(RuntimeError):
@@ -50,23 +44,19 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
         _check_alive(address)
     import ray
 
-    options: dict[str, Any] = {
-        "log_to_driver": verbose,
-        "logging_level": "INFO" if verbose else "ERROR",
-    }
+    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     if address is None:
-        options |= {"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False, "address": "local"}
-        options["object_store_memory"] = 256 * 2**20  # nothing large travels through Ray
-        options["_node_ip_address"] = LOOPBACK
+        options |= {
+            "num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False, "address": "local",
+            "object_store_memory": 256 * 2**20,  # nothing large travels through Ray
+            "_node_ip_address": LOOPBACK,
+        }  # fmt: skip
         if len(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) > LONGEST_TEMP_DIR:
             options["_temp_dir"] = "/tmp/ray"
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    else:
-        options |= {
-            "address": address,
-            "runtime_env": {"env_vars": GPU_ORDER},
-        }  # its nodes have their own environment
+    else:  # its nodes have their own environment
+        options |= {"address": address, "runtime_env": {"env_vars": GPU_ORDER}}
     try:
         with _staying_on_loopback() if address is None else contextlib.nullcontext():
             ray.init(**options)
@@ -112,23 +102,18 @@ def _staying_on_loopback() -> Iterator[None]:
 
 def _check_alive(address: str) -> None:
     """Fail early and clearly: ray.init would retry for minutes and then end the process."""
-    if address != "auto":
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdigit():
-            raise ClusterError(f"--address {address!r} is not HOST:PORT or auto")
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()
-        except OSError as error:
-            raise ClusterError(f"no Ray cluster answers at {address!r}: {error.strerror or error}") from None
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
+    none = f"no Ray cluster answers at {address!r}"
     try:
-        done = subprocess.run(
-            command if address == "auto" else [*command, "--address", address],
-            capture_output=True,
-            timeout=CONNECT_SECONDS,
-            check=False,
-        )
+        if address != "auto":
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdigit():
+                raise ClusterError(f"--address {address!r} is not HOST:PORT or auto")
+            socket.create_connection((host, int(port)), timeout=10).close()
+            command += ["--address", address]
+        if subprocess.run(command, capture_output=True, timeout=CONNECT_SECONDS, check=False).returncode:
+            raise ClusterError(f"{none}: `ray health-check` found none")
+    except OSError as error:
+        raise ClusterError(f"{none}: {error.strerror or error}") from None
     except subprocess.TimeoutExpired:
-        raise ClusterError(f"no Ray cluster answers at {address!r} within {CONNECT_SECONDS:.0f} seconds") from None
-    if done.returncode:
-        raise ClusterError(f"no Ray cluster answers at {address!r}: `ray health-check` found none")
+        raise ClusterError(f"{none} within {CONNECT_SECONDS:.0f} seconds") from None

@@ -6,10 +6,12 @@ No Ray here: whoever only needs these values does not pay for its import.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 Spec = TypeVar("Spec")
 Outcome = TypeVar("Outcome")
@@ -32,8 +34,9 @@ class Allocation:
     threads: int
     gpus: int = 0  # of all runs
     runs_per_gpu: int = 1
-    # pack prefers one node for a run's workers, strict-pack insists, spread prefers many
-    placement: Placement = "pack"
+    placement: Placement = (
+        "pack"  # pack prefers one node for a run's workers, strict-pack insists, spread prefers many
+    )
     fallback_world_sizes: tuple[int, ...] = ()  # largest first: for a cluster that has become too small
     storage: Path | str = (
         ""  # for Ray's own files; seen by every node: a shared folder, or a URI that pyarrow opens
@@ -101,13 +104,79 @@ class Telemetry:
     node: Any
 
 
-class Sampler(Protocol):
-    """Measures a node from its construction on."""
+Train = Callable[[Spec, Worker, Report], Outcome]
+Launched = Iterator[tuple[Spec, Outcome | Failed]]
+StartSampler = Callable[[str | None], Any]
+"""A class that measures the node it is made on, in a process of its own; its `stop()` ends that and returns the
+measurements. The argument is CUDA_VISIBLE_DEVICES of a run's workers there: "" for a run without GPUs, None for all."""
 
-    def stop(self) -> Any:
-        """End it; its measurements."""
+
+# --- what went wrong with a run, and whether another attempt is worth it ---
+
+WORKER_DIED = "a worker process died (killed, or its node was lost)"
+_DEATHS = {
+    "WorkerHealthCheckFailedError", "ActorDiedError", "RayActorError", "NodeDiedError", "WorkerGroupStartupFailedError",
+    "WorkerCrashedError", "WorkerDiedError",
+}  # fmt: skip
+_COLLECTIVES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
+_LOST_PEER = re.compile(
+    r"[Cc]onnection (closed by peer|reset by peer|refused)|Broken pipe|gloo.*(timed out|Timed out)"
+)
 
 
-StartSampler = Callable[[str | None], Sampler]
-"""Starts a sampler on the node it is called on. The argument is CUDA_VISIBLE_DEVICES of a run's workers there: "" for a
-run without GPUs, None for all of them."""
+class WorkerDiedError(RuntimeError):
+    """Another process of the same run ended without an exception of its own."""
+
+
+def make_failed(error: BaseException, *, attempts: int) -> Failed:
+    """The failure as the worker that raised it saw it, not as Ray wraps it."""
+    failures = [_unwrap(e) for e in getattr(error, "worker_failures", {}).values()]
+    # when one worker ends, the others raise in their collective: its death or its own error is the cause
+    cause = min(
+        failures or [_unwrap(getattr(error, "controller_failure", error))],
+        key=lambda e: 0 if is_death(e) else 2 if is_lost_peer(e) else 1,
+    )
+    died = is_death(cause) or is_lost_peer(cause)
+    text = str(cause).strip() or type(cause).__name__
+    if died:  # a watchdog knows which rank it was, and where
+        stalled = [str(error) for error in failures or [cause] if "RankStalledError" in _names(error)]
+        text = stalled[0] if stalled else WORKER_DIED
+    elif "RayError" in _names(cause):
+        text = text.splitlines()[-1]
+    return Failed(
+        exception="" if died else type(cause).__name__,
+        message=text.splitlines()[0],
+        traceback="".join(traceback.format_exception(cause))[-20_000:],
+        died=died,
+        attempts=attempts,
+    )
+
+
+def count_failures(failures: int, best_progress: float, progress: float) -> tuple[int, float]:
+    """Deaths in a row without progress, this one included, and the best progress; of what it returned for the last one.
+
+    An attempt that made progress resets the count; one that dies where an earlier one died does not.
+    """
+    return (1, progress) if progress > best_progress else (failures + 1, best_progress)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """A collective that ended because another rank is gone, which is noticed before Ray notices a lost node."""
+    names = _names(error)
+    return bool(names & _COLLECTIVES) or ("RuntimeError" in names and _LOST_PEER.search(str(error)) is not None)
+
+
+def is_death(error: BaseException) -> bool:
+    """A process or node that ended without an exception of its own."""
+    return bool(_names(error) & _DEATHS)
+
+
+def _names(error: BaseException) -> set[str]:
+    """Of its class and those that it is derived from: Ray's and torch's are not imported here."""
+    return {cls.__name__ for cls in type(error).__mro__}
+
+
+def _unwrap(error: BaseException) -> BaseException:
+    """The exception that was raised in another process."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error

@@ -13,41 +13,39 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
-from harness.cluster.failures import count_failures, make_failed
 from harness.cluster.job import (
     COLLECTIVE_SECONDS,
     LOOPBACK,
     Allocation,
     Entered,
     Failed,
+    Launched,
     Outcome,
-    Report,
     Spec,
     Started,
     StartSampler,
     Telemetry,
+    Train,
     Waiting,
     Worker,
-)
+    count_failures,
+    make_failed,
+)  # fmt: skip
 from harness.cluster.nodes import choose_world_size, inspect_cluster
 
 SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
 
 
 def launch(
-    train: Callable[[Spec, Worker, Report], Outcome],
-    specs: Sequence[Spec],
-    job: Allocation,
-    *,
-    progress: Callable[[Spec, Any], None],
-    telemetry: StartSampler | None = None,
-    progress_of: Callable[[Any], float] = lambda _: 0.0,
-) -> Iterator[tuple[Spec, Outcome | Failed]]:
+    train: Train[Spec, Outcome], specs: Sequence[Spec], job: Allocation, *, progress: Callable[[Spec, Any], None],
+    telemetry: StartSampler | None = None, progress_of: Callable[[Any], float] = lambda _: 0.0,
+) -> Launched[Spec, Outcome]:  # fmt: skip
     """Run every spec, `job.concurrent_runs` at a time; yield each as it ends. Call `connect` before.
 
     A worker that dies (killed, out of host memory, node lost) is retried; an exception is not, since it would be
@@ -59,22 +57,20 @@ def launch(
     """
     import ray
 
-    mailbox = _make_mailbox()
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    # beside the driver: on another node it would be lost with that node, and every run with it
+    mailbox = ray.remote(num_cpus=0, scheduling_strategy=_this_node())(Mailbox).remote()
     ended: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     best_progress = [0.0] * len(specs)
     stop = threading.Event()
-    for index in range(len(specs)):
-        waiting.put(index)
+    waiting = iter(range(len(specs)))  # each thread takes the next
 
     def serve() -> None:
-        while not stop.is_set():
-            try:
-                index = waiting.get_nowait()
-            except queue.Empty:
+        for index in waiting:
+            if stop.is_set():
                 return
+            task = _Task(train, specs[index], index, job, telemetry, mailbox)
             try:
-                outcome = _Run(train, specs[index], index, job, telemetry, mailbox, stop, best_progress).run()
+                outcome = _Run(task, stop, best_progress).run()
             except BaseException as error:
                 outcome = make_failed(error, attempts=1)
             ended.put((index, outcome))
@@ -97,6 +93,33 @@ def launch(
         _remove(job.storage)
 
 
+def launch_here(
+    train: Train[Spec, Outcome], specs: Sequence[Spec], job: Allocation, *, progress: Callable[[Spec, Any], None],
+    telemetry: StartSampler | None = None, progress_of: Callable[[Any], float] = lambda _: 0.0,
+) -> Launched[Spec, Outcome]:  # fmt: skip
+    """As `launch`, but in this process and without Ray: one worker. Raises ValueError for a job of several."""
+    if job.workers != 1:
+        raise ValueError(f"the local launcher runs one worker, not {job.workers}: use --launcher ray")
+    cuda = job.device == "cuda"
+    worker = Worker(device="cuda:0" if cuda else "cpu", threads=job.threads, runs_per_gpu=job.runs_per_gpu)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if cuda else ""
+    for spec in specs:
+        progress(spec, Started(attempt=1))
+        progress(spec, Entered())
+        sampler = None
+        with contextlib.suppress(Exception):
+            sampler = telemetry and telemetry(visible)
+        try:
+            outcome: Outcome | Failed = train(spec, worker, partial(progress, spec))
+        except Exception as error:
+            outcome = make_failed(error, attempts=1)
+        finally:
+            if sampler is not None:
+                with contextlib.suppress(Exception):
+                    progress(spec, Telemetry(node=sampler.stop()))
+        yield spec, outcome
+
+
 def _remove(storage: Path | str) -> None:
     if isinstance(storage, Path):
         shutil.rmtree(storage, ignore_errors=True)
@@ -109,35 +132,24 @@ def _remove(storage: Path | str) -> None:
 
 
 class Mailbox:
-    """Callbacks of Ray Train run in another process: what they see waits here for the driver."""
+    """What the workers of all runs report waits here for the driver."""
 
     def __init__(self) -> None:
         self.events: list[tuple[int, Any]] = []
         self.placement_groups: dict[int, Any] = {}
 
     def put(self, index: int, event: Any) -> None:
-        """Add an event of a run."""
         self.events.append((index, event))
 
     def drain(self) -> list[tuple[int, Any]]:
-        """Take all events."""
         events, self.events = self.events, []
         return events
 
     def put_placement_group(self, index: int, group: Any) -> None:
-        """Remember where a run is placed."""
         self.placement_groups[index] = group
 
     def take_placement_group(self, index: int) -> Any:
-        """Forget where a run is placed; that, or None."""
         return self.placement_groups.pop(index, None)
-
-
-def _make_mailbox() -> Any:
-    """Beside the driver: on another node it would be lost with that node, and every run with it."""
-    import ray
-
-    return ray.remote(num_cpus=0, scheduling_strategy=_this_node())(Mailbox).remote()
 
 
 def _this_node() -> Any:
@@ -147,16 +159,58 @@ def _this_node() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-@dataclass(slots=True)
-class _Run(Generic[Spec, Outcome]):
-    """All attempts at one spec, in a thread of the driver."""
+@dataclass(frozen=True, slots=True)
+class _Task(Generic[Spec, Outcome]):
+    """A run: what its workers are sent."""
 
-    train: Callable[[Spec, Worker, Report], Outcome]
+    train: Train[Spec, Outcome]
     spec: Spec
     index: int
     job: Allocation
     telemetry: StartSampler | None
     mailbox: Any
+
+    def work(self, attempt: int, started_at: float) -> Outcome:
+        """In a worker: call the train function; measure this node meanwhile if this is its first worker."""
+        import ray
+        from ray.train import get_context
+        from ray.train.torch import get_device
+        from ray.util import get_current_placement_group
+
+        context, job = get_context(), self.job
+        worker = Worker(
+            rank=context.get_world_rank(), world_size=context.get_world_size(), device=str(get_device()),
+            threads=job.threads, attempt=attempt, launch_seconds=time.time() - started_at,
+            runs_per_gpu=job.runs_per_gpu,
+        )  # fmt: skip
+
+        def report(event: Any) -> None:
+            if worker.rank == 0:
+                ray.get(self.mailbox.put.remote(self.index, event))  # else a death soon after would lose it
+
+        if worker.rank == 0:
+            self.mailbox.put_placement_group.remote(self.index, get_current_placement_group())
+        report(Entered())
+        sampler = None
+        if self.telemetry is not None and context.get_local_rank() == 0:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") if job.device == "cuda" else ""
+            with contextlib.suppress(Exception):  # owned by this worker: Ray ends it with the worker
+                remote: Any = ray.remote(num_cpus=0, scheduling_strategy=_this_node())(self.telemetry)
+                sampler = remote.remote(visible)
+        outcome = self.train(self.spec, worker, report)
+        if sampler is not None:
+            with contextlib.suppress(Exception):  # a missing figure does not cost the run
+                measured = Telemetry(node=ray.get(sampler.stop.remote(), timeout=10))
+                ray.get(self.mailbox.put.remote(self.index, measured), timeout=10)
+                ray.kill(sampler)
+        return outcome
+
+
+@dataclass(slots=True)
+class _Run(Generic[Spec, Outcome]):
+    """All attempts at one task, in a thread of the driver."""
+
+    task: _Task[Spec, Outcome]
     stop: threading.Event
     best_progress: Sequence[float]  # of all runs, as the driver has seen them
     attempt: int = 1
@@ -168,13 +222,13 @@ class _Run(Generic[Spec, Outcome]):
 
     def run(self) -> Outcome | Failed:
         """Try until there is an outcome or no more use in trying."""
+        job = self.task.job
         while True:
             world_size = self._wait_for_resources()
             if world_size is None:
-                return Failed(
-                    exception="", message=f"no room in the cluster for {self._describe(self.job.workers)} within "
-                    f"{self.job.placement_timeout_seconds / 60:.0f} minutes", traceback="", died=True, attempts=self.attempt,
-                )  # fmt: skip
+                minutes = job.placement_timeout_seconds / 60
+                message = f"no room in the cluster for {self._describe(job.workers)} within {minutes:.0f} minutes"
+                return Failed(exception="", message=message, traceback="", died=True, attempts=self.attempt)
             self._announce(world_size)
             started_at = time.time()
             try:
@@ -190,32 +244,26 @@ class _Run(Generic[Spec, Outcome]):
                     Waiting(seconds=self.waited_seconds, reason=f"no place for {self._describe(world_size)}")
                 )
                 continue
-            best = self.best_progress[self.index]
+            best = self.best_progress[self.task.index]
             self.failures, self.progress = count_failures(self.failures, self.progress, best)
-            if not failed.died or self.failures > self.job.retries or self.stop.is_set():
+            if not failed.died or self.failures > job.retries or self.stop.is_set():
                 return failed
             self.reason = failed.message
             self.attempt += 1
 
     def _put(self, event: Any) -> None:
-        self.mailbox.put.remote(self.index, event)
+        self.task.mailbox.put.remote(self.task.index, event)
 
     def _describe(self, workers: int) -> str:
-        """ "2 x 4 CPU + 1 GPU" """
-        return f"{workers} x " + " + ".join(f"{amount:g} {name}" for name, amount in self.job.resources.items())
+        return f"{workers} x " + " + ".join(
+            f"{amount:g} {name}" for name, amount in self.task.job.resources.items()
+        )
 
     def _announce(self, world_size: int) -> None:
-        if (self.attempt, world_size) == self.announced:
-            return
-        if self.announced is not None and self.attempt == self.announced[0]:
-            self.reason = "the cluster has changed before the workers were placed"
-        smaller = world_size if world_size != self.job.workers else None
-        self._put(Started(attempt=self.attempt, reason=self.reason, world_size=smaller))
-        self.announced = (self.attempt, world_size)
-
-    def _choose_world_size(self) -> int:
-        job = self.job
-        return choose_world_size(inspect_cluster(), job) if job.fallback_world_sizes else job.workers
+        if (self.attempt, world_size) != self.announced:
+            smaller = world_size if world_size != self.task.job.workers else None
+            self._put(Started(attempt=self.attempt, reason=self.reason, world_size=smaller))
+            self.announced = (self.attempt, world_size)
 
     def _wait_for_resources(self) -> int | None:
         """Wait until the cluster has a run's resources free; with how many workers, None where that took too long.
@@ -224,19 +272,19 @@ class _Run(Generic[Spec, Outcome]):
         """
         import ray
 
-        began, show_at = time.monotonic(), SHOW_WAIT_AFTER_SECONDS
-        before = self.waited_seconds
+        job, before, began = self.task.job, self.waited_seconds, time.monotonic()
+        show_at = SHOW_WAIT_AFTER_SECONDS
         while not self.stop.is_set():
-            world_size = self._choose_world_size()
+            world_size = choose_world_size(inspect_cluster(), job) if job.fallback_world_sizes else job.workers
             free = ray.available_resources()
             lacking = [
                 f"{amount * world_size:g} {name} wanted, {free.get(name, 0.0):g} free"
-                for name, amount in self.job.resources.items()
+                for name, amount in job.resources.items()
                 if free.get(name, 0.0) < amount * world_size - 1e-6
             ]
             seconds = time.monotonic() - began
             self.waited_seconds = before + seconds
-            if (lacking or before) and self.waited_seconds > self.job.placement_timeout_seconds:
+            if (lacking or before) and self.waited_seconds > job.placement_timeout_seconds:
                 return None
             if not lacking:
                 return world_size
@@ -252,7 +300,7 @@ class _Run(Generic[Spec, Outcome]):
         from ray.util import remove_placement_group
 
         with contextlib.suppress(Exception):
-            group = ray.get(self.mailbox.take_placement_group.remote(self.index), timeout=30)
+            group = ray.get(self.task.mailbox.take_placement_group.remote(self.task.index), timeout=30)
             if group is not None:
                 remove_placement_group(group)
 
@@ -262,15 +310,7 @@ class _Run(Generic[Spec, Outcome]):
 
         from harness.cluster.loopback import LoopbackConfig
 
-        index, mailbox, job = self.index, self.mailbox, self.job
-        train, spec, telemetry, attempt = self.train, self.spec, self.telemetry, self.attempt
-
-        class Relay(ray.train.UserCallback):
-            """Runs in Ray Train's controller, where an exception would end the run: so it raises none."""
-
-            def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-                with contextlib.suppress(Exception):
-                    mailbox.put.remote(index, metrics[0]["event"])
+        task, job, attempt = self.task, self.task.job, self.attempt
 
         class QuietTrainer(TorchTrainer):
             def _create_default_callbacks(self) -> list[Any]:
@@ -278,94 +318,20 @@ class _Run(Generic[Spec, Outcome]):
                 kept = super()._create_default_callbacks()
                 return [c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback"]
 
-        def loop() -> Any:
-            run = _Placed(index, attempt, started_at, job, telemetry, mailbox)
-            return run.train(train, spec)
-
         alone = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]] == [LOOPBACK]
         make_config = LoopbackConfig if alone else TorchConfig
+        cuda = job.device == "cuda"
         return QuietTrainer(
-            loop,
-            torch_config=make_config(
-                backend="nccl" if job.device == "cuda" else "gloo", timeout_s=COLLECTIVE_SECONDS
-            ),
+            lambda: task.work(attempt, started_at),
+            torch_config=make_config(backend="nccl" if cuda else "gloo", timeout_s=COLLECTIVE_SECONDS),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=world_size,
-                use_gpu=job.device == "cuda",
-                resources_per_worker=job.resources,
+                num_workers=world_size, use_gpu=cuda, resources_per_worker=job.resources,
                 placement_strategy=job.placement.upper().replace("-", "_"),
             ),
             run_config=ray.train.RunConfig(
                 # a name used twice would resume the first run of that name
-                name=f"run-{index}-{uuid.uuid4().hex[:12]}",
-                storage_path=str(job.storage),
-                callbacks=[Relay()],
+                name=f"run-{task.index}-{uuid.uuid4().hex[:12]}", storage_path=str(job.storage),
                 failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    """One attempt in one of its workers."""
-
-    index: int
-    attempt: int
-    started_at: float
-    job: Allocation
-    telemetry: StartSampler | None
-    mailbox: Any
-
-    def train(self, train: Callable[[Spec, Worker, Report], Outcome], spec: Spec) -> Outcome:
-        """Call the train function; measure this node meanwhile if this is its first worker."""
-        import ray
-        from ray.train import get_context
-        from ray.train.torch import get_device
-        from ray.util import get_current_placement_group
-
-        context, job = get_context(), self.job
-        worker = Worker(
-            rank=context.get_world_rank(), world_size=context.get_world_size(), device=str(get_device()),
-            threads=job.threads, attempt=self.attempt, launch_seconds=time.time() - self.started_at,
-            runs_per_gpu=job.runs_per_gpu,
         )  # fmt: skip
-
-        def report(event: Any) -> None:
-            # a barrier among the ranks in Ray Train; only rank 0's report is used
-            ray.train.report({"event": event if worker.rank == 0 else None})
-
-        if worker.rank == 0:
-            self.mailbox.put_placement_group.remote(self.index, get_current_placement_group())
-        report(Entered())
-        sampler = self._start_sampler() if context.get_local_rank() == 0 else None
-        outcome = train(spec, worker, report)
-        if sampler is not None:
-            with contextlib.suppress(Exception):  # a missing figure does not cost the run
-                measured = Telemetry(node=ray.get(sampler.stop.remote(), timeout=10))
-                ray.get(self.mailbox.put.remote(self.index, measured), timeout=10)
-                ray.kill(sampler)
-        return outcome
-
-    def _start_sampler(self) -> Any:
-        """An actor on this node, owned by this worker: Ray ends it with the worker. None where that fails."""
-        import ray
-
-        if self.telemetry is None:
-            return None
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") if self.job.device == "cuda" else ""
-        with contextlib.suppress(Exception):
-            remote = ray.remote(num_cpus=0, scheduling_strategy=_this_node())(NodeSampler)
-            return remote.remote(self.telemetry, visible)
-        return None
-
-
-class NodeSampler:
-    """A process of its own, so that measuring takes no time from the step."""
-
-    def __init__(self, start: StartSampler, visible: str | None) -> None:
-        self.sampler = start(visible)
-
-    def stop(self) -> Any:
-        """End it; its measurements."""
-        return self.sampler.stop()

@@ -15,7 +15,8 @@ from typing import Any
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 
-LOOPBACK = "127.0.0.1"
+from harness.cluster.job import LOOPBACK
+
 _listening: list[socket.socket] = []  # rank 0's, from when its port is known until the store takes it over
 
 
@@ -49,14 +50,12 @@ class LoopbackBackend(_TorchBackend):
 
         worker_group.execute(_set_torch_distributed_env_vars)
         port = worker_group.execute_single(0, listen)
-        ray.get(
-            [
-                worker_group.execute_single_async(
-                    rank, join, rank, len(worker_group), port, backend_config.backend, backend_config.timeout_s
-                )
-                for rank in range(len(worker_group))
-            ]
-        )
+        world, backend, seconds = len(worker_group), backend_config.backend, backend_config.timeout_s
+        joining = [
+            worker_group.execute_single_async(rank, join, rank, world, port, backend, seconds)
+            for rank in range(world)
+        ]
+        ray.get(joining)
 
 
 @dataclass
@@ -65,7 +64,6 @@ class LoopbackConfig(TorchConfig):
 
     @property
     def backend_cls(self) -> type[LoopbackBackend]:
-        """What Ray Train makes."""
         return LoopbackBackend
 
 

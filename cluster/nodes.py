@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from harness.cluster.job import Allocation
+from harness.cluster.job import Allocation, make_failed
 
 Answer = TypeVar("Answer")
 
@@ -30,18 +30,11 @@ class Cluster:
 
     @property
     def cpus(self) -> int:
-        """CPUs of all nodes."""
         return sum(node.cpus for node in self.members)
 
     @property
     def gpus(self) -> int:
-        """GPUs of all nodes."""
         return sum(node.gpus for node in self.members)
-
-    @property
-    def nodes(self) -> int:
-        """How many nodes are alive."""
-        return len(self.members)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,32 +103,30 @@ def ask_every_node(
     Takes no resources but `gpus`, so that it also answers while the cluster is busy. Call `connect` before.
     """
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import GetTimeoutError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     def on_node() -> Answer:
         return ask()
 
     task = ray.remote(num_cpus=0, num_gpus=gpus or None, max_retries=0)(on_node)  # takes no partial
-    pending = {}
-    for node in working_nodes():
-        on_this_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-        if only in (None, name):
-            pending[name] = task.options(scheduling_strategy=on_this_node).remote()
+    nodes = {
+        f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": node["NodeID"] for node in working_nodes()
+    }
+    pending = {
+        name: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        for name, node in nodes.items()
+        if only in (None, name)
+    }
     answers: dict[str, Answer | Unanswered] = {}
     until = time.monotonic() + timeout_seconds
     for name, reference in pending.items():
         try:
             answers[name] = ray.get(reference, timeout=max(0.0, until - time.monotonic()))
-        except ray.exceptions.GetTimeoutError:
+        except GetTimeoutError:
             ray.cancel(reference, force=True)
             answers[name] = Unanswered(reason=f"no answer within {timeout_seconds:.0f} seconds")
-        except RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, BaseException) else error
-            text = str(cause).strip() or type(cause).__name__
-            answers[name] = Unanswered(reason=f"{type(cause).__name__}: {text.splitlines()[-1]}")
         except RayError as error:
-            text = str(error).strip() or type(error).__name__
-            answers[name] = Unanswered(reason=text.splitlines()[0])
+            failed = make_failed(error, attempts=1)
+            answers[name] = Unanswered(reason=f"{failed.exception}: {failed.message}".removeprefix(": "))
     return answers

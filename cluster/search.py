@@ -20,18 +20,31 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import ray
 from ray import tune
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from harness.cluster.failures import WORKER_DIED, WorkerDiedError, is_death, make_failed
-from harness.cluster.job import COLLECTIVE_SECONDS, Allocation, Failed, Outcome, Report, Spec, Started, Worker
+from harness.cluster.job import (
+    COLLECTIVE_SECONDS,
+    WORKER_DIED,
+    Allocation,
+    Failed,
+    Outcome,
+    Report,
+    Spec,
+    Started,
+    Train,
+    Worker,
+    WorkerDiedError,
+    is_death,
+    make_failed,
+)
 
 PEER_SECONDS = 10.0  # for the other ranks to end once one has
 LEAVE_SECONDS = 10.0  # for the ranks to destroy their process group together
@@ -46,26 +59,21 @@ _ENVIRONMENT = {
     "TUNE_WARN_THRESHOLD_S": "60",
 }
 
-Proposed = TypeVar("Proposed", covariant=True)
-Ended = TypeVar("Ended", contravariant=True)
 
-
-class Trials(Protocol[Proposed, Ended]):
+class Trials(Protocol):
     """What to try, and what to prune. Every method is called in the driver's main thread."""
 
-    def propose(self) -> tuple[str, Proposed] | None:
+    def propose(self) -> tuple[str, Any] | None:
         """The next trial, by a name of its own; None when there are no more. Called when a slot is free."""
 
     def reported(self, name: str, event: Any) -> bool:
         """Rank 0 of a trial reported (or `Started`: an attempt at it begins). True prunes the trial."""
 
-    def ended(self, name: str, outcome: Ended | Failed | None) -> None:
-        """A trial is over. None: it was pruned."""
+    def ended(self, name: str, outcome: Any) -> None:
+        """A trial is over: its outcome, `Failed`, or None where it was pruned."""
 
 
-def search(
-    train: Callable[[Spec, Worker, Report], Outcome], trials: Trials[Spec, Outcome], job: Allocation
-) -> None:
+def search(train: Train[Spec, Outcome], trials: Trials, job: Allocation) -> None:
     """Run everything that `trials` proposes, `job.concurrent_runs` at a time.
 
     A process that dies is retried; an exception is not, since it would be raised again. In a trial that is pruned,
@@ -76,25 +84,15 @@ def search(
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     driver = _Driver(trials, job.concurrent_runs)
-
-    def trial(config: dict[str, Any]) -> None:
-        _run_trial(config, train, job)
-
+    placement = tune.PlacementGroupFactory([job.resources] * job.workers, strategy="PACK")
     try:
         tune.run(
-            tune.with_resources(trial, tune.PlacementGroupFactory([job.resources] * job.workers, strategy="PACK")),
-            name="search",
+            tune.with_resources(lambda config: _run_trial(config, train, job), placement),
             num_samples=-1,  # `trials` says when there are no more
-            search_alg=_Proposals(driver),
-            stop=driver.receive,
-            callbacks=[driver],
-            reuse_actors=True,
-            max_failures=job.retries,
-            raise_on_failed_trial=False,
-            storage_path=str(job.storage),
-            trial_dirname_creator=lambda trial: trial.trial_id,
-            verbose=0,
-        )
+            name="search", search_alg=_Proposals(driver), stop=driver.receive, callbacks=[driver], reuse_actors=True,
+            max_failures=job.retries, raise_on_failed_trial=False, storage_path=str(job.storage),
+            trial_dirname_creator=lambda trial: trial.trial_id, verbose=0,
+        )  # fmt: skip
     except Exception:
         if driver.raised:
             raise driver.raised[0] from None
@@ -109,10 +107,10 @@ def search(
 class _Driver(tune.Callback):
     """What Tune calls in the driver, handed on to `trials` by their own names."""
 
-    def __init__(self, trials: Trials[Any, Any], concurrent_runs: int) -> None:
+    def __init__(self, trials: Trials, concurrent_runs: int) -> None:
         self.trials, self.concurrent_runs = trials, concurrent_runs
         self.running: dict[str, str] = {}  # Tune's id -> the trial's name
-        self.attempts: dict[str, int] = {}
+        self.attempts = Counter[str]()
         self.raised: list[Exception] = []
 
     def __reduce__(self) -> Any:
@@ -151,7 +149,8 @@ class _Driver(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         if trial.trial_id in self.running:
-            attempt = self.attempts[trial.trial_id] = self.attempts.get(trial.trial_id, 0) + 1
+            self.attempts[trial.trial_id] += 1
+            attempt = self.attempts[trial.trial_id]
             started = Started(attempt=attempt, reason=WORKER_DIED if attempt > 1 else "")
             self.trials.reported(self.running[trial.trial_id], started)
 
@@ -161,7 +160,7 @@ class _Driver(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         error = trial.get_pickled_error() or RuntimeError("Ray Tune gives no reason")
-        self.end(trial.trial_id, make_failed(error, attempts=self.attempts.get(trial.trial_id, 1)))
+        self.end(trial.trial_id, make_failed(error, attempts=max(1, self.attempts[trial.trial_id])))
 
 
 class _Proposals(Searcher):
@@ -169,11 +168,8 @@ class _Proposals(Searcher):
         super().__init__()
         self.suggest = driver.propose
 
-    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        pass
-
-    def save(self, checkpoint_path: str) -> None:
-        pass
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None: ...
+    def save(self, checkpoint_path: str) -> None: ...
 
 
 # --- in a trial's processes ---
@@ -183,7 +179,7 @@ class Pruned(SystemExit):
     """Raised by `report` in every rank of a pruned trial."""
 
 
-def _run_trial(config: dict[str, Any], train: Callable[[Any, Worker, Report], Any], job: Allocation) -> None:
+def _run_trial(config: dict[str, Any], train: Train[Any, Any], job: Allocation) -> None:
     """What Tune calls in its actor, once for each trial that the actor serves: rank 0, which starts the others."""
     note = Path(job.storage) / f"{tune.get_context().get_trial_id()}.failed"
     if note.exists():
@@ -194,7 +190,7 @@ def _run_trial(config: dict[str, Any], train: Callable[[Any, Worker, Report], An
         launch_seconds=max(0.0, time.time() - config["proposed_at"]), runs_per_gpu=job.runs_per_gpu,
     )  # fmt: skip
     spec = config["spec"]
-    with _peers(train, spec, worker, job, note) as peers:
+    with contextlib.closing(_Peers(train, spec, worker, job, note)) as peers:
         outcome, left = run_rank(train, spec, worker, lambda event: tune.report({"event": (event,)}), peers.url)
         outcome = peers.wait(outcome)
     if not left:  # this process is of no use to another trial; the next attempt reports for it
@@ -206,7 +202,7 @@ def _run_trial(config: dict[str, Any], train: Callable[[Any, Worker, Report], An
 
 
 def run_rank(
-    train: Callable[[Spec, Worker, Report], Outcome], spec: Spec, worker: Worker, report: Report, url: str
+    train: Train[Spec, Outcome], spec: Spec, worker: Worker, report: Report, url: str
 ) -> tuple[Outcome | Failed | Pruned, bool]:
     """Train as one rank, and leave the process without process group, tensors and cached GPU memory if that is possible.
 
@@ -215,7 +211,13 @@ def run_rank(
     """
     result: Outcome | Failed | Pruned
     try:
-        _join(worker, url)
+        if worker.world_size > 1:
+            from ray.train.torch.config import _setup_torch_process_group
+
+            _setup_torch_process_group(
+                "gloo" if worker.device == "cpu" else "nccl", world_rank=worker.rank, world_size=worker.world_size,
+                init_method=url, timeout_s=COLLECTIVE_SECONDS,
+            )  # fmt: skip
         result = train(spec, worker, functools.partial(_report, report, worker))
     except SystemExit as stop:
         _clear_frames(stop)
@@ -267,25 +269,32 @@ def leave(seconds: float = LEAVE_SECONDS) -> bool:
     return not thread.is_alive()
 
 
-def _join(worker: Worker, url: str) -> None:
-    if worker.world_size == 1:
-        return
-    from ray.train.torch.config import _setup_torch_process_group
-
-    _setup_torch_process_group(
-        "gloo" if worker.device == "cpu" else "nccl", world_rank=worker.rank, world_size=worker.world_size,
-        init_method=url, timeout_s=COLLECTIVE_SECONDS,
-    )  # fmt: skip
-
-
-@dataclass(slots=True)
 class _Peers:
-    """Ranks 1 and up, as rank 0 sees them. `note`: what the next attempt finds where rank 0 had to be ended."""
+    """Ranks 1 and up, as rank 0 sees them. `note`: what the next attempt reports where rank 0 had to be ended."""
 
-    note: Path
-    url: str = ""
-    ends: list[Any] = field(default_factory=list)
-    over: threading.Event = field(default_factory=threading.Event)
+    def __init__(self, train: Train[Any, Any], spec: Any, worker: Worker, job: Allocation, note: Path) -> None:
+        self.note, self.over, self.url = note, threading.Event(), ""
+        self.actors: list[Any] = []
+        self.ends: list[Any] = []
+        if worker.world_size == 1:
+            return
+
+        class Peer:
+            def run(self, rank: int, url: str) -> Any:
+                result, _ = run_rank(train, spec, replace(worker, rank=rank), lambda _: None, url)
+                return result if isinstance(result, Failed) else None
+
+        group = ray.util.get_current_placement_group()
+        with socket.socket() as free:
+            free.bind(("", 0))
+            self.url = f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+        cpus, gpus = job.resources["CPU"], job.resources.get("GPU", 0)
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(Peer)
+        for rank in range(1, worker.world_size):
+            bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+            self.actors.append(remote.options(scheduling_strategy=bundle).remote())
+        self.ends = [actor.run.remote(rank, self.url) for rank, actor in enumerate(self.actors, 1)]
+        threading.Thread(target=self.watch, daemon=True).start()
 
     def watch(self) -> None:
         """A lost peer can leave rank 0 in a collective for minutes: then this process ends, and Tune tries again."""
@@ -325,39 +334,8 @@ class _Peers:
             raise WorkerDiedError(failures[0].message)
         return failures[0]
 
-
-@contextlib.contextmanager
-def _peers(
-    train: Callable[[Any, Worker, Report], Any], spec: Any, worker: Worker, job: Allocation, note: Path
-) -> Iterator[_Peers]:
-    """Start ranks 1 and up; end their processes at last."""
-    peers = _Peers(note)
-    if worker.world_size == 1:
-        yield peers
-        return
-
-    class Peer:
-        def run(self, rank: int, url: str) -> Any:
-            result, _ = run_rank(train, spec, replace(worker, rank=rank), lambda _: None, url)
-            return result if isinstance(result, Failed) else None
-
-    group = ray.util.get_current_placement_group()
-    with socket.socket() as free:
-        free.bind(("", 0))
-        peers.url = f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
-    resources = job.resources
-    remote = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_restarts=0)(Peer)
-    actors = [
-        remote.options(
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-        ).remote()
-        for rank in range(1, worker.world_size)
-    ]
-    peers.ends = [actor.run.remote(rank, peers.url) for rank, actor in enumerate(actors, 1)]
-    threading.Thread(target=peers.watch, daemon=True).start()
-    try:
-        yield peers
-    finally:
-        peers.over.set()
-        for actor in actors:
+    def close(self) -> None:
+        """End their processes."""
+        self.over.set()
+        for actor in self.actors:
             ray.kill(actor)

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.cluster.job import Allocation
-from harness.models.presets import find_preset
-from harness.models.variants import Recipe, Variant, default_depth, find_variant
+from harness.models.variants import Recipe, Variant, default_depth, find_preset, find_variant
 from harness.options import Grid, check_options, fill
 from harness.search_space import apply
 from harness.spec import Engine, RunSpec, UserError

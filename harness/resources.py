@@ -159,7 +159,7 @@ class Session:
         A Ray cluster of this machine is started at the first call that needs one. `callbacks` are the launcher's.
         """
         if self.resources.launcher == "local":
-            from harness.cluster.local import launch
+            from harness.cluster.launch import launch_here as launch
         else:
             from harness.cluster.launch import launch
         self.join()

@@ -1,8 +1,4 @@
-"""The cache of decoded data sets: one file of arrays each, named by the fingerprint of its contents.
-
-A small index leads from the signature of the source files (names, sizes, times) to that fingerprint, so that the
-next start decodes nothing. This module knows nothing of what the arrays mean.
-"""
+"""The images of a data set, and their cache: a file by the signature of the source files (names, sizes, times)."""
 
 from __future__ import annotations
 
@@ -11,29 +7,46 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 CACHE_FORMAT = 1  # part of every signature: raise it when arrays come out differently from the same files
 
-Arrays = dict[str, NDArray[Any]]
-Metadata = dict[str, str]
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Split:
+    """Images and their labels."""
+
+    images: NDArray[np.uint8]  # (N, H, W, 3), RGB
+    labels: NDArray[np.int64]  # (N,), indices into the data set's classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
-class Cacheable(Protocol):
-    """A value that consists of arrays and a few words about them; `fingerprint` is a hash of all."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Content:
+    """What is in the files of a data set: what the cache keeps, and what the fingerprint is taken over."""
 
-    def to_arrays(self) -> tuple[Arrays, Metadata]: ...
-    @classmethod
-    def from_arrays(cls, arrays: Arrays, metadata: Metadata) -> Self: ...
-    def fingerprint(self) -> str: ...
+    classes: tuple[str, ...]
+    train: Split
+    test: Split
 
+    def parts(self) -> tuple[tuple[str, ...], Split, Split]:
+        return self.classes, self.train, self.test
 
-Value = TypeVar("Value", bound=Cacheable)
+    def fingerprint(self) -> str:
+        """SHA-256 over images, labels and class names of both splits, in hex."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
+        for split in (self.train, self.test):
+            digest.update(repr(split.images.shape).encode())
+            digest.update(np.ascontiguousarray(split.images).data)
+            digest.update(np.ascontiguousarray(split.labels, "<i8").data)
+        return digest.hexdigest()
 
 
 def cache_dir() -> Path:
@@ -41,67 +54,55 @@ def cache_dir() -> Path:
     return Path(os.environ.get("HARNESS_CACHE") or Path.home() / ".cache" / "resnet-harness")
 
 
-def cached(
-    signature: Sequence[str], read: Callable[[], Value], kind: type[Value], folder: Path
-) -> tuple[Value, str]:
+def cached(signature: Sequence[str], read: Callable[[], Content], folder: Path) -> tuple[Content, str]:
     """`read()` and its fingerprint, from the cache where the same signature was read before.
 
     What the cache holds is checked against its fingerprint, and read again if they differ. A cache that cannot be
     written costs time at every start, so there is a warning, but no error.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import save_file
 
     key = hashlib.sha256("\n".join((str(CACHE_FORMAT), *signature)).encode()).hexdigest()
-    index = folder / "index" / f"{key}.json"
-    hit = _load(index, kind, folder)
-    if hit:
+    path = folder / f"{key}.safetensors"
+    if hit := _load(path):
         return hit
     try:
-        index.parent.mkdir(parents=True, exist_ok=True)
-        with lock(index.with_suffix(".lock")):
-            hit = _load(index, kind, folder)  # another process may have been faster
-            if hit:
-                return hit
-            value = read()
-            fingerprint = value.fingerprint()
-            arrays, metadata = value.to_arrays()
-            whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-            path = folder / f"{fingerprint}.safetensors"
-            _write_atomic(path, lambda part: save_file(whole, part, metadata=metadata))
-            _write_atomic(index, lambda part: part.write_text(json.dumps({"fingerprint": fingerprint})))
-            return value, fingerprint
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            return _load(path) or _save(path, read())  # another process may have been faster
     except (OSError, SafetensorError) as error:  # no room, no permission
         warnings.warn(f"{folder}: the cache cannot be written ({error}): decoding anew", stacklevel=2)
-        value = read()
-        return value, value.fingerprint()
+        content = read()
+        return content, content.fingerprint()
 
 
-def lock(path: Path) -> AbstractContextManager[Any]:
-    """Held by one process at a time."""
-    from filelock import FileLock
-
-    return FileLock(path)
-
-
-def _load(index: Path, kind: type[Value], folder: Path) -> tuple[Value, str] | None:
+def _load(path: Path) -> tuple[Content, str] | None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        fingerprint = str(json.loads(index.read_text())["fingerprint"])
-        with safe_open(folder / f"{fingerprint}.safetensors", "np") as file:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata()
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            value = kind.from_arrays(arrays, file.metadata())
+        train, test = (Split(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "test"))
+        content = Content(tuple(json.loads(metadata["classes"])), train, test)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
-    return (value, fingerprint) if value.fingerprint() == fingerprint else None
+    fingerprint = content.fingerprint()
+    return (content, fingerprint) if metadata.get("fingerprint") == fingerprint else None
 
 
-def _write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+def _save(path: Path, content: Content) -> tuple[Content, str]:
     """Write beside the path, then rename: readers see the whole file or none."""
+    from safetensors.numpy import save_file
+
+    fingerprint = content.fingerprint()
+    metadata = {"classes": json.dumps(content.classes), "fingerprint": fingerprint}
+    arrays = {"train_images": content.train.images, "train_labels": content.train.labels}
+    arrays |= {"test_images": content.test.images, "test_labels": content.test.labels}
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(part)
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part, metadata=metadata)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+    return content, fingerprint

@@ -55,12 +55,10 @@ class DaliLoader:
         self._fed: dict[int, tuple[int, int]] = {}  # the same of those fed, by the pipeline's count of runs
         self._runs = 0
         pipeline = dali.Pipeline(
-            batch_size=batch * self.call_steps,
-            num_threads=config.threads,
+            batch_size=batch * self.call_steps, num_threads=config.threads, prefetch_queue_depth=PREFETCH,
             device_id=self._pixels.device.index if self._on_gpu else None,
-            prefetch_queue_depth=PREFETCH,
             exec_dynamic=True,  # its outputs stay valid for as long as they are referred to
-        )
+        )  # fmt: skip
         with pipeline:
             define(config, (height, width), mean, std, self._feed_pixels, self._feed_numbers)
         pipeline.build()
@@ -90,7 +88,7 @@ class DaliLoader:
             if self._fed.pop(self._runs - 1) == wanted:
                 break
         images, labels = from_dlpack(output.as_tensor()), upload(self._labels[made.index], self._config.device)
-        return images.permute(0, 3, 1, 2) if self._config.channels_last else images, labels
+        return images.permute(0, 3, 1, 2), labels
 
     def _run(self) -> Any:
         """The output belongs to the current stream, which waits for it; the host does not."""
@@ -125,13 +123,9 @@ class DaliLoader:
 
 
 def define(
-    config: LoaderConfig,
-    size: tuple[int, int],
-    mean: NDArray[np.float32],
-    std: NDArray[np.float32],
-    feed_pixels: Callable[[int], Any],
-    feed_numbers: Callable[[int], Any],
-) -> None:
+    config: LoaderConfig, size: tuple[int, int], mean: NDArray[np.float32], std: NDArray[np.float32],
+    feed_pixels: Callable[[int], Any], feed_numbers: Callable[[int], Any],
+) -> None:  # fmt: skip
     """Define the current pipeline: the same graph on every device.
 
     DALI copies what it is fed (`no_copy` is False), in order of the stream that wrote it, and waits for the copy. With
@@ -139,27 +133,16 @@ def define(
     """
     device = "gpu" if config.device.type == "cuda" else "cpu"
     images = fn.external_source(
-        source=feed_pixels,
-        device=device,
-        no_copy=False,
-        layout="HWC",
-        ndim=3,
+        source=feed_pixels, device=device, no_copy=False, layout="HWC", ndim=3,
         dtype=types.FLOAT if config.augment.scale_range else types.UINT8,
-    )
+    )  # fmt: skip
     y, x, flip = fn.external_source(
         source=feed_numbers, num_outputs=3, dtype=[types.FLOAT, types.FLOAT, types.INT32], ndim=0
     )
     if mean.ndim == 3:  # before the crop: exact, and faster than cropping image and mean alike
         images = images - types.Constant(mean, layout="HWC", device=device)
     output = fn.crop_mirror_normalize(
-        images,
-        crop=size,
-        crop_pos_y=y,
-        crop_pos_x=x,
-        mirror=flip,
-        mean=mean.tolist() if mean.ndim == 1 else [0.0, 0.0, 0.0],
-        std=std.tolist(),
-        dtype=types.FLOAT,
-        output_layout="HWC" if config.channels_last else "CHW",
-    )
+        images, crop=size, crop_pos_y=y, crop_pos_x=x, mirror=flip, std=std.tolist(),
+        mean=mean.tolist() if mean.ndim == 1 else [0.0, 0.0, 0.0], dtype=types.FLOAT, output_layout="HWC",
+    )  # fmt: skip
     dali.Pipeline.current().set_outputs(output)

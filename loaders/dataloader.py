@@ -14,9 +14,8 @@ from harness.loaders.datasets import Split
 from harness.loaders.resident import zoom
 from harness.loaders.sampling import LoaderConfig, SamplingPlan
 
-Job = tuple[
-    int, int, int, bool, int
-]  # which image, y and x of its crop, whether it is flipped, side to be resized
+Job = tuple[int, int, int, bool, int]
+"""Which image, y and x of its crop, whether it is flipped, side of the square that is resized or 0."""
 
 
 class TorchLoader:
@@ -27,25 +26,19 @@ class TorchLoader:
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
         self.steps = plan.steps
         self._device = config.device
-        self._format = torch.channels_last if config.channels_last else torch.contiguous_format
         self._batches = _Batches(plan)
         workers = 0 if config.threads <= 2 else config.threads - 1
         self.calls_ahead = 2 * workers  # DataLoader's own
         self._loader: DataLoader[tuple[Tensor, int]] = DataLoader(
-            _Transformed(split, config),
-            batch_sampler=self._batches,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=config.device.type == "cuda",
-        )
+            _Transformed(split, config), batch_sampler=self._batches, num_workers=workers,
+            persistent_workers=workers > 0, pin_memory=config.device.type == "cuda",
+        )  # fmt: skip
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self._batches.epoch, self._batches.first_step = epoch, first_step
         for images, labels in self._loader:
-            yield (
-                images.to(self._device, non_blocking=True, memory_format=self._format),
-                labels.to(self._device, non_blocking=True),
-            )
+            images = images.to(self._device, non_blocking=True, memory_format=torch.channels_last)
+            yield images, labels.to(self._device, non_blocking=True)
 
     def close(self) -> None:
         self._loader = DataLoader(self._loader.dataset)  # worker processes end with the last reference to theirs
@@ -56,8 +49,7 @@ class _Batches:
 
     def __init__(self, plan: SamplingPlan) -> None:
         self._plan = plan
-        self.epoch = 0
-        self.first_step = 0
+        self.epoch = self.first_step = 0
 
     def __iter__(self) -> Iterator[list[Job]]:
         draw = self._plan.draw(self.epoch)
@@ -90,10 +82,9 @@ class _Transformed(Dataset[tuple[Tensor, int]]):
         index, y, x, flip, side = job
         image, mean = self._images[index], self._mean
         if side:
-            square = zoom(
-                image.permute(1, 2, 0)[None], torch.tensor([[y, x]]), torch.tensor([side]), self._size[0]
-            )
-            image = self._normalize(square[0].permute(2, 0, 1) / 255, mean)
+            offset, size = torch.tensor([[y, x]]), self._size[0]
+            square = zoom(image.permute(1, 2, 0)[None], offset, torch.tensor([side]), size)[0]
+            image = self._normalize(square.permute(2, 0, 1) / 255, mean)
         elif self._normalize_first:
             image = functional.crop(self._pad(self._normalize(image, mean)), y, x, *self._size)
         else:

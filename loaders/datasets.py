@@ -7,26 +7,21 @@ CIFAR-10 in its own format.
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
-import os
 import socket
+import tomllib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
-from harness.loaders.cache import Arrays, Metadata, cache_dir, cached, lock
-from harness.loaders.cifar import SUPERCLASS, SUPERCLASSES, TORCHVISION
-
-DATASETS: tuple[str, ...] = ("cifar10", "cifar2", "cifar100", "cifar100-coarse", "digits", "miniplaces")
-"""The names `load_dataset` knows; `folder:PATH` is the other way to name one."""
+from harness.loaders.cache import Content, cache_dir, cached
+from harness.loaders.cache import Split as Split
 
 Progress = Callable[[str, int, int], None]
 """Called with the activity, the count done and the total."""
@@ -35,58 +30,30 @@ MINIPLACES_TRAIN_IMAGES = 100_000
 ORIGINAL = {"09a5676e728262a768e427676db1b20e1ae9945c739c767c91d3143e7d255138"}  # digits
 """Fingerprints of published images. CIFAR-10's files have MD5 sums in torchvision; those of Mini-Places2 are not known here."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
+_CIFAR = tomllib.loads(Path(__file__).with_name("cifar.toml").read_text())
+CIFAR10_CLASSES: tuple[str, ...] = tuple(_CIFAR["cifar10"].split())
+SUPERCLASSES: dict[str, str] = _CIFAR["cifar100"]
+"""The 20 coarse classes of CIFAR-100 and their fine ones."""
+SUPERCLASS = {fine: coarse for coarse, members in SUPERCLASSES.items() for fine in members.split()}
+TORCHVISION: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", CIFAR10_CLASSES),
+    "cifar100": ("CIFAR100", "cifar-100-python", tuple(sorted(SUPERCLASS))),
+}
+"""torchvision's class, which knows the address and the checksums, its folder, and the classes in their order."""
+RELABELLED = {
+    "cifar2": ("cifar10", {name: name for name in CIFAR10_CLASSES[:2]}),
+    "cifar100-coarse": ("cifar100", SUPERCLASS),
+}
+"""Data sets made of another's images: the class of each of its classes; images of others are left out."""
+
 MIXED_SEED = 20151210
 DOWNLOAD_TIMEOUT_SECONDS = 20
-DECODE_CHUNK = 200
+REPORT_EVERY = 200  # images
 DECODE_THREADS = 4
 
 
 class DataError(ValueError):
     """The data set is missing, broken or contradictory: one line that names the file."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Split:
-    """Images and their labels."""
-
-    images: NDArray[np.uint8]
-    """(N, H, W, 3), RGB."""
-    labels: NDArray[np.int64]
-    """(N,), indices into the data set's classes."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Content:
-    """What is in the files of a data set: what the cache keeps, and what the fingerprint is taken over."""
-
-    classes: tuple[str, ...]
-    train: Split
-    test: Split
-
-    def parts(self) -> tuple[tuple[str, ...], Split, Split]:
-        return self.classes, self.train, self.test
-
-    def to_arrays(self) -> tuple[Arrays, Metadata]:
-        arrays: Arrays = {"train_images": self.train.images, "train_labels": self.train.labels}
-        arrays |= {"test_images": self.test.images, "test_labels": self.test.labels}
-        return arrays, {"classes": json.dumps(self.classes)}
-
-    @classmethod
-    def from_arrays(cls, arrays: Arrays, metadata: Metadata) -> Self:
-        train, test = (Split(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "test"))
-        return cls(tuple(json.loads(metadata["classes"])), train, test)
-
-    def fingerprint(self) -> str:
-        """SHA-256 over images, labels and class names of both splits, in hex."""
-        digest = hashlib.sha256(json.dumps(self.classes).encode())
-        for split in (self.train, self.test):
-            digest.update(repr(split.images.shape).encode())
-            digest.update(np.ascontiguousarray(split.images).data)
-            digest.update(np.ascontiguousarray(split.labels, "<i8").data)
-        return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -112,18 +79,21 @@ class Dataset:
         return int(self.train.images.shape[1])
 
 
-def check_dataset_name(name: str) -> None:
-    """Raise DataError unless `load_dataset` knows the name. The files are not looked at."""
-    if name in DATASETS or (name.startswith("folder:") and name != "folder:"):
-        return
-    hint = suggest(name, (*DATASETS, "folder:"))
-    raise DataError(f"unknown data set {name!r}: {hint}allowed are {', '.join(DATASETS)} and folder:PATH")
+class Request(NamedTuple):
+    """What `load_dataset` was called with."""
 
+    name: str
+    root: Path | None
+    cache: Path
+    progress: Progress | None
 
-def suggest(word: str, allowed: Iterable[str]) -> str:
-    """ "did you mean ...? ", or nothing where no allowed word is close."""
-    close = difflib.get_close_matches(word, list(allowed), n=1)
-    return f"did you mean {close[0]!r}? " if close else ""
+    def folder(self) -> Path:
+        """The data folder. Raises DataError where there is none."""
+        if self.root is None:
+            raise DataError(f"{self.name} is not downloaded: name the development kit's folder with --data-dir")
+        if not self.root.is_dir():
+            raise DataError(f"{self.root}: {'not a folder' if self.root.exists() else 'no such folder'}")
+        return self.root
 
 
 class _File(NamedTuple):
@@ -131,6 +101,19 @@ class _File(NamedTuple):
     label: int
     size: int
     modified_ns: int
+
+
+def check_dataset_name(name: str) -> None:
+    """Raise DataError unless `load_dataset` knows the name. The files are not looked at."""
+    if name not in DATASETS and not (name.startswith("folder:") and name != "folder:"):
+        raise DataError(describe_unknown("data set", name, (*DATASETS, "folder:PATH")))
+
+
+def describe_unknown(kind: str, name: str, allowed: Collection[str]) -> str:
+    """What is wrong with a name that is none of the allowed, in one line."""
+    close = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown {kind} {name!r}: {hint}allowed are {', '.join(allowed)}"
 
 
 def load_dataset(
@@ -148,20 +131,14 @@ def load_dataset(
     The cache is `cache`, else `cache_dir()`. Raises DataError.
     """
     check_dataset_name(name)
-    cache = cache or cache_dir()
-    if data_dir is not None and (name == "digits" or name.startswith("folder:")):
-        where = "is part of scikit-learn" if name == "digits" else "names its own path"
+    folder = name.startswith("folder:")
+    if data_dir is not None and (name == "digits" or folder):
+        where = "names its own path" if folder else "is part of scikit-learn"
         raise DataError(f"data set {name} {where}: it takes no data folder, got {data_dir}")
-    if name == "digits":
-        return _load_digits(cache)
-    if name == "miniplaces":
-        return _load_miniplaces(data_dir, cache, progress)
-    if name.startswith("folder:"):
-        return _load_class_folders(name, Path(name.removeprefix("folder:")).expanduser(), cache, progress)
-    whole = _load_cifar("cifar100" if name.startswith("cifar100") else "cifar10", data_dir, cache, progress)
-    if name == whole.name:
-        return whole
-    return _first_two_classes(whole) if name == "cifar2" else _superclasses(whole)
+    request = Request(name, data_dir, cache or cache_dir(), progress)
+    if folder:
+        return _load_class_folders(request._replace(root=Path(name.removeprefix("folder:")).expanduser()))
+    return DATASETS[name](request)
 
 
 def limit(split: Split, count: int) -> Split:
@@ -202,7 +179,7 @@ def hold_out(split: Split, count: int, seed: int, *, stratified: bool = True) ->
 # ---- the data sets ---------------------------------------------------------------------------------------------
 
 
-def _load_digits(cache: Path) -> Dataset:
+def _load_digits(request: Request) -> Dataset:
     from importlib.metadata import version  # scikit-learn itself takes a second to import
 
     def read() -> Content:
@@ -215,29 +192,25 @@ def _load_digits(cache: Path) -> Dataset:
         train, test = hold_out(Split(images, bunch.target.astype(np.int64)), 360, seed=0)
         return Content(tuple(str(name) for name in bunch.target_names), train, test)
 
-    content, fingerprint = cached(["digits", version("scikit-learn")], read, Content, cache)
+    content, fingerprint = cached(["digits", version("scikit-learn")], read, request.cache)
     return Dataset("digits", "digits", fingerprint, fingerprint in ORIGINAL, *content.parts(), flip=False)
 
 
-def _load_cifar(name: str, data_dir: Path | None, cache: Path, progress: Progress | None) -> Dataset:
+def _load_cifar(request: Request) -> Dataset:
+    name = request.name
     kind, folder, classes = TORCHVISION[name]
-    download = data_dir is None
-    data_dir = data_dir or cache / "downloads"
-    batches = data_dir / folder
-    if download and not batches.is_dir():
-        _download_cifar(name, data_dir)
+    root = request.root or request.cache / "downloads"
+    batches = root / folder
+    if request.root is None and not batches.is_dir():
+        _download_cifar(name, root)
     if not batches.is_dir():
-        dataset = _load_class_folders(name, data_dir, cache, progress)
+        dataset = _load_class_folders(request._replace(root=root))
         if dataset.classes != classes:
             first = ", ".join(dataset.classes[:3])
-            raise DataError(
-                f"{data_dir}: not {kind[:5]}-{kind[5:]}'s classes ({first}, ...): try folder:{data_dir}"
-            )
+            raise DataError(f"{root}: not {kind[:5]}-{kind[5:]}'s classes ({first}, ...): try folder:{root}")
         return dataset
-    with os.scandir(batches) as entries:
-        stats = sorted((entry.name, entry.stat()) for entry in entries)
-    signature = [str(batches.resolve()), *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)]
-    content, fingerprint = cached(signature, lambda: _read_cifar(name, data_dir), Content, cache)
+    files = (str(_stat(batches, path.name, 0)) for path in sorted(batches.iterdir()))
+    content, fingerprint = cached([str(batches.resolve()), *files], lambda: _read_cifar(name, root), request.cache)
     return Dataset(name, name, fingerprint, True, *content.parts(), flip=True)
 
 
@@ -248,14 +221,11 @@ def _read_cifar(name: str, root: Path) -> Content:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's, about the age of the pickles
         try:
-            train, test = (getattr(datasets, kind)(root, train=train, download=False) for train in (True, False))
+            parts = [getattr(datasets, kind)(root, train=train, download=False) for train in (True, False)]
         except RuntimeError as error:
-            title = f"{kind[:5]}-{kind[5:]}"
-            raise DataError(
-                f"{root / folder}: incomplete or corrupt: a file's checksum is not {title}'s"
-            ) from error
-    splits = (Split(part.data, np.asarray(part.targets, np.int64)) for part in (train, test))
-    return Content(classes, *splits)
+            what = f"a file's checksum is not {kind[:5]}-{kind[5:]}'s"
+            raise DataError(f"{root / folder}: incomplete or corrupt: {what}") from error
+    return Content(classes, *(Split(part.data, np.asarray(part.targets, np.int64)) for part in parts))
 
 
 def _download_cifar(name: str, root: Path) -> None:
@@ -264,11 +234,9 @@ def _download_cifar(name: str, root: Path) -> None:
     timeout = socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with lock(root / f"{name}.lock"):
+        with FileLock(root / f"{name}.lock"):
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)  # torchvision sets none
-            getattr(datasets, TORCHVISION[name][0])(
-                root, download=True
-            )  # keeps what another process has downloaded
+            getattr(datasets, TORCHVISION[name][0])(root, download=True)  # keeps what is downloaded already
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
@@ -279,75 +247,65 @@ def _download_cifar(name: str, root: Path) -> None:
         socket.setdefaulttimeout(timeout)
 
 
-def _superclasses(whole: Dataset) -> Dataset:
-    names = tuple(SUPERCLASSES)
-    number = np.array([names.index(SUPERCLASS[fine]) for fine in whole.classes])
-    content = Content(names, *(Split(split.images, number[split.labels]) for split in (whole.train, whole.test)))
-    label = "cifar100-coarse" if whole.original else f"cifar100-coarse of {whole.label}"
-    return Dataset("cifar100-coarse", label, content.fingerprint(), whole.original, *content.parts(), flip=True)
+def _load_relabelled(request: Request) -> Dataset:
+    """Another data set's images by fewer classes."""
+    name, groups = RELABELLED[request.name]
+    whole = _load_cifar(request._replace(name=name))
+    classes = tuple(dict.fromkeys(groups.values()))
+    number = np.array([classes.index(groups[old]) if old in groups else -1 for old in whole.classes])
+    labels = [(split, number[split.labels]) for split in (whole.train, whole.test)]
+    content = Content(classes, *(Split(split.images[new >= 0], new[new >= 0]) for split, new in labels))
+    label = request.name if whole.original else f"{request.name} of {whole.label}"
+    return Dataset(request.name, label, content.fingerprint(), whole.original, *content.parts(), flip=True)
 
 
-def _first_two_classes(whole: Dataset) -> Dataset:
-    pairs = ((split, split.labels < 2) for split in (whole.train, whole.test))
-    content = Content(whole.classes[:2], *(Split(split.images[two], split.labels[two]) for split, two in pairs))
-    label = "cifar2" if whole.original else f"cifar2 of {whole.label}"
-    return Dataset("cifar2", label, content.fingerprint(), whole.original, *content.parts(), flip=True)
-
-
-def _load_class_folders(name: str, root: Path, cache: Path, progress: Progress | None) -> Dataset:
-    _check_folder(root)
+def _load_class_folders(request: Request) -> Dataset:
+    root = request.folder()
     train_classes, train = _list_class_folders(root, "train")
     test_classes, test = _list_class_folders(root, "test")
     if train_classes != test_classes:
         either = sorted(set(train_classes) ^ set(test_classes))
         only = [f"{name} only in {'train' if name in train_classes else 'test'}" for name in either]
         raise DataError(f"{root}: classes differ between train and test: {'; '.join(only)}")
-    content, fingerprint = _read_files(root, tuple(train_classes), train, test, cache, progress)
+    content, fingerprint = _read_files(request, tuple(train_classes), train, test)
     label = root.resolve().name or "folder"
     if label in DATASETS:  # it must not pass for the published images
         label = f"{label}@{fingerprint[:8]}"
-    return Dataset(name, label, fingerprint, False, *content.parts(), flip=True)
-
-
-def _check_folder(root: Path) -> None:
-    if not root.is_dir():
-        raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
+    return Dataset(request.name, label, fingerprint, False, *content.parts(), flip=True)
 
 
 def _list_class_folders(root: Path, split: str) -> tuple[list[str], list[_File]]:
     folder = root / split
     if not folder.is_dir():
         raise DataError(f"{root}: no folder {split!r}: expected train/<class>/* and test/<class>/*")
-    with os.scandir(folder) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     if not classes:
         raise DataError(f"{folder}: no class folders: expected {split}/<class>/*")
     files: list[_File] = []
     for label, name in enumerate(classes):
-        with os.scandir(folder / name) as entries:
-            images = [entry for entry in entries if entry.name.lower().endswith(IMAGE_SUFFIXES)]
+        images = sorted(path.name for path in (folder / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
         if not images:
             raise DataError(f"{folder / name}: no images in this class folder")
-        for image in sorted(images, key=attrgetter("name")):
-            stat = image.stat()
-            files.append(_File(f"{split}/{name}/{image.name}", label, stat.st_size, stat.st_mtime_ns))
+        files += [_stat(root, f"{split}/{name}/{image}", label) for image in images]
     return classes, files
 
 
-def _load_miniplaces(root: Path | None, cache: Path, progress: Progress | None) -> Dataset:
-    if root is None:
-        raise DataError("miniplaces is not downloaded: name the development kit's folder with --data-dir")
-    _check_folder(root)
+def _stat(root: Path, path: str, label: int) -> _File:
+    stat = (root / path).stat()
+    return _File(path, label, stat.st_size, stat.st_mtime_ns)
+
+
+def _load_miniplaces(request: Request) -> Dataset:
+    root = request.folder()
     classes: dict[int, str] = {}
     for number, path, label in _list_lines(root / "categories.txt"):
-        if label in classes:
+        if classes.setdefault(label, path) != path:
             raise DataError(f"{root / 'categories.txt'} line {number}: label {label} is {classes[label]} already")
-        classes[label] = path
     if sorted(classes) != list(range(len(classes))):
         raise DataError(f"{root / 'categories.txt'}: labels are not 0 to {len(classes) - 1}")
     train, test = (_list_kit(root, name, len(classes)) for name in ("train.txt", "val.txt"))
     names = tuple(classes[label] for label in range(len(classes)))
-    content, fingerprint = _read_files(root, names, train, test, cache, progress)
+    content, fingerprint = _read_files(request, names, train, test)
     whole = len(content.train) >= MINIPLACES_TRAIN_IMAGES
     name = "miniplaces" if whole else root.resolve().name
     if name in DATASETS and not whole:
@@ -359,13 +317,12 @@ def _load_miniplaces(root: Path | None, cache: Path, progress: Progress | None) 
 def _list_kit(root: Path, name: str, num_classes: int) -> list[_File]:
     files: list[_File] = []
     for number, path, label in _list_lines(root / name):
-        try:
-            stat = (root / "images" / path).stat()
-        except OSError as error:
-            raise DataError(f"{root / name} line {number}: no file {root / 'images' / path}") from error
         if not 0 <= label < num_classes:
             raise DataError(f"{root / name} line {number}: label {label} is not in categories.txt")
-        files.append(_File(f"images/{path}", label, stat.st_size, stat.st_mtime_ns))
+        try:
+            files.append(_stat(root, f"images/{path}", label))
+        except OSError as error:
+            raise DataError(f"{root / name} line {number}: no file {root / 'images' / path}") from error
     return files
 
 
@@ -385,27 +342,30 @@ def _list_lines(path: Path) -> Iterator[tuple[int, str, int]]:
             yield number, name.strip(), int(label)
 
 
+DATASETS: dict[str, Callable[[Request], Dataset]] = {
+    "cifar10": _load_cifar, "cifar2": _load_relabelled, "cifar100": _load_cifar, "cifar100-coarse": _load_relabelled,
+    "digits": _load_digits, "miniplaces": _load_miniplaces,
+}  # fmt: skip
+"""What `load_dataset` calls by name; `folder:PATH` is the other way to name a data set."""
+
+
 # ---- decoding --------------------------------------------------------------------------------------------------
 
 
 def _read_files(
-    root: Path,
-    classes: tuple[str, ...],
-    train: list[_File],
-    test: list[_File],
-    cache: Path,
-    progress: Progress | None,
+    request: Request, classes: tuple[str, ...], train: list[_File], test: list[_File]
 ) -> tuple[Content, str]:
     """The images of the listed files, and their fingerprint."""
+    root = request.folder()
 
     def read() -> Content:
-        images = _decode(root, [*train, *test], progress)
+        images = _decode(root, [*train, *test], request.progress)
         labels = np.array([file.label for file in (*train, *test)], np.int64)
         cut = len(train)
         return Content(classes, Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:]))
 
     signature = [str(root.resolve()), *map(str, (classes, train, test))]
-    return cached(signature, read, Content, cache)
+    return cached(signature, read, request.cache)
 
 
 def _decode(root: Path, files: list[_File], progress: Progress | None) -> NDArray[np.uint8]:
@@ -418,19 +378,18 @@ def _decode(root: Path, files: list[_File], progress: Progress | None) -> NDArra
         raise DataError(f"{first}: image is {width}x{height}: only square images are supported")
     images = np.empty((len(files), height, width, 3), np.uint8)
 
-    def decode(start: int) -> int:
-        for index, file in enumerate(files[start : start + DECODE_CHUNK], start):
-            image = _read_image(root / file.path)
-            if image.shape != images.shape[1:]:
-                size = f"{image.shape[1]}x{image.shape[0]}"
-                raise DataError(f"{root / file.path}: image is {size}, others are {width}x{height} ({first})")
-            images[index] = image
-        return min(start + DECODE_CHUNK, len(files))
+    def decode(index: int) -> None:
+        path = root / files[index].path
+        image = _read_image(path)
+        if image.shape != images.shape[1:]:
+            size = f"{image.shape[1]}x{image.shape[0]}"
+            raise DataError(f"{path}: image is {size}, others are {width}x{height} ({first})")
+        images[index] = image
 
     Image.init()  # not thread-safe on first use
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        for done in pool.map(decode, range(0, len(files), DECODE_CHUNK)):
-            if progress:
+        for done, _ in enumerate(pool.map(decode, range(len(files))), 1):
+            if progress and (done % REPORT_EVERY == 0 or done == len(files)):
                 progress("decoding images", done, len(files))
     return images
 

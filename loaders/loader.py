@@ -1,35 +1,26 @@
-"""The `Loader` protocol, the names of the loaders, and `make_loaders`, which makes one by its name."""
+"""The `Loader` protocol, the table of loaders, and `make_loaders`, which makes one by its name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
-from harness.loaders.datasets import Split, suggest
-from harness.loaders.sampling import Augment, LoaderConfig, SamplingPlan, Zoom, draw_shares
+from harness.loaders.datasets import Split, describe_unknown
+from harness.loaders.sampling import LoaderConfig, SamplingPlan, draw_shares
 
 if TYPE_CHECKING:
     import torch
-
-LOADERS = {
-    "dali": "harness.loaders.dali:DaliLoader",
-    "resident": "harness.loaders.resident:ResidentLoader",
-    "dataloader": "harness.loaders.dataloader:TorchLoader",
-    "synthetic": "harness.loaders.synthetic:SyntheticLoader",
-}
 
 
 class Loader(Protocol):
     """Batches of one rank, on its device."""
 
+    steps: int  # batches of this rank in an epoch
     call_steps: int  # batches that are made by one call
     calls_ahead: int  # calls that are made before their batches are requested
-
-    @property
-    def steps(self) -> int:
-        """Batches of this rank in an epoch."""
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The epoch's batches from `first_step` on: images float32 (n, 3, H, W) and labels int64 (n,).
@@ -42,27 +33,58 @@ class Loader(Protocol):
         """Free threads, processes and device memory."""
 
 
+MakeLoader = Callable[[Split, SamplingPlan, LoaderConfig], Loader]
+
+
+def _import(module: str, name: str, split: Split, plan: SamplingPlan, config: LoaderConfig) -> Loader:
+    """Imported when it is used, so that DALI is loaded only then."""
+    loader: Loader = getattr(import_module(f"harness.loaders.{module}"), name)(split, plan, config)
+    return loader
+
+
+LOADERS: dict[str, MakeLoader] = {
+    "dali": partial(_import, "dali", "DaliLoader"),
+    "resident": partial(_import, "resident", "ResidentLoader"),
+    "dataloader": partial(_import, "dataloader", "TorchLoader"),
+    "synthetic": partial(_import, "resident", "SyntheticLoader"),
+}
+
+
 def make_loaders(name: str, train_split: Split, eval_split: Split, config: LoaderConfig) -> tuple[Loader, Loader]:
     """The training loader and the evaluation loader of one rank.
 
     Raises ValueError: an unknown name, a crop larger than the padded image, fewer images than ranks.
     """
-    augment = config.augment
-    plan = SamplingPlan(
-        images=len(train_split),
-        batch_size=config.batch_size,
-        span=augment.span(train_split),
-        flip=augment.flip,
-        seed=config.seed,
-        rank=config.rank,
-        world_size=config.world_size,
-        zoom=_make_zoom(augment, train_split),
-    )
-    make = _loader_type(name)
-    loader = make(train_split, plan, config)
+    if name not in LOADERS:
+        raise ValueError(describe_unknown("loader", name, LOADERS))
+    plan = _make_plan(train_split, config, train=True)
+    loader = LOADERS[name](train_split, plan, config)
     if config.mixup:
-        loader = Mixing(loader, make(train_split, replace(plan, partner=True), config), plan, config)
+        loader = Mixing(loader, LOADERS[name](train_split, replace(plan, partner=True), config), plan, config)
     return loader, make_evaluation_loader(name, eval_split, config)
+
+
+def make_evaluation_loader(name: str, split: Split, config: LoaderConfig) -> Loader:
+    """Every image of `split` once over all ranks, in a fixed mixed order: the centre crop, never flipped.
+
+    Where training images are scaled, the whole image at the crop's size in place of its centre.
+    """
+    augment = config.augment
+    # The centre crop of the padded image is that of the image itself, so evaluation needs no padding.
+    fits = augment.crop is None or augment.crop <= min(split.images.shape[1:3])
+    config = replace(config, augment=replace(augment, pad=0 if fits else augment.pad, flip=False))
+    # synthetic is a bound for training only: an error is one of real images
+    make = LOADERS["resident" if name == "synthetic" else name]
+    return make(split, _make_plan(split, config, train=False), config)
+
+
+def _make_plan(split: Split, config: LoaderConfig, *, train: bool) -> SamplingPlan:
+    augment = config.augment
+    return SamplingPlan(
+        images=len(split), batch_size=config.batch_size if train else config.eval_batch_size, train=train,
+        span=augment.span(split), flip=augment.flip, seed=config.seed, rank=config.rank, world_size=config.world_size,
+        scale_range=augment.scale_range, image=split.images.shape[1], crop=augment.crop_size(split)[0],
+    )  # fmt: skip
 
 
 class Mixing:
@@ -89,39 +111,3 @@ class Mixing:
     def close(self) -> None:
         for loader in self._loaders:
             loader.close()
-
-
-def _make_zoom(augment: Augment, split: Split) -> Zoom | None:
-    crop, _ = augment.crop_size(split)
-    return Zoom(split.images.shape[1], crop, *augment.scale_range) if augment.scale_range else None
-
-
-def make_evaluation_loader(name: str, split: Split, config: LoaderConfig) -> Loader:
-    """Every image of `split` once over all ranks, in a fixed mixed order: the centre crop, never flipped.
-
-    Where training images are scaled, the whole image at the crop's size in place of its centre.
-    """
-    augment = config.augment
-    # The centre crop of the padded image is that of the image itself, so evaluation needs no padding.
-    fits = augment.crop is None or augment.crop <= min(split.images.shape[1:3])
-    centre = replace(augment, pad=0 if fits else augment.pad, flip=False)
-    plan = SamplingPlan(
-        images=len(split),
-        batch_size=config.eval_batch_size,
-        span=centre.span(split),
-        rank=config.rank,
-        world_size=config.world_size,
-        train=False,
-        zoom=_make_zoom(centre, split),
-    )
-    # synthetic is a bound for training only: an error is one of real images
-    return _loader_type("resident" if name == "synthetic" else name)(split, plan, replace(config, augment=centre))
-
-
-def _loader_type(name: str) -> Callable[[Split, SamplingPlan, LoaderConfig], Loader]:
-    """Imported here, so that DALI is loaded only where it is used."""
-    if name not in LOADERS:
-        raise ValueError(f"unknown loader {name!r}: {suggest(name, LOADERS)}allowed are {', '.join(LOADERS)}")
-    module, type_name = LOADERS[name].split(":")
-    made: Callable[[Split, SamplingPlan, LoaderConfig], Loader] = getattr(import_module(module), type_name)
-    return made

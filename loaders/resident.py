@@ -1,8 +1,9 @@
-"""The whole set as one uint8 tensor on the device, cropped and flipped there by indexing."""
+"""The whole set as one uint8 tensor on the device, cropped and flipped there by indexing; and one batch of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.loaders.datasets import Split
-from harness.loaders.sampling import LoaderConfig, SamplingPlan, make_padded
+from harness.loaders.sampling import EpochSample, LoaderConfig, SamplingPlan, make_padded
 
 MACROBATCH_MIB = 64  # of float32 output, on a GPU: so few calls that their cost on the host does not show
 
@@ -27,7 +28,6 @@ class ResidentLoader:
         self.steps = plan.steps
         self._plan = plan
         self._device = device = config.device
-        self._format = torch.channels_last if config.channels_last else torch.contiguous_format
         self._crop = config.augment.crop_size(split)
         self._pixels = torch.from_numpy(pixels).to(device)
         self._labels = torch.from_numpy(split.labels).to(device)
@@ -41,27 +41,46 @@ class ResidentLoader:
         sample = self._plan.draw(epoch)
         for first in range(first_step, self.steps, self.call_steps):
             part = sample.part(first, first + self.call_steps)
-            index, offset, flip = (upload(array, self._device) for array in (part.index, part.offset, part.flip))
-            side = None if part.side is None else upload(part.side, self._device)
-            images, labels = self._make(index, offset, flip, side), self._labels[index]
+            images, labels = self._make(part)
             yield from zip(images.split(part.batch_size), labels.split(part.batch_size), strict=True)
 
-    def _make(self, index: Tensor, offset: Tensor, flip: Tensor, side: Tensor | None) -> Tensor:
-        height, width = self._crop
-        mean = self._mean
+    def _make(self, part: EpochSample) -> tuple[Tensor, Tensor]:
+        index, offset, flip = (upload(array, self._device) for array in (part.index, part.offset, part.flip))
+        (height, width), mean = self._crop, self._mean
         if mean.ndim == 3:
             mean = crop(mean[None], torch.zeros_like(index), offset, flip, self._crop).flatten(2)
-        if side is None:
+        if part.side is None:
             images = crop(self._pixels, index, offset, flip, self._crop).float()
         else:
-            images = zoom(self._pixels[index], offset, side, height)
+            images = zoom(self._pixels[index], offset, upload(part.side, self._device), height)
             images = torch.where(flip[:, None, None, None], images.flip(2), images)
         images = images.flatten(2)  # rows of width * 3
         images = images.sub_(mean).div_(self._std).view(-1, height, width, 3)
-        return images.permute(0, 3, 1, 2).contiguous(memory_format=self._format)
+        return images.permute(0, 3, 1, 2), self._labels[index]
 
     def close(self) -> None:
         self._pixels = self._labels = torch.empty(0)
+
+
+class SyntheticLoader:
+    """One constant batch, epoch 0's first: what training costs when loading costs nothing. A last, smaller one is cut."""
+
+    call_steps, calls_ahead = 1, 0
+
+    def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
+        self.steps = plan.steps
+        sample = plan.draw(0)
+        self._sizes, first = sample.batch_sizes, sample.part(0, 1).index
+        few = Split(split.images[first], split.labels[first])
+        once = replace(plan, images=len(few), batch_size=len(few), rank=0, world_size=1)
+        self._images, self._labels = next(ResidentLoader(few, once, config).epoch(0))
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        for size in self._sizes[first_step:]:
+            yield self._images[:size], self._labels[:size]
+
+    def close(self) -> None:
+        self._images = self._labels = torch.empty(0)
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:
@@ -97,9 +116,8 @@ def zoom(images: Tensor, offset: Tensor, side: Tensor, size: int) -> Tensor:
     Each new pixel is the mean over the area that it covers, as by OpenCV's INTER_AREA, but not rounded.
     """
     rows, columns = (_areas(offset[:, axis], side, images.shape[1 + axis], size) for axis in (0, 1))
-    return torch.einsum(
-        "ncw,nrwk->nrck", columns, torch.einsum("nrh,nhwk->nrwk", rows, images.float())
-    ).contiguous()
+    squares = torch.einsum("nrh,nhwk->nrwk", rows, images.float())
+    return torch.einsum("ncw,nrwk->nrck", columns, squares).contiguous()
 
 
 def _areas(start: Tensor, side: Tensor, old: int, new: int) -> Tensor:

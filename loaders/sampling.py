@@ -36,8 +36,7 @@ class Augment:
     """zero: zeros after normalisation. black: zeros in the image, before it. reflect: the image mirrored at its
     edge (which is not repeated). mean: the means of its own rows and columns, rounded (numpy.pad). A mean image is
     padded as the images are; so with one, black equals zero."""
-    crop: int | None
-    """Side of the crop in pixels; None: the image's own."""
+    crop: int | None  # side in pixels; None: the image's own
     flip: bool
     scale_range: tuple[int, ...] = ()
     """Least and largest side to which a training image is enlarged before the crop; an evaluated one is reduced to the
@@ -64,18 +63,16 @@ class Augment:
         height, width = self.crop_size(split)
         if self.scale_range:
             return 0, 0
-        _, all_rows, all_columns, _ = split.images.shape
-        return all_rows + 2 * self.pad - height, all_columns + 2 * self.pad - width
+        rows, columns = split.images.shape[1:3]
+        return rows + 2 * self.pad - height, columns + 2 * self.pad - width
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Normalize:
     """output = (image / 255 - mean) / std."""
 
-    mean: NDArray[np.float32]
-    """(3,), or (H, W, 3): a mean image."""
-    std: NDArray[np.float32]
-    """(3,)."""
+    mean: NDArray[np.float32]  # (3,), or (H, W, 3): a mean image
+    std: NDArray[np.float32]  # (3,)
 
 
 def make_normalize(kind: NormalizeKind, train: Split) -> Normalize:
@@ -88,20 +85,16 @@ def make_normalize(kind: NormalizeKind, train: Split) -> Normalize:
         return Normalize(np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32))
     if kind == "imagenet-mean":
         return Normalize(np.array(NEON_MEAN, np.float32) / np.float32(255), one)
-    total: NDArray[np.int64] = np.zeros(train.images.shape[1:], np.int64)
-    squares = np.zeros_like(total)
-    for start in range(0, len(train), 1000):
-        chunk = train.images[start : start + 1000].astype(np.uint32)
-        total += chunk.sum(axis=0, dtype=np.int64)
-        if kind == "channel-mean-std":
-            squares += np.square(chunk, out=chunk).sum(axis=0, dtype=np.int64)
+    total = train.images.sum(axis=0, dtype=np.int64)
     if kind == "pixel-mean":
         return Normalize((total / (255 * len(train))).astype(np.float32), one)
     pixels = len(train) * total.shape[0] * total.shape[1]
     mean = total.sum(axis=(0, 1)) / pixels
     if kind == "channel-mean":
         return Normalize((mean / 255).astype(np.float32), one)
-    std = np.sqrt(squares.sum(axis=(0, 1)) / pixels - mean**2)
+    rows = train.images.reshape(len(train), -1)
+    squares = np.einsum("np,np->p", rows, rows, dtype=np.int64).reshape(-1, 3).sum(axis=0)
+    std = np.sqrt(squares / pixels - mean**2)
     if not std.all():
         raise ValueError("channel-mean-std: a channel has the same value in all training images")
     return Normalize((mean / 255).astype(np.float32), (std / 255).astype(np.float32))
@@ -119,27 +112,21 @@ class LoaderConfig:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    threads: int = 1
-    """CPU threads that a loader may use."""
-    mixup: float = 0.0
-    """Alpha of mixup with a partner from the whole set; 0: the loader mixes nothing."""
-    channels_last: bool = True
+    threads: int = 1  # of the CPU, that a loader may use
+    mixup: float = 0.0  # alpha of mixup with a partner from the whole set; 0: the loader mixes nothing
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class EpochSample:
     """One rank's epoch, or a part of it: for each image which it is, where it is cropped, whether it is flipped."""
 
-    index: NDArray[np.int64]
-    """(m,), into the split."""
-    offset: NDArray[np.int64]
-    """(m, 2), y and x of the crop within the padded image."""
-    flip: NDArray[np.bool_]
-    """(m,)."""
-    side: NDArray[np.int64] | None
-    """(m,), of the square that is resized to the crop's size; None: nothing is resized."""
-    batch_size: int
-    """Images of each batch of this rank; the last batch may have fewer."""
+    index: NDArray[np.int64]  # (m,), into the split
+    offset: NDArray[np.int64]  # (m, 2), y and x of the crop within the padded image
+    flip: NDArray[np.bool_]  # (m,)
+    side: (
+        NDArray[np.int64] | None
+    )  # (m,), of the square that is resized to the crop's size; None: nothing is resized
+    batch_size: int  # images of each batch of this rank; the last batch may have fewer
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -152,21 +139,6 @@ class EpochSample:
         images = slice(first * self.batch_size, last * self.batch_size)
         side = None if self.side is None else self.side[images]
         return EpochSample(self.index[images], self.offset[images], self.flip[images], side, self.batch_size)
-
-
-@dataclass(frozen=True, slots=True)
-class Zoom:
-    """Squares of an image that are resized to the crop's size, as if the image had been scaled before."""
-
-    image: int  # side
-    crop: int
-    least: int
-    most: int
-
-    def draw(self, generator: np.random.Generator, images: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Side and offset of each square: the scale uniform over whole numbers, then the offset (neon 1.2)."""
-        side = self.crop * self.image // generator.integers(self.least, self.most, images, endpoint=True)
-        return side, generator.integers(0, self.image - side[:, None], (images, 2), endpoint=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,16 +160,15 @@ class SamplingPlan:
     rank: int = 0
     world_size: int = 1
     train: bool = True
-    zoom: Zoom | None = None
+    scale_range: tuple[int, ...] = ()  # squares of crop * image / scale are resized to the crop, as by neon 1.2
+    image: int = 0  # side, where images are scaled
+    crop: int = 0  # side, too
     partner: bool = False  # in place of each image another of the whole set, cropped and flipped as that one is
 
     def __post_init__(self) -> None:
-        if not self.world_size <= self.batch_size:
-            raise ValueError(
-                f"batch size {self.batch_size} is less than one image for each of {self.world_size} workers"
-            )
-        if not self.world_size <= self.images:
-            raise ValueError(f"{self.images} images are less than one for each of {self.world_size} workers")
+        if min(self.images, self.batch_size) < self.world_size:
+            what = f"{self.images} images in batches of {self.batch_size}"
+            raise ValueError(f"{what} are less than one for each of {self.world_size} workers")
 
     @property
     def steps(self) -> int:
@@ -218,19 +189,21 @@ def _sample_epoch(plan: SamplingPlan, epoch: int) -> EpochSample:
         order = generator.permutation(plan.images)
         offset = generator.integers(0, plan.span, (plan.images, 2), endpoint=True)
         flip = generator.integers(0, 2, plan.images, dtype=np.uint8).astype(bool) & plan.flip
-        if plan.zoom:
-            side, offset = plan.zoom.draw(generator, plan.images)
+        if plan.scale_range:  # uniform over whole numbers, and then the offset over those that there are
+            least, most = plan.scale_range
+            side = plan.crop * plan.image // generator.integers(least, most, plan.images, endpoint=True)
+            offset = generator.integers(0, plan.image - side[:, None], (plan.images, 2), endpoint=True)
     else:
         order = np.random.Generator(np.random.PCG64(EVALUATION_SEED)).permutation(plan.images)
         offset = np.full((plan.images, 2), np.array(plan.span) // 2)
         flip = np.zeros(plan.images, bool)
-        side = np.full(plan.images, plan.zoom.image if plan.zoom else 0)
+        side = np.full(plan.images, plan.image)
     body, last = np.split(order, [plan.images - plan.images % plan.batch_size])
     if plan.train and 0 < len(last) < plan.world_size:
         last = np.concatenate([last, order[: plan.world_size - len(last)]])
     shares = body.reshape(-1, plan.batch_size)[:, plan.rank :: plan.world_size]
     index = np.concatenate([shares.ravel(), last[plan.rank :: plan.world_size]])
-    sides = side[index] if plan.zoom else None
+    sides = side[index] if plan.scale_range else None
     shown = draw_partners(plan, epoch)[index] if plan.partner else index
     return EpochSample(shown, offset[index], flip[index], sides, shares.shape[1])
 

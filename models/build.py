@@ -14,11 +14,8 @@ from harness.models.variants import Network, check_depth
 from harness.models.xresnet import XResNet
 
 NETWORKS: dict[str, Callable[[Network, int], nn.Module]] = {
-    "cifar": CifarResNet,
-    "imagenet": ImageNetResNet,
-    "convnet": ConvNet,
-    "xresnet": XResNet,
-}
+    "cifar": CifarResNet, "imagenet": ImageNetResNet, "convnet": ConvNet, "xresnet": XResNet,
+}  # fmt: skip
 SMALLEST_IMAGE = {"cifar": 4, "convnet": 4, "xresnet": 4, "imagenet": 16}
 """Side in pixels, by architecture: the product of all strides."""
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.models.layers import EndPadded, activation, conv1x1, conv3x3, he_init
-from harness.models.variants import Network, layers_per_block
+from harness.models.variants import Network
 
 
 class XResNet(nn.Module):
@@ -19,7 +19,7 @@ class XResNet(nn.Module):
     def __init__(self, network: Network, num_classes: int) -> None:
         super().__init__()
         bottleneck = network.block == "bottleneck"
-        blocks = (network.depth - 2) // layers_per_block(network)
+        blocks = (network.depth - 2) // (9 if bottleneck else 6)
         base = 64 if bottleneck else 16
 
         in_width = network.stem_width or base
@@ -60,12 +60,11 @@ class XBlock(nn.Module):
             convs = [conv1x1(in_width, middle), conv(middle, middle, stride, groups), conv1x1(middle, width)]
         else:
             convs = [conv(in_width, width, stride), conv3x3(width, width)]
-        self.activation = activation(in_width, network.batch_norm_eps, network.activation)
+        eps, kind = network.batch_norm_eps, network.activation
+        self.activation = activation(in_width, eps, kind)
         self.residual = nn.Sequential(convs[0])
         for layer in convs[1:]:
-            self.residual.extend(
-                [activation(layer.in_channels, network.batch_norm_eps, network.activation), layer]
-            )
+            self.residual.extend([activation(layer.in_channels, eps, kind), layer])
         if network.squeeze_ratio:
             self.residual.append(SqueezeExcite(width, width // network.squeeze_ratio))
         bare = network.shortcut == "bare-projection"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import harness.training.setup
 from harness.cluster.job import Allocation, Worker
 from harness.models.build import build
-from harness.models.variants import convnet, msra
+from harness.models.variants import find_variant
 from harness.plan import Grid, expand
 from harness.results.values import EpochMetrics
 from harness.spec import RunPaths, UserError
@@ -28,7 +28,10 @@ from harness.training.train import train
 
 WORLDS = (1, 2, 4)
 BATCHES = (8, 7)  # the last: 4 and 3 images a rank of two, 2, 2, 2 and 1 of four
-VARIANTS = {"msra-8": msra(8), "convnet-8": convnet(8)}  # a head of (n, C); no running statistics, no weights
+VARIANTS = {
+    "msra-8": find_variant("msra")(8),
+    "convnet-8": find_variant("convnet")(8),
+}  # a head of (n, C); no running statistics, no weights
 
 
 def compute(name: str, rank: int, world: int, all_reduce: Any) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from harness.commands.evaluate import Errors, EvalOptions, evaluate_weights, parse_normalize
 from harness.loaders.datasets import limit, load_dataset
 from harness.models.build import SMALLEST_IMAGE, build
-from harness.models.variants import VARIANTS, default_depth, find_variant, he2015
+from harness.models.variants import VARIANTS, default_depth, find_variant
 from harness.results.store import load_records
 from harness.spec import UserError
 from harness.training.evaluation import MultiScale, resize
@@ -431,4 +431,6 @@ def test_colours() -> None:
     assert normalize is not None
     assert normalize.mean.tolist() == [0, 0.5, 1]
     assert normalize.std.tolist() == [1, 0.25, 0.5]
-    assert he2015().recipe.normalize == "pixel-mean"  # what the tests above measure a mean image for
+    assert (
+        find_variant("he2015")().recipe.normalize == "pixel-mean"
+    )  # what the tests above measure a mean image for

@@ -18,7 +18,6 @@ from harness.loaders.sampling import (
     LoaderConfig,
     Normalize,
     SamplingPlan,
-    Zoom,
     draw_partners,
     draw_shares,
     make_normalize,
@@ -69,7 +68,7 @@ def all_images(loader: Loader, epoch: int) -> NDArray[Any]:
 @pytest.mark.parametrize("kind", REAL)
 def test_scales_are_drawn_and_resized_alike(kind: str, make: Any) -> None:
     train, test = make(kind, Augment(0, "zero", CROP, flip=True, scale_range=(16, 30)))
-    plan = SamplingPlan(COUNT, 8, flip=True, seed=SEED, zoom=Zoom(SIDE, CROP, 16, 30))
+    plan = SamplingPlan(COUNT, 8, flip=True, seed=SEED, image=SIDE, crop=CROP, scale_range=(16, 30))
     draw = plan.draw(3)
     assert draw.side is not None
     expected = []
@@ -84,7 +83,7 @@ def test_scales_are_drawn_and_resized_alike(kind: str, make: Any) -> None:
 
 
 def test_every_scale_comes_and_every_square_lies_inside() -> None:
-    draw = SamplingPlan(4000, 8, seed=1, zoom=Zoom(128, 112, 128, 240)).draw(0)
+    draw = SamplingPlan(4000, 8, seed=1, image=128, crop=112, scale_range=(128, 240)).draw(0)
     assert draw.side is not None
     assert set(draw.side) == {int(112 * 128 / scale) for scale in range(128, 241)}
     assert draw.offset.min() == 0

@@ -18,7 +18,7 @@ import torch
 from test_train import run, spec
 
 from harness.cluster.job import Worker
-from harness.models.variants import msra
+from harness.models.variants import find_variant
 from harness.results.values import EpochMetrics, Measurement
 from harness.training import host, memory
 from harness.training.host import CAUSES, OTHERS, HostLook, HostWindow
@@ -266,7 +266,8 @@ def test_where_the_peak_cannot_be_reset_it_is_the_processs(
 def test_a_run_after_a_larger_one_has_its_own_peak(tmp_path: Path) -> None:
     def measure() -> list[float | None]:
         small = spec(limit_train=64, limit_test=64, recipe={"duration": 1})
-        large = spec(limit_test=64, network=msra(20).network, recipe={"duration": 1, "batch_size": 150})
+        deep = find_variant("msra")(20).network
+        large = spec(limit_test=64, network=deep, recipe={"duration": 1, "batch_size": 150})
         runs = enumerate((small, small, large, small))
         return [run(asked, tmp_path / str(number)).memory.rss_mib.value for number, asked in runs]
 

@@ -13,11 +13,9 @@ import pytest
 from ray import cloudpickle
 
 import harness.cluster.connect
-from harness.cluster import local
 from harness.cluster.connect import ClusterError, connect, disconnect
-from harness.cluster.failures import count_failures
-from harness.cluster.job import Allocation, Entered, Failed, Started, Worker
-from harness.cluster.launch import launch
+from harness.cluster.job import Allocation, Entered, Failed, Started, Worker, count_failures
+from harness.cluster.launch import launch, launch_here
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -103,13 +101,13 @@ def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
 
 def test_local_has_the_same_signature_and_outcomes(tmp_path: Path) -> None:
     specs = [{"name": "good", "epochs": 1}, {"name": "raises", "epochs": 0, "raises": True}]
-    outcomes, events = collect(local.launch, specs, make_job(tmp_path))
+    outcomes, events = collect(launch_here, specs, make_job(tmp_path))
     assert outcomes["good"]["total"] == 1.0
     assert isinstance(outcomes["raises"], Failed)
     assert outcomes["raises"].exception == "TooBigError"
     assert events[0] == ("good", Started(attempt=1))
     with pytest.raises(ValueError, match="one worker, not 2"):
-        collect(local.launch, specs, make_job(tmp_path, workers=2))
+        collect(launch_here, specs, make_job(tmp_path, workers=2))
 
 
 @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:x", "127.0.0.1:1"])
@@ -174,7 +172,6 @@ def test_private_names_of_ray_that_are_used_exist() -> None:
     from ray.train.torch import TorchTrainer
 
     assert hasattr(TorchTrainer, "_create_default_callbacks")
-    assert hasattr(ray.train, "UserCallback")
     assert issubclass(ray.train.TrainingFailedError, Exception)
 
 

@@ -12,17 +12,7 @@ from torch import nn
 from harness.models.build import SMALLEST_IMAGE, build, count_flops, count_parameters
 from harness.models.layers import IdentityConv
 from harness.models.resnet import OptionA, PreactBlock
-from harness.models.variants import (
-    VARIANTS,
-    Network,
-    convnet,
-    fattorib,
-    find_variant,
-    he2015,
-    msra,
-    preact,
-    xresnet,
-)
+from harness.models.variants import VARIANTS, Network, find_variant
 from harness.models.xresnet import AverageShortcut, SqueezeExcite
 
 PARAMETERS = {  # trainable, for ten classes
@@ -69,14 +59,14 @@ def test_published_parameter_counts(name, depth, count):
 
 def test_fattorib_has_a_wide_convolution_more_and_a_narrow_one_less():
     with torch.device("meta"):
-        late = count_parameters(build(fattorib(20).network, num_classes=10))
+        late = count_parameters(build(find_variant("fattorib")(20).network, num_classes=10))
     batch_norm = 2 * 64 - 2 * 16
     assert late == 269_722 + 9 * (64 * 64 - 16 * 16) + batch_norm
 
 
 def test_convnet_parameters_counted_by_hand():
     convs = 3 * 16 * 9 + sum(w * v * 10 + v * v * 9 for w, v in ((16, 32), (32, 64), (64, 128)))
-    assert count_parameters(build(convnet(8).network, num_classes=2)) == convs + 128 * 2
+    assert count_parameters(build(find_variant("convnet")(8).network, num_classes=2)) == convs + 128 * 2
 
 
 @pytest.mark.parametrize(
@@ -89,11 +79,11 @@ def test_multiply_adds_of_the_paper(depth, millions):
     others = 2 * (
         2 * n * 32 * 32 * 9 * 16 * 16 - 32 * 32 * 9 * 16 * 16 // 2
     )  # one convolution from half the width
-    flops = count_flops(he2015(depth).network, num_classes=10)
+    flops = count_flops(find_variant("he2015")(depth).network, num_classes=10)
     assert flops == stem + first + others + 64 * 10
     assert flops / 1e6 == pytest.approx(millions, abs=0.005)
     # the late network does the same work: the convolution that it adds and the one that it lacks cost the same
-    assert count_flops(fattorib(depth).network, num_classes=10) == flops
+    assert count_flops(find_variant("fattorib")(depth).network, num_classes=10) == flops
 
 
 def test_multiply_adds_grow_with_the_image():
@@ -132,14 +122,14 @@ def test_the_seed_decides_the_weights(function):
 
 
 def test_an_image_smaller_than_the_strides_is_refused():
-    for function in (he2015, find_variant("miniplaces")):
+    for function in (find_variant("he2015"), find_variant("miniplaces")):
         network = function(legal_depths(function, 1)[0]).network
         smallest = SMALLEST_IMAGE[network.architecture]
         assert build(network, 3, smallest).eval()(torch.randn(1, 3, smallest, smallest)).shape == (1, 3)
         with pytest.raises(ValueError, match=f"too small for this network: at least {smallest}"):
             build(network, 3, smallest - 1)
     with pytest.raises(ValueError, match="at least 2"):
-        build(he2015(20).network, num_classes=1)
+        build(find_variant("he2015")(20).network, num_classes=1)
 
 
 @pytest.mark.parametrize(
@@ -179,14 +169,16 @@ def test_identity_conv_starts_as_the_identity():
     torch.testing.assert_close(out[:, :16], x[:, :, ::2, ::2])
     assert not out[:, 16:].any()
     # and the initialisation of the whole network leaves it so
-    convs = [layer for layer in build(msra(20).network, 10).modules() if isinstance(layer, IdentityConv)]
+    convs = [
+        layer for layer in build(find_variant("msra")(20).network, 10).modules() if isinstance(layer, IdentityConv)
+    ]
     assert [tuple(conv.weight.shape) for conv in convs] == [(32, 16, 1, 1), (64, 32, 1, 1)]
     for conv in convs:
         torch.testing.assert_close(conv.weight[:, :, 0, 0], torch.eye(conv.out_channels, conv.in_channels))
 
 
 def test_he_initialisation_by_fan_in():
-    for layer in build(he2015(20).network, num_classes=10).modules():
+    for layer in build(find_variant("he2015")(20).network, num_classes=10).modules():
         if isinstance(layer, nn.Conv2d) and layer.in_channels >= 16:
             assert layer.weight.std().item() == pytest.approx((2 / (9 * layer.in_channels)) ** 0.5, rel=0.1)
 
@@ -196,9 +188,9 @@ def test_a_stage_of_fattorib_ends_at_the_next_one_s_shape():
         x = torch.zeros(1, 16, 32, 32)
         return [tuple((x := stage(x)).shape[1:]) for stage in build(network, 10).eval().stages]
 
-    assert shapes(fattorib(20).network) == [(32, 16, 16), (64, 8, 8), (64, 8, 8)]
-    assert shapes(he2015(20).network) == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
-    last = build(fattorib(20).network, 10).stages[0][-1]
+    assert shapes(find_variant("fattorib")(20).network) == [(32, 16, 16), (64, 8, 8), (64, 8, 8)]
+    assert shapes(find_variant("he2015")(20).network) == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+    last = build(find_variant("fattorib")(20).network, 10).stages[0][-1]
     assert (last.conv1.stride, last.conv2.stride) == ((1, 1), (2, 2))
 
 
@@ -207,12 +199,12 @@ def test_the_preact_shortcut_is_clean():
     nn.init.zeros_(block.conv2.weight)
     x = torch.randn(2, 16, 8, 8)  # of both signs: no ReLU after the sum
     torch.testing.assert_close(block(x), x)
-    first = build(preact(20).network, 10).stages[0][0]
+    first = build(find_variant("preact")(20).network, 10).stages[0][0]
     assert isinstance(first.activation1, nn.Identity)
 
 
 def test_batch_statistics_make_training_and_evaluation_the_same():
-    module = build(convnet(8).network, num_classes=2)
+    module = build(find_variant("convnet")(8).network, num_classes=2)
     images = torch.randn(8, 3, 32, 32)
     trained = module.train()(images)
     torch.testing.assert_close(module.eval()(images), trained)
@@ -221,7 +213,7 @@ def test_batch_statistics_make_training_and_evaluation_the_same():
 
 
 def test_convnet_weights_are_uniform_within_the_root_of_the_inverse_fan_in():
-    module = build(convnet(8).network, num_classes=2)
+    module = build(find_variant("convnet")(8).network, num_classes=2)
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             assert layer.bias is None
@@ -257,7 +249,7 @@ def test_squeeze_and_excitation_weighs_channels():
 
 
 def test_the_ladder_pools_the_mean_and_the_maximum():
-    module = build(xresnet(8).network, num_classes=10).eval()
+    module = build(find_variant("xresnet")(8).network, num_classes=10).eval()
     seen = []
     module.fc.register_forward_hook(lambda _module, args, _output: seen.append(args[0]))
     module.activation.register_forward_hook(lambda _module, _args, output: seen.append(output))
@@ -268,7 +260,7 @@ def test_the_ladder_pools_the_mean_and_the_maximum():
 
 
 def test_only_the_shortcut_s_batch_norm_of_the_ladder_has_keras_defaults():
-    network = build(xresnet(20).network, num_classes=10)
+    network = build(find_variant("xresnet")(20).network, num_classes=10)
     norms = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.BatchNorm2d)}
     for name, norm in norms.items():
         assert (norm.eps, norm.momentum) == ((1e-3, 0.01) if "shortcut" in name else (2e-5, 0.1))

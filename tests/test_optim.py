@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from harness.models.build import build
-from harness.models.variants import Recipe, find_variant, he2015, msra, mxresnet, se_mxresnet, xresnext_16x2d
+from harness.models.variants import Recipe, find_variant
 from harness.training.optim import learning_rate, make_optimizer, total_epochs, total_steps
 
 STEPS = 7
@@ -64,14 +64,14 @@ def test_keras_counts_the_first_step_as_one() -> None:
 
 
 def test_the_papers_64k_steps_are_164_epochs_the_last_cut_short() -> None:
-    recipe = he2015(110).recipe
+    recipe = find_variant("he2015")(110).recipe
     assert (total_steps(recipe, 391), total_epochs(recipe, 391)) == (64_000, 164)
     drops = [learning_rate(recipe, step, 391) for step in (0, 399, 400, 31_999, 32_000, 48_000, 63_999)]
     assert drops == pytest.approx([0.01, 0.01, 0.1, 0.1, 0.01, 0.001, 0.001])
 
 
 def test_msra_drops_at_epochs_90_and_135() -> None:
-    recipe = msra(20).recipe
+    recipe = find_variant("msra")(20).recipe
     assert total_epochs(recipe, 391) == 180
     at = [learning_rate(recipe, epoch * 391 + edge, 391) for epoch in (90, 135) for edge in (-1, 0)]
     assert at == pytest.approx([0.1, 0.01, 0.01, 0.001])
@@ -88,7 +88,7 @@ def test_who_gets_weight_decay(decay: str, spared: int) -> None:
 
 
 def test_the_ladder_spares_squeeze_and_excitation_as_its_source_does() -> None:
-    variant = se_mxresnet(8)
+    variant = find_variant("se-mxresnet")(8)
     network = build(variant.network, 10)
     decayed, free = make_optimizer(variant.recipe, network).param_groups
     names = {id(parameter): name for name, parameter in network.named_parameters()}
@@ -97,4 +97,4 @@ def test_the_ladder_spares_squeeze_and_excitation_as_its_source_does() -> None:
     assert len(squeezing) == 2 * 3  # two kernels a block
     assert not [p for p in free["params"] if p.ndim > 1 and names[id(p)] not in squeezing]
     assert all(p.ndim > 1 for p in decayed["params"])
-    assert mxresnet(8).recipe.decay == xresnext_16x2d(29).recipe.decay == "kernels"
+    assert find_variant("mxresnet")(8).recipe.decay == find_variant("xresnext-16x2d")(29).recipe.decay == "kernels"

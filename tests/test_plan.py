@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness.models.variants import VARIANTS, he2015, msra
+from harness.models.variants import VARIANTS, find_variant
 from harness.options import Grid, Resources
 from harness.plan import (
     check_epochs,
@@ -132,14 +132,14 @@ def test_a_width_that_does_not_divide_the_batch() -> None:
 
 
 def test_epochs_stretch_the_whole_schedule() -> None:
-    recipe, changed = override(msra(20).recipe, Grid(variants=(), epochs=18))
+    recipe, changed = override(find_variant("msra")(20).recipe, Grid(variants=(), epochs=18))
     assert (recipe.duration, recipe.milestones) == (18, (9, 13.5))
     assert changed == ("epochs=18",)
-    paper, changed = override(he2015(110).recipe, Grid(variants=(), epochs=16))
+    paper, changed = override(find_variant("he2015")(110).recipe, Grid(variants=(), epochs=16))
     assert (paper.unit, paper.duration, paper.milestones) == ("epoch", 16, (8, 12))
     assert paper.warmup == pytest.approx(16 * 400 / 64_000)
-    same, changed = override(msra(20).recipe, Grid(variants=(), epochs=180, batch_size=128))
-    assert (same, changed) == (msra(20).recipe, ())
+    same, changed = override(find_variant("msra")(20).recipe, Grid(variants=(), epochs=180, batch_size=128))
+    assert (same, changed) == (find_variant("msra")(20).recipe, ())
 
 
 def test_every_run_once_seeds_outermost() -> None:

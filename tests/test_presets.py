@@ -13,8 +13,7 @@ import pytest
 from command import harness
 from records import make_record
 
-from harness.models.presets import PRESETS
-from harness.models.variants import find_variant
+from harness.models.variants import PRESETS, find_variant
 from harness.results.metrics import METRICS
 from harness.results.published import load_published
 from harness.results.report.charts import make_panels

@@ -21,8 +21,7 @@ import two_nodes
 from ray import cloudpickle
 
 from harness.cluster.connect import connect, disconnect
-from harness.cluster.failures import make_failed
-from harness.cluster.job import Allocation, Entered, Failed, Started, Telemetry, Waiting, Worker
+from harness.cluster.job import Allocation, Entered, Failed, Started, Telemetry, Waiting, Worker, make_failed
 from harness.cluster.launch import launch
 from harness.cluster.nodes import Cluster, Node, Unanswered, ask_every_node, choose_world_size, fit
 from harness.record import classify
@@ -258,7 +257,7 @@ def test_a_dead_controller_leaves_its_room_to_the_next_attempt(one_cpu: Cluster,
 
 def samplers() -> list[int]:
     """The processes that measure a node."""
-    return load_chaos().descendants(os.getpid(), "NodeSampler")
+    return load_chaos().descendants(os.getpid(), ToySampler.__name__)
 
 
 def listening_addresses(pids: set[int]) -> set[str]:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from records import NOW, make_record
 
-from harness.cluster import local
 from harness.cluster.job import Allocation, Telemetry
+from harness.cluster.launch import launch_here
 from harness.results.explain import why
 from harness.results.report.page import make_page
 from harness.results.rows import summarise
@@ -124,7 +124,7 @@ def test_the_local_launcher_samples_in_a_thread_and_survives_a_broken_one(tmp_pa
 
     def launch(watch: Any) -> list[Any]:
         events.clear()
-        runs = local.launch(
+        runs = launch_here(
             lambda spec, *_: spec * 2, [21],
             Allocation(workers=1, concurrent_runs=1, device="cpu", threads=1, storage=tmp_path),
             progress=lambda _, event: events.append(event), telemetry=watch,

@@ -22,7 +22,7 @@ from harness.loaders.loader import make_loaders
 from harness.loaders.resident import ResidentLoader
 from harness.loaders.sampling import Augment, LoaderConfig, make_normalize
 from harness.models.build import build
-from harness.models.variants import he2015
+from harness.models.variants import find_variant
 from harness.results.store import load_epochs, partial_dir, run_name
 from harness.results.values import EpochMetrics, Measurement, RunResult
 from harness.spec import CheckpointError, DivergedError, RunPaths, RunSpec
@@ -43,7 +43,7 @@ def fingerprint() -> str:
 
 def spec(**changes: Any) -> RunSpec:
     """ResNet-8 on 150 digits: two steps of 64 and a tail of 22."""
-    variant = he2015(8)
+    variant = find_variant("he2015")(8)
     recipe = replace(variant.recipe, duration=3, unit="epoch", milestones=(2,), batch_size=64, lr=0.05)
     recipe = replace(recipe, **changes.pop("recipe", {}))
     whole: dict[str, Any] = {

@@ -16,7 +16,7 @@ from harness import search_space as space
 from harness.cluster.job import Started, Worker
 from harness.commands import study
 from harness.commands.study import Journal, Study
-from harness.models.variants import he2015, msra
+from harness.models.variants import find_variant
 from harness.options import SCHEDULERS
 from harness.results.explain import why
 from harness.results.report.table import render
@@ -98,13 +98,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(words: str, tmp_path: Path, capsy
 
 def test_settings_change_recipe_and_network_and_say_so() -> None:
     settings = parse_settings(["shortcut=projection", "lr=0.05", "momentum=0.9"])
-    variant, changed = space.apply(he2015(20), settings)
+    variant, changed = space.apply(find_variant("he2015")(20), settings)
     assert (variant.recipe.lr, variant.network.shortcut) == (0.05, "projection")
     assert changed == ("lr=0.05", "shortcut=projection"), (
         "in the order of the fields; what is the variant's own is none"
     )
-    same, none = space.apply(msra(20), parse_settings(["lr=0.1"]))
-    assert (same, none) == (msra(20), ())
+    same, none = space.apply(find_variant("msra")(20), parse_settings(["lr=0.1"]))
+    assert (same, none) == (find_variant("msra")(20), ())
     for text, message in {"lrr=1": "did you mean lr", "depth=20": "--depths", "lr": "is a number"}.items():
         with pytest.raises(UserError, match=message):
             parse_settings([text])

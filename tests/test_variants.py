@@ -10,7 +10,6 @@ from itertools import pairwise
 
 import pytest
 
-from harness.models import variants
 from harness.models.variants import VARIANTS, Network, Recipe, Variant, default_depth, find_variant
 
 
@@ -54,9 +53,9 @@ def test_an_illegal_depth_is_refused_in_one_line(function, depth):
 
 def test_a_refused_depth_comes_with_the_nearest_legal_ones():
     with pytest.raises(ValueError, match=r"depth 30 is not 6n\+2: try 26 or 32"):
-        variants.he2015(30)
+        find_variant("he2015")(30)
     with pytest.raises(ValueError, match=r"depth 32 is not 9n\+2: try 29 or 38"):
-        variants.xresnext_16x2d(32)
+        find_variant("xresnext-16x2d")(32)
 
 
 def test_a_mistyped_name_gets_a_hint():
@@ -68,13 +67,13 @@ def test_a_mistyped_name_gets_a_hint():
 
 def test_each_step_of_the_ladder_changes_one_thing():
     steps: list[Variant] = [
-        variants.xresnet(20),
-        variants.mxresnet(20),
-        variants.se_mxresnet(20),
-        variants.se_mxresnet_cosine(20),
-        variants.se_mxresnet_smooth(20),
-        variants.se_mxresnet_mixup(20),
-        variants.se_mxresnet_reflect(20),
+        find_variant("xresnet")(20),
+        find_variant("mxresnet")(20),
+        find_variant("se-mxresnet")(20),
+        find_variant("se-mxresnet-cosine")(20),
+        find_variant("se-mxresnet-smooth")(20),
+        find_variant("se-mxresnet-mixup")(20),
+        find_variant("se-mxresnet-reflect")(20),
     ]
     differences = [
         changed(old.network, new.network) | changed(old.recipe, new.recipe) for old, new in pairwise(steps)
@@ -87,18 +86,21 @@ def test_each_step_of_the_ladder_changes_one_thing():
         {"mixup": 0.4},
         {"pad_mode": "reflect"},
     ]
-    assert variants.se_mxresnext_16x2d_reflect(29).recipe == steps[-1].recipe
+    assert find_variant("se-mxresnext-16x2d-reflect")(29).recipe == steps[-1].recipe
 
 
 @pytest.mark.parametrize(("depth", "epochs"), [(20, 180), (32, 180), (44, 200), (56, 200), (110, 180)])
 def test_fattorib_trains_two_of_its_depths_for_longer(depth, epochs):
-    recipe = variants.fattorib(depth).recipe
+    recipe = find_variant("fattorib")(depth).recipe
     assert recipe.duration == epochs
     assert recipe.val == 2_500
 
 
 def test_the_paper_warms_up_at_depth_110_only():
-    assert changed(variants.he2015(56).recipe, variants.he2015(110).recipe) == {"warmup": 400, "warmup_lr": 0.01}
+    assert changed(find_variant("he2015")(56).recipe, find_variant("he2015")(110).recipe) == {
+        "warmup": 400,
+        "warmup_lr": 0.01,
+    }
 
 
 def test_importing_the_variants_imports_no_torch():

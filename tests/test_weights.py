@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.models.build import build
-from harness.models.variants import convnet, fattorib, he2015, msra, se_mxresnet
+from harness.models.variants import find_variant
 from harness.training.weights import WeightsError, load_metadata, load_weights, match_weights
 
 Tensors = dict[str, Tensor]
+HE2015 = find_variant("he2015")
 
 
-def make(variant: Callable[[int], Any] = he2015, depth: int = 8, *, seed: int = 0, classes: int = 10) -> nn.Module:
+def make(variant: Callable[[int], Any] = HE2015, depth: int = 8, *, seed: int = 0, classes: int = 10) -> nn.Module:
     """A network whose every tensor differs from any other seed's."""
     torch.manual_seed(seed)
     network = build(variant(depth).network, classes)
@@ -81,7 +82,14 @@ def test_our_own_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "depth"), [(he2015, 20), (msra, 8), (fattorib, 14), (se_mxresnet, 8), (convnet, 8)]
+    ("variant", "depth"),
+    [
+        (HE2015, 20),
+        (find_variant("msra"), 8),
+        (find_variant("fattorib"), 14),
+        (find_variant("se-mxresnet"), 8),
+        (find_variant("convnet"), 8),
+    ],
 )
 def test_other_names_are_matched_by_order(variant: Callable[[int], Any], depth: int) -> None:
     network = make(variant, depth, seed=1)
@@ -100,7 +108,7 @@ def test_layers_that_are_never_called_are_left_over_and_named() -> None:
     """As in fattorib/ResNets-CIFAR10: in each stage, of the very shapes of layers that are called."""
     given: Tensors = {}
     never: list[str] = []
-    for number, (name, tensor) in enumerate(weights(make(fattorib)).items()):
+    for number, (name, tensor) in enumerate(weights(make(find_variant("fattorib"))).items()):
         if name.endswith("conv1.weight"):
             stage = ("first", "second", "third")[int(name.split(".")[1])]
             extra = {f"{stage}_block.conv_block.0.weight": torch.zeros_like(tensor)}
@@ -111,9 +119,9 @@ def test_layers_that_are_never_called_are_left_over_and_named() -> None:
             given |= extra
             never += extra
         given[f"stage_block.part{number}.{name.rpartition('.')[2]}"] = tensor
-    network = make(fattorib, seed=1)
+    network = make(find_variant("fattorib"), seed=1)
     assert match_weights(network, given) == never
-    assert equal(network, make(fattorib))
+    assert equal(network, make(find_variant("fattorib")))
 
 
 # ---- what does not fit -----------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def test_without_its_dependencies_the_wheel_leaves_the_users_names_alone(bare: P
 def test_beside_the_editable_install_the_users_names_are_theirs(project: Path, first: str) -> None:
     ours = """
 import harness.cli, harness.commands.report, harness.results.report.table
-from harness.models.variants import he2015
+from harness.models.variants import find_variant
 from harness.loaders.datasets import load_dataset
 """
     run(sys.executable, ours + THEIRS if first == "ours" else THEIRS + ours, project)

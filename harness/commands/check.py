@@ -124,7 +124,7 @@ def check_cluster(target: CheckOptions) -> str:
         advice = "`ray start --head` there, and one ~/.ray/auth_token on all machines: cluster/README.md"
         raise Missing(str(error), advice) from None
     disconnect()
-    return f"{cluster.nodes} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}"
+    return f"{len(cluster.members)} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}"
 
 
 def check_storage(target: CheckOptions) -> str:

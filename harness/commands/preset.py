@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from harness.models.presets import find_preset
+from harness.models.variants import find_preset
 from harness.results.metrics import figures
 from harness.results.published import Published, find_published
 from harness.results.rows import Row
