@@ -107,7 +107,7 @@ def ours(spec: RunSpec, data: Data, dataset: Dataset, worker: Worker) -> Generat
         with closing(make_trainer(prepared, lambda message: warnings.warn(message, stacklevel=2))) as trainer:
             for epoch in itertools.count():
                 yield run_steps(trainer, epoch=epoch, steps=steps).train_seconds
-                if trainer.engine.name != spec.engine:
+                if trainer.engine.way.name != spec.engine:
                     raise RuntimeError(f"engine {spec.engine} does not work here")
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -57,11 +57,9 @@ def _identify_code() -> dict[str, Any]:
 
     def git(*words: str) -> str | None:
         command = ["git", "-C", str(root), *words]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip()
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return None
 
     # an installed copy may lie inside another project's checkout: only our own counts
     own = git("rev-parse", "--show-toplevel") == str(root)
@@ -76,9 +74,8 @@ def _identify_code() -> dict[str, Any]:
 
 def name_other_code(record: Record) -> str | None:
     """The code that trained a run, where it is not this one: "commit 0123456"."""
-    here, there = _identify_code(), record.environment
-    same = ("code",) if "code" in there else ("commit", "dirty")  # of early records
-    if all(here[name] == there.get(name) for name in same) and not (there.get("dirty") and "code" not in there):
+    there = record.environment
+    if there.get("code") == _identify_code()["code"]:  # early records have none
         return None
     if (commit := there.get("commit")) is not None:
         return f"commit {str(commit)[:7]}{' with uncommitted changes' if there.get('dirty') else ''}"
@@ -88,16 +85,11 @@ def name_other_code(record: Record) -> str | None:
 
 def classify(failed: Failed) -> Failure:
     """A failure as one of the table's four kinds."""
-    if failed.died:
-        kind = "killed"
-    elif "OutOfMemory" in failed.exception or failed.exception == "MemoryError":
-        kind = "OOM"
-    elif failed.exception == "DivergedError":
-        kind = "NaN"
-    else:
-        kind = "exception"
-    message = failed.message if kind != "exception" else f"{failed.exception}: {failed.message}"
-    return Failure(kind=kind, message=message, traceback=failed.traceback)  # type: ignore[arg-type]
+    name, message = failed.exception, failed.message
+    kinds: dict[str, Literal["NaN", "OOM"]] = {"DivergedError": "NaN", "MemoryError": "OOM"}
+    if kind := "killed" if failed.died else "OOM" if "OutOfMemory" in name else kinds.get(name):
+        return Failure(kind=kind, message=message, traceback=failed.traceback)
+    return Failure(kind="exception", message=f"{name}: {message}", traceback=failed.traceback)
 
 
 def lock_file(path: Path, busy: str) -> FileLock:
@@ -168,47 +160,37 @@ class Recorder:
 
     def end(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, **environment: Any) -> bool:
         """Store what a run came to. Returns whether it is a result and is stored at the URI too, if there is one."""
+        folder = self.partial(spec)
         try:
-            return self._end(spec, outcome, environment)
+            attempts = load_attempts(folder)
+            if isinstance(outcome, RunResult):
+                nodes = tuple(sorted(self.nodes.get(spec.key, ()), key=lambda node: node.host))
+                warnings = (*self.warnings, *outcome.warnings)
+                known = {"nodes": nodes, "attempts": max(1, len(attempts)), "warnings": warnings}
+                outcome = outcome.model_copy(update=known)
+            record = Record(
+                key=spec.key, name=name_of(spec, self.paths.label), status=STATUSES[type(outcome)],
+                variant=spec.variant, depth=spec.network.depth, seed=spec.seed, spec=spec.to_json(),
+                dataset=self.paths.label, original=self.original,
+                result=outcome if isinstance(outcome, RunResult) else None,
+                failure=classify(outcome) if isinstance(outcome, Failed) else None,
+                pruned=outcome if isinstance(outcome, Pruned) else None,
+                environment={**describe_code(), **self.environment, **environment, "attempts": attempts},
+                added_until=self.added.get(spec.key),
+                started_at=self.started[spec.key], finished_at=datetime.now(UTC),
+            )  # fmt: skip
+            if isinstance(outcome, RunResult):
+                self.pull(folder)  # what rank 0 wrote on its node
+                folder = store.finish(self.paths.out, record)
+                self.finished[spec.key] = outcome
+                self.known.pop(folder, None)  # of an earlier run, by --force
+                return self.push(push_finished, folder)
+            self.push(push_run, store.finish(self.paths.out, record))
+            return False
         except OSError as error:
             what = describe_os_error(error, self.partial(spec))
             self.warn(f"{spec.title} is not stored: {what}; the same command goes on from its last checkpoint")
             return False
-
-    def _end(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, environment: Mapping[str, Any]) -> bool:
-        folder = self.partial(spec)
-        attempts = load_attempts(folder)
-        if isinstance(outcome, RunResult):
-            nodes = tuple(sorted(self.nodes.get(spec.key, ()), key=lambda node: node.host))
-            warnings = (*self.warnings, *outcome.warnings)
-            known = {"nodes": nodes, "attempts": max(1, len(attempts)), "warnings": warnings}
-            outcome = outcome.model_copy(update=known)
-        record = Record(
-            key=spec.key,
-            name=name_of(spec, self.paths.label),
-            status=STATUSES[type(outcome)],
-            variant=spec.variant,
-            depth=spec.network.depth,
-            seed=spec.seed,
-            dataset=self.paths.label,
-            original=self.original,
-            spec=spec.to_json(),
-            result=outcome if isinstance(outcome, RunResult) else None,
-            failure=classify(outcome) if isinstance(outcome, Failed) else None,
-            pruned=outcome if isinstance(outcome, Pruned) else None,
-            environment={**describe_code(), **self.environment, **environment, "attempts": attempts},
-            added_until=self.added.get(spec.key),
-            started_at=self.started[spec.key],
-            finished_at=datetime.now(UTC),
-        )
-        if isinstance(outcome, RunResult):
-            self.pull(folder)  # what rank 0 wrote on its node
-            folder = store.finish(self.paths.out, record)
-            self.finished[spec.key] = outcome
-            self.known.pop(folder, None)  # of an earlier run, by --force
-            return self.push(push_finished, folder)
-        self.push(push_run, store.finish(self.paths.out, record))
-        return False
 
     def push(self, how: Callable[[str, Path], None], path: Path) -> bool:
         """Copy to the URI, if there is one; whether that succeeded. If not, `warn` says so and the path stays."""
@@ -236,14 +218,11 @@ def describe_os_error(error: OSError, path: Path) -> str:
 
 def note_attempt(folder: Path, event: Started) -> None:
     """Add a line to attempts.jsonl: when an attempt began, why, and its workers where they are fewer."""
-    path, reason = folder / ATTEMPTS, event.reason
-    if path.exists() and not reason:
-        reason = "the command was given again"
-    line: dict[str, Any] = {"started_at": datetime.now(UTC).isoformat(), "reason": reason}
-    if event.world_size is not None:
-        line["workers"] = event.world_size
+    path = folder / ATTEMPTS
+    reason = event.reason or ("the command was given again" if path.exists() else "")
+    line = {"started_at": datetime.now(UTC).isoformat(), "reason": reason, "workers": event.world_size}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({name: value for name, value in line.items() if value is not None}) + "\n")
 
 
 def load_attempts(folder: Path) -> list[dict[str, Any]]:

@@ -115,6 +115,7 @@ class Tape(TorchDispatchMode):
         self.calls: list[tuple[Any, Any, Any, Any]] = []
         self.storages: dict[int, torch.UntypedStorage] = {}  # taken during the capture, by address of their header
         self.replays = 0
+        self.reserved_bytes = 0
         self.state = "new"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

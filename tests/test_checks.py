@@ -125,7 +125,7 @@ FAULTS: dict[str, list[Plant]] = {
     "engine compile": [compile_a_copy, compile_wrongly, scale_gradients(1.02)],
     "precision bf16": [compute_in_fp32, keep_weights_in_bf16, freeze_lr],
     "precision fp16": [compute_in_fp32, never_unscale, freeze_lr],
-    "resume": [lambda patch: patch.setattr(training, "load_optimizer_state", lambda *_: None),
+    "resume": [lambda patch: patch.setattr(torch.optim.SGD, "load_state_dict", lambda *_: None),
                lambda patch: patch.setattr(checks, "resume", lambda *_: [None] * 2)],
     "memory": [own("unaccounted")],
     "clock": [run_fast],

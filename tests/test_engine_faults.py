@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from tape import Tape
-from test_train import run, spec
+from test_train import run, small
 
 import harness.training.setup
 from harness.loaders.resident import ResidentLoader
-from harness.training.engine import CudaGraphs
+from harness.training.engine import make_graphs
 
 
 def test_all_is_captured_before_the_loaders_begin_and_nothing_is_collected_meanwhile(
@@ -43,12 +43,12 @@ def test_all_is_captured_before_the_loaders_begin_and_nothing_is_collected_meanw
     monkeypatch.setattr(ResidentLoader, "epoch", epoch)
     monkeypatch.setattr(harness.training.setup, "make_graphs", lambda _: Logged)
     log_meter(monkeypatch, log)
-    run(spec(engine="graph", recipe={"val": 30, "duration": 1}), tmp_path)
+    run(small(engine="graph", limit_train=50, recipe={"val": 10, "duration": 1}), tmp_path)
     first = log.index("epoch")
-    assert log[:first].count("capture") == 4, "120 images: 64 and 56; 30 held out; the test set of 360"
+    assert log[:first].count("capture") == 4, "40 images: 16 and 8; 10 held out; the test set of 16"
     assert log[first:].count("capture") == 0
     assert "capture with gc" not in log
-    assert log[first:].count("replay") == 2 + 1 + 1, "every batch is replayed, the test set's too"
+    assert log[first:].count("replay") == 3 + 1 + 1, "every batch is replayed, the test set's too"
     assert log.index("reset") > max(i for i, what in enumerate(log) if what == "capture")
     assert gc.isenabled()
 
@@ -90,7 +90,7 @@ class FakeCuda:
 
         for name, function in {
             "graph": capturing,
-            "CUDAGraph": lambda: SimpleNamespace(reset=reset),
+            "CUDAGraph": lambda: SimpleNamespace(reset=reset, replay=None),
             "Stream": lambda _: "the capture's",
             "graph_pool_handle": lambda: (0, 1),
             "current_stream": lambda _: self.stream,
@@ -105,7 +105,7 @@ class FakeCuda:
 
 def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(monkeypatch)
-    graphs = CudaGraphs(torch.device("cuda", 0))
-    with pytest.raises(RuntimeError, match="previous error during capture"), graphs().capture():
+    make_graph = make_graphs(torch.device("cuda", 0))
+    with pytest.raises(RuntimeError, match="previous error during capture"), make_graph().capture():
         assert cuda.stream == "the capture's"
     assert (cuda.stream, cuda.in_pool, cuda.resets) == ("the caller's", False, 1)

@@ -100,7 +100,7 @@ def test_a_mig_instance_is_read_by_itself(
     (use,) = read_node(instance).gpus
     assert use.gpu == instance
     assert use.utilisation_percent == Measurement(value=None, reason="NVML: Not Supported")
-    assert EpochTelemetry(GPU).stop(1.0).joules is None
+    assert EpochTelemetry(GPU).stop(1.0).energy_joules is None
 
 
 # --- what it says ---
@@ -126,7 +126,7 @@ def test_memory_of_this_process_or_the_reason(
 
 def test_joules_of_an_epoch_and_of_a_node(nvml: NvmlStub, cuda: Cuda) -> None:
     nvml.set(ENERGY="1000000,1250000,2000000,5000000")  # the epoch's start and end, the node's start and end
-    assert EpochTelemetry(GPU).stop(1.0).joules == 250
+    assert EpochTelemetry(GPU).stop(1.0).energy_joules == 250
     (use,) = read_node(None).gpus
     assert use.energy_joules.value == 3000
 
@@ -135,7 +135,7 @@ def test_joules_of_an_epoch_and_of_a_node(nvml: NvmlStub, cuda: Cuda) -> None:
 def test_a_counter_that_does_not_count_gives_no_energy(nvml: NvmlStub, cuda: Cuda, counter: str) -> None:
     """A driver that is reloaded starts at zero; some boards never count. A GPU spends energy at every moment."""
     nvml.set(ENERGY=counter)
-    assert EpochTelemetry(GPU).stop(60.0).joules is None
+    assert EpochTelemetry(GPU).stop(60.0).energy_joules is None
     (use,) = read_node(None).gpus
     assert use.energy_joules.value is None
     assert use.energy_joules.reason
@@ -171,7 +171,7 @@ def test_what_is_not_supported_is_none_with_a_reason(nvml: NvmlStub, cuda: Cuda)
     assert (gpu.read("energy_joules"), gpu.reason("energy_joules")) == (None, "NVML: Not Supported")
     assert gpu.process_mib() == Measurement(value=None, reason="NVML: Not Supported")
     reading = EpochTelemetry(GPU).stop(1.0)
-    assert (reading.joules, reading.interference) == (None, ())
+    assert (reading.energy_joules, reading.interference) == (None, ())
 
 
 def test_a_gpu_that_is_lost_in_the_middle(nvml: NvmlStub, cuda: Cuda) -> None:
@@ -180,7 +180,7 @@ def test_a_gpu_that_is_lost_in_the_middle(nvml: NvmlStub, cuda: Cuda) -> None:
     assert gpu.read("used_mib") == 0
     nvml.set(LOST="0")
     assert (gpu.read("used_mib"), gpu.reason("used_mib")) == (None, "NVML: GPU is lost")
-    assert epochs.stop(1.0).joules is None
+    assert epochs.stop(1.0).energy_joules is None
     assert open_device(GPU).process_mib() == Measurement(value=None, reason="NVML: GPU is lost")
     assert read_node(None).gpus_reason == "NVML: GPU is lost"
 
@@ -193,7 +193,7 @@ def test_a_driver_that_does_not_start(nvml: NvmlStub, cuda: Cuda, code: int) -> 
     assert count_gpus() == 0
     assert open_device(GPU).process_mib() == Measurement(value=None, reason=reason)
     assert read_node(None).gpus_reason == reason
-    assert EpochTelemetry(GPU).stop(1.0).joules is None
+    assert EpochTelemetry(GPU).stop(1.0).energy_joules is None
 
 
 def test_an_old_library_lacks_functions(nvml: NvmlStub, cuda: Cuda, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,14 +19,14 @@ from test_train import run, spec
 
 from harness.cluster.job import Worker
 from harness.models.variants import find_variant
-from harness.results.values import EpochMetrics
+from harness.results.values import EpochMetrics, Measurement
 from harness.training import host, memory
-from harness.training.host import CAUSES, HostLook, HostWindow
+from harness.training.host import CAUSES, OTHERS, HostLook, HostWindow
 from harness.training.memory import MemoryMeter
 from harness.training.telemetry import INTERFERENCE, EpochTelemetry
 from harness.training.train import mark_outliers, summarise_history, total_energy
 
-STOPPED, OTHERS, QUOTA, STOLEN = CAUSES[2:]
+STOPPED, QUOTA, STOLEN, _ = CAUSES[2:]
 
 
 class FakeHost:
@@ -71,7 +70,7 @@ class FakeHost:
         for name, value in spent.items():
             setattr(self, name, getattr(self, name) + value)
         seen = before.until(self.look())
-        return {cause for cause, there in zip(CAUSES, seen.causes(seen.own_seconds, 0.0), strict=True) if there}
+        return seen.causes | ({OTHERS} if seen.is_disturbed(seen.own_seconds) else set())
 
 
 @pytest.fixture
@@ -104,9 +103,9 @@ def test_without_a_kernel_that_counts_waiting_the_others_time_decides(fake: Fake
 
 def test_the_ranks_of_a_run_are_not_others_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "WAIT_SHARE", 0.10)
-    seen = HostWindow("node", 1.0, False, False, 0.4, 1.0, 2.0, 2, 0.0, 0.0)
-    assert seen.causes(1.0, 0.0)[3], "of another rank, nothing is known"
-    assert not seen.causes(2.0, 0.0)[3]
+    seen = HostWindow("node", set(), wait_share=0.4, own_seconds=1.0, busy_seconds=2.0, cpu_seconds=2.0)
+    assert seen.is_disturbed(1.0), "of another rank, nothing is known"
+    assert not seen.is_disturbed(2.0)
 
 
 def test_slowed_epochs_are_found_and_quiet_ones_are_left_alone() -> None:
@@ -120,7 +119,7 @@ def test_slowed_epochs_are_found_and_quiet_ones_are_left_alone() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(host, "WAIT_SHARE", threshold)
             found = [
-                HostWindow("n", 1.0, False, False, waited, 0.0, 2 * others, 2, 0.0, 0.0).causes(0.0, 0.0)[3]
+                HostWindow("n", set(), waited, 0.0, 2 * others, 2.0).is_disturbed(0.0)
                 for waited, others in windows
             ]
         return float(np.mean(found))
@@ -219,6 +218,10 @@ def test_a_process_that_was_stopped_says_so() -> None:
     assert in_child(watch, stop) == ["|", STOPPED]
 
 
+def read_rss(meter: MemoryMeter) -> Measurement:
+    return meter.read(torch.nn.Identity(), SimpleNamespace(state={})).rss_mib  # type: ignore[arg-type]
+
+
 def test_the_peak_is_the_runs_own_and_counts_its_workers() -> None:
     def measure() -> list[float]:
         def rss(least: int) -> float:
@@ -228,7 +231,7 @@ def test_the_peak_is_the_runs_own_and_counts_its_workers() -> None:
             assert block[-1] == 1
             del block
             meter.sample()
-            return meter.read().rss_mib.value or 0.0
+            return read_rss(meter).value or 0.0
 
         figures = [rss(50), rss(400), rss(50)]
         stopping = multiprocessing.get_context("fork").Event()
@@ -255,15 +258,16 @@ def test_where_the_peak_cannot_be_reset_it_is_the_processs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "PROC", tmp_path)
-    rss = MemoryMeter(torch.device("cpu")).read().rss_mib
+    rss = read_rss(MemoryMeter(torch.device("cpu")))
     assert rss.value is not None
     assert rss.reason == "of the whole process: its peak cannot be reset here"
 
 
 def test_a_run_after_a_larger_one_has_its_own_peak(tmp_path: Path) -> None:
     def measure() -> list[float | None]:
-        small = spec(recipe={"duration": 1})
-        large = replace(spec(recipe={"duration": 1, "batch_size": 150}), network=find_variant("msra")(20).network)
+        small = spec(limit_train=64, limit_test=64, recipe={"duration": 1})
+        deep = find_variant("msra")(20).network
+        large = spec(limit_test=64, network=deep, recipe={"duration": 1, "batch_size": 150})
         runs = enumerate((small, small, large, small))
         return [run(asked, tmp_path / str(number)).memory.rss_mib.value for number, asked in runs]
 

@@ -82,7 +82,7 @@ MOST_LINES = 16_141  # of the five packages; the aim is 13,500
 MOST_FILE_LINES = 450
 MOST_FUNCTION_LINES = 80
 MOST_PARAMETERS = 8
-LONGER = {"harness.training.train._train": 100}  # the training loop, to be read in one piece
+LONGER = {"harness.training.train.train": 100}  # the training loop, to be read in one piece
 
 
 def functions(module: str) -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:

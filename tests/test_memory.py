@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -91,8 +89,7 @@ def measure_a_run(gpu: FakeGpu) -> Memory:
     gpu.use(reserved=22 + 8 + 6 + 100, allocated=20 + 8)
     meter.reset()
     gpu.use(outside=gpu.outside + 350, allocated=20 + 8 + 2)
-    graphs = SimpleNamespace(reserved_bytes=100 * MIB)  # with the gradients in it
-    memory = meter.read(*make_network(), graphs)
+    memory = meter.read(*make_network(), 100 * MIB)  # of graphs, with the gradients in it
     gpu.use(allocated=0.0, outside=gpu.outside - 64)  # the loader is closed, the rest outlives the run
     return memory
 

@@ -76,7 +76,7 @@ def test_joules_are_the_counters_difference(nvml: Nvml) -> None:
 def test_a_counter_that_goes_back_or_stands_still_gives_no_joules(nvml: Nvml, millijoules: int) -> None:
     epochs = EpochTelemetry(GPU)
     nvml.millijoules += millijoules
-    assert epochs.stop(1.0).joules is None
+    assert epochs.stop(1.0).energy_joules is None
 
 
 @pytest.mark.parametrize(

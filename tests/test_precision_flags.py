@@ -203,6 +203,7 @@ def test_a_deterministic_run_is_set_up_as_one(tmp_path: Path, monkeypatch: pytes
     import torch
     from test_train import spec
 
+    import harness.training.setup
     import harness.training.train
     from harness.cluster.job import Worker
     from harness.spec import RunPaths
@@ -214,7 +215,7 @@ def test_a_deterministic_run_is_set_up_as_one(tmp_path: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     asked = spec(device="cuda", deterministic=True)  # in name alone: the worker's device is the CPU
-    monkeypatch.setattr(harness.training.train, "MemoryMeter", stop)
+    monkeypatch.setattr(harness.training.setup, "MemoryMeter", stop)
     with pytest.raises(KeyboardInterrupt):
         harness.training.train.train(asked, Worker(threads=1), print, paths=RunPaths(out=tmp_path))
     monkeypatch.undo()

@@ -26,9 +26,10 @@ from harness.models.variants import find_variant
 from harness.results.store import load_epochs, partial_dir, run_name
 from harness.results.values import EpochMetrics, Measurement, RunResult
 from harness.spec import CheckpointError, DivergedError, RunPaths, RunSpec
-from harness.training.engine import Direct, Engine
+from harness.training.engine import Engine, Way
+from harness.training.memory import MemoryMeter
 from harness.training.optim import learning_rate, set_lr
-from harness.training.setup import Trainer
+from harness.training.setup import Data, Prepared, Trainer
 from harness.training.step import Step, mix
 from harness.training.telemetry import EpochReading, EpochTelemetry
 from harness.training.train import run_steps, train
@@ -56,6 +57,12 @@ def spec(**changes: Any) -> RunSpec:
         "device": "cpu",
     }
     return RunSpec(**(whole | changes))
+
+
+def small(**changes: Any) -> RunSpec:
+    """The same network on 40 digits, evaluated on 16: two steps of 16 and a tail of 8."""
+    recipe = {"batch_size": 16} | changes.pop("recipe", {})
+    return spec(**({"limit_train": 40, "limit_test": 16} | changes), recipe=recipe)
 
 
 def run(asked: RunSpec, out: Path, stop_after: int | None = None) -> RunResult:
@@ -185,17 +192,11 @@ def rewrite(path: Path, **changes: Any) -> None:
     torch.save(torch.load(path, weights_only=True) | changes, path)
 
 
-def to_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
 DAMAGES: dict[str, Any] = {
     "checksum": flip,
-    "no 'optimizer'": lambda path: torch.save({"key": spec().key, "network": {}}, path),
+    "not those of this run": lambda path: torch.save({"key": spec().key, "network": {}}, path),
     "valid": lambda path: rewrite(path, history=[]),  # "Input should be a valid ..."
     "tensors": lambda path: rewrite(path, network={"conv.weight": torch.zeros(1)}),
-    "irectory": to_folder,
 }
 
 
@@ -309,10 +310,13 @@ def _train_rank(rank: int, world: int, asked: RunSpec) -> dict[str, Any]:
         torch.zeros(2, dtype=torch.float64), world,
         all_reduce=torch.distributed.all_reduce if world > 1 and asked.engine == "graph" else None,
     )  # fmt: skip
+    splits = Data(train_split, data.test, data.test, "test")
+    prepared = Prepared(
+        asked, splits, config, loader, loader, None, network, optimizer, step.scaler, MemoryMeter(device)
+    )
     trainer = Trainer(
-        step, Engine([("eager", Direct(step))], step.snapshot, print), Engine([], step.snapshot, print), network, loader,
-        150, device, Watchdog(device),
-    )  # fmt: skip
+        prepared, step, Engine([Way("eager", step)], print), Engine([], print), loader, Watchdog(device)
+    )
     seen = [run_steps(trainer, epoch=epoch, steps=loader.steps).loss for epoch in range(2)]
     trainer.close()
     return {"losses": seen, "weights": list(network.state_dict().values())}

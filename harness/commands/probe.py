@@ -34,9 +34,9 @@ from harness.results.metrics import NONE, figures
 from harness.results.store import keep_prediction
 from harness.results.values import EpochMetrics, Measurement, Prediction
 from harness.spec import RunPaths, RunSpec
-from harness.training.engine import Direct, Engine
+from harness.training.engine import Engine, Way
 from harness.training.evaluation import evaluating
-from harness.training.memory import MemoryMeter, largest
+from harness.training.memory import largest
 from harness.training.optim import total_steps
 from harness.training.setup import Trainer, make_step, make_trainer, prepare
 from harness.training.step import deterministic_algorithms, make_autocast, synchronize
@@ -132,7 +132,7 @@ def count_steps(loader: Loader) -> tuple[int, int]:
 
 def time_steps(trainer: Trainer, epoch: int) -> tuple[EpochMetrics, float]:
     """Train as many steps as show the loader's pace. Returns them, and the seconds of a whole epoch."""
-    loader, device = trainer.loader, trainer.device
+    loader, device = trainer.loader, trainer.run.device
     queue, steps = count_steps(loader)
     requested_at = 0.0
 
@@ -154,10 +154,10 @@ def time_steps(trainer: Trainer, epoch: int) -> tuple[EpochMetrics, float]:
 def time_eval(trainer: Trainer, loader: Loader) -> float:
     """Seconds of a batch of an evaluation: the mean of the first EVAL_BATCHES."""
     batches, started_at = min(EVAL_BATCHES, loader.steps), time.perf_counter()
-    with evaluating(trainer.network, make_autocast(trainer.device, trainer.step.spec.precision)):
+    with evaluating(trainer.run.network, make_autocast(trainer.run.device, trainer.run.spec.precision)):
         for images, _ in itertools.islice(loader.epoch(0), batches):
             trainer.forward(images)
-        synchronize(trainer.device)
+        synchronize(trainer.run.device)
     return (time.perf_counter() - started_at) / max(1, batches)
 
 
@@ -167,32 +167,30 @@ def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, pat
     The steps belong to two epochs: WARMUP_STEPS of the first, up to `count_steps` of the second.
     """
     entered_at = time.perf_counter()
-    meter = MemoryMeter(torch.device(worker.device))
-    prepared = prepare(spec, worker, paths, meter)
+    prepared = prepare(spec, worker, paths)
     device, loader, test_loader = prepared.device, prepared.train_loader, prepared.test_loader
     with (
         deterministic_algorithms(spec), closing(prepared), closing(EpochTelemetry(device)) as telemetry,
-        closing(make_trainer(prepared, warnings.warn, meter)) as trainer,
+        closing(make_trainer(prepared, warnings.warn)) as trainer,
     ):  # fmt: skip
         train_steps(trainer, 0, WARMUP_STEPS)
         setup_seconds = worker.launch_seconds + time.perf_counter() - entered_at
         time_eval(trainer, prepared.eval_loader)
-        meter.reset()
+        prepared.meter.reset()
         telemetry.start()
         metrics, epoch_seconds = time_steps(trainer, 1)
         reading = telemetry.stop(metrics.train_seconds)
         eval_batches = prepared.eval_loader.steps + (test_loader.steps if test_loader else 0)
         eval_seconds = time_eval(trainer, prepared.eval_loader) * eval_batches
-        meter.sample()
-        memory = largest(gather(meter.read(prepared.network, prepared.optimizer, trainer.graphs)))
+        memory = largest(gather(trainer.measure_memory()))
 
     reason = "no GPU was used" if device.type == "cpu" else "NVML does not count this GPU's energy"
     energy = Measurement(value=None, reason=reason)
-    if reading.joules is not None and metrics.train_seconds < ENERGY_SECONDS:
+    if reading.energy_joules is not None and metrics.train_seconds < ENERGY_SECONDS:
         short = f"{metrics.steps} steps are too short for NVML's energy counter"
         energy = Measurement(value=None, reason=short)
-    elif reading.joules is not None:
-        energy = Measurement(value=reading.joules * loader.steps / metrics.steps)
+    elif reading.energy_joules is not None:
+        energy = Measurement(value=reading.energy_joules * loader.steps / metrics.steps)
     values = spec.to_json()
     del values["seed"]
     return Prediction(
@@ -295,9 +293,8 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
             raise ValueError("an epoch of one step is too short to profile")
         # several ranks' gradients are summed after backward here, not by DDP inside it, where they hide behind it
         step, clock = make_step(prepared, ddp=False), StepClock(device)
-        plain = Engine([("eager", Direct(step))], step.snapshot, warnings.warn)
-        images = len(prepared.data.train)
-        by_parts = Trainer(step, plain, plain, prepared.network, loader, images, device, Watchdog(device))
+        plain = Engine([Way("eager", step)], warnings.warn)
+        by_parts = Trainer(prepared, step, plain, plain, loader, Watchdog(device))
         train_steps(by_parts, 0, WARMUP_STEPS)
         step.mark = clock.mark
         train_steps(by_parts, 1, STEPS)
@@ -310,7 +307,7 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
     middle = sorted(range(len(took)), key=took.__getitem__)[len(took) // 4 : len(took) - len(took) // 4]
     means = {name: statistics.fmean(parts[name][step] for step in middle) for name in PARTS if name in parts}
     engine_ms = 1000 * metrics.train_seconds / metrics.steps
-    ranks = gather(Breakdown(means, sum(means.values()), engine_ms, trainer.engine.name))
+    ranks = gather(Breakdown(means, sum(means.values()), engine_ms, trainer.engine.way.name))
     slowest = max(ranks, key=lambda rank: rank.eager_ms)
     return replace(slowest, engine_ms=max(rank.engine_ms for rank in ranks))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,21 +13,17 @@ from harness.results.store import writing
 from harness.spec import CheckpointError
 
 KEPT = 2
-_NAME = re.compile(r"epoch-(\d{6})\.pt")
 
 
 def _stored(folder: Path) -> list[Path]:
     """Newest first."""
-    return sorted((p for p in folder.glob("epoch-*.pt") if _NAME.fullmatch(p.name)), reverse=True)
+    return sorted(folder.glob("epoch-??????.pt"), reverse=True)
 
 
 def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any]) -> None:
     """Write `state` as the checkpoint after `epoch` (from 1), then drop all but the newest two."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"epoch-{epoch:06d}.pt"
-    if path.is_dir():
-        path.rename(path.with_suffix(".damaged"))
-    with writing(path) as unfinished:
+    with writing(folder / f"epoch-{epoch:06d}.pt") as unfinished:
         torch.save(state, unfinished)
     for old in _stored(folder)[KEPT:]:
         old.unlink(missing_ok=True)

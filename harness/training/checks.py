@@ -31,7 +31,6 @@ from harness.loaders.sampling import SamplingPlan
 from harness.models.variants import find_variant
 from harness.results.values import EpochMetrics
 from harness.spec import Engine, Precision, RunSpec
-from harness.training.memory import MemoryMeter
 from harness.training.setup import Data, Prepared, Trainer, assemble, make_trainer
 from harness.training.step import deterministic_algorithms, sum_gradients, synchronize
 from harness.training.telemetry import gather
@@ -118,20 +117,18 @@ def make_spec(worker: Worker, **changes: Any) -> RunSpec:
     )  # fmt: skip
 
 
-def start(
-    worker: Worker, stack: ExitStack, meter: MemoryMeter | None = None, **changes: Any
-) -> tuple[Prepared, Trainer]:
+def start(worker: Worker, stack: ExitStack, **changes: Any) -> tuple[Prepared, Trainer]:
     """A run before its first step, until the stack closes. Raises RuntimeError where its engine does not work."""
     split, given_up, spec = make_split(), list[str](), make_spec(worker, **changes)
     stack.enter_context(deterministic_algorithms(spec))
     data = Data(split, split, split, "test")
-    prepared = assemble(spec, data, worker, num_classes=CLASSES, flip=True, meter=meter)
+    prepared = assemble(spec, data, worker, num_classes=CLASSES, flip=True)
     stack.enter_context(closing(prepared))
     if dist.is_initialized():  # the statistics of a batch are those of a rank's share
         for module in prepared.network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-    trainer = stack.enter_context(closing(make_trainer(prepared, given_up.append, meter)))
+    trainer = stack.enter_context(closing(make_trainer(prepared, given_up.append)))
     if given_up:
         raise RuntimeError(given_up[0])
     return prepared, trainer
@@ -244,11 +241,10 @@ def check_resume(bench: Bench) -> Figure:
 
 def check_memory(bench: Bench) -> Figure:
     """What the categories do not account for is little of what the driver counts."""
-    meter = MemoryMeter(torch.device(bench.worker.device))
     with ExitStack() as stack:
-        prepared, trainer = start(bench.worker, stack, meter, engine="graph")
+        _, trainer = start(bench.worker, stack, engine="graph")
         train_epochs(trainer, 0, 2)
-        return judge_memory(meter.read(prepared.network, prepared.optimizer, trainer.graphs).by_category_mib)
+        return judge_memory(trainer.measure_memory().by_category_mib)
 
 
 def judge_memory(by_category_mib: dict[str, float]) -> Figure:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,118 +29,85 @@ from harness.training.telemetry import gather
 WARMUP_CALLS = 3  # before a capture: cuDNN chooses its kernels, compilers compile
 Function = Callable[..., Any]
 Inputs = tuple[Tensor | float, ...]
-Snapshot = Callable[[], Callable[[], None]]
-
-
-class CudaGraphs:
-    """Makes the graphs of one run, which share a memory pool and a stream."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)
-        self.reserved_bytes = 0  # by the pool
-
-    def __call__(self) -> CudaGraph:
-        return CudaGraph(self)
+MakeGraph = Callable[[], "CudaGraph"]
 
 
 class CudaGraph:
-    """Records work on a device and does it again, on the same tensors."""
+    """Records work on a device and does it again, on the same tensors. The graphs of a run share pool and stream."""
 
-    def __init__(self, shared: CudaGraphs) -> None:
-        self._shared = shared
+    def __init__(self, device: torch.device, pool: Any, stream: torch.cuda.Stream) -> None:
+        self._device, self._pool, self._stream = device, pool, stream
         self._graph = torch.cuda.CUDAGraph()
+        self.reserved_bytes = 0  # by which the pool grew
+        self.replay = self._graph.replay
+        self.reset = self._graph.reset  # gives back what it holds, whoever still refers to it
 
     def warm_up(self, work: Callable[[], Any]) -> None:
         """Do the work WARMUP_CALLS times, not recorded."""
-        stream, caller = self._shared.stream, torch.cuda.current_stream(self._shared.device)
-        stream.wait_stream(caller)
-        with torch.cuda.stream(stream):
+        caller = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(caller)
+        with torch.cuda.stream(self._stream):
             for _ in range(WARMUP_CALLS):
                 work()
-        caller.wait_stream(stream)
+        caller.wait_stream(self._stream)
 
     @contextmanager
     def capture(self) -> Iterator[None]:
         """Record what is done inside."""
-        shared, caller = self._shared, torch.cuda.current_stream(self._shared.device)
-        torch.cuda.synchronize(shared.device)
+        caller = torch.cuda.current_stream(self._device)
+        torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(shared.device)
+        before = torch.cuda.memory_reserved(self._device)
         try:
             # thread_local: NCCL's threads may call CUDA meanwhile
-            with torch.cuda.graph(
-                self._graph, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(self._graph, self._pool, self._stream, "thread_local"):
                 yield
         except BaseException:
             # a capture that cannot be ended leaves the allocator in the graphs' pool; before torch 2.14, its stream too
             torch.cuda.set_stream(caller)
             with suppress(RuntimeError):  # it has ended already
-                torch._C._cuda_endAllocateToPool(shared.device.index or 0, shared.pool)
+                torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
             self._graph.reset()
             raise
-        shared.reserved_bytes += torch.cuda.memory_reserved(shared.device) - before
-
-    def replay(self) -> None:
-        """Do it again."""
-        self._graph.replay()
-
-    def reset(self) -> None:
-        """Give back what it holds, whoever still refers to it."""
-        self._graph.reset()
+        self.reserved_bytes = torch.cuda.memory_reserved(self._device) - before
 
 
-class Direct:
-    """A function called as it is. `trial`, if given, is what `prepare` calls in its place."""
+class Way:
+    """A way to call a function: as it is or, with `make_graph`, replayed from graphs of the calls it was prepared for.
 
-    def __init__(self, function: Function, trial: Function | None = None) -> None:
-        self._function, self._trial = function, trial or function
-
-    def prepare(self, *inputs: Tensor | float) -> None:
-        """Call it once, so that it fails now if it fails."""
-        self._trial(*inputs)
-
-    def __call__(self, *inputs: Tensor | float) -> Any:
-        return self._function(*inputs)
-
-    def reset(self) -> None:
-        """It holds nothing."""
-
-
-class Captured:
-    """A function replayed from graphs, one for each set of shapes and constants that it was prepared for.
-
-    It must do the same work at every call: read its inputs and tensors that stay where they are, write tensors that
-    stay where they are. `warm_up`, called before a capture, is the same without communication, so that a rank
-    whose capture fails leaves no other waiting for it. What a call returns is valid until the next one. With other
-    shapes than it was prepared for, the function itself is called.
+    A captured function must do the same work at every call: read its inputs and tensors that stay where they are, write
+    tensors that stay where they are. What a call returns is valid until the next one. With other shapes or constants
+    than it was prepared for, the function itself is called. `trial`, which `prepare` calls first, is the function
+    without communication, so that a rank where it fails leaves no other waiting for it.
     """
 
     def __init__(
-        self, function: Function, make_graph: Callable[[], CudaGraph], warm_up: Function | None = None
+        self, name: str, function: Function, make_graph: MakeGraph | None = None, trial: Function | None = None
     ) -> None:
-        self._function = function
-        self._warm_up = warm_up or function
-        self._make_graph = make_graph
+        self.name = name
+        self._function, self._make_graph, self._trial = function, make_graph, trial or function
         self._graphs: dict[tuple[Any, ...], tuple[CudaGraph, Inputs, Any]] = {}
 
     def prepare(self, *inputs: Tensor | float) -> None:
-        """Capture a graph for such inputs: tensors are copied into its own, a number is a constant of it."""
+        """Try it, so that it fails now if it fails; capture it: tensors are copied into its own, numbers are constants."""
+        if self._make_graph is None:
+            self._trial(*inputs)
+            return
         key = signature(inputs)
         if key in self._graphs:
             return
         own: Inputs = tuple(torch.empty_like(i).copy_(i) if isinstance(i, Tensor) else i for i in inputs)
         graph = self._make_graph()
-        graph.warm_up(lambda: self._warm_up(*own))
+        graph.warm_up(lambda: self._trial(*own))
         with graph.capture():
             result = self._function(*own)
         self._graphs[key] = graph, own, result
-        if _alone():  # with other ranks, they would have to replay too
+        if not dist.is_initialized() or dist.get_world_size() == 1:  # others would have to replay too
             graph.replay()
 
     def __call__(self, *inputs: Tensor | float) -> Any:
+        if not self._graphs:
+            return self._function(*inputs)
         key = signature(inputs)
         if key not in self._graphs:
             return self._function(*inputs)
@@ -150,15 +118,15 @@ class Captured:
         graph.replay()
         return result
 
+    def reserved_bytes(self) -> int:
+        """What its graphs hold of torch's memory, which counts it as reserved and not as allocated."""
+        return sum(graph.reserved_bytes for graph, _, _ in self._graphs.values())
+
     def reset(self) -> None:
         """Give the graphs back: a process group cannot be destroyed while one that uses it exists."""
         for graph, _, _ in self._graphs.values():
             graph.reset()
         self._graphs.clear()
-
-
-def _alone() -> bool:
-    return not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def signature(inputs: Sequence[Tensor | float]) -> tuple[Any, ...]:
@@ -167,19 +135,23 @@ def signature(inputs: Sequence[Tensor | float]) -> tuple[Any, ...]:
 
 
 class Engine:
-    """The first of some ways to do the same that works on every rank. Giving one up is a warning, and is recorded."""
+    """The first of some ways to do the same that works on every rank. Giving one up is a warning, and is recorded.
+
+    What the function changes while it is tried is put back by `restoring`.
+    """
 
     def __init__(
-        self, ways: Sequence[tuple[str, Direct | Captured]], snapshot: Snapshot, warn: Callable[[str], None]
+        self,
+        ways: Sequence[Way],
+        warn: Callable[[str], None],
+        restoring: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self._ways = list(ways)
-        self._snapshot = snapshot
-        self._warn = warn
+        self._ways, self._warn, self._restoring = list(ways), warn, restoring
 
     @property
-    def name(self) -> str:
-        """Of the way that is taken."""
-        return self._ways[0][0]
+    def way(self) -> Way:
+        """The one that is taken."""
+        return self._ways[0]
 
     def prepare(self, calls: Sequence[Inputs]) -> None:
         """Try the ways on calls like those to come and stay with the first that works. No trace of it is left.
@@ -187,7 +159,7 @@ class Engine:
         A collective: the ranks take the same way. Raises a lack of memory.
         """
         while len(self._ways) > 1:
-            name, way = self._ways[0]
+            way = self._ways[0]
             reasons = gather(self._try(way, calls))
             failed = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
             if not failed:
@@ -196,44 +168,38 @@ class Engine:
             self._ways.pop(0)
             rank, reason = failed[0]
             where = "here" if len(reasons) == 1 else f"on rank {rank}"
-            self._warn(f"engine {name} does not work {where}, going on with {self.name}: {reason}")
+            self._warn(f"engine {way.name} does not work {where}, going on with {self.way.name}: {reason}")
 
-    def _try(self, way: Direct | Captured, calls: Sequence[Inputs]) -> str | None:
+    def _try(self, way: Way, calls: Sequence[Inputs]) -> str | None:
         """Why it does not work, None if it does."""
-        restore = self._snapshot()
-        gc.collect()
-        gc.disable()  # what it frees could break a capture
-        try:
-            for inputs in calls:
-                way.prepare(*inputs)
-        except (torch.OutOfMemoryError, dist.DistError):
-            raise
-        except Exception as error:
-            return (str(error).strip() or type(error).__name__).splitlines()[0]
-        finally:
-            gc.enable()
-            restore()
+        with self._restoring():
+            gc.collect()
+            gc.disable()  # what it frees could break a capture
+            try:
+                for inputs in calls:
+                    way.prepare(*inputs)
+            except (torch.OutOfMemoryError, dist.DistError):
+                raise
+            except Exception as error:
+                return (str(error).strip() or type(error).__name__).splitlines()[0]
+            finally:
+                gc.enable()
         return None
 
     def __call__(self, *inputs: Tensor | float) -> Any:
-        return self._ways[0][1](*inputs)
+        return self._ways[0](*inputs)
 
     def reset(self) -> None:
         """Give back all graphs."""
-        for _, way in self._ways:
+        for way in self._ways:
             way.reset()
 
 
-def nothing_to_restore() -> Callable[[], None]:
-    """The snapshot of a function that changes nothing."""
-    return lambda: None
-
-
-def make_graphs(device: torch.device) -> Callable[[], CudaGraph]:
+def make_graphs(device: torch.device) -> MakeGraph:
     """What captures on this device. Raises RuntimeError where nothing does."""
     if device.type != "cuda":
         raise RuntimeError(f"a {device.type} cannot capture graphs, a GPU can")
-    return CudaGraphs(device)
+    return partial(CudaGraph, device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
 
 
 def compile_network(network: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -45,25 +45,22 @@ class MultiScale(nn.Module):
         on_scale: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         super().__init__()
+        self.network, self.scales, self.flip = network, scales, flip
         self.average, self.on_scale = average, on_scale
-        self.network = network
-        self.scales = scales
-        self.flip = flip
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) -> (n, classes)."""
         views: list[Tensor] = []
         for scale in self.scales:
             resized = resize(images, scale)
-            both = [resized, resized.flip(3)] if self.flip else [resized]
-            logits = torch.stack([self.network(view) for view in both])
+            both = (resized, resized.flip(3)) if self.flip else (resized,)
+            views.append(torch.stack([self.network(view) for view in both]))
             if self.on_scale:
-                self.on_scale(scale, logits.softmax(2).mean(0))
-            views.append(logits)
+                self.on_scale(scale, views[-1].softmax(2).mean(0))
         every = torch.cat(views)
-        return (
-            every.mean(0) if self.average == "logits" else every.log_softmax(2).logsumexp(0) - math.log(len(every))
-        )
+        if self.average == "logits":
+            return every.mean(0)
+        return every.log_softmax(2).logsumexp(0) - math.log(len(every))
 
 
 def resize(images: Tensor, scale: int) -> Tensor:

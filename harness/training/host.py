@@ -9,7 +9,9 @@ import contextlib
 import multiprocessing
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +24,11 @@ load had slowed to twice their seconds showed 0.34 and 0.32 at least; of 25 undi
 0.027. The first alone would blame a run that has more threads than processors, the second alone a neighbour on cores that
 we do not use."""
 QUOTA_SHARE, STEAL_SHARE = 0.10, 0.02
+OTHERS = "other processes used the CPU"
 CAUSES = (
-    "the machine swapped",
-    "the clock was set or the machine slept",
-    "the process was stopped for a while",
-    "other processes used the CPU",
-    "the CPU quota was used up",
-    "the hypervisor took the CPU",
-)
+    "the machine swapped", "the clock was set or the machine slept", "the process was stopped for a while",
+    "the CPU quota was used up", "the hypervisor took the CPU", OTHERS,
+)  # fmt: skip
 
 
 def read_table(path: Path) -> dict[str, list[int]]:
@@ -58,10 +57,10 @@ def read_ticks() -> tuple[int, int, int] | None:
     return sum(ticks) - ticks[3] - ticks[4], sum(ticks), ticks[7]  # not idle, not waiting for a disk
 
 
-def read_mib(path: str, *names: str) -> float | None:
-    """The sum of some lines of a file in /proc, which are in KiB; None where one cannot be read."""
-    table = read_table(PROC / path)
-    return sum(table[name][0] for name in names) / 1024 if all(table.get(name) for name in names) else None
+def read_mib(path: str, name: str) -> float | None:
+    """A line of a file in /proc, which is in KiB; None where it cannot be read."""
+    kib = read_table(PROC / path).get(name)
+    return kib[0] / 1024 if kib else None
 
 
 def _schedule(processes: list[int]) -> dict[str, tuple[int, int]]:
@@ -94,29 +93,17 @@ class HostWindow:
     """What one process saw of its host between two looks."""
 
     host: str
-    seconds: float
-    swapped: bool
-    jumped: bool
+    causes: set[str]  # of CAUSES, but for OTHERS
     wait_share: float | None  # None where the kernel does not count it
     own_seconds: float  # of processors, of this process and its workers
     busy_seconds: float  # of processors, of all processes of the host
-    cpus: int  # that this process may use
-    stolen_share: float
-    throttled_share: float
+    cpu_seconds: float  # of the processors that this process may use; 0 for a window too short to be judged
 
-    def causes(self, own_seconds: float, asleep: float) -> tuple[bool, ...]:
-        """In the order of CAUSES. `own_seconds` are those of all ranks on this host, `asleep` without a sign of life."""
-        others = (self.busy_seconds - own_seconds) / (self.seconds * self.cpus)
+    def is_disturbed(self, own_seconds: float) -> bool:
+        """Whether others used the processors. `own_seconds` are those of all ranks on this host."""
+        others = (self.busy_seconds - own_seconds) / self.cpu_seconds if self.cpu_seconds else 0.0
         waited = 2 * others if self.wait_share is None else self.wait_share
-        judged = self.seconds >= LEAST_SECONDS
-        return (
-            self.swapped,
-            self.jumped,
-            asleep > STOPPED_SECONDS,
-            judged and waited > WAIT_SHARE and others > OTHERS_SHARE,
-            judged and self.throttled_share > QUOTA_SHARE,
-            judged and self.stolen_share > STEAL_SHARE,
-        )
+        return waited > WAIT_SHARE and others > OTHERS_SHARE
 
 
 class HostLook:
@@ -124,28 +111,49 @@ class HostLook:
 
     def __init__(self) -> None:
         self.wall, self.steady, self.process = time.time(), time.monotonic(), time.process_time()
-        self.threads, self.ticks = _schedule(family()), read_ticks()
-        self.swaps = read_table(PROC / "vmstat").get("pswpin")
+        self.threads, self.ticks = _schedule(family()), read_ticks() or (0, 0, 0)
+        self.swaps = read_table(PROC / "vmstat").get("pswpin", [])
         self.throttled = _throttled_seconds()
 
-    def until(self, later: HostLook) -> HostWindow:
-        """The window between this look and a later one of the same process."""
+    def until(self, later: HostLook, asleep: float = 0.0) -> HostWindow:
+        """The window from this look to a later one of the process, which gave no sign of life for `asleep` seconds."""
         seconds = max(later.steady - self.steady, 1e-9)
         spent = {thread: self.threads.get(thread, (0, 0)) for thread in later.threads}
         ran, waited = (sum(now[i] - spent[thread][i] for thread, now in later.threads.items()) for i in (0, 1))
-        busy = every = stolen = 0
-        if self.ticks and later.ticks:
-            busy, every, stolen = (after - before for before, after in zip(self.ticks, later.ticks, strict=True))
-        own = max(later.process - self.process, ran / 1e9)
+        busy, every, stolen = (after - before for before, after in zip(self.ticks, later.ticks, strict=True))
+        judged = seconds >= LEAST_SECONDS
+        seen = (
+            later.swaps > self.swaps,
+            abs((later.wall - self.wall) - (later.steady - self.steady)) > JUMP_SECONDS,
+            asleep > STOPPED_SECONDS,
+            judged and later.throttled - self.throttled > QUOTA_SHARE * seconds,
+            judged and stolen > STEAL_SHARE * every > 0,
+        )
         return HostWindow(
             host=socket.gethostname(),
-            seconds=seconds,
-            swapped=bool(self.swaps and later.swaps and later.swaps > self.swaps),
-            jumped=abs((later.wall - self.wall) - (later.steady - self.steady)) > JUMP_SECONDS,
+            causes={cause for cause, there in zip(CAUSES[:-1], seen, strict=True) if there},
             wait_share=waited / (waited + ran) if ran else None,
-            own_seconds=own,
+            own_seconds=max(later.process - self.process, ran / 1e9),
             busy_seconds=busy / os.sysconf("SC_CLK_TCK"),
-            cpus=count_cpus(),
-            stolen_share=stolen / every if every else 0.0,
-            throttled_share=(later.throttled - self.throttled) / seconds,
+            cpu_seconds=seconds * count_cpus() if judged else 0.0,
         )
+
+
+class Repeat(threading.Thread):
+    """Calls `work` now and then every `seconds`, in a thread, until `stop` or until it raises."""
+
+    def __init__(self, work: Callable[[], None], seconds: float) -> None:
+        super().__init__(name=work.__qualname__, daemon=True)
+        self._work, self._seconds, self._stopping = work, seconds, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        with contextlib.suppress(Exception):
+            self._work()
+            while not self._stopping.wait(self._seconds):
+                self._work()
+
+    def stop(self) -> None:
+        """End it, waiting a little for work that goes on."""
+        self._stopping.set()
+        self.join(timeout=1.0)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import reduce
 from statistics import linear_regression
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from harness.training.host import PROC, family, read_mib
 from harness.training.nvml import MIB, open_device
 
 NO_GPU = Measurement(value=None, reason="no GPU was used")
-
+UNSAMPLED = Measurement(value=None, reason="never sampled")
 
 _context_mib: dict[int, float] = {}
 """Of this process, by device, once it was measured: the CUDA context outlives the runs."""
@@ -35,16 +35,15 @@ class MemoryMeter:
         self.device = device
         self.on_gpu = device.type == "cuda"
         self._gpu = open_device(device)
-        self._categories: dict[str, float] = {}
+        self._categories: dict[str, float] = defaultdict(float)
         self._in_use: list[float] = []
-        self._owned_tensors = 0.0
+        self._owned_tensors = self._workers_mib = 0.0  # of categories; the workers' largest sample
         self._others: float | None = 0.0  # MiB of other processes; None where it cannot be known
-        self._process = Measurement(value=None, reason="never sampled")
+        self._process = UNSAMPLED
         no_epoch = Measurement(value=None, reason="there was no epoch after warm-up")
-        self._warmup = (no_epoch, no_epoch) if self.on_gpu else (NO_GPU, NO_GPU)  # allocated, reserved
+        self._warmup = dict.fromkeys(("allocated", "reserved"), no_epoch if self.on_gpu else NO_GPU)
         gc.collect()  # what an earlier run in this process left
         self._peak_is_own = _reset_peak()
-        self._workers_mib = 0.0  # largest of the samples
         if self.on_gpu:
             self._open()
         else:
@@ -59,7 +58,7 @@ class MemoryMeter:
         before = self._gpu.read("used_mib")
         torch.zeros(1, device=self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        reserved, own = torch.cuda.memory_reserved(self.device) / MIB, self._gpu.process_mib().value
+        reserved, own = self._torch("memory_reserved"), self._gpu.process_mib().value
         used = self._gpu.read("used_mib")
         if before is None or used is None:
             self._others = None
@@ -73,6 +72,10 @@ class MemoryMeter:
         if index in _context_mib:
             self._categories["CUDA context"] = _context_mib[index]
 
+    def _torch(self, figure: str) -> float:
+        """MiB by torch's own counter of this name; 0 on the CPU."""
+        return float(getattr(torch.cuda, figure)(self.device)) / MIB if self.on_gpu else 0.0
+
     def _own_mib(self) -> float | None:
         """Memory of this process on the GPU; None where it cannot be known."""
         own, used = self._gpu.process_mib().value, self._gpu.read("used_mib")
@@ -81,84 +84,59 @@ class MemoryMeter:
         return own
 
     def _outside_torch(self) -> float:
-        """MiB of it that torch's allocator does not hold: context, DALI's pools, NCCL's buffers."""
-        own = self._own_mib()
-        return 0.0 if own is None else own - torch.cuda.memory_reserved(self.device) / MIB
+        """MiB of it that torch's allocator does not hold: context, DALI's pools, NCCL's buffers. On the CPU all."""
+        own = self._own_mib() if self.on_gpu else _resident_mib()
+        return 0.0 if own is None else own - self._torch("memory_reserved")
 
     @contextmanager
     def category(self, name: str) -> Iterator[None]:
         """What comes into use inside belongs to `name`, one of MEMORY_CATEGORIES."""
-        if not self.on_gpu:
-            before = _resident_mib()
-            yield
-            if name != "NCCL":  # gloo, in its place, has next to nothing
-                self._categories[name] = self._categories.get(name, 0.0) + max(0.0, _resident_mib() - before)
-            return
-        before, allocated = self._outside_torch(), torch.cuda.memory_allocated(self.device) / MIB
+        before, allocated = self._outside_torch(), self._torch("memory_allocated")
         yield
-        tensors = torch.cuda.memory_allocated(self.device) / MIB - allocated
+        tensors = self._torch("memory_allocated") - allocated
         grown = max(0.0, self._outside_torch() - before)
-        self._categories[name] = self._categories.get(name, 0.0) + grown + tensors
+        if self.on_gpu or name != "NCCL":  # gloo, in its place, has next to nothing
+            self._categories[name] += grown + tensors
         self._owned_tensors += tensors
 
     def reset(self) -> None:
         """Set-up or warm-up is over: keep its peaks apart. The host's peak is that of the whole run."""
         self._in_use.clear()
         if self.on_gpu:
-            allocated, reserved = self._peaks()
-            self._warmup = larger(self._warmup[0], allocated), larger(self._warmup[1], reserved)
+            self._warmup = {name: larger(self._warmup[name], peak) for name, peak in self._peaks().items()}
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._process = Measurement(value=None, reason="never sampled")
+            self._process = UNSAMPLED
 
-    def _peaks(self) -> tuple[Measurement, Measurement]:
-        """torch's own: allocated, reserved."""
-        return (
-            Measurement(value=torch.cuda.max_memory_allocated(self.device) / MIB),
-            Measurement(value=torch.cuda.max_memory_reserved(self.device) / MIB),
-        )
+    def _peaks(self, captured_mib: float = 0.0) -> dict[str, Measurement]:
+        """torch's own. A captured graph holds what it computes in a pool that torch counts as reserved alone."""
+        if not self.on_gpu:
+            return {"allocated": NO_GPU, "reserved": NO_GPU}
+        return {
+            "allocated": Measurement(value=self._torch("max_memory_allocated") + captured_mib),
+            "reserved": Measurement(value=self._torch("max_memory_reserved")),
+        }
 
     def sample(self) -> None:
         """After each epoch, since NVML knows no peak of the past, and a worker process may end."""
-        if workers := family()[1:]:
-            self._workers_mib = max(
-                self._workers_mib, sum(read_mib(f"{p}/smaps_rollup", "Pss") or 0.0 for p in workers)
-            )
-        if not self.on_gpu:
-            self._in_use.append(_resident_mib())
-            return
+        workers = sum(read_mib(f"{process}/smaps_rollup", "Pss") or 0.0 for process in family()[1:])
+        self._workers_mib = max(self._workers_mib, workers)
         self._process = larger(self._process, self._gpu.process_mib())
-        self._in_use.append(torch.cuda.memory_reserved(self.device) / MIB + self._outside_torch())
+        self._in_use.append(self._torch("memory_reserved") + self._outside_torch())
 
-    def read(
-        self, network: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None, graphs: Any = None
-    ) -> Memory:
-        """The peaks, in MiB. With the network and its optimizer, by category too; `graphs` has `reserved_bytes`."""
+    def read(self, network: nn.Module, optimizer: torch.optim.Optimizer, captured_bytes: int = 0) -> Memory:
+        """The peaks, in MiB, and by category; `captured_bytes` are those of CUDA graphs."""
         growth = _slope(self._in_use)
-        rss = self._rss()
-        sizes = _sizes(network, optimizer)
-        allocated = reserved = process = NO_GPU
-        total = rss.value
-        if self.on_gpu:
-            self.sample()
-            # a captured graph holds its activations and gradients in a pool that torch counts as reserved alone
-            captured = getattr(graphs, "reserved_bytes", 0) / MIB
-            allocated, reserved = self._peaks()
-            allocated = Measurement(value=(allocated.value or 0.0) + captured)
-            process = self._process
-            total = self._own_mib() if process.value is None else process.value
-            if sizes:
-                kept = sum(sizes.values()) + self._owned_tensors
-                slack = (reserved.value or 0.0) - (allocated.value or 0.0)
-                sizes |= {"activations": (allocated.value or 0.0) - kept, "allocator slack": slack}
+        self.sample()
+        peaks, rss = self._peaks(captured_bytes / MIB), self._rss()
         return Memory(
-            torch_allocated_mib=allocated,
-            torch_reserved_mib=reserved,
-            nvml_process_mib=process,
+            torch_allocated_mib=peaks["allocated"],
+            torch_reserved_mib=peaks["reserved"],
+            nvml_process_mib=self._process,
             rss_mib=rss,
-            warmup_allocated_mib=self._warmup[0],
-            warmup_reserved_mib=self._warmup[1],
+            warmup_allocated_mib=self._warmup["allocated"],
+            warmup_reserved_mib=self._warmup["reserved"],
             growth_mib_per_epoch=growth,
-            by_category_mib=self._by_category(total, sizes),
+            by_category_mib=self._by_category(rss.value, peaks, _sizes(network, optimizer)),
         )
 
     def _rss(self) -> Measurement:
@@ -169,20 +147,25 @@ class MemoryMeter:
         reason = None if self._peak_is_own else "of the whole process: its peak cannot be reset here"
         return Measurement(value=peak + self._workers_mib, reason=reason)
 
-    def _by_category(self, total: float | None, sizes: dict[str, float]) -> dict[str, float]:
-        if total is None or not sizes:
+    def _by_category(
+        self, total: float | None, peaks: dict[str, Measurement], sizes: dict[str, float]
+    ) -> dict[str, float]:
+        categories = dict(self._categories) | sizes
+        if self.on_gpu:
+            allocated, reserved = peaks["allocated"].value or 0.0, peaks["reserved"].value or 0.0
+            categories["activations"] = allocated - sum(sizes.values()) - self._owned_tensors
+            categories["allocator slack"] = reserved - allocated
+            total = self._own_mib() if self._process.value is None else self._process.value
+        else:
+            categories["data loader"] = self._categories["data loader"] + self._workers_mib
+        if total is None:
             return {}
-        categories = self._categories | sizes
-        if not self.on_gpu:
-            categories["data loader"] = categories.get("data loader", 0.0) + self._workers_mib
         categories["unaccounted"] = total - sum(categories.values())
         return {name: categories[name] for name in MEMORY_CATEGORIES if categories.get(name)}
 
 
-def _sizes(network: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> dict[str, float]:
+def _sizes(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """MiB of the network's weights (and statistics), its gradients and the optimizer's state."""
-    if network is None or optimizer is None:
-        return {}
 
     def mib(tensors: Iterable[Tensor]) -> float:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB

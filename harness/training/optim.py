@@ -56,14 +56,13 @@ def make_optimizer(recipe: Recipe, network: nn.Module, *, lr_on_device: bool = F
     spared = {p for p in parameters if p.ndim <= 1} if recipe.decay != "all" else set()
     if recipe.decay == "kernels-but-squeeze":
         spared |= {p for m in network.modules() if isinstance(m, SqueezeExcite) for p in m.parameters()}
-    decayed = [p for p in parameters if p not in spared]
-    others = [p for p in parameters if p in spared]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}]
-    if others:
-        groups.append({"params": others, "weight_decay": 0.0})
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p not in spared], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p in spared], "weight_decay": 0.0},
+    ]
     lr = learning_rate(recipe, 0, 1)
     optimizer = torch.optim.SGD(
-        groups,
+        [group for group in groups if group["params"]],
         lr=torch.tensor(lr, device=parameters[0].device) if lr_on_device else lr,
         momentum=recipe.momentum,
         nesterov=recipe.nesterov,
@@ -84,18 +83,3 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its state_dict, the same whether or not the lr lies on a device."""
-    state = optimizer.state_dict()
-    return state | {"param_groups": [group | {"lr": float(group["lr"])} for group in state["param_groups"]]}
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what `optimizer_state` gave; an lr on a device stays there."""
-    kept = [group["lr"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, lr in zip(optimizer.param_groups, kept, strict=True):
-        loaded, group["lr"] = group["lr"], lr
-    set_lr(optimizer, loaded)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -16,17 +15,10 @@ from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_datas
 from harness.loaders.loader import Loader, make_evaluation_loader, make_loaders
 from harness.loaders.sampling import Augment, LoaderConfig, SamplingPlan, make_normalize
 from harness.models.build import build
+from harness.results.values import Memory
 from harness.spec import RunPaths, RunSpec
 from harness.training.batch_norm import SyncBatchNorm, synchronise_batch_norms
-from harness.training.engine import (
-    Captured,
-    Direct,
-    Engine,
-    Inputs,
-    compile_network,
-    make_graphs,
-    nothing_to_restore,
-)
+from harness.training.engine import Engine, Inputs, Way, compile_network, make_graphs
 from harness.training.evaluation import evaluating
 from harness.training.memory import MemoryMeter
 from harness.training.optim import make_optimizer
@@ -69,11 +61,17 @@ class Prepared:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    meter: MemoryMeter
 
     @property
     def device(self) -> torch.device:
         """Of this rank."""
         return self.loader_config.device
+
+    def global_images(self, step: int) -> int:
+        """Images of a step of an epoch, over all ranks. A last batch with fewer images than ranks is filled up."""
+        batch_size = self.loader_config.batch_size
+        return max(min(batch_size, len(self.data.train) - step * batch_size), self.loader_config.world_size)
 
     def close(self) -> None:
         """Close the loaders."""
@@ -81,14 +79,14 @@ class Prepared:
             loader.close()
 
 
-def prepare(spec: RunSpec, worker: Worker, paths: RunPaths, meter: MemoryMeter | None = None) -> Prepared:
+def prepare(spec: RunSpec, worker: Worker, paths: RunPaths) -> Prepared:
     """Load the images and make everything of them. Raises DataError, and RuntimeError where they are not the spec's."""
-    with meter.category("data loader") if meter else nullcontext():
+    meter = MemoryMeter(torch.device(worker.device))
+    with meter.category("data loader"):
         dataset = load_dataset(spec.dataset, paths.data_dir, paths.cache_dir)
-    if dataset.fingerprint != spec.fingerprint:
-        raise RuntimeError(
-            f"the images on this node are {dataset.fingerprint[:12]}, the run asks for {spec.fingerprint[:12]}"
-        )
+    here, wanted = dataset.fingerprint, spec.fingerprint
+    if here != wanted:
+        raise RuntimeError(f"the images on this node are {here[:12]}, the run asks for {wanted[:12]}")
     data = split_data(spec, dataset)
     return assemble(spec, data, worker, num_classes=dataset.num_classes, flip=dataset.flip, meter=meter)
 
@@ -98,6 +96,7 @@ def assemble(
 ) -> Prepared:
     """Set the device up and make loaders, network and optimizer. `flip`: whether these images may be mirrored."""
     device = torch.device(worker.device)
+    meter = meter or MemoryMeter(device)  # before anything touches the device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_num_threads(worker.threads)
@@ -113,25 +112,20 @@ def assemble(
     optimizer = make_optimizer(recipe, network, lr_on_device=is_captured(spec))
     scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
     scaler.scale(torch.zeros((), device=device))  # makes its tensors, which a capture must find
-    with meter.category("data loader") if meter else nullcontext():  # last: they must be closed
+    with meter.category("data loader"):  # last: they must be closed
         config = LoaderConfig(
             augment=Augment(recipe.pad, recipe.pad_mode, recipe.crop, recipe.flip and flip, recipe.scale_range),
             normalize=make_normalize(recipe.normalize, data.train),
-            batch_size=recipe.batch_size,
-            eval_batch_size=min(EVAL_BATCH_SIZE, len(data.eval)),
-            device=device,
-            seed=spec.seed,
-            rank=worker.rank,
-            world_size=worker.world_size,
-            threads=worker.threads,
+            batch_size=recipe.batch_size, eval_batch_size=min(EVAL_BATCH_SIZE, len(data.eval)),
+            device=device, threads=worker.threads, rank=worker.rank, world_size=worker.world_size, seed=spec.seed,
             mixup=recipe.mixup if recipe.mixup_partner == "set" else 0.0,
-        )
+        )  # fmt: skip
         train_loader, eval_loader = make_loaders(spec.loader, data.train, data.eval, config)
         test_loader = None
         if data.eval_split == "val":
             test_config = replace(config, eval_batch_size=min(EVAL_BATCH_SIZE, len(data.test)))
             test_loader = make_evaluation_loader(spec.loader, data.test, test_config)
-    return Prepared(spec, data, config, train_loader, eval_loader, test_loader, network, optimizer, scaler)
+    return Prepared(spec, data, config, train_loader, eval_loader, test_loader, network, optimizer, scaler, meter)
 
 
 def is_captured(spec: RunSpec) -> bool:
@@ -143,19 +137,17 @@ def is_captured(spec: RunSpec) -> bool:
 class Trainer:
     """A run's step and evaluation as they are carried out."""
 
+    run: Prepared
     step: Step
     engine: Engine
     forward: Engine  # of evaluation
-    network: nn.Module
     loader: Loader
-    images: int  # training images of an epoch, over all ranks
-    device: torch.device
     watchdog: Watchdog
-    graphs: Any = None  # what captures; None where nothing does
 
-    def global_images(self, step: int) -> int:
-        """Images of a step of an epoch, over all ranks."""
-        return count_images(self.images, self.step.spec.recipe.batch_size, step, self.step.world_size)
+    def measure_memory(self) -> Memory:
+        """The peaks so far, and who holds how much."""
+        captured = self.engine.way.reserved_bytes() + self.forward.way.reserved_bytes()
+        return self.run.meter.read(self.run.network, self.run.optimizer, captured)
 
     def close(self) -> None:
         """Give the graphs back, whoever still refers to them."""
@@ -164,87 +156,68 @@ class Trainer:
         self.watchdog.close()
 
 
-def make_trainer(prepared: Prepared, warn: Callable[[str], None], meter: MemoryMeter | None = None) -> Trainer:
+def make_trainer(run: Prepared, warn: Callable[[str], None]) -> Trainer:
     """Spread the network over the ranks and choose how its steps are carried out: `spec.engine`, or what works.
 
     Every shape is captured here, before the loaders begin. A collective.
     """
-    spec, network, device = prepared.spec, prepared.network, prepared.device
-    with meter.category("NCCL") if meter else nullcontext():
-        step = make_step(prepared, ddp=spec.engine == "eager")
+    spec, network, device = run.spec, run.network, run.device
+    with run.meter.category("NCCL"):
+        step = make_step(run, ddp=spec.engine == "eager")
         watchdog = Watchdog(device)
+    steps, forwards = [Way("eager", step)], [Way("eager", network)]
     graphs = make_graphs(device) if is_captured(spec) else None
-    steps: list[tuple[str, Direct | Captured]] = [("eager", Direct(step))]
-    forwards: list[tuple[str, Direct | Captured]] = [("eager", Direct(network))]
     if graphs is not None:
-        steps.insert(0, ("graph", Captured(step, graphs, without_communication(step))))
-        forwards.insert(0, ("graph", Captured(network, graphs)))
+        steps.insert(0, Way("graph", step, graphs, without_communication(step)))
+        forwards.insert(0, Way("graph", network, graphs))
     if spec.engine == "compile":
         compiled = replace(step, network=compile_network(network))
-        alone = without_communication(compiled)
-        steps.insert(0, ("compile", Captured(compiled, graphs, alone) if graphs else Direct(compiled, alone)))
-    trainer = Trainer(
-        step,
-        Engine(steps, step.snapshot, warn),
-        Engine(forwards, nothing_to_restore, warn),
-        network,
-        prepared.train_loader,
-        len(prepared.data.train),
-        device,
-        watchdog,
-        graphs,
-    )
+        steps.insert(0, Way("compile", compiled, graphs, without_communication(compiled)))
+    engine, forward = Engine(steps, warn, step.restoring), Engine(forwards, warn)
+    trainer = Trainer(run, step, engine, forward, run.train_loader, watchdog)
     try:
         if spec.engine != "eager":
-            trainer.engine.prepare(step_calls(prepared))
+            engine.prepare(step_calls(run))
             with evaluating(network, make_autocast(device, spec.precision)):
-                trainer.forward.prepare(eval_calls(prepared))
+                forward.prepare(eval_calls(run))
         if device.type == "cuda":  # pools are filled at the first batch
-            with meter.category("data loader") if meter else nullcontext():
-                next(prepared.train_loader.epoch(0))
+            with run.meter.category("data loader"):
+                next(run.train_loader.epoch(0))
     except BaseException:
         trainer.close()
         raise
-    if meter:
-        meter.reset()
+    run.meter.reset()
     return trainer
 
 
-def step_calls(prepared: Prepared) -> list[Inputs]:
+def step_calls(run: Prepared) -> list[Inputs]:
     """Inputs like those of all training steps of this rank, one of each shape: a whole batch, and the last."""
-    config, images = prepared.loader_config, len(prepared.data.train)
-    plan = SamplingPlan(images, config.batch_size, rank=config.rank, world_size=config.world_size)
-    sizes = plan.draw(0).batch_sizes
-    world = config.world_size
-    calls = [(n, count_images(images, config.batch_size, step, world)) for step, n in enumerate(sizes)]
-    batches = {n: _dummy_images(prepared, prepared.data.train, n) for n, _ in calls}
-    return [
-        (batches[n], torch.zeros(n, dtype=torch.int64, device=prepared.device), count)
-        for n, count in dict.fromkeys(calls)
-    ]
+    sizes = batch_sizes(run, run.data.train, run.loader_config.batch_size)
+    calls = dict.fromkeys((n, run.global_images(step)) for step, n in enumerate(sizes))
+    images = {n: make_noise(run, run.data.train, n) for n, _ in calls}
+    return [(images[n], torch.zeros(n, dtype=torch.int64, device=run.device), count) for n, count in calls]
 
 
-def count_images(images: int, batch_size: int, step: int, world_size: int) -> int:
-    """Images of a step of an epoch. A last batch with fewer images than ranks is filled up."""
-    return max(min(batch_size, images - step * batch_size), world_size)
-
-
-def eval_calls(prepared: Prepared) -> list[Inputs]:
+def eval_calls(run: Prepared) -> list[Inputs]:
     """Inputs like those of all evaluations of this rank, one of each shape."""
-    config, data, calls = prepared.loader_config, prepared.data, list[Inputs]()
-    for split in (data.eval, *([data.test] if data.eval_split == "val" else [])):
-        batch_size = min(EVAL_BATCH_SIZE, len(split))
-        plan = SamplingPlan(len(split), batch_size, rank=config.rank, world_size=config.world_size, train=False)
-        sizes = dict.fromkeys(plan.draw(0).batch_sizes)
-        calls += [(_dummy_images(prepared, split, n),) for n in sizes]
+    calls = list[Inputs]()
+    for split in (run.data.eval, run.data.test) if run.test_loader else (run.data.eval,):
+        sizes = batch_sizes(run, split, min(EVAL_BATCH_SIZE, len(split)), train=False)
+        calls += [(make_noise(run, split, n),) for n in dict.fromkeys(sizes)]
     return calls
 
 
-def _dummy_images(prepared: Prepared, split: Split, count: int) -> torch.Tensor:
-    """As a loader gives them, but of noise."""
-    height, width = prepared.loader_config.augment.crop_size(split)
-    random = torch.Generator(prepared.device).manual_seed(0)
-    noise = torch.randn(count, 3, height, width, device=prepared.device, generator=random)
+def batch_sizes(run: Prepared, split: Split, batch_size: int, *, train: bool = True) -> list[int]:
+    """Images of each of this rank's batches."""
+    rank, world_size = run.loader_config.rank, run.loader_config.world_size
+    return SamplingPlan(len(split), batch_size, rank=rank, world_size=world_size, train=train).draw(0).batch_sizes
+
+
+def make_noise(run: Prepared, split: Split, count: int) -> torch.Tensor:
+    """Images as a loader gives them, but of noise."""
+    size = run.loader_config.augment.crop_size(split)
+    random = torch.Generator(run.device).manual_seed(0)
+    noise = torch.randn(count, 3, *size, device=run.device, generator=random)
     return noise.contiguous(memory_format=torch.channels_last)
 
 
@@ -253,9 +226,9 @@ def without_communication(step: Step) -> Step:
     return replace(step, all_reduce=lambda _: None) if step.all_reduce else step
 
 
-def make_step(prepared: Prepared, *, ddp: bool) -> Step:
+def make_step(run: Prepared, *, ddp: bool) -> Step:
     """The step of a prepared run. Where there are several ranks their gradients are summed by DDP, or by the step."""
-    network, world_size, device = prepared.network, prepared.loader_config.world_size, prepared.device
+    network, world_size, device = run.network, run.loader_config.world_size, run.device
     synchronised = [m for m in network.modules() if isinstance(m, SyncBatchNorm)]
     ddp = ddp and not synchronised  # one order of all-reduces, whatever a rank's autograd does first
     parameters = [p for p in network.parameters() if p.requires_grad]
@@ -273,14 +246,9 @@ def make_step(prepared: Prepared, *, ddp: bool) -> Step:
             dist.all_reduce(torch.zeros(size, dtype=dtype, device=device))
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     return Step(
-        trained,
-        parameters,
-        prepared.optimizer,
-        prepared.scaler,
-        prepared.spec,
-        torch.zeros(2, dtype=torch.float64, device=device),
-        world_size,
+        trained, parameters, run.optimizer, run.scaler, run.spec,
+        torch.zeros(2, dtype=torch.float64, device=device), world_size,
         norms=[norm for norm in norms if norm.num_batches_tracked is not None and norm.momentum],
         synchronised=synchronised,
         all_reduce=dist.all_reduce if world_size > 1 and not ddp else None,
-    )
+    )  # fmt: skip

@@ -49,9 +49,8 @@ class Step:
                 norm.all_reduce = self.all_reduce
         with make_autocast(images.device, self.spec.precision), self._counting_together():
             logits = self.network(images)
-        loss_sum = F.cross_entropy(
-            logits.float(), labels, reduction="sum", label_smoothing=self.spec.recipe.label_smoothing
-        )
+        smoothing = self.spec.recipe.label_smoothing
+        loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
         # ranks may hold shares of unequal size: summed here and divided by the global batch, of which DDP's mean
         # over ranks has done a part
         by_ddp = isinstance(self.network, DistributedDataParallel)
@@ -82,24 +81,23 @@ class Step:
         if counters:
             torch._foreach_add_(counters, 1)
 
-    def snapshot(self) -> Callable[[], None]:
-        """Remember all that a step changes. The function returned restores it, every tensor at its address."""
-        with torch.no_grad():
-            statistics = self.network.buffers() if isinstance(self.network, nn.Module) else ()
-            tensors = [*self.parameters, *statistics, self.totals]
-            tensors += [v for state in self.optimizer.state.values() for v in state.values() if v is not None]
-            values = [tensor.detach().clone() for tensor in tensors]
-            scaler = self.scaler.state_dict()
-
-        def restore() -> None:
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """All that steps change inside is put back at the end, every tensor at its address."""
+        statistics = self.network.buffers() if isinstance(self.network, nn.Module) else ()
+        tensors = [*self.parameters, *statistics, self.totals]
+        tensors += [v for state in self.optimizer.state.values() for v in state.values() if v is not None]
+        values = [tensor.detach().clone() for tensor in tensors]
+        scaler = self.scaler.state_dict()
+        try:
+            yield
+        finally:
             with torch.no_grad():
                 for tensor, value in zip(tensors, values, strict=True):
                     tensor.copy_(value)
             self.optimizer.zero_grad(set_to_none=True)
             if scaler:
                 self.scaler.load_state_dict(scaler)
-
-        return restore
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], all_reduce: Callable[[Tensor], Any]) -> None:
@@ -108,20 +106,19 @@ def sum_gradients(parameters: Sequence[nn.Parameter], all_reduce: Callable[[Tens
     DDP's hooks reduce in buckets while backward goes on; these networks' gradients fit into one (0.3 to 19 million
     numbers), and a graph has no use for hooks.
     """
-    having = [p for p in parameters if p.grad is not None]
-    grads = [p.grad for p in having if p.grad is not None]
+    grads = {p: p.grad for p in parameters if p.grad is not None}
     # dense in some order: flattened as they lie in memory
-    flat = torch.cat([g.as_strided((g.numel(),), (1,)) for g in grads])
+    flat = torch.cat([g.as_strided((g.numel(),), (1,)) for g in grads.values()])
     all_reduce(flat)
-    for parameter, grad, piece in zip(having, grads, flat.split([g.numel() for g in grads]), strict=True):
+    pieces = flat.split([g.numel() for g in grads.values()])
+    for (parameter, grad), piece in zip(grads.items(), pieces, strict=True):
         parameter.grad = piece.as_strided(grad.shape, grad.stride())
 
 
 def wrap_ddp(network: nn.Module, device: torch.device) -> nn.Module:
     """The network under DDP. Its buffers are broadcast once an epoch, in `train`, and not at every step."""
-    parallel = DistributedDataParallel(
-        network, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
-    )
+    devices = [device] if device.type == "cuda" else None
+    parallel = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
     parallel.broadcast_buffers = False  # the constructor's argument has another name in newer releases of torch
     return parallel
 

@@ -10,15 +10,13 @@ import os
 import platform
 import socket
 import statistics
-import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.results.values import EpochMetrics, GpuUse, Measurement, Memory, NodeUse, RankUse
-from harness.training.host import CAUSES, PROC, STOPPED_SECONDS, HostLook, count_cpus, read_mib, read_ticks
+from harness.training import host
 from harness.training.nvml import Gpu, driver_version, open_device, open_visible
 
 if TYPE_CHECKING:
@@ -26,8 +24,9 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 INTERVAL_SECONDS = 1.0
+SAMPLED = ("utilisation_percent", "power_watts", "used_mib")  # of nvml.FIGURES
 CLOCK_SHARE = 0.9  # of the highest SM clock seen in this run
-INTERFERENCE = ("another process used the GPU", "the GPU was throttled", "the GPU's clock fell", *CAUSES)
+INTERFERENCE = ("another process used the GPU", "the GPU was throttled", "the GPU's clock fell", *host.CAUSES)
 """Why an epoch's seconds are not to be trusted. Such an epoch is kept, named, and left out of the median."""
 
 
@@ -41,75 +40,59 @@ class NodeTelemetry:
     """
 
     def __init__(self, visible: str | None, *, interval_seconds: float = INTERVAL_SECONDS) -> None:
-        self._gpus: list[_GpuSamples] = []
+        self._gpus: list[Gpu] = []
         self._gpus_reason: str | None = None
-        self._samples = 0
-        self._memory_mib: list[float] = []
-        self._stopping = threading.Event()
         try:
-            self._gpus = [_GpuSamples(gpu) for gpu in open_visible(visible)]
+            self._gpus = open_visible(visible)
         except Exception as error:
-            self._gpus_reason = (
-                str(error) if isinstance(error, LookupError) and visible == "" else f"NVML: {error}"
-            )
-        self._started_at, self._ticks = time.monotonic(), read_ticks()
-        self._interval_seconds = interval_seconds
-        self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
-        self._thread.start()
+            hidden = isinstance(error, LookupError) and visible == ""
+            self._gpus_reason = str(error) if hidden else f"NVML: {error}"
+        self._joules = [gpu.read("energy_joules") for gpu in self._gpus]
+        self._series: list[dict[str, list[float]]] = [{name: [] for name in SAMPLED} for _ in self._gpus]
+        self._memory_mib: list[float] = []
+        self._samples = 0
+        self._started_at, self._ticks = time.monotonic(), host.read_ticks()
+        self._thread = host.Repeat(self._sample, interval_seconds)
 
-    def _run(self) -> None:
-        while True:
-            self._samples += 1
-            if (used := _memory_used_mib()) is not None:
-                self._memory_mib.append(used)
-            for gpu in self._gpus:
-                gpu.sample()
-            if self._stopping.wait(self._interval_seconds):
-                return
+    def _sample(self) -> None:
+        self._samples += 1
+        total, available = host.read_mib("meminfo", "MemTotal"), host.read_mib("meminfo", "MemAvailable")
+        if total is not None and available is not None:
+            self._memory_mib.append(total - available)
+        for gpu, series in zip(self._gpus, self._series, strict=True):
+            for figure, values in series.items():
+                if (value := gpu.read(figure)) is not None:
+                    values.append(value)
 
     def stop(self) -> NodeUse:
         """End the thread and summarise. A GPU's energy is that of the whole window, by NVML's own counter."""
-        self._stopping.set()
-        self._thread.join(timeout=5)
+        self._thread.stop()
         return NodeUse(
             host=socket.gethostname(),
             seconds=time.monotonic() - self._started_at,
             samples=self._samples,
-            cpu_percent=_busy_percent(self._ticks, read_ticks()),
+            cpu_percent=_busy_percent(self._ticks, host.read_ticks()),
             memory_peak_mib=_summarise(max, self._memory_mib, "/proc/meminfo cannot be read here"),
-            gpus=tuple(gpu.summarise() for gpu in self._gpus),
+            gpus=tuple(map(_summarise_gpu, self._gpus, self._series, self._joules)),
             gpus_reason=self._gpus_reason,
         )
 
 
-class _GpuSamples:
-    """Samples of one GPU so far."""
+def _summarise_gpu(gpu: Gpu, series: dict[str, list[float]], joules_before: float | None) -> GpuUse:
+    def over(measure: Callable[[list[float]], float], figure: str) -> Measurement:
+        return _summarise(measure, series[figure], gpu.reason(figure))
 
-    def __init__(self, gpu: Gpu) -> None:
-        self._gpu = gpu
-        self._series: dict[str, list[float]] = {"utilisation_percent": [], "power_watts": [], "used_mib": []}
-        self._joules = gpu.read("energy_joules")
-
-    def sample(self) -> None:
-        for figure, values in self._series.items():
-            if (value := self._gpu.read(figure)) is not None:
-                values.append(value)
-
-    def summarise(self) -> GpuUse:
-        def over(measure: Callable[[list[float]], float], figure: str) -> Measurement:
-            return _summarise(measure, self._series[figure], self._gpu.reason(figure))
-
-        joules = self._gpu.read("energy_joules")
-        spent = spent_joules(self._joules, joules)
-        idle = "NVML's energy counter did not go up" if joules is not None else self._gpu.reason("energy_joules")
-        return GpuUse(
-            gpu=self._gpu.name,
-            utilisation_percent=over(statistics.fmean, "utilisation_percent"),
-            power_watts=over(statistics.fmean, "power_watts"),
-            power_peak_watts=over(max, "power_watts"),
-            energy_joules=Measurement(value=spent, reason=idle if spent is None else None),
-            memory_peak_mib=over(max, "used_mib"),
-        )
+    joules = gpu.read("energy_joules")
+    spent = spent_joules(joules_before, joules)
+    idle = "NVML's energy counter did not go up" if joules is not None else gpu.reason("energy_joules")
+    return GpuUse(
+        gpu=gpu.name,
+        utilisation_percent=over(statistics.fmean, "utilisation_percent"),
+        power_watts=over(statistics.fmean, "power_watts"),
+        power_peak_watts=over(max, "power_watts"),
+        energy_joules=Measurement(value=spent, reason=idle if spent is None else None),
+        memory_peak_mib=over(max, "used_mib"),
+    )
 
 
 def spent_joules(before: float | None, after: float | None) -> float | None:
@@ -124,15 +107,9 @@ def _summarise(measure: Callable[[list[float]], float], values: list[float], rea
 def _busy_percent(before: tuple[int, ...] | None, after: tuple[int, ...] | None) -> Measurement:
     if before is None or after is None:
         return Measurement(value=None, reason="/proc/stat cannot be read here")
-    if after[1] <= before[1]:
-        return Measurement(value=None, reason="the run ended before the clock ticked")
-    return Measurement(value=100 * (after[0] - before[0]) / (after[1] - before[1]))
-
-
-def _memory_used_mib() -> float | None:
-    """Of the whole node: what is not available to new processes."""
-    total, available = read_mib("meminfo", "MemTotal"), read_mib("meminfo", "MemAvailable")
-    return None if total is None or available is None else total - available
+    busy, every = after[0] - before[0], after[1] - before[1]
+    reason = None if every else "the run ended before the clock ticked"
+    return Measurement(value=100 * busy / every if every else None, reason=reason)
 
 
 # --- an epoch ---
@@ -140,9 +117,9 @@ def _memory_used_mib() -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class EpochReading:
-    """What the window of one epoch showed, over all ranks."""
+    """What the window of one epoch showed, over all ranks: fields of EpochMetrics."""
 
-    joules: float | None  # of all GPUs; None unless every rank read its own
+    energy_joules: float | None  # of all GPUs; None unless every rank read its own
     interference: tuple[str, ...] = ()  # of any rank
     skew: float | None = None  # slowest over fastest rank's training seconds; None for one rank
     slowest_rank: int | None = None
@@ -157,58 +134,50 @@ class EpochTelemetry:
     def __init__(self, device: torch.device) -> None:
         self._gpu = open_device(device)
         self._highest_clock = 0.0
-        self._alive_at = time.monotonic()  # the thread's last sign of life
-        self._asleep = 0.0  # the longest time without one
-        self._closing = threading.Event()
-        threading.Thread(target=_stay_awake, args=(weakref.ref(self), self._closing), daemon=True).start()
+        self._alive_at, self._asleep = time.monotonic(), 0.0  # the last sign of life, the longest time without one
+        self._thread = host.Repeat(self._live, host.STOPPED_SECONDS / 4)
+        self.close = self._thread.stop
         self.start()
 
-    def close(self) -> None:
-        """End the thread."""
-        self._closing.set()
+    def _live(self) -> None:
+        """Give a sign of life: what stops a process stops its threads too."""
+        now = time.monotonic()
+        self._asleep, self._alive_at = max(self._asleep, now - self._alive_at), now
 
     def start(self) -> None:
         """Open the window."""
-        self._host, self._asleep = HostLook(), 0.0
+        self._host, self._asleep = host.HostLook(), 0.0
         self._joules = self._gpu.read("energy_joules")
 
     def stop(self, train_seconds: float) -> EpochReading:
         """Close it, when the device has finished. A collective of all ranks."""
         spent = spent_joules(self._joules, self._gpu.read("energy_joules"))
         asleep = max(self._asleep, time.monotonic() - self._alive_at)
-        ranks = gather((train_seconds, spent, self._interference(), self._host.until(HostLook()), asleep))
-        seconds, every, _, hosts, _ = zip(*ranks, strict=True)
-        found: set[str] = set()
-        for _, _, on_gpu, host, own_asleep in ranks:
-            own_seconds = sum(other.own_seconds for other in hosts if other.host == host.host)
-            causes = (*on_gpu, *host.causes(own_seconds, own_asleep))
-            found |= {cause for cause, there in zip(INTERFERENCE, causes, strict=True) if there}
+        ranks = gather((train_seconds, spent, self._interference(), self._host.until(host.HostLook(), asleep)))
+        seconds, every, on_gpus, windows = zip(*ranks, strict=True)
+        found = set[str]().union(*on_gpus, *(window.causes for window in windows))
+        for window in windows:
+            if window.is_disturbed(sum(other.own_seconds for other in windows if other.host == window.host)):
+                found.add(host.OTHERS)
         joules = [own for own in every if own is not None]
         return EpochReading(
-            joules=sum(joules) if len(joules) == len(every) else None,
+            energy_joules=sum(joules) if len(joules) == len(every) else None,
             interference=tuple(cause for cause in INTERFERENCE if cause in found),
             skew=max(seconds) / min(seconds) if len(seconds) > 1 else None,
             slowest_rank=seconds.index(max(seconds)) if len(seconds) > 1 else None,
         )
 
-    def _interference(self) -> tuple[bool, ...]:
-        """Of this rank's GPU, in the order of INTERFERENCE."""
+    def _interference(self) -> set[str]:
+        """Of this rank's GPU."""
         clock = self._gpu.read("sm_clock_mhz") or 0.0
         self._highest_clock = max(self._highest_clock, clock)
         processes = self._gpu.processes()  # those of another PID namespace say nothing
-        return (
+        seen = (
             os.getpid() in processes and len(processes) > 1,
             bool(self._gpu.read("slowdown")),
             clock < CLOCK_SHARE * self._highest_clock,
         )
-
-
-def _stay_awake(telemetry: weakref.ref[EpochTelemetry], closing: threading.Event) -> None:
-    """Give signs of life until closed: what stops a process stops its threads too."""
-    while not closing.wait(STOPPED_SECONDS / 4) and (own := telemetry()) is not None:
-        now = time.monotonic()
-        own._asleep, own._alive_at = max(own._asleep, now - own._alive_at), now
-        del own
+        return {cause for cause, there in zip(INTERFERENCE, seen, strict=False) if there}
 
 
 # --- the ranks ---
@@ -233,10 +202,7 @@ def summarise_rank(rank: int, memory: Memory, epochs: Sequence[EpochMetrics]) ->
         host=socket.gethostname(),
         train_seconds=statistics.median(row.train_seconds for row in timed) if timed else None,
         data_stall_seconds=statistics.median(row.data_stall_seconds for row in timed) if timed else None,
-        torch_allocated_mib=memory.torch_allocated_mib.value,
-        torch_reserved_mib=memory.torch_reserved_mib.value,
-        nvml_process_mib=memory.nvml_process_mib.value,
-        rss_mib=memory.rss_mib.value,
+        **{name: getattr(memory, name).value for name in RankUse.model_fields if name in Memory.model_fields},
     )
 
 
@@ -250,7 +216,7 @@ def device_name(device: torch.device) -> str:
 
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError, StopIteration):
-        lines = (PROC / "cpuinfo").read_text().splitlines()
+        lines = (host.PROC / "cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
 
@@ -270,7 +236,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "cpus": count_cpus(),
+        "cpus": host.count_cpus(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if gpu else None,

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,15 @@ from safetensors.torch import save_file
 
 from harness.cluster.job import Worker
 from harness.loaders.loader import Loader
+from harness.record import name_of
 from harness.results.remote import RemoteRun
-from harness.results.store import append_epoch, partial_dir, run_name, write_epochs
+from harness.results.store import append_epoch, partial_dir, write_epochs
 from harness.results.values import EpochMetrics, Measurement, RunResult
 from harness.spec import DivergedError, RunPaths, RunSpec
 from harness.training.checkpoint import load_checkpoint, outline, save_checkpoint
 from harness.training.evaluation import Evaluation, evaluate
-from harness.training.memory import MemoryMeter, largest
-from harness.training.optim import (
-    learning_rate,
-    load_optimizer_state,
-    optimizer_state,
-    set_lr,
-    total_epochs,
-    total_steps,
-)
+from harness.training.memory import largest
+from harness.training.optim import learning_rate, set_lr, total_epochs, total_steps
 from harness.training.setup import Prepared, Trainer, make_trainer, prepare
 from harness.training.step import deterministic_algorithms, flushed_denormals, make_autocast, mix
 from harness.training.telemetry import (
@@ -56,14 +51,6 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     Resumes from the newest checkpoint in the run's folder. Raises DivergedError when the loss is not finite,
     CheckpointError for another run's checkpoint, and DataError when the images are not those of the spec.
     """
-    # graphs and loaders are closed however the run ends
-    with deterministic_algorithms(spec), ExitStack() as stack:
-        return _train(spec, worker, report, paths, stack)
-
-
-def _train(
-    spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None], paths: RunPaths, stack: ExitStack
-) -> RunResult:
     entered_at = time.perf_counter()
     warnings_seen: list[str] = []
 
@@ -71,89 +58,80 @@ def _train(
         warnings_seen.append(message)
         warnings.warn(message, stacklevel=2)
 
-    meter = MemoryMeter(torch.device(worker.device))
-    run = stack.enter_context(closing(prepare(spec, worker, paths, meter)))
-    folder = partial_dir(paths.out, run_name(paths.label, spec.variant, spec.network.depth, spec.seed, spec.key))
-    remote = RemoteRun(paths.remote, folder, warn)
-    for turn in (0, 1):  # rank 0 first: it may have newer checkpoints than the store, which gets them
-        if turn == min(worker.rank, 1):
-            remote.pull(worker.rank)
-        gather(turn)
-    history = resume(run, folder, warn)
-    first, attempt = len(history), history[-1].attempt + 1 if history else 1
-    if worker.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_epochs(folder, history)
-    trainer = stack.enter_context(closing(make_trainer(run, warn, meter)))
-    stack.enter_context(trainer.watchdog.collectives())
-    telemetry = stack.enter_context(closing(EpochTelemetry(run.device)))
-    epochs = total_epochs(spec.recipe, run.train_loader.steps)
-    steps_in_all = total_steps(spec.recipe, run.train_loader.steps)
-    setup_seconds = time.perf_counter() - entered_at
-    on_test: Evaluation | None = None
-
-    for epoch in range(first, epochs):
-        steps = min(run.train_loader.steps, steps_in_all - epoch * run.train_loader.steps)
-        metrics, on_test = run_epoch(run, trainer, telemetry, epoch=epoch, steps=steps)
-        warmup, partial = epoch - first < WARMUP_EPOCHS < epochs, steps < run.train_loader.steps
-        untimed = why_untimed(spec, worker, metrics.interference, warmup=warmup, partial=partial)
-        own: dict[str, Any] = {"timed": not untimed, "untimed": untimed, "attempt": attempt}
-        if worker.world_size != spec.workers:
-            own["workers"] = worker.world_size
-        if worker.runs_per_gpu > 1:
-            own["energy_joules"] = None
-        metrics = metrics.model_copy(update=own)
-        history.append(metrics)
-        meter.sample()
-        if epoch - first + 1 == WARMUP_EPOCHS < epochs - first:
-            meter.reset()
+    # graphs and loaders are closed however the run ends
+    with deterministic_algorithms(spec), ExitStack() as stack:
+        run = stack.enter_context(closing(prepare(spec, worker, paths)))
+        folder = partial_dir(paths.out, name_of(spec, paths.label))
+        remote = RemoteRun(paths.remote, folder, warn)
+        for turn in (0, 1):  # rank 0 first: it may have newer checkpoints than the store, which gets them
+            if turn == min(worker.rank, 1):
+                remote.pull(worker.rank)
+            gather(turn)
+        history = resume(run, folder, warn)
+        first, attempt = len(history), history[-1].attempt + 1 if history else 1
         if worker.rank == 0:
-            if (epoch + 1) % paths.checkpoint_every == 0 or epoch + 1 == epochs:
-                save(run, folder, history)
-            append_epoch(folder, metrics)
-            if (epoch + 1) % paths.checkpoint_every == 0:
-                remote.push()
-        report(metrics)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_epochs(folder, history)
+        trainer = stack.enter_context(closing(make_trainer(run, warn)))
+        stack.enter_context(trainer.watchdog.collectives())
+        telemetry = stack.enter_context(closing(EpochTelemetry(run.device)))
+        whole, steps_in_all = run.train_loader.steps, total_steps(spec.recipe, run.train_loader.steps)
+        epochs = total_epochs(spec.recipe, whole)
+        setup_seconds = time.perf_counter() - entered_at
+        on_test: Evaluation | None = None
 
-    if worker.rank == 0:
-        save_weights(run, folder)
-        remote.push(required=True)
-    history = mark_outliers(history)
-    memory = meter.read(run.network, run.optimizer, trainer.graphs)
-    if run.test_loader and on_test is None:  # resumed after the last epoch
-        on_test = run_eval(trainer, run.test_loader, len(run.data.test))
-    return RunResult(
-        **summarise_history(history, run.data.eval_split, spec.workers),
-        evaluated_images=len(run.data.eval),
-        test_images=on_test.images if on_test else None,
-        parameters=sum(p.numel() for p in trainer.step.parameters),
-        test_error=on_test.error if on_test else None,
-        test_top5_error=on_test.top5_error if on_test else None,
-        warmup_epochs=WARMUP_EPOCHS if epochs > 1 else 0,
-        setup_seconds=setup_seconds,
-        launch_seconds=worker.launch_seconds,
-        energy_joules=total_energy(history, worker),
-        memory=largest(gather(memory)),
-        batch_size=spec.recipe.batch_size,
-        batch_size_per_gpu=spec.recipe.batch_size // spec.workers,
-        threads=worker.threads,
-        device=device_name(run.device),
-        machine=describe_machine(run.device),
-        attempts=attempt,
-        engine=trainer.engine.name,
-        runs_per_gpu=worker.runs_per_gpu,
-        warnings=tuple(warnings_seen),
-        ranks=tuple(gather(summarise_rank(worker.rank, memory, history[first:]))),
-    )
+        for epoch in range(first, epochs):
+            steps = min(whole, steps_in_all - epoch * whole)
+            metrics, on_test = run_epoch(trainer, telemetry, epoch=epoch, steps=steps)
+            warmup = epoch - first < WARMUP_EPOCHS < epochs
+            metrics = mark_untimed(metrics, spec, worker, warmup=warmup, partial=steps < whole)
+            metrics = metrics.model_copy(update={"attempt": attempt})
+            history.append(metrics)
+            run.meter.sample()
+            if epoch - first + 1 == WARMUP_EPOCHS < epochs - first:
+                run.meter.reset()
+            if worker.rank == 0:
+                if kept := (epoch + 1) % paths.checkpoint_every == 0 or epoch + 1 == epochs:
+                    save(run, folder, history)
+                append_epoch(folder, metrics)
+                if kept:
+                    remote.push()
+            report(metrics)
+
+        if worker.rank == 0:
+            save_weights(run, folder)
+            remote.push(required=True)
+        history = mark_outliers(history)
+        memory = trainer.measure_memory()
+        if run.test_loader and on_test is None:  # resumed after the last epoch
+            on_test = run_eval(trainer, run.test_loader, len(run.data.test))
+        return RunResult(
+            **summarise_history(history, run.data.eval_split, spec.workers),
+            parameters=sum(p.numel() for p in trainer.step.parameters),
+            evaluated_images=len(run.data.eval),
+            test_images=on_test.images if on_test else None,
+            test_error=on_test.error if on_test else None,
+            test_top5_error=on_test.top5_error if on_test else None,
+            warmup_epochs=WARMUP_EPOCHS if epochs > 1 else 0,
+            setup_seconds=setup_seconds, launch_seconds=worker.launch_seconds,
+            energy_joules=total_energy(history, worker),
+            memory=largest(gather(memory)),
+            batch_size=spec.recipe.batch_size, batch_size_per_gpu=spec.recipe.batch_size // spec.workers,
+            threads=worker.threads, runs_per_gpu=worker.runs_per_gpu,
+            device=device_name(run.device), machine=describe_machine(run.device),
+            engine=trainer.engine.way.name, attempts=attempt, warnings=tuple(warnings_seen),
+            ranks=tuple(gather(summarise_rank(worker.rank, memory, history[first:]))),
+        )  # fmt: skip
 
 
 def run_epoch(
-    run: Prepared, trainer: Trainer, telemetry: EpochTelemetry, *, epoch: int, steps: int
+    trainer: Trainer, telemetry: EpochTelemetry, *, epoch: int, steps: int
 ) -> tuple[EpochMetrics, Evaluation | None]:
     """Train an epoch and evaluate what it came to, on the test set too where other images are held out.
 
     A collective. Raises DivergedError.
     """
+    run = trainer.run
     telemetry.start()
     metrics = run_steps(trainer, epoch=epoch, steps=steps)
     if not math.isfinite(metrics.loss):
@@ -168,18 +146,31 @@ def run_epoch(
     measured = {
         "error": evaluation.error, "top5_error": evaluation.top5_error, "eval_loss": evaluation.loss,
         "test_error": on_test.error if on_test else None, "eval_seconds": time.perf_counter() - evaluating_at,
-        "energy_joules": reading.joules, "interference": reading.interference, "skew": reading.skew,
-        "slowest_rank": reading.slowest_rank,
     }  # fmt: skip
-    return metrics.model_copy(update=measured), on_test
+    return metrics.model_copy(update=asdict(reading) | measured), on_test
+
+
+def make_state(run: Prepared, history: Sequence[EpochMetrics]) -> dict[str, Any]:
+    """What a checkpoint holds: the epochs too, so that they and the weights are always of the same moment."""
+    return {
+        "key": run.spec.key,
+        "network": run.network.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "history": [row.model_dump() for row in history],
+    }
+
+
+def save(run: Prepared, folder: Path, history: Sequence[EpochMetrics]) -> None:
+    """Write a checkpoint."""
+    save_checkpoint(folder / "checkpoints", len(history), make_state(run, history))
 
 
 def resume(run: Prepared, folder: Path, warn: Callable[[str], None]) -> list[EpochMetrics]:
     """Load the newest checkpoint into the run; the epochs that it has done, none where there is no checkpoint."""
 
     def check(state: dict[str, Any]) -> None:
-        mine = run.network.state_dict(), run.optimizer.state_dict()["state"]
-        if outline(dict(enumerate(mine))) != outline({0: state["network"], 1: state["optimizer"]["state"]}):
+        if outline(state) != outline(make_state(run, ())):
             raise ValueError("its tensors are not those of this run")
         for row in state["history"] or [None]:
             EpochMetrics.model_validate(row)
@@ -188,21 +179,10 @@ def resume(run: Prepared, folder: Path, warn: Callable[[str], None]) -> list[Epo
     if state is None:
         return []
     run.network.load_state_dict(state["network"])
-    load_optimizer_state(run.optimizer, state["optimizer"])
+    # but not its groups: the lr, which every epoch sets, is a tensor on a device or is not
+    run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
     run.scaler.load_state_dict(state["scaler"])
     return [EpochMetrics.model_validate(row) for row in state["history"]]
-
-
-def save(run: Prepared, folder: Path, history: Sequence[EpochMetrics]) -> None:
-    """Write a checkpoint. It holds the epochs too, so that they and the weights are always of the same moment."""
-    state = {
-        "key": run.spec.key,
-        "network": run.network.state_dict(),
-        "optimizer": optimizer_state(run.optimizer),
-        "scaler": run.scaler.state_dict(),
-        "history": [row.model_dump() for row in history],
-    }
-    save_checkpoint(folder / "checkpoints", len(history), state)
 
 
 def save_weights(run: Prepared, folder: Path) -> None:
@@ -215,9 +195,9 @@ def save_weights(run: Prepared, folder: Path) -> None:
 def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
     """Train the first `steps` steps of an epoch, timed from the request for the first batch to the last written weight.
     No step waits for its own end."""
-    spec, loader = trainer.step.spec, trainer.loader
-    recipe, rank = spec.recipe, dist.get_rank() if dist.is_initialized() else 0
-    random = np.random.default_rng([spec.seed, epoch, rank])  # of mixup alone: the loader's plan has its own
+    run, loader, recipe = trainer.run, trainer.loader, trainer.run.spec.recipe
+    # of mixup alone: the loader's plan has its own
+    random = np.random.default_rng([run.spec.seed, epoch, run.loader_config.rank])
     totals = trainer.step.totals.zero_()
     seen, lr, stall_seconds = 0, float("nan"), 0.0
     trainer.watchdog.finish()
@@ -226,11 +206,11 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
         stall_seconds += time.perf_counter() - requested_at
         before, lr = lr, learning_rate(recipe, epoch * loader.steps + step, loader.steps)
         if lr != before:
-            set_lr(trainer.step.optimizer, lr)
+            set_lr(run.optimizer, lr)
         if recipe.mixup and recipe.mixup_partner == "batch":
             images = mix(images, recipe.mixup, random)
         trainer.step.mark("data")
-        trainer.engine(images, labels, trainer.global_images(step))
+        trainer.engine(images, labels, run.global_images(step))
         trainer.watchdog.step()
         seen += len(labels)
         requested_at = time.perf_counter()
@@ -241,36 +221,33 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
         dist.all_reduce(sums)
     loss_sum, wrong, all_seen = sums.tolist()
     return EpochMetrics(
-        epoch=epoch + 1,
-        steps=steps,
-        images=round(all_seen),
-        loss=loss_sum / all_seen,
-        train_error=100 * wrong / all_seen,
-        error=float("nan"),
-        lr=lr,
-        train_seconds=train_seconds,
-        data_stall_seconds=stall_seconds,
-        eval_seconds=0.0,
-        images_per_second=all_seen / train_seconds,
-    )
+        epoch=epoch + 1, steps=steps, images=round(all_seen), loss=loss_sum / all_seen, lr=lr,
+        train_error=100 * wrong / all_seen, error=math.nan, eval_seconds=0.0, train_seconds=train_seconds,
+        data_stall_seconds=stall_seconds, images_per_second=all_seen / train_seconds,
+    )  # fmt: skip
 
 
 def run_eval(trainer: Trainer, loader: Loader, images: int) -> Evaluation:
     """Evaluate the network as the run does: by its own engine, in its own precision."""
-    autocast = make_autocast(trainer.device, trainer.step.spec.precision)
-    return evaluate(trainer.network, loader, images=images, autocast=autocast, forward=trainer.forward)
+    autocast = make_autocast(trainer.run.device, trainer.run.spec.precision)
+    return evaluate(trainer.run.network, loader, images=images, autocast=autocast, forward=trainer.forward)
 
 
-def why_untimed(spec: RunSpec, worker: Worker, causes: Sequence[str], *, warmup: bool, partial: bool) -> str:
-    """Why an epoch's seconds stay out of the medians; empty where they count."""
+def mark_untimed(
+    metrics: EpochMetrics, spec: RunSpec, worker: Worker, *, warmup: bool, partial: bool
+) -> EpochMetrics:
+    """The epoch with why its seconds stay out of the medians; with nothing where they count."""
+    shared, other_width = worker.runs_per_gpu > 1, worker.world_size != spec.workers
     reasons = (
         "warm-up" if warmup else "",
         "partial epoch" if partial else "",
-        f"interference: {', '.join(causes)}" if causes else "",
-        f"{worker.runs_per_gpu} runs share the GPU" if worker.runs_per_gpu > 1 else "",
-        f"another width: {worker.world_size} workers" if worker.world_size != spec.workers else "",
+        f"interference: {', '.join(metrics.interference)}" if metrics.interference else "",
+        f"{worker.runs_per_gpu} runs share the GPU" if shared else "",
+        f"another width: {worker.world_size} workers" if other_width else "",
     )
-    return "; ".join(filter(None, reasons))
+    untimed = "; ".join(filter(None, reasons))
+    own = {"timed": not untimed, "untimed": untimed, "workers": worker.world_size if other_width else None}
+    return metrics.model_copy(update=own | ({"energy_joules": None} if shared else {}))
 
 
 def mark_outliers(history: Sequence[EpochMetrics]) -> list[EpochMetrics]:
@@ -297,14 +274,13 @@ def total_energy(history: Sequence[EpochMetrics], worker: Worker) -> Measurement
         reason = "no GPU was used" if worker.device == "cpu" else "NVML does not count this GPU's energy"
         return Measurement(value=None, reason=reason)
     shared = sum(INTERFERENCE[0] in row.interference for row in history)
-    disturbed = sum(bool(row.interference) for row in history) - shared
-    lost = history[-1].attempt - 1
-    remarks = (
-        f"with the energy of other processes in {shared} epochs" if shared else "",
-        f"{disturbed} disturbed epochs count" if disturbed else "",
-        f"without what {lost} interrupted attempts spent on epochs that were lost" if lost else "",
-    )
-    return Measurement(value=sum(joules), reason="; ".join(filter(None, remarks)) or None)
+    remarks = {
+        "with the energy of other processes in {} epochs": shared,
+        "{} disturbed epochs count": sum(bool(row.interference) for row in history) - shared,
+        "without what {} interrupted attempts spent on epochs that were lost": history[-1].attempt - 1,
+    }
+    reason = "; ".join(remark.format(count) for remark, count in remarks.items() if count)
+    return Measurement(value=sum(joules), reason=reason or None)
 
 
 def summarise_history(history: Sequence[EpochMetrics], evaluated_on: str, workers: int) -> dict[str, Any]:
@@ -318,17 +294,12 @@ def summarise_history(history: Sequence[EpochMetrics], evaluated_on: str, worker
     widths = [row.workers or workers for row in history]
     changes = tuple(width for width, before in zip(widths, [0, *widths], strict=False) if width != before)
     return {
-        "evaluated_on": evaluated_on,
-        "epochs": tuple(history),
-        "final_error": history[-1].error,
-        "best_error": best.error,
-        "best_epoch": best.epoch,
-        "final_top5_error": history[-1].top5_error,
-        "epoch_seconds": seconds,
+        "evaluated_on": evaluated_on, "epochs": tuple(history), "epoch_seconds": seconds,
+        "final_error": history[-1].error, "final_top5_error": history[-1].top5_error,
+        "best_error": best.error, "best_epoch": best.epoch,
         "eval_seconds": statistics.median(row.eval_seconds for row in history),
         "images_per_second": statistics.median(row.images for row in timed) / seconds if seconds else None,
         "train_seconds": sum(row.train_seconds for row in history),
         "interference": tuple(dict.fromkeys(cause for row in history for cause in row.interference)),
-        "workers": workers,
-        "widths": () if changes == (workers,) else changes,
-    }
+        "workers": workers, "widths": () if changes == (workers,) else changes,
+    }  # fmt: skip

@@ -5,20 +5,20 @@ torch's own time-out covers the collectives that it queues, not those that a CUD
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from harness.training.host import Repeat
 from harness.training.telemetry import gather
 
 STALL_SECONDS = 240.0  # less than the process group's time-out, which ends the process without naming anybody
@@ -44,14 +44,13 @@ class Watchdog:
         self._steps = 0
         self._events: deque[Any] = deque()
         self._hosts = gather(socket.gethostname())
-        self._beats: dict[int, tuple[int, int, float]] = {}  # by rank: count, steps, when it was first seen here
+        self._signs: dict[int, tuple[bytes, float]] = {}  # by rank: the last one, when it was first seen here
         self._answered_at = time.monotonic()
-        self._closing = threading.Event()
+        self._thread: Repeat | None = None
         if len(self._hosts) > 1:
             self._rank = dist.get_rank()
             self._store = distributed_c10d.PrefixStore("alive", distributed_c10d._get_default_store())
-            self._thread = threading.Thread(target=self._beat, name="watchdog", daemon=True)
-            self._thread.start()
+            self._thread = Repeat(self._beat, stall_seconds / BEATS)
 
     def step(self) -> None:
         """After each step that was queued: wait for one of a while ago."""
@@ -94,42 +93,35 @@ class Watchdog:
             raise RankStalledError(self._explain(time.monotonic() - started_at)) from error
 
     def _beat(self) -> None:
-        """Say that this rank is alive, and note who else is. Ends when the store does."""
-        count = 0
-        with suppress(Exception):
-            while not self._closing.wait(self._stall_seconds / BEATS if count else 0):
-                count += 1
-                self._store.set(str(self._rank), json.dumps([count, self._steps]))
-                for rank in range(len(self._hosts)):
-                    if self._store.check([str(rank)]):
-                        beats, steps = json.loads(self._store.get(str(rank)))
-                        if self._beats.get(rank, (0,))[0] != beats:
-                            self._beats[rank] = beats, steps, time.monotonic()
-                self._answered_at = time.monotonic()
+        """Say that this rank is alive and how many steps it has queued, and note who else is. Raises without a store."""
+        self._store.set(str(self._rank), f"{time.monotonic()} {self._steps}")
+        for rank in range(len(self._hosts)):
+            if self._store.check([str(rank)]):
+                sign = self._store.get(str(rank))
+                if rank not in self._signs or self._signs[rank][0] != sign:
+                    self._signs[rank] = sign, time.monotonic()
+        self._answered_at = time.monotonic()
 
     def _explain(self, waited: float) -> str:
         """Who it is: a rank whose process gives no sign, else the one that is behind."""
         if len(self._hosts) == 1:
             return f"the device has not finished a step in {waited:.0f} s"
-        now, silent = time.monotonic(), 4 * self._stall_seconds / BEATS
-        if now - self._answered_at > silent:  # rank 0 holds the store
+        silent_since = time.monotonic() - 4 * self._stall_seconds / BEATS
+        never = b"", float("-inf")
+        stopped = [r for r in range(len(self._hosts)) if self._signs.get(r, never)[1] < silent_since]
+        if self._answered_at < silent_since:  # rank 0 holds the store
             stopped = [0]
-        else:
-            never = (0, 0, float("-inf"))
-            stopped = [r for r in range(len(self._hosts)) if now - self._beats.get(r, never)[2] > silent]
         if stopped:
             names = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in stopped)
             return f"{names} gives no sign of life; rank {self._rank} has waited {waited:.0f} s for it"
-        steps = ", ".join(
-            f"{beat[1]} by rank {rank} on {self._hosts[rank]}" for rank, beat in sorted(self._beats.items())
-        )
+        signs = sorted(self._signs.items())
+        steps = ", ".join(f"{int(s.split()[1])} by rank {rank} on {self._hosts[rank]}" for rank, (s, _) in signs)
         return f"no step was finished in {waited:.0f} s, and all ranks are alive; steps queued: {steps}"
 
     def close(self) -> None:
         """End the thread."""
-        self._closing.set()
-        if len(self._hosts) > 1:
-            self._thread.join(timeout=1)
+        if self._thread:
+            self._thread.stop()
 
 
 def _abort() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -70,49 +70,33 @@ def match_weights(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str
     given = {name: tensor for name, tensor in tensors.items() if not name.endswith(COUNTER)}
     left_over: list[str] = []
     if 2 * len(wanted.keys() & given.keys()) >= len(wanted):
-        _check(wanted, given, [(name, name) for name in wanted if name in given])
-        pairs = {name: given[name] for name in wanted}
+        pairs = {name: name for name in wanted if name in given}
     else:
         left_over = [name for name in tensors if NEVER_CALLED.search(name)]
-        given = {name: tensor for name, tensor in given.items() if not NEVER_CALLED.search(name)}
-        _check(wanted, given, _align(wanted, given))
-        pairs = dict(zip(wanted, given.values(), strict=True))
-    network.load_state_dict(pairs, strict=False)  # counters stay as they are
+        given = {name: tensor for name, tensor in given.items() if name not in left_over}
+        pairs = _align(wanted, given)
+    theirs = set(pairs.values())
+    problems = (
+        _list("missing", [f"{name} {tuple(wanted[name].shape)}" for name in wanted if name not in pairs]),
+        _list("left over", [f"{name} {tuple(given[name].shape)}" for name in given if name not in theirs]),
+        _list("differing", [words for pair in pairs.items() if (words := _differ(wanted, given, *pair))]),
+    )
+    if any(problems):
+        raise WeightsError(f"the weights are not this network's: {'; '.join(filter(None, problems))}")
+    # counters stay as they are
+    network.load_state_dict({name: given[other] for name, other in pairs.items()}, strict=False)
     return left_over
 
 
-def _align(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """Pairs of names that belong together by order.
-
-    Of as many tensors as there should be, each has its partner. Of fewer or more, those at both ends that agree;
-    what lies between is where tensors are missing or too many.
-    """
+def _align(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names that belong together by order. Where tensors are missing or too many, those in equal sequences."""
     ours, theirs = list(wanted), list(given)
-    pairs = list(zip(ours, theirs, strict=False))
-    if len(wanted) == len(given):
-        return pairs
-    head = list(takewhile(lambda pair: _fits(wanted, given, pair), pairs))
-    backwards = list(zip(reversed(ours), reversed(theirs), strict=False))[: len(pairs) - len(head)]
-    tail = list(takewhile(lambda pair: _fits(wanted, given, pair), backwards))
-    return head + tail
-
-
-def _check(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]]) -> None:
-    """Raise WeightsError unless the pairs cover both sides and agree in shape and kind."""
-    ours, theirs = {name for name, _ in pairs}, {name for _, name in pairs}
-    differing = [pair for pair in pairs if not _fits(wanted, given, pair)]
-    problems = [
-        _list("missing", [f"{name} {tuple(wanted[name].shape)}" for name in wanted if name not in ours]),
-        _list("left over", [f"{name} {tuple(given[name].shape)}" for name in given if name not in theirs]),
-        _list("differing", [_describe(wanted, given, pair) for pair in differing]),
-    ]
-    if found := [problem for problem in problems if problem]:
-        raise WeightsError(f"the weights are not this network's: {'; '.join(found)}")
-
-
-def _fits(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], pair: tuple[str, str]) -> bool:
-    ours, theirs = pair
-    return wanted[ours].shape == given[theirs].shape and _kind(theirs) in (_kind(ours), None)
+    if len(ours) == len(theirs):
+        return dict(zip(ours, theirs, strict=True))
+    named = all(map(_kind, given))
+    sides = [[(t.shape, named and _kind(name)) for name, t in side.items()] for side in (wanted, given)]
+    blocks = SequenceMatcher(None, sides[0], sides[1], autojunk=False).get_matching_blocks()
+    return {ours[i + k]: theirs[j + k] for i, j, size in blocks for k in range(size)}
 
 
 def _kind(name: str) -> str | None:
@@ -120,12 +104,13 @@ def _kind(name: str) -> str | None:
     return last if last in KINDS else None
 
 
-def _describe(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], pair: tuple[str, str]) -> str:
-    ours, theirs = pair
-    if wanted[ours].shape == given[theirs].shape:
-        return f"{theirs} stands in the place of {ours}"
-    place = "" if ours == theirs else f" in the place of {ours}"
-    return f"{theirs} is {tuple(given[theirs].shape)}, expected {tuple(wanted[ours].shape)}{place}"
+def _differ(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], ours: str, theirs: str) -> str:
+    """How two tensors differ; empty where the one can be loaded into the other."""
+    shape, expected = tuple(given[theirs].shape), tuple(wanted[ours].shape)
+    if shape != expected:
+        place = "" if ours == theirs else f" in the place of {ours}"
+        return f"{theirs} is {shape}, expected {expected}{place}"
+    return "" if _kind(theirs) in (_kind(ours), None) else f"{theirs} stands in the place of {ours}"
 
 
 def _list(what: str, items: Sequence[str]) -> str:
