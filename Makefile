@@ -20,15 +20,17 @@ check: $(BIN)/harness
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=benchmarks $(BIN)/mypy benchmarks
 
 test: check
 	$(BIN)/python -m pytest -q
 
-# make study DATA=data/cifar10-q75 [OUT=runs/study] [MORE='--until 9m --parts 1,2']; benchmarks/study.py says more
+# make study DATA=data/cifar10-q75 [OUT=runs/study] [MORE='--until 9m --parts table,depth']; benchmarks/study.py says more
 study: $(BIN)/harness
 	$(BIN)/python benchmarks/study.py --data-dir '$(DATA)' --out '$(or $(OUT),runs/study)' $(MORE)
 
-# make measure DATA=data/cifar10-q75 PEERS='../a ../b' [OUT=runs/measured]: every benchmark, on an otherwise idle machine
+# make measure DATA=data/cifar10-q75 PEERS='../a ../b' [OUT=runs/measured]: every benchmark, on an otherwise idle machine;
+# with SMOKE=1 in minutes, to see that each works
 measure: $(BIN)/harness
 	PYTHON=$(abspath $(BIN)/python) benchmarks/measure.sh '$(or $(OUT),runs/measured)' '$(DATA)' $(PEERS)
 

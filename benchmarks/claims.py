@@ -9,6 +9,7 @@ expression calls the functions below; PATH is a file of readings, or a folder of
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import statistics
@@ -18,21 +19,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import chaos
-import loader_speed
-import report as report_seconds
-import scale
-import scaling
-import speed
-import startup
-from rounds import ROOT, Ratio, make_table, ratio
+from rounds import ROOT, Ratio, harness, make_table, ratio
 
 RECORDS = ROOT / "results" / "records"
+MODULES = {"loaders": "loader_speed"}  # by the name of a file of readings, where it is not the same
 FIGURE = re.compile(r"(<!-- = (.*?) -->)(.*?)(<!-- / -->)", re.DOTALL)
-TABLES = {
-    "chaos": chaos.describe, "loaders": loader_speed.describe, "report": report_seconds.describe,
-    "scale": scale.describe, "scaling": scaling.describe, "speed": speed.describe, "startup": startup.describe,
-}  # fmt: skip
 
 
 @cache
@@ -43,8 +34,8 @@ def load(path: str) -> dict[str, Any]:
 
 
 def table(path: str) -> str:
-    """The benchmark's own table; its name is the file's."""
-    return f"\n\n{TABLES[Path(path).stem](load(path))}\n\n"
+    """The benchmark's own table."""
+    return f"\n\n{importlib.import_module(MODULES.get(Path(path).stem, Path(path).stem)).describe(load(path))}\n\n"
 
 
 def conditions(path: str) -> str:
@@ -60,7 +51,7 @@ def conditions(path: str) -> str:
 
 def report(path: str, *words: str) -> str:
     """What `harness report` prints of a folder of runs, as Markdown."""
-    return "\n\n" + _harness("report", RECORDS / path, "--format", "markdown", *words) + "\n\n"
+    return _printed("report", path, words)
 
 
 def rows(path: str, *words: str) -> str:
@@ -71,12 +62,14 @@ def rows(path: str, *words: str) -> str:
 
 def compare(path: str, *words: str) -> str:
     """What `harness compare` prints of a folder of runs, as Markdown."""
-    return "\n\n" + _harness("compare", RECORDS / path, "--format", "markdown", *words) + "\n\n"
+    return _printed("compare", path, words)
 
 
-def _harness(*words: object) -> str:
-    command = [sys.executable, "-m", "harness.cli", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+def _printed(name: str, path: str, words: tuple[str, ...]) -> str:
+    command = harness(name, RECORDS / path, "--format", "markdown", *words)
+    return (
+        f"\n\n{subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()}\n\n"
+    )
 
 
 def trials(path: str) -> str:
@@ -87,18 +80,11 @@ def trials(path: str) -> str:
     for trial in sorted(sweep["trials"], key=lambda t: (-t["epochs"], t["last"])):
         record = json.loads((ended[trial["run"]] / "record.json").read_text(encoding="utf-8"))
         test = (record["result"] or {}).get("test_error")
-        cells = [trial["number"], trial["state"], f"{trial['epochs']}/{sweep['epochs']}", f"{trial['last']:.1f}"]
-        rows.append(
-            [*cells, "–" if test is None else f"{test:.2f}", *(f"{v:.4g}" for v in trial["fields"].values())]
-        )
-    header = (
-        "trial",
-        "state",
-        "epochs",
-        "held-out error %",
-        "test error %",
-        *(d["field"] for d in sweep["dimensions"]),
-    )
+        cells = (trial["number"], trial["state"], f"{trial['epochs']}/{sweep['epochs']}", f"{trial['last']:.1f}",
+                 "–" if test is None else f"{test:.2f}")  # fmt: skip
+        rows.append([*cells, *(f"{value:.4g}" for value in trial["fields"].values())])
+    fields = [dimension["field"] for dimension in sweep["dimensions"]]
+    header = ("trial", "state", "epochs", "held-out error %", "test error %", *fields)
     return f"\n\n{make_table(header, rows)}\n\n"
 
 
@@ -137,12 +123,20 @@ def total(path: str, field: str) -> int:
     return sum(bool(reading[field]) for reading in load(path)["readings"])
 
 
-FUNCTIONS = {
-    function.__name__: function
-    for function in (
-        table, conditions, report, rows, compare, trials, epochs_trained, seconds, speed_ratio, efficiency, total
-    )
-}  # fmt: skip
+EXPRESSIONS = (
+    table,
+    conditions,
+    report,
+    rows,
+    compare,
+    trials,
+    epochs_trained,
+    seconds,
+    speed_ratio,
+    efficiency,
+    total,
+)
+FUNCTIONS = {function.__name__: function for function in EXPRESSIONS}
 
 
 def write(text: str) -> str:

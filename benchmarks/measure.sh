@@ -1,6 +1,7 @@
 #!/bin/bash
 # Every benchmark, one after the other, on an otherwise idle machine with a clean tree; about an hour on two CPU cores.
 #   benchmarks/measure.sh OUT DATA [PEER ...]       OUT/NAME.json for each; what is there already is not measured again
+#   SMOKE=1 benchmarks/measure.sh OUT DATA          whether each works, in a few minutes; its figures mean nothing
 set -euo pipefail
 
 out="$1" data="$2"
@@ -10,29 +11,39 @@ python="${PYTHON:-python}"
 peers=()
 for peer in "$@"; do peers+=(--peer "$peer"); done
 mkdir -p "$out"
-if [[ -n "$(git -C "$here" status --porcelain)" ]]; then
+if [[ -z "${SMOKE:-}" && -n "$(git -C "$here" status --porcelain)" ]]; then
     echo "measure.sh: the tree has changes that are not committed: commit or stash them" >&2
     exit 2
 fi
 
-measure() { # NAME SCRIPT WORDS...
-    local name=$1
-    shift
+measure() { # NAME SCRIPT WORDS-OF-A-SMOKE-TEST WORDS...
+    local name=$1 script=$2 short=()
+    if [[ -n "${SMOKE:-}" ]]; then read -ra short <<< "$3"; fi
     if [[ -e "$out/$name.json" ]]; then return 0; fi
     echo "== $name" >&2
-    "$python" "$here/$1" "${@:2}" --json "$out/$name.json.new" && mv "$out/$name.json.new" "$out/$name.json"
+    "$python" "$here/$script" "${@:4}" "${short[@]}" --json "$out/$name.json.new" ||
+        echo "measure.sh: $script ended with exit code $?" >&2 # a target was missed, or it does not work
+    if [[ -e "$out/$name.json.new" ]]; then mv "$out/$name.json.new" "$out/$name.json"; fi
 }
 
 few=()
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     few=(--images 1280)
 fi
-measure speed speed.py --data-dir "$data" --depths 20 "${few[@]}" "${peers[@]}"
-measure scaling scaling.py --data-dir "$data" "${few[@]}"
-measure loaders loader_speed.py --data-dir "$data" --rounds 10
-measure report report.py 1000 10000
-measure startup startup.py
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
-measure scale scale.py --out "$scratch/scale"
-measure chaos chaos.py --out "$scratch/chaos"
+once="--rounds 1"
+measure speed speed.py "$once --images 128 --epochs 1 --engines eager --precisions fp32" --data-dir "$data" --depths 20 "${few[@]}" "${peers[@]}"
+measure scaling scaling.py "$once --images 1024" --data-dir "$data" "${few[@]}"
+measure loaders loader_speed.py "$once --seconds 0.1" --data-dir "$data"
+measure report report.py "$once --warmup 0 --runs 50" --runs 1000,10000
+measure startup startup.py "$once --warmup 0"
+measure scale scale.py "--runs 20" --out "$scratch/scale"
+measure chaos chaos.py "--kills 3 --epochs 3 --images 64" --out "$scratch/chaos"
+measure quickstart quickstart.py "$once"
+if [[ $EUID -eq 0 && ! -e "$out/multinode.json" ]] && command -v ip > /dev/null; then
+    if [[ -n "${SMOKE:-}" ]]; then export EPOCHS=8; fi
+    "$here/multinode.sh" "$scratch/multinode" "$out/multinode.json"
+else
+    echo "measure.sh: multinode.sh needs root and iproute2: sudo $here/multinode.sh FOLDER $out/multinode.json" >&2
+fi

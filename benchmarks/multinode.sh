@@ -2,7 +2,7 @@
 # Nodes with networks of their own, in this machine: three network namespaces on a bridge, a real `ray start` in each.
 # 2-way DDP over two of them: undisturbed; with the link cut and restored; with a node killed and replaced.
 # Prints what survived, and whether the losses are those of the undisturbed run. Needs root:
-#   sudo benchmarks/multinode.sh [FOLDER FOR RESULTS]
+#   sudo [EPOCHS=40] benchmarks/multinode.sh [FOLDER FOR RESULTS [FILE OF READINGS]]
 set -euo pipefail
 
 if [[ $EUID -ne 0 ]]; then
@@ -58,7 +58,7 @@ start_node() { # NAME NUMBER [ray start's words]
         --object-store-memory=100000000 "$@" > "$out/node-$name.log" 2>&1
 }
 train() { # FOLDER: in the head's namespace, lines into FOLDER.log
-    ip netns exec harness-a harness run --dataset digits --depths 8 --limit-train 512 --epochs 40 --gpus 0 \
+    ip netns exec harness-a harness run --dataset digits --depths 8 --limit-train 512 --epochs "${EPOCHS:-40}" --gpus 0 \
         --loader resident --workers 2 --placement spread --address "$net.1:$port" --out "$out/$1" > "$out/$1.log" 2>&1
 }
 wait_for() { # WORDS FILE: up to two minutes
@@ -82,7 +82,6 @@ row() { # WHAT FOLDER SECONDS
     if [[ "$(losses "$2")" == "$(losses whole)" ]]; then equal=yes; fi
     attempts="$(python -c 'import json, pathlib, sys
 print(json.loads(next(pathlib.Path(sys.argv[1]).glob("*/record.json")).read_text())["result"]["attempts"])' "$out/$2")"
-    echo "| $1 | $attempts | $equal | $3 |"
     echo "{\"what\": \"$1\", \"attempts\": $attempts, \"equal\": \"$equal\", \"seconds\": $3}" >> "$out/multinode.jsonl"
 }
 
@@ -104,9 +103,7 @@ fi
 echo "a process with another token: turned away"
 open="$(ip netns exec harness-a ss -Hltn | awk '{print $4}' | grep -Ev "^(127\.|\[::1\]|$net\.)" | wc -l)"
 echo "ports of the head that listen on every address of its namespace: $open"
-echo
-echo "| what happened | attempts | losses as undisturbed | seconds |"
-echo "|---|---:|---|---:|"
+rm -f "$out/multinode.jsonl"
 
 SECONDS=0
 train whole
@@ -133,4 +130,5 @@ back=$SECONDS
 wait $! || { tail -n 20 "$out/killed.log" >&2; exit 1; }
 row "node killed, replaced after its loss was noticed ($((back - killed)) s to the next attempt)" killed $SECONDS
 echo
+python benchmarks/multinode.py --lines "$out/multinode.jsonl" ${2:+--json "$2"}
 echo "logs and results: $out"

@@ -1,6 +1,6 @@
 """Other people's training code, unchanged, on our images.
 
-    python benchmarks/peers.py --peer PATH --data-dir DIR [--depth 20] [--epochs 10] [--output FILE.json]
+    python benchmarks/peers.py --peer PATH --data-dir DIR [--depth 20] [--epochs 10] [--json FILE]
 
 PATH is a checkout outside this repository:
 
@@ -18,13 +18,10 @@ the request to its loader until the epoch's last step is done on the device.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import importlib
 import importlib.util
 import json
 import os
-import pickle
 import runpy
 import statistics
 import subprocess
@@ -32,43 +29,34 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 
-from rounds import write_readings
+import numpy as np
+from rounds import make_table, parse_options, publish
 
 WARMUP_EPOCHS = 1  # left out of a median: cuDNN tries its kernels, the allocator fills its pools
+Job = dict[str, Any]
 
 
 class PeerError(Exception):
     """A checkout that is none of the known ones, or whose code did not run."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PeerEpoch:
-    """One epoch of a peer. `error`: percent of the whole test split, after it."""
-
-    epoch: int  # from 1
-    seconds: float  # training alone
-    error: float
-    torch_allocated_mib: float | None  # peak so far; None on the CPU
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Peer:
+class Peer(NamedTuple):
     """A checkout of other people's code."""
 
     name: str  # a key of RUNNERS
     path: Path
-    commit: str | None
+    commit: str
 
-    def epochs(
-        self, depth: int, data: Path, device: str, epochs: int, batch_size: int = 128
-    ) -> Iterator[PeerEpoch]:
-        """Train epoch after epoch, each when it is requested. `data` holds cifar-10-batches-py, by `write_cifar10`.
+    def epochs(self, depth: int, data: Path, device: str, epochs: int, batch_size: int = 128) -> Iterator[Job]:
+        """Train epoch after epoch, each when it is requested. `data`: a folder, by `write_images`.
 
-        `device` is "cuda" or "cpu". Raises PeerError with the end of the peer's own output where its code breaks.
+        `device` is "cuda" or "cpu". Yields `seconds` of training alone, `error` (percent of the whole test split) and
+        `torch_allocated_mib` (the peak so far; None on the CPU). Raises PeerError with the end of the peer's own output
+        where its code breaks.
         """
         if depth < 8 or (depth - 2) % 6:
             raise PeerError(f"depth {depth} is not 6n+2")
@@ -76,31 +64,25 @@ class Peer:
             raise PeerError(f"fattorib's code has a batch of 128, not {batch_size}")
         job = {"peer": self.name, "path": str(self.path.resolve()), "depth": depth, "data": str(data.resolve()),
                "device": device, "epochs": epochs, "batch_size": batch_size}  # fmt: skip
-        reading, writing = os.pipe()  # for the epochs: what the peer prints goes to a log
-        with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+", encoding="utf-8") as log:
-            child = subprocess.Popen(
-                [sys.executable, str(Path(__file__).resolve()), "--serve", json.dumps({**job, "pipe": writing})],
-                stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, pass_fds=(writing,), cwd=folder, text=True,
-            )  # fmt: skip
-            os.close(writing)
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            log = stack.enter_context((Path(folder) / "log").open("w+", encoding="utf-8"))
+            command = [sys.executable, str(Path(__file__).resolve()), "--serve", json.dumps(job)]
+            child = stack.enter_context(subprocess.Popen(
+                command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+            ))  # fmt: skip
+            stack.callback(child.kill)
             assert child.stdin is not None
-            try:
-                with os.fdopen(reading, encoding="utf-8") as lines:
-                    for number in range(1, epochs + 1):
-                        with contextlib.suppress(BrokenPipeError):
-                            child.stdin.write("go\n")
-                            child.stdin.flush()
-                        if not (line := lines.readline()):
-                            child.wait()
-                            log.seek(0)
-                            output = "\n".join(log.read().splitlines()[-15:])
-                            raise PeerError(f"{self.name} ended in epoch {number}:\n{output}")
-                        yield PeerEpoch(epoch=number, **json.loads(line))
-            finally:
-                with contextlib.suppress(BrokenPipeError):
-                    child.stdin.close()
-                child.kill()
-                child.wait()
+            assert child.stdout is not None
+            for number in range(1, epochs + 1):
+                with suppress(BrokenPipeError):
+                    os.write(child.stdin.fileno(), b"go\n")
+                if not (line := child.stdout.readline()):
+                    child.wait()
+                    log.seek(0)
+                    output = "\n".join(log.read().splitlines()[-15:])
+                    raise PeerError(f"{self.name} ended in epoch {number}:\n{output}")
+                yield json.loads(line)
 
 
 def load_peer(path: Path) -> Peer:
@@ -108,42 +90,38 @@ def load_peer(path: Path) -> Peer:
     for name, (file, _) in RUNNERS.items():
         if (path / file).is_file():
             git = ["git", "-C", str(path), "rev-parse", "HEAD"]
-            done = subprocess.run(git, capture_output=True, text=True, check=False)
-            return Peer(name=name, path=path, commit=done.stdout.strip() if done.returncode == 0 else None)
+            return Peer(
+                name, path, subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+            )
     files = ", ".join(file for file, _ in RUNNERS.values())
     raise PeerError(f"{path} is no known checkout: it has none of {files}")
 
 
-def write_cifar10(folder: Path, train: Any, test: Any, classes: tuple[str, ...]) -> None:
-    """Write two splits (`harness.loaders.datasets.Split`) as torchvision's CIFAR10 reads them: cifar-10-batches-py."""
-    batches = folder / "cifar-10-batches-py"
-    batches.mkdir(parents=True, exist_ok=True)
-
-    def write(name: str, images: Any, labels: Any) -> None:
-        rows = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
-        (batches / name).write_bytes(pickle.dumps({"data": rows, "labels": labels.tolist()}))
-
-    parts = [slice(k * len(train) // 5, (k + 1) * len(train) // 5) for k in range(5)]
-    for number, part in enumerate(parts, 1):
-        write(f"data_batch_{number}", train.images[part], train.labels[part])
-    write("test_batch", test.images, test.labels)
-    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": list(classes)}))
+def write_images(folder: Path, train: Any, test: Any, classes: tuple[str, ...]) -> None:
+    """Write two splits (`harness.loaders.datasets.Split`) for a peer's process."""
+    for name, split in (("train", train), ("test", test)):
+        np.savez(folder / f"{name}.npz", images=split.images, labels=split.labels, classes=classes)
 
 
 # --- in the peer's own process ---
 
 
 class Turns:
-    """Waits before each training epoch until it is requested, and reports how it went."""
+    """Waits before each training epoch until it is requested, and reports how it went: on standard output, to which the
+    peer's own lines do not go."""
 
-    def __init__(self, requests: TextIO, results: TextIO, device: str) -> None:
-        self.requests, self.results, self.device = requests, results, device
+    def __init__(self, device: str) -> None:
+        self.results = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+        os.dup2(2, 1)
+        self.gpu = device == "cuda"
         self.loader: object = None  # the training one: the first that is iterated over
         self.seconds = 0.0
-        self.after_epoch: Callable[[], float | None] = lambda: None
+        self.after_epoch: Callable[[], float] | None = None
 
     def attach(self, kind: type) -> None:
         """Time the epochs of the first loader of this class that is iterated over."""
+        import torch
+
         original = kind.__iter__  # type: ignore[attr-defined]
 
         def iterate(loader: object) -> Iterator[Any]:
@@ -151,15 +129,17 @@ class Turns:
             if loader is not self.loader:
                 yield from original(loader)
                 return
-            if not self.requests.readline():
+            if not sys.stdin.readline():
                 raise SystemExit(0)
-            self._synchronise()
+            if self.gpu:
+                torch.cuda.synchronize()
             began = time.perf_counter()
             yield from original(loader)
-            self._synchronise()
+            if self.gpu:
+                torch.cuda.synchronize()
             self.seconds = time.perf_counter() - began
-            if (error := self.after_epoch()) is not None:
-                self.report(error)
+            if self.after_epoch is not None:
+                self.report(self.after_epoch())
 
         kind.__iter__ = iterate  # type: ignore[attr-defined]
 
@@ -167,24 +147,16 @@ class Turns:
         """The epoch is over."""
         import torch
 
-        memory = torch.cuda.max_memory_allocated() / 2**20 if self.device == "cuda" else None
+        memory = torch.cuda.max_memory_allocated() / 2**20 if self.gpu else None
         line = {"seconds": self.seconds, "error": error, "torch_allocated_mib": memory}
         self.results.write(json.dumps(line) + "\n")
-        self.results.flush()
-
-    def _synchronise(self) -> None:
-        import torch
-
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
 
-def serve(job: dict[str, Any]) -> None:
+def serve(job: Job) -> None:
     """Run a peer's code until no further epoch is requested."""
     import torch
     import torchvision
 
-    turns = Turns(sys.stdin, os.fdopen(job["pipe"], "w", encoding="utf-8"), job["device"])
     if job["device"] == "cpu":
         torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[assignment,method-assign]
 
@@ -192,16 +164,19 @@ def serve(job: dict[str, Any]) -> None:
         """CIFAR10, wherever the peer looks for it."""
 
         def __init__(self, root: object, train: bool = True, transform: Any = None, **kwargs: Any) -> None:
-            super().__init__(Path(job["data"]), train=train, transform=transform, download=False)
+            torchvision.datasets.VisionDataset.__init__(self, job["data"], transform=transform)
+            with np.load(Path(job["data"]) / f"{'train' if train else 'test'}.npz") as split:
+                self.data, self.targets, self.classes = (
+                    split["images"],
+                    split["labels"].tolist(),
+                    list(split["classes"]),
+                )
 
-    torchvision.datasets.cifar.check_integrity = lambda *_: (
-        True
-    )  # torchvision's checksums are the published images'
     torchvision.datasets.CIFAR10 = OurImages
-    RUNNERS[job["peer"]][1](Path(job["path"]), job, turns)
+    RUNNERS[job["peer"]][1](Path(job["path"]), job, Turns(job["device"]))
 
 
-def _run_akamaster(path: Path, job: dict[str, Any], turns: Turns) -> None:
+def _run_akamaster(path: Path, job: Job, turns: Turns) -> None:
     import torch
 
     sys.path.insert(0, str(path))
@@ -219,7 +194,7 @@ def _run_akamaster(path: Path, job: dict[str, Any], turns: Turns) -> None:
     trainer.main()
 
 
-def _run_fattorib(path: Path, job: dict[str, Any], turns: Turns) -> None:
+def _run_fattorib(path: Path, job: Job, turns: Turns) -> None:
     import torch
 
     sys.path.insert(0, str(path / "src/models"))
@@ -244,7 +219,7 @@ def _run_fattorib(path: Path, job: dict[str, Any], turns: Turns) -> None:
     runpy.run_path(str(path / "src/models/train_model_script.py"), run_name="__main__")
 
 
-def _run_zoo(path: Path, job: dict[str, Any], turns: Turns) -> None:
+def _run_zoo(path: Path, job: Job, turns: Turns) -> None:
     from harness.models.build import build
     from harness.models.variants import he2015
 
@@ -307,62 +282,49 @@ def _load_module(name: str, file: Path) -> Any:
 # --- the command ---
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    parser.add_argument("--peer", type=Path)
-    parser.add_argument("--dataset", default="cifar10")
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--depth", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--limit-train", type=int)
-    parser.add_argument("--limit-test", type=int)
-    parser.add_argument("--output", type=Path, help="written after every epoch")
-    options = parser.parse_args()
+def describe(content: dict[str, Any]) -> str:
+    """The table of a stored reading."""
+    epochs = content["epochs"]
+    cells = (f"{content['peer']}-{content['depth']}", (content["commit_of_peer"] or "–")[:7], len(epochs),
+             f"{content['epoch_seconds']:.3g}", f"{epochs[-1]['error']:.2f}")  # fmt: skip
+    return make_table(("peer", "commit", "epochs", "s/epoch", "test error %"), [cells])
+
+
+def main() -> None:
+    options = parse_options(
+        __doc__, serve="", peer=Path, dataset="cifar10", data_dir=Path, depth=20, epochs=10, batch_size=128,
+        limit_train=int, limit_test=int,
+    )  # fmt: skip
     if options.serve:
-        serve(json.loads(options.serve))
-        return 0
-    if options.peer is None:
-        parser.error("--peer PATH is missing: a checkout of other people's code")
-    try:
-        measure(options)
-    except PeerError as error:
-        print(f"peers: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
-
-
-def measure(options: argparse.Namespace) -> None:
-    """Train a peer, printing and writing every epoch."""
+        return serve(json.loads(options.serve))
     import torch
 
     from harness.loaders.datasets import limit, load_dataset
-    from harness.training.telemetry import device_name
 
-    peer = load_peer(options.peer)
-    images = load_dataset(options.dataset, options.data_dir)
-    train = limit(images.train, options.limit_train or len(images.train))
-    test = limit(images.test, options.limit_test or len(images.test))
+    if options.peer is None:
+        sys.exit("peers: --peer PATH is missing: a checkout of other people's code")
+    images, epochs = load_dataset(options.dataset, options.data_dir), []
+    train, test = (limit(split, most or len(split)) for split, most in
+                   ((images.train, options.limit_train), (images.test, options.limit_test)))  # fmt: skip
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    done: list[PeerEpoch] = []
-    with tempfile.TemporaryDirectory() as folder:
-        write_cifar10(Path(folder), train, test, images.classes)
-        for epoch in peer.epochs(options.depth, Path(folder), device, options.epochs, options.batch_size):
-            done.append(epoch)
-            seconds = statistics.median(e.seconds for e in done[WARMUP_EPOCHS:] or done)
-            print(f"{peer.name}-{options.depth} epoch {epoch.epoch}/{options.epochs}: {epoch.seconds:.2f} s, median "
-                  f"{seconds:.3f} s, test error {epoch.error:.2f} %", flush=True)  # fmt: skip
-            write_readings(
-                options.output, peer=peer.name, commit_of_peer=peer.commit, depth=options.depth, dataset=images.label,
-                fingerprint=images.fingerprint, limit_train=options.limit_train, limit_test=options.limit_test,
-                batch_size=options.batch_size, requested_epochs=options.epochs, torch=torch.__version__,
-                device=device_name(torch.device(device)), epoch_seconds=seconds, epochs=[asdict(e) for e in done],
-            )  # fmt: skip
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            write_images(Path(folder), train, test, images.classes)
+            peer = load_peer(options.peer)
+            for epoch in peer.epochs(options.depth, Path(folder), device, options.epochs, options.batch_size):
+                epochs.append(epoch)
+                print(f"{peer.name}-{options.depth} epoch {len(epochs)}/{options.epochs}: {epoch['seconds']:.2f} s, "
+                      f"test error {epoch['error']:.2f} %", file=sys.stderr)  # fmt: skip
+    except PeerError as error:
+        sys.exit(f"peers: {error}")
+    publish(
+        describe, options.json, peer=peer.name, commit_of_peer=peer.commit, depth=options.depth, dataset=images.label,
+        fingerprint=images.fingerprint, limit_train=options.limit_train, limit_test=options.limit_test,
+        batch_size=options.batch_size, epochs=epochs,
+        epoch_seconds=statistics.median(epoch["seconds"] for epoch in epochs[WARMUP_EPOCHS:] or epochs),
+    )  # fmt: skip
+    return None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

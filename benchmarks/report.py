@@ -1,6 +1,6 @@
 """Seconds of `harness --help`, and of `harness report` over many stored runs, each in a fresh process.
 
-    python benchmarks/report.py 1000 10000 [--json FILE]
+    python benchmarks/report.py [--runs 1000,10000] [--json FILE]
 
 The runs are invented. Seconds are wall time, start of Python and imports included. Target: 0.3 s for --help, 3 s for a
 table of 10,000 runs, 6 s for their page.
@@ -8,37 +8,30 @@ table of 10,000 runs, 6 s for their page.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
-from itertools import islice, product
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from rounds import harness_seconds, make_table, median_and_range, process_seconds, take_turns, write_readings
+from rounds import harness, make_table, median_and_range, parse_options, process_seconds, publish, take_turns
 from synthetic import store_runs
 
 from harness.cluster.job import Allocation
 from harness.plan import Grid, expand
 
+LOADERS = ("dali", "resident", "dataloader")
 FORMATS = ("table", "markdown", "csv", "json", "latex", "html")
 
 
 def store_many(out: Path, runs: int) -> None:
     """All depths and five seeds, by loader and learning rate, until there are so many."""
     width = Allocation(device="cuda", gpus=1, workers=1, concurrent_runs=1, threads=8)
-    grids = (
-        Grid(
-            variants=("msra",),
-            depths=(20, 32, 44, 56, 110),
-            seeds=tuple(range(5)),
-            loader=loader,
-            settings={"lr": lr},
-        )
-        for lr, loader in product((0.1 / (1 + k) for k in range(runs)), ("dali", "resident", "dataloader"))
-    )
+    base = Grid(variants=("msra",), depths=(20, 32, 44, 56, 110), seeds=tuple(range(5)))
+    grids = (replace(base, loader=loader, settings={"lr": 0.1 / k}) for k in count(1) for loader in LOADERS)
     specs = (spec for grid in grids for spec in expand(grid, width, fingerprint="f" * 64, train_images=50_000))
     os.fsync = lambda _: None  # type: ignore[assignment]
     store_runs(out, islice(specs, runs), epochs=180)
@@ -52,37 +45,24 @@ def describe(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=int, nargs="*", default=[1_000, 10_000])
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    seconds = take_turns(
-        {
-            "python -c pass": partial(process_seconds, [sys.executable, "-c", "pass"]),
-            "harness --help": partial(harness_seconds, "--help"),
-        },
-        options.rounds,
-        warmup=1,
-    )
+    options = parse_options(__doc__, runs="1000,10000", rounds=10, warmup=1)
+
+    def time_all(commands: dict[str, list[str]]) -> dict[str, list[float]]:
+        ways = {name: partial(process_seconds, command) for name, command in commands.items()}
+        return take_turns(ways, options.rounds, warmup=options.warmup)
+
     sizes = {}
-    for runs in options.runs:
+    readings = time_all({"python -c pass": [sys.executable, "-c", "pass"], "harness --help": harness("--help")})
+    for runs in map(int, options.runs.split(",")):
         with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "runs"
+            out, page = Path(folder) / "runs", Path(folder) / "report.html"
             store_many(out, runs)
-            page = Path(folder) / "report"
-            ways = {
-                f"{runs:,} runs, {format}": partial(
-                    harness_seconds, "report", out, "--format", format, "--output", page.with_suffix(f".{format}")
-                )
-                for format in FORMATS
-            }
-            seconds |= take_turns(ways, options.rounds, warmup=1)
-            sizes[f"{runs:,} runs, html"] = page.with_suffix(".html").stat().st_size
-    content = {"readings": seconds, "bytes": sizes}
-    print(describe(content))
-    write_readings(options.json, **content)
+            readings |= time_all({
+                f"{runs:,} runs, {form}": harness("report", out, "--format", form, "--output", page.with_suffix(f".{form}"))
+                for form in FORMATS
+            })  # fmt: skip
+            sizes[f"{runs:,} runs, html"] = page.stat().st_size
+    publish(describe, options.json, readings=readings, bytes=sizes)
 
 
 if __name__ == "__main__":

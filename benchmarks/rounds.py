@@ -1,12 +1,14 @@
-"""Timing in rounds, ratios with their intervals, and the files of readings that every claim is written from.
+"""What the benchmarks share: options, timing in rounds, ratios with intervals, tables, and the files of readings.
 
 Ways take turns in counterbalanced rounds (A B C, C B A, ...), so that whatever else the machine does, and any drift,
-falls on all alike. Every reading is stored with its command and conditions; `claims.py` writes the text from them.
+falls on all alike. Every reading is stored with its command, commit and machine; `claims.py` writes the text from them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,23 +27,34 @@ ROOT = Path(__file__).resolve().parent.parent
 RESAMPLES = 10_000
 
 
+def parse_options(doc: str | None, **defaults: Any) -> argparse.Namespace:
+    """Options from their defaults, and --json; a type stands for None, False is a switch, [] takes paths."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (defaults | {"json": Path}).items():
+        words: dict[str, Any] = {"type": default}
+        if isinstance(default, bool):
+            words = {"action": "store_true"}
+        elif isinstance(default, list):
+            words = {"type": Path, "action": "extend", "nargs": "+", "default": default}
+        elif not isinstance(default, type):
+            words = {"type": type(default), "default": default, "help": "default: %(default)s"}
+        parser.add_argument("--" + name.replace("_", "-"), **words)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # bytecode is worth seconds in every process that is started
+    return parser.parse_args()
+
+
 def take_turns(
     ways: Mapping[str, Callable[[], Reading]], rounds: int, *, warmup: int = 0
 ) -> dict[str, list[Reading]]:
     """Call every way once a round, every other round in reverse; readings by way, without those of `warmup` rounds."""
     readings: dict[str, list[Reading]] = {name: [] for name in ways}
     for number in range(-warmup, rounds):
-        for name, way in counterbalanced(list(ways.items()), number):
-            reading = way()
+        for name in list(ways)[:: -1 if number % 2 else 1]:
+            reading = ways[name]()
             if number >= 0:
                 readings[name].append(reading)
         print(f"round {number + 1} of {rounds}" if number >= 0 else "warm-up", file=sys.stderr, flush=True)
     return readings
-
-
-def counterbalanced(ways: list[Reading], number: int) -> list[Reading]:
-    """The order of round `number`."""
-    return ways[::-1] if number % 2 else ways
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +82,15 @@ def ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
     return Ratio(float(np.median(each)), float(low), float(high))
 
 
-def harness_seconds(*words: object) -> float:
-    """Wall time of `harness` with these words in a fresh process, Python's start included."""
-    return process_seconds([sys.executable, "-m", "harness.cli", *map(str, words)])
+def harness(*words: object) -> list[str]:
+    """The command line of `harness` with these words, run by this Python."""
+    return [sys.executable, "-m", "harness.cli", *map(str, words)]
 
 
-def process_seconds(command: Sequence[str]) -> float:
-    """Wall time of a process that must succeed."""
+def process_seconds(command: Sequence[str], **options: Any) -> float:
+    """Wall time of a process that must succeed, its start included."""
     began = time.perf_counter()
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    subprocess.run(command, check=True, **{"cwd": ROOT, "capture_output": True, **options})
     return time.perf_counter() - began
 
 
@@ -90,17 +103,26 @@ def median_and_range(values: Sequence[float], digits: int = 3) -> str:
 
 def make_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table: words to the left, figures to the right."""
-    rows = [list(map(str, row)) for row in rows]
-    words = [all(row[i][:1].isalpha() for row in rows) for i in range(len(header))]
+    cells = [list(map(str, row)) for row in rows]
+    words = [all(row[i][:1].isalpha() for row in cells) for i in range(len(header))]
     align = ["left" if word else "right" for word in words]
-    return tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=align)
+    return tabulate(cells, header, tablefmt="github", disable_numparse=True, colalign=align)
 
 
-def write_readings(path: Path | None, **content: Any) -> None:
-    """Write the readings and what they rest on; nothing without a path."""
+def publish(describe: Callable[[dict[str, Any]], str], path: Path | None, **content: Any) -> None:
+    """Print the table of the readings; with a path, store them with command, commit and machine."""
+    import torch
+
     from harness.record import describe_code
+    from harness.training.telemetry import describe_machine
 
+    print(describe(content), flush=True)
     if path is not None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {**describe_code(), "command": sys.argv, "written_at": datetime.now(UTC).isoformat(), **content}
-        path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        about = {
+            "command": sys.argv,
+            "machine": describe_machine(device),
+            "written_at": datetime.now(UTC).isoformat(),
+        }
+        path.write_text(json.dumps({**describe_code(), **about, **content}, indent=1) + "\n", encoding="utf-8")

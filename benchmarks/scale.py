@@ -9,23 +9,22 @@ a Markdown table against its targets; exit code 1 where one is missed.
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from rich.console import Console
-from rounds import harness_seconds, make_table, write_readings
+from rounds import harness, make_table, parse_options, process_seconds, publish
 from synthetic import make_result
 
-import harness.cluster.launch
 from harness import plan, resources
+from harness.cluster import launch
 from harness.cluster.connect import connect, disconnect
 from harness.cluster.job import Entered, Started
 from harness.cluster.nodes import Cluster, Node
@@ -65,8 +64,9 @@ def join_simulated(stack: ExitStack, address: str | None, **rest: Any) -> Cluste
     return Cluster(members=(Node(cpus=CPUS_PER_NODE, gpus=GPUS_PER_NODE),) * NODES)
 
 
-def timed(seconds: dict[str, float], name: str, function: Callable[..., Any]) -> Any:
-    """The function, with its wall time noted."""
+def timed(seconds: dict[str, float], owner: Any, name: str) -> Any:
+    """In place of an attribute: the same function, its wall time noted."""
+    function = getattr(owner, name)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         began = time.perf_counter()
@@ -75,7 +75,7 @@ def timed(seconds: dict[str, float], name: str, function: Callable[..., Any]) ->
         finally:
             seconds[name] = time.perf_counter() - began
 
-    return call
+    return patch.object(owner, name, call)
 
 
 def describe(content: dict[str, Any]) -> str:
@@ -86,52 +86,39 @@ def describe(content: dict[str, Any]) -> str:
 
 def main() -> int:
     """Simulate, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, required=True, help="an empty or absent folder")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    options = parse_options(__doc__, runs=10_000, out=Path("runs/scale"))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    seconds: dict[str, float] = {}
-    content: dict[str, Any]
-    resources.join_cluster = join_simulated
-    harness.cluster.launch._Run.run = end_at_once  # type: ignore[method-assign]
-    run._Prepared.check_nodes = lambda _: None  # type: ignore[method-assign]
-    run.train_batch = timed(seconds, "train", run.train_batch)
-    plan.expand = timed(seconds, "expand", plan.expand)
-    Recorder.find_finished = timed(seconds, "finished", Recorder.find_finished)  # type: ignore[method-assign]
-
     load_dataset("digits")
-    console = Console(file=io.StringIO(), width=120)
-    count = -(-args.runs // (len(DEPTHS) * len(VARIANTS)))
+    seeds = tuple(range(-(-options.runs // (len(DEPTHS) * len(VARIANTS)))))
     grid = plan.Grid(
-        variants=VARIANTS, depths=DEPTHS, seeds=tuple(range(count)), dataset="digits", loader="resident"
+        variants=VARIANTS, depths=DEPTHS, seeds=seeds, dataset="digits", loader="resident", epochs=EPOCHS
     )
     use = resources.Resources(gpus=NODES * GPUS_PER_NODE, workers=GPUS_PER_NODE, address="simulated:1")
-    options = run.RunOptions(out=str(args.out), resources=use)
-    code = run.run_grid(grid, options, console)
-    runs = len(list(args.out.glob("*/record.json")))
-    assert (code, runs) == (0, count * len(DEPTHS) * len(VARIANTS)), (code, runs)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    again = {"again": 0.0}
-    timed(again, "again", run.run_grid)(grid, options, console)
-    content = {
-        "runs": runs,
-        "workers": GPUS_PER_NODE,
-        "gpus": NODES * GPUS_PER_NODE,
-        "cpus": os.cpu_count(),
-        "readings": {
-            "planning, seconds": seconds["expand"],
-            "report, seconds": min(harness_seconds("report", args.out) for _ in range(3)),
-            "overhead of a run, milliseconds": 1000 * seconds["train"] / runs,
-            "driver's peak memory, MiB": peak,
-            "the same command again, nothing left to do, seconds": again["again"],
-            "of that, reading what is finished, seconds": seconds["finished"],
-        },
+    text = io.StringIO()
+    runs, console = len(seeds) * len(DEPTHS) * len(VARIANTS), Console(file=text, width=120)
+    seconds: dict[str, float] = {}
+    with (
+        patch.object(resources, "join_cluster", join_simulated), patch.object(launch._Run, "run", end_at_once),
+        patch.object(run._Prepared, "check_nodes"), timed(seconds, run, "train_batch"), timed(seconds, plan, "expand"),
+        timed(seconds, Recorder, "find_finished"), timed(seconds, run, "run_grid"),
+    ):  # fmt: skip
+        code = run.run_grid(grid, run.RunOptions(out=str(options.out), resources=use, no_check=True), console)
+        stored = len(list(options.out.glob("*/record.json")))
+        assert (code, stored) == (0, runs), (code, stored, text.getvalue())
+        peak, first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, dict(seconds)
+        run.run_grid(grid, run.RunOptions(out=str(options.out), resources=use, no_check=True), console)
+    readings = {
+        "planning, seconds": first["expand"],
+        "report, seconds": min(process_seconds(harness("report", options.out)) for _ in range(3)),
+        "overhead of a run, milliseconds": 1000 * first["train_batch"] / runs,
+        "driver's peak memory, MiB": peak,
+        "the same command again, nothing left to do, seconds": seconds["run_grid"],
+        "of that, reading what is finished, seconds": seconds["find_finished"],
     }
-    print(describe(content))
-    write_readings(args.json, **content)
-    return int(any(content["readings"][name] > limit for name, limit in TARGETS.items()))
+    publish(
+        describe, options.json, runs=runs, workers=GPUS_PER_NODE, gpus=NODES * GPUS_PER_NODE, readings=readings
+    )
+    return int(any(readings[name] > limit for name, limit in TARGETS.items()))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ backward, where nothing hides it; a step is that of the engine, in which DDP (ea
 
 from __future__ import annotations
 
-import argparse
-import socket
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from rounds import make_table, median_and_range, ratio, take_turns, write_readings
+from rounds import make_table, median_and_range, parse_options, publish, ratio, take_turns
 
 from harness.cluster.job import Worker
 from harness.commands.probe import Breakdown, break_down
@@ -30,18 +29,18 @@ from harness.loaders.datasets import load_dataset
 from harness.models.variants import he2015
 from harness.spec import RunPaths, RunSpec
 from harness.training.host import count_cpus
-from harness.training.telemetry import describe_machine, device_name
+from harness.training.telemetry import device_name
 
 
-def run_rank(rank: int, world: int, port: int, spec: RunSpec, paths: RunPaths, out: Any) -> None:
+def run_rank(rank: int, world: int, folder: str, spec: RunSpec, paths: RunPaths, out: Any) -> None:
     """Measure as one of `world` ranks; rank 0 returns the result through `out`."""
     gpu = spec.device == "cuda"
     if gpu:
         torch.cuda.set_device(rank)
     torch.set_flush_denormal(True)
     if world > 1:
-        address = f"tcp://127.0.0.1:{port}"
-        dist.init_process_group("nccl" if gpu else "gloo", init_method=address, rank=rank, world_size=world)
+        backend, meeting = "nccl" if gpu else "gloo", f"file://{folder}/rendezvous"
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world)
     worker = Worker(rank=rank, world_size=world, device=f"cuda:{rank}" if gpu else "cpu", threads=1)
     breakdown = break_down(spec, worker, print, paths=paths)
     if rank == 0:
@@ -52,11 +51,9 @@ def run_rank(rank: int, world: int, port: int, spec: RunSpec, paths: RunPaths, o
 
 def measure(world: int, spec: RunSpec, paths: RunPaths) -> Breakdown:
     """A step's parts with `world` ranks of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     out = mp.get_context("spawn").SimpleQueue()
-    mp.start_processes(run_rank, args=(world, port, spec, paths, out), nprocs=world, start_method="spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(run_rank, args=(world, folder, spec, paths, out), nprocs=world)  # type: ignore[attr-defined,no-untyped-call]
     breakdown: Breakdown = out.get()
     return breakdown
 
@@ -90,41 +87,34 @@ def count_workers(words: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpus = torch.cuda.device_count()
-    most = gpus or count_cpus()
-    parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--depths", default="20")
-    parser.add_argument(
-        "--workers", default=",".join(str(2**k) for k in range(7) if 2**k <= most), help=f"up to {most} here"
+    widths = ",".join(str(2**k) for k in range(7) if 2**k <= (gpus or count_cpus()))
+    options = parse_options(
+        __doc__, data_dir=Path, depths="20", workers=widths, engine="graph" if gpus else "eager", loader="resident",
+        precision="bf16" if gpus else "fp32", images=int if gpus else 5120, rounds=10,
+    )  # fmt: skip
+    dataset = load_dataset("cifar10", options.data_dir)
+    paths = RunPaths(
+        out=Path("unused"), data_dir=options.data_dir and options.data_dir.absolute(), label=dataset.label
     )
-    parser.add_argument("--engine", default="graph" if gpus else "eager")
-    parser.add_argument("--precision", default="bf16" if gpus else "fp32")
-    parser.add_argument("--loader", default="resident")
-    parser.add_argument("--images", type=int, default=None if gpus else 5120)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    dataset = load_dataset("cifar10", args.data_dir)
-    paths = RunPaths(out=Path("unused"), data_dir=args.data_dir and args.data_dir.absolute(), label=dataset.label)
     device = torch.device("cuda" if gpus else "cpu")
-    raw = {}
-    for depth in map(int, args.depths.split(",")):
+    readings = {}
+    for depth in map(int, options.depths.split(",")):
         variant = he2015(depth)
         ways = {}
-        for kind, world in count_workers(args.workers.split(",")):
+        for kind, world in count_workers(options.workers.split(",")):
             spec = RunSpec(
                 variant="he2015", network=variant.network, workers=world, dataset="cifar10", fingerprint=dataset.fingerprint,
-                recipe=replace(variant.recipe, batch_size=128 * world if kind == "weak" else 128), loader=args.loader,
-                limit_train=args.images, limit_test=128, engine=args.engine, precision=args.precision, device=device.type,  # type: ignore[arg-type]
+                recipe=replace(variant.recipe, batch_size=128 * world if kind == "weak" else 128), loader=options.loader,
+                limit_train=options.images, limit_test=128, engine=options.engine, precision=options.precision, device=device.type,  # type: ignore[arg-type]
             )  # fmt: skip
             ways[f"{kind} {world}"] = partial(measure, world, spec, paths)
-        readings = take_turns(ways, args.rounds)
-        raw[str(depth)] = {name: [asdict(b) for b in values] for name, values in readings.items()}
-    content = {"machine": describe_machine(device), "device": device_name(device), "data": dataset.label,
-               "engine": args.engine, "precision": args.precision, "loader": args.loader, "readings": raw}  # fmt: skip
-    print(describe(content))
-    write_readings(args.json, **content)
+        turns = take_turns(ways, options.rounds)
+        readings[str(depth)] = {name: [asdict(b) for b in values] for name, values in turns.items()}
+    publish(
+        describe, options.json, device=device_name(device), data=dataset.label, engine=options.engine,
+        precision=options.precision, loader=options.loader, readings=readings,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ code.
     python benchmarks/speed.py --data-dir DIR --depths 20,32,56,110 --peer ../peers/pytorch_resnet_cifar10
     python benchmarks/speed.py --data-dir DIR --images 2560 --depths 20 --epochs 10      (two CPU cores)
 
-One process, one device. The ways take turns, so that whatever else the machine does falls on all alike; what counts is a
-ratio, taken round by round. Every way trains the same network on the same images with the same recipe and batch of 128,
-the last one smaller, by its own loop; parameters and steps are asserted. Warm-up epochs are not timed; set-up (data,
-network, compilation, capture, first epoch) is shown apart; nothing is evaluated.
+One process, one device; what counts is a ratio, taken round by round. Every way trains the same network on the same
+images with the same recipe and batch of 128, the last one smaller, by its own loop; parameters and steps are asserted.
+Warm-up epochs are not timed; set-up (data, network, compilation, capture, first epoch) is shown apart; nothing is
+evaluated. --epochs is the number of timed ones of each way, over all rounds; --images of the training images, else all.
 
 By default each of --engines, --precisions and --loaders is varied alone, from the first of each; --all crosses them.
 """
@@ -22,17 +22,17 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peers import load_peer, write_cifar10
-from rich.console import Console
-from rounds import counterbalanced, make_table, median_and_range, ratio, write_readings
+from peers import load_peer, write_images
+from rounds import make_table, median_and_range, parse_options, publish, ratio, take_turns
 
 from harness.cluster.job import Worker
 from harness.loaders.datasets import Dataset, limit, load_dataset
@@ -41,10 +41,9 @@ from harness.models.build import build, count_parameters
 from harness.models.variants import he2015
 from harness.spec import RunSpec
 from harness.training.host import count_cpus
-from harness.training.nvml import open_device
+from harness.training.nvml import Gpu, open_device
 from harness.training.setup import Data, assemble, make_trainer
 from harness.training.step import flushed_denormals, make_autocast, set_precision, synchronize
-from harness.training.telemetry import describe_machine, device_name
 from harness.training.train import run_steps
 
 PARAMETERS = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962}  # option A
@@ -61,7 +60,7 @@ class Way:
     engine: str
     precision: Any
     loader: str
-    epochs: Generator[float, None, None]
+    epochs: Generator[float, None, None] | None
     setup_seconds: float = 0.0
     seconds: list[list[float]] = field(default_factory=list)  # by round
     clock_mhz: list[float | None] = field(default_factory=list)  # after each round
@@ -69,19 +68,35 @@ class Way:
     failed: str = ""
 
     @property
-    def all_seconds(self) -> list[float]:
-        return [s for round_ in self.seconds for s in round_]
+    def title(self) -> str:
+        return f"{self.name} {self.engine} {self.precision} {self.loader}"
 
-    def take_turn(self, number: int, epochs: int) -> None:
-        """Train `epochs` timed epochs, after the warm-up in round 0 and after one that refills the caches in others."""
-        set_precision(self.precision)  # the flags are the process's: the way before set its own
-        began = time.perf_counter()
-        next(self.epochs)
-        if number == 0:
-            self.setup_seconds = time.perf_counter() - began
-            for _ in range(WARMUP_EPOCHS - 1):
-                next(self.epochs)
-        self.seconds.append([next(self.epochs) for _ in range(epochs)])
+    def take_turn(self, epochs: int, gpu: Gpu) -> None:
+        """Train `epochs` timed epochs, after the warm-up in the first round and after one that refills the caches in others."""
+        if self.failed:
+            return
+        assert self.epochs is not None
+        try:
+            set_precision(self.precision)  # the flags are the process's: the way before set its own
+            began = time.perf_counter()
+            next(self.epochs)
+            if not self.seconds:
+                self.setup_seconds = time.perf_counter() - began
+                for _ in range(WARMUP_EPOCHS - 1):
+                    next(self.epochs)
+            self.seconds.append([next(self.epochs) for _ in range(epochs)])
+        except Exception as error:
+            self.failed = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+            print(f"{self.title}: {self.failed}", file=sys.stderr)
+        self.clock_mhz.append(gpu.read("sm_clock_mhz"))
+        self.watts.append(gpu.read("power_watts"))
+
+    def close(self) -> None:
+        """Free what it trained with."""
+        with contextlib.suppress(Exception):
+            if self.epochs is not None:
+                self.epochs.close()
+        self.epochs = None
 
 
 def ours(spec: RunSpec, data: Data, dataset: Dataset, worker: Worker) -> Generator[float, None, None]:
@@ -99,7 +114,7 @@ def ours(spec: RunSpec, data: Data, dataset: Dataset, worker: Worker) -> Generat
 def bare(spec: RunSpec, data: Data, device: torch.device) -> Generator[float, None, None]:
     """What anybody would write in twenty lines, its images as floats on the device and not augmented: a bound."""
     torch.manual_seed(0)
-    network = build(spec.network, 10).to(device, memory_format=torch.channels_last)
+    network = build(spec.network, 10).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
     mean = make_normalize("pixel-mean", data.train).mean
@@ -127,15 +142,17 @@ def check(parameters: int, depth: int, steps: int, images: int) -> None:
 
 
 def make_ways(
-    depth: int, args: argparse.Namespace, data: Data, dataset: Dataset, device: torch.device, peer_data: Path
+    depth: int, options: argparse.Namespace, data: Data, dataset: Dataset, device: torch.device, peer_data: Path
 ) -> list[Way]:
     """Those of the harness, the bare loop in each precision, and each peer."""
-    engines, precisions, loaders = (text.split(",") for text in (args.engines, args.precisions, args.loaders))
+    engines, precisions, loaders = (
+        text.split(",") for text in (options.engines, options.precisions, options.loaders)
+    )
     chosen = list(itertools.product(engines, precisions, loaders))
-    if not args.all:
+    if not options.all:
         first = (engines[0], precisions[0], loaders[0])
         chosen = [c for c in chosen if sum(a != b for a, b in zip(c, first, strict=True)) <= 1]
-    worker = Worker(device="cpu" if device.type == "cpu" else "cuda:0", threads=args.threads)
+    worker = Worker(device="cpu" if device.type == "cpu" else "cuda:0", threads=options.threads)
     variant = he2015(depth)
     recipe = replace(variant.recipe, duration=1000, unit="epoch", milestones=(), warmup=0)
 
@@ -150,27 +167,12 @@ def make_ways(
         for p in precisions
     ]
     ways += [Way("harness", depth, *words, ours(spec(*words), data, dataset, worker)) for words in chosen]
-    for peer in map(load_peer, args.peer):
-        most = WARMUP_EPOCHS + args.rounds * (1 + -(-args.epochs // args.rounds))
+    for peer in map(load_peer, options.peer):
+        most = WARMUP_EPOCHS + options.rounds * (1 + -(-options.epochs // options.rounds))
         epochs = peer.epochs(depth, peer_data, device.type, most, BATCH)
         precision = "fp16" if peer.name == "zoo" and device.type == "cuda" else "fp32"
-        ways.append(Way(peer.name, depth, "eager", precision, "its own", (epoch.seconds for epoch in epochs)))
+        ways.append(Way(peer.name, depth, "eager", precision, "its own", (epoch["seconds"] for epoch in epochs)))
     return ways
-
-
-def take_turns(ways: Sequence[Way], rounds: int, epochs: int, device: torch.device, console: Console) -> None:
-    """`rounds` rounds, in each of which every way trains its share of `epochs`."""
-    gpu = open_device(device)  # by its UUID: NVML does not know CUDA_VISIBLE_DEVICES
-    for number in range(rounds):
-        for way in (way for way in counterbalanced(list(ways), number) if not way.failed):
-            try:
-                way.take_turn(number, -(-epochs // rounds))
-            except Exception as error:
-                way.failed = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
-                console.print(f"{way.name} {way.engine} {way.precision} {way.loader}: {way.failed}", markup=False)
-            way.clock_mhz.append(gpu.read("sm_clock_mhz"))
-            way.watts.append(gpu.read("power_watts"))
-        console.print(f"depth {ways[0].depth}: round {number + 1} of {rounds}", style="dim")
 
 
 def describe(content: dict[str, Any]) -> str:
@@ -190,72 +192,49 @@ def describe(content: dict[str, Any]) -> str:
                 continue
             cells += [f"{way['setup_seconds']:.1f}", median_and_range(seconds, 4)]
             cells.append(f"{images / statistics.median(seconds):,.0f}")
-            for base in (bound.get(way["precision"]), best):
-                comparable = base and len(base) == len(seconds) and base is not seconds
+            for base in (bound.get(way["precision"], []), best):
+                comparable = len(base) == len(seconds) and base is not seconds
                 cells.append(str(ratio(seconds, base)) if comparable else "–")
             rows.append(cells)
-    header = (
-        "depth",
-        "way",
-        "engine",
-        "precision",
-        "loader",
-        "set-up s",
-        "s/epoch",
-        "images/s",
-        "/ bare",
-        "/ our best",
-    )
+    header = ("depth", "way", "engine", "precision", "loader", "set-up s", "s/epoch", "images/s", "/ bare",
+              "/ our best")  # fmt: skip
     return make_table(header, rows)
 
 
 @flushed_denormals()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     gpu = torch.cuda.is_available()
-    parser.add_argument("--data-dir", type=Path, help="the images of CIFAR-10")
-    parser.add_argument("--depths", default="20,32,56,110" if gpu else "20")
-    parser.add_argument("--engines", default="graph,compile,eager" if gpu else "eager,compile")
-    parser.add_argument("--precisions", default="bf16,fp32,tf32,fp16" if gpu else "fp32,bf16")
-    parser.add_argument(
-        "--loaders", default="dali,resident,synthetic,dataloader" if gpu else "dali,resident,synthetic"
-    )
-    parser.add_argument("--all", action="store_true", help="every engine x precision x loader")
-    parser.add_argument("--peer", type=Path, action="append", default=[], help="other people's code; repeatable")
-    parser.add_argument("--images", type=int, help="of the training images; default: all")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=20, help="timed ones of each way, over all rounds")
-    parser.add_argument("--threads", type=int, default=count_cpus())
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--json", type=Path, help="write every reading there, after each depth")
-    args = parser.parse_args()
-    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
-    torch.set_num_threads(args.threads)
-    dataset = load_dataset("cifar10", args.data_dir)
-    train = dataset.train if args.images is None else limit(dataset.train, args.images)
+    options = parse_options(
+        __doc__, data_dir=Path, images=int, all=False, peer=[], rounds=10, epochs=20, threads=count_cpus(),
+        depths="20,32,56,110" if gpu else "20", device="cuda" if gpu else "cpu",
+        engines="graph,compile,eager" if gpu else "eager,compile", precisions="bf16,fp32,tf32,fp16" if gpu else "fp32,bf16",
+        loaders="dali,resident,synthetic,dataloader" if gpu else "dali,resident,synthetic",
+    )  # fmt: skip
+    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
+    torch.set_num_threads(options.threads)
+    dataset = load_dataset("cifar10", options.data_dir)
+    train = dataset.train if options.images is None else limit(dataset.train, options.images)
     data = Data(train, dataset.test, dataset.test, "test")
-    console = Console(width=None if sys.stdout.isatty() else 130)
-    console.print(f"{device_name(device)}, torch {torch.__version__}, {dataset.label}, {args.threads} CPU threads")
     entries: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as peer_data:
-        if args.peer:
-            write_cifar10(Path(peer_data), train, limit(dataset.test, 1000), dataset.classes)  # they evaluate
-        for depth in map(int, args.depths.split(",")):
-            ways = make_ways(depth, args, data, dataset, device, Path(peer_data))
-            take_turns(ways, args.rounds, args.epochs, device, console)
+        if options.peer:
+            write_images(Path(peer_data), train, limit(dataset.test, 1000), dataset.classes)  # they evaluate
+        for depth in map(int, options.depths.split(",")):
+            ways = make_ways(depth, options, data, dataset, device, Path(peer_data))
+            turn = (
+                -(-options.epochs // options.rounds),
+                open_device(device),
+            )  # by its UUID: NVML ignores CUDA_VISIBLE_DEVICES
+            take_turns({way.title: partial(way.take_turn, *turn) for way in ways}, options.rounds)
             for way in ways:
-                with contextlib.suppress(Exception):
-                    way.epochs.close()
-                way.epochs = None  # type: ignore[assignment]
+                way.close()
                 entries.append(asdict(way))
-            content = {
-                "machine": describe_machine(device), "data": dataset.label, "images": len(train), "batch_size": BATCH,
-                "warmup_epochs": WARMUP_EPOCHS, "threads": args.threads, "readings": entries,
-            }  # fmt: skip
-            print(describe(content))
-            write_readings(args.json, **content)
-            if device.type == "cuda":
+            if gpu:
                 torch.cuda.empty_cache()
+            publish(
+                describe, options.json, data=dataset.label, images=len(train), batch_size=BATCH,
+                warmup_epochs=WARMUP_EPOCHS, threads=options.threads, readings=entries,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 
 from harness.cluster.job import Allocation
 from harness.models.presets import find_preset
-from harness.models.variants import Recipe, Variant, default_depth, find_variant, variant_names
+from harness.models.variants import VARIANTS, Recipe, Variant, default_depth, find_variant
 from harness.search_space import apply
 from harness.spec import Engine, Precision, RunSpec, UserError, check_word
 
@@ -67,7 +67,7 @@ def parse_words(text: str | None, what: str) -> tuple[str, ...]:
 
 def parse_variants(text: str) -> tuple[str, ...]:
     """ "msra,he2015" -> ("msra", "he2015"); "all": every one."""
-    return variant_names() if text.strip() == "all" else parse_words(text, "--variants")
+    return tuple(VARIANTS) if text.strip() == "all" else parse_words(text, "--variants")
 
 
 def parse_depths(text: str | None, variants: Sequence[str] = ()) -> tuple[int, ...]:

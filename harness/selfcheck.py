@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 from harness.checklist import BY_NAME, CHECKS, REFUSE, WARN, Result
 from harness.cluster.job import Failed, Report, Worker
 from harness.loaders.cache import cache_dir
-from harness.preflight import hash_code
 from harness.progress import say
 from harness.record import DALI_WHEELS, installed_version
 from harness.resources import Resources, Session
+from harness.results.identity import hash_code
 from harness.results.store import write_atomic
 from harness.spec import RunPaths, RunSpec
 

@@ -10,7 +10,7 @@ from torch import nn
 from harness.models.convnet import ConvNet
 from harness.models.imagenet import ImageNetResNet
 from harness.models.resnet import CifarResNet
-from harness.models.variants import Network
+from harness.models.variants import Network, check_depth
 from harness.models.xresnet import XResNet
 
 NETWORKS: dict[str, Callable[[Network, int], nn.Module]] = {
@@ -30,6 +30,7 @@ def build(network: Network, num_classes: int, image_size: int = 32) -> nn.Module
     large as `SMALLEST_IMAGE` says. Raises ValueError where the architecture cannot have this depth, number of
     classes or image size.
     """
+    check_depth(network)
     if num_classes < 2:
         raise ValueError(f"{num_classes} classes are too few: at least 2")
     smallest = SMALLEST_IMAGE[network.architecture]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.models.layers import conv1x1, conv3x3
-from harness.models.variants import CONVNET_DEPTHS, Network, check_listed_depth
+from harness.models.variants import Network
 
 
 class ConvNet(nn.Module):
@@ -20,7 +20,6 @@ class ConvNet(nn.Module):
 
     def __init__(self, network: Network, num_classes: int) -> None:
         super().__init__()
-        check_listed_depth(network.depth, CONVNET_DEPTHS)
         eps = network.batch_norm_eps
         self.conv = conv3x3(3, 16)
         self.bn = batch_statistics(16, eps)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.models.layers import IdentityConv, conv1x1, conv3x3, he_init
-from harness.models.variants import IMAGENET_BLOCKS, Network, check_listed_depth
+from harness.models.variants import IMAGENET_BLOCKS, Network
 
 
 class ImageNetResNet(nn.Module):
@@ -23,7 +23,6 @@ class ImageNetResNet(nn.Module):
 
     def __init__(self, network: Network, num_classes: int) -> None:
         super().__init__()
-        check_listed_depth(network.depth, IMAGENET_BLOCKS)
         eps = network.batch_norm_eps
         bottleneck = network.block == "bottleneck"
         self.conv = conv3x3(3, 32, stride=2)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.models.layers import IdentityConv, activation, conv3x3, he_init
-from harness.models.variants import Network, check_depth
+from harness.models.variants import Network
 
 
 class OptionA(nn.Module):
@@ -75,7 +75,6 @@ class CifarResNet(nn.Module):
 
     def __init__(self, network: Network, num_classes: int) -> None:
         super().__init__()
-        check_depth(network.depth, multiple=6)
         blocks = (network.depth - 2) // 6
         eps = network.batch_norm_eps
         preact = network.block == "preact"

@@ -1,18 +1,16 @@
 """All variants, as plain data: the network, the recipe that trains it, and where both come from.
 
-THE place to add one. A variant is a function of depth that returns a `Variant`, written out or made by `derive`; put
-it into `VARIANTS` at the end of this file and the command line, the plan, the tests and the tables follow. No torch
-here.
+THE place to add one: `declare` or `derive` puts it into `VARIANTS`, and the command line, the plan, the tests and the
+tables follow. No torch here.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 Unit = Literal["epoch", "step"]
 
@@ -112,48 +110,59 @@ class Variant:
     summary: str
 
 
-NEON_EPS = 1e-3  # of its batch norms
-
+Entry = TypeVar("Entry")
 VariantFunction = Callable[[int], Variant]
+Design = Callable[[int], tuple[Network, Recipe]]
+"""Network and recipe by depth."""
+
+VARIANTS: dict[str, VariantFunction] = {}
+
+IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 74: (9, 9, 9, 9)}
+"""Blocks in each of the four stages, by depth: arXiv:1512.03385, table 1; 74 is apark263/mpmz's own."""
+LISTED_DEPTHS = {"imagenet": tuple(IMAGENET_BLOCKS), "convnet": (8,)}
 
 
-def check_depth(depth: int, *, multiple: int, offset: int = 2) -> None:
-    """Raise ValueError unless depth is multiple * n + offset for a positive n."""
-    n = (depth - offset) / multiple
-    if n < 1 or n != int(n):
-        below = max(1, int(n)) * multiple + offset
-        raise ValueError(f"depth {depth} is not {multiple}n+{offset}: try {below} or {below + multiple}")
+def check_depth(network: Network) -> None:
+    """Raise ValueError where the architecture cannot have this depth."""
+    depth, listed = network.depth, LISTED_DEPTHS.get(network.architecture)
+    if listed and depth not in listed:
+        raise ValueError(f"depth {depth} is none of {', '.join(map(str, listed))}")
+    layers = layers_per_block(network)
+    n = (depth - 2) / layers
+    if not listed and (n < 1 or n != int(n)):
+        below = max(1, int(n)) * layers + 2
+        raise ValueError(f"depth {depth} is not {layers}n+2: try {below} or {below + layers}")
 
 
-def check_listed_depth(depth: int, depths: Collection[int]) -> None:
-    """Raise ValueError unless depth is one of those."""
-    if depth not in depths:
-        raise ValueError(f"depth {depth} is none of {', '.join(map(str, depths))}")
+def layers_per_block(network: Network) -> int:
+    """Convolutions that one more block in each of three stages adds."""
+    return 9 if network.block == "bottleneck" else 6
 
 
-SIX_N = partial(check_depth, multiple=6)
+def declare(name: str, summary: str, source: str, *, depth: int) -> Callable[[Design], VariantFunction]:
+    """Makes a variant of a design, and puts it into `VARIANTS`; `depth` is its default.
 
-
-def declare(
-    name: str,
-    summary: str,
-    source: str,
-    *,
-    depth: int,
-    check: Callable[[int], None],
-    recipe: Recipe,
-    **network: Any,
-) -> VariantFunction:
-    """A variant whose recipe and fields of the network are the same at every depth that `check` lets pass."""
+    The variant raises ValueError for a depth that its architecture cannot have, and this for a name that is taken.
+    """
     default = depth
 
-    def variant(depth: int = default) -> Variant:
-        check(depth)
-        own = Network(depth=depth, **network)
-        return Variant(name=name, network=own, recipe=recipe, source=source, summary=summary)
+    def decorate(design: Design) -> VariantFunction:
+        def variant(depth: int = default) -> Variant:
+            network, recipe = design(depth)
+            check_depth(network)
+            return Variant(name=name, network=network, recipe=recipe, source=source, summary=summary)
 
-    variant.__name__, variant.__doc__ = name.replace("-", "_"), summary
-    return variant
+        variant.__name__, variant.__doc__ = name.replace("-", "_"), design.__doc__ or summary
+        if VARIANTS.setdefault(name, variant) is not variant:
+            raise ValueError(f"two variants are named {name!r}")
+        return variant
+
+    return decorate
+
+
+def fixed(recipe: Recipe, **network: Any) -> Design:
+    """The same recipe and fields of the network at every depth."""
+    return lambda depth: (Network(depth=depth, **network), recipe)
 
 
 def derive(base: VariantFunction, name: str, summary: str, source: str = "", **changes: Any) -> VariantFunction:
@@ -161,13 +170,12 @@ def derive(base: VariantFunction, name: str, summary: str, source: str = "", **c
     networks = {field: value for field, value in changes.items() if field in Network.__dataclass_fields__}
     recipes = {field: value for field, value in changes.items() if field not in networks}
 
-    def variant(depth: int = default_depth(base)) -> Variant:
+    def design(depth: int) -> tuple[Network, Recipe]:
         own = base(depth)
-        network, recipe = replace(own.network, **networks), replace(own.recipe, **recipes)
-        return Variant(name=name, network=network, recipe=recipe, source=source or own.source, summary=summary)
+        return replace(own.network, **networks), replace(own.recipe, **recipes)
 
-    variant.__name__, variant.__doc__ = name.replace("-", "_"), summary
-    return variant
+    depth = default_depth(base)
+    return declare(name, summary, source or base(depth).source, depth=depth)(design)
 
 
 def default_depth(function: VariantFunction) -> int:
@@ -176,88 +184,82 @@ def default_depth(function: VariantFunction) -> int:
     return default
 
 
-def he2015(depth: int = 20) -> Variant:
-    """The paper's CIFAR-10 network: arXiv:1512.03385, section 4.2."""
-    check_depth(depth, multiple=6)
-    return Variant(
-        name="he2015",
-        network=Network(depth=depth),
-        recipe=Recipe(
-            duration=64_000,
-            unit="step",
-            milestones=(32_000, 48_000),
-            # the paper: 0.01 until the training error is below 80 %, "about 400 iterations", at depth 110
-            warmup=400 if depth >= 110 else 0,
-            warmup_lr=0.01 if depth >= 110 else 0.0,
-        ),
-        source="arXiv:1512.03385 section 4.2",
-        summary="64k steps, lr 0.1 dropped at 32k and 48k, option A shortcuts",
-    )
+def find(kind: str, name: str, entries: Mapping[str, Entry]) -> Entry:
+    """The entry of that name. Raises ValueError where there is none."""
+    if name in entries:
+        return entries[name]
+    close = difflib.get_close_matches(name, entries, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(entries)}"
+    raise ValueError(f"unknown {kind} {name!r}: {hint}")
 
+
+def find_variant(name: str) -> VariantFunction:
+    """The variant of that name. Raises ValueError where there is none."""
+    return find("variant", name, VARIANTS)
+
+
+@declare(
+    "he2015",
+    "64k steps, lr 0.1 dropped at 32k and 48k, option A shortcuts",
+    "arXiv:1512.03385 section 4.2",
+    depth=20,
+)
+def he2015(depth: int) -> tuple[Network, Recipe]:
+    """The paper's CIFAR-10 network: arXiv:1512.03385, section 4.2."""
+    # the paper: 0.01 until the training error is below 80 %, "about 400 iterations", at depth 110
+    warmup: dict[str, Any] = {"warmup": 400, "warmup_lr": 0.01} if depth >= 110 else {}
+    return Network(depth=depth), Recipe(duration=64_000, unit="step", milestones=(32_000, 48_000), **warmup)
+
+
+NEON_EPS = 1e-3  # of neon's batch norms
 
 # Its images are bytes less the mean colour, of range 255 where ours is 1; the batch norm after the stem makes them equal.
 msra = declare(
-    "msra", "180 epochs, lr 0.1 dropped at 90 and 135, batch norm on the output", "github.com/apark263/cfmz",
-    depth=20, check=SIX_N, shortcut="identity-conv", head_batch_norm=True, batch_norm_eps=NEON_EPS,
-    recipe=Recipe(duration=180, milestones=(90, 135), normalize="channel-mean", pad_mode="mean"),
-)  # fmt: skip
-
+    "msra", "180 epochs, lr 0.1 dropped at 90 and 135, batch norm on the output", "github.com/apark263/cfmz", depth=20,
+)(fixed(
+    Recipe(duration=180, milestones=(90, 135), normalize="channel-mean", pad_mode="mean"),
+    shortcut="identity-conv", head_batch_norm=True, batch_norm_eps=NEON_EPS,
+))  # fmt: skip
 preact = derive(
     he2015, "preact", "he2015, pre-activated: arXiv:1603.05027 figure 4(e)", "arXiv:1603.05027", block="preact",
 )  # fmt: skip
 
 
-def fattorib(depth: int = 20) -> Variant:
+@declare(
+    "fattorib", "180 epochs (44 and 56: 200), ImageNet's mean and std, 2,500 images held out",
+    "github.com/fattorib/ResNets-CIFAR10", depth=20,
+)  # fmt: skip
+def fattorib(depth: int) -> tuple[Network, Recipe]:
     """fattorib/ResNets-CIFAR10: its own network and split; it trained depths 20, 32, 44 and 56.
 
     It tests (epoch % 90) and (epoch % 135) to drop, so that its 200 epochs have a third drop at 180.
     """
-    check_depth(depth, multiple=6)
-    longer = depth in (44, 56)
-    deep = depth >= 110  # not trained by its author: the paper's warm-up, about 400 steps
-    return Variant(
-        name="fattorib",
-        network=Network(depth=depth, block="late-stride"),
-        recipe=Recipe(
-            duration=200 if longer else 180,
-            milestones=(90, 135, 180) if longer else (90, 135),
-            warmup=1 if deep else 0,
-            warmup_lr=0.01 if deep else 0.0,
-            normalize="imagenet",
-            pad_mode="black",
-            val=2_500,
-        ),
-        source="github.com/fattorib/ResNets-CIFAR10",
-        summary="180 epochs (44 and 56: 200), ImageNet's mean and std, 2,500 images held out",
-    )
+    recipe = Recipe(duration=180, milestones=(90, 135), normalize="imagenet", pad_mode="black", val=2_500)
+    if depth in (44, 56):
+        recipe = replace(recipe, duration=200, milestones=(90, 135, 180))
+    if depth >= 110:  # not trained by its author: the paper's warm-up, about 400 steps
+        recipe = replace(recipe, warmup=1, warmup_lr=0.01)
+    return Network(depth=depth, block="late-stride"), recipe
 
 
-IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 74: (9, 9, 9, 9)}
-"""Blocks in each of the four stages, by depth: arXiv:1512.03385, table 1; 74 is apark263/mpmz's own."""
-
-
-def miniplaces(depth: int = 74) -> Variant:
+@declare(
+    "miniplaces",
+    "80 epochs, lr 0.1 dropped at 40 and 70, crops of 112 pixels",
+    "github.com/apark263/mpmz",
+    depth=74,
+)
+def miniplaces(depth: int) -> tuple[Network, Recipe]:
     """Mini-Places2, images of 128 pixels cropped to 112: apark263/mpmz@76a2b88, written for neon.
 
     The network is that of its last script, trained as its README says, by mean subtraction, crops and flips alone;
     the script itself varies scale, aspect and contrast too. It published no error: `mpmz` has.
     """
-    check_listed_depth(depth, IMAGENET_BLOCKS)
-    return Variant(
-        name="miniplaces",
-        network=Network(
-            depth=depth,
-            architecture="imagenet",
-            block="bottleneck" if depth == 50 else "basic",
-            shortcut="projection",
-            batch_norm_eps=NEON_EPS,
-        ),
-        recipe=Recipe(
-            duration=80, milestones=(40, 70), weight_decay=5e-4, normalize="channel-mean", pad=0, crop=112
-        ),
-        source="github.com/apark263/mpmz",
-        summary="80 epochs, lr 0.1 dropped at 40 and 70, crops of 112 pixels",
-    )
+    return Network(
+        depth=depth, architecture="imagenet", block="bottleneck" if depth == 50 else "basic", shortcut="projection",
+        batch_norm_eps=NEON_EPS,
+    ), Recipe(
+        duration=80, milestones=(40, 70), weight_decay=5e-4, normalize="channel-mean", pad=0, crop=112,
+    )  # fmt: skip
 
 
 mpmz = derive(
@@ -266,64 +268,48 @@ mpmz = derive(
     "github.com/apark263/mpmz@49b0525", shortcut="identity-conv", head_batch_norm=True,
     normalize="imagenet-mean", scale_range=(128, 240),
 )  # fmt: skip
-
-CONVNET_DEPTHS = (8,)
-
-
 convnet = declare(
     "convnet", "5 epochs, lr 0.1 falling linearly to 0, no augmentation, for cifar2",
-    "github.com/KaushikRoy94/Work", depth=8, check=partial(check_listed_depth, depths=CONVNET_DEPTHS),
+    "github.com/KaushikRoy94/Work", depth=8,
+)(fixed(
+    Recipe(duration=5, schedule="linear", weight_decay=0.0, normalize="channel-mean-std", pad=0, flip=False),
     architecture="convnet", shortcut="projection",
-    recipe=Recipe( duration=5, schedule="linear", weight_decay=0.0, normalize="channel-mean-std", pad=0, flip=False ),
-)  # fmt: skip
+))  # fmt: skip
+
+# --- the ladder: each step changes one thing ---
 
 LADDER = "github.com/iamVarunAnand/image_classification"
-X: dict[str, Any] = {"architecture": "xresnet", "shortcut": "projection", "batch_norm_eps": 2e-5}
-
 LADDER_RECIPE = Recipe(
-    duration=180,
-    milestones=(90, 135),
-    warmup=1,
-    warmup_lr=0.01,
+    duration=180, milestones=(90, 135), warmup=1, warmup_lr=0.01, decay="kernels", normalize="channel-mean-std",
     weight_decay=2e-4,  # Keras adds 1e-4 of the squares to the loss, without the half
-    decay="kernels",
-    normalize="channel-mean-std",
-    pad_mode="black",
-    val=5_000,
-    val_stratified=True,
-)
-
-
-xresnet = declare(
-    "xresnet",
-    "the ladder's first step: pre-activation, average-pool shortcuts, both poolings; 5,000 images held out",
-    LADDER, depth=20, check=SIX_N, recipe=LADDER_RECIPE, **X,
+    pad_mode="black", val=5_000, val_stratified=True,
 )  # fmt: skip
+X: dict[str, Any] = {"architecture": "xresnet", "shortcut": "projection", "batch_norm_eps": 2e-5}
 COSINE: dict[str, Any] = {
     "schedule": "cosine", "milestones": (), "warmup": 5, "warmup_lr": 0.0, "warmup_shape": "linear",
 }  # fmt: skip
 SQUEEZE: dict[str, Any] = {"squeeze_ratio": 16, "decay": "kernels-but-squeeze"}
 
+xresnet = declare(
+    "xresnet",
+    "the ladder's first step: pre-activation, average-pool shortcuts, both poolings; 5,000 images held out",
+    LADDER, depth=20,
+)(fixed(LADDER_RECIPE, **X))  # fmt: skip
 mxresnet = derive(xresnet, "mxresnet", "xresnet with Mish (arXiv:1908.08681)", activation="mish")
 se_mxresnet = derive(mxresnet, "se-mxresnet", "mxresnet with squeeze-and-excitation (arXiv:1709.01507)", **SQUEEZE)
 se_mxresnet_cosine = derive(
     se_mxresnet, "se-mxresnet-cosine", "se-mxresnet with cosine decay after 5 epochs of warm-up", **COSINE,
 )  # fmt: skip
 se_mxresnet_smooth = derive(
-    se_mxresnet_cosine, "se-mxresnet-smooth", "se-mxresnet-cosine with label smoothing 0.1",
-    label_smoothing=0.1,
+    se_mxresnet_cosine, "se-mxresnet-smooth", "se-mxresnet-cosine with label smoothing 0.1", label_smoothing=0.1,
 )  # fmt: skip
 se_mxresnet_mixup = derive(se_mxresnet_smooth, "se-mxresnet-mixup", "se-mxresnet-smooth with mixup 0.4", mixup=0.4)
 se_mxresnet_reflect = derive(
     se_mxresnet_mixup, "se-mxresnet-reflect", "se-mxresnet-mixup with reflection padding", pad_mode="reflect",
 )  # fmt: skip
-
-
 xresnext_16x2d = declare(
     "xresnext-16x2d", "xresnet with bottlenecks of 16 groups of width 2 (arXiv:1611.05431)", LADDER, depth=29,
-    check=partial(check_depth, multiple=9), recipe=LADDER_RECIPE, **X, block="bottleneck", cardinality=16,
-    group_width=2,
-)  # fmt: skip
+)(fixed(LADDER_RECIPE, **X, block="bottleneck", cardinality=16, group_width=2))  # fmt: skip
 xresnet_bottleneck = derive(
     xresnext_16x2d, "xresnet-bottleneck", "xresnet with bottlenecks of width 16", cardinality=1, group_width=16,
 )  # fmt: skip
@@ -336,11 +322,6 @@ se_mxresnext_16x2d_reflect = derive(
     "se-mxresnext-16x2d with the recipe of se-mxresnet-reflect", label_smoothing=0.1, mixup=0.4,
     pad_mode="reflect", **COSINE,
 )  # fmt: skip
-
-LADDER_VARIANTS = (
-    *(xresnet, mxresnet, se_mxresnet, se_mxresnet_cosine, se_mxresnet_smooth, se_mxresnet_mixup),
-    *(se_mxresnet_reflect, xresnext_16x2d, xresnet_bottleneck, se_mxresnext_16x2d, se_mxresnext_16x2d_reflect),
-)
 
 
 def as_in_keras(base: VariantFunction) -> VariantFunction:
@@ -360,25 +341,5 @@ def as_in_keras(base: VariantFunction) -> VariantFunction:
     return derive(base, f"keras-{own.name}", f"{own.name} as its source computes it, in Keras", **changes)
 
 
-VARIANTS: tuple[VariantFunction, ...] = (
-    *(he2015, msra, preact, fattorib, miniplaces, mpmz, convnet),
-    *LADDER_VARIANTS,
-    *map(as_in_keras, LADDER_VARIANTS),
-)
-
-
-def variant_names() -> tuple[str, ...]:
-    """Every name, in the order of `VARIANTS`."""
-    return tuple(_BY_NAME)
-
-
-def find_variant(name: str) -> VariantFunction:
-    """The variant of that name. Raises ValueError where there is none."""
-    if name in _BY_NAME:
-        return _BY_NAME[name]
-    close = difflib.get_close_matches(name, _BY_NAME, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(_BY_NAME)}"
-    raise ValueError(f"unknown variant {name!r}: {hint}")
-
-
-_BY_NAME = {function(default_depth(function)).name: function for function in VARIANTS}
+for _name in tuple(VARIANTS)[tuple(VARIANTS).index("xresnet") :]:
+    as_in_keras(VARIANTS[_name])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.models.layers import EndPadded, activation, conv1x1, conv3x3, he_init
-from harness.models.variants import Network, check_depth
+from harness.models.variants import Network, layers_per_block
 
 
 class XResNet(nn.Module):
@@ -19,9 +19,7 @@ class XResNet(nn.Module):
     def __init__(self, network: Network, num_classes: int) -> None:
         super().__init__()
         bottleneck = network.block == "bottleneck"
-        per_block = 3 if bottleneck else 2
-        check_depth(network.depth, multiple=3 * per_block)
-        blocks = (network.depth - 2) // (3 * per_block)
+        blocks = (network.depth - 2) // layers_per_block(network)
         base = 64 if bottleneck else 16
 
         in_width = network.stem_width or base
@@ -59,11 +57,7 @@ class XBlock(nn.Module):
         if network.block == "bottleneck":
             groups = network.cardinality
             middle = groups * network.group_width * width // 64
-            convs = [
-                conv1x1(in_width, middle),
-                conv(middle, middle, stride, groups),
-                conv1x1(middle, width),
-            ]
+            convs = [conv1x1(in_width, middle), conv(middle, middle, stride, groups), conv1x1(middle, width)]
         else:
             convs = [conv(in_width, width, stride), conv3x3(width, width)]
         self.activation = activation(in_width, network.batch_norm_eps, network.activation)

@@ -46,3 +46,9 @@ def _undisturbed() -> None:
     from harness.training import host
 
     host.WAIT_SHARE = 2.0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_flush() -> None:
+    """No file of a test needs to outlast a power cut."""
+    os.fsync = lambda _: None  # type: ignore[assignment]

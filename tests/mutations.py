@@ -104,7 +104,7 @@ DEFECTS = (
     Defect("TF32 stays on", STEP,
            (('torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"', 'torch.backends.cuda.matmul.allow_tf32 |= precision == "tf32"'),),
            "test_precision_flags.py::test_nothing_is_left_of_the_precision_before"),
-    Defect("a benchmark sets its precision once", "benchmarks/speed.py", (("        set_precision(self.precision)", "        number or set_precision(self.precision)"),),
+    Defect("a benchmark sets its precision once", "benchmarks/speed.py", (("            set_precision(self.precision)", "            self.seconds or set_precision(self.precision)"),),
            "test_precision_flags.py::test_each_way_of_the_speed_benchmark_has_its_own_flags_in_every_round"),
     Defect("a failed rank keeps its graphs while it leaves", SEARCH,
            (("        result = make_failed(error, attempts=1)\n        _clear_frames(error)\n", "        result = make_failed(error, attempts=1)\n"),),

@@ -18,7 +18,7 @@ from harness import cli, plan
 from harness.commands import run
 from harness.commands.repro import make_command, make_repro
 from harness.commands.run import RunOptions
-from harness.models.variants import variant_names
+from harness.models.variants import VARIANTS
 from harness.resources import allocate, fill_from_specs
 from harness.results.store import Stored, fail, finish
 from harness.results.values import Failure
@@ -145,7 +145,7 @@ REPEATED: list[dict[str, Any]] = [
     {"variants": ("he2015",), "depths": (110,)},
     *(
         {"variants": (name,), "depths": (), "engine": engine}
-        for name in variant_names()
+        for name in tuple(VARIANTS)
         for engine in plan.ENGINES
     ),
 ]

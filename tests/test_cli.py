@@ -356,7 +356,7 @@ def test_a_broken_record_is_named_and_the_rest_reported(tmp_path: Path, capsys: 
 def test_help_is_quick() -> None:
     best = 9.0
     for _ in range(5):
-        began = time.perf_counter()
+        before = os.times()
         subprocess.run([sys.executable, "-m", "harness.cli", "--help"], cwd=ROOT, check=True, capture_output=True)
-        best = min(best, time.perf_counter() - began)
-    assert best < 1.0  # 0.2 s on an idle machine; benchmarks/report.py measures it
+        best = min(best, sum(os.times()[2:4]) - sum(before[2:4]))  # of a core, whatever else the machine does
+    assert best < 1.0  # 0.2 s; benchmarks/report.py measures it

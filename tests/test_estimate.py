@@ -18,15 +18,7 @@ import harness.commands.probe
 import harness.training.train
 from harness import cli, plan
 from harness.cluster.job import Failed, Worker
-from harness.commands.probe import (
-    Cell,
-    all_seconds,
-    count_cells,
-    extrapolate,
-    predict,
-    print_estimate,
-    total_joules,
-)
+from harness.commands.probe import all_seconds, count_cells, predict, print_estimate
 from harness.loaders.datasets import load_dataset
 from harness.results.store import load_predictions, load_records
 from harness.results.values import Measurement, Memory, Prediction
@@ -64,13 +56,6 @@ def make_prediction(spec: RunSpec, seconds: float, joules: Measurement = NONE) -
     )  # fmt: skip
 
 
-def test_an_epoch_is_extrapolated_at_the_pace_of_its_later_steps() -> None:
-    # 30 steps in 3.5 s, of which the last 25 took 2.5: 100 ms each; 361 more of them
-    assert extrapolate(3.5, 2.5, steps=30, of=391) == pytest.approx(3.5 + 36.1)
-    assert extrapolate(3.5, 2.5, steps=30, of=30) == 3.5  # a whole epoch is what it took
-    assert extrapolate(0.4, 99.0, steps=4, of=4) == 0.4
-
-
 def test_a_run_is_set_up_epochs_and_evaluations() -> None:
     prediction = make_prediction(make_specs()[0], 100.0, Measurement(value=4000.0))
     assert prediction.run_seconds == 10 + 2.5 * 100 + 3 * 1
@@ -89,30 +74,31 @@ def test_seeds_share_a_cell_and_runs_wait_for_a_slot() -> None:
     assert all_seconds(todo[1:], {}, 1) == 0
 
 
-def test_the_sums_of_a_sweep(capsys: Any) -> None:
+def test_the_sums_of_a_grid(capsys: Any) -> None:
     todo = make_specs()
     shallow, deep = count_cells(todo)
-    one = Cell(shallow, 3, make_prediction(shallow, 720.0, Measurement(value=4000.0)))
-    two = Cell(deep, 3, make_prediction(deep, 1434.8, Measurement(value=8000.0)))
-    assert one.gpu_hours == pytest.approx(3 * 2 * 1813 / 3600)
-    assert total_joules([one, two]).value == 3 * 2.5 * 12_000
-    failed = Failed(exception="OutOfMemoryError", message="CUDA out of memory", traceback="", died=False)
-    assert total_joules([one, Cell(deep, 3, failed)]).value is None
-    assert Cell(replace(shallow, device="cpu"), 3, one.outcome).gpu_hours is None
-
+    one = make_prediction(shallow, 720.0, Measurement(value=4000.0))
+    two = make_prediction(deep, 1434.8, Measurement(value=8000.0))
     console = Console(width=200)
-    print_estimate([one, two], todo, 2, console)
+    print_estimate([(shallow, one), (deep, two)], todo, 2, console)
     text = capsys.readouterr().out
-    # 1813 and 3600 s in turn, on two concurrent_runs: 1813 + 1813 + 1813 + 3600 beside 3600 + 3600
+    # 1813 and 3600 s in turn, on two concurrent_runs: 1813 + 1813 + 1813 + 3600 beside 3600 + 3600; 2 GPUs each
     assert "in all 6 runs, 2 at a time: 2 h 31 min, 9.02 GPU-hours, 90.0 kJ" in text
+    assert "3   3.02  1,234  2,000  900  30.0" in text
     assert "1,234" in text
     assert "NVML cannot be had: no GPU was used" in text
 
-    print_estimate([one, Cell(deep, 3, failed)], todo, 2, console)
+    failed = Failed(exception="OutOfMemoryError", message="CUDA out of memory", traceback="", died=False)
+    print_estimate([(shallow, one), (deep, failed)], todo, 2, console)
     text = capsys.readouterr().out
     assert "msra-56 failed, OOM: CUDA out of memory" in text
-    assert "in all 3 runs" in text
-    assert "– kJ" in text
+    assert "in all 3 runs, 2 at a time: 1 h, 3.02 GPU-hours, 30.0 kJ" in text
+    print_estimate([(shallow, make_prediction(shallow, 720.0))], todo, 2, console)
+    assert "– kJ" in capsys.readouterr().out
+
+    on_cpu = [(replace(spec, device="cpu"), outcome) for spec, outcome in ((shallow, one), (deep, two))]
+    print_estimate(on_cpu, [replace(spec, device="cpu") for spec in todo], 2, console)
+    assert "GPU-hours" not in capsys.readouterr().out
 
 
 def test_a_probe_times_steps_and_writes_nothing(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ def test_probabilities_are_averaged_where_they_are_to_be() -> None:
     )
 
 
-@pytest.mark.parametrize("function", VARIANTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", VARIANTS.values(), ids=lambda f: f.__name__)
 def test_every_network_takes_any_scale_from_the_smallest_on(function: Callable[[int], Any]) -> None:
     network = function(default_depth(function)).network  # type: ignore[arg-type]
     smallest = SMALLEST_IMAGE[network.architecture]

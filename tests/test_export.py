@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import sys
 from collections.abc import Iterator
@@ -28,9 +27,8 @@ def make_epochs(seed: int) -> tuple[EpochMetrics, ...]:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runs(tmp_path: Path) -> Path:
     """Two finished runs and one that failed after two epochs."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
     out = tmp_path / "runs"
     for seed in (0, 1):
         record = make_record(seed, 7.0 + seed)

@@ -39,7 +39,7 @@ def smallest(function: VariantFunction) -> Variant:
     raise AssertionError(f"{function.__name__} has no depth")
 
 
-EVERY = {function.__name__: smallest(function) for function in VARIANTS}
+EVERY = {function.__name__: smallest(function) for function in VARIANTS.values()}
 NETWORKS = {variant.network: name for name, variant in reversed(EVERY.items())}  # recipes share them
 every_variant = pytest.mark.parametrize("variant", EVERY.values(), ids=EVERY)
 every_network = pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +16,7 @@ from harness.spec import UserError
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+def runs(tmp_path: Path) -> Path:
     for depth in (20, 32):
         for seed in (0, 1):
             record = make_record(seed, 8.0 + seed - depth / 100, depths=(depth,), settings=("lr=0.05",))

@@ -37,11 +37,12 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
     first = worker.attempt if spec.get("further") else 0
     for epoch in range(first, first + spec["epochs"]):
         report({"epoch": epoch, "rank": worker.rank})
-    if spec.get("raises") and worker.rank == worker.world_size - 1:
-        raise TooBigError("does not fit\nsecond line")
-    if spec.get("dies") and worker.attempt <= spec["dies"] and worker.rank == worker.world_size - 1:
+    last = worker.rank == worker.world_size - 1
+    if worker.attempt <= spec.get("dies", 0) and last:
         time.sleep(0.5)  # let the reports out
         os._exit(1)
+    if spec.get("raises") and worker.attempt > spec.get("dies", 0) and last:
+        raise TooBigError("does not fit\nsecond line")
     if worker.world_size > 1:
         dist.barrier()
     return {"total": total.item(), "attempt": worker.attempt, "threads": worker.threads, "device": worker.device,
@@ -72,8 +73,13 @@ def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
         assert (cluster.cpus, cluster.gpus) == (2, 0)
         specs = [
             {"name": "good", "epochs": 2},
-            {"name": "raises", "epochs": 1, "raises": True},
-            {"name": "dies twice, further on", "epochs": 1, "dies": 2, "further": True},
+            {
+                "name": "dies twice, further on, and raises",
+                "epochs": 1,
+                "dies": 2,
+                "further": True,
+                "raises": True,
+            },
         ]
         outcomes, events = collect(
             launch, specs, make_job(tmp_path / "ray", workers=2, retries=1),
@@ -82,15 +88,14 @@ def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
     finally:
         disconnect()
     assert outcomes["good"] == {"total": 3.0, "attempt": 1, "threads": 1, "device": "cpu", "order": "PCI_BUS_ID"}
-    failed = outcomes["raises"]
+    failed = outcomes["dies twice, further on, and raises"]
     assert isinstance(failed, Failed)
     assert (failed.exception, failed.message, failed.died) == ("TooBigError", "does not fit", False)
-    assert failed.attempts == 1, "an exception would come again: no retry"
+    assert failed.attempts == 3, "two deaths of one retry: it had come further; and an exception would come again"
     assert "second line" in failed.traceback
-    assert outcomes["dies twice, further on"]["attempt"] == 3, "of one retry: it had come further"
     of_good = [e for name, e in events if name == "good"]
     assert of_good == [Started(attempt=1), Entered(), {"epoch": 0, "rank": 0}, {"epoch": 1, "rank": 0}]
-    again = [e for name, e in events if name == "dies twice, further on" and isinstance(e, Started)]
+    again = [e for name, e in events if name != "good" and isinstance(e, Started)]
     assert [e.attempt for e in again] == [1, 2, 3]
     assert "died" in again[1].reason
     assert not (tmp_path / "ray").exists()

@@ -50,11 +50,6 @@ def load(out: Path) -> list[Row]:
     return summarise(loaded.records)
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
 @pytest.fixture
 def rows(tmp_path: Path) -> list[Row]:
     """msra-20: two seeds, whose larger run counts some of it twice; msra-32: not recorded."""

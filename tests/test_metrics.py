@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,8 +43,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Metric:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Stored]:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+def runs(tmp_path: Path) -> list[Stored]:
     for seed, noise in DECIBEL.items():
         record = make_record(seed, 8.0 + seed)
         assert record.result is not None

@@ -54,7 +54,7 @@ def legal_depths(function, count):
     return list(islice(search(), count))
 
 
-EVERY = [(function, depth) for function in VARIANTS for depth in legal_depths(function, 2)]
+EVERY = [(function, depth) for function in VARIANTS.values() for depth in legal_depths(function, 2)]
 EVERY_IDS = [f"{function.__name__}-{depth}" for function, depth in EVERY]
 
 
@@ -119,7 +119,7 @@ def test_forward_and_backward(function, depth):
         assert module(images[:, :, :17, :17]).shape == (4, 7)  # odd at every stage
 
 
-@pytest.mark.parametrize("function", VARIANTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("function", VARIANTS.values(), ids=lambda f: f.__name__)
 def test_the_seed_decides_the_weights(function):
     network = function(legal_depths(function, 1)[0]).network
 

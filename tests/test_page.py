@@ -84,12 +84,6 @@ def make_run(
     )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These runs need not outlast a power cut."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
 @pytest.fixture
 def rows(tmp_path: Path) -> list[Row]:
     """Two depths, two loaders, three seeds; one run failed, one was interrupted."""

@@ -6,19 +6,18 @@ torch has two ways to say TF32, and whoever mixes them makes every reader raise,
 from __future__ import annotations
 
 import inspect
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 from unittest import mock
 
 import pytest
-from rich.console import Console
 
 from harness.spec import Precision
 
@@ -232,6 +231,7 @@ def test_the_compiler_reads_the_flags_in_every_precision() -> None:
 
 def test_each_way_of_the_speed_benchmark_has_its_own_flags_in_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import rounds
     import speed
     import torch
 
@@ -243,8 +243,9 @@ def test_each_way_of_the_speed_benchmark_has_its_own_flags_in_every_round(monkey
             yield 1.0
 
     ways = [speed.Way(name, 20, "eager", name, "resident", epochs(name)) for name in seen]
+    turn = partial(speed.Way.take_turn, epochs=2, gpu=speed.open_device(torch.device("cpu")))
     try:
-        speed.take_turns(ways, rounds=3, epochs=6, device=torch.device("cpu"), console=Console(file=io.StringIO()))
+        rounds.take_turns({way.title: partial(turn, way) for way in ways}, 3)
     finally:
         speed.set_precision("fp32")
     assert seen == {"tf32": {True}, "fp32": {False}}
@@ -256,6 +257,8 @@ if __name__ == "__main__":
         compile_all()
         print(json.dumps("compiled"))
     else:
+        import harness.training.step  # noqa: F401  # once, not in each of the forked processes
+
         orders = [(last,) for last in PRECISIONS]
         orders += [(first, last) for first in PRECISIONS for last in PRECISIONS]
         orders += [(*ROUND, last) for last in PRECISIONS]

@@ -23,7 +23,7 @@ SECOND_DEPTH = {"miniplaces": 50, "mpmz": 18, "convnet": 8}
 
 def cases() -> list[Any]:
     found = []
-    for function in VARIANTS:
+    for function in VARIANTS.values():
         first = default_depth(function)
         name = function(first).name
         second = SECOND_DEPTH.get(name, first + (12 if first == 20 else 9))

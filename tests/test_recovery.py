@@ -169,7 +169,7 @@ def test_killed_at_a_random_moment_the_same_command_ends_as_if_nothing_had_been(
     chance = random.Random(0)
     point = (chance.randrange(1, whole.epochs), chance.uniform(0, 0.3))
     outcome, reading = chaos.try_once(killed, "group", point, chance)
-    assert outcome.equals(reference), (point, reading)
+    assert outcome.content == reference.content, (point, reading)
     (stored,) = load_records([tmp_path / "killed"]).records
     assert [attempt["reason"] for attempt in stored.record.environment["attempts"]] == [
         "",
@@ -203,7 +203,7 @@ def make_job(storage: Path, **options: Any) -> Allocation:
 
 def kill_controller() -> int:
     """SIGKILL to Ray Train's controller, the process between this one and its workers. How many there were."""
-    ours = load_chaos().descendants(os.getpid(), b"TrainController")
+    ours = load_chaos().descendants(os.getpid(), "TrainController")
     for pid in ours:
         os.kill(pid, signal.SIGKILL)
     return len(ours)
@@ -253,7 +253,7 @@ def test_a_dead_controller_leaves_its_room_to_the_next_attempt(one_cpu: Cluster,
 
 def samplers() -> list[int]:
     """The processes that measure a node."""
-    return load_chaos().descendants(os.getpid(), b"NodeSampler")
+    return load_chaos().descendants(os.getpid(), "NodeSampler")
 
 
 def listening_addresses(pids: set[int]) -> set[str]:
@@ -288,7 +288,7 @@ def test_a_cluster_of_this_machine_listens_on_loopback_alone(one_cpu: Cluster, t
     runs = launch(look_at_sockets, [{}], make_job(tmp_path), progress=lambda *_: None)
     ((_, of_rank),) = list(runs)
     assert of_rank == {"0100007F"}, "where its ranks find each other"
-    found = listening_addresses(set(load_chaos().descendants(os.getpid(), b"")))
+    found = listening_addresses(set(load_chaos().descendants(os.getpid(), "")))
     assert found, "a cluster that listens nowhere?"
     assert found <= {"0100007F", "0000000000000000FFFF00000100007F"}
 

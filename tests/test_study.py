@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,11 @@ def steps_of(options: argparse.Namespace) -> list[study.Step]:
     return [step for name in study.PARTS for step in study.make_steps(name, options)]
 
 
+def run_study(*words: object, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["study.py", *map(str, words)])
+    return study.main()
+
+
 # --- the plan ---
 
 
@@ -45,12 +48,12 @@ def test_every_command_is_one_that_the_harness_takes(tiny: bool) -> None:
     )
     for step in steps_of(options_of(tiny=tiny)):
         assert not step.missing
-        if step.words[0] != "harness":
+        if step.kind == "peers":
             continue
-        command = app.commands[step.words[1]]  # type: ignore[attr-defined]
-        given = command.make_context(step.words[1], list(step.words[2:])).params
+        command = app.commands[step.kind]  # type: ignore[attr-defined]
+        given = command.make_context(step.kind, list(step.words)).params
         assert given["gpus" if "gpus" in given else "dataset"] is not None
-        if step.words[1] != "run":
+        if step.kind != "run":
             continue
         sweep = plan.Grid(
             variants=plan.parse_words(given["variants"], "--variants"),
@@ -66,109 +69,53 @@ def test_every_command_is_one_that_the_harness_takes(tiny: bool) -> None:
         assert len({spec.key for spec in specs}) == len(specs)
 
 
-def test_steps_have_names_of_their_own_whatever_the_folders() -> None:
-    steps = steps_of(options_of())
-    elsewhere = steps_of(options_of(out=Path("other"), data_dir=Path("there")))
-    assert len({step.identity for step in steps}) == len(steps)
-    assert [step.identity for step in steps] == [step.identity for step in elsewhere]
-
-
 def test_what_is_missing_is_named_and_everything_else_is_run() -> None:
     bare = options_of(data_dir=None, places_dir=None, peer=[], tiny=True)
-    missing = {step.part for step in steps_of(bare) if step.missing}
-    assert missing == {"cifar2", "places", "peers"}
+    assert {step.missing for step in steps_of(bare)} == {"", "--data-dir", "--places-dir", "--peer"}
     assert all("digits" in step.words for step in steps_of(bare) if not step.missing)
 
 
-def test_the_last_of_an_option_wins_and_settings_add_up() -> None:
-    words = ["--depths", "20", "--set", "lr=1", "--depths", "8", "--set", "pad=0", "--val", "5"]
-    assert study.last_wins(words) == ["--set", "lr=1", "--depths", "8", "--set", "pad=0", "--val", "5"]
-
-
 @pytest.mark.parametrize("option", ["--until=soon", "--until=", "--parts=table,9", "--data-dir=nowhere"])
-def test_a_mistake_is_one_line_and_exit_code_2(option: str, tmp_path: Path, capsys: Any) -> None:
-    with pytest.raises(SystemExit) as stop:
-        study.main(["--tiny", f"--out={tmp_path}", option])
-    assert stop.value.code == 2
-    assert "Traceback" not in capsys.readouterr().err
+def test_a_mistake_is_one_line_and_exit_code_2(option: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    assert run_study("--tiny", f"--out={tmp_path}", option, monkeypatch=monkeypatch) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
-# --- how it goes on ---
+# --- how it continues ---
 
 
-def test_the_log_decides_what_is_run_again(tmp_path: Path) -> None:
-    step, other = study.make_steps("table", options_of())
-
-    def log(*codes: int) -> list[dict[str, Any]]:
-        with (tmp_path / "log.jsonl").open("a") as file:
-            for code in codes:
-                file.write(json.dumps({"step": step.identity, "exit_code": code}) + "\n")
-        return study.load_log(tmp_path)
-
-    assert study.state_of(step, log()) == "to do"
-    assert study.state_of(step, log(130)) == "stopped"
-    assert study.state_of(step, log(1)) == "failed with exit code 1"
-    assert study.state_of(step, log(0)) == "done"
-    assert study.state_of(other, log()) == "to do"
-    with (tmp_path / "log.jsonl").open("a") as file:
-        file.write('{"step": "1 ru')  # killed while it wrote
-    assert study.state_of(step, study.load_log(tmp_path)) == "done"
-
-
-def test_a_search_goes_on_by_its_name(tmp_path: Path) -> None:
+def test_a_search_continues_by_its_name(tmp_path: Path) -> None:
     options = options_of(out=tmp_path)
     (fresh,) = study.make_steps("search", options)
     assert "--samples" in fresh.words
     (tmp_path / "search" / "tune" / "msra-20_x").mkdir(parents=True)
+    (tmp_path / "search" / "tune" / "msra-20_x" / "sweep.json").touch()
     (again,) = study.make_steps("search", options)
-    assert again.words == ("harness", "tune", "--resume", "msra-20_x", "--out", str(tmp_path / "search"))
-    assert again.identity == fresh.identity
-
-
-def test_at_the_deadline_a_command_is_stopped_as_by_ctrl_c(tmp_path: Path) -> None:
-    script = tmp_path / "slow.py"
-    script.write_text(
-        textwrap.dedent("""
-        import pathlib, time
-        try:
-            pathlib.Path(__file__).with_name("begun").touch()
-            time.sleep(60)
-        except KeyboardInterrupt:
-            pathlib.Path(__file__).with_name("stored").touch()
-    """)
-    )
-    began = time.monotonic()
-    assert study.run_step(study.Step("table", "slow", ("python", str(script))), 2.0) == 130
-    assert (tmp_path / "begun").exists()
-    assert (tmp_path / "stored").exists()
-    assert time.monotonic() - began < 20
+    assert again.words == ["--resume", "msra-20_x", "--out", str(tmp_path / "search")]
 
 
 def test_a_part_for_real_and_again(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
-    small = "run --variants msra --depths 8 --seeds 2 | --limit-train 64 --epochs 1"
-    other = study.Part(question="Is it skipped?", commands=("eval {places}",))
-    monkeypatch.setattr(
-        study, "PARTS", {"table": study.Part(question="Does it run?", commands=(small,)), "other": other}
-    )
+    small = "run --variants msra --depths 8 --seeds {seeds} | --limit-train 64 --epochs 1"
+    parts = {
+        "table": {"question": "Does it run?", "commands": [small], "each": {"seeds": [1, 2]}},
+        "other": {"question": "Is it skipped?", "commands": ["eval --data-dir {places} |"]},
+    }
+    monkeypatch.setattr(study, "PARTS", parts)
     out = tmp_path / "out"
-    words = ["--tiny", "--launcher", "local", "--out", str(out)]
-    assert study.main([*words, "--until", "10s"]) == 130  # too little time to begin
-    assert study.load_log(out) == []
-    assert study.main(words) == 0
-    assert [entry["exit_code"] for entry in study.load_log(out)] == [0]
+    words = ["--tiny", "--launcher", "local", "--out", out]
+    assert run_study(*words, "--until", "10s", monkeypatch=monkeypatch) == 130  # too little time to begin
+    assert not list(out.glob("table/*"))
+    assert run_study(*words, monkeypatch=monkeypatch) == 0
     assert len(list(out.glob("table/*/record.json"))) == 2
     text = (out / "findings.md").read_text()
     assert "## Does it run?\n\ndigits" in text
     assert "| msra" in text
-    assert "no --places-dir" in text
+    assert "# no --places-dir" in text
     assert "(curves/table/" in text
     assert (out / "report.html").exists()
     capfd.readouterr()
-    monkeypatch.setattr(study, "write_findings", lambda _: None)
-    assert study.main(words) == 0
-    assert len(study.load_log(out)) == 1
-    assert study.main([*words, "--dry-run"]) == 0
-    assert "[done] harness run" in capfd.readouterr().out
+    assert run_study(*words, "--dry-run", monkeypatch=monkeypatch) == 0
+    assert "harness run --dataset digits" in capfd.readouterr().out
 
 
 # --- peers ---
@@ -203,11 +150,12 @@ def test_a_peer_trains_an_epoch_when_it_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "trainer.py").write_text(textwrap.dedent(FAKE))
     rng = np.random.default_rng(0)
     split = Split(rng.integers(0, 255, (10, 32, 32, 3), dtype=np.uint8), np.arange(10))
-    peers.write_cifar10(tmp_path / "data", split, split, tuple("abcdefghij"))
+    (tmp_path / "data").mkdir()
+    peers.write_images(tmp_path / "data", split, split, tuple("abcdefghij"))
     peer = peers.load_peer(tmp_path)
-    assert (peer.name, peer.commit) == ("akamaster", None)
+    assert peer == ("akamaster", tmp_path, "")
     epochs = peer.epochs(20, tmp_path / "data", "cpu", 4)
-    assert [next(epochs).error for _ in range(3)] == [50.0] * 3  # 100 - (40 + its ten images)
+    assert [next(epochs)["error"] for _ in range(3)] == [50.0] * 3  # 100 - (40 + its ten images)
     with pytest.raises(peers.PeerError, match=r"ended in epoch 4(.|\n)*theirs broke"):
         next(epochs)
 

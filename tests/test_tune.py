@@ -140,11 +140,6 @@ def propose_all(path: Path, dimensions: Any, algorithm: str, count: int, seed: i
     return sweep.trials
 
 
-@pytest.fixture(autouse=True)
-def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.fsync", lambda _: None)  # these journals need not outlast a power cut
-
-
 def test_random_proposals_fill_the_space_once(tmp_path: Path) -> None:
     drawn = [t.fields["lr"] for t in propose_all(tmp_path, [LR], "random", 300)]
     assert len(set(drawn)) == 300

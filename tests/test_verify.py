@@ -17,9 +17,8 @@ Json = dict[str, Any]
 
 
 @pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def runs(tmp_path: Path) -> Path:
     """Three stored runs, stored again with hashes and weights."""
-    monkeypatch.setattr("os.fsync", lambda _: None)
     out = tmp_path / "runs"
     for stored in load_records(sorted(SAMPLE.glob("digits_msra-8_*"))[:3]).records:
         result = stored.record.result

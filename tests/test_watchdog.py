@@ -42,30 +42,36 @@ def _rank(rank: int, port: int, stops: int, parent: Connection) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("stops", [0, 1])
-def test_a_stopped_rank_is_named(stops: int) -> None:
-    """Rank 0 holds the group's store, rank 1 does not."""
+def test_a_stopped_rank_is_named() -> None:
+    """Rank 0 holds the group's store, rank 1 does not: two groups at the same time, and each loses one of them."""
     context = mp.get_context("spawn")
-    port, pipes = _port(), [context.Pipe(duplex=False) for _ in (0, 1)]
-    ranks = [context.Process(target=_rank, args=(rank, port, stops, pipes[rank][1])) for rank in (0, 1)]
-    for rank in ranks:
-        rank.start()
-    stopped, pid = pipes[stops][0], ranks[stops].pid
-    assert pid is not None
-    try:
-        assert stopped.poll(120)
-        assert stopped.recv() == "stop me"
-        os.kill(pid, signal.SIGSTOP)
-        assert pipes[1 - stops][0].poll(20 * STALL_SECONDS)
-        answer = pipes[1 - stops][0].recv()
-    finally:
+    groups = []
+    for stops in (0, 1):
+        port, pipes = _port(), [context.Pipe(duplex=False) for _ in (0, 1)]
+        ranks = [context.Process(target=_rank, args=(rank, port, stops, pipes[rank][1])) for rank in (0, 1)]
         for rank in ranks:
-            rank.kill()
-            rank.join()
-    assert answer.startswith(f"RankStalledError: rank {stops} on {os.uname().nodename} gives no sign of life"), (
-        answer
-    )
-    assert f"rank {1 - stops} has waited" in answer
+            rank.start()
+        groups.append((ranks, pipes))
+    answers = []
+    try:
+        for stops, (ranks, pipes) in enumerate(groups):
+            stopped, pid = pipes[stops][0], ranks[stops].pid
+            assert pid is not None
+            assert stopped.poll(120)
+            assert stopped.recv() == "stop me"
+            os.kill(pid, signal.SIGSTOP)
+        for stops, (_, pipes) in enumerate(groups):
+            assert pipes[1 - stops][0].poll(20 * STALL_SECONDS)
+            answers.append(pipes[1 - stops][0].recv())
+    finally:
+        for ranks, _ in groups:
+            for rank in ranks:
+                rank.kill()
+                rank.join()
+    for stops, answer in enumerate(answers):
+        named = f"RankStalledError: rank {stops} on {os.uname().nodename} gives no sign of life"
+        assert answer.startswith(named), answer
+        assert f"rank {1 - stops} has waited" in answer
 
 
 class Event:

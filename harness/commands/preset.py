@@ -29,7 +29,7 @@ def make_preset_table(name: str, rows: Sequence[Row]) -> PresetTable:
     except ValueError as error:
         raise UserError(f"--preset: {error}") from None
     mine = select_rows(rows, preset)
-    return PresetTable(mine, preset.columns, *judge_rows(mine, preset))
+    return PresetTable(mine, tuple(preset.columns), *judge_rows(mine, preset))
 
 
 def select_rows(rows: Sequence[Row], preset: Preset) -> list[Row]:

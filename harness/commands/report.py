@@ -314,7 +314,7 @@ def print_variants(console: Console) -> None:
     from harness.models.build import build, count_flops, count_parameters
     from harness.models.variants import VARIANTS, default_depth
 
-    variants = [function(default_depth(function)) for function in VARIANTS]
+    variants = [function(default_depth(function)) for function in VARIANTS.values()]
     width = max(len(variant.name) for variant in variants) + 2
     for variant in variants:
         classes, side = (100, 112) if variant.network.architecture == "imagenet" else (10, 32)

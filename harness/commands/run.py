@@ -182,7 +182,7 @@ def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpe
 
         if todo:
             prepared.check_nodes()
-        failed = (probe.estimate if options.estimate else probe.profile)(todo, prepared.session, console)
+        failed = probe.probe("estimate" if options.estimate else "profile", todo, prepared.session, console)
         if options.estimate:
             recorder.push(push_run, recorder.paths.out / ESTIMATES)
     if prepared.goal is not None and not options.profile:
