@@ -3,7 +3,7 @@
 # folder of their own. The shipped cluster/slurm.sh, unchanged, trains 2-way DDP over both: undisturbed; ended by its time
 # limit and requeued by itself; cancelled and submitted again; on a node where Ray cannot start. Prints how each job ended
 # and whether the losses are those of the undisturbed one. Needs root, and Debian's slurm-wlm and munge:
-#   sudo benchmarks/slurm.sh [FOLDER FOR RESULTS]
+#   sudo benchmarks/slurm.sh [FOLDER FOR RESULTS [JSON FILE]]
 set -euo pipefail
 
 if [[ $EUID -ne 0 ]]; then
@@ -98,11 +98,11 @@ left() { # how many processes of Ray or harness the nodes still have
 row() { # WHAT JOB FOLDER
     local equal=no
     if [[ "$(losses "$3")" == "$(losses whole)" ]]; then equal=yes; fi
-    printf '{"what": "%s", "state": "%s", "exit_code": "%s", "restarts": %s, "equal": "%s", "processes_left": %s}\n' \
-        "$1" "$(field "$2" JobState)" "$(field "$2" ExitCode)" "$(field "$2" Restarts)" "$equal" "$(left)" |
-        tee -a "$out/slurm.jsonl"
+    printf '{"what happened": "%s", "job": "%s", "requeued": %s, "losses as undisturbed": "%s", "processes left": %s}\n' \
+        "$1" "$(field "$2" JobState)" "$(field "$2" Restarts)" "$equal" "$(left)" | tee -a "$out/slurm.jsonl"
 }
 
+rm -f "$out/slurm.jsonl"
 trap cleanup EXIT
 cat > "$state/hosts" << HOSTS
 127.0.0.1 localhost
@@ -179,4 +179,5 @@ nsenter --target "$(node_pid n2)" --mount mount -o remount,ro /tmp/ray
 job="$(submit untrained)"
 wait_job "$job"
 row "Ray cannot start on one node" "$job" untrained
+python benchmarks/multinode.py --lines "$out/slurm.jsonl" ${2:+--json "$2"}
 echo "logs and results: $out"
