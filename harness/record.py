@@ -136,7 +136,7 @@ class Recorder:
 
     def find_finished(self, specs: Iterable[RunSpec]) -> dict[str, RunResult]:
         """Read which of these runs are stored as finished; all results known by now, by key."""
-        keys = {store.finished_dir(self.paths.out, name_of(spec, self.paths.label)): spec.key for spec in specs}
+        keys = {self.paths.out / name_of(spec, self.paths.label): spec.key for spec in specs}
         folders = [folder for folder, key in keys.items() if key not in self.finished and folder.is_dir()]
         for stored in store.load_records(folders).records:
             if stored.record.key == keys[stored.folder] and stored.record.result is not None:

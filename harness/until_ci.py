@@ -18,7 +18,7 @@ from harness.record import Recorder, name_of
 from harness.results.published import find_published
 from harness.results.rows import summarise
 from harness.results.statistics import PRIOR_FREEDOM, estimate_mean, mean, prior_std, smallest, t_quantile
-from harness.results.store import finished_dir, load_records
+from harness.results.store import load_records
 from harness.spec import RunSpec, UserError
 
 if TYPE_CHECKING:
@@ -106,11 +106,7 @@ def known_errors(recorder: Recorder, specs: Sequence[RunSpec]) -> dict[RunSpec, 
     by_key = {spec.key: replace(spec, seed=0) for spec in specs}
     known = {replace(spec, seed=0): Known(failed=spec.key not in finished) for spec in specs}
     failed = {replace(spec, seed=0) for spec in specs if spec.key not in finished}
-    folders = [
-        finished_dir(recorder.paths.out, name_of(spec, recorder.paths.label))
-        for spec in specs
-        if spec.key in finished
-    ]
+    folders = [recorder.paths.out / name_of(spec, recorder.paths.label) for spec in specs if spec.key in finished]
     rows = summarise(load_records(folders, recorder.known).records)
     for row in sorted(rows, key=lambda row: max(run.record.finished_at for run in row.done)):
         test = row.evaluated_on == "val"

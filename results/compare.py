@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal, NamedTuple
 
 from harness.results.metrics import METRICS, NONE, Metric, suggest
-from harness.results.rows import Row, flatten_spec, setting
+from harness.results.rows import Row, flatten_spec
 from harness.results.statistics import (
     LEVEL,
     Estimate,
@@ -29,6 +29,7 @@ from harness.results.statistics import (
     t_quantile,
 )
 from harness.results.store import Stored
+from harness.results.values import setting
 
 Verdict = Literal["equivalent", "different", "cannot tell"]
 IDENTITY = ("variant", "network.depth", "dataset")

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from harness.results.values import Record, RunResult
+from harness.results.values import Record, RunResult, flatten, setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +26,8 @@ class Rule:
     words: str = ""  # split, note: its name in tables; figure: where it stands; ignored: why it cannot mislead
 
 
-def _load_rules() -> tuple[Rule, ...]:
-    text = Path(__file__).with_name("rules.toml").read_text(encoding="utf-8")
-    return tuple(Rule(path, *rule) for path, rule in tomllib.loads(text).items())
-
-
-RULES = _load_rules()
+_TEXT = Path(__file__).with_name("rules.toml").read_text(encoding="utf-8")
+RULES = tuple(Rule(path, *rule) for path, rule in tomllib.loads(_TEXT).items())
 
 
 @cache
@@ -41,8 +37,7 @@ def find_rule(path: str) -> Rule | None:
 
 
 def _torch(record: Record, result: RunResult) -> str | None:
-    versions = record.environment.get("versions")
-    known = result.machine.get("torch") or (versions.get("torch") if isinstance(versions, dict) else None)
+    known = result.machine.get("torch") or setting(record.environment, "versions.torch")
     return known if isinstance(known, str) else None
 
 
@@ -61,47 +56,33 @@ SPLIT: dict[str, Callable[[Record, RunResult], str | None]] = {
 }
 """What splits rows beside the spec. None: the row lacks the field."""
 
-Surroundings = tuple[tuple[str, str], ...]
 
-
-def surroundings(record: Record, result: RunResult) -> Surroundings:
-    """What splits rows without being part of the spec, by name."""
+def surroundings(record: Record) -> tuple[tuple[str, str], ...]:
+    """What splits rows without being part of the spec, by name; empty without a result."""
+    if (result := record.result) is None:
+        return ()
     named = [(name, read(record, result)) for name, read in SPLIT.items()]
     return tuple((name, value) for name, value in named if value is not None)
 
 
 def code_of(record: Record) -> str | None:
     """The code that trained a run: the hash of the package, or of an early record the commit."""
-    known = record.environment.get("code")
-    if isinstance(known, str):
-        return known
-    commit, dirty = record.environment.get("commit"), record.environment.get("dirty")
+    code, commit, dirty = (record.environment.get(name) for name in ("code", "commit", "dirty"))
+    if isinstance(code, str):
+        return code
     return None if commit is None else f"commit {str(commit)[:7]}{' with changes' if dirty else ''}"
 
 
 def conditions(record: Record) -> Iterator[tuple[str, str]]:
     """Everything that is noted, by name, unless it is not known."""
-    result, environment = record.result, record.environment
-    places: list[tuple[str, Mapping[str, object]]] = [("environment.", environment)]
-    nested = ((f"environment.{name}.", environment.get(name)) for name in ("versions", "check"))
-    places += [(prefix, values) for prefix, values in nested if isinstance(values, dict)]
-    if result is not None:
-        places += [("result.machine.", result.machine), ("result.", {n: getattr(result, n) for n in _RESULT})]
-    for prefix, values in places:
-        for name, value in values.items():
-            if value is not None and not isinstance(value, dict) and (noted := _note_name(prefix, name)):
-                yield noted, str(value)
-
-
-_RESULT = [
-    name for name in RunResult.model_fields if (rule := find_rule(f"result.{name}")) and rule.treatment == "note"
-]
-
-
-@cache
-def _note_name(prefix: str, name: str) -> str | None:
-    rule = find_rule(prefix + name)
-    return (rule.words or name) if rule and rule.treatment == "note" else None
+    leaves = [*flatten(record.environment, "environment.")]
+    if (result := record.result) is not None:
+        leaves += flatten(result.machine, "result.machine.")
+        leaves += [(f"result.{name}", value) for name, value in result]
+    for path, value in leaves:
+        rule = find_rule(path)
+        if value is not None and rule and rule.treatment == "note":
+            yield rule.words or path.rpartition(".")[2], str(value)
 
 
 @cache

@@ -7,19 +7,18 @@ they differ in. What is only noted is in `Row.conditions`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from harness.results.identity import SPLIT, Surroundings, conditions, surroundings
+from harness.results.identity import SPLIT, conditions, surroundings
 from harness.results.metrics import METRICS, NONE, UNKNOWN, Figure
 from harness.results.published import Published, find_published
 from harness.results.statistics import Sample, mean
 from harness.results.store import Interrupted, Stored, collector_paused
-from harness.results.values import Prediction, RunResult, Timing, flatten
+from harness.results.values import Prediction, RunResult, Timing, flatten, setting
 from harness.results.verdict import MIN_SEEDS, Against, adjust, compare
 
 
@@ -41,7 +40,7 @@ class Row:
     averaged_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # field -> its values, by --across
     conditions: Mapping[str, Mapping[str, int]] = field(
         default_factory=dict
-    )  # what is noted: its values, in how many runs
+    )  # noted: its values, in how many runs
 
     done: tuple[Stored, ...]  # one per seed
     failed: tuple[Stored, ...]
@@ -120,14 +119,6 @@ class Row:
         return [value for result in results if (value := METRICS[name].value(result)) is not None]
 
 
-def setting(spec: Mapping[str, Any], path: str, *kinds: type) -> Any:
-    """A value of a spec, "recipe.lr"; None where it is missing or not of these types, as nothing has checked it."""
-    value: Any = spec
-    for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return value if isinstance(value, kinds) else None
-
-
 @collector_paused()
 def summarise(
     records: Iterable[Stored],
@@ -140,20 +131,16 @@ def summarise(
     `across` names fields (of `Row.fields`: "workers", "recipe.lr") whose values may be averaged together; the table
     then says so in a footnote. Raises ValueError for a field that no run has.
     """
-    groups = _Groups(across)
-    without_result = []
-    for stored in records:
-        if stored.record.result is None:
-            without_result.append(stored)
-        else:
-            groups.find(stored.record.spec, surroundings(stored.record, stored.record.result)).done.append(stored)
-    for stored in without_result:
-        group = groups.find(stored.record.spec, None)
-        (group.pruned if stored.record.pruned else group.failed).append(stored)
-    for partial in interrupted:
-        groups.find(partial.spec or {"run": partial.name}, None).interrupted.append(partial)
-    rows = _add_predictions([_make_row(group) for group in groups.by_identity.values()], predictions)
-    known = groups.fields.union(*(row.conditions for row in rows))
+    runs = [(stored.record.spec, surroundings(stored.record), stored.record.status, stored) for stored in records]
+    partial = [(run.spec or {"run": run.name}, (), "interrupted", run) for run in interrupted]
+    groups = _group([*runs, *partial], across)
+    by_spec: dict[Fields, list[Prediction]] = defaultdict(list)
+    for prediction in predictions:
+        by_spec[tuple(flatten_spec(prediction.spec).items())].append(prediction)
+    rows = [_make_row(group, by_spec) for group in groups]
+    known = {name for row in rows for name in (*row.fields, *row.conditions)}.union(
+        *(g.averaged_over for g in groups)
+    )
     if unknown := [name for name in across if name not in known]:
         raise ValueError(f"no field {unknown[0]!r} in these runs: they have {', '.join(sorted(known))}")
     rows = [replace(row, against=against) for row, against in zip(rows, adjust([*map(judge, rows)]), strict=True)]
@@ -163,46 +150,38 @@ def summarise(
 
 # --- which runs belong to one row ---
 
+Fields = tuple[tuple[str, str], ...]
+
 
 @dataclass(slots=True)
 class _Group:
+    """The runs of one identity: all fields of the spec but the seed, and the surroundings."""
+
     fields: dict[str, str]
-    done: list[Stored] = field(default_factory=list)
-    failed: list[Stored] = field(default_factory=list)
-    pruned: list[Stored] = field(default_factory=list)
-    interrupted: list[Interrupted] = field(default_factory=list)
+    runs: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))  # by status, or "interrupted"
     averaged_over: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
 
 
-class _Groups:
-    """The runs of each identity: all fields of the spec but the seed, and the surroundings."""
-
-    def __init__(self, across: Sequence[str]) -> None:
-        self.across = across
-        self.fields: set[str] = set()  # of any run
-        self.by_identity: dict[str, _Group] = {}
-        self._by_spec: dict[str, _Group] = {}  # the first group of each spec
-        # runs of other seeds are not flattened again
-        self._seen: dict[tuple[str, Surroundings | None], _Group] = {}
-
-    def find(self, spec: Mapping[str, Any], around: Surroundings | None) -> _Group:
-        """The group of a run; one without a result has no surroundings and joins the runs of its spec."""
-        seen = (repr({name: value for name, value in spec.items() if name != "seed"}), around)
-        if seen in self._seen:
-            return self._seen[seen]
-        own = flatten_spec(spec)
-        every = own | dict(around or ())
-        self.fields |= every.keys()
-        bare = json.dumps({name: value for name, value in own.items() if name not in self.across})
-        kept = {name: value for name, value in every.items() if name not in self.across}
-        known = self._by_spec.get(bare) if around is None else self.by_identity.get(json.dumps(kept))
-        group = known or self.by_identity.setdefault(json.dumps(kept), _Group(kept))
-        self._by_spec.setdefault(bare, group)
-        for name in self.across:
-            if name in every:
-                group.averaged_over[name][every[name]] = None
-        self._seen[seen] = group
-        return group
+def _group(runs: Iterable[tuple[Mapping[str, Any], Fields, str, object]], across: Sequence[str]) -> list[_Group]:
+    """Group runs, each with its spec, surroundings and status. One without a result has no surroundings, and joins the
+    first group of its spec."""
+    alike: dict[tuple[str, Fields], list[Any]] = defaultdict(list)  # flattened once
+    for run in runs:
+        alike[repr({name: value for name, value in run[0].items() if name != "seed"}), run[1]].append(run)
+    groups: dict[Fields, _Group] = {}
+    by_spec: dict[Fields, _Group] = {}
+    for (_, around), members in sorted(alike.items(), key=lambda item: not item[0][1]):
+        own = flatten_spec(members[0][0])
+        every = own | dict(around)
+        kept, spec = (tuple((n, v) for n, v in f.items() if n not in across) for f in (every, own))
+        known = None if around else by_spec.get(spec)
+        group = known or groups.setdefault(kept, _Group(dict(kept)))
+        by_spec.setdefault(spec, group)
+        for name in every.keys() & across:
+            group.averaged_over[name][every[name]] = None
+        for _, _, status, run in members:
+            group.runs[status].append(run)
+    return list(groups.values())
 
 
 def flatten_spec(spec: Mapping[str, Any]) -> dict[str, str]:
@@ -223,30 +202,42 @@ def _word(value: object) -> str:
 # --- a group -> a row ---
 
 
-def _make_row(group: _Group) -> Row:
-    done, repeated = _last_of_each_seed(group.done)
+def _make_row(group: _Group, predictions: Mapping[Fields, Sequence[Prediction]]) -> Row:
+    last = {}  # of each seed: one that was run again is not another sample, but two devices are
+    for run in sorted(group.runs["done"], key=lambda run: run.record.finished_at):
+        last[run.record.seed, run.record.key, surroundings(run.record)] = run
+    done: list[Stored] = [last[key] for key in sorted(last)]
     finished_seeds = {stored.record.seed for stored in done}
+    unfinished = {
+        status: tuple(s for s in group.runs[status] if s.record.seed not in finished_seeds)
+        for status in ("failed", "pruned")
+    }
     results = [stored.record.result for stored in done if stored.record.result is not None]
-    members = [*done, *group.failed, *group.pruned]
+    members = [*done, *group.runs["failed"], *group.runs["pruned"]]
     if members:
         record = members[0].record
         spec, variant, depth, dataset = record.spec, record.variant, record.depth, record.dataset
     else:
-        name, spec = group.interrupted[0].name, group.interrupted[0].spec
-        variant, depth, dataset = name, 0, name.split("_")[0] if spec else NONE
+        name, spec = group.runs["interrupted"][0].name, group.runs["interrupted"][0].spec
+        variant, depth = setting(spec, "variant", str) or name, setting(spec, "network.depth", int) or 0
+        dataset = name.split("_")[0] if spec else NONE
     noted: dict[str, Counter[str]] = defaultdict(Counter)
     for stored in done:
         for name, value in conditions(stored.record):
             noted[name][value] += 1
+    device = results[0].device if results else NONE
+    own = tuple((n, value) for n, value in group.fields.items() if n not in SPLIT or n in spec)
+    on = (device, group.fields.get("threads"))
+    fitting = [p for p in predictions.get(own, ()) if not done or (p.device, str(p.threads)) == on]
+    by_category = (result.memory.by_category_mib for result in results)
+    split = "val" if setting(spec, "recipe.val", int) else "test"
     return Row(
-        variant=setting(spec, "variant", str) or variant,
-        depth=setting(spec, "network.depth", int) or depth,
+        variant=variant,
+        depth=depth,
         dataset=dataset,
         original=bool(members) and all(stored.record.original for stored in members),
-        evaluated_on=results[0].evaluated_on
-        if results
-        else ("val" if setting(spec, "recipe.val", int) else "test"),
-        device=results[0].device if results else NONE,
+        evaluated_on=results[0].evaluated_on if results else split,
+        device=device,
         workers=setting(spec, "workers", int) or 1,
         batch_size=setting(spec, "recipe.batch_size", int) or (results[0].batch_size if results else 0),
         spec=spec,
@@ -254,43 +245,14 @@ def _make_row(group: _Group) -> Row:
         averaged_over={n: tuple(v) for n, v in group.averaged_over.items() if len(v) > 1},
         conditions=noted,
         done=tuple(done),
-        failed=tuple(s for s in group.failed if s.record.seed not in finished_seeds),
-        pruned=tuple(s for s in group.pruned if s.record.seed not in finished_seeds),
-        interrupted=tuple(group.interrupted),
-        repeated=repeated,
+        failed=unfinished["failed"],
+        pruned=unfinished["pruned"],
+        interrupted=tuple(group.runs["interrupted"]),
+        repeated=len(group.runs["done"]) - len(done),
         figures={name: metric.summarise(results) for name, metric in METRICS.items()},
-        by_category_mib=max(
-            (r.memory.by_category_mib for r in results), key=lambda c: sum(c.values()), default={}
-        ),
+        by_category_mib=max(by_category, key=lambda categories: sum(categories.values()), default={}),
+        predicted=fitting[-1] if fitting else None,
     )
-
-
-def _last_of_each_seed(runs: list[Stored]) -> tuple[list[Stored], int]:
-    """The last run of each seed, by seed, and the number of the others: a repeated seed is not another sample."""
-    last: dict[tuple[int, str, Surroundings], Stored] = {}
-    for run in sorted(runs, key=lambda run: run.record.finished_at):
-        if result := run.record.result:  # two devices are two samples, where one row may hold both
-            last[run.record.seed, run.record.key, surroundings(run.record, result)] = run
-    return [last[key] for key in sorted(last)], len(runs) - len(last)
-
-
-def _add_predictions(rows: list[Row], predictions: Iterable[Prediction]) -> list[Row]:
-    """The rows, each with the last prediction for its spec, device and threads."""
-    by_spec: dict[str, list[Prediction]] = defaultdict(list)
-    for prediction in predictions:
-        by_spec[json.dumps(flatten_spec(prediction.spec))].append(prediction)
-    if not by_spec:
-        return rows
-
-    def last(row: Row) -> Prediction | None:
-        own = json.dumps(
-            {name: value for name, value in row.fields.items() if name not in SPLIT or name in row.spec}
-        )
-        on = (row.device, row.fields.get("threads"))
-        fitting = [p for p in by_spec.get(own, ()) if not row.done or (p.device, str(p.threads)) == on]
-        return fitting[-1] if fitting else None
-
-    return [replace(row, predicted=last(row)) for row in rows]
 
 
 def incomparable(row: Row) -> Iterator[tuple[str, str]]:
@@ -363,34 +325,30 @@ def _name_differences(rows: list[Row]) -> list[Row]:
 
     def scope(name: str, row: Row) -> tuple[object, ...]:
         if name.startswith(("recipe.", "network.")):
-            return (row.dataset, row.variant, row.depth, row.fields.get("overrides"))
-        return (row.dataset,) if name == "fingerprint" else ()
-
-    differing: dict[str, set[tuple[object, ...]]] = {}  # field -> the scopes within which it differs
-    for name in dict.fromkeys(name for row in rows for name in row.fields if name not in SHOWN):
-        having = [row for row in rows if name in row.fields]
-        if len({row.fields[name] for row in having}) == 1:  # as most fields are: no scope needs a look
-            continue
-        values: dict[tuple[object, ...], set[str]] = defaultdict(set)
-        for row in having:
-            values[scope(name, row)].add(row.fields[name])
-        differing[name] = {where for where, several in values.items() if len(several) > 1}
+            return (name, row.dataset, row.variant, row.depth, row.fields.get("overrides"))
+        return (name, row.dataset) if name == "fingerprint" else (name,)
 
     def extend(row: Row, names: Iterable[str]) -> Row:
         values = ((name, row.fields.get(name, NONE)) for name in names)
         words = [f"{name}={value if len(value) <= 16 else f'{value[:12]}…'}" for name, value in values]
         return replace(row, differs=(*row.differs, *words)) if words else row
 
-    own = [[n for n in row.fields if n in NAMED or scope(n, row) in differing.get(n, ())] for row in rows]
+    values: dict[tuple[object, ...], set[str]] = defaultdict(set)
+    for row in rows:
+        for name, value in row.fields.items():
+            values[scope(name, row)].add(value)
+    own = [
+        [n for n in row.fields if n in NAMED or (n not in SHOWN and len(values[scope(n, row)]) > 1)]
+        for row in rows
+    ]
     named = [extend(row, names) for row, names in zip(rows, own, strict=True)]
     # a field that only some of them have: widths of an elastic run
     alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for index, row in enumerate(named):
-        looks = (row.dataset, row.device, row.differs, *(row.fields.get(name) for name in SHOWN))
-        alike[looks].append(index)
-    for indices in (several for several in alike.values() if len(several) > 1):
-        names = sorted({name for index in indices for name in named[index].fields})
-        telling = [n for n in names if len({named[index].fields.get(n) for index in indices}) > 1]
-        for index in indices:
-            named[index] = extend(named[index], telling)
+    for i, row in enumerate(named):
+        alike[row.dataset, row.device, row.differs, *(row.fields.get(name) for name in SHOWN)].append(i)
+    for members in alike.values():
+        names = sorted({name for i in members for name in named[i].fields})
+        telling = [name for name in names if len({named[i].fields.get(name) for i in members}) > 1]
+        for i in members:
+            named[i] = extend(named[i], telling)
     return named

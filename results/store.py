@@ -27,15 +27,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from harness.results.values import SCHEMA_VERSION, EpochMetrics, Prediction, Record, Timing
+from harness.results.values import EpochMetrics, Prediction, Record, Timing, setting
 
 RECORD, EPOCHS, SPEC, WEIGHTS = "record.json", "epochs.jsonl", "spec.json", "weights.safetensors"
 HASHES = "hashes.json"  # file name -> SHA-256, for `harness verify`
 PARTIAL, SUPERSEDED, SWEEPS, ESTIMATES = ".partial", ".superseded", "tune", ".estimates"
-
-_EPOCHS = TypeAdapter(list[EpochMetrics])
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +85,6 @@ def partial_dir(out: Path, name: str) -> Path:
     return out / f"{name}{PARTIAL}"
 
 
-def finished_dir(out: Path, name: str) -> Path:
-    return out / name
-
-
 def start(out: Path, name: str, spec: dict[str, Any]) -> Path:
     """Make the partial folder of a run, or reuse an existing one, and write its spec into it.
 
@@ -136,17 +130,12 @@ def load_epochs(folder: Path) -> list[EpochMetrics]:
     except FileNotFoundError:
         return []
     epochs: list[EpochMetrics] = []
-    written = list(filter(None, lines))
-    with suppress(ValidationError):  # parsing all lines at once takes half the time
-        epochs = _EPOCHS.validate_json(b"[" + b",".join(written) + b"]")
-    if len(epochs) != len(written):
-        epochs = []
-        for number, line in enumerate(lines, 1):
-            try:
-                epochs += [EpochMetrics.model_validate_json(line)] if line else []
-            except ValidationError as error:
-                if number < len(lines):  # the last one has no newline after it: the write was cut off
-                    raise ValueError(f"{path} line {number}: {first_error(error)}") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            epochs += [EpochMetrics.model_validate_json(line)] if line else []
+        except ValidationError as error:
+            if number < len(lines):  # the last one has no newline after it: the write was cut off
+                raise ValueError(f"{path} line {number}: {first_error(error)}") from None
     last = {metrics.epoch: metrics for metrics in epochs}
     return [last[number] for number in sorted(last)]
 
@@ -158,7 +147,7 @@ def finish(out: Path, record: Record) -> Path:
     """
     if (result := record.result) is None:
         raise ValueError(f"run {record.name} is {record.status}: only a run with a result can be finished")
-    final = finished_dir(out, record.name)
+    final = out / record.name
     if result.epochs:
         record = record.model_copy(update={"result": result.model_copy(update=_time(result.epochs))})
     folder = _write_record(out, record, result.epochs)
@@ -174,15 +163,13 @@ def finish(out: Path, record: Record) -> Path:
 
 def _time(epochs: Sequence[EpochMetrics]) -> dict[str, Any]:
     """The fields of a result that say of the timed epochs how many they are, how they spread, and how long they wait."""
-    timed = [epoch.train_seconds for epoch in epochs if epoch.timed]
+    timed = [epoch for epoch in epochs if epoch.timed]
+    seconds, waiting = ([getattr(e, name) for e in timed] for name in ("train_seconds", "data_stall_seconds"))
     timing = Timing(
-        epochs=len(timed), fastest=min(timed, default=None), slowest=max(timed, default=None),
+        epochs=len(timed), fastest=min(seconds, default=None), slowest=max(seconds, default=None),
         untimed=dict(Counter(epoch.untimed for epoch in epochs if not epoch.timed)),
     )  # fmt: skip
-    if not timed or sum(timed) == 0:
-        return {"timing": timing}
-    waiting = sum(epoch.data_stall_seconds for epoch in epochs if epoch.timed)
-    return {"timing": timing, "data_stall_percent": 100 * waiting / sum(timed)}
+    return {"timing": timing, "data_stall_percent": 100 * sum(waiting) / sum(seconds) if sum(seconds) else None}
 
 
 def fail(out: Path, record: Record) -> Path:
@@ -238,11 +225,8 @@ def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] | None = No
             loaded.records.append(known[folder])
             continue
         try:
-            text = (folder / RECORD).read_bytes()
-            record = Record.model_validate_json(text)
-            if record.schema_version != SCHEMA_VERSION:
-                loaded.problems.append(Problem(folder, _version(record.schema_version)))
-            elif (identity := (record.key, record.finished_at)) not in seen:
+            record = Record.model_validate_json((folder / RECORD).read_bytes())
+            if (identity := (record.key, record.finished_at)) not in seen:
                 seen.add(identity)
                 loaded.records.append(Stored(record, folder))
         except FileNotFoundError:
@@ -253,7 +237,7 @@ def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] | None = No
         except OSError as error:
             loaded.problems.append(Problem(folder, f"{RECORD} cannot be read: {error.strerror}"))
         except ValidationError as error:
-            loaded.problems.append(Problem(folder, _explain(text, error)))
+            loaded.problems.append(Problem(folder, f"{RECORD} is broken: {first_error(error)}"))
     return loaded
 
 
@@ -271,34 +255,26 @@ def load_predictions(outs: Iterable[Path]) -> list[Prediction]:
     predictions = []
     for out in outs:
         for path in sorted((out / ESTIMATES).glob("*.json")):
-            try:
-                prediction = Prediction.model_validate_json(path.read_bytes())
-            except (OSError, ValidationError):
-                continue
-            if prediction.schema_version == SCHEMA_VERSION:
-                predictions.append(prediction)
+            with suppress(OSError, ValidationError):
+                predictions.append(Prediction.model_validate_json(path.read_bytes()))
     return sorted(predictions, key=lambda prediction: prediction.made_at)
 
 
-def _folders(paths: Iterable[Path], problems: list[Problem]) -> Iterator[Path]:
+def _folders(paths: Iterable[Path], problems: list[Problem]) -> list[Path]:
     """The run folders under some paths, each once."""
-    seen: set[str] = set()
+    folders: dict[str, Path] = {}
     for path in paths:
         if not path.is_dir():
             problems.append(Problem(path, "not a folder" if path.exists() else "no such folder"))
             continue
-        if path.name.endswith(PARTIAL) or (path / RECORD).exists():
-            folders: Sequence[str] = [str(path)]
-        else:
-            with os.scandir(path) as entries:
-                folders = sorted(
-                    e.path for e in entries if not e.name.startswith(".") and e.name != SWEEPS and e.is_dir()
-                )
-        for folder in folders:
-            real = os.path.abspath(folder)  # noqa: PTH100  (resolve() costs a system call per path component)
-            if real not in seen:
-                seen.add(real)
-                yield Path(folder)
+        found = [str(path)]
+        if not path.name.endswith(PARTIAL) and not (path / RECORD).exists():
+            runs = (e for e in os.scandir(path) if not e.name.startswith(".") and e.name != SWEEPS and e.is_dir())
+            found = sorted(entry.path for entry in runs)
+        for folder in found:
+            # resolve() costs a system call per path component
+            folders.setdefault(os.path.abspath(folder), Path(folder))  # noqa: PTH100
+    return list(folders.values())
 
 
 def _interrupted(folder: Path) -> Interrupted:
@@ -307,33 +283,20 @@ def _interrupted(folder: Path) -> Interrupted:
         spec = json.loads((folder / SPEC).read_bytes())
     with suppress(OSError, ValueError):
         epochs = load_epochs(folder)
-    spec = spec if isinstance(spec, dict) else {}
-    recipe = recipe if isinstance(recipe := spec.get("recipe"), dict) else {}
-    of = recipe.get("duration")
-    if isinstance(of, int | float) and recipe.get("unit") != "epoch":  # in steps
+    of = setting(spec, "recipe.duration", int, float)
+    if of is not None and setting(spec, "recipe.unit") != "epoch":  # in steps
         of = of / epochs[0].steps if epochs and epochs[0].steps else None
-    of = math.ceil(of) if isinstance(of, int | float) else None
-    return Interrupted(folder.name.removesuffix(PARTIAL), folder, len(epochs), of, spec)
-
-
-def _version(version: int) -> str:
-    age = "newer" if version > SCHEMA_VERSION else "older"
-    return f"{RECORD} has schema_version {version}, {age} than the {SCHEMA_VERSION} read here"
-
-
-def _explain(text: bytes, error: ValidationError) -> str:
-    """Why a record is invalid, in one line; another schema version explains everything else."""
-    with suppress(ValueError, TypeError, KeyError):
-        if isinstance(version := json.loads(text)["schema_version"], int) and version != SCHEMA_VERSION:
-            return _version(version)
-    return f"{RECORD} is broken: {first_error(error)}"
+    name, of = folder.name.removesuffix(PARTIAL), None if of is None else math.ceil(of)
+    return Interrupted(name, folder, len(epochs), of, spec if isinstance(spec, dict) else {})
 
 
 def first_error(error: ValidationError) -> str:
     """The first error of a validation, and the number of the others."""
     first, *others = error.errors(include_url=False, include_context=False)
     place = ".".join(map(str, first["loc"]))
-    message = " ".join(first["msg"].split()) + (f" (and {len(others)} more)" if others else "")
+    message = " ".join(first["msg"].removeprefix("Value error, ").split()) + (
+        f" (and {len(others)} more)" if others else ""
+    )
     return f"{place}: {message}" if place else message
 
 

@@ -9,11 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from datetime import datetime
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 SCHEMA_VERSION = 1
+
+
+def _check_version(version: int) -> int:
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{version} is {'newer' if version > SCHEMA_VERSION else 'older'} than the {SCHEMA_VERSION} read here"
+        )
+    return version
+
+
+SchemaVersion = Annotated[int, AfterValidator(_check_version)]
 
 
 class Value(BaseModel):
@@ -117,13 +128,8 @@ class RankUse(Value):
 
 
 TEST_IMAGES = {
-    "cifar10": 10_000,
-    "cifar2": 2_000,
-    "cifar100": 10_000,
-    "cifar100-coarse": 10_000,
-    "digits": 360,
-    "miniplaces": 10_000,
-}
+    "cifar10": 10_000, "cifar2": 2_000, "cifar100": 10_000, "cifar100-coarse": 10_000, "digits": 360, "miniplaces": 10_000,
+}  # fmt: skip
 
 
 class Timing(Value):
@@ -173,6 +179,14 @@ class RunResult(Value):
     ranks: tuple[RankUse, ...] = ()
     nodes: tuple[NodeUse, ...] = ()  # in the last attempt
 
+    @property
+    def accuracy(self) -> float:
+        return 100 - self.final_error
+
+    @property
+    def test_accuracy(self) -> float | None:
+        return None if self.test_error is None else 100 - self.test_error
+
 
 class Failure(Value):
     kind: Literal["OOM", "NaN", "killed", "exception"]
@@ -194,7 +208,7 @@ class Pruned(Value):
 class Record(Value):
     """One run: its whole spec, its result or failure, and everything needed to repeat or question it."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = SCHEMA_VERSION
     key: str  # hash of the whole spec
     name: str  # folder
     status: Literal["done", "failed", "pruned"]
@@ -225,21 +239,21 @@ class Record(Value):
 
     def images(self, *, test: bool = False) -> int | None:
         """How many images the errors are of, or `test_error`; of early records by their specification, if it says."""
-        result, spec = self.result, self.spec
-        if result is None:
+        if self.result is None:
             return None
-        if known := result.test_images if test else result.evaluated_images:
+        if known := self.result.test_images if test else self.result.evaluated_images:
             return known
-        if result.evaluated_on == "val" and not test:
-            val = spec["recipe"].get("val") if isinstance(spec.get("recipe"), dict) else None
-            return val if isinstance(val, int) and val > 0 else None
-        return spec.get("limit_test") or (TEST_IMAGES.get(str(spec.get("dataset"))) if self.original else None)
+        if self.result.evaluated_on == "val" and not test:
+            return setting(self.spec, "recipe.val", int) or None
+        return self.spec.get("limit_test") or (
+            TEST_IMAGES.get(str(self.spec.get("dataset"))) if self.original else None
+        )
 
 
 class Prediction(Value):
     """What a short probe predicts of a run, whatever its seed. Warm-up is excluded."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: SchemaVersion = SCHEMA_VERSION
     spec: dict[str, Any]  # of the run, without its seed
     steps: int  # training steps that were timed
     epoch_seconds: float  # training only, as in `RunResult`
@@ -274,3 +288,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def setting(spec: Mapping[str, Any], path: str, *kinds: type) -> Any:
+    """A value of a spec, "recipe.lr"; None where it is missing or not of these types, as nothing has checked it."""
+    value: Any = spec
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value if isinstance(value, kinds or object) else None

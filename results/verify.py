@@ -26,7 +26,7 @@ from harness.results.store import (
     load_epochs,
     run_name,
 )
-from harness.results.values import EpochMetrics, Record
+from harness.results.values import EpochMetrics, Record, setting
 
 KeyOf = Callable[[Mapping[str, Any]], str]
 """The key of a run from its specification. Raises ValueError where that is none."""
@@ -116,9 +116,9 @@ def _identity(run: Stored, key_of: KeyOf) -> Iterator[str]:
     for name, own, theirs in (
         ("variant", record.variant, spec.get("variant")),
         ("seed", record.seed, spec.get("seed")),
-        ("depth", record.depth, _inside(spec, "network", "depth")),
+        ("depth", record.depth, setting(spec, "network.depth")),
         ("workers", record.result and record.result.workers, spec.get("workers")),
-        ("batch_size", record.result and record.result.batch_size, _inside(spec, "recipe", "batch_size")),
+        ("batch_size", record.result and record.result.batch_size, setting(spec, "recipe.batch_size")),
     ):
         if own is not None and own != theirs:
             yield f"{name} {own}: its specification has {theirs}"
@@ -132,10 +132,6 @@ def _identity(run: Stored, key_of: KeyOf) -> Iterator[str]:
     expected = record.name + PARTIAL * (record.result is None)
     if run.folder.name != expected:
         yield f"the folder of {record.name} is called {run.folder.name}"
-
-
-def _inside(spec: Mapping[str, Any], part: str, name: str) -> Any:
-    return spec[part].get(name) if isinstance(spec.get(part), dict) else None
 
 
 def has_hashes(folder: Path) -> bool:
@@ -165,14 +161,14 @@ def _epochs(record: Record, epochs: Sequence[EpochMetrics]) -> Iterator[str]:
         return
     if [epoch.epoch for epoch in epochs] != list(range(1, len(epochs) + 1)):
         yield f"epochs {epochs[0].epoch} to {epochs[-1].epoch}, {len(epochs)} of them"
-    batch = _inside(record.spec, "recipe", "batch_size")
+    batch = setting(record.spec, "recipe.batch_size")
     for epoch in epochs:
         yield from (f"epoch {epoch.epoch}: {problem}" for problem in _epoch(epoch, batch))
     if (result := record.result) is None:
         return
     for epoch in epochs:
         yield from _grid(f"epoch {epoch.epoch}: error", epoch.error, result.evaluated_images)
-    duration, unit = (_inside(record.spec, "recipe", name) for name in ("duration", "unit"))
+    duration, unit = (setting(record.spec, f"recipe.{name}") for name in ("duration", "unit"))
     if isinstance(duration, int | float):
         count = math.ceil(duration if unit == "epoch" else duration / max(epochs[0].steps, 1))
         if len(epochs) != count:

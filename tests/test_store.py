@@ -84,7 +84,7 @@ def test_the_timed_epochs_are_counted_with_their_spread(tmp_path: Path) -> None:
 def test_a_finished_run_reads_back_equal(tmp_path: Path) -> None:
     record = make_record()
     folder = store.finish(tmp_path, record)
-    assert folder == store.finished_dir(tmp_path, record.name)
+    assert folder == tmp_path / record.name
     assert not store.partial_dir(tmp_path, record.name).exists()
     loaded = store.load_records([tmp_path])
     assert (loaded.interrupted, loaded.problems) == ([], [])
@@ -230,16 +230,16 @@ def test_every_broken_folder_is_named_and_the_rest_is_read(tmp_path: Path) -> No
     loaded = store.load_records([tmp_path, tmp_path / "nowhere", tmp_path / "a-file"])
     assert [s.folder for s in loaded.records] == [good]
     expected = [
+        "no such folder",
+        "not a folder",
         "EOF while parsing",
         "variannt: Extra inputs are not permitted",
-        "schema_version 2, newer than the 1 read here",
-        "schema_version 0, older than the 1 read here",
+        "schema_version: 2 is newer than the 1 read here",
+        "schema_version: 0 is older than the 1 read here",
         "no run: it has no record.json",
         "depth: Input should be a valid integer",
         "says done and has no result",
         "record.json is broken",
-        "no such folder",
-        "not a folder",
     ]
     assert len(loaded.problems) == len(expected)
     for problem, words in zip(loaded.problems, expected, strict=True):

@@ -403,7 +403,7 @@ def test_a_record_that_contradicts_itself_is_marked() -> None:
 
 
 def test_a_figure_has_its_own_n_and_says_of_how_many() -> None:
-    untimed = {"epoch_seconds": None, "images_per_second": 1.0, "interference": ("the machine swapped",)}
+    untimed = {"epoch_seconds": None, "images_per_second": None, "interference": ("the machine swapped",)}
     rows = summarise([make_run(0), *(make_run(s, result=untimed) for s in range(1, 5))])
     page = " ".join(text(rows, width=300).split())
     assert (

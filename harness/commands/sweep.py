@@ -16,7 +16,7 @@ from harness.commands.study import Study
 from harness.plan import Grid, fill
 from harness.progress import TrialTable, describe_trial
 from harness.record import Recorder, classify, lock_run, name_of
-from harness.results.store import finished_dir, load_epochs, write_atomic
+from harness.results.store import load_epochs, write_atomic
 from harness.results.sweeps import TRIALS, State, Sweep, Trial
 from harness.results.values import EpochMetrics, Pruned, RunResult
 from harness.selfcheck import Checked
@@ -196,7 +196,7 @@ class SweepTrials:
         result = self.recorder.find_finished([spec]).get(spec.key)
         if result is None:
             return False
-        rows = load_epochs(finished_dir(self.prepared.paths.out, trial.run))
+        rows = load_epochs(self.prepared.paths.out / trial.run)
         for i, row in enumerate(rows, 1):
             self.study.report(
                 trial, row.epoch, measure(rows[:i], self.metric), row.train_seconds + row.eval_seconds

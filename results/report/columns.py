@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures, suggest
 from harness.results.published import Published, find_published
-from harness.results.rows import Row, setting
+from harness.results.rows import Row
 from harness.results.store import Interrupted, Stored
+from harness.results.values import setting
 from harness.results.verdict import ALPHA, MAX_HALF_WIDTH
 
 

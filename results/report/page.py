@@ -17,8 +17,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from harness.results import prediction
 from harness.results.metrics import METRICS, NONE
+from harness.results.prediction import predicted_figures
 from harness.results.report import memory
 from harness.results.report.charts import make_labels, make_panels
 from harness.results.report.columns import Column
@@ -90,7 +90,7 @@ def make_page(
         title=title, made_at=made_at, policy=POLICY, rows=rows, layout=layout, labels=labels, panels=panels,
         columns=[NETWORK, *layout.columns[3:]] if joined else layout.columns[1:], sweeps=searches, problems=problems,
         swatches={label: colour for panel in panels for label, (colour, _) in panel.rows.items()}, row_of=row_of,
-        probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := prediction.predicted_figures(row))],
+        probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := predicted_figures(row))],
         each=lambda name: [(row, run) for row in rows for run in getattr(row, name)],
         environments=list(environments.values()), data=Markup(text), css=css,
         scripts=[*map(Markup, scripts), script],
@@ -107,7 +107,7 @@ def _make_environment() -> Environment:
     environment.globals |= {
         **LIMITS, "NETWORK": NETWORK, "NONE": NONE, "best_first": best_first, "clamp": clamp, "count": _count,
         "Counter": Counter, "cut": _cut, "MAX_TRACEBACK": MAX_TRACEBACK, "is_finite": is_finite, "kind": _kind, "memory": memory, "number": _number,
-        "prediction": prediction, "show": show, "sort_key": _sort_key,
+        "show": show, "sort_key": _sort_key,
     }  # fmt: skip
     return environment
 

@@ -27,8 +27,8 @@ from harness.results.report.columns import (
 )
 from harness.results.report.notes import Note, make_notes
 from harness.results.report.text import SUPERSCRIPT, Sheet, clean, escape_latex, escape_markdown, paint
-from harness.results.rows import Row, setting
-from harness.results.values import MEMORY_CATEGORIES
+from harness.results.rows import Row
+from harness.results.values import MEMORY_CATEGORIES, setting
 from harness.results.verdict import seeds_to_tell
 
 Format = Literal["table", "markdown", "csv", "json", "latex"]
@@ -256,7 +256,7 @@ def plain_values(row: Row) -> dict[str, Any]:
         "best_minus_last_points": row.best_minus_last,
     }
     values |= {
-        f"predicted_{name}": metric.predict(row.predicted).value if row.predicted else None
+        f"predicted_{name}": metric.measure(row.predicted).value if row.predicted else None
         for name, metric in METRICS.items()
         if metric.predict
     }
