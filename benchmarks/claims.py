@@ -22,7 +22,7 @@ from typing import Any
 from rounds import ROOT, Ratio, harness, make_table, ratio
 
 RECORDS = ROOT / "results" / "records"
-MODULES = {"loaders": "loader_speed"}  # by the name of a file of readings, where it is not the same
+MODULES = {"loaders": "loader_speed", "slurm": "multinode"}  # by a file's name, where it is another
 FIGURE = re.compile(r"(<!-- = (.*?) -->)(.*?)(<!-- / -->)", re.DOTALL)
 
 

@@ -47,3 +47,8 @@ if [[ $EUID -eq 0 && ! -e "$out/multinode.json" ]] && command -v ip > /dev/null;
 else
     echo "measure.sh: multinode.sh needs root and iproute2: sudo $here/multinode.sh FOLDER $out/multinode.json" >&2
 fi
+if [[ $EUID -eq 0 && ! -e "$out/slurm.json" ]] && command -v slurmctld > /dev/null; then
+    "$here/slurm.sh" "$scratch/slurm" "$out/slurm.json"
+else
+    echo "measure.sh: slurm.sh needs root and slurm-wlm: sudo $here/slurm.sh FOLDER $out/slurm.json" >&2
+fi

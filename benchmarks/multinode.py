@@ -1,4 +1,4 @@
-"""What multinode.sh measured, as a table and a file of readings: multinode.py --lines FILE [--json FILE]"""
+"""What multinode.sh or slurm.sh measured, as a table and a file of readings: multinode.py --lines FILE [--json FILE]"""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from rounds import make_table, parse_options, publish
 
 def describe(content: dict[str, Any]) -> str:
     """The table of stored readings."""
-    header = ("what happened", "attempts", "losses as undisturbed", "seconds")
-    return make_table(header, [(r["what"], r["attempts"], r["equal"], r["seconds"]) for r in content["readings"]])
+    return make_table(tuple(content["readings"][0]), [tuple(reading.values()) for reading in content["readings"]])
 
 
 def main() -> None:

@@ -82,7 +82,8 @@ row() { # WHAT FOLDER SECONDS
     if [[ "$(losses "$2")" == "$(losses whole)" ]]; then equal=yes; fi
     attempts="$(python -c 'import json, pathlib, sys
 print(json.loads(next(pathlib.Path(sys.argv[1]).glob("*/record.json")).read_text())["result"]["attempts"])' "$out/$2")"
-    echo "{\"what\": \"$1\", \"attempts\": $attempts, \"equal\": \"$equal\", \"seconds\": $3}" >> "$out/multinode.jsonl"
+    printf '{"what happened": "%s", "attempts": %s, "losses as undisturbed": "%s", "seconds": %s}\n' \
+        "$1" "$attempts" "$equal" "$3" >> "$out/multinode.jsonl"
 }
 
 mkdir -p "$out"

@@ -34,8 +34,11 @@ port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one network do not meet
 export HARNESS_EXIT_CODE_FILE="${TMPDIR:-/tmp}/harness-exit-code-$SLURM_JOB_ID"
 rm -f "$HARNESS_EXIT_CODE_FILE"
 trap 'echo "time limit: requeued, goes on from the last checkpoints"; scontrol requeue "$SLURM_JOB_ID"' USR1
+per_node=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+# where Slurm follows processes by their parents, Ray's daemons outlive a requeued job; the nodes are this job's alone
+srun "${per_node[@]}" ray stop --force >/dev/null || true
 # shellcheck disable=SC2016  # for the shell on the head node
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+srun "${per_node[@]}" \
     ray symmetric-run --address "$head:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-gpus "${SLURM_GPUS_ON_NODE:-8}" \
     -- bash -c 'harness run "$@"; code=$?; echo "$code" >"$HARNESS_EXIT_CODE_FILE"; exit "$code"' \

@@ -126,7 +126,9 @@ STUBS = {
     "srun": 'if [[ "$*" == *hostname* ]]; then echo "10.0.0.1 fe80::1"; exit; fi\n'
     'echo "$RAY_AUTH_MODE ${#RAY_AUTH_TOKEN} $*" >> "$HOME/calls"\nexec "${@:4}"',
     # as symmetric-run: what `ray start` says is passed over
-    "ray": 'if [ -n "$NO_RAY" ]; then echo "ray did not start"; exit 0; fi\n'
+    "ray": 'if [ "$1" = stop ]; then rm -f "$HOME/ray-runs"; exit 0; fi\n'
+    'if [ -e "$HOME/ray-runs" ]; then echo "Ray is already started on this node."; exit 1; fi\n'
+    'if [ -n "$NO_RAY" ]; then echo "ray did not start"; exit 0; fi\n'
     'while [ "$1" != -- ]; do shift; done\nshift\n"$@"',
     "harness": 'echo "harness $*" >> "$HOME/calls"\nsleep "${SECONDS_OF_RUN:-0}"\nexit "${ENDS_WITH:-0}"',
     "python": 'exec python3 "$@"',
@@ -137,6 +139,7 @@ def start_slurm_script(folder: Path, **environment: str) -> subprocess.Popen[str
     """The script itself, where Slurm, Ray and the harness only write down how they are called."""
     (folder / "bin").mkdir()
     (folder / "bin" / "activate").write_text("")
+    (folder / "ray-runs").write_text("left by this job before it was requeued")
     for name, body in STUBS.items():
         (folder / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / "bin" / name).chmod(0o755)
@@ -161,10 +164,10 @@ def test_a_slurm_job_ends_as_its_command_did(
     script = start_slurm_script(tmp_path, **environment)
     _, errors = script.communicate(timeout=60)
     assert (script.returncode, says in errors, bool(errors)) == (code, True, bool(says))
-    first, *rest = (tmp_path / "calls").read_text().splitlines()
-    assert first.startswith(
-        "token 64 --nodes=2 --ntasks=2 --ntasks-per-node=1 ray symmetric-run --address 10.0.0.1:20071"
-    )
+    before, first, *rest = (tmp_path / "calls").read_text().splitlines()
+    everywhere = "token 64 --nodes=2 --ntasks=2 --ntasks-per-node=1 ray"
+    assert before == f"{everywhere} stop --force"
+    assert first.startswith(f"{everywhere} symmetric-run --address 10.0.0.1:20071")
     started = ["harness run --address 10.0.0.1:20071 --depths 20 --out /shared/my runs"]
     assert rest == ([] if says else started)
     assert not list(tmp_path.glob("harness-exit-code*"))
