@@ -22,7 +22,7 @@ check: $(BIN)/harness
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q
 
 # make study DATA=data/cifar10-q75 [OUT=runs/study] [MORE='--until 9m --parts table,depth']; benchmarks/study.py says more
 study: $(BIN)/harness
