@@ -195,6 +195,7 @@ def rewrite(path: Path, **changes: Any) -> None:
 DAMAGES: dict[str, Any] = {
     "checksum": flip,
     "not those of this run": lambda path: torch.save({"key": spec().key, "network": {}}, path),
+    "directory": lambda path: (path.unlink(), path.mkdir()),
     "valid": lambda path: rewrite(path, history=[]),  # "Input should be a valid ..."
     "tensors": lambda path: rewrite(path, network={"conv.weight": torch.zeros(1)}),
 }

@@ -23,6 +23,9 @@ def _stored(folder: Path) -> list[Path]:
 def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any]) -> None:
     """Write `state` as the checkpoint after `epoch` (from 1), then drop all but the newest two."""
     folder.mkdir(parents=True, exist_ok=True)
+    for path in _stored(folder):
+        if path.is_dir():  # nothing can be written in its place, and it is not ours to delete
+            path.rename(path.with_suffix(".damaged"))
     with writing(folder / f"epoch-{epoch:06d}.pt") as unfinished:
         torch.save(state, unfinished)
     for old in _stored(folder)[KEPT:]:
