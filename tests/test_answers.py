@@ -122,7 +122,7 @@ def test_report_sorts_chooses_columns_and_writes_a_file(runs: Path, capsys: Any)
     ]
     code, out, _ = harness(f"report {runs}/a --columns error,depth --sort depth --format markdown", capsys)
     lines = [line.split("|") for line in out.splitlines() if line.startswith("|")]
-    assert [cell.strip() for cell in lines[0][1:3]] == ["error %¹", "depth"]
+    assert [cell.strip() for cell in lines[0][1:3]] == ["error %²", "depth"]
     assert "alloc" not in out
     code, out, _ = harness(f"report {runs}/a {runs}/b --across loader --format csv", capsys)
     assert [row["n"] for row in csv.DictReader(io.StringIO(out))] == ["6", "6"]
