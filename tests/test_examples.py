@@ -59,3 +59,19 @@ def test_a_free_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names_kept = {Path(name).name for name in kept}
     assert {"check.txt", "record.json", "epochs.jsonl"} <= names_kept
     assert not any(name.endswith((".pt", ".safetensors")) for name in names_kept)
+
+
+def test_the_quickstart_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            run_cell("".join(cell["source"]), names, tmp_path)
+            if len(names["OPTIONS"]) == 5:
+                names["OPTIONS"] |= {"epochs": 1, "limit_train": 64, "limit_test": 20, "launcher": "local"}
+    assert sorted(names["runs"]["depth"]) == [8, 8, 14, 14]
+    assert list(names["table"]["n"]) == [2, 2]
+    assert len(names["epochs"]) == 4
+    assert "depth 9 is not 6n+2: try 8 or 14" in capsys.readouterr().out

@@ -1,0 +1,96 @@
+# written by tests/test_api.py from harness/options.py: UPDATE_GOLDEN=1 pytest tests/test_api.py
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pandas import DataFrame
+
+from harness.spec import UserError as UserError
+
+def load(*paths: str | Path, epochs: bool = False) -> DataFrame: ...
+def report(
+    *paths: str | Path,
+    format: str = ...,
+    sort: str | None = ...,
+    columns: Sequence[str] | str = ...,
+    preset: str | None = ...,
+    across: Sequence[str] | str = ...,
+    output: Path | str | None = ...,
+    curves: Path | str | None = ...,
+) -> DataFrame: ...
+def run(
+    *,
+    depths: Sequence[int] | int | str = ...,
+    variants: Sequence[str] | str = ...,
+    seeds: Sequence[int] | int | str = ...,
+    specs: Sequence[Path | str] | Path | str = ...,
+    settings: Mapping[str, Any] | Sequence[str] = ...,
+    limit_test: int | None = ...,
+    dataset: str = ...,
+    data_dir: Path | str | None = ...,
+    loader: str = ...,
+    epochs: int | None = ...,
+    batch_size: int | None = ...,
+    batch_norm: str | None = ...,
+    precision: str = ...,
+    engine: str | None = ...,
+    deterministic: bool = ...,
+    val: int | None = ...,
+    limit_train: int | None = ...,
+    preset: str | None = ...,
+    out: Path | str = ...,
+    until: datetime | str | None = ...,
+    until_ci: float | None = ...,
+    max_seeds: int | None = ...,
+    elastic: int | None = ...,
+    checkpoint_every: int = ...,
+    format: str = ...,
+    no_check: bool = ...,
+    dry_run: bool = ...,
+    estimate: bool = ...,
+    profile: bool = ...,
+    tensorboard: bool = ...,
+    force: bool = ...,
+    fail_fast: bool = ...,
+    gpus: int | None = ...,
+    workers: int | None = ...,
+    runs_per_gpu: int = ...,
+    placement: Literal['pack', 'strict-pack', 'spread'] = ...,
+    address: str | None = ...,
+    launcher: str = ...,
+    verbose: bool = ...,
+) -> DataFrame: ...
+def tune(
+    *,
+    search: Sequence[str] | str | Mapping[str, str] = ...,
+    variant: str = ...,
+    depth: int | None = ...,
+    samples: int | None = ...,
+    search_algorithm: str = ...,
+    scheduler: str = ...,
+    metric: str = ...,
+    seed: int = ...,
+    val: int | None = ...,
+    gpus: int | None = ...,
+    workers: int | None = ...,
+    runs_per_gpu: int = ...,
+    concurrent: int | None = ...,
+    dataset: str = ...,
+    data_dir: Path | str | None = ...,
+    loader: str = ...,
+    epochs: int | None = ...,
+    batch_size: int | None = ...,
+    batch_norm: str | None = ...,
+    precision: str = ...,
+    engine: str | None = ...,
+    deterministic: bool = ...,
+    limit_train: int | None = ...,
+    out: Path | str = ...,
+    until: datetime | str | None = ...,
+    resume: str | None = ...,
+    address: str | None = ...,
+    no_check: bool = ...,
+    verbose: bool = ...,
+) -> DataFrame: ...
