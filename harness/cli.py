@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="harness",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -33,6 +33,8 @@ OTHER_WORDS = {
     "doctor": "check", "explain": "why", "reproduce": "repro", "diff": "compare", "help": "--help", "version": "--version",
 }  # fmt: skip
 """What people type -> the command."""
+ENVIRONMENT = ("out", "address")
+"""Options that a variable gives where the command line does not, HARNESS_OUT, say; HARNESS_DATA_DIR: `plan.find_data_dir`."""
 
 
 @app.callback(invoke_without_command=True)
@@ -49,6 +51,11 @@ def start(
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(2)
+
+
+def default_out() -> str:
+    """The folder of results that is read where none is named."""
+    return os.environ.get("HARNESS_OUT", "runs")
 
 
 def make_console() -> Console:
@@ -98,7 +105,15 @@ def _make_parameter(name: str, option: Option) -> Parameter:
         name,
         Parameter.KEYWORD_ONLY,
         default=Parameter.empty if option.required else None,
-        annotation=Annotated[list[str] if option.repeatable else kind, typer.Option(*option.names, help=help)],
+        annotation=Annotated[
+            list[str] if option.repeatable else kind,
+            typer.Option(
+                *option.names,
+                help=help,
+                metavar="<str>" if option.repeatable else None,
+                envvar=f"HARNESS_{name.upper()}" if name in ENVIRONMENT else None,
+            ),
+        ],
     )
 
 
@@ -131,7 +146,7 @@ def report(given: Given, paths: Results = None) -> int:
     from harness.commands.report import find_results, print_report
 
     options = fill(groups.ReportOptions, given)
-    return 0 if print_report(find_results(paths or ["runs"]), make_console(), options) else 2
+    return 0 if print_report(find_results(paths or [default_out()]), make_console(), options) else 2
 
 
 @command(groups.CompareOptions)
@@ -151,13 +166,13 @@ def verify(paths: Results = None) -> None:
     """Check stored runs for contradictions and changed files."""
     from harness.commands.report import print_findings
 
-    raise typer.Exit(print_findings(paths or ["runs"]))
+    raise typer.Exit(print_findings(paths or [default_out()]))
 
 
 @app.command()
 def why(
     row: Annotated[str, typer.Argument(help="A row of `harness report PATH`: msra-20, or its number.")],
-    path: Annotated[str, typer.Argument(help="Folder of results.")] = "runs",
+    path: Annotated[str, typer.Argument(help="Folder of results.", envvar="HARNESS_OUT")] = "runs",
 ) -> None:
     """Print what is behind a row's figures."""
     from harness.commands.report import find_results, print_why
@@ -176,14 +191,14 @@ def export(
     """Export stored runs to TensorBoard, MLflow or W&B."""
     from harness.commands.report import export_runs, find_results, load_runs
 
-    exported = export_runs(load_runs(find_results(paths or ["runs"])).records, to)
+    exported = export_runs(load_runs(find_results(paths or [default_out()])).records, to)
     print(f"{exported} run{'s' * (exported != 1)} exported to {to}; those it had already were left alone")
 
 
 @app.command()
 def repro(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name or key in PATH.")],
-    path: Annotated[Path, typer.Argument(help="Folder of results.")] = Path("runs"),
+    path: Annotated[Path, typer.Argument(help="Folder of results.", envvar="HARNESS_OUT")] = Path("runs"),
 ) -> None:
     """Print the commands that train a stored run again."""
     from harness.commands.repro import print_repro

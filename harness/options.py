@@ -92,7 +92,7 @@ Preset = Annotated[str | None, opt("The runs of a source's table: cfmz, fattorib
 Variant = opt("Its network and recipe are used: see `harness variants`.", "--variant", "--variants")
 Depth = Annotated[int | None, opt("Default: the variant's own.", "--depth", "--depths")]
 Dataset = Annotated[str, opt("cifar10, cifar2, cifar100, cifar100-coarse, digits, miniplaces or folder:PATH.")]
-DataDir = Annotated[Path | None, opt("Where the images are. Default: downloaded once.")]
+DataDir = Annotated[Path | None, opt("Where the images are. Default: HARNESS_DATA_DIR, or downloaded once.")]
 Gpus = Annotated[int | None, opt("GPUs to use, 0 for the CPU. Default: all.", least=0)]
 Workers = Annotated[int | None, opt(
     "DDP processes per run; gpus/workers runs train at a time. Default: all GPUs (tune: 1).", least=1)]

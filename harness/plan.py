@@ -60,6 +60,13 @@ def check_grid(grid: Grid) -> None:
         raise UserError(str(error)) from None
 
 
+def find_data_dir(chosen: Path | None, dataset: str) -> Path | None:
+    """The folder of a data set's images, absolute: the chosen one, or HARNESS_DATA_DIR where the data set takes one."""
+    variable = None if dataset == "digits" or ":" in dataset else os.environ.get("HARNESS_DATA_DIR")
+    folder = chosen or variable
+    return None if folder is None else Path(folder).expanduser().absolute()
+
+
 def grid_networks(grid: Grid) -> list[tuple[str, int]]:
     """Variant and depth of every row. Raises ValueError for an unknown variant."""
     every = (

@@ -15,6 +15,9 @@ settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parent.parent
 
+for name in ("HARNESS_OUT", "HARNESS_DATA_DIR", "HARNESS_ADDRESS"):  # a person's own
+    os.environ.pop(name, None)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` skip, with the reason, where there is none."""

@@ -197,6 +197,29 @@ def test_weights_name_their_variant_and_a_row_its_data_set(tmp_path: Path, capsy
     assert harness(f"why 2 {tmp_path}/runs", capsys)[0] == 0
 
 
+def test_variables_give_the_folders_that_the_command_line_does_not(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Path(__file__).parent.parent / "results" / "records" / "sample_digits_cpu_2026-11-22" / "runs"
+    monkeypatch.setenv("HARNESS_OUT", str(results))
+    for line in ("report", "why msra-8", "verify"):
+        assert harness(line, capsys)[0] == 0, line
+    monkeypatch.setenv("HARNESS_DATA_DIR", str(tmp_path / "nowhere"))
+    line = f"run --gpus 0 --depths 8 --variants msra --epochs 1 --dry-run --out {tmp_path / 'own'}"
+    code, _, err = harness(line, capsys)
+    assert (code, "nowhere" in err) == (2, True)
+    code, _, err = harness(f"{line} --data-dir {tmp_path / 'chosen'}", capsys)
+    assert (code, "chosen" in err) == (2, True)
+    assert harness(f"{line} --dataset digits", capsys)[0] == 0, "these need no folder"
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    words = {"_HARNESS_COMPLETE": "complete_bash", "COMP_WORDS": "harness run --check", "COMP_CWORD": "2"}
+    command = [str(Path(sys.executable).parent / "harness")]
+    done = subprocess.run(command, env=os.environ | words, capture_output=True, text=True, check=False)
+    assert "--checkpoint-every" in done.stdout
+
+
 def test_a_message_holds_no_control_characters(capsys: Any) -> None:
     code, _, err = harness("report '/no\x1b[2Jsuch'", capsys)
     assert (code, "\x1b" in err) == (2, False)

@@ -22,6 +22,7 @@ from harness.models.build import SMALLEST_IMAGE, build
 from harness.models.imagenet import ImageNetResNet
 from harness.models.variants import Variant, default_depth, find_variant
 from harness.options import EvalOptions, check_options
+from harness.plan import find_data_dir
 from harness.progress import say
 from harness.results.published import load_published
 from harness.results.store import load_records
@@ -91,7 +92,8 @@ def _evaluate(options: EvalOptions) -> Errors:
     """Raises ValueError or UserError."""
     about, scales = load_metadata(options.weights), options.scales
     variant = _choose_variant(options, about)
-    tensors, dataset = load_weights(options.weights), load_dataset(options.dataset, options.data_dir)
+    data_dir = find_data_dir(options.data_dir, options.dataset)
+    tensors, dataset = load_weights(options.weights), load_dataset(options.dataset, data_dir)
     network, unused = _load_network(options, variant, tensors, dataset)
     index, test = np.arange(len(dataset.test)), dataset.test  # which images of the whole test set
     if options.limit is not None:

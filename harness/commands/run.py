@@ -64,7 +64,7 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
     if options.format == "jsonl":
         console = Console(stderr=True)  # standard output is for programs
     out, remote = plan.open_out(options.out, write=not options.dry_run)
-    data_dir = None if options.data_dir is None else options.data_dir.expanduser().absolute()
+    data_dir = plan.find_data_dir(options.data_dir, grid.dataset)
     paths = RunPaths(out=out, data_dir=data_dir, checkpoint_every=options.checkpoint_every, remote=remote)
     until = None if options.dry_run else options.until
     if until is not None:

@@ -53,8 +53,7 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
     if options.resume is not None:
         folder = _find_sweep(out, options.resume)
         search = _load_search(folder, search, given)
-    if search.data_dir is not None:
-        search = replace(search, data_dir=Path(search.data_dir).expanduser().absolute())
+    search = replace(search, data_dir=plan.find_data_dir(search.data_dir, search.dataset))
     dimensions = _check(search)
     resources = fill(Resources, asdict(search) | asdict(options) | {"workers": search.workers or 1})
     check_resources(resources)
