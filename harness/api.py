@@ -36,7 +36,7 @@ def _options(*groups: type) -> Callable[[Function], Function]:
 
     def sign(function: Function) -> Function:
         own = [p for p in signature(function).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
-        options = {name: option for group in groups for name, option in options_of(group).items()}
+        options = options_of(*groups)
         named = [
             Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=option.kind)
             for name, option in options.items()
@@ -103,7 +103,7 @@ def _read(options: Mapping[str, Any], *groups: type) -> dict[str, Any]:
     """Options by name, of the types that their fields have, or in words that `fill` reads. Raises UserError."""
     from pydantic import TypeAdapter, ValidationError
 
-    known = {name: option for group in groups for name, option in options_of(group).items()}
+    known = options_of(*groups)
     given = {}
     for name, value in options.items():
         check_word(name, known, "option")

@@ -75,7 +75,7 @@ def command(*kinds: type, name: str | None = None) -> Callable[[Callable[..., An
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         own = [p for p in signature(function, eval_str=True).parameters.values() if p.name != "given"]
-        options = {name: option for kind in kinds for name, option in options_of(kind).items()}
+        options = options_of(*kinds)
 
         def call(**words: Any) -> None:
             given = chosen({name: words.pop(name) for name in options})

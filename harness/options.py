@@ -47,8 +47,8 @@ def opt(help: str, *names: str, **more: Any) -> Option:
     return Option(help, names, **more)
 
 
-def options_of(group: type) -> dict[str, Option]:
-    """The options among the fields of a dataclass, by name; its own before those that it inherits."""
+def options_of(group: type, *more: type) -> dict[str, Option]:
+    """The options among the fields of dataclasses, by name; a dataclass's own before those that it inherits."""
     hints, options = get_type_hints(group, include_extras=True), {}
     known = {each.name: each for each in fields(group)}
     for name in dict.fromkeys(name for kind in group.__mro__ for name in vars(kind).get("__annotations__", ())):
@@ -57,7 +57,7 @@ def options_of(group: type) -> dict[str, Option]:
             required = default is known[name].default_factory is MISSING
             kind = hints[name].__origin__
             options[name] = replace(option, names=names, kind=kind, default=default, required=required)
-    return options
+    return options | options_of(*more) if more else options
 
 
 def fill(group: type[Group], values: Mapping[str, Any]) -> Group:
