@@ -36,7 +36,11 @@ cleanup() {
         ip netns delete "harness-$name" 2> /dev/null || true
     done
     for daemon in slurmctld munged; do
-        if [[ -s $state/$daemon.pid ]]; then kill "$(< "$state/$daemon.pid")" 2> /dev/null || true; fi
+        if [[ -s $state/$daemon.pid ]]; then
+            pid="$(< "$state/$daemon.pid")"
+            kill "$pid" 2> /dev/null || true
+            timeout 20 tail --pid="$pid" -f /dev/null || true # it writes below $state until its end
+        fi
     done
     ip link delete harness-slurm 2> /dev/null || true
     rm -rf "$state"
@@ -104,6 +108,7 @@ row() { # WHAT JOB FOLDER
 
 rm -f "$out/slurm.jsonl"
 trap cleanup EXIT
+trap 'exit 143' INT TERM
 cat > "$state/hosts" << HOSTS
 127.0.0.1 localhost
 $net.1 n1
