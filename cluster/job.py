@@ -19,7 +19,7 @@ Report = Callable[[Any], None]
 
 LOOPBACK = "127.0.0.1"
 STALL_SECONDS = 300.0  # without a step: by then a watchdog has seen which rank hangs
-COLLECTIVE_GRACE = 60.0  # collectives end by themselves so much later, naming nobody; by torch's default after 30 minutes
+COLLECTIVE_GRACE = 60.0  # so much later collectives end by themselves, and name nobody
 COLLECTIVE_SECONDS = int(STALL_SECONDS + COLLECTIVE_GRACE)
 
 Placement = Literal["pack", "strict-pack", "spread"]

@@ -72,7 +72,7 @@ class Halt:
         stops = self._deadline is not None and not self._ends_in_time(self._deadline)
         if self._world_size > 1:
             if stops:
-                self._store.set("stop", "")
+                self._store.set("stop", "1")
             stops = self._store.check(["stop"])
         if stops and not self._decided.is_set():
             self._decide()
@@ -80,7 +80,7 @@ class Halt:
     def _ends_in_time(self, deadline: float) -> bool:
         """Whether the epoch ends before it, if it lasts as long as the last one, evaluation and checkpoint included."""
         left = self._epoch_seconds - (time.monotonic() - self._epoch_began)
-        return 0 < self._epoch_seconds and time.time() + max(left, 0.0) + CHECKPOINT_SECONDS < deadline
+        return self._epoch_seconds > 0 and time.time() + max(left, 0.0) + CHECKPOINT_SECONDS < deadline
 
     def _decide(self) -> None:
         with self._lock:

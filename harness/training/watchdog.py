@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,13 @@ class Watchdog:
         """What follows is no step, and may take its time."""
         self._watching = False
 
-    def explained(self, error: RankStalledError) -> RankStalledError:
-        """The error as the guard saw its cause."""
-        return RankStalledError(self._message or str(error))
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """The error that the guard raises in this thread says what it saw."""
+        try:
+            yield
+        except RankStalledError:
+            raise RankStalledError(self._message) from None
 
     def close(self) -> None:
         """End the threads."""
