@@ -261,6 +261,7 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
         display.event(spec, event)
 
     failures = 0
+    session.join()  # Ray's own handler of SIGTERM comes before ours
     try:
         with ExitStack() as stack:
             outcomes = session.launch(
