@@ -131,7 +131,7 @@ STUBS = {
     'if [ -n "$NO_RAY" ]; then echo "ray did not start"; exit 0; fi\n'
     'while [ "$1" != -- ]; do shift; done\nshift\n"$@"',
     "harness": 'trap "echo stopped >> $HOME/calls; exit 130" TERM\necho "harness $*" >> "$HOME/calls"\n'
-    'sleep "${SECONDS_OF_RUN:-0}" & wait $!\nexit "${ENDS_WITH:-0}"',
+    'sleep "${SECONDS_OF_RUN:-0}" >/dev/null 2>&1 & wait $!\nexit "${ENDS_WITH:-0}"',
     "python": 'exec python3 "$@"',
 }
 
