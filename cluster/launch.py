@@ -44,8 +44,9 @@ from harness.cluster.job import (
 from harness.cluster.nodes import choose_world_size, count_runs, find_draining, free_resources, inspect_cluster
 
 SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
-LOOK_SECONDS = 1.0  # between looks for nodes that are to be taken away
-LEAVE = "leave"  # in the mailbox: this command has to end
+LOOK_SECONDS = 1.0  # between looks for nodes that come and go
+EPOCH_SECONDS = 1e9  # longer than any
+LEAVE = "leave"  # in the mailbox: by when runs have to end, all of them or an attempt at one
 terminated = threading.Event()  # in a worker: it got a SIGTERM
 
 
@@ -107,8 +108,8 @@ def launch(
                     raise KeyboardInterrupt
                 if leaving() and not stop.is_set():
                     stop.set()
-                    mailbox.note.remote(LEAVE, True)
-                seen.look_for_drains()
+                    mailbox.note.remote(LEAVE, time.time())
+                seen.look(mailbox, job)
                 for index, event in ray.get(mailbox.empty.remote()):
                     best_progress[index] = max(best_progress[index], progress_of(event))
                     progress(specs[index], event)
@@ -183,8 +184,8 @@ class Mailbox:
     def note(self, key: Any, value: Any) -> None:
         self.notes[key] = value
 
-    def read(self, key: Any) -> Any:
-        return self.notes.get(key)
+    def read(self, *keys: Any) -> Any:
+        return next((self.notes[key] for key in keys if key in self.notes), None)
 
 
 @dataclass(slots=True)
@@ -193,14 +194,28 @@ class _Seen:
 
     best_progress: Sequence[float]  # of each run, as it was reported
     stop: threading.Event = field(default_factory=threading.Event)
-    drained_at: float = float("-inf")  # by time.monotonic: when there was a node that is to be taken away
+    training: dict[tuple[int, int], int] = field(default_factory=dict)  # run and attempt -> workers
+    drains: dict[str, float] = field(
+        default_factory=dict
+    )  # by node, by time.monotonic: since when it is taken away
     looked_at: float = float("-inf")
 
-    def look_for_drains(self) -> None:
-        if (now := time.monotonic()) > self.looked_at + LOOK_SECONDS:
-            self.looked_at = now
-            with contextlib.suppress(Exception):  # Ray's head may be away for a while
-                self.drained_at = now if find_draining() else self.drained_at
+    def look(self, mailbox: Any, job: Allocation) -> None:
+        """Now and then: for nodes that are taken away, and for room for runs that have fewer workers than they could."""
+        if (now := time.monotonic()) < self.looked_at + LOOK_SECONDS:
+            return
+        self.looked_at = now
+        with contextlib.suppress(Exception):  # Ray's head may be away for a while
+            for node in find_draining():
+                self.drains.setdefault(node, now)
+            for (index, attempt), workers in list(self.training.items()):
+                more = choose_world_size(inspect_cluster(), job) - workers if workers < job.workers else 0
+                free = free_resources() if more > 0 else {}
+                if more > 0 and all(
+                    free.get(name, 0.0) >= more * amount for name, amount in job.resources.items()
+                ):
+                    mailbox.note.remote((LEAVE, index, attempt), time.time() + EPOCH_SECONDS)
+                    self.training[index, attempt] = job.workers  # it is told once
 
 
 def _this_node() -> Any:
@@ -232,8 +247,10 @@ class _Task(Generic[Spec, Outcome]):
         node, rank = ray.get_runtime_context().get_node_id(), context.get_world_rank()
 
         def notice() -> float | None:
-            told = terminated.is_set() or (rank == 0 and ray.get(mailbox.read.remote(LEAVE), timeout=10))
-            return time.time() if told else find_draining().get(node)
+            keys = (LEAVE, (LEAVE, self.index, attempt)) if rank == 0 else ()
+            told = ray.get(mailbox.read.remote(*keys), timeout=10) if keys else None
+            by = time.time() if terminated.is_set() else None, find_draining().get(node), told
+            return min(filter(None, by), default=None)
 
         def alarm(stalled: Stalled) -> None:
             with contextlib.suppress(Exception):  # where the driver is out of reach, another rank may reach it
@@ -296,6 +313,7 @@ class _Run(Generic[Spec, Outcome]):
                 return Failed(exception="", message=message, traceback="", died=True, attempts=self.attempt)
             self._announce(world_size)
             self.task.mailbox.note.remote(("attempt", index), self.attempt)
+            self.seen.training[index, self.attempt] = world_size
             started_at, began = time.time(), time.monotonic()
             try:
                 outcome: Outcome = self._make_trainer(world_size, started_at).fit().return_value
@@ -303,6 +321,8 @@ class _Run(Generic[Spec, Outcome]):
             except Exception as error:
                 self._free_placement_group()
                 failed = make_failed(error, attempts=self.attempt)
+            finally:
+                del self.seen.training[index, self.attempt]
             if failed.exception == "WorkerGroupStartupTimeoutError" and not stop.is_set():
                 # others were quicker to take the room, or it is scattered over nodes
                 self.waited_seconds += time.time() - started_at
@@ -316,12 +336,15 @@ class _Run(Generic[Spec, Outcome]):
             preempted = failed.exception == PreemptedError.__name__
             if (failed.died or preempted) and stop.is_set():
                 return None
-            if not preempted and (not failed.died or self.seen.drained_at < began):
+            left = preempted or (failed.died and any(since >= began for since in self.seen.drains.values()))
+            if not left:
                 best = self.seen.best_progress[index]
                 self.failures, self.progress = count_failures(self.failures, self.progress, best)
                 if not failed.died or self.failures > job.retries:
                     return failed
-            self.reason = failed.message
+            grows = preempted and self._read((LEAVE, index, self.attempt))
+            cause = "room for more workers: " if grows else "a worker had to leave: " if preempted else ""
+            self.reason = cause + failed.message
             self.attempt += 1
 
     def _put(self, event: Any) -> None:

@@ -195,7 +195,7 @@ def test_the_host_waits_for_the_steps_before_the_last_ones(
     assert Event.most_unfinished == 2
     monkeypatch.setattr(Event, "behind", 3)
     steps = iter(dog.step, "never")
-    with pytest.raises(RankStalledError, match="rank 0 .* waits in its device$"), dog.naming():
+    with pytest.raises(RankStalledError, match=r"rank 0 .* waits in its device$"), dog.naming():
         list(itertools.islice(steps, 20 * EVERY_STEPS))
     dog.close()
 
@@ -206,7 +206,7 @@ def test_a_device_that_stops_is_noticed_at_the_epochs_end(
     dog = Watchdog(cuda, Worker(stall_seconds=1.0))
     dog.step()
     monkeypatch.setattr(Event, "behind", 1)
-    with pytest.raises(RankStalledError, match="its device"), dog.naming():
+    with pytest.raises(RankStalledError, match=r"its device"), dog.naming():
         dog.finish()
     dog.close()
 

@@ -71,7 +71,7 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
         say(console, f"until {until:%A} {format_moment(until)}")
     try:
         with ExitStack() as stack, stopping_at(until):
-            allocation = make_allocation(grid, options, stack)
+            allocation = make_allocation(grid, options, stack, options.elastic)
             dataset = load_data(grid.dataset, paths, console)
             images = len(dataset.train)
             specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)

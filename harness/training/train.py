@@ -211,7 +211,7 @@ def leave(
         remote.push()
     gather(None)  # the first rank to raise ends the others
     step = f"step {part.steps + 1} of epoch {len(history) + 1}" if part else f"epoch {len(history) + 1}"
-    raise PreemptedError(f"asked to leave: stopped before {step}")
+    raise PreemptedError(f"stopped before {step}")
 
 
 def make_state(run: Prepared, history: Sequence[EpochMetrics], part: EpochPart | None = None) -> dict[str, Any]:
