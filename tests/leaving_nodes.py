@@ -1,5 +1,6 @@
-"""Nodes that are taken away or hang, for tests: `python leaving_nodes.py OUT` trains over two of three, each time anew.
+"""Nodes that come, are taken away or hang, for tests: `python leaving_nodes.py OUT [NAME ...]` trains over two nodes.
 
+    grows       it begins on one node, and another comes
     drained     Ray drains a node in mid-run, then another while the run recovers
     stopped     a worker's process is stopped (SIGSTOP), and does not answer
     frozen      a raylet's process is stopped, and its node is lost
@@ -53,10 +54,12 @@ def drain(cluster: Any, node: Any) -> None:
     assert accepted, why
 
 
-def train(cluster: Any, nodes: dict[str, Any], out: Path, faults: list[tuple[str, Act]]) -> dict[str, Any]:
+def train(
+    cluster: Any, nodes: dict[str, Any], out: Path, faults: list[tuple[str, Act]], words: str
+) -> dict[str, Any]:
     """Train, with a fault at the first line that contains its words, one after the other."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "harness.cli", *WORDS.split(), "--address", cluster.address, "--out", str(out)],
+        [sys.executable, "-m", "harness.cli", *WORDS.split(), *words.split(), "--address", cluster.address, "--out", str(out)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -77,61 +80,58 @@ def train(cluster: Any, nodes: dict[str, Any], out: Path, faults: list[tuple[str
     return answer | {"code": process.wait()}
 
 
-def main(out: Path) -> None:
-    """Start, train three times, print."""
+def main(out: Path, *names: str) -> None:
+    """Start, train as often as there are names, print."""
     os.environ |= {**ENVIRONMENT, **dict([MARK.split("=")])}
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": MEMORY}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes: dict[str, Any] = {}
-    number = 1
+    hit: list[str] = []
+    addresses = (f"127.0.0.{number}" for number in range(2, 99))
 
-    def add() -> str:
-        nonlocal number
-        number += 1
-        nodes[f"127.0.0.{number}"] = add_node(cluster, f"127.0.0.{number}")
-        return f"127.0.0.{number}"
+    def add() -> None:
+        address = next(addresses)
+        nodes[address] = add_node(cluster, address)
 
-    def busy() -> str:
-        return next(name for name, node in reversed(nodes.items()) if workers_of(node))
+    def choose(busy: bool = True) -> str:
+        """The node, of those that train or of the others, that came last."""
+        hit.append(next(name for name, node in reversed(nodes.items()) if bool(workers_of(node)) == busy))
+        return hit[-1]
 
     def drain_one() -> None:
-        drain(cluster, nodes.pop(busy()))
-
-    def drain_during_recovery() -> None:
-        """The node that the run has not been on, and is about to use: the others are there but for one."""
         add()
-        drain(cluster, nodes.pop(spare[-1]))
+        drain(cluster, nodes.pop(choose()))
+
+    def drain_another() -> None:
+        """The one that the run is about to use."""
+        idle = choose(busy=False)
+        add()
+        drain(cluster, nodes.pop(idle))
 
     def stop_worker() -> None:
-        spare.append(busy())
-        os.kill(workers_of(nodes[spare[-1]])[0], signal.SIGSTOP)
+        os.kill(workers_of(nodes[choose()])[0], signal.SIGSTOP)
 
     def stop_raylet() -> None:
-        spare.append(busy())
-        os.kill(nodes.pop(spare[-1]).all_processes["raylet"][0].process.pid, signal.SIGSTOP)
+        os.kill(nodes.pop(choose()).all_processes["raylet"][0].process.pid, signal.SIGSTOP)
 
-    spare: list[str] = []
-    answers = {}
     faults: dict[str, list[tuple[str, Act]]] = {
-        "drained": [
-            ("epoch 3/", lambda: (spare.append(add()), drain_one())[0]),
-            ("trying again (2)", drain_during_recovery),
-        ],
+        "grows": [("epoch 3/", add)],
+        "drained": [("epoch 3/", drain_one), ("trying again (2)", drain_another)],
         "stopped": [("epoch 3/", stop_worker)],
         "frozen": [("epoch 3/", stop_raylet)],
     }
-    add()
-    add()
-    for name in sys.argv[2:] or faults:
-        if name == "stopped" or name == "frozen":
+    answers = {}
+    for name in names or faults:
+        while len(nodes) < {"grows": 1, "drained": 2}.get(name, 3):
             add()
-        answers[name] = train(cluster, nodes, out / name, faults[name])
-        answers[name]["blamed"] = spare[-1]
+        answers[name] = train(cluster, nodes, out / name, faults[name], "--elastic 1" * (name == "grows"))
+        answers[name]["hit"] = list(hit)
+        hit.clear()
     print(json.dumps(answers))
     cluster.shutdown()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
