@@ -52,9 +52,9 @@ class EpochPart:
 
     steps: int
     sums: list[list[float]]  # of each rank: loss, errors, images
-    attempt: int
     train_seconds: float
     data_stall_seconds: float
+    attempt: int = 1
     energy_joules: float | None = None
     interference: tuple[str, ...] = ()
 
@@ -305,8 +305,10 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | Non
     trainer.watchdog.rest()
     train_seconds += time.perf_counter() - started_at
     if stopped:
-        seconds = {"train_seconds": train_seconds, "data_stall_seconds": stall_seconds}
-        raise StoppedError(EpochPart(steps=done, sums=gather([*totals.tolist(), seen]), attempt=0, **seconds))
+        every = gather([*totals.tolist(), seen])
+        raise StoppedError(
+            EpochPart(steps=done, sums=every, train_seconds=train_seconds, data_stall_seconds=stall_seconds)
+        )
     lr = learning_rate(
         recipe, epoch * loader.steps + steps - 1, loader.steps
     )  # of its last step, done before or not
