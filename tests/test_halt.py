@@ -21,15 +21,15 @@ from test_train import RunPaths, Worker, folder, small
 import harness.training.setup
 from harness.cluster.job import PreemptedError
 from harness.results.store import load_epochs
-from harness.results.values import RunResult
+from harness.results.values import EpochMetrics, RunResult
 from harness.spec import RunSpec
 from harness.training import halt
 from harness.training.halt import Halt
 from harness.training.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS, EPOCHS = 3, 3
-MIXED = {"mixup": 0.4, "mixup_partner": "batch"}
+STEPS, EPOCHS = 3, 2
+MIXED = {"mixup": 0.4, "mixup_partner": "batch", "duration": EPOCHS, "milestones": ()}
 
 
 def mixed(recipe: dict[str, Any] | None = None, **changes: Any) -> RunSpec:
@@ -88,7 +88,7 @@ def test_stopped_at_any_step_the_run_is_the_same(
     assert marked == [step > 0 and row == epoch for row in range(EPOCHS)]
     assert not any(row.timed for row, mark in zip(resumed.epochs, marked, strict=True) if mark)
     kept = sorted(path.name for path in (folder(asked, tmp_path) / "checkpoints").iterdir())
-    assert kept == ["epoch-000002.pt", "epoch-000003.pt"], "those within an epoch go when it ends"
+    assert kept == ["epoch-000001.pt", "epoch-000002.pt"], "those within an epoch go when it ends"
 
 
 def test_stopped_again_and_again(
@@ -133,16 +133,15 @@ def test_another_width_begins_the_epoch_again(tmp_path: Path, monkeypatch: pytes
 
 def test_a_notice_stops_a_run_and_nothing_before(tmp_path: Path) -> None:
     """Asked from a thread while the run trains; the end of an epoch is waited for where there is time."""
-    asked = mixed()
-    calls = [0]
+    asked, ended = mixed(), list[EpochMetrics]()
+    paths = RunPaths(out=tmp_path, label="digits")
 
     def notice() -> float | None:
-        calls[0] += 1
-        return time.time() + 1000 if calls[0] > 1 else None
+        return time.time() + 1000 if len(ended) > 1 else None
 
-    long = mixed(limit_train=1400, recipe={"duration": 40, "milestones": ()})
+    long = mixed(limit_train=1400, recipe={"duration": 40})
     with pytest.raises(PreemptedError, match="stopped before epoch"):
-        run(long, tmp_path, notice=notice)
+        train(long, Worker(threads=1, notice=notice), ended.append, paths=paths)
     newest = sorted((folder(long, tmp_path) / "checkpoints").iterdir())[-1]
     assert "step" not in newest.name
     with pytest.raises(PreemptedError, match=r"stopped before step \d+ of epoch"):

@@ -277,8 +277,8 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | Non
     totals = trainer.step.totals.zero_()
     first, seen, lr, stall_seconds, train_seconds, stopped = 0, 0.0, float("nan"), 0.0, 0.0, False
     if part is not None:
-        *sums, seen = part.sums[rank]
-        totals.copy_(totals.new_tensor(sums))
+        *before_it, seen = part.sums[rank]
+        totals.copy_(totals.new_tensor(before_it))
         first, stall_seconds, train_seconds = part.steps, part.data_stall_seconds, part.train_seconds
         for count in batch_sizes(run, run.data.train, recipe.batch_size)[:first] if mixed else ():
             draw_mix(count, recipe.mixup, random)
