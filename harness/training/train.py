@@ -290,6 +290,7 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | Non
         stall_seconds += time.perf_counter() - requested_at
         if stopped := not trainer.halt.may_begin():
             break
+        trainer.watchdog.begin()
         before, lr = lr, learning_rate(recipe, epoch * loader.steps + step, loader.steps)
         if lr != before:
             set_lr(run.optimizer, lr)

@@ -41,7 +41,7 @@ class RankStalledError(dist.DistBackendError):
 class Watchdog:
     """Bounds how far the host runs ahead of its device, and raises the alarm where a rank makes no step.
 
-    Each rank says in the group's store, from a thread, that it is alive, how many steps it has begun and where it is: a
+    Each rank says in the group's store, from a thread, that it is alive, how far it is and where: a
     stopped process does not. Another thread, which waits for nothing, counts the time without a step; it writes the
     stacks of this rank into the folder `stacks`, and then calls `worker.alarm`.
     """
@@ -49,7 +49,7 @@ class Watchdog:
     def __init__(self, device: torch.device, worker: Worker | None = None, stacks: Path | None = None) -> None:
         self._device, self._worker, self._stacks = device, worker or Worker(device=str(device)), stacks
         self._rank = dist.get_rank() if dist.is_initialized() else 0
-        self._steps = 0
+        self._begun = self._steps = 0
         self._events: deque[Any] = deque()
         self._ranks = gather((socket.gethostname(), str(device), self._worker.node))
         self._signs: dict[int, tuple[bytes, float]] = {}  # by rank: the last one, when it was first seen here
@@ -65,6 +65,11 @@ class Watchdog:
             self._threads.append(Repeat(self._beat, beat))
 
     # --- where the run trains ---
+
+    def begin(self) -> None:
+        """The batch of a step is there."""
+        self._begun += 1
+        self.moved()
 
     def step(self) -> None:
         """After each step that was queued: wait for one of a while ago."""
@@ -153,7 +158,7 @@ class Watchdog:
     def _beat(self) -> None:
         """Say that this rank is alive, and note who else is. Raises without a store."""
         self._beats += 1
-        self._store.set(str(self._rank), f"{self._beats} {self._steps} {self._place()}")
+        self._store.set(str(self._rank), f"{self._beats} {self._begun + self._steps} {self._place()}")
         for rank in range(len(self._ranks)):
             if self._store.check([str(rank)]):
                 sign = self._store.get(str(rank))
@@ -182,11 +187,12 @@ class Watchdog:
         if self._answered_at < silent_since:  # rank 0 holds the store
             blamed = [0]
         silent = bool(blamed)
-        steps = {rank: int(sign.split()[1]) for rank, (sign, _) in self._signs.items()} | {self._rank: self._steps}
+        done = {rank: int(sign.split()[1]) for rank, (sign, _) in self._signs.items()}
+        done[self._rank] = self._begun + self._steps
         places = {rank: sign.decode().split(" ", 2)[2] for rank, (sign, _) in self._signs.items()}
         places[self._rank] = self._place()
-        if not silent and min(steps.values()) < max(steps.values()):
-            blamed = [rank for rank in sorted(steps) if steps[rank] == min(steps.values())]
+        if not silent and min(done.values()) < max(done.values()):
+            blamed = [rank for rank in sorted(done) if done[rank] == min(done.values())]
         waiting = ", ".join(sorted({places[rank] for rank in places.keys() - blamed}))
         who = ", ".join(names[rank] for rank in blamed)
         if silent:
