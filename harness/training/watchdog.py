@@ -41,8 +41,8 @@ class RankStalledError(dist.DistBackendError):
 class Watchdog:
     """Bounds how far the host runs ahead of its device, and raises the alarm where a rank makes no step.
 
-    Each rank says in the group's store, from a thread, that it is alive, how far it is and where: a
-    stopped process does not. Another thread, which waits for nothing, counts the time without a step; it writes the
+    Each rank says in the group's store, from a thread, that it is alive, how far it is and where: a stopped
+    process does not. Another thread, which waits for nothing, counts the time without a step; it writes the
     stacks of this rank into the folder `stacks`, and then calls `worker.alarm`.
     """
 
