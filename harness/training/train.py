@@ -60,11 +60,7 @@ class EpochPart:
 
 
 class StoppedError(Exception):
-    """An epoch was left."""
-
-    def __init__(self, part: EpochPart) -> None:
-        super().__init__(part)
-        self.part = part
+    """An epoch was left; its argument is the part that was done."""
 
 
 @flushed_denormals()
@@ -110,7 +106,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
             try:
                 metrics, on_test = run_epoch(trainer, telemetry, epoch=epoch, steps=steps, part=part)
             except StoppedError as stopped:
-                leave(run, folder, remote, history, replace(stopped.part, attempt=attempt))
+                leave(run, folder, remote, history, replace(stopped.args[0], attempt=attempt))
             warmup, resumed, part = epoch - first < WARMUP_EPOCHS < epochs, part is not None, None
             metrics = mark_untimed(metrics, spec, worker, warmup=warmup, partial=steps < whole, resumed=resumed)
             metrics = metrics.model_copy(update={"attempt": attempt})
@@ -168,16 +164,17 @@ def run_epoch(
     try:
         metrics = run_steps(trainer, epoch=epoch, steps=steps, part=part)
     except StoppedError as stopped:
-        reading = telemetry.stop(stopped.part.train_seconds)
-        energy, causes = join_readings(reading, part)
-        raise StoppedError(replace(stopped.part, energy_joules=energy, interference=causes)) from None
+        done: EpochPart = stopped.args[0]
+        reading = join(telemetry.stop(done.train_seconds), part)
+        known = {"energy_joules": reading.energy_joules, "interference": reading.interference}
+        raise StoppedError(replace(done, **known)) from None
     trainer.watchdog.moved()
     if not math.isfinite(metrics.loss):
         raise DivergedError(epoch + 1, (epoch + 1) * run.train_loader.steps)
     if trainer.step.world_size > 1:
         for buffer in run.network.buffers():
             dist.broadcast(buffer, 0)
-    reading = telemetry.stop(metrics.train_seconds)
+    reading = join(telemetry.stop(metrics.train_seconds), part)
     evaluating_at = time.perf_counter()
     evaluation = run_eval(trainer, run.eval_loader, len(run.data.eval))
     on_test = run_eval(trainer, run.test_loader, len(run.data.test)) if run.test_loader else None
@@ -185,18 +182,17 @@ def run_epoch(
         "error": evaluation.error, "top5_error": evaluation.top5_error, "eval_loss": evaluation.loss,
         "test_error": on_test.error if on_test else None, "eval_seconds": time.perf_counter() - evaluating_at,
     }  # fmt: skip
-    energy, causes = join_readings(reading, part)
-    whole = asdict(reading) | {"energy_joules": energy, "interference": causes}
-    return metrics.model_copy(update=whole | measured), on_test
+    return metrics.model_copy(update=asdict(reading) | measured), on_test
 
 
-def join_readings(reading: EpochReading, part: EpochPart | None) -> tuple[float | None, tuple[str, ...]]:
-    """Joules and what disturbed an epoch, with those of its first part."""
+def join(reading: EpochReading, part: EpochPart | None) -> EpochReading:
+    """The reading with joules and disturbances of the epoch's first part, if there was one."""
     if part is None:
-        return reading.energy_joules, reading.interference
-    joules = [joules for joules in (part.energy_joules, reading.energy_joules) if joules is not None]
+        return reading
+    joules, before = reading.energy_joules, part.energy_joules
+    energy = None if joules is None or before is None else before + joules
     causes = tuple(dict.fromkeys((*part.interference, *reading.interference)))
-    return sum(joules) if len(joules) == 2 else None, causes
+    return replace(reading, energy_joules=energy, interference=causes)
 
 
 def leave(
@@ -327,13 +323,10 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | Non
 def run_eval(trainer: Trainer, loader: Loader, images: int) -> Evaluation:
     """Evaluate the network as the run does: by its own engine, in its own precision."""
     autocast = make_autocast(trainer.run.device, trainer.run.spec.precision)
-
-    def forward(batch: torch.Tensor) -> torch.Tensor:
-        trainer.watchdog.moved()
-        logits: torch.Tensor = trainer.forward(batch)
-        return logits
-
-    evaluation = evaluate(trainer.run.network, loader, images=images, autocast=autocast, forward=forward)
+    evaluation = evaluate(
+        trainer.run.network, loader, images=images, autocast=autocast, forward=trainer.forward,
+        on_ranked=lambda _: trainer.watchdog.moved(),
+    )  # fmt: skip
     trainer.watchdog.rest()
     return evaluation
 
