@@ -7,6 +7,7 @@ initialised process group (NCCL on GPUs, gloo on CPUs) when there are several. R
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import shutil
@@ -45,7 +46,6 @@ from harness.cluster.nodes import choose_world_size, count_runs, find_draining, 
 
 SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
 LOOK_SECONDS = 1.0  # between looks for nodes that come and go
-EPOCH_SECONDS = 1e9  # longer than any
 LEAVE = "leave"  # in the mailbox: by when runs have to end, all of them or an attempt at one
 terminated = threading.Event()  # in a worker: it got a SIGTERM
 
@@ -214,7 +214,7 @@ class _Seen:
                 if more > 0 and all(
                     free.get(name, 0.0) >= more * amount for name, amount in job.resources.items()
                 ):
-                    mailbox.note.remote((LEAVE, index, attempt), time.time() + EPOCH_SECONDS)
+                    mailbox.note.remote((LEAVE, index, attempt), math.inf)  # at the epoch's end
                     self.training[index, attempt] = job.workers  # it is told once
 
 
