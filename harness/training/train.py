@@ -166,8 +166,8 @@ def run_epoch(
     except StoppedError as stopped:
         done: EpochPart = stopped.args[0]
         reading = join(telemetry.stop(done.train_seconds), part)
-        known = {"energy_joules": reading.energy_joules, "interference": reading.interference}
-        raise StoppedError(replace(done, **known)) from None
+        known = replace(done, energy_joules=reading.energy_joules, interference=reading.interference)
+        raise StoppedError(known) from None
     trainer.watchdog.moved()
     if not math.isfinite(metrics.loss):
         raise DivergedError(epoch + 1, (epoch + 1) * run.train_loader.steps)
