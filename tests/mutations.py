@@ -69,7 +69,7 @@ DEFECTS = (
     Defect("graphs outlive a run that ends well", SETUP, (("        self.engine.reset()\n        self.forward.reset()\n", ""),),
            "test_lifetime.py::test_nothing_outlives_a_run[graphs-ends well]"),
     Defect("graphs outlive a run that raises", TRAIN,
-           (("stack.enter_context(closing(make_trainer(run, warn, worker, folder / "stacks")))", "make_trainer(run, warn)"),),
+           (('stack.enter_context(closing(make_trainer(run, warn, worker, folder / "stacks")))', "make_trainer(run, warn)"),),
            "test_lifetime.py::test_nothing_outlives_a_run[graphs-raises]"),
     Defect("mixup begins anew within an epoch", TRAIN, (("            draw_mix(count, recipe.mixup, random)\n", "            pass\n"),),
            "test_halt.py::test_stopped_at_any_step_the_run_is_the_same[3]"),
