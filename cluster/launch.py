@@ -7,44 +7,58 @@ initialised process group (NCCL on GPUs, gloo on CPUs) when there are several. R
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import shutil
+import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
 from harness.cluster.job import (
-    COLLECTIVE_SECONDS,
+    COLLECTIVE_GRACE,
     LOOPBACK,
     Allocation,
     Entered,
     Failed,
     Launched,
     Outcome,
+    PreemptedError,
     Spec,
+    Stalled,
     Started,
     StartSampler,
     Telemetry,
     Train,
     Waiting,
     Worker,
+    WorkerDiedError,
     count_failures,
     make_failed,
 )  # fmt: skip
-from harness.cluster.nodes import choose_world_size, inspect_cluster
+from harness.cluster.nodes import choose_world_size, count_runs, find_draining, free_resources, inspect_cluster
 
 SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
+LOOK_SECONDS = 1.0  # between looks for nodes that come and go
+LEAVE = "leave"  # in the mailbox: by when runs have to end, all of them or an attempt at one
+terminated = threading.Event()  # in a worker: it got a SIGTERM
+
+
+def note_sigterm() -> None:
+    """In a worker's main thread: a SIGTERM no longer ends it in mid-step."""
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
 
 
 def launch(
     train: Train[Spec, Outcome], specs: Sequence[Spec], job: Allocation, *, progress: Callable[[Spec, Any], None],
     telemetry: StartSampler | None = None, progress_of: Callable[[Any], float] = lambda _: 0.0,
+    leaving: Callable[[], bool] = lambda: False,
 ) -> Launched[Spec, Outcome]:  # fmt: skip
     """Run every spec, `job.concurrent_runs` at a time; yield each as it ends. Call `connect` before.
 
@@ -54,6 +68,9 @@ def launch(
     cluster, waits without being counted. `progress(spec, event)` is called in this thread with `Started`, `Waiting`,
     `Entered` and every report of rank 0. `telemetry` is started on each node of an attempt, in an actor that ends with
     it; its measurements come as `Telemetry`.
+
+    Workers of a node that Ray drains stop as `Worker.notice` says, and go on elsewhere: that is no death, nor is one while
+    nodes are drained. Once `leaving()` holds, all runs stop so, and then KeyboardInterrupt is raised.
     """
     import ray
 
@@ -61,7 +78,8 @@ def launch(
     mailbox = ray.remote(num_cpus=0, scheduling_strategy=_this_node())(Mailbox).remote()
     ended: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
     best_progress = [0.0] * len(specs)
-    stop = threading.Event()
+    seen = _Seen(best_progress)
+    stop = seen.stop
     waiting = iter(range(len(specs)))  # each thread takes the next
 
     def serve() -> None:
@@ -70,20 +88,29 @@ def launch(
                 return
             task = _Task(train, specs[index], index, job, telemetry, mailbox)
             try:
-                outcome = _Run(task, stop, best_progress).run()
+                outcome = _Run(task, seen).run()
             except BaseException as error:
                 outcome = make_failed(error, attempts=1)
-            ended.put((index, outcome))
+            if outcome is not None:
+                ended.put((index, outcome))
 
-    for _ in range(min(job.concurrent_runs, len(specs))):
-        threading.Thread(target=serve, daemon=True).start()
+    threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(job.concurrent_runs, len(specs)))]
+    for thread in threads:
+        thread.start()
     try:
         for _ in specs:
             end: tuple[int, Any] | None = None
             while end is None:
+                left = stop.is_set() and not any(thread.is_alive() for thread in threads)
                 with contextlib.suppress(queue.Empty):
                     end = ended.get(timeout=0.2)
-                for index, event in ray.get(mailbox.drain.remote()):
+                if left and end is None:
+                    raise KeyboardInterrupt
+                if leaving() and not stop.is_set():
+                    stop.set()
+                    mailbox.note.remote(LEAVE, time.time())
+                seen.look(mailbox, job)
+                for index, event in ray.get(mailbox.empty.remote()):
                     best_progress[index] = max(best_progress[index], progress_of(event))
                     progress(specs[index], event)
             yield specs[end[0]], end[1]
@@ -96,12 +123,16 @@ def launch(
 def launch_here(
     train: Train[Spec, Outcome], specs: Sequence[Spec], job: Allocation, *, progress: Callable[[Spec, Any], None],
     telemetry: StartSampler | None = None, progress_of: Callable[[Any], float] = lambda _: 0.0,
+    leaving: Callable[[], bool] = lambda: False,
 ) -> Launched[Spec, Outcome]:  # fmt: skip
     """As `launch`, but in this process and without Ray: one worker. Raises ValueError for a job of several."""
     if job.workers != 1:
         raise ValueError(f"the local launcher runs one worker, not {job.workers}: use --launcher ray")
     cuda = job.device == "cuda"
-    worker = Worker(device="cuda:0" if cuda else "cpu", threads=job.threads, runs_per_gpu=job.runs_per_gpu)
+    worker = Worker(
+        device="cuda:0" if cuda else "cpu", threads=job.threads, runs_per_gpu=job.runs_per_gpu,
+        stall_seconds=job.stall_seconds, notice=lambda: time.time() if leaving() else None,
+    )  # fmt: skip
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if cuda else ""
     for spec in specs:
         progress(spec, Started(attempt=1))
@@ -111,6 +142,8 @@ def launch_here(
             sampler = telemetry and telemetry(visible)
         try:
             outcome: Outcome | Failed = train(spec, worker, partial(progress, spec))
+        except PreemptedError:
+            raise KeyboardInterrupt from None
         except Exception as error:
             outcome = make_failed(error, attempts=1)
         finally:
@@ -132,24 +165,57 @@ def _remove(storage: Path | str) -> None:
 
 
 class Mailbox:
-    """What the workers of all runs report waits here for the driver."""
+    """What the workers of all runs report waits here for the driver; and notes of either for the other."""
 
     def __init__(self) -> None:
         self.events: list[tuple[int, Any]] = []
-        self.placement_groups: dict[int, Any] = {}
+        self.notes: dict[Any, Any] = {}
 
-    def put(self, index: int, event: Any) -> None:
-        self.events.append((index, event))
+    def put(self, index: int, event: Any, attempt: int | None = None) -> bool:
+        """Whether the attempt is the run's last: an earlier one may live on beside it, on a node that seemed lost."""
+        current = attempt is None or self.notes.get(("attempt", index), attempt) == attempt
+        self.events += [(index, event)] if current else []
+        return current
 
-    def drain(self) -> list[tuple[int, Any]]:
+    def empty(self) -> list[tuple[int, Any]]:
         events, self.events = self.events, []
         return events
 
-    def put_placement_group(self, index: int, group: Any) -> None:
-        self.placement_groups[index] = group
+    def note(self, key: Any, value: Any) -> None:
+        self.notes[key] = value
 
-    def take_placement_group(self, index: int) -> Any:
-        return self.placement_groups.pop(index, None)
+    def read(self, *keys: Any) -> Any:
+        return next((self.notes[key] for key in keys if key in self.notes), None)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the driver's main thread tells those of the runs."""
+
+    best_progress: Sequence[float]  # of each run, as it was reported
+    stop: threading.Event = field(default_factory=threading.Event)
+    training: dict[tuple[int, int], int] = field(default_factory=dict)  # run and attempt -> workers
+    drains: dict[str, float] = field(
+        default_factory=dict
+    )  # by node, by time.monotonic: since when it is taken away
+    looked_at: float = float("-inf")
+
+    def look(self, mailbox: Any, job: Allocation) -> None:
+        """Now and then: for nodes that are taken away, and for room for runs that have fewer workers than they could."""
+        if (now := time.monotonic()) < self.looked_at + LOOK_SECONDS:
+            return
+        self.looked_at = now
+        with contextlib.suppress(Exception):  # Ray's head may be away for a while
+            for node in find_draining():
+                self.drains.setdefault(node, now)
+            for (index, attempt), workers in list(self.training.items()):
+                more = choose_world_size(inspect_cluster(), job) - workers if workers < job.workers else 0
+                free = free_resources() if more > 0 else {}
+                if more > 0 and all(
+                    free.get(name, 0.0) >= more * amount for name, amount in job.resources.items()
+                ):
+                    mailbox.note.remote((LEAVE, index, attempt), math.inf)  # at the epoch's end
+                    self.training[index, attempt] = job.workers  # it is told once
 
 
 def _this_node() -> Any:
@@ -177,19 +243,33 @@ class _Task(Generic[Spec, Outcome]):
         from ray.train.torch import get_device
         from ray.util import get_current_placement_group
 
-        context, job = get_context(), self.job
+        context, job, mailbox = get_context(), self.job, self.mailbox
+        node, rank = ray.get_runtime_context().get_node_id(), context.get_world_rank()
+
+        def notice() -> float | None:
+            keys = (LEAVE, (LEAVE, self.index, attempt)) if rank == 0 else ()
+            told = ray.get(mailbox.read.remote(*keys), timeout=10) if keys else None
+            by = time.time() if terminated.is_set() else None, find_draining().get(node), told
+            return min(filter(None, by), default=None)
+
+        def alarm(stalled: Stalled) -> None:
+            with contextlib.suppress(Exception):  # where the driver is out of reach, another rank may reach it
+                ray.get(mailbox.note.remote(("stalled", self.index, attempt), stalled), timeout=10)
+            os._exit(1)  # whatever it waits for
+
         worker = Worker(
-            rank=context.get_world_rank(), world_size=context.get_world_size(), device=str(get_device()),
-            threads=job.threads, attempt=attempt, launch_seconds=time.time() - started_at,
-            runs_per_gpu=job.runs_per_gpu,
+            rank=rank, world_size=context.get_world_size(), device=str(get_device()), threads=job.threads,
+            attempt=attempt, launch_seconds=time.time() - started_at, runs_per_gpu=job.runs_per_gpu,
+            stall_seconds=job.stall_seconds, node=node, notice=notice, alarm=alarm,
         )  # fmt: skip
 
         def report(event: Any) -> None:
-            if worker.rank == 0:
-                ray.get(self.mailbox.put.remote(self.index, event))  # else a death soon after would lose it
+            # waits for the answer: else a death soon after would lose it
+            if rank == 0 and not ray.get(mailbox.put.remote(self.index, event, attempt)):
+                raise WorkerDiedError("another attempt at this run has begun")
 
-        if worker.rank == 0:
-            self.mailbox.put_placement_group.remote(self.index, get_current_placement_group())
+        if rank == 0:
+            mailbox.note.remote(("placement group", self.index), get_current_placement_group())
         report(Entered())
         sampler = None
         if self.telemetry is not None and context.get_local_rank() == 0:
@@ -211,48 +291,70 @@ class _Run(Generic[Spec, Outcome]):
     """All attempts at one task, in a thread of the driver."""
 
     task: _Task[Spec, Outcome]
-    stop: threading.Event
-    best_progress: Sequence[float]  # of all runs, as the driver has seen them
+    seen: _Seen
     attempt: int = 1
     reason: str = ""  # of the attempt
     waited_seconds: float = 0.0
     failures: int = 0  # deaths in a row without progress
     progress: float = 0.0  # before the last death
     announced: tuple[int, int] | None = None  # attempt, world size
+    avoid: tuple[str, ...] = ()  # nodes on which the last attempt hung, if there is room without them
 
-    def run(self) -> Outcome | Failed:
-        """Try until there is an outcome or no more use in trying."""
-        job = self.task.job
+    def run(self) -> Outcome | Failed | None:
+        """Try until there is an outcome or no more use in trying. None where the command has to end before."""
+        job, index, stop = self.task.job, self.task.index, self.seen.stop
         while True:
             world_size = self._wait_for_resources()
+            if stop.is_set():
+                return None
             if world_size is None:
                 minutes = job.placement_timeout_seconds / 60
                 message = f"no room in the cluster for {self._describe(job.workers)} within {minutes:.0f} minutes"
                 return Failed(exception="", message=message, traceback="", died=True, attempts=self.attempt)
             self._announce(world_size)
-            started_at = time.time()
+            self.task.mailbox.note.remote(("attempt", index), self.attempt)
+            self.seen.training[index, self.attempt] = world_size
+            started_at, began = time.time(), time.monotonic()
             try:
                 outcome: Outcome = self._make_trainer(world_size, started_at).fit().return_value
                 return outcome
             except Exception as error:
                 self._free_placement_group()
                 failed = make_failed(error, attempts=self.attempt)
-            if failed.exception == "WorkerGroupStartupTimeoutError" and not self.stop.is_set():
+            finally:
+                del self.seen.training[index, self.attempt]
+            if failed.exception == "WorkerGroupStartupTimeoutError" and not stop.is_set():
                 # others were quicker to take the room, or it is scattered over nodes
                 self.waited_seconds += time.time() - started_at
                 self._put(
                     Waiting(seconds=self.waited_seconds, reason=f"no place for {self._describe(world_size)}")
                 )
                 continue
-            best = self.best_progress[self.task.index]
-            self.failures, self.progress = count_failures(self.failures, self.progress, best)
-            if not failed.died or self.failures > job.retries or self.stop.is_set():
-                return failed
-            self.reason = failed.message
+            if stalled := self._read(("stalled", index, self.attempt)):
+                failed = replace(failed, exception="", died=True, message=stalled.message)
+            self.avoid = stalled.nodes if stalled else ()
+            preempted = failed.exception == PreemptedError.__name__
+            if (failed.died or preempted) and stop.is_set():
+                return None
+            left = preempted or (failed.died and any(since >= began for since in self.seen.drains.values()))
+            if not left:
+                best = self.seen.best_progress[index]
+                self.failures, self.progress = count_failures(self.failures, self.progress, best)
+                if not failed.died or self.failures > job.retries:
+                    return failed
+            grows = preempted and self._read((LEAVE, index, self.attempt))
+            cause = "room for more workers: " if grows else "a worker had to leave: " if preempted else ""
+            self.reason = cause + failed.message
             self.attempt += 1
 
     def _put(self, event: Any) -> None:
         self.task.mailbox.put.remote(self.task.index, event)
+
+    def _read(self, key: Any) -> Any:
+        import ray
+
+        with contextlib.suppress(Exception):
+            return ray.get(self.task.mailbox.read.remote(key), timeout=30)
 
     def _describe(self, workers: int) -> str:
         return f"{workers} x " + " + ".join(
@@ -270,13 +372,14 @@ class _Run(Generic[Spec, Outcome]):
 
         Ray Train itself would wait a minute, in silence, and then fail the run.
         """
-        import ray
-
         job, before, began = self.task.job, self.waited_seconds, time.monotonic()
         show_at = SHOW_WAIT_AFTER_SECONDS
-        while not self.stop.is_set():
-            world_size = choose_world_size(inspect_cluster(), job) if job.fallback_world_sizes else job.workers
-            free = ray.available_resources()
+        while not self.seen.stop.is_set():
+            if self.avoid and not count_runs(inspect_cluster(self.avoid), job):
+                self.avoid = ()
+            elastic = bool(job.fallback_world_sizes)
+            world_size = choose_world_size(inspect_cluster(self.avoid), job) if elastic else job.workers
+            free = free_resources(self.avoid)
             lacking = [
                 f"{amount * world_size:g} {name} wanted, {free.get(name, 0.0):g} free"
                 for name, amount in job.resources.items()
@@ -291,42 +394,46 @@ class _Run(Generic[Spec, Outcome]):
             if seconds >= show_at:
                 self._put(Waiting(seconds=self.waited_seconds, reason="; ".join(lacking)))
                 show_at = seconds + SHOW_WAIT_EVERY_SECONDS
-            self.stop.wait(0.2)
+            self.seen.stop.wait(0.2)
         return None
 
     def _free_placement_group(self) -> None:
         """Give a failed attempt's resources back: Ray keeps them until the job's end if Ray Train's controller died."""
-        import ray
         from ray.util import remove_placement_group
 
-        with contextlib.suppress(Exception):
-            group = ray.get(self.task.mailbox.take_placement_group.remote(self.task.index), timeout=30)
-            if group is not None:
+        if (group := self._read(("placement group", self.task.index))) is not None:
+            with contextlib.suppress(Exception):
                 remove_placement_group(group)
 
     def _make_trainer(self, world_size: int, started_at: float) -> Any:
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2._internal.execution.callback import WorkerCallback
 
         from harness.cluster.loopback import LoopbackConfig
 
         task, job, attempt = self.task, self.task.job, self.attempt
 
+        class OnStart(WorkerCallback):
+            def after_init_train_context(self) -> None:  # in each worker's main thread
+                note_sigterm()
+
         class QuietTrainer(TorchTrainer):
             def _create_default_callbacks(self) -> list[Any]:
                 # it needs the dashboard and complains once a second without; `_free_placement_group` does its work
                 kept = super()._create_default_callbacks()
-                return [c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback"]
+                return [OnStart(), *(c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback")]
 
         alone = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]] == [LOOPBACK]
         make_config = LoopbackConfig if alone else TorchConfig
-        cuda = job.device == "cuda"
+        cuda, seconds = job.device == "cuda", int(job.stall_seconds + COLLECTIVE_GRACE)
+        elsewhere = {"ray.io/node-id": f"!in({','.join(self.avoid)})"} if self.avoid else None
         return QuietTrainer(
             lambda: task.work(attempt, started_at),
-            torch_config=make_config(backend="nccl" if cuda else "gloo", timeout_s=COLLECTIVE_SECONDS),
+            torch_config=make_config(backend="nccl" if cuda else "gloo", timeout_s=seconds),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=world_size, use_gpu=cuda, resources_per_worker=job.resources,
-                placement_strategy=job.placement.upper().replace("-", "_"),
+                placement_strategy=job.placement.upper().replace("-", "_"), label_selector=elsewhere,
             ),
             run_config=ray.train.RunConfig(
                 # a name used twice would resume the first run of that name

@@ -46,6 +46,7 @@ def run(
     max_seeds: int | None = ...,
     elastic: int | None = ...,
     checkpoint_every: int = ...,
+    stall_seconds: int = ...,
     format: str = ...,
     no_check: bool = ...,
     dry_run: bool = ...,
