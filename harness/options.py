@@ -22,7 +22,7 @@ LOADERS = ("dali", "resident", "dataloader", "synthetic")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENGINES: tuple[str, ...] = get_args(Engine)
 LAUNCHERS = ("auto", "ray", "local")
-FORMATS = ("table", "jsonl")
+FORMATS = ("table", "jsonl", "jsonl-convnet")
 ALGORITHMS = ("random", "tpe", "gp")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 
@@ -178,7 +178,9 @@ class RunOptions(Resources):
     elastic: Annotated[int | None, opt(
         "Continue with at least this many workers when a cluster loses nodes; marked.")] = None
     checkpoint_every: Annotated[int, opt("Epochs between checkpoints.", least=1)] = 1
-    format: Annotated[str, opt("table, or jsonl: a JSON object per epoch, no table.", words=FORMATS)] = "table"
+    format: Annotated[str, opt(
+        "table; jsonl: a JSON object per event, for programs; jsonl-convnet: per epoch, with the keys of the convnet's log.",
+        words=FORMATS)] = "table"
     no_check: NoCheck = False
     dry_run: Annotated[bool, opt("Print the plan and what is done already.")] = False
     estimate: Annotated[bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.")] = False

@@ -110,11 +110,12 @@ def print_report(paths: Sequence[Path], console: Console, options: ReportOptions
         text += "\n" + "\n".join(table.below)
     print_text(text, console, output)
     if curves is not None:
-        from harness.results.report.charts import make_panels, write_charts
-        from harness.results.report.sweeps import make_sweep_panel
+        from harness.results.report.charts import write_charts
+        from harness.results.report.sweeps import draw_all
 
+        panels, sweeps = draw_all(rows, searches.sweeps)
         with _mistakes(file=f"--curves {curves}"):
-            for path in write_charts([*make_panels(rows), *map(make_sweep_panel, searches.sweeps)], curves):
+            for path in write_charts([*panels, *sweeps], curves):
                 print(f"harness: drawn: {path}", file=sys.stderr)
     return bool(rows)
 

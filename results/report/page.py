@@ -5,11 +5,13 @@ Values are prepared here; `page.html` lays them out and escapes them.
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import math
 import re
 import shlex
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,12 +20,12 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from harness.results.metrics import METRICS, NONE
+from harness.results.metrics import METRICS, NONE, rounded
 from harness.results.prediction import predicted_figures
 from harness.results.report import memory
-from harness.results.report.charts import category_colours, make_labels, make_panels
+from harness.results.report.charts import category_colours, make_labels
 from harness.results.report.columns import Column
-from harness.results.report.sweeps import clamp, is_finite, make_sweep_panel, show
+from harness.results.report.sweeps import clamp, draw_all, is_finite, show
 from harness.results.report.table import lay_out, style_of
 from harness.results.report.text import MARKS, ORDINARY, clean
 from harness.results.rows import Row
@@ -34,6 +36,8 @@ from harness.results.values import Measurement, Record
 HERE = Path(__file__).parent
 NETWORK = Column("network", "network", lambda r: r.name, key=lambda r: f"{r.variant} {r.depth:06}", right=False)
 RUN_METRICS = [metric for metric in METRICS.values() if metric.kind != "size"]
+FACETS = ("variant", "depth", "data set", "loader")
+"""What the rows of the page can be filtered and grouped by."""
 RUN_COLUMNS = ("seed", *(m.heading for m in RUN_METRICS), "attempts", "finished", "folder", "environment")
 
 
@@ -47,8 +51,8 @@ def make_page(
     """
     layout = lay_out(rows, columns)
     labels = make_labels(rows, None if columns else layout)
-    panels, searches = make_panels(rows, labels), [(sweep, make_sweep_panel(sweep)) for sweep in sweeps]
-    every = [*panels, *(panel for _, panel in searches)]
+    panels, searches = draw_all(rows, sweeps, labels)
+    every = [*panels, *searches]
     environments: dict[str, _Group] = {}
     runs = [[_run(stored, environments) for stored in row.done] for row in rows]
     if not environments:  # a run that failed knows less of its environment
@@ -56,13 +60,17 @@ def make_page(
             _add_environment(environments, stored.record)
     trials = {trial.run for sweep in sweeps for trial in sweep.trials}
     row_of = {s.folder.name: i for i, row in enumerate(rows) for s in row.done if s.folder.name in trials}
-    scripts = [bundle.replace("</script", "<\\/script")] if any(panel.charts for panel in every) else []
     # variant and depth are one column: the first stays in place when the others scroll
     joined = [column.name for column in layout.columns[:2]] == ["variant", "depth"]
     drawn = [{"rows": p.rows, "charts": {c.name: c.spec for c in p.charts}, "datasets": p.datasets} for p in every]
-    data = {"panels": drawn, "columns": RUN_COLUMNS, "runs": runs}
+    facets = [
+        [row.variant, row.depth, row.dataset, row.text("loader"), label]
+        for row, label in zip(rows, labels, strict=True)
+    ]
+    data = {"panels": drawn, "columns": RUN_COLUMNS, "runs": runs, "facets": FACETS, "rows": facets}
     # "<" inside a script could end it; JSON strings may hold it in this form
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    packed = gzip.compress(bundle.encode(), mtime=0) if any(panel.charts for panel in every) else b""
     css, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
@@ -71,14 +79,38 @@ def make_page(
     )  # fmt: skip
     return environment.get_template("page.html").render(
         made_at=made_at, rows=rows, sheet=layout.sheet, labels=labels, panels=panels, joined=joined,
-        columns=[NETWORK, *layout.columns[2:]] if joined else layout.columns, sweeps=searches, problems=problems,
+        columns=[NETWORK, *layout.columns[2:]] if joined else layout.columns, sweeps=list(zip(sweeps, searches, strict=True)), unfinished=_fold(rows, problems),
         swatches={label: style.colour for panel in panels for label, style in panel.rows.items()}, row_of=row_of,
         probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := predicted_figures(row))],
         each=lambda name: [(row, run) for row in rows for run in getattr(row, name)],
-        environments=list(environments.values()), data=Markup(text), css=css, scripts=[*map(Markup, scripts), script],
+        environments=list(environments.values()), data=Markup(text), css=css, script=script, bundle=base64.b64encode(packed).decode(),
         NONE=NONE, category_colours=category_colours, best_first=best_first, clamp=clamp, Counter=Counter, is_finite=is_finite,
-        link_marks=_link_marks, memory=memory, number=_number, show=show, sort_key=_sort_key, style_of=style_of,
+        link_marks=_link_marks, memory=memory, number=_number, rounded=rounded, show=show, sort_key=_sort_key, style_of=style_of,
     )  # fmt: skip
+
+
+def _fold(rows: Sequence[Row], problems: Sequence[Problem]) -> list[tuple[str, str, list[tuple[str, str]], str | None]]:
+    """What did not finish, equal ones together: a word, what is said of all, each with its folder, and of a failure the
+    traceback of the first."""
+    alike: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    traces: dict[tuple[str, str], str] = {}
+    for row, stored in ((row, stored) for row in rows for stored in row.failed):
+        if failure := stored.record.failure:
+            key = failure.kind, " ".join(failure.message.split())
+            traces.setdefault(key, failure.traceback)
+            alike[key].append((f"{row.name} seed {stored.record.seed}", stored.folder.name))
+    for row, stored in ((row, stored) for row in rows for stored in row.pruned):
+        if at := stored.record.pruned:
+            when = f"after epoch {at.epoch} of {at.of}, at {_number(at.error, 2)} %"
+            who = f"{row.name} seed {stored.record.seed} {when}"
+            alike["pruned", f"by {at.by} of sweep {at.sweep}"].append((who, stored.folder.name))
+    for row, run in ((row, run) for row in rows for run in row.interrupted):
+        seed = f" seed {run.spec['seed']}" if "seed" in run.spec else ""
+        when = f"after epoch {run.epochs}" + (f" of {run.of}" if run.of else "")
+        alike["interrupted", ""].append((f"{row.name}{seed} {when}", run.name))
+    for problem in problems:
+        alike["not read", problem.reason].append((problem.path.name, ""))
+    return [(word, what, runs, traces.get((word, what))) for (word, what), runs in alike.items()]
 
 
 def _link_marks(text: str) -> Markup:

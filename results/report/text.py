@@ -114,24 +114,62 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"[\\`*_\[\]<>|~#&]", r"\\\g<0>", text)
 
 
-def for_latex(sheet: Sheet) -> str:
-    """A tabular of the booktabs package."""
-    header, *lines = [" & ".join(map(escape_latex, cells)) + r" \\" for cells in (sheet.headers, *sheet.cells)]
-    below = " \\\\\n".join(map(escape_latex, [*sheet.notes, "; ".join(sheet.means)]))
+NUMBER = re.compile(r"(−?[\d,]+(?:\.\d+)?)(?: ± ([\d,]+(?:\.\d+)?))?(.*)")
+"""A figure, its standard deviation, and what follows: a unit, something in brackets, the marks of notes."""
+
+
+def for_latex(sheet: Sheet, left_out: Sequence[str] = ()) -> str:
+    """A floating table of the packages booktabs and siunitx: caption, label, numbers aligned at the point, notes below."""
+    columns = [
+        _latex_column(header, cells, right=right)
+        for header, right, *cells in zip(sheet.headers, sheet.right, *sheet.cells, strict=True)
+    ]
+    header, *lines = [" & ".join(cells) + r" \\" for cells in zip(*(cells for _, cells in columns), strict=True)]
+    below = " \\\\\n".join(map(escape_latex, filter(None, [*sheet.notes, "; ".join(sheet.means)])))
     parts = [
-        "% needs \\usepackage{booktabs}",
-        rf"\noindent {escape_latex(sheet.caption)}\par\smallskip" if sheet.caption else "",
-        rf"\begin{{tabular}}{{{''.join('r' if right else 'l' for right in sheet.right)}}}",
+        r"% \usepackage{booktabs, siunitx}",
+        f"% without {', '.join(left_out)}, for which a page is too narrow: --columns chooses" if left_out else "",
+        r"\begin{table*}",
+        r"\centering\footnotesize\setlength{\tabcolsep}{3.5pt}",
+        r"\sisetup{separate-uncertainty = true, group-separator = {,}, group-minimum-digits = 4}",
+        rf"\caption{{{escape_latex(sheet.caption or 'Results')}}}",
+        r"\label{tab:results}",
+        rf"\begin{{tabular}}{{@{{}}{''.join(kind for kind, _ in columns)}@{{}}}}",
         r"\toprule", header, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}",
-        f"\\par\\smallskip{{\\footnotesize\n{below}\\par}}",
+        f"\\par\\smallskip\n\\parbox{{\\linewidth}}{{\\raggedright\\scriptsize\n{below}}}",
+        r"\end{table*}",
     ]  # fmt: skip
     return "\n".join(filter(None, parts)) + "\n"
+
+
+def _latex_column(header: str, cells: Sequence[str], *, right: bool) -> tuple[str, list[str]]:
+    """How it is aligned, and its header and cells. What follows its numbers is another column, close to the first."""
+    head, *words = map(escape_latex, (header, *cells))
+    numbers = [NUMBER.fullmatch(cell) for cell in cells]
+    if not right or not any(numbers):
+        return "r" if right else "l", [head, *words]
+    lines, rests, whole, decimals, spread = list[str](), list[str](), 0, 0, 0
+    for word, number in zip(words, numbers, strict=True):
+        value, std, rest = number.groups("") if number else ("", "", "")
+        before, _, after = value.replace(",", "").replace("−", "-").partition(".")
+        if std and len(std.partition(".")[2]) != len(after):
+            std, rest = "", f" ± {std}{rest}"
+        whole, decimals = max(whole, len(before)), max(decimals, len(after))
+        spread = max(spread, len(after), len(re.sub(r"\D|^0\.", "", std))) if std else spread
+        value = before + "." * bool(after) + after
+        lines.append((rf"{value} \pm {std.replace(',', '')}" if std else value) if number else f"{{{word}}}")
+        rests.append(re.sub("^ ", "~", escape_latex(rest)))
+    kind = f"S[table-format={whole}.{decimals}{f'({spread})' * bool(spread)}]"
+    if not any(rests):
+        return kind, [f"{{{head}}}", *lines]
+    pairs = [f"{line} & {rest}" for line, rest in zip(lines, rests, strict=True)]
+    return f"{kind}@{{}}l", [rf"\multicolumn{{2}}{{c}}{{{head}}}", *pairs]
 
 
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
     ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "·": r"$\cdot$",
-    "–": "--", "…": r"\ldots{}", **{c: f"\\{c}" for c in "&%$#_{}"},
+    "–": "--", "…": r"\ldots{}", "→": r"$\to$", **{c: f"\\{c}" for c in "&%$#_{}"},
 })  # fmt: skip
 
 
