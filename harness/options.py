@@ -235,7 +235,7 @@ class ReportOptions:
         "Columns to show, as in variant,depth,error.", parse=partial(parse_words, what="--columns"))] = ()
     preset: Preset = None  # the rows and columns of that source's table, in their order
     across: Across = ()
-    output: Annotated[Path | None, opt("Write to this file.")] = None
+    output: Annotated[Path | None, opt("Write to this file; -: print. Default of html: report.html.")] = None
     curves: Annotated[Path | None, opt("Draw the charts into this folder, as SVG and PNG.")] = None
 
 

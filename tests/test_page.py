@@ -121,6 +121,7 @@ def test_every_format_is_as_it_was_approved(format: Format, rows: list[Row]) -> 
             text = text.replace(
                 (GOLDEN.parents[1] / f"results/report/page.{own}").read_text(), f"/* page.{own} */"
             )
+    text = re.sub(r'id="vega">[^<]*<', 'id="vega"><', text)  # another zlib packs it otherwise
     path = GOLDEN / f"report.{format}"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)

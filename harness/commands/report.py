@@ -108,7 +108,9 @@ def print_report(paths: Sequence[Path], console: Console, options: ReportOptions
             text = render(rows, format, columns=columns)  # type: ignore[arg-type]
     if table.below and format in ("table", "markdown"):
         text += "\n" + "\n".join(table.below)
-    print_text(text, console, output)
+    print_text(text, console, output or (Path(PAGE) if format == "html" else None))
+    if format == "html" and output is None:
+        print_text(f"page: {PAGE}", console)
     if curves is not None:
         from harness.results.report.charts import write_charts
         from harness.results.report.sweeps import draw_all
@@ -187,9 +189,9 @@ def make_html(
 
 
 def print_text(text: str, console: Console, output: Path | None = None) -> None:
-    """Write text as it is, to the console or a file. Raises UserError where the file cannot be written."""
+    """Write text as it is, to the console or a file ("-": the console). Raises UserError where the file cannot be written."""
     text = text if text.endswith("\n") else text + "\n"
-    if output is None:
+    if output is None or output == Path("-"):
         console.file.write(text)
         console.file.flush()
         return

@@ -14,7 +14,14 @@ from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 from harness.results.metrics import METRICS, UNKNOWN, Metric
-from harness.results.report.columns import check_names, cost_entry, epoch_seconds_ratio, make_columns, progress, pruned_at
+from harness.results.report.columns import (
+    check_names,
+    cost_entry,
+    epoch_seconds_ratio,
+    make_columns,
+    progress,
+    pruned_at,
+)
 from harness.results.report.notes import make_notes
 from harness.results.rows import Row
 from harness.results.values import MEMORY_CATEGORIES, finite, setting

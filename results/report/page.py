@@ -15,7 +15,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -82,29 +84,36 @@ def make_page(
         columns=[NETWORK, *layout.columns[2:]] if joined else layout.columns, sweeps=list(zip(sweeps, searches, strict=True)), unfinished=_fold(rows, problems),
         swatches={label: style.colour for panel in panels for label, style in panel.rows.items()}, row_of=row_of,
         probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := predicted_figures(row))],
-        each=lambda name: [(row, run) for row in rows for run in getattr(row, name)],
+        each=partial(_each, rows),
         environments=list(environments.values()), data=Markup(text), css=css, script=script, bundle=base64.b64encode(packed).decode(),
         NONE=NONE, category_colours=category_colours, best_first=best_first, clamp=clamp, Counter=Counter, is_finite=is_finite,
         link_marks=_link_marks, memory=memory, number=_number, rounded=rounded, show=show, sort_key=_sort_key, style_of=style_of,
     )  # fmt: skip
 
 
-def _fold(rows: Sequence[Row], problems: Sequence[Problem]) -> list[tuple[str, str, list[tuple[str, str]], str | None]]:
+def _each(rows: Sequence[Row], name: str) -> list[tuple[Row, Any]]:
+    """Every run that is done, failed, pruned or interrupted, with its row."""
+    return [(row, run) for row in rows for run in getattr(row, name)]
+
+
+def _fold(
+    rows: Sequence[Row], problems: Sequence[Problem]
+) -> list[tuple[str, str, list[tuple[str, str]], str | None]]:
     """What did not finish, equal ones together: a word, what is said of all, each with its folder, and of a failure the
     traceback of the first."""
     alike: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
     traces: dict[tuple[str, str], str] = {}
-    for row, stored in ((row, stored) for row in rows for stored in row.failed):
+    for row, stored in _each(rows, "failed"):
         if failure := stored.record.failure:
             key = failure.kind, " ".join(failure.message.split())
             traces.setdefault(key, failure.traceback)
             alike[key].append((f"{row.name} seed {stored.record.seed}", stored.folder.name))
-    for row, stored in ((row, stored) for row in rows for stored in row.pruned):
+    for row, stored in _each(rows, "pruned"):
         if at := stored.record.pruned:
             when = f"after epoch {at.epoch} of {at.of}, at {_number(at.error, 2)} %"
             who = f"{row.name} seed {stored.record.seed} {when}"
             alike["pruned", f"by {at.by} of sweep {at.sweep}"].append((who, stored.folder.name))
-    for row, run in ((row, run) for row in rows for run in row.interrupted):
+    for row, run in _each(rows, "interrupted"):
         seed = f" seed {run.spec['seed']}" if "seed" in run.spec else ""
         when = f"after epoch {run.epochs}" + (f" of {run.of}" if run.of else "")
         alike["interrupted", ""].append((f"{row.name}{seed} {when}", run.name))
