@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import os
 import re
 from pathlib import Path
@@ -196,7 +197,7 @@ def test_epochs_are_whole_numbers(last: int, tmp_path: Path, bundle: str) -> Non
         assert len(set(ticks)) == len(ticks) >= 2, ticks
         assert all(tick == int(tick) for tick in ticks)
         boxes = browser.ask(f"{texts}.map((t) => t.getBoundingClientRect()).map((b) => [b.left, b.right])")
-        assert all(right < left for (_, right), (left, _) in zip(boxes, boxes[1:], strict=False)), "labels collide"
+        assert all(right < left for (_, right), (left, _) in itertools.pairwise(boxes)), "labels collide"
 
 
 @needs_browser
