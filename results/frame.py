@@ -41,7 +41,7 @@ def read_table(file: str | Path | IO[str]) -> pandas.DataFrame:
 
     from harness.results.report.files import FIELDS
 
-    dtypes: Any = {field.name: DTYPES[field.kind] for field in FIELDS if field.kind in DTYPES}
+    dtypes: Any = {name: DTYPES[field.kind] for name, field in FIELDS.items() if field.kind in DTYPES}
     return pandas.read_csv(file, dtype=dtypes, converters={"seeds": json.loads})
 
 

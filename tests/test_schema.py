@@ -28,11 +28,11 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 def make_report_schema() -> dict[str, Any]:
     """Of `harness report --format json`; the columns of CSV are those of a row."""
     columns = {}
-    for field in FIELDS:
+    for name, field in FIELDS.items():
         kind: dict[str, Any] = {"type": [field.kind, "null"]}
         if field.kind == "list of integers":
             kind = {"type": "array", "items": {"type": "integer"}}
-        columns[field.name] = kind | ({"description": field.means} if field.means else {})
+        columns[name] = kind | ({"description": field.means} if field.means else {})
     texts = {"type": "object", "additionalProperties": {"type": "string"}}
     cell = {"type": "object", "properties": {"row": {"type": "integer"}, "column": {"type": "string"}}}
     note = {
@@ -109,17 +109,17 @@ def test_csv_opens_as_what_was_written(rows: list[Row]) -> None:
     values = plain_values(rows)
     frame, plain = read_table(io.StringIO(to_csv(rows))), pandas.read_csv(io.StringIO(to_csv(rows)))
     assert list(frame.columns) == list(plain.columns) == ["schema_version", *values[0]]
-    for field in FIELDS:
-        written = [row[field.name] for row in values]
-        read = [None if not isinstance(v, list) and pandas.isna(v) else v for v in frame[field.name]]
-        assert read == [None if v == "" else v for v in written], field.name
+    for name, field in FIELDS.items():
+        written = [row[name] for row in values]
+        read = [None if not isinstance(v, list) and pandas.isna(v) else v for v in frame[name]]
+        assert read == [None if v == "" else v for v in written], name
         known = [v for v in written if v not in (None, "")]
         if field.kind == "list of integers":
-            assert [json.loads(v) for v in plain[field.name]] == written
+            assert [json.loads(v) for v in plain[name]] == written
         elif known and field.kind in ("integer", "number"):
-            assert [v for v in plain[field.name] if v == v] == known, field.name  # not NaN
+            assert [v for v in plain[name] if v == v] == known, name  # not NaN
         kinds = {"integer": "Int64", "number": "float64", "boolean": "boolean"}
-        assert str(frame[field.name].dtype) == kinds.get(field.kind, str(frame[field.name].dtype)), field.name
+        assert str(frame[name].dtype) == kinds.get(field.kind, str(frame[name].dtype)), name
 
 
 def test_a_hash_of_digits_stays_text(rows: list[Row]) -> None:

@@ -1,6 +1,6 @@
-"""Rows -> CSV and JSON, for programs: raw numbers with units in their names, each column declared once with its type.
+"""Rows -> CSV and JSON, for programs: raw numbers with units in their names.
 
-docs/report.schema.json is made of `FIELDS`; a change that a reader must know of has another `SCHEMA_VERSION`.
+A change that a reader must know of has another `SCHEMA_VERSION`.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from operator import attrgetter
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from harness.results.metrics import METRICS, UNKNOWN, Metric
+from harness.results.metrics import METRICS, UNKNOWN
 from harness.results.report.columns import (
     check_names,
     cost_entry,
@@ -28,102 +28,70 @@ from harness.results.values import MEMORY_CATEGORIES, finite, setting
 from harness.results.verdict import seeds_to_tell
 
 SCHEMA_VERSION = 1
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "string": str, "integer": int, "number": (int, float), "boolean": bool, "list of integers": list,
+}  # fmt: skip
 
 
 class Field(NamedTuple):
-    """A column; in JSON and in a DataFrame each may be null, but for lists."""
+    """A column: one of `TYPES`, the path of its value, and what it means."""
 
-    name: str
-    kind: Literal["string", "integer", "number", "boolean", "list of integers"]
-    read: Callable[[Row], Any]
+    kind: str
+    path: str = ""  # none: of a metric
     means: str = ""
 
 
-def _setting(path: str, *kinds: type) -> Callable[[Row], Any]:
-    return lambda row: setting(row.spec, path, *kinds)
+def _load_fields() -> dict[str, Field]:
+    parts = tomllib.loads(Path(__file__).with_name("files.toml").read_text(encoding="utf-8"))
+    before, after, published = ({name: Field(*f) for name, f in part.items()} for part in parts.values())
+    figures, predicted = dict[str, Field](), dict[str, Field]()
+    for name, metric in METRICS.items():
+        plain = metric.plain(UNKNOWN)
+        figures |= {n: Field("integer" if n.endswith("_n") else "number", means=metric.means) for n in plain}
+        if metric.predict:
+            predicted[f"predicted_{name}"] = Field("number", means="by a probe of some steps")
+    memory = {
+        f"memory_{n.lower().replace(' ', '_')}_mib": Field("number", f"by_category_mib.{n}")
+        for n in MEMORY_CATEGORIES
+    }
+    return before | figures | after | predicted | memory | published
 
 
-def _field(name: str) -> Callable[[Row], Any]:
-    return lambda row: row.fields.get(name)
+FIELDS = _load_fields()
+"""The columns that every file has, in their order."""
+DERIVED: dict[str, Callable[[Row], Any]] = {
+    "images": lambda row: row.done[0].record.images() if row.done else None,
+    "overrides": lambda row: " ".join(map(str, setting(row.spec, "overrides", list) or ())),
+    "differences": lambda row: " ".join(row.differs),
+    "averaged": lambda row: " ".join(f"{name}={'/'.join(values)}" for name, values in row.averaged_over.items()),
+    "n": lambda row: len(row.done),
+    "seeds": lambda row: [stored.record.seed for stored in row.done],
+    "no_verdict": lambda row: (row.against and row.against.reason) or None,
+    "cost": cost_entry,
+    "ratio": epoch_seconds_ratio,
+    "seeds_to_tell": lambda row: seeds_to_tell(row.against.published, row.values("error")) if row.against and row.against.half is not None else None,
+    "failures": lambda row: "; ".join(f"seed {s.record.seed}: {s.record.failure.kind}" for s in row.failed if s.record.failure),
+    "prunings": lambda row: "; ".join(f"seed {s.record.seed}: {pruned_at(s)}" for s in row.pruned),
+    "interruptions": lambda row: "; ".join(f"{run.name}: {progress(run)}" for run in row.interrupted),
+}  # fmt: skip
 
 
-def _find(path: str, row: Row) -> Any:
-    """A value by its path, "against.published.error"; None where a part of it is missing."""
-    value: Any = row
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    return value
+def _find(field: Field, row: Row) -> Any:
+    """The value at a field's path, if it has the field's type: nothing has checked a spec that was edited by hand."""
+    first, *rest = field.path.split(".")
+    value = DERIVED[first](row) if first in DERIVED else getattr(row, first)
+    for name in rest:
+        value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+    return value if isinstance(value, TYPES[field.kind]) else None
 
 
-def _read_figure(metric: Metric, name: str, row: Row) -> Any:
-    return metric.plain(row.figures.get(metric.name, UNKNOWN))[name]
-
-
-def _predicted(metric: Metric, row: Row) -> Any:
-    return metric.measure(row.predicted).value if row.predicted else None
-
-
-def _seeds_to_tell(row: Row) -> int | None:
-    against = row.against
-    known = against is not None and against.half is not None
-    return seeds_to_tell(against.published, row.values("error")) if against and known else None
-
-
-def _failures(row: Row) -> str:
-    known = ((stored.record.seed, stored.record.failure) for stored in row.failed)
-    return "; ".join(f"seed {seed}: {failure.kind}" for seed, failure in known if failure)
-
-
-FIELDS: tuple[Field, ...] = (
-    Field("variant", "string", attrgetter("variant")),
-    Field("depth", "integer", attrgetter("depth")),
-    Field("dataset", "string", attrgetter("dataset")),
-    Field("dataset_is_original", "boolean", attrgetter("original"), "the images are the published data set's own"),
-    Field("evaluated_on", "string", attrgetter("evaluated_on"), "test, or val: training images that were held out"),
-    Field("images", "integer", lambda r: r.done[0].record.images() if r.done else None, "of which the errors are"),
-    Field("fingerprint", "string", _setting("fingerprint", str), "a hash of the images"),
-    Field("limit_train", "integer", _setting("limit_train", int), "training images used; null: all"),
-    Field("limit_test", "integer", _setting("limit_test", int), "test images used; null: all"),
-    Field("duration", "number", _setting("recipe.duration", int, float)),
-    Field("duration_unit", "string", _setting("recipe.unit", str), "epoch or step"),
-    Field("loader", "string", _setting("loader", str)),
-    Field("precision", "string", _setting("precision", str)),
-    Field("overrides", "string", lambda r: " ".join(map(str, setting(r.spec, "overrides", list) or ())),
-          "what differs from the variant's own recipe"),
-    *(Field(name, "string", _field(name)) for name in ("engine", "torch", "code")),
-    Field("device", "string", attrgetter("device")),
-    *(Field(name, "integer", attrgetter(name)) for name in ("workers", "batch_size", "batch_norm_images")),
-    Field("differs", "string", lambda r: " ".join(r.differs), "what else tells the row from others"),
-    Field("averaged_over", "string", lambda r: " ".join(f"{name}={'/'.join(v)}" for name, v in r.averaged_over.items())),
-    Field("n", "integer", lambda r: len(r.done), "runs that are done, one a seed"),
-    Field("seeds", "list of integers", lambda r: [stored.record.seed for stored in r.done], "of these runs"),
-    *(Field(name, "integer" if name.endswith("_n") else "number", partial(_read_figure, metric, name), metric.means)
-      for metric in METRICS.values() for name in metric.plain(UNKNOWN)),
-    Field("timed_epochs", "integer", partial(_find, "timing.epochs")),
-    Field("fastest_epoch_seconds", "number", partial(_find, "timing.fastest")),
-    Field("slowest_epoch_seconds", "number", partial(_find, "timing.slowest")),
-    Field("best_minus_last_points", "number", attrgetter("best_minus_last")),
-    *(Field(f"predicted_{name}", "number", partial(_predicted, metric), "by a probe of some steps")
-      for name, metric in METRICS.items() if metric.predict),
-    *(Field(f"memory_{name.lower().replace(' ', '_')}_mib", "number", lambda r, n=name: r.by_category_mib.get(n))  # type: ignore[misc]
-      for name in MEMORY_CATEGORIES),
-    Field("published_error_percent", "number", partial(_find, "against.published.error")),
-    Field("published_top5_error_percent", "number", partial(_find, "against.published.top5_error")),
-    Field("published_difference_points", "number", partial(_find, "against.difference"), "ours minus the published"),
-    Field("published_half_width_points", "number", partial(_find, "against.half"), "of the interval of 90 %"),
-    Field("published_verdict", "string", partial(_find, "against.word")),
-    Field("published_no_verdict", "string", lambda r: _find("against.reason", r) or None, "why there is none"),
-    Field("published_p", "number", partial(_find, "against.p")),
-    Field("published_p_holm", "number", partial(_find, "against.adjusted"), "Holm's, over the rows"),
-    Field("published_seeds_to_tell", "integer", _seeds_to_tell),
-    Field("published_source", "string", partial(_find, "against.published.source")),
-    *(Field(f"published_{name}", kind, lambda r, n=name: getattr(cost_entry(r), n, None))  # type: ignore[arg-type, misc]
-      for name, kind in {"epoch_seconds": "number", "memory_mib": "number", "hardware": "string", "year": "integer"}.items()),
-    Field("published_epoch_seconds_ratio", "number", epoch_seconds_ratio),
-    Field("failed", "string", _failures),
-    Field("pruned", "string", lambda r: "; ".join(f"seed {s.record.seed}: {pruned_at(s)}" for s in r.pruned)),
-    Field("interrupted", "string", lambda r: "; ".join(f"{run.name}: {progress(run)}" for run in r.interrupted)),
-)  # fmt: skip
+def _read(row: Row) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for name, metric in METRICS.items():
+        figures |= metric.plain(row.figures.get(name, UNKNOWN))
+        if metric.predict:
+            figures[f"predicted_{name}"] = metric.measure(row.predicted).value if row.predicted else None
+    return finite({name: _find(field, row) if field.path else figures[name] for name, field in FIELDS.items()})
 
 
 def plain_values(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -135,7 +103,7 @@ def plain_values(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[dict[
     every: list[dict[str, Any]] = []
     for row in rows:
         notes = {n.lower().replace(" ", "_"): "; ".join(row.conditions.get(n, ())) or None for n in noted}
-        every.append(finite({field.name: field.read(row) for field in FIELDS}) | notes)
+        every.append(_read(row) | notes)
     if columns and every:
         check_names(columns, list(every[0]))
         every = [{name: values[name] for name in columns} for values in every]

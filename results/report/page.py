@@ -11,7 +11,7 @@ import json
 import math
 import re
 import shlex
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -81,7 +81,7 @@ def make_page(
     )  # fmt: skip
     return environment.get_template("page.html").render(
         made_at=made_at, rows=rows, sheet=layout.sheet, labels=labels, panels=panels, joined=joined,
-        columns=[NETWORK, *layout.columns[2:]] if joined else layout.columns, sweeps=list(zip(sweeps, searches, strict=True)), unfinished=_fold(rows, problems),
+        columns=[NETWORK, *layout.columns[2:]] if joined else layout.columns, sweeps=list(zip(sweeps, searches, strict=True)), problems=problems,
         swatches={label: style.colour for panel in panels for label, style in panel.rows.items()}, row_of=row_of,
         probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := predicted_figures(row))],
         each=partial(_each, rows),
@@ -94,32 +94,6 @@ def make_page(
 def _each(rows: Sequence[Row], name: str) -> list[tuple[Row, Any]]:
     """Every run that is done, failed, pruned or interrupted, with its row."""
     return [(row, run) for row in rows for run in getattr(row, name)]
-
-
-def _fold(
-    rows: Sequence[Row], problems: Sequence[Problem]
-) -> list[tuple[str, str, list[tuple[str, str]], str | None]]:
-    """What did not finish, equal ones together: a word, what is said of all, each with its folder, and of a failure the
-    traceback of the first."""
-    alike: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
-    traces: dict[tuple[str, str], str] = {}
-    for row, stored in _each(rows, "failed"):
-        if failure := stored.record.failure:
-            key = failure.kind, " ".join(failure.message.split())
-            traces.setdefault(key, failure.traceback)
-            alike[key].append((f"{row.name} seed {stored.record.seed}", stored.folder.name))
-    for row, stored in _each(rows, "pruned"):
-        if at := stored.record.pruned:
-            when = f"after epoch {at.epoch} of {at.of}, at {_number(at.error, 2)} %"
-            who = f"{row.name} seed {stored.record.seed} {when}"
-            alike["pruned", f"by {at.by} of sweep {at.sweep}"].append((who, stored.folder.name))
-    for row, run in _each(rows, "interrupted"):
-        seed = f" seed {run.spec['seed']}" if "seed" in run.spec else ""
-        when = f"after epoch {run.epochs}" + (f" of {run.of}" if run.of else "")
-        alike["interrupted", ""].append((f"{row.name}{seed} {when}", run.name))
-    for problem in problems:
-        alike["not read", problem.reason].append((problem.path.name, ""))
-    return [(word, what, runs, traces.get((word, what))) for (word, what), runs in alike.items()]
 
 
 def _link_marks(text: str) -> Markup:

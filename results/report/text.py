@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
+from string import Template
 
 from rich import cells as rich_cells
 
@@ -124,22 +126,14 @@ def for_latex(sheet: Sheet, left_out: Sequence[str] = ()) -> str:
         _latex_column(header, cells, right=right)
         for header, right, *cells in zip(sheet.headers, sheet.right, *sheet.cells, strict=True)
     ]
-    header, *lines = [" & ".join(cells) + r" \\" for cells in zip(*(cells for _, cells in columns), strict=True)]
-    below = " \\\\\n".join(map(escape_latex, filter(None, [*sheet.notes, "; ".join(sheet.means)])))
-    parts = [
-        r"% \usepackage{booktabs, siunitx}",
-        f"% without {', '.join(left_out)}, for which a page is too narrow: --columns chooses" if left_out else "",
-        r"\begin{table*}",
-        r"\centering\footnotesize\setlength{\tabcolsep}{3.5pt}",
-        r"\sisetup{separate-uncertainty = true, group-separator = {,}, group-minimum-digits = 4}",
-        rf"\caption{{{escape_latex(sheet.caption or 'Results')}}}",
-        r"\label{tab:results}",
-        rf"\begin{{tabular}}{{@{{}}{''.join(kind for kind, _ in columns)}@{{}}}}",
-        r"\toprule", header, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}",
-        f"\\par\\smallskip\n\\parbox{{\\linewidth}}{{\\raggedright\\scriptsize\n{below}}}",
-        r"\end{table*}",
-    ]  # fmt: skip
-    return "\n".join(filter(None, parts)) + "\n"
+    kinds, cells = zip(*columns, strict=True)
+    header, *lines = [" & ".join(line) + r" \\" for line in zip(*cells, strict=True)]
+    below = map(escape_latex, filter(None, [*sheet.notes, "; ".join(sheet.means)]))
+    without = f"\n% too narrow for {', '.join(left_out)}: --columns chooses" if left_out else ""
+    return Template(Path(__file__).with_name("table.tex").read_text(encoding="utf-8")).substitute(
+        left_out=without, caption=escape_latex(sheet.caption or "Results"), kinds="".join(kinds), header=header,
+        lines="\n".join(lines), below=" \\\\\n".join(below),
+    )  # fmt: skip
 
 
 def _latex_column(header: str, cells: Sequence[str], *, right: bool) -> tuple[str, list[str]]:
