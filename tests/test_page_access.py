@@ -140,14 +140,18 @@ def test_rows_are_filtered_and_grouped(file: Path) -> None:
 
 
 @needs_browser
-def test_columns_that_scroll_say_so(file: Path) -> None:
+def test_columns_that_scroll_say_so(file: Path, bundle: str, tmp_path: Path) -> None:
+    narrow = tmp_path / "narrow.html"
+    rows = summarise(load_records([tmp_path / "runs"]).records)
+    narrow.write_text(page(rows, bundle, columns=("variant", "depth", "error")))
     hint = "getComputedStyle(document.querySelector('#comparison .scroll'), '::before').content"
     with Browser() as browser:
         browser.open(file, width=390, height=844)
         assert "scroll sideways" in browser.ask(hint)
         assert browser.ask("document.querySelector('#comparison .scroll').tabIndex") == 0
-        browser.open(file, width=4000)
+        browser.open(narrow, width=1400)
         assert browser.ask(hint) == "none"
+        assert browser.ask("document.querySelector('#comparison .scroll').hasAttribute('tabindex')") is False
 
 
 @needs_browser
@@ -155,7 +159,7 @@ def test_it_is_printed_on_a_few_pages(file: Path) -> None:
     with Browser() as browser:
         browser.open(file)
         pdf = base64.b64decode(browser.call("Page.printToPDF", preferCSSPageSize=True)["data"])
-        assert 2 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 5
+        assert 2 <= len(re.findall(rb"/Type\s*/Page\b", pdf)) <= 6
 
 
 def test_equal_failures_are_one_line_with_a_count(tmp_path: Path) -> None:
@@ -164,10 +168,8 @@ def test_equal_failures_are_one_line_with_a_count(tmp_path: Path) -> None:
     assert "<strong>OOM</strong> 20 runs: CUDA out of memory" in text
     assert "<strong>killed</strong> msra-20 seed 30: the node was lost" in text
     notes = [note for note in re.findall(r'<li id="note-\d+">(.*?)</li>', text) if "failed" in note]
-    assert notes == [
-        "20 runs failed, OOM: CUDA out of memory: msra-20 seed 5, msra-20 seed 7, msra-20 seed 9, msra-20 seed 11, …",
-        "msra-20 seed 30 failed, killed: the node was lost",
-    ]
+    assert notes[1:] == ["msra-20 seed 30 failed, killed: the node was lost"]
+    assert re.fullmatch(r"20 runs failed, OOM: CUDA out of memory: (msra-20 seed \d+, ){4}…", notes[0])
 
 
 def test_numbers_are_rounded_for_people(tmp_path: Path) -> None:
@@ -177,7 +179,8 @@ def test_numbers_are_rounded_for_people(tmp_path: Path) -> None:
         finish(tmp_path, run.model_copy(update={"spec": spec, "name": f"x{lr}", "key": f"x{lr}"}))
     text = page(summarise(load_records([tmp_path]).records))
     assert "0.0037037" in text
-    assert "0.00370370" not in re.sub(r'<script type="application/json".*?</script>', "", text, flags=re.DOTALL)
+    assert "0.00370370" not in text
+    assert "0.00370370" not in str(page_data(text))
 
 
 @pytest.mark.parametrize("last", [2, 3, 5, 12, 180])
@@ -202,15 +205,15 @@ def test_epochs_are_whole_numbers(last: int, tmp_path: Path, bundle: str) -> Non
 
 @needs_browser
 def test_names_in_a_chart_do_not_collide(tmp_path: Path, bundle: str) -> None:
-    """Twelve networks of nearly the same error and seconds, on a screen and on a phone."""
-    for k in range(12):
+    """Twenty networks of nearly the same error and seconds, on a screen and on a phone."""
+    for k in range(20):
         run = make_run(20, 0, "dali", variant=f"variant{k}")
         assert run.result is not None
         result = run.result.model_copy(update={"final_error": 8 - 0.02 * k, "epoch_seconds": 3 + 0.05 * k})
         finish(tmp_path, run.model_copy(update={"result": result}))
     rows = summarise(load_records([tmp_path]).records)
     (panel,) = make_panels(rows)
-    assert 1 <= sum(bool(point["name"]) for point in panel.datasets["seconds"]) < 12
+    assert 1 <= sum(bool(point["name"]) for point in panel.datasets["seconds"]) < 20
     path = tmp_path / "report.html"
     path.write_text(page(rows, bundle))
     with Browser() as browser:
@@ -230,12 +233,12 @@ def test_chips_show_each_rows_shape(tmp_path: Path) -> None:
 
 
 def test_a_page_of_thousands_stays_small(tmp_path: Path, bundle: str) -> None:
-    """1 MB for one run, 4 MB for 2,000, each a row of its own, as far as 150 of them tell."""
+    """1 MB for one run, 4 MB for 2,000, each a row of its own, as far as 450 of them tell."""
     sizes = {}
-    for count in (1, 150):
+    for count in (1, 450):
         for k in range(count):
             finish(tmp_path, make_run(20, 0, "dali", variant=f"variant{k}"))
         sizes[count] = len(page(summarise(load_records([tmp_path]).records), bundle).encode())
     assert sizes[1] < 1_000_000
-    per_run = (sizes[150] - sizes[1]) / 149
+    per_run = (sizes[450] - sizes[1]) / 449
     assert sizes[1] + 2_000 * per_run < 4_000_000, per_run

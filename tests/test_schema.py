@@ -124,6 +124,7 @@ def test_csv_opens_as_what_was_written(rows: list[Row]) -> None:
 
 def test_a_hash_of_digits_stays_text(rows: list[Row]) -> None:
     """pandas alone makes a number of it."""
-    text = to_csv(rows[:1]).replace(str(plain_values(rows[:1])[0]["code"]), "0314201")
+    row = next(row for row in rows if "code" in row.fields)
+    text = to_csv([row]).replace(row.fields["code"], "0314201")
     assert list(read_table(io.StringIO(text))["code"]) == ["0314201"]
     assert pandas.read_csv(io.StringIO(text))["code"][0] == 314201

@@ -187,7 +187,7 @@ def test_failed_and_pending_runs_say_why() -> None:
     page = text(rows)
     for line in (
         "no epoch yet", "1 of 3", "0 of 1", "OOM", "epoch 3",
-        "msra-56 seed 1 failed, OOM: CUDA out of memory. Tried to allocate 20.00 MiB",
+        "2 runs failed, OOM: CUDA out of memory. Tried to allocate 20.00 MiB: msra-56 seed 1, msra-110 seed 0",
         "msra-56 seed 4 is not done: epoch 57 of 180", "strange is not done: epoch 3",
     ):  # fmt: skip
         assert line in page

@@ -103,19 +103,20 @@ def make_panels(
 
 
 def make_labels(rows: Sequence[Row], layout: Layout | None = None) -> list[str]:
-    """A name for each row, all different: variant-depth and whatever else distinguishes it from the others.
+    """A name for each row, all of a data set different: variant-depth and whatever else distinguishes it from the others.
 
     `layout` is `lay_out(rows)`, where it has been made.
     """
     shown = (layout or lay_out(rows)).columns if rows else []
     describing = [column for column in shown if column in DESCRIBING]
     labels: list[str] = []
-    seen: Counter[str] = Counter()
+    seen: Counter[tuple[str, str]] = Counter()
     for row in rows:
         words = [row.name, *(text for column in describing if (text := column.text(row)) != NONE)]
         label = clean(" · ".join(words))
-        seen[label] += 1
-        labels.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
+        seen[row.dataset, label] += 1
+        number = seen[row.dataset, label]
+        labels.append(label if number == 1 else f"{label} ({number})")
     return labels
 
 

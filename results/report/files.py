@@ -99,10 +99,11 @@ def plain_values(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[dict[
 
     `columns` chooses and orders what there is. Raises ValueError for one that does not exist.
     """
-    noted = sorted({name for row in rows for name in row.conditions})
+    named = {name.lower().replace(" ", "_"): name for row in rows for name in sorted(row.conditions)}
+    noted = {name: named[name] for name in sorted(named) if name not in FIELDS}
     every: list[dict[str, Any]] = []
     for row in rows:
-        notes = {n.lower().replace(" ", "_"): "; ".join(row.conditions.get(n, ())) or None for n in noted}
+        notes = {n: "; ".join(row.conditions.get(name, ())) or None for n, name in noted.items()}
         every.append(_read(row) | notes)
     if columns and every:
         check_names(columns, list(every[0]))

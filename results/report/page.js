@@ -1,6 +1,6 @@
 "use strict";
 // Sorting, the runs of a row on demand, and the charts. No framework; nothing is loaded.
-const data = JSON.parse(document.getElementById("data").textContent);
+let data; // of `make_page`
 
 // --- tables ---
 
@@ -95,7 +95,7 @@ function addFilters(panels) {
   const matches = (row) => [...chosen].every(([j, value]) => value === "" || String(row[j]) === value);
   function apply() {
     tables[0].lay();
-    const shown = data.rows.filter(matches), labels = new Set(shown.map((row) => row.at(-1)));
+    const shown = data.rows.filter(matches), labels = new Set(shown.map((row) => `${row[2]}: ${row.at(-1)}`));
     count.textContent = shown.length < data.rows.length ? `${shown.length.toLocaleString("en")} of ${rowCount(data.rows.length)}` : "";
     for (const panel of panels) panel.keep(labels);
     for (const details of document.querySelectorAll("details.row")) details.hidden = !matches(data.rows[details.dataset.row]);
@@ -160,14 +160,20 @@ function colours() {
   };
 }
 
-function embed(place, spec) {
-  return vegaEmbed(place, {
+async function embed(place, spec) {
+  const name = place.getAttribute("aria-label"); // which Vega takes away
+  const result = await vegaEmbed(place, {
     ...spec, width: "container", height: "container", autosize: { type: "fit", contains: "padding" },
   }, {
     mode: "vega-lite", renderer: "svg", actions: false, defaultStyle: false, config: colours(),
     logLevel: 1, // errors alone: to hide every row is no reason to warn
     tooltip: { disableDefaultStyle: true, theme: "own" },
   });
+  place.setAttribute("role", "img");
+  place.setAttribute("aria-label", name);
+  place.removeAttribute("aria-roledescription");
+  place.querySelector("form")?.remove(); // of Vega's, always empty
+  return result;
 }
 
 // The charts of a data set or a sweep. Where it has rows, each has a button that hides it.
@@ -214,7 +220,7 @@ class Panel {
   keep(labels) {
     if (!this.chips.size) return; // of a sweep
     const drawn = Object.values(this.panel.datasets).flat().map((value) => value.row);
-    this.left = new Set([...this.chips.keys(), ...drawn].filter((name) => !labels.has(name)));
+    this.left = new Set([...this.chips.keys(), ...drawn].filter((name) => !labels.has(`${this.panel.title}: ${name}`)));
     for (const [name, place] of this.chips) place.parentNode.hidden = this.left.has(name);
     this.hide();
   }
@@ -269,17 +275,18 @@ class Panel {
 
 async function unpack(id) {
   const packed = document.getElementById(id);
-  if (!packed) return;
+  if (!packed) return "";
   const bytes = Uint8Array.from(atob(packed.textContent), (letter) => letter.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  element("script", await new Response(stream).text(), document.head);
   packed.remove();
+  return new Response(stream).text();
 }
 
 async function main() {
+  data = JSON.parse(await unpack("data"));
+  element("script", await unpack("vega"), document.head);
   const panels = [...document.querySelectorAll("[data-panel]")].map((section) => new Panel(section));
   addFilters(panels);
-  await unpack("vega");
   const draw = async () => { for (const panel of panels) await panel.draw(); };
   await draw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);

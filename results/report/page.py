@@ -64,15 +64,17 @@ def make_page(
     row_of = {s.folder.name: i for i, row in enumerate(rows) for s in row.done if s.folder.name in trials}
     # variant and depth are one column: the first stays in place when the others scroll
     joined = [column.name for column in layout.columns[:2]] == ["variant", "depth"]
-    drawn = [{"rows": p.rows, "charts": {c.name: c.spec for c in p.charts}, "datasets": p.datasets} for p in every]
+    drawn = [
+        {"title": p.title, "rows": p.rows, "charts": {c.name: c.spec for c in p.charts}, "datasets": p.datasets}
+        for p in every
+    ]
     facets = [
-        [row.variant, row.depth, row.dataset, row.text("loader"), label]
+        [clean(row.variant), row.depth, clean(row.dataset), clean(row.text("loader")), label]
         for row, label in zip(rows, labels, strict=True)
     ]
     data = {"panels": drawn, "columns": RUN_COLUMNS, "runs": runs, "facets": FACETS, "rows": facets}
-    # "<" inside a script could end it; JSON strings may hold it in this form
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    packed = gzip.compress(bundle.encode(), mtime=0) if any(panel.charts for panel in every) else b""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    bundle = bundle if any(panel.charts for panel in every) else ""
     css, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
@@ -82,11 +84,11 @@ def make_page(
     return environment.get_template("page.html").render(
         made_at=made_at, rows=rows, sheet=layout.sheet, labels=labels, panels=panels, joined=joined,
         columns=[NETWORK, *layout.columns[2:]] if joined else layout.columns, sweeps=list(zip(sweeps, searches, strict=True)), problems=problems,
-        swatches={label: style.colour for panel in panels for label, style in panel.rows.items()}, row_of=row_of,
+        swatches={(panel.title, label): style.colour for panel in panels for label, style in panel.rows.items()}, row_of=row_of,
         probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := predicted_figures(row))],
         each=partial(_each, rows),
-        environments=list(environments.values()), data=Markup(text), css=css, script=script, bundle=base64.b64encode(packed).decode(),
-        NONE=NONE, category_colours=category_colours, best_first=best_first, clamp=clamp, Counter=Counter, is_finite=is_finite,
+        environments=list(environments.values()), css=css, script=script, packed={"data": _pack(text), "vega": _pack(bundle)},
+        NONE=NONE, category_colours=category_colours, clean=clean, best_first=best_first, clamp=clamp, Counter=Counter, is_finite=is_finite,
         link_marks=_link_marks, memory=memory, number=_number, rounded=rounded, show=show, sort_key=_sort_key, style_of=style_of,
     )  # fmt: skip
 
@@ -94,6 +96,11 @@ def make_page(
 def _each(rows: Sequence[Row], name: str) -> list[tuple[Row, Any]]:
     """Every run that is done, failed, pruned or interrupted, with its row."""
     return [(row, run) for row in rows for run in getattr(row, name)]
+
+
+def _pack(text: str) -> str:
+    """For the page's script: a tenth of the size, and nothing in it that could end a script."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def _link_marks(text: str) -> Markup:

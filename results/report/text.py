@@ -116,8 +116,8 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"[\\`*_\[\]<>|~#&]", r"\\\g<0>", text)
 
 
-NUMBER = re.compile(r"(−?[\d,]+(?:\.\d+)?)(?: ± ([\d,]+(?:\.\d+)?))?(.*)")
-"""A figure, its standard deviation, and what follows: a unit, something in brackets, the marks of notes."""
+NUMBER = re.compile(r"(−?[\d,]+)(?:\.(\d+))?(.*)")
+"""A figure, and what follows it: its standard deviation, a unit, something in brackets, the marks of notes."""
 
 
 def for_latex(sheet: Sheet, left_out: Sequence[str] = ()) -> str:
@@ -142,18 +142,16 @@ def _latex_column(header: str, cells: Sequence[str], *, right: bool) -> tuple[st
     numbers = [NUMBER.fullmatch(cell) for cell in cells]
     if not right or not any(numbers):
         return "r" if right else "l", [head, *words]
-    lines, rests, whole, decimals, spread = list[str](), list[str](), 0, 0, 0
-    for word, number in zip(words, numbers, strict=True):
-        value, std, rest = number.groups("") if number else ("", "", "")
-        before, _, after = value.replace(",", "").replace("−", "-").partition(".")
-        if std and len(std.partition(".")[2]) != len(after):
-            std, rest = "", f" ± {std}{rest}"
-        whole, decimals = max(whole, len(before)), max(decimals, len(after))
-        spread = max(spread, len(after), len(re.sub(r"\D|^0\.", "", std))) if std else spread
-        value = before + "." * bool(after) + after
-        lines.append((rf"{value} \pm {std.replace(',', '')}" if std else value) if number else f"{{{word}}}")
-        rests.append(re.sub("^ ", "~", escape_latex(rest)))
-    kind = f"S[table-format={whole}.{decimals}{f'({spread})' * bool(spread)}]"
+    parts = [number.groups("") if number else ("", "", "") for number in numbers]
+    values = [
+        re.sub(r"\.$", "", f"{before}.{after}".replace(",", "").replace("−", "-")) for before, after, _ in parts
+    ]
+    whole, decimals = max(len(value.partition(".")[0]) for value in values), max(len(part[1]) for part in parts)
+    kind = f"S[table-format={whole}.{decimals}]"
+    lines = [
+        value if number else f"{{{word}}}" for value, number, word in zip(values, numbers, words, strict=True)
+    ]
+    rests = [re.sub("^ ", "~", escape_latex(rest)) for _, _, rest in parts]
     if not any(rests):
         return kind, [f"{{{head}}}", *lines]
     pairs = [f"{line} & {rest}" for line, rest in zip(lines, rests, strict=True)]
