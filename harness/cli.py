@@ -269,8 +269,8 @@ def _explain(error: Any) -> str:
         return f"{parameter.opts[0]} {fault['input']!r}: {allowed} is allowed"
     if help := getattr(parameter, "help", None):
         return f"{message.removesuffix('.')}: {help}"
-    command = getattr(error.ctx, "command_path", "harness COMMAND")
-    return message if "ossible options" in message else f"{message.removesuffix('.')}: see `{command} --help`"
+    told = error.ctx is None or "ossible options" in message
+    return message if told else f"{message.removesuffix('.')}: see `{error.ctx.command_path} --help`"
 
 
 def _complain(message: str) -> int:
