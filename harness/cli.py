@@ -250,12 +250,27 @@ def main() -> None:
         _complain(f"{error.filename or 'a file'}: {error.strerror}; the same command goes on once there is room")
         code = 1
     except usage_error as error:
-        message = str(error.format_message())  # type: ignore[attr-defined]
-        word = message.partition("No such command '")[2].partition("'")[0]
-        code = _complain(f"{message} Did you mean {OTHER_WORDS[word]!r}?" if word in OTHER_WORDS else message)
+        code = _complain(_explain(error))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: Any) -> str:
+    """A usage error, with what is allowed."""
+    message, parameter = str(error.format_message()), getattr(error, "param", None)
+    if word := message.partition("No such command '")[2].partition("'")[0]:
+        known = ", ".join(each.name or each.callback.__name__ for each in app.registered_commands if each.callback)
+        hint = f" Did you mean {OTHER_WORDS[word]!r}?" if word in OTHER_WORDS else f" Known are {known}."
+        return message if "Did you mean" in message else message + hint
+    if parameter and hasattr(error.__cause__, "errors"):  # typer's own message does not have the value
+        (fault,) = error.__cause__.errors()
+        allowed = "a whole number" if fault["type"].startswith("int") else "a number"
+        return f"{parameter.opts[0]} {fault['input']!r}: {allowed} is allowed"
+    if help := getattr(parameter, "help", None):
+        return f"{message.removesuffix('.')}: {help}"
+    told = error.ctx is None or "ossible options" in message
+    return message if told else f"{message.removesuffix('.')}: see `{error.ctx.command_path} --help`"
 
 
 def _complain(message: str) -> int:

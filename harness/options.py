@@ -22,7 +22,7 @@ LOADERS = ("dali", "resident", "dataloader", "synthetic")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENGINES: tuple[str, ...] = get_args(Engine)
 LAUNCHERS = ("auto", "ray", "local")
-FORMATS = ("table", "jsonl")
+FORMATS = ("table", "jsonl", "jsonl-convnet")
 ALGORITHMS = ("random", "tpe", "gp")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 
@@ -180,7 +180,9 @@ class RunOptions(Resources):
     checkpoint_every: Annotated[int, opt("Epochs between checkpoints.", least=1)] = 1
     stall_seconds: Annotated[int, opt(
         "A run without a step for so long ends, names the rank that hangs, and is tried again.", least=10)] = 300
-    format: Annotated[str, opt("table, or jsonl: a JSON object per epoch, no table.", words=FORMATS)] = "table"
+    format: Annotated[str, opt(
+        "table; jsonl: a JSON object per event, for programs; jsonl-convnet: per epoch, with the keys of the convnet's log.",
+        words=FORMATS)] = "table"
     no_check: NoCheck = False
     dry_run: Annotated[bool, opt("Print the plan and what is done already.")] = False
     estimate: Annotated[bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.")] = False
@@ -235,7 +237,7 @@ class ReportOptions:
         "Columns to show, as in variant,depth,error.", parse=partial(parse_words, what="--columns"))] = ()
     preset: Preset = None  # the rows and columns of that source's table, in their order
     across: Across = ()
-    output: Annotated[Path | None, opt("Write to this file.")] = None
+    output: Annotated[Path | None, opt("Write to this file; -: print. Default of html: report.html.")] = None
     curves: Annotated[Path | None, opt("Draw the charts into this folder, as SVG and PNG.")] = None
 
 

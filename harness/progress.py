@@ -19,8 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.cluster.job import Entered, Failed, Started, Waiting
+from harness.results.metrics import run_figures
 from harness.results.sweeps import State, Sweep, Trial, best_first, format_value
-from harness.results.values import EpochMetrics, RunResult
+from harness.results.values import EpochMetrics, RunResult, finite
 from harness.spec import RunPaths, RunSpec, UserError
 
 if TYPE_CHECKING:
@@ -316,38 +317,75 @@ def describe_trial(trial: Trial) -> str:
 
 
 class JsonLines:
-    """A JSON object per epoch, for programs. "time" is training seconds since epoch 0 began."""
+    """A JSON object per event, for programs: "start", "resumed", "epoch", "done" or "failed" (docs/running.md).
+
+    Figures go by the names of the store: errors in percent, epochs from 1; null where one is not finite.
+    """
 
     live = staticmethod(nullcontext)
 
-    def __init__(self, file: IO[str]) -> None:
-        self.file = file
+    def __init__(self, file: IO[str], epochs: Mapping[str, int]) -> None:
+        self.file, self.epochs = file, epochs
+        self.done: dict[str, int] = {}
+
+    def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
+        """Epochs of an earlier command are not printed again; how many there are is said after the start."""
+        if history:
+            self.done[spec.key] = history[-1].epoch
+
+    def event(self, spec: RunSpec, event: Any) -> None:
+        """Print that an attempt began, or what an epoch came to."""
+        if isinstance(event, Started):
+            workers = event.world_size or spec.workers
+            planned = {"epochs": self.epochs[spec.key], "workers": workers, "attempt": event.attempt}
+            self._print(spec, event="start", **planned, **({"reason": event.reason} if event.reason else {}))
+            if done := self.done.pop(spec.key, 0):
+                self._print(spec, event="resumed", after_epoch=done)
+        elif isinstance(event, EpochMetrics):
+            self._print(spec, event="epoch", evaluated_on="val" if spec.recipe.val else "test", **dict(event))
+
+    def ended(self, spec: RunSpec, outcome: RunResult | Failed) -> None:
+        """Print the figures of a whole run, or why there are none."""
+        if isinstance(outcome, Failed):
+            self._print(spec, event="failed", message=outcome.message, attempts=outcome.attempts)
+        else:
+            self._print(spec, event="done", evaluated_on=outcome.evaluated_on, **run_figures(outcome))
+
+    def _print(self, spec: RunSpec, **what: Any) -> None:
+        row = {**what, "variant": spec.variant, "depth": spec.network.depth, "seed": spec.seed, "key": spec.key}
+        print(json.dumps(finite(row)), file=self.file, flush=True)
+
+
+class ConvnetLines(JsonLines):
+    """A JSON object per epoch as the convnet seed logs it: epochs from 0, accuracies as shares of 1, and "time", training
+    seconds since epoch 0 began. A failure is one, too."""
+
+    def __init__(self, file: IO[str], epochs: Mapping[str, int]) -> None:
+        super().__init__(file, epochs)
         self.seconds: dict[str, float] = defaultdict(float)
 
     def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
-        """Epochs of an earlier command count in the time; they are not printed again."""
+        """Epochs of an earlier command count in the time."""
         self.seconds[spec.key] = sum(row.train_seconds for row in history)
 
     def event(self, spec: RunSpec, event: Any) -> None:
-        """Print an epoch, counted from 0; accuracies are shares of 1."""
+        """Print an epoch."""
         if isinstance(event, EpochMetrics):
             self.seconds[spec.key] += event.train_seconds
             evaluated = "val" if spec.recipe.val else "test"
             errors = {"test": event.test_error, evaluated: event.error, "train": event.train_error}
             shares = {f"{of}_acc": round(1 - error / 100, 6) for of, error in errors.items() if error is not None}
-            self._print(
-                spec, epoch=event.epoch - 1, **shares, time=self.seconds[spec.key], loss=event.loss,
-                **{f"{evaluated}_loss": event.eval_loss},
-            )  # fmt: skip
+            losses = {"loss": event.loss, f"{evaluated}_loss": event.eval_loss}
+            self._print(spec, epoch=event.epoch - 1, **shares, time=self.seconds[spec.key], **losses)
 
     def ended(self, spec: RunSpec, outcome: RunResult | Failed) -> None:
         """Print a failure; a result has been printed by its last epoch."""
         if isinstance(outcome, Failed):
             self._print(spec, failed=outcome.message)
 
-    def _print(self, spec: RunSpec, **what: Any) -> None:
-        row = {**what, "variant": spec.variant, "depth": spec.network.depth, "seed": spec.seed, "key": spec.key}
-        print(json.dumps(row), file=self.file, flush=True)
+
+LINES = {"jsonl": JsonLines, "jsonl-convnet": ConvnetLines}
+"""By the formats of `harness run` that are for programs."""
 
 
 def width_of(spec: RunSpec) -> str:

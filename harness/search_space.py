@@ -94,9 +94,9 @@ def _parse_dimension(text: str) -> Dimension:
     name, _, rest = text.partition("=")
     name = _field(name, "--search", text)
     function, bracket, inside = rest.strip().partition("(")
-    check_word(function.strip(), FUNCTIONS, f"{what}: function")
     if not (bracket and inside.endswith(")")):
         raise UserError(f"{what}: FIELD=FUNCTION(a,b) is allowed, as in --search 'lr=loguniform(0.01,1)'")
+    check_word(function.strip(), FUNCTIONS, f"{what}: function")
     kind: Any = function.strip()
     hint, words = _HINTS[name], [word.strip() for word in inside[:-1].split(",")]
     if get_origin(hint) is tuple:

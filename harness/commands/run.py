@@ -19,7 +19,7 @@ from harness.cluster.job import Report, Started, Telemetry, Worker
 from harness.commands.report import export_runs, print_rows, write_page
 from harness.deadline import SIGTERM_SECONDS, TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.options import Grid, RunOptions
-from harness.progress import JsonLines, Progress, load_data, print_columns, say, width_of
+from harness.progress import LINES, JsonLines, Progress, load_data, print_columns, say, width_of
 from harness.record import Recorder, lock_run, name_of, name_other_code
 from harness.resources import Session, check_resources, choose_launcher, make_allocation
 from harness.results.remote import push_file, push_run, redact
@@ -61,7 +61,7 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
     Raises UserError, before anything is started or written, for whatever cannot work.
     """
     goal = check_options(grid, options)
-    if options.format == "jsonl":
+    if options.format in LINES:
         console = Console(stderr=True)  # standard output is for programs
     out, remote = plan.open_out(options.out, write=not options.dry_run)
     data_dir = plan.find_data_dir(options.data_dir, grid.dataset)
@@ -118,7 +118,7 @@ def check_options(grid: Grid, options: RunOptions) -> Goal | None:
     plan.check_grid(grid)
     check_resources(options)
     probes = {"--estimate": options.estimate, "--profile": options.profile}
-    others = probes | {"--dry-run": options.dry_run, "--format jsonl": options.format == "jsonl"}
+    others = probes | {"--dry-run": options.dry_run, f"--format {options.format}": options.format in LINES}
     if any(probes.values()) and sum(others.values()) > 1:
         probe, other, *_ = (name for name, given in others.items() if given)
         raise UserError(f"{probe} and {other} exclude each other: {probe} probes and prints a table")
@@ -246,10 +246,10 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     for spec in specs:
         session.stack.callback(lock_run(spec, paths.label, paths.out).release)
     display: Progress | JsonLines
-    if options.format == "jsonl":
-        display = JsonLines(sys.stdout)
+    epochs = {spec.key: plan.count_epochs(spec, len(prepared.dataset.train)) for spec in specs}
+    if options.format in LINES:
+        display = LINES[options.format](sys.stdout, epochs)
     else:
-        epochs = {spec.key: plan.count_epochs(spec, len(prepared.dataset.train)) for spec in specs}
         display = Progress(specs, epochs, prepared.console, concurrent_runs=concurrent_runs)
 
     def note(spec: RunSpec, event: Any) -> None:
@@ -305,7 +305,7 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
     """
     options, recorder, console = prepared.options, prepared.recorder, prepared.console
     paths = recorder.paths
-    if options.format == "jsonl" and not options.tensorboard:
+    if options.format in LINES and not options.tensorboard:
         return True
     with collector_paused():
         loaded = load_records([paths.out], recorder.known)
@@ -314,7 +314,7 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
         export_runs(mine.records, "tensorboard")
         for stored in mine.records:
             recorder.push(push_run, stored.folder)
-    if options.format == "jsonl":
+    if options.format in LINES:
         return True
     met = print_rows(mine, console, options.preset)
     if prepared.goal is not None:

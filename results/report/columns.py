@@ -8,7 +8,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any
 
-from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures, suggest
+from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures, rounded, suggest
 from harness.results.published import Published, find_published
 from harness.results.rows import Row
 from harness.results.store import Interrupted, Stored
@@ -56,7 +56,7 @@ DESCRIPTORS: tuple[Column, ...] = (
     _descriptor("limit_train", "images", lambda r: f"{limit:,}" if (limit := _limit(r)) else "all",
               "of the training set that were used", right=True, key=_limit),
     _descriptor("duration", "trained", lambda r: r.duration, key=lambda r: setting(r.spec, "recipe.duration", int, float)),
-    _descriptor("overrides", "changed", lambda r: ", ".join(_overrides(r)) or NONE,
+    _descriptor("overrides", "changed", lambda r: rounded(", ".join(_overrides(r))) or NONE,
               "what differs from the variant's own recipe"),
     _descriptor("loader", "loader", lambda r: r.text("loader")),
     _descriptor("precision", "precision", lambda r: r.text("precision")),
