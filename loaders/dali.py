@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from itertools import islice
@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from harness.loaders.datasets import Split
-from harness.loaders.resident import upload, zoom
 from harness.loaders.files import Corrupt, DataError, Files
+from harness.loaders.resident import upload, zoom
 from harness.loaders.sampling import EpochSample, LoaderConfig, SamplingPlan, draw_cuts, make_padded
 
 dali: Any = import_module("nvidia.dali")  # its types would fail mypy --strict
@@ -33,6 +33,7 @@ types: Any = import_module("nvidia.dali.types")
 
 GPU_MACROBATCH_MIB = 32  # of float32 output: few enough calls that their cost on the host is hidden
 CPU_MACROBATCH_MIB = 1.5  # what stays in the caches: 128 images of CIFAR's size; larger ones were slower
+NOT_OF_DALI = (b".gif",)  # decoded by PIL
 PREFETCH = 2  # macrobatches made ahead
 
 
@@ -74,7 +75,7 @@ class DaliLoader:
         self._runs = 0
         pipeline = dali.Pipeline(
             batch_size=self._batch * self.call_steps, num_threads=self._config.threads, prefetch_queue_depth=PREFETCH,
-            device_id=self._config.device.index if self._on_gpu else None,
+            device_id=torch.empty(0, device=self._config.device).device.index if self._on_gpu else None,
             exec_dynamic=True,  # its outputs stay valid for as long as they are referred to
         )  # fmt: skip
         with pipeline:
@@ -175,7 +176,7 @@ class CutLoader(DaliLoader):
                 if attempt == 2 or not isinstance(images, Files):
                     raise
                 made = self._plan.draw(epoch).part(first, first + self.call_steps).index.tolist()
-                bad = [index for index in made if attempt or not readable(images, index)]
+                bad = [index for index in made if attempt or images.check(index)]
                 self._by_pil |= set(bad)  # at the second attempt all of them: PIL can what DALI cannot
                 if not attempt:
                     self._corrupt.add(bad)
@@ -202,9 +203,8 @@ class CutLoader(DaliLoader):
 
     def _feed_cuts(self, run: int) -> tuple[NDArray[Any], ...]:
         """Box (where, its size), size after resizing, crop positions as `_feed_numbers` gives them, flips."""
-        epoch = self._fed[run][0] if run in self._fed else None
         sample = self._sample(run)
-        epoch = self._fed[run][0] if epoch is None else epoch
+        epoch = self._fed[run][0]
         cuts = draw_cuts(self._plan, epoch, sample.index, self._split.sizes(sample.index))
         span = np.maximum(cuts.size - self._size, 1)
         y, x = (cuts.offset / span).astype(np.float32).T.copy()

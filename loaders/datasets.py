@@ -398,7 +398,7 @@ def _read_files(
 
 def _decode(request: Request, paths: NDArray[np.bytes_]) -> NDArray[np.uint8] | None:
     """Every file in RGB; None where a folder's images should stay in their files."""
-    root, stay = request.folder(), request.name.startswith("folder:")
+    root, stay = request.folder(), request.name not in (*TORCHVISION, "miniplaces")
 
     def name(index: int) -> Path:
         return root / os.fsdecode(paths[index])

@@ -53,6 +53,14 @@ class Files:
             raise DataError(f"{show(self.path(index))}: is another image than when the run began")
         return image
 
+    def check(self, index: int) -> str:
+        """What is wrong with an image's file, if anything is."""
+        try:
+            self.read(index)
+        except DataError as error:
+            return str(error)
+        return ""
+
     def grey(self, index: int) -> NDArray[np.uint8]:
         """What stands for the image where its file is corrupt."""
         return np.full((*self.sizes[index], 3), GREY, np.uint8)
@@ -123,10 +131,8 @@ def scan(files: Files, progress: Progress | None) -> dict[int, str]:
     bad: dict[int, str] = {}
 
     def look(index: int) -> None:
-        try:
-            files.read(index)
-        except DataError as error:
-            bad[index] = str(error)
+        if wrong := files.check(index):
+            bad[index] = wrong
 
     in_threads(look, len(files), "scanning images", progress)
     return bad
@@ -151,11 +157,8 @@ class Corrupt:
     def add(self, indices: Sequence[int]) -> None:
         """Raises DataError where they are too many."""
         for index in set(indices) - self.known.keys():
-            try:
-                self.files.read(index)
-                self.known[index] = f"{show(self.files.path(index))}: could not be read once"
-            except DataError as error:
-                self.known[index] = str(error)
+            known = self.files.check(index) or f"{show(self.files.path(index))}: could not be read once"
+            self.known[index] = known
             allowed = int(len(self.files) * MOST_CORRUPT)
             if len(self.known) > allowed:
                 what = f"{len(self.known)} corrupt files of {len(self.files):,}, {allowed} are allowed"

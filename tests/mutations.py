@@ -71,7 +71,7 @@ DEFECTS = (
            (("stack.enter_context(closing(make_trainer(run, warn)))", "make_trainer(run, warn)"),),
            "test_lifetime.py::test_nothing_outlives_a_run[graphs-raises]"),
     Defect("loaders outlive a run that is interrupted", TRAIN,
-           (("stack.enter_context(closing(prepare(spec, worker, paths)))", "prepare(spec, worker, paths)"),),
+           (("stack.enter_context(closing(prepare(spec, worker, paths, warn)))", "prepare(spec, worker, paths, warn)"),),
            "test_lifetime.py::test_nothing_outlives_a_run[loaders-is interrupted]"),
     Defect("a closed loader keeps its pipeline", DALI, (("self._pipeline = self._pixels = None", "self._pixels = None"),),
            "test_lifetime.py::test_nothing_outlives_a_run[pipelines-raises]"),
