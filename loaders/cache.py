@@ -46,9 +46,10 @@ class Split:
 
     def sizes(self, chosen: Any) -> NDArray[np.int32]:
         """(n, 2): height and width of some images."""
-        if isinstance(self.images, Files):
-            return self.images.sizes[chosen]
-        return np.broadcast_to(np.array(self.images.shape[1:3], np.int32), (len(self), 2))[chosen]
+        images = self.images
+        sizes = images.sizes if isinstance(images, Files) else np.full((1, 2), images.shape[1:3], np.int32)
+        chosen_sizes: NDArray[np.int32] = np.broadcast_to(sizes, (len(self), 2))[chosen]
+        return chosen_sizes
 
     def take(self, chosen: Any) -> Split:
         """Some of the images, as an array of indices or a mask says."""

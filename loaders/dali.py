@@ -208,15 +208,8 @@ class CutLoader(DaliLoader):
         cuts = draw_cuts(self._plan, epoch, sample.index, self._split.sizes(sample.index))
         span = np.maximum(cuts.size - self._size, 1)
         y, x = (cuts.offset / span).astype(np.float32).T.copy()
-        box = cuts.box.astype(np.int32)
-        return (
-            box[:, :2].copy(),
-            box[:, 2:].copy(),
-            cuts.size.astype(np.float32),
-            y,
-            x,
-            sample.flip.astype(np.int32),
-        )
+        box, size = cuts.box.astype(np.int32), cuts.size.astype(np.float32, "C")  # strides are not for DALI
+        return box[:, :2].copy(), box[:, 2:].copy(), size, y, x, sample.flip.astype(np.int32)
 
 
 def define(

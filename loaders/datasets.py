@@ -388,9 +388,8 @@ def _read_files(
 
     def read() -> Content:
         paths = np.concatenate([train.paths, test.paths])
-        images = _decode(request, paths)
-        if images is None:
-            images = index_files(root.resolve(), paths, request.progress)
+        decoded = _decode(request, paths)
+        images = index_files(root.resolve(), paths, request.progress) if decoded is None else decoded
         return Content(classes, Split(images[:cut], train.labels), Split(images[cut:], test.labels))
 
     return cached(_sign(root, classes, train, test), read, request.cache)
