@@ -52,6 +52,7 @@ def run(
     estimate: bool = ...,
     profile: bool = ...,
     tensorboard: bool = ...,
+    scan: bool = ...,
     force: bool = ...,
     fail_fast: bool = ...,
     gpus: int | None = ...,

@@ -185,7 +185,7 @@ class RunOptions(Resources):
     profile: Annotated[bool, opt("Time the parts of a step of what is missing: data, forward, ...")] = False
     tensorboard: Annotated[bool, opt("Write each run's event file beside its record.")] = False
     scan: Annotated[bool, opt(
-        "Decode every image file first; corrupt ones are named, and nothing is trained.")] = False
+        "Decode every image file first; where one is corrupt, it is named and nothing is trained.")] = False
     force: Annotated[bool, opt("Train finished runs again; the old results are kept.")] = False
     fail_fast: Annotated[bool, opt("Stop at the first run that fails.")] = False
 
