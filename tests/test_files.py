@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,9 +17,11 @@ import pytest
 import torch
 from command import harness
 from PIL import Image
+from safetensors.torch import save_file
 from scipy.stats import kstest
 from torchvision.transforms import v2
 
+from harness.commands.evaluate import EvalOptions, evaluate_weights
 from harness.loaders import dali, datasets, files
 from harness.loaders.datasets import DataError, Dataset, Split, hold_out, limit, load_dataset
 from harness.loaders.files import Files
@@ -28,10 +31,14 @@ from harness.loaders.sampling import (
     IMAGENET_STD,
     Augment,
     LoaderConfig,
+    Normalize,
     SamplingPlan,
     draw_cuts,
     make_normalize,
 )
+from harness.models.build import build
+from harness.models.variants import find_variant
+from harness.spec import UserError
 
 ARCHIVE = Path(__file__).parents[2] / "shared" / "data" / "miniplaces-400.tar.xz"
 BOXES = Augment(0, "zero", 24, flip=True, resize=28, area_range=(0.25, 1.0))
@@ -160,7 +167,8 @@ def test_links_and_names_of_any_bytes(photos: Path, tmp_path: Path, dataset: Dat
         for path in (photos / split).rglob("*.*"):
             folder = tmp_path / "links" / into / path.parent.name
             folder.mkdir(parents=True, exist_ok=True)
-            os.symlink(path, os.fsencode(folder / path.stem) + b" \xff\n" + path.suffix.encode())
+            name = os.fsdecode(path.stem.encode() + b" \xff\n" + path.suffix.encode())
+            (folder / name).symlink_to(path)
     found = load_dataset(f"folder:{tmp_path / 'links'}", cache=tmp_path)
     assert found.fingerprint == dataset.fingerprint
     assert np.array_equal(found.test.images.read(0), dataset.test.images.read(0))  # type: ignore[union-attr]
@@ -324,7 +332,7 @@ def test_synthetic_is_a_batch_of_real_images(make: Any) -> None:
 
 
 def test_resident_refuses(make: Any) -> None:
-    with pytest.raises(ValueError, match="resident crops images of one size .* dali and dataloader are allowed"):
+    with pytest.raises(ValueError, match=r"resident crops images of one size .* dali and dataloader are allowed"):
         make("resident")
 
 
@@ -342,7 +350,7 @@ def test_what_cannot_be_cut(dataset: Dataset) -> None:
         with pytest.raises(ValueError, match=words):
             augment.crop_size(dataset.train)
     with pytest.raises(
-        ValueError, match="normalize=pixel-mean measures images in memory.*imagenet and imagenet-mean"
+        ValueError, match=r"normalize=pixel-mean measures images in memory.*imagenet and imagenet-mean"
     ):
         make_normalize("pixel-mean", dataset.train)
 
@@ -476,6 +484,67 @@ def test_recipes_that_cannot_train_files(
     code, _, err = harness(line, capsys)
     assert code == 2
     assert reason in " ".join(err.split())
+
+
+def test_weights_are_evaluated_on_files(photos: Path, tmp_path: Path, monkeypatch: Any, dataset: Dataset) -> None:
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    network = build(find_variant("imagenet")(18).network, 2).eval()
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    options = EvalOptions(weights=tmp_path / "w.safetensors", variant="imagenet", dataset=f"folder:{photos}")
+    found = evaluate_weights(options)
+    wrong, transform = 0, v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
+    for index, label in enumerate(dataset.test.labels):
+        image = transform(torch.from_numpy(dataset.test.images.read(index).copy()).permute(2, 0, 1))  # type: ignore[union-attr]
+        image = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)(v2.functional.to_dtype(image, torch.float32, scale=True))
+        with torch.inference_mode():
+            wrong += int(network(image[None]).argmax()) != label
+    assert (found.images, found.error) == (10, pytest.approx(10 * wrong))
+    with pytest.raises(UserError, match="need a crop of one size"):
+        evaluate_weights(replace(options, scales=(64,)))
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_cuts_are_defined_alike_on_the_gpu(stored: bool) -> None:
+    """To define DALI's graph needs no GPU. Decoding is mixed there; numbers and paths come from the host."""
+    config = LoaderConfig(
+        augment=BOXES, normalize=Normalize(np.zeros(3, np.float32), np.ones(3, np.float32)), batch_size=4,
+        eval_batch_size=4, device=torch.device("cpu"),
+    )  # fmt: skip
+
+    def definition(device: str) -> list[str]:
+        pipeline = dali.dali.Pipeline(batch_size=4, num_threads=1, device_id=None if device == "cpu" else 0)
+        with pipeline:
+            here = replace(config, device=torch.device(device))
+            dali.define_cuts(here, (24, 24), lambda _: None, lambda _: None, files=stored)
+        pipeline._build_graph()
+        specs = (str(operator.spec).splitlines() for operator in pipeline._ops)
+        return ["\n".join(line for line in spec if "_origin_stack" not in line) for spec in specs]
+
+    on_cpu, on_gpu = definition("cpu"), definition("cuda:0")
+    assert any("mixed" in operator for operator in on_gpu) == stored
+    assert [each.replace("gpu", "cpu").replace("mixed", "cpu") for each in on_gpu] == on_cpu
+
+
+def test_benchmark_of_images(photos: Path, tmp_path: Path) -> None:
+    """A short benchmarks/images.py: it links, takes turns and stores every reading."""
+    script = Path(__file__).parents[1] / "benchmarks" / "images.py"
+    words = (
+        f"--data-dir {photos} --times 2 --rounds 1 --seconds 0.1 --crop 24 --resize 28 --batch-size 4 --threads 1"
+    )
+    out = subprocess.run(
+        [sys.executable, script, *words.split(), "--json", tmp_path / "images.json"],
+        check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "HARNESS_CACHE": str(tmp_path / "cache")},
+    ).stdout  # fmt: skip
+    content = json.loads((tmp_path / "images.json").read_text())
+    assert content["images"] == {"1": 22, "2": 44}
+    assert set(content["readings"]) == {
+        f"{way} {n}" for way in ("dali", "dataloader", "torchvision") for n in (1, 2)
+    }
+    for (reading,) in content["readings"].values():
+        assert reading["images_per_second"] > 0
+        assert reading["peak_rss_mib"] > 100
+    assert "torchvision" in out
 
 
 def test_memory_does_not_grow_with_the_set(photos: Path, tmp_path: Path) -> None:
