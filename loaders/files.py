@@ -30,7 +30,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Files:
-    """The files of a split, about 100 bytes of memory each; indexing gives the files of some images."""
+    """The files of a split, about 100 bytes of memory for each; indexing gives the files of some images."""
 
     root: bytes
     paths: NDArray[np.bytes_]  # (N,), within the root, as the file system has them
