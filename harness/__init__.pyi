@@ -53,6 +53,7 @@ def run(
     estimate: bool = ...,
     profile: bool = ...,
     tensorboard: bool = ...,
+    scan: bool = ...,
     force: bool = ...,
     fail_fast: bool = ...,
     gpus: int | None = ...,

@@ -188,6 +188,8 @@ class RunOptions(Resources):
     estimate: Annotated[bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.")] = False
     profile: Annotated[bool, opt("Time the parts of a step of what is missing: data, forward, ...")] = False
     tensorboard: Annotated[bool, opt("Write each run's event file beside its record.")] = False
+    scan: Annotated[bool, opt(
+        "Decode every image file first; where one is corrupt, it is named and nothing is trained.")] = False
     force: Annotated[bool, opt("Train finished runs again; the old results are kept.")] = False
     fail_fast: Annotated[bool, opt("Stop at the first run that fails.")] = False
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.cluster.job import Allocation
 from harness.models.variants import Recipe, Variant, default_depth, find_preset, find_variant
@@ -14,6 +14,9 @@ from harness.options import Grid, check_options, fill
 from harness.search_space import apply
 from harness.spec import Engine, RunSpec, UserError
 from harness.words import parse_depths
+
+if TYPE_CHECKING:
+    from harness.loaders.datasets import Dataset
 
 GPU_PRECISIONS = ("tf32", "fp16")
 SHARED = ("dataset", "loader", "precision", "engine", "deterministic", "limit_train", "limit_test")  # with RunSpec
@@ -164,6 +167,21 @@ def _change_specs(grid: Grid, given: Collection[str]) -> Grid:
     specs = [replace(spec, seed=seed) for seed in seeds for spec in specs] or specs
     precision = max((spec.precision for spec in specs), key=lambda p: p in GPU_PRECISIONS)
     return replace(grid, dataset=datasets[0], precision=precision, specs=tuple(specs))
+
+
+def check_images(specs: Iterable[RunSpec], dataset: Dataset) -> None:
+    """Raise UserError where a run's loader cannot make its recipe's crops of these images."""
+    from harness.loaders.loader import check_crops
+    from harness.loaders.sampling import check_normalize, make_augment
+
+    for spec in specs:
+        augment = make_augment(spec.recipe, flip=dataset.flip)
+        try:
+            for split in (dataset.train, dataset.test):
+                check_crops(spec.loader, split, augment)
+            check_normalize(spec.recipe.normalize, dataset.train, augment)
+        except ValueError as error:
+            raise UserError(f"{spec.name} on {dataset.label}: {error}") from None
 
 
 def count_epochs(spec: RunSpec, train_images: int) -> int:

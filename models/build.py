@@ -8,15 +8,16 @@ import torch
 from torch import nn
 
 from harness.models.convnet import ConvNet
-from harness.models.imagenet import ImageNetResNet
+from harness.models.imagenet import ImageNetResNet, ResNet
 from harness.models.resnet import CifarResNet
 from harness.models.variants import Network, check_depth
 from harness.models.xresnet import XResNet
 
 NETWORKS: dict[str, Callable[[Network, int], nn.Module]] = {
     "cifar": CifarResNet, "imagenet": ImageNetResNet, "convnet": ConvNet, "xresnet": XResNet,
+    "resnet": ResNet,
 }  # fmt: skip
-SMALLEST_IMAGE = {"cifar": 4, "convnet": 4, "xresnet": 4, "imagenet": 16}
+SMALLEST_IMAGE = {"cifar": 4, "convnet": 4, "xresnet": 4, "imagenet": 16, "resnet": 32}
 """Side in pixels, by architecture: the product of all strides."""
 
 

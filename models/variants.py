@@ -31,7 +31,7 @@ class Network:
     """
 
     depth: int
-    architecture: Literal["cifar", "imagenet", "convnet", "xresnet"] = "cifar"
+    architecture: Literal["cifar", "imagenet", "convnet", "xresnet", "resnet"] = "cifar"
     block: Literal["basic", "preact", "late-stride", "bottleneck"] = "basic"
     """preact: full pre-activation (arXiv:1603.05027, figure 4(e)). late-stride: a stage's last block does what
     the next stage's first should (fattorib/ResNets-CIFAR10). bottleneck: 1x1, 3x3, 1x1."""
@@ -95,6 +95,11 @@ class Recipe:
     crop: int | None = None  # side of the random crop; None: the image's own
     scale_range: tuple[int, ...] = added(())
     """Least and largest side, drawn for each training image, to which it is enlarged before the crop; (): not at all."""
+    resize: int = added(0)
+    """Shorter side to which an image is resized before the crop; 0: it is not. With `area_range` evaluated ones only."""
+    area_range: tuple[float, ...] = added(())
+    """Least and largest share of an image's area in the box that is resized to a training crop; (): no such box."""
+    aspect_range: tuple[float, ...] = added((3 / 4, 4 / 3))  # of that box: width over height
     flip: bool = True
     val: int = 0  # training images held out, and evaluated in place of the test set
     val_stratified: bool = False  # held out in equal shares of every class
@@ -117,9 +122,11 @@ Entry = TypeVar("Entry")
 VariantFunction = Callable[[int], Variant]
 """Raises ValueError for a depth that the architecture cannot have."""
 
-IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 74: (9, 9, 9, 9)}
+IMAGENET_BLOCKS = {
+    18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 74: (9, 9, 9, 9), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3),
+}  # fmt: skip
 """Blocks in each of the four stages, by depth: arXiv:1512.03385, table 1; 74 is apark263/mpmz's own."""
-LISTED_DEPTHS = {"imagenet": tuple(IMAGENET_BLOCKS), "convnet": (8,)}
+LISTED_DEPTHS = {"imagenet": (18, 34, 50, 74), "resnet": (18, 34, 50, 101, 152), "convnet": (8,)}
 
 
 def check_depth(network: Network) -> None:

@@ -81,7 +81,7 @@ DEFECTS = (
            (("if self._signs.get(rank, never)[1] < silent_since", "if False"),),
            "test_watchdog.py::test_who_hangs_is_named_with_what_each_rank_waits_for"),
     Defect("loaders outlive a run that is interrupted", TRAIN,
-           (("stack.enter_context(closing(prepare(spec, worker, paths)))", "prepare(spec, worker, paths)"),),
+           (("stack.enter_context(closing(prepare(spec, worker, paths, warn)))", "prepare(spec, worker, paths, warn)"),),
            "test_lifetime.py::test_nothing_outlives_a_run[loaders-is interrupted]"),
     Defect("a closed loader keeps its pipeline", DALI, (("self._pipeline = self._pixels = None", "self._pixels = None"),),
            "test_lifetime.py::test_nothing_outlives_a_run[pipelines-raises]"),

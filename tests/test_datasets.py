@@ -68,7 +68,7 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path) -> None:
         raise AssertionError(f"decoded {path}")
 
-    monkeypatch.setattr(datasets, "_read_image", fail)
+    monkeypatch.setattr(datasets, "read_image", fail)
 
 
 # ---- names -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from harness.loaders.datasets import Dataset, Split, limit, load_dataset
 from harness.loaders.loader import make_evaluation_loader
-from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_normalize
+from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_augment, make_normalize
 from harness.models.build import SMALLEST_IMAGE, build
 from harness.models.imagenet import ImageNetResNet
 from harness.models.variants import Variant, default_depth, find_variant
@@ -28,7 +28,7 @@ from harness.results.published import load_published
 from harness.results.store import load_records
 from harness.spec import RunSpec, UserError
 from harness.training.evaluation import MultiScale, evaluate
-from harness.training.setup import EVAL_BATCH_SIZE, split_data
+from harness.training.setup import EVAL_BATCH_SIZE, eval_batch_size, split_data
 from harness.training.step import set_precision
 from harness.training.weights import WeightsError, load_metadata, load_weights, match_weights
 
@@ -98,14 +98,14 @@ def _evaluate(options: EvalOptions) -> Errors:
     index, test = np.arange(len(dataset.test)), dataset.test  # which images of the whole test set
     if options.limit is not None:
         index = limit(Split(index, test.labels), options.limit).images  # type: ignore[arg-type, assignment]
-        test = Split(test.images[index], test.labels[index])
+        test = test.take(index)
 
     device, recipe = torch.device("cuda" if torch.cuda.is_available() else "cpu"), variant.recipe
-    most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2)) if scales else EVAL_BATCH_SIZE
-    batch_size = min(options.batch_size or most, len(test))
-    augment = Augment(recipe.pad, recipe.pad_mode, recipe.crop, False, recipe.scale_range)
+    augment = Augment(0, recipe.pad_mode, None, False) if scales else make_augment(recipe, flip=False)
+    most = eval_batch_size(test, augment)
     if scales:
-        augment = Augment(0, recipe.pad_mode, None, False)
+        most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2))
+    batch_size = min(options.batch_size or most, len(test))
     normalize = parse_normalize(options.mean, options.std) or make_normalize(
         recipe.normalize, _training_images(options.weights, about, variant, dataset)
     )
@@ -122,7 +122,8 @@ def _evaluate(options: EvalOptions) -> Errors:
         on_scale=(lambda scale, batch: scores[scale].append(batch.cpu())) if keep else None,
     )  # fmt: skip
     set_precision("fp32")
-    with closing(make_evaluation_loader("resident", test, config)) as loader:
+    kind = "dataloader" if augment.by_image(test) else "resident"
+    with closing(make_evaluation_loader(kind, test, config)) as loader:
         evaluation = evaluate(evaluated, loader, images=len(test), autocast=nullcontext(), on_ranked=ranked.append)
     given = index[SamplingPlan(len(test), batch_size, train=False).draw(0).index]  # the loader's order
     turn = np.argsort(given)

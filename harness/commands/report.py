@@ -302,7 +302,8 @@ def print_variants(console: Console) -> None:
     variants = [function(default_depth(function)) for function in VARIANTS.values()]
     width = max(len(variant.name) for variant in variants) + 2
     for variant in variants:
-        classes, side = (100, 112) if variant.network.architecture == "imagenet" else (10, 32)
+        shown = {"imagenet": (100, 112), "resnet": (1000, 224)}
+        classes, side = shown.get(variant.network.architecture, (10, 32))
         with torch.device("meta"):
             parameters = count_parameters(build(variant.network, classes, side))
         macs = count_flops(variant.network, classes, side) / 1e6
@@ -310,7 +311,7 @@ def print_variants(console: Console) -> None:
         console.print(Text.assemble((f"{variant.name:{width}}", "bold"), size), soft_wrap=True)
         console.print(Text(f"    {variant.summary} ({variant.source})", style="dim"), soft_wrap=True)
     console.print(
-        "\nEach at its default depth, for one 32x32 image and 10 classes (miniplaces and mpmz: 112x112 and 100). "
-        "MMAC: million multiply-adds, forward.",
+        "\nEach at its default depth, for one 32x32 image and 10 classes (miniplaces and mpmz: 112x112 and 100, "
+        "imagenet: 224x224 and 1000). MMAC: million multiply-adds, forward.",
         style="dim",
     )

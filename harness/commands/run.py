@@ -72,9 +72,10 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
     try:
         with ExitStack() as stack, stopping_at(until):
             allocation = make_allocation(grid, options, stack, options.elastic)
-            dataset = load_data(grid.dataset, paths, console)
+            dataset = load_data(grid.dataset, paths, console, scan=options.scan)
             images = len(dataset.train)
             specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
+            plan.check_images(specs, dataset)
             fallback = plan.fallback_world_sizes(options.elastic, specs)
             plan.check_epochs(() if grid.specs or options.estimate or options.profile else specs, images)
             stall = float(options.stall_seconds)

@@ -194,7 +194,7 @@ def reference_epoch(prepared: Prepared, epoch: int) -> tuple[Tensor, Tensor]:
     """Images and labels of an epoch, one by one by the definition: padded by 4 and cropped."""
     split, normalize, seed = prepared.data.train, prepared.loader_config.normalize, prepared.spec.seed
     sample = SamplingPlan(images=IMAGES, batch_size=BATCH, span=(8, 8), flip=True, seed=seed).draw(epoch)
-    normalized = (split.images / np.float32(255) - normalize.mean) / normalize.std
+    normalized = (split.pixels / np.float32(255) - normalize.mean) / normalize.std
     padded = np.pad(normalized, ((0, 0), (4, 4), (4, 4), (0, 0)))
     made = []
     for index, (y, x), flip in zip(sample.index, sample.offset, sample.flip, strict=True):

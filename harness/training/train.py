@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -80,7 +80,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
 
     # graphs and loaders are closed however the run ends
     with deterministic_algorithms(spec), ExitStack() as stack:
-        run = stack.enter_context(closing(prepare(spec, worker, paths)))
+        run = stack.enter_context(closing(prepare(spec, worker, paths, warn)))
         folder = partial_dir(paths.out, name_of(spec, paths.label))
         remote = RemoteRun(paths.remote, folder, warn)
         for turn in (0, 1):  # rank 0 first: it may have newer checkpoints than the store, which gets them
@@ -145,7 +145,8 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
             batch_size=spec.recipe.batch_size, batch_size_per_gpu=spec.recipe.batch_size // spec.workers,
             threads=worker.threads, runs_per_gpu=worker.runs_per_gpu,
             device=device_name(run.device), machine=describe_machine(run.device),
-            engine=trainer.engine.way.name, attempts=attempt, warnings=tuple(warnings_seen),
+            engine=trainer.engine.way.name, attempts=attempt,
+            warnings=tuple(dict.fromkeys(chain(*gather(warnings_seen)))),
             ranks=tuple(gather(summarise_rank(worker.rank, memory, history[first:]))),
         )  # fmt: skip
 
