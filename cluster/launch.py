@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import shutil
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic
@@ -23,6 +22,7 @@ from harness.cluster.job import (
     COLLECTIVE_SECONDS,
     LOOPBACK,
     Allocation,
+    Ended,
     Entered,
     Failed,
     Launched,
@@ -40,11 +40,14 @@ from harness.cluster.job import (
 from harness.cluster.nodes import choose_world_size, inspect_cluster
 
 SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
+DRAIN_SECONDS, FOLLOW_SECONDS = 0.2, 0.05  # between two looks: of the driver, of workers between two runs
+SHORT_RUN_SECONDS = 300.0  # of a longer one, the start of new workers costs a few percent at most
 
 
 def launch(
     train: Train[Spec, Outcome], specs: Sequence[Spec], job: Allocation, *, progress: Callable[[Spec, Any], None],
     telemetry: StartSampler | None = None, progress_of: Callable[[Any], float] = lambda _: 0.0,
+    row: Callable[[Spec], Any] | None = None,
 ) -> Launched[Spec, Outcome]:  # fmt: skip
     """Run every spec, `job.concurrent_runs` at a time; yield each as it ends. Call `connect` before.
 
@@ -54,39 +57,60 @@ def launch(
     cluster, waits without being counted. `progress(spec, event)` is called in this thread with `Started`, `Waiting`,
     `Entered` and every report of rank 0. `telemetry` is started on each node of an attempt, in an actor that ends with
     it; its measurements come as `Telemetry`.
+
+    A run that has ended well within SHORT_RUN_SECONDS leaves its workers, with their imports and their process group, to
+    the next spec with an equal `row(spec)`. Those of another row have new ones, and so has whatever follows a failure.
     """
     import ray
 
     # beside the driver: on another node it would be lost with that node, and every run with it
     mailbox = ray.remote(num_cpus=0, scheduling_strategy=_this_node())(Mailbox).remote()
-    ended: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-    best_progress = [0.0] * len(specs)
-    stop = threading.Event()
-    waiting = iter(range(len(specs)))  # each thread takes the next
+    todo, stop = _Queue(specs, row), threading.Event()
+    best_progress, entered_at = [0.0] * len(specs), dict[int, float]()
 
-    def serve() -> None:
-        for index in waiting:
-            if stop.is_set():
-                return
-            task = _Task(train, specs[index], index, job, telemetry, mailbox)
+    def serve(index: int | None) -> None:
+        while index is not None and not stop.is_set():
+            run = _Run(_Task(train, specs[index], index, job, telemetry, mailbox), specs, stop, best_progress)
             try:
-                outcome = _Run(task, stop, best_progress).run()
+                failed = run.run()
             except BaseException as error:
-                outcome = make_failed(error, attempts=1)
-            ended.put((index, outcome))
+                failed = make_failed(error, attempts=1)
+            if failed is not None:
+                mailbox.put.remote(run.task.index, Ended(outcome=failed))
+            index = todo.take()
+
+    def start(index: int | None) -> None:
+        threading.Thread(target=serve, args=(index,), daemon=True).start()
+
+    def go_on(index: int) -> None:
+        """The workers of a run that has ended get the next one of its row, or end."""
+        short = row is not None and time.monotonic() - entered_at[index] < SHORT_RUN_SECONDS
+        following = todo.take(like=index) if short else None
+        if following is None:
+            mailbox.follow.remote(index, None)
+        elif ray.get(mailbox.follow.remote(index, (following, specs[following]))):
+            progress(specs[following], Started(attempt=1))
+            mailbox.begin.remote(following)  # not before its folder is made
+        else:
+            start(following)
 
     for _ in range(min(job.concurrent_runs, len(specs))):
-        threading.Thread(target=serve, daemon=True).start()
+        start(todo.take())
+    ended = 0
     try:
-        for _ in specs:
-            end: tuple[int, Any] | None = None
-            while end is None:
-                with contextlib.suppress(queue.Empty):
-                    end = ended.get(timeout=0.2)
-                for index, event in ray.get(mailbox.drain.remote()):
-                    best_progress[index] = max(best_progress[index], progress_of(event))
-                    progress(specs[index], event)
-            yield specs[end[0]], end[1]
+        while ended < len(specs):
+            time.sleep(DRAIN_SECONDS)
+            for index, event in ray.get(mailbox.drain.remote()):
+                if isinstance(event, Ended):
+                    ended += 1
+                    yield specs[index], event.outcome
+                    if event.more:
+                        go_on(index)
+                    continue
+                if isinstance(event, Entered):
+                    entered_at[index] = time.monotonic()
+                best_progress[index] = max(best_progress[index], progress_of(event))
+                progress(specs[index], event)
     finally:
         stop.set()
         ray.kill(mailbox)
@@ -96,6 +120,7 @@ def launch(
 def launch_here(
     train: Train[Spec, Outcome], specs: Sequence[Spec], job: Allocation, *, progress: Callable[[Spec, Any], None],
     telemetry: StartSampler | None = None, progress_of: Callable[[Any], float] = lambda _: 0.0,
+    row: Callable[[Spec], Any] | None = None,
 ) -> Launched[Spec, Outcome]:  # fmt: skip
     """As `launch`, but in this process and without Ray: one worker. Raises ValueError for a job of several."""
     if job.workers != 1:
@@ -131,15 +156,59 @@ def _remove(storage: Path | str) -> None:
         files.delete_dir(path)
 
 
+class _Queue(Generic[Spec]):
+    """The runs that nobody has begun, in their order."""
+
+    def __init__(self, specs: Sequence[Spec], row: Callable[[Spec], Any] | None) -> None:
+        self.rows = [row and row(spec) for spec in specs]
+        self.waiting = list(range(len(specs)))
+        self.lock = threading.Lock()
+
+    def take(self, like: int | None = None) -> int | None:
+        """The next one, of the row of `like` where that is given; None where there is none."""
+        with self.lock:
+            for place, index in enumerate(self.waiting):
+                if like is None or self.rows[index] == self.rows[like]:
+                    return self.waiting.pop(place)
+        return None
+
+
 class Mailbox:
-    """What the workers of all runs report waits here for the driver."""
+    """What the workers of all runs report waits here for the driver, and what it has them do next for the workers."""
 
     def __init__(self) -> None:
         self.events: list[tuple[int, Any]] = []
         self.placement_groups: dict[int, Any] = {}
+        self.following: dict[int, tuple[int, Any] | None] = {}  # run -> what its workers go on with
+        self.ended, self.begun, self.closed = set[int](), set[int](), set[int]()
 
     def put(self, index: int, event: Any) -> None:
         self.events.append((index, event))
+        if isinstance(event, Ended):
+            self.ended.add(index)
+
+    def follow(self, index: int, following: tuple[int, Any] | None) -> bool:
+        """The driver says what comes after a run that has ended; False where its workers have ended too."""
+        if index not in self.closed:
+            self.following[index] = following
+        return index not in self.closed
+
+    def begin(self, index: int) -> None:
+        self.begun.add(index)
+
+    def next_after(self, index: int) -> tuple[()] | tuple[tuple[int, Any] | None]:
+        """What workers go on with; an empty tuple where the driver has not said so yet."""
+        following = self.following.get(index, ())
+        return () if following == () or (following and following[0] not in self.begun) else (following,)
+
+    def close(self, index: int) -> int | None:
+        """The workers that began with this run have ended: in which run, None where they were between two."""
+        while (following := self.following.get(index)) is not None:
+            index = following[0]
+        if index not in self.ended:
+            return index
+        self.closed.add(index)
+        return None
 
     def drain(self) -> list[tuple[int, Any]]:
         events, self.events = self.events, []
@@ -170,8 +239,31 @@ class _Task(Generic[Spec, Outcome]):
     telemetry: StartSampler | None
     mailbox: Any
 
-    def work(self, attempt: int, started_at: float) -> Outcome:
-        """In a worker: call the train function; measure this node meanwhile if this is its first worker."""
+    def work(self, attempt: int, started_at: float) -> None:
+        """In a worker: this run, and those that the driver has it go on with."""
+        task: _Task[Spec, Outcome] | None = self
+        while task is not None:
+            worker = task.work_once(attempt, started_at)
+            attempt, started_at = 1, time.time()
+            task = task.next_task(worker)
+
+    def next_task(self, worker: Worker) -> _Task[Spec, Outcome] | None:
+        """In a worker whose run has ended: the next one, None where there is none. A collective."""
+        import ray
+
+        answer: tuple[Any, ...] = ()
+        while worker.rank == 0 and not answer:
+            answer = ray.get(self.mailbox.next_after.remote(self.index))
+            time.sleep(0 if answer else FOLLOW_SECONDS)
+        if worker.world_size > 1:
+            from harness.cluster.loopback import from_rank_0
+
+            answer = from_rank_0(answer, worker.device)
+        (following,) = answer
+        return following and replace(self, index=following[0], spec=following[1])
+
+    def work_once(self, attempt: int, started_at: float) -> Worker:
+        """Call the train function and report its outcome; measure this node meanwhile if this is its first worker."""
         import ray
         from ray.train import get_context
         from ray.train.torch import get_device
@@ -203,14 +295,16 @@ class _Task(Generic[Spec, Outcome]):
                 measured = Telemetry(node=ray.get(sampler.stop.remote(), timeout=10))
                 ray.get(self.mailbox.put.remote(self.index, measured), timeout=10)
                 ray.kill(sampler)
-        return outcome
+        report(Ended(outcome=outcome, more=worker.world_size == job.workers))
+        return worker
 
 
 @dataclass(slots=True)
 class _Run(Generic[Spec, Outcome]):
-    """All attempts at one task, in a thread of the driver."""
+    """All attempts at one task, and at those that its workers went on with, in a thread of the driver."""
 
     task: _Task[Spec, Outcome]
+    specs: Sequence[Spec]
     stop: threading.Event
     best_progress: Sequence[float]  # of all runs, as the driver has seen them
     attempt: int = 1
@@ -220,8 +314,8 @@ class _Run(Generic[Spec, Outcome]):
     progress: float = 0.0  # before the last death
     announced: tuple[int, int] | None = None  # attempt, world size
 
-    def run(self) -> Outcome | Failed:
-        """Try until there is an outcome or no more use in trying."""
+    def run(self) -> Failed | None:
+        """Try until there is no more use in trying, and why; None where all outcomes were reported."""
         job = self.task.job
         while True:
             world_size = self._wait_for_resources()
@@ -232,10 +326,12 @@ class _Run(Generic[Spec, Outcome]):
             self._announce(world_size)
             started_at = time.time()
             try:
-                outcome: Outcome = self._make_trainer(world_size, started_at).fit().return_value
-                return outcome
+                self._make_trainer(world_size, started_at).fit()
+                return None
             except Exception as error:
                 self._free_placement_group()
+                if not self._find_place():
+                    return None
                 failed = make_failed(error, attempts=self.attempt)
             if failed.exception == "WorkerGroupStartupTimeoutError" and not self.stop.is_set():
                 # others were quicker to take the room, or it is scattered over nodes
@@ -250,6 +346,16 @@ class _Run(Generic[Spec, Outcome]):
                 return failed
             self.reason = failed.message
             self.attempt += 1
+
+    def _find_place(self) -> bool:
+        """Turn to the run in which the workers ended; False where they had reported its outcome."""
+        import ray
+
+        index = ray.get(self.task.mailbox.close.remote(self.task.index))
+        if index not in (None, self.task.index):
+            self.task = replace(self.task, index=index, spec=self.specs[index])
+            self.attempt, self.failures, self.progress, self.announced = 1, 0, 0.0, None
+        return index is not None
 
     def _put(self, event: Any) -> None:
         self.task.mailbox.put.remote(self.task.index, event)

@@ -265,6 +265,7 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
         progress=note,
         telemetry=NodeTelemetry,
         progress_of=lambda event: event.epoch if isinstance(event, EpochMetrics) else 0,
+        row=lambda spec: replace(spec, seed=0),
     )
     failures = 0
     try:
