@@ -20,7 +20,7 @@ from harness.commands.report import export_runs, print_rows, write_page
 from harness.deadline import TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.options import Grid, RunOptions
 from harness.progress import JsonLines, Progress, load_data, print_columns, say, width_of
-from harness.record import Recorder, lock_run, name_of, name_other_code
+from harness.record import Recorder, lease, lock_run, name_of, name_other_code
 from harness.resources import Session, check_resources, choose_launcher, make_allocation
 from harness.results.remote import push_file, push_run, redact
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
@@ -244,6 +244,8 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     _allow_open_files(len(specs))
     for spec in specs:
         session.stack.callback(lock_run(spec, paths.label, paths.out).release)
+    names = [name_of(spec, paths.label) for spec in specs]
+    session.stack.enter_context(lease(paths.remote, names, partial(say, prepared.console)))
     display: Progress | JsonLines
     if options.format == "jsonl":
         display = JsonLines(sys.stdout)
