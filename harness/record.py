@@ -19,7 +19,6 @@ from harness.results import store
 from harness.results.identity import hash_code
 from harness.results.remote import (
     Lease,
-    LeasedError,
     StorageError,
     patiently,
     pull_run,
@@ -127,7 +126,7 @@ def lease(uri: str, names: Collection[str], say: Callable[[str], None]) -> conte
     trains them."""
     try:
         return contextlib.closing(Lease(uri, names, say)) if uri else contextlib.nullcontext()
-    except (LeasedError, StorageError) as error:
+    except StorageError as error:
         raise UserError(f"--out {error}") from None
 
 
@@ -217,10 +216,8 @@ class Recorder:
         """Copy to the URI, if there is one; whether that succeeded. If not, `warn` says so and the path stays. `patient`:
         a store that is away is waited for."""
         try:
-            if self.paths.remote and patient:
-                patiently(self.warn, lambda: how(self.paths.remote, path))
-            elif self.paths.remote:
-                how(self.paths.remote, path)
+            if self.paths.remote:
+                patiently(self.warn, lambda: how(self.paths.remote, path), patient=patient)
         except StorageError as error:
             self.warn(f"not sent: {error}; it is kept in {path}, and the same command sends it")
             return False

@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -55,18 +56,19 @@ class StorageError(RuntimeError):
         return AWAY.search(str(self)) is not None
 
 
-class LeasedError(RuntimeError):
-    """Another command trains these runs; the message is one line."""
+class LeasedError(StorageError):
+    """Another command trains these runs."""
 
 
-def patiently(warn: Callable[[str], None], action: Callable[[], Value]) -> Value:
-    """Do something at a URI, again and again for AWAY_SECONDS while nothing answers there. Raises StorageError."""
+def patiently(warn: Callable[[str], None], action: Callable[[], Value], *, patient: bool = True) -> Value:
+    """Do something at a URI; if `patient`, again and again for AWAY_SECONDS while nothing answers there. Raises
+    StorageError."""
     until, pause = time.monotonic() + AWAY_SECONDS, PAUSE_SECONDS
     while True:
         try:
             return action()
         except StorageError as error:
-            if not error.is_away or time.monotonic() + pause > until:
+            if not patient or not error.is_away or time.monotonic() + pause > until:
                 raise
             if pause == PAUSE_SECONDS:
                 warn(f"{error}; trying again for {AWAY_SECONDS:.0f} s")
@@ -230,13 +232,14 @@ class Lease:
         self._uri, self._file, self._names = join_uri(uri, LEASES), f"{uuid.uuid4().hex}.json", set(names)
         about = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "names": sorted(names)}
         self._content, self._over = json.dumps(about).encode(), threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
         try:
             self._write()
             self._wait_for_others(say)
         except BaseException:
             self.close()
             raise
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._thread.start()
 
     def _write(self) -> None:
         with _open(self._uri) as folder:
@@ -284,6 +287,8 @@ class Lease:
     def close(self) -> None:
         """Remove the file."""
         self._over.set()
+        if self._thread.is_alive():
+            self._thread.join(BEAT_SECONDS)  # or it would write once more
         with contextlib.suppress(StorageError):
             remove_sentinels(self._uri, self._file)
 
@@ -291,7 +296,8 @@ class Lease:
 def _machine() -> str:
     """Where process numbers mean the same: this boot of this kernel, this namespace of processes."""
     with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")  # noqa: PTH115
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     return uuid.uuid4().hex
 
 
@@ -300,15 +306,14 @@ def _machine() -> str:
 
 def pull_file(uri: str, cache: Path) -> Path:
     """A local copy of one file, and of the record beside it. Raises StorageError."""
-    (parent, name), wanted = split_uri(uri), {}
-    target = cache_folder(parent, cache)
+    parent, name = split_uri(uri)
+    folder = cache_folder(parent, cache)
     with _open(parent) as remote:
-        stored, local = remote.list(recursive=False), _local(target)
+        local, stored = _local(folder), remote.list(recursive=False)
         if name not in stored:
             raise FileNotFoundError(f"no file {name!r}")
-        wanted = {file: info for file, info in stored.items() if file in (name, RECORD)}
-        remote.copy_new(wanted, local, local.list())
-    return target / name
+        remote.copy_new({file: stored[file] for file in (name, RECORD) if file in stored}, local, local.list())
+    return folder / name
 
 
 def pull_results(uri: str, folder: Path, *, also: str = "") -> None:
@@ -325,18 +330,14 @@ def pull_results(uri: str, folder: Path, *, also: str = "") -> None:
         whole = {run for run in runs if run.endswith(PARTIAL) or f"{run}/{RECORD}" in stored}
         cached = cache.list()
         # a journal only grows: where the cache's is longer, the sweep was not sent when its command ended
-        ahead = {
-            n.rpartition("/")[0]
-            for n in cached.keys() & stored
-            if n.endswith(".log") and cached[n].size > stored[n].size
-        }
+        longer = {n for n in cached.keys() & stored if n.endswith(".log") and cached[n].size > stored[n].size}
+        ahead = {name.rpartition("/")[0] for name in longer}
 
         def is_wanted(name: str) -> bool:
             folder, _, file = name.rpartition("/")
-            small = file in SMALL or bool(also and file.startswith(also))
-            return (folder in whole and small) or (
-                name.partition("/")[0] in (ESTIMATES, SWEEPS) and folder not in ahead
-            )
+            if folder in whole:
+                return file in SMALL or bool(also and file.startswith(also))
+            return name.partition("/")[0] in (ESTIMATES, SWEEPS) and folder not in ahead
 
         remote.copy_new({name: info for name, info in stored.items() if is_wanted(name)}, cache, cached)
         for run in whole:
@@ -428,10 +429,8 @@ class RemoteRun:
         if not self.uri:
             return
         try:
-            if required:
-                patiently(self.warn, lambda: push_run(self.uri, self.folder, checkpoints=True))
-            else:
-                push_run(self.uri, self.folder, checkpoints=True)
+            how = partial(push_run, self.uri, self.folder, checkpoints=True)
+            patiently(self.warn, how, patient=required)
         except StorageError as error:
             if required:
                 raise
