@@ -1,4 +1,4 @@
-"""How often epochs are marked as disturbed, wrongly and rightly: python benchmarks/marks.py [--rounds 10] [--json FILE]
+"""How often epochs are marked as disturbed, wrongly and rightly: python benchmarks/marks.py [--rounds 6] [--json FILE]
 
 The same run in fresh processes, alone and beside as many busy processes as there are processors, which take turns. On an idle
 machine a mark of a run alone is false; an epoch beside the busy ones that took twice the median of those alone, or longer, must be
@@ -21,7 +21,7 @@ from typing import Any
 from rounds import harness, make_table, parse_options, process_seconds, publish, take_turns
 from scipy.stats import binomtest
 
-RUN = "run --dataset digits --depths 8 --gpus 0 --launcher local --loader resident --epochs"
+RUN = "run --dataset digits --depths 8 --gpus 0 --launcher local --loader resident --limit-train 640 --epochs"
 SLOWED = 2.0  # times the median epoch of a run alone
 
 
@@ -61,7 +61,7 @@ def describe(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    options = parse_options(__doc__, rounds=10, warmup=0, epochs=41)
+    options = parse_options(__doc__, rounds=6, warmup=0, epochs=61)
     ways = {
         name: partial(measure, options.epochs, n) for name, n in (("alone", 0), ("beside", os.cpu_count() or 1))
     }

@@ -1,0 +1,128 @@
+"""The seeds of a row, one after another in the same workers: as fresh processes would have them, failures included."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import harness
+from ray import cloudpickle
+
+from harness.cluster import launch as launching
+from harness.cluster.connect import connect, disconnect
+from harness.cluster.job import Allocation, Ended, Entered, Failed, Started, Worker
+from harness.cluster.launch import Mailbox, _Queue, launch
+from harness.results.store import WEIGHTS, load_epochs, load_records
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
+
+
+def place(spec: dict[str, Any], worker: Worker, report: Any) -> int:
+    """Where a run is carried out."""
+    import torch
+    import torch.distributed as dist
+
+    dist.all_reduce(torch.zeros(1))
+    report(worker.rank)
+    if spec.get("dies") and worker.attempt == 1 and worker.rank == 1:
+        time.sleep(0.5)
+        os._exit(1)
+    if spec.get("raises"):
+        raise ValueError("as always")
+    dist.barrier()
+    return os.getpid() if worker.attempt == 1 + spec.get("dies", 0) else -1
+
+
+@pytest.mark.ray
+def test_seeds_of_a_row_share_workers_and_a_failure_ends_them(tmp_path: Path) -> None:
+    specs = [
+        {"name": "a0", "row": "a"}, {"name": "b0", "row": "b"}, {"name": "a1", "row": "a", "dies": 1},
+        {"name": "b1", "row": "b", "raises": True}, {"name": "a2", "row": "a"}, {"name": "b2", "row": "b"},
+    ]  # fmt: skip
+    job = Allocation(workers=2, concurrent_runs=1, device="cpu", threads=1, storage=tmp_path / "ray", retries=1)
+    events: list[tuple[str, Any]] = []
+    outcomes: dict[str, Any] = {}
+    connect(None, cpus=2, gpus=0)
+    try:
+        for spec, outcome in launch(
+            place, specs, job, progress=lambda s, e: events.append((s["name"], e)), row=lambda spec: spec["row"]
+        ):
+            outcomes[spec["name"]] = outcome
+            events.append((spec["name"], "over"))
+    finally:
+        disconnect()
+    assert list(outcomes) == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    assert isinstance(outcomes["b1"], Failed)
+    assert outcomes["b1"].message == "as always"
+    pids = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, int)}
+    assert pids["a1"] == pids["a2"] != pids["a0"], "the death ended the workers, the next attempt's went on"
+    assert pids["b0"] != pids["b2"], "so did the exception"
+    assert len(set(pids.values())) == 4
+    of_a1 = [e for name, e in events if name == "a1"]
+    assert [e.attempt for e in of_a1 if isinstance(e, Started)] == [1, 2]
+    assert "died" in next(e.reason for e in of_a1 if isinstance(e, Started) and e.attempt == 2)
+    for name in outcomes:
+        own = [e for other, e in events if other == name]
+        assert own[0] == Started(attempt=1), name
+        assert own[-1] == "over"
+        assert own.count(Entered()) == sum(isinstance(e, Started) for e in own)
+    order = [name for name, e in events if e == "over" or e == Started(attempt=1)]
+    assert order == [name for name in outcomes for _ in range(2)], "each begins when the one before it is stored"
+
+
+def test_between_two_runs_workers_and_driver_agree_on_what_comes_next() -> None:
+    mailbox = Mailbox()
+    mailbox.put(0, Ended(outcome=None, more=True))
+    assert mailbox.next_after(0) == ()
+    assert mailbox.follow(0, (3, "spec"))
+    assert mailbox.next_after(0) == (), "not before its folder is made"
+    mailbox.begin(3)
+    assert mailbox.next_after(0) == ((3, "spec"),)
+    assert mailbox.close(0) == 3, "they died in run 3"
+    mailbox.put(3, Ended(outcome=None, more=True))
+    assert mailbox.close(0) is None
+    assert not mailbox.follow(3, (4, "spec")), "they died after it: others must begin run 4"
+    mailbox.put(5, Ended(outcome=None, more=True))
+    mailbox.follow(5, None)
+    assert mailbox.next_after(5) == (None,)
+
+
+def test_what_comes_next() -> None:
+    queue = _Queue(["a0", "b0", "a1", "b1"], lambda spec: spec[0])
+    assert [queue.take(), queue.take(like=0), queue.take(like=0), queue.take(), queue.take(), queue.take()] == [
+        0, 2, None, 1, 3, None,
+    ]  # fmt: skip
+
+
+RUN = (
+    "run --dataset digits --depths 8 --limit-train 256 --epochs 3 --gpus 0 --workers 2 --loader resident "
+    "--launcher ray --seeds"
+)
+
+
+@pytest.mark.ray
+def test_a_run_in_kept_workers_is_that_of_a_fresh_process(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and losses bit for bit, memory within 1 %."""
+    figures: dict[str, Any] = {}
+    for name, seconds in (("kept", 300.0), ("fresh", 0.0)):
+        monkeypatch.setattr(launching, "SHORT_RUN_SECONDS", seconds)
+        code, _, err = harness(f"{RUN} 3 --out {tmp_path / name}", capsys)
+        assert code == 0, err
+        for stored in load_records([tmp_path / name]).records:
+            result = stored.record.result
+            assert result is not None
+            losses = [(row.loss, row.train_error, row.error) for row in load_epochs(stored.folder)]
+            weights = hashlib.sha256((stored.folder / WEIGHTS).read_bytes()).hexdigest()
+            figures[name, stored.record.seed] = losses, weights, result.memory.rss_mib.value, result.launch_seconds
+    for seed in range(3):
+        kept, fresh = figures["kept", seed], figures["fresh", seed]
+        assert kept[:2] == fresh[:2]
+        assert kept[2] == pytest.approx(fresh[2], rel=0.01)
+    assert all((figures["kept", seed][3] < 1) == (seed > 0) for seed in range(3))
