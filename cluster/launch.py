@@ -21,6 +21,7 @@ from typing import Any, Generic
 from harness.cluster.job import (
     COLLECTIVE_SECONDS,
     LOOPBACK,
+    WORKER_DIED,
     Allocation,
     Ended,
     Entered,
@@ -65,37 +66,46 @@ def launch(
 
     # beside the driver: on another node it would be lost with that node, and every run with it
     mailbox = ray.remote(num_cpus=0, scheduling_strategy=_this_node())(Mailbox).remote()
-    todo, stop = _Queue(specs, row), threading.Event()
+    stop, lock, waiting = threading.Event(), threading.Lock(), list(range(len(specs)))
+    rows = [row and row(spec) for spec in specs]
     best_progress, entered_at = [0.0] * len(specs), dict[int, float]()
 
-    def serve(index: int | None) -> None:
+    def take(like: int | None = None) -> int | None:
+        """The next run, or the next of that row; None where there is none."""
+        with lock:
+            found = next((index for index in waiting if like is None or rows[index] == rows[like]), None)
+            if found is not None:
+                waiting.remove(found)
+            return found
+
+    def serve(index: int | None, attempt: int = 1) -> None:
         while index is not None and not stop.is_set():
-            run = _Run(_Task(train, specs[index], index, job, telemetry, mailbox), specs, stop, best_progress)
+            task = _Task(train, specs[index], index, job, telemetry, mailbox)
+            run = _Run(task, specs, stop, best_progress, attempt, WORKER_DIED * (attempt > 1))
             try:
                 failed = run.run()
             except BaseException as error:
                 failed = make_failed(error, attempts=1)
             if failed is not None:
                 mailbox.put.remote(run.task.index, Ended(outcome=failed))
-            index = todo.take()
+            index, attempt = take(), 1
 
-    def start(index: int | None) -> None:
-        threading.Thread(target=serve, args=(index,), daemon=True).start()
+    def start(*place: int | None) -> None:
+        threading.Thread(target=serve, args=place, daemon=True).start()
 
     def go_on(index: int) -> None:
         """The workers of a run that has ended get the next one of its row, or end."""
         short = row is not None and time.monotonic() - entered_at[index] < SHORT_RUN_SECONDS
-        following = todo.take(like=index) if short else None
+        following = take(like=index) if short else None
         if following is None:
             mailbox.follow.remote(index, None)
-        elif ray.get(mailbox.follow.remote(index, (following, specs[following]))):
-            progress(specs[following], Started(attempt=1))
-            mailbox.begin.remote(following)  # not before its folder is made
-        else:
-            start(following)
+            return
+        progress(specs[following], Started(attempt=1))
+        if not ray.get(mailbox.follow.remote(index, (following, specs[following]))):
+            start(following, 2)  # they have ended meanwhile
 
     for _ in range(min(job.concurrent_runs, len(specs))):
-        start(todo.take())
+        start(take())
     ended = 0
     try:
         while ended < len(specs):
@@ -156,23 +166,6 @@ def _remove(storage: Path | str) -> None:
         files.delete_dir(path)
 
 
-class _Queue(Generic[Spec]):
-    """The runs that nobody has begun, in their order."""
-
-    def __init__(self, specs: Sequence[Spec], row: Callable[[Spec], Any] | None) -> None:
-        self.rows = [row and row(spec) for spec in specs]
-        self.waiting = list(range(len(specs)))
-        self.lock = threading.Lock()
-
-    def take(self, like: int | None = None) -> int | None:
-        """The next one, of the row of `like` where that is given; None where there is none."""
-        with self.lock:
-            for place, index in enumerate(self.waiting):
-                if like is None or self.rows[index] == self.rows[like]:
-                    return self.waiting.pop(place)
-        return None
-
-
 class Mailbox:
     """What the workers of all runs report waits here for the driver, and what it has them do next for the workers."""
 
@@ -180,7 +173,7 @@ class Mailbox:
         self.events: list[tuple[int, Any]] = []
         self.placement_groups: dict[int, Any] = {}
         self.following: dict[int, tuple[int, Any] | None] = {}  # run -> what its workers go on with
-        self.ended, self.begun, self.closed = set[int](), set[int](), set[int]()
+        self.ended, self.closed = set[int](), set[int]()
 
     def put(self, index: int, event: Any) -> None:
         self.events.append((index, event))
@@ -193,13 +186,9 @@ class Mailbox:
             self.following[index] = following
         return index not in self.closed
 
-    def begin(self, index: int) -> None:
-        self.begun.add(index)
-
-    def next_after(self, index: int) -> tuple[()] | tuple[tuple[int, Any] | None]:
-        """What workers go on with; an empty tuple where the driver has not said so yet."""
-        following = self.following.get(index, ())
-        return () if following == () or (following and following[0] not in self.begun) else (following,)
+    def next_after(self, index: int) -> tuple[tuple[int, Any] | None, ...]:
+        """What workers go on with; empty where the driver has not said so yet."""
+        return (self.following[index],) if index in self.following else ()
 
     def close(self, index: int) -> int | None:
         """The workers that began with this run have ended: in which run, None where they were between two."""
@@ -252,9 +241,8 @@ class _Task(Generic[Spec, Outcome]):
         import ray
 
         answer: tuple[Any, ...] = ()
-        while worker.rank == 0 and not answer:
-            answer = ray.get(self.mailbox.next_after.remote(self.index))
-            time.sleep(0 if answer else FOLLOW_SECONDS)
+        while worker.rank == 0 and not (answer := ray.get(self.mailbox.next_after.remote(self.index))):
+            time.sleep(FOLLOW_SECONDS)
         if worker.world_size > 1:
             from harness.cluster.loopback import from_rank_0
 

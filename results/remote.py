@@ -191,17 +191,17 @@ def _local(folder: Path) -> _Folder:
 def check_uri(uri: str) -> None:
     """Raise StorageError unless files can be written to the URI and removed."""
     name = f".write-{os.getpid()}-{os.urandom(4).hex()}"
-    with _open(uri) as folder:
-        if not folder.is_object_store:
-            folder.files.create_dir(folder.root, recursive=True)
     leave_sentinel(uri, name)
     remove_sentinels(uri, name)
 
 
-def leave_sentinel(uri: str, name: str) -> None:
-    """Write an empty file. Raises StorageError."""
-    with _open(uri) as folder, folder.files.open_output_stream(folder.path(name)) as stream:
-        stream.write(b"")
+def leave_sentinel(uri: str, name: str, content: bytes = b"") -> None:
+    """Write a small file. Raises StorageError."""
+    with _open(uri) as folder:
+        if not folder.is_object_store:
+            folder.files.create_dir(folder.root, recursive=True)
+        with folder.files.open_output_stream(folder.path(name)) as stream:
+            stream.write(content)
 
 
 def find_sentinels(uri: str, prefix: str) -> list[str]:
@@ -234,24 +234,17 @@ class Lease:
         self._content, self._over = json.dumps(about).encode(), threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         try:
-            self._write()
+            leave_sentinel(self._uri, self._file, self._content)
             self._wait_for_others(say)
         except BaseException:
             self.close()
             raise
         self._thread.start()
 
-    def _write(self) -> None:
-        with _open(self._uri) as folder:
-            if not folder.is_object_store:
-                folder.files.create_dir(folder.root, recursive=True)
-            with folder.files.open_output_stream(folder.path(self._file)) as stream:
-                stream.write(self._content)
-
     def _beat(self) -> None:
         while not self._over.wait(BEAT_SECONDS):
             with contextlib.suppress(StorageError):  # away: nobody else can begin now
-                self._write()
+                leave_sentinel(self._uri, self._file, self._content)
 
     def _wait_for_others(self, say: Callable[[str], None]) -> None:
         """Until what others have left is too old. Raises LeasedError once one of them gives a sign of life."""
@@ -265,7 +258,7 @@ class Lease:
                 say(f"{host} has trained {name}: waiting for a sign of life, {LEASE_SECONDS:.0f} s at most")
                 first = {file: written_at for file, (written_at, *_) in others.items()}
             self._over.wait(BEAT_SECONDS / 2)
-            self._write()
+            leave_sentinel(self._uri, self._file, self._content)
 
     def _find_others(self) -> dict[str, tuple[Any, str, str]]:
         """{file: (when it was written, host, run)} of all that name a run of ours; what is too old is removed."""

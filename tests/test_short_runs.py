@@ -16,7 +16,7 @@ from ray import cloudpickle
 from harness.cluster import launch as launching
 from harness.cluster.connect import connect, disconnect
 from harness.cluster.job import Allocation, Ended, Entered, Failed, Started, Worker
-from harness.cluster.launch import Mailbox, _Queue, launch
+from harness.cluster.launch import Mailbox, launch
 from harness.results.store import WEIGHTS, load_epochs, load_records
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -80,8 +80,6 @@ def test_between_two_runs_workers_and_driver_agree_on_what_comes_next() -> None:
     mailbox.put(0, Ended(outcome=None, more=True))
     assert mailbox.next_after(0) == ()
     assert mailbox.follow(0, (3, "spec"))
-    assert mailbox.next_after(0) == (), "not before its folder is made"
-    mailbox.begin(3)
     assert mailbox.next_after(0) == ((3, "spec"),)
     assert mailbox.close(0) == 3, "they died in run 3"
     mailbox.put(3, Ended(outcome=None, more=True))
@@ -90,13 +88,6 @@ def test_between_two_runs_workers_and_driver_agree_on_what_comes_next() -> None:
     mailbox.put(5, Ended(outcome=None, more=True))
     mailbox.follow(5, None)
     assert mailbox.next_after(5) == (None,)
-
-
-def test_what_comes_next() -> None:
-    queue = _Queue(["a0", "b0", "a1", "b1"], lambda spec: spec[0])
-    assert [queue.take(), queue.take(like=0), queue.take(like=0), queue.take(), queue.take(), queue.take()] == [
-        0, 2, None, 1, 3, None,
-    ]  # fmt: skip
 
 
 RUN = (
