@@ -210,6 +210,8 @@ def measure_all(target: CheckOptions) -> Iterator[Result]:
 
     resources = Resources(gpus=target.gpus, address=target.address)
     with ExitStack() as stack:
+        if target.address is not None:
+            yield from measure_nodes(target.address)
         allocation = make_allocation(Grid(variants=("he2015",)), resources, stack)
         on_gpu = allocation.device == "cuda"
         devices = find_devices(allocation, target.address)
@@ -224,6 +226,27 @@ def measure_all(target: CheckOptions) -> Iterator[Result]:
                 yield replace(result, detail=tag + result.detail)
     if not several:
         yield Result("several ranks", "skipped", f"they need two {'GPUs' if on_gpu else 'CPU cores'}")
+
+
+def measure_nodes(address: str) -> Iterator[Result]:
+    """What each node of a cluster gives; those that are far slower than the others."""
+    from harness.cluster.nodes import Unanswered, ask_every_node
+    from harness.loaders.datasets import load_dataset
+    from harness.preflight import find_outliers
+    from harness.resources import join_cluster
+    from harness.training.rates import measure_rates
+
+    with ExitStack() as joined:
+        join_cluster(joined, address, cpus=0, gpus=0, verbose=False)
+        answers = ask_every_node(lambda: measure_rates(Path(tempfile.gettempdir()), load_dataset("digits")))
+    rates = {node: answer for node, answer in answers.items() if not isinstance(answer, Unanswered)}
+    for node, answer in answers.items():
+        if isinstance(answer, Unanswered):
+            yield Result(node, "failed", answer.reason)
+        else:
+            yield Result(node, "ok", ", ".join(f"{figure} {value:.3g}" for figure, value in answer.items()))
+    for line in find_outliers(rates):
+        yield Result("nodes", "absent", line)
 
 
 def print_findings(target: CheckOptions, console: Console) -> int:

@@ -48,11 +48,11 @@ class _Prepared:
     goal: Goal | None = None  # of --until-ci
 
     def check_nodes(self) -> None:
-        """Refuse a cluster of several nodes that differ. Raises UserError."""
+        """Refuse a cluster of several nodes that differ, and keep what was measured of them. Raises UserError."""
         if self.options.address is not None:
             from harness.preflight import check_nodes
 
-            check_nodes(self.dataset, self.session.paths, self.console)
+            self.recorder.environment |= check_nodes(self.dataset, self.session.paths, self.console)
 
 
 def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
