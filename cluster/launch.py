@@ -283,6 +283,10 @@ class _Task(Generic[Spec, Outcome]):
                 measured = Telemetry(node=ray.get(sampler.stop.remote(), timeout=10))
                 ray.get(self.mailbox.put.remote(self.index, measured), timeout=10)
                 ray.kill(sampler)
+        if worker.world_size > 1:
+            from harness.cluster.loopback import meet
+
+            meet(worker.device)  # what other nodes measured has arrived
         report(Ended(outcome=outcome, more=worker.world_size == job.workers))
         return worker
 

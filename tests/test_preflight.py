@@ -70,7 +70,7 @@ def test_this_machine_answers(tmp_path: Path) -> None:
 
 def check(answers: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, Any]]:
     monkeypatch.setattr(preflight, "ask_every_node", answers)
-    monkeypatch.setattr(rates, "measure_rates", lambda folder, dataset: {"GEMM GFLOP/s": 100.0})
+    monkeypatch.setattr(rates, "measure_rates", lambda *_: {"GEMM GFLOP/s": 100.0})
     monkeypatch.setattr(preflight, "working_nodes", lambda: ["a", "b"])
     console = Console(file=io.StringIO(), width=120)
     try:
