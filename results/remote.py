@@ -159,10 +159,7 @@ class _Folder:
 
     def remove(self, name: str) -> None:
         """Remove a folder and all in it, if it exists."""
-        for path in self.list(name):
-            with contextlib.suppress(FileNotFoundError):
-                self.files.delete_file(self.path(path))
-        with contextlib.suppress(OSError):  # object stores have no folders
+        with contextlib.suppress(FileNotFoundError):
             self.files.delete_dir(self.path(name))
 
 

@@ -49,7 +49,7 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
     `given`: options by name; a resumed search keeps its own, and to contradict them is an error.
     Raises UserError, before anything is started, for whatever cannot work.
     """
-    search, options, folder = fill(Search, given), fill(TuneOptions, given), None
+    search, options = fill(Search, given), fill(TuneOptions, given)
     out, remote = plan.open_out(options.out, write=True)
     if options.resume is not None:
         folder = _find_sweep(out, options.resume, redact(remote) or str(out))
@@ -61,8 +61,7 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
     paths = RunPaths(out=out, data_dir=search.data_dir, remote=remote)
     with ExitStack() as stack, stopping_at(options.until):
         try:
-            how = replace(options, resume=folder and folder.name)
-            prepared = _prepare(search, dimensions, resources, how, paths, console, stack)
+            prepared = _prepare(search, dimensions, resources, options, paths, console, stack)
         except RefusedError as error:
             say(console, str(error))
             return EXIT_FAILED
@@ -153,7 +152,7 @@ def _prepare(
     console: Console, stack: ExitStack,
 ) -> Prepared:  # fmt: skip
     """Look at devices and data, and make the sweep's folder or lock the one that is resumed. Raises RefusedError."""
-    folder = options.resume and paths.out / SWEEPS / options.resume
+    folder = None if options.resume is None else paths.out / SWEEPS / options.resume
     allocation = make_allocation(make_trial_grid(search, {}), resources, stack)
     dataset = load_data(search.dataset, paths, console)
     if search.metric == "top5_error" and dataset.num_classes <= 10:
