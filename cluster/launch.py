@@ -69,6 +69,7 @@ def launch(
     stop, lock, waiting = threading.Event(), threading.Lock(), list(range(len(specs)))
     rows = [row and row(spec) for spec in specs]
     best_progress, entered_at = [0.0] * len(specs), dict[int, float]()
+    threads: list[threading.Thread] = []
 
     def take(like: int | None = None) -> int | None:
         """The next run, or the next of that row; None where there is none."""
@@ -91,7 +92,8 @@ def launch(
             index, attempt = take(), 1
 
     def start(*place: int | None) -> None:
-        threading.Thread(target=serve, args=place, daemon=True).start()
+        threads.append(threading.Thread(target=serve, args=place, daemon=True))
+        threads[-1].start()
 
     def go_on(index: int) -> None:
         """The workers of a run that has ended get the next one of its row, or end."""
@@ -121,6 +123,8 @@ def launch(
                     entered_at[index] = time.monotonic()
                 best_progress[index] = max(best_progress[index], progress_of(event))
                 progress(specs[index], event)
+        for thread in threads:  # the last workers take their leave: a thread that calls Ray later ends the process
+            thread.join()
     finally:
         stop.set()
         ray.kill(mailbox)

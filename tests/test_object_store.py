@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EPOCHS = 4
 TRAINING = f"--dataset digits --limit-train 128 --epochs {EPOCHS} --gpus 0 --loader resident"
 RUN = f"run {TRAINING} --depths 8 --launcher local"
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:not stored", "ignore:s3")
 
 
 class Server:
