@@ -182,13 +182,14 @@ def selector(path: str) -> Any:
 
 @contextlib.contextmanager
 def away(server: Server, when: Callable[[], bool], seconds: float) -> Iterator[None]:
-    """The server goes once `when` holds, and comes back that much later."""
+    """The server goes once `when` holds, and comes back that much later, or at the end."""
+    over = threading.Event()
 
     def interrupt() -> None:
         while not when():
             time.sleep(0.01)
         server.go()
-        time.sleep(seconds)
+        over.wait(seconds)
         server.come_back()
 
     thread = threading.Thread(target=interrupt)
@@ -196,6 +197,7 @@ def away(server: Server, when: Callable[[], bool], seconds: float) -> Iterator[N
     try:
         yield
     finally:
+        over.set()
         thread.join()
 
 
@@ -237,7 +239,7 @@ def test_a_store_that_stays_away_at_the_end_loses_no_epoch(
             path.read_bytes().count(b"\n") >= EPOCHS - 1 for path in here.glob("remote/*/*.partial/epochs.jsonl")
         )
 
-    with away(server, reached, 15.0):
+    with away(server, reached, 300.0):
         code, out, err = harness(f"{RUN} --out '{uri}'", capsys)
     assert code == 1
     assert "the same command sends it" in out
