@@ -176,8 +176,10 @@ class RunOptions(Resources):
         "Add seeds until the 95 % interval of the error is ± this many points.")] = None
     max_seeds: Annotated[int | None, opt("For --until-ci: of one row. Default: 10.")] = None
     elastic: Annotated[int | None, opt(
-        "Continue with at least this many workers when a cluster loses nodes; marked.")] = None
+        "Begin and go on with this many workers or more, while a cluster has no room for all; marked.")] = None
     checkpoint_every: Annotated[int, opt("Epochs between checkpoints.", least=1)] = 1
+    stall_seconds: Annotated[int, opt(
+        "A run without a step for so long ends, names the rank that hangs, and is tried again.", least=10)] = 300
     format: Annotated[str, opt("table, or jsonl: a JSON object per epoch, no table.", words=FORMATS)] = "table"
     no_check: NoCheck = False
     dry_run: Annotated[bool, opt("Print the plan and what is done already.")] = False

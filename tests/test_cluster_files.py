@@ -227,7 +227,7 @@ def test_slurm_script_parses_and_starts_ray_everywhere() -> None:
 
 
 STUBS = {
-    "scontrol": 'if [ "$1" = requeue ]; then echo "requeued $2"; else printf "n1\\nn2\\n"; fi',
+    "scontrol": 'if [ "$1" = requeue ]; then echo "requeued $2" >> "$HOME/calls"; else printf "n1\\nn2\\n"; fi',
     "srun": 'if [[ "$*" == *hostname* ]]; then echo "10.0.0.1 fe80::1"; exit; fi\n'
     'echo "$RAY_AUTH_MODE ${#RAY_AUTH_TOKEN} $*" >> "$HOME/calls"\nexec "${@:4}"',
     # as symmetric-run: what `ray start` says is passed over
@@ -235,7 +235,8 @@ STUBS = {
     'if [ -e "$HOME/ray-runs" ]; then echo "Ray is already started on this node."; exit 1; fi\n'
     'if [ -n "$NO_RAY" ]; then echo "ray did not start"; exit 0; fi\n'
     'while [ "$1" != -- ]; do shift; done\nshift\n"$@"',
-    "harness": 'echo "harness $*" >> "$HOME/calls"\nsleep "${SECONDS_OF_RUN:-0}"\nexit "${ENDS_WITH:-0}"',
+    "harness": 'trap "echo stopped >> $HOME/calls; exit 130" TERM\necho "harness $*" >> "$HOME/calls"\n'
+    'sleep "${SECONDS_OF_RUN:-0}" >/dev/null 2>&1 & wait $!\nexit "${ENDS_WITH:-0}"',
     "python": 'exec python3 "$@"',
 }
 
@@ -280,15 +281,18 @@ def test_a_slurm_job_ends_as_its_command_did(
 
 def test_a_slurm_job_is_requeued_before_its_time_limit(tmp_path: Path) -> None:
     assert re.search(r"^#SBATCH --signal=B:USR1@\d+$", (CLUSTER / "slurm.sh").read_text(), re.MULTILINE)
-    script = start_slurm_script(tmp_path, SECONDS_OF_RUN="2")
+    script = start_slurm_script(tmp_path, SECONDS_OF_RUN="50")
     for _ in range(100):
         if (tmp_path / "calls").exists() and "harness run" in (tmp_path / "calls").read_text():
             break
         time.sleep(0.1)
     script.send_signal(signal.SIGUSR1)
-    out, _ = script.communicate(timeout=60)
-    assert "requeued 71" in out
-    assert script.returncode == 0, "the command went on to its end here; Slurm would have stopped it"
+    out, _ = script.communicate(timeout=40)
+    assert "time limit: requeued" in out
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[-2:] == ["stopped", "requeued 71"], "its checkpoints are written before Slurm ends the nodes"
+    assert script.returncode == 130, "here it goes on to its end; Slurm would have ended it"
+    assert not list(tmp_path.glob("harness-exit-code*"))
 
 
 def test_dockerfile_installs_our_wheel() -> None:

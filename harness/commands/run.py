@@ -17,7 +17,7 @@ from rich.console import Console
 from harness import plan, until_ci
 from harness.cluster.job import Report, Started, Telemetry, Worker
 from harness.commands.report import export_runs, print_rows, write_page
-from harness.deadline import TimeUp, format_moment, stopping_at, stopping_on_sigterm
+from harness.deadline import SIGTERM_SECONDS, TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.options import Grid, RunOptions
 from harness.progress import JsonLines, Progress, load_data, print_columns, say, width_of
 from harness.record import Recorder, lease, lock_run, name_of, name_other_code
@@ -71,13 +71,14 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
         say(console, f"until {until:%A} {format_moment(until)}")
     try:
         with ExitStack() as stack, stopping_at(until):
-            allocation = make_allocation(grid, options, stack)
+            allocation = make_allocation(grid, options, stack, options.elastic)
             dataset = load_data(grid.dataset, paths, console)
             images = len(dataset.train)
             specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
             fallback = plan.fallback_world_sizes(options.elastic, specs)
             plan.check_epochs(() if grid.specs or options.estimate or options.profile else specs, images)
-            allocation = replace(allocation, fallback_world_sizes=fallback)
+            stall = float(options.stall_seconds)
+            allocation = replace(allocation, fallback_world_sizes=fallback, stall_seconds=stall)
             paths = replace(paths, label=dataset.label)
             runs = len(specs) if options.until_ci is None else until_ci.MAX_SEEDS
             resources = choose_launcher(options, allocation, runs)
@@ -261,17 +262,21 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
             display.resumes(spec, recorder.begin(spec, event))
         display.event(spec, event)
 
-    runs = session.launch(
-        partial(train_run, paths=paths),
-        specs,
-        progress=note,
-        telemetry=NodeTelemetry,
-        progress_of=lambda event: event.epoch if isinstance(event, EpochMetrics) else 0,
-        row=lambda spec: replace(spec, seed=0),
-    )
     failures = 0
+    session.join()  # Ray's own handler of SIGTERM comes before ours
     try:
-        with stopping_on_sigterm(), display.live(), closing(runs) as outcomes:
+        with ExitStack() as stack:
+            outcomes = session.launch(
+                partial(train_run, paths=paths),
+                specs,
+                progress=note,
+                telemetry=NodeTelemetry,
+                progress_of=lambda event: event.epoch if isinstance(event, EpochMetrics) else 0,
+                leaving=stack.enter_context(stopping_on_sigterm(SIGTERM_SECONDS)),
+                row=lambda spec: replace(spec, seed=0),
+            )
+            stack.enter_context(display.live())
+            stack.enter_context(closing(outcomes))
             for spec, outcome in outcomes:
                 failures += not recorder.end(spec, outcome, concurrent_runs=concurrent_runs)
                 display.ended(spec, outcome)
@@ -281,7 +286,7 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
         if options.force or options.until_ci or plan.pending(specs, recorder.find_finished(specs)):
             raise
     except KeyboardInterrupt:
-        say(prepared.console, "stopped; the same command goes on from the last finished epochs")
+        say(prepared.console, "stopped; the same command goes on from the last checkpoints")
         raise
     return failures
 

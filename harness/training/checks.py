@@ -231,7 +231,7 @@ def check_resume(bench: Bench) -> Figure:
         prepared, trainer = start(bench.worker, stack, deterministic=True)
         save(prepared, Path(name), train_epochs(trainer, 0, half))
         prepared, trainer = start(bench.worker, stack, deterministic=True)
-        done = resume(prepared, Path(name), lambda _: None)
+        done, _ = resume(prepared, Path(name), lambda _: None)
         train_epochs(trainer, len(done), EPOCHS)
         resumed = {key: value.cpu() for key, value in prepared.network.state_dict().items()}
     worst = max(float((resumed[key].double() - whole[key].double()).abs().max()) for key in whole)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ from harness.spec import RunPaths, RunSpec
 from harness.training.batch_norm import SyncBatchNorm, synchronise_batch_norms
 from harness.training.engine import Engine, Inputs, Way, compile_network, make_graphs
 from harness.training.evaluation import evaluating
+from harness.training.halt import Halt
 from harness.training.memory import MemoryMeter
 from harness.training.optim import make_optimizer
 from harness.training.step import Step, make_autocast, set_precision, wrap_ddp
@@ -143,6 +145,7 @@ class Trainer:
     forward: Engine  # of evaluation
     loader: Loader
     watchdog: Watchdog
+    halt: Halt = field(default_factory=lambda: Halt(Worker()))  # by default nothing stops it
 
     def measure_memory(self) -> Memory:
         """The peaks so far, and who holds how much."""
@@ -154,17 +157,21 @@ class Trainer:
         self.engine.reset()
         self.forward.reset()
         self.watchdog.close()
+        self.halt.close()
 
 
-def make_trainer(run: Prepared, warn: Callable[[str], None]) -> Trainer:
+def make_trainer(
+    run: Prepared, warn: Callable[[str], None], worker: Worker | None = None, stacks: Path | None = None
+) -> Trainer:
     """Spread the network over the ranks and choose how its steps are carried out: `spec.engine`, or what works.
 
-    Every shape is captured here, before the loaders begin. A collective.
+    Every shape is captured here, before the loaders begin. A collective. Without a `worker` nobody stops the run or hears
+    of its hanging; `stacks` is the folder for what its ranks then wait for.
     """
     spec, network, device = run.spec, run.network, run.device
     with run.meter.category("NCCL"):
         step = make_step(run, ddp=spec.engine == "eager")
-        watchdog = Watchdog(device)
+        watchdog = Watchdog(device, worker, stacks)
     steps, forwards = [Way("eager", step)], [Way("eager", network)]
     graphs = make_graphs(device) if is_captured(spec) else None
     if graphs is not None:
@@ -174,7 +181,7 @@ def make_trainer(run: Prepared, warn: Callable[[str], None]) -> Trainer:
         compiled = replace(step, network=compile_network(network))
         steps.insert(0, Way("compile", compiled, graphs, without_communication(compiled)))
     engine, forward = Engine(steps, warn, step.restoring), Engine(forwards, warn)
-    trainer = Trainer(run, step, engine, forward, run.train_loader, watchdog)
+    trainer = Trainer(run, step, engine, forward, run.train_loader, watchdog, Halt(worker or Worker()))
     try:
         if spec.engine != "eager":
             engine.prepare(step_calls(run))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -126,10 +127,16 @@ def wrap_ddp(network: nn.Module, device: torch.device) -> nn.Module:
 def mix(images: Tensor, alpha: float, random: np.random.Generator) -> Tensor:
     """Mixup in the form of iamVarunAnand/image_classification: each image keeps the larger part of itself, and so
     its label. lambda = max(l, 1 - l), l ~ Beta(alpha + 1, alpha), drawn for each image."""
-    share = random.beta(alpha + 1, alpha, len(images)).astype(np.float32)
+    share, partner = draw_mix(len(images), alpha, random)
     other = upload(np.minimum(share, 1 - share), images.device)
-    partner = upload(random.permutation(len(images)), images.device)
-    return images.lerp(images[partner], other[:, None, None, None])
+    return images.lerp(images[upload(partner, images.device)], other[:, None, None, None])
+
+
+def draw_mix(
+    count: int, alpha: float, random: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Of each image of a batch: l, and the image that it is mixed with."""
+    return random.beta(alpha + 1, alpha, count).astype(np.float32), random.permutation(count)
 
 
 def set_precision(precision: Precision) -> None:
