@@ -112,6 +112,14 @@ class Entered:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """What a run came to. `more`: its workers are there for another one of its row."""
+
+    outcome: Any
+    more: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Waiting:
     """Progress: an attempt cannot begin, the cluster lacks resources now."""
 

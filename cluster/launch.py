@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import queue
 import shutil
-import signal
 import threading
 import time
 import uuid
@@ -24,41 +22,37 @@ from typing import Any, Generic
 from harness.cluster.job import (
     COLLECTIVE_GRACE,
     LOOPBACK,
+    WORKER_DIED,
     Allocation,
+    Ended,
     Entered,
     Failed,
     Launched,
     Outcome,
     PreemptedError,
     Spec,
-    Stalled,
     Started,
     StartSampler,
     Telemetry,
     Train,
     Waiting,
     Worker,
-    WorkerDiedError,
     count_failures,
     make_failed,
 )  # fmt: skip
 from harness.cluster.nodes import choose_world_size, count_runs, find_draining, free_resources, inspect_cluster
+from harness.cluster.workers import LEAVE, Mailbox, Task, note_sigterm, this_node
 
 SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
 LOOK_SECONDS = 1.0  # between looks for nodes that come and go
-LEAVE = "leave"  # in the mailbox: by when runs have to end, all of them or an attempt at one
-terminated = threading.Event()  # in a worker: it got a SIGTERM
-
-
-def note_sigterm() -> None:
-    """In a worker's main thread: a SIGTERM no longer ends it in mid-step."""
-    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+POLL_SECONDS = 0.2  # between two looks at what was reported
+SHORT_RUN_SECONDS = 300.0  # of a longer one, the start of new workers costs a few percent at most
 
 
 def launch(
     train: Train[Spec, Outcome], specs: Sequence[Spec], job: Allocation, *, progress: Callable[[Spec, Any], None],
     telemetry: StartSampler | None = None, progress_of: Callable[[Any], float] = lambda _: 0.0,
-    leaving: Callable[[], bool] = lambda: False,
+    leaving: Callable[[], bool] = lambda: False, row: Callable[[Spec], Any] | None = None,
 ) -> Launched[Spec, Outcome]:  # fmt: skip
     """Run every spec, `job.concurrent_runs` at a time; yield each as it ends. Call `connect` before.
 
@@ -71,49 +65,47 @@ def launch(
 
     Workers of a node that Ray drains stop as `Worker.notice` says, and go on elsewhere: that is no death, nor is one while
     nodes are drained. Once `leaving()` holds, all runs stop so, and then KeyboardInterrupt is raised.
+
+    A run that has ended within SHORT_RUN_SECONDS leaves its workers, with their imports and their process group, to the
+    next spec with an equal `row(spec)`. Those of another row have new ones, and so has whatever follows a failure.
     """
     import ray
 
     # beside the driver: on another node it would be lost with that node, and every run with it
-    mailbox = ray.remote(num_cpus=0, scheduling_strategy=_this_node())(Mailbox).remote()
-    ended: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-    best_progress = [0.0] * len(specs)
+    mailbox = ray.remote(num_cpus=0, scheduling_strategy=this_node())(Mailbox).remote()
+    best_progress, until = [0.0] * len(specs), dict[int, float]()  # when a run is no longer a short one
     seen = _Seen(best_progress)
+    threads = _Threads(lambda index: Task(train, specs[index], index, job, telemetry, mailbox), specs, seen, row)
     stop = seen.stop
-    waiting = iter(range(len(specs)))  # each thread takes the next
-
-    def serve() -> None:
-        for index in waiting:
-            if stop.is_set():
-                return
-            task = _Task(train, specs[index], index, job, telemetry, mailbox)
-            try:
-                outcome = _Run(task, seen).run()
-            except BaseException as error:
-                outcome = make_failed(error, attempts=1)
-            if outcome is not None:
-                ended.put((index, outcome))
-
-    threads = [threading.Thread(target=serve, daemon=True) for _ in range(min(job.concurrent_runs, len(specs)))]
-    for thread in threads:
-        thread.start()
+    for _ in range(min(job.concurrent_runs, len(specs))):
+        threads.start(threads.take())
+    ended = 0
     try:
-        for _ in specs:
-            end: tuple[int, Any] | None = None
-            while end is None:
-                left = stop.is_set() and not any(thread.is_alive() for thread in threads)
-                with contextlib.suppress(queue.Empty):
-                    end = ended.get(timeout=0.2)
-                if left and end is None:
-                    raise KeyboardInterrupt
-                if leaving() and not stop.is_set():
-                    stop.set()
-                    mailbox.note.remote(LEAVE, time.time())
-                seen.look(mailbox, job)
-                for index, event in ray.get(mailbox.empty.remote()):
-                    best_progress[index] = max(best_progress[index], progress_of(event))
-                    progress(specs[index], event)
-            yield specs[end[0]], end[1]
+        while ended < len(specs):
+            time.sleep(POLL_SECONDS)
+            left = stop.is_set() and not threads.alive()
+            if leaving() and not stop.is_set():
+                stop.set()
+                mailbox.note.remote(LEAVE, time.time())
+            seen.look(mailbox, job)
+            events = ray.get(mailbox.empty.remote())
+            if left and not events:
+                raise KeyboardInterrupt
+            for index, event in events:
+                if isinstance(event, Ended):
+                    ended += 1
+                    yield specs[index], event.outcome
+                    if event.more:
+                        following = threads.take(like=index) if row and time.monotonic() < until[index] else None
+                        if following is not None:
+                            progress(specs[following], Started(attempt=1))  # makes its folder
+                        threads.go_on(index, following)
+                    continue
+                if isinstance(event, Entered):
+                    until[index] = time.monotonic() + SHORT_RUN_SECONDS
+                best_progress[index] = max(best_progress[index], progress_of(event))
+                progress(specs[index], event)
+        threads.join()
     finally:
         stop.set()
         ray.kill(mailbox)
@@ -123,7 +115,7 @@ def launch(
 def launch_here(
     train: Train[Spec, Outcome], specs: Sequence[Spec], job: Allocation, *, progress: Callable[[Spec, Any], None],
     telemetry: StartSampler | None = None, progress_of: Callable[[Any], float] = lambda _: 0.0,
-    leaving: Callable[[], bool] = lambda: False,
+    leaving: Callable[[], bool] = lambda: False, row: Callable[[Spec], Any] | None = None,
 ) -> Launched[Spec, Outcome]:  # fmt: skip
     """As `launch`, but in this process and without Ray: one worker. Raises ValueError for a job of several."""
     if job.workers != 1:
@@ -164,30 +156,6 @@ def _remove(storage: Path | str) -> None:
         files.delete_dir(path)
 
 
-class Mailbox:
-    """What the workers of all runs report waits here for the driver; and notes of either for the other."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[int, Any]] = []
-        self.notes: dict[Any, Any] = {}
-
-    def put(self, index: int, event: Any, attempt: int | None = None) -> bool:
-        """Whether the attempt is the run's last: an earlier one may live on beside it, on a node that seemed lost."""
-        current = attempt is None or self.notes.get(("attempt", index), attempt) == attempt
-        self.events += [(index, event)] if current else []
-        return current
-
-    def empty(self) -> list[tuple[int, Any]]:
-        events, self.events = self.events, []
-        return events
-
-    def note(self, key: Any, value: Any) -> None:
-        self.notes[key] = value
-
-    def read(self, *keys: Any) -> Any:
-        return next((self.notes[key] for key in keys if key in self.notes), None)
-
-
 @dataclass(slots=True)
 class _Seen:
     """What the driver's main thread tells those of the runs."""
@@ -218,79 +186,67 @@ class _Seen:
                     self.training[index, attempt] = job.workers  # it is told once
 
 
-def _this_node() -> Any:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+class _Threads(Generic[Spec, Outcome]):
+    """Of the driver: each sees to one run at a time and then takes the next."""
 
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    def __init__(
+        self, make: Callable[[int], Task[Spec, Outcome]], specs: Sequence[Spec], seen: _Seen,
+        row: Callable[[Spec], Any] | None,
+    ) -> None:  # fmt: skip
+        self.make, self.specs, self.seen = make, specs, seen
+        self.rows = [row and row(spec) for spec in specs]
+        self.waiting, self.lock = list(range(len(specs))), threading.Lock()
+        self.threads: list[threading.Thread] = []
 
+    def take(self, like: int | None = None) -> int | None:
+        """The next run, or the next of that row; None where there is none, or the command has to end."""
+        with self.lock:
+            rows, waiting = self.rows, [] if self.seen.stop.is_set() else self.waiting
+            found = next((index for index in waiting if like is None or rows[index] == rows[like]), None)
+            if found is not None:
+                waiting.remove(found)
+            return found
 
-@dataclass(frozen=True, slots=True)
-class _Task(Generic[Spec, Outcome]):
-    """A run: what its workers are sent."""
+    def start(self, *place: int | None) -> None:
+        """See to a run, from its first attempt on or a later one, and to others after it."""
+        self.threads.append(threading.Thread(target=self._serve, args=place, daemon=True))
+        self.threads[-1].start()
 
-    train: Train[Spec, Outcome]
-    spec: Spec
-    index: int
-    job: Allocation
-    telemetry: StartSampler | None
-    mailbox: Any
+    def _serve(self, index: int | None, attempt: int = 1) -> None:
+        while index is not None:
+            run = _Run(self.make(index), self.specs, self.seen, attempt, WORKER_DIED * (attempt > 1))
+            try:
+                failed = run.run()
+            except BaseException as error:
+                failed = make_failed(error, attempts=1)
+            if failed is not None:
+                run.task.mailbox.put.remote(run.task.index, Ended(outcome=failed))
+            index, attempt = self.take(), 1
 
-    def work(self, attempt: int, started_at: float) -> Outcome:
-        """In a worker: call the train function; measure this node meanwhile if this is its first worker."""
+    def go_on(self, index: int, following: int | None) -> None:
+        """The workers of a run that has ended get another one, or end."""
         import ray
-        from ray.train import get_context
-        from ray.train.torch import get_device
-        from ray.util import get_current_placement_group
 
-        context, job, mailbox = get_context(), self.job, self.mailbox
-        node, rank = ray.get_runtime_context().get_node_id(), context.get_world_rank()
+        after = None if following is None else (following, self.specs[following])
+        there = ray.get(self.make(index).mailbox.follow.remote(index, after))
+        if not there and following is not None:
+            self.start(following, 2)  # they have ended meanwhile
 
-        def notice() -> float | None:
-            keys = (LEAVE, (LEAVE, self.index, attempt)) if rank == 0 else ()
-            told = ray.get(mailbox.read.remote(*keys), timeout=10) if keys else None
-            by = time.time() if terminated.is_set() else None, find_draining().get(node), told
-            return min(filter(None, by), default=None)
+    def alive(self) -> bool:
+        return any(thread.is_alive() for thread in self.threads)
 
-        def alarm(stalled: Stalled) -> None:
-            with contextlib.suppress(Exception):  # where the driver is out of reach, another rank may reach it
-                ray.get(mailbox.note.remote(("stalled", self.index, attempt), stalled), timeout=10)
-            os._exit(1)  # whatever it waits for
-
-        worker = Worker(
-            rank=rank, world_size=context.get_world_size(), device=str(get_device()), threads=job.threads,
-            attempt=attempt, launch_seconds=time.time() - started_at, runs_per_gpu=job.runs_per_gpu,
-            stall_seconds=job.stall_seconds, node=node, notice=notice, alarm=alarm,
-        )  # fmt: skip
-
-        def report(event: Any) -> None:
-            # waits for the answer: else a death soon after would lose it
-            if rank == 0 and not ray.get(mailbox.put.remote(self.index, event, attempt)):
-                raise WorkerDiedError("another attempt at this run has begun")
-
-        if rank == 0:
-            mailbox.note.remote(("placement group", self.index), get_current_placement_group())
-        report(Entered())
-        sampler = None
-        if self.telemetry is not None and context.get_local_rank() == 0:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES") if job.device == "cuda" else ""
-            with contextlib.suppress(Exception):  # owned by this worker: Ray ends it with the worker
-                remote: Any = ray.remote(num_cpus=0, scheduling_strategy=_this_node())(self.telemetry)
-                sampler = remote.remote(visible)
-        outcome = self.train(self.spec, worker, report)
-        if sampler is not None:
-            with contextlib.suppress(Exception):  # a missing figure does not cost the run
-                measured = Telemetry(node=ray.get(sampler.stop.remote(), timeout=10))
-                ray.get(self.mailbox.put.remote(self.index, measured), timeout=10)
-                ray.kill(sampler)
-        return outcome
+    def join(self) -> None:
+        """Let the last workers take their leave: a thread that calls Ray later ends the process."""
+        for thread in self.threads:
+            thread.join()
 
 
 @dataclass(slots=True)
 class _Run(Generic[Spec, Outcome]):
-    """All attempts at one task, in a thread of the driver."""
+    """All attempts at one task, and at those that its workers went on with, in a thread of the driver."""
 
-    task: _Task[Spec, Outcome]
+    task: Task[Spec, Outcome]
+    specs: Sequence[Spec]
     seen: _Seen
     attempt: int = 1
     reason: str = ""  # of the attempt
@@ -300,10 +256,12 @@ class _Run(Generic[Spec, Outcome]):
     announced: tuple[int, int] | None = None  # attempt, world size
     avoid: tuple[str, ...] = ()  # nodes on which the last attempt hung, if there is room without them
 
-    def run(self) -> Outcome | Failed | None:
-        """Try until there is an outcome or no more use in trying. None where the command has to end before."""
-        job, index, stop = self.task.job, self.task.index, self.seen.stop
+    def run(self) -> Failed | None:
+        """Try until there is no more use in trying, and why. None where all outcomes were reported, or the command has to
+        end before."""
+        job, stop = self.task.job, self.seen.stop
         while True:
+            index = self.task.index
             world_size = self._wait_for_resources()
             if stop.is_set():
                 return None
@@ -313,16 +271,18 @@ class _Run(Generic[Spec, Outcome]):
                 return Failed(exception="", message=message, traceback="", died=True, attempts=self.attempt)
             self._announce(world_size)
             self.task.mailbox.note.remote(("attempt", index), self.attempt)
-            self.seen.training[index, self.attempt] = world_size
+            self.seen.training[index, attempt := self.attempt] = world_size
             started_at, began = time.time(), time.monotonic()
             try:
-                outcome: Outcome = self._make_trainer(world_size, started_at).fit().return_value
-                return outcome
+                self._make_trainer(world_size, started_at).fit()
+                return None
             except Exception as error:
                 self._free_placement_group()
+                if not self._find_place():
+                    return None
                 failed = make_failed(error, attempts=self.attempt)
             finally:
-                del self.seen.training[index, self.attempt]
+                del self.seen.training[index, attempt]
             if failed.exception == "WorkerGroupStartupTimeoutError" and not stop.is_set():
                 # others were quicker to take the room, or it is scattered over nodes
                 self.waited_seconds += time.time() - started_at
@@ -330,6 +290,7 @@ class _Run(Generic[Spec, Outcome]):
                     Waiting(seconds=self.waited_seconds, reason=f"no place for {self._describe(world_size)}")
                 )
                 continue
+            index = self.task.index
             if stalled := self._read(("stalled", index, self.attempt)):
                 failed = replace(failed, exception="", died=True, message=stalled.message)
             self.avoid = stalled.nodes if stalled else ()
@@ -346,6 +307,16 @@ class _Run(Generic[Spec, Outcome]):
             cause = "room for more workers: " if grows else "a worker had to leave: " if preempted else ""
             self.reason = cause + failed.message
             self.attempt += 1
+
+    def _find_place(self) -> bool:
+        """Turn to the run in which the workers ended; False where they had reported its outcome."""
+        import ray
+
+        index = ray.get(self.task.mailbox.close.remote(self.task.index))
+        if index not in (None, self.task.index):
+            self.task = replace(self.task, index=index, spec=self.specs[index])
+            self.attempt, self.failures, self.progress, self.announced = 1, 0, 0.0, None
+        return index is not None
 
     def _put(self, event: Any) -> None:
         self.task.mailbox.put.remote(self.task.index, event)

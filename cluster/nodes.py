@@ -130,7 +130,8 @@ def ask_every_node(
     def on_node() -> Answer:
         return ask()
 
-    task = ray.remote(num_cpus=0, num_gpus=gpus or None, max_retries=0)(on_node)  # takes no partial
+    # takes no partial; a process that has used a GPU would disturb the runs after it
+    task = ray.remote(num_cpus=0, num_gpus=gpus or None, max_retries=0, max_calls=1)(on_node)
     nodes = {
         f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": node["NodeID"] for node in working_nodes()
     }

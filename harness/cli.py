@@ -189,16 +189,16 @@ def export(
     ] = "tensorboard",
 ) -> None:
     """Export stored runs to TensorBoard, MLflow or W&B."""
-    from harness.commands.report import export_runs, find_results, load_runs
+    from harness.commands.report import export_results
 
-    exported = export_runs(load_runs(find_results(paths or [default_out()])).records, to)
+    exported = export_results(paths or [default_out()], to)
     print(f"{exported} run{'s' * (exported != 1)} exported to {to}; those it had already were left alone")
 
 
 @app.command()
 def repro(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name or key in PATH.")],
-    path: Annotated[Path, typer.Argument(help="Folder of results.", envvar="HARNESS_OUT")] = Path("runs"),
+    path: Annotated[str, typer.Argument(help="Folder of results.", envvar="HARNESS_OUT")] = "runs",
 ) -> None:
     """Print the commands that train a stored run again."""
     from harness.commands.repro import print_repro

@@ -221,7 +221,7 @@ class Search(Training):
 class TuneOptions:
     """How a search is carried out."""
 
-    out: Annotated[Path, opt("Folder of results; trials are runs in it like any other.")] = Path("runs")
+    out: Annotated[str, opt("Folder of results, or s3://, gs://; trials are runs in it like any other.")] = "runs"
     until: Until = None
     resume: Annotated[str | None, opt("Continue the sweep of that name in --out.")] = None
     address: Address = None
@@ -260,7 +260,7 @@ class CompareOptions:
 class EvalOptions:
     """What to evaluate, and on which images."""
 
-    weights: Annotated[Path, opt("A run's weights.safetensors, or a torch checkpoint.")]
+    weights: Annotated[str, opt("A run's weights.safetensors, or a torch checkpoint; or its URI.")]
     variant: Annotated[str | None, opt(
         "Needed for weights that do not name theirs: see `harness variants`.", "--variant", "--variants")] = None
     depth: Depth = None
@@ -289,6 +289,6 @@ class CheckOptions:
 
     quick: Annotated[bool, opt("Look at what is installed; measure nothing.")] = False
     gpus: Gpus = None
-    out: Annotated[Path, opt("Where results would go.")] = Path("runs")
+    out: Annotated[str, opt("Where results would go.")] = "runs"
     data_dir: Annotated[Path | None, opt("Where the images are.")] = None
     address: Address = None

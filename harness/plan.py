@@ -239,8 +239,9 @@ def pending(specs: Iterable[RunSpec], finished: Collection[str]) -> list[RunSpec
     return [spec for spec in specs if spec.key not in finished]
 
 
-def open_out(out: str, *, write: bool) -> tuple[Path, str]:
-    """--out as a local folder and, for a URI, the URI, whose records are copied into the folder.
+def open_out(out: str, *, write: bool, also: str = "") -> tuple[Path, str]:
+    """--out as a local folder and, for a URI, the URI, whose records are copied into the folder; files of runs, too,
+    whose names begin with `also`.
 
     Raises UserError where that fails and, with `write`, unless results can be written there.
     """
@@ -255,7 +256,7 @@ def open_out(out: str, *, write: bool) -> tuple[Path, str]:
         if remote and write:
             check_uri(out)
         if remote:
-            pull_results(out, folder)
+            pull_results(out, folder, also=also)
     except StorageError as error:
         raise UserError(f"{'--out ' * write}{error}") from None
     return folder, out if remote else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -76,12 +77,116 @@ def test_ray_up_keeps_the_token_and_the_dashboard_in(name: str) -> None:
     assert "--dashboard-host=127.0.0.1" in starts[0]
 
 
+def fields(required: str = "", **types: Any) -> dict[str, Any]:
+    """The schema of an object that has these fields and no others; a word is a type."""
+    properties = {name: {"type": kind} if isinstance(kind, str) else kind for name, kind in types.items()}
+    return {
+        "type": "object", "properties": properties, "required": required.split(), "additionalProperties": False,
+    }  # fmt: skip
+
+
+def list_of(item: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": item}
+
+
+# what KubeRay 1.7's definition of a RayJob says of all fields of ours and their neighbours: names, types, which must be
+QUANTITY = {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": r"^\d+(\.\d*)?([KMGTPE]i?|[numk])?$"}]}
+QUANTITIES = {"type": "object", "additionalProperties": QUANTITY}
+WORDS = {"type": "object", "additionalProperties": {"type": "string"}}
+CONTAINER = fields(
+    "name", name="string", image="string", imagePullPolicy="string", command=list_of({"type": "string"}),
+    args=list_of({"type": "string"}), env={"type": "array"}, resources=fields(limits=QUANTITIES, requests=QUANTITIES),
+    volumeMounts=list_of(fields("mountPath name", mountPath="string", name="string", readOnly="boolean", subPath="string")),
+)  # fmt: skip
+VOLUME = fields(
+    "name", name="string", emptyDir=fields(medium="string", sizeLimit=QUANTITY),
+    persistentVolumeClaim=fields("claimName", claimName="string", readOnly="boolean"),
+)  # fmt: skip
+POD = fields(
+    metadata={"type": "object"},
+    spec=fields(
+        "containers", containers=list_of(CONTAINER), volumes=list_of(VOLUME), nodeSelector=WORDS, restartPolicy="string",
+        serviceAccountName="string", tolerations={"type": "array"},
+    ),
+)  # fmt: skip
+GROUP = {"rayStartParams": WORDS, "resources": WORDS, "labels": WORDS, "template": POD}
+CLUSTER_SPEC = fields(
+    authOptions=fields(enableK8sTokenAuth="boolean", mode={"enum": ["disabled", "token"]}, secretName="string"),
+    autoscalerOptions="object", enableInTreeAutoscaling="boolean", gcsFaultToleranceOptions="object",
+    headGroupSpec=fields("template", enableIngress="boolean", headService="object", serviceType="string", **GROUP),
+    headServiceAnnotations=WORDS, managedBy="string", rayVersion="string", suspend="boolean", upgradeStrategy="object",
+    workerGroupSpecs=list_of(fields(
+        "groupName maxReplicas minReplicas template", groupName="string", idleTimeoutSeconds="integer",
+        maxReplicas="integer", minReplicas="integer", numOfHosts="integer", replicas="integer", suspend="boolean", **GROUP,
+    )),
+)  # fmt: skip
+RAY_JOB = fields(
+    "apiVersion kind metadata spec", apiVersion={"const": "ray.io/v1"}, kind={"const": "RayJob"}, metadata="object",
+    spec=fields(
+        activeDeadlineSeconds="integer", backoffLimit="integer", clusterSelector=WORDS, deletionStrategy="object",
+        entrypoint="string", entrypointNumCpus="number", entrypointNumGpus="number", entrypointResources="string",
+        jobId="string", managedBy="string", metadata=WORDS, preRunningDeadlineSeconds="integer",
+        rayClusterSpec=CLUSTER_SPEC, runtimeEnvYAML="string", shutdownAfterJobFinishes="boolean", submissionMode="string",
+        submitterConfig="object", submitterPodTemplate="object", suspend="boolean", ttlSecondsAfterFinished="integer",
+    ),
+)  # fmt: skip
+
+
+def changed(tree: Any, path: str, value: Any) -> Any:
+    """A copy with a value at a path: "spec.backoffLimit"."""
+    name, _, rest = path.partition(".")
+    key = int(name) if isinstance(tree, list) else name
+    copied = list(tree) if isinstance(tree, list) else dict(tree)
+    copied[key] = changed(copied[key], rest, value) if rest else value
+    return copied
+
+
+HEAD = "spec.rayClusterSpec.headGroupSpec"
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("spec.backOffLimit", 3),
+        ("spec.backoffLimit", "3"),
+        ("spec.rayClusterSpec.authOptions.mode", "none"),
+        (f"{HEAD}.rayStartParams.num-cpus", 0),
+        (f"{HEAD}.template.spec.containers.0.resources.limits.memory", "16 GB"),
+        (f"{HEAD}.template.spec.containers.0.volumeMounts.0", {"name": "shm"}),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.replicas", "2"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0", {"groupName": "gpu"}),
+    ],
+)
+def test_kuberay_refuses(path: str, value: Any) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(changed(load("kuberay.yaml"), path, value), RAY_JOB)
+
+
+@pytest.mark.skipif(
+    "KUBERAY_CRD" not in os.environ, reason="KUBERAY_CRD names no ray.io_rayjobs.yaml of KubeRay's"
+)
+def test_kuberay_job_by_the_whole_definition() -> None:
+    crd = yaml.load(Path(os.environ["KUBERAY_CRD"]).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    (schema,) = [v["schema"]["openAPIV3Schema"] for v in crd["spec"]["versions"] if v["name"] == "v1"]
+    check_strictly(load("kuberay.yaml"), schema, "")
+
+
+def check_strictly(value: Any, schema: Any, path: str) -> None:
+    """As the API server does with `fieldValidation: Strict`: a field that the definition does not have is an error."""
+    jsonschema.validate(value, {k: v for k, v in schema.items() if not k.startswith("x-")})
+    known, rest = schema.get("properties", {}), schema.get("additionalProperties")
+    for name, item in value.items() if isinstance(value, dict) else ():
+        assert name in known or rest or not known, f"{path}.{name}"
+        if below := known.get(name, rest if isinstance(rest, dict) else None):
+            check_strictly(item, below, f"{path}.{name}")
+    for number, item in enumerate(value if isinstance(value, list) else ()):
+        check_strictly(item, schema.get("items", {}), f"{path}.{number}")
+
+
 def test_kuberay_job() -> None:
     job = load("kuberay.yaml")
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    jsonschema.validate(job, RAY_JOB)
     spec = job["spec"]
-    assert set(spec) <= {"entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished",
-                         "activeDeadlineSeconds", "runtimeEnvYAML", "submissionMode", "rayClusterSpec"}  # fmt: skip
     assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
     assert spec["rayClusterSpec"]["headGroupSpec"]["serviceType"] == "ClusterIP"
     (words,) = harness_lines(" ".join(spec["entrypoint"].split()))

@@ -22,6 +22,7 @@ from harness.checklist import STYLES, Result
 from harness.options import CheckOptions, Grid, Resources
 from harness.preflight import LEAST_DISK_GIB, free_gib
 from harness.record import DALI_WHEELS, installed_version
+from harness.results.remote import StorageError, check_uri, is_uri, redact
 from harness.spec import UserError
 
 if TYPE_CHECKING:
@@ -133,7 +134,13 @@ def check_storage(target: CheckOptions) -> str:
 
     from harness.results.store import write_atomic
 
-    where = _nearest(target.out)
+    if is_uri(target.out):
+        try:
+            check_uri(target.out)
+        except StorageError as error:
+            raise Missing(str(error), "results go to --out: name a URI that you may write to") from None
+        return f"{redact(target.out)} takes files"
+    where = _nearest(Path(target.out))
     try:
         with tempfile.TemporaryDirectory(prefix=".check-", dir=where) as folder, FileLock(Path(folder, "lock"), 5):
             write_atomic(Path(folder, "file"), "whole")
@@ -145,7 +152,10 @@ def check_storage(target: CheckOptions) -> str:
 
 def check_disk(target: CheckOptions) -> str:
     """Of results, and of what processes share in memory: Ray's object store, NCCL."""
-    where, shared = _nearest(target.out), Path("/dev/shm")
+    from harness.loaders.cache import cache_dir
+
+    where = _nearest(cache_dir() if is_uri(target.out) else Path(target.out))
+    shared = Path("/dev/shm")
     free, needed = f"{free_gib(where):.1f} GiB free in {where}", f"at least {LEAST_DISK_GIB:.0f} are needed"
     if free_gib(where) < LEAST_DISK_GIB:
         raise Missing(free, f"{needed} for weights and checkpoints: make room, or name another --out")
@@ -200,6 +210,8 @@ def measure_all(target: CheckOptions) -> Iterator[Result]:
 
     resources = Resources(gpus=target.gpus, address=target.address)
     with ExitStack() as stack:
+        if target.address is not None:
+            yield from measure_nodes(target.address)
         allocation = make_allocation(Grid(variants=("he2015",)), resources, stack)
         on_gpu = allocation.device == "cuda"
         devices = find_devices(allocation, target.address)
@@ -214,6 +226,27 @@ def measure_all(target: CheckOptions) -> Iterator[Result]:
                 yield replace(result, detail=tag + result.detail)
     if not several:
         yield Result("several ranks", "skipped", f"they need two {'GPUs' if on_gpu else 'CPU cores'}")
+
+
+def measure_nodes(address: str) -> Iterator[Result]:
+    """What each node of a cluster gives; those that are far slower than the others."""
+    from harness.cluster.nodes import Unanswered, ask_every_node
+    from harness.loaders.datasets import load_dataset
+    from harness.preflight import find_outliers
+    from harness.resources import join_cluster
+    from harness.training.rates import measure_rates
+
+    with ExitStack() as joined:
+        join_cluster(joined, address, cpus=0, gpus=0, verbose=False)
+        answers = ask_every_node(lambda: measure_rates(Path(tempfile.gettempdir()), load_dataset("digits")))
+    rates = {node: answer for node, answer in answers.items() if not isinstance(answer, Unanswered)}
+    for node, answer in answers.items():
+        if isinstance(answer, Unanswered):
+            yield Result(node, "failed", answer.reason)
+        else:
+            yield Result(node, "ok", ", ".join(f"{figure} {value:.3g}" for figure, value in answer.items()))
+    for line in find_outliers(rates):
+        yield Result("nodes", "absent", line)
 
 
 def print_findings(target: CheckOptions, console: Console) -> int:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 
+from harness.loaders.cache import cache_dir
 from harness.loaders.datasets import Dataset, Split, limit, load_dataset
 from harness.loaders.loader import make_evaluation_loader
 from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_augment, make_normalize
@@ -25,6 +26,7 @@ from harness.options import EvalOptions, check_options
 from harness.plan import find_data_dir
 from harness.progress import say
 from harness.results.published import load_published
+from harness.results.remote import StorageError, is_uri, pull_file, redact
 from harness.results.store import load_records
 from harness.spec import RunSpec, UserError
 from harness.training.evaluation import MultiScale, evaluate
@@ -83,17 +85,23 @@ def evaluate_weights(options: EvalOptions) -> Errors:
         if file and not file.expanduser().absolute().parent.is_dir():
             raise UserError(f"{option} {file}: no such folder")
     try:
-        return _evaluate(replace(options, weights=options.weights.expanduser()))
-    except ValueError as error:
+        uri = is_uri(str(options.weights))
+        file = (
+            pull_file(options.weights, cache_dir().expanduser().absolute())
+            if uri
+            else Path(options.weights).expanduser()
+        )
+        return _evaluate(replace(options, weights=redact(str(options.weights))), file)
+    except (ValueError, StorageError) as error:
         raise UserError(str(error)) from None
 
 
-def _evaluate(options: EvalOptions) -> Errors:
-    """Raises ValueError or UserError."""
-    about, scales = load_metadata(options.weights), options.scales
+def _evaluate(options: EvalOptions, weights: Path) -> Errors:
+    """`weights` is the file. Raises ValueError or UserError."""
+    about, scales = load_metadata(weights), options.scales
     variant = _choose_variant(options, about)
     data_dir = find_data_dir(options.data_dir, options.dataset)
-    tensors, dataset = load_weights(options.weights), load_dataset(options.dataset, data_dir)
+    tensors, dataset = load_weights(weights), load_dataset(options.dataset, data_dir)
     network, unused = _load_network(options, variant, tensors, dataset)
     index, test = np.arange(len(dataset.test)), dataset.test  # which images of the whole test set
     if options.limit is not None:
@@ -107,7 +115,7 @@ def _evaluate(options: EvalOptions) -> Errors:
         most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2))
     batch_size = min(options.batch_size or most, len(test))
     normalize = parse_normalize(options.mean, options.std) or make_normalize(
-        recipe.normalize, _training_images(options.weights, about, variant, dataset)
+        recipe.normalize, _training_images(weights, about, variant, dataset)
     )
     config = LoaderConfig(
         augment=augment, normalize=normalize, batch_size=batch_size, eval_batch_size=batch_size, device=device,

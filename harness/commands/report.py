@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from harness.options import ReportOptions
 from harness.plan import open_out
-from harness.results.remote import is_uri
+from harness.results.remote import StorageError, is_uri, push_run
 from harness.results.store import WEIGHTS, collector_paused, load_predictions, load_records, write_atomic
 from harness.spec import UserError, check_word
 
@@ -27,9 +27,10 @@ PAGE = "report.html"
 COMPARISON_FORMATS = ("table", "markdown", "json")
 
 
-def find_results(words: Sequence[str]) -> list[Path]:
-    """Folders as they are; for a URI, the local folder into which its records were copied. Raises UserError."""
-    return [open_out(word, write=False)[0] if is_uri(word) else Path(word) for word in words]
+def find_results(words: Sequence[str], *, also: str = "") -> list[Path]:
+    """Folders as they are; for a URI, the local folder into which its records were copied, and the files of runs whose
+    names begin with `also`. Raises UserError."""
+    return [open_out(word, write=False, also=also)[0] if is_uri(word) else Path(word) for word in words]
 
 
 def load_runs(paths: Sequence[Path]) -> Loaded:
@@ -177,6 +178,20 @@ def export_runs(records: Sequence[Stored], to: str) -> int:
     except (ImportError, ValueError, OSError) as error:
         hint = f"; pip install 'resnet-harness[{to}]'" if isinstance(error, ImportError) else ""
         raise UserError(f"--to {to}: {error}{hint}") from None
+
+
+def export_results(words: Sequence[str], to: str) -> int:
+    """Export the runs at folders and URIs, to which the event files go that are made. Raises UserError."""
+    own = to == "tensorboard"
+    folders = find_results(words, also="events." * own)
+    exported = export_runs(load_runs(folders).records, to)
+    try:
+        for uri, folder in zip(words, folders, strict=True):
+            for run in {path.parent for path in folder.glob("*/events.*")} if own and is_uri(uri) else ():
+                push_run(uri, run)
+    except StorageError as error:
+        raise UserError(f"--to {to}: {error}; they are kept in {folder}") from None
+    return exported
 
 
 def make_html(

@@ -20,7 +20,7 @@ from harness.commands.report import export_runs, print_rows, write_page
 from harness.deadline import SIGTERM_SECONDS, TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.options import Grid, RunOptions
 from harness.progress import LINES, JsonLines, Progress, load_data, print_columns, say, width_of
-from harness.record import Recorder, lock_run, name_of, name_other_code
+from harness.record import Recorder, lease, lock_run, name_of, name_other_code
 from harness.resources import Session, check_resources, choose_launcher, make_allocation
 from harness.results.remote import push_file, push_run, redact
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
@@ -48,11 +48,11 @@ class _Prepared:
     goal: Goal | None = None  # of --until-ci
 
     def check_nodes(self) -> None:
-        """Refuse a cluster of several nodes that differ. Raises UserError."""
+        """Refuse a cluster of several nodes that differ, and keep what was measured of them. Raises UserError."""
         if self.options.address is not None:
             from harness.preflight import check_nodes
 
-            check_nodes(self.dataset, self.session.paths, self.console)
+            self.recorder.environment |= check_nodes(self.dataset, self.session.paths, self.console)
 
 
 def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
@@ -246,6 +246,8 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     _allow_open_files(len(specs))
     for spec in specs:
         session.stack.callback(lock_run(spec, paths.label, paths.out).release)
+    names = [name_of(spec, paths.label) for spec in specs]
+    session.stack.enter_context(lease(paths.remote, names, partial(say, prepared.console)))
     display: Progress | JsonLines
     epochs = {spec.key: plan.count_epochs(spec, len(prepared.dataset.train)) for spec in specs}
     if options.format in LINES:
@@ -272,6 +274,7 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
                 telemetry=NodeTelemetry,
                 progress_of=lambda event: event.epoch if isinstance(event, EpochMetrics) else 0,
                 leaving=stack.enter_context(stopping_on_sigterm(SIGTERM_SECONDS)),
+                row=lambda spec: replace(spec, seed=0),
             )
             stack.enter_context(display.live())
             stack.enter_context(closing(outcomes))
