@@ -87,6 +87,7 @@ def load_data(name: str, paths: RunPaths, console: Console) -> Dataset:
     from rich.progress import Progress as Bar
 
     from harness.loaders.datasets import DataError, load_dataset
+    from harness.plugins import blaming
 
     with Bar(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -100,7 +101,8 @@ def load_data(name: str, paths: RunPaths, console: Console) -> Dataset:
             bar.update(tasks[what], completed=done, total=total)
 
         try:
-            return load_dataset(name, paths.data_dir, paths.cache_dir, progress)
+            with blaming("dataset", name):
+                return load_dataset(name, paths.data_dir, paths.cache_dir, progress)
         except DataError as error:
             raise UserError(str(error)) from None
 

@@ -288,15 +288,20 @@ def print_variants(console: Console) -> None:
     from rich.text import Text
 
     from harness.models.build import build, count_flops, count_parameters
-    from harness.models.variants import VARIANTS, default_depth
+    from harness.models.variants import NETWORKS, VARIANTS, default_depth
+    from harness.plugins import blaming
 
     variants = [function(default_depth(function)) for function in VARIANTS.values()]
     width = max(len(variant.name) for variant in variants) + 2
     for variant in variants:
-        classes, side = (100, 112) if variant.network.architecture == "imagenet" else (10, 32)
-        with torch.device("meta"):
-            parameters = count_parameters(build(variant.network, classes, side))
-        macs = count_flops(variant.network, classes, side) / 1e6
+        architecture = variant.network.architecture
+        classes, side = (
+            (100, 112) if architecture == "imagenet" else (10, max(32, NETWORKS[architecture].smallest_image))
+        )
+        with blaming("network", architecture):
+            with torch.device("meta"):
+                parameters = count_parameters(build(variant.network, classes, side))
+            macs = count_flops(variant.network, classes, side) / 1e6
         size = f"depth {variant.network.depth:<4} {parameters:>10,} parameters {macs:>7.1f} MMAC"
         console.print(Text.assemble((f"{variant.name:{width}}", "bold"), size), soft_wrap=True)
         console.print(Text(f"    {variant.summary} ({variant.source})", style="dim"), soft_wrap=True)

@@ -26,6 +26,7 @@ from harness.commands.sweep import Prepared, SweepTrials, make_trial_grid, make_
 from harness.deadline import stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
 from harness.options import Resources, Search, TuneOptions, check_options, fill, options_of
+from harness.plugins import load_plugins, sources
 from harness.progress import TrialTable, describe_trial, load_data, say
 from harness.record import describe_code, lock_file, name_of
 from harness.resources import Session, check_resources, make_allocation
@@ -148,7 +149,7 @@ def _prepare(
     console: Console, stack: ExitStack,
 ) -> Prepared:  # fmt: skip
     """Look at devices and data, and make the sweep's folder or lock the one that is resumed. Raises RefusedError."""
-    paths = RunPaths(out=options.out, data_dir=search.data_dir)
+    paths = RunPaths(out=options.out, data_dir=search.data_dir, plugins=sources())
     allocation = make_allocation(make_trial_grid(search, {}), resources, stack)
     dataset = load_data(search.dataset, paths, console)
     if search.metric == "top5_error" and dataset.num_classes <= 10:
@@ -164,6 +165,10 @@ def _prepare(
     allocation = _allocate_trials(allocation, search, total)
     specs = [make_trial_spec(search, point, allocation, dataset) for point in _corners(dimensions)]
     plan.check_epochs(specs, len(dataset.train))
+    if any(spec.plugins for spec in specs):
+        from harness.training.fit import check_fit
+
+        check_fit(specs, dataset, paths)
     checked = check_first(specs, allocation, resources, paths, console, skip=options.no_check)
     if (adapted := checked.adapt(specs[0])) != specs[0]:
         search = replace(search, loader=adapted.loader, engine=adapted.engine)
@@ -171,11 +176,18 @@ def _prepare(
         folder = _make_folder(paths.out, specs[0], dataset.label)
         stored = {
             "schema_version": 1, "name": folder.name, "options": asdict(search), "fingerprint": dataset.fingerprint,
-            "created_at": datetime.now(UTC).isoformat(), **describe_code(),
+            "created_at": datetime.now(UTC).isoformat(), "plugins": [source.identity for source in paths.plugins],
+            **describe_code(),
         }  # fmt: skip
         write_atomic(folder / SWEEP, json.dumps(stored, indent=1, default=str) + "\n")
-    elif json.loads((folder / SWEEP).read_bytes())["fingerprint"] != dataset.fingerprint:
-        raise UserError(f"--resume {folder.name}: its images of {search.dataset} differ from those here")
+    else:
+        before, plugins = json.loads((folder / SWEEP).read_bytes()), {source.identity for source in paths.plugins}
+        if before["fingerprint"] != dataset.fingerprint:
+            raise UserError(f"--resume {folder.name}: its images of {search.dataset} differ from those here")
+        if changed := set(before.get("plugins", ())) - plugins:
+            raise UserError(
+                f"--resume {folder.name}: it was begun with plug-in {' and '.join(changed)}, changed since"
+            )
     busy = f"--resume {folder.name}: another harness command is running it"
     stack.callback(lock_file(folder / ".lock", busy).release)
     sweep = Sweep(
@@ -238,6 +250,7 @@ def _load_search(folder: Path, search: Search, given: Collection[str]) -> Search
         if name in given and getattr(search, name) != old and name != "data_dir":
             begun = f"sweep {folder.name} was begun with {old}, and continues with that"
             raise UserError(f"{options_of(Search)[name].names[0]}: {begun}: leave it out")
+    load_plugins(before.plugin)
     return replace(before, data_dir=search.data_dir) if "data_dir" in given else before
 
 

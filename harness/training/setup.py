@@ -15,6 +15,7 @@ from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_datas
 from harness.loaders.loader import Loader, make_evaluation_loader, make_loaders
 from harness.loaders.sampling import Augment, LoaderConfig, SamplingPlan, make_normalize
 from harness.models.build import build
+from harness.plugins import load_sources
 from harness.results.values import Memory
 from harness.spec import RunPaths, RunSpec
 from harness.training.batch_norm import SyncBatchNorm, synchronise_batch_norms
@@ -82,6 +83,7 @@ class Prepared:
 def prepare(spec: RunSpec, worker: Worker, paths: RunPaths) -> Prepared:
     """Load the images and make everything of them. Raises DataError, and RuntimeError where they are not the spec's."""
     meter = MemoryMeter(torch.device(worker.device))
+    load_sources(spec.plugins, paths)  # before anything is looked up
     with meter.category("data loader"):
         dataset = load_dataset(spec.dataset, paths.data_dir, paths.cache_dir)
     here, wanted = dataset.fingerprint, spec.fingerprint

@@ -25,6 +25,7 @@ from harness.results.remote import RemoteRun
 from harness.results.store import append_epoch, partial_dir, write_epochs
 from harness.results.values import EpochMetrics, Measurement, RunResult
 from harness.spec import DivergedError, RunPaths, RunSpec
+from harness.training.augment import augment
 from harness.training.checkpoint import load_checkpoint, outline, save_checkpoint
 from harness.training.evaluation import Evaluation, evaluate
 from harness.training.memory import largest
@@ -170,7 +171,10 @@ def resume(run: Prepared, folder: Path, warn: Callable[[str], None]) -> list[Epo
     """Load the newest checkpoint into the run; the epochs that it has done, none where there is no checkpoint."""
 
     def check(state: dict[str, Any]) -> None:
-        if outline(state) != outline(make_state(run, ())):
+        here, kept = make_state(run, ()), state
+        if not run.optimizer.state:  # it is made by the first step
+            here, kept = ({**of, "optimizer": None} for of in (here, state))
+        if outline(kept) != outline(here):
             raise ValueError("its tensors are not those of this run")
         for row in state["history"] or [None]:
             EpochMetrics.model_validate(row)
@@ -179,8 +183,10 @@ def resume(run: Prepared, folder: Path, warn: Callable[[str], None]) -> list[Epo
     if state is None:
         return []
     run.network.load_state_dict(state["network"])
-    # but not its groups: the lr, which every epoch sets, is a tensor on a device or is not
-    run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+    # but not the lr, which every epoch sets: it is a tensor on a device or is not
+    groups = zip(run.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True)
+    restored = [own | kept | {"lr": own["lr"]} for own, kept in groups]
+    run.optimizer.load_state_dict({**state["optimizer"], "param_groups": restored})
     run.scaler.load_state_dict(state["scaler"])
     return [EpochMetrics.model_validate(row) for row in state["history"]]
 
@@ -196,10 +202,14 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
     """Train the first `steps` steps of an epoch, timed from the request for the first batch to the last written weight.
     No step waits for its own end."""
     run, loader, recipe = trainer.run, trainer.loader, trainer.run.spec.recipe
-    # of mixup alone: the loader's plan has its own
-    random = np.random.default_rng([run.spec.seed, epoch, run.loader_config.rank])
+    rank, world_size = run.loader_config.rank, run.loader_config.world_size
+    # of mixup, and of modules that draw (dropout): the loader's plan has its own, and so has each augmentation
+    random = np.random.default_rng([run.spec.seed, epoch, rank])
+    torch.manual_seed(
+        int(np.random.SeedSequence([run.spec.seed, epoch, rank]).generate_state(1, np.uint64)[0] >> 1)
+    )
     totals = trainer.step.totals.zero_()
-    seen, lr, stall_seconds = 0, float("nan"), 0.0
+    seen, done, lr, stall_seconds = 0, 0, float("nan"), 0.0
     trainer.watchdog.finish()
     started_at = requested_at = time.perf_counter()
     for step, (images, labels) in enumerate(islice(loader.epoch(epoch), steps)):
@@ -207,13 +217,18 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
         before, lr = lr, learning_rate(recipe, epoch * loader.steps + step, loader.steps)
         if lr != before:
             set_lr(run.optimizer, lr)
+        if recipe.augmentations:
+            seeds = run.spec.seed, epoch, step
+            images = augment(recipe, images, (rank, world_size), seeds, run.global_images(step))
         if recipe.mixup and recipe.mixup_partner == "batch":
             images = mix(images, recipe.mixup, random)
         trainer.step.mark("data")
         trainer.engine(images, labels, run.global_images(step))
         trainer.watchdog.step()
-        seen += len(labels)
+        seen, done = seen + len(labels), step + 1
         requested_at = time.perf_counter()
+    if done < steps:
+        raise RuntimeError(f"loader {run.spec.loader} gave {done} of the {steps} batches of an epoch")
     trainer.watchdog.finish()
     train_seconds = time.perf_counter() - started_at
     sums = torch.cat([totals, torch.full_like(totals[:1], seen)])
