@@ -13,17 +13,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
-from harness.models.variants import (
-    NETWORKS,
-    Network,
-    Recipe,
-    Variant,
-    check_depth,
-    own_fields,
-    read_extra,
-    write_extra,
-)
-from harness.plugins import own_hints, recipe_makers, tables
+from harness.models.variants import Network, Recipe, Variant, check_depth, write_extra
+from harness.plugins import TABLES, makers_of, own_hints, own_values
 from harness.results.sweeps import Dimension, Function, format_value
 from harness.spec import RunSpec, UserError, check_word
 
@@ -35,11 +26,8 @@ _OPTIONS = {"duration": "--epochs", "unit": "--epochs", "val": "--val"}
 FIELDS = tuple(name for name in _HINTS if name not in (*_OPTIONS, "extra"))
 """What can be set or searched, in the order of the recipe's fields and then the network's; beside fields of plug-ins."""
 _NAMES = {
-    "architecture": "network",
-    "optimizer": "optimizer",
-    "schedule": "schedule",
-    "augmentations": "augmentation",
-}
+    "architecture": "network", "optimizer": "optimizer", "schedule": "schedule", "augmentations": "augmentation",
+}  # fmt: skip
 """Fields that name something: of which table."""
 
 
@@ -104,13 +92,11 @@ def apply(variant: Variant, settings: Mapping[str, Any]) -> tuple[Variant, tuple
         own = getattr(variant, part)
         names = {f.name for f in fields(own)} & set(settings)
         new = {n: settings[n] for n in FIELDS if n in names and settings[n] != getattr(own, n)}
-        parts[part] = made = replace(own, **new)
-        makers = recipe_makers(made) if isinstance(made, Recipe) else _network_makers(made)
-        before = read_extra(made.extra)
-        parts[part] = replace(made, extra=write_extra(before | dict(settings), makers))
-        defaults = {name: default for make in makers for name, (_, default) in own_fields(make).items()}
-        after = defaults | read_extra(parts[part].extra)
-        changed |= new | {n: v for n, v in after.items() if n in settings and before.get(n, defaults[n]) != v}
+        made = replace(own, **new)
+        before = own_values(made)
+        more = {n: settings[n] for n in before if n in settings and settings[n] != before[n]}
+        parts[part] = replace(made, extra=write_extra(before | more, makers_of(made)))
+        changed |= new | more
     if "architecture" in changed:
         try:
             check_depth(parts["network"])
@@ -119,14 +105,9 @@ def apply(variant: Variant, settings: Mapping[str, Any]) -> tuple[Variant, tuple
     return replace(variant, **parts), tuple(f"{name}={format_value(value)}" for name, value in changed.items())
 
 
-def _network_makers(network: Network) -> list[Any]:
-    return [NETWORKS[network.architecture].make] if network.architecture in NETWORKS else []
-
-
 def check_settings(settings: Iterable[str], specs: Iterable[RunSpec]) -> None:
     """Raise UserError for a setting that none of the runs has: a field of a plug-in that they do not use."""
-    makers = [make for s in specs for make in (*recipe_makers(s.recipe), *_network_makers(s.network))]
-    known = {name for make in makers for name in own_fields(make)}
+    known = {name for spec in specs for part in (spec.recipe, spec.network) for name in own_values(part)}
     for name in settings:
         if name not in FIELDS and name not in known:
             raise UserError(f"--set {name}: no run of this command has this field, which is of a plug-in's own")
@@ -183,7 +164,7 @@ def _value(name: str, word: str, what: str) -> Any:
         words = [one.strip() for one in word.split(",")] if several else [word]
         words = [] if several and word.lower() in ("", "none") else words
         for one in words:
-            check_word(one, tables()[_NAMES[name]], f"{what}: {name}")
+            check_word(one, TABLES[_NAMES[name]], f"{what}: {name}")
         return tuple(words) if several else word
     if get_origin(hint) is Literal:
         known = {str(value): value for value in get_args(hint)}

@@ -160,11 +160,9 @@ class Source:
     """The source of a plug-in: what travels to workers, stands in keys by its hash, and is kept beside records."""
 
     name: str
-    path: str  # of its file on the machine of the command, or the module of an installed package
-    files: tuple[tuple[str, str], ...] = field(
-        repr=False
-    )  # (path below its folder, text); of a package (file, hash)
-    installed: bool = False
+    path: str  # of its file on the machine of the command
+    files: tuple[tuple[str, str], ...] = field(repr=False)  # (path below its folder, text)
+    module: str = ""  # of an installed package
 
     @cached_property
     def identity(self) -> str:

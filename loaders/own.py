@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from harness.loaders.cache import Content, Split
 from harness.loaders.datasets import DataError, Dataset, Request, load_class_folders
 
-IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
+COLUMNS = {"image": ("image", "img"), "label": ("label", "labels", "fine_label")}
+"""Names of Hugging Face's columns."""
 
 
 def load_own(
@@ -25,33 +26,40 @@ def load_own(
     made = load({"root": request.root})
     if isinstance(made, str | Path):
         whole = load_class_folders(request._replace(root=Path(made).expanduser()))
-        content, fingerprint = Content(whole.classes, whole.train, whole.test), whole.fingerprint
-    elif isinstance(made, tuple) and len(made) == 2:
-        train, test = (read_split(part, what) for part, what in zip(made, ("train", "test"), strict=True))
-        content = Content(_name_classes(classes, made[0], train, test), train, test)
-        fingerprint = content.fingerprint()
-    else:
-        raise DataError(f"(train, test) or a path is expected, not {_describe(made)}")
-    return Dataset(request.name, request.name, fingerprint, False, *content.parts(), flip=flip)
+        return Dataset(
+            request.name, request.name, whole.fingerprint, False, whole.classes, whole.train, whole.test, flip
+        )
+    if not (isinstance(made, tuple) and len(made) == 2):
+        raise DataError(f"(train, test) or a path is expected, not {repr(made)[:80]}")
+    train, test = (read_split(part, what) for part, what in zip(made, ("train", "test"), strict=True))
+    label = _column(getattr(made[0], "features", None) or {}, "label")
+    named = tuple(map(str, classes or getattr(made[0], "classes", None) or getattr(label, "names", None) or ()))
+    named = named or tuple(map(str, range(int(train.labels.max()) + 1)))
+    for what, split in (("train", train), ("test", test)):
+        for wrong in np.flatnonzero((split.labels < 0) | (split.labels >= len(named)))[:1]:
+            which = f"label {split.labels[wrong]} of {what} image {wrong}"
+            raise DataError(f"{which} is out of range: 0 to {len(named) - 1} are the classes")
+    content = Content(named, train, test)
+    return Dataset(request.name, request.name, content.fingerprint(), False, *content.parts(), flip=flip)
 
 
 def read_split(part: Any, what: str) -> Split:
     """Images uint8 (N, H, H, 3) and labels (N,) of whatever holds them. Raises DataError."""
-    if isinstance(part, tuple) and len(part) == 2 and getattr(_array(part[0]), "ndim", 0) in (3, 4):
-        images, labels = _array(part[0]), np.asarray(_array(part[1]))
+    if isinstance(part, tuple) and len(part) == 2 and getattr(part[0], "ndim", 0) in (3, 4):
+        images, labels = (np.asarray(array) for array in part)
     else:
-        pairs = list(_pairs(part, what))
-        images = [_image(image) for image, _ in pairs]
-        if len(shapes := sorted({image.shape for image in images})) != 1:
-            sizes = " and ".join(map(str, shapes[:2])) or "none"
+        pairs = [(_read_image(image, what), label) for image, label in _list_pairs(part, what)]
+        if len(shapes := {image.shape for image, _ in pairs}) != 1:
+            sizes = " and ".join(map(str, sorted(shapes)[:2])) or "none"
             raise DataError(f"{what}: images of one size are expected, here are {sizes}")
-        images, labels = np.stack(images), np.asarray([label for _, label in pairs])
-    if images.dtype != np.uint8:
-        raise DataError(f"{what}: images are {images.dtype}, uint8 of 0 to 255 is expected")
+        images, labels = np.stack([image for image, _ in pairs]), np.asarray([label for _, label in pairs])
     if images.ndim == 3:
         images = images[..., None].repeat(3, axis=3)
-    if images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2] or not len(images):
-        raise DataError(f"{what}: images are {images.shape}, (N, H, H, 3) or (N, H, H) is expected")
+    size = images.shape[1]
+    if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or not len(images):
+        raise DataError(
+            f"{what}: images are {images.dtype} {images.shape}, uint8 (N, H, H, 3) or (N, H, H) is expected"
+        )
     if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(
             f"{what}: labels are {labels.dtype} {labels.shape}, {len(images)} whole numbers are expected"
@@ -59,11 +67,15 @@ def read_split(part: Any, what: str) -> Split:
     return Split(np.ascontiguousarray(images), labels.astype(np.int64))
 
 
-def _pairs(part: Any, what: str) -> Iterable[tuple[Any, Any]]:
-    if (columns := getattr(part, "column_names", None)) is not None:  # Hugging Face
-        image, label = (
-            next((name for name in names if name in columns), None) for names in (IMAGE_COLUMNS, LABEL_COLUMNS)
-        )
+def _column(columns: Any, what: str) -> Any:
+    """What a table has under one of a column's names; of a list of names, that name."""
+    found = next((name for name in COLUMNS[what] if name in columns), None)
+    return columns[found] if isinstance(columns, Mapping) and found else found
+
+
+def _list_pairs(part: Any, what: str) -> Iterable[tuple[Any, Any]]:
+    if (columns := getattr(part, "column_names", None)) is not None:  # Hugging Face's
+        image, label = _column(columns, "image"), _column(columns, "label")
         if image is None or label is None:
             raise DataError(f"{what}: no columns image and label among {', '.join(columns)}")
         return ((row[image], row[label]) for row in part)
@@ -71,43 +83,18 @@ def _pairs(part: Any, what: str) -> Iterable[tuple[Any, Any]]:
         return (part[index] for index in range(len(part)))
     if isinstance(part, Iterable):
         return part
-    raise DataError(f"{what}: arrays, a data set or pairs of image and label are expected, not {_describe(part)}")
+    raise DataError(f"{what}: arrays, a data set or pairs of image and label are expected, not {repr(part)[:80]}")
 
 
-def _array(value: Any) -> Any:
-    """numpy's, of numpy or torch; anything else as it is."""
-    return value if isinstance(value, np.ndarray) else value.numpy() if hasattr(value, "numpy") else value
-
-
-def _image(image: Any) -> NDArray[Any]:
-    """(H, W, 3) or (H, W), of PIL's image, an array, or a tensor (3, H, W), of 0 to 1 where it is no whole number."""
-    if hasattr(image, "convert"):
-        return np.asarray(image.convert("RGB"))
-    array = np.asarray(_array(image))
-    if hasattr(image, "numpy") and array.ndim == 3:
+def _read_image(image: Any, what: str) -> NDArray[Any]:
+    """(H, W, 3) or (H, W), of PIL's image, an array, or a tensor (C, H, W); numbers from 0 to 1 are made bytes."""
+    array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+    if hasattr(image, "permute") and array.ndim == 3:
         array = array.transpose(1, 2, 0)
-        array = array.repeat(3, axis=2) if array.shape[2] == 1 else array
+        array = array[..., 0] if array.shape[2] == 1 else array
     if np.issubdtype(array.dtype, np.floating):
         if array.min() < 0 or array.max() > 1:
-            raise DataError(
-                f"an image has values from {array.min():g} to {array.max():g}: bytes, or 0 to 1, are expected"
-            )
+            values = f"values from {array.min():g} to {array.max():g}"
+            raise DataError(f"{what}: an image has {values}: bytes, or numbers from 0 to 1, are expected")
         array = np.rint(array * 255).astype(np.uint8)
     return array
-
-
-def _name_classes(given: Sequence[str], source: Any, train: Split, test: Split) -> tuple[str, ...]:
-    """The classes that are named, by the decorator or the data set, or else numbers. Raises DataError."""
-    features = getattr(source, "features", None) or {}
-    label = next((features[name] for name in LABEL_COLUMNS if name in features), None)
-    named = tuple(given or getattr(source, "classes", None) or getattr(label, "names", None) or ())
-    count = len(named) or int(train.labels.max()) + 1
-    for what, split in (("train", train), ("test", test)):
-        if wrong := np.flatnonzero((split.labels < 0) | (split.labels >= count)).tolist():
-            which = f"label {split.labels[wrong[0]]} of {what} image {wrong[0]}"
-            raise DataError(f"{which} is out of range: 0 to {count - 1} are the classes of the training images")
-    return tuple(map(str, named)) or tuple(map(str, range(count)))
-
-
-def _describe(value: Any) -> str:
-    return f"{type(value).__name__} {value!r}"[:80]

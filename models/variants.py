@@ -172,6 +172,8 @@ def check_depth(network: Network) -> None:
     """Raise ValueError where the architecture cannot have this depth, or is none of `NETWORKS`."""
     architecture = find("network", network.architecture, NETWORKS)
     depth, listed = network.depth, architecture.depths
+    if listed == (0,) and depth:
+        raise ValueError(f"depth {depth}: {network.architecture} has only one depth, and no number for it")
     if listed and depth not in listed:
         raise ValueError(f"depth {depth} is none of {', '.join(map(str, listed))}")
     layers = 9 if network.block == "bottleneck" else 6  # that one more block in each of three stages adds
@@ -194,15 +196,11 @@ def own_fields(make: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     """Type and default of each field of a maker's own: of its parameters that have a default, and that nothing else
     fills, those that are text, numbers or truth values."""
     found = {}
-    for name, parameter in parameters_of(make).items():
-        known = parameter.annotation in (bool, int, float, str) or get_origin(parameter.annotation) is Literal
-        hint = parameter.annotation if known else type(parameter.default)
-        if (
-            name not in FILLED
-            and (known or hint in (bool, int, float, str))
-            and parameter.default is not parameter.empty
-        ):
-            found[name] = hint, parameter.default
+    for name, p in parameters_of(make).items():
+        typed = p.annotation in SIMPLE or get_origin(p.annotation) is Literal
+        hint = p.annotation if typed else type(p.default)
+        if name not in FILLED and p.default is not p.empty and (typed or hint in SIMPLE):
+            found[name] = hint, p.default
     return found
 
 
@@ -237,9 +235,9 @@ def write_extra(values: Mapping[str, Any], makes: Iterable[Callable[..., Any]]) 
     return tuple(f"{name}={json.dumps(value)}" for name, value in kept.items())
 
 
-FILLED = {"num_classes", "image_size", "network", "depth", "groups", "moment", "images", "draws"} | {
-    each.name for each in fields(Recipe)
-}
+SIMPLE = (bool, int, float, str)
+FILLED = {"num_classes", "image_size", "network", "depth", "groups", "moment", "images", "draws", "root"}
+FILLED |= {each.name for each in fields(Recipe)}
 """Parameters of makers that are no fields of their own."""
 
 

@@ -80,7 +80,7 @@ def test_a_network_comes_with_a_variant_and_fields(tmp_path: Path) -> None:
     wide = find_variant("few-wide")()  # type: ignore[call-arg]
     assert (wide.network.extra, wide.recipe.lr) == (("width=16",), 0.2)
     assert [build(v.network, 10)[0].out_channels for v in (variant, wide)] == [4, 16]  # type: ignore[index]
-    with pytest.raises(ValueError, match="depth 20 is none of 0"):
+    with pytest.raises(ValueError, match="depth 20: few has only one depth"):
         find_variant("few")(20)
 
 
@@ -190,7 +190,7 @@ BAD = {
     "a built-in's name": ("def f(num_classes): ...\nNETWORKS = {'cifar': f}\n", "nets.py:2: network 'cifar' is registered already, built in"),
     "a variant's name": (NET.replace("few(", "msra("), "nets.py:6: variant 'msra' is registered already, built in"),
     "twice": (NET + NET, "nets.py:12: network 'few' is registered already, by nets.py:5"),
-    "no function": ("NETWORKS = {\n  'x': 3}\n", "nets.py:2: network 'x' is no function or class but 3"),
+    "no function": ("NETWORKS = {\n  'x': 3}\n", "nets.py:1: network 'x' is no function or class but 3"),
     "no table": ("NETWORKS = ['x']\n", "nets.py:1: NETWORKS is no dictionary"),
     "a parameter": ("def f(num_classes, width): ...\nNETWORKS = {'x': f}\n", "nets.py:2: network 'x': nothing fills its parameter width"),
     "a field's name": ("def f(num_classes, activation='gelu'): ...\nNETWORKS = {'x': f}\n", "nets.py:2: network 'x': its field activation"),
@@ -206,14 +206,14 @@ def test_a_bad_file_is_one_line_with_its_line(
     case: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    before = {kind: set(table) for kind, table in plugins.tables().items()}
+    before = {kind: set(table) for kind, table in plugins.TABLES.items()}
     text, message = BAD[case]
     write(tmp_path, text)
     code, out, err = command(f"run --plugin nets.py {TINY} --variants he2015 --out runs", capsys)
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert message in err
     assert not (tmp_path / "runs").exists()
-    assert {kind: set(table) for kind, table in plugins.tables().items()} == before, "nothing of it stays"
+    assert {kind: set(table) for kind, table in plugins.TABLES.items()} == before, "nothing of it stays"
 
 
 NETWORK = "import torch\nfrom torch import nn\n\ndef bad(num_classes):\n    {}\n\nNETWORKS = {{'bad': bad}}\n"
@@ -294,7 +294,7 @@ def test_a_run_keeps_its_plugin_and_can_be_repeated_and_evaluated(tmp_path: Path
     code, _, err = command(
         f"run --plugin {path} {TINY} --variants few,he2015 --depths 8 --set width=6 --out {out}", capsys
     )
-    assert "depth 8 is none of 0" in err
+    assert "depth 8: few has only one depth" in err
     code, printed, err = command(f"run --plugin {path} {TINY} --variants few --set width=6 --out {out}", capsys)
     assert code == 0, err
     assert "width=6" in printed

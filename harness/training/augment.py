@@ -1,4 +1,4 @@
-"""Augmentations of a plug-in's: changes to whole batches on the device, whose random numbers any number of ranks shares."""
+"""Augmentations of plug-ins: changes to whole batches on the device, whose random numbers any number of ranks shares."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from harness.models.variants import Recipe, call
 
 if TYPE_CHECKING:
     import torch
-    from numpy.typing import NDArray
     from torch import Tensor
 
 AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {}
@@ -41,8 +40,8 @@ class Draws:
         """int64 (n, *shape) from low to high, which is not included, for this rank's n images."""
         return self._share(self.random.integers(low, high, (self.images, *shape)))
 
-    def _share(self, drawn: NDArray[Any]) -> Tensor:
-        from harness.loaders.resident import upload
+    def _share(self, drawn: Any) -> Tensor:
+        from harness.loaders.resident import upload  # which imports torch
 
         return upload(np.ascontiguousarray(drawn[self.rank :: self.world_size]), self.device)
 
@@ -52,18 +51,11 @@ def augment(
 ) -> Tensor:
     """This rank's images of a step after the recipe's augmentations; `place` is rank and world size, `seeds` seed, epoch
     and step. Raises ValueError for an augmentation that changes shape or type."""
-    import torch
-
     for number, name in enumerate(recipe.augmentations):
-        random = np.random.default_rng([*seeds, number])
-        draws = Draws(images.device, global_images, *place, random)
+        draws = Draws(images.device, global_images, *place, np.random.default_rng([*seeds, number]))
         changed = call(AUGMENTATIONS[name], {"images": images, "draws": draws}, recipe.extra)
-        if not isinstance(changed, torch.Tensor) or (changed.shape, changed.dtype) != (images.shape, images.dtype):
-            what = (
-                f"{tuple(changed.shape)} {changed.dtype}"
-                if isinstance(changed, torch.Tensor)
-                else f"{type(changed)}"
-            )
-            raise ValueError(f"augmentation {name!r} gives {what} for {tuple(images.shape)} {images.dtype}")
-        images = changed.detach().contiguous(memory_format=torch.channels_last)
+        given, wanted = ((*getattr(i, "shape", ()), getattr(i, "dtype", type(i))) for i in (changed, images))
+        if given != wanted:
+            raise ValueError(f"augmentation {name!r} gives {given} for {wanted}")
+        images = changed.detach()
     return images
