@@ -39,9 +39,9 @@ def network(
 ) -> Any:
     """A maker of modules: `make(num_classes, ...)` -> torch.nn.Module, images (N, 3, H, W) -> logits (N, num_classes).
 
-    Filled besides: image_size (side in pixels), depth. `depth` is that of a maker without such a parameter, or the
-    default; `smallest_image` the least side in pixels that it takes. A variant of the same name comes with it: its recipe
-    is he2015's with what `row` changes, fields as in models/variants.toml.
+    Filled besides: image_size (side in pixels), depth. `depth` is the default, and that of a maker without such a
+    parameter; `smallest_image` the least side in pixels. A variant of the same name comes with it: its recipe is he2015's
+    with what `row` changes, fields as in models/variants.toml.
     """
     return _note("network", make, name, depth=depth, smallest_image=smallest_image, row=row)
 
@@ -55,7 +55,7 @@ def variant(name: str, *, base: str, **row: Any) -> None:
 def dataset(load: Made | None = None, /, *, name: str = "", classes: Sequence[str] = (), flip: bool = True) -> Any:
     """A data set: `load()` or `load(root)`, the folder of --data-dir or None -> (train, test).
 
-    Each is a pair of arrays, images uint8 (N, H, W, 3) or (N, H, W) and labels (N,); a torchvision data set; a Hugging
+    Each is a pair of arrays, images uint8 (N, H, H, 3) or (N, H, H) and labels (N,); a torchvision data set; a Hugging
     Face data set; or an iterable of pairs of image and label. Or, in place of both, the path of a folder of class folders.
     `flip`: a mirrored image keeps its label.
     """
@@ -70,8 +70,8 @@ def loader(make: Made | None = None, /, *, name: str = "") -> Any:
 def optimizer(make: Made | None = None, /, *, name: str = "", capturable: bool = False) -> Any:
     """An optimizer: `make(groups, lr, ...)` -> torch.optim.Optimizer; fields of the recipe (momentum, ...) are filled.
 
-    `groups` are those of torch, with "weight_decay". `capturable`: it makes its state at once, and its steps can be
-    captured as CUDA graphs, lr being a tensor then; others run kernel by kernel.
+    `groups` are torch's, with "weight_decay". `capturable`: it makes its state at once and reads lr from the tensor that it
+    is given, so that its steps can be captured as CUDA graphs; others run kernel by kernel.
     """
     return _note("optimizer", make, name, capturable=capturable)
 

@@ -67,23 +67,26 @@ class Loaded:
     def files(self) -> set[str]:
         return {str(self.folder / file) for file, _ in self.source.files}
 
-    def place(self, note: Note) -> str:
+    def place(self, file: str, line: int | None) -> str:
         """ "my.py:12" """
-        return f"{self.shown / Path(note.file).relative_to(self.folder)}:{note.line}"
+        return f"{self.shown / Path(file).relative_to(self.folder)}:{line}"
+
+    def place_of(self, note: Note) -> str:
+        """Where it was noted."""
+        return self.place(note.file, note.line)
 
     def explain(self, error: BaseException, where: str) -> PluginError:
         """By the innermost line of the plug-in's own, or else `where`."""
+        if isinstance(error, PluginError):
+            return error
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in self.files]
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, SyntaxError):
-            where, text = (
-                f"{self.shown / Path(error.filename or '').name}:{error.lineno}",
-                f"syntax error: {error.msg}",
-            )
-        elif frames and not isinstance(error, PluginError):
-            file = self.shown / Path(frames[-1].filename).relative_to(self.folder)
-            where, text = f"{file}:{frames[-1].lineno}", f"{type(error).__name__}: {text}"
-        return error if isinstance(error, PluginError) else PluginError(f"{where}: {text}")
+        if isinstance(error, SyntaxError) and error.filename in self.files:
+            where, text = self.place(error.filename, error.lineno), f"syntax error: {error.msg}"
+        elif frames:
+            where = self.place(frames[-1].filename, frames[-1].lineno)
+            text = f"{type(error).__name__}: {text}"
+        return PluginError(f"{where}: {text}")
 
 
 LOADED: dict[str, Loaded] = {}
@@ -110,10 +113,11 @@ def used_by(names: Iterable[tuple[str, str]]) -> list[Loaded]:
 def identify(spec: RunSpec) -> RunSpec:
     """The run with the plug-ins that it uses. Raises UserError where it names what is not there."""
     for kind, name in names_of(spec):
-        if name not in TABLES[kind] and spec.plugins:
-            of = f"is of plug-in {' or '.join(spec.plugins)}: --plugin names its file"
-            raise UserError(f"{kind} {name!r} of {spec.title} {of}")
-        if kind != "dataset":  # folder:PATH is one
+        folder = kind == "dataset" and ":" in name
+        if spec.plugins and not folder and name not in TABLES[kind]:
+            owner = " or ".join(spec.plugins)
+            raise UserError(f"{kind} {name!r} of {spec.title} is of plug-in {owner}: --plugin names its file")
+        if not folder:
             check_word(name, TABLES[kind], kind)
     plugins = tuple(loaded.source.identity for loaded in used_by(names_of(spec)))
     return replace(spec, plugins=plugins) if plugins != spec.plugins else spec
@@ -126,7 +130,7 @@ def blaming(kind: str, name: str) -> Iterator[None]:
         yield
     except Exception as error:
         for loaded in used_by([(kind, name)]):
-            raise loaded.explain(error, f"{loaded.place(loaded.owned[kind, name])}: {kind} {name!r}") from None
+            raise loaded.explain(error, f"{loaded.place_of(loaded.owned[kind, name])}: {kind} {name!r}") from None
         raise
 
 
@@ -287,8 +291,8 @@ def _enter(loaded: Loaded, note: Note) -> None:
     for table in ("network", "variant") if kind == "network" else (kind,):
         if name in TABLES[table]:
             owner = next(iter(used_by([(table, name)])), None)
-            by = f"by {owner.place(owner.owned[table, name])}" if owner else "built in"
-            raise PluginError(f"{loaded.place(note)}: {table} {name!r} is registered already, {by}")
+            by = f"by {owner.place_of(owner.owned[table, name])}" if owner else "built in"
+            raise PluginError(f"{loaded.place_of(note)}: {table} {name!r} is registered already, {by}")
     loaded.owned[kind, name] = note
     if kind == "variant":
         _enter_variant(loaded, note, {"summary": name, **options})
@@ -314,7 +318,7 @@ def _enter_network(
     parameter = parameters_of(note.made).get("depth")
     default = depth if depth is not None else 0 if parameter is None else parameter.default
     if not isinstance(default, int):
-        raise PluginError(f"{loaded.place(note)}: network {note.name!r} needs a default depth: depth=20, say")
+        raise PluginError(f"{loaded.place_of(note)}: network {note.name!r} needs a default depth: depth=20, say")
     depths = (default,) if parameter is None else ()
     NETWORKS[note.name] = variants.Architecture(make=note.made, smallest_image=smallest_image, depths=depths)
     summary = (inspect.getdoc(note.made) or note.name).splitlines()[0]
@@ -324,7 +328,9 @@ def _enter_network(
 
 def _enter_variant(loaded: Loaded, note: Note, row: dict[str, Any]) -> None:
     if row.get("base") not in ROWS:
-        raise PluginError(f"{loaded.place(note)}: variant {note.name!r}: base {row.get('base')!r} is no variant")
+        raise PluginError(
+            f"{loaded.place_of(note)}: variant {note.name!r}: base {row.get('base')!r} is no variant"
+        )
     loaded.owned["variant", note.name] = note
     ROWS[note.name] = {"source": Path(note.file).name, **row}
     VARIANTS[note.name] = variants.make_variant(note.name, ROWS)
@@ -332,7 +338,7 @@ def _enter_variant(loaded: Loaded, note: Note, row: dict[str, Any]) -> None:
 
 def _check_variant(loaded: Loaded, name: str) -> None:
     """Once all of a file is entered: whether a variant's fields are there, of the types that they have."""
-    where = f"{loaded.place(loaded.owned['variant', name])}: variant {name!r}"
+    where = f"{loaded.place_of(loaded.owned['variant', name])}: variant {name!r}"
     try:
         variant = VARIANTS[name]()  # type: ignore[call-arg]
         recipe = variant.recipe
@@ -352,7 +358,7 @@ def _check_variant(loaded: Loaded, name: str) -> None:
 
 def _check_parameters(loaded: Loaded, note: Note) -> None:
     """Whether what is noted can be called as its kind is. Raises PluginError."""
-    what = f"{loaded.place(note)}: {note.kind} {note.name!r}"
+    what = f"{loaded.place_of(note)}: {note.kind} {note.name!r}"
     if not callable(note.made):
         raise PluginError(f"{what} is no function or class but {note.made!r}"[:200])
     parameters = parameters_of(note.made)

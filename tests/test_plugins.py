@@ -263,7 +263,7 @@ def test_a_run_whose_plugin_is_not_loaded_says_so(tmp_path: Path) -> None:
     plugins.unload("nets")
     grid = plan.Grid(dataset="digits", specs=(spec,))
     allocation = Allocation(device="cpu", workers=1, concurrent_runs=1, threads=1)
-    with pytest.raises(UserError, match=r"network 'few' .*of plug-in nets:[0-9a-f]+, whose file --plugin names"):
+    with pytest.raises(UserError, match=r"network 'few' of few seed 0 is of plug-in nets:[0-9a-f]+: --plugin names"):
         plan.expand(grid, allocation, fingerprint="f", train_images=1437)
 
 
