@@ -349,7 +349,7 @@ def _check_variant(loaded: Loaded, name: str) -> None:
         for word in variants.read_extra(recipe.extra):
             check_word(word, [*_RECIPE, *own_values(recipe)], "field")
         for part in (variant.network, recipe):
-            TypeAdapter(type(part)).validate_python(asdict(part), strict=True)
+            TypeAdapter(type(part)).validate_python(asdict(part))
     except ValidationError as error:
         raise PluginError(f"{where}: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from None
     except (ValueError, TypeError, UserError) as error:

@@ -111,11 +111,16 @@ def make_spec(worker: Worker, **changes: Any) -> RunSpec:
     recipe = replace(
         variant.recipe, duration=EPOCHS, unit="epoch", batch_size=BATCH, lr=0.02, schedule="cosine", milestones=()
     )
-    own: dict[str, Any] = {"loader": "resident", "device": "cuda" if worker.device.startswith("cuda") else "cpu"}
+    own: dict[str, Any] = {"network": variant.network, "recipe": recipe, "loader": "resident"}
+    device: Any = worker.device.partition(":")[0]
     return RunSpec(
-        variant="he2015", network=variant.network, recipe=recipe, dataset="check", fingerprint="",
-        workers=worker.world_size, **own | changes,
-    )  # fmt: skip
+        variant="he2015",
+        dataset="check",
+        fingerprint="",
+        device=device,
+        workers=worker.world_size,
+        **own | changes,
+    )
 
 
 def start(worker: Worker, stack: ExitStack, *, size: int = SIZE, **changes: Any) -> tuple[Prepared, Trainer]:
