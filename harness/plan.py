@@ -158,7 +158,7 @@ def _place(spec: RunSpec, allocation: Allocation, fingerprint: str) -> RunSpec:
     from harness.plugins import identify
 
     engine = choose_engine(spec.engine, allocation.device, spec.recipe.optimizer)
-    placed = {"device": allocation.device, "workers": allocation.workers, "engine": engine}
+    placed: dict[str, Any] = {"device": allocation.device, "workers": allocation.workers, "engine": engine}
     return identify(replace(spec, fingerprint=fingerprint, **placed))
 
 

@@ -138,8 +138,9 @@ def makers_of(part: Recipe | Network) -> list[Callable[..., Any]]:
     """Whose own fields `part.extra` holds."""
     if isinstance(part, Network):
         return [NETWORKS[part.architecture].make] if part.architecture in NETWORKS else []
-    named = [(OPTIMIZERS, part.optimizer), (SCHEDULES, part.schedule)]
-    return [table[n] for table, n in (*named, *((AUGMENTATIONS, n) for n in part.augmentations)) if n in table]
+    named = [("optimizer", part.optimizer), ("schedule", part.schedule)]
+    named += [("augmentation", name) for name in part.augmentations]
+    return [TABLES[kind][name] for kind, name in named if name in TABLES[kind]]
 
 
 def own_values(part: Recipe | Network) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def own_values(part: Recipe | Network) -> dict[str, Any]:
 
 def own_hints() -> dict[str, Any]:
     """The types of all fields that networks, optimizers, schedules and augmentations have of their own, by name."""
-    makers = [architecture.make for architecture in NETWORKS.values()]
+    makers: list[Callable[..., Any]] = [architecture.make for architecture in NETWORKS.values()]
     makers += [*OPTIMIZERS.values(), *SCHEDULES.values(), *AUGMENTATIONS.values()]
     return {name: hint for make in makers for name, (hint, _) in own_fields(make).items()}
 

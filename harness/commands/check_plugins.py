@@ -44,47 +44,52 @@ def check_plugins(paths: list[Path], console: Console) -> int:
     load_plugins()
     torch.set_num_threads(os.cpu_count() or 1)
     plugins = [load_file(path) for path in paths]
-    # a network and its variant are one thing
-    things = [
-        (p, kind, name)
-        for p in plugins
-        for kind, name in p.owned
-        if kind != "variant" or ("network", name) not in p.owned
-    ]
-    wrong = show((result for thing in things for result in _check(*thing, console)), console)
+    wrong = show((result for loaded in plugins for result in _check(loaded, console)), console)
     console.print(f"{wrong} of the checks failed" if wrong else "ready", style="bold")
     return EXIT_MISFIT if wrong else 0
 
 
-def _check(loaded: Loaded, kind: str, name: str, console: Console) -> Iterator[Result]:
-    """Does it fit, is a resumed run exact, does it work in other processes, do two ranks train as one does?"""
-    bench, what = checks.Bench(Worker(threads=torch.get_num_threads())), f"{kind} {name}"
-    spec, side = _make_run(bench.worker, kind, name)
-    changes = {"network": spec.network, "recipe": spec.recipe, "loader": spec.loader, "size": side}
+def _check(loaded: Loaded, console: Console) -> Iterator[Result]:
+    """Does each thing fit, is a resumed run exact; do two ranks, which have but a copy of the source, train as one does?"""
+    bench, cases = checks.Bench(Worker(threads=torch.get_num_threads())), dict[str, dict[str, Any]]()
+    for kind, name in loaded.owned:
+        if kind == "variant" and ("network", name) in loaded.owned:
+            continue  # they are one
+        spec, side = _make_run(bench.worker, kind, name)
+        what, changes = (
+            f"{kind} {name}",
+            {"network": spec.network, "recipe": spec.recipe, "loader": spec.loader, "size": side},
+        )
+        trials: dict[str, Any] = {what: (partial(_fit, kind, name, spec, side, console), 0.0)}
+        if kind != "dataset":
+            trials[f"{what}, resume"] = partial(checks.check_resume, bench, **changes), 0.0
+        if kind == "loader":
+            trials[f"{what}, plan"] = partial(checks.check_loader, bench, name), LIMIT
+        for title, (trial, limit) in trials.items():
+            try:
+                with blaming(kind, name):
+                    figure, words = trial()
+            except Exception as error:
+                yield Result(title, "failed", (str(error) or type(error).__name__).splitlines()[0])
+                break
+            yield Result(title, "passed" if figure <= limit else "failed", words)
+        else:
+            cases |= {} if kind == "dataset" else {what: changes}
+    try:
+        figures = _two_ranks(loaded, cases) if cases else {}
+    except (RuntimeError, subprocess.TimeoutExpired) as error:
+        yield Result(f"{loaded.source.name}, in new processes", "failed", str(error)[:200])
+        return
+    for what, (figure, words) in figures.items():
+        state = "passed" if figure is not None and figure <= LIMIT else "failed"
+        yield Result(f"{what}, 2 ranks of a copy", state, f"{words} (limit {LIMIT:g})")
 
-    def fits() -> tuple[float, str]:
-        of = ("network", spec.network.architecture) if kind == "variant" else (kind, name)
-        paths = RunPaths(out=Path(), data_dir=find_data_dir(None, spec.dataset))
-        dataset = load_data(spec.dataset, paths, console) if spec.dataset in DATASETS else _invent(side)
-        return 0.0, fit.try_out(*of, spec, dataset, paths) if of[0] in fit.FITS else ""
 
-    trials: dict[str, Any] = {what: (fits, 0.0)}
-    if kind != "dataset":
-        trials[f"{what}, resume"] = partial(checks.check_resume, bench, **changes), 0.0
-        trials[f"{what}, workers"] = partial(_two_ranks, loaded, changes), LIMIT
-    if kind == "loader":
-        trials[f"{what}, plan"] = partial(checks.check_loader, bench, name), LIMIT
-    for title, (trial, limit) in trials.items():
-        try:
-            with blaming(kind, name):
-                figure, words = trial()
-            yield Result(
-                title, "passed" if figure <= limit else "failed", words + f" (limit {limit:g})" * bool(limit)
-            )
-        except Exception as error:
-            yield Result(title, "failed", (str(error) or type(error).__name__).splitlines()[0])
-            if trial is fits:
-                return
+def _fit(kind: str, name: str, spec: RunSpec, side: int, console: Console) -> tuple[float, str]:
+    of = ("network", spec.network.architecture) if kind == "variant" else (kind, name)
+    paths = RunPaths(out=Path(), data_dir=find_data_dir(None, spec.dataset))
+    dataset = load_data(spec.dataset, paths, console) if spec.dataset in DATASETS else _invent(side)
+    return 0.0, fit.try_out(*of, spec, dataset, paths)
 
 
 def _make_run(worker: Worker, kind: str, name: str) -> tuple[RunSpec, int]:
@@ -96,10 +101,10 @@ def _make_run(worker: Worker, kind: str, name: str) -> tuple[RunSpec, int]:
         recipe = replace(recipe, crop=None, scale_range=(), lr=min(recipe.lr, MOST_LR))
         side = max(SIDE, NETWORKS[variant.network.architecture].smallest_image)
         return replace(spec, variant=name, network=variant.network, recipe=recipe), side
-    if kind in ("loader", "dataset"):
-        return replace(spec, **{kind: name}), checks.SIZE
     field: dict[str, Any] = {"augmentations": (name,)} if kind == "augmentation" else {kind: name}
-    return replace(spec, recipe=replace(spec.recipe, **field)), checks.SIZE
+    if kind not in ("loader", "dataset"):
+        field = {"recipe": replace(spec.recipe, **field)}
+    return replace(spec, **field), checks.SIZE
 
 
 def _invent(side: int) -> Dataset:
@@ -107,28 +112,27 @@ def _invent(side: int) -> Dataset:
     return Dataset("check", "check", "", False, tuple(map(str, range(checks.CLASSES))), split, split, flip=True)
 
 
-def _two_ranks(loaded: Loaded, changes: dict[str, Any]) -> tuple[float, str]:
+def _two_ranks(loaded: Loaded, cases: dict[str, dict[str, Any]]) -> dict[str, tuple[float | None, str]]:
     """In two new processes that have nothing but a copy of the plug-in's source. Raises RuntimeError where one fails."""
     with tempfile.TemporaryDirectory(prefix="harness-check-") as folder, ExitStack() as stack:
         main = Path(loaded.source.path).relative_to(loaded.folder)
         source = replace(loaded.source, path=str(Path(folder, "nowhere", main)))
         paths = RunPaths(out=Path(folder), cache_dir=Path(folder), plugins=(source,))
-        short = {**changes, "recipe": replace(changes["recipe"], duration=RANK_EPOCHS, batch_norm="sync")}
-        Path(folder, "case.pickle").write_bytes(pickle.dumps(([source.identity], paths, short)))
+        for changes in cases.values():
+            changes["recipe"] = replace(changes["recipe"], duration=RANK_EPOCHS, batch_norm="sync")
+        Path(folder, "cases.pickle").write_bytes(pickle.dumps((source.identity, paths, cases)))
+        command, env = [sys.executable, "-m", "harness.training.fit"], os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
         processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "harness.training.fit", rank, folder], env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
-                stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+            stack.enter_context(
+                subprocess.Popen([*command, rank, folder], stderr=subprocess.PIPE, text=True, env=env)
             )
             for rank in ("0", "1")
-        ]  # fmt: skip
+        ]
         for process in processes:
             stack.callback(process.kill)
         for process in processes:
             _, errors = process.communicate(timeout=RANK_SECONDS)
             if process.returncode:
-                raise RuntimeError(
-                    f"in a new process: {(errors.strip().splitlines() or ['no message'])[-1][:200]}"
-                )
-        worst, words = max(json.loads(Path(folder, f"{rank}.json").read_text()) for rank in (0, 1))
-        return float(worst), f"{words}, from a copy of the source"
+                raise RuntimeError((errors.strip().splitlines() or ["no message"])[-1])
+        figures: dict[str, tuple[float | None, str]] = json.loads(Path(folder, "0.json").read_text())
+        return figures

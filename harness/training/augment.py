@@ -56,6 +56,6 @@ def augment(
         changed = call(AUGMENTATIONS[name], {"images": images, "draws": draws}, recipe.extra)
         given, wanted = ((*getattr(i, "shape", ()), getattr(i, "dtype", type(i))) for i in (changed, images))
         if given != wanted:
-            raise ValueError(f"augmentation {name!r} gives {given} for {wanted}")
+            raise ValueError(f"gives {given} for {wanted}: augmentation {name}")
         images = changed.detach()
     return images

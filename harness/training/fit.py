@@ -199,12 +199,17 @@ FITS: dict[str, Callable[[RunSpec, Dataset, RunPaths], str]] = {
 
 
 def main(rank: str, folder: str) -> None:
-    """One of two ranks: load plug-ins from their copies, train on half of each batch, compare with one rank alone."""
-    identities, paths, changes = pickle.loads((Path(folder) / "case.pickle").read_bytes())
-    load_sources(identities, paths)
+    """One of two ranks: load a plug-in from its copy, train on half of each batch, compare with one rank alone."""
+    identity, paths, cases = pickle.loads((Path(folder) / "cases.pickle").read_bytes())
+    load_sources([identity], paths)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=2)
-    figure = checks.check_ranks(checks.Bench(Worker(rank=int(rank), world_size=2)), "eager", **changes)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(figure))
+    bench, figures = checks.Bench(Worker(rank=int(rank), world_size=2)), dict[str, Any]()
+    for what, changes in cases.items():
+        try:
+            figures[what] = checks.check_ranks(bench, "eager", **changes)
+        except Exception as error:
+            figures[what] = None, str(error)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(figures))
     dist.destroy_process_group()
 
 
