@@ -22,7 +22,7 @@ FUNCTIONS: tuple[Function, ...] = get_args(Function)
 FIGURES = 4  # significant ones of a drawn number, so that a command can be typed again
 
 _HINTS: dict[str, Any] = {**get_type_hints(Recipe), **get_type_hints(Network)}
-_OPTIONS = {"duration": "--epochs", "unit": "--epochs", "val": "--val"}
+_OPTIONS = {"duration": "--epochs", "unit": "--epochs", "epochs": "--epochs", "val": "--val"}
 FIELDS = tuple(name for name in _HINTS if name not in (*_OPTIONS, "extra"))
 """What can be set or searched, in the order of the recipe's fields and then the network's; beside fields of plug-ins."""
 _NAMES = {
