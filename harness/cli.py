@@ -212,7 +212,9 @@ def repro(
 
 @app.command()
 def variants(
-    plugin: Annotated[list[Path] | None, typer.Option(help="With those of this file. Repeatable.", metavar="<str>")] = None,
+    plugin: Annotated[
+        list[Path] | None, typer.Option(help="With those of this file. Repeatable.", metavar="<str>")
+    ] = None,
 ) -> None:
     """List the variants: what they are and where they come from."""
     from harness.commands.report import print_variants

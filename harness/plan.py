@@ -68,9 +68,10 @@ def find_data_dir(chosen: Path | None, dataset: str) -> Path | None:
 
 
 def grid_networks(grid: Grid) -> list[tuple[str, int]]:
-    """Variant and depth of every row. Raises ValueError for an unknown variant."""
+    """Variant and depth of every row; --depths is for those that have depths. Raises ValueError for an unknown variant."""
+    own = {name: default_depth(find_variant(name)) for name in (() if grid.networks else grid.variants)}
     every = (
-        (name, depth) for name in grid.variants for depth in grid.depths or (default_depth(find_variant(name)),)
+        (name, depth) for name, default in own.items() for depth in (grid.depths if default else ()) or (default,)
     )
     return list(grid.networks or every)
 

@@ -30,6 +30,7 @@ from harness.results.store import load_records
 from harness.search_space import parse_settings
 from harness.spec import RunPaths, RunSpec, UserError
 from harness.training.train import train
+from harness.words import parse_depths
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SMALL = (
@@ -94,6 +95,13 @@ NETWORKS = {"deep": deep}
     assert find_variant("deep")().network.depth == 3  # type: ignore[call-arg]
     made = build(find_variant("deep")(5).network, 10, 8)
     assert (len(made), made[1].in_features) == (6, 192)  # type: ignore[arg-type, index]
+
+
+def test_depths_are_of_those_variants_that_have_them(tmp_path: Path) -> None:
+    load_file(write(tmp_path, NET))
+    names = [spec.name for spec in make_specs(("few", "he2015"), depths=(8, 14))]
+    assert names == ["few", "he2015-8", "he2015-14"]
+    assert parse_depths("8..14", ("few", "he2015")) == (8, 14)
 
 
 def test_a_setting_is_of_the_runs_that_have_it(tmp_path: Path) -> None:
@@ -293,10 +301,6 @@ def test_a_copy_is_loaded_where_the_file_is_not(tmp_path: Path) -> None:
 
 def test_a_run_keeps_its_plugin_and_can_be_repeated_and_evaluated(tmp_path: Path, capsys: Any) -> None:
     path, out = write(tmp_path, NET), tmp_path / "runs"
-    code, _, err = command(
-        f"run --plugin {path} {TINY} --variants few,he2015 --depths 8 --set width=6 --out {out}", capsys
-    )
-    assert "depth 8: few has only one depth" in err
     code, printed, err = command(f"run --plugin {path} {TINY} --variants few --set width=6 --out {out}", capsys)
     assert code == 0, err
     assert "width=6" in printed
