@@ -6,7 +6,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from harness import plugin
 
 
-@plugin.network(depth=18, duration=200, unit="epoch", schedule="cosine", milestones=[], weight_decay=5e-4)
+@plugin.network(duration=200, unit="epoch", schedule="cosine", milestones=[], weight_decay=5e-4)
 def cifar_resnet18(num_classes: int) -> nn.Module:
     network = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
     network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()

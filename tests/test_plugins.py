@@ -406,7 +406,7 @@ def test_an_example_trains_resumes_exactly_and_is_compared(
         train(spec, Worker(threads=2), stop, paths=paths[1])
     resumed = train(spec, Worker(threads=2), lambda _: None, paths=paths[1])
     assert (resumed.attempts, [row.loss for row in resumed.epochs]) == (2, [row.loss for row in whole.epochs])
-    line = f"run --plugin {EXAMPLES / file}.py {TINY} --variants {variant},he2015 --set lr=0.01 --out {tmp_path / 'runs'}"
+    line = f"run --plugin {EXAMPLES / file}.py {TINY} --variants {variant},he2015 --depths 8 --set lr=0.01 --out {tmp_path / 'runs'}"
     code, out, err = command(line, capsys)
     assert code == 0, err
     assert variant in out
