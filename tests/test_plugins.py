@@ -358,6 +358,7 @@ def test_its_fields_are_searched(tmp_path: Path, capsys: Any) -> None:
     records = load_records([tmp_path / "runs"]).records
     assert sorted(str(one.record.spec["network"]["extra"]) for one in records) == ["['width=2']", "['width=6']"]
     assert "width" in out
+    assert "--plugin" in out[out.index("train the winner") :]
     assert (records[0].folder / "plugins/nets/nets.py").is_file()
 
 

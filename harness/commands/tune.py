@@ -294,5 +294,6 @@ def write_winner(prepared: Prepared, trial: Trial) -> list[str]:
     path, data_dir = prepared.folder / WINNER, prepared.search.data_dir
     spec = prepared.make_spec(trial.fields, epochs=None, val=None, limit_train=None)
     write_atomic(path, json.dumps(spec.to_json(), indent=1) + "\n")
-    data = [] if data_dir is None else ["--data-dir", str(data_dir)]
+    data = [word for file in prepared.search.plugin for word in ("--plugin", file)]
+    data += [] if data_dir is None else ["--data-dir", str(data_dir)]
     return ["harness", "run", "--spec", str(path), "--seeds", str(SEEDS), *data, "--out", str(prepared.paths.out)]
