@@ -88,6 +88,7 @@ def load_data(name: str, paths: RunPaths, console: Console, *, scan: bool = Fals
     from rich.progress import Progress as Bar
 
     from harness.loaders.datasets import DataError, load_dataset
+    from harness.plugins import blaming
 
     with Bar(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -101,7 +102,8 @@ def load_data(name: str, paths: RunPaths, console: Console, *, scan: bool = Fals
             bar.update(tasks[what], completed=done, total=total)
 
         try:
-            dataset = load_dataset(name, paths.data_dir, paths.cache_dir, progress)
+            with blaming("dataset", name):
+                dataset = load_dataset(name, paths.data_dir, paths.cache_dir, progress)
             if scan:
                 dataset.scan(progress)
             return dataset

@@ -144,7 +144,7 @@ def load_dataset(
         raise DataError(f"data set {name} {where}: it takes no data folder, got {data_dir}")
     request = Request(name, data_dir, cache or cache_dir(), progress)
     if folder:
-        return _load_class_folders(request._replace(root=Path(name.removeprefix("folder:")).expanduser()))
+        return load_class_folders(request._replace(root=Path(name.removeprefix("folder:")).expanduser()))
     return DATASETS[name](request)
 
 
@@ -211,7 +211,7 @@ def _load_cifar(request: Request) -> Dataset:
     if request.root is None and not batches.is_dir():
         _download_cifar(name, root)
     if not batches.is_dir():
-        dataset = _load_class_folders(request._replace(root=root))
+        dataset = load_class_folders(request._replace(root=root))
         if dataset.classes != classes:
             first = ", ".join(dataset.classes[:3])
             raise DataError(f"{root}: not {kind[:5]}-{kind[5:]}'s classes ({first}, ...): try folder:{root}")
@@ -266,7 +266,7 @@ def _load_relabelled(request: Request) -> Dataset:
     return Dataset(request.name, label, content.fingerprint(), whole.original, *content.parts(), flip=True)
 
 
-def _load_class_folders(request: Request) -> Dataset:
+def load_class_folders(request: Request) -> Dataset:
     root = request.folder()
     train_classes, train = _list_class_folders(root, "train")
     val = not (root / "test").exists() and (root / "val").is_dir()  # as ImageNet is laid out

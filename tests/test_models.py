@@ -10,10 +10,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from harness.models.build import SMALLEST_IMAGE, build, count_flops, count_parameters
+from harness.models.build import build, count_flops, count_parameters
 from harness.models.layers import IdentityConv
 from harness.models.resnet import OptionA, PreactBlock
-from harness.models.variants import VARIANTS, Network, find_variant
+from harness.models.variants import NETWORKS, VARIANTS, Network, find_variant
 from harness.models.xresnet import AverageShortcut, SqueezeExcite
 
 PARAMETERS = {  # trainable, for ten classes
@@ -145,7 +145,7 @@ def test_the_seed_decides_the_weights(function):
 def test_an_image_smaller_than_the_strides_is_refused():
     for function in (find_variant("he2015"), find_variant("miniplaces")):
         network = function(legal_depths(function, 1)[0]).network
-        smallest = SMALLEST_IMAGE[network.architecture]
+        smallest = NETWORKS[network.architecture].smallest_image
         assert build(network, 3, smallest).eval()(torch.randn(1, 3, smallest, smallest)).shape == (1, 3)
         with pytest.raises(ValueError, match=f"too small for this network: at least {smallest}"):
             build(network, 3, smallest - 1)

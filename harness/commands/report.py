@@ -312,16 +312,19 @@ def print_variants(console: Console) -> None:
     from rich.text import Text
 
     from harness.models.build import build, count_flops, count_parameters
-    from harness.models.variants import VARIANTS, default_depth
+    from harness.models.variants import NETWORKS, VARIANTS, default_depth
+    from harness.plugins import blaming
 
     variants = [function(default_depth(function)) for function in VARIANTS.values()]
     width = max(len(variant.name) for variant in variants) + 2
     for variant in variants:
+        architecture = variant.network.architecture
         shown = {"imagenet": (100, 112), "resnet": (1000, 224)}
-        classes, side = shown.get(variant.network.architecture, (10, 32))
-        with torch.device("meta"):
-            parameters = count_parameters(build(variant.network, classes, side))
-        macs = count_flops(variant.network, classes, side) / 1e6
+        classes, side = shown.get(architecture, (10, max(32, NETWORKS[architecture].smallest_image)))
+        with blaming("network", architecture):
+            with torch.device("meta"):
+                parameters = count_parameters(build(variant.network, classes, side))
+            macs = count_flops(variant.network, classes, side) / 1e6
         size = f"depth {variant.network.depth:<4} {parameters:>10,} parameters {macs:>7.1f} MMAC"
         console.print(Text.assemble((f"{variant.name:{width}}", "bold"), size), soft_wrap=True)
         console.print(Text(f"    {variant.summary} ({variant.source})", style="dim"), soft_wrap=True)

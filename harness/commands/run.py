@@ -19,6 +19,7 @@ from harness.cluster.job import Report, Started, Telemetry, Worker
 from harness.commands.report import export_runs, print_rows, write_page
 from harness.deadline import SIGTERM_SECONDS, TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.options import Grid, RunOptions
+from harness.plugins import sources
 from harness.progress import LINES, JsonLines, Progress, load_data, print_columns, say, width_of
 from harness.record import Recorder, lease, lock_run, name_of, name_other_code
 from harness.resources import Session, check_resources, choose_launcher, make_allocation
@@ -65,7 +66,9 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
         console = Console(stderr=True)  # standard output is for programs
     out, remote = plan.open_out(options.out, write=not options.dry_run)
     data_dir = plan.find_data_dir(options.data_dir, grid.dataset)
-    paths = RunPaths(out=out, data_dir=data_dir, checkpoint_every=options.checkpoint_every, remote=remote)
+    paths = RunPaths(
+        out=out, data_dir=data_dir, checkpoint_every=options.checkpoint_every, remote=remote, plugins=sources()
+    )
     until = None if options.dry_run else options.until
     if until is not None:
         say(console, f"until {until:%A} {format_moment(until)}")
@@ -86,6 +89,10 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             environment = {"launcher": resources.launcher}
             recorder = Recorder(paths, dataset.original, environment, partial(say, console))
             todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
+            if any(spec.plugins for spec in todo):
+                from harness.training.fit import check_fit
+
+                check_fit(todo, dataset, paths)
             _name_other_code(recorder, console)
             _advise_on_batch_norm(todo, console)
             session = Session(allocation, resources, paths, stack)

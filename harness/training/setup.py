@@ -17,6 +17,7 @@ from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_datas
 from harness.loaders.loader import Loader, make_evaluation_loader, make_loaders
 from harness.loaders.sampling import Augment, LoaderConfig, SamplingPlan, make_augment, make_normalize
 from harness.models.build import build
+from harness.plugins import load_sources
 from harness.results.values import Memory
 from harness.spec import RunPaths, RunSpec
 from harness.training.batch_norm import SyncBatchNorm, synchronise_batch_norms
@@ -94,6 +95,7 @@ def prepare(
 ) -> Prepared:
     """Load the images and make everything of them. Raises DataError, and RuntimeError where they are not the spec's."""
     meter = MemoryMeter(torch.device(worker.device))
+    load_sources(spec.plugins, paths)  # before anything is looked up
     with meter.category("data loader"):
         dataset = load_dataset(spec.dataset, paths.data_dir, paths.cache_dir)
     here, wanted = dataset.fingerprint, spec.fingerprint

@@ -26,6 +26,7 @@ from harness.results.remote import RemoteRun
 from harness.results.store import append_epoch, partial_dir, write_epochs
 from harness.results.values import EpochMetrics, Measurement, RunResult
 from harness.spec import DivergedError, RunPaths, RunSpec
+from harness.training.augment import augment
 from harness.training.checkpoint import load_checkpoint, outline, save_checkpoint
 from harness.training.evaluation import Evaluation, evaluate
 from harness.training.memory import largest
@@ -240,7 +241,10 @@ def resume(
 
     def check(state: dict[str, Any]) -> bool:
         part = state.pop("part", None)
-        if outline(state) != outline(make_state(run, ())):
+        here, kept = make_state(run, ()), state
+        if not run.optimizer.state:  # it is made by the first step
+            here, kept = ({**of, "optimizer": None} for of in (here, state))
+        if outline(kept) != outline(here):
             raise ValueError("its tensors are not those of this run")
         for row in state["history"] or ([] if part else [None]):
             EpochMetrics.model_validate(row)
@@ -251,8 +255,10 @@ def resume(
     if state is None:
         return [], None
     run.network.load_state_dict(state["network"])
-    # but not its groups: the lr, which every epoch sets, is a tensor on a device or is not
-    run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+    # but not the lr, which every epoch sets: it is a tensor on a device or is not
+    groups = zip(run.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True)
+    restored = [own | kept | {"lr": own["lr"]} for own, kept in groups]
+    run.optimizer.load_state_dict({**state["optimizer"], "param_groups": restored})
     run.scaler.load_state_dict(state["scaler"])
     return [EpochMetrics.model_validate(row) for row in state["history"]], state["part"]
 
@@ -268,8 +274,9 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | Non
     """Train the first `steps` steps of an epoch, but for a part that was done before, timed from the request for the first
     batch to the last written weight. No step waits for its own end. Raises StoppedError where the ranks stop."""
     run, loader, recipe = trainer.run, trainer.loader, trainer.run.spec.recipe
-    rank, mixed = run.loader_config.rank, recipe.mixup and recipe.mixup_partner == "batch"
-    # of mixup alone: the loader's plan has its own
+    rank, world_size = run.loader_config.rank, run.loader_config.world_size
+    mixed = recipe.mixup and recipe.mixup_partner == "batch"
+    # of mixup alone: the loader's plan has its own, and so has each augmentation
     random = np.random.default_rng([run.spec.seed, epoch, rank])
     totals = trainer.step.totals.zero_()
     first, seen, lr, stall_seconds, train_seconds, stopped = 0, 0.0, float("nan"), 0.0, 0.0, False
@@ -291,6 +298,12 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | Non
         before, lr = lr, learning_rate(recipe, epoch * loader.steps + step, loader.steps)
         if lr != before:
             set_lr(run.optimizer, lr)
+        if run.spec.plugins:  # their modules may draw (dropout); none of ours does
+            seeds = np.random.SeedSequence([run.spec.seed, epoch, step, rank])
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+        if recipe.augmentations:
+            place = run.spec.seed, epoch, step
+            images = augment(recipe, images, (rank, world_size), place, run.global_images(step))
         if mixed:
             images = mix(images, recipe.mixup, random)
         trainer.step.mark("data")
@@ -298,6 +311,8 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | Non
         trainer.watchdog.step()
         seen, done = seen + len(labels), step + 1
         requested_at = time.perf_counter()
+    if not stopped and done < steps:
+        raise RuntimeError(f"loader {run.spec.loader} gave {done} of the {steps} batches of an epoch")
     stopped = stopped or not trainer.halt.may_begin()  # the evaluation
     trainer.watchdog.finish()
     trainer.watchdog.rest()
