@@ -101,7 +101,7 @@ def evaluate_weights(options: EvalOptions) -> Errors:
 def _evaluate(options: EvalOptions, weights: Path) -> Errors:
     """`weights` is the file. Raises ValueError or UserError."""
     about, scales = load_metadata(weights), options.scales
-    variant = _choose_variant(options, about)
+    variant = _choose_variant(options, about, weights)
     data_dir = find_data_dir(options.data_dir, options.dataset)
     with blaming("dataset", options.dataset):
         tensors, dataset = load_weights(weights), load_dataset(options.dataset, data_dir)
@@ -159,11 +159,11 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
     )  # fmt: skip
 
 
-def _choose_variant(options: EvalOptions, about: Mapping[str, str]) -> Variant:
+def _choose_variant(options: EvalOptions, about: Mapping[str, str], file: Path) -> Variant:
     """The variant that was named, or that the weights name."""
     if (word := options.variant or about.get("variant")) is None:
         raise UserError(f"{options.weights} does not name its variant: --variant does")
-    sources = sorted(options.weights.parent.glob("plugins/*/*.py"))
+    sources = sorted(file.parent.glob("plugins/*/*.py"))
     if word not in VARIANTS and sources:
         files = " ".join(f"--plugin {path}" for path in sources if path.stem == path.parent.name)
         raise UserError(f"{options.weights} is of variant {word!r}, which is of a plug-in: {files}")
@@ -177,7 +177,7 @@ def _choose_variant(options: EvalOptions, about: Mapping[str, str]) -> Variant:
         trained = find_variant(about["variant"])(int(about["depth"]))
     if trained.network != variant.network:  # its tensors might fit all the same
         raise UserError(f"{options.weights} holds weights of {_name(trained)}, not of {_name(variant)}")
-    if options.variant is None and (stored := _find_record(options.weights, about)) is not None:
+    if options.variant is None and (stored := _find_record(file, about)) is not None:
         spec = RunSpec.from_json(stored.spec)  # as it was trained, with --set
         return replace(variant, network=spec.network, recipe=spec.recipe)
     return variant

@@ -189,7 +189,7 @@ def fit_dataset(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
     again = load_dataset(spec.dataset, paths.data_dir, paths.cache_dir).fingerprint
     need(again == dataset.fingerprint, "has other images each time that it is loaded")
     train, test = dataset.train, dataset.test
-    return f"{len(train):,} + {len(test):,} images {train.images.shape[1:]} of {dataset.num_classes} classes, twice the same"
+    return f"{len(train):,} + {len(test):,} images of {dataset.num_classes} classes, twice the same"
 
 
 FITS: dict[str, Callable[[RunSpec, Dataset, RunPaths], str]] = {
