@@ -56,12 +56,7 @@ def _check(loaded: Loaded, console: Console) -> Iterator[Result]:
         if kind == "variant" and ("network", name) in loaded.owned:
             continue  # they are one
         spec, side = _make_run(bench.worker, kind, name)
-        changes: dict[str, Any] = {
-            "network": spec.network,
-            "recipe": spec.recipe,
-            "loader": spec.loader,
-            "size": side,
-        }
+        changes: dict[str, Any] = {n: getattr(spec, n) for n in ("network", "recipe", "loader")} | {"size": side}
         what = f"{kind} {name}"
         trials: dict[str, Any] = {what: (partial(_fit, kind, name, spec, side, console), 0.0)}
         if kind != "dataset":
