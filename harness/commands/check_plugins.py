@@ -56,10 +56,8 @@ def _check(loaded: Loaded, console: Console) -> Iterator[Result]:
         if kind == "variant" and ("network", name) in loaded.owned:
             continue  # they are one
         spec, side = _make_run(bench.worker, kind, name)
-        what, changes = (
-            f"{kind} {name}",
-            {"network": spec.network, "recipe": spec.recipe, "loader": spec.loader, "size": side},
-        )
+        changes: dict[str, Any] = {n: getattr(spec, n) for n in ("network", "recipe", "loader")} | {"size": side}
+        what = f"{kind} {name}"
         trials: dict[str, Any] = {what: (partial(_fit, kind, name, spec, side, console), 0.0)}
         if kind != "dataset":
             trials[f"{what}, resume"] = partial(checks.check_resume, bench, **changes), 0.0

@@ -113,15 +113,8 @@ def make_spec(worker: Worker, **changes: Any) -> RunSpec:
         variant.recipe, duration=EPOCHS, unit="epoch", batch_size=BATCH, lr=0.02, schedule="cosine", milestones=()
     )
     own: dict[str, Any] = {"network": variant.network, "recipe": recipe, "loader": "resident"}
-    device: Any = worker.device.partition(":")[0]
-    spec = RunSpec(
-        variant="he2015",
-        dataset="check",
-        fingerprint="",
-        device=device,
-        workers=worker.world_size,
-        **own | changes,
-    )
+    placed: dict[str, Any] = {"device": worker.device.partition(":")[0], "workers": worker.world_size}
+    spec = RunSpec(variant="he2015", dataset="check", fingerprint="", **placed | own | changes)
     return replace(spec, plugins=tuple(plugin.source.identity for plugin in used_by(names_of(spec))))
 
 
@@ -132,9 +125,7 @@ def start(worker: Worker, stack: ExitStack, *, size: int = SIZE, **changes: Any)
     data = Data(split, split, split, "test")
     prepared = assemble(spec, data, worker, num_classes=CLASSES, flip=True)
     stack.enter_context(closing(prepared))
-    if (
-        dist.is_initialized()
-    ):  # each rank would draw by itself, and batch norm's statistics are of its share unless "sync"
+    if dist.is_initialized():  # no draws of a rank's own, and no statistics of its share
         prepared.network.eval()
         for module in prepared.network.modules() if spec.recipe.batch_norm == "sync" else ():
             module.train(isinstance(module, _BatchNorm))
