@@ -1,7 +1,7 @@
 """Images in files: images per second and peak memory beside torchvision's own way: python benchmarks/images.py --data-dir DIR
 
-DIR holds train/CLASS/* and test/CLASS/*. The loaders make random-resized crops of the training images, of DIR and of a set
---times as large that links to the same files. `torchvision` is what its reference script does: ImageFolder,
+DIR holds train/CLASS/* and test/CLASS/*, or Mini-Places2's kit. The loaders make random-resized crops of the training
+images, of a set that links to DIR's files and of one --times as large. `torchvision` is what its reference script does: ImageFolder,
 RandomResizedCrop, RandomHorizontalFlip, normalisation, DataLoader with a process per thread. Every reading is a process of
 its own: --seconds of loading after 5 batches, and the peak resident memory of it and of its worker processes.
 """
@@ -98,12 +98,22 @@ def measure_apart(way: str, root: Path) -> dict[str, float]:
 
 def link(root: Path, copy: Path, times: int) -> Path:
     """A set of `times` links to every training image, and one to every test image. Returns its folder."""
-    for split, count in (("train", times), ("test", 1)):
-        for folder in (root / split).iterdir():
-            (copy / split / folder.name).mkdir(parents=True)
-            for path, number in itertools.product(folder.iterdir(), range(count)):
-                (copy / split / folder.name / f"{number}-{path.name}").symlink_to(path.absolute())
+    for split, label, path in list_images(root):
+        folder = copy / split / label
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(times if split == "train" else 1):
+            (folder / f"{number}-{path.name}").symlink_to(path.absolute())
     return copy
+
+
+def list_images(root: Path) -> Iterator[tuple[str, str, Path]]:
+    """Split, class and path of every image."""
+    for split, kit in (("train", "train.txt"), ("test", "val.txt")):
+        if (root / kit).exists():
+            lines = (line.rpartition(" ") for line in (root / kit).read_text().splitlines())
+            yield from ((split, f"{int(label):03}", root / "images" / path) for path, _, label in lines)
+        else:
+            yield from ((split, path.parent.name, path) for path in (root / split).glob("*/*"))
 
 
 def describe(content: dict[str, Any]) -> str:
@@ -128,7 +138,7 @@ def main() -> None:
         print(json.dumps(measure(options.way, options.root, options)))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        roots = {1: options.data_dir, options.times: link(options.data_dir, Path(scratch) / "set", options.times)}
+        roots = {times: link(options.data_dir, Path(scratch) / str(times), times) for times in (1, options.times)}
         datasets.LARGEST_BYTES = 0
         images = {str(times): len(load_dataset(f"folder:{root}").train) for times, root in roots.items()}
         ways = {

@@ -57,12 +57,9 @@ class Split:
 
     def update(self, digest: Any) -> None:
         """Add images and labels to a hash."""
-        if isinstance(self.images, Files):
-            digest.update(b"files")
-            digest.update(np.ascontiguousarray(self.images.digests).data)
-        else:
-            digest.update(repr(self.images.shape).encode())
-            digest.update(np.ascontiguousarray(self.images).data)
+        content = self.images.digests if isinstance(self.images, Files) else self.images
+        digest.update(repr(content.shape).encode())
+        digest.update(np.ascontiguousarray(content).data)
         digest.update(np.ascontiguousarray(self.labels, "<i8").data)
 
     def pack(self) -> dict[str, NDArray[Any]]:

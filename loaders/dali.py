@@ -158,10 +158,9 @@ class CutLoader(DaliLoader):
             self._by_pil |= {index for index, path in enumerate(lower) if path.endswith(NOT_OF_DALI)}
         else:
             self._keep(split.images)
-        feed = self._feed_paths if isinstance(split.images, Files) else self._feed_pixels
-        return partial(
-            define_cuts, self._config, self._size, feed, self._feed_cuts, files=isinstance(split.images, Files)
-        )
+        files = isinstance(split.images, Files)
+        feed = self._feed_paths if files else self._feed_pixels
+        return partial(define_cuts, self._config, self._size, feed, self._feed_cuts, files=files)
 
     def close(self) -> None:
         super().close()
@@ -255,9 +254,7 @@ def define_cuts(
             device="mixed" if device == "gpu" else "cpu", output_type=types.RGB, adjust_orientation=False,
         )  # fmt: skip
     else:
-        images = fn.external_source(
-            source=feed_images, device=device, no_copy=False, layout="HWC", ndim=3, dtype=types.UINT8
-        )
+        images = fn.external_source(source=feed_images, device=device, layout="HWC", ndim=3, dtype=types.UINT8)
         images = fn.slice(images, start=start, shape=shape, axis_names="HW")
     images = fn.resize(images, size=resized, interp_type=types.INTERP_LINEAR, antialias=True)
     mean, std = (array * np.float32(255) for array in (config.normalize.mean, config.normalize.std))

@@ -24,6 +24,7 @@ HALT, WATCHDOG = "harness/training/halt.py", "harness/training/watchdog.py"
 PLUGINS, AUGMENT = "harness/plugins.py", "harness/training/augment.py"
 SELFCHECK, CHECKS = "harness/selfcheck.py", "harness/training/checks.py"
 SEARCH, DALI, XRESNET = "cluster/search.py", "loaders/dali.py", "models/xresnet.py"
+SAMPLING, FILES = "loaders/sampling.py", "loaders/files.py"
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,18 @@ DEFECTS = (
            "test_plugin_parts.py::test_lazily_made_state_is_resumed_exactly"),
     Defect("an optimizer's own counts are not resumed", TRAIN, (('own | kept | {"lr": own["lr"]}', "own"),),
            "test_plugin_parts.py::test_lazily_made_state_is_resumed_exactly"),
+    Defect("image files: every epoch has the same boxes", SAMPLING, (("[plan.seed, epoch, 3, image]", "[plan.seed, 3, image]"),),
+           "test_files.py::test_a_cut_is_a_function_of_seed_epoch_and_image"),
+    Defect("image files: the box is not the plan's", SAMPLING, (("(sizes - box + 1)", "(sizes - box)"),),
+           "test_files.py::test_boxes_are_of_random_area_aspect_and_place"),
+    Defect("image files: DALI reduces without antialiasing", DALI, (("antialias=True", "antialias=False"),),
+           "test_files.py::test_dali_agrees_with_dataloader"),
+    Defect("image files: DALI crops elsewhere", DALI, (("np.maximum(cuts.size - self._size, 1)", "np.maximum(cuts.size, 1)"),),
+           "test_files.py::test_dali_agrees_with_dataloader"),
+    Defect("image files: corrupt files have no limit", FILES, (("if len(self.known) > allowed:", "if False:"),),
+           "test_files.py::test_corrupt_files_are_counted_and_refused[dataloader]"),
+    Defect("image files: the cache forgets contents", "loaders/cache.py", (("self.images.digests if isinstance", "self.images.sizes if isinstance"),),
+           "test_files.py::test_fingerprint_is_of_contents_alone"),
 )  # fmt: skip
 
 
