@@ -86,6 +86,7 @@ def test_no_barrier(width: int, dark: bool, file: Path) -> None:
         ("document.querySelector('.filters label').replaceWith(document.querySelector('select'))", "no label"),
         ("document.querySelector('h2').outerHTML = '<h3>x</h3>'", "h3 after h1"),
         ("document.querySelector('h1').style.color = '#bbb'", "contrast 1."),
+        ("document.querySelector('.chart svg').removeAttribute('aria-hidden')", "no name: <g"),
         ("document.documentElement.removeAttribute('lang')", "html has no lang"),
         ("document.querySelector('thead button').textContent = ''", "an empty header"),
         ("document.querySelector('a').textContent = ''", "no name"),

@@ -172,6 +172,7 @@ async function embed(place, spec) {
   place.setAttribute("role", "img");
   place.setAttribute("aria-label", name);
   place.removeAttribute("aria-roledescription");
+  place.querySelector("svg").setAttribute("aria-hidden", "true"); // its groups have roles and no names
   place.querySelector("form")?.remove(); // of Vega's, always empty
   return result;
 }
