@@ -119,6 +119,11 @@ def test_rows_are_filtered_and_grouped(file: Path) -> None:
         browser.ask(CHOOSE.format("variant", "msra"))
         assert browser.ask(SHOWN) == ["msra-20", "msra-20", "msra-56"]
         assert browser.ask("document.querySelector('.filters output').textContent") == "3 of 8 rows"
+        told = "[...document.querySelectorAll('.notes li')].filter((e) => e.getClientRects().length).map((e) => e.value)"
+        cited = (
+            "[...document.querySelectorAll('header sup a, #comparison sup a')].map((a) => Number(a.textContent))"
+        )
+        assert browser.ask(told) == sorted(set(browser.ask(cited))), "notes of the rows that are shown"
         visible = "[...document.querySelectorAll('{}')].filter((e) => e.getClientRects().length).length"
         assert browser.ask(visible.format("details.row")) == 3
         assert browser.ask(visible.format(".chips button")) == 3
