@@ -86,6 +86,7 @@ def test_no_barrier(width: int, dark: bool, file: Path) -> None:
         ("document.querySelector('.filters label').replaceWith(document.querySelector('select'))", "no label"),
         ("document.querySelector('h2').outerHTML = '<h3>x</h3>'", "h3 after h1"),
         ("document.querySelector('h1').style.color = '#bbb'", "contrast 1."),
+        ("document.querySelector('.chart svg').removeAttribute('aria-hidden')", "no name: <g"),
         ("document.documentElement.removeAttribute('lang')", "html has no lang"),
         ("document.querySelector('thead button').textContent = ''", "an empty header"),
         ("document.querySelector('a').textContent = ''", "no name"),
@@ -118,6 +119,11 @@ def test_rows_are_filtered_and_grouped(file: Path) -> None:
         browser.ask(CHOOSE.format("variant", "msra"))
         assert browser.ask(SHOWN) == ["msra-20", "msra-20", "msra-56"]
         assert browser.ask("document.querySelector('.filters output').textContent") == "3 of 8 rows"
+        told = "[...document.querySelectorAll('.notes li')].filter((e) => e.getClientRects().length).map((e) => e.value)"
+        cited = (
+            "[...document.querySelectorAll('header sup a, #comparison sup a')].map((a) => Number(a.textContent))"
+        )
+        assert browser.ask(told) == sorted(set(browser.ask(cited))), "notes of the rows that are shown"
         visible = "[...document.querySelectorAll('{}')].filter((e) => e.getClientRects().length).length"
         assert browser.ask(visible.format("details.row")) == 3
         assert browser.ask(visible.format(".chips button")) == 3

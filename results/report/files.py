@@ -50,10 +50,8 @@ def _load_fields() -> dict[str, Field]:
         figures |= {n: Field("integer" if n.endswith("_n") else "number", means=metric.means) for n in plain}
         if metric.predict:
             predicted[f"predicted_{name}"] = Field("number", means="by a probe of some steps")
-    memory = {
-        f"memory_{n.lower().replace(' ', '_')}_mib": Field("number", f"by_category_mib.{n}")
-        for n in MEMORY_CATEGORIES
-    }
+    known = {f"memory_{n.lower().replace(' ', '_')}_mib": f"by_category_mib.{n}" for n in MEMORY_CATEGORIES}
+    memory = {name: Field("number", path) for name, path in known.items()}
     return before | figures | after | predicted | memory | published
 
 

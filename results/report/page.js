@@ -87,6 +87,8 @@ function addFilters(panels) {
   const fields = data.facets.map((name, j) => ({ name, j, values: [...new Set(data.rows.map((row) => row[j]))].sort(compare) }))
     .filter(({ values }) => values.length > 1);
   if (!fields.length) return;
+  const notes = [...document.querySelectorAll("#comparison .notes li")];
+  notes.forEach((note, i) => { note.value = i + 1; }); // whichever are shown
   const choice = (name, first, words, changed) => {
     const label = element("label", `${name} `, form), select = element("select", "", label);
     for (const word of [first, ...words]) element("option", word, select).value = word === first ? "" : word;
@@ -97,6 +99,8 @@ function addFilters(panels) {
     tables[0].lay();
     const shown = data.rows.filter(matches), labels = new Set(shown.map((row) => `${row[2]}: ${row.at(-1)}`));
     count.textContent = shown.length < data.rows.length ? `${shown.length.toLocaleString("en")} of ${rowCount(data.rows.length)}` : "";
+    const cited = new Set([...document.querySelectorAll("header sup a, #comparison th a, #comparison td a")].map((link) => link.hash));
+    for (const note of notes) note.hidden = !cited.has(`#${note.id}`);
     for (const panel of panels) panel.keep(labels);
     for (const details of document.querySelectorAll("details.row")) details.hidden = !matches(data.rows[details.dataset.row]);
   }
@@ -172,6 +176,7 @@ async function embed(place, spec) {
   place.setAttribute("role", "img");
   place.setAttribute("aria-label", name);
   place.removeAttribute("aria-roledescription");
+  place.querySelector("svg").setAttribute("aria-hidden", "true"); // its groups have roles and no names
   place.querySelector("form")?.remove(); // of Vega's, always empty
   return result;
 }

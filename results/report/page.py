@@ -15,9 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -65,14 +63,12 @@ def make_page(
     # variant and depth are one column: the first stays in place when the others scroll
     joined = [column.name for column in layout.columns[:2]] == ["variant", "depth"]
     drawn = [
-        {"title": p.title, "rows": p.rows, "charts": {c.name: c.spec for c in p.charts}, "datasets": p.datasets}
+        {"title": p.title, "rows": p.rows, "datasets": p.datasets, "charts": {c.name: c.spec for c in p.charts}}
         for p in every
     ]
-    facets = [
-        [clean(row.variant), row.depth, clean(row.dataset), clean(row.text("loader")), label]
-        for row, label in zip(rows, labels, strict=True)
-    ]
-    data = {"panels": drawn, "columns": RUN_COLUMNS, "runs": runs, "facets": FACETS, "rows": facets}
+    facets = [[clean(r.variant), r.depth, clean(r.dataset), clean(r.text("loader"))] for r in rows]
+    named = [[*values, label] for values, label in zip(facets, labels, strict=True)]
+    data = {"panels": drawn, "columns": RUN_COLUMNS, "runs": runs, "facets": FACETS, "rows": named}
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     bundle = bundle if any(panel.charts for panel in every) else ""
     css, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
@@ -86,16 +82,11 @@ def make_page(
         columns=[NETWORK, *layout.columns[2:]] if joined else layout.columns, sweeps=list(zip(sweeps, searches, strict=True)), problems=problems,
         swatches={(panel.title, label): style.colour for panel in panels for label, style in panel.rows.items()}, row_of=row_of,
         probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := predicted_figures(row))],
-        each=partial(_each, rows),
+        each=lambda name: [(row, run) for row in rows for run in getattr(row, name)],
         environments=list(environments.values()), css=css, script=script, packed={"data": _pack(text), "vega": _pack(bundle)},
         NONE=NONE, category_colours=category_colours, clean=clean, best_first=best_first, clamp=clamp, Counter=Counter, is_finite=is_finite,
         link_marks=_link_marks, memory=memory, number=_number, rounded=rounded, show=show, sort_key=_sort_key, style_of=style_of,
     )  # fmt: skip
-
-
-def _each(rows: Sequence[Row], name: str) -> list[tuple[Row, Any]]:
-    """Every run that is done, failed, pruned or interrupted, with its row."""
-    return [(row, run) for row in rows for run in getattr(row, name)]
 
 
 def _pack(text: str) -> str:
