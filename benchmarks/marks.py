@@ -1,4 +1,4 @@
-"""How often epochs are marked as disturbed, wrongly and rightly: python benchmarks/marks.py [--rounds 10] [--json FILE]
+"""How often epochs are marked as disturbed, wrongly and rightly: python benchmarks/marks.py [--rounds 6] [--json FILE]
 
 The same run in fresh processes, alone and beside as many busy processes as there are processors, which take turns. On an idle
 machine a mark of a run alone is false; an epoch beside the busy ones that took twice the median of those alone, or longer, must be
@@ -21,7 +21,7 @@ from typing import Any
 from rounds import harness, make_table, parse_options, process_seconds, publish, take_turns
 from scipy.stats import binomtest
 
-RUN = "run --dataset digits --depths 8 --gpus 0 --launcher local --loader resident --epochs"
+RUN = "run --dataset digits --depths 8 --gpus 0 --launcher local --loader resident --limit-train 640 --epochs"
 SLOWED = 2.0  # times the median epoch of a run alone
 
 
@@ -33,9 +33,11 @@ def measure(epochs: int, busy: int) -> dict[str, Any]:
             stack.callback(process.kill)
         process_seconds(harness(*RUN.split(), epochs, "--out", folder))
         (path,) = Path(folder).glob("*/record.json")
-        result = json.loads(path.read_text(encoding="utf-8"))["result"]
-    rows = [[row["train_seconds"], ", ".join(row["interference"])] for row in result["epochs"][1:]]
-    return {"epochs": rows, "rss_mib": result["memory"]["rss_mib"]["value"]}
+        memory = json.loads(path.read_text(encoding="utf-8"))["result"]["memory"]
+        epochs_path = path.with_name("epochs.jsonl")
+        rows = [json.loads(line) for line in epochs_path.read_text(encoding="utf-8").splitlines()][1:]
+    marked = [[row["train_seconds"], ", ".join(row["interference"])] for row in rows]
+    return {"epochs": marked, "rss_mib": memory["rss_mib"]["value"]}
 
 
 def share(count: int, total: int) -> str:
@@ -61,7 +63,7 @@ def describe(content: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    options = parse_options(__doc__, rounds=10, warmup=0, epochs=41)
+    options = parse_options(__doc__, rounds=6, warmup=0, epochs=61)
     ways = {
         name: partial(measure, options.epochs, n) for name, n in (("alone", 0), ("beside", os.cpu_count() or 1))
     }
