@@ -277,13 +277,15 @@ class _Run(Generic[Spec, Outcome]):
                 self._make_trainer(world_size, started_at).fit()
                 return None
             except Exception as error:
+                if stop.is_set():  # Ray ends with the command, and may have ended
+                    return None
                 self._free_placement_group()
                 if not self._find_place():
                     return None
                 failed = make_failed(error, attempts=self.attempt)
             finally:
                 del self.seen.training[index, attempt]
-            if failed.exception == "WorkerGroupStartupTimeoutError" and not stop.is_set():
+            if failed.exception == "WorkerGroupStartupTimeoutError":
                 # others were quicker to take the room, or it is scattered over nodes
                 self.waited_seconds += time.time() - started_at
                 self._put(
@@ -295,8 +297,6 @@ class _Run(Generic[Spec, Outcome]):
                 failed = replace(failed, exception="", died=True, message=stalled.message)
             self.avoid = stalled.nodes if stalled else ()
             preempted = failed.exception == PreemptedError.__name__
-            if (failed.died or preempted) and stop.is_set():
-                return None
             left = preempted or (failed.died and any(since >= began for since in self.seen.drains.values()))
             if not left:
                 best = self.seen.best_progress[index]
