@@ -179,7 +179,12 @@ def strike_nodes(nodes: Nodes, out: Path, kind: str, chance: random.Random) -> C
         nodes.set_clock(chance.choice(nodes.names), chance.choice((-3600, 3600)))
     elif kind == "drain":
         nodes.drain(name, 8)
-        return lambda: (nodes.kill(name), nodes.repair())
+
+        def take_away() -> None:
+            nodes.kill(name)
+            nodes.repair()
+
+        return take_away
     elif kind == "slow link":
         nodes.slow(name, on=True)
     else:
