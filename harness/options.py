@@ -5,12 +5,13 @@ The command line is derived from these fields (`harness.cli`); `fill` makes a da
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from harness.cluster.job import PLACEMENTS, Placement
 from harness.deadline import parse_until
@@ -37,9 +38,42 @@ class Option:
     words: Collection[str] = ()  # all that are allowed
     least: int | None = None
     repeatable: bool = False
+    variable: str = ""  # of the environment, which holds where nothing is given
     kind: Any = str  # the field's type
     default: Any = None
     required: bool = False
+
+    def read(self, name: str, value: Any) -> Any:
+        """A value of Python or TOML as the field's type, or as words that `parse` reads. Raises UserError."""
+        from pydantic import TypeAdapter, ValidationError
+
+        kind, several = self.kind, get_origin(self.kind) is tuple
+        if self.repeatable:
+            if isinstance(value, Mapping):
+                listed = {key: v if isinstance(v, list | tuple) else [v] for key, v in value.items()}
+                value = [f"{key}={','.join(map(str, words))}" for key, words in listed.items()]
+            value, kind = [value] if isinstance(value, str | Path) else value, list[str | Path]
+        elif several and isinstance(value, str | int) and not isinstance(value, bool):
+            return str(value)  # depths=20, seeds=3, variants="msra,he2015"
+        elif kind is str and isinstance(value, Path):
+            return str(value)
+        if self.parse and isinstance(value, str):
+            return value
+        try:
+            return TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            raise UserError(f"{name} {value!r}: {error.errors()[0]['msg']}") from None
+
+    def parsed(self, value: Any) -> Any:
+        """The value, read from its words where it is given in words. Raises UserError."""
+        return self.parse(value) if self.parse and isinstance(value, list if self.repeatable else str) else value
+
+    def check(self, value: Any) -> None:
+        """Raise UserError for a value that is not allowed."""
+        if self.words and value is not None:
+            check_word(value, self.words, self.names[0])
+        if self.least is not None and value is not None and value < self.least:
+            raise UserError(f"{self.names[0]} {value}: at least {self.least} is allowed")
 
 
 def opt(help: str, *names: str, **more: Any) -> Option:
@@ -60,23 +94,35 @@ def options_of(group: type, *more: type) -> dict[str, Option]:
     return options | options_of(*more) if more else options
 
 
+def read_values(values: Mapping[str, Any], *groups: type) -> dict[str, Any]:
+    """Options by name, of the types that their fields have, or in words that `fill` reads. Raises UserError."""
+    known = options_of(*groups)
+    for name in values:
+        check_word(name, known, "option")
+    return {name: known[name].read(name, value) for name, value in values.items() if value is not None}
+
+
 def fill(group: type[Group], values: Mapping[str, Any]) -> Group:
-    """A dataclass from the values that are named as its fields are; words are read as its options say."""
+    """A dataclass from the values that are named as its fields are; words are read as its options say. What is not given
+    may be a variable's."""
     own = {each.name: values[each.name] for each in fields(group) if each.name in values}  # type: ignore[arg-type]
     for name, option in options_of(group).items():
-        if option.parse and isinstance(own.get(name), list if option.repeatable else str):
-            own[name] = option.parse(own[name])
+        if name not in own and (word := os.environ.get(option.variable)):
+            own[name] = option.read(name, word)
+        if name in own:
+            own[name] = option.parsed(own[name])
     return group(**own)
 
 
 def check_options(group: object) -> None:
     """Raise UserError for a value that its option does not allow."""
     for name, option in options_of(type(group)).items():
-        value, what = getattr(group, name), option.names[0]
-        if option.words and value is not None:
-            check_word(value, option.words, what)
-        if option.least is not None and value is not None and value < option.least:
-            raise UserError(f"{what} {value}: at least {option.least} is allowed")
+        option.check(getattr(group, name))
+
+
+def default_out() -> str:
+    """The folder of results that is read where none is named."""
+    return fill(RunOptions, {}).out
 
 
 def _parse_settings(texts: list[str]) -> dict[str, Any]:
@@ -98,7 +144,7 @@ Workers = Annotated[int | None, opt(
     "DDP processes per run; gpus/workers runs train at a time. Default: all GPUs (tune: 1).", least=1)]
 RunsPerGpu = Annotated[int, opt(
     "Runs that share a GPU, for errors only: their seconds and energy do not count.", least=1)]
-Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.")]
+Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.", variable="HARNESS_ADDRESS")]
 Verbose = Annotated[bool, opt("Show Ray's own messages.")]
 Until = Annotated[datetime | None, opt(
     "Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued.", parse=parse_until)]
@@ -147,6 +193,7 @@ class Grid(Training):
         parse=_parse_settings, repeatable=True)] = field(default_factory=dict)
     limit_test: Annotated[int | None, opt("Evaluate on this many test images only; marked in tables.", least=1)] = None
     networks: tuple[tuple[str, int], ...] = ()  # variants and depths: a preset's
+    groups: tuple[Grid, ...] = ()  # of a grid file, in place of all this
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +217,8 @@ class RunOptions(Resources):
 
     preset: Preset = None  # whose table is printed
     data_dir: DataDir = None
-    out: Annotated[str, opt("Folder of results, or s3://, gs://; runs that it holds are not repeated.")] = "runs"
+    out: Annotated[str, opt(
+        "Folder of results, or s3://, gs://; runs that it holds are not repeated.", variable="HARNESS_OUT")] = "runs"
     until: Until = None
     until_ci: Annotated[float | None, opt(
         "Add seeds until the 95 % interval of the error is ± this many points.")] = None
@@ -186,6 +234,8 @@ class RunOptions(Resources):
     tensorboard: Annotated[bool, opt("Write each run's event file beside its record.")] = False
     force: Annotated[bool, opt("Train finished runs again; the old results are kept.")] = False
     fail_fast: Annotated[bool, opt("Stop at the first run that fails.")] = False
+    save: Annotated[Path | None, opt("Write these options as a grid file, which `harness run FILE` takes.")] = None
+    print_config: Annotated[bool, opt("Print all options that hold, as a grid file, and end.")] = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,7 +265,8 @@ class Search(Training):
 class TuneOptions:
     """How a search is carried out."""
 
-    out: Annotated[Path, opt("Folder of results; trials are runs in it like any other.")] = Path("runs")
+    out: Annotated[Path, opt(
+        "Folder of results; trials are runs in it like any other.", variable="HARNESS_OUT")] = Path("runs")
     until: Until = None
     resume: Annotated[str | None, opt("Continue the sweep of that name in --out.")] = None
     address: Address = None
@@ -283,6 +334,6 @@ class CheckOptions:
 
     quick: Annotated[bool, opt("Look at what is installed; measure nothing.")] = False
     gpus: Gpus = None
-    out: Annotated[Path, opt("Where results would go.")] = Path("runs")
+    out: Annotated[Path, opt("Where results would go.", variable="HARNESS_OUT")] = Path("runs")
     data_dir: Annotated[Path | None, opt("Where the images are.")] = None
     address: Address = None

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.cluster.job import Failed, Started
+from harness.models.variants import find_variant
 from harness.results import store
 from harness.results.identity import hash_code
 from harness.results.remote import StorageError, pull_run, push_finished, push_run, redact
+from harness.results.report.card import CARD, make_card
 from harness.results.store import Stored, partial_dir, run_name
 from harness.results.values import Failure, Pruned, Record, RunResult
 from harness.spec import RunPaths, RunSpec, UserError
@@ -127,6 +129,7 @@ class Recorder:
     started: dict[str, datetime] = field(default_factory=dict)
     nodes: dict[str, list[NodeUse]] = field(default_factory=dict)
     added: dict[str, float] = field(default_factory=dict)  # by --until-ci: `Record.added_until`, by key
+    classes: int | None = None  # of the data set
 
     def partial(self, spec: RunSpec) -> Path:
         """The folder of a run that has not finished."""
@@ -181,6 +184,8 @@ class Recorder:
             )  # fmt: skip
             if isinstance(outcome, RunResult):
                 self.pull(folder)  # what rank 0 wrote on its node
+                folder.mkdir(parents=True, exist_ok=True)
+                store.write_atomic(folder / CARD, make_card(record, about=describe_variant(spec), classes=self.classes))
                 folder = store.finish(self.paths.out, record)
                 self.finished[spec.key] = outcome
                 self.known.pop(folder, None)  # of an earlier run, by --force
@@ -209,6 +214,15 @@ class Recorder:
                 pull_run(self.paths.remote, folder)
         except StorageError as error:
             raise UserError(f"--out {error}") from None
+
+
+def describe_variant(spec: RunSpec) -> str:
+    """A sentence on a run's variant; nothing where it is not known here."""
+    try:
+        variant = find_variant(spec.variant)(spec.network.depth)
+    except ValueError:
+        return ""
+    return f"{variant.summary} ({variant.source})."
 
 
 def describe_os_error(error: OSError, path: Path) -> str:

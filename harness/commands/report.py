@@ -295,8 +295,8 @@ def print_variants(console: Console) -> None:
     for variant in variants:
         classes, side = (100, 112) if variant.network.architecture == "imagenet" else (10, 32)
         with torch.device("meta"):
-            parameters = count_parameters(build(variant.network, classes, side))
-        macs = count_flops(variant.network, classes, side) / 1e6
+            network = build(variant.network, classes, side)
+            parameters, macs = count_parameters(network), count_flops(network, side) / 2e6
         size = f"depth {variant.network.depth:<4} {parameters:>10,} parameters {macs:>7.1f} MMAC"
         console.print(Text.assemble((f"{variant.name:{width}}", "bold"), size), soft_wrap=True)
         console.print(Text(f"    {variant.summary} ({variant.source})", style="dim"), soft_wrap=True)

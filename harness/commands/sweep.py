@@ -82,8 +82,10 @@ class SweepTrials:
             "launcher": "tune", "concurrent_runs": prepared.allocation.concurrent_runs, "sweep": prepared.sweep.name,
             **prepared.checked.environment,
         }  # fmt: skip
-        original, warnings = prepared.dataset.original, prepared.checked.warnings
-        self.recorder = Recorder(prepared.paths, original, environment, table.say, warnings)
+        dataset, warnings = prepared.dataset, prepared.checked.warnings
+        self.recorder = Recorder(
+            prepared.paths, dataset.original, environment, table.say, warnings, classes=dataset.num_classes
+        )
 
     def store(self, **changes: Any) -> Sweep:
         """Write trials.json."""
