@@ -104,4 +104,3 @@ def report(*paths: str | Path, **options: Any) -> pandas.DataFrame:
     text = io.StringIO()
     print_report(folders, Console(file=text), replace(how, format="csv", output=None, curves=None))
     return pandas.read_csv(io.StringIO(text.getvalue()))
-

@@ -15,7 +15,7 @@ import typer
 
 from harness import options as groups
 from harness.options import Option, default_out, fill, options_of
-from harness.spec import UserError
+from harness.spec import INSTALL, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,6 +32,7 @@ OTHER_WORDS = {
     "doctor": "check", "explain": "why", "reproduce": "repro", "diff": "compare", "help": "--help", "version": "--version",
 }  # fmt: skip
 """What people type -> the command."""
+
 
 @app.callback(invoke_without_command=True)
 def start(
@@ -114,7 +115,9 @@ def _make_parameter(name: str, option: Option) -> Parameter:
 @command(groups.Grid, groups.RunOptions)
 def run(
     given: Given,
-    file: Annotated[Path | None, typer.Argument(help="A grid file (TOML); options of the command line win.")] = None,
+    file: Annotated[
+        Path | None, typer.Argument(help="A grid file (TOML); options of the command line win.")
+    ] = None,
 ) -> int:
     """Train what is missing of a grid of runs, and print the table."""
     from harness.commands.run import run_command
@@ -237,6 +240,10 @@ def main() -> None:
         code = app(standalone_mode=False, prog_name="harness")
     except UserError as error:
         code = _complain(str(error))
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("harness"):
+            raise
+        code = _complain(f"{error.name} is not installed: {INSTALL}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -149,6 +149,10 @@ Verbose = Annotated[bool, opt("Show Ray's own messages.")]
 Until = Annotated[datetime | None, opt(
     "Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued.", parse=parse_until)]
 NoCheck = Annotated[bool, opt("Train on a GPU that is new without checking it first.")]
+Settings = Annotated[Mapping[str, Any], opt(
+    "FIELD=VALUE of recipe or network, as in lr=0.05. Repeatable.", "--set", parse=_parse_settings, repeatable=True)]
+DryRun = Annotated[bool, opt("Print the plan and what is done already.")]
+Estimate = Annotated[bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.")]
 Across = Annotated[tuple[str, ...], opt(
     "Fields to average over, as in workers,threads.", parse=partial(parse_words, what="--across"))]
 
@@ -188,9 +192,7 @@ class Grid(Training):
     specs: Annotated[tuple[RunSpec, ...], opt(
         "Train the run of this record.json or spec.json, as changed by other options. Repeatable.", "--spec",
         parse=load_specs, repeatable=True)] = ()
-    settings: Annotated[Mapping[str, Any], opt(
-        "FIELD=VALUE of recipe or network, as in lr=0.05. Repeatable.", "--set",
-        parse=_parse_settings, repeatable=True)] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
     limit_test: Annotated[int | None, opt("Evaluate on this many test images only; marked in tables.", least=1)] = None
     networks: tuple[tuple[str, int], ...] = ()  # variants and depths: a preset's
     groups: tuple[Grid, ...] = ()  # of a grid file, in place of all this
@@ -228,8 +230,8 @@ class RunOptions(Resources):
     checkpoint_every: Annotated[int, opt("Epochs between checkpoints.", least=1)] = 1
     format: Annotated[str, opt("table, or jsonl: a JSON object per epoch, no table.", words=FORMATS)] = "table"
     no_check: NoCheck = False
-    dry_run: Annotated[bool, opt("Print the plan and what is done already.")] = False
-    estimate: Annotated[bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.")] = False
+    dry_run: DryRun = False
+    estimate: Estimate = False
     profile: Annotated[bool, opt("Time the parts of a step of what is missing: data, forward, ...")] = False
     tensorboard: Annotated[bool, opt("Write each run's event file beside its record.")] = False
     force: Annotated[bool, opt("Train finished runs again; the old results are kept.")] = False
@@ -243,8 +245,9 @@ class Search(Training):
     """A hyperparameter search, as sweep.json keeps it."""
 
     search: Annotated[tuple[str, ...], opt(
-        "FIELD=loguniform(a,b), uniform, randint, choice or grid; of recipe or network. Repeatable.",
+        "FIELD=loguniform(a,b), uniform, randint, choice or grid; of recipe or network, or variant, loader. Repeatable.",
         parse=tuple, repeatable=True)] = ()
+    settings: Settings = field(default_factory=dict)
     variant: Annotated[str, Variant] = "he2015"
     depth: Depth = None
     samples: Annotated[int | None, opt("Trials, or trials of each grid point. Default: 16, with a grid 1.", least=1)] = None
@@ -269,6 +272,8 @@ class TuneOptions:
         "Folder of results; trials are runs in it like any other.", variable="HARNESS_OUT")] = Path("runs")
     until: Until = None
     resume: Annotated[str | None, opt("Continue the sweep of that name in --out.")] = None
+    dry_run: DryRun = False
+    estimate: Estimate = False
     address: Address = None
     no_check: NoCheck = False
     verbose: Verbose = False

@@ -50,7 +50,11 @@ def make_grid(given: Mapping[str, Any]) -> Grid:
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Options by name: those above win; of tables (`settings`), field by field."""
-    both = {n: {**below[n], **v} for n, v in above.items() if isinstance(v, Mapping) and isinstance(below.get(n), Mapping)}
+    both = {
+        n: {**below[n], **v}
+        for n, v in above.items()
+        if isinstance(v, Mapping) and isinstance(below.get(n), Mapping)
+    }
     return {**below, **above, **both}
 
 

@@ -19,7 +19,6 @@ from harness.models.variants import find_variant
 from harness.results import store
 from harness.results.identity import hash_code
 from harness.results.remote import StorageError, pull_run, push_finished, push_run, redact
-from harness.results.report.card import CARD, make_card
 from harness.results.store import Stored, partial_dir, run_name
 from harness.results.values import Failure, Pruned, Record, RunResult
 from harness.spec import RunPaths, RunSpec, UserError
@@ -163,6 +162,8 @@ class Recorder:
 
     def end(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, **environment: Any) -> bool:
         """Store what a run came to. Returns whether it is a result and is stored at the URI too, if there is one."""
+        from harness.results.report.card import CARD, make_card
+
         folder = self.partial(spec)
         try:
             attempts = load_attempts(folder)
@@ -185,7 +186,9 @@ class Recorder:
             if isinstance(outcome, RunResult):
                 self.pull(folder)  # what rank 0 wrote on its node
                 folder.mkdir(parents=True, exist_ok=True)
-                store.write_atomic(folder / CARD, make_card(record, about=describe_variant(spec), classes=self.classes))
+                store.write_atomic(
+                    folder / CARD, make_card(record, about=describe_variant(spec), classes=self.classes)
+                )
                 folder = store.finish(self.paths.out, record)
                 self.finished[spec.key] = outcome
                 self.known.pop(folder, None)  # of an earlier run, by --force

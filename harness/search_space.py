@@ -21,6 +21,9 @@ _HINTS: dict[str, Any] = {**get_type_hints(Recipe), **get_type_hints(Network)}
 _OPTIONS = {"duration": "--epochs", "unit": "--epochs", "val": "--val"}
 FIELDS = tuple(name for name in _HINTS if name not in _OPTIONS)
 """What can be set or searched, in the order of the recipe's fields and then the network's."""
+SEARCHED = {"variant": "--variants", "loader": "--loader", "depth": "--depths"}
+"""What can be searched and, as it has an option of its own, not be set."""
+_HINTS |= {"variant": str, "loader": str}
 
 
 def finite_values(d: Dimension) -> tuple[Any, ...] | None:
@@ -65,8 +68,6 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         name, _, value = text.partition("=")
         name = _field(name, "--set", text)
-        if name == "depth":
-            raise UserError(f"--set {text!r}: depths are for --depths")
         if name in settings:
             raise UserError(f"--set names {name} twice")
         settings[name] = _value(name, value, f"--set {text!r}")
@@ -124,15 +125,18 @@ def _parse_dimension(text: str) -> Dimension:
 
 def _field(word: str, option: str, text: str) -> str:
     name = word.strip().replace("-", "_")
-    if name in _OPTIONS:
-        raise UserError(f"{option} {text!r}: {name} has an option of its own, {_OPTIONS[name]}")
-    check_word(name, FIELDS, f"{option} {text!r}: field")
+    own = _OPTIONS if option == "--search" else _OPTIONS | SEARCHED
+    if name in own:
+        raise UserError(f"{option} {text!r}: {name} has an option of its own, {own[name]}")
+    check_word(name, tuple(dict.fromkeys([*FIELDS, *SEARCHED])), f"{option} {text!r}: field")
     return name
 
 
 def _value(name: str, word: str, what: str) -> Any:
     """A word as the field's own type."""
     hint, word = _HINTS[name], word.strip()
+    if hint is str:  # the plan knows which
+        return word
     if get_origin(hint) is Literal:
         check_word(word, get_args(hint), f"{what}: {name}")
         return word

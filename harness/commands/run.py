@@ -98,7 +98,9 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             runs = len(specs) if options.until_ci is None else until_ci.MAX_SEEDS
             resources = choose_launcher(options, allocation, runs)
             environment = {"launcher": resources.launcher}
-            recorder = Recorder(paths, dataset.original, environment, partial(say, console), classes=dataset.num_classes)
+            recorder = Recorder(
+                paths, dataset.original, environment, partial(say, console), classes=dataset.num_classes
+            )
             todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
             _name_other_code(recorder, console)
             _advise_on_batch_norm(todo, console)
@@ -137,7 +139,9 @@ def check_options(grid: Grid, options: RunOptions) -> Goal | None:
     if any(probes.values()) and sum(others.values()) > 1:
         probe, other, *_ = (name for name, given in others.items() if given)
         raise UserError(f"{probe} and {other} exclude each other: {probe} probes and prints a table")
-    return until_ci.make_goal(options.until_ci, options.max_seeds, max(len(g.seeds) for g in grid.groups or (grid,)))
+    return until_ci.make_goal(
+        options.until_ci, options.max_seeds, max(len(g.seeds) for g in grid.groups or (grid,))
+    )
 
 
 # --- before training ---

@@ -19,6 +19,7 @@ from harness.record import Recorder, classify, lock_run, name_of
 from harness.results.store import load_epochs, write_atomic
 from harness.results.sweeps import TRIALS, State, Sweep, Trial
 from harness.results.values import EpochMetrics, Pruned, RunResult
+from harness.search_space import SEARCHED
 from harness.selfcheck import Checked
 from harness.spec import RunPaths, RunSpec, UserError
 
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
 
 def make_trial_grid(search: Search, point: Mapping[str, Any]) -> Grid:
     """The one run of a point of the search space."""
-    depth = point.get("depth", search.depth)
+    own = {name: point.get(name, getattr(search, name)) for name in SEARCHED}
+    fields = {name: value for name, value in point.items() if name not in SEARCHED}
     return fill(Grid, asdict(search) | {
-        "variants": (search.variant,), "depths": () if depth is None else (depth,), "seeds": (search.seed,),
-        "settings": {name: value for name, value in point.items() if name != "depth"},
+        "variants": (own["variant"],), "depths": () if own["depth"] is None else (own["depth"],),
+        "loader": own["loader"], "seeds": (search.seed,), "settings": {**search.settings, **fields},
     })  # fmt: skip
 
 

@@ -7,37 +7,49 @@ import json
 import os
 import re
 import shlex
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from harness import plan
 from harness.cluster.job import Allocation, Report, Worker
-from harness.commands.report import print_text
+from harness.commands.report import print_text, write_page
 from harness.commands.run import EXIT_DONE, EXIT_FAILED
 from harness.commands.study import Study, count_trials
 from harness.commands.sweep import Prepared, SweepTrials, make_trial_grid, make_trial_spec
-from harness.deadline import stopping_at, stopping_on_sigterm
+from harness.deadline import TimeUp, stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
-from harness.options import Resources, Search, TuneOptions, check_options, fill, options_of
-from harness.progress import TrialTable, describe_trial, load_data, say
+from harness.options import Resources, Search, TuneOptions, check_options, fill, options_of, read_values
+from harness.progress import TrialTable, describe_trial, duration, load_data, say
 from harness.record import describe_code, lock_file, name_of
 from harness.resources import Session, check_resources, make_allocation
 from harness.results.report.text import Sheet, for_terminal
-from harness.results.store import SWEEPS, load_epochs, partial_dir, write_atomic
+from harness.results.store import (
+    RECORD,
+    SWEEP,
+    load_epochs,
+    load_predictions,
+    partial_dir,
+    sweeps_dir,
+    write_atomic,
+)
 from harness.results.sweeps import METRICS, Dimension, Sweep, Trial, best_first, format_value, weigh_both
 from harness.results.values import RunResult
 from harness.search_space import finite_values, parse_search
 from harness.selfcheck import RefusedError, check_first
 from harness.spec import RunPaths, RunSpec, UserError, check_word
 
-SWEEP, JOURNAL, WINNER = "sweep.json", "journal.log", "winner.json"
+if TYPE_CHECKING:
+    from harness.loaders.datasets import Dataset
+
+JOURNAL, WINNER = "journal.log", "winner.json"
 VAL = 5_000
 SEEDS = 5  # of the command that trains the winner
 
@@ -49,7 +61,10 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
     Raises UserError, before anything is started, for whatever cannot work.
     """
     search, options, folder = fill(Search, given), fill(TuneOptions, given), None
-    out = plan.check_out(options.out)
+    look = options.dry_run or options.estimate
+    if options.dry_run and options.estimate:
+        raise UserError("--estimate and --dry-run exclude each other: --estimate probes and prints a table")
+    out = options.out.expanduser().absolute() if look else plan.check_out(options.out)
     if options.resume is not None:
         folder = _find_sweep(out, options.resume)
         search = _load_search(folder, search, given)
@@ -59,16 +74,18 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
     check_resources(resources)
     with ExitStack() as stack, stopping_at(options.until):
         try:
-            prepared = _prepare(search, dimensions, resources, replace(options, out=out), folder, console, stack)
+            planned = _plan(
+                search, dimensions, resources, RunPaths(out=out, data_dir=search.data_dir), console, stack
+            )
+            if look:
+                return _preview(planned, resources, options, console, stack)
+            prepared = _prepare(planned, resources, options, folder, console, stack)
         except RefusedError as error:
             say(console, str(error))
             return EXIT_FAILED
         sweep, allocation = prepared.sweep, prepared.allocation
         study = Study(prepared.folder / JOURNAL, sweep, seed=search.seed)
-        say(
-            console, f"sweep {sweep.name}: {sweep.total} trials of {sweep.epochs} epochs, {allocation.concurrent_runs} at "
-            f"a time; judged by {sweep.judged_by}", style="dim",
-        )  # fmt: skip
+        say(console, f"sweep {sweep.name}: {_describe(planned)}", style="dim")
         Session(allocation, resources, prepared.paths, stack).join()
         from harness.cluster.search import search as run_search
 
@@ -79,10 +96,16 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
                 run_search(partial(train_trial, paths=prepared.paths), trials, job)
         except KeyboardInterrupt as stop:  # TimeUp says more
             say(console, f"{str(stop) or 'stopped'}; harness tune --resume {sweep.name} goes on")
+            if isinstance(stop, TimeUp) and not any(trial.epochs for trial in study.trials):
+                say(console, _what_fits(planned, stop.seconds))
             raise
         finally:
             trials.close()
     _print_sweep(prepared, trials.store(**weigh_both(study.trials, sweep.dimensions)), console)
+    try:
+        say(console, f"page: {write_page(out)}", style="dim")
+    except UserError as error:  # the sweep is stored, whatever becomes of its page
+        say(console, f"no page: {error}", style="dim")
     return EXIT_DONE if any(trial.state == "finished" for trial in study.trials) else EXIT_FAILED
 
 
@@ -129,46 +152,138 @@ def _check(search: Search) -> tuple[Dimension, ...]:
             f"--search-algorithm {search.search_algorithm} makes its own choice of points: choice(...) instead of"
             " grid(...)"
         )
-    searched = {dimension.field for dimension in dimensions}
-    for name in ("batch_size", "batch_norm", "depth"):
-        if getattr(search, name) is not None and name in searched:
-            raise UserError(f"{name} is searched: leave --{name.replace('_', '-')} out")
+    options = options_of(Search)
+    for name in {dimension.field for dimension in dimensions}:
+        if name in search.settings:
+            raise UserError(f"{name} is searched: leave --set {name}=... out")
+        if name in options and getattr(search, name) != options[name].default:
+            raise UserError(f"{name} is searched: leave {options[name].names[0]} out")
     if search.runs_per_gpu > 1 and search.metric == "epoch_seconds":
         raise UserError(
             "--metric epoch_seconds: runs that share a GPU slow each other down; leave --runs-per-gpu out"
         )
-    depths = [depth for d in dimensions if d.field == "depth" for depth in finite_values(d) or ()]
-    for point in ({}, *({"depth": depth} for depth in depths)):
+    for point in ({}, *_corners(dimensions)):
         plan.check_grid(make_trial_grid(search, point))
     return dimensions
 
 
-def _prepare(
-    search: Search, dimensions: tuple[Dimension, ...], resources: Resources, options: TuneOptions, folder: Path | None,
-    console: Console, stack: ExitStack,
-) -> Prepared:  # fmt: skip
-    """Look at devices and data, and make the sweep's folder or lock the one that is resumed. Raises RefusedError."""
-    paths = RunPaths(out=options.out, data_dir=search.data_dir)
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A search on this machine's devices and data, before its folder is made."""
+
+    search: Search
+    sweep: Sweep  # without name and trials
+    specs: list[RunSpec]  # of some points: all that is listed, and all bounds
+    dataset: Dataset
+    paths: RunPaths
+    allocation: Allocation
+
+
+def _plan(
+    search: Search, dimensions: tuple[Dimension, ...], resources: Resources, paths: RunPaths, console: Console,
+    stack: ExitStack,
+) -> _Planned:  # fmt: skip
+    """Look at devices and data, and fix what was left to them: a sweep that is resumed keeps it."""
     allocation = make_allocation(make_trial_grid(search, {}), resources, stack)
     dataset = load_data(search.dataset, paths, console)
     if search.metric == "top5_error" and dataset.num_classes <= 10:
         classes = f"{search.dataset} has {dataset.num_classes} classes"
         raise UserError(f"--metric top5_error: {classes}, too few for a top-5")
-    # what was left to the machine and the data is fixed for a sweep that is resumed
-    function = find_variant(search.variant)
-    depth = default_depth(function) if search.depth is None else search.depth
+    listed = {d.field: d.values for d in dimensions}
+    variants = [find_variant(name) for name in listed.get("variant", (search.variant,))]
+    depths = {default_depth(function) if search.depth is None else search.depth for function in variants}
     images = min(search.limit_train or len(dataset.train), len(dataset.train))
-    val = search.val if search.val is not None else function(depth).recipe.val or min(VAL, images // 10)
+    own = max(function(default_depth(function)).recipe.val for function in variants)
+    val = search.val if search.val is not None else own or min(VAL, images // 10)
     search = replace(search, val=val, gpus=allocation.gpus, workers=allocation.workers)
     total = count_trials(dimensions, search.samples)
     allocation = _allocate_trials(allocation, search, total)
     specs = [make_trial_spec(search, point, allocation, dataset) for point in _corners(dimensions)]
     plan.check_epochs(specs, len(dataset.train))
-    checked = check_first(specs, allocation, resources, paths, console, skip=options.no_check)
-    if (adapted := checked.adapt(specs[0])) != specs[0]:
-        search = replace(search, loader=adapted.loader, engine=adapted.engine)
+    epochs = sorted({plan.count_epochs(spec, len(dataset.train)) for spec in specs})
+    if len(epochs) > 1 and "variant" in listed:
+        raise UserError(
+            f"the recipes of these variants have {' and '.join(map(str, epochs))} epochs: choose with --epochs"
+        )
+    sweep = Sweep(
+        name="", variant="+".join(listed.get("variant", (search.variant,))),
+        depth=None if "depth" in listed or len(depths) > 1 else depths.pop(), dataset=dataset.label,
+        metric=search.metric, selected_on="val" if val else "test", val=val,
+        epochs=plan.count_epochs(specs[0], len(dataset.train)), scheduler=search.scheduler,
+        search_algorithm=search.search_algorithm, total=total, dimensions=list(dimensions), trials=[],
+    )  # fmt: skip
+    return _Planned(search, sweep, specs, dataset, replace(paths, label=dataset.label), allocation)
+
+
+def _describe(planned: _Planned) -> str:
+    sweep, concurrent = planned.sweep, planned.allocation.concurrent_runs
+    return f"{sweep.total} trials of {sweep.epochs} epochs, {concurrent} at a time; judged by {sweep.judged_by}"
+
+
+def _preview(
+    planned: _Planned, resources: Resources, options: TuneOptions, console: Console, stack: ExitStack
+) -> int:
+    """Print what would be searched, or probe what its trials cost. Writes nothing but predictions."""
+    sweep, search, allocation = planned.sweep, planned.search, planned.allocation
+    say(console, f"{sweep.title} on {sweep.dataset}: {_describe(planned)}")
+    if options.dry_run:
+        for dimension in sweep.dimensions:
+            say(console, f"  {dimension}")
+        with tempfile.TemporaryDirectory() as folder:
+            study = Study(Path(folder, JOURNAL), sweep, seed=search.seed)
+            known = sweep.total if search.search_algorithm == "random" else allocation.concurrent_runs
+            while len(study.trials) < known and (point := study.propose()) is not None:
+                spec = make_trial_spec(search, point, allocation, planned.dataset)
+                study.add(point, name_of(spec, planned.paths.label), spec.key)
+        for trial in study.trials:
+            done = (planned.paths.out / trial.run / RECORD).exists()
+            say(console, f"trial {trial.number}: {describe_trial(trial)}{'   done already' * done}")
+        return EXIT_DONE
+    from harness.commands.probe import probe
+
+    # a run costs the same whatever the numbers between two bounds are
+    points = [
+        d.model_copy(update={"values": d.values[:1]}) if finite_values(d) is None else d for d in sweep.dimensions
+    ]
+    cells = [make_trial_spec(search, point, allocation, planned.dataset) for point in _corners(points)]
+    trials = [cell for cell, _ in zip(itertools.cycle(cells), range(sweep.total), strict=False)]
+    failed = probe("estimate", trials, Session(allocation, resources, planned.paths, stack), console)
+    say(console, "of trials in full: those that the scheduler stops early cost less", style="dim")
+    return EXIT_FAILED if failed else EXIT_DONE
+
+
+def _what_fits(planned: _Planned, seconds: float) -> str:
+    """What to do where no epoch was done within so many seconds."""
+    spec, images = planned.specs[0], planned.search.limit_train or len(planned.dataset.train)
+    own = {**spec.to_json(), "seed": None}
+    known = [p for p in load_predictions([planned.paths.out]) if {**p.spec, "seed": None} == own]
+    if not known:
+        return (
+            f"not one epoch of {images:,} images was done: give it more time or, by --limit-train, fewer images; "
+            "--estimate says what would fit"
+        )
+    epoch, setup = known[-1].epoch_seconds + known[-1].eval_seconds, known[-1].setup_seconds
+    fit = int(images * max(0.0, seconds - setup) / epoch)
+    return (
+        f"not one epoch of {images:,} images was done: it takes about {duration(setup + epoch)} from the start, by --estimate; "
+        f"in {duration(seconds)} --limit-train {fit} would have fitted"
+    )
+
+
+def _prepare(
+    planned: _Planned, resources: Resources, options: TuneOptions, folder: Path | None, console: Console,
+    stack: ExitStack,
+) -> Prepared:  # fmt: skip
+    """Check the devices, and make the sweep's folder or lock the one that is resumed. Raises RefusedError."""
+    search, specs, dataset, paths = planned.search, planned.specs, planned.dataset, planned.paths
+    checked = check_first(specs, planned.allocation, resources, paths, console, skip=options.no_check)
+    adapted = [checked.adapt(spec) for spec in specs]
+    if len({spec.loader for spec in specs}) > 1 and [a.loader for a in adapted] != [s.loader for s in specs]:
+        raise UserError("--search loader: one of them failed its check on this device; leave it out")
+    if adapted[0] != specs[0]:
+        search = replace(search, loader=adapted[0].loader, engine=adapted[0].engine)
     if folder is None:
-        folder = _make_folder(paths.out, specs[0], dataset.label)
+        folder = _make_folder(paths.out, planned.sweep)
         stored = {
             "schema_version": 1, "name": folder.name, "options": asdict(search), "fingerprint": dataset.fingerprint,
             "created_at": datetime.now(UTC).isoformat(), **describe_code(),
@@ -178,13 +293,8 @@ def _prepare(
         raise UserError(f"--resume {folder.name}: its images of {search.dataset} differ from those here")
     busy = f"--resume {folder.name}: another harness command is running it"
     stack.callback(lock_file(folder / ".lock", busy).release)
-    sweep = Sweep(
-        name=folder.name, variant=search.variant, depth=None if any(d.field == "depth" for d in dimensions) else depth,
-        dataset=dataset.label, metric=search.metric, selected_on="val" if val else "test", val=val,
-        epochs=plan.count_epochs(specs[0], len(dataset.train)), scheduler=search.scheduler,
-        search_algorithm=search.search_algorithm, total=total, dimensions=list(dimensions), trials=[],
-    )  # fmt: skip
-    return Prepared(search, sweep, folder, dataset, replace(paths, label=dataset.label), allocation, checked)
+    sweep = planned.sweep.model_copy(update={"name": folder.name})
+    return Prepared(search, sweep, folder, dataset, paths, planned.allocation, checked)
 
 
 def _corners(dimensions: Sequence[Dimension]) -> list[dict[str, Any]]:
@@ -207,22 +317,22 @@ def _allocate_trials(allocation: Allocation, search: Search, total: int) -> Allo
     return replace(allocation, concurrent_runs=concurrent, threads=cpus // (concurrent * allocation.workers))
 
 
-def _make_folder(out: Path, spec: RunSpec, label: str) -> Path:
+def _make_folder(out: Path, sweep: Sweep) -> Path:
     """A new folder: runs/tune/msra-20_cifar10_20260102-030405."""
-    words = f"{spec.name}_{label}_{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    words = f"{sweep.title}_{sweep.dataset}_{datetime.now(UTC):%Y%m%d-%H%M%S}"
     name = re.sub(r"[^A-Za-z0-9.+_]+", "-", words)
     for number in itertools.count(1):
         with suppress(FileExistsError):
-            folder = out / SWEEPS / (name if number == 1 else f"{name}-{number}")
+            folder = sweeps_dir(out) / (name if number == 1 else f"{name}-{number}")
             folder.mkdir(parents=True)
             break
     return folder
 
 
 def _find_sweep(out: Path, name: str) -> Path:
-    folder = out / SWEEPS / name
+    folder = sweeps_dir(out) / name
     if not name or not (folder / SWEEP).is_file():
-        if known := sorted(path.parent.name for path in out.glob(f"{SWEEPS}/*/{SWEEP}")):
+        if known := sorted(path.parent.name for path in sweeps_dir(out).glob(f"*/{SWEEP}")):
             check_word(name, known, "--resume")
         raise UserError(f"--resume {name!r}: there is no sweep in {out}")
     return folder
@@ -231,7 +341,7 @@ def _find_sweep(out: Path, name: str) -> Path:
 def _load_search(folder: Path, search: Search, given: Collection[str]) -> Search:
     """The options a sweep was begun with; the command line may repeat them, not contradict them."""
     try:
-        before = fill(Search, json.loads((folder / SWEEP).read_bytes())["options"])
+        before = fill(Search, read_values(json.loads((folder / SWEEP).read_bytes())["options"], Search))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume {folder.name}: {SWEEP} is broken: {error}") from None
     for name, old in asdict(before).items():

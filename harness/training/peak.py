@@ -43,7 +43,9 @@ def load_data_sheets() -> dict[tuple[str, str], Peak]:
     }
 
 
-def find_peak(device: torch.device, precision: Precision, threads: int, cache: Path, *, fresh: bool = False) -> Peak:
+def find_peak(
+    device: torch.device, precision: Precision, threads: int, cache: Path, *, fresh: bool = False
+) -> Peak:
     """By data sheet; else the best that was measured here, which the cache keeps. `fresh`: measure again."""
     name, file = device_name(device), cache / PEAKS
     if known := load_data_sheets().get((name, precision)):
@@ -67,7 +69,9 @@ def measure_peak(device: torch.device, precision: Precision, side: int) -> float
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     set_precision(precision)
     try:
-        factor, product = torch.ones(2, side, side, device=device, dtype=DTYPES.get(precision, torch.float32)) / side
+        factor, product = (
+            torch.ones(2, side, side, device=device, dtype=DTYPES.get(precision, torch.float32)) / side
+        )
         took, until = list[float](), time.perf_counter() + SECONDS
         while len(took) < 4 or time.perf_counter() < until:
             synchronize(device)

@@ -7,6 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from harness.results.metrics import METRICS
+from harness.results.metrics import figures as plain
 from harness.results.values import Record
 
 CARD = "README.md"
@@ -29,7 +30,8 @@ def make_card(record: Record, *, about: str = "", classes: int | None = None) ->
         keep_trailing_newline=True,
     )  # fmt: skip
     versions = record.environment.get("versions") or {}
-    return environment.get_template("card.md").render(
+    return environment.get_template("card.md.j2").render(
         record=record, result=record.result, images=record.images(), figures=figures, about=about, classes=classes,
         version=versions.get("resnet-harness"),
+        peak=None if record.result.mfu is None else plain(record.result.peak_flops / 1e12),
     )  # fmt: skip
