@@ -172,8 +172,9 @@ def _uncovered(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     """Those values for which nothing is given; of tables, field by field."""
     left = {name: value for name, value in values.items() if name not in given}
     for name in TABLES & values.keys() & given.keys():
-        if isinstance(values[name], Mapping):
-            left[name] = {key: value for key, value in values[name].items() if key not in given[name]}
+        table = values[name] if isinstance(values[name], Mapping) else {}
+        if own := {key: value for key, value in table.items() if key not in given[name]}:
+            left[name] = own
     return left
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -81,6 +81,7 @@ def opt(help: str, *names: str, **more: Any) -> Option:
     return Option(help, names, **more)
 
 
+@cache
 def options_of(group: type, *more: type) -> dict[str, Option]:
     """The options among the fields of dataclasses, by name; a dataclass's own before those that it inherits."""
     hints, options = get_type_hints(group, include_extras=True), {}

@@ -24,7 +24,7 @@ STORED = load_records([path.parent for path in sorted((ROOT / "results/records")
 
 def test_every_stored_run_has_a_card_with_its_figures() -> None:
     done = [stored.record for stored in STORED if stored.record.result]
-    assert len(done) > 50
+    assert len(done) > 30
     for record in done:
         card = make_card(record, about="A sentence.", classes=10)
         assert card.startswith(

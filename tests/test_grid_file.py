@@ -124,7 +124,7 @@ def test_dry_run_of_a_file_and_what_save_writes_and_print_config_prints_plan_the
     code, plan, _ = command(f"run {path} {base} --dry-run --save {saved}", capsys)
     assert code == 0
     assert "9 runs on digits" in plan
-    assert "dry_run" not in saved.read_text(), "what only looks is not kept"
+    assert "dry_run =" not in saved.read_text(), "what only looks is not kept"
     assert command(f"run {saved} --dry-run", capsys)[1] == plan
     code, printed, _ = command(f"run {path} {base} --print-config", capsys)
     assert code == 0

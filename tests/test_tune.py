@@ -83,7 +83,7 @@ MISTAKES = {
     "--search variant=choice(msra,mrsa)": "did you mean 'msra'",
     "--search variant=choice(msra,he2015) --variant msra": "leave --variant out",
     "--search variant=uniform(0,1)": "is no number; choice",
-    "--search variant=choice(msra,fattorib)": "the recipes of these variants have",
+    "--search variant=choice(msra,convnet)": "the recipes of these variants have",
     "--search loader=choice(resident,dali)": "leave --loader out",
     "--search lr=uniform(0,1) --set lr=0.1": "leave --set lr=... out",
     "--search lr=uniform(0,1) --set variant=msra": "an option of its own, --variants",

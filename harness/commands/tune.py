@@ -389,7 +389,7 @@ def _print_sweep(prepared: Prepared, sweep: Sweep, console: Console) -> None:
 def write_winner(prepared: Prepared, trial: Trial) -> list[str]:
     """Write the winner's specification: all its epochs, all training images, the test set; the command that trains it."""
     path, data_dir = prepared.folder / WINNER, prepared.search.data_dir
-    spec = prepared.make_spec(trial.fields, epochs=None, val=None, limit_train=None)
+    spec = prepared.make_spec(trial.fields, epochs=None, val=0, limit_train=None)
     write_atomic(path, json.dumps(spec.to_json(), indent=1) + "\n")
     data = [] if data_dir is None else ["--data-dir", str(data_dir)]
     return ["harness", "run", "--spec", str(path), "--seeds", str(SEEDS), *data, "--out", str(prepared.paths.out)]
