@@ -107,7 +107,7 @@ def fill(group: type[Group], values: Mapping[str, Any]) -> Group:
     """A dataclass from the values that are named as its fields are; words are read as its options say. What is not given
     may be a variable's."""
     own = {each.name: values[each.name] for each in fields(group) if each.name in values}  # type: ignore[arg-type]
-    for name, option in options_of(group).items():
+    for name, option in options_of(group).items():  # type: ignore[arg-type]
         if name not in own and (word := os.environ.get(option.variable)):
             own[name] = option.read(name, word)
         if name in own:
@@ -117,7 +117,7 @@ def fill(group: type[Group], values: Mapping[str, Any]) -> Group:
 
 def check_options(group: object) -> None:
     """Raise UserError for a value that its option does not allow."""
-    for name, option in options_of(type(group)).items():
+    for name, option in options_of(type(group)).items():  # type: ignore[arg-type]
         option.check(getattr(group, name))
 
 

@@ -18,6 +18,7 @@ from harness.commands import study
 from harness.commands.study import Journal, Study
 from harness.models.variants import find_variant
 from harness.options import SCHEDULERS
+from harness.progress import describe_trial
 from harness.results.explain import why
 from harness.results.report.table import render
 from harness.results.rows import summarise
@@ -441,27 +442,26 @@ def test_variant_loader_and_batch_size_are_searched_with_settings_kept_by_the_sw
     monkeypatch.setattr("harness.resources.join_cluster", lambda *_, **__: None)
     monkeypatch.setattr("harness.cluster.search.search", search_here(("2", 1)))
     line = "--dataset digits --limit-train 64 --gpus 0 --depth 8 --epochs 1 --scheduler none --concurrent 1 --samples 3"
-    line += " --search 'variant=grid(msra,fattorib)' --search 'loader=choice(resident,dataloader)'"
+    line += " --val 8 --search 'variant=grid(msra,fattorib)' --search 'loader=choice(resident,dataloader)'"
     line += " --search 'batch_size=choice(16,32)' --set lr=0.02 --set milestones=0.5,0.75"
     out = tmp_path / "tune"  # not tune/tune
     code, plan, _ = harness(f"tune {line} --out {out} --dry-run", capsys)
     assert code == 0
-    assert "msra+fattorib-8 on digits: 6 trials of 1 epochs, 1 at a time" in plan
+    assert "msra+fattorib-8 on digits: 6 trials of 1 epoch, 1 at a time" in plan
     assert "loader=choice(resident,dataloader)" in plan
     assert not out.exists(), "a look writes nothing"
     with pytest.raises(StopHereError):
         harness(f"tune {line} --out {out}", capsys)
     (sweep,) = [path.parent for path in out.glob("*/sweep.json")]
-    assert sweep.name.startswith("msra-fattorib-8_digits_")
+    assert sweep.name.startswith("msra+fattorib-8_digits_")
     monkeypatch.setattr("harness.cluster.search.search", search_here(None))
     code, printed, err = harness(f"tune --resume {sweep.name} --out {out}", capsys)
     assert (code, err) == (0, "")
     assert f"page: {out}/report.html" in printed
     assert sweep.name in (out / "report.html").read_text()
     (read,) = load_sweeps([out]).sweeps
-    assert [describe(trial) for trial in read.trials] == [
-        row.partition(": ")[2] for row in plan.splitlines() if row.startswith("trial ")
-    ]
+    planned = [row.partition(": ")[2] for row in plan.splitlines() if row.startswith("trial ")]
+    assert [describe_trial(trial) for trial in read.trials] == planned
     loaded = load_records([out])
     assert (len(loaded.records), loaded.problems) == (6, [])
     by_key = {stored.record.key: stored.record for stored in loaded.records}
@@ -469,12 +469,9 @@ def test_variant_loader_and_batch_size_are_searched_with_settings_kept_by_the_sw
         spec = by_key[trial.key].spec
         known = {"variant": spec["variant"], "loader": spec["loader"], "batch_size": spec["recipe"]["batch_size"]}
         assert known == trial.fields
-        assert (spec["recipe"]["lr"], spec["recipe"]["milestones"]) == (0.02, [0.5, 0.75])
+        assert spec["recipe"]["lr"] == 0.02
+        assert spec["recipe"]["milestones"] == pytest.approx([0.5 / 180, 0.75 / 180]), "stretched, as the epochs are"
     assert {trial.fields["variant"] for trial in read.trials} == {"msra", "fattorib"}
-
-
-def describe(trial: Trial) -> str:
-    return ", ".join(f"{name} {value}" for name, value in trial.fields.items())
 
 
 def test_an_estimate_of_a_sweep_probes_each_cost_once_and_counts_all_trials(tmp_path: Path, capsys: Any) -> None:

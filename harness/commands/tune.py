@@ -217,7 +217,7 @@ def _plan(
 
 def _describe(planned: _Planned) -> str:
     sweep, concurrent = planned.sweep, planned.allocation.concurrent_runs
-    return f"{sweep.total} trials of {sweep.epochs} epochs, {concurrent} at a time; judged by {sweep.judged_by}"
+    return f"{sweep.total} trials of {sweep.epochs} epoch{'s' * (sweep.epochs != 1)}, {concurrent} at a time; judged by {sweep.judged_by}"
 
 
 def _preview(

@@ -33,5 +33,5 @@ def make_card(record: Record, *, about: str = "", classes: int | None = None) ->
     return environment.get_template("card.md.j2").render(
         record=record, result=record.result, images=record.images(), figures=figures, about=about, classes=classes,
         version=versions.get("resnet-harness"),
-        peak=None if record.result.mfu is None else plain(record.result.peak_flops / 1e12),
+        peak=None if record.result.mfu is None else plain((record.result.peak_flops or 0) / 1e12),
     )  # fmt: skip
