@@ -470,7 +470,9 @@ def test_variant_loader_and_batch_size_are_searched_with_settings_kept_by_the_sw
         known = {"variant": spec["variant"], "loader": spec["loader"], "batch_size": spec["recipe"]["batch_size"]}
         assert known == trial.fields
         assert spec["recipe"]["lr"] == 0.02
-        assert spec["recipe"]["milestones"] == pytest.approx([0.5 / 180, 0.75 / 180]), "stretched, as the epochs are"
+        assert spec["recipe"]["milestones"] == pytest.approx([0.5 / 180, 0.75 / 180]), (
+            "stretched, as the epochs are"
+        )
     assert {trial.fields["variant"] for trial in read.trials} == {"msra", "fattorib"}
 
 
@@ -498,7 +500,7 @@ def test_a_time_that_ends_before_the_first_epoch_says_what_would_have_fitted(
     monkeypatch.setattr("harness.cluster.search.search", wait)
     line = f"tune {TINY} --epochs 2 --search 'lr=loguniform(0.01,1)' --concurrent 1 --out {tmp_path}"
     code, out, _ = harness(f"{line} --until 2s", capsys)
-    assert (code, "not one epoch of 128 images was done" in out, "--estimate says what would fit" in out) == (
+    assert (code, "not one epoch of 128 images was done" in out, "--estimate says how many" in out) == (
         130,
         True,
         True,

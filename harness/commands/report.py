@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from harness.options import ReportOptions
 from harness.plan import open_out
+from harness.progress import say
 from harness.results.remote import is_uri
 from harness.results.store import WEIGHTS, collector_paused, load_predictions, load_records, write_atomic
 from harness.spec import UserError, check_word
@@ -153,6 +154,17 @@ def write_page(out: Path, loaded: Loaded | None = None) -> Path:
     with _mistakes(file=str(out / PAGE)):
         write_atomic(out / PAGE, text)
     return out / PAGE
+
+
+def say_page(out: Path, console: Console, loaded: Loaded | None = None) -> Path | None:
+    """Write the page and say where; the runs are stored, whatever becomes of it."""
+    try:
+        page = write_page(out, loaded)
+    except UserError as error:
+        say(console, f"no page: {error}", style="dim")
+        return None
+    say(console, f"page: {page}", style="dim")
+    return page
 
 
 def export_runs(records: Sequence[Stored], to: str) -> int:

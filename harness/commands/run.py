@@ -16,7 +16,7 @@ from rich.console import Console
 
 from harness import plan, until_ci
 from harness.cluster.job import Report, Started, Telemetry, Worker
-from harness.commands.report import export_runs, print_rows, print_text, write_page
+from harness.commands.report import export_runs, print_rows, print_text, say_page
 from harness.deadline import TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.grid_file import format_config, read_command, save_grid
 from harness.options import Grid, RunOptions, fill
@@ -340,13 +340,8 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
         what = "this run was" if len(specs) == 1 else f"all {len(specs)} runs were"
         note(f"{what} done already; --force trains again")
     note(f"stored in {redact(paths.remote).partition('?')[0] or paths.out}")
-    try:
-        page = write_page(paths.out, loaded)
-    except UserError as error:  # the runs are stored, whatever becomes of their page
-        note(f"no page: {error}")
-        return met
-    recorder.push(push_file, page)
-    note(f"page: {page}")
+    if page := say_page(paths.out, console, loaded):
+        recorder.push(push_file, page)
     return met
 
 

@@ -14,12 +14,12 @@ from harness import plan
 from harness.cluster.job import Allocation, Failed, Started
 from harness.commands.study import Study
 from harness.options import Grid, Search, fill
-from harness.progress import TrialTable, describe_trial
+from harness.progress import TrialTable, describe_trial, duration
 from harness.record import Recorder, classify, lock_run, name_of
-from harness.results.store import load_epochs, write_atomic
-from harness.results.sweeps import TRIALS, State, Sweep, Trial
+from harness.results.store import load_epochs, load_predictions, write_atomic
+from harness.results.sweeps import TRIALS, Dimension, State, Sweep, Trial
 from harness.results.values import EpochMetrics, Pruned, RunResult
-from harness.search_space import SEARCHED
+from harness.search_space import SEARCHED, finite_values
 from harness.selfcheck import Checked
 from harness.spec import RunPaths, RunSpec, UserError
 
@@ -39,6 +39,16 @@ def make_trial_grid(search: Search, point: Mapping[str, Any]) -> Grid:
     })  # fmt: skip
 
 
+def corners(dimensions: Sequence[Dimension], *, listed: bool = False) -> list[dict[str, Any]]:
+    """A few points of the space that between them have every listed value and, unless only these are asked for, every
+    bound: an error in one of them is reported before anything starts."""
+    lists = [finite_values(d) or d.values[: 1 if listed else 2] for d in dimensions]
+    return [
+        {d.field: values[min(i, len(values) - 1)] for d, values in zip(dimensions, lists, strict=True)}
+        for i in range(max(map(len, lists)))
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """What is known before the first trial."""
@@ -54,6 +64,24 @@ class Prepared:
     def make_spec(self, point: Mapping[str, Any], **changes: Any) -> RunSpec:
         """The run of one point. Raises UserError where it cannot be one."""
         return make_trial_spec(replace(self.search, **changes), point, self.allocation, self.dataset)
+
+    def describe(self) -> str:
+        """In a line: how many trials, how long, judged by what."""
+        trials = f"{self.sweep.total} trials of {self.sweep.epochs} epoch{'s' * (self.sweep.epochs != 1)}"
+        return f"{trials}, {self.allocation.concurrent_runs} at a time; judged by {self.sweep.judged_by}"
+
+    def what_fits(self, seconds: float) -> str:
+        """What to do where no epoch was done within so many seconds."""
+        images = self.search.limit_train or len(self.dataset.train)
+        none = f"not one epoch of {images:,} images was done"
+        own = self.make_spec(corners(self.sweep.dimensions, listed=True)[0]).to_json() | {"seed": None}
+        known = [p for p in load_predictions([self.paths.out]) if p.spec | {"seed": None} == own]
+        if not known:
+            return f"{none}: more time or fewer images, --limit-train, would have fitted; --estimate says how many"
+        setup, epoch = known[-1].setup_seconds, known[-1].epoch_seconds + known[-1].eval_seconds
+        fit = max(0, int(images * (seconds - setup) / epoch))
+        needs = f"it takes {duration(setup + epoch)} from the start, by --estimate"
+        return f"{none}: {needs}; in {duration(seconds)} --limit-train {fit} would have fitted"
 
 
 def make_trial_spec(search: Search, point: Mapping[str, Any], allocation: Allocation, dataset: Dataset) -> RunSpec:

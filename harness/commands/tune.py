@@ -8,26 +8,26 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from harness import plan
 from harness.cluster.job import Allocation, Report, Worker
-from harness.commands.report import print_text, write_page
+from harness.commands.report import print_text, say_page
 from harness.commands.run import EXIT_DONE, EXIT_FAILED
 from harness.commands.study import Study, count_trials
-from harness.commands.sweep import Prepared, SweepTrials, make_trial_grid, make_trial_spec
+from harness.commands.sweep import Prepared, SweepTrials, corners, make_trial_grid, make_trial_spec
 from harness.deadline import TimeUp, stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
 from harness.options import Resources, Search, TuneOptions, check_options, fill, options_of, read_values
-from harness.progress import TrialTable, describe_trial, duration, load_data, say
+from harness.progress import TrialTable, describe_trial, load_data, say
 from harness.record import describe_code, lock_file, name_of
 from harness.resources import Session, check_resources, make_allocation
 from harness.results.report.text import Sheet, for_terminal
@@ -35,19 +35,15 @@ from harness.results.store import (
     RECORD,
     SWEEP,
     load_epochs,
-    load_predictions,
     partial_dir,
     sweeps_dir,
     write_atomic,
 )
 from harness.results.sweeps import METRICS, Dimension, Sweep, Trial, best_first, format_value, weigh_both
 from harness.results.values import RunResult
-from harness.search_space import finite_values, parse_search
-from harness.selfcheck import RefusedError, check_first
+from harness.search_space import parse_search
+from harness.selfcheck import Checked, RefusedError, check_first
 from harness.spec import RunPaths, RunSpec, UserError, check_word
-
-if TYPE_CHECKING:
-    from harness.loaders.datasets import Dataset
 
 JOURNAL, WINNER = "journal.log", "winner.json"
 VAL = 5_000
@@ -78,14 +74,14 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
                 search, dimensions, resources, RunPaths(out=out, data_dir=search.data_dir), console, stack
             )
             if look:
-                return _preview(planned, resources, options, console, stack)
+                return _preview(planned, resources, estimate=options.estimate, console=console, stack=stack)
             prepared = _prepare(planned, resources, options, folder, console, stack)
         except RefusedError as error:
             say(console, str(error))
             return EXIT_FAILED
         sweep, allocation = prepared.sweep, prepared.allocation
         study = Study(prepared.folder / JOURNAL, sweep, seed=search.seed)
-        say(console, f"sweep {sweep.name}: {_describe(planned)}", style="dim")
+        say(console, f"sweep {sweep.name}: {prepared.describe()}", style="dim")
         Session(allocation, resources, prepared.paths, stack).join()
         from harness.cluster.search import search as run_search
 
@@ -97,15 +93,12 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
         except KeyboardInterrupt as stop:  # TimeUp says more
             say(console, f"{str(stop) or 'stopped'}; harness tune --resume {sweep.name} goes on")
             if isinstance(stop, TimeUp) and not any(trial.epochs for trial in study.trials):
-                say(console, _what_fits(planned, stop.seconds))
+                say(console, prepared.what_fits(stop.seconds))
             raise
         finally:
             trials.close()
     _print_sweep(prepared, trials.store(**weigh_both(study.trials, sweep.dimensions)), console)
-    try:
-        say(console, f"page: {write_page(out)}", style="dim")
-    except UserError as error:  # the sweep is stored, whatever becomes of its page
-        say(console, f"no page: {error}", style="dim")
+    say_page(out, console)
     return EXIT_DONE if any(trial.state == "finished" for trial in study.trials) else EXIT_FAILED
 
 
@@ -162,27 +155,15 @@ def _check(search: Search) -> tuple[Dimension, ...]:
         raise UserError(
             "--metric epoch_seconds: runs that share a GPU slow each other down; leave --runs-per-gpu out"
         )
-    for point in ({}, *_corners(dimensions)):
+    for point in ({}, *corners(dimensions)):
         plan.check_grid(make_trial_grid(search, point))
     return dimensions
-
-
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """A search on this machine's devices and data, before its folder is made."""
-
-    search: Search
-    sweep: Sweep  # without name and trials
-    specs: list[RunSpec]  # of some points: all that is listed, and all bounds
-    dataset: Dataset
-    paths: RunPaths
-    allocation: Allocation
 
 
 def _plan(
     search: Search, dimensions: tuple[Dimension, ...], resources: Resources, paths: RunPaths, console: Console,
     stack: ExitStack,
-) -> _Planned:  # fmt: skip
+) -> Prepared:  # fmt: skip
     """Look at devices and data, and fix what was left to them: a sweep that is resumed keeps it."""
     allocation = make_allocation(make_trial_grid(search, {}), resources, stack)
     dataset = load_data(search.dataset, paths, console)
@@ -198,7 +179,7 @@ def _plan(
     search = replace(search, val=val, gpus=allocation.gpus, workers=allocation.workers)
     total = count_trials(dimensions, search.samples)
     allocation = _allocate_trials(allocation, search, total)
-    specs = [make_trial_spec(search, point, allocation, dataset) for point in _corners(dimensions)]
+    specs = [make_trial_spec(search, point, allocation, dataset) for point in corners(dimensions)]
     plan.check_epochs(specs, len(dataset.train))
     epochs = sorted({plan.count_epochs(spec, len(dataset.train)) for spec in specs})
     if len(epochs) > 1 and "variant" in listed:
@@ -212,70 +193,45 @@ def _plan(
         epochs=plan.count_epochs(specs[0], len(dataset.train)), scheduler=search.scheduler,
         search_algorithm=search.search_algorithm, total=total, dimensions=list(dimensions), trials=[],
     )  # fmt: skip
-    return _Planned(search, sweep, specs, dataset, replace(paths, label=dataset.label), allocation)
-
-
-def _describe(planned: _Planned) -> str:
-    sweep, concurrent = planned.sweep, planned.allocation.concurrent_runs
-    return f"{sweep.total} trials of {sweep.epochs} epoch{'s' * (sweep.epochs != 1)}, {concurrent} at a time; judged by {sweep.judged_by}"
+    return Prepared(search, sweep, Path(), dataset, replace(paths, label=dataset.label), allocation, Checked())
 
 
 def _preview(
-    planned: _Planned, resources: Resources, options: TuneOptions, console: Console, stack: ExitStack
+    planned: Prepared, resources: Resources, *, estimate: bool, console: Console, stack: ExitStack
 ) -> int:
     """Print what would be searched, or probe what its trials cost. Writes nothing but predictions."""
-    sweep, search, allocation = planned.sweep, planned.search, planned.allocation
-    say(console, f"{sweep.title} on {sweep.dataset}: {_describe(planned)}")
-    if options.dry_run:
-        for dimension in sweep.dimensions:
-            say(console, f"  {dimension}")
-        with tempfile.TemporaryDirectory() as folder:
-            study = Study(Path(folder, JOURNAL), sweep, seed=search.seed)
-            known = sweep.total if search.search_algorithm == "random" else allocation.concurrent_runs
-            while len(study.trials) < known and (point := study.propose()) is not None:
-                spec = make_trial_spec(search, point, allocation, planned.dataset)
-                study.add(point, name_of(spec, planned.paths.label), spec.key)
-        for trial in study.trials:
-            done = (planned.paths.out / trial.run / RECORD).exists()
-            say(console, f"trial {trial.number}: {describe_trial(trial)}{'   done already' * done}")
-        return EXIT_DONE
-    from harness.commands.probe import probe
-
-    # a run costs the same whatever the numbers between two bounds are
-    points = [
-        d.model_copy(update={"values": d.values[:1]}) if finite_values(d) is None else d for d in sweep.dimensions
-    ]
-    cells = [make_trial_spec(search, point, allocation, planned.dataset) for point in _corners(points)]
-    trials = [cell for cell, _ in zip(itertools.cycle(cells), range(sweep.total), strict=False)]
-    failed = probe("estimate", trials, Session(allocation, resources, planned.paths, stack), console)
-    say(console, "of trials in full: those that the scheduler stops early cost less", style="dim")
-    return EXIT_FAILED if failed else EXIT_DONE
-
-
-def _what_fits(planned: _Planned, seconds: float) -> str:
-    """What to do where no epoch was done within so many seconds."""
-    spec, images = planned.specs[0], planned.search.limit_train or len(planned.dataset.train)
-    own = {**spec.to_json(), "seed": None}
-    known = [p for p in load_predictions([planned.paths.out]) if {**p.spec, "seed": None} == own]
-    if not known:
-        return (
-            f"not one epoch of {images:,} images was done: give it more time or, by --limit-train, fewer images; "
-            "--estimate says what would fit"
-        )
-    epoch, setup = known[-1].epoch_seconds + known[-1].eval_seconds, known[-1].setup_seconds
-    fit = int(images * max(0.0, seconds - setup) / epoch)
-    return (
-        f"not one epoch of {images:,} images was done: it takes about {duration(setup + epoch)} from the start, by --estimate; "
-        f"in {duration(seconds)} --limit-train {fit} would have fitted"
+    sweep, paths = planned.sweep, planned.paths
+    say(
+        console,
+        "\n  ".join([f"{sweep.title} on {sweep.dataset}: {planned.describe()}", *map(str, sweep.dimensions)]),
     )
+    if estimate:
+        from harness.commands.probe import probe
+
+        # a run costs the same whatever the numbers between two bounds are
+        cells = list(map(planned.make_spec, corners(sweep.dimensions, listed=True)))
+        trials = [cells[i % len(cells)] for i in range(sweep.total)]
+        failed = probe("estimate", trials, Session(planned.allocation, resources, paths, stack), console)
+        say(console, "of trials in full: those that the scheduler stops early cost less", style="dim")
+        return EXIT_FAILED if failed else EXIT_DONE
+    known = sweep.total if sweep.search_algorithm == "random" else planned.allocation.concurrent_runs
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study(Path(folder, JOURNAL), sweep, seed=planned.search.seed)
+        while len(study.trials) < known and (point := study.propose()) is not None:
+            spec = planned.make_spec(point)
+            trial = study.add(point, name_of(spec, paths.label), spec.key)
+            done = (paths.out / trial.run / RECORD).exists()
+            say(console, f"trial {trial.number}: {describe_trial(trial)}{'   done already' * done}")
+    return EXIT_DONE
 
 
 def _prepare(
-    planned: _Planned, resources: Resources, options: TuneOptions, folder: Path | None, console: Console,
+    planned: Prepared, resources: Resources, options: TuneOptions, folder: Path | None, console: Console,
     stack: ExitStack,
 ) -> Prepared:  # fmt: skip
     """Check the devices, and make the sweep's folder or lock the one that is resumed. Raises RefusedError."""
-    search, specs, dataset, paths = planned.search, planned.specs, planned.dataset, planned.paths
+    search, dataset, paths = planned.search, planned.dataset, planned.paths
+    specs = list(map(planned.make_spec, corners(planned.sweep.dimensions)))
     checked = check_first(specs, planned.allocation, resources, paths, console, skip=options.no_check)
     adapted = [checked.adapt(spec) for spec in specs]
     if len({spec.loader for spec in specs}) > 1 and [a.loader for a in adapted] != [s.loader for s in specs]:
@@ -294,17 +250,7 @@ def _prepare(
     busy = f"--resume {folder.name}: another harness command is running it"
     stack.callback(lock_file(folder / ".lock", busy).release)
     sweep = planned.sweep.model_copy(update={"name": folder.name})
-    return Prepared(search, sweep, folder, dataset, paths, planned.allocation, checked)
-
-
-def _corners(dimensions: Sequence[Dimension]) -> list[dict[str, Any]]:
-    """A few points of the space that between them have every listed value and every bound: an error in one of them is
-    reported before anything starts."""
-    lists = [finite_values(dimension) or dimension.values for dimension in dimensions]
-    return [
-        {d.field: values[min(i, len(values) - 1)] for d, values in zip(dimensions, lists, strict=True)}
-        for i in range(max(map(len, lists)))
-    ]
+    return replace(planned, search=search, sweep=sweep, folder=folder, checked=checked)
 
 
 def _allocate_trials(allocation: Allocation, search: Search, total: int) -> Allocation:
