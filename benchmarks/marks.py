@@ -33,9 +33,11 @@ def measure(epochs: int, busy: int) -> dict[str, Any]:
             stack.callback(process.kill)
         process_seconds(harness(*RUN.split(), epochs, "--out", folder))
         (path,) = Path(folder).glob("*/record.json")
-        result = json.loads(path.read_text(encoding="utf-8"))["result"]
-    rows = [[row["train_seconds"], ", ".join(row["interference"])] for row in result["epochs"][1:]]
-    return {"epochs": rows, "rss_mib": result["memory"]["rss_mib"]["value"]}
+        memory = json.loads(path.read_text(encoding="utf-8"))["result"]["memory"]
+        epochs_path = path.with_name("epochs.jsonl")
+        rows = [json.loads(line) for line in epochs_path.read_text(encoding="utf-8").splitlines()][1:]
+    marked = [[row["train_seconds"], ", ".join(row["interference"])] for row in rows]
+    return {"epochs": marked, "rss_mib": memory["rss_mib"]["value"]}
 
 
 def share(count: int, total: int) -> str:
