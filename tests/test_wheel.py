@@ -137,14 +137,15 @@ def test_without_them_what_is_stored_is_read_and_training_says_in_a_line_what_it
     ):  # fmt: skip
         code, out, err = harness(line)
         assert (code, bool(out)) == (0, True), (line, err)
+    before = sorted(tmp_path.rglob("*"))
     for line, name in {
-        "run --dataset digits --depths 8 --gpus 0": "torch", "tune --search lr=uniform(0,1)": "torch",
+        "run --dataset digits --depths 8 --gpus 0": "torch", "tune --search lr=uniform(0,1)": "optuna",
         "eval --weights runs/none": "torch", "variants": "torch", "run --dry-run": "torch",
     }.items():  # fmt: skip
         code, _, err = harness(line)
         says = f"harness: error: {name} is not installed: training needs pip install 'resnet-harness[train]'\n"
         assert (code, err) == (2, says), line
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "runs"]
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is stored"
     code, out, _ = harness("check --quick")
     assert (code, "missing  torch" in out) == (1, True)
 
