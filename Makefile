@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 $(BIN)/harness: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q uv
-	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[dev]'
+	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[train,dev]'
 	touch $@
 
 quickstart: $(BIN)/harness

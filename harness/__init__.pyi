@@ -21,6 +21,7 @@ def report(
     curves: Path | str | None = ...,
 ) -> DataFrame: ...
 def run(
+    file: Path | str | None = ..., /,
     *,
     depths: Sequence[int] | int | str = ...,
     variants: Sequence[str] | str = ...,
@@ -57,6 +58,8 @@ def run(
     scan: bool = ...,
     force: bool = ...,
     fail_fast: bool = ...,
+    save: Path | str | None = ...,
+    print_config: bool = ...,
     gpus: int | None = ...,
     workers: int | None = ...,
     runs_per_gpu: int = ...,
@@ -68,6 +71,7 @@ def run(
 def tune(
     *,
     search: Sequence[str] | str | Mapping[str, str] = ...,
+    settings: Mapping[str, Any] | Sequence[str] = ...,
     variant: str = ...,
     depth: int | None = ...,
     samples: int | None = ...,
@@ -94,6 +98,8 @@ def tune(
     out: Path | str = ...,
     until: datetime | str | None = ...,
     resume: str | None = ...,
+    dry_run: bool = ...,
+    estimate: bool = ...,
     address: str | None = ...,
     no_check: bool = ...,
     verbose: bool = ...,

@@ -45,6 +45,7 @@ CHECKS = (
     Check("resume", "check_resume", 0.0, WARN),
     Check("memory", "check_memory", 0.05, WARN, gpu=True),
     Check("clock", "check_clock", 0.02, WARN),
+    Check("peak", "show_peak", 0.0, SHOW),
     Check("seconds per step", "show_seconds", 0.0, SHOW),
     Check("sum of gradients", "check_sum", 0.0, REFUSE, ranks=True),
     Check("ranks eager", "check_ranks", 1e-3, REFUSE, ("engine", "eager"), ranks=True),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -15,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 import typer
 
 from harness import options as groups
-from harness.options import Option, fill, options_of
-from harness.spec import UserError
+from harness.options import Option, default_out, fill, options_of
+from harness.spec import INSTALL, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,8 +32,6 @@ OTHER_WORDS = {
     "doctor": "check", "explain": "why", "reproduce": "repro", "diff": "compare", "help": "--help", "version": "--version",
 }  # fmt: skip
 """What people type -> the command."""
-ENVIRONMENT = ("out", "address")
-"""Options that a variable gives where the command line does not, HARNESS_OUT, say; HARNESS_DATA_DIR: `plan.find_data_dir`."""
 
 
 @app.callback(invoke_without_command=True)
@@ -51,11 +48,6 @@ def start(
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(2)
-
-
-def default_out() -> str:
-    """The folder of results that is read where none is named."""
-    return os.environ.get("HARNESS_OUT", "runs")
 
 
 def make_console() -> Console:
@@ -104,7 +96,8 @@ def _make_parameter(name: str, option: Option) -> Parameter:
     kinds = () if get_origin(option.kind) is tuple else (option.kind, *get_args(option.kind))
     kind = next((kind for kind in (bool, int, float, Path) if kind in kinds), str)
     shown = isinstance(option.default, str | int | Path) and kind is not bool
-    help = f"{option.help}  [default: {option.default}]" if shown else option.help
+    notes = [f"env var: {option.variable}"] * bool(option.variable) + [f"default: {option.default}"] * shown
+    help = f"{option.help}  [{'; '.join(notes)}]" if notes else option.help
     return Parameter(
         name,
         Parameter.KEYWORD_ONLY,
@@ -115,7 +108,6 @@ def _make_parameter(name: str, option: Option) -> Parameter:
                 *option.names,
                 help=help,
                 metavar="<str>" if option.repeatable else None,
-                envvar=f"HARNESS_{name.upper()}" if name in ENVIRONMENT else None,
             ),
         ],
     )
@@ -125,12 +117,16 @@ def _make_parameter(name: str, option: Option) -> Parameter:
 
 
 @command(groups.Grid, groups.RunOptions)
-def run(given: Given) -> int:
+def run(
+    given: Given,
+    file: Annotated[
+        Path | None, typer.Argument(help="A grid file (TOML); options of the command line win.")
+    ] = None,
+) -> int:
     """Train what is missing of a grid of runs, and print the table."""
-    from harness.commands.run import run_grid
-    from harness.plan import make_grid
+    from harness.commands.run import run_command
 
-    return run_grid(make_grid(given), fill(groups.RunOptions, given), make_console())
+    return run_command(given, file, make_console())[0]
 
 
 @command(groups.Search, groups.TuneOptions)
@@ -261,6 +257,10 @@ def main() -> None:
         code = app(standalone_mode=False, prog_name="harness")
     except UserError as error:
         code = _complain(str(error))
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("harness"):
+            raise
+        code = _complain(f"{error.name} is not installed: {INSTALL}")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -21,7 +21,11 @@ _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
 
 
 class TimeUp(KeyboardInterrupt):
-    """The moment of `--until`; the message says so."""
+    """The moment of `--until`; the message says so. It came after `seconds`."""
+
+    def __init__(self, message: str = "", seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 def parse_until(text: str, now: datetime | None = None) -> datetime:
@@ -63,7 +67,7 @@ def stopping_at(moment: datetime | None) -> Iterator[None]:
         return
 
     def ring(number: int, frame: types.FrameType | None) -> None:
-        raise TimeUp(f"stopped at {format_moment(moment)} as --until said")
+        raise TimeUp(f"stopped at {format_moment(moment)} as --until said", seconds)
 
     seconds = max(moment.timestamp() - time.time(), 1e-3)
     handler = signal.signal(signal.SIGALRM, ring)

@@ -5,12 +5,13 @@ The command line is derived from these fields (`harness.cli`); `fill` makes a da
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from harness.cluster.job import PLACEMENTS, Placement
 from harness.deadline import parse_until
@@ -36,9 +37,42 @@ class Option:
     words: Collection[str] | Callable[[], Collection[str]] = ()  # all that are allowed
     least: int | None = None
     repeatable: bool = False
+    variable: str = ""  # of the environment, which holds where nothing is given
     kind: Any = str  # the field's type
     default: Any = None
     required: bool = False
+
+    def read(self, name: str, value: Any) -> Any:
+        """A value of Python or TOML as the field's type, or as words that `parse` reads. Raises UserError."""
+        from pydantic import TypeAdapter, ValidationError
+
+        kind, several = self.kind, get_origin(self.kind) is tuple
+        if self.repeatable:
+            if isinstance(value, Mapping):
+                listed = {key: v if isinstance(v, list | tuple) else [v] for key, v in value.items()}
+                value = [f"{key}={','.join(map(str, words))}" for key, words in listed.items()]
+            value, kind = [value] if isinstance(value, str | Path) else value, list[str | Path]
+        elif several and isinstance(value, str | int) and not isinstance(value, bool):
+            return str(value)  # depths=20, seeds=3, variants="msra,he2015"
+        elif kind is str and isinstance(value, Path):
+            return str(value)
+        if self.parse and isinstance(value, str):
+            return value
+        try:
+            return TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            raise UserError(f"{name} {value!r}: {error.errors()[0]['msg']}") from None
+
+    def parsed(self, value: Any) -> Any:
+        """The value, read from its words where it is given in words. Raises UserError."""
+        return self.parse(value) if self.parse and isinstance(value, list if self.repeatable else str) else value
+
+    def check(self, value: Any) -> None:
+        """Raise UserError for a value that is not allowed."""
+        if self.words and value is not None:
+            check_word(value, self.words() if callable(self.words) else self.words, self.names[0])
+        if self.least is not None and value is not None and value < self.least:
+            raise UserError(f"{self.names[0]} {value}: at least {self.least} is allowed")
 
 
 def opt(help: str, *names: str, **more: Any) -> Option:
@@ -46,6 +80,7 @@ def opt(help: str, *names: str, **more: Any) -> Option:
     return Option(help, names, **more)
 
 
+@cache
 def options_of(group: type, *more: type) -> dict[str, Option]:
     """The options among the fields of dataclasses, by name; a dataclass's own before those that it inherits."""
     hints, options = get_type_hints(group, include_extras=True), {}
@@ -59,23 +94,39 @@ def options_of(group: type, *more: type) -> dict[str, Option]:
     return options | options_of(*more) if more else options
 
 
+def read_values(values: Mapping[str, Any], *groups: type) -> dict[str, Any]:
+    """Options by name, of the types that their fields have, or in words that `fill` reads. Raises UserError."""
+    known = options_of(*groups)
+    for name in values:
+        check_word(name, known, "option")
+    if "plugin" in known:  # before any word is read: it may be one of a plug-in's
+        from harness.plugins import load_plugins
+
+        load_plugins(known["plugin"].read("plugin", values.get("plugin") or ()))
+    return {name: known[name].read(name, value) for name, value in values.items() if value is not None}
+
+
 def fill(group: type[Group], values: Mapping[str, Any]) -> Group:
-    """A dataclass from the values that are named as its fields are; words are read as its options say."""
+    """A dataclass from the values that are named as its fields are; words are read as its options say. What is not given
+    may be a variable's."""
     own = {each.name: values[each.name] for each in fields(group) if each.name in values}  # type: ignore[arg-type]
-    for name, option in options_of(group).items():
-        if option.parse and isinstance(own.get(name), list if option.repeatable else str):
-            own[name] = option.parse(own[name])
+    for name, option in options_of(group).items():  # type: ignore[arg-type]
+        if name not in own and (word := os.environ.get(option.variable)):
+            own[name] = option.read(name, word)
+        if name in own:
+            own[name] = option.parsed(own[name])
     return group(**own)
 
 
 def check_options(group: object) -> None:
     """Raise UserError for a value that its option does not allow."""
-    for name, option in options_of(type(group)).items():
-        value, what = getattr(group, name), option.names[0]
-        if option.words and value is not None:
-            check_word(value, option.words() if callable(option.words) else option.words, what)
-        if option.least is not None and value is not None and value < option.least:
-            raise UserError(f"{what} {value}: at least {option.least} is allowed")
+    for name, option in options_of(type(group)).items():  # type: ignore[arg-type]
+        option.check(getattr(group, name))
+
+
+def default_out() -> str:
+    """The folder of results that is read where none is named."""
+    return fill(RunOptions, {}).out
 
 
 def _parse_settings(texts: list[str]) -> dict[str, Any]:
@@ -107,13 +158,17 @@ Workers = Annotated[int | None, opt(
     "DDP processes per run; gpus/workers runs train at a time. Default: all GPUs (tune: 1).", least=1)]
 RunsPerGpu = Annotated[int, opt(
     "Runs that share a GPU, for errors only: their seconds and energy do not count.", least=1)]
-Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.")]
+Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.", variable="HARNESS_ADDRESS")]
 Verbose = Annotated[bool, opt("Show Ray's own messages.")]
 Plugin = Annotated[tuple[str, ...], opt(
     "A file with networks, data sets, ... of your own: docs/extending.md. Repeatable.", parse=_parse_files, repeatable=True)]
 Until = Annotated[datetime | None, opt(
     "Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued.", parse=parse_until)]
 NoCheck = Annotated[bool, opt("Train on a GPU that is new without checking it first.")]
+Settings = Annotated[Mapping[str, Any], opt(
+    "FIELD=VALUE of recipe or network, as in lr=0.05. Repeatable.", "--set", parse=_parse_settings, repeatable=True)]
+DryRun = Annotated[bool, opt("Print the plan and what is done already.")]
+Estimate = Annotated[bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.")]
 Across = Annotated[tuple[str, ...], opt(
     "Fields to average over, as in workers,threads.", parse=partial(parse_words, what="--across"))]
 
@@ -154,11 +209,10 @@ class Grid(Training):
     specs: Annotated[tuple[RunSpec, ...], opt(
         "Train the run of this record.json or spec.json, as changed by other options. Repeatable.", "--spec",
         parse=load_specs, repeatable=True)] = ()
-    settings: Annotated[Mapping[str, Any], opt(
-        "FIELD=VALUE of recipe or network, as in lr=0.05. Repeatable.", "--set",
-        parse=_parse_settings, repeatable=True)] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
     limit_test: Annotated[int | None, opt("Evaluate on this many test images only; marked in tables.", least=1)] = None
     networks: tuple[tuple[str, int], ...] = ()  # variants and depths: a preset's
+    groups: tuple[Grid, ...] = ()  # of a grid file, in place of all this
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +236,8 @@ class RunOptions(Resources):
 
     preset: Preset = None  # whose table is printed
     data_dir: DataDir = None
-    out: Annotated[str, opt("Folder of results, or s3://, gs://; runs that it holds are not repeated.")] = "runs"
+    out: Annotated[str, opt(
+        "Folder of results, or s3://, gs://; runs that it holds are not repeated.", variable="HARNESS_OUT")] = "runs"
     until: Until = None
     until_ci: Annotated[float | None, opt(
         "Add seeds until the 95 % interval of the error is ± this many points.")] = None
@@ -196,14 +251,16 @@ class RunOptions(Resources):
         "table; jsonl: a JSON object per event, for programs; jsonl-convnet: per epoch, with the keys of the convnet's log.",
         words=FORMATS)] = "table"
     no_check: NoCheck = False
-    dry_run: Annotated[bool, opt("Print the plan and what is done already.")] = False
-    estimate: Annotated[bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.")] = False
+    dry_run: DryRun = False
+    estimate: Estimate = False
     profile: Annotated[bool, opt("Time the parts of a step of what is missing: data, forward, ...")] = False
     tensorboard: Annotated[bool, opt("Write each run's event file beside its record.")] = False
     scan: Annotated[bool, opt(
         "Decode every image file first; where one is corrupt, it is named and nothing is trained.")] = False
     force: Annotated[bool, opt("Train finished runs again; the old results are kept.")] = False
     fail_fast: Annotated[bool, opt("Stop at the first run that fails.")] = False
+    save: Annotated[Path | None, opt("Write these options as a grid file, which `harness run FILE` takes.")] = None
+    print_config: Annotated[bool, opt("Print all options that hold, as a grid file, and end.")] = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,8 +268,9 @@ class Search(Training):
     """A hyperparameter search, as sweep.json keeps it."""
 
     search: Annotated[tuple[str, ...], opt(
-        "FIELD=loguniform(a,b), uniform, randint, choice or grid; of recipe or network. Repeatable.",
+        "FIELD=loguniform(a,b), uniform, randint, choice or grid; of recipe or network, or variant, loader. Repeatable.",
         parse=tuple, repeatable=True)] = ()
+    settings: Settings = field(default_factory=dict)
     variant: Annotated[str, Variant] = "he2015"
     depth: Depth = None
     samples: Annotated[int | None, opt("Trials, or trials of each grid point. Default: 16, with a grid 1.", least=1)] = None
@@ -233,9 +291,12 @@ class Search(Training):
 class TuneOptions:
     """How a search is carried out."""
 
-    out: Annotated[str, opt("Folder of results, or s3://, gs://; trials are runs in it like any other.")] = "runs"
+    out: Annotated[str, opt(
+        "Folder of results, or s3://, gs://; trials are runs in it like any other.", variable="HARNESS_OUT")] = "runs"
     until: Until = None
     resume: Annotated[str | None, opt("Continue the sweep of that name in --out.")] = None
+    dry_run: DryRun = False
+    estimate: Estimate = False
     address: Address = None
     no_check: NoCheck = False
     verbose: Verbose = False
@@ -302,6 +363,6 @@ class CheckOptions:
 
     quick: Annotated[bool, opt("Look at what is installed; measure nothing.")] = False
     gpus: Gpus = None
-    out: Annotated[str, opt("Where results would go.")] = "runs"
+    out: Annotated[str, opt("Where results would go.", variable="HARNESS_OUT")] = "runs"
     data_dir: Annotated[Path | None, opt("Where the images are.")] = None
     address: Address = None

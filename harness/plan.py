@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -27,8 +28,12 @@ MOST_EPOCHS = 1000  # of a recipe in steps
 def make_grid(given: Mapping[str, Any]) -> Grid:
     """The runs that options name: variants × depths × seeds, a preset's, or stored ones as changed by other options.
 
-    Values, or words as on the command line. Raises UserError.
+    Values, or words as on the command line; `runs` are groups of them, each on top of the others. Raises UserError.
     """
+    if groups := given.get("runs"):
+        grids = tuple(make_grid(merge({n: v for n, v in given.items() if n != "runs"}, group)) for group in groups)
+        specs = tuple(spec for grid in grids for spec in grid.specs)
+        return replace(grids[0], groups=grids, specs=specs, precision=_most_demanding(g.precision for g in grids))
     for option in ("preset", "variants", "depths"):
         if "specs" in given and option in given:
             raise UserError(f"--spec and --{option} exclude each other: the file names the network")
@@ -46,10 +51,22 @@ def make_grid(given: Mapping[str, Any]) -> Grid:
     return _change_specs(grid, given) if grid.specs else grid
 
 
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by name: those above win; of tables (`settings`), field by field."""
+    both = {
+        n: {**below[n], **v}
+        for n, v in above.items()
+        if isinstance(v, Mapping) and isinstance(below.get(n), Mapping)
+    }
+    return {**below, **above, **both}
+
+
 def check_grid(grid: Grid) -> None:
     """Every check that needs neither data nor devices."""
     from harness.loaders.datasets import DataError, check_dataset_name
 
+    for group in grid.groups:
+        check_grid(group)
     check_options(grid)
     for name in ("batch_size", "batch_norm"):
         if getattr(grid, name) is not None and name in grid.settings:
@@ -112,9 +129,12 @@ def override(recipe: Recipe, grid: Grid) -> tuple[Recipe, tuple[str, ...]]:
 
 def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images: int) -> list[RunSpec]:
     """Every run of a grid, each once; seeds outermost, so that a table over all depths and variants is there early."""
-    named = ((name, depth, seed) for seed in grid.seeds for name, depth in grid_networks(grid))
-    specs = [_place(spec, allocation, fingerprint) for spec in grid.specs or _make_specs(grid, named)]
-    check_settings(grid.settings, specs)
+    grids = grid.groups or (grid,)
+    specs = []
+    for each in grids:
+        own = [_place(spec, allocation, fingerprint) for spec in each.specs or _make_specs(each)]
+        check_settings(each.settings, own)
+        specs += own
     for spec in specs:
         if spec.limit_train is not None and spec.limit_train > train_images:
             raise UserError(f"--limit-train {spec.limit_train}: {grid.dataset} has {train_images} training images")
@@ -132,10 +152,10 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
     return list(dict.fromkeys(specs))
 
 
-def _make_specs(grid: Grid, named: Iterable[tuple[str, int, int]]) -> Iterator[RunSpec]:
+def _make_specs(grid: Grid) -> Iterator[RunSpec]:
     """The runs of variants, depths and seeds, not placed yet."""
     shared = {name: getattr(grid, name) for name in SHARED}
-    for name, depth, seed in named:
+    for seed, (name, depth) in itertools.product(grid.seeds, grid_networks(grid)):
         variant = find_variant(name)(depth)
         spec = RunSpec(variant=name, network=variant.network, recipe=variant.recipe, seed=seed,
                        fingerprint=ANY_IMAGES, device="cpu", **shared)  # fmt: skip
@@ -176,8 +196,12 @@ def _change_specs(grid: Grid, given: Collection[str]) -> Grid:
     specs = [replace(_change(spec, grid), **fixed) for spec in grid.specs]
     seeds = grid.seeds if "seeds" in given else ()
     specs = [replace(spec, seed=seed) for seed in seeds for spec in specs] or specs
-    precision = max((spec.precision for spec in specs), key=lambda p: p in GPU_PRECISIONS)
+    precision = _most_demanding(spec.precision for spec in specs)
     return replace(grid, dataset=datasets[0], precision=precision, specs=tuple(specs))
+
+
+def _most_demanding(precisions: Iterable[str]) -> str:
+    return max(precisions, key=lambda p: p in GPU_PRECISIONS)
 
 
 def check_images(specs: Iterable[RunSpec], dataset: Dataset) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.cluster.job import Failed, Started
+from harness.models.variants import find_variant
 from harness.plugins import write_source
 from harness.results import store
 from harness.results.identity import hash_code
@@ -145,6 +146,7 @@ class Recorder:
     started: dict[str, datetime] = field(default_factory=dict)
     nodes: dict[str, list[NodeUse]] = field(default_factory=dict)
     added: dict[str, float] = field(default_factory=dict)  # by --until-ci: `Record.added_until`, by key
+    classes: int | None = None  # of the data set
 
     def partial(self, spec: RunSpec) -> Path:
         """The folder of a run that has not finished."""
@@ -184,6 +186,8 @@ class Recorder:
 
     def end(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, **environment: Any) -> bool:
         """Store what a run came to. Returns whether it is a result and is stored at the URI too, if there is one."""
+        from harness.results.report.card import CARD, make_card
+
         folder = self.partial(spec)
         try:
             attempts = load_attempts(folder)
@@ -205,6 +209,10 @@ class Recorder:
             )  # fmt: skip
             if isinstance(outcome, RunResult):
                 self.pull(folder)  # what rank 0 wrote on its node
+                folder.mkdir(parents=True, exist_ok=True)
+                store.write_atomic(
+                    folder / CARD, make_card(record, about=describe_variant(spec), classes=self.classes)
+                )
                 folder = store.finish(self.paths.out, record)
                 self.finished[spec.key] = outcome
                 self.known.pop(folder, None)  # of an earlier run, by --force
@@ -231,6 +239,15 @@ class Recorder:
         """Copy a partial run from the URI, if there is one, and wait for it where it is away. Raises StorageError."""
         if self.paths.remote:
             patiently(self.warn, lambda: pull_run(self.paths.remote, folder))
+
+
+def describe_variant(spec: RunSpec) -> str:
+    """A sentence on a run's variant; nothing where it is not known here."""
+    try:
+        variant = find_variant(spec.variant)(spec.network.depth)
+    except ValueError:
+        return ""
+    return f"{variant.summary} ({variant.source})."
 
 
 def describe_os_error(error: OSError, path: Path) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
 from harness.cluster.job import Allocation
 from harness.options import Grid, Resources, check_options
 from harness.plan import GPU_PRECISIONS
 from harness.results.remote import join_uri
-from harness.spec import RunPaths, RunSpec, UserError
+from harness.spec import INSTALL, RunPaths, RunSpec, UserError
 
 if TYPE_CHECKING:
     from harness.cluster.nodes import Cluster
@@ -22,6 +23,8 @@ Runs = Generator[tuple[RunSpec, Any], None, None]
 def check_resources(resources: Resources) -> None:
     """Raise UserError for what can be seen to be wrong without devices."""
     check_options(resources)
+    if find_spec("torch") is None:
+        raise UserError(f"torch is not installed: {INSTALL}")
     share, several = resources.runs_per_gpu, resources.workers not in (None, 1)
     if share > 1 and several:
         raise UserError(f"--runs-per-gpu {share}: runs that share a GPU have one worker, not {resources.workers}")

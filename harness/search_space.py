@@ -29,6 +29,9 @@ _NAMES = {
     "architecture": "network", "optimizer": "optimizer", "schedule": "schedule", "augmentations": "augmentation",
 }  # fmt: skip
 """Fields that name something: of which table."""
+SEARCHED = {"variant": "--variants", "loader": "--loader", "depth": "--depths"}
+"""What can be searched and, as it has an option of its own, not be set."""
+_HINTS |= {"variant": str, "loader": str}
 
 
 def finite_values(d: Dimension) -> tuple[Any, ...] | None:
@@ -73,8 +76,6 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         name, _, value = text.partition("=")
         name = _field(name, "--set", text)
-        if name == "depth":
-            raise UserError(f"--set {text!r}: depths are for --depths")
         if name in settings:
             raise UserError(f"--set names {name} twice")
         settings[name] = _value(name, value, f"--set {text!r}")
@@ -146,14 +147,15 @@ def _parse_dimension(text: str) -> Dimension:
 
 def _field(word: str, option: str, text: str) -> str:
     name = word.strip().replace("-", "_")
-    if name in _OPTIONS:
-        raise UserError(f"{option} {text!r}: {name} has an option of its own, {_OPTIONS[name]}")
-    check_word(name, (*FIELDS, *own_hints()), f"{option} {text!r}: field")
+    own = _OPTIONS if option == "--search" else _OPTIONS | SEARCHED
+    if name in own:
+        raise UserError(f"{option} {text!r}: {name} has an option of its own, {own[name]}")
+    check_word(name, tuple(dict.fromkeys([*FIELDS, *own_hints(), *SEARCHED])), f"{option} {text!r}: field")
     return name
 
 
 def _hint(name: str) -> Any:
-    return _HINTS[name] if name in FIELDS else own_hints()[name]
+    return _HINTS[name] if name in _HINTS else own_hints()[name]
 
 
 def _value(name: str, word: str, what: str) -> Any:

@@ -19,6 +19,7 @@ from harness.models.variants import Network, Recipe, added
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Engine = Literal["eager", "compile", "graph"]
 FEW = 20  # words that a message lists
+INSTALL = "training needs pip install 'resnet-harness[train]'"
 
 
 class UserError(Exception):

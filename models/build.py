@@ -32,16 +32,18 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-def count_flops(network: Network, num_classes: int, image_size: int = 32) -> int:
-    """Multiply-adds of one image's forward pass, in convolutions and affine layers; nothing is computed.
+def count_flops(module: nn.Module, image_size: int) -> int:
+    """FLOPs of one image's forward pass in evaluation, by torch's own counter: of convolutions and products of matrices, a
+    multiplication and an addition counting as two (the multiply-adds of papers are half of it). On the meta device nothing
+    is computed."""
+    from torch.utils.flop_counter import FlopCounterMode
 
-    The figure papers call FLOPs: half of what counts a multiplication and an addition as two.
-    """
-    from torch.utils.flop_counter import FlopCounterMode  # takes a second or two
-
-    with torch.device("meta"):
-        module = build(network, num_classes, image_size).eval()
-        image = torch.empty(1, 3, image_size, image_size)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        module(image)
-    return int(counter.get_total_flops()) // 2
+    training = [each for each in module.modules() if each.training]
+    image = torch.zeros(1, 3, image_size, image_size, device=next(module.parameters()).device)
+    try:
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            module.eval()(image)
+    finally:
+        for each in training:
+            each.training = True
+    return int(counter.get_total_flops())

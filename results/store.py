@@ -3,7 +3,8 @@
     <out>/<name>/            a finished run: record.json, epochs.jsonl, weights.safetensors, and hashes.json of them
     <out>/<name>.partial/    a run that is not finished: running, interrupted, failed or pruned by a search (the last
                              two have a record.json too)
-    <out>/tune/<sweep>/      a search's settings and trials; each trial is a run like any other
+    <out>/tune/<sweep>/      a search's settings and trials; each trial is a run like any other. <out>/<sweep>/ where <out>
+                             is a folder "tune"
     <out>/.superseded/       finished runs that were run again
     <out>/.estimates/        predictions of probes, one file for all seeds of a run
 
@@ -32,6 +33,7 @@ from pydantic import ValidationError
 from harness.results.values import EpochMetrics, Prediction, Record, Timing, setting
 
 RECORD, EPOCHS, SPEC, WEIGHTS = "record.json", "epochs.jsonl", "spec.json", "weights.safetensors"
+SWEEP = "sweep.json"  # of a search: its settings
 HASHES = "hashes.json"  # file name -> SHA-256, for `harness verify`
 PARTIAL, SUPERSEDED, SWEEPS, ESTIMATES = ".partial", ".superseded", "tune", ".estimates"
 
@@ -79,6 +81,11 @@ def run_name(dataset: str, variant: str, depth: int, seed: int, key: str) -> str
         return re.sub(r"[^A-Za-z0-9.+]+", "-", word).strip("-.")[:60] or "x"
 
     return f"{safe(dataset)}_{safe(variant)}{f'-{depth}' * bool(depth)}_s{seed}_{safe(key)[:8]}"
+
+
+def sweeps_dir(out: Path) -> Path:
+    """Where a folder of results keeps its searches."""
+    return out if out.absolute().name == SWEEPS else out / SWEEPS
 
 
 def partial_dir(out: Path, name: str) -> Path:
@@ -219,6 +226,8 @@ def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] | None = No
         except FileNotFoundError:
             if folder.name.endswith(PARTIAL):
                 loaded.interrupted.append(_interrupted(folder))
+            elif (folder / SWEEP).exists():
+                continue
             elif any(inner.suffix == PARTIAL or (inner / RECORD).exists() for inner in folder.iterdir()):
                 others.append(folder)
             else:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from harness.results.store import SWEEPS, Problem, first_error
+from harness.results.store import Problem, first_error, sweeps_dir
 from harness.results.values import Value
 
 TRIALS = "trials.json"
@@ -94,8 +94,8 @@ class Importance(Value):
 class Sweep(Value):
     schema_version: Literal[1] = 1
     name: str
-    variant: str
-    depth: int | None = None  # None where depth is searched
+    variant: str  # "msra+he2015" where it is searched
+    depth: int | None = None  # None where it is searched, or each variant has its own
     dataset: str
     metric: str
     selected_on: Literal["val", "test"]
@@ -243,9 +243,9 @@ class Sweeps(NamedTuple):
 
 
 def load_sweeps(paths: Iterable[Path]) -> Sweeps:
-    """Read <path>/tune/*/trials.json, each once, by name. A broken one is a problem that names it."""
+    """Read the searches of some folders of results, each once, by name. A broken one is a problem that names it."""
     loaded = Sweeps([], [])
-    for path in sorted({file.resolve() for folder in paths for file in folder.glob(f"{SWEEPS}/*/{TRIALS}")}):
+    for path in sorted({file.resolve() for folder in paths for file in sweeps_dir(folder).glob(f"*/{TRIALS}")}):
         try:
             loaded.sweeps.append(Sweep.model_validate(json.loads(path.read_bytes())))
         except (OSError, ValueError, RecursionError) as error:

@@ -158,6 +158,9 @@ class RunResult(Value):
     batch_size_per_gpu: int
     threads: int  # CPU threads of one worker
     device: str  # "NVIDIA H200", "AMD EPYC"
+    forward_flops: int | None = None  # of one image, by torch's counter; a multiplication and an addition are two
+    peak_flops: float | None = None  # per second, of one worker's device in the run's precision
+    peak_source: str = ""
     machine: dict[str, Any] = {}  # host, GPU, driver, versions, on the rank 0 worker
     attempts: int = 1
     engine: str | None = None  # the one that was used, which a fallback makes differ from the spec's
@@ -169,6 +172,14 @@ class RunResult(Value):
     @property
     def accuracy(self) -> float:
         return 100 - self.final_error
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation in percent (arXiv:2204.02311, appendix B). Training is three forward passes: backward
+        takes a product for the inputs and one for the weights."""
+        if self.images_per_second is None or self.forward_flops is None or self.peak_flops is None:
+            return None
+        return 100 * 3 * self.forward_flops * self.images_per_second / (self.workers * self.peak_flops)
 
     @property
     def test_accuracy(self) -> float | None:

@@ -53,7 +53,10 @@ def stub() -> str:
             if each.kind is inspect.Parameter.VAR_POSITIONAL:
                 lines.append("    *paths: str | Path,")
                 continue
-            if lines[-1].startswith("def "):
+            if each.kind is inspect.Parameter.POSITIONAL_ONLY:
+                lines.append("    file: Path | str | None = ..., /,")
+                continue
+            if lines[-1].startswith("def ") or lines[-1].endswith("/,"):
                 lines.append("    *,")
             lines.append(f"    {each.name}: {annotation(each)} = ...,")
         lines.append(") -> DataFrame: ...")
@@ -80,12 +83,24 @@ def test_run_load_and_report_give_what_the_command_line_gives(tmp_path: Path, ca
     assert "| depth" in re.sub(r"\s+", " ", (tmp_path / "table.md").read_text())
 
 
+def test_variables_give_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HARNESS_OUT", str(tmp_path / "mine"))
+    runs = harness.run(**SMALL)
+    assert len(runs) == len(harness.load()) == len(harness.report()) == 1
+    assert len(list((tmp_path / "mine").glob("*/record.json"))) == 1
+    assert len(harness.run(**SMALL, out=tmp_path / "other")) == 1
+    monkeypatch.setenv("HARNESS_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(harness.UserError, match="--address is for --launcher ray"):
+        harness.run(**SMALL)
+
+
 MISTAKES: dict[str, dict[str, Any]] = {
     "option 'depth' is unknown; did you mean depths?": {"depth": 8},
     "epochs 'ten': Input should be a valid integer": {"epochs": "ten"},
     "--loader 'dalli' is unknown; did you mean dali?": {"loader": "dalli"},
     "--seeds '0,x'": {"seeds": "0,x"},
     "depths ['8a']": {"depths": ["8a"]},
+    "did you mean lr?": {"settings": {"lrr": 1}},
 }
 
 

@@ -18,6 +18,7 @@ from harness.commands import study
 from harness.commands.study import Journal, Study
 from harness.models.variants import find_variant
 from harness.options import SCHEDULERS
+from harness.progress import describe_trial
 from harness.results.explain import why
 from harness.results.report.table import render
 from harness.results.rows import summarise
@@ -80,6 +81,14 @@ MISTAKES = {
     "--search batch_size=choice(32,33) --workers 2": "does not divide the global batch",
     "--search lr=uniform(0,1) --val 128": "holds out 128 training images, and here are 128",
     "--search lr=uniform(0,1) --variant mrsa": "did you mean 'msra'",
+    "--search variant=choice(msra,mrsa)": "did you mean 'msra'",
+    "--search variant=choice(msra,he2015) --variant msra": "leave --variant out",
+    "--search variant=uniform(0,1)": "is no number; choice",
+    "--search variant=choice(msra,convnet)": "the recipes of these variants have",
+    "--search loader=choice(resident,dali)": "leave --loader out",
+    "--search lr=uniform(0,1) --set lr=0.1": "leave --set lr=... out",
+    "--search lr=uniform(0,1) --set variant=msra": "an option of its own, --variants",
+    "--search lr=uniform(0,1) --dry-run --estimate": "exclude each other",
     "--search lr=uniform(0,1) --resume nothing": "there is no sweep",
     "": "--search is missing",
 }  # fmt: skip
@@ -425,6 +434,81 @@ def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
     assert (winner.recipe.lr, winner.network.shortcut) == (best["fields"]["lr"], best["fields"]["shortcut"])
     assert (winner.recipe.val, winner.recipe.duration, winner.limit_train) == (0, 64_000, None)
     assert (winner.loader, winner.engine, winner.device) == ("resident", "eager", "cpu")
+
+
+def test_variant_loader_and_batch_size_are_searched_with_settings_kept_by_the_sweep(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.resources.join_cluster", lambda *_, **__: None)
+    monkeypatch.setattr("harness.cluster.search.search", search_here(("2", 1)))
+    line = "--dataset digits --limit-train 64 --gpus 0 --depth 8 --epochs 1 --scheduler none --concurrent 1 --samples 3"
+    line += " --val 8 --search 'variant=grid(msra,fattorib)' --search 'loader=choice(resident,dataloader)'"
+    line += " --search 'batch_size=choice(16,32)' --set lr=0.02 --set milestones=0.5,0.75"
+    out = tmp_path / "tune"  # not tune/tune
+    code, plan, _ = harness(f"tune {line} --out {out} --dry-run", capsys)
+    assert code == 0
+    assert "msra+fattorib-8 on digits: 6 trials of 1 epoch, 1 at a time" in plan
+    assert "loader=choice(resident,dataloader)" in plan
+    assert not out.exists(), "a look writes nothing"
+    with pytest.raises(StopHereError):
+        harness(f"tune {line} --out {out}", capsys)
+    (sweep,) = [path.parent for path in out.glob("*/sweep.json")]
+    assert sweep.name.startswith("msra+fattorib-8_digits_")
+    monkeypatch.setattr("harness.cluster.search.search", search_here(None))
+    code, printed, err = harness(f"tune --resume {sweep.name} --out {out}", capsys)
+    assert (code, err) == (0, "")
+    assert f"page: {out}/report.html" in printed
+    assert sweep.name in (out / "report.html").read_text()
+    (read,) = load_sweeps([out]).sweeps
+    planned = [row.partition(": ")[2] for row in plan.splitlines() if row.startswith("trial ")]
+    assert [describe_trial(trial) for trial in read.trials] == planned
+    loaded = load_records([out])
+    assert (len(loaded.records), loaded.problems) == (6, [])
+    by_key = {stored.record.key: stored.record for stored in loaded.records}
+    for trial in read.trials:
+        spec = by_key[trial.key].spec
+        known = {"variant": spec["variant"], "loader": spec["loader"], "batch_size": spec["recipe"]["batch_size"]}
+        assert known == trial.fields
+        assert spec["recipe"]["lr"] == 0.02
+        assert spec["recipe"]["milestones"] == pytest.approx([0.5 / 180, 0.75 / 180]), (
+            "stretched, as the epochs are"
+        )
+    assert {trial.fields["variant"] for trial in read.trials} == {"msra", "fattorib"}
+
+
+def test_an_estimate_of_a_sweep_probes_each_cost_once_and_counts_all_trials(tmp_path: Path, capsys: Any) -> None:
+    line = (
+        f"tune {TINY} --epochs 2 --search 'lr=loguniform(0.01,1)' --search 'batch_size=choice(16,32)' --samples 7"
+    )
+    code, out, _ = harness(f"{line} --concurrent 1 --out {tmp_path} --estimate", capsys)
+    assert code == 0
+    assert "in all 7 runs, 1 at a time" in out
+    assert out.count("probing") == 2
+    assert not list(tmp_path.glob("tune/*"))
+
+
+def test_a_time_that_ends_before_the_first_epoch_says_what_would_have_fitted(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(train: Any, trials: Any, job: Any) -> None:
+        import time
+
+        trials.propose()
+        time.sleep(60)
+
+    monkeypatch.setattr("harness.resources.join_cluster", lambda *_, **__: None)
+    monkeypatch.setattr("harness.cluster.search.search", wait)
+    line = f"tune {TINY} --epochs 2 --search 'lr=loguniform(0.01,1)' --concurrent 1 --out {tmp_path}"
+    code, out, _ = harness(f"{line} --until 2s", capsys)
+    assert (code, "not one epoch of 128 images was done" in out, "--estimate says how many" in out) == (
+        130,
+        True,
+        True,
+    )
+    assert harness(f"{line} --estimate", capsys)[0] == 0
+    code, out, _ = harness(f"{line} --until 2s", capsys)
+    assert code == 130
+    assert "by --estimate; in 2 s --limit-train " in " ".join(out.split())
 
 
 @pytest.mark.ray

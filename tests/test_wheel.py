@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,68 @@ def test_the_wheel_has_every_module_and_every_file_that_is_read(wheel: Path) -> 
     assert len([name for name in expected if name.endswith(".py")]) == len(modules())
     installed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("harness/")}
     assert installed == expected
+
+
+TRAINING = ("torch", "torchvision", "ray", "nvidia", "pynvml", "PIL", "sklearn", "safetensors", "optuna")
+
+
+def test_who_only_reports_installs_nothing_to_train_with(wheel: Path) -> None:
+    text = zipfile.ZipFile(wheel).read("resnet_harness-0.1.0.dist-info/METADATA").decode()
+    needs = [
+        line.removeprefix("Requires-Dist: ") for line in text.splitlines() if line.startswith("Requires-Dist: ")
+    ]
+    base = {re.split(r"[\[<>=]", line)[0] for line in needs if "extra ==" not in line}
+    train = {re.split(r"[\[<>=]", line)[0] for line in needs if 'extra == "train"' in line}
+    assert {"torch", "torchvision", "ray", "nvidia-dali-cuda120", "optuna", "nvidia-ml-py"} <= train
+    assert {"numpy", "pandas", "pyarrow", "rich", "typer", "scipy"} <= base
+    assert not base & train
+    assert "Requires-Python: >=3.11" in text
+
+
+WITHOUT = f"""
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {TRAINING!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name.partition(".")[0])
+
+sys.meta_path.insert(0, Absent())
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name in {TRAINING!r} else found(name, *more)
+from harness import cli
+sys.argv = ["harness", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def test_without_them_what_is_stored_is_read_and_training_says_in_a_line_what_it_needs(tmp_path: Path) -> None:
+    stored = ROOT / "results" / "records" / "sample_digits_cpu_2026-11-22" / "runs"
+    runs = shutil.copytree(stored, tmp_path / "runs")
+
+    def harness(line: str) -> tuple[int, str, str]:
+        words = [sys.executable, "-c", WITHOUT, *line.split()]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    for line in (
+        "report", "report --format html", "report --format latex", f"compare {runs} --by loader", "why msra-8 runs",
+        "verify", "export", "repro runs/digits_msra-8_s0_dd58573b", "--help", "run --help",
+    ):  # fmt: skip
+        code, out, err = harness(line)
+        assert (code, bool(out)) == (0, True), (line, err)
+    before = sorted(tmp_path.rglob("*"))
+    for line, name in {
+        "run --dataset digits --depths 8 --gpus 0": "torch", "tune --search lr=uniform(0,1)": "optuna",
+        "eval --weights runs/none": "torch", "variants": "torch", "run --dry-run": "torch",
+    }.items():  # fmt: skip
+        code, _, err = harness(line)
+        says = f"harness: error: {name} is not installed: training needs pip install 'resnet-harness[train]'\n"
+        assert (code, err) == (2, says), line
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is stored"
+    code, out, _ = harness("check --quick")
+    assert (code, "missing  torch" in out) == (1, True)
 
 
 def test_without_its_dependencies_the_wheel_leaves_the_users_names_alone(bare: Path, project: Path) -> None:

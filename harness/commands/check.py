@@ -46,7 +46,7 @@ class Absent(Missing):
 
 def check_torch(target: CheckOptions) -> str:
     if installed_version("torch") is None:
-        raise Missing("not installed", "pip install torch torchvision")
+        raise Missing("not installed", "pip install 'resnet-harness[train]'")
     import torch
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
@@ -107,7 +107,8 @@ def check_dali(target: CheckOptions) -> str:
 
 def check_ray(target: CheckOptions) -> str:
     version = installed_version("ray")
-    pin = next((line for line in requires("resnet-harness") or () if re.match(r"ray\b", line)), "")
+    lines = (line.partition(";")[0].strip() for line in requires("resnet-harness") or ())
+    pin = next((line for line in lines if re.match(r"ray\b", line)), "")
     low, high = sorted(tuple(map(int, pair)) for pair in re.findall(r"[=<](\d+)\.(\d+)", pin))
     if version is None or not low <= tuple(map(int, version.split(".")[:2])) < high:
         advice = f"several workers or runs at a time need it: pip install '{pin}', or choose --launcher local"

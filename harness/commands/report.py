@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from harness.options import ReportOptions
 from harness.plan import open_out
+from harness.progress import say
 from harness.results.remote import StorageError, is_uri, push_run
 from harness.results.store import WEIGHTS, collector_paused, load_predictions, load_records, write_atomic
 from harness.spec import UserError, check_word
@@ -163,6 +164,17 @@ def write_page(out: Path, loaded: Loaded | None = None) -> Path:
     with _mistakes(file=str(out / PAGE)):
         write_atomic(out / PAGE, text)
     return out / PAGE
+
+
+def say_page(out: Path, console: Console, loaded: Loaded | None = None) -> Path | None:
+    """Write the page and say where; the runs are stored, whatever becomes of it."""
+    try:
+        page = write_page(out, loaded)
+    except UserError as error:
+        say(console, f"no page: {error}", style="dim")
+        return None
+    say(console, f"page: {page}", style="dim")
+    return page
 
 
 def export_runs(records: Sequence[Stored], to: str) -> int:
@@ -321,10 +333,9 @@ def print_variants(console: Console) -> None:
         architecture = variant.network.architecture
         shown = {"imagenet": (100, 112), "resnet": (1000, 224)}
         classes, side = shown.get(architecture, (10, max(32, NETWORKS[architecture].smallest_image)))
-        with blaming("network", architecture):
-            with torch.device("meta"):
-                parameters = count_parameters(build(variant.network, classes, side))
-            macs = count_flops(variant.network, classes, side) / 1e6
+        with blaming("network", architecture), torch.device("meta"):
+            network = build(variant.network, classes, side)
+            parameters, macs = count_parameters(network), count_flops(network, side) / 2e6
         size = f"depth {variant.network.depth:<4} {parameters:>10,} parameters {macs:>7.1f} MMAC"
         console.print(Text.assemble((f"{variant.name:{width}}", "bold"), size), soft_wrap=True)
         console.print(Text(f"    {variant.summary} ({variant.source})", style="dim"), soft_wrap=True)

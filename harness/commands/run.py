@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,9 +16,10 @@ from rich.console import Console
 
 from harness import plan, until_ci
 from harness.cluster.job import Report, Started, Telemetry, Worker
-from harness.commands.report import export_runs, print_rows, write_page
+from harness.commands.report import export_runs, print_rows, print_text, say_page
 from harness.deadline import SIGTERM_SECONDS, TimeUp, format_moment, stopping_at, stopping_on_sigterm
-from harness.options import Grid, RunOptions
+from harness.grid_file import format_config, read_command, save_grid
+from harness.options import Grid, RunOptions, fill
 from harness.plugins import sources
 from harness.progress import LINES, JsonLines, Progress, load_data, print_columns, say, width_of
 from harness.record import Recorder, lease, lock_run, name_of, name_other_code
@@ -56,6 +57,21 @@ class _Prepared:
             self.recorder.environment |= check_nodes(self.dataset, self.session.paths, self.console)
 
 
+def run_command(given: Mapping[str, Any], file: Path | None, console: Console) -> tuple[int, RunOptions]:
+    """`harness run`, with the options that are given on top of a grid file's. Returns the exit code and how it was carried
+    out. Raises UserError."""
+    command = read_command(given, file)
+    grid, options = plan.make_grid(command), fill(RunOptions, command)
+    if options.print_config or options.save is not None:
+        check_options(grid, options)
+    if options.print_config:
+        print_text(format_config(command), console)
+        return EXIT_DONE, options
+    if options.save is not None:
+        save_grid(command, options.save)
+    return run_grid(grid, options, console), options
+
+
 def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
     """Train what is missing of a grid, store it, print the table. Returns the exit code.
 
@@ -87,7 +103,9 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             runs = len(specs) if options.until_ci is None else until_ci.MAX_SEEDS
             resources = choose_launcher(options, allocation, runs)
             environment = {"launcher": resources.launcher}
-            recorder = Recorder(paths, dataset.original, environment, partial(say, console))
+            recorder = Recorder(
+                paths, dataset.original, environment, partial(say, console), classes=dataset.num_classes
+            )
             todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
             if any(spec.plugins for spec in todo):
                 from harness.training.fit import check_fit
@@ -130,7 +148,9 @@ def check_options(grid: Grid, options: RunOptions) -> Goal | None:
     if any(probes.values()) and sum(others.values()) > 1:
         probe, other, *_ = (name for name, given in others.items() if given)
         raise UserError(f"{probe} and {other} exclude each other: {probe} probes and prints a table")
-    return until_ci.make_goal(options.until_ci, options.max_seeds, len(grid.seeds))
+    return until_ci.make_goal(
+        options.until_ci, options.max_seeds, max(len(g.seeds) for g in grid.groups or (grid,))
+    )
 
 
 # --- before training ---
@@ -336,13 +356,8 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
         what = "this run was" if len(specs) == 1 else f"all {len(specs)} runs were"
         note(f"{what} done already; --force trains again")
     note(f"stored in {redact(paths.remote).partition('?')[0] or paths.out}")
-    try:
-        page = write_page(paths.out, loaded)
-    except UserError as error:  # the runs are stored, whatever becomes of their page
-        note(f"no page: {error}")
-        return met
-    recorder.push(push_file, page)
-    note(f"page: {page}")
+    if page := say_page(paths.out, console, loaded):
+        recorder.push(push_file, page)
     return met
 
 

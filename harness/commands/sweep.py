@@ -14,12 +14,13 @@ from harness import plan
 from harness.cluster.job import Allocation, Failed, Started
 from harness.commands.study import Study
 from harness.options import Grid, Search, fill
-from harness.progress import TrialTable, describe_trial
+from harness.progress import TrialTable, describe_trial, duration
 from harness.record import Recorder, classify, lock_run, name_of
 from harness.results.remote import join_uri, push_run
-from harness.results.store import SWEEPS, load_epochs, write_atomic
-from harness.results.sweeps import TRIALS, State, Sweep, Trial
+from harness.results.store import SWEEPS, load_epochs, load_predictions, write_atomic
+from harness.results.sweeps import TRIALS, Dimension, State, Sweep, Trial
 from harness.results.values import EpochMetrics, Pruned, RunResult
+from harness.search_space import SEARCHED, finite_values
 from harness.selfcheck import Checked
 from harness.spec import RunPaths, RunSpec, UserError
 
@@ -31,11 +32,22 @@ if TYPE_CHECKING:
 
 def make_trial_grid(search: Search, point: Mapping[str, Any]) -> Grid:
     """The one run of a point of the search space."""
-    depth = point.get("depth", search.depth)
+    own = {name: point.get(name, getattr(search, name)) for name in SEARCHED}
+    fields = {name: value for name, value in point.items() if name not in SEARCHED}
     return fill(Grid, asdict(search) | {
-        "variants": (search.variant,), "depths": () if depth is None else (depth,), "seeds": (search.seed,),
-        "settings": {name: value for name, value in point.items() if name != "depth"},
+        "variants": (own["variant"],), "depths": () if own["depth"] is None else (own["depth"],),
+        "loader": own["loader"], "seeds": (search.seed,), "settings": {**search.settings, **fields},
     })  # fmt: skip
+
+
+def corners(dimensions: Sequence[Dimension], *, listed: bool = False) -> list[dict[str, Any]]:
+    """A few points of the space that between them have every listed value and, unless only these are asked for, every
+    bound: an error in one of them is reported before anything starts."""
+    lists = [finite_values(d) or d.values[: 1 if listed else 2] for d in dimensions]
+    return [
+        {d.field: values[min(i, len(values) - 1)] for d, values in zip(dimensions, lists, strict=True)}
+        for i in range(max(map(len, lists)))
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +65,24 @@ class Prepared:
     def make_spec(self, point: Mapping[str, Any], **changes: Any) -> RunSpec:
         """The run of one point. Raises UserError where it cannot be one."""
         return make_trial_spec(replace(self.search, **changes), point, self.allocation, self.dataset)
+
+    def describe(self) -> str:
+        """In a line: how many trials, how long, judged by what."""
+        trials = f"{self.sweep.total} trials of {self.sweep.epochs} epoch{'s' * (self.sweep.epochs != 1)}"
+        return f"{trials}, {self.allocation.concurrent_runs} at a time; judged by {self.sweep.judged_by}"
+
+    def what_fits(self, seconds: float) -> str:
+        """What to do where no epoch was done within so many seconds."""
+        images = self.search.limit_train or len(self.dataset.train)
+        none = f"not one epoch of {images:,} images was done"
+        own = self.make_spec(corners(self.sweep.dimensions, listed=True)[0]).to_json() | {"seed": None}
+        known = [p for p in load_predictions([self.paths.out]) if p.spec | {"seed": None} == own]
+        if not known:
+            return f"{none}: more time or fewer images, --limit-train, would have fitted; --estimate says how many"
+        setup, epoch = known[-1].setup_seconds, known[-1].epoch_seconds + known[-1].eval_seconds
+        fit = max(0, int(images * (seconds - setup) / epoch))
+        needs = f"it takes {duration(setup + epoch)} from the start, by --estimate"
+        return f"{none}: {needs}; in {duration(seconds)} --limit-train {fit} would have fitted"
 
 
 def make_trial_spec(search: Search, point: Mapping[str, Any], allocation: Allocation, dataset: Dataset) -> RunSpec:
@@ -84,8 +114,10 @@ class SweepTrials:
             "launcher": "tune", "concurrent_runs": prepared.allocation.concurrent_runs, "sweep": prepared.sweep.name,
             **prepared.checked.environment,
         }  # fmt: skip
-        original, warnings = prepared.dataset.original, prepared.checked.warnings
-        self.recorder = Recorder(prepared.paths, original, environment, table.say, warnings)
+        dataset, warnings = prepared.dataset, prepared.checked.warnings
+        self.recorder = Recorder(
+            prepared.paths, dataset.original, environment, table.say, warnings, classes=dataset.num_classes
+        )
 
     def store(self, **changes: Any) -> Sweep:
         """Write trials.json."""

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -19,27 +20,27 @@ from rich.console import Console
 
 from harness import plan
 from harness.cluster.job import Allocation, Report, Worker
-from harness.commands.report import print_text
+from harness.commands.report import print_text, say_page
 from harness.commands.run import EXIT_DONE, EXIT_FAILED
 from harness.commands.study import Study, count_trials
-from harness.commands.sweep import Prepared, SweepTrials, make_trial_grid, make_trial_spec
-from harness.deadline import stopping_at, stopping_on_sigterm
+from harness.commands.sweep import Prepared, SweepTrials, corners, make_trial_grid, make_trial_spec
+from harness.deadline import TimeUp, stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
-from harness.options import Resources, Search, TuneOptions, check_options, fill, options_of
+from harness.options import Resources, Search, TuneOptions, check_options, fill, options_of, read_values
 from harness.plugins import load_plugins, sources
 from harness.progress import TrialTable, describe_trial, load_data, say
 from harness.record import describe_code, lease, lock_file, name_of
 from harness.resources import Session, check_resources, make_allocation
 from harness.results.remote import join_uri, redact
 from harness.results.report.text import Sheet, for_terminal
-from harness.results.store import SWEEPS, load_epochs, partial_dir, write_atomic
+from harness.results.store import RECORD, SWEEP, SWEEPS, load_epochs, partial_dir, sweeps_dir, write_atomic
 from harness.results.sweeps import METRICS, Dimension, Sweep, Trial, best_first, format_value, weigh_both
 from harness.results.values import RunResult
-from harness.search_space import finite_values, parse_search
-from harness.selfcheck import RefusedError, check_first
+from harness.search_space import parse_search
+from harness.selfcheck import Checked, RefusedError, check_first
 from harness.spec import RunPaths, RunSpec, UserError, check_word
 
-SWEEP, JOURNAL, WINNER = "sweep.json", "journal.log", "winner.json"
+JOURNAL, WINNER = "journal.log", "winner.json"
 VAL = 5_000
 SEEDS = 5  # of the command that trains the winner
 
@@ -50,8 +51,11 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
     `given`: options by name; a resumed search keeps its own, and to contradict them is an error.
     Raises UserError, before anything is started, for whatever cannot work.
     """
-    search, options = fill(Search, given), fill(TuneOptions, given)
-    out, remote = plan.open_out(options.out, write=True)
+    search, options, folder = fill(Search, given), fill(TuneOptions, given), None
+    look = options.dry_run or options.estimate
+    if options.dry_run and options.estimate:
+        raise UserError("--estimate and --dry-run exclude each other: --estimate probes and prints a table")
+    out, remote = plan.open_out(options.out, write=not look)
     if options.resume is not None:
         folder = _find_sweep(out, options.resume, redact(remote) or str(out))
         search = _load_search(folder, search, given)
@@ -62,16 +66,16 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
     paths = RunPaths(out=out, data_dir=search.data_dir, remote=remote, plugins=sources())
     with ExitStack() as stack, stopping_at(options.until):
         try:
-            prepared = _prepare(search, dimensions, resources, options, paths, console, stack)
+            planned = _plan(search, dimensions, resources, paths, console, stack)
+            if look:
+                return _preview(planned, resources, estimate=options.estimate, console=console, stack=stack)
+            prepared = _prepare(planned, resources, options, folder, console, stack)
         except RefusedError as error:
             say(console, str(error))
             return EXIT_FAILED
         sweep, allocation = prepared.sweep, prepared.allocation
         study = Study(prepared.folder / JOURNAL, sweep, seed=search.seed)
-        say(
-            console, f"sweep {sweep.name}: {sweep.total} trials of {sweep.epochs} epochs, {allocation.concurrent_runs} at "
-            f"a time; judged by {sweep.judged_by}", style="dim",
-        )  # fmt: skip
+        say(console, f"sweep {sweep.name}: {prepared.describe()}", style="dim")
         Session(allocation, resources, prepared.paths, stack).join()
         from harness.cluster.search import search as run_search
 
@@ -83,11 +87,14 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
                 run_search(partial(train_trial, paths=prepared.paths), trials, job)
         except KeyboardInterrupt as stop:  # TimeUp says more
             say(console, f"{str(stop) or 'stopped'}; harness tune --resume {sweep.name} goes on")
+            if isinstance(stop, TimeUp) and not any(trial.epochs for trial in study.trials):
+                say(console, prepared.what_fits(stop.seconds))
             raise
         finally:
             trials.close()
     _print_sweep(prepared, trials.store(**weigh_both(study.trials, sweep.dimensions)), console)
     trials.push()  # the winner too
+    say_page(out, console)
     return EXIT_DONE if any(trial.state == "finished" for trial in study.trials) else EXIT_FAILED
 
 
@@ -134,50 +141,105 @@ def _check(search: Search) -> tuple[Dimension, ...]:
             f"--search-algorithm {search.search_algorithm} makes its own choice of points: choice(...) instead of"
             " grid(...)"
         )
-    searched = {dimension.field for dimension in dimensions}
-    for name in ("batch_size", "batch_norm", "depth"):
-        if getattr(search, name) is not None and name in searched:
-            raise UserError(f"{name} is searched: leave --{name.replace('_', '-')} out")
+    options = options_of(Search)
+    for name in {dimension.field for dimension in dimensions}:
+        if name in search.settings:
+            raise UserError(f"{name} is searched: leave --set {name}=... out")
+        if name in options and getattr(search, name) != options[name].default:
+            raise UserError(f"{name} is searched: leave {options[name].names[0]} out")
     if search.runs_per_gpu > 1 and search.metric == "epoch_seconds":
         raise UserError(
             "--metric epoch_seconds: runs that share a GPU slow each other down; leave --runs-per-gpu out"
         )
-    depths = [depth for d in dimensions if d.field == "depth" for depth in finite_values(d) or ()]
-    for point in ({}, *({"depth": depth} for depth in depths)):
+    for point in ({}, *corners(dimensions)):
         plan.check_grid(make_trial_grid(search, point))
     return dimensions
 
 
-def _prepare(
-    search: Search, dimensions: tuple[Dimension, ...], resources: Resources, options: TuneOptions, paths: RunPaths,
-    console: Console, stack: ExitStack,
+def _plan(
+    search: Search, dimensions: tuple[Dimension, ...], resources: Resources, paths: RunPaths, console: Console,
+    stack: ExitStack,
 ) -> Prepared:  # fmt: skip
-    """Look at devices and data, and make the sweep's folder or lock the one that is resumed. Raises RefusedError."""
-    folder = None if options.resume is None else paths.out / SWEEPS / options.resume
+    """Look at devices and data, and fix what was left to them: a sweep that is resumed keeps it."""
     allocation = make_allocation(make_trial_grid(search, {}), resources, stack)
     dataset = load_data(search.dataset, paths, console)
     if search.metric == "top5_error" and dataset.num_classes <= 10:
         classes = f"{search.dataset} has {dataset.num_classes} classes"
         raise UserError(f"--metric top5_error: {classes}, too few for a top-5")
-    # what was left to the machine and the data is fixed for a sweep that is resumed
-    function = find_variant(search.variant)
-    depth = default_depth(function) if search.depth is None else search.depth
+    listed = {d.field: d.values for d in dimensions}
+    variants = [find_variant(name) for name in listed.get("variant", (search.variant,))]
+    depths = {default_depth(function) if search.depth is None else search.depth for function in variants}
     images = min(search.limit_train or len(dataset.train), len(dataset.train))
-    val = search.val if search.val is not None else function(depth).recipe.val or min(VAL, images // 10)
+    own = max(function(default_depth(function)).recipe.val for function in variants)
+    val = search.val if search.val is not None else own or min(VAL, images // 10)
     search = replace(search, val=val, gpus=allocation.gpus, workers=allocation.workers)
     total = count_trials(dimensions, search.samples)
     allocation = _allocate_trials(allocation, search, total)
-    specs = [make_trial_spec(search, point, allocation, dataset) for point in _corners(dimensions)]
+    specs = [make_trial_spec(search, point, allocation, dataset) for point in corners(dimensions)]
     plan.check_epochs(specs, len(dataset.train))
     if any(spec.plugins for spec in specs):
         from harness.training.fit import check_fit
 
         check_fit(specs, dataset, paths)
-    checked = check_first(specs, allocation, resources, paths, console, skip=options.no_check)
-    if (adapted := checked.adapt(specs[0])) != specs[0]:
-        search = replace(search, loader=adapted.loader, engine=adapted.engine)
+    epochs = sorted({plan.count_epochs(spec, len(dataset.train)) for spec in specs})
+    if len(epochs) > 1 and "variant" in listed:
+        raise UserError(
+            f"the recipes of these variants have {' and '.join(map(str, epochs))} epochs: choose with --epochs"
+        )
+    sweep = Sweep(
+        name="", variant="+".join(listed.get("variant", (search.variant,))),
+        depth=None if "depth" in listed or len(depths) > 1 else depths.pop(), dataset=dataset.label,
+        metric=search.metric, selected_on="val" if val else "test", val=val,
+        epochs=plan.count_epochs(specs[0], len(dataset.train)), scheduler=search.scheduler,
+        search_algorithm=search.search_algorithm, total=total, dimensions=list(dimensions), trials=[],
+    )  # fmt: skip
+    return Prepared(search, sweep, Path(), dataset, replace(paths, label=dataset.label), allocation, Checked())
+
+
+def _preview(
+    planned: Prepared, resources: Resources, *, estimate: bool, console: Console, stack: ExitStack
+) -> int:
+    """Print what would be searched, or probe what its trials cost. Writes nothing but predictions."""
+    sweep, paths = planned.sweep, planned.paths
+    say(
+        console,
+        "\n  ".join([f"{sweep.title} on {sweep.dataset}: {planned.describe()}", *map(str, sweep.dimensions)]),
+    )
+    if estimate:
+        from harness.commands.probe import probe
+
+        # a run costs the same whatever the numbers between two bounds are
+        cells = list(map(planned.make_spec, corners(sweep.dimensions, listed=True)))
+        trials = [cells[i % len(cells)] for i in range(sweep.total)]
+        failed = probe("estimate", trials, Session(planned.allocation, resources, paths, stack), console)
+        say(console, "of trials in full: those that the scheduler stops early cost less", style="dim")
+        return EXIT_FAILED if failed else EXIT_DONE
+    known = sweep.total if sweep.search_algorithm == "random" else planned.allocation.concurrent_runs
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study(Path(folder, JOURNAL), sweep, seed=planned.search.seed)
+        while len(study.trials) < known and (point := study.propose()) is not None:
+            spec = planned.make_spec(point)
+            trial = study.add(point, name_of(spec, paths.label), spec.key)
+            done = (paths.out / trial.run / RECORD).exists()
+            say(console, f"trial {trial.number}: {describe_trial(trial)}{'   done already' * done}")
+    return EXIT_DONE
+
+
+def _prepare(
+    planned: Prepared, resources: Resources, options: TuneOptions, folder: Path | None, console: Console,
+    stack: ExitStack,
+) -> Prepared:  # fmt: skip
+    """Check the devices, and make the sweep's folder or lock the one that is resumed. Raises RefusedError."""
+    search, dataset, paths = planned.search, planned.dataset, planned.paths
+    specs = list(map(planned.make_spec, corners(planned.sweep.dimensions)))
+    checked = check_first(specs, planned.allocation, resources, paths, console, skip=options.no_check)
+    adapted = [checked.adapt(spec) for spec in specs]
+    if len({spec.loader for spec in specs}) > 1 and [a.loader for a in adapted] != [s.loader for s in specs]:
+        raise UserError("--search loader: one of them failed its check on this device; leave it out")
+    if adapted[0] != specs[0]:
+        search = replace(search, loader=adapted[0].loader, engine=adapted[0].engine)
     if folder is None:
-        folder = _make_folder(paths.out, specs[0], dataset.label)
+        folder = _make_folder(paths.out, planned.sweep)
         stored = {
             "schema_version": 1, "name": folder.name, "options": asdict(search), "fingerprint": dataset.fingerprint,
             "created_at": datetime.now(UTC).isoformat(), "plugins": [source.identity for source in paths.plugins],
@@ -195,23 +257,8 @@ def _prepare(
     busy = f"--resume {folder.name}: another harness command is running it"
     stack.callback(lock_file(folder / ".lock", busy).release)
     stack.enter_context(lease(paths.remote, [folder.name], partial(say, console)))
-    sweep = Sweep(
-        name=folder.name, variant=search.variant, depth=None if any(d.field == "depth" for d in dimensions) else depth,
-        dataset=dataset.label, metric=search.metric, selected_on="val" if val else "test", val=val,
-        epochs=plan.count_epochs(specs[0], len(dataset.train)), scheduler=search.scheduler,
-        search_algorithm=search.search_algorithm, total=total, dimensions=list(dimensions), trials=[],
-    )  # fmt: skip
-    return Prepared(search, sweep, folder, dataset, replace(paths, label=dataset.label), allocation, checked)
-
-
-def _corners(dimensions: Sequence[Dimension]) -> list[dict[str, Any]]:
-    """A few points of the space that between them have every listed value and every bound: an error in one of them is
-    reported before anything starts."""
-    lists = [finite_values(dimension) or dimension.values for dimension in dimensions]
-    return [
-        {d.field: values[min(i, len(values) - 1)] for d, values in zip(dimensions, lists, strict=True)}
-        for i in range(max(map(len, lists)))
-    ]
+    sweep = planned.sweep.model_copy(update={"name": folder.name})
+    return replace(planned, search=search, sweep=sweep, folder=folder, checked=checked)
 
 
 def _allocate_trials(allocation: Allocation, search: Search, total: int) -> Allocation:
@@ -224,22 +271,22 @@ def _allocate_trials(allocation: Allocation, search: Search, total: int) -> Allo
     return replace(allocation, concurrent_runs=concurrent, threads=cpus // (concurrent * allocation.workers))
 
 
-def _make_folder(out: Path, spec: RunSpec, label: str) -> Path:
+def _make_folder(out: Path, sweep: Sweep) -> Path:
     """A new folder: runs/tune/msra-20_cifar10_20260102-030405."""
-    words = f"{spec.name}_{label}_{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    words = f"{sweep.title}_{sweep.dataset}_{datetime.now(UTC):%Y%m%d-%H%M%S}"
     name = re.sub(r"[^A-Za-z0-9.+_]+", "-", words)
     for number in itertools.count(1):
         with suppress(FileExistsError):
-            folder = out / SWEEPS / (name if number == 1 else f"{name}-{number}")
+            folder = sweeps_dir(out) / (name if number == 1 else f"{name}-{number}")
             folder.mkdir(parents=True)
             break
     return folder
 
 
 def _find_sweep(out: Path, name: str, where: str) -> Path:
-    folder = out / SWEEPS / name
+    folder = sweeps_dir(out) / name
     if not name or not (folder / SWEEP).is_file():
-        if known := sorted(path.parent.name for path in out.glob(f"{SWEEPS}/*/{SWEEP}")):
+        if known := sorted(path.parent.name for path in sweeps_dir(out).glob(f"*/{SWEEP}")):
             check_word(name, known, "--resume")
         raise UserError(f"--resume {name!r}: there is no sweep in {where}")
     return folder
@@ -248,7 +295,7 @@ def _find_sweep(out: Path, name: str, where: str) -> Path:
 def _load_search(folder: Path, search: Search, given: Collection[str]) -> Search:
     """The options a sweep was begun with; the command line may repeat them, not contradict them."""
     try:
-        before = fill(Search, json.loads((folder / SWEEP).read_bytes())["options"])
+        before = fill(Search, read_values(json.loads((folder / SWEEP).read_bytes())["options"], Search))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume {folder.name}: {SWEEP} is broken: {error}") from None
     for name, old in asdict(before).items():
@@ -299,7 +346,7 @@ def _print_sweep(prepared: Prepared, sweep: Sweep, console: Console) -> None:
 def write_winner(prepared: Prepared, trial: Trial) -> list[str]:
     """Write the winner's specification: all its epochs, all training images, the test set; the command that trains it."""
     path, data_dir = prepared.folder / WINNER, prepared.search.data_dir
-    spec = prepared.make_spec(trial.fields, epochs=None, val=None, limit_train=None)
+    spec = prepared.make_spec(trial.fields, epochs=None, val=0, limit_train=None)
     write_atomic(path, json.dumps(spec.to_json(), indent=1) + "\n")
     data = [word for file in prepared.search.plugin for word in ("--plugin", file)]
     data += [] if data_dir is None else ["--data-dir", str(data_dir)]

@@ -17,7 +17,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -27,12 +27,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from harness.checklist import BY_NAME, Result
 from harness.cluster.job import Worker
+from harness.loaders.cache import cache_dir
 from harness.loaders.datasets import Split
 from harness.loaders.sampling import SamplingPlan
 from harness.models.variants import find_variant
 from harness.plugins import names_of, used_by
+from harness.results.metrics import figures
 from harness.results.values import EpochMetrics
 from harness.spec import Engine, Precision, RunSpec
+from harness.training.peak import find_peak
 from harness.training.setup import Data, Prepared, Trainer, assemble, make_trainer
 from harness.training.step import deterministic_algorithms, sum_gradients, synchronize
 from harness.training.telemetry import gather
@@ -269,7 +272,7 @@ def check_clock(bench: Bench) -> Figure:
         event.record()
         return event
 
-    figures = list[tuple[float, float, float]]()
+    seen = list[tuple[float, float, float]]()
     for _ in range(4):
         synchronize(device)
         started_at, before = time.perf_counter(), mark()
@@ -279,9 +282,19 @@ def check_clock(bench: Bench) -> Figure:
         synchronize(device)
         seconds = time.perf_counter() - started_at
         other = before.elapsed_time(after) / 1000 if bench.on_gpu else after - before
-        figures.append((abs(seconds / other - 1), seconds, other))
-    error, seconds, other = min(figures[1:])  # the first is warm-up
+        seen.append((abs(seconds / other - 1), seconds, other))
+    error, seconds, other = min(seen[1:])  # the first is warm-up
     return error, f"{1000 * seconds:.1f} ms, by the other clock {1000 * other:.1f} ms: a share of {error:.3f}"
+
+
+def show_peak(bench: Bench) -> Figure:
+    """What MFU is over, in each precision; kept for runs where no data sheet says it."""
+    device, known = torch.device(bench.worker.device), list[str]()
+    precisions: tuple[Precision, ...] = get_args(Precision) if bench.on_gpu else ("fp32", "bf16")
+    for precision in precisions:
+        peak = find_peak(device, precision, bench.worker.threads, cache_dir(), fresh=True)
+        known.append(f"{precision} {figures(peak.flops / 1e12)} TFLOP/s ({peak.source})")
+    return 0.0, ", ".join(known)
 
 
 def show_seconds(bench: Bench) -> Figure:

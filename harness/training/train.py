@@ -20,7 +20,9 @@ from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
 from harness.cluster.job import PreemptedError, Worker
+from harness.loaders.cache import cache_dir
 from harness.loaders.loader import Loader
+from harness.models.build import count_flops
 from harness.record import name_of
 from harness.results.remote import RemoteRun
 from harness.results.store import append_epoch, partial_dir, write_epochs
@@ -31,6 +33,7 @@ from harness.training.checkpoint import load_checkpoint, outline, save_checkpoin
 from harness.training.evaluation import Evaluation, evaluate
 from harness.training.memory import largest
 from harness.training.optim import learning_rate, set_lr, total_epochs, total_steps
+from harness.training.peak import find_peak
 from harness.training.setup import Prepared, Trainer, batch_sizes, make_trainer, prepare
 from harness.training.step import deterministic_algorithms, draw_mix, flushed_denormals, make_autocast, mix
 from harness.training.telemetry import (
@@ -145,11 +148,24 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
             memory=largest(gather(memory)),
             batch_size=spec.recipe.batch_size, batch_size_per_gpu=spec.recipe.batch_size // spec.workers,
             threads=worker.threads, runs_per_gpu=worker.runs_per_gpu,
-            device=device_name(run.device), machine=describe_machine(run.device),
+            device=device_name(run.device), machine=describe_machine(run.device), **count_work(run, worker, paths, warn),
             engine=trainer.engine.way.name, attempts=attempt,
             warnings=tuple(dict.fromkeys(chain(*gather(warnings_seen)))),
             ranks=tuple(gather(summarise_rank(worker.rank, memory, history[first:]))),
         )  # fmt: skip
+
+
+def count_work(run: Prepared, worker: Worker, paths: RunPaths, warn: Callable[[str], None]) -> dict[str, Any]:
+    """The fields of a result that MFU is of: the network's FLOPs and the device's peak. Known to rank 0 alone."""
+    if worker.rank:
+        return {}
+    try:
+        forward = count_flops(run.network, run.loader_config.augment.crop_size(run.data.train)[0])
+        peak = find_peak(run.device, run.spec.precision, worker.threads, paths.cache_dir or cache_dir())
+    except Exception as error:  # of a network of any kind; the run itself is whole
+        warn(f"no MFU: {type(error).__name__}: {error}")
+        return {}
+    return {"forward_flops": forward, "peak_flops": peak.flops, "peak_source": peak.source}
 
 
 def run_epoch(

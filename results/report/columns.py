@@ -196,7 +196,7 @@ DERIVED: dict[str, tuple[Column, ...]] = {
 }  # fmt: skip
 """Columns that follow a metric's."""
 SPARE = (
-    "best_minus_last", "data_stall_percent", "images_per_second", "energy_joules", "parameters", "torch_allocated_mib",
+    "mfu", "best_minus_last", "data_stall_percent", "images_per_second", "energy_joules", "parameters", "torch_allocated_mib",
     "published_memory_mib", "predicted_epoch_seconds", "published_epoch_seconds", "best_error", "torch_reserved_mib",
     "top5_error", "published", "verdict",
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric
+from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures
 from harness.results.published import Published
 from harness.results.report.columns import cost_entry, progress, pruned_at
 from harness.results.rows import Row, incomparable
@@ -95,6 +95,9 @@ def _timing_notes(row: Row) -> Noted:
     if concurrent - {"1"}:
         yield f"timed with {' or '.join(sorted(concurrent))} runs going on at a time", "epoch_seconds"
     for stored, result in zip(row.done, row.results, strict=True):
+        if result.mfu is not None:
+            peak = figures((result.peak_flops or 0) / 1e12)
+            yield f"over {peak} TFLOP/s a worker: {result.device}, {result.peak_source}", "mfu"
         if result.runs_per_gpu > 1:
             yield f"{result.runs_per_gpu} runs shared each GPU", "epoch_seconds"
         if result.warmup_epochs == 0 and result.epoch_seconds is not None:
