@@ -7,6 +7,7 @@ initialised process group (NCCL on GPUs, gloo on CPUs) when there are several. R
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import threading
@@ -46,7 +47,6 @@ SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
 LOOK_SECONDS = 1.0  # between looks for nodes that come and go
 POLL_SECONDS = 0.2  # between two looks at what was reported
 SHORT_RUN_SECONDS = 300.0  # of a longer one, the start of new workers costs a few percent at most
-EPOCH_SECONDS = 1e9  # longer than any
 
 
 def launch(
@@ -182,7 +182,7 @@ class _Seen:
                 if more > 0 and all(
                     free.get(name, 0.0) >= more * amount for name, amount in job.resources.items()
                 ):
-                    mailbox.note.remote((LEAVE, index, attempt), time.time() + EPOCH_SECONDS)
+                    mailbox.note.remote((LEAVE, index, attempt), math.inf)  # at the epoch's end
                     self.training[index, attempt] = job.workers  # it is told once
 
 
@@ -277,13 +277,15 @@ class _Run(Generic[Spec, Outcome]):
                 self._make_trainer(world_size, started_at).fit()
                 return None
             except Exception as error:
+                if stop.is_set():  # Ray ends with the command, and may have ended
+                    return None
                 self._free_placement_group()
                 if not self._find_place():
                     return None
                 failed = make_failed(error, attempts=self.attempt)
             finally:
                 del self.seen.training[index, attempt]
-            if failed.exception == "WorkerGroupStartupTimeoutError" and not stop.is_set():
+            if failed.exception == "WorkerGroupStartupTimeoutError":
                 # others were quicker to take the room, or it is scattered over nodes
                 self.waited_seconds += time.time() - started_at
                 self._put(
@@ -295,8 +297,6 @@ class _Run(Generic[Spec, Outcome]):
                 failed = replace(failed, exception="", died=True, message=stalled.message)
             self.avoid = stalled.nodes if stalled else ()
             preempted = failed.exception == PreemptedError.__name__
-            if (failed.died or preempted) and stop.is_set():
-                return None
             left = preempted or (failed.died and any(since >= began for since in self.seen.drains.values()))
             if not left:
                 best = self.seen.best_progress[index]

@@ -85,10 +85,10 @@ def report(*paths: str | Path, **options: Any) -> pandas.DataFrame:
 
     With `output` the table is written there too, with `curves` the charts. Raises UserError.
     """
-    import pandas
     from rich.console import Console
 
     from harness.commands.report import find_results, print_report
+    from harness.results.frame import read_table
 
     how = fill(ReportOptions, _read(options, ReportOptions))
     folders = find_results([str(path) for path in paths or ("runs",)])
@@ -96,7 +96,7 @@ def report(*paths: str | Path, **options: Any) -> pandas.DataFrame:
         print_report(folders, Console(), how)
     text = io.StringIO()
     print_report(folders, Console(file=text), replace(how, format="csv", output=None, curves=None))
-    return pandas.read_csv(io.StringIO(text.getvalue()))
+    return read_table(io.StringIO(text.getvalue()))
 
 
 def _read(options: Mapping[str, Any], *groups: type) -> dict[str, Any]:
@@ -124,4 +124,8 @@ def _read(options: Mapping[str, Any], *groups: type) -> dict[str, Any]:
                 raise UserError(f"{name} {value!r}: {error.errors()[0]['msg']}") from None
         if value is not None:
             given[name] = value
+    if "plugin" in known:
+        from harness.plugins import load_plugins
+
+        load_plugins(given.get("plugin", ()))
     return given

@@ -79,6 +79,10 @@ def command(*kinds: type, name: str | None = None) -> Callable[[Callable[..., An
 
         def call(**words: Any) -> None:
             given = chosen({name: words.pop(name) for name in options})
+            if "plugin" in options:  # before any word is read: it may be one of a plug-in's
+                from harness.plugins import load_plugins
+
+                load_plugins(given.get("plugin", ()))
             raise typer.Exit(function(given, **words) or 0)
 
         derived = [_make_parameter(name, option) for name, option in options.items()]
@@ -207,10 +211,16 @@ def repro(
 
 
 @app.command()
-def variants() -> None:
+def variants(
+    plugin: Annotated[
+        list[Path] | None, typer.Option(help="With those of this file. Repeatable.", metavar="<str>")
+    ] = None,
+) -> None:
     """List the variants: what they are and where they come from."""
     from harness.commands.report import print_variants
+    from harness.plugins import load_plugins
 
+    load_plugins(plugin or ())
     print_variants(make_console())
 
 
@@ -223,10 +233,17 @@ def evaluate(given: Given) -> None:
 
 
 @command(groups.CheckOptions)
-def check(given: Given) -> int:
-    """Say what this machine lacks, and measure whether it trains rightly."""
+def check(
+    given: Given,
+    plugins: Annotated[list[Path] | None, typer.Argument(help="Files of plug-ins to check instead.")] = None,
+) -> int:
+    """Say what this machine lacks, and measure whether it trains rightly; or whether plug-ins do."""
     from harness.commands.check import print_findings
 
+    if plugins:
+        from harness.commands.check_plugins import check_plugins
+
+        return check_plugins(plugins, make_console())
     return print_findings(fill(groups.CheckOptions, given), make_console())
 
 
@@ -250,12 +267,27 @@ def main() -> None:
         _complain(f"{error.filename or 'a file'}: {error.strerror}; the same command goes on once there is room")
         code = 1
     except usage_error as error:
-        message = str(error.format_message())  # type: ignore[attr-defined]
-        word = message.partition("No such command '")[2].partition("'")[0]
-        code = _complain(f"{message} Did you mean {OTHER_WORDS[word]!r}?" if word in OTHER_WORDS else message)
+        code = _complain(_explain(error))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explain(error: Any) -> str:
+    """A usage error, with what is allowed."""
+    message, parameter = str(error.format_message()), getattr(error, "param", None)
+    if word := message.partition("No such command '")[2].partition("'")[0]:
+        known = ", ".join(each.name or each.callback.__name__ for each in app.registered_commands if each.callback)
+        hint = f" Did you mean {OTHER_WORDS[word]!r}?" if word in OTHER_WORDS else f" Known are {known}."
+        return message if "Did you mean" in message else message + hint
+    if parameter and hasattr(error.__cause__, "errors"):  # typer's own message does not have the value
+        (fault,) = error.__cause__.errors()
+        allowed = "a whole number" if fault["type"].startswith("int") else "a number"
+        return f"{parameter.opts[0]} {fault['input']!r}: {allowed} is allowed"
+    if help := getattr(parameter, "help", None):
+        return f"{message.removesuffix('.')}: {help}"
+    told = error.ctx is None or "ossible options" in message
+    return message if told else f"{message.removesuffix('.')}: see `{error.ctx.command_path} --help`"
 
 
 def _complain(message: str) -> int:

@@ -18,11 +18,10 @@ from harness.spec import Engine, Precision, RunSpec, UserError, check_word, load
 from harness.words import parse_scales, parse_seeds, parse_variants, parse_words
 
 Group = TypeVar("Group")
-LOADERS = ("dali", "resident", "dataloader", "synthetic")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENGINES: tuple[str, ...] = get_args(Engine)
 LAUNCHERS = ("auto", "ray", "local")
-FORMATS = ("table", "jsonl")
+FORMATS = ("table", "jsonl", "jsonl-convnet")
 ALGORITHMS = ("random", "tpe", "gp")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 
@@ -34,7 +33,7 @@ class Option:
     help: str
     names: tuple[str, ...] = ()  # on the command line; none: the field's
     parse: Callable[[Any], Any] | None = None  # of its words; raises UserError
-    words: Collection[str] = ()  # all that are allowed
+    words: Collection[str] | Callable[[], Collection[str]] = ()  # all that are allowed
     least: int | None = None
     repeatable: bool = False
     kind: Any = str  # the field's type
@@ -74,7 +73,7 @@ def check_options(group: object) -> None:
     for name, option in options_of(type(group)).items():
         value, what = getattr(group, name), option.names[0]
         if option.words and value is not None:
-            check_word(value, option.words, what)
+            check_word(value, option.words() if callable(option.words) else option.words, what)
         if option.least is not None and value is not None and value < option.least:
             raise UserError(f"{what} {value}: at least {option.least} is allowed")
 
@@ -83,6 +82,16 @@ def _parse_settings(texts: list[str]) -> dict[str, Any]:
     from harness.search_space import parse_settings
 
     return parse_settings(texts)
+
+
+def _parse_files(paths: list[str | Path]) -> tuple[str, ...]:
+    return tuple(str(Path(path).expanduser().absolute()) for path in paths)
+
+
+def _loaders() -> Collection[str]:
+    from harness.loaders.loader import LOADERS
+
+    return LOADERS
 
 
 # --- options that several commands have ---
@@ -100,6 +109,8 @@ RunsPerGpu = Annotated[int, opt(
     "Runs that share a GPU, for errors only: their seconds and energy do not count.", least=1)]
 Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.")]
 Verbose = Annotated[bool, opt("Show Ray's own messages.")]
+Plugin = Annotated[tuple[str, ...], opt(
+    "A file with networks, data sets, ... of your own: docs/extending.md. Repeatable.", parse=_parse_files, repeatable=True)]
 Until = Annotated[datetime | None, opt(
     "Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued.", parse=parse_until)]
 NoCheck = Annotated[bool, opt("Train on a GPU that is new without checking it first.")]
@@ -113,7 +124,7 @@ class Training:
 
     dataset: Dataset = "cifar10"
     data_dir: DataDir = None
-    loader: Annotated[str, opt("dali, resident, dataloader or synthetic.", words=LOADERS)] = "dali"
+    loader: Annotated[str, opt("dali, resident, dataloader or synthetic.", words=_loaders)] = "dali"
     epochs: Annotated[int | None, opt("Instead of the recipe's; its schedule is stretched.", least=1)] = None
     batch_size: Annotated[int | None, opt("Global, over all workers. Default: the recipe's.", least=1)] = None
     batch_norm: Annotated[str | None, opt(
@@ -126,6 +137,7 @@ class Training:
         "Deterministic algorithms on GPUs too: slower, and rows of their own.")] = False
     val: Annotated[int | None, opt("Training images to hold out and evaluate on.", least=0)] = None
     limit_train: Annotated[int | None, opt("Train on this many images only; marked in tables.", least=1)] = None
+    plugin: Plugin = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,12 +192,16 @@ class RunOptions(Resources):
     checkpoint_every: Annotated[int, opt("Epochs between checkpoints.", least=1)] = 1
     stall_seconds: Annotated[int, opt(
         "A run without a step for so long ends, names the rank that hangs, and is tried again.", least=10)] = 300
-    format: Annotated[str, opt("table, or jsonl: a JSON object per epoch, no table.", words=FORMATS)] = "table"
+    format: Annotated[str, opt(
+        "table; jsonl: a JSON object per event, for programs; jsonl-convnet: per epoch, with the keys of the convnet's log.",
+        words=FORMATS)] = "table"
     no_check: NoCheck = False
     dry_run: Annotated[bool, opt("Print the plan and what is done already.")] = False
     estimate: Annotated[bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.")] = False
     profile: Annotated[bool, opt("Time the parts of a step of what is missing: data, forward, ...")] = False
     tensorboard: Annotated[bool, opt("Write each run's event file beside its record.")] = False
+    scan: Annotated[bool, opt(
+        "Decode every image file first; where one is corrupt, it is named and nothing is trained.")] = False
     force: Annotated[bool, opt("Train finished runs again; the old results are kept.")] = False
     fail_fast: Annotated[bool, opt("Stop at the first run that fails.")] = False
 
@@ -235,7 +251,7 @@ class ReportOptions:
         "Columns to show, as in variant,depth,error.", parse=partial(parse_words, what="--columns"))] = ()
     preset: Preset = None  # the rows and columns of that source's table, in their order
     across: Across = ()
-    output: Annotated[Path | None, opt("Write to this file.")] = None
+    output: Annotated[Path | None, opt("Write to this file; -: print. Default of html: report.html.")] = None
     curves: Annotated[Path | None, opt("Draw the charts into this folder, as SVG and PNG.")] = None
 
 
@@ -277,6 +293,7 @@ class EvalOptions:
     batch_size: Annotated[int | None, opt("Default: training's 1000, less for large scales.", least=1)] = None
     limit: Annotated[int | None, opt(
         "Evaluate this many images only, the same number of each class.", least=1)] = None
+    plugin: Plugin = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

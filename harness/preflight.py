@@ -9,6 +9,7 @@ import statistics
 import time
 import uuid
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from harness.cluster.nodes import Unanswered, ask_every_node, working_nodes
+from harness.plugins import used_by
 from harness.progress import make_table, say
 from harness.record import DALI_WHEELS, installed_version
 from harness.results.identity import hash_code
@@ -50,6 +52,7 @@ def describe() -> dict[str, str]:
 def answer(paths: RunPaths, dataset: str, sentinel: str) -> dict[str, str]:
     """The facts of the node this runs on, as text; leaves a file beside the driver's `sentinel` in the results folder."""
     from harness.loaders.datasets import DataError, load_dataset
+    from harness.plugins import load_sources
     from harness.training.rates import measure_rates
 
     uri = paths.remote or paths.out.as_uri()
@@ -63,11 +66,12 @@ def answer(paths: RunPaths, dataset: str, sentinel: str) -> dict[str, str]:
     except (OSError, StorageError) as error:
         facts["out"] = getattr(error, "strerror", None) or str(error)
     try:
+        load_sources([source.identity for source in paths.plugins], paths)
         content = load_dataset(dataset, paths.data_dir, paths.cache_dir)
         facts["data"] = content.fingerprint[:12]
         if paths.out.is_dir():
             facts["rates"] = json.dumps(measure_rates(paths.out, content))
-    except (DataError, OSError) as error:
+    except (DataError, OSError, RuntimeError, UserError) as error:
         facts["data"] = str(error)
     return facts
 
@@ -119,7 +123,8 @@ def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> dict[str
     leave_sentinel(uri, sentinel)
     try:
         sent_at = time.time()
-        answers = ask_every_node(partial(answer, paths, dataset.name, sentinel))
+        own = tuple(loaded.source for loaded in used_by([("dataset", dataset.name)]))
+        answers = ask_every_node(partial(answer, replace(paths, plugins=own), dataset.name, sentinel))
         received_at = time.time()
         sentinels = find_sentinels(uri, sentinel)
     finally:

@@ -19,8 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.cluster.job import Entered, Failed, Started, Waiting
+from harness.results.metrics import run_figures
 from harness.results.sweeps import State, Sweep, Trial, best_first, format_value
-from harness.results.values import EpochMetrics, RunResult
+from harness.results.values import EpochMetrics, RunResult, finite
 from harness.spec import RunPaths, RunSpec, UserError
 
 if TYPE_CHECKING:
@@ -81,12 +82,13 @@ def print_columns(
         say(console, f"too narrow for {', '.join(dropped)}", style="dim")
 
 
-def load_data(name: str, paths: RunPaths, console: Console) -> Dataset:
-    """Load the data set, with a bar while it is downloaded and decoded. Raises UserError where that fails."""
+def load_data(name: str, paths: RunPaths, console: Console, *, scan: bool = False) -> Dataset:
+    """Load the data set, with a bar while it is downloaded and decoded, and `scan` every file. Raises UserError where that fails."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     from harness.loaders.datasets import DataError, load_dataset
+    from harness.plugins import blaming
 
     with Bar(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -100,7 +102,11 @@ def load_data(name: str, paths: RunPaths, console: Console) -> Dataset:
             bar.update(tasks[what], completed=done, total=total)
 
         try:
-            return load_dataset(name, paths.data_dir, paths.cache_dir, progress)
+            with blaming("dataset", name):
+                dataset = load_dataset(name, paths.data_dir, paths.cache_dir, progress)
+            if scan:
+                dataset.scan(progress)
+            return dataset
         except DataError as error:
             raise UserError(str(error)) from None
 
@@ -316,38 +322,67 @@ def describe_trial(trial: Trial) -> str:
 
 
 class JsonLines:
-    """A JSON object per epoch, for programs. "time" is training seconds since epoch 0 began."""
+    """A JSON object per event, for programs: "start", "resumed", "epoch", "done" or "failed" (docs/running.md).
+
+    Figures go by the names of the store: errors in percent, epochs from 1; null where one is not finite.
+    """
 
     live = staticmethod(nullcontext)
 
-    def __init__(self, file: IO[str]) -> None:
-        self.file = file
-        self.seconds: dict[str, float] = defaultdict(float)
+    def __init__(self, file: IO[str], epochs: Mapping[str, int]) -> None:
+        self.file, self.epochs = file, epochs
+        self.known: dict[str, list[EpochMetrics]] = defaultdict(list)
 
     def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
-        """Epochs of an earlier command count in the time; they are not printed again."""
-        self.seconds[spec.key] = sum(row.train_seconds for row in history)
+        """Epochs of an earlier command are not printed again."""
+        self.known[spec.key] += history
 
     def event(self, spec: RunSpec, event: Any) -> None:
-        """Print an epoch, counted from 0; accuracies are shares of 1."""
+        """Print that an attempt began, or what an epoch came to."""
+        if isinstance(event, Started):
+            workers = event.world_size or spec.workers
+            planned = {"epochs": self.epochs[spec.key], "workers": workers, "attempt": event.attempt}
+            self._print(spec, event="start", **planned, **({"reason": event.reason} if event.reason else {}))
+            if event.attempt == 1 and (known := self.known[spec.key]):
+                self._print(spec, event="resumed", after_epoch=known[-1].epoch)
+        elif isinstance(event, EpochMetrics):
+            self._print(spec, event="epoch", evaluated_on="val" if spec.recipe.val else "test", **dict(event))
+
+    def ended(self, spec: RunSpec, outcome: RunResult | Failed) -> None:
+        """Print the figures of a whole run, or why there are none."""
+        if isinstance(outcome, Failed):
+            self._print(spec, event="failed", message=outcome.message, attempts=outcome.attempts)
+        else:
+            self._print(spec, event="done", evaluated_on=outcome.evaluated_on, **run_figures(outcome))
+
+    def _print(self, spec: RunSpec, **what: Any) -> None:
+        row = {**what, "variant": spec.variant, "depth": spec.network.depth, "seed": spec.seed, "key": spec.key}
+        print(json.dumps(finite(row)), file=self.file, flush=True)
+
+
+class ConvnetLines(JsonLines):
+    """A JSON object per epoch as the convnet seed logs it: epochs from 0, accuracies as shares of 1, and "time", training
+    seconds since epoch 0 began. A failure is one, too."""
+
+    def event(self, spec: RunSpec, event: Any) -> None:
+        """Print an epoch; those of an earlier command count in the time."""
         if isinstance(event, EpochMetrics):
-            self.seconds[spec.key] += event.train_seconds
+            self.known[spec.key].append(event)
+            seconds = sum(epoch.train_seconds for epoch in self.known[spec.key])
             evaluated = "val" if spec.recipe.val else "test"
             errors = {"test": event.test_error, evaluated: event.error, "train": event.train_error}
             shares = {f"{of}_acc": round(1 - error / 100, 6) for of, error in errors.items() if error is not None}
-            self._print(
-                spec, epoch=event.epoch - 1, **shares, time=self.seconds[spec.key], loss=event.loss,
-                **{f"{evaluated}_loss": event.eval_loss},
-            )  # fmt: skip
+            losses = {"loss": event.loss, f"{evaluated}_loss": event.eval_loss}
+            self._print(spec, epoch=event.epoch - 1, **shares, time=seconds, **losses)
 
     def ended(self, spec: RunSpec, outcome: RunResult | Failed) -> None:
         """Print a failure; a result has been printed by its last epoch."""
         if isinstance(outcome, Failed):
             self._print(spec, failed=outcome.message)
 
-    def _print(self, spec: RunSpec, **what: Any) -> None:
-        row = {**what, "variant": spec.variant, "depth": spec.network.depth, "seed": spec.seed, "key": spec.key}
-        print(json.dumps(row), file=self.file, flush=True)
+
+LINES = {"jsonl": JsonLines, "jsonl-convnet": ConvnetLines}
+"""By the formats of `harness run` that are for programs."""
 
 
 def width_of(spec: RunSpec) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.cluster.job import Failed, Started
+from harness.plugins import write_source
 from harness.results import store
 from harness.results.identity import hash_code
 from harness.results.remote import (
@@ -171,6 +172,9 @@ class Recorder:
                 except StorageError as error:  # the run says so too, and others may go on
                     self.warn(f"{spec.title}: {error}")
                 store.start(self.paths.out, name_of(spec, self.paths.label), spec.to_json())
+                for source in self.paths.plugins:
+                    if source.identity in spec.plugins:
+                        write_source(source, folder / "plugins" / source.name)
                 earlier = store.load_epochs(folder)
             note_attempt(folder, event)
         except OSError as error:  # the run says the same when it writes, and others may go on

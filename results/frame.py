@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 from harness.results.identity import code_of
 from harness.results.metrics import run_figures
@@ -28,6 +30,19 @@ def make_frame(runs: Iterable[Stored], *, epochs: bool = False) -> pandas.DataFr
     else:
         lines = ({**_identity(run), **_figures(run)} for run in runs)
     return pandas.DataFrame(list(lines))
+
+
+DTYPES = {"string": str, "integer": "Int64", "number": "float64", "boolean": "boolean"}
+
+
+def read_table(file: str | Path | IO[str]) -> pandas.DataFrame:
+    """The CSV of `harness report`, each column of its type whatever its text looks like; seeds are lists."""
+    import pandas
+
+    from harness.results.report.files import FIELDS
+
+    dtypes: Any = {name: DTYPES[field.kind] for name, field in FIELDS.items() if field.kind in DTYPES}
+    return pandas.read_csv(file, dtype=dtypes, converters={"seeds": json.loads})
 
 
 def _identity(run: Stored) -> dict[str, Any]:

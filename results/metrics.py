@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,14 @@ def figures(value: float | None) -> str:
     if value == 0:
         return "0"
     return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+LONG_NUMBER = re.compile(r"(?<![\w.])\d+\.\d{7,}(e[+-]?\d+)?(?![\w.])")
+
+
+def rounded(text: str) -> str:
+    """The text with six figures of each number that has many more: "lr=0.0037037", for people alone."""
+    return LONG_NUMBER.sub(lambda number: f"{float(number[0]):.6g}", text)
 
 
 def _load_metrics() -> dict[str, Metric]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from harness.results.identity import SPLIT, conditions, surroundings
-from harness.results.metrics import METRICS, NONE, UNKNOWN, Figure
+from harness.results.metrics import METRICS, NONE, UNKNOWN, Figure, rounded
 from harness.results.published import Published, find_published
 from harness.results.statistics import mean
 from harness.results.store import Interrupted, Stored, collector_paused
@@ -53,8 +53,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        """msra-20, say."""
-        return f"{self.variant}-{self.depth}"
+        """msra-20, say; a network of one depth has no number."""
+        return f"{self.variant}-{self.depth}" if self.depth else self.variant
 
     @property
     def results(self) -> list[RunResult]:
@@ -318,7 +318,7 @@ def _name_differences(rows: list[Row]) -> list[Row]:
         return (name, row.dataset) if name == "fingerprint" else (name,)
 
     def extend(row: Row, names: Iterable[str]) -> Row:
-        values = ((name, row.fields.get(name, NONE)) for name in names)
+        values = ((name, rounded(row.fields.get(name, NONE))) for name in names)
         words = [f"{name}={value if len(value) <= 16 else f'{value[:12]}…'}" for name, value in values]
         return replace(row, differs=(*row.differs, *words)) if words else row
 

@@ -267,6 +267,11 @@ class Prediction(Value):
         return self.energy_joules if joules is None else Measurement(value=self.epochs * joules)
 
 
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, None for a number that JSON cannot hold."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested dictionaries: {"recipe": {"lr": 0.1}} gives ("recipe.lr", 0.1)."""
     for name, value in values.items():

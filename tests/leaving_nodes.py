@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from two_nodes import ENVIRONMENT, EPOCHS, IMAGES, MARK, MEMORY, ROOT, add_node
+from two_nodes import ENVIRONMENT, EPOCHS, IMAGES, MARK, MEMORY, ROOT, add_node, paused_workers
 
 WORDS = f"""run --dataset digits --depths 8 --limit-train {IMAGES} --epochs {EPOCHS} --gpus 0 --loader resident --workers 2
             --placement spread --stall-seconds 10"""
@@ -117,7 +117,7 @@ def main(out: Path, *names: str) -> None:
         os.kill(nodes.pop(choose()).all_processes["raylet"][0].process.pid, signal.SIGSTOP)
 
     faults: dict[str, list[tuple[str, Act]]] = {
-        "grows": [("epoch 3/", add)],
+        "grows": [("epoch 3/", paused_workers()(add))],
         "drained": [("epoch 3/", drain_one), ("trying again (2)", drain_another)],
         "stopped": [("epoch 3/", stop_worker)],
         "frozen": [("epoch 3/", stop_raylet)],

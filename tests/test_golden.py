@@ -413,6 +413,10 @@ run --limit-train 5000 --gpus 0
 run --val 1437 --gpus 0
 run --epochs many
 run --dephts 20
+run --gpus two
+run --until-ci 0,5
+run --epochs
+run msra
 run --until tomorrow --gpus 0
 run --until 9 --gpus 0
 run --until-ci -1
@@ -451,6 +455,10 @@ tune --search 'lr=uniform(0,1)' --runs-per-gpu 2 --gpus 0
 tune --search 'lr=uniform(0,1)' --resume nothing
 tune --search 'depth=choice(8,21)'
 report missing
+report empty
+report file
+report runs --curves file
+report runs --format html --output empty
 report runs --format xml
 report runs --sort eror
 report runs --columns variant,nothing
@@ -467,6 +475,10 @@ compare
 why msra-20 runs
 why 9 runs
 why msra-8 missing
+why msra-8 empty
+why
+rpeort runs
+compare empty empty
 repro 00000000 runs
 repro digits_msra-8_s0_dd58573 runs
 export runs --to excel
@@ -485,6 +497,7 @@ nothing
 def test_mistakes(runs: Path, capsys: Any) -> None:
     """One line each, and exit code 2."""
     Path("file").write_text("")
+    Path("empty").mkdir()
     lines = []
     for line in MISTAKES.splitlines():
         digits = line.startswith(("run", "tune")) and "--dataset" not in line

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import math
 import os
@@ -121,6 +123,10 @@ def test_every_format_is_as_it_was_approved(format: Format, rows: list[Row]) -> 
             text = text.replace(
                 (GOLDEN.parents[1] / f"results/report/page.{own}").read_text(), f"/* page.{own} */"
             )
+    if format == "html":  # type: ignore[comparison-overlap]
+        shown = json.dumps(page_data(text), ensure_ascii=False)  # another zlib packs it otherwise
+        text = re.sub(r'id="data">[^<]*<', lambda _: f'id="data">{shown}<', text)
+        text = re.sub(r'id="vega">[^<]*<', 'id="vega"><', text)
     path = GOLDEN / f"report.{format}"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text)
@@ -202,9 +208,9 @@ def test_what_did_not_finish_says_why(rows: list[Row]) -> None:
 
 
 def page_data(text: str) -> Any:
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    found = re.search(r'<script type="text/plain" id="data">(.*?)</script>', text, re.DOTALL)
     assert found
-    return json.loads(found.group(1))
+    return json.loads(gzip.decompress(base64.b64decode(found.group(1))))
 
 
 def test_the_curves_are_the_stored_epochs(rows: list[Row]) -> None:

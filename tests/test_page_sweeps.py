@@ -17,7 +17,7 @@ from test_page import NASTY, Tags
 from harness.commands.report import make_html, write_page
 from harness.results.report.charts import load_bundle, write_charts
 from harness.results.report.page import make_page
-from harness.results.report.sweeps import make_sweep_panel
+from harness.results.report.sweeps import RANGE, draw_all, make_sweep_panel
 from harness.results.rows import summarise
 from harness.results.store import SWEEPS, finish, load_records
 from harness.results.sweeps import Dimension, Sweep, Trial, format_value, load_sweeps
@@ -137,6 +137,23 @@ def test_a_trial_links_to_the_row_of_its_run(tmp_path: Path) -> None:
     assert "row-0" in tags.ids
 
 
+def test_a_trial_has_one_colour_in_every_chart(tmp_path: Path) -> None:
+    sweep = make_sweep()
+    names = []
+    for k, (error, lr) in enumerate(((8.3, 0.1), (8.9, 0.2), (9.5, 0.3))):
+        run = make_record(0, error, settings=(f"lr={lr}",))
+        sweep["trials"][k] |= {"run": (name := finish(tmp_path, run).name), "value": error, "last": error}
+        names.append(name)
+    rows = summarise(load_records([tmp_path]).records)
+    (panel,), (searched,) = draw_all(rows, [Sweep.model_validate(sweep)])
+    styles = dict(zip([row.done[0].folder.name for row in rows], panel.rows.values(), strict=True))
+    assert {name: style.colour for name, style in styles.items()} == {n: searched.colours[n] for n in names}
+    assert len({style.colour for style in styles.values()}) == 3
+    text = make_page(rows, bundle="", made_at=NOW, sweeps=[Sweep.model_validate(sweep)])
+    for name in names:
+        assert text.count(f'class="swatch" style="background:{searched.colours[name]}"') == 2, "row and trial"
+
+
 def test_the_parallel_plot_has_every_value_at_its_place() -> None:
     sweep = Sweep.model_validate(make_sweep())
     panel = make_sweep_panel(sweep)
@@ -158,7 +175,10 @@ def test_the_parallel_plot_has_every_value_at_its_place() -> None:
     assert [t["text"] for t in ticks if t["axis"] == 2] == ["A", "B"]
     assert {line["trial"] for line in lines if not line["whole"]} == {3, 5}
     # the colours are spread over the finished ones
-    assert spec["layer"][1]["encoding"]["color"]["scale"]["domain"] == [9.0, 12.0]
+    colours = {VALUES[line["trial"] - 1]: line["colour"] for line in lines}
+    assert colours[9.0] == RANGE[0]
+    assert colours[12.0] == colours[41.0] == colours[60.0] == RANGE[-1]
+    assert len(set(colours.values())) == 4
 
 
 def test_slices_are_on_the_scale_that_was_drawn_from() -> None:

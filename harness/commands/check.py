@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
@@ -255,23 +255,28 @@ def print_findings(target: CheckOptions, console: Console) -> int:
 
     Raises UserError for an address that cannot be one.
     """
-    from rich.text import Text
-
     if target.address not in (None, "auto") and not re.fullmatch(r".+:\d+", str(target.address)):
         raise UserError(f"--address {target.address!r} is not HOST:PORT or auto")
     steps = [(examine, "of what a run needs is missing"), (measure_all, "of the checks failed")]
     for findings, verdict in steps[: 1 if target.quick else 2]:
-        wrong = 0
-        for result in findings(target):
-            text = Text(result.line())
-            text.stylize(STYLES.get(result.state, "yellow"), 0, 8)
-            console.print(text, soft_wrap=True)
-            wrong += result.state in ("missing", "failed")
-        if wrong:
+        if wrong := show(findings(target), console):
             console.print(f"{wrong} {verdict}", style="bold", soft_wrap=True)
             return 1
     console.print("ready", style="bold")
     return 0
+
+
+def show(results: Iterable[Result], console: Console) -> int:
+    """Print a line for each. Returns how many are wrong."""
+    from rich.text import Text
+
+    wrong = 0
+    for result in results:
+        text = Text(result.line())
+        text.stylize(STYLES.get(result.state, "yellow"), 0, 8)
+        console.print(text, soft_wrap=True)
+        wrong += result.state in ("missing", "failed")
+    return wrong
 
 
 def _reason(error: Exception) -> str:

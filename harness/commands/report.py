@@ -47,6 +47,8 @@ def check_folders(paths: Sequence[Path]) -> Sequence[Path]:
     """The paths. Raises UserError for one that is not a folder."""
     if missing := [path for path in paths if not path.is_dir()]:
         hint = "`harness run` makes one (--out, default runs)"
+        if missing[0].exists():
+            raise UserError(f"{str(missing[0])!r} is a file; a folder of results or of a run is allowed")
         raise UserError(f"no folder of results at {str(missing[0])!r}; {hint}")
     return paths
 
@@ -66,7 +68,9 @@ def _mistakes(prefix: str = "", file: str = "") -> Iterator[None]:
     except OSError as error:
         if not file:
             raise
-        raise UserError(f"{file} cannot be written: {error.strerror or error}") from None
+        blocked = isinstance(error, FileExistsError | NotADirectoryError)
+        why = "a part of its path is a file, not a folder" if blocked else error.strerror or error
+        raise UserError(f"{file} cannot be written: {why}") from None
 
 
 def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
@@ -99,6 +103,8 @@ def print_report(paths: Sequence[Path], console: Console, options: ReportOptions
     if format == "html" or curves is not None:
         searches = load_sweeps(paths)
         _name_problems(searches.problems)
+    if not (table.rows or searches.sweeps or options.preset):
+        raise UserError(f"no runs in {', '.join(repr(str(path)) for path in paths)}: `harness run` makes some")
     with _mistakes():
         rows = sort_rows(table.rows, options.sort) if options.sort is not None else table.rows
         if format == "html":
@@ -109,13 +115,16 @@ def print_report(paths: Sequence[Path], console: Console, options: ReportOptions
             text = render(rows, format, columns=columns)  # type: ignore[arg-type]
     if table.below and format in ("table", "markdown"):
         text += "\n" + "\n".join(table.below)
-    print_text(text, console, output)
+    print_text(text, console, output or (Path(PAGE) if format == "html" else None))
+    if format == "html" and output is None:
+        print_text(f"page: {PAGE}", console)
     if curves is not None:
-        from harness.results.report.charts import make_panels, write_charts
-        from harness.results.report.sweeps import make_sweep_panel
+        from harness.results.report.charts import write_charts
+        from harness.results.report.sweeps import draw_all
 
+        panels, sweeps = draw_all(rows, searches.sweeps)
         with _mistakes(file=f"--curves {curves}"):
-            for path in write_charts([*make_panels(rows), *map(make_sweep_panel, searches.sweeps)], curves):
+            for path in write_charts([*panels, *sweeps], curves):
                 print(f"harness: drawn: {path}", file=sys.stderr)
     return bool(rows)
 
@@ -201,9 +210,9 @@ def make_html(
 
 
 def print_text(text: str, console: Console, output: Path | None = None) -> None:
-    """Write text as it is, to the console or a file. Raises UserError where the file cannot be written."""
+    """Write text as it is, to the console or a file ("-": the console). Raises UserError where the file cannot be written."""
     text = text if text.endswith("\n") else text + "\n"
-    if output is None:
+    if output is None or output == Path("-"):
         console.file.write(text)
         console.file.flush()
         return
@@ -216,11 +225,11 @@ def print_why(row: str, path: Path, console: Console) -> None:
     """Print the records, epochs and formulas behind every row of that name (msra-20), or the row of that number."""
     from harness.results.explain import why
 
-    rows = make_rows(load_runs([path]))
+    if not (rows := make_rows(load_runs([path]))):
+        raise UserError(f"no runs in {str(path)!r}")
     matches = [match for number, match in enumerate(rows, 1) if row in (match.name, str(number))]
     if row.isdecimal() and not matches:
-        known = f"row {row}: {str(path)!r} has rows 1 to {len(rows)}"
-        raise UserError(known if rows else f"no runs in {str(path)!r}")
+        raise UserError(f"row {row}: {str(path)!r} has rows 1 to {len(rows)}")
     if not matches:
         check_word(row, sorted({row.name for row in rows}), "row")
     if len({match.dataset for match in matches}) > 1:
@@ -303,20 +312,24 @@ def print_variants(console: Console) -> None:
     from rich.text import Text
 
     from harness.models.build import build, count_flops, count_parameters
-    from harness.models.variants import VARIANTS, default_depth
+    from harness.models.variants import NETWORKS, VARIANTS, default_depth
+    from harness.plugins import blaming
 
     variants = [function(default_depth(function)) for function in VARIANTS.values()]
     width = max(len(variant.name) for variant in variants) + 2
     for variant in variants:
-        classes, side = (100, 112) if variant.network.architecture == "imagenet" else (10, 32)
-        with torch.device("meta"):
-            parameters = count_parameters(build(variant.network, classes, side))
-        macs = count_flops(variant.network, classes, side) / 1e6
+        architecture = variant.network.architecture
+        shown = {"imagenet": (100, 112), "resnet": (1000, 224)}
+        classes, side = shown.get(architecture, (10, max(32, NETWORKS[architecture].smallest_image)))
+        with blaming("network", architecture):
+            with torch.device("meta"):
+                parameters = count_parameters(build(variant.network, classes, side))
+            macs = count_flops(variant.network, classes, side) / 1e6
         size = f"depth {variant.network.depth:<4} {parameters:>10,} parameters {macs:>7.1f} MMAC"
         console.print(Text.assemble((f"{variant.name:{width}}", "bold"), size), soft_wrap=True)
         console.print(Text(f"    {variant.summary} ({variant.source})", style="dim"), soft_wrap=True)
     console.print(
-        "\nEach at its default depth, for one 32x32 image and 10 classes (miniplaces and mpmz: 112x112 and 100). "
-        "MMAC: million multiply-adds, forward.",
+        "\nEach at its default depth, for one 32x32 image and 10 classes (miniplaces and mpmz: 112x112 and 100, "
+        "imagenet: 224x224 and 1000). MMAC: million multiply-adds, forward.",
         style="dim",
     )

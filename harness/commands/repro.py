@@ -69,6 +69,12 @@ def make_command(stored: Stored) -> list[str]:
     """The command that trains this run alone, from its record: the same network, recipe, engine, device and seed."""
     environment = stored.record.environment
     command = ["harness", "run", "--spec", str(stored.folder / RECORD), "--out", "repro"]
+    for identity in stored.record.spec.get(
+        "plugins", ()
+    ):  # its source is kept, unless it is an installed package's
+        name = str(identity).partition(":")[0]
+        if (kept := stored.folder / "plugins" / name / f"{name}.py").is_file():
+            command += ["--plugin", str(kept)]
     original = environment.get("command") or ()
     if "--data-dir" in original[:-1]:
         command += ["--data-dir", str(original[original.index("--data-dir") + 1])]

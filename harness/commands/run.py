@@ -19,7 +19,8 @@ from harness.cluster.job import Report, Started, Telemetry, Worker
 from harness.commands.report import export_runs, print_rows, write_page
 from harness.deadline import SIGTERM_SECONDS, TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.options import Grid, RunOptions
-from harness.progress import JsonLines, Progress, load_data, print_columns, say, width_of
+from harness.plugins import sources
+from harness.progress import LINES, JsonLines, Progress, load_data, print_columns, say, width_of
 from harness.record import Recorder, lease, lock_run, name_of, name_other_code
 from harness.resources import Session, check_resources, choose_launcher, make_allocation
 from harness.results.remote import push_file, push_run, redact
@@ -61,20 +62,23 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
     Raises UserError, before anything is started or written, for whatever cannot work.
     """
     goal = check_options(grid, options)
-    if options.format == "jsonl":
+    if options.format in LINES:
         console = Console(stderr=True)  # standard output is for programs
     out, remote = plan.open_out(options.out, write=not options.dry_run)
     data_dir = plan.find_data_dir(options.data_dir, grid.dataset)
-    paths = RunPaths(out=out, data_dir=data_dir, checkpoint_every=options.checkpoint_every, remote=remote)
+    paths = RunPaths(
+        out=out, data_dir=data_dir, checkpoint_every=options.checkpoint_every, remote=remote, plugins=sources()
+    )
     until = None if options.dry_run else options.until
     if until is not None:
         say(console, f"until {until:%A} {format_moment(until)}")
     try:
         with ExitStack() as stack, stopping_at(until):
             allocation = make_allocation(grid, options, stack, options.elastic)
-            dataset = load_data(grid.dataset, paths, console)
+            dataset = load_data(grid.dataset, paths, console, scan=options.scan)
             images = len(dataset.train)
             specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
+            plan.check_images(specs, dataset)
             fallback = plan.fallback_world_sizes(options.elastic, specs)
             plan.check_epochs(() if grid.specs or options.estimate or options.profile else specs, images)
             stall = float(options.stall_seconds)
@@ -85,6 +89,10 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             environment = {"launcher": resources.launcher}
             recorder = Recorder(paths, dataset.original, environment, partial(say, console))
             todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
+            if any(spec.plugins for spec in todo):
+                from harness.training.fit import check_fit
+
+                check_fit(todo, dataset, paths)
             _name_other_code(recorder, console)
             _advise_on_batch_norm(todo, console)
             session = Session(allocation, resources, paths, stack)
@@ -118,7 +126,7 @@ def check_options(grid: Grid, options: RunOptions) -> Goal | None:
     plan.check_grid(grid)
     check_resources(options)
     probes = {"--estimate": options.estimate, "--profile": options.profile}
-    others = probes | {"--dry-run": options.dry_run, "--format jsonl": options.format == "jsonl"}
+    others = probes | {"--dry-run": options.dry_run, f"--format {options.format}": options.format in LINES}
     if any(probes.values()) and sum(others.values()) > 1:
         probe, other, *_ = (name for name, given in others.items() if given)
         raise UserError(f"{probe} and {other} exclude each other: {probe} probes and prints a table")
@@ -248,10 +256,10 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     names = [name_of(spec, paths.label) for spec in specs]
     session.stack.enter_context(lease(paths.remote, names, partial(say, prepared.console)))
     display: Progress | JsonLines
-    if options.format == "jsonl":
-        display = JsonLines(sys.stdout)
+    epochs = {spec.key: plan.count_epochs(spec, len(prepared.dataset.train)) for spec in specs}
+    if options.format in LINES:
+        display = LINES[options.format](sys.stdout, epochs)
     else:
-        epochs = {spec.key: plan.count_epochs(spec, len(prepared.dataset.train)) for spec in specs}
         display = Progress(specs, epochs, prepared.console, concurrent_runs=concurrent_runs)
 
     def note(spec: RunSpec, event: Any) -> None:
@@ -308,7 +316,7 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
     """
     options, recorder, console = prepared.options, prepared.recorder, prepared.console
     paths = recorder.paths
-    if options.format == "jsonl" and not options.tensorboard:
+    if options.format in LINES and not options.tensorboard:
         return True
     with collector_paused():
         loaded = load_records([paths.out], recorder.known)
@@ -317,7 +325,7 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
         export_runs(mine.records, "tensorboard")
         for stored in mine.records:
             recorder.push(push_run, stored.folder)
-    if options.format == "jsonl":
+    if options.format in LINES:
         return True
     met = print_rows(mine, console, options.preset)
     if prepared.goal is not None:

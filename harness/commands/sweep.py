@@ -58,6 +58,7 @@ class Prepared:
 def make_trial_spec(search: Search, point: Mapping[str, Any], allocation: Allocation, dataset: Dataset) -> RunSpec:
     grid, images = make_trial_grid(search, point), len(dataset.train)
     (spec,) = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
+    plan.check_images([spec], dataset)
     return spec
 
 

@@ -26,6 +26,7 @@ from harness.commands.sweep import Prepared, SweepTrials, make_trial_grid, make_
 from harness.deadline import stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
 from harness.options import Resources, Search, TuneOptions, check_options, fill, options_of
+from harness.plugins import load_plugins, sources
 from harness.progress import TrialTable, describe_trial, load_data, say
 from harness.record import describe_code, lease, lock_file, name_of
 from harness.resources import Session, check_resources, make_allocation
@@ -58,7 +59,7 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
     dimensions = _check(search)
     resources = fill(Resources, asdict(search) | asdict(options) | {"workers": search.workers or 1})
     check_resources(resources)
-    paths = RunPaths(out=out, data_dir=search.data_dir, remote=remote)
+    paths = RunPaths(out=out, data_dir=search.data_dir, remote=remote, plugins=sources())
     with ExitStack() as stack, stopping_at(options.until):
         try:
             prepared = _prepare(search, dimensions, resources, options, paths, console, stack)
@@ -168,6 +169,10 @@ def _prepare(
     allocation = _allocate_trials(allocation, search, total)
     specs = [make_trial_spec(search, point, allocation, dataset) for point in _corners(dimensions)]
     plan.check_epochs(specs, len(dataset.train))
+    if any(spec.plugins for spec in specs):
+        from harness.training.fit import check_fit
+
+        check_fit(specs, dataset, paths)
     checked = check_first(specs, allocation, resources, paths, console, skip=options.no_check)
     if (adapted := checked.adapt(specs[0])) != specs[0]:
         search = replace(search, loader=adapted.loader, engine=adapted.engine)
@@ -175,11 +180,18 @@ def _prepare(
         folder = _make_folder(paths.out, specs[0], dataset.label)
         stored = {
             "schema_version": 1, "name": folder.name, "options": asdict(search), "fingerprint": dataset.fingerprint,
-            "created_at": datetime.now(UTC).isoformat(), **describe_code(),
+            "created_at": datetime.now(UTC).isoformat(), "plugins": [source.identity for source in paths.plugins],
+            **describe_code(),
         }  # fmt: skip
         write_atomic(folder / SWEEP, json.dumps(stored, indent=1, default=str) + "\n")
-    elif json.loads((folder / SWEEP).read_bytes())["fingerprint"] != dataset.fingerprint:
-        raise UserError(f"--resume {folder.name}: its images of {search.dataset} differ from those here")
+    else:
+        before, plugins = json.loads((folder / SWEEP).read_bytes()), {source.identity for source in paths.plugins}
+        if before["fingerprint"] != dataset.fingerprint:
+            raise UserError(f"--resume {folder.name}: its images of {search.dataset} differ from those here")
+        if changed := set(before.get("plugins", ())) - plugins:
+            raise UserError(
+                f"--resume {folder.name}: it was begun with plug-in {' and '.join(changed)}, changed since"
+            )
     busy = f"--resume {folder.name}: another harness command is running it"
     stack.callback(lock_file(folder / ".lock", busy).release)
     stack.enter_context(lease(paths.remote, [folder.name], partial(say, console)))
@@ -243,6 +255,7 @@ def _load_search(folder: Path, search: Search, given: Collection[str]) -> Search
         if name in given and getattr(search, name) != old and name != "data_dir":
             begun = f"sweep {folder.name} was begun with {old}, and continues with that"
             raise UserError(f"{options_of(Search)[name].names[0]}: {begun}: leave it out")
+    load_plugins(before.plugin)
     return replace(before, data_dir=search.data_dir) if "data_dir" in given else before
 
 
@@ -288,6 +301,7 @@ def write_winner(prepared: Prepared, trial: Trial) -> list[str]:
     path, data_dir = prepared.folder / WINNER, prepared.search.data_dir
     spec = prepared.make_spec(trial.fields, epochs=None, val=None, limit_train=None)
     write_atomic(path, json.dumps(spec.to_json(), indent=1) + "\n")
-    data = [] if data_dir is None else ["--data-dir", str(data_dir)]
+    data = [word for file in prepared.search.plugin for word in ("--plugin", file)]
+    data += [] if data_dir is None else ["--data-dir", str(data_dir)]
     out = redact(prepared.paths.remote) or str(prepared.paths.out)
     return ["harness", "run", "--spec", str(path), "--seeds", str(SEEDS), *data, "--out", out]

@@ -6,6 +6,7 @@ A step costs nothing for it: no collective, and no rank waits for another until 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 
@@ -79,8 +80,9 @@ class Halt:
 
     def _ends_in_time(self, deadline: float) -> bool:
         """Whether the epoch ends before it, if it lasts as long as the last one, evaluation and checkpoint included."""
-        left = self._epoch_seconds - (time.monotonic() - self._epoch_began)
-        return self._epoch_seconds > 0 and time.time() + max(left, 0.0) + CHECKPOINT_SECONDS < deadline
+        left = max(self._epoch_seconds - (time.monotonic() - self._epoch_began), 0.0)
+        known = self._epoch_seconds > 0
+        return deadline == math.inf or (known and time.time() + left + CHECKPOINT_SECONDS < deadline)
 
     def _decide(self) -> None:
         with self._lock:

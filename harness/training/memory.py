@@ -178,7 +178,9 @@ def _sizes(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, fl
     return {
         "weights": mib([*network.parameters(), *network.buffers()]),
         "gradients": mib(p for p in network.parameters() if p.requires_grad),
-        "optimizer state": mib(v for state in optimizer.state.values() for v in state.values() if v is not None),
+        "optimizer state": mib(
+            v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)
+        ),
     }
 
 

@@ -24,7 +24,7 @@ CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 @dataclass(slots=True)
 class Step:
-    """Forward, backward, sum over the ranks, SGD.
+    """Forward, backward, sum over the ranks, the optimizer's step.
 
     Every call does the same work on tensors that stay where they are, and nothing waits for the device: so it can be
     captured as a CUDA graph.
@@ -87,15 +87,20 @@ class Step:
         """All that steps change inside is put back at the end, every tensor at its address."""
         statistics = self.network.buffers() if isinstance(self.network, nn.Module) else ()
         tensors = [*self.parameters, *statistics, self.totals]
-        tensors += [v for state in self.optimizer.state.values() for v in state.values() if v is not None]
+        made = {p: dict(state) for p, state in self.optimizer.state.items()}
+        tensors += [v for state in made.values() for v in state.values() if isinstance(v, Tensor)]
         values = [tensor.detach().clone() for tensor in tensors]
-        scaler = self.scaler.state_dict()
+        scaler, groups = self.scaler.state_dict(), [dict(group) for group in self.optimizer.param_groups]
         try:
             yield
         finally:
             with torch.no_grad():
                 for tensor, value in zip(tensors, values, strict=True):
                     tensor.copy_(value)
+            self.optimizer.state.clear()  # of what was made inside, too
+            self.optimizer.state.update(made)
+            for group, before in zip(self.optimizer.param_groups, groups, strict=True):
+                group.update(before)
             self.optimizer.zero_grad(set_to_none=True)
             if scaler:
                 self.scaler.load_state_dict(scaler)

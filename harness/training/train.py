@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,7 @@ from harness.results.remote import RemoteRun
 from harness.results.store import append_epoch, partial_dir, write_epochs
 from harness.results.values import EpochMetrics, Measurement, RunResult
 from harness.spec import DivergedError, RunPaths, RunSpec
+from harness.training.augment import augment
 from harness.training.checkpoint import load_checkpoint, outline, save_checkpoint
 from harness.training.evaluation import Evaluation, evaluate
 from harness.training.memory import largest
@@ -60,11 +61,7 @@ class EpochPart:
 
 
 class StoppedError(Exception):
-    """An epoch was left."""
-
-    def __init__(self, part: EpochPart) -> None:
-        super().__init__(part)
-        self.part = part
+    """An epoch was left; its argument is the part that was done."""
 
 
 @flushed_denormals()
@@ -84,7 +81,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
 
     # graphs and loaders are closed however the run ends
     with deterministic_algorithms(spec), ExitStack() as stack:
-        run = stack.enter_context(closing(prepare(spec, worker, paths)))
+        run = stack.enter_context(closing(prepare(spec, worker, paths, warn)))
         folder = partial_dir(paths.out, name_of(spec, paths.label))
         remote = RemoteRun(paths.remote, folder, warn)
         for turn in (0, 1):  # rank 0 first: it may have newer checkpoints than the store, which gets them
@@ -110,7 +107,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
             try:
                 metrics, on_test = run_epoch(trainer, telemetry, epoch=epoch, steps=steps, part=part)
             except StoppedError as stopped:
-                leave(run, folder, remote, history, replace(stopped.part, attempt=attempt))
+                leave(run, folder, remote, history, replace(stopped.args[0], attempt=attempt))
             warmup, resumed, part = epoch - first < WARMUP_EPOCHS < epochs, part is not None, None
             metrics = mark_untimed(metrics, spec, worker, warmup=warmup, partial=steps < whole, resumed=resumed)
             metrics = metrics.model_copy(update={"attempt": attempt})
@@ -149,7 +146,8 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
             batch_size=spec.recipe.batch_size, batch_size_per_gpu=spec.recipe.batch_size // spec.workers,
             threads=worker.threads, runs_per_gpu=worker.runs_per_gpu,
             device=device_name(run.device), machine=describe_machine(run.device),
-            engine=trainer.engine.way.name, attempts=attempt, warnings=tuple(warnings_seen),
+            engine=trainer.engine.way.name, attempts=attempt,
+            warnings=tuple(dict.fromkeys(chain(*gather(warnings_seen)))),
             ranks=tuple(gather(summarise_rank(worker.rank, memory, history[first:]))),
         )  # fmt: skip
 
@@ -168,16 +166,17 @@ def run_epoch(
     try:
         metrics = run_steps(trainer, epoch=epoch, steps=steps, part=part)
     except StoppedError as stopped:
-        reading = telemetry.stop(stopped.part.train_seconds)
-        energy, causes = join_readings(reading, part)
-        raise StoppedError(replace(stopped.part, energy_joules=energy, interference=causes)) from None
+        done: EpochPart = stopped.args[0]
+        reading = join(telemetry.stop(done.train_seconds), part)
+        known = replace(done, energy_joules=reading.energy_joules, interference=reading.interference)
+        raise StoppedError(known) from None
     trainer.watchdog.moved()
     if not math.isfinite(metrics.loss):
         raise DivergedError(epoch + 1, (epoch + 1) * run.train_loader.steps)
     if trainer.step.world_size > 1:
         for buffer in run.network.buffers():
             dist.broadcast(buffer, 0)
-    reading = telemetry.stop(metrics.train_seconds)
+    reading = join(telemetry.stop(metrics.train_seconds), part)
     evaluating_at = time.perf_counter()
     evaluation = run_eval(trainer, run.eval_loader, len(run.data.eval))
     on_test = run_eval(trainer, run.test_loader, len(run.data.test)) if run.test_loader else None
@@ -185,18 +184,17 @@ def run_epoch(
         "error": evaluation.error, "top5_error": evaluation.top5_error, "eval_loss": evaluation.loss,
         "test_error": on_test.error if on_test else None, "eval_seconds": time.perf_counter() - evaluating_at,
     }  # fmt: skip
-    energy, causes = join_readings(reading, part)
-    whole = asdict(reading) | {"energy_joules": energy, "interference": causes}
-    return metrics.model_copy(update=whole | measured), on_test
+    return metrics.model_copy(update=asdict(reading) | measured), on_test
 
 
-def join_readings(reading: EpochReading, part: EpochPart | None) -> tuple[float | None, tuple[str, ...]]:
-    """Joules and what disturbed an epoch, with those of its first part."""
+def join(reading: EpochReading, part: EpochPart | None) -> EpochReading:
+    """The reading with joules and disturbances of the epoch's first part, if there was one."""
     if part is None:
-        return reading.energy_joules, reading.interference
-    joules = [joules for joules in (part.energy_joules, reading.energy_joules) if joules is not None]
+        return reading
+    joules, before = reading.energy_joules, part.energy_joules
+    energy = None if joules is None or before is None else before + joules
     causes = tuple(dict.fromkeys((*part.interference, *reading.interference)))
-    return sum(joules) if len(joules) == 2 else None, causes
+    return replace(reading, energy_joules=energy, interference=causes)
 
 
 def leave(
@@ -243,7 +241,10 @@ def resume(
 
     def check(state: dict[str, Any]) -> bool:
         part = state.pop("part", None)
-        if outline(state) != outline(make_state(run, ())):
+        here, kept = make_state(run, ()), state
+        if not run.optimizer.state:  # it is made by the first step
+            here, kept = ({**of, "optimizer": None} for of in (here, state))
+        if outline(kept) != outline(here):
             raise ValueError("its tensors are not those of this run")
         for row in state["history"] or ([] if part else [None]):
             EpochMetrics.model_validate(row)
@@ -254,8 +255,10 @@ def resume(
     if state is None:
         return [], None
     run.network.load_state_dict(state["network"])
-    # but not its groups: the lr, which every epoch sets, is a tensor on a device or is not
-    run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+    # but not the lr, which every epoch sets: it is a tensor on a device or is not
+    groups = zip(run.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True)
+    restored = [own | kept | {"lr": own["lr"]} for own, kept in groups]
+    run.optimizer.load_state_dict({**state["optimizer"], "param_groups": restored})
     run.scaler.load_state_dict(state["scaler"])
     return [EpochMetrics.model_validate(row) for row in state["history"]], state["part"]
 
@@ -271,8 +274,9 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | Non
     """Train the first `steps` steps of an epoch, but for a part that was done before, timed from the request for the first
     batch to the last written weight. No step waits for its own end. Raises StoppedError where the ranks stop."""
     run, loader, recipe = trainer.run, trainer.loader, trainer.run.spec.recipe
-    rank, mixed = run.loader_config.rank, recipe.mixup and recipe.mixup_partner == "batch"
-    # of mixup alone: the loader's plan has its own
+    rank, world_size = run.loader_config.rank, run.loader_config.world_size
+    mixed = recipe.mixup and recipe.mixup_partner == "batch"
+    # of mixup alone: the loader's plan has its own, and so has each augmentation
     random = np.random.default_rng([run.spec.seed, epoch, rank])
     totals = trainer.step.totals.zero_()
     first, seen, lr, stall_seconds, train_seconds, stopped = 0, 0.0, float("nan"), 0.0, 0.0, False
@@ -294,6 +298,12 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | Non
         before, lr = lr, learning_rate(recipe, epoch * loader.steps + step, loader.steps)
         if lr != before:
             set_lr(run.optimizer, lr)
+        if run.spec.plugins:  # their modules may draw (dropout); none of ours does
+            seeds = np.random.SeedSequence([run.spec.seed, epoch, step, rank])
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+        if recipe.augmentations:
+            place = run.spec.seed, epoch, step
+            images = augment(recipe, images, (rank, world_size), place, run.global_images(step))
         if mixed:
             images = mix(images, recipe.mixup, random)
         trainer.step.mark("data")
@@ -301,6 +311,8 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | Non
         trainer.watchdog.step()
         seen, done = seen + len(labels), step + 1
         requested_at = time.perf_counter()
+    if not stopped and done < steps:
+        raise RuntimeError(f"loader {run.spec.loader} gave {done} of the {steps} batches of an epoch")
     stopped = stopped or not trainer.halt.may_begin()  # the evaluation
     trainer.watchdog.finish()
     trainer.watchdog.rest()
@@ -327,13 +339,10 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | Non
 def run_eval(trainer: Trainer, loader: Loader, images: int) -> Evaluation:
     """Evaluate the network as the run does: by its own engine, in its own precision."""
     autocast = make_autocast(trainer.run.device, trainer.run.spec.precision)
-
-    def forward(batch: torch.Tensor) -> torch.Tensor:
-        trainer.watchdog.moved()
-        logits: torch.Tensor = trainer.forward(batch)
-        return logits
-
-    evaluation = evaluate(trainer.run.network, loader, images=images, autocast=autocast, forward=forward)
+    evaluation = evaluate(
+        trainer.run.network, loader, images=images, autocast=autocast, forward=trainer.forward,
+        on_ranked=lambda _: trainer.watchdog.moved(),
+    )  # fmt: skip
     trainer.watchdog.rest()
     return evaluation
 

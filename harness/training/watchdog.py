@@ -41,8 +41,8 @@ class RankStalledError(dist.DistBackendError):
 class Watchdog:
     """Bounds how far the host runs ahead of its device, and raises the alarm where a rank makes no step.
 
-    Each rank says in the group's store, from a thread, that it is alive, how far it is and where: a
-    stopped process does not. Another thread, which waits for nothing, counts the time without a step; it writes the
+    Each rank says in the group's store, from a thread, that it is alive, how far it is and where: a stopped
+    process does not. Another thread, which waits for nothing, counts the time without a step; it writes the
     stacks of this rank into the folder `stacks`, and then calls `worker.alarm`.
     """
 
@@ -194,13 +194,9 @@ class Watchdog:
         if not silent and min(done.values()) < max(done.values()):
             blamed = [rank for rank in sorted(done) if done[rank] == min(done.values())]
         waiting = ", ".join(sorted({places[rank] for rank in places.keys() - blamed}))
+        at = ", ".join(sorted({places[rank] for rank in blamed if rank in places}))
+        does = "does not answer" if silent else f"is behind, in {at}"
         who = ", ".join(names[rank] for rank in blamed)
-        if silent:
-            what = f"{who} does not answer; the others wait in {waiting}"
-        elif blamed:
-            at = ", ".join(sorted({places[rank] for rank in blamed}))
-            what = f"{who} is behind, in {at}; the others wait in {waiting}"
-        else:
-            what = f"all ranks wait in {waiting}"
+        what = f"{who} {does}; the others wait in {waiting}" if blamed else f"all ranks wait in {waiting}"
         nodes = tuple(dict.fromkeys(self._ranks[rank][2] for rank in blamed))
         return Stalled(message=f"{since}: {what}{where}", nodes=tuple(filter(None, nodes)))

@@ -29,6 +29,7 @@ from harness.results.values import EpochMetrics
 
 MAX_RUNS = 200  # whose epochs are read for one page: more curves than that cannot be told apart
 MAX_POINT_NAMES = 24  # beside the points of a frontier; with more of them only the best are named
+LETTER, LINE = 0.022, 0.07  # of such a name's, in shares of the chart
 MAX_BARS = 24
 MAX_LEGEND = 40
 MAX_LINE = 110  # letters of a caption that fit the width of a file
@@ -79,12 +80,15 @@ class Panel:
     rows: dict[str, Style] = field(default_factory=dict)  # by label; each can be hidden
     categories: dict[str, dict[str, float]] = field(default_factory=dict)  # label -> memory by category, MiB
     left_out: int = 0  # rows whose curves are not shown
+    colours: dict[str, str] = field(default_factory=dict)  # of a sweep's trials, by run
 
 
-def make_panels(rows: Sequence[Row], labels: Sequence[str] = ()) -> list[Panel]:
+def make_panels(
+    rows: Sequence[Row], labels: Sequence[str] = (), colours: Mapping[str, str] | None = None
+) -> list[Panel]:
     """Charts for every data set that has a finished run or a curve. Reads the epochs of `MAX_RUNS` runs at most.
 
-    `labels` are `make_labels(rows)`, where they have been made.
+    `labels` are `make_labels(rows)`, where they have been made; `colours` those of runs that have one already.
     """
     groups: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     for row, label in zip(rows, labels or make_labels(rows), strict=True):
@@ -94,24 +98,25 @@ def make_panels(rows: Sequence[Row], labels: Sequence[str] = ()) -> list[Panel]:
         left -= sum(map(len, (row.done, row.failed, row.pruned, row.interrupted)))
         if left >= 0 or not chosen:
             chosen.add(id(row))
-    panels = [_make_panel(members, chosen) for members in groups.values()]
+    panels = [_make_panel(members, chosen, colours or {}) for members in groups.values()]
     return [panel for panel in panels if panel.charts]
 
 
 def make_labels(rows: Sequence[Row], layout: Layout | None = None) -> list[str]:
-    """A name for each row, all different: variant-depth and whatever else distinguishes it from the others.
+    """A name for each row, all of a data set different: variant-depth and whatever else distinguishes it from the others.
 
     `layout` is `lay_out(rows)`, where it has been made.
     """
     shown = (layout or lay_out(rows)).columns if rows else []
     describing = [column for column in shown if column in DESCRIBING]
     labels: list[str] = []
-    seen: Counter[str] = Counter()
+    seen: Counter[tuple[str, str]] = Counter()
     for row in rows:
         words = [row.name, *(text for column in describing if (text := column.text(row)) != NONE)]
         label = clean(" · ".join(words))
-        seen[label] += 1
-        labels.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
+        seen[row.dataset, label] += 1
+        number = seen[row.dataset, label]
+        labels.append(label if number == 1 else f"{label} ({number})")
     return labels
 
 
@@ -134,10 +139,13 @@ def _final_error(row: Row) -> float:
     return row.error if row.error is not None and math.isfinite(row.error) else math.inf
 
 
-def _make_panel(rows: Mapping[str, Row], chosen: set[int]) -> Panel:
+def _make_panel(rows: Mapping[str, Row], chosen: set[int], colours: Mapping[str, str]) -> Panel:
     first = next(iter(rows.values()))
     panel = Panel(clean(first.dataset), clean(first.dataset))
     styles = make_styles(list(rows))
+    for label, row in rows.items():
+        if known := [c for stored in (*row.done, *row.pruned) if (c := colours.get(stored.folder.name))]:
+            styles[label] = styles[label]._replace(colour=known[0])
     title = "test error, %" if first.evaluated_on == "test" else "error of held-out images, %"
 
     curved, curves, learning = dict[str, Style](), Values(), Values()
@@ -157,7 +165,7 @@ def _make_panel(rows: Mapping[str, Row], chosen: set[int]) -> Panel:
     done = [row for row in rows.values() if row.done]
     missing = {name: sum(row.figures[name].value is None for row in done) for name in MEMORIES}
     for name, figure in (("seconds", "epoch_seconds"), ("memory", min(MEMORIES, key=missing.__getitem__))):
-        if points := list(_points(rows, figure)):
+        if points := _points(rows, figure):
             panel.datasets[name] = points
             shown = {point["row"]: styles[point["row"]] for point in points}
             panel.charts.append(_frontier_chart(name, figure, title, shown))
@@ -272,23 +280,48 @@ def _learning_charts(curves: Values, styles: Mapping[str, Style]) -> Iterator[Ch
 # --- error against cost, memory by category ---
 
 
-def _points(rows: Mapping[str, Row], figure: str) -> Iterator[dict[str, Any]]:
+def _points(rows: Mapping[str, Row], figure: str) -> Values:
     """`best`: no other row is better in both. The cheapest row of a network has its name beside it."""
     every = ((row.figures[figure].value, _final_error(row), label) for label, row in rows.items())
     order = sorted(
         (cost, error, label) for cost, error, label in every if cost is not None and cost + error < math.inf
     )
-    lowest, named = math.inf, set[str]()
+    lowest, named, points = math.inf, set[str](), Values()
     for cost, error, label in order:
         network, std = label.partition(" · ")[0], rows[label].figures["error"].std or 0.0
         best = error < lowest
         shown = network not in named and (best or len(order) <= MAX_POINT_NAMES)
-        yield {
+        points.append({
             "row": label, "cost": float(f"{cost:.6g}"), "error": round(error, 2), "low": round(error - std, 2),
             "high": round(error + std, 2), "best": best, "name": network if shown else "",
-        }  # fmt: skip
+        })  # fmt: skip
         lowest = min(lowest, error)
         named.add(network)
+    _place_names(points)
+    return points
+
+
+def _place_names(points: Values) -> None:
+    """Names stand at a corner of their points where they cover no other, or not at all, in a chart as small as a phone's."""
+    if not points:
+        return
+    width, low = max(p["cost"] for p in points) or 1.0, min(p["low"] for p in points)
+    height = max(p["high"] for p in points) - low or 1.0
+    at = [(p["cost"] / width, (p["error"] - low) / height) for p in points]
+    taken = [(x - 0.015, y - 0.02, x + 0.015, y + 0.02) for x, y in at]
+    for point, (x, y) in zip(points, at, strict=True):
+        long, name = LETTER * len(point["name"]), point["name"]
+        point["name"] = ""
+        for right, up in ((False, True), (True, True), (False, False), (True, False)) if name else ():
+            left, bottom = x + 0.02 if right else x - 0.02 - long, y + 0.02 if up else y - 0.02 - LINE
+            box = (left, bottom, left + long, bottom + LINE)
+            free = all(
+                box[0] > other[2] or box[2] < other[0] or box[1] > other[3] or box[3] < other[1] for other in taken
+            )
+            if free and box[0] >= 0 and box[2] <= 1.04:
+                point |= {"name": name, "right": right, "up": up}
+                taken.append(box)
+                break
 
 
 def _frontier_chart(name: str, figure: str, title: str, styles: Mapping[str, Style]) -> Chart:

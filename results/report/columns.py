@@ -8,7 +8,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any
 
-from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures, suggest
+from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures, rounded, suggest
 from harness.results.published import Published, find_published
 from harness.results.rows import Row
 from harness.results.store import Interrupted, Stored
@@ -50,13 +50,13 @@ def _overrides(row: Row) -> list[str]:
 _descriptor = partial(Column, right=False, stays=False)
 DESCRIPTORS: tuple[Column, ...] = (
     _descriptor("variant", "variant", lambda r: r.text("variant", r.variant), stays=True),
-    _descriptor("depth", "depth", lambda r: r.text("network.depth", str(r.depth or NONE)), stays=True, right=True,
+    _descriptor("depth", "depth", lambda r: r.text("network.depth", str(r.depth)) if r.depth else NONE, stays=True, right=True,
               key=lambda r: r.depth),
     _descriptor("dataset", "data set", lambda r: r.text("label", r.dataset)),
     _descriptor("limit_train", "images", lambda r: f"{limit:,}" if (limit := _limit(r)) else "all",
               "of the training set that were used", right=True, key=_limit),
     _descriptor("duration", "trained", lambda r: r.duration, key=lambda r: setting(r.spec, "recipe.duration", int, float)),
-    _descriptor("overrides", "changed", lambda r: ", ".join(_overrides(r)) or NONE,
+    _descriptor("overrides", "changed", lambda r: rounded(", ".join(_overrides(r))) or NONE,
               "what differs from the variant's own recipe"),
     _descriptor("loader", "loader", lambda r: r.text("loader")),
     _descriptor("precision", "precision", lambda r: r.text("precision")),

@@ -29,7 +29,7 @@ def render_comparison(
     tests = dict.fromkeys(f"{figure.metric.title}: {figure.how}" for figure in figures if figure.how)
     definitions = [*DEFINITIONS, *tests]
     if format == "json":
-        values = {"pairs": list(map(_plain_pair, pairs)), "definitions": definitions}
+        values = {"schema_version": 1, "pairs": list(map(_plain_pair, pairs)), "definitions": definitions}
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
     if not pairs:
         return "nothing to compare: no row of A has a counterpart in B\n"

@@ -24,6 +24,10 @@ def make_notes(rows: Sequence[Row]) -> Mapping[str, set[tuple[int, str]]]:
         for source in (_data_notes, _condition_notes, _timing_notes, _run_notes, _published_notes, _missing_notes):
             for text, *columns in source(row):
                 notes[text] |= {(i, column) for column in columns}
+    for why, runs in _alike_failures(rows).items():
+        names = ", ".join(name for _, name in runs[:MOST_NAMED]) + ", …" * (len(runs) > MOST_NAMED)
+        said = f"{names} failed, {why}" if len(runs) == 1 else f"{len(runs)} runs failed, {why}: {names}"
+        notes[said] |= {(i, "n" if rows[i].done else "error") for i, _ in runs}
     groups: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
     for i, row in enumerate(rows):
         if row.error is not None and 0 <= row.error <= 100 and (images := row.done[0].record.images()):
@@ -31,6 +35,20 @@ def make_notes(rows: Sequence[Row]) -> Mapping[str, set[tuple[int, str]]]:
     for (dataset, on, images), errors in groups.items():
         notes[_sampling_note(dataset, on, images, errors.values())] = {(i, "error") for i in errors}
     return notes
+
+
+MOST_NAMED = 4
+
+
+def _alike_failures(rows: Sequence[Row]) -> Mapping[str, list[tuple[int, str]]]:
+    """Why runs failed -> their rows and names."""
+    alike: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        for seed, failure in ((stored.record.seed, stored.record.failure) for stored in row.failed):
+            if failure:
+                why = _shorten(f"{failure.kind}: {failure.message}".removesuffix(": "))
+                alike[why].append((i, f"{row.name} seed {seed}"))
+    return alike
 
 
 def _sampling_note(dataset: str, on: str, images: int, errors: Collection[float]) -> str:
@@ -97,10 +115,6 @@ def _run_notes(row: Row) -> Noted:
     if row.planned:
         until = max(run.record.added_until or 0.0 for run in row.done)
         yield f"seeds after the first {row.planned} were added until the error was known to ±{until:g} points", "n"
-    for stored in row.failed:
-        if failure := stored.record.failure:
-            why = f"{failure.kind}: {failure.message}".removesuffix(": ")
-            yield f"{row.name} seed {stored.record.seed} failed, {_shorten(why)}", where
     for stored in row.pruned:
         alone = "pruned by a search before its end: averaged with nothing"
         beside = f"{row.name} seed {stored.record.seed} was {pruned_at(stored)} epochs by a search"

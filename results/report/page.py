@@ -5,6 +5,8 @@ Values are prepared here; `page.html` lays them out and escapes them.
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import math
 import re
@@ -18,12 +20,12 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from harness.results.metrics import METRICS, NONE
+from harness.results.metrics import METRICS, NONE, rounded
 from harness.results.prediction import predicted_figures
 from harness.results.report import memory
-from harness.results.report.charts import category_colours, make_labels, make_panels
+from harness.results.report.charts import category_colours, make_labels
 from harness.results.report.columns import Column
-from harness.results.report.sweeps import clamp, is_finite, make_sweep_panel, show
+from harness.results.report.sweeps import clamp, draw_all, is_finite, show
 from harness.results.report.table import lay_out, style_of
 from harness.results.report.text import MARKS, ORDINARY, clean
 from harness.results.rows import Row
@@ -34,6 +36,8 @@ from harness.results.values import Measurement, Record
 HERE = Path(__file__).parent
 NETWORK = Column("network", "network", lambda r: r.name, key=lambda r: f"{r.variant} {r.depth:06}", right=False)
 RUN_METRICS = [metric for metric in METRICS.values() if metric.kind != "size"]
+FACETS = ("variant", "depth", "data set", "loader")
+"""What the rows of the page can be filtered and grouped by."""
 RUN_COLUMNS = ("seed", *(m.heading for m in RUN_METRICS), "attempts", "finished", "folder", "environment")
 
 
@@ -47,8 +51,8 @@ def make_page(
     """
     layout = lay_out(rows, columns)
     labels = make_labels(rows, None if columns else layout)
-    panels, searches = make_panels(rows, labels), [(sweep, make_sweep_panel(sweep)) for sweep in sweeps]
-    every = [*panels, *(panel for _, panel in searches)]
+    panels, searches = draw_all(rows, sweeps, labels)
+    every = [*panels, *searches]
     environments: dict[str, _Group] = {}
     runs = [[_run(stored, environments) for stored in row.done] for row in rows]
     if not environments:  # a run that failed knows less of its environment
@@ -56,13 +60,17 @@ def make_page(
             _add_environment(environments, stored.record)
     trials = {trial.run for sweep in sweeps for trial in sweep.trials}
     row_of = {s.folder.name: i for i, row in enumerate(rows) for s in row.done if s.folder.name in trials}
-    scripts = [bundle.replace("</script", "<\\/script")] if any(panel.charts for panel in every) else []
     # variant and depth are one column: the first stays in place when the others scroll
     joined = [column.name for column in layout.columns[:2]] == ["variant", "depth"]
-    drawn = [{"rows": p.rows, "charts": {c.name: c.spec for c in p.charts}, "datasets": p.datasets} for p in every]
-    data = {"panels": drawn, "columns": RUN_COLUMNS, "runs": runs}
-    # "<" inside a script could end it; JSON strings may hold it in this form
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    drawn = [
+        {"title": p.title, "rows": p.rows, "datasets": p.datasets, "charts": {c.name: c.spec for c in p.charts}}
+        for p in every
+    ]
+    facets = [[clean(r.variant), r.depth, clean(r.dataset), clean(r.text("loader"))] for r in rows]
+    named = [[*values, label] for values, label in zip(facets, labels, strict=True)]
+    data = {"panels": drawn, "columns": RUN_COLUMNS, "runs": runs, "facets": FACETS, "rows": named}
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    bundle = bundle if any(panel.charts for panel in every) else ""
     css, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
@@ -71,14 +79,19 @@ def make_page(
     )  # fmt: skip
     return environment.get_template("page.html").render(
         made_at=made_at, rows=rows, sheet=layout.sheet, labels=labels, panels=panels, joined=joined,
-        columns=[NETWORK, *layout.columns[2:]] if joined else layout.columns, sweeps=searches, problems=problems,
-        swatches={label: style.colour for panel in panels for label, style in panel.rows.items()}, row_of=row_of,
+        columns=[NETWORK, *layout.columns[2:]] if joined else layout.columns, sweeps=list(zip(sweeps, searches, strict=True)), problems=problems,
+        swatches={(panel.title, label): style.colour for panel in panels for label, style in panel.rows.items()}, row_of=row_of,
         probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := predicted_figures(row))],
         each=lambda name: [(row, run) for row in rows for run in getattr(row, name)],
-        environments=list(environments.values()), data=Markup(text), css=css, scripts=[*map(Markup, scripts), script],
-        NONE=NONE, category_colours=category_colours, best_first=best_first, clamp=clamp, Counter=Counter, is_finite=is_finite,
-        link_marks=_link_marks, memory=memory, number=_number, show=show, sort_key=_sort_key, style_of=style_of,
+        environments=list(environments.values()), css=css, script=script, packed={"data": _pack(text), "vega": _pack(bundle)},
+        NONE=NONE, category_colours=category_colours, clean=clean, best_first=best_first, clamp=clamp, Counter=Counter, is_finite=is_finite,
+        link_marks=_link_marks, memory=memory, number=_number, rounded=rounded, show=show, sort_key=_sort_key, style_of=style_of,
     )  # fmt: skip
+
+
+def _pack(text: str) -> str:
+    """For the page's script: a tenth of the size, and nothing in it that could end a script."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def _link_marks(text: str) -> Markup:

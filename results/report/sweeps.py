@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from harness.results.report.charts import Chart, Panel, make_spec
+from harness.results.report.charts import Chart, Panel, make_panels, make_spec
 from harness.results.report.text import clean
+from harness.results.rows import Row
 from harness.results.sweeps import Dimension, Sweep, Trial, best_first, format_value
 
 MAX_DRAWN = 400  # trials, the best ones: more lines than that cannot be told apart
@@ -38,20 +39,38 @@ def make_sweep_panel(sweep: Sweep) -> Panel:
     # over the finished ones, where they differ: a trial pruned at 90 % would leave them one colour
     finished = [trial.last or 0.0 for trial in drawn if trial.state == "finished"]
     ends = finished if len(set(finished)) > 1 else lasts
-    scale = {"domain": [min(ends), max(ends)], "range": RANGE, "clamp": True}
-    colour = {"field": "value", "type": "quantitative", "scale": scale, "legend": None}
+    low, width = min(ends), max(ends) - min(ends) or 1.0
+    for value, trial in zip(panel.datasets["trials"], reversed(drawn), strict=True):
+        value["colour"] = panel.colours[trial.run] = _blend((value["value"] - low) / width)
     columns = list(enumerate([*axes, last]))
     heads = [{"axis": j, "place": 1.0, "text": axis.title} for j, axis in columns]
     ticks = [{"axis": j, "place": place, "text": text} for j, axis in columns for place, text in axis.ticks]
-    spec = make_spec("parallel", colour=colour, axes=[-0.45, len(axes) + 0.25], heads=heads, ticks=ticks)
+    spec = make_spec("parallel", axes=[-0.45, len(axes) + 0.25], heads=heads, ticks=ticks)
     caption = f"Every trial is a line through its values to its {metric}"
     panel.charts.append(Chart("parallel", caption + note, spec, wide=True))
     for j, axis in enumerate(axes):
         x = axis.encoding | {"field": f"x{j}", "title": axis.title}
         caption = f"{metric} against {axis.title}{' on a log scale' if axis.log else ''}"
-        spec = make_spec("slice", x=x, metric=metric, colour=colour)
+        spec = make_spec("slice", x=x, metric=metric)
         panel.charts.append(Chart(f"slice-{axis.title}", caption + note, spec))
     return panel
+
+
+def draw_all(
+    rows: Sequence[Row], sweeps: Sequence[Sweep], labels: Sequence[str] = ()
+) -> tuple[list[Panel], list[Panel]]:
+    """The charts of data sets and of sweeps; a trial has the same colour in all."""
+    searches = [make_sweep_panel(sweep) for sweep in sweeps]
+    colours = {run: colour for panel in searches for run, colour in panel.colours.items()}
+    return make_panels(rows, labels, colours), searches
+
+
+def _blend(share: float) -> str:
+    """The colour at a share of the way from the best value to the worst."""
+    place = clamp(share) * (len(RANGE) - 1)
+    k = min(int(place), len(RANGE) - 2)
+    ends = zip(*(bytes.fromhex(colour[1:]) for colour in RANGE[k : k + 2]), strict=True)
+    return "#" + bytes(round(a + (b - a) * (place - k)) for a, b in ends).hex()
 
 
 def is_finite(value: float | None) -> bool:

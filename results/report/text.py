@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
+from string import Template
 
 from rich import cells as rich_cells
 
@@ -114,24 +116,52 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"[\\`*_\[\]<>|~#&]", r"\\\g<0>", text)
 
 
-def for_latex(sheet: Sheet) -> str:
-    """A tabular of the booktabs package."""
-    header, *lines = [" & ".join(map(escape_latex, cells)) + r" \\" for cells in (sheet.headers, *sheet.cells)]
-    below = " \\\\\n".join(map(escape_latex, [*sheet.notes, "; ".join(sheet.means)]))
-    parts = [
-        "% needs \\usepackage{booktabs}",
-        rf"\noindent {escape_latex(sheet.caption)}\par\smallskip" if sheet.caption else "",
-        rf"\begin{{tabular}}{{{''.join('r' if right else 'l' for right in sheet.right)}}}",
-        r"\toprule", header, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}",
-        f"\\par\\smallskip{{\\footnotesize\n{below}\\par}}",
-    ]  # fmt: skip
-    return "\n".join(filter(None, parts)) + "\n"
+NUMBER = re.compile(r"(−?[\d,]+)(?:\.(\d+))?(.*)")
+"""A figure, and what follows it: its standard deviation, a unit, something in brackets, the marks of notes."""
+
+
+def for_latex(sheet: Sheet, left_out: Sequence[str] = ()) -> str:
+    """A floating table of the packages booktabs and siunitx: caption, label, numbers aligned at the point, notes below."""
+    columns = [
+        _latex_column(header, cells, right=right)
+        for header, right, *cells in zip(sheet.headers, sheet.right, *sheet.cells, strict=True)
+    ]
+    kinds, cells = zip(*columns, strict=True)
+    header, *lines = [" & ".join(line) + r" \\" for line in zip(*cells, strict=True)]
+    below = map(escape_latex, filter(None, [*sheet.notes, "; ".join(sheet.means)]))
+    without = f"\n% too narrow for {', '.join(left_out)}: --columns chooses" if left_out else ""
+    return Template(Path(__file__).with_name("table.tex").read_text(encoding="utf-8")).substitute(
+        left_out=without, caption=escape_latex(sheet.caption or "Results"), kinds="".join(kinds), header=header,
+        lines="\n".join(lines), below=" \\\\\n".join(below),
+    )  # fmt: skip
+
+
+def _latex_column(header: str, cells: Sequence[str], *, right: bool) -> tuple[str, list[str]]:
+    """How it is aligned, and its header and cells. What follows its numbers is another column, close to the first."""
+    head, *words = map(escape_latex, (header, *cells))
+    numbers = [NUMBER.fullmatch(cell) for cell in cells]
+    if not right or not any(numbers):
+        return "r" if right else "l", [head, *words]
+    parts = [number.groups("") if number else ("", "", "") for number in numbers]
+    values = [
+        re.sub(r"\.$", "", f"{before}.{after}".replace(",", "").replace("−", "-")) for before, after, _ in parts
+    ]
+    whole, decimals = max(len(value.partition(".")[0]) for value in values), max(len(part[1]) for part in parts)
+    kind = f"S[table-format={whole}.{decimals}]"
+    lines = [
+        value if number else f"{{{word}}}" for value, number, word in zip(values, numbers, words, strict=True)
+    ]
+    rests = [re.sub("^ ", "~", escape_latex(rest)) for _, _, rest in parts]
+    if not any(rests):
+        return kind, [f"{{{head}}}", *lines]
+    pairs = [f"{line} & {rest}" for line, rest in zip(lines, rests, strict=True)]
+    return f"{kind}@{{}}l", [rf"\multicolumn{{2}}{{c}}{{{head}}}", *pairs]
 
 
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
     ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "−": "$-$", "×": r"$\times$", "·": r"$\cdot$",
-    "–": "--", "…": r"\ldots{}", **{c: f"\\{c}" for c in "&%$#_{}"},
+    "–": "--", "…": r"\ldots{}", "→": r"$\to$", **{c: f"\\{c}" for c in "&%$#_{}"},
 })  # fmt: skip
 
 

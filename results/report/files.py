@@ -1,0 +1,139 @@
+"""Rows -> CSV and JSON, for programs: raw numbers with units in their names.
+
+A change that a reader must know of has another `SCHEMA_VERSION`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness.results.metrics import METRICS, UNKNOWN
+from harness.results.report.columns import (
+    check_names,
+    cost_entry,
+    epoch_seconds_ratio,
+    make_columns,
+    progress,
+    pruned_at,
+)
+from harness.results.report.notes import make_notes
+from harness.results.rows import Row
+from harness.results.values import MEMORY_CATEGORIES, finite, setting
+from harness.results.verdict import seeds_to_tell
+
+SCHEMA_VERSION = 1
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "string": str, "integer": int, "number": (int, float), "boolean": bool, "list of integers": list,
+}  # fmt: skip
+
+
+class Field(NamedTuple):
+    """A column: one of `TYPES`, the path of its value, and what it means."""
+
+    kind: str
+    path: str = ""  # none: of a metric
+    means: str = ""
+
+
+def _load_fields() -> dict[str, Field]:
+    parts = tomllib.loads(Path(__file__).with_name("files.toml").read_text(encoding="utf-8"))
+    before, after, published = ({name: Field(*f) for name, f in part.items()} for part in parts.values())
+    figures, predicted = dict[str, Field](), dict[str, Field]()
+    for name, metric in METRICS.items():
+        plain = metric.plain(UNKNOWN)
+        figures |= {n: Field("integer" if n.endswith("_n") else "number", means=metric.means) for n in plain}
+        if metric.predict:
+            predicted[f"predicted_{name}"] = Field("number", means="by a probe of some steps")
+    known = {f"memory_{n.lower().replace(' ', '_')}_mib": f"by_category_mib.{n}" for n in MEMORY_CATEGORIES}
+    memory = {name: Field("number", path) for name, path in known.items()}
+    return before | figures | after | predicted | memory | published
+
+
+FIELDS = _load_fields()
+"""The columns that every file has, in their order."""
+DERIVED: dict[str, Callable[[Row], Any]] = {
+    "images": lambda row: row.done[0].record.images() if row.done else None,
+    "overrides": lambda row: " ".join(map(str, setting(row.spec, "overrides", list) or ())),
+    "differences": lambda row: " ".join(row.differs),
+    "averaged": lambda row: " ".join(f"{name}={'/'.join(values)}" for name, values in row.averaged_over.items()),
+    "n": lambda row: len(row.done),
+    "seeds": lambda row: [stored.record.seed for stored in row.done],
+    "no_verdict": lambda row: (row.against and row.against.reason) or None,
+    "cost": cost_entry,
+    "ratio": epoch_seconds_ratio,
+    "seeds_to_tell": lambda row: seeds_to_tell(row.against.published, row.values("error")) if row.against and row.against.half is not None else None,
+    "failures": lambda row: "; ".join(f"seed {s.record.seed}: {s.record.failure.kind}" for s in row.failed if s.record.failure),
+    "prunings": lambda row: "; ".join(f"seed {s.record.seed}: {pruned_at(s)}" for s in row.pruned),
+    "interruptions": lambda row: "; ".join(f"{run.name}: {progress(run)}" for run in row.interrupted),
+}  # fmt: skip
+
+
+def _find(field: Field, row: Row) -> Any:
+    """The value at a field's path, if it has the field's type: nothing has checked a spec that was edited by hand."""
+    first, *rest = field.path.split(".")
+    value = DERIVED[first](row) if first in DERIVED else getattr(row, first)
+    for name in rest:
+        value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+    return value if isinstance(value, TYPES[field.kind]) else None
+
+
+def _read(row: Row) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for name, metric in METRICS.items():
+        figures |= metric.plain(row.figures.get(name, UNKNOWN))
+        if metric.predict:
+            figures[f"predicted_{name}"] = metric.measure(row.predicted).value if row.predicted else None
+    return finite({name: _find(field, row) if field.path else figures[name] for name, field in FIELDS.items()})
+
+
+def plain_values(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows as CSV and JSON have them, with all that is noted of any: every value of it, in the order of the runs.
+
+    `columns` chooses and orders what there is. Raises ValueError for one that does not exist.
+    """
+    named = {name.lower().replace(" ", "_"): name for row in rows for name in sorted(row.conditions)}
+    noted = {name: named[name] for name in sorted(named) if name not in FIELDS}
+    every: list[dict[str, Any]] = []
+    for row in rows:
+        notes = {n: "; ".join(row.conditions.get(name, ())) or None for n, name in noted.items()}
+        every.append(_read(row) | notes)
+    if columns and every:
+        check_names(columns, list(every[0]))
+        every = [{name: values[name] for name in columns} for values in every]
+    return every
+
+
+def to_csv(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
+    """A line a row; lists as JSON has them. The first column is the version of the schema, unless columns are chosen."""
+    version = {} if columns else {"schema_version": SCHEMA_VERSION}
+    lines = [version | values for values in plain_values(rows, columns)]
+    output = io.StringIO()
+    if lines:
+        writer = csv.DictWriter(output, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+    return output.getvalue()
+
+
+def to_json(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
+    """An object with the version of the schema, the rows, notes on single cells, and what the columns mean."""
+    notes = [
+        {"text": text, "cells": [{"row": i, "column": name} for i, name in sorted(at)]}
+        for text, at in make_notes(rows).items()
+    ]
+    definitions = [{"column": column.name, "means": column.means} for column in make_columns() if column.means]
+    parts: Mapping[str, Sequence[Any]] = {
+        "rows": plain_values(rows, columns),
+        "notes": notes,
+        "definitions": definitions,
+    }
+    # one value a line: json's own indenting takes twenty times as long
+    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+    lines = [f'"{name}": [\n' + ",\n".join(map(encode, values)) + "\n]" for name, values in parts.items()]
+    return "{\n" + ",\n".join([f'"schema_version": {SCHEMA_VERSION}', *lines]) + "\n}\n"
