@@ -69,6 +69,7 @@ def test_no_barrier(width: int, dark: bool, file: Path) -> None:
         browser.open(file, width=width, height=900, dark=dark)
         browser.ask(OPEN)
         browser.wait_for("document.querySelectorAll('details.row .runs tbody tr').length >= 16")
+        browser.ask("new Promise((done) => requestAnimationFrame(() => setTimeout(done, 100)))")  # sizes are seen
         assert browser.ask(CHECKS) == []
         if AXE:
             browser.ask(Path(AXE).read_text(encoding="utf-8") + ";0")
