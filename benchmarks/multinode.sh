@@ -1,6 +1,7 @@
 #!/bin/bash
 # Nodes with networks of their own, in this machine: three network namespaces on a bridge, a real `ray start` in each.
-# 2-way DDP over two of them: undisturbed; with the link cut and restored; with a node killed and replaced.
+# 2-way DDP over two of them: undisturbed; with the link cut and restored; with the link dropping everything until a rank is
+# said to hang; with a node killed and replaced.
 # Prints what survived, and whether the losses are those of the undisturbed run. Needs root:
 #   sudo [EPOCHS=40] benchmarks/multinode.sh [FOLDER FOR RESULTS [FILE OF READINGS]]
 set -euo pipefail
@@ -57,9 +58,9 @@ start_node() { # NAME NUMBER [ray start's words]
     ip netns exec "harness-$name" ray start --node-ip-address="$net.$number" --num-cpus=1 \
         --object-store-memory=100000000 "$@" > "$out/node-$name.log" 2>&1
 }
-train() { # FOLDER: in the head's namespace, lines into FOLDER.log
+train() { # FOLDER [harness run's words]: in the head's namespace, lines into FOLDER.log
     ip netns exec harness-a harness run --dataset digits --depths 8 --limit-train 512 --epochs "${EPOCHS:-40}" --gpus 0 \
-        --loader resident --workers 2 --placement spread --address "$net.1:$port" --out "$out/$1" > "$out/$1.log" 2>&1
+        --loader resident --workers 2 --placement spread --address "$net.1:$port" --out "$out/$1" "${@:2}" > "$out/$1.log" 2>&1
 }
 wait_for() { # WORDS FILE: up to two minutes
     for ((i = 0; i < 1200; i++)); do
@@ -118,6 +119,18 @@ sleep 5
 ip link set harness-vb up
 wait $! || { tail -n 20 "$out/cut.log" >&2; exit 1; }
 row "link cut for 5 s" cut $SECONDS
+
+SECONDS=0
+train dropped --stall-seconds 10 &
+wait_for "epoch 5/" "$out/dropped.log"
+tc qdisc add dev harness-vb root netem loss 100%
+dropped=$SECONDS
+wait_for "trying again\\|waiting for room" "$out/dropped.log"
+noticed=$SECONDS
+tc qdisc delete dev harness-vb root
+wait $! || { tail -n 20 "$out/dropped.log" >&2; exit 1; }
+grep "no step for" "$out/dropped.log"
+row "link drops everything ($((noticed - dropped)) s until the rank that hangs was named)" dropped $SECONDS
 
 SECONDS=0
 train killed &

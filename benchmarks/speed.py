@@ -118,7 +118,7 @@ def bare(spec: RunSpec, data: Data, device: torch.device) -> Generator[float, No
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
     mean = make_normalize("pixel-mean", data.train).mean
-    x = torch.from_numpy((data.train.images / 255.0 - mean).astype("float32")).permute(0, 3, 1, 2).to(device)
+    x = torch.from_numpy((data.train.pixels / 255.0 - mean).astype("float32")).permute(0, 3, 1, 2).to(device)
     y = torch.from_numpy(data.train.labels).to(device)
     for epoch in itertools.count():
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch)).to(device)

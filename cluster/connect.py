@@ -17,7 +17,7 @@ from harness.cluster.nodes import Cluster, inspect_cluster
 
 CONNECT_SECONDS = 20.0
 LONGEST_TEMP_DIR = 36  # a socket may have a name of 107 bytes, of which Ray adds up to 71
-LOST = "harness: Ray or this command was killed; the same command goes on from the last finished epochs"
+LOST = "harness: Ray or this command was killed; the same command goes on from the last checkpoints"
 _watchers: list[subprocess.Popen[bytes]] = []
 
 GPU_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # NVML's; CUDA's own is by speed

@@ -18,7 +18,9 @@ Outcome = TypeVar("Outcome")
 Report = Callable[[Any], None]
 
 LOOPBACK = "127.0.0.1"
-COLLECTIVE_SECONDS = 300  # a peer that stops without dying is noticed after this, not after torch's 30 minutes
+STALL_SECONDS = 300.0  # without a step: by then a watchdog has seen which rank hangs
+COLLECTIVE_GRACE = 60.0  # so much later collectives end by themselves, and name nobody
+COLLECTIVE_SECONDS = int(STALL_SECONDS + COLLECTIVE_GRACE)
 
 Placement = Literal["pack", "strict-pack", "spread"]
 PLACEMENTS: tuple[Placement, ...] = ("pack", "strict-pack", "spread")
@@ -42,6 +44,7 @@ class Allocation:
         ""  # for Ray's own files; seen by every node: a shared folder, or a URI that pyarrow opens
     )
     retries: int = 2  # after deaths in a row that brought no progress
+    stall_seconds: float = STALL_SECONDS
     placement_timeout_seconds: float = 1800.0  # as long as a cloud may take to bring another node
 
     @property
@@ -62,6 +65,25 @@ class Worker:
     attempt: int = 1
     launch_seconds: float = 0.0  # from the request until the function was entered; by two clocks on two nodes
     runs_per_gpu: int = 1  # above 1, other runs train on this GPU at the same time
+    stall_seconds: float = STALL_SECONDS
+    node: str = ""  # as the launcher names it
+    notice: Callable[[], float | None] | None = None
+    """Asked about once a second, in a thread: by when (`time.time`) this worker has to be gone, None where it may stay.
+    All ranks then stop before the same step, and raise PreemptedError. None: nobody can ask it to leave."""
+    alarm: Callable[[Stalled], None] | None = None
+    """Given who hangs, in a thread; it ends the process. None: RankStalledError is raised where the run trains."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stalled:
+    """No step for `stall_seconds`: who hangs, in one line, and the nodes to keep away from in the next attempt."""
+
+    message: str
+    nodes: tuple[str, ...] = ()
+
+
+class PreemptedError(RuntimeError):
+    """All ranks have stopped before the same step, as they were asked to, and can go on from there. The message names it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +109,14 @@ class Started:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entered:
     """Progress: the attempt's workers are placed and its train function was entered."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """What a run came to. `more`: its workers are there for another one of its row."""
+
+    outcome: Any
+    more: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +164,8 @@ def make_failed(error: BaseException, *, attempts: int) -> Failed:
     # when one worker ends, the others raise in their collective: its death or its own error is the cause
     cause = min(
         failures or [_unwrap(getattr(error, "controller_failure", error))],
-        key=lambda e: 0 if is_death(e) else 2 if is_lost_peer(e) else 1,
+        # where one rank was preempted, all were: the checkpoint is written
+        key=lambda e: -1 if isinstance(e, PreemptedError) else 0 if is_death(e) else 2 if is_lost_peer(e) else 1,
     )
     died = is_death(cause) or is_lost_peer(cause)
     text = str(cause).strip() or type(cause).__name__

@@ -7,26 +7,29 @@ initialised process group (NCCL on GPUs, gloo on CPUs) when there are several. R
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-import queue
 import shutil
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
 from harness.cluster.job import (
-    COLLECTIVE_SECONDS,
+    COLLECTIVE_GRACE,
     LOOPBACK,
+    WORKER_DIED,
     Allocation,
+    Ended,
     Entered,
     Failed,
     Launched,
     Outcome,
+    PreemptedError,
     Spec,
     Started,
     StartSampler,
@@ -37,14 +40,19 @@ from harness.cluster.job import (
     count_failures,
     make_failed,
 )  # fmt: skip
-from harness.cluster.nodes import choose_world_size, inspect_cluster
+from harness.cluster.nodes import choose_world_size, count_runs, find_draining, free_resources, inspect_cluster
+from harness.cluster.workers import LEAVE, Mailbox, Task, note_sigterm, this_node
 
 SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
+LOOK_SECONDS = 1.0  # between looks for nodes that come and go
+POLL_SECONDS = 0.2  # between two looks at what was reported
+SHORT_RUN_SECONDS = 300.0  # of a longer one, the start of new workers costs a few percent at most
 
 
 def launch(
     train: Train[Spec, Outcome], specs: Sequence[Spec], job: Allocation, *, progress: Callable[[Spec, Any], None],
     telemetry: StartSampler | None = None, progress_of: Callable[[Any], float] = lambda _: 0.0,
+    leaving: Callable[[], bool] = lambda: False, row: Callable[[Spec], Any] | None = None,
 ) -> Launched[Spec, Outcome]:  # fmt: skip
     """Run every spec, `job.concurrent_runs` at a time; yield each as it ends. Call `connect` before.
 
@@ -54,39 +62,50 @@ def launch(
     cluster, waits without being counted. `progress(spec, event)` is called in this thread with `Started`, `Waiting`,
     `Entered` and every report of rank 0. `telemetry` is started on each node of an attempt, in an actor that ends with
     it; its measurements come as `Telemetry`.
+
+    Workers of a node that Ray drains stop as `Worker.notice` says, and go on elsewhere: that is no death, nor is one while
+    nodes are drained. Once `leaving()` holds, all runs stop so, and then KeyboardInterrupt is raised.
+
+    A run that has ended within SHORT_RUN_SECONDS leaves its workers, with their imports and their process group, to the
+    next spec with an equal `row(spec)`. Those of another row have new ones, and so has whatever follows a failure.
     """
     import ray
 
     # beside the driver: on another node it would be lost with that node, and every run with it
-    mailbox = ray.remote(num_cpus=0, scheduling_strategy=_this_node())(Mailbox).remote()
-    ended: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-    best_progress = [0.0] * len(specs)
-    stop = threading.Event()
-    waiting = iter(range(len(specs)))  # each thread takes the next
-
-    def serve() -> None:
-        for index in waiting:
-            if stop.is_set():
-                return
-            task = _Task(train, specs[index], index, job, telemetry, mailbox)
-            try:
-                outcome = _Run(task, stop, best_progress).run()
-            except BaseException as error:
-                outcome = make_failed(error, attempts=1)
-            ended.put((index, outcome))
-
+    mailbox = ray.remote(num_cpus=0, scheduling_strategy=this_node())(Mailbox).remote()
+    best_progress, until = [0.0] * len(specs), dict[int, float]()  # when a run is no longer a short one
+    seen = _Seen(best_progress)
+    threads = _Threads(lambda index: Task(train, specs[index], index, job, telemetry, mailbox), specs, seen, row)
+    stop = seen.stop
     for _ in range(min(job.concurrent_runs, len(specs))):
-        threading.Thread(target=serve, daemon=True).start()
+        threads.start(threads.take())
+    ended = 0
     try:
-        for _ in specs:
-            end: tuple[int, Any] | None = None
-            while end is None:
-                with contextlib.suppress(queue.Empty):
-                    end = ended.get(timeout=0.2)
-                for index, event in ray.get(mailbox.drain.remote()):
-                    best_progress[index] = max(best_progress[index], progress_of(event))
-                    progress(specs[index], event)
-            yield specs[end[0]], end[1]
+        while ended < len(specs):
+            time.sleep(POLL_SECONDS)
+            left = stop.is_set() and not threads.alive()
+            if leaving() and not stop.is_set():
+                stop.set()
+                mailbox.note.remote(LEAVE, time.time())
+            seen.look(mailbox, job)
+            events = ray.get(mailbox.empty.remote())
+            if left and not events:
+                raise KeyboardInterrupt
+            for index, event in events:
+                if isinstance(event, Ended):
+                    ended += 1
+                    yield specs[index], event.outcome
+                    if event.more:
+                        following = threads.take(like=index) if row and time.monotonic() < until[index] else None
+                        if following is not None:
+                            progress(specs[following], Started(attempt=1))  # makes its folder
+                        threads.go_on(index, following)
+                    continue
+                if isinstance(event, Entered):
+                    until[index] = time.monotonic() + SHORT_RUN_SECONDS
+                best_progress[index] = max(best_progress[index], progress_of(event))
+                progress(specs[index], event)
+        threads.join()
     finally:
         stop.set()
         ray.kill(mailbox)
@@ -96,12 +115,16 @@ def launch(
 def launch_here(
     train: Train[Spec, Outcome], specs: Sequence[Spec], job: Allocation, *, progress: Callable[[Spec, Any], None],
     telemetry: StartSampler | None = None, progress_of: Callable[[Any], float] = lambda _: 0.0,
+    leaving: Callable[[], bool] = lambda: False, row: Callable[[Spec], Any] | None = None,
 ) -> Launched[Spec, Outcome]:  # fmt: skip
     """As `launch`, but in this process and without Ray: one worker. Raises ValueError for a job of several."""
     if job.workers != 1:
         raise ValueError(f"the local launcher runs one worker, not {job.workers}: use --launcher ray")
     cuda = job.device == "cuda"
-    worker = Worker(device="cuda:0" if cuda else "cpu", threads=job.threads, runs_per_gpu=job.runs_per_gpu)
+    worker = Worker(
+        device="cuda:0" if cuda else "cpu", threads=job.threads, runs_per_gpu=job.runs_per_gpu,
+        stall_seconds=job.stall_seconds, notice=lambda: time.time() if leaving() else None,
+    )  # fmt: skip
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if cuda else ""
     for spec in specs:
         progress(spec, Started(attempt=1))
@@ -111,6 +134,8 @@ def launch_here(
             sampler = telemetry and telemetry(visible)
         try:
             outcome: Outcome | Failed = train(spec, worker, partial(progress, spec))
+        except PreemptedError:
+            raise KeyboardInterrupt from None
         except Exception as error:
             outcome = make_failed(error, attempts=1)
         finally:
@@ -131,128 +156,176 @@ def _remove(storage: Path | str) -> None:
         files.delete_dir(path)
 
 
-class Mailbox:
-    """What the workers of all runs report waits here for the driver."""
+@dataclass(slots=True)
+class _Seen:
+    """What the driver's main thread tells those of the runs."""
 
-    def __init__(self) -> None:
-        self.events: list[tuple[int, Any]] = []
-        self.placement_groups: dict[int, Any] = {}
+    best_progress: Sequence[float]  # of each run, as it was reported
+    stop: threading.Event = field(default_factory=threading.Event)
+    training: dict[tuple[int, int], int] = field(default_factory=dict)  # run and attempt -> workers
+    drains: dict[str, float] = field(
+        default_factory=dict
+    )  # by node, by time.monotonic: since when it is taken away
+    looked_at: float = float("-inf")
 
-    def put(self, index: int, event: Any) -> None:
-        self.events.append((index, event))
-
-    def drain(self) -> list[tuple[int, Any]]:
-        events, self.events = self.events, []
-        return events
-
-    def put_placement_group(self, index: int, group: Any) -> None:
-        self.placement_groups[index] = group
-
-    def take_placement_group(self, index: int) -> Any:
-        return self.placement_groups.pop(index, None)
-
-
-def _this_node() -> Any:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    def look(self, mailbox: Any, job: Allocation) -> None:
+        """Now and then: for nodes that are taken away, and for room for runs that have fewer workers than they could."""
+        if (now := time.monotonic()) < self.looked_at + LOOK_SECONDS:
+            return
+        self.looked_at = now
+        with contextlib.suppress(Exception):  # Ray's head may be away for a while
+            for node in find_draining():
+                self.drains.setdefault(node, now)
+            for (index, attempt), workers in list(self.training.items()):
+                more = choose_world_size(inspect_cluster(), job) - workers if workers < job.workers else 0
+                free = free_resources() if more > 0 else {}
+                if more > 0 and all(
+                    free.get(name, 0.0) >= more * amount for name, amount in job.resources.items()
+                ):
+                    mailbox.note.remote((LEAVE, index, attempt), math.inf)  # at the epoch's end
+                    self.training[index, attempt] = job.workers  # it is told once
 
 
-@dataclass(frozen=True, slots=True)
-class _Task(Generic[Spec, Outcome]):
-    """A run: what its workers are sent."""
+class _Threads(Generic[Spec, Outcome]):
+    """Of the driver: each sees to one run at a time and then takes the next."""
 
-    train: Train[Spec, Outcome]
-    spec: Spec
-    index: int
-    job: Allocation
-    telemetry: StartSampler | None
-    mailbox: Any
+    def __init__(
+        self, make: Callable[[int], Task[Spec, Outcome]], specs: Sequence[Spec], seen: _Seen,
+        row: Callable[[Spec], Any] | None,
+    ) -> None:  # fmt: skip
+        self.make, self.specs, self.seen = make, specs, seen
+        self.rows = [row and row(spec) for spec in specs]
+        self.waiting, self.lock = list(range(len(specs))), threading.Lock()
+        self.threads: list[threading.Thread] = []
 
-    def work(self, attempt: int, started_at: float) -> Outcome:
-        """In a worker: call the train function; measure this node meanwhile if this is its first worker."""
+    def take(self, like: int | None = None) -> int | None:
+        """The next run, or the next of that row; None where there is none, or the command has to end."""
+        with self.lock:
+            rows, waiting = self.rows, [] if self.seen.stop.is_set() else self.waiting
+            found = next((index for index in waiting if like is None or rows[index] == rows[like]), None)
+            if found is not None:
+                waiting.remove(found)
+            return found
+
+    def start(self, *place: int | None) -> None:
+        """See to a run, from its first attempt on or a later one, and to others after it."""
+        self.threads.append(threading.Thread(target=self._serve, args=place, daemon=True))
+        self.threads[-1].start()
+
+    def _serve(self, index: int | None, attempt: int = 1) -> None:
+        while index is not None:
+            run = _Run(self.make(index), self.specs, self.seen, attempt, WORKER_DIED * (attempt > 1))
+            try:
+                failed = run.run()
+            except BaseException as error:
+                failed = make_failed(error, attempts=1)
+            if failed is not None:
+                run.task.mailbox.put.remote(run.task.index, Ended(outcome=failed))
+            index, attempt = self.take(), 1
+
+    def go_on(self, index: int, following: int | None) -> None:
+        """The workers of a run that has ended get another one, or end."""
         import ray
-        from ray.train import get_context
-        from ray.train.torch import get_device
-        from ray.util import get_current_placement_group
 
-        context, job = get_context(), self.job
-        worker = Worker(
-            rank=context.get_world_rank(), world_size=context.get_world_size(), device=str(get_device()),
-            threads=job.threads, attempt=attempt, launch_seconds=time.time() - started_at,
-            runs_per_gpu=job.runs_per_gpu,
-        )  # fmt: skip
+        after = None if following is None else (following, self.specs[following])
+        there = ray.get(self.make(index).mailbox.follow.remote(index, after))
+        if not there and following is not None:
+            self.start(following, 2)  # they have ended meanwhile
 
-        def report(event: Any) -> None:
-            if worker.rank == 0:
-                ray.get(self.mailbox.put.remote(self.index, event))  # else a death soon after would lose it
+    def alive(self) -> bool:
+        return any(thread.is_alive() for thread in self.threads)
 
-        if worker.rank == 0:
-            self.mailbox.put_placement_group.remote(self.index, get_current_placement_group())
-        report(Entered())
-        sampler = None
-        if self.telemetry is not None and context.get_local_rank() == 0:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES") if job.device == "cuda" else ""
-            with contextlib.suppress(Exception):  # owned by this worker: Ray ends it with the worker
-                remote: Any = ray.remote(num_cpus=0, scheduling_strategy=_this_node())(self.telemetry)
-                sampler = remote.remote(visible)
-        outcome = self.train(self.spec, worker, report)
-        if sampler is not None:
-            with contextlib.suppress(Exception):  # a missing figure does not cost the run
-                measured = Telemetry(node=ray.get(sampler.stop.remote(), timeout=10))
-                ray.get(self.mailbox.put.remote(self.index, measured), timeout=10)
-                ray.kill(sampler)
-        return outcome
+    def join(self) -> None:
+        """Let the last workers take their leave: a thread that calls Ray later ends the process."""
+        for thread in self.threads:
+            thread.join()
 
 
 @dataclass(slots=True)
 class _Run(Generic[Spec, Outcome]):
-    """All attempts at one task, in a thread of the driver."""
+    """All attempts at one task, and at those that its workers went on with, in a thread of the driver."""
 
-    task: _Task[Spec, Outcome]
-    stop: threading.Event
-    best_progress: Sequence[float]  # of all runs, as the driver has seen them
+    task: Task[Spec, Outcome]
+    specs: Sequence[Spec]
+    seen: _Seen
     attempt: int = 1
     reason: str = ""  # of the attempt
     waited_seconds: float = 0.0
     failures: int = 0  # deaths in a row without progress
     progress: float = 0.0  # before the last death
     announced: tuple[int, int] | None = None  # attempt, world size
+    avoid: tuple[str, ...] = ()  # nodes on which the last attempt hung, if there is room without them
 
-    def run(self) -> Outcome | Failed:
-        """Try until there is an outcome or no more use in trying."""
-        job = self.task.job
+    def run(self) -> Failed | None:
+        """Try until there is no more use in trying, and why. None where all outcomes were reported, or the command has to
+        end before."""
+        job, stop = self.task.job, self.seen.stop
         while True:
+            index = self.task.index
             world_size = self._wait_for_resources()
+            if stop.is_set():
+                return None
             if world_size is None:
                 minutes = job.placement_timeout_seconds / 60
                 message = f"no room in the cluster for {self._describe(job.workers)} within {minutes:.0f} minutes"
                 return Failed(exception="", message=message, traceback="", died=True, attempts=self.attempt)
             self._announce(world_size)
-            started_at = time.time()
+            self.task.mailbox.note.remote(("attempt", index), self.attempt)
+            self.seen.training[index, attempt := self.attempt] = world_size
+            started_at, began = time.time(), time.monotonic()
             try:
-                outcome: Outcome = self._make_trainer(world_size, started_at).fit().return_value
-                return outcome
+                self._make_trainer(world_size, started_at).fit()
+                return None
             except Exception as error:
+                if stop.is_set():  # Ray ends with the command, and may have ended
+                    return None
                 self._free_placement_group()
+                if not self._find_place():
+                    return None
                 failed = make_failed(error, attempts=self.attempt)
-            if failed.exception == "WorkerGroupStartupTimeoutError" and not self.stop.is_set():
+            finally:
+                del self.seen.training[index, attempt]
+            if failed.exception == "WorkerGroupStartupTimeoutError":
                 # others were quicker to take the room, or it is scattered over nodes
                 self.waited_seconds += time.time() - started_at
                 self._put(
                     Waiting(seconds=self.waited_seconds, reason=f"no place for {self._describe(world_size)}")
                 )
                 continue
-            best = self.best_progress[self.task.index]
-            self.failures, self.progress = count_failures(self.failures, self.progress, best)
-            if not failed.died or self.failures > job.retries or self.stop.is_set():
-                return failed
-            self.reason = failed.message
+            index = self.task.index
+            if stalled := self._read(("stalled", index, self.attempt)):
+                failed = replace(failed, exception="", died=True, message=stalled.message)
+            self.avoid = stalled.nodes if stalled else ()
+            preempted = failed.exception == PreemptedError.__name__
+            left = preempted or (failed.died and any(since >= began for since in self.seen.drains.values()))
+            if not left:
+                best = self.seen.best_progress[index]
+                self.failures, self.progress = count_failures(self.failures, self.progress, best)
+                if not failed.died or self.failures > job.retries:
+                    return failed
+            grows = preempted and self._read((LEAVE, index, self.attempt))
+            cause = "room for more workers: " if grows else "a worker had to leave: " if preempted else ""
+            self.reason = cause + failed.message
             self.attempt += 1
+
+    def _find_place(self) -> bool:
+        """Turn to the run in which the workers ended; False where they had reported its outcome."""
+        import ray
+
+        index = ray.get(self.task.mailbox.close.remote(self.task.index))
+        if index not in (None, self.task.index):
+            self.task = replace(self.task, index=index, spec=self.specs[index])
+            self.attempt, self.failures, self.progress, self.announced = 1, 0, 0.0, None
+        return index is not None
 
     def _put(self, event: Any) -> None:
         self.task.mailbox.put.remote(self.task.index, event)
+
+    def _read(self, key: Any) -> Any:
+        import ray
+
+        with contextlib.suppress(Exception):
+            return ray.get(self.task.mailbox.read.remote(key), timeout=30)
 
     def _describe(self, workers: int) -> str:
         return f"{workers} x " + " + ".join(
@@ -270,13 +343,14 @@ class _Run(Generic[Spec, Outcome]):
 
         Ray Train itself would wait a minute, in silence, and then fail the run.
         """
-        import ray
-
         job, before, began = self.task.job, self.waited_seconds, time.monotonic()
         show_at = SHOW_WAIT_AFTER_SECONDS
-        while not self.stop.is_set():
-            world_size = choose_world_size(inspect_cluster(), job) if job.fallback_world_sizes else job.workers
-            free = ray.available_resources()
+        while not self.seen.stop.is_set():
+            if self.avoid and not count_runs(inspect_cluster(self.avoid), job):
+                self.avoid = ()
+            elastic = bool(job.fallback_world_sizes)
+            world_size = choose_world_size(inspect_cluster(self.avoid), job) if elastic else job.workers
+            free = free_resources(self.avoid)
             lacking = [
                 f"{amount * world_size:g} {name} wanted, {free.get(name, 0.0):g} free"
                 for name, amount in job.resources.items()
@@ -291,42 +365,46 @@ class _Run(Generic[Spec, Outcome]):
             if seconds >= show_at:
                 self._put(Waiting(seconds=self.waited_seconds, reason="; ".join(lacking)))
                 show_at = seconds + SHOW_WAIT_EVERY_SECONDS
-            self.stop.wait(0.2)
+            self.seen.stop.wait(0.2)
         return None
 
     def _free_placement_group(self) -> None:
         """Give a failed attempt's resources back: Ray keeps them until the job's end if Ray Train's controller died."""
-        import ray
         from ray.util import remove_placement_group
 
-        with contextlib.suppress(Exception):
-            group = ray.get(self.task.mailbox.take_placement_group.remote(self.task.index), timeout=30)
-            if group is not None:
+        if (group := self._read(("placement group", self.task.index))) is not None:
+            with contextlib.suppress(Exception):
                 remove_placement_group(group)
 
     def _make_trainer(self, world_size: int, started_at: float) -> Any:
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2._internal.execution.callback import WorkerCallback
 
         from harness.cluster.loopback import LoopbackConfig
 
         task, job, attempt = self.task, self.task.job, self.attempt
 
+        class OnStart(WorkerCallback):
+            def after_init_train_context(self) -> None:  # in each worker's main thread
+                note_sigterm()
+
         class QuietTrainer(TorchTrainer):
             def _create_default_callbacks(self) -> list[Any]:
                 # it needs the dashboard and complains once a second without; `_free_placement_group` does its work
                 kept = super()._create_default_callbacks()
-                return [c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback"]
+                return [OnStart(), *(c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback")]
 
         alone = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]] == [LOOPBACK]
         make_config = LoopbackConfig if alone else TorchConfig
-        cuda = job.device == "cuda"
+        cuda, seconds = job.device == "cuda", int(job.stall_seconds + COLLECTIVE_GRACE)
+        elsewhere = {"ray.io/node-id": f"!in({','.join(self.avoid)})"} if self.avoid else None
         return QuietTrainer(
             lambda: task.work(attempt, started_at),
-            torch_config=make_config(backend="nccl" if cuda else "gloo", timeout_s=COLLECTIVE_SECONDS),
+            torch_config=make_config(backend="nccl" if cuda else "gloo", timeout_s=seconds),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=world_size, use_gpu=cuda, resources_per_worker=job.resources,
-                placement_strategy=job.placement.upper().replace("-", "_"),
+                placement_strategy=job.placement.upper().replace("-", "_"), label_selector=elsewhere,
             ),
             run_config=ray.train.RunConfig(
                 # a name used twice would resume the first run of that name

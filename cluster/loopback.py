@@ -67,6 +67,16 @@ class LoopbackConfig(TorchConfig):
         return LoopbackBackend
 
 
+def meet(device: str) -> None:
+    """In every rank of the process group: wait for all others."""
+    import torch
+    import torch.distributed as dist
+
+    here = torch.ones(1, device=device)
+    dist.all_reduce(here)
+    here.item()  # only then has a GPU's host waited
+
+
 def from_rank_0(value: Any, device: str) -> Any:
     """In every rank of the process group: rank 0's value."""
     import torch

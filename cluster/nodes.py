@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from harness.cluster.job import Allocation, make_failed
 
 Answer = TypeVar("Answer")
 
+DRAIN_SECONDS = 120.0  # until a node without a deadline is gone: Ray Train's own assumption
 ANSWER_SECONDS = 600.0  # a node may have to decode a data set for the first time
 
 
@@ -44,12 +46,31 @@ class Unanswered:
     reason: str  # one line
 
 
-def inspect_cluster() -> Cluster:
-    """The nodes that are alive, as far as Ray has noticed."""
+def find_draining() -> dict[str, float]:
+    """Nodes that are to be taken away, by Ray's identifier, and when (`time.time`); where Ray does not know: in a while."""
+    import ray._private.state as private
+
+    draining: dict[str, int] = private.state.get_draining_nodes()
+    return {node: at / 1000 if at else time.time() + DRAIN_SECONDS for node, at in draining.items()}
+
+
+def inspect_cluster(avoid: Collection[str] = ()) -> Cluster:
+    """The nodes that are alive, as far as Ray has noticed, and not taken away; nor among those to avoid."""
     import ray
 
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    others = {*avoid, *find_draining()}
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in others]
     return Cluster(members=tuple(Node(cpus=int(r.get("CPU", 0)), gpus=int(r.get("GPU", 0))) for r in resources))
+
+
+def free_resources(avoid: Collection[str] = ()) -> dict[str, float]:
+    """What nobody uses now of those nodes."""
+    import ray._private.state as private
+
+    others, free = {*avoid, *find_draining()}, Counter[str]()
+    for node, resources in private.state.available_resources_per_node().items():
+        free.update(resources if node not in others else {})
+    return dict(free)
 
 
 def count_runs(cluster: Cluster, job: Allocation) -> int:
@@ -109,7 +130,8 @@ def ask_every_node(
     def on_node() -> Answer:
         return ask()
 
-    task = ray.remote(num_cpus=0, num_gpus=gpus or None, max_retries=0)(on_node)  # takes no partial
+    # takes no partial; a process that has used a GPU would disturb the runs after it
+    task = ray.remote(num_cpus=0, num_gpus=gpus or None, max_retries=0, max_calls=1)(on_node)
     nodes = {
         f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": node["NodeID"] for node in working_nodes()
     }

@@ -182,6 +182,7 @@ class Pruned(SystemExit):
 def _run_trial(config: dict[str, Any], train: Train[Any, Any], job: Allocation) -> None:
     """What Tune calls in its actor, once for each trial that the actor serves: rank 0, which starts the others."""
     note = Path(job.storage) / f"{tune.get_context().get_trial_id()}.failed"
+    note.parent.mkdir(parents=True, exist_ok=True)  # on a node of its own
     if note.exists():
         tune.report({"outcome": (pickle.loads(note.read_bytes()),)})
         return

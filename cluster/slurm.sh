@@ -32,8 +32,14 @@ port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one network do not meet
 # symmetric-run gives its options to `ray start` on all nodes, so none may be for the head alone; and it ends with 0
 # where Ray did not start: the command itself says here that it ran, and how it ended
 export HARNESS_EXIT_CODE_FILE="${TMPDIR:-/tmp}/harness-exit-code-$SLURM_JOB_ID"
-rm -f "$HARNESS_EXIT_CODE_FILE"
-trap 'echo "time limit: requeued, goes on from the last checkpoints"; scontrol requeue "$SLURM_JOB_ID"' USR1
+rm -f "$HARNESS_EXIT_CODE_FILE"*
+requeue() { # the command first, so that its runs stop at a step with a checkpoint: Slurm would end their nodes with it
+    kill -TERM "$(<"$HARNESS_EXIT_CODE_FILE.pid")" || true
+    for _ in {1..60}; do [[ -s $HARNESS_EXIT_CODE_FILE ]] && break || sleep 0.5; done
+    echo "time limit: requeued, goes on from the last checkpoints"
+    scontrol requeue "$SLURM_JOB_ID"
+}
+trap requeue USR1
 per_node=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
 # where Slurm follows processes by their parents, Ray's daemons outlive a requeued job; the nodes are this job's alone
 srun "${per_node[@]}" ray stop --force >/dev/null || true
@@ -41,7 +47,8 @@ srun "${per_node[@]}" ray stop --force >/dev/null || true
 srun "${per_node[@]}" \
     ray symmetric-run --address "$head:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-gpus "${SLURM_GPUS_ON_NODE:-8}" \
-    -- bash -c 'harness run "$@"; code=$?; echo "$code" >"$HARNESS_EXIT_CODE_FILE"; exit "$code"' \
+    -- bash -c '(echo "$BASHPID" >"$HARNESS_EXIT_CODE_FILE.pid"; exec harness run "$@"); code=$?
+        echo "$code" >"$HARNESS_EXIT_CODE_FILE"; exit "$code"' \
     harness --address "$head:$port" "$@" &
 steps=$!
 while true; do # a signal ends `wait` too
@@ -54,5 +61,5 @@ if [[ ! -s $HARNESS_EXIT_CODE_FILE ]]; then
     exit $((ended ? ended : 1))
 fi
 code=$(<"$HARNESS_EXIT_CODE_FILE")
-rm -f "$HARNESS_EXIT_CODE_FILE"
+rm -f "$HARNESS_EXIT_CODE_FILE"*
 exit "$code"

@@ -124,4 +124,8 @@ def _read(options: Mapping[str, Any], *groups: type) -> dict[str, Any]:
                 raise UserError(f"{name} {value!r}: {error.errors()[0]['msg']}") from None
         if value is not None:
             given[name] = value
+    if "plugin" in known:
+        from harness.plugins import load_plugins
+
+        load_plugins(given.get("plugin", ()))
     return given

@@ -79,6 +79,10 @@ def command(*kinds: type, name: str | None = None) -> Callable[[Callable[..., An
 
         def call(**words: Any) -> None:
             given = chosen({name: words.pop(name) for name in options})
+            if "plugin" in options:  # before any word is read: it may be one of a plug-in's
+                from harness.plugins import load_plugins
+
+                load_plugins(given.get("plugin", ()))
             raise typer.Exit(function(given, **words) or 0)
 
         derived = [_make_parameter(name, option) for name, option in options.items()]
@@ -189,16 +193,16 @@ def export(
     ] = "tensorboard",
 ) -> None:
     """Export stored runs to TensorBoard, MLflow or W&B."""
-    from harness.commands.report import export_runs, find_results, load_runs
+    from harness.commands.report import export_results
 
-    exported = export_runs(load_runs(find_results(paths or [default_out()])).records, to)
+    exported = export_results(paths or [default_out()], to)
     print(f"{exported} run{'s' * (exported != 1)} exported to {to}; those it had already were left alone")
 
 
 @app.command()
 def repro(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name or key in PATH.")],
-    path: Annotated[Path, typer.Argument(help="Folder of results.", envvar="HARNESS_OUT")] = Path("runs"),
+    path: Annotated[str, typer.Argument(help="Folder of results.", envvar="HARNESS_OUT")] = "runs",
 ) -> None:
     """Print the commands that train a stored run again."""
     from harness.commands.repro import print_repro
@@ -207,10 +211,16 @@ def repro(
 
 
 @app.command()
-def variants() -> None:
+def variants(
+    plugin: Annotated[
+        list[Path] | None, typer.Option(help="With those of this file. Repeatable.", metavar="<str>")
+    ] = None,
+) -> None:
     """List the variants: what they are and where they come from."""
     from harness.commands.report import print_variants
+    from harness.plugins import load_plugins
 
+    load_plugins(plugin or ())
     print_variants(make_console())
 
 
@@ -223,10 +233,17 @@ def evaluate(given: Given) -> None:
 
 
 @command(groups.CheckOptions)
-def check(given: Given) -> int:
-    """Say what this machine lacks, and measure whether it trains rightly."""
+def check(
+    given: Given,
+    plugins: Annotated[list[Path] | None, typer.Argument(help="Files of plug-ins to check instead.")] = None,
+) -> int:
+    """Say what this machine lacks, and measure whether it trains rightly; or whether plug-ins do."""
     from harness.commands.check import print_findings
 
+    if plugins:
+        from harness.commands.check_plugins import check_plugins
+
+        return check_plugins(plugins, make_console())
     return print_findings(fill(groups.CheckOptions, given), make_console())
 
 

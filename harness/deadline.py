@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
+import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 
 from harness.spec import UserError
 
+SIGTERM_SECONDS = 20.0  # Slurm and Kubernetes kill 30 s after it
 _UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 _DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in _UNITS))
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
@@ -74,14 +77,21 @@ def stopping_at(moment: datetime | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stopping_on_sigterm() -> Iterator[None]:
-    """Treat a scheduler's SIGTERM as Ctrl-C."""
+def stopping_on_sigterm(seconds: float = 0.0) -> Iterator[Callable[[], bool]]:
+    """Treat a scheduler's SIGTERM as Ctrl-C: so many seconds after it, or when another comes. Yields whether one came."""
+    asked = threading.Event()
+    again = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
+    again.daemon = True
 
     def stop(number: int, frame: types.FrameType | None) -> None:
-        raise KeyboardInterrupt
+        if asked.is_set() or not seconds:
+            raise KeyboardInterrupt
+        asked.set()
+        again.start()
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        yield asked.is_set
     finally:
+        again.cancel()
         signal.signal(signal.SIGTERM, before)

@@ -18,7 +18,6 @@ from harness.spec import Engine, Precision, RunSpec, UserError, check_word, load
 from harness.words import parse_scales, parse_seeds, parse_variants, parse_words
 
 Group = TypeVar("Group")
-LOADERS = ("dali", "resident", "dataloader", "synthetic")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENGINES: tuple[str, ...] = get_args(Engine)
 LAUNCHERS = ("auto", "ray", "local")
@@ -34,7 +33,7 @@ class Option:
     help: str
     names: tuple[str, ...] = ()  # on the command line; none: the field's
     parse: Callable[[Any], Any] | None = None  # of its words; raises UserError
-    words: Collection[str] = ()  # all that are allowed
+    words: Collection[str] | Callable[[], Collection[str]] = ()  # all that are allowed
     least: int | None = None
     repeatable: bool = False
     kind: Any = str  # the field's type
@@ -74,7 +73,7 @@ def check_options(group: object) -> None:
     for name, option in options_of(type(group)).items():
         value, what = getattr(group, name), option.names[0]
         if option.words and value is not None:
-            check_word(value, option.words, what)
+            check_word(value, option.words() if callable(option.words) else option.words, what)
         if option.least is not None and value is not None and value < option.least:
             raise UserError(f"{what} {value}: at least {option.least} is allowed")
 
@@ -83,6 +82,16 @@ def _parse_settings(texts: list[str]) -> dict[str, Any]:
     from harness.search_space import parse_settings
 
     return parse_settings(texts)
+
+
+def _parse_files(paths: list[str | Path]) -> tuple[str, ...]:
+    return tuple(str(Path(path).expanduser().absolute()) for path in paths)
+
+
+def _loaders() -> Collection[str]:
+    from harness.loaders.loader import LOADERS
+
+    return LOADERS
 
 
 # --- options that several commands have ---
@@ -100,6 +109,8 @@ RunsPerGpu = Annotated[int, opt(
     "Runs that share a GPU, for errors only: their seconds and energy do not count.", least=1)]
 Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.")]
 Verbose = Annotated[bool, opt("Show Ray's own messages.")]
+Plugin = Annotated[tuple[str, ...], opt(
+    "A file with networks, data sets, ... of your own: docs/extending.md. Repeatable.", parse=_parse_files, repeatable=True)]
 Until = Annotated[datetime | None, opt(
     "Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued.", parse=parse_until)]
 NoCheck = Annotated[bool, opt("Train on a GPU that is new without checking it first.")]
@@ -113,7 +124,7 @@ class Training:
 
     dataset: Dataset = "cifar10"
     data_dir: DataDir = None
-    loader: Annotated[str, opt("dali, resident, dataloader or synthetic.", words=LOADERS)] = "dali"
+    loader: Annotated[str, opt("dali, resident, dataloader or synthetic.", words=_loaders)] = "dali"
     epochs: Annotated[int | None, opt("Instead of the recipe's; its schedule is stretched.", least=1)] = None
     batch_size: Annotated[int | None, opt("Global, over all workers. Default: the recipe's.", least=1)] = None
     batch_norm: Annotated[str | None, opt(
@@ -126,6 +137,7 @@ class Training:
         "Deterministic algorithms on GPUs too: slower, and rows of their own.")] = False
     val: Annotated[int | None, opt("Training images to hold out and evaluate on.", least=0)] = None
     limit_train: Annotated[int | None, opt("Train on this many images only; marked in tables.", least=1)] = None
+    plugin: Plugin = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,8 +188,10 @@ class RunOptions(Resources):
         "Add seeds until the 95 % interval of the error is ± this many points.")] = None
     max_seeds: Annotated[int | None, opt("For --until-ci: of one row. Default: 10.")] = None
     elastic: Annotated[int | None, opt(
-        "Continue with at least this many workers when a cluster loses nodes; marked.")] = None
+        "Begin and go on with this many workers or more, while a cluster has no room for all; marked.")] = None
     checkpoint_every: Annotated[int, opt("Epochs between checkpoints.", least=1)] = 1
+    stall_seconds: Annotated[int, opt(
+        "A run without a step for so long ends, names the rank that hangs, and is tried again.", least=10)] = 300
     format: Annotated[str, opt(
         "table; jsonl: a JSON object per event, for programs; jsonl-convnet: per epoch, with the keys of the convnet's log.",
         words=FORMATS)] = "table"
@@ -186,6 +200,8 @@ class RunOptions(Resources):
     estimate: Annotated[bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.")] = False
     profile: Annotated[bool, opt("Time the parts of a step of what is missing: data, forward, ...")] = False
     tensorboard: Annotated[bool, opt("Write each run's event file beside its record.")] = False
+    scan: Annotated[bool, opt(
+        "Decode every image file first; where one is corrupt, it is named and nothing is trained.")] = False
     force: Annotated[bool, opt("Train finished runs again; the old results are kept.")] = False
     fail_fast: Annotated[bool, opt("Stop at the first run that fails.")] = False
 
@@ -217,7 +233,7 @@ class Search(Training):
 class TuneOptions:
     """How a search is carried out."""
 
-    out: Annotated[Path, opt("Folder of results; trials are runs in it like any other.")] = Path("runs")
+    out: Annotated[str, opt("Folder of results, or s3://, gs://; trials are runs in it like any other.")] = "runs"
     until: Until = None
     resume: Annotated[str | None, opt("Continue the sweep of that name in --out.")] = None
     address: Address = None
@@ -256,7 +272,7 @@ class CompareOptions:
 class EvalOptions:
     """What to evaluate, and on which images."""
 
-    weights: Annotated[Path, opt("A run's weights.safetensors, or a torch checkpoint.")]
+    weights: Annotated[str, opt("A run's weights.safetensors, or a torch checkpoint; or its URI.")]
     variant: Annotated[str | None, opt(
         "Needed for weights that do not name theirs: see `harness variants`.", "--variant", "--variants")] = None
     depth: Depth = None
@@ -277,6 +293,7 @@ class EvalOptions:
     batch_size: Annotated[int | None, opt("Default: training's 1000, less for large scales.", least=1)] = None
     limit: Annotated[int | None, opt(
         "Evaluate this many images only, the same number of each class.", least=1)] = None
+    plugin: Plugin = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,6 +302,6 @@ class CheckOptions:
 
     quick: Annotated[bool, opt("Look at what is installed; measure nothing.")] = False
     gpus: Gpus = None
-    out: Annotated[Path, opt("Where results would go.")] = Path("runs")
+    out: Annotated[str, opt("Where results would go.")] = "runs"
     data_dir: Annotated[Path | None, opt("Where the images are.")] = None
     address: Address = None

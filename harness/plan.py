@@ -6,14 +6,17 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.cluster.job import Allocation
 from harness.models.variants import Recipe, Variant, default_depth, find_preset, find_variant
 from harness.options import Grid, check_options, fill
-from harness.search_space import apply
+from harness.search_space import apply, check_settings
 from harness.spec import Engine, RunSpec, UserError
 from harness.words import parse_depths
+
+if TYPE_CHECKING:
+    from harness.loaders.datasets import Dataset
 
 GPU_PRECISIONS = ("tf32", "fp16")
 SHARED = ("dataset", "loader", "precision", "engine", "deterministic", "limit_train", "limit_test")  # with RunSpec
@@ -68,18 +71,27 @@ def find_data_dir(chosen: Path | None, dataset: str) -> Path | None:
 
 
 def grid_networks(grid: Grid) -> list[tuple[str, int]]:
-    """Variant and depth of every row. Raises ValueError for an unknown variant."""
+    """Variant and depth of every row; --depths is for those that have depths. Raises ValueError for an unknown variant."""
+    own = {name: default_depth(find_variant(name)) for name in (() if grid.networks else grid.variants)}
     every = (
-        (name, depth) for name in grid.variants for depth in grid.depths or (default_depth(find_variant(name)),)
+        (name, depth) for name, default in own.items() for depth in (grid.depths if default else ()) or (default,)
     )
     return list(grid.networks or every)
 
 
-def choose_engine(engine: str | None, device: str) -> Engine:
+def choose_engine(engine: str | None, device: str, optimizer: str = "sgd") -> Engine:
     """The chosen engine, or else the fastest one that computes the same as eager, kernel by kernel."""
+    from harness.training.optim import CAPTURABLE
+
     if engine == "graph" and device == "cpu":
         raise UserError("--engine graph needs a GPU; on the CPU eager and compile are allowed")
-    return engine or ("graph" if device == "cuda" else "eager")  # type: ignore[return-value]
+    captured = device == "cuda" and optimizer in CAPTURABLE
+    if device == "cuda" and engine in ("graph", "compile") and not captured:
+        raise UserError(
+            f"--engine {engine}: steps of optimizer {optimizer} are not captured, for its plug-in does not say "
+            "capturable=True; eager is allowed"
+        )
+    return engine or ("graph" if captured else "eager")  # type: ignore[return-value]
 
 
 def override(recipe: Recipe, grid: Grid) -> tuple[Recipe, tuple[str, ...]]:
@@ -102,6 +114,7 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
     """Every run of a grid, each once; seeds outermost, so that a table over all depths and variants is there early."""
     named = ((name, depth, seed) for seed in grid.seeds for name, depth in grid_networks(grid))
     specs = [_place(spec, allocation, fingerprint) for spec in grid.specs or _make_specs(grid, named)]
+    check_settings(grid.settings, specs)
     for spec in specs:
         if spec.limit_train is not None and spec.limit_train > train_images:
             raise UserError(f"--limit-train {spec.limit_train}: {grid.dataset} has {train_images} training images")
@@ -146,10 +159,11 @@ def _place(spec: RunSpec, allocation: Allocation, fingerprint: str) -> RunSpec:
             f"--spec: {spec.title} is for other images of {spec.dataset} than those here (fingerprint "
             f"{spec.fingerprint[:12]}, not {fingerprint[:12]}); --data-dir names theirs, --dataset takes these"
         )
-    engine = choose_engine(spec.engine, allocation.device)
-    return replace(
-        spec, fingerprint=fingerprint, device=allocation.device, workers=allocation.workers, engine=engine
-    )
+    from harness.plugins import identify
+
+    engine = choose_engine(spec.engine, allocation.device, spec.recipe.optimizer)
+    placed: dict[str, Any] = {"device": allocation.device, "workers": allocation.workers, "engine": engine}
+    return identify(replace(spec, fingerprint=fingerprint, **placed))
 
 
 def _change_specs(grid: Grid, given: Collection[str]) -> Grid:
@@ -164,6 +178,21 @@ def _change_specs(grid: Grid, given: Collection[str]) -> Grid:
     specs = [replace(spec, seed=seed) for seed in seeds for spec in specs] or specs
     precision = max((spec.precision for spec in specs), key=lambda p: p in GPU_PRECISIONS)
     return replace(grid, dataset=datasets[0], precision=precision, specs=tuple(specs))
+
+
+def check_images(specs: Iterable[RunSpec], dataset: Dataset) -> None:
+    """Raise UserError where a run's loader cannot make its recipe's crops of these images."""
+    from harness.loaders.loader import check_crops
+    from harness.loaders.sampling import check_normalize, make_augment
+
+    for spec in specs:
+        augment = make_augment(spec.recipe, flip=dataset.flip)
+        try:
+            for split in (dataset.train, dataset.test):
+                check_crops(spec.loader, split, augment)
+            check_normalize(spec.recipe.normalize, dataset.train, augment)
+        except ValueError as error:
+            raise UserError(f"{spec.name} on {dataset.label}: {error}") from None
 
 
 def count_epochs(spec: RunSpec, train_images: int) -> int:
@@ -221,8 +250,9 @@ def pending(specs: Iterable[RunSpec], finished: Collection[str]) -> list[RunSpec
     return [spec for spec in specs if spec.key not in finished]
 
 
-def open_out(out: str, *, write: bool) -> tuple[Path, str]:
-    """--out as a local folder and, for a URI, the URI, whose records are copied into the folder.
+def open_out(out: str, *, write: bool, also: str = "") -> tuple[Path, str]:
+    """--out as a local folder and, for a URI, the URI, whose records are copied into the folder; files of runs, too,
+    whose names begin with `also`.
 
     Raises UserError where that fails and, with `write`, unless results can be written there.
     """
@@ -237,7 +267,7 @@ def open_out(out: str, *, write: bool) -> tuple[Path, str]:
         if remote and write:
             check_uri(out)
         if remote:
-            pull_results(out, folder)
+            pull_results(out, folder, also=also)
     except StorageError as error:
         raise UserError(f"{'--out ' * write}{error}") from None
     return folder, out if remote else ""

@@ -1,20 +1,24 @@
-"""Before a run on several nodes: have all of them the same code, versions, data and results folder?"""
+"""Before a run on several nodes: have all of them the same code, versions, data and results folder, and are they as fast?"""
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
+import statistics
 import time
 import uuid
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from harness.cluster.nodes import Unanswered, ask_every_node, working_nodes
-from harness.progress import make_table
+from harness.plugins import used_by
+from harness.progress import make_table, say
 from harness.record import DALI_WHEELS, installed_version
 from harness.results.identity import hash_code
 from harness.results.remote import StorageError, find_sentinels, leave_sentinel, remove_sentinels
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "torchvision", "ray", "numpy", *DALI_WHEELS)
 LEAST_DISK_GIB = 2.0  # for a grid's checkpoints and weights, and a decoded data set
 LARGEST_CLOCK_ERROR_SECONDS = 60.0
+OUTLIER_SHARE = 0.25  # below the median node
 ROWS_SHOWN = 40
 COLUMNS = ("node", "what", "there", "here")  # of a difference from this machine, or from what is needed
 Difference = tuple[str, str, str, str]
@@ -47,6 +52,8 @@ def describe() -> dict[str, str]:
 def answer(paths: RunPaths, dataset: str, sentinel: str) -> dict[str, str]:
     """The facts of the node this runs on, as text; leaves a file beside the driver's `sentinel` in the results folder."""
     from harness.loaders.datasets import DataError, load_dataset
+    from harness.plugins import load_sources
+    from harness.training.rates import measure_rates
 
     uri = paths.remote or paths.out.as_uri()
     facts = {**describe(), "clock": f"{time.time()}", "out": "another folder, or none", "disk": "nan"}
@@ -59,8 +66,12 @@ def answer(paths: RunPaths, dataset: str, sentinel: str) -> dict[str, str]:
     except (OSError, StorageError) as error:
         facts["out"] = getattr(error, "strerror", None) or str(error)
     try:
-        facts["data"] = load_dataset(dataset, paths.data_dir, paths.cache_dir).fingerprint[:12]
-    except (DataError, OSError) as error:
+        load_sources([source.identity for source in paths.plugins], paths)
+        content = load_dataset(dataset, paths.data_dir, paths.cache_dir)
+        facts["data"] = content.fingerprint[:12]
+        if paths.out.is_dir():
+            facts["rates"] = json.dumps(measure_rates(paths.out, content))
+    except (DataError, OSError, RuntimeError, UserError) as error:
         facts["data"] = str(error)
     return facts
 
@@ -88,18 +99,32 @@ def compare(
     return differences
 
 
-def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> None:
+def find_outliers(rates: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line for each figure of a node that is far below the median node's; of two nodes, below the better one's."""
+    lines = []
+    for figure in dict.fromkeys(figure for own in rates.values() for figure in own):
+        by_node = {node: own[figure] for node, own in rates.items() if figure in own}
+        middle = statistics.median_high(by_node.values())
+        for node, value in by_node.items():
+            if value < (1 - OUTLIER_SHARE) * middle:
+                below = f"{100 * (1 - value / middle):.0f} % below the median node's {middle:.3g}"
+                lines.append(f"{node} is slow: {figure} {value:.3g}, {below}")
+    return lines
+
+
+def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> dict[str, Any]:
     """Compare the nodes of the cluster that was joined, if several, with this process and with what a run needs.
 
-    Prints a table of what differs and raises UserError, or does nothing.
+    Prints a table of what differs and raises UserError, or names slow nodes and returns what was measured of each.
     """
     if len(working_nodes()) < 2:
-        return
+        return {}
     uri, sentinel = paths.remote or paths.out.as_uri(), f".preflight-{uuid.uuid4().hex[:12]}"
     leave_sentinel(uri, sentinel)
     try:
         sent_at = time.time()
-        answers = ask_every_node(partial(answer, paths, dataset.name, sentinel))
+        own = tuple(loaded.source for loaded in used_by([("dataset", dataset.name)]))
+        answers = ask_every_node(partial(answer, replace(paths, plugins=own), dataset.name, sentinel))
         received_at = time.time()
         sentinels = find_sentinels(uri, sentinel)
     finally:
@@ -114,3 +139,7 @@ def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> None:
         console.print(table)
         nodes = len({node for node, *_ in differences})
         raise UserError(f"{nodes} of {len(answers)} nodes are not ready: the table says what differs")
+    rates = {node: json.loads(facts["rates"]) for node, facts in answers.items() if isinstance(facts, dict)}
+    for line in (outliers := find_outliers(rates)):
+        say(console, line)
+    return {"preflight": {"rates": rates, "outliers": outliers}}

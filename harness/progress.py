@@ -82,12 +82,13 @@ def print_columns(
         say(console, f"too narrow for {', '.join(dropped)}", style="dim")
 
 
-def load_data(name: str, paths: RunPaths, console: Console) -> Dataset:
-    """Load the data set, with a bar while it is downloaded and decoded. Raises UserError where that fails."""
+def load_data(name: str, paths: RunPaths, console: Console, *, scan: bool = False) -> Dataset:
+    """Load the data set, with a bar while it is downloaded and decoded, and `scan` every file. Raises UserError where that fails."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     from harness.loaders.datasets import DataError, load_dataset
+    from harness.plugins import blaming
 
     with Bar(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -101,7 +102,11 @@ def load_data(name: str, paths: RunPaths, console: Console) -> Dataset:
             bar.update(tasks[what], completed=done, total=total)
 
         try:
-            return load_dataset(name, paths.data_dir, paths.cache_dir, progress)
+            with blaming("dataset", name):
+                dataset = load_dataset(name, paths.data_dir, paths.cache_dir, progress)
+            if scan:
+                dataset.scan(progress)
+            return dataset
         except DataError as error:
             raise UserError(str(error)) from None
 

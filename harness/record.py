@@ -6,7 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -15,9 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from harness.cluster.job import Failed, Started
+from harness.plugins import write_source
 from harness.results import store
 from harness.results.identity import hash_code
-from harness.results.remote import StorageError, pull_run, push_finished, push_run, redact
+from harness.results.remote import (
+    Lease,
+    StorageError,
+    patiently,
+    pull_run,
+    push_finished,
+    push_run,
+    redact,
+)
 from harness.results.store import Stored, partial_dir, run_name
 from harness.results.values import Failure, Pruned, Record, RunResult
 from harness.spec import RunPaths, RunSpec, UserError
@@ -113,6 +122,15 @@ def lock_run(spec: RunSpec, label: str, out: Path) -> FileLock:
     return lock_file(out / ".locks" / f"{name_of(spec, label)}.lock", busy)
 
 
+def lease(uri: str, names: Collection[str], say: Callable[[str], None]) -> contextlib.AbstractContextManager[Any]:
+    """Keep other machines from training runs, or a sweep, at a URI; of no effect without one. Raises UserError where one
+    trains them."""
+    try:
+        return contextlib.closing(Lease(uri, names, say)) if uri else contextlib.nullcontext()
+    except StorageError as error:
+        raise UserError(f"--out {error}") from None
+
+
 @dataclass(slots=True)
 class Recorder:
     """Keeps the folders of a command's runs, in `paths.out` and, where there is one, at the URI of the results."""
@@ -149,8 +167,14 @@ class Recorder:
         try:
             if spec.key not in self.started:
                 self.started[spec.key] = datetime.now(UTC)
-                self.pull(folder)
+                try:
+                    self.pull(folder)
+                except StorageError as error:  # the run says so too, and others may go on
+                    self.warn(f"{spec.title}: {error}")
                 store.start(self.paths.out, name_of(spec, self.paths.label), spec.to_json())
+                for source in self.paths.plugins:
+                    if source.identity in spec.plugins:
+                        write_source(source, folder / "plugins" / source.name)
                 earlier = store.load_epochs(folder)
             note_attempt(folder, event)
         except OSError as error:  # the run says the same when it writes, and others may go on
@@ -184,31 +208,29 @@ class Recorder:
                 folder = store.finish(self.paths.out, record)
                 self.finished[spec.key] = outcome
                 self.known.pop(folder, None)  # of an earlier run, by --force
-                return self.push(push_finished, folder)
+                return self.push(push_finished, folder, patient=True)
             self.push(push_run, store.finish(self.paths.out, record))
             return False
-        except OSError as error:
-            what = describe_os_error(error, self.partial(spec))
+        except (OSError, StorageError) as error:
+            what = describe_os_error(error, folder) if isinstance(error, OSError) else error
             self.warn(f"{spec.title} is not stored: {what}; the same command goes on from its last checkpoint")
             return False
 
-    def push(self, how: Callable[[str, Path], None], path: Path) -> bool:
-        """Copy to the URI, if there is one; whether that succeeded. If not, `warn` says so and the path stays."""
+    def push(self, how: Callable[[str, Path], None], path: Path, *, patient: bool = False) -> bool:
+        """Copy to the URI, if there is one; whether that succeeded. If not, `warn` says so and the path stays. `patient`:
+        a store that is away is waited for."""
         try:
             if self.paths.remote:
-                how(self.paths.remote, path)
+                patiently(self.warn, lambda: how(self.paths.remote, path), patient=patient)
         except StorageError as error:
             self.warn(f"not sent: {error}; it is kept in {path}, and the same command sends it")
             return False
         return True
 
     def pull(self, folder: Path) -> None:
-        """Copy a partial run from the URI, if there is one. Raises UserError."""
-        try:
-            if self.paths.remote:
-                pull_run(self.paths.remote, folder)
-        except StorageError as error:
-            raise UserError(f"--out {error}") from None
+        """Copy a partial run from the URI, if there is one, and wait for it where it is away. Raises StorageError."""
+        if self.paths.remote:
+            patiently(self.warn, lambda: pull_run(self.paths.remote, folder))
 
 
 def describe_os_error(error: OSError, path: Path) -> str:

@@ -35,10 +35,10 @@ def check_resources(resources: Resources) -> None:
         raise UserError(f"--launcher local runs one process; --runs-per-gpu {share} needs ray")
 
 
-def make_allocation(grid: Grid, resources: Resources, stack: ExitStack) -> Allocation:
+def make_allocation(grid: Grid, resources: Resources, stack: ExitStack, least: int | None = None) -> Allocation:
     """Divide the cluster at `address`, which is joined until the stack closes, or this machine among the runs.
 
-    Raises UserError where the runs do not fit.
+    A cluster may have less than a run is to have where that begins with fewer workers, `least` or more. Raises UserError where the runs do not fit.
     """
     check_resources(resources)
     if resources.address is not None:
@@ -50,12 +50,17 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack) -> Alloc
 
         gpus, cpus, where = count_gpus(), count_cpus(), "this machine"
     resources = fill_from_specs(resources, grid, gpus)
+    grows = least is not None and resources.address is not None
+    if grows:  # what is asked for may come later
+        gpus, cpus = max(gpus, resources.gpus or 0), max(cpus, resources.workers or 1)
     allocation = allocate(resources, have_gpus=gpus, have_cpus=cpus, precision=grid.precision, where=where)
     if resources.address is None:
         return replace(allocation, concurrent_runs=1) if resources.launcher == "local" else allocation
     from harness.cluster.nodes import fit
 
     fitted = fit(cluster, allocation)
+    if not fitted.concurrent_runs and grows:
+        return replace(allocation, concurrent_runs=1)
     if not fitted.concurrent_runs:
         what = "GPUs" if fitted.device == "cuda" else "CPUs"
         largest = max((n.gpus if fitted.device == "cuda" else n.cpus for n in cluster.members), default=0)

@@ -1,4 +1,7 @@
-"""Fields of a recipe or network by name: set by `--set lr=0.05`, searched by `--search "lr=loguniform(0.01,1)"`."""
+"""Fields of a recipe or network by name: set by `--set lr=0.05`, searched by `--search "lr=loguniform(0.01,1)"`.
+
+So are the fields that networks, optimizers, schedules and augmentations of plug-ins have of their own.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,22 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
-from harness.models.variants import Network, Recipe, Variant
+from harness.models.variants import Network, Recipe, Variant, check_depth, write_extra
+from harness.plugins import TABLES, makers_of, own_hints, own_values
 from harness.results.sweeps import Dimension, Function, format_value
-from harness.spec import UserError, check_word
+from harness.spec import RunSpec, UserError, check_word
 
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
 FIGURES = 4  # significant ones of a drawn number, so that a command can be typed again
 
 _HINTS: dict[str, Any] = {**get_type_hints(Recipe), **get_type_hints(Network)}
-_OPTIONS = {"duration": "--epochs", "unit": "--epochs", "val": "--val"}
-FIELDS = tuple(name for name in _HINTS if name not in _OPTIONS)
-"""What can be set or searched, in the order of the recipe's fields and then the network's."""
+_OPTIONS = {"duration": "--epochs", "unit": "--epochs", "epochs": "--epochs", "val": "--val"}
+FIELDS = tuple(name for name in _HINTS if name not in (*_OPTIONS, "extra"))
+"""What can be set or searched, in the order of the recipe's fields and then the network's; beside fields of plug-ins."""
+_NAMES = {
+    "architecture": "network", "optimizer": "optimizer", "schedule": "schedule", "augmentations": "augmentation",
+}  # fmt: skip
+"""Fields that name something: of which table."""
 
 
 def finite_values(d: Dimension) -> tuple[Any, ...] | None:
@@ -79,14 +87,30 @@ def apply(variant: Variant, settings: Mapping[str, Any]) -> tuple[Variant, tuple
     Values count in the recipe's own unit, so another number of epochs stretches them with the rest of the schedule.
     """
     changed: dict[str, Any] = {}
-    parts = {}
+    parts: dict[str, Any] = {}
     for part in ("recipe", "network"):
         own = getattr(variant, part)
         names = {f.name for f in fields(own)} & set(settings)
         new = {n: settings[n] for n in FIELDS if n in names and settings[n] != getattr(own, n)}
-        parts[part] = replace(own, **new)
-        changed |= new
+        made = replace(own, **new)
+        before = own_values(made)
+        more = {n: settings[n] for n in before if n in settings and settings[n] != before[n]}
+        parts[part] = replace(made, extra=write_extra(before | more, makers_of(made)))
+        changed |= new | more
+    if "architecture" in changed:
+        try:
+            check_depth(parts["network"])
+        except ValueError as error:
+            raise UserError(f"--set architecture={changed['architecture']}: {error}") from None
     return replace(variant, **parts), tuple(f"{name}={format_value(value)}" for name, value in changed.items())
+
+
+def check_settings(settings: Iterable[str], specs: Iterable[RunSpec]) -> None:
+    """Raise UserError for a setting that none of the runs has: a field of a plug-in that they do not use."""
+    known = {name for spec in specs for part in (spec.recipe, spec.network) for name in own_values(part)}
+    for name in settings:
+        if name not in FIELDS and name not in known:
+            raise UserError(f"--set {name}: no run of this command has this field, which is of a plug-in's own")
 
 
 def _parse_dimension(text: str) -> Dimension:
@@ -98,11 +122,9 @@ def _parse_dimension(text: str) -> Dimension:
         raise UserError(f"{what}: FIELD=FUNCTION(a,b) is allowed, as in --search 'lr=loguniform(0.01,1)'")
     check_word(function.strip(), FUNCTIONS, f"{what}: function")
     kind: Any = function.strip()
-    hint, words = _HINTS[name], [word.strip() for word in inside[:-1].split(",")]
+    hint, words = _hint(name), [word.strip() for word in inside[:-1].split(",")]
     if get_origin(hint) is tuple:
-        raise UserError(
-            f"{what}: {name} is a list of numbers and cannot be searched; --set of `harness run` sets it"
-        )
+        raise UserError(f"{what}: {name} is a list and cannot be searched; --set of `harness run` sets it")
     if kind in ("choice", "grid"):
         values = tuple(dict.fromkeys(_value(name, word, what) for word in words))
         return Dimension(field=name, function=kind, values=values)
@@ -126,15 +148,29 @@ def _field(word: str, option: str, text: str) -> str:
     name = word.strip().replace("-", "_")
     if name in _OPTIONS:
         raise UserError(f"{option} {text!r}: {name} has an option of its own, {_OPTIONS[name]}")
-    check_word(name, FIELDS, f"{option} {text!r}: field")
+    check_word(name, (*FIELDS, *own_hints()), f"{option} {text!r}: field")
     return name
+
+
+def _hint(name: str) -> Any:
+    return _HINTS[name] if name in FIELDS else own_hints()[name]
 
 
 def _value(name: str, word: str, what: str) -> Any:
     """A word as the field's own type."""
-    hint, word = _HINTS[name], word.strip()
+    hint, word = _hint(name), word.strip()
+    if name in _NAMES:
+        several = get_origin(hint) is tuple
+        words = [one.strip() for one in word.split(",")] if several else [word]
+        words = [] if several and word.lower() in ("", "none") else words
+        for one in words:
+            check_word(one, TABLES[_NAMES[name]], f"{what}: {name}")
+        return tuple(words) if several else word
     if get_origin(hint) is Literal:
-        check_word(word, get_args(hint), f"{what}: {name}")
+        known = {str(value): value for value in get_args(hint)}
+        check_word(word, known, f"{what}: {name}")
+        return known[word]
+    if hint is str:
         return word
     if type(None) in get_args(hint) and word.lower() == "none":
         return None
@@ -146,6 +182,7 @@ def _value(name: str, word: str, what: str) -> Any:
     except ValueError:
         kind = "true or false" if hint is bool else f"a {'' if 'float' in str(hint) else 'whole '}number"
         raise UserError(f"{what}: {name} is {kind}, not {word!r}") from None
-    if not all(math.isfinite(number) and number >= 0 for number in (value if several else (value,))):
-        raise UserError(f"{what}: {name} {word} is not a number from 0 up")
+    numbers = value if several else (value,)
+    if not all(math.isfinite(number) and (number >= 0 or name not in FIELDS) for number in numbers):
+        raise UserError(f"{what}: {name} {word} is not a number{' from 0 up' * (name in FIELDS)}")
     return value

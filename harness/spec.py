@@ -10,10 +10,11 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.models.variants import Network, Recipe
+from harness.models.variants import Network, Recipe, added
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Engine = Literal["eager", "compile", "graph"]
@@ -68,6 +69,9 @@ class RunSpec:
     workers: int = 1
     seed: int = 0
     deterministic: bool = field(default=False, metadata={"added": True})  # algorithms, at the cost of speed
+    plugins: tuple[str, ...] = added(
+        ()
+    )  # identities of the plug-ins that this run uses: ("nets:1f2e3d4c5b6a7980",)
 
     @property
     def key(self) -> str:
@@ -81,7 +85,7 @@ class RunSpec:
     @property
     def name(self) -> str:
         """For people, but for the seed: "msra-20"."""
-        return f"{self.variant}-{self.network.depth}"
+        return f"{self.variant}-{self.network.depth}" if self.network.depth else self.variant
 
     @property
     def title(self) -> str:
@@ -151,6 +155,21 @@ def _contents(value: Any, *, whole: bool) -> Any:
     return kept
 
 
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The source of a plug-in: what travels to workers, stands in keys by its hash, and is kept beside records."""
+
+    name: str
+    path: str  # of its file on the machine of the command
+    files: tuple[tuple[str, str], ...] = field(repr=False)  # (path below its folder, text)
+    module: str = ""  # of an installed package
+
+    @cached_property
+    def identity(self) -> str:
+        """ "nets:1f2e3d4c5b6a7980" """
+        return f"{self.name}:{hashlib.sha256(json.dumps(self.files).encode()).hexdigest()[:16]}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunPaths:
     """Where a run finds its data and keeps its files; not part of its identity. All paths are absolute."""
@@ -161,3 +180,4 @@ class RunPaths:
     label: str = ""  # of the data set, for folder names and tables
     checkpoint_every: int = 1  # epochs
     remote: str = ""  # the URI of the results, where `out` is its local copy
+    plugins: tuple[Source, ...] = ()  # all that were loaded; a worker loads those of its run

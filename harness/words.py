@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from harness.models.variants import VARIANTS, find_variant
+from harness.models.variants import VARIANTS, default_depth, find_variant
 from harness.spec import UserError
 
 MOST_NUMBERS = 1000  # in a list of seeds
@@ -29,7 +29,7 @@ def parse_depths(text: str, variants: Sequence[str] = ()) -> tuple[int, ...]:
 
     def legal(depth: int) -> bool:
         try:
-            return all(find_variant(name)(depth) for name in variants)
+            return all(function(depth) for function in map(find_variant, variants) if default_depth(function))
         except ValueError:
             return False
 

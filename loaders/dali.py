@@ -7,9 +7,13 @@ could not be resumed from an epoch and a step alone.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +23,9 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from harness.loaders.datasets import Split
+from harness.loaders.files import Corrupt, DataError, Files
 from harness.loaders.resident import upload, zoom
-from harness.loaders.sampling import EpochSample, LoaderConfig, SamplingPlan, make_padded
+from harness.loaders.sampling import EpochSample, LoaderConfig, SamplingPlan, draw_cuts, make_padded
 
 dali: Any = import_module("nvidia.dali")  # its types would fail mypy --strict
 fn: Any = import_module("nvidia.dali.fn")
@@ -28,6 +33,7 @@ types: Any = import_module("nvidia.dali.types")
 
 GPU_MACROBATCH_MIB = 32  # of float32 output: few enough calls that their cost on the host is hidden
 CPU_MACROBATCH_MIB = 1.5  # what stays in the caches: 128 images of CIFAR's size; larger ones were slower
+NOT_OF_DALI = (b".gif",)  # decoded by PIL
 PREFETCH = 2  # macrobatches made ahead
 
 
@@ -37,30 +43,43 @@ class DaliLoader:
     calls_ahead = PREFETCH
 
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
-        pixels, mean, std = make_padded(split, config.augment, config.normalize)
         self.steps = plan.steps
         self._plan = plan
         self._config = config
-        self._span = np.maximum(config.augment.span(split), 1).astype(np.float32)
         self._labels = split.labels
         self._on_gpu = config.device.type == "cuda"
-        # On the CPU an array, for DALI calls CUDA for any tensor.
-        self._pixels: Any = torch.from_numpy(pixels).to(config.device) if self._on_gpu else pixels
-        batch = -(-plan.batch_size // plan.world_size)
-        height, width = config.augment.crop_size(split)
+        self._batch = -(-plan.batch_size // plan.world_size)
+        self._size = config.augment.crop_size(split)
         target = GPU_MACROBATCH_MIB if self._on_gpu else CPU_MACROBATCH_MIB
-        self.call_steps = max(1, int(target * 2**20 / (12 * height * width * batch)))
+        self.call_steps = max(1, int(target * 2**20 / (12 * self._size[0] * self._size[1] * self._batch)))
+        self._pixels: Any = None
+        self._define = self._prepare(split)
+        self._start((0, 0))
 
-        self._next = (0, 0)  # epoch and first step of the macrobatch to be fed next
+    def _prepare(self, split: Split) -> Callable[[], None]:
+        """Make what the pipeline is fed from; what defines the pipeline."""
+        config = self._config
+        pixels, mean, std = make_padded(split, config.augment, config.normalize)
+        self._span = np.maximum(config.augment.span(split), 1).astype(np.float32)
+        self._keep(pixels)
+        return partial(define, config, self._size, mean, std, self._feed_pixels, self._feed_numbers)
+
+    def _keep(self, pixels: NDArray[np.uint8]) -> None:
+        """On the CPU as an array, for DALI calls CUDA for any tensor."""
+        self._pixels = torch.from_numpy(pixels).to(self._config.device) if self._on_gpu else pixels
+
+    def _start(self, first: tuple[int, int]) -> None:
+        """Build the pipeline anew, to begin with the macrobatch of that epoch and first step."""
+        self._next = first  # of the macrobatch to be fed next
         self._fed: dict[int, tuple[int, int]] = {}  # the same of those fed, by the pipeline's count of runs
         self._runs = 0
         pipeline = dali.Pipeline(
-            batch_size=batch * self.call_steps, num_threads=config.threads, prefetch_queue_depth=PREFETCH,
-            device_id=self._pixels.device.index if self._on_gpu else None,
+            batch_size=self._batch * self.call_steps, num_threads=self._config.threads, prefetch_queue_depth=PREFETCH,
+            device_id=torch.empty(0, device=self._config.device).device.index if self._on_gpu else None,
             exec_dynamic=True,  # its outputs stay valid for as long as they are referred to
         )  # fmt: skip
         with pipeline:
-            define(config, (height, width), mean, std, self._feed_pixels, self._feed_numbers)
+            self._define()
         pipeline.build()
         self._pipeline: Any = pipeline
 
@@ -122,6 +141,76 @@ class DaliLoader:
         return y, x, sample.flip.astype(np.int32)
 
 
+class CutLoader(DaliLoader):
+    """Images that are each cut by their own size, from files, which DALI reads and decodes, or from memory.
+
+    A file that DALI cannot decode is decoded by PIL; a corrupt one is counted, and a grey image stands for it. Both are
+    given to DALI as files of pixels, and the pipeline that failed is built anew.
+    """
+
+    def _prepare(self, split: Split) -> Callable[[], None]:
+        self._split = split
+        self._stand_ins = tempfile.TemporaryDirectory(prefix="harness-images-")
+        self._by_pil: set[int] = set()
+        if isinstance(split.images, Files):
+            self._corrupt = Corrupt(split.images, self._config.warn)
+            lower = (path.lower() for path in split.images.paths)
+            self._by_pil |= {index for index, path in enumerate(lower) if path.endswith(NOT_OF_DALI)}
+        else:
+            self._keep(split.images)
+        files = isinstance(split.images, Files)
+        feed = self._feed_paths if files else self._feed_pixels
+        return partial(define_cuts, self._config, self._size, feed, self._feed_cuts, files=files)
+
+    def close(self) -> None:
+        super().close()
+        self._stand_ins.cleanup()
+
+    def _take(self, epoch: int, first: int) -> tuple[Tensor, Tensor]:
+        for attempt in range(3):
+            try:
+                return super()._take(epoch, first)
+            except RuntimeError:
+                images = self._split.images
+                if attempt == 2 or not isinstance(images, Files):
+                    raise
+                made = self._plan.draw(epoch).part(first, first + self.call_steps).index.tolist()
+                bad = [index for index in made if attempt or images.check(index)]
+                self._by_pil |= set(bad)  # at the second attempt all of them: PIL can what DALI cannot
+                if not attempt:
+                    self._corrupt.add(bad)
+                self._start((epoch, first))
+        raise AssertionError
+
+    def _feed_paths(self, run: int) -> list[NDArray[np.uint8]]:
+        return [np.frombuffer(self._path(index), np.uint8) for index in self._sample(run).index.tolist()]
+
+    def _path(self, index: int) -> bytes:
+        images = self._split.images
+        assert isinstance(images, Files)
+        if index not in self._by_pil:
+            return images.path(index)
+        path = Path(self._stand_ins.name) / f"{index}.ppm"
+        if not path.exists():
+            try:
+                pixels = images.read(index)
+            except DataError:
+                self._corrupt.add([index])
+                pixels = images.grey(index)
+            path.write_bytes(b"P6 %d %d 255\n" % pixels.shape[1::-1] + pixels.tobytes())
+        return os.fsencode(path)
+
+    def _feed_cuts(self, run: int) -> tuple[NDArray[Any], ...]:
+        """Box (where, its size), size after resizing, crop positions as `_feed_numbers` gives them, flips."""
+        sample = self._sample(run)
+        epoch = self._fed[run][0]
+        cuts = draw_cuts(self._plan, epoch, sample.index, self._split.sizes(sample.index))
+        span = np.maximum(cuts.size - self._size, 1)
+        y, x = (cuts.offset / span).astype(np.float32).T.copy()
+        box, size = cuts.box.astype(np.int32), cuts.size.astype(np.float32, "C")  # strides are not for DALI
+        return box[:, :2].copy(), box[:, 2:].copy(), size, y, x, sample.flip.astype(np.int32)
+
+
 def define(
     config: LoaderConfig, size: tuple[int, int], mean: NDArray[np.float32], std: NDArray[np.float32],
     feed_pixels: Callable[[int], Any], feed_numbers: Callable[[int], Any],
@@ -146,3 +235,36 @@ def define(
         mean=mean.tolist() if mean.ndim == 1 else [0.0, 0.0, 0.0], dtype=types.FLOAT, output_layout="HWC",
     )  # fmt: skip
     dali.Pipeline.current().set_outputs(output)
+
+
+def define_cuts(
+    config: LoaderConfig, size: tuple[int, int], feed_images: Callable[[int], Any],
+    feed_cuts: Callable[[int], Any], *, files: bool,
+) -> None:  # fmt: skip
+    """Define the current pipeline, fed with the paths of files or with images. What it is fed is copied, as in `define`."""
+    device = "gpu" if config.device.type == "cuda" else "cpu"
+    start, shape, resized, y, x, flip = fn.external_source(
+        source=feed_cuts, num_outputs=6, dtype=[types.INT32] * 2 + [types.FLOAT] * 3 + [types.INT32],
+        ndim=[1, 1, 1, 0, 0, 0],
+    )  # fmt: skip
+    if files:  # read, not mapped: a file cut short meanwhile is an error, not a signal
+        paths = fn.external_source(source=feed_images, dtype=types.UINT8, ndim=1)
+        images = fn.decoders.image_slice(
+            fn.io.file.read(paths, dont_use_mmap=True), start, shape, axis_names="HW",
+            device="mixed" if device == "gpu" else "cpu", output_type=types.RGB, adjust_orientation=False,
+        )  # fmt: skip
+    else:
+        images = fn.external_source(source=feed_images, device=device, layout="HWC", ndim=3, dtype=types.UINT8)
+        images = fn.slice(images, start=start, shape=shape, axis_names="HW")
+    images = fn.resize(images, size=resized, interp_type=types.INTERP_LINEAR, antialias=True)
+    mean, std = (array * np.float32(255) for array in (config.normalize.mean, config.normalize.std))
+    output = fn.crop_mirror_normalize(
+        images, crop=size, crop_pos_y=y, crop_pos_x=x, mirror=flip, mean=mean.tolist(), std=std.tolist(),
+        dtype=types.FLOAT, output_layout="HWC",
+    )  # fmt: skip
+    dali.Pipeline.current().set_outputs(output)
+
+
+def make_loader(split: Split, plan: SamplingPlan, config: LoaderConfig) -> DaliLoader:
+    """The loader for the plan's kind of crops."""
+    return (CutLoader if plan.cut else DaliLoader)(split, plan, config)

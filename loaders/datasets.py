@@ -1,17 +1,19 @@
 """Data sets: which files they are, what is known about them, and their images as uint8 arrays.
 
-Images are decoded once and then read from the cache (`cache.py`). Nothing here imports torch, except to read
-CIFAR-10 in its own format.
+Images are decoded once and then read from the cache (`cache.py`), or stay in their files (`files.py`). Nothing here
+imports torch, except to read CIFAR-10 in its own format.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
+import os
 import socket
 import tomllib
 import warnings
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +24,8 @@ from numpy.typing import NDArray
 
 from harness.loaders.cache import Content, cache_dir, cached
 from harness.loaders.cache import Split as Split
-
-Progress = Callable[[str, int, int], None]
-"""Called with the activity, the count done and the total."""
+from harness.loaders.files import DataError as DataError
+from harness.loaders.files import Files, Progress, in_threads, index_files, read_image, refuse, scan, show
 
 MINIPLACES_TRAIN_IMAGES = 100_000
 ORIGINAL = {"09a5676e728262a768e427676db1b20e1ae9945c739c767c91d3143e7d255138"}  # digits
@@ -48,17 +49,12 @@ RELABELLED = {
 
 MIXED_SEED = 20151210
 DOWNLOAD_TIMEOUT_SECONDS = 20
-REPORT_EVERY = 200  # images
-DECODE_THREADS = 4
-
-
-class DataError(ValueError):
-    """The data set is missing, broken or contradictory: one line that names the file."""
+LARGEST_BYTES = 8 * 2**30  # of decoded images of both splits that are kept in memory, in each rank
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Dataset:
-    """A data set in memory."""
+    """A data set, its images in memory or in files."""
 
     name: str  # as `load_dataset` was called
     label: str  # for tables: shows when the images are not the published ones
@@ -75,8 +71,16 @@ class Dataset:
 
     @property
     def image_size(self) -> int:
-        """Side of the square images, in pixels."""
-        return int(self.train.images.shape[1])
+        """Shorter side of the images, in pixels. Raises ValueError where they differ."""
+        if (size := self.train.size) is None:
+            raise ValueError(f"the images of {self.label} differ in size: the recipe needs a crop")
+        return min(size)
+
+    def scan(self, progress: Progress | None = None) -> None:
+        """Decode every file; those in memory have been. Raises DataError, which names those that are corrupt."""
+        splits = [split.images for split in (self.train, self.test) if isinstance(split.images, Files)]
+        bad = [reason for files in splits for _, reason in sorted(scan(files, progress).items())]
+        refuse(dict(enumerate(bad)), sum(map(len, splits)))
 
 
 class Request(NamedTuple):
@@ -96,11 +100,12 @@ class Request(NamedTuple):
         return self.root
 
 
-class _File(NamedTuple):
-    path: str  # within the data set's folder
-    label: int
-    size: int
-    modified_ns: int
+class _Listing(NamedTuple):
+    """The image files of a split, in arrays: a million of them would be a gigabyte of objects."""
+
+    paths: NDArray[np.bytes_]  # within the data set's folder
+    labels: NDArray[np.int64]
+    stats: NDArray[np.int64]  # (N, 2): bytes, and the time of the last change in nanoseconds
 
 
 def check_dataset_name(name: str) -> None:
@@ -126,7 +131,9 @@ def load_dataset(
     checksums are then checked; without it torchvision downloads it.
     digits: scikit-learn's, 1,437 + 360 images scaled from 8x8 to 32x32; takes no `data_dir`.
     miniplaces: `data_dir` holds the development kit: train.txt, val.txt, categories.txt, images/. Its test split
-    is the kit's validation list. folder:PATH: any class folders of square images of one size.
+    is the kit's validation list.
+    folder:PATH: any class folders (val/ serves where there is no test/). Square images of one size are kept in memory
+    up to LARGEST_BYTES; all others stay in their files, which are hashed once.
 
     The cache is `cache`, else `cache_dir()`. Raises DataError.
     """
@@ -137,7 +144,7 @@ def load_dataset(
         raise DataError(f"data set {name} {where}: it takes no data folder, got {data_dir}")
     request = Request(name, data_dir, cache or cache_dir(), progress)
     if folder:
-        return _load_class_folders(request._replace(root=Path(name.removeprefix("folder:")).expanduser()))
+        return load_class_folders(request._replace(root=Path(name.removeprefix("folder:")).expanduser()))
     return DATASETS[name](request)
 
 
@@ -151,7 +158,7 @@ def limit(split: Split, count: int) -> Split:
         mine = mixed[split.labels[mixed] == label]
         turn[mine] = np.arange(len(mine))
     chosen = mixed[np.argsort(turn[mixed], kind="stable")][:count]
-    return Split(split.images[chosen], split.labels[chosen])
+    return split.take(chosen)
 
 
 def hold_out(split: Split, count: int, seed: int, *, stratified: bool = True) -> tuple[Split, Split]:
@@ -173,7 +180,7 @@ def hold_out(split: Split, count: int, seed: int, *, stratified: bool = True) ->
             held[generator.permutation(np.flatnonzero(split.labels == label))[:share]] = True
     else:
         held[generator.permutation(len(split))[:count]] = True
-    return Split(split.images[~held], split.labels[~held]), Split(split.images[held], split.labels[held])
+    return split.take(~held), split.take(held)
 
 
 # ---- the data sets ---------------------------------------------------------------------------------------------
@@ -204,13 +211,13 @@ def _load_cifar(request: Request) -> Dataset:
     if request.root is None and not batches.is_dir():
         _download_cifar(name, root)
     if not batches.is_dir():
-        dataset = _load_class_folders(request._replace(root=root))
+        dataset = load_class_folders(request._replace(root=root))
         if dataset.classes != classes:
             first = ", ".join(dataset.classes[:3])
             raise DataError(f"{root}: not {kind[:5]}-{kind[5:]}'s classes ({first}, ...): try folder:{root}")
         return dataset
-    files = (str(_stat(batches, path.name, 0)) for path in sorted(batches.iterdir()))
-    content, fingerprint = cached([str(batches.resolve()), *files], lambda: _read_cifar(name, root), request.cache)
+    listing = _list([os.fsencode(path.name) for path in sorted(batches.iterdir())], batches)
+    content, fingerprint = cached(_sign(batches, (), listing), lambda: _read_cifar(name, root), request.cache)
     return Dataset(name, name, fingerprint, True, *content.parts(), flip=True)
 
 
@@ -259,10 +266,11 @@ def _load_relabelled(request: Request) -> Dataset:
     return Dataset(request.name, label, content.fingerprint(), whole.original, *content.parts(), flip=True)
 
 
-def _load_class_folders(request: Request) -> Dataset:
+def load_class_folders(request: Request) -> Dataset:
     root = request.folder()
     train_classes, train = _list_class_folders(root, "train")
-    test_classes, test = _list_class_folders(root, "test")
+    val = not (root / "test").exists() and (root / "val").is_dir()  # as ImageNet is laid out
+    test_classes, test = _list_class_folders(root, "val" if val else "test")
     if train_classes != test_classes:
         either = sorted(set(train_classes) ^ set(test_classes))
         only = [f"{name} only in {'train' if name in train_classes else 'test'}" for name in either]
@@ -274,25 +282,45 @@ def _load_class_folders(request: Request) -> Dataset:
     return Dataset(request.name, label, fingerprint, False, *content.parts(), flip=True)
 
 
-def _list_class_folders(root: Path, split: str) -> tuple[list[str], list[_File]]:
+def _list_class_folders(root: Path, split: str) -> tuple[list[str], _Listing]:
     folder = root / split
     if not folder.is_dir():
         raise DataError(f"{root}: no folder {split!r}: expected train/<class>/* and test/<class>/*")
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     if not classes:
         raise DataError(f"{folder}: no class folders: expected {split}/<class>/*")
-    files: list[_File] = []
+    listings: list[_Listing] = []
     for label, name in enumerate(classes):
-        images = sorted(path.name for path in (folder / name).iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        within = os.fsencode(f"{split}/{name}/")
+        names = os.listdir(os.fsencode(folder / name))  # noqa: PTH208 (as bytes)
+        images = sorted(
+            within + each for each in names if Path(os.fsdecode(each)).suffix.lower() in IMAGE_SUFFIXES
+        )
         if not images:
             raise DataError(f"{folder / name}: no images in this class folder")
-        files += [_stat(root, f"{split}/{name}/{image}", label) for image in images]
-    return classes, files
+        listings.append(_list(images, root, [label] * len(images)))
+    return classes, _Listing(*map(np.concatenate, zip(*listings, strict=True)))
 
 
-def _stat(root: Path, path: str, label: int) -> _File:
-    stat = (root / path).stat()
-    return _File(path, label, stat.st_size, stat.st_mtime_ns)
+def _list(paths: Sequence[bytes], root: Path, labels: Sequence[int] = ()) -> _Listing:
+    """Raises DataError for a file that is not there, or a link to none."""
+    stats, start = np.empty((len(paths), 2), np.int64), os.fsencode(root)
+    for index, path in enumerate(paths):
+        try:
+            stat = os.stat(os.path.join(start, path))  # noqa: PTH116, PTH118 (a Path takes no bytes, and is slow)
+        except OSError as error:
+            raise DataError(f"{root / show(path)}: cannot be read: {error.strerror}") from error
+        stats[index] = stat.st_size, stat.st_mtime_ns
+    return _Listing(np.array(paths), np.array(labels, np.int64), stats)
+
+
+def _sign(root: Path, classes: tuple[str, ...], *listings: _Listing) -> list[str]:
+    """What the cache knows the files by."""
+    digest = hashlib.sha256()
+    for array in (array for listing in listings for array in listing):
+        digest.update(repr((array.shape, array.dtype)).encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return [str(root.resolve()), json.dumps(classes), digest.hexdigest()]
 
 
 def _load_miniplaces(request: Request) -> Dataset:
@@ -314,16 +342,16 @@ def _load_miniplaces(request: Request) -> Dataset:
     return Dataset("miniplaces", name, fingerprint, fingerprint in ORIGINAL, *content.parts(), flip=True)
 
 
-def _list_kit(root: Path, name: str, num_classes: int) -> list[_File]:
-    files: list[_File] = []
+def _list_kit(root: Path, name: str, num_classes: int) -> _Listing:
+    paths, labels = list[bytes](), list[int]()
     for number, path, label in _list_lines(root / name):
         if not 0 <= label < num_classes:
             raise DataError(f"{root / name} line {number}: label {label} is not in categories.txt")
-        try:
-            files.append(_stat(root, f"images/{path}", label))
-        except OSError as error:
-            raise DataError(f"{root / name} line {number}: no file {root / 'images' / path}") from error
-    return files
+        if not (root / "images" / path).is_file():
+            raise DataError(f"{root / name} line {number}: no file {root / 'images' / path}")
+        paths.append(os.fsencode(f"images/{path}"))
+        labels.append(label)
+    return _list(paths, root, labels)
 
 
 def _list_lines(path: Path) -> Iterator[tuple[int, str, int]]:
@@ -353,53 +381,49 @@ DATASETS: dict[str, Callable[[Request], Dataset]] = {
 
 
 def _read_files(
-    request: Request, classes: tuple[str, ...], train: list[_File], test: list[_File]
+    request: Request, classes: tuple[str, ...], train: _Listing, test: _Listing
 ) -> tuple[Content, str]:
     """The images of the listed files, and their fingerprint."""
-    root = request.folder()
+    root, cut = request.folder(), len(train.labels)
 
     def read() -> Content:
-        images = _decode(root, [*train, *test], request.progress)
-        labels = np.array([file.label for file in (*train, *test)], np.int64)
-        cut = len(train)
-        return Content(classes, Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:]))
+        paths = np.concatenate([train.paths, test.paths])
+        decoded = _decode(request, paths)
+        images = index_files(root.resolve(), paths, request.progress) if decoded is None else decoded
+        return Content(classes, Split(images[:cut], train.labels), Split(images[cut:], test.labels))
 
-    signature = [str(root.resolve()), *map(str, (classes, train, test))]
-    return cached(signature, read, request.cache)
+    return cached(_sign(root, classes, train, test), read, request.cache)
 
 
-def _decode(root: Path, files: list[_File], progress: Progress | None) -> NDArray[np.uint8]:
-    """Every file in RGB. By threads: PIL releases the interpreter's lock while it decodes."""
-    from PIL import Image
+def _decode(request: Request, paths: NDArray[np.bytes_]) -> NDArray[np.uint8] | None:
+    """Every file in RGB; None where a folder's images should stay in their files."""
+    root, stay = request.folder(), request.name not in (*TORCHVISION, "miniplaces")
 
-    first = root / files[0].path
-    width, height = _read_image(first).shape[1::-1]
+    def name(index: int) -> Path:
+        return root / os.fsdecode(paths[index])
+
+    height, width = read_image(name(0)).shape[:2]
+    if stay and (width != height or len(paths) * height * width * 3 > LARGEST_BYTES):
+        return None
     if width != height:
-        raise DataError(f"{first}: image is {width}x{height}: only square images are supported")
-    images = np.empty((len(files), height, width, 3), np.uint8)
+        raise DataError(f"{name(0)}: image is {width}x{height}: only square images are supported")
+    images = np.empty((len(paths), height, width, 3), np.uint8)
 
     def decode(index: int) -> None:
-        path = root / files[index].path
-        image = _read_image(path)
+        image = read_image(name(index))
         if image.shape != images.shape[1:]:
             size = f"{image.shape[1]}x{image.shape[0]}"
-            raise DataError(f"{path}: image is {size}, others are {width}x{height} ({first})")
+            raise _OtherSizeError(f"{name(index)}: image is {size}, others are {width}x{height} ({name(0)})")
         images[index] = image
 
-    Image.init()  # not thread-safe on first use
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        for done, _ in enumerate(pool.map(decode, range(len(files))), 1):
-            if progress and (done % REPORT_EVERY == 0 or done == len(files)):
-                progress("decoding images", done, len(files))
+    try:
+        in_threads(decode, len(paths), "decoding images", request.progress)
+    except _OtherSizeError:
+        if not stay:
+            raise
+        return None
     return images
 
 
-def _read_image(path: Path) -> NDArray[np.uint8]:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:  # a broken file can make a decoder raise nearly anything
-        reason = str(error).splitlines()[0].replace(str(path), path.name) if str(error) else repr(error)
-        raise DataError(f"{path}: not a readable image: {reason}") from error
+class _OtherSizeError(DataError):
+    """An image is not of the others' size."""

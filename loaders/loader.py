@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 from harness.loaders.datasets import Split, describe_unknown
-from harness.loaders.sampling import LoaderConfig, SamplingPlan, draw_shares
+from harness.loaders.sampling import Augment, LoaderConfig, SamplingPlan, draw_shares
 
 if TYPE_CHECKING:
     import torch
@@ -43,10 +43,10 @@ def _import(module: str, name: str, split: Split, plan: SamplingPlan, config: Lo
 
 
 LOADERS: dict[str, MakeLoader] = {
-    "dali": partial(_import, "dali", "DaliLoader"),
+    "dali": partial(_import, "dali", "make_loader"),
     "resident": partial(_import, "resident", "ResidentLoader"),
     "dataloader": partial(_import, "dataloader", "TorchLoader"),
-    "synthetic": partial(_import, "resident", "SyntheticLoader"),
+    "synthetic": partial(_import, "dataloader", "SyntheticLoader"),
 }
 
 
@@ -55,8 +55,7 @@ def make_loaders(name: str, train_split: Split, eval_split: Split, config: Loade
 
     Raises ValueError: an unknown name, a crop larger than the padded image, fewer images than ranks.
     """
-    if name not in LOADERS:
-        raise ValueError(describe_unknown("loader", name, LOADERS))
+    check_crops(name, train_split, config.augment)
     plan = _make_plan(train_split, config, train=True)
     loader = LOADERS[name](train_split, plan, config)
     if config.mixup:
@@ -64,26 +63,39 @@ def make_loaders(name: str, train_split: Split, eval_split: Split, config: Loade
     return loader, make_evaluation_loader(name, eval_split, config)
 
 
+def check_crops(name: str, split: Split, augment: Augment) -> None:
+    """Raise ValueError for an unknown loader, and where it cannot make such crops of these images."""
+    if name not in LOADERS:
+        raise ValueError(describe_unknown("loader", name, LOADERS))
+    augment.crop_size(split)
+    if name == "resident" and augment.by_image(split):
+        raise ValueError(
+            "loader resident crops images of one size in memory, and resizes none: dali and dataloader are allowed"
+        )
+
+
 def make_evaluation_loader(name: str, split: Split, config: LoaderConfig) -> Loader:
     """Every image of `split` once over all ranks, in a fixed mixed order: the centre crop, never flipped.
 
     Where training images are scaled, the whole image at the crop's size in place of its centre.
     """
-    augment = config.augment
+    augment, by_image = config.augment, config.augment.by_image(split)
     # The centre crop of the padded image is that of the image itself, so evaluation needs no padding.
-    fits = augment.crop is None or augment.crop <= min(split.images.shape[1:3])
+    fits = by_image or augment.crop is None or augment.crop <= min(split.pixels.shape[1:3])
     config = replace(config, augment=replace(augment, pad=0 if fits else augment.pad, flip=False))
-    # synthetic is a bound for training only: an error is one of real images
-    make = LOADERS["resident" if name == "synthetic" else name]
-    return make(split, _make_plan(split, config, train=False), config)
+    if name == "synthetic":  # a bound for training only: an error is one of real images
+        name = "dataloader" if by_image else "resident"
+    check_crops(name, split, config.augment)
+    return LOADERS[name](split, _make_plan(split, config, train=False), config)
 
 
 def _make_plan(split: Split, config: LoaderConfig, *, train: bool) -> SamplingPlan:
-    augment = config.augment
+    augment, (side, _) = config.augment, config.augment.crop_size(split)
+    cut = augment if augment.by_image(split) else None
     return SamplingPlan(
         images=len(split), batch_size=config.batch_size if train else config.eval_batch_size, train=train,
         span=augment.span(split), flip=augment.flip, seed=config.seed, rank=config.rank, world_size=config.world_size,
-        scale_range=augment.scale_range, image=split.images.shape[1], crop=augment.crop_size(split)[0],
+        scale_range=augment.scale_range, image=0 if cut else split.pixels.shape[1], crop=side, cut=cut,
     )  # fmt: skip
 
 

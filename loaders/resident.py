@@ -1,9 +1,8 @@
-"""The whole set as one uint8 tensor on the device, cropped and flipped there by indexing; and one batch of it."""
+"""The whole set as one uint8 tensor on the device, cropped and flipped there by indexing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,27 +59,6 @@ class ResidentLoader:
 
     def close(self) -> None:
         self._pixels = self._labels = torch.empty(0)
-
-
-class SyntheticLoader:
-    """One constant batch, epoch 0's first: what training costs when loading costs nothing. A last, smaller one is cut."""
-
-    call_steps, calls_ahead = 1, 0
-
-    def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
-        self.steps = plan.steps
-        sample = plan.draw(0)
-        self._sizes, first = sample.batch_sizes, sample.part(0, 1).index
-        few = Split(split.images[first], split.labels[first])
-        once = replace(plan, images=len(few), batch_size=len(few), rank=0, world_size=1)
-        self._images, self._labels = next(ResidentLoader(few, once, config).epoch(0))
-
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        for size in self._sizes[first_step:]:
-            yield self._images[:size], self._labels[:size]
-
-    def close(self) -> None:
-        self._images = self._labels = torch.empty(0)
 
 
 def upload(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -6,7 +6,10 @@ any two loaders agree tensor by tensor, and any number of ranks trains on the sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.loaders.datasets import Split
+from harness.loaders.files import Files
 
 if TYPE_CHECKING:
     import torch
@@ -24,12 +28,14 @@ NormalizeKind = Literal["pixel-mean", "channel-mean", "channel-mean-std", "image
 EVALUATION_SEED = 20160627  # one mixed order for every run, so that batch statistics see mixed classes
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CONSTANT = ("imagenet", "imagenet-mean")  # kinds of normalisation for which no images are measured
+ATTEMPTS = 10  # at a box of random area and aspect that fits into its image
 NEON_MEAN = (126.80609131, 119.21331787, 104.41227722)  # of 0..255: what neon's batch writer stores for ImageNet
 
 
 @dataclass(frozen=True, slots=True)
 class Augment:
-    """Pad by `pad` pixels on each side, crop at random, flip at random."""
+    """Pad by `pad` pixels on each side, crop at random, flip at random. The fields are a recipe's."""
 
     pad: int
     pad_mode: PadMode
@@ -41,10 +47,22 @@ class Augment:
     scale_range: tuple[int, ...] = ()
     """Least and largest side to which a training image is enlarged before the crop; an evaluated one is reduced to the
     crop, whole. The pixels are means over areas. (): no image is resized."""
+    resize: int = 0
+    """Shorter side to which an image is resized before the crop; 0: it is not. With `area_range` evaluated ones only."""
+    area_range: tuple[float, ...] = ()
+    """Least and largest share of an image's area in the box that is resized to a training crop (arXiv:1409.4842)."""
+    aspect_range: tuple[float, ...] = (3 / 4, 4 / 3)
+    """Least and largest width over height of that box."""
+
+    def by_image(self, split: Split) -> bool:
+        """Whether each image is cut by its own size: `draw_cuts`."""
+        return bool(self.resize or self.area_range) or isinstance(split.images, Files)
 
     def crop_size(self, split: Split) -> tuple[int, int]:
         """Height and width of the output. Raises ValueError where padding or crop do not fit the images."""
-        height, width = split.images.shape[1:3]
+        if self.by_image(split):
+            return self._cut_size(split)
+        height, width = split.pixels.shape[1:3]
         if self.pad_mode == "reflect" and self.pad >= min(height, width):
             raise ValueError(f"padding of {self.pad} by reflection: {width}x{height} images are too small for it")
         if self.scale_range and (self.pad or height != width or not height <= min(self.scale_range)):
@@ -58,13 +76,45 @@ class Augment:
             raise ValueError(f"crop {self.crop} does not fit into {width}x{height} images padded by {self.pad}")
         return self.crop, self.crop
 
+    def _cut_size(self, split: Split) -> tuple[int, int]:
+        """Where every image is cut by its own size."""
+        for name in ("pad", "scale_range"):
+            if value := getattr(self, name):
+                raise ValueError(f"{name}={value} is for images in memory that are not resized: set it to nothing")
+        for name, most in {"area_range": 1.0, "aspect_range": math.inf}.items():
+            if (value := getattr(self, name)) and not (len(value) == 2 and 0 < value[0] <= value[1] <= most):
+                raise ValueError(
+                    f"{name}={value}: two rising numbers above 0{' and up to 1' * (most == 1)} are allowed"
+                )
+        size, crop = split.size, self.crop
+        if size is None and not (self.resize and crop):
+            low, high = (getattr(split.sizes(slice(None)), what)(axis=0) for what in ("min", "max"))
+            sizes = f"from {low[1]}x{low[0]} to {high[1]}x{high[0]} pixels"
+            raise ValueError(
+                f"images {sizes} need a crop of one size, as crop=224 and resize=256 of variant imagenet"
+            )
+        if crop is None:
+            if self.resize or self.area_range or size is None:
+                raise ValueError("images that are resized need a crop, as crop=224")
+            return size
+        least = self.resize or min(size or ())
+        if not 0 < crop <= least:
+            raise ValueError(f"crop {crop} does not fit into images whose shorter side is {least}")
+        return crop, crop
+
     def span(self, split: Split) -> tuple[int, int]:
         """Largest offset of the crop in the padded image, in y and x."""
         height, width = self.crop_size(split)
-        if self.scale_range:
+        if self.scale_range or self.by_image(split):
             return 0, 0
-        rows, columns = split.images.shape[1:3]
+        rows, columns = split.pixels.shape[1:3]
         return rows + 2 * self.pad - height, columns + 2 * self.pad - width
+
+
+def make_augment(recipe: object, *, flip: bool) -> Augment:
+    """A recipe's; `flip`: whether images may be mirrored."""
+    augment = Augment(*(getattr(recipe, field.name) for field in fields(Augment)))
+    return replace(augment, flip=augment.flip and flip)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -78,26 +128,37 @@ class Normalize:
 def make_normalize(kind: NormalizeKind, train: Split) -> Normalize:
     """Measure the training images: their mean image, or their mean colour and its standard deviation.
 
-    pixel-mean: arXiv:1512.03385, section 4.2. imagenet and imagenet-mean are constants, nothing is measured.
+    pixel-mean: arXiv:1512.03385, section 4.2. imagenet and imagenet-mean are constants, nothing is measured. Raises
+    ValueError where the others cannot be.
     """
+    check_normalize(kind, train)
     one = np.ones(3, np.float32)
     if kind == "imagenet":
         return Normalize(np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32))
     if kind == "imagenet-mean":
         return Normalize(np.array(NEON_MEAN, np.float32) / np.float32(255), one)
-    total = train.images.sum(axis=0, dtype=np.int64)
+    total = train.pixels.sum(axis=0, dtype=np.int64)
     if kind == "pixel-mean":
         return Normalize((total / (255 * len(train))).astype(np.float32), one)
     pixels = len(train) * total.shape[0] * total.shape[1]
     mean = total.sum(axis=(0, 1)) / pixels
     if kind == "channel-mean":
         return Normalize((mean / 255).astype(np.float32), one)
-    rows = train.images.reshape(len(train), -1)
+    rows = train.pixels.reshape(len(train), -1)
     squares = np.einsum("np,np->p", rows, rows, dtype=np.int64).reshape(-1, 3).sum(axis=0)
     std = np.sqrt(squares / pixels - mean**2)
     if not std.all():
         raise ValueError("channel-mean-std: a channel has the same value in all training images")
     return Normalize((mean / 255).astype(np.float32), (std / 255).astype(np.float32))
+
+
+def check_normalize(kind: NormalizeKind, train: Split, augment: Augment | None = None) -> None:
+    """Raise ValueError where such a mean of these images cannot be taken, or cannot be subtracted from their crops."""
+    constant = f"normalize={' and '.join(CONSTANT)} are allowed"
+    if isinstance(train.images, Files) and kind not in CONSTANT:
+        raise ValueError(f"normalize={kind} measures images in memory; these stay in their files: {constant}")
+    if kind == "pixel-mean" and augment and augment.by_image(train):
+        raise ValueError(f"normalize=pixel-mean needs images that are not resized; here {constant}")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
@@ -114,6 +175,7 @@ class LoaderConfig:
     world_size: int = 1
     threads: int = 1  # of the CPU, that a loader may use
     mixup: float = 0.0  # alpha of mixup with a partner from the whole set; 0: the loader mixes nothing
+    warn: Callable[[str], None] = warnings.warn  # of a corrupt file
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -163,6 +225,7 @@ class SamplingPlan:
     scale_range: tuple[int, ...] = ()  # squares of crop * image / scale are resized to the crop, as by neon 1.2
     image: int = 0  # side, where images are scaled
     crop: int = 0  # side, too
+    cut: Augment | None = None  # how each image is cut by its own size: `draw_cuts`
     partner: bool = False  # in place of each image another of the whole set, cropped and flipped as that one is
 
     def __post_init__(self) -> None:
@@ -198,6 +261,8 @@ def _sample_epoch(plan: SamplingPlan, epoch: int) -> EpochSample:
         offset = np.full((plan.images, 2), np.array(plan.span) // 2)
         flip = np.zeros(plan.images, bool)
         side = np.full(plan.images, plan.image)
+    if plan.cut:  # by `draw_cuts`
+        offset = np.zeros((plan.images, 2), np.int8)
     body, last = np.split(order, [plan.images - plan.images % plan.batch_size])
     if plan.train and 0 < len(last) < plan.world_size:
         last = np.concatenate([last, order[: plan.world_size - len(last)]])
@@ -206,6 +271,62 @@ def _sample_epoch(plan: SamplingPlan, epoch: int) -> EpochSample:
     sides = side[index] if plan.scale_range else None
     shown = draw_partners(plan, epoch)[index] if plan.partner else index
     return EpochSample(shown, offset[index], flip[index], sides, shares.shape[1])
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Cuts:
+    """How images become crops: a box of each is resized, and the crop taken from that. All in whole pixels."""
+
+    box: NDArray[np.int64]  # (n, 4): y, x, height, width, within the image
+    size: NDArray[np.int64]  # (n, 2): height and width to which the box is resized
+    offset: NDArray[np.int64]  # (n, 2): y and x of the crop within that
+
+
+def draw_cuts(plan: SamplingPlan, epoch: int, index: NDArray[np.int64], sizes: NDArray[Any]) -> Cuts:
+    """The cuts of some images of an epoch, of `sizes` (n, 2): for each a function of (seed, epoch, image) alone.
+
+    As torchvision's RandomResizedCrop, or its Resize and a random or (evaluation) centre crop. The area's share is
+    uniform and the logarithm of the aspect too; of ten draws the first counts that fits into the image, else the
+    largest box in its middle.
+    """
+    if (cut := plan.cut) is None:
+        raise ValueError("these images are not cut by their own size")
+    sizes = sizes.astype(np.int64)
+    count = len(sizes)
+    crop = np.array((cut.crop, cut.crop)) if cut.crop else sizes
+    draws = np.full((count, 2 * ATTEMPTS + 2), 0.5)
+    if plan.train:
+        for row, image in zip(draws, index.tolist(), strict=True):
+            np.random.Generator(np.random.PCG64([plan.seed, epoch, 3, image])).random(out=row)
+    place = draws[:, -2:]
+    if plan.train and cut.area_range:
+        box, fits = _boxes(cut, sizes, draws[:, :ATTEMPTS], draws[:, ATTEMPTS:-2])
+        start = np.floor(np.where(fits, place, 0.5) * (sizes - box + 1)).astype(np.int64)
+        return Cuts(np.hstack([start, box]), np.broadcast_to(crop, (count, 2)), np.zeros((count, 2), np.int64))
+    size = sizes
+    if cut.resize:
+        size = cut.resize * sizes // sizes.min(axis=1, keepdims=True)
+    span = size - crop
+    offset = np.floor(place * (span + 1)) if plan.train else np.rint(span / 2)
+    return Cuts(np.hstack([np.zeros_like(sizes), sizes]), size, offset.astype(np.int64))
+
+
+def _boxes(
+    cut: Augment, sizes: NDArray[np.int64], area: NDArray[Any], aspect: NDArray[Any]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(n, 2), height and width of the boxes, by uniform numbers (n, ATTEMPTS); and (n, 1), whether one did fit."""
+    (least, most), (narrow, wide) = cut.area_range, cut.aspect_range
+    pixels = sizes.prod(axis=1, keepdims=True) * (least + (most - least) * area)
+    ratio = np.exp(np.log(narrow) + (np.log(wide) - np.log(narrow)) * aspect)
+    tried = np.rint(np.sqrt(np.stack([pixels / ratio, pixels * ratio], axis=2))).astype(np.int64)
+    fits = ((tried > 0) & (tried <= sizes[:, None])).all(axis=2)
+    found = tried[np.arange(len(sizes)), fits.argmax(axis=1)]
+    height, width = sizes.T
+    whole = np.stack(
+        [np.minimum(height, np.rint(width / narrow)), np.minimum(width, np.rint(height * wide))], axis=1
+    )
+    any_fits = fits.any(axis=1, keepdims=True)
+    return np.where(any_fits, found, whole.astype(np.int64)), any_fits
 
 
 def draw_partners(plan: SamplingPlan, epoch: int) -> NDArray[np.int64]:
@@ -230,13 +351,13 @@ def make_padded(
     pixels (N, H + 2 pad, W + 2 pad, 3), without padding the split's own array; std (3,); mean (3,) where it is
     the same everywhere, else (H + 2 pad, W + 2 pad, 3).
     """
-    pixels, mean = split.images, normalize.mean * np.float32(255)
+    pixels, mean = split.pixels, normalize.mean * np.float32(255)
     if augment.pad:
         mode: Any = augment.pad_mode if augment.pad_mode in ("reflect", "mean") else "constant"
         border = ((augment.pad, augment.pad), (augment.pad, augment.pad), (0, 0))
         pixels = np.pad(pixels, ((0, 0), *border), mode)
         if augment.pad_mode == "zero":  # the mean is zero there too, so that the difference is
-            mean = np.broadcast_to(mean, split.images.shape[1:])
+            mean = np.broadcast_to(mean, split.pixels.shape[1:])
         if mean.ndim == 3:
             mean = np.pad(mean, border, mode)
     return pixels, mean, normalize.std * np.float32(255)

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
-from harness.models.convnet import ConvNet
-from harness.models.imagenet import ImageNetResNet
-from harness.models.resnet import CifarResNet
-from harness.models.variants import Network, check_depth
-from harness.models.xresnet import XResNet
-
-NETWORKS: dict[str, Callable[[Network, int], nn.Module]] = {
-    "cifar": CifarResNet, "imagenet": ImageNetResNet, "convnet": ConvNet, "xresnet": XResNet,
-}  # fmt: skip
-SMALLEST_IMAGE = {"cifar": 4, "convnet": 4, "xresnet": 4, "imagenet": 16}
-"""Side in pixels, by architecture: the product of all strides."""
+from harness.models.variants import NETWORKS, Network, call, check_depth
 
 
 def build(network: Network, num_classes: int, image_size: int = 32) -> nn.Module:
     """A freshly initialised module: images (N, 3, image_size, image_size) -> logits (N, num_classes).
 
-    The weights come from torch's global generator. Every module takes images of other sizes too, at least as
-    large as `SMALLEST_IMAGE` says. Raises ValueError where the architecture cannot have this depth, number of
+    The weights come from torch's global generator. Every module of ours takes images of other sizes too, at least as
+    large as its `Architecture` says. Raises ValueError where the architecture cannot have this depth, number of
     classes or image size.
     """
     check_depth(network)
     if num_classes < 2:
         raise ValueError(f"{num_classes} classes are too few: at least 2")
-    smallest = SMALLEST_IMAGE[network.architecture]
+    architecture = NETWORKS[network.architecture]
+    smallest = architecture.smallest_image
     if image_size < smallest:
         raise ValueError(f"image size {image_size} is too small for this network: at least {smallest}")
-    return NETWORKS[network.architecture](network, num_classes)
+    given = {"network": network, "depth": network.depth, "num_classes": num_classes, "image_size": image_size}
+    module: nn.Module = call(architecture.make, given, network.extra)
+    return module
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Residual networks of four stages for larger images, as written for Mini-Places2 (apark263/mpmz)."""
+"""Residual networks of four stages for larger images: of Mini-Places2 (apark263/mpmz), and of ImageNet."""
 
 from __future__ import annotations
 
@@ -24,20 +24,9 @@ class ImageNetResNet(nn.Module):
     def __init__(self, network: Network, num_classes: int) -> None:
         super().__init__()
         eps = network.batch_norm_eps
-        bottleneck = network.block == "bottleneck"
         self.conv = conv3x3(3, 32, stride=2)
         self.bn = nn.BatchNorm2d(32, eps=eps)
-        self.stages = nn.Sequential()
-        in_width = 32
-        for index, blocks in enumerate(IMAGENET_BLOCKS[network.depth]):
-            stage = nn.Sequential()
-            middle = 32 << index
-            width = 4 * middle if bottleneck else middle
-            for position in range(blocks):
-                stride = 2 if index > 0 and position == 0 else 1
-                stage.append(ResidualBlock(network, in_width, middle, width, stride))
-                in_width = width
-            self.stages.append(stage)
+        self.stages, in_width = make_stages(network, 32, 32)
         self.fc = nn.Linear(in_width, num_classes, bias=False)
         self.head_bn = nn.BatchNorm1d(num_classes, eps=eps) if network.head_batch_norm else nn.Identity()
         he_init(self)
@@ -50,6 +39,46 @@ class ImageNetResNet(nn.Module):
             x = x[:, :, :height, :width]
         logits: Tensor = self.head_bn(self.fc(x.mean((2, 3))))
         return logits
+
+
+class ResNet(nn.Module):
+    """The network of arXiv:1512.03385, table 1, with projections where the shape changes (its option B).
+
+    7x7 stem of stride 2, pooling, stages of width 64 to 512, average pooling, affine. As in torchvision, a bottleneck's
+    3x3 convolution has the stride ("v1.5"), not its first 1x1 convolution as in the paper; convolutions start by
+    He's rule with fan-out. Needs images of 32 pixels at least; table 1 is for 224.
+    """
+
+    def __init__(self, network: Network, num_classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn = nn.BatchNorm2d(64, eps=network.batch_norm_eps)
+        self.stages, in_width = make_stages(network, 64, 64)
+        self.fc = nn.Linear(in_width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.bn(self.conv(x)), inplace=True), 3, stride=2, padding=1)
+        logits: Tensor = self.fc(self.stages(x).mean((2, 3)))
+        return logits
+
+
+def make_stages(network: Network, in_width: int, first: int) -> tuple[nn.Sequential, int]:
+    """Four stages, the first of width `first`, and the width of their output."""
+    stages = nn.Sequential()
+    bottleneck = network.block == "bottleneck"
+    for index, blocks in enumerate(IMAGENET_BLOCKS[network.depth]):
+        stage = nn.Sequential()
+        middle = first << index
+        width = 4 * middle if bottleneck else middle
+        for position in range(blocks):
+            stride = 2 if index > 0 and position == 0 else 1
+            stage.append(ResidualBlock(network, in_width, middle, width, stride))
+            in_width = width
+        stages.append(stage)
+    return stages, in_width
 
 
 class ResidualBlock(nn.Module):

@@ -2,18 +2,25 @@
 
 All are plain data in variants.toml, THE place to add one; the command line, the plan, the tests and the tables follow.
 So are presets, in presets.toml: `harness run --preset NAME` trains one, `harness report --preset NAME` prints its table.
+Plug-ins add to `NETWORKS` and `VARIANTS`, as this file does.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import math
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Unit = Literal["epoch", "step"]
 
@@ -30,8 +37,8 @@ class Network:
     Two networks with equal fields are the same function of their weights.
     """
 
-    depth: int
-    architecture: Literal["cifar", "imagenet", "convnet", "xresnet"] = "cifar"
+    depth: int  # 0: the architecture has only one, and no number for it
+    architecture: str = "cifar"  # one of NETWORKS
     block: Literal["basic", "preact", "late-stride", "bottleneck"] = "basic"
     """preact: full pre-activation (arXiv:1603.05027, figure 4(e)). late-stride: a stage's last block does what
     the next stage's first should (fattorib/ResNets-CIFAR10). bottleneck: 1x1, 3x3, 1x1."""
@@ -57,6 +64,8 @@ class Network:
     padding: Literal["even", "end"] = added("even")
     """Of 3x3 convolutions of stride 2, where the image's side is even. even: one pixel on each side. end: one after
     the last pixel alone (TensorFlow's "same")."""
+    extra: tuple[str, ...] = added(())
+    """Fields of a plug-in's own that are not at their default, by name: ("width=32",), JSON after the sign."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +76,7 @@ class Recipe:
     unit: Unit = "epoch"
     batch_size: int = 128  # global, whatever the number of workers
     lr: float = 0.1
-    schedule: Literal["multistep", "cosine", "linear"] = "multistep"
+    schedule: str = "multistep"  # one of harness.training.optim.SCHEDULES
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
     warmup: float = 0
@@ -95,11 +104,19 @@ class Recipe:
     crop: int | None = None  # side of the random crop; None: the image's own
     scale_range: tuple[int, ...] = added(())
     """Least and largest side, drawn for each training image, to which it is enlarged before the crop; (): not at all."""
+    resize: int = added(0)
+    """Shorter side to which an image is resized before the crop; 0: it is not. With `area_range` evaluated ones only."""
+    area_range: tuple[float, ...] = added(())
+    """Least and largest share of an image's area in the box that is resized to a training crop; (): no such box."""
+    aspect_range: tuple[float, ...] = added((3 / 4, 4 / 3))  # of that box: width over height
     flip: bool = True
     val: int = 0  # training images held out, and evaluated in place of the test set
     val_stratified: bool = False  # held out in equal shares of every class
     batch_norm: Literal["local", "sync"] = added("local")
     """Whose images a training batch's statistics are of: each worker's own, as under DDP, or all workers'."""
+    optimizer: str = added("sgd")  # one of harness.training.optim.OPTIMIZERS
+    augmentations: tuple[str, ...] = added(())  # of harness.training.augment.AUGMENTATIONS, after crop and flip
+    extra: tuple[str, ...] = added(())  # as `Network.extra`: of optimizer, schedule and augmentations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,21 +134,117 @@ Entry = TypeVar("Entry")
 VariantFunction = Callable[[int], Variant]
 """Raises ValueError for a depth that the architecture cannot have."""
 
-IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 74: (9, 9, 9, 9)}
+IMAGENET_BLOCKS = {
+    18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 74: (9, 9, 9, 9), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3),
+}  # fmt: skip
 """Blocks in each of the four stages, by depth: arXiv:1512.03385, table 1; 74 is apark263/mpmz's own."""
-LISTED_DEPTHS = {"imagenet": tuple(IMAGENET_BLOCKS), "convnet": (8,)}
+
+
+# --- what makes a module, built in or not ---
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """What makes the modules of an architecture, and which there are."""
+
+    make: Callable[..., nn.Module]
+    """Its parameters are filled by name: num_classes, image_size (side in pixels), network, depth; others that have a
+    default are fields of its own. Raises ValueError for a network that it cannot make."""
+    smallest_image: int = 1  # side in pixels; of ours the product of all strides
+    depths: tuple[int, ...] = ()  # all that there are; (): any
+    three_stages: bool = False  # of equally many blocks, with one layer before and one after: 6n+2, or 9n+2
+
+
+def _ours(module: str, name: str, **limits: Any) -> Architecture:
+    """A module of this package, imported when it is made."""
+
+    def make(network: Network, num_classes: int) -> nn.Module:
+        made: nn.Module = getattr(import_module(f"harness.models.{module}"), name)(network, num_classes)
+        return made
+
+    return Architecture(make=make, **limits)
+
+
+NETWORKS: dict[str, Architecture] = {
+    "cifar": _ours("resnet", "CifarResNet", smallest_image=4, three_stages=True),
+    "imagenet": _ours("imagenet", "ImageNetResNet", smallest_image=16, depths=(18, 34, 50, 74)),
+    "resnet": _ours("imagenet", "ResNet", smallest_image=32, depths=(18, 34, 50, 101, 152)),
+    "convnet": _ours("convnet", "ConvNet", smallest_image=4, depths=(8,)),
+    "xresnet": _ours("xresnet", "XResNet", smallest_image=4, three_stages=True),
+}
 
 
 def check_depth(network: Network) -> None:
-    """Raise ValueError where the architecture cannot have this depth."""
-    depth, listed = network.depth, LISTED_DEPTHS.get(network.architecture)
+    """Raise ValueError where the architecture cannot have this depth, or is none of `NETWORKS`."""
+    architecture = find("network", network.architecture, NETWORKS)
+    depth, listed = network.depth, architecture.depths
+    if listed == (0,) and depth:
+        raise ValueError(f"depth {depth}: {network.architecture} has only one depth, and no number for it")
     if listed and depth not in listed:
         raise ValueError(f"depth {depth} is none of {', '.join(map(str, listed))}")
     layers = 9 if network.block == "bottleneck" else 6  # that one more block in each of three stages adds
     n = (depth - 2) / layers
-    if not listed and (n < 1 or n != int(n)):
+    if architecture.three_stages and (n < 1 or n != int(n)):
         below = max(1, int(n)) * layers + 2
         raise ValueError(f"depth {depth} is not {layers}n+2: try {below} or {below + layers}")
+
+
+def parameters_of(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a function or class, with their types where these can be known."""
+    try:
+        return inspect.signature(make, eval_str=True).parameters
+    except NameError:  # a type that is imported for type checkers alone
+        return inspect.signature(make).parameters
+
+
+@cache
+def own_fields(make: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
+    """Type and default of each field of a maker's own: of its parameters that have a default, and that nothing else
+    fills, those that are text, numbers or truth values."""
+    found = {}
+    for name, p in parameters_of(make).items():
+        typed = p.annotation in SIMPLE or get_origin(p.annotation) is Literal
+        hint = p.annotation if typed else type(p.default)
+        if name not in FILLED and p.default is not p.empty and (typed or hint in SIMPLE):
+            found[name] = hint, p.default
+    return found
+
+
+def call(make: Callable[..., Any], given: Mapping[str, Any], extra: tuple[str, ...] = ()) -> Any:
+    """Call a maker with what is given, by the names of its parameters, and with its own fields as `extra` has them.
+
+    One that takes any keyword, as torchvision's networks do, gets num_classes by it.
+    """
+    names, own = _bound(make, extra)
+    return make(**{name: given[name] for name in names if name in given}, **own)
+
+
+@cache
+def _bound(make: Callable[..., Any], extra: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names that it may be given, and its own fields."""
+    parameters = parameters_of(make).values()
+    whole = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    own = {name: value for name, value in read_extra(extra).items() if name in own_fields(make)}
+    names = (parameter.name for parameter in parameters)
+    return tuple(dict.fromkeys((*names, *["num_classes"] * whole))), own
+
+
+def read_extra(extra: Iterable[str]) -> dict[str, Any]:
+    """("width=32",) -> {"width": 32}."""
+    return {name: json.loads(value) for name, _, value in (text.partition("=") for text in extra)}
+
+
+def write_extra(values: Mapping[str, Any], makes: Iterable[Callable[..., Any]]) -> tuple[str, ...]:
+    """{"width": 32} -> ("width=32",): those that one of the makers has, and that are not at its default."""
+    own = {name: default for make in makes for name, (_, default) in own_fields(make).items()}
+    kept = {name: value for name, value in sorted(values.items()) if name in own and value != own[name]}
+    return tuple(f"{name}={json.dumps(value)}" for name, value in kept.items())
+
+
+SIMPLE = (bool, int, float, str)
+FILLED = {"num_classes", "image_size", "network", "depth", "groups", "moment", "images", "draws", "root"}
+FILLED |= {each.name for each in fields(Recipe)}
+"""Parameters of makers that are no fields of their own."""
 
 
 ABOUT = {
@@ -162,7 +275,14 @@ def make_variant(name: str, rows: Mapping[str, Mapping[str, Any]]) -> VariantFun
                     changes |= {key: tuple(x) if isinstance(x, list) else x for key, x in part.items()}
         network = Network(depth=depth, **{key: value for key, value in changes.items() if key in own})
         check_depth(network)
-        recipe = Recipe(**{key: value for key, value in changes.items() if key not in own | ABOUT})
+        known = {field.name for field in fields(Recipe)}
+        recipe = Recipe(**{key: value for key, value in changes.items() if key in known})
+        others = {key: value for key, value in changes.items() if key not in own | known | ABOUT}
+        if others:  # fields of a plug-in's own
+            make = NETWORKS[network.architecture].make
+            network = replace(network, extra=write_extra(others, [make]))
+            rest = sorted(others.keys() - own_fields(make).keys())
+            recipe = replace(recipe, extra=tuple(f"{key}={json.dumps(others[key])}" for key in rest))
         return Variant(name=name, network=network, recipe=recipe, source=source, summary=row["summary"])
 
     variant.__name__, variant.__doc__ = name.replace("-", "_"), row["summary"]
@@ -189,8 +309,8 @@ def load_rows(name: str) -> dict[str, dict[str, Any]]:
     return tomllib.loads(Path(__file__).with_name(name).read_text())
 
 
-_ROWS = load_rows("variants.toml")
-VARIANTS: dict[str, VariantFunction] = {name: make_variant(name, _ROWS) for name in _ROWS}
+ROWS = load_rows("variants.toml")
+VARIANTS: dict[str, VariantFunction] = {name: make_variant(name, ROWS) for name in ROWS}
 
 
 def find_variant(name: str) -> VariantFunction:

@@ -9,24 +9,71 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
-from harness.results.store import EPOCHS, ESTIMATES, HASHES, PARTIAL, RECORD, SPEC, SUPERSEDED, WEIGHTS, timestamp
+from harness.results.store import (
+    EPOCHS,
+    ESTIMATES,
+    HASHES,
+    PARTIAL,
+    RECORD,
+    SPEC,
+    SUPERSEDED,
+    SWEEPS,
+    WEIGHTS,
+    timestamp,
+)
+
+Value = TypeVar("Value")
 
 CHECKPOINTS = "checkpoints"
 SMALL = (RECORD, EPOCHS, SPEC, HASHES, "attempts.jsonl")  # all that tables are made of
 OBJECT_STORES = ("s3", "gcs", "abfs")  # without folders, and a file exists only when it is whole
+AWAY_SECONDS, PAUSE_SECONDS = 60.0, 1.0  # a store that does not answer is asked again so long; the first pause
+AWAY = re.compile(r"NETWORK|UNAVAILABLE|SLOW_DOWN|INTERNAL_FAILURE|curlCode|connect to|[Tt]ime(d |-)?out")
+LEASES, LEASE_SECONDS, BEAT_SECONDS = ".leases", 60.0, 10.0  # until a sign of life is too old, between two of them
 
 
 class StorageError(RuntimeError):
     """A URI that cannot be used; the message is one line."""
+
+    @property
+    def is_away(self) -> bool:
+        """Whether nothing answers there, which may pass."""
+        return AWAY.search(str(self)) is not None
+
+
+class LeasedError(StorageError):
+    """Another command trains these runs."""
+
+
+def patiently(warn: Callable[[str], None], action: Callable[[], Value], *, patient: bool = True) -> Value:
+    """Do something at a URI; if `patient`, again and again for AWAY_SECONDS while nothing answers there. Raises
+    StorageError."""
+    until, pause = time.monotonic() + AWAY_SECONDS, PAUSE_SECONDS
+    while True:
+        try:
+            return action()
+        except StorageError as error:
+            if not patient or not error.is_away or time.monotonic() + pause > until:
+                raise
+            if pause == PAUSE_SECONDS:
+                warn(f"{error}; trying again for {AWAY_SECONDS:.0f} s")
+        time.sleep(pause)
+        pause = min(2 * pause, 8 * PAUSE_SECONDS)
 
 
 def is_uri(text: str) -> bool:
@@ -46,6 +93,13 @@ def join_uri(uri: str, name: str) -> str:
     """A folder below; options after "?" stay at the end."""
     folder, mark, options = uri.partition("?")
     return f"{folder.rstrip('/')}/{name}{mark}{options}"
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """The folder that something is in, and its name: the inverse of `join_uri`."""
+    path, mark, options = uri.partition("?")
+    folder, _, name = path.rstrip("/").rpartition("/")
+    return f"{folder}{mark}{options}", name
 
 
 def cache_folder(uri: str, cache: Path) -> Path:
@@ -105,10 +159,7 @@ class _Folder:
 
     def remove(self, name: str) -> None:
         """Remove a folder and all in it, if it exists."""
-        for path in self.list(name):
-            with contextlib.suppress(FileNotFoundError):
-                self.files.delete_file(self.path(path))
-        with contextlib.suppress(OSError):  # object stores have no folders
+        with contextlib.suppress(FileNotFoundError):
             self.files.delete_dir(self.path(name))
 
 
@@ -137,17 +188,17 @@ def _local(folder: Path) -> _Folder:
 def check_uri(uri: str) -> None:
     """Raise StorageError unless files can be written to the URI and removed."""
     name = f".write-{os.getpid()}-{os.urandom(4).hex()}"
-    with _open(uri) as folder:
-        if not folder.is_object_store:
-            folder.files.create_dir(folder.root, recursive=True)
     leave_sentinel(uri, name)
     remove_sentinels(uri, name)
 
 
-def leave_sentinel(uri: str, name: str) -> None:
-    """Write an empty file. Raises StorageError."""
-    with _open(uri) as folder, folder.files.open_output_stream(folder.path(name)) as stream:
-        stream.write(b"")
+def leave_sentinel(uri: str, name: str, content: bytes = b"") -> None:
+    """Write a small file. Raises StorageError."""
+    with _open(uri) as folder:
+        if not folder.is_object_store:
+            folder.files.create_dir(folder.root, recursive=True)
+        with folder.files.open_output_stream(folder.path(name)) as stream:
+            stream.write(content)
 
 
 def find_sentinels(uri: str, prefix: str) -> list[str]:
@@ -163,11 +214,101 @@ def remove_sentinels(uri: str, prefix: str) -> None:
             folder.files.delete_file(folder.path(name))
 
 
+# --- leases ---
+
+
+class Lease:
+    """One command alone trains some runs at a URI: its file in `.leases` names them, and is written anew as long as it
+    lives.
+
+    How old such a file is, the store's clock says, and no machine's. Of two commands that begin at the same moment both
+    may be refused. Raises LeasedError and StorageError. Close it.
+    """
+
+    def __init__(self, uri: str, names: Collection[str], say: Callable[[str], None]) -> None:
+        self._uri, self._file, self._names = join_uri(uri, LEASES), f"{uuid.uuid4().hex}.json", set(names)
+        about = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "names": sorted(names)}
+        self._content, self._over = json.dumps(about).encode(), threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        try:
+            leave_sentinel(self._uri, self._file, self._content)
+            self._wait_for_others(say)
+        except BaseException:
+            self.close()
+            raise
+        self._thread.start()
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT_SECONDS):
+            with contextlib.suppress(StorageError):  # away: nobody else can begin now
+                leave_sentinel(self._uri, self._file, self._content)
+
+    def _wait_for_others(self, say: Callable[[str], None]) -> None:
+        """Until what others have left is too old. Raises LeasedError once one of them gives a sign of life."""
+        first: dict[str, Any] = {}
+        while others := self._find_others():
+            for file, (written_at, host, name) in others.items():
+                if first and first.get(file) != written_at:
+                    where = redact(split_uri(self._uri)[0]).partition("?")[0]
+                    raise LeasedError(f"{where}: {name} is being trained by another harness command, on {host}")
+            if not first:
+                say(f"{host} has trained {name}: waiting for a sign of life, {LEASE_SECONDS:.0f} s at most")
+                first = {file: written_at for file, (written_at, *_) in others.items()}
+            self._over.wait(BEAT_SECONDS / 2)
+            leave_sentinel(self._uri, self._file, self._content)
+
+    def _find_others(self) -> dict[str, tuple[Any, str, str]]:
+        """{file: (when it was written, host, run)} of all that name a run of ours; what is too old is removed."""
+        found = {}
+        with _open(self._uri) as folder:
+            files = folder.list(recursive=False)
+            now = files.pop(self._file).mtime_ns
+            for file, info in files.items():
+                path = folder.path(file)
+                with contextlib.suppress(FileNotFoundError), folder.files.open_input_stream(path) as stream:
+                    about = json.loads(stream.read())
+                    ended = about["machine"] == _machine() and not Path("/proc", str(about["pid"])).exists()
+                    if ended or now - info.mtime_ns > LEASE_SECONDS * 1e9:
+                        folder.files.delete_file(path)
+                    elif common := self._names & set(about["names"]):
+                        found[file] = info.mtime_ns, about["host"], min(common)
+        return found
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join(BEAT_SECONDS)  # or it would write once more
+        with contextlib.suppress(StorageError):
+            remove_sentinels(self._uri, self._file)
+
+
+def _machine() -> str:
+    """Where process numbers mean the same: this boot of this kernel, this namespace of processes."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return uuid.uuid4().hex
+
+
 # --- runs ---
 
 
-def pull_results(uri: str, folder: Path) -> None:
-    """Copy into `folder` what tables are made of: records and epochs of every run at the URI, predictions.
+def pull_file(uri: str, cache: Path) -> Path:
+    """A local copy of one file, and of the record beside it. Raises StorageError."""
+    parent, name = split_uri(uri)
+    folder = cache_folder(parent, cache)
+    with _open(parent) as remote:
+        local, stored = _local(folder), remote.list(recursive=False)
+        if name not in stored:
+            raise FileNotFoundError(f"no file {name!r}")
+        remote.copy_new({file: stored[file] for file in (name, RECORD) if file in stored}, local, local.list())
+    return folder / name
+
+
+def pull_results(uri: str, folder: Path, *, also: str = "") -> None:
+    """Copy into `folder` what tables are made of: records and epochs of every run at the URI, predictions, sweeps; files
+    of runs whose names begin with `also`.
 
     A finished run that was not stored when its command ended is pushed now; the cache's partial run of one that has
     been finished since, by whatever machine, is removed. Raises StorageError.
@@ -177,9 +318,18 @@ def pull_results(uri: str, folder: Path) -> None:
         cache, stored = _local(folder), remote.list()
         runs = {name.partition("/")[0] for name in stored if "/" in name and not name.startswith(".")}
         whole = {run for run in runs if run.endswith(PARTIAL) or f"{run}/{RECORD}" in stored}
-        small = {f"{run}/{file}" for run in whole for file in SMALL}
-        wanted = {n: info for n, info in stored.items() if n in small or n.startswith(f"{ESTIMATES}/")}
-        remote.copy_new(wanted, cache, cache.list())
+        cached = cache.list()
+        # a journal only grows: where the cache's is longer, the sweep was not sent when its command ended
+        longer = {n for n in cached.keys() & stored if n.endswith(".log") and cached[n].size > stored[n].size}
+        ahead = {name.rpartition("/")[0] for name in longer}
+
+        def is_wanted(name: str) -> bool:
+            folder, _, file = name.rpartition("/")
+            if folder in whole:
+                return file in SMALL or bool(also and file.startswith(also))
+            return name.partition("/")[0] in (ESTIMATES, SWEEPS) and folder not in ahead
+
+        remote.copy_new({name: info for name, info in stored.items() if is_wanted(name)}, cache, cached)
         for run in whole:
             shutil.rmtree(folder / f"{run}{PARTIAL}", ignore_errors=True)
         for local in sorted(path.parent for path in folder.glob(f"[!.]*/{RECORD}")):
@@ -220,7 +370,7 @@ def push_run(uri: str, folder: Path, *, checkpoints: bool = False) -> None:
     with _open(uri) as remote:
         cache, stored = _local(folder.parent), remote.list(folder.name)
         files = sorted(cache.list(folder.name).items(), key=lambda item: item[1].base_name == RECORD)
-        own = {n: info for n, info in files if not info.base_name.startswith(".") and info.extension != "tmp"}
+        own = {n: info for n, info in files if "/." not in n and info.extension != "tmp"}
         cache.copy_new(own, remote, stored)
         for name in stored.keys() - own if checkpoints else ():
             if name.startswith(f"{folder.name}/{CHECKPOINTS}/"):
@@ -261,15 +411,16 @@ class RemoteRun:
     def pull(self, rank: int) -> None:
         """Before anything is read; on every rank, since each may be on a node of its own. Raises StorageError."""
         if self.uri:
-            pull_run(self.uri, self.folder, only="" if rank == 0 else CHECKPOINTS)
+            patiently(self.warn, lambda: pull_run(self.uri, self.folder, only="" if rank == 0 else CHECKPOINTS))
 
     def push(self, *, required: bool = False) -> None:
         """After something was written, by rank 0. A failure is a warning, and the next push copies what is missing;
-        with `required` it raises StorageError."""
+        with `required` a store that is away is waited for, and then it raises StorageError."""
         if not self.uri:
             return
         try:
-            push_run(self.uri, self.folder, checkpoints=True)
+            how = partial(push_run, self.uri, self.folder, checkpoints=True)
+            patiently(self.warn, how, patient=required)
         except StorageError as error:
             if required:
                 raise

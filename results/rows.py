@@ -53,8 +53,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        """msra-20, say."""
-        return f"{self.variant}-{self.depth}"
+        """msra-20, say; a network of one depth has no number."""
+        return f"{self.variant}-{self.depth}" if self.depth else self.variant
 
     @property
     def results(self) -> list[RunResult]:

@@ -78,7 +78,7 @@ def run_name(dataset: str, variant: str, depth: int, seed: int, key: str) -> str
     def safe(word: str) -> str:
         return re.sub(r"[^A-Za-z0-9.+]+", "-", word).strip("-.")[:60] or "x"
 
-    return f"{safe(dataset)}_{safe(variant)}-{depth}_s{seed}_{safe(key)[:8]}"
+    return f"{safe(dataset)}_{safe(variant)}{f'-{depth}' * bool(depth)}_s{seed}_{safe(key)[:8]}"
 
 
 def partial_dir(out: Path, name: str) -> Path:

@@ -127,7 +127,7 @@ class Sweep(Value):
     @property
     def title(self) -> str:
         """Variant and depth: msra-20."""
-        return self.variant if self.depth is None else f"{self.variant}-{self.depth}"
+        return self.variant if not self.depth else f"{self.variant}-{self.depth}"
 
     @property
     def heading(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -76,12 +77,116 @@ def test_ray_up_keeps_the_token_and_the_dashboard_in(name: str) -> None:
     assert "--dashboard-host=127.0.0.1" in starts[0]
 
 
+def fields(required: str = "", **types: Any) -> dict[str, Any]:
+    """The schema of an object that has these fields and no others; a word is a type."""
+    properties = {name: {"type": kind} if isinstance(kind, str) else kind for name, kind in types.items()}
+    return {
+        "type": "object", "properties": properties, "required": required.split(), "additionalProperties": False,
+    }  # fmt: skip
+
+
+def list_of(item: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": item}
+
+
+# what KubeRay 1.7's definition of a RayJob says of all fields of ours and their neighbours: names, types, which must be
+QUANTITY = {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": r"^\d+(\.\d*)?([KMGTPE]i?|[numk])?$"}]}
+QUANTITIES = {"type": "object", "additionalProperties": QUANTITY}
+WORDS = {"type": "object", "additionalProperties": {"type": "string"}}
+CONTAINER = fields(
+    "name", name="string", image="string", imagePullPolicy="string", command=list_of({"type": "string"}),
+    args=list_of({"type": "string"}), env={"type": "array"}, resources=fields(limits=QUANTITIES, requests=QUANTITIES),
+    volumeMounts=list_of(fields("mountPath name", mountPath="string", name="string", readOnly="boolean", subPath="string")),
+)  # fmt: skip
+VOLUME = fields(
+    "name", name="string", emptyDir=fields(medium="string", sizeLimit=QUANTITY),
+    persistentVolumeClaim=fields("claimName", claimName="string", readOnly="boolean"),
+)  # fmt: skip
+POD = fields(
+    metadata={"type": "object"},
+    spec=fields(
+        "containers", containers=list_of(CONTAINER), volumes=list_of(VOLUME), nodeSelector=WORDS, restartPolicy="string",
+        serviceAccountName="string", tolerations={"type": "array"},
+    ),
+)  # fmt: skip
+GROUP = {"rayStartParams": WORDS, "resources": WORDS, "labels": WORDS, "template": POD}
+CLUSTER_SPEC = fields(
+    authOptions=fields(enableK8sTokenAuth="boolean", mode={"enum": ["disabled", "token"]}, secretName="string"),
+    autoscalerOptions="object", enableInTreeAutoscaling="boolean", gcsFaultToleranceOptions="object",
+    headGroupSpec=fields("template", enableIngress="boolean", headService="object", serviceType="string", **GROUP),
+    headServiceAnnotations=WORDS, managedBy="string", rayVersion="string", suspend="boolean", upgradeStrategy="object",
+    workerGroupSpecs=list_of(fields(
+        "groupName maxReplicas minReplicas template", groupName="string", idleTimeoutSeconds="integer",
+        maxReplicas="integer", minReplicas="integer", numOfHosts="integer", replicas="integer", suspend="boolean", **GROUP,
+    )),
+)  # fmt: skip
+RAY_JOB = fields(
+    "apiVersion kind metadata spec", apiVersion={"const": "ray.io/v1"}, kind={"const": "RayJob"}, metadata="object",
+    spec=fields(
+        activeDeadlineSeconds="integer", backoffLimit="integer", clusterSelector=WORDS, deletionStrategy="object",
+        entrypoint="string", entrypointNumCpus="number", entrypointNumGpus="number", entrypointResources="string",
+        jobId="string", managedBy="string", metadata=WORDS, preRunningDeadlineSeconds="integer",
+        rayClusterSpec=CLUSTER_SPEC, runtimeEnvYAML="string", shutdownAfterJobFinishes="boolean", submissionMode="string",
+        submitterConfig="object", submitterPodTemplate="object", suspend="boolean", ttlSecondsAfterFinished="integer",
+    ),
+)  # fmt: skip
+
+
+def changed(tree: Any, path: str, value: Any) -> Any:
+    """A copy with a value at a path: "spec.backoffLimit"."""
+    name, _, rest = path.partition(".")
+    key = int(name) if isinstance(tree, list) else name
+    copied = list(tree) if isinstance(tree, list) else dict(tree)
+    copied[key] = changed(copied[key], rest, value) if rest else value
+    return copied
+
+
+HEAD = "spec.rayClusterSpec.headGroupSpec"
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("spec.backOffLimit", 3),
+        ("spec.backoffLimit", "3"),
+        ("spec.rayClusterSpec.authOptions.mode", "none"),
+        (f"{HEAD}.rayStartParams.num-cpus", 0),
+        (f"{HEAD}.template.spec.containers.0.resources.limits.memory", "16 GB"),
+        (f"{HEAD}.template.spec.containers.0.volumeMounts.0", {"name": "shm"}),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.replicas", "2"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0", {"groupName": "gpu"}),
+    ],
+)
+def test_kuberay_refuses(path: str, value: Any) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(changed(load("kuberay.yaml"), path, value), RAY_JOB)
+
+
+@pytest.mark.skipif(
+    "KUBERAY_CRD" not in os.environ, reason="KUBERAY_CRD names no ray.io_rayjobs.yaml of KubeRay's"
+)
+def test_kuberay_job_by_the_whole_definition() -> None:
+    crd = yaml.load(Path(os.environ["KUBERAY_CRD"]).read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    (schema,) = [v["schema"]["openAPIV3Schema"] for v in crd["spec"]["versions"] if v["name"] == "v1"]
+    check_strictly(load("kuberay.yaml"), schema, "")
+
+
+def check_strictly(value: Any, schema: Any, path: str) -> None:
+    """As the API server does with `fieldValidation: Strict`: a field that the definition does not have is an error."""
+    jsonschema.validate(value, {k: v for k, v in schema.items() if not k.startswith("x-")})
+    known, rest = schema.get("properties", {}), schema.get("additionalProperties")
+    for name, item in value.items() if isinstance(value, dict) else ():
+        assert name in known or rest or not known, f"{path}.{name}"
+        if below := known.get(name, rest if isinstance(rest, dict) else None):
+            check_strictly(item, below, f"{path}.{name}")
+    for number, item in enumerate(value if isinstance(value, list) else ()):
+        check_strictly(item, schema.get("items", {}), f"{path}.{number}")
+
+
 def test_kuberay_job() -> None:
     job = load("kuberay.yaml")
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    jsonschema.validate(job, RAY_JOB)
     spec = job["spec"]
-    assert set(spec) <= {"entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished",
-                         "activeDeadlineSeconds", "runtimeEnvYAML", "submissionMode", "rayClusterSpec"}  # fmt: skip
     assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
     assert spec["rayClusterSpec"]["headGroupSpec"]["serviceType"] == "ClusterIP"
     (words,) = harness_lines(" ".join(spec["entrypoint"].split()))
@@ -122,7 +227,7 @@ def test_slurm_script_parses_and_starts_ray_everywhere() -> None:
 
 
 STUBS = {
-    "scontrol": 'if [ "$1" = requeue ]; then echo "requeued $2"; else printf "n1\\nn2\\n"; fi',
+    "scontrol": 'if [ "$1" = requeue ]; then echo "requeued $2" >> "$HOME/calls"; else printf "n1\\nn2\\n"; fi',
     "srun": 'if [[ "$*" == *hostname* ]]; then echo "10.0.0.1 fe80::1"; exit; fi\n'
     'echo "$RAY_AUTH_MODE ${#RAY_AUTH_TOKEN} $*" >> "$HOME/calls"\nexec "${@:4}"',
     # as symmetric-run: what `ray start` says is passed over
@@ -130,7 +235,8 @@ STUBS = {
     'if [ -e "$HOME/ray-runs" ]; then echo "Ray is already started on this node."; exit 1; fi\n'
     'if [ -n "$NO_RAY" ]; then echo "ray did not start"; exit 0; fi\n'
     'while [ "$1" != -- ]; do shift; done\nshift\n"$@"',
-    "harness": 'echo "harness $*" >> "$HOME/calls"\nsleep "${SECONDS_OF_RUN:-0}"\nexit "${ENDS_WITH:-0}"',
+    "harness": 'trap "echo stopped >> $HOME/calls; exit 130" TERM\necho "harness $*" >> "$HOME/calls"\n'
+    'sleep "${SECONDS_OF_RUN:-0}" >/dev/null 2>&1 & wait $!\nexit "${ENDS_WITH:-0}"',
     "python": 'exec python3 "$@"',
 }
 
@@ -175,15 +281,18 @@ def test_a_slurm_job_ends_as_its_command_did(
 
 def test_a_slurm_job_is_requeued_before_its_time_limit(tmp_path: Path) -> None:
     assert re.search(r"^#SBATCH --signal=B:USR1@\d+$", (CLUSTER / "slurm.sh").read_text(), re.MULTILINE)
-    script = start_slurm_script(tmp_path, SECONDS_OF_RUN="2")
+    script = start_slurm_script(tmp_path, SECONDS_OF_RUN="50")
     for _ in range(100):
         if (tmp_path / "calls").exists() and "harness run" in (tmp_path / "calls").read_text():
             break
         time.sleep(0.1)
     script.send_signal(signal.SIGUSR1)
-    out, _ = script.communicate(timeout=60)
-    assert "requeued 71" in out
-    assert script.returncode == 0, "the command went on to its end here; Slurm would have stopped it"
+    out, _ = script.communicate(timeout=40)
+    assert "time limit: requeued" in out
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[-2:] == ["stopped", "requeued 71"], "its checkpoints are written before Slurm ends the nodes"
+    assert script.returncode == 130, "here it goes on to its end; Slurm would have ended it"
+    assert not list(tmp_path.glob("harness-exit-code*"))
 
 
 def test_dockerfile_installs_our_wheel() -> None:

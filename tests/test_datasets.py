@@ -68,7 +68,7 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path) -> None:
         raise AssertionError(f"decoded {path}")
 
-    monkeypatch.setattr(datasets, "_read_image", fail)
+    monkeypatch.setattr(datasets, "read_image", fail)
 
 
 # ---- names -----------------------------------------------------------------------------------------------------
@@ -283,18 +283,16 @@ def test_unreadable_image(damage: str, reason: str, suffix: str, animals: Path, 
     one_line(error, path, "not a readable image", reason)
 
 
-def test_images_of_different_sizes(animals: Path, cache: Path) -> None:
-    write_image(animals / "train" / "dog" / "0001.png", (9, 8))
+def test_a_known_sets_images_are_equal_squares(tmp_path: Path, cache: Path) -> None:
+    """A folder's may have any size: test_files.py."""
+    root = write_folders(tmp_path / "cifar", CIFAR10_CLASSES)
+    write_image(root / "train" / "dog" / "0001.png", (9, 8))
     with pytest.raises(DataError) as error:
-        load_folder(animals, cache)
-    one_line(error, animals / "train" / "dog" / "0001.png", "image is 9x8, others are 8x8")
-
-
-def test_images_that_are_not_square(tmp_path: Path, cache: Path) -> None:
-    write_image(tmp_path / "wide" / "train" / "a" / "1.png", (9, 8))
-    write_image(tmp_path / "wide" / "test" / "a" / "1.png", (9, 8))
+        load_dataset("cifar10", root, cache)
+    one_line(error, root / "train" / "dog" / "0001.png", "image is 9x8, others are 8x8")
+    write_image(root / "train" / CIFAR10_CLASSES[0] / "0000.png", (9, 8))
     with pytest.raises(DataError, match="image is 9x8: only square"):
-        load_folder(tmp_path / "wide", cache)
+        load_dataset("cifar10", root, cache)
 
 
 def test_data_folder_where_none_is_taken(animals: Path, cache: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import typer.main
 from command import harness
 
-from harness import cli, plan
+from harness import cli, plan, plugins
 from harness.search_space import parse_search
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +39,18 @@ def commands(page: Path) -> list[list[str]]:
 COMMANDS = [
     pytest.param(words, id=f"{page.stem}: {' '.join(words)}") for page in PAGES for words in commands(page)
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plugin_of_the_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The plug-in that docs/extending.md shows, which commands name as my.py."""
+    text = (ROOT / "docs/extending.md").read_text()
+    block = text[text.index("    # my.py\n") : text.index("\nIt works in every command")]
+    path = tmp_path_factory.mktemp("docs") / "my.py"
+    path.write_text(textwrap.dedent(block))
+    plugins.load_file(path)
+    yield
+    plugins.unload("my")
 
 
 def test_the_pages_have_commands() -> None:

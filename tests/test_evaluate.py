@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from harness.commands.evaluate import Errors, EvalOptions, evaluate_weights, parse_normalize
 from harness.loaders.datasets import limit, load_dataset
-from harness.models.build import SMALLEST_IMAGE, build
-from harness.models.variants import VARIANTS, default_depth, find_variant
+from harness.models.build import build
+from harness.models.variants import NETWORKS, VARIANTS, default_depth, find_variant
 from harness.results.store import load_records
 from harness.spec import UserError
 from harness.training.evaluation import MultiScale, resize
@@ -243,7 +243,7 @@ def test_probabilities_are_averaged_where_they_are_to_be() -> None:
 @pytest.mark.parametrize("function", VARIANTS.values(), ids=lambda f: f.__name__)
 def test_every_network_takes_any_scale_from_the_smallest_on(function: Callable[[int], Any]) -> None:
     network = function(default_depth(function)).network  # type: ignore[arg-type]
-    smallest = SMALLEST_IMAGE[network.architecture]
+    smallest = NETWORKS[network.architecture].smallest_image
     torch.manual_seed(0)
     module = build(network, 6).eval()
     scales = (smallest, smallest + 1, smallest + 7)

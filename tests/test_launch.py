@@ -14,7 +14,7 @@ from ray import cloudpickle
 
 import harness.cluster.connect
 from harness.cluster.connect import ClusterError, connect, disconnect
-from harness.cluster.job import Allocation, Entered, Failed, Started, Worker, count_failures
+from harness.cluster.job import Allocation, Entered, Failed, PreemptedError, Started, Worker, count_failures
 from harness.cluster.launch import launch, launch_here
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -35,6 +35,8 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
     first = worker.attempt if spec.get("further") else 0
     for epoch in range(first, first + spec["epochs"]):
         report({"epoch": epoch, "rank": worker.rank})
+    if worker.attempt <= spec.get("leaves", 0):
+        raise PreemptedError("stopped before epoch 2")
     last = worker.rank == worker.world_size - 1
     if worker.attempt <= spec.get("dies", 0) and last:
         time.sleep(2.0)  # let the reports out, on a busy machine too
@@ -78,6 +80,7 @@ def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
                 "further": True,
                 "raises": True,
             },
+            {"name": "leaves", "epochs": 1, "leaves": 3},
         ]
         outcomes, events = collect(
             launch, specs, make_job(tmp_path / "ray", workers=2, retries=1),
@@ -93,7 +96,10 @@ def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
     assert "second line" in failed.traceback
     of_good = [e for name, e in events if name == "good"]
     assert of_good == [Started(attempt=1), Entered(), {"epoch": 0, "rank": 0}, {"epoch": 1, "rank": 0}]
-    again = [e for name, e in events if name != "good" and isinstance(e, Started)]
+    assert outcomes["leaves"]["attempt"] == 4, "to leave when asked is no death: one retry is allowed"
+    left = [e.reason for name, e in events if name == "leaves" and isinstance(e, Started)]
+    assert left == ["", *["a worker had to leave: stopped before epoch 2"] * 3]
+    again = [e for name, e in events if name.startswith("dies") and isinstance(e, Started)]
     assert [e.attempt for e in again] == [1, 2, 3]
     assert "died" in again[1].reason
     assert not (tmp_path / "ray").exists()

@@ -7,12 +7,13 @@ from itertools import islice
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
-from harness.models.build import SMALLEST_IMAGE, build, count_flops, count_parameters
+from harness.models.build import build, count_flops, count_parameters
 from harness.models.layers import IdentityConv
 from harness.models.resnet import OptionA, PreactBlock
-from harness.models.variants import VARIANTS, Network, find_variant
+from harness.models.variants import NETWORKS, VARIANTS, Network, find_variant
 from harness.models.xresnet import AverageShortcut, SqueezeExcite
 
 PARAMETERS = {  # trainable, for ten classes
@@ -55,6 +56,26 @@ EVERY_IDS = [f"{function.__name__}-{depth}" for function, depth in EVERY]
 def test_published_parameter_counts(name, depth, count):
     with torch.device("meta"):
         assert count_parameters(build(find_variant(name)(depth).network, num_classes=10)) == count
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_imagenet_is_the_network_of_torchvision(depth):
+    """Its tensors come in the same order, and with them it gives the same logits."""
+    theirs = getattr(torchvision.models, f"resnet{depth}")(num_classes=7).eval()
+    ours = build(find_variant("imagenet")(depth).network, 7, image_size=64).eval()
+    state = dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True))
+    ours.load_state_dict(state)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+
+
+def test_imagenet_starts_as_torchvisions():
+    network = build(find_variant("imagenet")(18).network, 1000)
+    assert count_parameters(network) == 11_689_512  # torchvision's own count
+    for weight in (module.weight for module in network.modules() if isinstance(module, nn.Conv2d)):
+        fan_out = weight.shape[0] * weight[0, 0].numel()
+        assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
 
 
 def test_fattorib_has_a_wide_convolution_more_and_a_narrow_one_less():
@@ -124,7 +145,7 @@ def test_the_seed_decides_the_weights(function):
 def test_an_image_smaller_than_the_strides_is_refused():
     for function in (find_variant("he2015"), find_variant("miniplaces")):
         network = function(legal_depths(function, 1)[0]).network
-        smallest = SMALLEST_IMAGE[network.architecture]
+        smallest = NETWORKS[network.architecture].smallest_image
         assert build(network, 3, smallest).eval()(torch.randn(1, 3, smallest, smallest)).shape == (1, 3)
         with pytest.raises(ValueError, match=f"too small for this network: at least {smallest}"):
             build(network, 3, smallest - 1)

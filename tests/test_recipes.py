@@ -18,7 +18,7 @@ from harness.training.setup import Data, assemble, make_trainer
 from harness.training.step import make_autocast
 from harness.training.train import run_steps
 
-SECOND_DEPTH = {"miniplaces": 50, "mpmz": 18, "convnet": 8}
+SECOND_DEPTH = {"miniplaces": 50, "mpmz": 18, "convnet": 8, "imagenet": 50}
 
 
 def cases() -> list[Any]:
@@ -40,8 +40,8 @@ def test_two_steps_and_an_evaluation(function: VariantFunction, depth: int) -> N
     split = Split(random.integers(0, 256, (8, side, side, 3), dtype=np.uint8), np.arange(8) % 4)
     recipe = replace(variant.recipe, batch_size=4, val=0)
     spec = RunSpec(
-        variant=variant.name, network=variant.network, recipe=recipe, dataset="none", fingerprint="", loader="resident",
-        device="cpu",
+        variant=variant.name, network=variant.network, recipe=recipe, dataset="none", fingerprint="",
+        loader="dataloader" if recipe.resize else "resident", device="cpu",
     )  # fmt: skip
     data = Data(split, split, split, "test")
     made = assemble(spec, data, Worker(threads=1), num_classes=4, flip=True)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def test_a_lost_node_costs_time_and_nothing_else(
 def test_an_elastic_run_goes_on_with_fewer_workers_and_grows_again(
     tmp_path: Path, disturbed: tuple[Path, dict[str, Any]], undisturbed: list[EpochMetrics]
 ) -> None:
-    """Two raylets, one killed, no other in its place: one worker goes on. A node comes, the worker dies: two again.
+    """Two raylets, one killed, no other in its place: one worker goes on. A node comes: two again.
 
     A rank's batch norm sees its share of a batch, so the losses at another width are others: they are compared, bit
     for bit, with those of plain processes whose number changes after the same epochs; and the last loss, roughly, with a run of two.
@@ -124,6 +125,7 @@ def test_an_elastic_run_goes_on_with_fewer_workers_and_grows_again(
     text = "\n".join(answer["lines"])
     assert answer["code"] == 0, text
     assert "trying again (2) with 1 of 2 workers" in text
+    assert re.search(r"room for more workers: stopped before epoch \d+; trying again \(3\)", text)
     assert answer["waited_seconds"] < NOTICED_SECONDS, "from the kill until it went on narrower"
     assert answer["recovery_seconds"] < RECOVERED_SECONDS, "from then until an epoch"
     assert "DDP width 2→1→2: the cluster had no room for 2 workers" in text

@@ -126,7 +126,7 @@ def test_keys_are_neither_printed_nor_stored(tmp_path: Path, capsys: Any, monkey
         f"run --dataset digits --depths 8 --limit-train 64 --epochs 1 --gpus 0 --loader resident --launcher local --out {uri}",
         capsys,
     )
-    assert (code, set(opened)) == (0, {uri})
+    assert (code, set(opened)) == (0, {uri, f"{uri}/.leases"})
     (record,) = (tmp_path / "bucket").glob("*/record.json")
     page = (tmp_path / "bucket" / "report.html").read_text()
     for text in (out, err, record.read_text(), page):

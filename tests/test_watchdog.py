@@ -1,14 +1,18 @@
-"""A rank that stops without dying is noticed and named; the host does not run far ahead of its device."""
+"""Who hangs is noticed and named; the host does not run far ahead of its device."""
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing as mp
 import os
+import re
 import signal
+import threading
 import time
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,62 +20,145 @@ import torch
 import torch.distributed as dist
 from test_train import _port
 
-from harness.training import watchdog
+from harness.cluster.job import Stalled, Worker
 from harness.training.watchdog import EVERY_STEPS, RankStalledError, Watchdog
 
 STALL_SECONDS = 6.0
+HOST = os.uname().nodename
 
 
-def _rank(rank: int, port: int, stops: int, parent: Connection) -> None:
-    """All-reduce without end; the rank that is to be stopped says so, the other one says what it got."""
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2,
-        timeout=timedelta(seconds=STALL_SECONDS),
-    )  # fmt: skip
-    dog = Watchdog(torch.device("cpu"), stall_seconds=STALL_SECONDS)
-    try:
-        with dog.collectives():
-            for step in itertools.count():
-                dist.all_reduce(torch.ones(1))
-                dog.step()
-                if step == 20 and rank == stops:
-                    parent.send("stop me")
-                time.sleep(0.02)
-    except Exception as error:
-        parent.send(f"{type(error).__name__}: {error}")
-    os._exit(0)
+def read_a_lost_disk() -> None:
+    """Where a rank hangs by itself."""
+    threading.Event().wait()
 
 
-def test_a_stopped_rank_is_named() -> None:
-    """Rank 0 holds the group's store, rank 1 does not: two groups at the same time, and each loses one of them."""
-    context = mp.get_context("spawn")
-    groups = []
-    for stops in (0, 1):
+def _rank(rank: int, port: int, stops: int, how: str, stacks: Path, parent: Connection) -> None:
+    """All-reduce without end; the rank that is to be stopped says so, or hangs; the others say what the alarm was."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+
+    def alarm(stalled: Stalled) -> None:
+        parent.send(stalled)
+        os._exit(0)
+
+    worker = Worker(rank=rank, world_size=2, stall_seconds=STALL_SECONDS, node=f"node{rank}", alarm=alarm)
+    dog = Watchdog(torch.device("cpu"), worker, stacks)
+    for step in itertools.count():
+        if step == 20 and rank == stops:
+            parent.send("stop me")
+            if how == "hangs":
+                read_a_lost_disk()
+        dog.begin()
+        dist.all_reduce(torch.ones(1))
+        dog.step()
+        time.sleep(0.02)
+
+
+@contextmanager
+def groups(stacks: Path) -> Iterator[dict[tuple[int, str], tuple[list[Any], list[Connection]]]]:
+    """Of two ranks each, at the same time, by which one stops and how; rank 0 holds the group's store, rank 1 does not."""
+    context, started = mp.get_context("spawn"), {}
+    for stops, how in ((0, "stopped"), (1, "hangs")):
         port, pipes = _port(), [context.Pipe(duplex=False) for _ in (0, 1)]
-        ranks = [context.Process(target=_rank, args=(rank, port, stops, pipes[rank][1])) for rank in (0, 1)]
-        for rank in ranks:
-            rank.start()
-        groups.append((ranks, pipes))
-    answers = []
+        ranks = [
+            context.Process(target=_rank, args=(rank, port, stops, how, stacks / f"{stops}-{how}", pipes[rank][1]))
+            for rank in (0, 1)
+        ]
+        for process in ranks:
+            process.start()
+        started[stops, how] = ranks, [pipe for pipe, _ in pipes]
     try:
-        for stops, (ranks, pipes) in enumerate(groups):
-            stopped, pid = pipes[stops][0], ranks[stops].pid
-            assert pid is not None
-            assert stopped.poll(120)
-            assert stopped.recv() == "stop me"
-            os.kill(pid, signal.SIGSTOP)
-        for stops, (_, pipes) in enumerate(groups):
-            assert pipes[1 - stops][0].poll(20 * STALL_SECONDS)
-            answers.append(pipes[1 - stops][0].recv())
+        yield started
     finally:
-        for ranks, _ in groups:
-            for rank in ranks:
-                rank.kill()
-                rank.join()
-    for stops, answer in enumerate(answers):
-        named = f"RankStalledError: rank {stops} on {os.uname().nodename} gives no sign of life"
-        assert answer.startswith(named), answer
-        assert f"rank {1 - stops} has waited" in answer
+        for ranks, _ in started.values():
+            for process in ranks:
+                process.kill()
+                process.join()
+
+
+def test_who_hangs_is_named_with_what_each_rank_waits_for(tmp_path: Path) -> None:
+    answers: dict[tuple[int, str], Stalled] = {}
+    with groups(tmp_path) as started:
+        for (stops, how), (ranks, pipes) in started.items():
+            assert pipes[stops].poll(200)
+            assert pipes[stops].recv() == "stop me"
+            if how == "stopped":
+                os.kill(ranks[stops].pid, signal.SIGSTOP)
+        for (stops, how), (_, pipes) in started.items():
+            assert pipes[1 - stops].poll(20 * STALL_SECONDS)
+            answers[stops, how] = pipes[1 - stops].recv()
+    for (stops, how), stalled in answers.items():
+        does = "does not answer" if how == "stopped" else "is behind, in read_a_lost_disk"
+        stacks = tmp_path / f"{stops}-{how}"
+        assert stalled.message == (
+            f"no step for 6 s: rank {stops} ({HOST}, cpu) {does}; the others wait in all_reduce; stacks in {stacks}"
+        )
+        assert stalled.nodes == (f"node{stops}",)
+        waiting = (stacks / f"attempt-1-rank-{1 - stops}.txt").read_text()
+        assert waiting.startswith(f"rank {1 - stops} on {HOST}, cpu, after 20 steps\n")
+        assert re.search(r'in all_reduce\n(.*\n)*.*test_watchdog.py", line \d+ in _rank', waiting)
+        own = stacks / f"attempt-1-rank-{stops}.txt"
+        assert own.exists() == (how == "hangs"), "a stopped process writes nothing"
+        assert how == "stopped" or "in read_a_lost_disk" in own.read_text()
+
+
+def test_without_an_alarm_the_error_is_raised_where_the_run_trains(tmp_path: Path) -> None:
+    dog = Watchdog(torch.device("cpu"), Worker(stall_seconds=1.0), tmp_path)
+
+    def poll_a_queue() -> None:
+        while True:
+            time.sleep(0.01)
+
+    dog.step()
+    named = rf"no step for 1 s: rank 0 \({HOST}, cpu\) waits in poll_a_queue; stacks in {tmp_path}"
+    with pytest.raises(RankStalledError, match=named), dog.naming():
+        poll_a_queue()
+    assert "in poll_a_queue" in (tmp_path / "attempt-1-rank-0.txt").read_text()
+    dog.close()
+
+
+def test_what_is_no_step_may_take_its_time() -> None:
+    dog = Watchdog(torch.device("cpu"), Worker(stall_seconds=0.3))
+    time.sleep(1.0)  # before the first
+    for _ in range(20):
+        dog.moved()
+        time.sleep(0.05)
+    dog.rest()
+    time.sleep(1.0)
+    dog.close()
+
+
+def _alone(parent: Connection) -> None:
+    dog = Watchdog(
+        torch.device("cpu"), Worker(stall_seconds=3.0, alarm=lambda stalled: parent.send(stalled.message))
+    )
+    dog.step()
+    parent.send("stop me")
+    time.sleep(1.0)
+    dog.step()
+    parent.send("done")
+    time.sleep(600)
+
+
+def test_a_process_that_was_stopped_as_a_whole_has_lost_no_time() -> None:
+    """Ctrl-Z, or a laptop that slept."""
+    context = mp.get_context("spawn")
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_alone, args=(theirs,))
+    process.start()
+    try:
+        assert mine.poll(200)
+        assert mine.recv() == "stop me"
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(4.0)
+        os.kill(process.pid, signal.SIGCONT)
+        assert mine.poll(60)
+        assert mine.recv() == "done"
+        assert mine.poll(60), "the next step never came"
+        assert "no step for 3 s" in mine.recv()
+    finally:
+        process.kill()
+        process.join()
 
 
 class Event:
@@ -102,30 +189,31 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 def test_the_host_waits_for_the_steps_before_the_last_ones(
     cuda: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dog = Watchdog(cuda, stall_seconds=0.2)
+    dog = Watchdog(cuda, Worker(stall_seconds=1.0))
     monkeypatch.setattr(Event, "behind", 2)
     for _ in range(20 * EVERY_STEPS):  # the device is two events behind: no wait
         dog.step()
     assert Event.most_unfinished == 2
     monkeypatch.setattr(Event, "behind", 3)
     steps = iter(dog.step, "never")
-    with pytest.raises(RankStalledError, match="the device has not finished a step in 0 s"):
+    with pytest.raises(RankStalledError, match=r"rank 0 .* waits in its device$"), dog.naming():
         list(itertools.islice(steps, 20 * EVERY_STEPS))
+    dog.close()
 
 
 def test_a_device_that_stops_is_noticed_at_the_epochs_end(
     cuda: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dog = Watchdog(cuda, stall_seconds=0.2)
-    aborted: list[bool] = []
-    monkeypatch.setattr(watchdog, "_abort", lambda: aborted.append(True))
+    dog = Watchdog(cuda, Worker(stall_seconds=1.0))
+    dog.step()
     monkeypatch.setattr(Event, "behind", 1)
-    with pytest.raises(RankStalledError):
+    with pytest.raises(RankStalledError, match=r"its device"), dog.naming():
         dog.finish()
-    assert aborted == [True]
+    dog.close()
 
 
 def test_other_errors_stay_what_they_are() -> None:
     dog = Watchdog(torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="shape"), dog.collectives():
+    with pytest.raises(RuntimeError, match="shape"), dog.naming():
         raise RuntimeError("shape mismatch")
+    dog.close()

@@ -1,7 +1,7 @@
 """Two nodes in one machine, for tests: `python two_nodes.py OUT` trains over both, kills one, brings another.
 
-It does so twice: the run in OUT/waits waits for the other node; the one in OUT/elastic goes on with one worker in the
-meantime, until that one is killed too.
+It does so twice: the run in OUT/waits waits for the other node; the one in OUT/elastic goes on with one worker until it
+is there.
 
 The script holds the nodes, as a person's cluster would; the command under test is a process of its own. Prints one
 JSON object: by name the command's exit code and lines, and the seconds that things took.
@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,20 @@ def add_node(cluster: Any, address: str) -> Any:
     return cluster.add_node(num_cpus=1, node_ip_address=address, object_store_memory=MEMORY)
 
 
-def kill_workers() -> None:
-    """SIGKILL to the processes that train, on whatever node."""
+@contextlib.contextmanager
+def paused_workers() -> Iterator[None]:
+    """The processes that train, on whatever node, stand still meanwhile."""
+    pids = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             ours = MARK.encode() in path.with_name("environ").read_bytes()
             if ours and b"RayTrainWorker" in path.read_bytes():
-                os.kill(int(path.parent.name), signal.SIGKILL)
+                pids.append(int(path.parent.name))
+                os.kill(pids[-1], signal.SIGSTOP)
+    yield
+    time.sleep(2.5)  # for the driver, which looks once a second, to see what has changed
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
 
 
 def train(cluster: Any, doomed: Any, out: Path, *, elastic: bool) -> tuple[dict[str, Any], Any]:
@@ -114,7 +122,8 @@ def train(cluster: Any, doomed: Any, out: Path, *, elastic: bool) -> tuple[dict[
         elif replaced_at and going_on_at is None and "epoch" in line:
             going_on_at = time.monotonic()
             if elastic:
-                kill_workers()
+                with paused_workers():
+                    pass  # the node is there
     answer = {"code": process.wait(), "lines": lines}
     if killed_at and replaced_at and going_on_at:
         answer |= {"waited_seconds": replaced_at - killed_at, "recovery_seconds": going_on_at - replaced_at}

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
@@ -22,6 +22,7 @@ from harness.checklist import STYLES, Result
 from harness.options import CheckOptions, Grid, Resources
 from harness.preflight import LEAST_DISK_GIB, free_gib
 from harness.record import DALI_WHEELS, installed_version
+from harness.results.remote import StorageError, check_uri, is_uri, redact
 from harness.spec import UserError
 
 if TYPE_CHECKING:
@@ -133,7 +134,13 @@ def check_storage(target: CheckOptions) -> str:
 
     from harness.results.store import write_atomic
 
-    where = _nearest(target.out)
+    if is_uri(target.out):
+        try:
+            check_uri(target.out)
+        except StorageError as error:
+            raise Missing(str(error), "results go to --out: name a URI that you may write to") from None
+        return f"{redact(target.out)} takes files"
+    where = _nearest(Path(target.out))
     try:
         with tempfile.TemporaryDirectory(prefix=".check-", dir=where) as folder, FileLock(Path(folder, "lock"), 5):
             write_atomic(Path(folder, "file"), "whole")
@@ -145,7 +152,10 @@ def check_storage(target: CheckOptions) -> str:
 
 def check_disk(target: CheckOptions) -> str:
     """Of results, and of what processes share in memory: Ray's object store, NCCL."""
-    where, shared = _nearest(target.out), Path("/dev/shm")
+    from harness.loaders.cache import cache_dir
+
+    where = _nearest(cache_dir() if is_uri(target.out) else Path(target.out))
+    shared = Path("/dev/shm")
     free, needed = f"{free_gib(where):.1f} GiB free in {where}", f"at least {LEAST_DISK_GIB:.0f} are needed"
     if free_gib(where) < LEAST_DISK_GIB:
         raise Missing(free, f"{needed} for weights and checkpoints: make room, or name another --out")
@@ -200,6 +210,8 @@ def measure_all(target: CheckOptions) -> Iterator[Result]:
 
     resources = Resources(gpus=target.gpus, address=target.address)
     with ExitStack() as stack:
+        if target.address is not None:
+            yield from measure_nodes(target.address)
         allocation = make_allocation(Grid(variants=("he2015",)), resources, stack)
         on_gpu = allocation.device == "cuda"
         devices = find_devices(allocation, target.address)
@@ -216,29 +228,55 @@ def measure_all(target: CheckOptions) -> Iterator[Result]:
         yield Result("several ranks", "skipped", f"they need two {'GPUs' if on_gpu else 'CPU cores'}")
 
 
+def measure_nodes(address: str) -> Iterator[Result]:
+    """What each node of a cluster gives; those that are far slower than the others."""
+    from harness.cluster.nodes import Unanswered, ask_every_node
+    from harness.loaders.datasets import load_dataset
+    from harness.preflight import find_outliers
+    from harness.resources import join_cluster
+    from harness.training.rates import measure_rates
+
+    with ExitStack() as joined:
+        join_cluster(joined, address, cpus=0, gpus=0, verbose=False)
+        answers = ask_every_node(lambda: measure_rates(Path(tempfile.gettempdir()), load_dataset("digits")))
+    rates = {node: answer for node, answer in answers.items() if not isinstance(answer, Unanswered)}
+    for node, answer in answers.items():
+        if isinstance(answer, Unanswered):
+            yield Result(node, "failed", answer.reason)
+        else:
+            yield Result(node, "ok", ", ".join(f"{figure} {value:.3g}" for figure, value in answer.items()))
+    for line in find_outliers(rates):
+        yield Result("nodes", "absent", line)
+
+
 def print_findings(target: CheckOptions, console: Console) -> int:
     """Print a line for each finding. Returns 0 where nothing is missing that runs on the CPU need, and no measured check
     failed, else 1.
 
     Raises UserError for an address that cannot be one.
     """
-    from rich.text import Text
-
     if target.address not in (None, "auto") and not re.fullmatch(r".+:\d+", str(target.address)):
         raise UserError(f"--address {target.address!r} is not HOST:PORT or auto")
     steps = [(examine, "of what a run needs is missing"), (measure_all, "of the checks failed")]
     for findings, verdict in steps[: 1 if target.quick else 2]:
-        wrong = 0
-        for result in findings(target):
-            text = Text(result.line())
-            text.stylize(STYLES.get(result.state, "yellow"), 0, 8)
-            console.print(text, soft_wrap=True)
-            wrong += result.state in ("missing", "failed")
-        if wrong:
+        if wrong := show(findings(target), console):
             console.print(f"{wrong} {verdict}", style="bold", soft_wrap=True)
             return 1
     console.print("ready", style="bold")
     return 0
+
+
+def show(results: Iterable[Result], console: Console) -> int:
+    """Print a line for each. Returns how many are wrong."""
+    from rich.text import Text
+
+    wrong = 0
+    for result in results:
+        text = Text(result.line())
+        text.stylize(STYLES.get(result.state, "yellow"), 0, 8)
+        console.print(text, soft_wrap=True)
+        wrong += result.state in ("missing", "failed")
+    return wrong
 
 
 def _reason(error: Exception) -> str:

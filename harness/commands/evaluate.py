@@ -15,20 +15,24 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 
+from harness.loaders.cache import cache_dir
 from harness.loaders.datasets import Dataset, Split, limit, load_dataset
 from harness.loaders.loader import make_evaluation_loader
-from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_normalize
-from harness.models.build import SMALLEST_IMAGE, build
+from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_augment, make_normalize
+from harness.models.build import build
 from harness.models.imagenet import ImageNetResNet
-from harness.models.variants import Variant, default_depth, find_variant
+from harness.models.variants import NETWORKS, VARIANTS, Variant, default_depth, find_variant
 from harness.options import EvalOptions, check_options
 from harness.plan import find_data_dir
+from harness.plugins import blaming
 from harness.progress import say
 from harness.results.published import load_published
+from harness.results.remote import StorageError, is_uri, pull_file, redact
 from harness.results.store import load_records
+from harness.results.values import Record
 from harness.spec import RunSpec, UserError
 from harness.training.evaluation import MultiScale, evaluate
-from harness.training.setup import EVAL_BATCH_SIZE, split_data
+from harness.training.setup import EVAL_BATCH_SIZE, eval_batch_size, split_data
 from harness.training.step import set_precision
 from harness.training.weights import WeightsError, load_metadata, load_weights, match_weights
 
@@ -83,31 +87,38 @@ def evaluate_weights(options: EvalOptions) -> Errors:
         if file and not file.expanduser().absolute().parent.is_dir():
             raise UserError(f"{option} {file}: no such folder")
     try:
-        return _evaluate(replace(options, weights=options.weights.expanduser()))
-    except ValueError as error:
+        uri = is_uri(str(options.weights))
+        file = (
+            pull_file(options.weights, cache_dir().expanduser().absolute())
+            if uri
+            else Path(options.weights).expanduser()
+        )
+        return _evaluate(replace(options, weights=redact(str(options.weights))), file)
+    except (ValueError, StorageError) as error:
         raise UserError(str(error)) from None
 
 
-def _evaluate(options: EvalOptions) -> Errors:
-    """Raises ValueError or UserError."""
-    about, scales = load_metadata(options.weights), options.scales
-    variant = _choose_variant(options, about)
+def _evaluate(options: EvalOptions, weights: Path) -> Errors:
+    """`weights` is the file. Raises ValueError or UserError."""
+    about, scales = load_metadata(weights), options.scales
+    variant = _choose_variant(options, about, weights)
     data_dir = find_data_dir(options.data_dir, options.dataset)
-    tensors, dataset = load_weights(options.weights), load_dataset(options.dataset, data_dir)
+    with blaming("dataset", options.dataset):
+        tensors, dataset = load_weights(weights), load_dataset(options.dataset, data_dir)
     network, unused = _load_network(options, variant, tensors, dataset)
     index, test = np.arange(len(dataset.test)), dataset.test  # which images of the whole test set
     if options.limit is not None:
         index = limit(Split(index, test.labels), options.limit).images  # type: ignore[arg-type, assignment]
-        test = Split(test.images[index], test.labels[index])
+        test = test.take(index)
 
     device, recipe = torch.device("cuda" if torch.cuda.is_available() else "cpu"), variant.recipe
-    most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2)) if scales else EVAL_BATCH_SIZE
-    batch_size = min(options.batch_size or most, len(test))
-    augment = Augment(recipe.pad, recipe.pad_mode, recipe.crop, False, recipe.scale_range)
+    augment = Augment(0, recipe.pad_mode, None, False) if scales else make_augment(recipe, flip=False)
+    most = eval_batch_size(test, augment)
     if scales:
-        augment = Augment(0, recipe.pad_mode, None, False)
+        most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2))
+    batch_size = min(options.batch_size or most, len(test))
     normalize = parse_normalize(options.mean, options.std) or make_normalize(
-        recipe.normalize, _training_images(options.weights, about, variant, dataset)
+        recipe.normalize, _training_images(weights, about, variant, dataset)
     )
     config = LoaderConfig(
         augment=augment, normalize=normalize, batch_size=batch_size, eval_batch_size=batch_size, device=device,
@@ -122,7 +133,8 @@ def _evaluate(options: EvalOptions) -> Errors:
         on_scale=(lambda scale, batch: scores[scale].append(batch.cpu())) if keep else None,
     )  # fmt: skip
     set_precision("fp32")
-    with closing(make_evaluation_loader("resident", test, config)) as loader:
+    kind = "dataloader" if augment.by_image(test) else "resident"
+    with closing(make_evaluation_loader(kind, test, config)) as loader:
         evaluation = evaluate(evaluated, loader, images=len(test), autocast=nullcontext(), on_ranked=ranked.append)
     given = index[SamplingPlan(len(test), batch_size, train=False).draw(0).index]  # the loader's order
     turn = np.argsort(given)
@@ -147,13 +159,17 @@ def _evaluate(options: EvalOptions) -> Errors:
     )  # fmt: skip
 
 
-def _choose_variant(options: EvalOptions, about: Mapping[str, str]) -> Variant:
+def _choose_variant(options: EvalOptions, about: Mapping[str, str], file: Path) -> Variant:
     """The variant that was named, or that the weights name."""
     if (word := options.variant or about.get("variant")) is None:
         raise UserError(f"{options.weights} does not name its variant: --variant does")
+    sources = sorted(file.parent.glob("plugins/*/*.py"))
+    if word not in VARIANTS and sources:
+        files = " ".join(f"--plugin {path}" for path in sources if path.stem == path.parent.name)
+        raise UserError(f"{options.weights} is of variant {word!r}, which is of a plug-in: {files}")
     function, named = find_variant(word), "0" if options.variant else about.get("depth", "0")
     variant = function(options.depth or int(named) or default_depth(function))
-    smallest, scales = SMALLEST_IMAGE[variant.network.architecture], options.scales
+    smallest, scales = NETWORKS[variant.network.architecture].smallest_image, options.scales
     if scales and min(scales) < smallest:
         raise UserError(f"--scales {min(scales)} is too small for {variant.name}: at least {smallest} pixels")
     trained = variant
@@ -161,7 +177,16 @@ def _choose_variant(options: EvalOptions, about: Mapping[str, str]) -> Variant:
         trained = find_variant(about["variant"])(int(about["depth"]))
     if trained.network != variant.network:  # its tensors might fit all the same
         raise UserError(f"{options.weights} holds weights of {_name(trained)}, not of {_name(variant)}")
+    if options.variant is None and (stored := _find_record(file, about)) is not None:
+        spec = RunSpec.from_json(stored.spec)  # as it was trained, with --set
+        return replace(variant, network=spec.network, recipe=spec.recipe)
     return variant
+
+
+def _find_record(weights: Path, about: Mapping[str, str]) -> Record | None:
+    """The record beside a run's weights."""
+    stored = load_records([weights.parent]).records if "key" in about else []
+    return next((each.record for each in stored if each.record.key == about["key"]), None)
 
 
 def _load_network(
@@ -169,7 +194,8 @@ def _load_network(
 ) -> tuple[nn.Module, list[str]]:
     """The network with its weights, and the tensors of the file that belong to no layer of it."""
     size = max(options.scales, default=0) or variant.recipe.crop or dataset.image_size
-    network = build(variant.network, dataset.num_classes, size)
+    with blaming("network", variant.network.architecture):
+        network = build(variant.network, dataset.num_classes, size)
     try:
         unused = match_weights(network, tensors)
     except WeightsError as error:
@@ -183,7 +209,7 @@ def _load_network(
 
 
 def _name(variant: Variant) -> str:
-    return f"{variant.name}-{variant.network.depth}"
+    return f"{variant.name}-{variant.network.depth}" if variant.network.depth else variant.name
 
 
 def _training_images(weights: Path, about: Mapping[str, str], variant: Variant, dataset: Dataset) -> Split:
@@ -196,11 +222,10 @@ def _training_images(weights: Path, about: Mapping[str, str], variant: Variant, 
         variant=variant.name, network=variant.network, recipe=recipe, dataset=dataset.name,
         fingerprint=dataset.fingerprint, loader="resident", device="cpu",
     )  # fmt: skip
-    for stored in load_records([weights.parent]).records if "key" in about else []:
-        if stored.record.key == about["key"]:
-            known = stored.record.spec
-            recipe = replace(recipe, val=known["recipe"]["val"])
-            spec = replace(spec, recipe=recipe, seed=stored.record.seed, limit_train=known["limit_train"])
+    if (stored := _find_record(weights, about)) is not None:
+        known = stored.spec
+        recipe = replace(recipe, val=known["recipe"]["val"])
+        spec = replace(spec, recipe=recipe, seed=stored.seed, limit_train=known["limit_train"])
     return split_data(spec, dataset).train
 
 

@@ -299,6 +299,7 @@ def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, 
         step.mark = clock.mark
         train_steps(by_parts, 1, STEPS)
         parts = clock.read()
+        by_parts.close()
         with closing(make_trainer(prepared, warnings.warn)) as trainer:
             train_steps(trainer, 2, WARMUP_STEPS)
             metrics = train_steps(trainer, 3, STEPS)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from harness.options import ReportOptions
 from harness.plan import open_out
-from harness.results.remote import is_uri
+from harness.results.remote import StorageError, is_uri, push_run
 from harness.results.store import WEIGHTS, collector_paused, load_predictions, load_records, write_atomic
 from harness.spec import UserError, check_word
 
@@ -27,9 +27,10 @@ PAGE = "report.html"
 COMPARISON_FORMATS = ("table", "markdown", "json")
 
 
-def find_results(words: Sequence[str]) -> list[Path]:
-    """Folders as they are; for a URI, the local folder into which its records were copied. Raises UserError."""
-    return [open_out(word, write=False)[0] if is_uri(word) else Path(word) for word in words]
+def find_results(words: Sequence[str], *, also: str = "") -> list[Path]:
+    """Folders as they are; for a URI, the local folder into which its records were copied, and the files of runs whose
+    names begin with `also`. Raises UserError."""
+    return [open_out(word, write=False, also=also)[0] if is_uri(word) else Path(word) for word in words]
 
 
 def load_runs(paths: Sequence[Path]) -> Loaded:
@@ -179,6 +180,20 @@ def export_runs(records: Sequence[Stored], to: str) -> int:
         raise UserError(f"--to {to}: {error}{hint}") from None
 
 
+def export_results(words: Sequence[str], to: str) -> int:
+    """Export the runs at folders and URIs, to which the event files go that are made. Raises UserError."""
+    own = to == "tensorboard"
+    folders = find_results(words, also="events." * own)
+    exported = export_runs(load_runs(folders).records, to)
+    try:
+        for uri, folder in zip(words, folders, strict=True):
+            for run in {path.parent for path in folder.glob("*/events.*")} if own and is_uri(uri) else ():
+                push_run(uri, run)
+    except StorageError as error:
+        raise UserError(f"--to {to}: {error}; they are kept in {folder}") from None
+    return exported
+
+
 def make_html(
     rows: Sequence[Row],
     problems: Sequence[Problem] = (),
@@ -297,20 +312,24 @@ def print_variants(console: Console) -> None:
     from rich.text import Text
 
     from harness.models.build import build, count_flops, count_parameters
-    from harness.models.variants import VARIANTS, default_depth
+    from harness.models.variants import NETWORKS, VARIANTS, default_depth
+    from harness.plugins import blaming
 
     variants = [function(default_depth(function)) for function in VARIANTS.values()]
     width = max(len(variant.name) for variant in variants) + 2
     for variant in variants:
-        classes, side = (100, 112) if variant.network.architecture == "imagenet" else (10, 32)
-        with torch.device("meta"):
-            parameters = count_parameters(build(variant.network, classes, side))
-        macs = count_flops(variant.network, classes, side) / 1e6
+        architecture = variant.network.architecture
+        shown = {"imagenet": (100, 112), "resnet": (1000, 224)}
+        classes, side = shown.get(architecture, (10, max(32, NETWORKS[architecture].smallest_image)))
+        with blaming("network", architecture):
+            with torch.device("meta"):
+                parameters = count_parameters(build(variant.network, classes, side))
+            macs = count_flops(variant.network, classes, side) / 1e6
         size = f"depth {variant.network.depth:<4} {parameters:>10,} parameters {macs:>7.1f} MMAC"
         console.print(Text.assemble((f"{variant.name:{width}}", "bold"), size), soft_wrap=True)
         console.print(Text(f"    {variant.summary} ({variant.source})", style="dim"), soft_wrap=True)
     console.print(
-        "\nEach at its default depth, for one 32x32 image and 10 classes (miniplaces and mpmz: 112x112 and 100). "
-        "MMAC: million multiply-adds, forward.",
+        "\nEach at its default depth, for one 32x32 image and 10 classes (miniplaces and mpmz: 112x112 and 100, "
+        "imagenet: 224x224 and 1000). MMAC: million multiply-adds, forward.",
         style="dim",
     )

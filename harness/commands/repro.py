@@ -6,7 +6,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.commands.report import load_runs, print_text
+from harness.commands.report import find_results, load_runs, print_text
+from harness.results.remote import is_uri, redact, split_uri
 from harness.results.store import PARTIAL, RECORD, Stored
 from harness.results.values import Record
 from harness.spec import RunSpec, UserError, suggest
@@ -15,24 +16,25 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def print_repro(run: str, path: Path, console: Console) -> None:
+def print_repro(run: str, path: str, console: Console) -> None:
     """Print the command, commit and versions that trained a run: a folder, or a name or key under `path`."""
     print_text(make_repro(_find_run(run, path)), console)
 
 
-def _find_run(run: str, path: Path) -> Stored:
+def _find_run(run: str, path: str) -> Stored:
+    path, run = split_uri(run) if is_uri(run) else (path, run)
     folder = Path(run)
     if folder.is_dir() and ((folder / RECORD).exists() or folder.name.endswith(PARTIAL)):
         loaded = load_runs([folder])
         if loaded.records:
             return loaded.records[0]
         raise UserError(f"{run}: no record to repeat; the command that started an interrupted run continues it")
-    records = load_runs([path]).records
+    records = load_runs(find_results([path])).records
     matches = [s for s in records if s.record.name == run or (len(run) >= 4 and s.record.key.startswith(run))]
     if not matches:
         hint = suggest(run, [stored.record.name for stored in records])
         hint = hint or ": give a run's folder, its name, or the first digits of its key"
-        raise UserError(f"no run {run!r} among the {len(records)} in {str(path)!r}{hint}")
+        raise UserError(f"no run {run!r} among the {len(records)} in {redact(path)!r}{hint}")
     return matches[-1]
 
 
@@ -67,6 +69,12 @@ def make_command(stored: Stored) -> list[str]:
     """The command that trains this run alone, from its record: the same network, recipe, engine, device and seed."""
     environment = stored.record.environment
     command = ["harness", "run", "--spec", str(stored.folder / RECORD), "--out", "repro"]
+    for identity in stored.record.spec.get(
+        "plugins", ()
+    ):  # its source is kept, unless it is an installed package's
+        name = str(identity).partition(":")[0]
+        if (kept := stored.folder / "plugins" / name / f"{name}.py").is_file():
+            command += ["--plugin", str(kept)]
     original = environment.get("command") or ()
     if "--data-dir" in original[:-1]:
         command += ["--data-dir", str(original[original.index("--data-dir") + 1])]

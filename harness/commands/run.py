@@ -17,10 +17,11 @@ from rich.console import Console
 from harness import plan, until_ci
 from harness.cluster.job import Report, Started, Telemetry, Worker
 from harness.commands.report import export_runs, print_rows, write_page
-from harness.deadline import TimeUp, format_moment, stopping_at, stopping_on_sigterm
+from harness.deadline import SIGTERM_SECONDS, TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.options import Grid, RunOptions
+from harness.plugins import sources
 from harness.progress import LINES, JsonLines, Progress, load_data, print_columns, say, width_of
-from harness.record import Recorder, lock_run, name_of, name_other_code
+from harness.record import Recorder, lease, lock_run, name_of, name_other_code
 from harness.resources import Session, check_resources, choose_launcher, make_allocation
 from harness.results.remote import push_file, push_run, redact
 from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
@@ -48,11 +49,11 @@ class _Prepared:
     goal: Goal | None = None  # of --until-ci
 
     def check_nodes(self) -> None:
-        """Refuse a cluster of several nodes that differ. Raises UserError."""
+        """Refuse a cluster of several nodes that differ, and keep what was measured of them. Raises UserError."""
         if self.options.address is not None:
             from harness.preflight import check_nodes
 
-            check_nodes(self.dataset, self.session.paths, self.console)
+            self.recorder.environment |= check_nodes(self.dataset, self.session.paths, self.console)
 
 
 def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
@@ -65,25 +66,33 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
         console = Console(stderr=True)  # standard output is for programs
     out, remote = plan.open_out(options.out, write=not options.dry_run)
     data_dir = plan.find_data_dir(options.data_dir, grid.dataset)
-    paths = RunPaths(out=out, data_dir=data_dir, checkpoint_every=options.checkpoint_every, remote=remote)
+    paths = RunPaths(
+        out=out, data_dir=data_dir, checkpoint_every=options.checkpoint_every, remote=remote, plugins=sources()
+    )
     until = None if options.dry_run else options.until
     if until is not None:
         say(console, f"until {until:%A} {format_moment(until)}")
     try:
         with ExitStack() as stack, stopping_at(until):
-            allocation = make_allocation(grid, options, stack)
-            dataset = load_data(grid.dataset, paths, console)
+            allocation = make_allocation(grid, options, stack, options.elastic)
+            dataset = load_data(grid.dataset, paths, console, scan=options.scan)
             images = len(dataset.train)
             specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
+            plan.check_images(specs, dataset)
             fallback = plan.fallback_world_sizes(options.elastic, specs)
             plan.check_epochs(() if grid.specs or options.estimate or options.profile else specs, images)
-            allocation = replace(allocation, fallback_world_sizes=fallback)
+            stall = float(options.stall_seconds)
+            allocation = replace(allocation, fallback_world_sizes=fallback, stall_seconds=stall)
             paths = replace(paths, label=dataset.label)
             runs = len(specs) if options.until_ci is None else until_ci.MAX_SEEDS
             resources = choose_launcher(options, allocation, runs)
             environment = {"launcher": resources.launcher}
             recorder = Recorder(paths, dataset.original, environment, partial(say, console))
             todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
+            if any(spec.plugins for spec in todo):
+                from harness.training.fit import check_fit
+
+                check_fit(todo, dataset, paths)
             _name_other_code(recorder, console)
             _advise_on_batch_norm(todo, console)
             session = Session(allocation, resources, paths, stack)
@@ -244,6 +253,8 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     _allow_open_files(len(specs))
     for spec in specs:
         session.stack.callback(lock_run(spec, paths.label, paths.out).release)
+    names = [name_of(spec, paths.label) for spec in specs]
+    session.stack.enter_context(lease(paths.remote, names, partial(say, prepared.console)))
     display: Progress | JsonLines
     epochs = {spec.key: plan.count_epochs(spec, len(prepared.dataset.train)) for spec in specs}
     if options.format in LINES:
@@ -259,16 +270,21 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
             display.resumes(spec, recorder.begin(spec, event))
         display.event(spec, event)
 
-    runs = session.launch(
-        partial(train_run, paths=paths),
-        specs,
-        progress=note,
-        telemetry=NodeTelemetry,
-        progress_of=lambda event: event.epoch if isinstance(event, EpochMetrics) else 0,
-    )
     failures = 0
+    session.join()  # Ray's own handler of SIGTERM comes before ours
     try:
-        with stopping_on_sigterm(), display.live(), closing(runs) as outcomes:
+        with ExitStack() as stack:
+            outcomes = session.launch(
+                partial(train_run, paths=paths),
+                specs,
+                progress=note,
+                telemetry=NodeTelemetry,
+                progress_of=lambda event: event.epoch if isinstance(event, EpochMetrics) else 0,
+                leaving=stack.enter_context(stopping_on_sigterm(SIGTERM_SECONDS)),
+                row=lambda spec: replace(spec, seed=0),
+            )
+            stack.enter_context(display.live())
+            stack.enter_context(closing(outcomes))
             for spec, outcome in outcomes:
                 failures += not recorder.end(spec, outcome, concurrent_runs=concurrent_runs)
                 display.ended(spec, outcome)
@@ -278,7 +294,7 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
         if options.force or options.until_ci or plan.pending(specs, recorder.find_finished(specs)):
             raise
     except KeyboardInterrupt:
-        say(prepared.console, "stopped; the same command goes on from the last finished epochs")
+        say(prepared.console, "stopped; the same command goes on from the last checkpoints")
         raise
     return failures
 

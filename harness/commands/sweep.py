@@ -16,7 +16,8 @@ from harness.commands.study import Study
 from harness.options import Grid, Search, fill
 from harness.progress import TrialTable, describe_trial
 from harness.record import Recorder, classify, lock_run, name_of
-from harness.results.store import load_epochs, write_atomic
+from harness.results.remote import join_uri, push_run
+from harness.results.store import SWEEPS, load_epochs, write_atomic
 from harness.results.sweeps import TRIALS, State, Sweep, Trial
 from harness.results.values import EpochMetrics, Pruned, RunResult
 from harness.selfcheck import Checked
@@ -57,6 +58,7 @@ class Prepared:
 def make_trial_spec(search: Search, point: Mapping[str, Any], allocation: Allocation, dataset: Dataset) -> RunSpec:
     grid, images = make_trial_grid(search, point), len(dataset.train)
     (spec,) = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
+    plan.check_images([spec], dataset)
     return spec
 
 
@@ -89,7 +91,12 @@ class SweepTrials:
         """Write trials.json."""
         sweep = self.prepared.sweep.model_copy(update={"trials": self.study.trials, **changes})
         write_atomic(self.prepared.folder / TRIALS, sweep.to_json())
+        self.push()
         return sweep
+
+    def push(self) -> None:
+        """Copy the sweep's own files to the URI, if there is one."""
+        self.recorder.push(lambda uri, folder: push_run(join_uri(uri, SWEEPS), folder), self.prepared.folder)
 
     def close(self) -> None:
         """Unlock the runs that have not ended."""

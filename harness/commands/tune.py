@@ -26,9 +26,11 @@ from harness.commands.sweep import Prepared, SweepTrials, make_trial_grid, make_
 from harness.deadline import stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
 from harness.options import Resources, Search, TuneOptions, check_options, fill, options_of
+from harness.plugins import load_plugins, sources
 from harness.progress import TrialTable, describe_trial, load_data, say
-from harness.record import describe_code, lock_file, name_of
+from harness.record import describe_code, lease, lock_file, name_of
 from harness.resources import Session, check_resources, make_allocation
+from harness.results.remote import join_uri, redact
 from harness.results.report.text import Sheet, for_terminal
 from harness.results.store import SWEEPS, load_epochs, partial_dir, write_atomic
 from harness.results.sweeps import METRICS, Dimension, Sweep, Trial, best_first, format_value, weigh_both
@@ -48,18 +50,19 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
     `given`: options by name; a resumed search keeps its own, and to contradict them is an error.
     Raises UserError, before anything is started, for whatever cannot work.
     """
-    search, options, folder = fill(Search, given), fill(TuneOptions, given), None
-    out = plan.check_out(options.out)
+    search, options = fill(Search, given), fill(TuneOptions, given)
+    out, remote = plan.open_out(options.out, write=True)
     if options.resume is not None:
-        folder = _find_sweep(out, options.resume)
+        folder = _find_sweep(out, options.resume, redact(remote) or str(out))
         search = _load_search(folder, search, given)
     search = replace(search, data_dir=plan.find_data_dir(search.data_dir, search.dataset))
     dimensions = _check(search)
     resources = fill(Resources, asdict(search) | asdict(options) | {"workers": search.workers or 1})
     check_resources(resources)
+    paths = RunPaths(out=out, data_dir=search.data_dir, remote=remote, plugins=sources())
     with ExitStack() as stack, stopping_at(options.until):
         try:
-            prepared = _prepare(search, dimensions, resources, replace(options, out=out), folder, console, stack)
+            prepared = _prepare(search, dimensions, resources, options, paths, console, stack)
         except RefusedError as error:
             say(console, str(error))
             return EXIT_FAILED
@@ -73,6 +76,7 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
         from harness.cluster.search import search as run_search
 
         trials = SweepTrials(prepared, study, TrialTable(sweep, study.trials, console, allocation.concurrent_runs))
+        trials.push()
         job = replace(allocation, storage=prepared.folder / f".ray-{os.getpid()}")
         try:
             with stopping_on_sigterm(), trials.table.live():
@@ -83,6 +87,7 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
         finally:
             trials.close()
     _print_sweep(prepared, trials.store(**weigh_both(study.trials, sweep.dimensions)), console)
+    trials.push()  # the winner too
     return EXIT_DONE if any(trial.state == "finished" for trial in study.trials) else EXIT_FAILED
 
 
@@ -144,11 +149,11 @@ def _check(search: Search) -> tuple[Dimension, ...]:
 
 
 def _prepare(
-    search: Search, dimensions: tuple[Dimension, ...], resources: Resources, options: TuneOptions, folder: Path | None,
+    search: Search, dimensions: tuple[Dimension, ...], resources: Resources, options: TuneOptions, paths: RunPaths,
     console: Console, stack: ExitStack,
 ) -> Prepared:  # fmt: skip
     """Look at devices and data, and make the sweep's folder or lock the one that is resumed. Raises RefusedError."""
-    paths = RunPaths(out=options.out, data_dir=search.data_dir)
+    folder = None if options.resume is None else paths.out / SWEEPS / options.resume
     allocation = make_allocation(make_trial_grid(search, {}), resources, stack)
     dataset = load_data(search.dataset, paths, console)
     if search.metric == "top5_error" and dataset.num_classes <= 10:
@@ -164,6 +169,10 @@ def _prepare(
     allocation = _allocate_trials(allocation, search, total)
     specs = [make_trial_spec(search, point, allocation, dataset) for point in _corners(dimensions)]
     plan.check_epochs(specs, len(dataset.train))
+    if any(spec.plugins for spec in specs):
+        from harness.training.fit import check_fit
+
+        check_fit(specs, dataset, paths)
     checked = check_first(specs, allocation, resources, paths, console, skip=options.no_check)
     if (adapted := checked.adapt(specs[0])) != specs[0]:
         search = replace(search, loader=adapted.loader, engine=adapted.engine)
@@ -171,13 +180,21 @@ def _prepare(
         folder = _make_folder(paths.out, specs[0], dataset.label)
         stored = {
             "schema_version": 1, "name": folder.name, "options": asdict(search), "fingerprint": dataset.fingerprint,
-            "created_at": datetime.now(UTC).isoformat(), **describe_code(),
+            "created_at": datetime.now(UTC).isoformat(), "plugins": [source.identity for source in paths.plugins],
+            **describe_code(),
         }  # fmt: skip
         write_atomic(folder / SWEEP, json.dumps(stored, indent=1, default=str) + "\n")
-    elif json.loads((folder / SWEEP).read_bytes())["fingerprint"] != dataset.fingerprint:
-        raise UserError(f"--resume {folder.name}: its images of {search.dataset} differ from those here")
+    else:
+        before, plugins = json.loads((folder / SWEEP).read_bytes()), {source.identity for source in paths.plugins}
+        if before["fingerprint"] != dataset.fingerprint:
+            raise UserError(f"--resume {folder.name}: its images of {search.dataset} differ from those here")
+        if changed := set(before.get("plugins", ())) - plugins:
+            raise UserError(
+                f"--resume {folder.name}: it was begun with plug-in {' and '.join(changed)}, changed since"
+            )
     busy = f"--resume {folder.name}: another harness command is running it"
     stack.callback(lock_file(folder / ".lock", busy).release)
+    stack.enter_context(lease(paths.remote, [folder.name], partial(say, console)))
     sweep = Sweep(
         name=folder.name, variant=search.variant, depth=None if any(d.field == "depth" for d in dimensions) else depth,
         dataset=dataset.label, metric=search.metric, selected_on="val" if val else "test", val=val,
@@ -219,12 +236,12 @@ def _make_folder(out: Path, spec: RunSpec, label: str) -> Path:
     return folder
 
 
-def _find_sweep(out: Path, name: str) -> Path:
+def _find_sweep(out: Path, name: str, where: str) -> Path:
     folder = out / SWEEPS / name
     if not name or not (folder / SWEEP).is_file():
         if known := sorted(path.parent.name for path in out.glob(f"{SWEEPS}/*/{SWEEP}")):
             check_word(name, known, "--resume")
-        raise UserError(f"--resume {name!r}: there is no sweep in {out}")
+        raise UserError(f"--resume {name!r}: there is no sweep in {where}")
     return folder
 
 
@@ -238,6 +255,7 @@ def _load_search(folder: Path, search: Search, given: Collection[str]) -> Search
         if name in given and getattr(search, name) != old and name != "data_dir":
             begun = f"sweep {folder.name} was begun with {old}, and continues with that"
             raise UserError(f"{options_of(Search)[name].names[0]}: {begun}: leave it out")
+    load_plugins(before.plugin)
     return replace(before, data_dir=search.data_dir) if "data_dir" in given else before
 
 
@@ -273,7 +291,9 @@ def _print_sweep(prepared: Prepared, sweep: Sweep, console: Console) -> None:
         lines += ["\ntrain the winner in full:", f"  {shlex.join(write_winner(prepared, finished[0]))}"]
     else:
         lines.append("\nno trial came to its end")
-    print_text("\n".join([*lines, f"\nstored in {prepared.folder}"]), console)
+    remote = prepared.paths.remote
+    where = redact(join_uri(join_uri(remote, SWEEPS), sweep.name)).partition("?")[0] if remote else prepared.folder
+    print_text("\n".join([*lines, f"\nstored in {where}"]), console)
 
 
 def write_winner(prepared: Prepared, trial: Trial) -> list[str]:
@@ -281,5 +301,7 @@ def write_winner(prepared: Prepared, trial: Trial) -> list[str]:
     path, data_dir = prepared.folder / WINNER, prepared.search.data_dir
     spec = prepared.make_spec(trial.fields, epochs=None, val=None, limit_train=None)
     write_atomic(path, json.dumps(spec.to_json(), indent=1) + "\n")
-    data = [] if data_dir is None else ["--data-dir", str(data_dir)]
-    return ["harness", "run", "--spec", str(path), "--seeds", str(SEEDS), *data, "--out", str(prepared.paths.out)]
+    data = [word for file in prepared.search.plugin for word in ("--plugin", file)]
+    data += [] if data_dir is None else ["--data-dir", str(data_dir)]
+    out = redact(prepared.paths.remote) or str(prepared.paths.out)
+    return ["harness", "run", "--spec", str(path), "--seeds", str(SEEDS), *data, "--out", out]

@@ -1,4 +1,5 @@
-"""Checkpoints of one run: each a file that is whole or absent, the newest two kept."""
+"""Checkpoints of one run: each a file that is whole or absent. Kept are the newest two of an epoch's end, and the one
+within an epoch that is newer than both, if there is one."""
 
 from __future__ import annotations
 
@@ -17,25 +18,29 @@ KEPT = 2
 
 def _stored(folder: Path) -> list[Path]:
     """Newest first."""
-    return sorted(folder.glob("epoch-??????.pt"), reverse=True)
+    return sorted(folder.glob("epoch-??????*.pt"), reverse=True)
 
 
-def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any]) -> None:
-    """Write `state` as the checkpoint after `epoch` (from 1), then drop all but the newest two."""
+def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any], step: int = 0) -> None:
+    """Write `state` as the checkpoint after `epoch` (from 1) and so many steps of the next, then drop older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in _stored(folder):
         if path.is_dir():  # nothing can be written in its place, and it is not ours to delete
             path.rename(path.with_suffix(".damaged"))
-    with writing(folder / f"epoch-{epoch:06d}.pt") as unfinished:
+    within = f"_step-{step:06d}" if step else ""  # in the order of names it comes after the epoch's end
+    with writing(folder / f"epoch-{epoch:06d}{within}.pt") as unfinished:
         torch.save(state, unfinished)
-    for old in _stored(folder)[KEPT:]:
-        old.unlink(missing_ok=True)
+    newest, *older = _stored(folder)
+    whole = [path for path in (newest, *older) if "_step-" not in path.name][:KEPT]
+    for old in older:
+        if old not in whole:
+            old.unlink(missing_ok=True)
 
 
 def load_checkpoint(
-    folder: Path, key: str, warn: Callable[[str], None], check: Callable[[dict[str, Any]], None] = lambda _: None
+    folder: Path, key: str, warn: Callable[[str], None], check: Callable[[dict[str, Any]], bool] = lambda _: True
 ) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole and of which `check` raises nothing, or None. Others are skipped, with a warning.
+    """The newest checkpoint that is whole and passes `check`, or None. Where that raises, it is skipped with a warning.
 
     Raises CheckpointError where it belongs to a run with another key. Nothing in the file is executed.
     """
@@ -45,8 +50,8 @@ def load_checkpoint(
                 if changed := file.testzip():
                     raise ValueError(f"the checksum of {changed} is wrong")
             state = dict(torch.load(path, map_location="cpu", weights_only=True))
-            if (owner := state["key"]) == key:
-                check(state)
+            if (owner := state["key"]) == key and not check(state):
+                continue
         except Exception as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
             warn(f"checkpoint {path} is damaged, taking the one before: {reason.splitlines()[0][:200]}")

@@ -23,12 +23,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from harness.checklist import BY_NAME, Result
 from harness.cluster.job import Worker
 from harness.loaders.datasets import Split
 from harness.loaders.sampling import SamplingPlan
 from harness.models.variants import find_variant
+from harness.plugins import names_of, used_by
 from harness.results.values import EpochMetrics
 from harness.spec import Engine, Precision, RunSpec
 from harness.training.setup import Data, Prepared, Trainer, assemble, make_trainer
@@ -96,11 +98,11 @@ def main(device: str, threads: str, *names: str) -> None:
 # --- a small run ---
 
 
-def make_split() -> Split:
+def make_split(size: int = SIZE) -> Split:
     """Images whose brightness tells their class, so that a network learns them."""
     random = np.random.default_rng(0)
     labels = random.integers(0, CLASSES, IMAGES)
-    images = random.integers(0, 128, (IMAGES, SIZE, SIZE, 3)) + labels[:, None, None, None] * 12
+    images = random.integers(0, 128, (IMAGES, size, size, 3)) + labels[:, None, None, None] * 12
     return Split(images.astype(np.uint8), labels.astype(np.int64))
 
 
@@ -110,24 +112,23 @@ def make_spec(worker: Worker, **changes: Any) -> RunSpec:
     recipe = replace(
         variant.recipe, duration=EPOCHS, unit="epoch", batch_size=BATCH, lr=0.02, schedule="cosine", milestones=()
     )
-    own: dict[str, Any] = {"loader": "resident", "device": "cuda" if worker.device.startswith("cuda") else "cpu"}
-    return RunSpec(
-        variant="he2015", network=variant.network, recipe=recipe, dataset="check", fingerprint="",
-        workers=worker.world_size, **own | changes,
-    )  # fmt: skip
+    own: dict[str, Any] = {"network": variant.network, "recipe": recipe, "loader": "resident"}
+    placed: dict[str, Any] = {"device": worker.device.partition(":")[0], "workers": worker.world_size}
+    spec = RunSpec(variant="he2015", dataset="check", fingerprint="", **placed | own | changes)
+    return replace(spec, plugins=tuple(plugin.source.identity for plugin in used_by(names_of(spec))))
 
 
-def start(worker: Worker, stack: ExitStack, **changes: Any) -> tuple[Prepared, Trainer]:
+def start(worker: Worker, stack: ExitStack, *, size: int = SIZE, **changes: Any) -> tuple[Prepared, Trainer]:
     """A run before its first step, until the stack closes. Raises RuntimeError where its engine does not work."""
-    split, given_up, spec = make_split(), list[str](), make_spec(worker, **changes)
+    split, given_up, spec = make_split(size), list[str](), make_spec(worker, **changes)
     stack.enter_context(deterministic_algorithms(spec))
     data = Data(split, split, split, "test")
     prepared = assemble(spec, data, worker, num_classes=CLASSES, flip=True)
     stack.enter_context(closing(prepared))
-    if dist.is_initialized():  # the statistics of a batch are those of a rank's share
-        for module in prepared.network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
+    if dist.is_initialized():  # no draws of a rank's own, and no statistics of its share
+        prepared.network.eval()
+        for module in prepared.network.modules() if spec.recipe.batch_norm == "sync" else ():
+            module.train(isinstance(module, _BatchNorm))
     trainer = stack.enter_context(closing(make_trainer(prepared, given_up.append)))
     if given_up:
         raise RuntimeError(given_up[0])
@@ -143,7 +144,7 @@ def train(worker: Worker, **changes: Any) -> tuple[list[EpochMetrics], dict[str,
     """A whole small run: its epochs and its weights."""
     with ExitStack() as stack:
         prepared, trainer = start(worker, stack, **changes)
-        metrics = train_epochs(trainer, 0, EPOCHS)
+        metrics = train_epochs(trainer, 0, round(prepared.spec.recipe.duration))
         return metrics, {name: value.cpu().clone() for name, value in prepared.network.state_dict().items()}
 
 
@@ -152,7 +153,7 @@ def compare(metrics: list[EpochMetrics], reference: list[EpochMetrics], whose: s
     losses = np.array([[row.loss for row in rows] for rows in (metrics, reference)])
     worst = float(np.abs(losses[0] / losses[1] - 1).max())
     how = f"to {worst:.1e}" if worst else "bit for bit"
-    return worst, f"losses of {EPOCHS * 5} steps are {whose} {how}"
+    return worst, f"losses of {len(metrics) * 5} steps are {whose} {how}"
 
 
 # --- checks ---
@@ -194,7 +195,7 @@ def reference_epoch(prepared: Prepared, epoch: int) -> tuple[Tensor, Tensor]:
     """Images and labels of an epoch, one by one by the definition: padded by 4 and cropped."""
     split, normalize, seed = prepared.data.train, prepared.loader_config.normalize, prepared.spec.seed
     sample = SamplingPlan(images=IMAGES, batch_size=BATCH, span=(8, 8), flip=True, seed=seed).draw(epoch)
-    normalized = (split.images / np.float32(255) - normalize.mean) / normalize.std
+    normalized = (split.pixels / np.float32(255) - normalize.mean) / normalize.std
     padded = np.pad(normalized, ((0, 0), (4, 4), (4, 4), (0, 0)))
     made = []
     for index, (y, x), flip in zip(sample.index, sample.offset, sample.flip, strict=True):
@@ -222,16 +223,16 @@ def check_precision(bench: Bench, precision: Precision) -> Figure:
     return worst, words
 
 
-def check_resume(bench: Bench) -> Figure:
+def check_resume(bench: Bench, **changes: Any) -> Figure:
     """Stopped in the middle and resumed from a checkpoint, a deterministic run ends with the weights of one left
     alone."""
     half = EPOCHS // 2
-    _, whole = train(bench.worker, deterministic=True)
+    _, whole = train(bench.worker, deterministic=True, **changes)
     with tempfile.TemporaryDirectory(prefix="harness-check-") as name, ExitStack() as stack:
-        prepared, trainer = start(bench.worker, stack, deterministic=True)
+        prepared, trainer = start(bench.worker, stack, deterministic=True, **changes)
         save(prepared, Path(name), train_epochs(trainer, 0, half))
-        prepared, trainer = start(bench.worker, stack, deterministic=True)
-        done = resume(prepared, Path(name), lambda _: None)
+        prepared, trainer = start(bench.worker, stack, deterministic=True, **changes)
+        done, _ = resume(prepared, Path(name), lambda _: None)
         train_epochs(trainer, len(done), EPOCHS)
         resumed = {key: value.cpu() for key, value in prepared.network.state_dict().items()}
     worst = max(float((resumed[key].double() - whole[key].double()).abs().max()) for key in whole)
@@ -317,11 +318,11 @@ def check_sum(bench: Bench) -> Figure:
     return worst, f"over {world_size} ranks, {len(shapes)} tensors, to {worst:g}"
 
 
-def check_ranks(bench: Bench, engine: Engine) -> Figure:
+def check_ranks(bench: Bench, engine: Engine, **changes: Any) -> Figure:
     """All ranks together train as one does alone, batch norm's statistics held still."""
     worker = bench.worker
-    one, _ = train(replace(worker, rank=0, world_size=1))
-    together, weights = train(worker, engine=engine)
+    one, _ = train(replace(worker, rank=0, world_size=1), **changes)
+    together, weights = train(worker, engine=engine, **changes)
     sums = gather([float(value.double().sum()) for value in weights.values()])
     if any(each != sums[0] for each in sums):
         raise RuntimeError("the ranks end with different weights")

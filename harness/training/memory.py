@@ -22,6 +22,8 @@ UNSAMPLED = Measurement(value=None, reason="never sampled")
 
 _context_mib: dict[int, float] = {}
 """Of this process, by device, once it was measured: the CUDA context outlives the runs."""
+_nccl_mib: dict[int, float] = {}
+"""As much as NCCL's buffers were seen to take: they live as long as the process group, which may serve several runs."""
 
 
 class MemoryMeter:
@@ -95,6 +97,9 @@ class MemoryMeter:
         yield
         tensors = self._torch("memory_allocated") - allocated
         grown = max(0.0, self._outside_torch() - before)
+        if self.on_gpu and name == "NCCL":
+            index = self.device.index or 0
+            grown = _nccl_mib[index] = max(grown, _nccl_mib.get(index, 0.0))
         if self.on_gpu or name != "NCCL":  # gloo, in its place, has next to nothing
             self._categories[name] += grown + tensors
         self._owned_tensors += tensors
@@ -173,7 +178,9 @@ def _sizes(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, fl
     return {
         "weights": mib([*network.parameters(), *network.buffers()]),
         "gradients": mib(p for p in network.parameters() if p.requires_grad),
-        "optimizer state": mib(v for state in optimizer.state.values() for v in state.values() if v is not None),
+        "optimizer state": mib(
+            v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)
+        ),
     }
 
 

@@ -1,15 +1,59 @@
-"""Recipe -> optimizer, and the learning rate of every step."""
+"""Recipe -> optimizer, and the learning rate of every step. Imports torch only to make an optimizer.
+
+Plug-ins add to `SCHEDULES` and `OPTIMIZERS`: functions whose parameters are filled by name (`models.variants.call`) with
+what is said below, with fields of the recipe, and with fields of their own, those that have a default.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from harness.models.variants import Recipe
+from harness.models.variants import Recipe, call
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
+
+    Groups = list[dict[str, Any]]
+    Lr = float | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Where in its run a step is, for a schedule; all are counted in steps."""
+
+    step: int  # from 0
+    warmup: int  # steps before the schedule begins
+    end: int  # of the run
+    steps_per_unit: int  # of the recipe's unit: 1, or those of an epoch
+
+    @property
+    def share(self) -> float:
+        """Of the schedule, how much is over: from 0 to 1."""
+        return (self.step - self.warmup) / (self.end - self.warmup)
+
+
+def multistep(moment: Moment, milestones: tuple[float, ...], gamma: float) -> float:
+    """A factor of `gamma` at each milestone."""
+    return gamma ** sum(moment.step >= round(milestone * moment.steps_per_unit) for milestone in milestones)
+
+
+def linear(moment: Moment) -> float:
+    """A line to 0 at the end."""
+    return 1 - moment.share
+
+
+def cosine(moment: Moment) -> float:
+    """Half a cosine to 0 at the end (arXiv:1608.03983, without restarts)."""
+    return 0.5 * (1 + math.cos(math.pi * (moment.step - moment.warmup) / (moment.end - moment.warmup)))
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {"multistep": multistep, "cosine": cosine, "linear": linear}
+"""`schedule(moment, ...)`: the factor of the lr after warm-up."""
 
 
 def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
@@ -31,19 +75,54 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
         if recipe.warmup_shape == "constant":
             return recipe.warmup_lr
         return recipe.warmup_lr + (recipe.lr - recipe.warmup_lr) * step / warmup
-    end = total_steps(recipe, steps_per_epoch)
-    match recipe.schedule:
-        case "multistep":
-            drops = sum(step >= round(milestone * unit) for milestone in recipe.milestones)
-            return recipe.lr * recipe.gamma**drops
-        case "linear":
-            return recipe.lr * (1 - (step - warmup) / (end - warmup))
-        case "cosine":
-            return recipe.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (end - warmup)))
+    moment = Moment(step, warmup, total_steps(recipe, steps_per_epoch), unit)
+    factor: float = call(SCHEDULES[recipe.schedule], {"moment": moment} | fields_of(recipe), recipe.extra)
+    return recipe.lr * factor
+
+
+@cache
+def fields_of(recipe: Recipe) -> dict[str, Any]:
+    """By name."""
+    return {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+
+
+def sgd(groups: Groups, lr: Lr, momentum: float, nesterov: bool) -> torch.optim.Optimizer:
+    """Stochastic gradient descent, its momentum made as the first step would make it: so that step is like all others."""
+    import torch
+
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
+    if momentum:
+        for parameter in _parameters(groups):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def adamw(
+    groups: Groups, lr: Lr, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8
+) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay (arXiv:1711.05101), its moments made as the first step would make them."""
+    import torch
+
+    captured = isinstance(lr, torch.Tensor)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True, capturable=captured)
+    for p in _parameters(groups):
+        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+    return optimizer
+
+
+def _parameters(groups: Groups) -> list[nn.Parameter]:
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": sgd, "adamw": adamw}
+"""`optimizer(groups, lr, ...)`: groups of parameters, each with its weight decay; lr is a tensor where steps are captured."""
+CAPTURABLE = {"sgd", "adamw"}
+"""Optimizers whose steps can be captured: no state is made or read by Python, and the lr is read from its tensor."""
 
 
 def make_optimizer(recipe: Recipe, network: nn.Module, *, lr_on_device: bool = False) -> torch.optim.Optimizer:
-    """SGD over the network's parameters, with weight decay on those that `recipe.decay` names.
+    """The recipe's optimizer over the network's parameters, with weight decay on those that `recipe.decay` names.
 
     `lr_on_device` keeps the lr in a tensor beside the weights, where a captured step reads it at every replay.
     """
@@ -61,16 +140,11 @@ def make_optimizer(recipe: Recipe, network: nn.Module, *, lr_on_device: bool = F
         {"params": [p for p in parameters if p in spared], "weight_decay": 0.0},
     ]
     lr = learning_rate(recipe, 0, 1)
-    optimizer = torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=torch.tensor(lr, device=parameters[0].device) if lr_on_device else lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        fused=True,
-    )
-    if recipe.momentum:
-        for parameter in parameters:  # as the first step would make it; so that step is like all others
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    given = fields_of(recipe) | {
+        "groups": [group for group in groups if group["params"]],
+        "lr": torch.tensor(lr, device=parameters[0].device) if lr_on_device else lr,
+    }
+    optimizer: torch.optim.Optimizer = call(OPTIMIZERS[recipe.optimizer], given, recipe.extra)
     return optimizer
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,19 +15,28 @@ from torch import nn
 from harness.cluster.job import Worker
 from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
 from harness.loaders.loader import Loader, make_evaluation_loader, make_loaders
-from harness.loaders.sampling import Augment, LoaderConfig, SamplingPlan, make_normalize
+from harness.loaders.sampling import Augment, LoaderConfig, SamplingPlan, make_augment, make_normalize
 from harness.models.build import build
+from harness.plugins import load_sources
 from harness.results.values import Memory
 from harness.spec import RunPaths, RunSpec
 from harness.training.batch_norm import SyncBatchNorm, synchronise_batch_norms
 from harness.training.engine import Engine, Inputs, Way, compile_network, make_graphs
 from harness.training.evaluation import evaluating
+from harness.training.halt import Halt
 from harness.training.memory import MemoryMeter
 from harness.training.optim import make_optimizer
 from harness.training.step import Step, make_autocast, set_precision, wrap_ddp
 from harness.training.watchdog import Watchdog
 
 EVAL_BATCH_SIZE = 1000
+EVAL_BATCH_PIXELS = 2**24  # in a batch of large images, which would fill gigabytes
+
+
+def eval_batch_size(split: Split, augment: Augment) -> int:
+    """Global, of evaluation."""
+    height, width = augment.crop_size(split)
+    return min(EVAL_BATCH_SIZE, len(split), max(1, EVAL_BATCH_PIXELS // (height * width)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +90,25 @@ class Prepared:
             loader.close()
 
 
-def prepare(spec: RunSpec, worker: Worker, paths: RunPaths) -> Prepared:
+def prepare(
+    spec: RunSpec, worker: Worker, paths: RunPaths, warn: Callable[[str], None] = warnings.warn
+) -> Prepared:
     """Load the images and make everything of them. Raises DataError, and RuntimeError where they are not the spec's."""
     meter = MemoryMeter(torch.device(worker.device))
+    load_sources(spec.plugins, paths)  # before anything is looked up
     with meter.category("data loader"):
         dataset = load_dataset(spec.dataset, paths.data_dir, paths.cache_dir)
     here, wanted = dataset.fingerprint, spec.fingerprint
     if here != wanted:
         raise RuntimeError(f"the images on this node are {here[:12]}, the run asks for {wanted[:12]}")
     data = split_data(spec, dataset)
-    return assemble(spec, data, worker, num_classes=dataset.num_classes, flip=dataset.flip, meter=meter)
+    return assemble(spec, data, worker, num_classes=dataset.num_classes, flip=dataset.flip, meter=meter, warn=warn)
 
 
 def assemble(
-    spec: RunSpec, data: Data, worker: Worker, *, num_classes: int, flip: bool, meter: MemoryMeter | None = None
-) -> Prepared:
+    spec: RunSpec, data: Data, worker: Worker, *, num_classes: int, flip: bool, meter: MemoryMeter | None = None,
+    warn: Callable[[str], None] = warnings.warn,
+) -> Prepared:  # fmt: skip
     """Set the device up and make loaders, network and optimizer. `flip`: whether these images may be mirrored."""
     device = torch.device(worker.device)
     meter = meter or MemoryMeter(device)  # before anything touches the device
@@ -105,7 +120,8 @@ def assemble(
 
     recipe = spec.recipe
     torch.manual_seed(spec.seed)
-    network = build(spec.network, num_classes, recipe.crop or data.train.images.shape[1])
+    augment = make_augment(recipe, flip=flip)
+    network = build(spec.network, num_classes, min(augment.crop_size(data.train)))
     if recipe.batch_norm == "sync" and worker.world_size > 1:
         synchronise_batch_norms(network)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -114,16 +130,16 @@ def assemble(
     scaler.scale(torch.zeros((), device=device))  # makes its tensors, which a capture must find
     with meter.category("data loader"):  # last: they must be closed
         config = LoaderConfig(
-            augment=Augment(recipe.pad, recipe.pad_mode, recipe.crop, recipe.flip and flip, recipe.scale_range),
+            augment=augment,
             normalize=make_normalize(recipe.normalize, data.train),
-            batch_size=recipe.batch_size, eval_batch_size=min(EVAL_BATCH_SIZE, len(data.eval)),
+            batch_size=recipe.batch_size, eval_batch_size=eval_batch_size(data.eval, augment),
             device=device, threads=worker.threads, rank=worker.rank, world_size=worker.world_size, seed=spec.seed,
-            mixup=recipe.mixup if recipe.mixup_partner == "set" else 0.0,
+            mixup=recipe.mixup if recipe.mixup_partner == "set" else 0.0, warn=warn,
         )  # fmt: skip
         train_loader, eval_loader = make_loaders(spec.loader, data.train, data.eval, config)
         test_loader = None
         if data.eval_split == "val":
-            test_config = replace(config, eval_batch_size=min(EVAL_BATCH_SIZE, len(data.test)))
+            test_config = replace(config, eval_batch_size=eval_batch_size(data.test, augment))
             test_loader = make_evaluation_loader(spec.loader, data.test, test_config)
     return Prepared(spec, data, config, train_loader, eval_loader, test_loader, network, optimizer, scaler, meter)
 
@@ -143,6 +159,7 @@ class Trainer:
     forward: Engine  # of evaluation
     loader: Loader
     watchdog: Watchdog
+    halt: Halt = field(default_factory=lambda: Halt(Worker()))  # by default nothing stops it
 
     def measure_memory(self) -> Memory:
         """The peaks so far, and who holds how much."""
@@ -154,17 +171,21 @@ class Trainer:
         self.engine.reset()
         self.forward.reset()
         self.watchdog.close()
+        self.halt.close()
 
 
-def make_trainer(run: Prepared, warn: Callable[[str], None]) -> Trainer:
+def make_trainer(
+    run: Prepared, warn: Callable[[str], None], worker: Worker | None = None, stacks: Path | None = None
+) -> Trainer:
     """Spread the network over the ranks and choose how its steps are carried out: `spec.engine`, or what works.
 
-    Every shape is captured here, before the loaders begin. A collective.
+    Every shape is captured here, before the loaders begin. A collective. Without a `worker` nobody stops the run or hears
+    of its hanging; `stacks` is the folder for what its ranks then wait for.
     """
     spec, network, device = run.spec, run.network, run.device
     with run.meter.category("NCCL"):
         step = make_step(run, ddp=spec.engine == "eager")
-        watchdog = Watchdog(device)
+        watchdog = Watchdog(device, worker, stacks)
     steps, forwards = [Way("eager", step)], [Way("eager", network)]
     graphs = make_graphs(device) if is_captured(spec) else None
     if graphs is not None:
@@ -174,7 +195,7 @@ def make_trainer(run: Prepared, warn: Callable[[str], None]) -> Trainer:
         compiled = replace(step, network=compile_network(network))
         steps.insert(0, Way("compile", compiled, graphs, without_communication(compiled)))
     engine, forward = Engine(steps, warn, step.restoring), Engine(forwards, warn)
-    trainer = Trainer(run, step, engine, forward, run.train_loader, watchdog)
+    trainer = Trainer(run, step, engine, forward, run.train_loader, watchdog, Halt(worker or Worker()))
     try:
         if spec.engine != "eager":
             engine.prepare(step_calls(run))
@@ -202,7 +223,7 @@ def eval_calls(run: Prepared) -> list[Inputs]:
     """Inputs like those of all evaluations of this rank, one of each shape."""
     calls = list[Inputs]()
     for split in (run.data.eval, run.data.test) if run.test_loader else (run.data.eval,):
-        sizes = batch_sizes(run, split, min(EVAL_BATCH_SIZE, len(split)), train=False)
+        sizes = batch_sizes(run, split, eval_batch_size(split, run.loader_config.augment), train=False)
         calls += [(make_noise(run, split, n),) for n in dict.fromkeys(sizes)]
     return calls
 

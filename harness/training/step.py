@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,7 +24,7 @@ CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 @dataclass(slots=True)
 class Step:
-    """Forward, backward, sum over the ranks, SGD.
+    """Forward, backward, sum over the ranks, the optimizer's step.
 
     Every call does the same work on tensors that stay where they are, and nothing waits for the device: so it can be
     captured as a CUDA graph.
@@ -86,15 +87,20 @@ class Step:
         """All that steps change inside is put back at the end, every tensor at its address."""
         statistics = self.network.buffers() if isinstance(self.network, nn.Module) else ()
         tensors = [*self.parameters, *statistics, self.totals]
-        tensors += [v for state in self.optimizer.state.values() for v in state.values() if v is not None]
+        made = {p: dict(state) for p, state in self.optimizer.state.items()}
+        tensors += [v for state in made.values() for v in state.values() if isinstance(v, Tensor)]
         values = [tensor.detach().clone() for tensor in tensors]
-        scaler = self.scaler.state_dict()
+        scaler, groups = self.scaler.state_dict(), [dict(group) for group in self.optimizer.param_groups]
         try:
             yield
         finally:
             with torch.no_grad():
                 for tensor, value in zip(tensors, values, strict=True):
                     tensor.copy_(value)
+            self.optimizer.state.clear()  # of what was made inside, too
+            self.optimizer.state.update(made)
+            for group, before in zip(self.optimizer.param_groups, groups, strict=True):
+                group.update(before)
             self.optimizer.zero_grad(set_to_none=True)
             if scaler:
                 self.scaler.load_state_dict(scaler)
@@ -126,10 +132,16 @@ def wrap_ddp(network: nn.Module, device: torch.device) -> nn.Module:
 def mix(images: Tensor, alpha: float, random: np.random.Generator) -> Tensor:
     """Mixup in the form of iamVarunAnand/image_classification: each image keeps the larger part of itself, and so
     its label. lambda = max(l, 1 - l), l ~ Beta(alpha + 1, alpha), drawn for each image."""
-    share = random.beta(alpha + 1, alpha, len(images)).astype(np.float32)
+    share, partner = draw_mix(len(images), alpha, random)
     other = upload(np.minimum(share, 1 - share), images.device)
-    partner = upload(random.permutation(len(images)), images.device)
-    return images.lerp(images[partner], other[:, None, None, None])
+    return images.lerp(images[upload(partner, images.device)], other[:, None, None, None])
+
+
+def draw_mix(
+    count: int, alpha: float, random: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Of each image of a batch: l, and the image that it is mixed with."""
+    return random.beta(alpha + 1, alpha, count).astype(np.float32), random.permutation(count)
 
 
 def set_precision(precision: Precision) -> None:

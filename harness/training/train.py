@@ -8,31 +8,34 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
-from harness.cluster.job import Worker
+from harness.cluster.job import PreemptedError, Worker
 from harness.loaders.loader import Loader
 from harness.record import name_of
 from harness.results.remote import RemoteRun
 from harness.results.store import append_epoch, partial_dir, write_epochs
 from harness.results.values import EpochMetrics, Measurement, RunResult
 from harness.spec import DivergedError, RunPaths, RunSpec
+from harness.training.augment import augment
 from harness.training.checkpoint import load_checkpoint, outline, save_checkpoint
 from harness.training.evaluation import Evaluation, evaluate
 from harness.training.memory import largest
 from harness.training.optim import learning_rate, set_lr, total_epochs, total_steps
-from harness.training.setup import Prepared, Trainer, make_trainer, prepare
-from harness.training.step import deterministic_algorithms, flushed_denormals, make_autocast, mix
+from harness.training.setup import Prepared, Trainer, batch_sizes, make_trainer, prepare
+from harness.training.step import deterministic_algorithms, draw_mix, flushed_denormals, make_autocast, mix
 from harness.training.telemetry import (
     INTERFERENCE,
+    EpochReading,
     EpochTelemetry,
     describe_machine,
     device_name,
@@ -44,12 +47,30 @@ OUTLIER_MADS, OUTLIER_SHARE = 5.0, 0.25
 WARMUP_EPOCHS = 1  # of every attempt: first kernels, first allocations, caches that fill
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochPart:
+    """The first steps of an epoch, before one of which all ranks stopped."""
+
+    steps: int
+    sums: list[list[float]]  # of each rank: loss, errors, images
+    train_seconds: float
+    data_stall_seconds: float
+    attempt: int = 1
+    energy_joules: float | None = None
+    interference: tuple[str, ...] = ()
+
+
+class StoppedError(Exception):
+    """An epoch was left; its argument is the part that was done."""
+
+
 @flushed_denormals()
 def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None], *, paths: RunPaths) -> RunResult:
     """Train and measure one run, in this process as one of `worker.world_size` ranks.
 
     Resumes from the newest checkpoint in the run's folder. Raises DivergedError when the loss is not finite,
-    CheckpointError for another run's checkpoint, and DataError when the images are not those of the spec.
+    CheckpointError for another run's checkpoint, DataError when the images are not those of the spec, PreemptedError when
+    the worker had to leave, RankStalledError when no step was made for `worker.stall_seconds`.
     """
     entered_at = time.perf_counter()
     warnings_seen: list[str] = []
@@ -60,20 +81,21 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
 
     # graphs and loaders are closed however the run ends
     with deterministic_algorithms(spec), ExitStack() as stack:
-        run = stack.enter_context(closing(prepare(spec, worker, paths)))
+        run = stack.enter_context(closing(prepare(spec, worker, paths, warn)))
         folder = partial_dir(paths.out, name_of(spec, paths.label))
         remote = RemoteRun(paths.remote, folder, warn)
         for turn in (0, 1):  # rank 0 first: it may have newer checkpoints than the store, which gets them
             if turn == min(worker.rank, 1):
                 remote.pull(worker.rank)
             gather(turn)
-        history = resume(run, folder, warn)
-        first, attempt = len(history), history[-1].attempt + 1 if history else 1
+        history, part = resume(run, folder, warn)
+        first, before = len(history), part or (history[-1] if history else None)
+        attempt = before.attempt + 1 if before else 1
         if worker.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_epochs(folder, history)
-        trainer = stack.enter_context(closing(make_trainer(run, warn)))
-        stack.enter_context(trainer.watchdog.collectives())
+        trainer = stack.enter_context(closing(make_trainer(run, warn, worker, folder / "stacks")))
+        stack.enter_context(trainer.watchdog.naming())
         telemetry = stack.enter_context(closing(EpochTelemetry(run.device)))
         whole, steps_in_all = run.train_loader.steps, total_steps(spec.recipe, run.train_loader.steps)
         epochs = total_epochs(spec.recipe, whole)
@@ -82,9 +104,12 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
 
         for epoch in range(first, epochs):
             steps = min(whole, steps_in_all - epoch * whole)
-            metrics, on_test = run_epoch(trainer, telemetry, epoch=epoch, steps=steps)
-            warmup = epoch - first < WARMUP_EPOCHS < epochs
-            metrics = mark_untimed(metrics, spec, worker, warmup=warmup, partial=steps < whole)
+            try:
+                metrics, on_test = run_epoch(trainer, telemetry, epoch=epoch, steps=steps, part=part)
+            except StoppedError as stopped:
+                leave(run, folder, remote, history, replace(stopped.args[0], attempt=attempt))
+            warmup, resumed, part = epoch - first < WARMUP_EPOCHS < epochs, part is not None, None
+            metrics = mark_untimed(metrics, spec, worker, warmup=warmup, partial=steps < whole, resumed=resumed)
             metrics = metrics.model_copy(update={"attempt": attempt})
             history.append(metrics)
             run.meter.sample()
@@ -97,6 +122,8 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
                 if kept:
                     remote.push()
             report(metrics)
+            if epoch + 1 < epochs and trainer.halt.leaves():
+                leave(run, folder, remote, history, None)
 
         if worker.rank == 0:
             save_weights(run, folder)
@@ -119,27 +146,37 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
             batch_size=spec.recipe.batch_size, batch_size_per_gpu=spec.recipe.batch_size // spec.workers,
             threads=worker.threads, runs_per_gpu=worker.runs_per_gpu,
             device=device_name(run.device), machine=describe_machine(run.device),
-            engine=trainer.engine.way.name, attempts=attempt, warnings=tuple(warnings_seen),
+            engine=trainer.engine.way.name, attempts=attempt,
+            warnings=tuple(dict.fromkeys(chain(*gather(warnings_seen)))),
             ranks=tuple(gather(summarise_rank(worker.rank, memory, history[first:]))),
         )  # fmt: skip
 
 
 def run_epoch(
-    trainer: Trainer, telemetry: EpochTelemetry, *, epoch: int, steps: int
+    trainer: Trainer, telemetry: EpochTelemetry, *, epoch: int, steps: int, part: EpochPart | None = None
 ) -> tuple[EpochMetrics, Evaluation | None]:
-    """Train an epoch and evaluate what it came to, on the test set too where other images are held out.
+    """Train an epoch, or what is left of it after a part, and evaluate what it came to, on the test set too where other
+    images are held out.
 
-    A collective. Raises DivergedError.
+    A collective. Raises DivergedError, and StoppedError with the part that was done.
     """
     run = trainer.run
+    trainer.halt.epoch()
     telemetry.start()
-    metrics = run_steps(trainer, epoch=epoch, steps=steps)
+    try:
+        metrics = run_steps(trainer, epoch=epoch, steps=steps, part=part)
+    except StoppedError as stopped:
+        done: EpochPart = stopped.args[0]
+        reading = join(telemetry.stop(done.train_seconds), part)
+        known = replace(done, energy_joules=reading.energy_joules, interference=reading.interference)
+        raise StoppedError(known) from None
+    trainer.watchdog.moved()
     if not math.isfinite(metrics.loss):
         raise DivergedError(epoch + 1, (epoch + 1) * run.train_loader.steps)
     if trainer.step.world_size > 1:
         for buffer in run.network.buffers():
             dist.broadcast(buffer, 0)
-    reading = telemetry.stop(metrics.train_seconds)
+    reading = join(telemetry.stop(metrics.train_seconds), part)
     evaluating_at = time.perf_counter()
     evaluation = run_eval(trainer, run.eval_loader, len(run.data.eval))
     on_test = run_eval(trainer, run.test_loader, len(run.data.test)) if run.test_loader else None
@@ -150,14 +187,43 @@ def run_epoch(
     return metrics.model_copy(update=asdict(reading) | measured), on_test
 
 
-def make_state(run: Prepared, history: Sequence[EpochMetrics]) -> dict[str, Any]:
-    """What a checkpoint holds: the epochs too, so that they and the weights are always of the same moment."""
+def join(reading: EpochReading, part: EpochPart | None) -> EpochReading:
+    """The reading with joules and disturbances of the epoch's first part, if there was one."""
+    if part is None:
+        return reading
+    joules, before = reading.energy_joules, part.energy_joules
+    energy = None if joules is None or before is None else before + joules
+    causes = tuple(dict.fromkeys((*part.interference, *reading.interference)))
+    return replace(reading, energy_joules=energy, interference=causes)
+
+
+def leave(
+    run: Prepared, folder: Path, remote: RemoteRun, history: Sequence[EpochMetrics], part: EpochPart | None
+) -> NoReturn:
+    """Write a checkpoint of this very step, if there is none, and raise PreemptedError. A collective."""
+    if run.loader_config.rank == 0:
+        if part and part.steps:
+            save_checkpoint(folder / "checkpoints", len(history), make_state(run, history, part), part.steps)
+        elif history:
+            save(run, folder, history)
+        remote.push()
+    gather(None)  # the first rank to raise ends the others
+    step = f"step {part.steps + 1} of epoch {len(history) + 1}" if part else f"epoch {len(history) + 1}"
+    raise PreemptedError(f"stopped before {step}")
+
+
+def make_state(run: Prepared, history: Sequence[EpochMetrics], part: EpochPart | None = None) -> dict[str, Any]:
+    """What a checkpoint holds: the epochs too, so that they and the weights are always of the same moment.
+
+    Batch norm's running averages are rank 0's, which the others get at each epoch's end anyway.
+    """
     return {
         "key": run.spec.key,
         "network": run.network.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "history": [row.model_dump() for row in history],
+        **({"part": asdict(part)} if part else {}),
     }
 
 
@@ -166,23 +232,35 @@ def save(run: Prepared, folder: Path, history: Sequence[EpochMetrics]) -> None:
     save_checkpoint(folder / "checkpoints", len(history), make_state(run, history))
 
 
-def resume(run: Prepared, folder: Path, warn: Callable[[str], None]) -> list[EpochMetrics]:
-    """Load the newest checkpoint into the run; the epochs that it has done, none where there is no checkpoint."""
+def resume(
+    run: Prepared, folder: Path, warn: Callable[[str], None]
+) -> tuple[list[EpochMetrics], EpochPart | None]:
+    """Load the newest checkpoint into the run: the epochs that it has done, none where there is no checkpoint, and what it
+    has done of the next one. An epoch is not gone on with by another number of workers, but begun again."""
+    make_part = TypeAdapter(EpochPart).validate_python
 
-    def check(state: dict[str, Any]) -> None:
-        if outline(state) != outline(make_state(run, ())):
+    def check(state: dict[str, Any]) -> bool:
+        part = state.pop("part", None)
+        here, kept = make_state(run, ()), state
+        if not run.optimizer.state:  # it is made by the first step
+            here, kept = ({**of, "optimizer": None} for of in (here, state))
+        if outline(kept) != outline(here):
             raise ValueError("its tensors are not those of this run")
-        for row in state["history"] or [None]:
+        for row in state["history"] or ([] if part else [None]):
             EpochMetrics.model_validate(row)
+        state["part"] = part and make_part(part)
+        return part is None or len(part["sums"]) == run.loader_config.world_size
 
     state = load_checkpoint(folder / "checkpoints", run.spec.key, warn, check)
     if state is None:
-        return []
+        return [], None
     run.network.load_state_dict(state["network"])
-    # but not its groups: the lr, which every epoch sets, is a tensor on a device or is not
-    run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": state["optimizer"]["state"]})
+    # but not the lr, which every epoch sets: it is a tensor on a device or is not
+    groups = zip(run.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True)
+    restored = [own | kept | {"lr": own["lr"]} for own, kept in groups]
+    run.optimizer.load_state_dict({**state["optimizer"], "param_groups": restored})
     run.scaler.load_state_dict(state["scaler"])
-    return [EpochMetrics.model_validate(row) for row in state["history"]]
+    return [EpochMetrics.model_validate(row) for row in state["history"]], state["part"]
 
 
 def save_weights(run: Prepared, folder: Path) -> None:
@@ -192,30 +270,61 @@ def save_weights(run: Prepared, folder: Path) -> None:
     save_file(weights, folder / "weights.safetensors", metadata=about)
 
 
-def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
-    """Train the first `steps` steps of an epoch, timed from the request for the first batch to the last written weight.
-    No step waits for its own end."""
+def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | None = None) -> EpochMetrics:
+    """Train the first `steps` steps of an epoch, but for a part that was done before, timed from the request for the first
+    batch to the last written weight. No step waits for its own end. Raises StoppedError where the ranks stop."""
     run, loader, recipe = trainer.run, trainer.loader, trainer.run.spec.recipe
-    # of mixup alone: the loader's plan has its own
-    random = np.random.default_rng([run.spec.seed, epoch, run.loader_config.rank])
+    rank, world_size = run.loader_config.rank, run.loader_config.world_size
+    mixed = recipe.mixup and recipe.mixup_partner == "batch"
+    # of mixup alone: the loader's plan has its own, and so has each augmentation
+    random = np.random.default_rng([run.spec.seed, epoch, rank])
     totals = trainer.step.totals.zero_()
-    seen, lr, stall_seconds = 0, float("nan"), 0.0
+    first, seen, lr, stall_seconds, train_seconds, stopped = 0, 0.0, float("nan"), 0.0, 0.0, False
+    if part is not None:
+        *before_it, seen = part.sums[rank]
+        totals.copy_(totals.new_tensor(before_it))
+        first, stall_seconds, train_seconds = part.steps, part.data_stall_seconds, part.train_seconds
+        for count in batch_sizes(run, run.data.train, recipe.batch_size)[:first] if mixed else ():
+            draw_mix(count, recipe.mixup, random)
+    done = first
     trainer.watchdog.finish()
+    trainer.watchdog.moved()
     started_at = requested_at = time.perf_counter()
-    for step, (images, labels) in enumerate(islice(loader.epoch(epoch), steps)):
+    for step, (images, labels) in enumerate(islice(loader.epoch(epoch, first), steps - first), first):
         stall_seconds += time.perf_counter() - requested_at
+        if stopped := not trainer.halt.may_begin():
+            break
+        trainer.watchdog.begin()
         before, lr = lr, learning_rate(recipe, epoch * loader.steps + step, loader.steps)
         if lr != before:
             set_lr(run.optimizer, lr)
-        if recipe.mixup and recipe.mixup_partner == "batch":
+        if run.spec.plugins:  # their modules may draw (dropout); none of ours does
+            seeds = np.random.SeedSequence([run.spec.seed, epoch, step, rank])
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+        if recipe.augmentations:
+            place = run.spec.seed, epoch, step
+            images = augment(recipe, images, (rank, world_size), place, run.global_images(step))
+        if mixed:
             images = mix(images, recipe.mixup, random)
         trainer.step.mark("data")
         trainer.engine(images, labels, run.global_images(step))
         trainer.watchdog.step()
-        seen += len(labels)
+        seen, done = seen + len(labels), step + 1
         requested_at = time.perf_counter()
+    if not stopped and done < steps:
+        raise RuntimeError(f"loader {run.spec.loader} gave {done} of the {steps} batches of an epoch")
+    stopped = stopped or not trainer.halt.may_begin()  # the evaluation
     trainer.watchdog.finish()
-    train_seconds = time.perf_counter() - started_at
+    trainer.watchdog.rest()
+    train_seconds += time.perf_counter() - started_at
+    if stopped:
+        every = gather([*totals.tolist(), seen])
+        raise StoppedError(
+            EpochPart(steps=done, sums=every, train_seconds=train_seconds, data_stall_seconds=stall_seconds)
+        )
+    lr = learning_rate(
+        recipe, epoch * loader.steps + steps - 1, loader.steps
+    )  # of its last step, done before or not
     sums = torch.cat([totals, torch.full_like(totals[:1], seen)])
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -230,17 +339,23 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int) -> EpochMetrics:
 def run_eval(trainer: Trainer, loader: Loader, images: int) -> Evaluation:
     """Evaluate the network as the run does: by its own engine, in its own precision."""
     autocast = make_autocast(trainer.run.device, trainer.run.spec.precision)
-    return evaluate(trainer.run.network, loader, images=images, autocast=autocast, forward=trainer.forward)
+    evaluation = evaluate(
+        trainer.run.network, loader, images=images, autocast=autocast, forward=trainer.forward,
+        on_ranked=lambda _: trainer.watchdog.moved(),
+    )  # fmt: skip
+    trainer.watchdog.rest()
+    return evaluation
 
 
 def mark_untimed(
-    metrics: EpochMetrics, spec: RunSpec, worker: Worker, *, warmup: bool, partial: bool
+    metrics: EpochMetrics, spec: RunSpec, worker: Worker, *, warmup: bool, partial: bool, resumed: bool
 ) -> EpochMetrics:
     """The epoch with why its seconds stay out of the medians; with nothing where they count."""
     shared, other_width = worker.runs_per_gpu > 1, worker.world_size != spec.workers
     reasons = (
         "warm-up" if warmup else "",
         "partial epoch" if partial else "",
+        "stopped within it and resumed" if resumed else "",
         f"interference: {', '.join(metrics.interference)}" if metrics.interference else "",
         f"{worker.runs_per_gpu} runs share the GPU" if shared else "",
         f"another width: {worker.world_size} workers" if other_width else "",

@@ -1,60 +1,80 @@
-"""A deadline for every wait of a step: a rank that stops without dying is noticed within minutes, and named.
+"""Who hangs: a rank that makes no step for a stated time, and what each rank waits for.
 
-torch's own time-out covers the collectives that it queues, not those that a CUDA graph replays.
+torch's own time-outs cover the collectives that it queues, not those that a CUDA graph replays, nor a loader that waits
+for a file system; and they name nobody.
 """
 
 from __future__ import annotations
 
-import re
+import contextlib
+import ctypes
+import faulthandler
 import socket
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from harness.cluster.job import Stalled, Worker
 from harness.training.host import Repeat
 from harness.training.telemetry import gather
 
-STALL_SECONDS = 240.0  # less than the process group's time-out, which ends the process without naming anybody
 EVERY_STEPS = 8
-BEATS = 12  # of each rank within STALL_SECONDS
-ABORT_SECONDS = 10.0
+BEATS, SILENT_BEATS = 30, 3  # of each rank within the time; without so many a process has stopped, or its network
+POLLS_PER_BEAT = 5
+DUMP_SECONDS = 3.0  # for the other ranks to write their stacks: the first to end its process ends theirs
+PLACES = {"_engine_run_backward": "backward", "_wait": "its device"}  # how people call these functions
+WRAPPERS = {"wrapper", "inner", "__call__", "_call_impl", "_wrapped_call_impl", "decorate_context", "wait"}
 
 
 class RankStalledError(dist.DistBackendError):
-    """A rank does not go on. The message names it and its host."""
+    """A rank does not go on. The message names it, its host and its device."""
 
 
 class Watchdog:
-    """Bounds how far the host runs ahead of its device, and how long it waits for it.
+    """Bounds how far the host runs ahead of its device, and raises the alarm where a rank makes no step.
 
-    Each rank says in the group's store, from a thread, that it is alive and how many steps it has queued: a stopped
-    process does not.
+    Each rank says in the group's store, from a thread, that it is alive, how far it is and where: a stopped
+    process does not. Another thread, which waits for nothing, counts the time without a step; it writes the
+    stacks of this rank into the folder `stacks`, and then calls `worker.alarm`.
     """
 
-    def __init__(self, device: torch.device, *, stall_seconds: float = STALL_SECONDS) -> None:
-        self._device = device
-        self._stall_seconds = stall_seconds
-        self._steps = 0
+    def __init__(self, device: torch.device, worker: Worker | None = None, stacks: Path | None = None) -> None:
+        self._device, self._worker, self._stacks = device, worker or Worker(device=str(device)), stacks
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._begun = self._steps = 0
         self._events: deque[Any] = deque()
-        self._hosts = gather(socket.gethostname())
+        self._ranks = gather((socket.gethostname(), str(device), self._worker.node))
         self._signs: dict[int, tuple[bytes, float]] = {}  # by rank: the last one, when it was first seen here
         self._answered_at = time.monotonic()
-        self._thread: Repeat | None = None
-        if len(self._hosts) > 1:
-            self._rank = dist.get_rank()
+        self._trains_in = threading.get_ident()
+        self._message = ""
+        self._watching, self._moves, self._seen, self._idle = False, 0, -1, 0
+        beat = self._worker.stall_seconds / BEATS
+        self._threads = [Repeat(self._guard, beat / POLLS_PER_BEAT)]
+        if len(self._ranks) > 1:
+            self._beats = 0
             self._store = distributed_c10d.PrefixStore("alive", distributed_c10d._get_default_store())
-            self._thread = Repeat(self._beat, stall_seconds / BEATS)
+            self._threads.append(Repeat(self._beat, beat))
+
+    # --- where the run trains ---
+
+    def begin(self) -> None:
+        """The batch of a step is there."""
+        self._begun += 1
+        self.moved()
 
     def step(self) -> None:
         """After each step that was queued: wait for one of a while ago."""
         self._steps += 1
+        self.moved()
         if self._device.type == "cuda" and self._steps % EVERY_STEPS == 0:
             self._events.append(self._record())
             if len(self._events) > 2:
@@ -66,6 +86,28 @@ class Watchdog:
             self._events.clear()
             self._wait(self._record())
 
+    def moved(self) -> None:
+        """Something was done; from now on the next step is waited for."""
+        self._watching, self._moves = True, self._moves + 1
+
+    def rest(self) -> None:
+        """What follows is no step, and may take its time."""
+        self._watching = False
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """The error that the guard raises in this thread says what it saw."""
+        try:
+            yield
+        except RankStalledError:
+            raise RankStalledError(self._message) from None
+
+    def close(self) -> None:
+        """End the threads."""
+        self._watching = False
+        for thread in self._threads:
+            thread.stop()
+
     def _record(self) -> Any:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
@@ -74,59 +116,87 @@ class Watchdog:
     def _wait(self, event: Any) -> None:
         started_at = time.monotonic()
         while not event.query():
-            waited = time.monotonic() - started_at
-            if waited > self._stall_seconds:
-                message = self._explain(waited)
-                _abort()  # or nothing that waits for the device would come back
-                raise RankStalledError(message)
-            time.sleep(20e-6 if waited < 1 else 10e-3)
+            time.sleep(20e-6 if time.monotonic() - started_at < 1 else 10e-3)
 
-    @contextmanager
-    def collectives(self) -> Iterator[None]:
-        """Collectives that wait on the CPU (gloo) end by the group's own time-out: this names the rank."""
-        started_at = time.monotonic()
-        try:
-            yield
-        except RuntimeError as error:
-            if len(self._hosts) == 1 or not re.search(r"[Tt]imed out", str(error)):
-                raise
-            raise RankStalledError(self._explain(time.monotonic() - started_at)) from error
+    # --- in threads ---
+
+    def _guard(self) -> None:
+        """Count the looks without progress, not the seconds: a process that was stopped as a whole has lost none."""
+        if not self._watching or self._moves != self._seen:
+            self._seen, self._idle = self._moves, 0
+            return
+        self._idle += 1
+        if self._idle == BEATS * POLLS_PER_BEAT:
+            self._raise_alarm()
+
+    def _raise_alarm(self) -> None:
+        written = self._write_stacks()
+        if len(self._ranks) > 1:
+            time.sleep(min(DUMP_SECONDS, self._worker.stall_seconds / 4))
+        stalled = self._explain(f"; stacks in {self._stacks}" if written else "")
+        if self._worker.alarm is not None:
+            self._worker.alarm(stalled)
+            return
+        self._message = stalled.message
+        thread, error = ctypes.c_ulong(self._trains_in), ctypes.py_object(RankStalledError)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)  # raised when it next runs Python
+
+    def _write_stacks(self) -> bool:
+        """Of all threads of this process; it may run beside others on another node."""
+        if self._stacks is None:
+            return False
+        with contextlib.suppress(OSError):  # the folder may be what hangs the run
+            self._stacks.mkdir(parents=True, exist_ok=True)
+            path = self._stacks / f"attempt-{self._worker.attempt}-rank-{self._rank}.txt"
+            with path.open("w", encoding="utf-8") as file:
+                host, device, _ = self._ranks[self._rank]
+                print(f"rank {self._rank} on {host}, {device}, after {self._steps} steps", file=file, flush=True)
+                faulthandler.dump_traceback(file)
+            return True
+        return False
 
     def _beat(self) -> None:
-        """Say that this rank is alive and how many steps it has queued, and note who else is. Raises without a store."""
-        self._store.set(str(self._rank), f"{time.monotonic()} {self._steps}")
-        for rank in range(len(self._hosts)):
+        """Say that this rank is alive, and note who else is. Raises without a store."""
+        self._beats += 1
+        self._store.set(str(self._rank), f"{self._beats} {self._begun + self._steps} {self._place()}")
+        for rank in range(len(self._ranks)):
             if self._store.check([str(rank)]):
                 sign = self._store.get(str(rank))
                 if rank not in self._signs or self._signs[rank][0] != sign:
                     self._signs[rank] = sign, time.monotonic()
         self._answered_at = time.monotonic()
 
-    def _explain(self, waited: float) -> str:
-        """Who it is: a rank whose process gives no sign, else the one that is behind."""
-        if len(self._hosts) == 1:
-            return f"the device has not finished a step in {waited:.0f} s"
-        silent_since = time.monotonic() - 4 * self._stall_seconds / BEATS
+    def _place(self) -> str:
+        """The function in which the run waits: the innermost of Python's that is not there to call another."""
+        frame = sys._current_frames().get(self._trains_in)
+        while frame and frame.f_back and frame.f_code.co_name in WRAPPERS:
+            frame = frame.f_back
+        name = frame.f_code.co_name if frame else "?"
+        return PLACES.get(name, name)
+
+    def _explain(self, where: str) -> Stalled:
+        """Who it is: a rank whose process gives no sign, else those that are behind the others."""
+        since = f"no step for {self._worker.stall_seconds:.0f} s"
+        names = [f"rank {rank} ({host}, {device})" for rank, (host, device, _) in enumerate(self._ranks)]
+        if len(names) == 1:
+            return Stalled(message=f"{since}: {names[0]} waits in {self._place()}{where}")
+        silent_since = time.monotonic() - SILENT_BEATS * self._worker.stall_seconds / BEATS
         never = b"", float("-inf")
-        stopped = [r for r in range(len(self._hosts)) if self._signs.get(r, never)[1] < silent_since]
+        others = set(range(len(names))) - {self._rank}
+        blamed = sorted(rank for rank in others if self._signs.get(rank, never)[1] < silent_since)
         if self._answered_at < silent_since:  # rank 0 holds the store
-            stopped = [0]
-        if stopped:
-            names = ", ".join(f"rank {rank} on {self._hosts[rank]}" for rank in stopped)
-            return f"{names} gives no sign of life; rank {self._rank} has waited {waited:.0f} s for it"
-        signs = sorted(self._signs.items())
-        steps = ", ".join(f"{int(s.split()[1])} by rank {rank} on {self._hosts[rank]}" for rank, (s, _) in signs)
-        return f"no step was finished in {waited:.0f} s, and all ranks are alive; steps queued: {steps}"
-
-    def close(self) -> None:
-        """End the thread."""
-        if self._thread:
-            self._thread.stop()
-
-
-def _abort() -> None:
-    """End the kernels that wait for a peer. It may itself wait for ever, so in a thread."""
-    if dist.is_initialized():
-        thread = threading.Thread(target=distributed_c10d._abort_process_group, daemon=True)
-        thread.start()
-        thread.join(timeout=ABORT_SECONDS)
+            blamed = [0]
+        silent = bool(blamed)
+        done = {rank: int(sign.split()[1]) for rank, (sign, _) in self._signs.items()}
+        done[self._rank] = self._begun + self._steps
+        places = {rank: sign.decode().split(" ", 2)[2] for rank, (sign, _) in self._signs.items()}
+        places[self._rank] = self._place()
+        if not silent and min(done.values()) < max(done.values()):
+            blamed = [rank for rank in sorted(done) if done[rank] == min(done.values())]
+        waiting = ", ".join(sorted({places[rank] for rank in places.keys() - blamed}))
+        at = ", ".join(sorted({places[rank] for rank in blamed if rank in places}))
+        does = "does not answer" if silent else f"is behind, in {at}"
+        who = ", ".join(names[rank] for rank in blamed)
+        what = f"{who} {does}; the others wait in {waiting}" if blamed else f"all ranks wait in {waiting}"
+        nodes = tuple(dict.fromkeys(self._ranks[rank][2] for rank in blamed))
+        return Stalled(message=f"{since}: {what}{where}", nodes=tuple(filter(None, nodes)))

@@ -50,7 +50,7 @@ def _overrides(row: Row) -> list[str]:
 _descriptor = partial(Column, right=False, stays=False)
 DESCRIPTORS: tuple[Column, ...] = (
     _descriptor("variant", "variant", lambda r: r.text("variant", r.variant), stays=True),
-    _descriptor("depth", "depth", lambda r: r.text("network.depth", str(r.depth or NONE)), stays=True, right=True,
+    _descriptor("depth", "depth", lambda r: r.text("network.depth", str(r.depth)) if r.depth else NONE, stays=True, right=True,
               key=lambda r: r.depth),
     _descriptor("dataset", "data set", lambda r: r.text("label", r.dataset)),
     _descriptor("limit_train", "images", lambda r: f"{limit:,}" if (limit := _limit(r)) else "all",

@@ -1,0 +1,179 @@
+"""What runs in the workers of a launched run, and the mailbox through which they and the driver speak."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import Any, Generic
+
+from harness.cluster.job import (
+    Allocation,
+    Ended,
+    Entered,
+    Outcome,
+    Spec,
+    Stalled,
+    StartSampler,
+    Telemetry,
+    Train,
+    Worker,
+    WorkerDiedError,
+)  # fmt: skip
+from harness.cluster.nodes import find_draining
+
+LEAVE = "leave"  # in the mailbox: by when runs have to end, all of them or an attempt at one
+FOLLOW_SECONDS = 0.05  # between two looks at what comes next
+terminated = threading.Event()  # in a worker: it got a SIGTERM
+
+
+def note_sigterm() -> None:
+    """In a worker's main thread: a SIGTERM no longer ends it in mid-step."""
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+
+
+class Mailbox:
+    """What the workers of all runs report waits here for the driver; and notes of either for the other."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[int, Any]] = []
+        self.notes: dict[Any, Any] = {}
+        self.following: dict[int, tuple[int, Any] | None] = {}  # run -> what its workers go on with
+        self.ended, self.closed = set[int](), set[int]()
+
+    def put(self, index: int, event: Any, attempt: int | None = None) -> bool:
+        """Whether the attempt is the run's last: an earlier one may live on beside it, on a node that seemed lost."""
+        current = attempt is None or self.notes.get(("attempt", index), attempt) == attempt
+        self.events += [(index, event)] if current else []
+        self.ended |= {index} if current and isinstance(event, Ended) else set()
+        return current
+
+    def empty(self) -> list[tuple[int, Any]]:
+        events, self.events = self.events, []
+        return events
+
+    def note(self, key: Any, value: Any) -> None:
+        self.notes[key] = value
+
+    def read(self, *keys: Any) -> Any:
+        return next((self.notes[key] for key in keys if key in self.notes), None)
+
+    def follow(self, index: int, following: tuple[int, Any] | None) -> bool:
+        """The driver says what comes after a run that has ended; False where its workers have ended too."""
+        if index in self.closed:
+            return False
+        self.following[index] = following
+        if following:
+            self.notes["attempt", following[0]] = 1
+        return True
+
+    def next_after(self, index: int) -> tuple[tuple[int, Any] | None, ...]:
+        """What workers go on with; empty where the driver has not said so yet."""
+        return (self.following[index],) if index in self.following else ()
+
+    def close(self, index: int) -> int | None:
+        """The workers that began with this run have ended: in which run, None where they were between two."""
+        while (following := self.following.get(index)) is not None:
+            index = following[0]
+        if index not in self.ended:
+            return index
+        self.closed.add(index)
+        return None
+
+
+def this_node() -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Task(Generic[Spec, Outcome]):
+    """A run: what its workers are sent."""
+
+    train: Train[Spec, Outcome]
+    spec: Spec
+    index: int
+    job: Allocation
+    telemetry: StartSampler | None
+    mailbox: Any
+
+    def work(self, attempt: int, started_at: float) -> None:
+        """In a worker: this run, and those that the driver has it go on with."""
+        task: Task[Spec, Outcome] | None = self
+        while task is not None:
+            worker = task.work_once(attempt, started_at)
+            attempt, started_at = 1, time.time()
+            task = task.next_task(worker)
+
+    def next_task(self, worker: Worker) -> Task[Spec, Outcome] | None:
+        """In a worker whose run has ended: the next one, None where there is none. A collective."""
+        import ray
+
+        answer: tuple[Any, ...] = ()
+        while worker.rank == 0 and not (answer := ray.get(self.mailbox.next_after.remote(self.index))):
+            time.sleep(FOLLOW_SECONDS)
+        if worker.world_size > 1:
+            from harness.cluster.loopback import from_rank_0
+
+            answer = from_rank_0(answer, worker.device)
+        (following,) = answer
+        return following and replace(self, index=following[0], spec=following[1])
+
+    def work_once(self, attempt: int, started_at: float) -> Worker:
+        """Call the train function and report its outcome; measure this node meanwhile if this is its first worker."""
+        import ray
+        from ray.train import get_context
+        from ray.train.torch import get_device
+        from ray.util import get_current_placement_group
+
+        context, job, mailbox = get_context(), self.job, self.mailbox
+        node, rank = ray.get_runtime_context().get_node_id(), context.get_world_rank()
+
+        def notice() -> float | None:
+            keys = (LEAVE, (LEAVE, self.index, attempt)) if rank == 0 else ()
+            told = ray.get(mailbox.read.remote(*keys), timeout=10) if keys else None
+            by = time.time() if terminated.is_set() else None, find_draining().get(node), told
+            return min(filter(None, by), default=None)
+
+        def alarm(stalled: Stalled) -> None:
+            with contextlib.suppress(Exception):  # where the driver is out of reach, another rank may reach it
+                ray.get(mailbox.note.remote(("stalled", self.index, attempt), stalled), timeout=10)
+            os._exit(1)  # whatever it waits for
+
+        worker = Worker(
+            rank=rank, world_size=context.get_world_size(), device=str(get_device()), threads=job.threads,
+            attempt=attempt, launch_seconds=time.time() - started_at, runs_per_gpu=job.runs_per_gpu,
+            stall_seconds=job.stall_seconds, node=node, notice=notice, alarm=alarm,
+        )  # fmt: skip
+
+        def report(event: Any) -> None:
+            # waits for the answer: else a death soon after would lose it
+            if rank == 0 and not ray.get(mailbox.put.remote(self.index, event, attempt)):
+                raise WorkerDiedError("another attempt at this run has begun")
+
+        if rank == 0:
+            mailbox.note.remote(("placement group", self.index), get_current_placement_group())
+        report(Entered())
+        sampler = None
+        if self.telemetry is not None and context.get_local_rank() == 0:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") if job.device == "cuda" else ""
+            with contextlib.suppress(Exception):  # owned by this worker: Ray ends it with the worker
+                remote: Any = ray.remote(num_cpus=0, scheduling_strategy=this_node())(self.telemetry)
+                sampler = remote.remote(visible)
+        outcome = self.train(self.spec, worker, report)
+        if sampler is not None:
+            with contextlib.suppress(Exception):  # a missing figure does not cost the run
+                measured = Telemetry(node=ray.get(sampler.stop.remote(), timeout=10))
+                ray.get(self.mailbox.put.remote(self.index, measured), timeout=10)
+                ray.kill(sampler)
+        if worker.world_size > 1:
+            from harness.cluster.loopback import meet
+
+            meet(worker.device)  # what other nodes measured has arrived
+        report(Ended(outcome=outcome, more=worker.world_size == job.workers))
+        return worker

@@ -1,0 +1,217 @@
+"""Whether what a run uses of plug-ins fits: shapes, gradients, determinism, the plan. On the CPU, on a few images.
+
+python -m harness.training.fit RANK FOLDER      one of two ranks, for `harness check my.py`
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.cluster.job import Worker
+from harness.loaders.datasets import Dataset, limit, load_dataset
+from harness.loaders.sampling import SamplingPlan
+from harness.models.build import build
+from harness.models.variants import find_variant
+from harness.plugins import blaming, load_sources, names_of, used_by
+from harness.spec import RunPaths, RunSpec
+from harness.training import checks
+from harness.training.augment import augment
+from harness.training.optim import learning_rate, make_optimizer, total_steps
+from harness.training.setup import Data, assemble
+
+IMAGES, BATCH = 8, 16
+MOMENTS = 50  # of a schedule
+RANDOM = "let torch's generator alone draw"
+
+
+def check_fit(specs: Iterable[RunSpec], dataset: Dataset, paths: RunPaths) -> None:
+    """Try all that these runs use of plug-ins. Raises PluginError, one line, for the first that does not fit."""
+    cases = {(kind, name, spec.network if kind == "network" else spec.recipe): spec for spec in specs
+             for kind, name in names_of(spec) if used_by([(kind, name)])}  # fmt: skip
+    for (kind, name, _), spec in cases.items():
+        try_out(kind, name, spec, dataset, paths)
+
+
+def try_out(kind: str, name: str, spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
+    """Try one thing; what it came to. Raises PluginError."""
+    with torch.random.fork_rng(devices=[]), blaming(kind, name):
+        return FITS[kind](spec, dataset, paths)
+
+
+def need(met: bool, words: str) -> None:
+    """Raise ValueError unless it is met; the words follow the name of what does not fit."""
+    if not met:
+        raise ValueError(words)
+
+
+def equal(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
+    """Bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def _build(spec: RunSpec, dataset: Dataset) -> nn.Module:
+    torch.manual_seed(spec.seed)
+    return build(spec.network, dataset.num_classes, spec.recipe.crop or dataset.image_size)
+
+
+def _noise(spec: RunSpec, dataset: Dataset) -> Tensor:
+    size = spec.recipe.crop or dataset.image_size
+    noise = torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return noise.contiguous(memory_format=torch.channels_last)
+
+
+def fit_network(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
+    """Logits of the right shape; a gradient for each parameter; the same from the same seed."""
+    network, other, images = _build(spec, dataset), _build(spec, dataset), _noise(spec, dataset)
+    need(isinstance(network, nn.Module), f"gives {type(network).__name__}, and a torch.nn.Module is expected")
+    named = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    need(bool(named), "has no parameters to train")
+    same = equal(network.state_dict().values(), other.state_dict().values())
+    need(same, f"is another each time that it is made of one seed: {RANDOM}")
+    wanted = (IMAGES, dataset.num_classes)
+
+    def forward() -> Tensor:
+        torch.manual_seed(1)
+        logits: Any = network(images)
+        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        need(given == wanted, f"gives {given} for images {tuple(images.shape)}: {wanted} is expected")
+        return logits  # type: ignore[no-any-return]
+
+    logits = forward()
+    F.cross_entropy(logits.float(), torch.arange(IMAGES) % dataset.num_classes).backward()
+    missed = [name for name, p in named.items() if p.grad is None]
+    need(not missed, f"has {len(missed)} parameters that no gradient reaches: {', '.join(missed[:3])}")
+    with torch.no_grad():
+        same = torch.equal(forward(), logits)
+        network.eval()
+        need(same and torch.equal(forward(), forward()), f"gives other logits for the same images: {RANDOM}")
+    count = sum(p.numel() for p in named.values())
+    return f"logits {wanted}, {count:,} parameters, a gradient for each, the same from the same seed"
+
+
+def fit_optimizer(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
+    """It has every parameter, and changes it; the same each time."""
+    ends = []
+    for _ in range(2):
+        network = _build(spec, dataset)
+        optimizer: Any = make_optimizer(replace(spec.recipe, warmup=0), network)
+        is_one = isinstance(optimizer, torch.optim.Optimizer)
+        need(is_one, f"gives {type(optimizer).__name__}, and a torch.optim.Optimizer is expected")
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        missed = len(set(parameters) - {p for group in optimizer.param_groups for p in group["params"]})
+        need(not missed, f"lacks {missed} of the {len(parameters)} parameters: it is given them as groups")
+        before = [p.detach().clone() for p in parameters]
+        for _ in range(2):
+            for p in parameters:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        need(not any(map(torch.equal, parameters, before)), "leaves parameters as they are in two steps")
+        ends.append(parameters)
+    need(equal(*ends), "ends two equal steps with other parameters each time")
+    return f"all {len(parameters)} parameters, and the same each time"
+
+
+def fit_schedule(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
+    """Finite factors from 0 up, the same each time."""
+    per_epoch = max(1, len(dataset.train) // spec.recipe.batch_size)
+    last = max(1, total_steps(spec.recipe, per_epoch) - 1)
+    for step in sorted({last * n // MOMENTS for n in range(MOMENTS + 1)}):
+        first, again = (learning_rate(spec.recipe, step, per_epoch) for _ in range(2))
+        met = isinstance(first, float | int) and math.isfinite(first) and first == again and first >= 0
+        need(
+            met,
+            f"makes the lr of step {step} {first!r}, then {again!r}: a function of the step, from 0 up, is expected",
+        )
+    return f"factors from 0 up over {last + 1} steps"
+
+
+def fit_augmentation(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
+    """Images of the same shape, the same on one rank and on two, and the given ones left as they are."""
+    images = _noise(spec, dataset)
+    before = images.clone()
+
+    def change(rank: int, ranks: int) -> Tensor:
+        return augment(spec.recipe, images[rank::ranks], (rank, ranks), (0, 0, 0), IMAGES)
+
+    whole = change(0, 1)
+    need(torch.equal(images, before), "changes the images that it is given: it must return others")
+    same = torch.equal(whole, change(0, 1)) and bool(torch.isfinite(whole).all())
+    need(same, "gives other images each time, or infinite ones: all that is random must come from draws")
+    shared = all(torch.allclose(change(rank, 2), whole[rank::2], atol=1e-5) for rank in (0, 1))
+    need(shared, "gives other images on two ranks: each must depend on itself and its draws alone")
+    return f"{tuple(whole.shape)}, the same on one rank and on two"
+
+
+def fit_loader(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
+    """All batches of an epoch, with the plan's labels, in training and in evaluation."""
+    split = limit(dataset.train, min(len(dataset.train), 4 * BATCH + 5))
+    recipe, network = replace(spec.recipe, batch_size=BATCH, val=0), find_variant("he2015")(8).network
+    small = replace(spec, network=network, recipe=recipe, device="cpu", engine="eager", precision="fp32")
+    worker, data = Worker(threads=torch.get_num_threads()), Data(split, split, split, "test")
+    with closing(assemble(small, data, worker, num_classes=dataset.num_classes, flip=dataset.flip)) as made:
+        size = made.loader_config.augment.crop_size(split)
+        for loader, batch in ((made.train_loader, BATCH), (made.eval_loader, made.loader_config.eval_batch_size)):
+            train = loader is made.train_loader
+            what = "training" if train else "evaluation"
+            plan, seen = SamplingPlan(len(split), batch, train=train), list[Tensor]()
+            for images, labels in loader.epoch(0):
+                given = (*images.shape, images.dtype, labels.dtype)
+                wanted = (len(labels), 3, *size, torch.float32, torch.int64)
+                need(
+                    given == wanted, f"gives batches {given} of images and labels for {what}: {wanted} is expected"
+                )
+                seen.append(labels.cpu())
+            steps = {len(seen), loader.steps} == {plan.steps}
+            need(
+                steps,
+                f"gives {len(seen)} of the {plan.steps} batches of an epoch of {what}, and says {loader.steps}",
+            )
+            right = torch.from_numpy(split.labels[plan.draw(0).index])
+            need(torch.equal(torch.cat(seen), right), f"gives labels in another order than the plan's for {what}")
+    return f"all batches of an epoch, float32 {(BATCH, 3, *size)}, with the plan's labels"
+
+
+def fit_dataset(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
+    """The same images when it is loaded again."""
+    again = load_dataset(spec.dataset, paths.data_dir, paths.cache_dir).fingerprint
+    need(again == dataset.fingerprint, "has other images each time that it is loaded")
+    train, test = dataset.train, dataset.test
+    return f"{len(train):,} + {len(test):,} images of {dataset.num_classes} classes, twice the same"
+
+
+FITS: dict[str, Callable[[RunSpec, Dataset, RunPaths], str]] = {
+    "network": fit_network, "optimizer": fit_optimizer, "schedule": fit_schedule, "augmentation": fit_augmentation,
+    "loader": fit_loader, "dataset": fit_dataset,
+}  # fmt: skip
+
+
+def main(rank: str, folder: str) -> None:
+    """One of two ranks: load a plug-in from its copy, train on half of each batch, compare with one rank alone."""
+    identity, paths, cases = pickle.loads((Path(folder) / "cases.pickle").read_bytes())
+    load_sources([identity], paths)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=2)
+    bench, figures = checks.Bench(Worker(rank=int(rank), world_size=2)), dict[str, Any]()
+    for what, changes in cases.items():
+        try:
+            figures[what] = checks.check_ranks(bench, "eager", **changes)
+        except Exception as error:
+            figures[what] = None, str(error)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(figures))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
