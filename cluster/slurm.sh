@@ -44,11 +44,12 @@ per_node=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntask
 # where Slurm follows processes by their parents, Ray's daemons outlive a requeued job; the nodes are this job's alone
 srun "${per_node[@]}" ray stop --force >/dev/null || true
 # shellcheck disable=SC2016  # for the shell on the head node
+run='(echo "$BASHPID" >"$HARNESS_EXIT_CODE_FILE.pid"; exec harness run "$@"); code=$?; '
+run+='echo "$code" >"$HARNESS_EXIT_CODE_FILE"; exit "$code"'
 srun "${per_node[@]}" \
     ray symmetric-run --address "$head:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-gpus "${SLURM_GPUS_ON_NODE:-8}" \
-    -- bash -c '(echo "$BASHPID" >"$HARNESS_EXIT_CODE_FILE.pid"; exec harness run "$@"); code=$?
-        echo "$code" >"$HARNESS_EXIT_CODE_FILE"; exit "$code"' \
+    -- bash -c "$run" \
     harness --address "$head:$port" "$@" &
 steps=$!
 while true; do # a signal ends `wait` too

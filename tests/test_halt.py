@@ -196,7 +196,7 @@ def test_two_ranks_stop_before_the_same_step(tmp_path: Path) -> None:
     assert mine[1] == mine[2] == theirs[2], "bit for bit"
 
 
-RUN = "run --dataset digits --depths 8 --limit-train 1024 --limit-test 64 --batch-size 8 --gpus 0 --loader resident --launcher local --epochs 2"
+RUN = "run --dataset digits --depths 8 --limit-train 640 --limit-test 64 --batch-size 8 --gpus 0 --loader resident --launcher local --epochs 2"
 
 
 def test_sigterm_stops_a_command_at_a_step(tmp_path: Path) -> None:
