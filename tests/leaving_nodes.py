@@ -71,7 +71,7 @@ def train(
         now = time.monotonic()
         if at and "trying again" in line and "noticed_seconds" not in answer:
             answer["noticed_seconds"] = now - at
-        if at and not faults and "epoch" in line.replace("of epoch", "") and "recovery_seconds" not in answer:
+        if not faults and "noticed_seconds" in answer and f"/{EPOCHS}  loss" in line and "on" not in answer:
             answer["recovery_seconds"] = now - at
             answer["on"] = [name for name, node in nodes.items() if workers_of(node)]
         if faults and faults[0][0] in line:
