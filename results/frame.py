@@ -39,9 +39,9 @@ def read_table(file: str | Path | IO[str]) -> pandas.DataFrame:
     """The CSV of `harness report`, each column of its type whatever its text looks like; seeds are lists."""
     import pandas
 
-    from harness.results.report.files import FIELDS
+    from harness.results.report.files import file_fields
 
-    dtypes: Any = {name: DTYPES[field.kind] for name, field in FIELDS.items() if field.kind in DTYPES}
+    dtypes: Any = {name: DTYPES[field.kind] for name, field in file_fields().items() if field.kind in DTYPES}
     return pandas.read_csv(file, dtype=dtypes, converters={"seeds": json.loads})
 
 

@@ -339,7 +339,7 @@ MISTAKES = {
     "--address 127.0.0.1:1": "no Ray cluster answers at '127.0.0.1:1'",
     "--address nonsense": "is not HOST:PORT or auto",
     "--dephts 20": "--depths",
-    "--epochs many": "'--epochs'",
+    "--epochs many": "--epochs 'many': a whole number is allowed",
 }
 
 

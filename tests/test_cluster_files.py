@@ -201,7 +201,7 @@ def test_kuberay_job() -> None:
 
 
 def test_every_file_names_one_ray_within_our_pin() -> None:
-    (pin,) = [line for line in PROJECT["dependencies"] if line.startswith("ray[")]
+    (pin,) = [line for line in PROJECT["optional-dependencies"]["train"] if line.startswith("ray[")]
     low, high = re.findall(r"[<>]=?(\d+)\.(\d+)", pin)
     named = {
         "kuberay.yaml": load("kuberay.yaml")["spec"]["rayClusterSpec"]["rayVersion"],

@@ -99,11 +99,10 @@ with tempfile.TemporaryDirectory() as folder:
             assert stop.code == code, stop.code
 """,
     "report": """
-import pathlib, sys, tempfile
+import pathlib
 from rich.console import Console
 from harness.commands.report import print_report
-with tempfile.TemporaryDirectory() as folder:
-    print_report([pathlib.Path(folder)], Console(file=open('/dev/null', 'w')))
+print_report([pathlib.Path('results/records/sample_digits_cpu_2026-11-22/runs')], Console(file=open('/dev/null', 'w')))
 """,
 }
 

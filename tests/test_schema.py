@@ -13,7 +13,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from harness.results.frame import read_table
-from harness.results.report.files import FIELDS, SCHEMA_VERSION, plain_values, to_csv, to_json
+from harness.results.report.files import SCHEMA_VERSION, file_fields, plain_values, to_csv, to_json
 from harness.results.rows import Row, summarise
 from harness.results.store import load_records
 from harness.results.values import Record
@@ -28,7 +28,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 def make_report_schema() -> dict[str, Any]:
     """Of `harness report --format json`; the columns of CSV are those of a row."""
     columns = {}
-    for name, field in FIELDS.items():
+    for name, field in file_fields().items():
         kind: dict[str, Any] = {"type": [field.kind, "null"]}
         if field.kind == "list of integers":
             kind = {"type": "array", "items": {"type": "integer"}}
@@ -109,7 +109,7 @@ def test_csv_opens_as_what_was_written(rows: list[Row]) -> None:
     values = plain_values(rows)
     frame, plain = read_table(io.StringIO(to_csv(rows))), pandas.read_csv(io.StringIO(to_csv(rows)))
     assert list(frame.columns) == list(plain.columns) == ["schema_version", *values[0]]
-    for name, field in FIELDS.items():
+    for name, field in file_fields().items():
         written = [row[name] for row in values]
         read = [None if not isinstance(v, list) and pandas.isna(v) else v for v in frame[name]]
         assert read == [None if v == "" else v for v in written], name

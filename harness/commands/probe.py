@@ -136,9 +136,9 @@ def time_steps(trainer: Trainer, epoch: int) -> tuple[EpochMetrics, float]:
     queue, steps = count_steps(loader)
     requested_at = 0.0
 
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         nonlocal requested_at
-        for step, batch in enumerate(loader.epoch(epoch), 1):
+        for step, batch in enumerate(loader.epoch(epoch, first_step), 1):
             yield batch
             if step == queue:
                 synchronize(device)

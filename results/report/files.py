@@ -41,9 +41,12 @@ class Field(NamedTuple):
     means: str = ""
 
 
-def _load_fields() -> dict[str, Field]:
-    parts = tomllib.loads(Path(__file__).with_name("files.toml").read_text(encoding="utf-8"))
-    before, after, published = ({name: Field(*f) for name, f in part.items()} for part in parts.values())
+_PARTS = tomllib.loads(Path(__file__).with_name("files.toml").read_text(encoding="utf-8"))
+
+
+def file_fields() -> dict[str, Field]:
+    """The columns that every file has, in their order."""
+    before, after, published = ({name: Field(*f) for name, f in part.items()} for part in _PARTS.values())
     figures, predicted = dict[str, Field](), dict[str, Field]()
     for name, metric in METRICS.items():
         plain = metric.plain(UNKNOWN)
@@ -55,8 +58,6 @@ def _load_fields() -> dict[str, Field]:
     return before | figures | after | predicted | memory | published
 
 
-FIELDS = _load_fields()
-"""The columns that every file has, in their order."""
 DERIVED: dict[str, Callable[[Row], Any]] = {
     "images": lambda row: row.done[0].record.images() if row.done else None,
     "overrides": lambda row: " ".join(map(str, setting(row.spec, "overrides", list) or ())),
@@ -83,13 +84,13 @@ def _find(field: Field, row: Row) -> Any:
     return value if isinstance(value, TYPES[field.kind]) else None
 
 
-def _read(row: Row) -> dict[str, Any]:
+def _read(row: Row, known: Mapping[str, Field]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for name, metric in METRICS.items():
         figures |= metric.plain(row.figures.get(name, UNKNOWN))
         if metric.predict:
             figures[f"predicted_{name}"] = metric.measure(row.predicted).value if row.predicted else None
-    return finite({name: _find(field, row) if field.path else figures[name] for name, field in FIELDS.items()})
+    return finite({name: _find(field, row) if field.path else figures[name] for name, field in known.items()})
 
 
 def plain_values(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -98,11 +99,12 @@ def plain_values(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[dict[
     `columns` chooses and orders what there is. Raises ValueError for one that does not exist.
     """
     named = {name.lower().replace(" ", "_"): name for row in rows for name in sorted(row.conditions)}
-    noted = {name: named[name] for name in sorted(named) if name not in FIELDS}
+    known = file_fields()
+    noted = {name: named[name] for name in sorted(named) if name not in known}
     every: list[dict[str, Any]] = []
     for row in rows:
         notes = {n: "; ".join(row.conditions.get(name, ())) or None for n, name in noted.items()}
-        every.append(_read(row) | notes)
+        every.append(_read(row, known) | notes)
     if columns and every:
         check_names(columns, list(every[0]))
         every = [{name: values[name] for name in columns} for values in every]
