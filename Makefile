@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # bytecode is worth seconds in every process that Ray starts
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test check format study measure claims docs clean
+.PHONY: quickstart test test-long check format study measure claims docs clean
 
 $(BIN)/harness: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ check: $(BIN)/harness
 
 test: check
 	$(BIN)/python -m pytest -q
+
+test-long: $(BIN)/harness
+	$(BIN)/python -m pytest -q -m long
 
 # make study DATA=data/cifar10-q75 [OUT=runs/study] [MORE='--until 9m --parts table,depth']; benchmarks/study.py says more
 study: $(BIN)/harness

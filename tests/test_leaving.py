@@ -15,7 +15,7 @@ from test_recovery import ROOT, train_plainly
 from harness.results.store import load_epochs, load_records
 from harness.results.values import EpochMetrics
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.long, pytest.mark.timeout(600)]
 NOTICED_SECONDS = 60  # by a busy machine
 FIGURES = ("epoch", "loss", "train_error", "error", "eval_loss")
 

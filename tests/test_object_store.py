@@ -124,6 +124,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return result_of(out)[1]
 
 
+@pytest.mark.long
 def test_killed_it_goes_on_on_another_machine_and_every_command_takes_the_uri(
     server: Server, new_machine: Callable[[], Path], capsys: Any, plain: list[float], tmp_path: Path
 ) -> None:
@@ -202,6 +203,7 @@ def away(server: Server, when: Callable[[], bool], seconds: float) -> Iterator[N
 
 
 @pytest.mark.parametrize("epochs", [1, EPOCHS], ids=["in the middle", "at the end"])
+@pytest.mark.long
 def test_a_store_that_is_away_for_a_while_costs_nothing(
     server: Server, new_machine: Callable[[], Path], capsys: Any, plain: list[float], epochs: int
 ) -> None:
@@ -360,6 +362,7 @@ def test_a_lease_counts_by_the_stores_clock_and_ends_with_its_command(
     assert not list((tmp_path / ".leases").iterdir())
 
 
+@pytest.mark.long
 def test_a_killed_search_goes_on_on_another_machine(
     server: Server, new_machine: Callable[[], Path], capsys: Any
 ) -> None:

@@ -414,6 +414,7 @@ def test_an_example_trains_resumes_exactly_and_is_compared(
     assert "he2015" in out
 
 
+@pytest.mark.long
 def test_an_example_is_killed_and_goes_on(tmp_path: Path) -> None:
     """The command itself, by SIGKILL after its first epoch."""
     out = tmp_path / "runs"

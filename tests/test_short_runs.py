@@ -39,6 +39,7 @@ def place(spec: dict[str, Any], worker: Worker, report: Any) -> int:
     return os.getpid() if worker.attempt == 1 + spec.get("dies", 0) else -1
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_seeds_of_a_row_share_workers_and_a_failure_ends_them(tmp_path: Path) -> None:
     specs = [
@@ -97,6 +98,7 @@ RUN = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_a_run_in_kept_workers_is_that_of_a_fresh_process(tmp_path: Path, capsys: Any) -> None:
     """Weights and losses bit for bit; memory by as little as fresh processes differ among themselves, which is 4 %."""
