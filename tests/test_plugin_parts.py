@@ -412,7 +412,7 @@ def test_a_loader_that_stops_in_a_run_fails_it(tmp_path: Path, monkeypatch: pyte
     with checks.ExitStack() as stack:
         _, trainer = checks.start(Worker(), stack)
         epoch = trainer.loader.epoch
-        monkeypatch.setattr(trainer.loader, "epoch", lambda n: list(epoch(n))[:2])
+        monkeypatch.setattr(trainer.loader, "epoch", lambda *where: list(epoch(*where))[:2])
         with pytest.raises(RuntimeError, match="loader resident gave 2 of the 5 batches"):
             checks.train_epochs(trainer, 0, 1)
 

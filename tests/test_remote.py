@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -129,8 +130,9 @@ def test_keys_are_neither_printed_nor_stored(tmp_path: Path, capsys: Any, monkey
     assert (code, set(opened)) == (0, {uri, f"{uri}/.leases"})
     (record,) = (tmp_path / "bucket").glob("*/record.json")
     page = (tmp_path / "bucket" / "report.html").read_text()
-    for text in (out, err, record.read_text(), page):
-        assert "KEY" not in text
+    card = record.with_name("README.md").read_text()
+    for text in (out, err, record.read_text(), card, page):
+        assert not {"AKIAKEY", "SECRETKEY"} & set(re.findall(r"[A-Z]+KEY", text))
     assert "s3://bucket/runs" in record.read_text()
 
     def refuse(uri: str) -> Any:
