@@ -176,10 +176,11 @@ class RunResult(Value):
     @property
     def mfu(self) -> float | None:
         """Model FLOPs utilisation in percent (arXiv:2204.02311, appendix B). Training is three forward passes: backward
-        takes a product for the inputs and one for the weights."""
+        takes a product for the inputs and one for the weights. None above 100: the peak was measured on a busy device."""
         if self.images_per_second is None or self.forward_flops is None or self.peak_flops is None:
             return None
-        return 100 * 3 * self.forward_flops * self.images_per_second / (self.workers * self.peak_flops)
+        share = 100 * 3 * self.forward_flops * self.images_per_second / (self.workers * self.peak_flops)
+        return share if share <= 100 else None
 
     @property
     def test_accuracy(self) -> float | None:

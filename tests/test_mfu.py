@@ -44,6 +44,9 @@ def test_mfu_is_three_forward_passes_over_the_peak_of_all_workers() -> None:
     assert result.mfu == pytest.approx(100 * 3 * 8e7 * 5_000 / 2e12)
     assert result.model_copy(update={"peak_flops": None}).mfu is None
     assert result.model_copy(update={"images_per_second": None}).mfu is None
+    assert result.model_copy(update={"peak_flops": 5e11}).mfu is None, (
+        "above 100: that peak was measured on a busy device"
+    )
 
 
 def test_data_sheets_are_dense_and_ordered() -> None:
