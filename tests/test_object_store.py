@@ -226,6 +226,7 @@ def test_a_store_that_is_away_for_a_while_costs_nothing(
     assert result_of(cached)[1] == plain
 
 
+@pytest.mark.long
 def test_a_store_that_stays_away_at_the_end_loses_no_epoch(
     server: Server,
     new_machine: Callable[[], Path],
@@ -310,6 +311,7 @@ def guarded(server: Server) -> Iterator[None]:
         from_now_on("inf")
 
 
+@pytest.mark.long
 def test_one_machine_alone_trains_a_run_at_a_uri(
     server: Server, new_machine: Callable[[], Path], capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -349,6 +349,7 @@ def test_ray_workers_get_it(tmp_path: Path, capsys: Any) -> None:
     assert len(load_records([tmp_path / "runs"]).records) == 2
 
 
+@pytest.mark.long
 @pytest.mark.ray
 def test_its_fields_are_searched(tmp_path: Path, capsys: Any) -> None:
     line = f"tune --plugin {write(tmp_path, NET)} --dataset digits --variant few --limit-train 64 --epochs 1 --gpus 0 "
