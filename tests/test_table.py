@@ -182,7 +182,7 @@ def test_failed_and_pending_runs_say_why() -> None:
         ],
     )
     assert [(row.name, len(row.done), len(row.failed), len(row.interrupted)) for row in rows] == [
-        ("msra-32", 0, 0, 1), ("msra-56", 1, 1, 1), ("msra-110", 0, 1, 0), ("strange-0", 0, 0, 1),
+        ("msra-32", 0, 0, 1), ("msra-56", 1, 1, 1), ("msra-110", 0, 1, 0), ("strange", 0, 0, 1),
     ]  # fmt: skip
     page = text(rows)
     for line in (
