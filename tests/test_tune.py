@@ -51,7 +51,7 @@ def test_a_search_space_is_read_with_the_types_of_its_fields() -> None:
 MISTAKES = {
     "--search lrr=uniform(0,1)": "did you mean lr?",
     "--search lr=logunifrm(0.1,1)": "did you mean loguniform?",
-    "--search lr=0.1": "function '0.1' is unknown",
+    "--search lr=0.1": "FIELD=FUNCTION(a,b) is allowed",
     "--search lr=uniform": "FIELD=FUNCTION(a,b) is allowed",
     "--search lr=uniform(1)": "takes two numbers",
     "--search lr=uniform(1,0.1)": "must be below",
