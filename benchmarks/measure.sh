@@ -36,11 +36,12 @@ once="--rounds 1"
 measure speed speed.py "$once --images 128 --epochs 1 --engines eager --precisions fp32" --data-dir "$data" --depths 20 "${few[@]}" "${peers[@]}"
 measure scaling scaling.py "$once --images 1024" --data-dir "$data" "${few[@]}"
 measure loaders loader_speed.py "$once --seconds 0.1" --data-dir "$data"
+measure images images.py "$once --seconds 0.1 --times 2" --data-dir "$data"
 measure report report.py "$once --warmup 0 --runs 50" --runs 1000,10000
 measure startup startup.py "$once --warmup 0"
 measure marks marks.py "$once --epochs 4"
 measure scale scale.py "--runs 20" --out "$scratch/scale"
-measure chaos chaos.py "--kills 3 --epochs 3 --images 64" --out "$scratch/chaos"
+measure chaos chaos.py "--faults 3 --epochs 3 --images 64" --out "$scratch/chaos"
 measure quickstart quickstart.py "$once"
 if [[ $EUID -eq 0 && ! -e "$out/multinode.json" ]] && command -v ip > /dev/null; then
     if [[ -n "${SMOKE:-}" ]]; then export EPOCHS=8; fi
