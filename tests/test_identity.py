@@ -58,7 +58,7 @@ def fill(kind: Any) -> Any:
     return {bool: True, int: 3, float: 5.5, str: "word"}[kind]
 
 
-RESULT = fill(RunResult).model_copy(update={"engine": "eager", "warnings": ("a warning",)})
+RESULT = fill(RunResult).model_copy(update={"engine": "eager", "warnings": ("a warning",), "peak_flops": 1e3})
 
 
 def make_record(seed: int, **changes: Any) -> dict[str, Any]:
