@@ -338,9 +338,8 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | Non
         raise StoppedError(
             EpochPart(steps=done, sums=every, train_seconds=train_seconds, data_stall_seconds=stall_seconds)
         )
-    lr = learning_rate(
-        recipe, epoch * loader.steps + steps - 1, loader.steps
-    )  # of its last step, done before or not
+    # of its last step, done before or not
+    lr = learning_rate(recipe, epoch * loader.steps + steps - 1, loader.steps)
     sums = torch.cat([totals, torch.full_like(totals[:1], seen)])
     if dist.is_initialized():
         dist.all_reduce(sums)
