@@ -163,9 +163,7 @@ class _Seen:
     best_progress: Sequence[float]  # of each run, as it was reported
     stop: threading.Event = field(default_factory=threading.Event)
     training: dict[tuple[int, int], int] = field(default_factory=dict)  # run and attempt -> workers
-    drains: dict[str, float] = field(
-        default_factory=dict
-    )  # by node, by time.monotonic: since when it is taken away
+    drains: dict[str, float] = field(default_factory=dict)  # by node: since when (monotonic) it is taken away
     looked_at: float = float("-inf")
 
     def look(self, mailbox: Any, job: Allocation) -> None:

@@ -70,9 +70,7 @@ class RunSpec:
     workers: int = 1
     seed: int = 0
     deterministic: bool = field(default=False, metadata={"added": True})  # algorithms, at the cost of speed
-    plugins: tuple[str, ...] = added(
-        ()
-    )  # identities of the plug-ins that this run uses: ("nets:1f2e3d4c5b6a7980",)
+    plugins: tuple[str, ...] = added(())  # identities of those that this run uses: ("nets:1f2e3d4c5b6a7980",)
 
     @property
     def key(self) -> str:

@@ -69,9 +69,8 @@ def make_command(stored: Stored) -> list[str]:
     """The command that trains this run alone, from its record: the same network, recipe, engine, device and seed."""
     environment = stored.record.environment
     command = ["harness", "run", "--spec", str(stored.folder / RECORD), "--out", "repro"]
-    for identity in stored.record.spec.get(
-        "plugins", ()
-    ):  # its source is kept, unless it is an installed package's
+    # a plug-in's source is kept, unless it is an installed package's
+    for identity in stored.record.spec.get("plugins", ()):
         name = str(identity).partition(":")[0]
         if (kept := stored.folder / "plugins" / name / f"{name}.py").is_file():
             command += ["--plugin", str(kept)]
