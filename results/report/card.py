@@ -6,8 +6,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from harness.results.metrics import METRICS
-from harness.results.metrics import figures as plain
+from harness.results.metrics import METRICS, figures
 from harness.results.values import Record
 
 CARD = "README.md"
@@ -20,18 +19,11 @@ def make_card(record: Record, *, about: str = "", classes: int | None = None) ->
     """
     if record.result is None:
         raise ValueError(f"{record.name} has no result")
-    figures = [
-        {"heading": m.heading, "text": m.text(value), "means": m.means}
-        for m in METRICS.values()
-        if (value := m.value(record.result)) is not None
-    ]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
-    versions = record.environment.get("versions") or {}
     return environment.get_template("card.md.j2").render(
-        record=record, result=record.result, images=record.images(), figures=figures, about=about, classes=classes,
-        version=versions.get("resnet-harness"),
-        peak=None if record.result.mfu is None else plain((record.result.peak_flops or 0) / 1e12),
+        record=record, result=record.result, metrics=METRICS.values(), figures=figures, about=about, classes=classes,
+        version=(record.environment.get("versions") or {}).get("resnet-harness"),
     )  # fmt: skip

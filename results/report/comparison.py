@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from harness.results.compare import Comparison, Pair, signed
-from harness.results.metrics import NONE, Figure
+from harness.results.metrics import NONE
 from harness.results.report.text import Sheet, clean, for_markdown, for_terminal
+from harness.results.values import finite
 
 DEFINITIONS = (
     "A, B: of n runs, as in harness report: of errors mean ± std, of seconds the median, of memory the largest",
@@ -47,11 +47,7 @@ def render_comparison(
         means=definitions,
         styles=[["bold", *[""] * 7, COLOURS.get(line[-1], "")] for line in cells],
     )
-    return (
-        for_markdown(sheet)
-        if format == "markdown"
-        else "\n".join(for_terminal(sheet, width, colour=colour)) + "\n"
-    )
+    return for_markdown(sheet) if format == "markdown" else for_terminal(sheet, width, colour=colour)
 
 
 def _lines(pair: Pair, named: set[str]) -> Iterator[list[str]]:
@@ -59,25 +55,17 @@ def _lines(pair: Pair, named: set[str]) -> Iterator[list[str]]:
     own = ", ".join(f"{n} {a} → {b}" for n, (a, b) in pair.differs.items() if n not in named)
     what = clean(f"{pair.name} {row.dataset if row else NONE} {own}".strip())
     for number, figure in enumerate(pair.figures):
-        yield ["" if number else what, *_words(figure)]
+        metric, interval, margin = figure.metric, figure.interval, figure.metric.margin
+        unit = " %" if metric.relative else ""
+        yield [
+            what if number == 0 else "", metric.heading, f"{figure.a.n}, {figure.b.n}", metric.summary(figure.a),
+            metric.summary(figure.b), NONE if figure.difference is None else f"{signed(figure.difference)}{unit}",
+            NONE if interval is None else f"{signed(interval.low)} … {signed(interval.high)}",
+            *([NONE, NONE] if margin is None else [f"±{margin:g}{unit}", figure.verdict]),
+        ]  # fmt: skip
     if not pair.figures:
         counts = ", ".join(str(len(side.done)) if side else NONE for side in (pair.a, pair.b))
         yield [what, NONE, counts, *[NONE] * 5, f"no result in {'B' if pair.a and pair.a.done else 'A'}"]
-
-
-def _words(figure: Comparison) -> list[str]:
-    metric, interval, margin = figure.metric, figure.interval, figure.metric.margin
-    unit = " %" if metric.relative else ""
-    return [
-        metric.heading,
-        f"{figure.a.n}, {figure.b.n}",
-        metric.summary(figure.a),
-        metric.summary(figure.b),
-        NONE if figure.difference is None else f"{signed(figure.difference)}{unit}",
-        NONE if interval is None else f"{signed(interval.low)} … {signed(interval.high)}",
-        NONE if margin is None else f"±{margin:g}{unit}",
-        NONE if margin is None else figure.verdict,
-    ]
 
 
 def _plain_pair(pair: Pair) -> dict[str, Any]:
@@ -88,15 +76,12 @@ def _plain_pair(pair: Pair) -> dict[str, Any]:
 
 
 def _plain_figure(figure: Comparison) -> dict[str, Any]:
-    def number(value: float | None) -> float | None:
-        return value if value is not None and math.isfinite(value) else None
-
-    def side(figure: Figure) -> dict[str, float | None]:
-        return {"n": figure.n, "value": number(figure.value), "std": number(figure.std)}
-
     metric, interval = figure.metric, figure.interval
+    sides = {
+        side: finite({"n": f.n, "value": f.value, "std": f.std}) for side, f in (("a", figure.a), ("b", figure.b))
+    }
     return {
-        "metric": metric.name, "unit": "percent" if metric.relative else "points", "a": side(figure.a), "b": side(figure.b),
-        "difference": number(figure.difference), "interval": interval and list(map(number, interval)),
+        "metric": metric.name, "unit": "percent" if metric.relative else "points", **sides,
+        **finite({"difference": figure.difference}), "interval": interval and list(finite(interval._asdict()).values()),
         "margin": metric.margin, "verdict": figure.verdict, "test": figure.how,
     }  # fmt: skip

@@ -36,11 +36,12 @@ def lay_out(rows: Sequence[Row], wanted: Sequence[str] = (), without: Collection
     if wanted:
         shown, shared = chosen, [column for column in shared if column.name not in wanted]
     shown = [column for column in shown if column.name not in without]
-    heads = {column.name: column.header for column in shown}
-    above = {column.name: next(text for text in words[column.name] if text != NONE) for column in shared}
+    above = [column.name for column in shared]
+    once = {column.name: column.header for column in shown}  # and what stands above
+    once |= {name: next(text for text in words[name] if text != NONE) for name in above}
     if "limit_train" in above:
-        above["limit_train"] = f"training images: {above['limit_train']}"
-    absent = (words.keys() if wanted else set(without)) - heads.keys() - above.keys()
+        once["limit_train"] = f"training images: {once['limit_train']}"
+    absent = (words.keys() if wanted else set(without)) - once.keys()
     notes: list[str] = []
     for note, at in make_notes(rows).items():
         members: dict[str, list[int]] = defaultdict(list)
@@ -50,17 +51,15 @@ def lay_out(rows: Sequence[Row], wanted: Sequence[str] = (), without: Collection
             continue
         notes.append(f"{add_mark('', number := len(notes) + 1)} {clean(note)}")
         for name, marked in members.items():
-            if name in above:
-                above[name] = add_mark(above[name], number)
-            elif name in heads and len(marked) == len(rows):
-                heads[name] = add_mark(heads[name], number)
+            if name in above or (name in once and len(marked) == len(rows)):
+                once[name] = add_mark(once[name], number)
             else:
                 for i in marked:
                     words[name][i] = add_mark(words[name][i], number)
-    body = list(zip(*(words[name] for name in heads), strict=True))
+    heads, right = [once[column.name] for column in shown], [column.right for column in shown]
+    body = list(zip(*(words[column.name] for column in shown), strict=True))
     means = [f"{column.header}: {column.means}" for column in shown if column.means]
-    right = [column.right for column in shown]
-    return Layout(shown, Sheet([*heads.values()], right, body, " · ".join(above.values()), notes, means))
+    return Layout(shown, Sheet(heads, right, body, " · ".join(once[name] for name in above), notes, means))
 
 
 def _choose_columns(rows: Sequence[Row], words: dict[str, list[str]]) -> tuple[list[Column], list[Column]]:
@@ -108,7 +107,7 @@ def render(
     styles = [[style_of(column.name, row) for column in layout.columns] for row in rows] if colour else ()
     notes = [*layout.sheet.notes, *([f"too narrow for {', '.join(out.values())}"] if out else ())]
     sheet = replace(layout.sheet, notes=notes, styles=styles)
-    return "\n".join(for_terminal(sheet, width if fit else max(width, sheet.width), colour=colour)) + "\n"
+    return for_terminal(sheet, width if fit else max(width, sheet.width), colour=colour)
 
 
 def _leave_out(rows: Sequence[Row], layout: Layout, width: int) -> tuple[Layout, dict[str, str]]:
