@@ -46,18 +46,17 @@ class Journal(BaseJournalBackend):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.logs: list[dict[str, Any]] = []
-        self._event: list[dict[str, Any]] | None = None
+        self.path, self.logs, self.events = path, list[dict[str, Any]](), 0  # open ones
+        path.touch()
         logs, size, kept = [], 0, 0
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        for line in path.read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError):
                 logs.append(json.loads(line))
                 size += len(line)
                 if line.endswith(b"\n") and logs[-1].get("commit"):
                     self.logs, kept = logs.copy(), size
-        if path.exists():
-            os.truncate(path, kept)
+        os.truncate(path, kept)
+        self.written = len(self.logs)
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         """For Optuna."""
@@ -65,30 +64,24 @@ class Journal(BaseJournalBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """For Optuna."""
-        logs = json.loads(json.dumps(logs))
-        self.logs += logs
-        if self._event is None:
-            self._write(logs)
-        else:
-            self._event += logs
+        with self.event():
+            self.logs += json.loads(json.dumps(logs))
 
     @contextlib.contextmanager
     def event(self) -> Iterator[None]:
         """Everything appended in the body is one event."""
-        self._event = []
+        self.events += 1
         try:
             yield
-            self._write(self._event)
         finally:
-            self._event = None
-
-    def _write(self, logs: list[dict[str, Any]]) -> None:
-        if logs:
-            logs[-1]["commit"] = True
+            self.events -= 1
+        if not self.events and (new := self.logs[self.written :]):
+            new[-1]["commit"] = True
             with self.path.open("ab") as file:
-                file.write("".join(json.dumps(log) + "\n" for log in logs).encode())
+                file.write("".join(json.dumps(log) + "\n" for log in new).encode())
                 file.flush()
                 os.fsync(file.fileno())
+            self.written = len(self.logs)
 
 
 def count_trials(dimensions: Sequence[Dimension], samples: int | None) -> int:
@@ -114,50 +107,44 @@ class Study:
 
     def __init__(self, path: Path, sweep: Sweep, *, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.dimensions, self.algorithm = sweep.dimensions, sweep.search_algorithm
-        self.epochs, self.seed = sweep.epochs, seed
-        self._journal = Journal(path)
+        self.sweep, self.seed, self._journal = sweep, seed, Journal(path)
         self._storage = JournalStorage(self._journal)
         self._study = optuna.create_study(
             storage=self._storage, study_name="sweep", sampler=RandomSampler(), load_if_exists=True,
             pruner=make_pruner(sweep.scheduler, sweep.epochs),
         )  # fmt: skip
-        self.distributions = {d.field: _distribution(d) for d in self.dimensions}
-        self.trials = [self._read(frozen) for frozen in self._study.get_trials(deepcopy=False)]
-        self.to_prune = {
-            frozen.number + 1
-            for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if "pruned_at" in frozen.user_attrs
-        }
+        self.distributions = {d.field: _distribution(d) for d in sweep.dimensions}
+        known = self._study.get_trials(deepcopy=False)
+        self.trials = list(map(self._read, known))
+        running = [frozen for frozen in known if frozen.state == TrialState.RUNNING]
+        self.to_prune = {frozen.number + 1 for frozen in running if "pruned_at" in frozen.user_attrs}
         """Trials whose pruning was decided and is not recorded as done yet."""
 
     def propose(self) -> dict[str, Any] | None:
         """The next point: a function of the seed and of what is known of earlier trials. None: every point was tried."""
         number, tried = len(self.trials), [trial.fields for trial in self.trials]
-        points, grid = count_points(self.dimensions), grid_points(self.dimensions)
+        dimensions = self.sweep.dimensions
+        points, grid = count_points(dimensions), grid_points(dimensions)
         if points is not None and number >= points:
             return None
         for attempt in range(ATTEMPTS):
-            fields = self._sample([self.seed, number, attempt]) | grid[number % len(grid)]
-            fields = {d.field: fields[d.field] for d in self.dimensions}
-            if fields not in tried:
+            drawn = self._sample([self.seed, number, attempt]) | grid[number % len(grid)]
+            if (fields := {d.field: drawn[d.field] for d in dimensions}) not in tried:
                 return fields
         if points is None:
             return None
         # few points are left: one of them, of the next grid point that has any
-        values = [[(d.field, value) for value in finite_values(d) or ()] for d in self.dimensions]
+        values = [[(d.field, value) for value in finite_values(d) or ()] for d in dimensions]
         left = [fields for fields in map(dict, itertools.product(*values)) if fields not in tried]
-        for turn in range(len(grid)):
-            of_turn = [f for f in left if f.items() >= grid[(number + turn) % len(grid)].items()]
-            if of_turn:
-                return of_turn[int(np.random.default_rng([self.seed, number]).integers(len(of_turn)))]
-        return None
+        turns = ([f for f in left if f.items() >= point.items()] for point in (grid * 2)[number % len(grid) :])
+        of_turn = next(filter(None, turns))
+        return of_turn[int(np.random.default_rng([self.seed, number]).integers(len(of_turn)))]
 
     def add(self, fields: Mapping[str, Any], run: str, key: str) -> Trial:
         """A new trial, running."""
-        attributes = {"run": run, "key": key}
         self._study.add_trial(create_trial(
-            state=TrialState.RUNNING, params=dict(fields), distributions=self.distributions, user_attrs=attributes,
+            state=TrialState.RUNNING, params=dict(fields), distributions=self.distributions,
+            user_attrs={"run": run, "key": key},
         ))  # fmt: skip
         self.trials.append(self._read(self._study.get_trials(deepcopy=False)[-1]))
         return self.trials[-1]
@@ -171,7 +158,7 @@ class Study:
                 self._storage.set_trial_user_attr(self._id(trial), "seconds", trial.seconds)
                 # asked of the last epoch, too: the others are judged by it
                 prune = self._study.pruner.prune(self._study, self._storage.get_trial(self._id(trial)))
-                if prune and epoch < self.epochs:
+                if prune and epoch < self.sweep.epochs:
                     self._storage.set_trial_user_attr(self._id(trial), "pruned_at", epoch)
                     self.to_prune.add(trial.number)
         return trial.number in self.to_prune
@@ -194,7 +181,7 @@ class Study:
         value = frozen.value if state == "finished" else None
         return Trial(
             number=frozen.number + 1, run=attributes["run"], key=attributes["key"],
-            fields={d.field: _convert(d, frozen.params[d.field]) for d in self.dimensions},
+            fields={d.field: _convert(d, frozen.params[d.field]) for d in self.sweep.dimensions},
             state=state, value=value, last=value if value is not None else curve[-1][1] if curve else None,
             epochs=curve[-1][0] if curve else 0, seconds=attributes.get("seconds", 0.0),
             reason=attributes.get("reason", ""), curve=curve,
@@ -208,17 +195,15 @@ class Study:
         number = int(np.random.default_rng(seed).integers(2**31))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study = optuna.create_study(sampler=SAMPLERS[self.algorithm](seed=number))
-            if self.algorithm != "random":
-                for trial in self._study.get_trials(states=[s for s in TrialState if s != TrialState.RUNNING]):
-                    if trial.state == TrialState.FAIL:
-                        trial = create_trial(
-                            state=TrialState.PRUNED, params=trial.params, distributions=trial.distributions
-                        )
-                    study.add_trial(trial)
-            drawn = {d.field: self.distributions[d.field] for d in self.dimensions if d.function != "grid"}
-            params = study.ask(drawn).params
-        return {d.field: _convert(d, params[d.field]) for d in self.dimensions if d.field in params}
+            study = optuna.create_study(sampler=SAMPLERS[self.sweep.search_algorithm](seed=number))
+            ended = [STATES[state] for state in ("finished", "pruned", "failed")]
+            for trial in self._study.get_trials(states=ended) if self.sweep.search_algorithm != "random" else ():
+                values = {"params": trial.params, "distributions": trial.distributions}
+                failed = trial.state == TrialState.FAIL
+                study.add_trial(create_trial(state=TrialState.PRUNED, **values) if failed else trial)
+            own = [d for d in self.sweep.dimensions if d.function != "grid"]
+            params = study.ask({d.field: self.distributions[d.field] for d in own}).params
+        return {d.field: _convert(d, params[d.field]) for d in own}
 
 
 def _distribution(d: Dimension) -> BaseDistribution:

@@ -8,21 +8,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harness import plan
-from harness.cluster.job import Allocation, Failed, Started
+from harness.cluster.job import Failed, Started
 from harness.commands.study import Study
 from harness.options import Grid, Search, fill
 from harness.progress import TrialTable, describe_trial, duration
 from harness.record import Recorder, classify, lock_run, name_of
+from harness.resources import Session
 from harness.results.remote import join_uri, push_run
 from harness.results.store import SWEEPS, load_epochs, load_predictions, write_atomic
 from harness.results.sweeps import TRIALS, Dimension, State, Sweep, Trial
 from harness.results.values import EpochMetrics, Pruned, RunResult
 from harness.search_space import SEARCHED, finite_values
 from harness.selfcheck import Checked
-from harness.spec import RunPaths, RunSpec, UserError
+from harness.spec import RunSpec, UserError
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -43,63 +44,56 @@ def make_trial_grid(search: Search, point: Mapping[str, Any]) -> Grid:
 def corners(dimensions: Sequence[Dimension], *, listed: bool = False) -> list[dict[str, Any]]:
     """A few points of the space that between them have every listed value and, unless only these are asked for, every
     bound: an error in one of them is reported before anything starts."""
-    lists = [finite_values(d) or d.values[: 1 if listed else 2] for d in dimensions]
-    return [
-        {d.field: values[min(i, len(values) - 1)] for d, values in zip(dimensions, lists, strict=True)}
-        for i in range(max(map(len, lists)))
-    ]
+    lists = {d.field: finite_values(d) or d.values[: 1 if listed else 2] for d in dimensions}
+    points = range(max(map(len, lists.values())))
+    return [{name: values[min(i, len(values) - 1)] for name, values in lists.items()} for i in points]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prepared:
     """What is known before the first trial."""
 
     search: Search
-    sweep: Sweep  # without its trials
-    folder: Path
     dataset: Dataset
-    paths: RunPaths
-    allocation: Allocation
-    checked: Checked
+    session: Session
+    sweep: Sweep = field(init=False)  # without its trials
+    folder: Path = Path()
+    checked: Checked = field(default_factory=Checked)
 
     def make_spec(self, point: Mapping[str, Any], **changes: Any) -> RunSpec:
         """The run of one point. Raises UserError where it cannot be one."""
-        return make_trial_spec(replace(self.search, **changes), point, self.allocation, self.dataset)
+        grid, data = make_trial_grid(replace(self.search, **changes), point), self.dataset
+        (spec,) = plan.expand(
+            grid, self.session.allocation, fingerprint=data.fingerprint, train_images=len(data.train)
+        )
+        plan.check_images([spec], data)
+        return spec
 
     def describe(self) -> str:
         """In a line: how many trials, how long, judged by what."""
         trials = f"{self.sweep.total} trials of {self.sweep.epochs} epoch{'s' * (self.sweep.epochs != 1)}"
-        return f"{trials}, {self.allocation.concurrent_runs} at a time; judged by {self.sweep.judged_by}"
+        at_a_time = f"{self.session.allocation.concurrent_runs} at a time"
+        return f"{trials}, {at_a_time}; judged by {self.sweep.judged_by}"
 
     def what_fits(self, seconds: float) -> str:
         """What to do where no epoch was done within so many seconds."""
         images = self.search.limit_train or len(self.dataset.train)
         none = f"not one epoch of {images:,} images was done"
         own = self.make_spec(corners(self.sweep.dimensions, listed=True)[0]).to_json() | {"seed": None}
-        known = [p for p in load_predictions([self.paths.out]) if p.spec | {"seed": None} == own]
+        known = [p for p in load_predictions([self.session.paths.out]) if p.spec | {"seed": None} == own]
         if not known:
             return f"{none}: more time or fewer images, --limit-train, would have fitted; --estimate says how many"
         setup, epoch = known[-1].setup_seconds, known[-1].epoch_seconds + known[-1].eval_seconds
-        fit = max(0, int(images * (seconds - setup) / epoch))
-        needs = f"it takes {duration(setup + epoch)} from the start, by --estimate"
+        fit, needs = max(0, int(images * (seconds - setup) / epoch)), duration(setup + epoch)
+        needs = f"it takes {needs} from the start, by --estimate"
         return f"{none}: {needs}; in {duration(seconds)} --limit-train {fit} would have fitted"
 
 
-def make_trial_spec(search: Search, point: Mapping[str, Any], allocation: Allocation, dataset: Dataset) -> RunSpec:
-    grid, images = make_trial_grid(search, point), len(dataset.train)
-    (spec,) = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
-    plan.check_images([spec], dataset)
-    return spec
-
-
-@dataclass(slots=True)
-class _Running:
-    """A trial that is running."""
-
+class _Running(NamedTuple):
     trial: Trial
     spec: RunSpec
     lock: FileLock
-    rows: list[EpochMetrics] = field(default_factory=list)
+    rows: list[EpochMetrics]
 
 
 class SweepTrials:
@@ -107,21 +101,21 @@ class SweepTrials:
 
     def __init__(self, prepared: Prepared, study: Study, table: TrialTable) -> None:
         self.prepared, self.study, self.table = prepared, study, table
-        self.metric = prepared.sweep.metric
+        self.sweep, self.paths = prepared.sweep, prepared.session.paths
         self.running: dict[str, _Running] = {}
         self.interrupted = [trial for trial in study.trials if trial.state == "running"]
         environment = {
-            "launcher": "tune", "concurrent_runs": prepared.allocation.concurrent_runs, "sweep": prepared.sweep.name,
+            "launcher": "tune", "concurrent_runs": prepared.session.allocation.concurrent_runs, "sweep": self.sweep.name,
             **prepared.checked.environment,
         }  # fmt: skip
         dataset, warnings = prepared.dataset, prepared.checked.warnings
         self.recorder = Recorder(
-            prepared.paths, dataset.original, environment, table.say, warnings, classes=dataset.num_classes
+            self.paths, dataset.original, environment, table.say, warnings, classes=dataset.num_classes
         )
 
     def store(self, **changes: Any) -> Sweep:
         """Write trials.json."""
-        sweep = self.prepared.sweep.model_copy(update={"trials": self.study.trials, **changes})
+        sweep = self.sweep.model_copy(update={"trials": self.study.trials, **changes})
         write_atomic(self.prepared.folder / TRIALS, sweep.to_json())
         self.push()
         return sweep
@@ -137,110 +131,87 @@ class SweepTrials:
 
     def propose(self) -> tuple[str, RunSpec] | None:
         """The next trial that needs training; those that are stored already end here."""
-        prepared, study, label = self.prepared, self.study, self.prepared.paths.label
+        study, out = self.study, self.paths.out
         while True:
             if self.interrupted:
                 trial = self.interrupted.pop(0)
-                spec = prepared.make_spec(trial.fields)
+                spec = self.prepared.make_spec(trial.fields)
+            elif len(study.trials) < self.sweep.total and (point := study.propose()) is not None:
+                spec = self.prepared.make_spec(point)
+                trial = study.add(point, name_of(spec, self.paths.label), spec.key)
             else:
-                point = study.propose() if len(study.trials) < prepared.sweep.total else None
-                if point is None:
-                    return None
-                spec = prepared.make_spec(point)
-                trial = study.add(point, name_of(spec, label), spec.key)
+                return None
             try:
-                lock = lock_run(spec, label, prepared.paths.out)
+                lock = lock_run(spec, self.paths.label, out)
             except UserError as error:
                 self._end(trial, "failed", reason=str(error))
                 continue
-            if self._end_stored(trial, spec):
+            name, result = str(trial.number), self.recorder.find_finished([spec]).get(spec.key)
+            if result is not None:  # by whatever command
+                rows = load_epochs(out / trial.run)
+                for i in range(len(rows)):
+                    self._report(trial, rows[: i + 1])
+                self._end(trial, "finished", measure(rows, self.sweep.metric, result), "was done already")
                 lock.release()
-                continue
-            name = str(trial.number)
-            running = self.running[name] = _Running(trial, spec, lock)
-            if trial.number in study.to_prune:  # the driver was killed between the decision and the record
-                running.rows = load_epochs(self.recorder.partial(spec))
+            elif trial.number in study.to_prune:  # the driver was killed between the decision and the record
+                self.running[name] = _Running(trial, spec, lock, load_epochs(self.recorder.partial(spec)))
                 self.recorder.started.setdefault(spec.key, datetime.now(UTC))
                 self.ended(name, None)
-                continue
-            self.table.line(trial, f"starting, {describe_trial(trial)}")
-            return name, spec
+            else:
+                self.running[name] = _Running(trial, spec, lock, [])
+                self.table.line(trial, f"starting, {describe_trial(trial)}")
+                return name, spec
 
     def reported(self, name: str, event: Any) -> bool:
         """An attempt began, or an epoch ended; True prunes the trial."""
-        running = self.running[name]
+        trial, spec, _, rows = self.running[name]
         if isinstance(event, Started):
-            self.recorder.begin(running.spec, event)
+            self.recorder.begin(spec, event)
             if event.reason:
-                running.rows.clear()
+                rows.clear()
                 self.table.say(f"trial {name}: {event.reason}; trying again ({event.attempt})")
             return False
-        running.rows.append(event)
-        prune = self._report(running.trial, running.rows)
-        value = measure(running.rows, self.metric)
-        progress = f"epoch {event.epoch}/{self.prepared.sweep.epochs}  {self.metric} {value:.4g}"
-        self.table.line(running.trial, f"{progress}  {event.train_seconds:.2f} s/epoch")
+        rows.append(event)
+        prune, value = self._report(trial, rows), measure(rows, self.sweep.metric)
+        progress = f"epoch {event.epoch}/{self.sweep.epochs}  {self.sweep.metric} {value:.4g}"
+        self.table.line(trial, f"{progress}  {event.train_seconds:.2f} s/epoch")
         return prune
 
     def ended(self, name: str, outcome: RunResult | Failed | None) -> None:
-        """Store what came of a trial."""
-        running, sweep = self.running.pop(name), self.prepared.sweep
-        stored: RunResult | Failed | Pruned
-        if outcome is None:
-            last = running.rows[-1]
-            stored = Pruned(by=sweep.scheduler, sweep=sweep.name, epoch=last.epoch, of=sweep.epochs, error=last.error,
-                            evaluated_on=sweep.selected_on)  # fmt: skip
-        else:
-            stored = outcome
-        self.recorder.end(running.spec, stored, trial=running.trial.number)
+        """Store what came of a trial; None: it was pruned."""
+        (trial, spec, lock, rows), sweep = self.running.pop(name), self.sweep
+        stored = outcome or Pruned(
+            by=sweep.scheduler, sweep=sweep.name, epoch=rows[-1].epoch, of=sweep.epochs, error=rows[-1].error,
+            evaluated_on=sweep.selected_on,
+        )  # fmt: skip
+        self.recorder.end(spec, stored, trial=trial.number)
         if isinstance(stored, Pruned):
-            self._end(running.trial, "pruned", reason=f"by {stored.by} after epoch {stored.epoch}")
+            self._end(trial, "pruned", reason=f"by {stored.by} after epoch {stored.epoch}")
         elif isinstance(stored, Failed):
             failure = classify(stored)
-            self._end(running.trial, "failed", reason=f"{failure.kind}: {failure.message}")
+            self._end(trial, "failed", reason=f"{failure.kind}: {failure.message}")
         else:
-            self._end(running.trial, "finished", measure_run(stored, stored.epochs, self.metric))
-        running.lock.release()
-
-    def _end_stored(self, trial: Trial, spec: RunSpec) -> bool:
-        """End a trial whose run was finished already, by whatever command."""
-        result = self.recorder.find_finished([spec]).get(spec.key)
-        if result is None:
-            return False
-        rows = load_epochs(self.prepared.paths.out / trial.run)
-        for i in range(len(rows)):
-            self._report(trial, rows[: i + 1])
-        self._end(trial, "finished", measure_run(result, rows, self.metric), "was done already")
-        return True
+            self._end(trial, "finished", measure(stored.epochs, sweep.metric, stored))
+        lock.release()
 
     def _report(self, trial: Trial, rows: Sequence[EpochMetrics]) -> bool:
         """The last of a trial's epochs; True prunes it."""
-        last = rows[-1]
-        seconds = last.train_seconds + last.eval_seconds
-        return self.study.report(trial, last.epoch, measure(rows, self.metric), seconds)
+        seconds = rows[-1].train_seconds + rows[-1].eval_seconds
+        return self.study.report(trial, rows[-1].epoch, measure(rows, self.sweep.metric), seconds)
 
     def _end(self, trial: Trial, state: State, value: float | None = None, reason: str = "") -> None:
         self.study.end(trial, state, value, reason)
         self.store()
-        shown = f", {self.metric} {value:.4g}" if value is not None else ""
-        self.table.line(trial, f"{state}{shown}{f' ({reason})' if reason else ''}   [{self.table.summary()}]")
+        shown = f", {self.sweep.metric} {value:.4g}" if value is not None else ""
+        self.table.line(trial, f"{state}{shown}{f' ({reason})' * bool(reason)}   [{self.table.summary()}]")
 
 
-def measure(rows: Sequence[EpochMetrics], metric: str) -> float:
-    """The metric after some epochs."""
-    last = rows[-1]
+def measure(rows: Sequence[EpochMetrics], metric: str, result: RunResult | None = None) -> float:
+    """The metric after some epochs, or of a whole run, as its record has it."""
+    whole = {"error": result.final_error, "epoch_seconds": result.epoch_seconds} if result else {}
+    if (known := whole.get(metric)) is not None:
+        return known
     if metric == "epoch_seconds":
-        timed = [row.train_seconds for row in rows if row.timed]
-        return statistics.median(timed) if timed else last.train_seconds
-    if metric == "top5_error":
-        return last.top5_error if last.top5_error is not None else math.inf
-    return last.loss if metric == "loss" else last.error
-
-
-def measure_run(result: RunResult, rows: Sequence[EpochMetrics], metric: str) -> float:
-    """The metric of a whole run, as its record has it."""
-    if metric == "error":
-        return result.final_error
-    if metric == "epoch_seconds" and result.epoch_seconds is not None:
-        return result.epoch_seconds
-    return measure(rows, metric)
+        return statistics.median([row.train_seconds for row in rows if row.timed] or [rows[-1].train_seconds])
+    value: float | None = getattr(rows[-1], metric)
+    return math.inf if value is None else value
