@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor, nn
 
+from harness.commands.report import mistakes
 from harness.loaders.cache import cache_dir
 from harness.loaders.datasets import Dataset, Split, limit, load_dataset
 from harness.loaders.loader import make_evaluation_loader
@@ -29,7 +30,6 @@ from harness.progress import say
 from harness.results.published import load_published
 from harness.results.remote import StorageError, is_uri, pull_file, redact
 from harness.results.store import load_records
-from harness.results.values import Record
 from harness.spec import RunSpec, UserError
 from harness.training.evaluation import MultiScale, evaluate
 from harness.training.setup import EVAL_BATCH_SIZE, eval_batch_size, split_data
@@ -83,16 +83,13 @@ def evaluate_weights(options: EvalOptions) -> Errors:
     for option in [option for option, given in for_scales.items() if given and not options.scales]:
         raise UserError(f"{option} is for --scales, which says at which sizes images are evaluated")
     files = {"--predictions": options.predictions, "--save-probabilities": options.save_probabilities}
-    for option, file in files.items():
-        if file and not file.expanduser().absolute().parent.is_dir():
-            raise UserError(f"{option} {file}: no such folder")
+    for option, path in files.items():
+        if path and not path.expanduser().absolute().parent.is_dir():
+            raise UserError(f"{option} {path}: no such folder")
     try:
-        uri = is_uri(str(options.weights))
-        file = (
-            pull_file(options.weights, cache_dir().expanduser().absolute())
-            if uri
-            else Path(options.weights).expanduser()
-        )
+        file = Path(options.weights).expanduser()
+        if is_uri(str(options.weights)):
+            file = pull_file(options.weights, cache_dir().expanduser().absolute())
         return _evaluate(replace(options, weights=redact(str(options.weights))), file)
     except (ValueError, StorageError) as error:
         raise UserError(str(error)) from None
@@ -101,7 +98,7 @@ def evaluate_weights(options: EvalOptions) -> Errors:
 def _evaluate(options: EvalOptions, weights: Path) -> Errors:
     """`weights` is the file. Raises ValueError or UserError."""
     about, scales = load_metadata(weights), options.scales
-    variant = _choose_variant(options, about, weights)
+    variant, trained = _choose_variant(options, about, weights)
     data_dir = find_data_dir(options.data_dir, options.dataset)
     with blaming("dataset", options.dataset):
         tensors, dataset = load_weights(weights), load_dataset(options.dataset, data_dir)
@@ -117,8 +114,16 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
     if scales:
         most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2))
     batch_size = min(options.batch_size or most, len(test))
+    if (
+        trained is None
+    ):  # the mean is of what its recipe trains on, with images held out by seed 0 if there are enough
+        own = recipe if recipe.val < len(dataset.train) else replace(recipe, val=0)
+        trained = RunSpec(
+            variant=variant.name, network=variant.network, recipe=own, dataset=dataset.name,
+            fingerprint=dataset.fingerprint, loader="resident", device="cpu",
+        )  # fmt: skip
     normalize = parse_normalize(options.mean, options.std) or make_normalize(
-        recipe.normalize, _training_images(weights, about, variant, dataset)
+        recipe.normalize, split_data(replace(trained, limit_test=None), dataset).train
     )
     config = LoaderConfig(
         augment=augment, normalize=normalize, batch_size=batch_size, eval_batch_size=batch_size, device=device,
@@ -145,11 +150,13 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
 
         classes = np.array(dataset.classes)
         top = {f"top{rank}": classes[column] for rank, column in enumerate(likeliest.T, 1)}
-        with _writing("--predictions", options.predictions) as path:
-            pd.DataFrame({"image": images, "label": classes[labels], **top}).to_csv(path, index=False)
+        with mistakes(file=f"--predictions {options.predictions}"):
+            frame = pd.DataFrame({"image": images, "label": classes[labels], **top})
+            frame.to_csv(options.predictions.expanduser(), index=False)
     if options.save_probabilities is not None:
         arrays: Any = {f"scale_{scale}": torch.cat(parts)[turn].numpy() for scale, parts in scores.items()}
-        with _writing("--save-probabilities", options.save_probabilities) as path, path.open("wb") as file:
+        path = options.save_probabilities.expanduser()
+        with mistakes(file=f"--save-probabilities {path}"), path.open("wb") as file:
             np.savez(file, image=images, label=labels, **arrays)
     misses = len(test) - int((likeliest == labels[:, None]).sum())
     return Errors(
@@ -159,8 +166,8 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
     )  # fmt: skip
 
 
-def _choose_variant(options: EvalOptions, about: Mapping[str, str], file: Path) -> Variant:
-    """The variant that was named, or that the weights name."""
+def _choose_variant(options: EvalOptions, about: Mapping[str, str], file: Path) -> tuple[Variant, RunSpec | None]:
+    """The variant that was named, or that the weights name; the run that trained them, by the record beside them."""
     if (word := options.variant or about.get("variant")) is None:
         raise UserError(f"{options.weights} does not name its variant: --variant does")
     sources = sorted(file.parent.glob("plugins/*/*.py"))
@@ -172,21 +179,16 @@ def _choose_variant(options: EvalOptions, about: Mapping[str, str], file: Path) 
     smallest, scales = NETWORKS[variant.network.architecture].smallest_image, options.scales
     if scales and min(scales) < smallest:
         raise UserError(f"--scales {min(scales)} is too small for {variant.name}: at least {smallest} pixels")
-    trained = variant
+    held = variant
     with suppress(KeyError, ValueError):  # of other origin
-        trained = find_variant(about["variant"])(int(about["depth"]))
-    if trained.network != variant.network:  # its tensors might fit all the same
-        raise UserError(f"{options.weights} holds weights of {_name(trained)}, not of {_name(variant)}")
-    if options.variant is None and (stored := _find_record(file, about)) is not None:
-        spec = RunSpec.from_json(stored.spec)  # as it was trained, with --set
-        return replace(variant, network=spec.network, recipe=spec.recipe)
-    return variant
-
-
-def _find_record(weights: Path, about: Mapping[str, str]) -> Record | None:
-    """The record beside a run's weights."""
-    stored = load_records([weights.parent]).records if "key" in about else []
-    return next((each.record for each in stored if each.record.key == about["key"]), None)
+        held = find_variant(about["variant"])(int(about["depth"]))
+    if held.network != variant.network:  # its tensors might fit all the same
+        raise UserError(f"{options.weights} holds weights of {_name(held)}, not of {_name(variant)}")
+    beside = load_records([file.parent]).records if "key" in about else []
+    trained = next((RunSpec.from_json(s.record.spec) for s in beside if s.record.key == about["key"]), None)
+    if options.variant is None and trained is not None:  # with --set
+        variant = replace(variant, network=trained.network, recipe=trained.recipe)
+    return variant, trained
 
 
 def _load_network(
@@ -209,32 +211,7 @@ def _load_network(
 
 
 def _name(variant: Variant) -> str:
-    return f"{variant.name}-{variant.network.depth}" if variant.network.depth else variant.name
-
-
-def _training_images(weights: Path, about: Mapping[str, str], variant: Variant, dataset: Dataset) -> Split:
-    """The images over which a run measured its mean; the record beside its weights says what it left out.
-
-    Without one, those the recipe trains on, with validation images drawn by seed 0 if there are enough.
-    """
-    recipe = variant.recipe if variant.recipe.val < len(dataset.train) else replace(variant.recipe, val=0)
-    spec = RunSpec(
-        variant=variant.name, network=variant.network, recipe=recipe, dataset=dataset.name,
-        fingerprint=dataset.fingerprint, loader="resident", device="cpu",
-    )  # fmt: skip
-    if (stored := _find_record(weights, about)) is not None:
-        known = stored.spec
-        recipe = replace(recipe, val=known["recipe"]["val"])
-        spec = replace(spec, recipe=recipe, seed=stored.seed, limit_train=known["limit_train"])
-    return split_data(spec, dataset).train
-
-
-@contextmanager
-def _writing(option: str, path: Path) -> Iterator[Path]:
-    try:
-        yield path.expanduser()
-    except OSError as error:
-        raise UserError(f"{option} {path} cannot be written: {error.strerror or error}") from None
+    return f"{variant.name}{f'-{variant.network.depth}' * bool(variant.network.depth)}"
 
 
 def _annotate(
@@ -242,9 +219,8 @@ def _annotate(
 ) -> Iterator[str]:
     """How scores were averaged, what the variant's source printed, and which tensors of the file were not used."""
     if options.scales:
-        what = "" if options.average == "logits" else "probabilities "
-        scales = ", ".join(map(str, options.scales))
-        yield f"{what}averaged over scales {scales}{', and mirrored' * flip}"
+        what = "probabilities " * (options.average != "logits")
+        yield f"{what}averaged over scales {', '.join(map(str, options.scales))}{', and mirrored' * flip}"
     for entry in load_published():
         if (entry.variant, entry.depth, entry.dataset) == (variant.name, variant.network.depth, dataset.name):
             error = "top-5 error" if entry.error is None else "error"

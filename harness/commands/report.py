@@ -60,7 +60,7 @@ def _name_problems(problems: Sequence[Problem]) -> None:
 
 
 @contextmanager
-def _mistakes(prefix: str = "", file: str = "") -> Iterator[None]:
+def mistakes(prefix: str = "", file: str = "") -> Iterator[None]:
     """What is wrong with the user's words, or keeps `file` (as it is named to the user) from being written, as a UserError."""
     try:
         yield
@@ -80,7 +80,7 @@ def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
 
     folders = [*(run.folder for run in loaded.records), *(run.folder for run in loaded.interrupted)]
     outs = dict.fromkeys(folder.parent for folder in folders)
-    with _mistakes():
+    with mistakes():
         return summarise(loaded.records, loaded.interrupted, across, load_predictions(outs))
 
 
@@ -106,7 +106,7 @@ def print_report(paths: Sequence[Path], console: Console, options: ReportOptions
         _name_problems(searches.problems)
     if not (table.rows or searches.sweeps or options.preset):
         raise UserError(f"no runs in {', '.join(repr(str(path)) for path in paths)}: `harness run` makes some")
-    with _mistakes():
+    with mistakes():
         rows = sort_rows(table.rows, options.sort) if options.sort is not None else table.rows
         if format == "html":
             text = make_html(rows, [*loaded.problems, *searches.problems], columns, searches.sweeps)
@@ -124,7 +124,7 @@ def print_report(paths: Sequence[Path], console: Console, options: ReportOptions
         from harness.results.report.sweeps import draw_all
 
         panels, sweeps = draw_all(rows, searches.sweeps)
-        with _mistakes(file=f"--curves {curves}"):
+        with mistakes(file=f"--curves {curves}"):
             for path in write_charts([*panels, *sweeps], curves):
                 print(f"harness: drawn: {path}", file=sys.stderr)
     return bool(rows)
@@ -161,7 +161,7 @@ def write_page(out: Path, loaded: Loaded | None = None) -> Path:
 
     loaded, searches = loaded or load_records([out]), load_sweeps([out])
     text = make_html(make_rows(loaded), [*loaded.problems, *searches.problems], sweeps=searches.sweeps)
-    with _mistakes(file=str(out / PAGE)):
+    with mistakes(file=str(out / PAGE)):
         write_atomic(out / PAGE, text)
     return out / PAGE
 
@@ -228,7 +228,7 @@ def print_text(text: str, console: Console, output: Path | None = None) -> None:
         console.file.write(text)
         console.file.flush()
         return
-    with _mistakes(file=f"--output {output}"):
+    with mistakes(file=f"--output {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
 
@@ -292,7 +292,7 @@ def print_comparison(
     check_word(format, COMPARISON_FORMATS, "--format")
     if strict and fail_on is None:
         raise UserError("--strict is for --fail-on, whose conditions it makes stricter")
-    with _mistakes("--fail-on: "):
+    with mistakes("--fail-on: "):
         conditions = parse_fail_on(fail_on) if fail_on is not None else ()
     metrics = [condition.metric for condition in conditions]
     if by is None and len(paths) != 2:
@@ -304,7 +304,7 @@ def print_comparison(
         if not any(row.done for row in sides[-1]):
             raise UserError(f"no finished run in {', '.join(repr(str(path)) for path in side)}")
     a, b = sides[0], sides[-1]
-    with _mistakes("" if by is None else "--by: "):
+    with mistakes("" if by is None else "--by: "):
         pairs = compare(a, b, metrics, across) if by is None else compare_by(a, by, metrics, across)
     if not any(pair.figures for pair in pairs) and not conditions:
         alike = "differ in nothing but --by" if by else "of A and B agree in all but the folder"
