@@ -6,7 +6,6 @@ import errno
 import io
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
@@ -157,8 +156,7 @@ def compare(
     """Compare two sets of runs: better, worse or the same?"""
     from harness.commands.report import find_results, print_comparison
 
-    options = asdict(fill(groups.CompareOptions, given))
-    return print_comparison(find_results(paths), make_console(), **options)
+    return print_comparison(find_results(paths), make_console(), fill(groups.CompareOptions, given))
 
 
 @app.command()

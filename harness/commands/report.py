@@ -7,19 +7,28 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from harness.options import ReportOptions
+from harness.models.variants import find_preset
+from harness.options import CompareOptions, ReportOptions
 from harness.plan import open_out
 from harness.progress import say
+from harness.results.metrics import figures
 from harness.results.remote import StorageError, is_uri, push_run
-from harness.results.store import WEIGHTS, collector_paused, load_predictions, load_records, write_atomic
+from harness.results.store import (
+    WEIGHTS,
+    collector_paused,
+    load_epochs,
+    load_predictions,
+    load_records,
+    write_atomic,
+)
 from harness.spec import UserError, check_word
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from harness.commands.preset import PresetTable
     from harness.results.rows import Row
     from harness.results.store import Loaded, Problem, Stored
     from harness.results.sweeps import Sweep
@@ -34,24 +43,20 @@ def find_results(words: Sequence[str], *, also: str = "") -> list[Path]:
     return [open_out(word, write=False, also=also)[0] if is_uri(word) else Path(word) for word in words]
 
 
-def load_runs(paths: Sequence[Path]) -> Loaded:
-    """Read all runs under `paths`; names each folder that cannot be read on standard error.
+def load_runs(paths: Sequence[Path], *, named: bool = True) -> Loaded:
+    """Read all runs under `paths`; names each folder that cannot be read on standard error, unless it is not to.
 
     Raises UserError for a path that is not a folder.
     """
-    loaded = load_records(check_folders(paths))
-    _name_problems(loaded.problems)
-    return loaded
-
-
-def check_folders(paths: Sequence[Path]) -> Sequence[Path]:
-    """The paths. Raises UserError for one that is not a folder."""
-    if missing := [path for path in paths if not path.is_dir()]:
+    for path in (path for path in paths if not path.is_dir()):
+        if path.exists():
+            raise UserError(f"{str(path)!r} is a file; a folder of results or of a run is allowed")
         hint = "`harness run` makes one (--out, default runs)"
-        if missing[0].exists():
-            raise UserError(f"{str(missing[0])!r} is a file; a folder of results or of a run is allowed")
-        raise UserError(f"no folder of results at {str(missing[0])!r}; {hint}")
-    return paths
+        raise UserError(f"no folder of results at {str(path)!r}; {hint}")
+    loaded = load_records(paths)
+    if named:
+        _name_problems(loaded.problems)
+    return loaded
 
 
 def _name_problems(problems: Sequence[Problem]) -> None:
@@ -78,10 +83,70 @@ def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
     """The rows of a table, with their predictions. Raises UserError for a field to average over that no run has."""
     from harness.results.rows import summarise
 
-    folders = [*(run.folder for run in loaded.records), *(run.folder for run in loaded.interrupted)]
-    outs = dict.fromkeys(folder.parent for folder in folders)
+    outs = dict.fromkeys(run.folder.parent for run in (*loaded.records, *loaded.interrupted))
     with mistakes():
         return summarise(loaded.records, loaded.interrupted, across, load_predictions(outs))
+
+
+# --- tables ---
+
+
+class Table(NamedTuple):
+    rows: list[Row]
+    columns: tuple[str, ...] = ()  # none: all that say something
+    below: Sequence[str] = ()  # lines
+    met: bool = True  # whether every finished row is as accurate as the preset's source demands
+
+
+def choose_rows(rows: list[Row], name: str | None) -> Table:
+    """All rows; or a preset's: those of its variants on its data set, in its order; other depths follow its own.
+
+    Raises UserError for an unknown preset.
+    """
+    if name is None:
+        return Table(rows)
+    from harness.results.published import find_published
+
+    with mistakes("--preset: "):
+        preset = find_preset(name)
+    places = {network: place for place, network in enumerate(preset.select())}
+    names = [variant for variant, _ in places]
+    mine = [row for row in rows if row.variant in names and row.fields.get("dataset") == preset.dataset]
+    mine.sort(key=lambda r: (places.get((r.variant, r.depth), len(places)), names.index(r.variant)))
+    below, met = list[str](), True
+    ran = {(row.variant, row.depth) for row in mine}
+    for variant, depth in places:
+        if (variant, depth) not in ran and (entry := find_published(preset.dataset, variant, depth)):
+            costs = ((entry.epoch_seconds, "s/epoch"), (entry.memory_mib, "MiB"))
+            words = [f"{figures(value)} {unit}" for value, unit in costs if value is not None]
+            number = f"{entry.number:.2f} %{' top-5' * (entry.error is None)}"
+            below.append(f"not run yet: {variant}-{depth}, published {', '.join([number, *words])}")
+    for row in mine if (least := preset.least_accuracy) is not None else ():
+        if row.error is None:
+            continue
+        published = find_published(preset.dataset, row.variant, row.depth)
+        runs = [[100 - epoch.error for epoch in load_epochs(run.folder)] for run in row.done]
+        curves = {"accuracy % by epoch": list(map(fmean, zip(*runs, strict=True)))}
+        if published and published.progress:
+            curves["          published"] = [100 - error for error in published.progress]
+        below += [f"{what}: {', '.join(f'{value:.2f}' for value in curve)}" for what, curve in curves.items()]
+        passed = 100 - row.error > least
+        met &= passed
+        beside = f"; published {100 - published.number:.2f} %" if published else ""
+        below.append(
+            f"{'PASS' if passed else 'FAIL'}: {row.name} on {row.dataset} is {100 - row.error:.2f} % accurate after "
+            f"{row.duration}, above {least:g} % is demanded{beside}"
+        )
+    return Table(mine, tuple(preset.columns), below, met)
+
+
+def _render(
+    rows: Sequence[Row], console: Console, format: Any, columns: Sequence[str], *, shown: bool = True
+) -> str:
+    from harness.results.report.table import render
+
+    fit = shown and console.is_terminal
+    return render(rows, format, columns=columns, width=console.width, fit=fit, colour=fit and not console.no_color)
 
 
 @collector_paused()
@@ -92,30 +157,28 @@ def print_report(paths: Sequence[Path], console: Console, options: ReportOptions
     exist, and a file that cannot be written.
     """
     from harness.results.report.columns import sort_rows
-    from harness.results.report.table import FORMATS, render
+    from harness.results.report.table import FORMATS
     from harness.results.sweeps import Sweeps, load_sweeps
 
     options = options or ReportOptions()
     format, output, curves = options.format, options.output, options.curves
     check_word(format, (*FORMATS, "html"), "--format")
     loaded, searches = load_runs(paths), Sweeps([], [])
-    table = _choose_rows(make_rows(loaded, options.across), options.preset)
-    columns = options.columns or (() if format in ("csv", "json") else table.columns)
+    rows, wanted, below, _ = choose_rows(make_rows(loaded, options.across), options.preset)
+    columns = options.columns or (() if format in ("csv", "json") else wanted)
     if format == "html" or curves is not None:
         searches = load_sweeps(paths)
         _name_problems(searches.problems)
-    if not (table.rows or searches.sweeps or options.preset):
+    if not (rows or searches.sweeps or options.preset):
         raise UserError(f"no runs in {', '.join(repr(str(path)) for path in paths)}: `harness run` makes some")
     with mistakes():
-        rows = sort_rows(table.rows, options.sort) if options.sort is not None else table.rows
+        rows = sort_rows(rows, options.sort) if options.sort is not None else rows
         if format == "html":
             text = make_html(rows, [*loaded.problems, *searches.problems], columns, searches.sweeps)
-        elif format == "table":
-            text = _render_table(rows, console, columns, colour=output is None)
         else:
-            text = render(rows, format, columns=columns)  # type: ignore[arg-type]
-    if table.below and format in ("table", "markdown"):
-        text += "\n" + "\n".join(table.below)
+            text = _render(rows, console, format, columns, shown=output is None)
+    if format in ("table", "markdown"):
+        text += "".join(f"\n{line}" for line in below)
     print_text(text, console, output or (Path(PAGE) if format == "html" else None))
     if format == "html" and output is None:
         print_text(f"page: {PAGE}", console)
@@ -130,28 +193,15 @@ def print_report(paths: Sequence[Path], console: Console, options: ReportOptions
     return bool(rows)
 
 
-def _choose_rows(rows: list[Row], preset: str | None) -> PresetTable:
-    """All rows; or a preset's own, with its columns and what is said of them."""
-    from harness.commands.preset import PresetTable, make_preset_table
-
-    return PresetTable(rows, (), [], True) if preset is None else make_preset_table(preset, rows)
-
-
-def _render_table(
-    rows: Sequence[Row], console: Console, columns: Sequence[str] = (), *, colour: bool = True
-) -> str:
-    from harness.results.report.table import render
-
-    fit = colour and console.is_terminal
-    return render(rows, columns=columns, width=console.width, fit=fit, colour=fit and not console.no_color)
-
-
 def print_rows(loaded: Loaded, console: Console, preset: str | None = None) -> bool:
     """Print the table of runs that were loaded, or a preset's table of them; returns whether they meet its demand."""
     _name_problems(loaded.problems)
-    table = _choose_rows(make_rows(loaded), preset)
-    print_text("\n".join([_render_table(table.rows, console, table.columns), *table.below]), console)
+    table = choose_rows(make_rows(loaded), preset)
+    print_text("\n".join([_render(table.rows, console, "table", table.columns), *table.below]), console)
     return table.met
+
+
+# --- the page, exports, files ---
 
 
 @collector_paused()
@@ -258,7 +308,7 @@ def print_findings(words: Sequence[str]) -> int:
     from harness.results.verify import has_hashes, verify
     from harness.spec import RunSpec
 
-    loaded = load_records(check_folders(find_results(words)))
+    loaded = load_runs(find_results(words), named=False)
     elsewhere = [WEIGHTS] if any(map(is_uri, words)) else []
     contradictions = verify(loaded.records, lambda spec: RunSpec.from_json(dict(spec)).key, elsewhere)
     findings = [*loaded.problems, *contradictions]
@@ -270,18 +320,9 @@ def print_findings(words: Sequence[str]) -> int:
     return 1 if findings else 0
 
 
-def print_comparison(
-    paths: Sequence[Path],
-    console: Console,
-    *,
-    by: str | None = None,
-    fail_on: str | None = None,
-    strict: bool = False,
-    format: str = "table",
-    across: Sequence[str] = (),
-) -> int:
-    """Print two folders side by side, or the runs of one by a field. Returns the exit code: 1 where `fail_on` is met,
-    or with `strict` where the runs cannot tell.
+def print_comparison(paths: Sequence[Path], console: Console, options: CompareOptions) -> int:
+    """Print two folders side by side, or the runs of one by a field. Returns the exit code: 1 where --fail-on is met, or
+    with --strict where the runs cannot tell.
 
     Raises UserError for a condition, field or format that cannot be read, and where there is nothing to compare.
     """
@@ -289,11 +330,12 @@ def print_comparison(
     from harness.results.gate import check_conditions, parse_fail_on
     from harness.results.report.comparison import render_comparison
 
-    check_word(format, COMPARISON_FORMATS, "--format")
-    if strict and fail_on is None:
+    by, across = options.by, options.across
+    check_word(options.format, COMPARISON_FORMATS, "--format")
+    if options.strict and options.fail_on is None:
         raise UserError("--strict is for --fail-on, whose conditions it makes stricter")
     with mistakes("--fail-on: "):
-        conditions = parse_fail_on(fail_on) if fail_on is not None else ()
+        conditions = parse_fail_on(options.fail_on) if options.fail_on is not None else ()
     metrics = [condition.metric for condition in conditions]
     if by is None and len(paths) != 2:
         given = f"{len(paths)} folder{'s' * (len(paths) != 1)} given"
@@ -311,11 +353,11 @@ def print_comparison(
         near = f", the nearest differ in {', '.join(names)}" if (names := nearest(pairs)) else ""
         raise UserError(f"nothing to compare: no rows {alike}{near}; --across FIELD overlooks a difference")
     colour = console.is_terminal and not console.no_color
-    print_text(render_comparison(pairs, format, width=console.width, colour=colour), console)
+    print_text(render_comparison(pairs, options.format, width=console.width, colour=colour), console)
     gate = check_conditions(pairs, conditions)
     for line in [*gate.failed, *gate.unclear]:
         print(f"harness: --fail-on: {line}", file=sys.stderr)
-    return 1 if gate.failed or (strict and gate.unclear) else 0
+    return 1 if gate.failed or (options.strict and gate.unclear) else 0
 
 
 def print_variants(console: Console) -> None:

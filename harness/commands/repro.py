@@ -18,33 +18,31 @@ if TYPE_CHECKING:
 
 def print_repro(run: str, path: str, console: Console) -> None:
     """Print the command, commit and versions that trained a run: a folder, or a name or key under `path`."""
-    print_text(make_repro(_find_run(run, path)), console)
-
-
-def _find_run(run: str, path: str) -> Stored:
     path, run = split_uri(run) if is_uri(run) else (path, run)
     folder = Path(run)
     if folder.is_dir() and ((folder / RECORD).exists() or folder.name.endswith(PARTIAL)):
-        loaded = load_runs([folder])
-        if loaded.records:
-            return loaded.records[0]
-        raise UserError(f"{run}: no record to repeat; the command that started an interrupted run continues it")
-    records = load_runs(find_results([path])).records
-    matches = [s for s in records if s.record.name == run or (len(run) >= 4 and s.record.key.startswith(run))]
-    if not matches:
-        hint = suggest(run, [stored.record.name for stored in records])
-        hint = hint or ": give a run's folder, its name, or the first digits of its key"
-        raise UserError(f"no run {run!r} among the {len(records)} in {redact(path)!r}{hint}")
-    return matches[-1]
+        matches = load_runs([folder]).records
+        if not matches:
+            raise UserError(
+                f"{run}: no record to repeat; the command that started an interrupted run continues it"
+            )
+    else:
+        records = load_runs(find_results([path])).records
+        key = run if len(run) >= 4 else "no key"
+        matches = [s for s in records if s.record.name == run or s.record.key.startswith(key)]
+        if not matches:
+            hint = suggest(run, [stored.record.name for stored in records])
+            hint = hint or ": give a run's folder, its name, or the first digits of its key"
+            raise UserError(f"no run {run!r} among the {len(records)} in {redact(path)!r}{hint}")
+    print_text(make_repro(matches[-1]), console)
 
 
 def make_repro(stored: Stored) -> str:
     """A shell script that trains one run again; comments say what it cannot promise."""
-    record = stored.record
+    record, own = stored.record, "resnet-harness"
     versions = record.environment.get("versions") or {}
     commit, dirty = record.environment.get("commit"), record.environment.get("dirty")
     lines = [f"# {record.name}, {record.status} {record.finished_at:%Y-%m-%d %H:%M} UTC", f"# {_machine(record)}"]
-    own = "resnet-harness"
     if isinstance(commit, str):
         lines.append(f"git checkout {commit}{'  # and uncommitted changes, which are not known' * bool(dirty)}")
     else:
@@ -54,12 +52,10 @@ def make_repro(stored: Stored) -> str:
         lines.append(f"pip install {' '.join(map(shlex.quote, pins))}")
     lines.append(shlex.join(make_command(stored)))
     try:
-        same = RunSpec.from_json(record.spec).key == record.key
+        if RunSpec.from_json(record.spec).key != record.key:
+            lines.append("# this version of the harness gives it another key: its meaning may have changed")
     except ValueError as error:
         lines.append(f"# this version of the harness cannot train it: {error}")
-    else:
-        if not same:
-            lines.append("# this version of the harness gives it another key: its meaning may have changed")
     if original := record.environment.get("command"):
         lines.append(f"# the command it was part of: {shlex.join(map(str, original))}")
     return "\n".join(" ".join(line.split("\n")) for line in lines) + "\n"
@@ -84,7 +80,6 @@ def _machine(record: Record) -> str:
     if (result := record.result) is None:
         return "the machine is not known"
     shown = {"gpu": "{}", "driver": "driver {}", "platform": "{}", "python": "Python {}"}
-    if result.machine.get("gpu"):
-        shown["cuda"] = "CUDA {}"
+    shown |= {"cuda": "CUDA {}"} if result.machine.get("gpu") else {}
     parts = [words.format(known) for name, words in shown.items() if (known := result.machine.get(name))]
     return ", ".join(dict.fromkeys([result.device, *parts]))

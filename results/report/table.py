@@ -100,7 +100,7 @@ def render(
     layout, out = lay_out(rows, columns), dict[str, str]()
     if format == "latex":
         width = LATEX_WIDTH
-    if (fit or format == "latex") and not columns:
+    if not columns and (format == "latex" or (fit and format == "table")):
         layout, out = _leave_out(rows, layout, width)
     if format != "table":
         return for_markdown(layout.sheet) if format == "markdown" else for_latex(layout.sheet, [*out])
