@@ -22,8 +22,7 @@ from harness import plan
 from harness.cluster.job import Allocation, Report, Worker
 from harness.commands.report import print_text, say_page
 from harness.commands.run import EXIT_DONE, EXIT_FAILED
-from harness.commands.study import Study, count_trials
-from harness.commands.sweep import Prepared, SweepTrials, corners, make_trial_grid
+from harness.commands.study import Prepared, Study, SweepTrials, corners, count_trials, make_trial_grid
 from harness.deadline import TimeUp, stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
 from harness.options import Resources, Search, TuneOptions, check_options, fill, options_of, read_values
