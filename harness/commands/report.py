@@ -106,6 +106,7 @@ def choose_rows(rows: list[Row], name: str | None) -> Table:
     if name is None:
         return Table(rows)
     from harness.results.published import find_published
+    from harness.results.report.text import fill_template
 
     with mistakes("--preset: "):
         preset = find_preset(name)
@@ -113,31 +114,16 @@ def choose_rows(rows: list[Row], name: str | None) -> Table:
     names = [variant for variant, _ in places]
     mine = [row for row in rows if row.variant in names and row.fields.get("dataset") == preset.dataset]
     mine.sort(key=lambda r: (places.get((r.variant, r.depth), len(places)), names.index(r.variant)))
-    below, met = list[str](), True
-    ran = {(row.variant, row.depth) for row in mine}
-    for variant, depth in places:
-        if (variant, depth) not in ran and (entry := find_published(preset.dataset, variant, depth)):
-            costs = ((entry.epoch_seconds, "s/epoch"), (entry.memory_mib, "MiB"))
-            words = [f"{figures(value)} {unit}" for value, unit in costs if value is not None]
-            number = f"{entry.number:.2f} %{' top-5' * (entry.error is None)}"
-            below.append(f"not run yet: {variant}-{depth}, published {', '.join([number, *words])}")
-    for row in mine if (least := preset.least_accuracy) is not None else ():
-        if row.error is None:
-            continue
-        published = find_published(preset.dataset, row.variant, row.depth)
+    ran, least = {(row.variant, row.depth) for row in mine}, preset.least_accuracy
+    missing = {network: find_published(preset.dataset, *network) for network in places if network not in ran}
+    judged = []
+    for row in (row for row in mine if row.error is not None and least is not None):
         runs = [[100 - epoch.error for epoch in load_epochs(run.folder)] for run in row.done]
-        curves = {"accuracy % by epoch": list(map(fmean, zip(*runs, strict=True)))}
-        if published and published.progress:
-            curves["          published"] = [100 - error for error in published.progress]
-        below += [f"{what}: {', '.join(f'{value:.2f}' for value in curve)}" for what, curve in curves.items()]
-        passed = 100 - row.error > least
-        met &= passed
-        beside = f"; published {100 - published.number:.2f} %" if published else ""
-        below.append(
-            f"{'PASS' if passed else 'FAIL'}: {row.name} on {row.dataset} is {100 - row.error:.2f} % accurate after "
-            f"{row.duration}, above {least:g} % is demanded{beside}"
-        )
-    return Table(mine, tuple(preset.columns), below, met)
+        published = find_published(preset.dataset, row.variant, row.depth)
+        judged.append((row, published, list(map(fmean, zip(*runs, strict=True)))))
+    met = all(100 - (row.error or 0.0) > (least or 0.0) for row, _, _ in judged)
+    below = fill_template("preset.txt.j2", missing=missing, judged=judged, least=least, figures=figures)
+    return Table(mine, tuple(preset.columns), below.splitlines(), met)
 
 
 def _render(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from harness.commands.report import find_results, load_runs, print_text
 from harness.results.remote import is_uri, redact, split_uri
+from harness.results.report.text import fill_template
 from harness.results.store import PARTIAL, RECORD, Stored
-from harness.results.values import Record
 from harness.spec import RunSpec, UserError, suggest
 
 if TYPE_CHECKING:
@@ -39,26 +39,14 @@ def print_repro(run: str, path: str, console: Console) -> None:
 
 def make_repro(stored: Stored) -> str:
     """A shell script that trains one run again; comments say what it cannot promise."""
-    record, own = stored.record, "resnet-harness"
-    versions = record.environment.get("versions") or {}
-    commit, dirty = record.environment.get("commit"), record.environment.get("dirty")
-    lines = [f"# {record.name}, {record.status} {record.finished_at:%Y-%m-%d %H:%M} UTC", f"# {_machine(record)}"]
-    if isinstance(commit, str):
-        lines.append(f"git checkout {commit}{'  # and uncommitted changes, which are not known' * bool(dirty)}")
-    else:
-        lines.append("# the commit is not known: it was not run from a checkout")
-        lines += [f"# {own} {versions[own]}"] if own in versions else []
-    if pins := [f"{name}=={version}" for name, version in versions.items() if name != own]:
-        lines.append(f"pip install {' '.join(map(shlex.quote, pins))}")
-    lines.append(shlex.join(make_command(stored)))
+    record, fault = stored.record, ""
     try:
         if RunSpec.from_json(record.spec).key != record.key:
-            lines.append("# this version of the harness gives it another key: its meaning may have changed")
+            fault = "gives it another key: its meaning may have changed"
     except ValueError as error:
-        lines.append(f"# this version of the harness cannot train it: {error}")
-    if original := record.environment.get("command"):
-        lines.append(f"# the command it was part of: {shlex.join(map(str, original))}")
-    return "\n".join(" ".join(line.split("\n")) for line in lines) + "\n"
+        fault = f"cannot train it: {error}"
+    words = {"record": record, "environment": record.environment, "command": make_command(stored), "fault": fault}
+    return fill_template("repro.sh.j2", join=shlex.join, **words)
 
 
 def make_command(stored: Stored) -> list[str]:
@@ -74,12 +62,3 @@ def make_command(stored: Stored) -> list[str]:
     if "--data-dir" in original[:-1]:
         command += ["--data-dir", str(original[original.index("--data-dir") + 1])]
     return [*command, "--launcher", "local"] if environment.get("launcher") == "local" else command
-
-
-def _machine(record: Record) -> str:
-    if (result := record.result) is None:
-        return "the machine is not known"
-    shown = {"gpu": "{}", "driver": "driver {}", "platform": "{}", "python": "Python {}"}
-    shown |= {"cuda": "CUDA {}"} if result.machine.get("gpu") else {}
-    parts = [words.format(known) for name, words in shown.items() if (known := result.machine.get(name))]
-    return ", ".join(dict.fromkeys([result.device, *parts]))

@@ -31,7 +31,7 @@ from harness.progress import TrialTable, describe_trial, load_data, say
 from harness.record import describe_code, lease, lock_file, name_of
 from harness.resources import Session, make_allocation
 from harness.results.remote import join_uri, redact
-from harness.results.report.text import Sheet, for_terminal
+from harness.results.report.text import Sheet, fill_template, for_terminal
 from harness.results.store import RECORD, SWEEP, SWEEPS, load_epochs, partial_dir, sweeps_dir, write_atomic
 from harness.results.sweeps import METRICS, Dimension, Sweep, Trial, best_first, format_value, weigh_both
 from harness.results.values import RunResult
@@ -298,8 +298,7 @@ def _load_search(folder: Path, search: Search, given: Collection[str]) -> Search
 
 def _print_sweep(prepared: Prepared, sweep: Sweep, console: Console) -> None:
     """The table of all trials, the fields' importance, and the command that trains the winner."""
-    names = [dimension.field for dimension in sweep.dimensions]
-    ranked = best_first(sweep.trials)
+    names, ranked = [dimension.field for dimension in sweep.dimensions], best_first(sweep.trials)
     cells = [
         [
             str(trial.number), trial.state, f"{trial.epochs}/{sweep.epochs}",
@@ -311,23 +310,12 @@ def _print_sweep(prepared: Prepared, sweep: Sweep, console: Console) -> None:
     ]  # fmt: skip
     headers = ["trial", "state", "epochs", sweep.heading, *names, "seconds", ""]
     sheet = Sheet(headers, [True, False, *[True] * (len(names) + 3), False], cells)
-    text = for_terminal(sheet, console.width if console.is_terminal else max(console.width, sheet.width))
-    title = f"\n{len(ranked)} trials of {sweep.variant} on {sweep.dataset}, best first"
-    reach = f"{sweep.judged_by}; of pruned and failed trials as far as they came"
-    lines = [title, "", text, f"seconds: of training and evaluation. {reach}"]
-    for one in sweep.importances:
-        at = f"at epoch {one.epoch} of {sweep.epochs} ({one.heading})"
-        lines.append(f"\nimportance for the {sweep.heading} {at}:")
-        lines += [f"  {x.field:<16} {x.value:.2f}  p = {x.p or 1:.3f}  {x.sign}" for x in one.fields]
-    if finished := [trial for trial in ranked if trial.state == "finished"]:
-        best = [f"  {trial.value:.4g}  {describe_trial(trial)}  ({trial.run})" for trial in finished[:3]]
-        command = shlex.join(write_winner(prepared, finished[0]))
-        lines += ["\nbest:", *best, "\ntrain the winner in full:", f"  {command}"]
-    else:
-        lines.append("\nno trial came to its end")
-    remote = prepared.session.paths.remote
+    table = for_terminal(sheet, console.width if console.is_terminal else max(console.width, sheet.width))
+    finished, remote = ranked and ranked[0].state == "finished", prepared.session.paths.remote
+    command = shlex.join(write_winner(prepared, ranked[0])) if finished else ""
     where = redact(join_uri(join_uri(remote, SWEEPS), sweep.name)).partition("?")[0] if remote else prepared.folder
-    print_text("\n".join([*lines, f"\nstored in {where}"]), console)
+    values = {"sweep": sweep, "ranked": ranked, "table": table, "command": command, "where": where}
+    print_text(fill_template("sweep.txt.j2", describe=describe_trial, **values), console)
 
 
 def write_winner(prepared: Prepared, trial: Trial) -> list[str]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from harness.results.metrics import METRICS, figures
+from harness.results.report.text import fill_template
 from harness.results.values import Record
 
 CARD = "README.md"
@@ -19,11 +16,8 @@ def make_card(record: Record, *, about: str = "", classes: int | None = None) ->
     """
     if record.result is None:
         raise ValueError(f"{record.name} has no result")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )  # fmt: skip
-    return environment.get_template("card.md.j2").render(
-        record=record, result=record.result, metrics=METRICS.values(), figures=figures, about=about, classes=classes,
-        version=(record.environment.get("versions") or {}).get("resnet-harness"),
-    )  # fmt: skip
+    version = (record.environment.get("versions") or {}).get("resnet-harness")
+    known = {"record": record, "result": record.result, "images": record.images(), "version": version}
+    return fill_template(
+        "card.md.j2", metrics=METRICS.values(), figures=figures, about=about, classes=classes, **known
+    )

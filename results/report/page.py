@@ -14,9 +14,7 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from harness.results.metrics import METRICS, NONE, rounded
@@ -25,13 +23,12 @@ from harness.results.report.charts import category_colours, is_finite, make_labe
 from harness.results.report.columns import Column
 from harness.results.report.sweeps import clamp, draw_all, show
 from harness.results.report.table import lay_out, style_of
-from harness.results.report.text import MARKS, NOT_RECORDED, ORDINARY, clean, mib
+from harness.results.report.text import HERE, MARKS, NOT_RECORDED, ORDINARY, clean, fill_template, mib
 from harness.results.rows import Row
 from harness.results.store import Problem, Stored
 from harness.results.sweeps import Sweep, best_first
 from harness.results.values import Measurement, Record
 
-HERE = Path(__file__).parent
 NETWORK = Column("network", "network", lambda r: r.name, key=lambda r: f"{r.variant} {r.depth:06}", right=False)
 RUN_METRICS = [metric for metric in METRICS.values() if metric.kind != "size"]
 FACETS = ("variant", "depth", "data set", "loader")
@@ -72,12 +69,8 @@ def make_page(
     }  # fmt: skip
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     css, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
-        extensions=["jinja2.ext.do"],
-        finalize=lambda value: clean(value) if type(value) is str else value,  # no control characters in what is printed
-    )  # fmt: skip
-    return environment.get_template("page.html").render(
+    return fill_template(
+        "page.html",
         made_at=made_at, rows=rows, sheet=layout.sheet, labels=labels, panels=panels, joined=joined, problems=problems,
         columns=[NETWORK, *layout.columns[2:]] if joined else layout.columns, sweeps=list(zip(sweeps, searches, strict=True)),
         swatches={(panel.title, label): style.colour for panel in panels for label, style in panel.rows.items()},

@@ -7,14 +7,20 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING, Any
 
 from rich import cells as rich_cells
 
 from harness.results.values import MEMORY_CATEGORIES
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+HERE = Path(__file__).parent
 ANSI = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 DIGITS, SUPERSCRIPTS = "0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"
 SUPERSCRIPT, ORDINARY = str.maketrans(DIGITS, SUPERSCRIPTS), str.maketrans(SUPERSCRIPTS, DIGITS)
@@ -52,6 +58,22 @@ def cell_len(text: str) -> int:
 def clean(text: str) -> str:
     """No control characters: a name from a folder must neither control the terminal nor break a line."""
     return text if text.isprintable() else "".join(c if c.isprintable() else "�" for c in text)
+
+
+@cache
+def _templates() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+    return Environment(
+        loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, autoescape=select_autoescape(("html",)), extensions=["jinja2.ext.do"],
+        finalize=lambda value: clean(value) if type(value) is str else value,  # no value breaks a line
+    )  # fmt: skip
+
+
+def fill_template(name: str, **values: Any) -> str:
+    """A template of this folder with these values, in which there are no control characters."""
+    return _templates().get_template(name).render(**values)
 
 
 def add_mark(text: str, number: int) -> str:
@@ -124,7 +146,7 @@ def for_latex(sheet: Sheet, left_out: Sequence[str] = ()) -> str:
     header, *lines = [" & ".join(line) + r" \\" for line in zip(*cells, strict=True)]
     below = map(escape_latex, filter(None, [*sheet.notes, "; ".join(sheet.means)]))
     without = f"\n% too narrow for {', '.join(left_out)}: --columns chooses" if left_out else ""
-    return Template(Path(__file__).with_name("table.tex").read_text(encoding="utf-8")).substitute(
+    return Template((HERE / "table.tex").read_text(encoding="utf-8")).substitute(
         left_out=without, caption=escape_latex(sheet.caption or "Results"), kinds="".join(kinds), header=header,
         lines="\n".join(lines), below=" \\\\\n".join(below),
     )  # fmt: skip
