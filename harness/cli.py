@@ -221,9 +221,10 @@ def variants(
 @command(groups.EvalOptions, name="eval")
 def evaluate(given: Given) -> None:
     """Print the errors of stored weights on a test set."""
-    from harness.commands.evaluate import evaluate_weights, print_errors
+    from harness.commands.evaluate import evaluate_weights
+    from harness.commands.report import print_text
 
-    print_errors(evaluate_weights(fill(groups.EvalOptions, given)), make_console())
+    print_text(evaluate_weights(fill(groups.EvalOptions, given)).text, make_console())
 
 
 @command(groups.CheckOptions)

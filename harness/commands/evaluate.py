@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import Tensor, nn
 
 from harness.commands.report import mistakes
@@ -26,9 +25,9 @@ from harness.models.variants import NETWORKS, VARIANTS, Variant, default_depth, 
 from harness.options import EvalOptions, check_options
 from harness.plan import find_data_dir
 from harness.plugins import blaming
-from harness.progress import say
 from harness.results.published import load_published
 from harness.results.remote import StorageError, is_uri, pull_file, redact
+from harness.results.report.text import fill_template
 from harness.results.store import load_records
 from harness.spec import RunSpec, UserError
 from harness.training.evaluation import MultiScale, evaluate
@@ -39,16 +38,14 @@ from harness.training.weights import WeightsError, load_metadata, load_weights, 
 MULTI_SCALE_PIXELS = EVAL_BATCH_SIZE * 32 * 32  # in a batch, so that memory does not grow with the scale
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Errors:
+class Errors(NamedTuple):
     """Errors in percent over `images` of the `of` images of a test set."""
 
-    of_what: str  # "he2015-20 on CIFAR-10"
-    images: int
-    of: int
     error: float
     top5_error: float | None  # None for five classes or fewer
-    notes: tuple[str, ...]  # how scores were averaged, what was published, what is left over in the file
+    images: int
+    of: int
+    text: str  # with how scores were averaged, what was published, what is left over in the file
 
 
 def parse_normalize(mean: str | None, std: str | None) -> Normalize | None:
@@ -159,11 +156,15 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
         with mistakes(file=f"--save-probabilities {path}"), path.open("wb") as file:
             np.savez(file, image=images, label=labels, **arrays)
     misses = len(test) - int((likeliest == labels[:, None]).sum())
-    return Errors(
-        of_what=f"{_name(variant)} on {dataset.label}", images=len(test), of=len(dataset.test),
-        error=evaluation.error, top5_error=100 * misses / len(test) if dataset.num_classes > 5 else None,
-        notes=tuple(_annotate(options, flip, variant, dataset, unused)),
+    top5_error = 100 * misses / len(test) if dataset.num_classes > 5 else None
+    network_of = (variant.name, variant.network.depth, dataset.name)
+    text = fill_template(
+        "eval.txt.j2", name=_name(variant), dataset=dataset, options=options, flip=flip, images=len(test),
+        error=evaluation.error, top5_error=top5_error, unused=unused,
+        layers=dict.fromkeys(name.rpartition(".")[0] for name in unused),
+        published=[entry for entry in load_published() if (entry.variant, entry.depth, entry.dataset) == network_of],
     )  # fmt: skip
+    return Errors(evaluation.error, top5_error, len(test), len(dataset.test), text)
 
 
 def _choose_variant(options: EvalOptions, about: Mapping[str, str], file: Path) -> tuple[Variant, RunSpec | None]:
@@ -212,28 +213,3 @@ def _load_network(
 
 def _name(variant: Variant) -> str:
     return f"{variant.name}{f'-{variant.network.depth}' * bool(variant.network.depth)}"
-
-
-def _annotate(
-    options: EvalOptions, flip: bool, variant: Variant, dataset: Dataset, unused: list[str]
-) -> Iterator[str]:
-    """How scores were averaged, what the variant's source printed, and which tensors of the file were not used."""
-    if options.scales:
-        what = "probabilities " * (options.average != "logits")
-        yield f"{what}averaged over scales {', '.join(map(str, options.scales))}{', and mirrored' * flip}"
-    for entry in load_published():
-        if (entry.variant, entry.depth, entry.dataset) == (variant.name, variant.network.depth, dataset.name):
-            error = "top-5 error" if entry.error is None else "error"
-            other = "" if dataset.original else "; of other images than these: not comparable"
-            yield f"published: {error} {entry.number:g} % ({entry.note or entry.source}){other}"
-    if unused:
-        layers = ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in unused))
-        yield f"left over in the file: {len(unused)} tensors of layers that are never called: {layers}"
-
-
-def print_errors(errors: Errors, console: Console) -> None:
-    """Print errors, on how many images of which set, and what there is to know about them."""
-    count = f"{errors.images:,}" if errors.images == errors.of else f"{errors.images:,} of {errors.of:,}"
-    top5 = "" if errors.top5_error is None else f", top-5 error {errors.top5_error:.2f} %"
-    line = f"{errors.of_what}, test set, {count} images: top-1 error {errors.error:.2f} %{top5}"
-    say(console, "\n".join((line, *errors.notes)))
