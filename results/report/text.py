@@ -154,12 +154,13 @@ def for_latex(sheet: Sheet, left_out: Sequence[str] = ()) -> str:
 
 def _latex_column(header: str, cells: Sequence[str], *, right: bool) -> tuple[str, list[str]]:
     """How it is aligned, and its header and cells. Numbers are two columns that meet at the point."""
-    if not right:
-        return "l", list(map(escape_latex, (header, *cells)))
+    words = list(map(escape_latex, (header, *cells)))
     before = [re.match(r"−?[\d,]*", cell)[0] for cell in cells]  # type: ignore[index]  # it matches nothing, too
     rests = [re.sub("^ ", "~", escape_latex(cell.removeprefix(b))) for b, cell in zip(before, cells, strict=True)]
+    if not right or not any(rests):
+        return "r" if right else "l", words
     pairs = [f"{escape_latex(b)} & {rest}" for b, rest in zip(before, rests, strict=True)]
-    return "r@{}l", [rf"\multicolumn{{2}}{{c}}{{{escape_latex(header)}}}", *pairs]
+    return "r@{}l", [rf"\multicolumn{{2}}{{c}}{{{words[0]}}}", *pairs]
 
 
 LATEX = str.maketrans({
