@@ -199,7 +199,7 @@ def repro(
     path: Annotated[str, typer.Argument(help="Folder of results.", envvar="HARNESS_OUT")] = "runs",
 ) -> None:
     """Print the commands that train a stored run again."""
-    from harness.commands.repro import print_repro
+    from harness.commands.report import print_repro
 
     print_repro(run, path, make_console())
 

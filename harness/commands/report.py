@@ -1,37 +1,54 @@
-"""Stored runs -> tables, pages, files and answers: `harness report`, `compare`, `why`, `export` and `variants`."""
+"""Stored runs -> tables, pages, files and answers: `harness report`, `compare`, `why`, `repro`, `export` and
+`variants`."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from harness.models.variants import find_preset
+from rich.console import Console
+from rich.text import Text
+
+from harness.loaders.cache import cache_dir
+from harness.models.variants import NETWORKS, VARIANTS, default_depth, find_preset
 from harness.options import CompareOptions, ReportOptions
 from harness.plan import open_out
+from harness.plugins import blaming
 from harness.progress import say
+from harness.results.compare import compare, compare_by, nearest
+from harness.results.explain import why
+from harness.results.export import TARGETS, export
+from harness.results.gate import check_conditions, parse_fail_on
 from harness.results.metrics import figures
-from harness.results.remote import StorageError, is_uri, push_run
+from harness.results.published import find_published
+from harness.results.remote import StorageError, is_uri, push_run, redact, split_uri
+from harness.results.report.columns import sort_rows
+from harness.results.report.comparison import render_comparison
+from harness.results.report.table import FORMATS, render
+from harness.results.report.text import fill_template
+from harness.results.rows import Row, summarise
 from harness.results.store import (
+    PARTIAL,
+    RECORD,
     WEIGHTS,
+    Loaded,
+    Problem,
+    Stored,
     collector_paused,
     load_epochs,
     load_predictions,
     load_records,
     write_atomic,
 )
-from harness.spec import UserError, check_word
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from harness.results.rows import Row
-    from harness.results.store import Loaded, Problem, Stored
-    from harness.results.sweeps import Sweep
+from harness.results.sweeps import Sweep, Sweeps, load_sweeps
+from harness.results.verify import has_hashes, verify
+from harness.spec import RunSpec, UserError, check_word, suggest
 
 PAGE = "report.html"
 COMPARISON_FORMATS = ("table", "markdown", "json")
@@ -81,8 +98,6 @@ def mistakes(prefix: str = "", file: str = "") -> Iterator[None]:
 
 def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
     """The rows of a table, with their predictions. Raises UserError for a field to average over that no run has."""
-    from harness.results.rows import summarise
-
     outs = dict.fromkeys(run.folder.parent for run in (*loaded.records, *loaded.interrupted))
     with mistakes():
         return summarise(loaded.records, loaded.interrupted, across, load_predictions(outs))
@@ -105,9 +120,6 @@ def choose_rows(rows: list[Row], name: str | None) -> Table:
     """
     if name is None:
         return Table(rows)
-    from harness.results.published import find_published
-    from harness.results.report.text import fill_template
-
     with mistakes("--preset: "):
         preset = find_preset(name)
     places = {network: place for place, network in enumerate(preset.select())}
@@ -129,8 +141,6 @@ def choose_rows(rows: list[Row], name: str | None) -> Table:
 def _render(
     rows: Sequence[Row], console: Console, format: Any, columns: Sequence[str], *, shown: bool = True
 ) -> str:
-    from harness.results.report.table import render
-
     fit = shown and console.is_terminal
     return render(rows, format, columns=columns, width=console.width, fit=fit, colour=fit and not console.no_color)
 
@@ -142,10 +152,6 @@ def print_report(paths: Sequence[Path], console: Console, options: ReportOptions
     Returns whether there was a run. Raises UserError for an unknown format, column or field, a path that does not
     exist, and a file that cannot be written.
     """
-    from harness.results.report.columns import sort_rows
-    from harness.results.report.table import FORMATS
-    from harness.results.sweeps import Sweeps, load_sweeps
-
     options = options or ReportOptions()
     format, output, curves = options.format, options.output, options.curves
     check_word(format, (*FORMATS, "html"), "--format")
@@ -191,21 +197,13 @@ def print_rows(loaded: Loaded, console: Console, preset: str | None = None) -> b
 
 
 @collector_paused()
-def write_page(out: Path, loaded: Loaded | None = None) -> Path:
-    """Write the page of all runs in a folder into it. Raises UserError where it cannot be written."""
-    from harness.results.sweeps import load_sweeps
-
-    loaded, searches = loaded or load_records([out]), load_sweeps([out])
-    text = make_html(make_rows(loaded), [*loaded.problems, *searches.problems], sweeps=searches.sweeps)
-    with mistakes(file=str(out / PAGE)):
-        write_atomic(out / PAGE, text)
-    return out / PAGE
-
-
 def say_page(out: Path, console: Console, loaded: Loaded | None = None) -> Path | None:
-    """Write the page and say where; the runs are stored, whatever becomes of it."""
+    """Write the page of all runs in a folder into it, and say where; the runs are stored, whatever becomes of it."""
+    loaded, searches, page = loaded or load_records([out]), load_sweeps([out]), out / PAGE
     try:
-        page = write_page(out, loaded)
+        text = make_html(make_rows(loaded), [*loaded.problems, *searches.problems], sweeps=searches.sweeps)
+        with mistakes(file=str(page)):
+            write_atomic(page, text)
     except UserError as error:
         say(console, f"no page: {error}", style="dim")
         return None
@@ -218,8 +216,6 @@ def export_runs(records: Sequence[Stored], to: str) -> int:
 
     Raises UserError for a tool that is unknown or not installed, and for epochs that cannot be read.
     """
-    from harness.results.export import TARGETS, export
-
     check_word(to, tuple(TARGETS), "--to")
     try:
         return export(records, TARGETS[to])
@@ -249,7 +245,6 @@ def make_html(
     sweeps: Sequence[Sweep] = (),
 ) -> str:
     """The page for a browser. Raises ValueError for a column that does not exist."""
-    from harness.loaders.cache import cache_dir
     from harness.results.report.charts import load_bundle
     from harness.results.report.page import make_page
 
@@ -271,8 +266,6 @@ def print_text(text: str, console: Console, output: Path | None = None) -> None:
 
 def print_why(row: str, path: Path, console: Console) -> None:
     """Print the records, epochs and formulas behind every row of that name (msra-20), or the row of that number."""
-    from harness.results.explain import why
-
     if not (rows := make_rows(load_runs([path]))):
         raise UserError(f"no runs in {str(path)!r}")
     matches = [match for number, match in enumerate(rows, 1) if row in (match.name, str(number))]
@@ -291,9 +284,6 @@ def print_findings(words: Sequence[str]) -> int:
 
     The weights of runs at a URI stay there and are not checked.
     """
-    from harness.results.verify import has_hashes, verify
-    from harness.spec import RunSpec
-
     loaded = load_runs(find_results(words), named=False)
     elsewhere = [WEIGHTS] if any(map(is_uri, words)) else []
     contradictions = verify(loaded.records, lambda spec: RunSpec.from_json(dict(spec)).key, elsewhere)
@@ -312,10 +302,6 @@ def print_comparison(paths: Sequence[Path], console: Console, options: CompareOp
 
     Raises UserError for a condition, field or format that cannot be read, and where there is nothing to compare.
     """
-    from harness.results.compare import compare, compare_by, nearest
-    from harness.results.gate import check_conditions, parse_fail_on
-    from harness.results.report.comparison import render_comparison
-
     by, across = options.by, options.across
     check_word(options.format, COMPARISON_FORMATS, "--format")
     if options.strict and options.fail_on is None:
@@ -346,14 +332,59 @@ def print_comparison(paths: Sequence[Path], console: Console, options: CompareOp
     return 1 if gate.failed or (options.strict and gate.unclear) else 0
 
 
+def print_repro(run: str, path: str, console: Console) -> None:
+    """Print the command, commit and versions that trained a run: a folder, or a name or key under `path`."""
+    path, run = split_uri(run) if is_uri(run) else (path, run)
+    folder = Path(run)
+    if folder.is_dir() and ((folder / RECORD).exists() or folder.name.endswith(PARTIAL)):
+        matches = load_runs([folder]).records
+        if not matches:
+            raise UserError(
+                f"{run}: no record to repeat; the command that started an interrupted run continues it"
+            )
+    else:
+        records = load_runs(find_results([path])).records
+        key = run if len(run) >= 4 else "no key"
+        matches = [s for s in records if s.record.name == run or s.record.key.startswith(key)]
+        if not matches:
+            hint = suggest(run, [stored.record.name for stored in records])
+            hint = hint or ": give a run's folder, its name, or the first digits of its key"
+            raise UserError(f"no run {run!r} among the {len(records)} in {redact(path)!r}{hint}")
+    print_text(make_repro(matches[-1]), console)
+
+
+def make_repro(stored: Stored) -> str:
+    """A shell script that trains one run again; comments say what it cannot promise."""
+    record, fault = stored.record, ""
+    try:
+        if RunSpec.from_json(record.spec).key != record.key:
+            fault = "gives it another key: its meaning may have changed"
+    except ValueError as error:
+        fault = f"cannot train it: {error}"
+    words = {"record": record, "environment": record.environment, "command": make_command(stored), "fault": fault}
+    return fill_template("repro.sh.j2", join=shlex.join, **words)
+
+
+def make_command(stored: Stored) -> list[str]:
+    """The command that trains this run alone, from its record: the same network, recipe, engine, device and seed."""
+    environment = stored.record.environment
+    command = ["harness", "run", "--spec", str(stored.folder / RECORD), "--out", "repro"]
+    # a plug-in's source is kept, unless it is an installed package's
+    for identity in stored.record.spec.get("plugins", ()):
+        name = str(identity).partition(":")[0]
+        if (kept := stored.folder / "plugins" / name / f"{name}.py").is_file():
+            command += ["--plugin", str(kept)]
+    original = environment.get("command") or ()
+    if "--data-dir" in original[:-1]:
+        command += ["--data-dir", str(original[original.index("--data-dir") + 1])]
+    return [*command, "--launcher", "local"] if environment.get("launcher") == "local" else command
+
+
 def print_variants(console: Console) -> None:
     """Print every variant at its default depth: parameters, multiply-adds, recipe, source."""
     import torch
-    from rich.text import Text
 
     from harness.models.build import build, count_flops, count_parameters
-    from harness.models.variants import NETWORKS, VARIANTS, default_depth
-    from harness.plugins import blaming
 
     variants = [function(default_depth(function)) for function in VARIANTS.values()]
     width = max(len(variant.name) for variant in variants) + 2
