@@ -13,7 +13,6 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.text import Text
 
 from harness.loaders.cache import cache_dir
 from harness.models.variants import NETWORKS, VARIANTS, default_depth, find_preset
@@ -386,20 +385,12 @@ def print_variants(console: Console) -> None:
 
     from harness.models.build import build, count_flops, count_parameters
 
-    variants = [function(default_depth(function)) for function in VARIANTS.values()]
-    width = max(len(variant.name) for variant in variants) + 2
-    for variant in variants:
+    shown, variants = {"imagenet": (100, 112), "resnet": (1000, 224)}, []
+    for function in VARIANTS.values():
+        variant = function(default_depth(function))
         architecture = variant.network.architecture
-        shown = {"imagenet": (100, 112), "resnet": (1000, 224)}
         classes, side = shown.get(architecture, (10, max(32, NETWORKS[architecture].smallest_image)))
         with blaming("network", architecture), torch.device("meta"):
             network = build(variant.network, classes, side)
-            parameters, macs = count_parameters(network), count_flops(network, side) / 2e6
-        size = f"depth {variant.network.depth:<4} {parameters:>10,} parameters {macs:>7.1f} MMAC"
-        console.print(Text.assemble((f"{variant.name:{width}}", "bold"), size), soft_wrap=True)
-        console.print(Text(f"    {variant.summary} ({variant.source})", style="dim"), soft_wrap=True)
-    console.print(
-        "\nEach at its default depth, for one 32x32 image and 10 classes (miniplaces and mpmz: 112x112 and 100, "
-        "imagenet: 224x224 and 1000). MMAC: million multiply-adds, forward.",
-        style="dim",
-    )
+            variants.append((variant, count_parameters(network), count_flops(network, side) / 2e6))
+    print_text(fill_template("variants.txt.j2", variants=variants), console)

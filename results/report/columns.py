@@ -182,6 +182,7 @@ def _published_seconds(row: Row) -> str:
 TEXT: dict[str, Callable[[Row], str]] = {
     "variant": lambda row: row.text("variant", row.variant),
     "depth": lambda row: row.text("network.depth", str(row.depth)) if row.depth else NONE,
+    "network": lambda row: f"{row.variant} {row.depth:06}",  # of the page, which sorts by it
     "dataset": lambda row: row.text("label", row.dataset),
     "limit_train": lambda row: f"{limit:,}" if (limit := _limit(row)) else "all",
     "duration": lambda row: row.duration,

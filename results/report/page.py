@@ -29,7 +29,7 @@ from harness.results.store import Problem, Stored
 from harness.results.sweeps import Sweep, best_first
 from harness.results.values import Measurement, Record
 
-NETWORK = Column("network", "network", lambda r: r.name, key=lambda r: f"{r.variant} {r.depth:06}", right=False)
+NETWORK = Column("network", "network", right=False)
 RUN_METRICS = [metric for metric in METRICS.values() if metric.kind != "size"]
 FACETS = ("variant", "depth", "data set", "loader")
 """What the rows of the page can be filtered and grouped by."""

@@ -71,9 +71,9 @@ def _templates() -> Environment:
     )  # fmt: skip
 
 
-def fill_template(name: str, **values: Any) -> str:
+def fill_template(template: str, /, **values: Any) -> str:
     """A template of this folder with these values, in which there are no control characters."""
-    return _templates().get_template(name).render(**values)
+    return _templates().get_template(template).render(**values)
 
 
 def add_mark(text: str, number: int) -> str:
