@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from harness.results.report.charts import Chart, Panel, is_finite, make_panels, make_spec
@@ -105,7 +105,8 @@ def _make_axis(d: Dimension, values: Sequence[Any]) -> _Axis:
         at = {name: k / max(1, len(names) - 1) for k, name in enumerate(names)}
         return _Axis(title, names, texts, [at[text] for text in texts], [(k, name) for name, k in at.items()])
     low, high = map(float, d.values)
-    scale, middle = (math.log, math.sqrt(low * high)) if d.log else (float, (low + high) / 2)
+    scale: Callable[[float], float] = math.log if d.log else float
+    middle = math.sqrt(low * high) if d.log else (low + high) / 2
     width = scale(high) - scale(low) or 1.0
     places = [round(clamp((scale(value) - scale(low)) / width), 5) for value in values]
     ticks = [(place, f"{value:.4g}") for place, value in ((0.0, low), (0.5, middle), (1.0, high))]
