@@ -153,12 +153,10 @@ class Study:
                 return fields
         if points is None:
             return None
-        # few points are left: one of them, of the next grid point that has any
+        # few points are left: one of them
         values = [[(d.field, value) for value in finite_values(d) or ()] for d in dimensions]
         left = [fields for fields in map(dict, itertools.product(*values)) if fields not in tried]
-        turns = ([f for f in left if f.items() >= point.items()] for point in (grid * 2)[number % len(grid) :])
-        of_turn = next(filter(None, turns))
-        return of_turn[int(np.random.default_rng([self.seed, number]).integers(len(of_turn)))]
+        return left[int(np.random.default_rng([self.seed, number]).integers(len(left)))]
 
     def add(self, fields: Mapping[str, Any], run: str, key: str) -> Trial:
         """A new trial, running."""
@@ -195,16 +193,14 @@ class Study:
         return self._storage.get_trial_id_from_study_id_trial_number(0, trial.number - 1)
 
     def _read(self, frozen: FrozenTrial) -> Trial:
-        attributes = frozen.user_attrs
-        curve = sorted(frozen.intermediate_values.items())
+        curve, known = sorted(frozen.intermediate_values.items()), {"seconds", "reason", "run", "key"}
         state = next(name for name, state in STATES.items() if state == frozen.state)
         value = frozen.value if state == "finished" else None
+        epochs, last = curve[-1] if curve else (0, None)
         return Trial(
-            number=frozen.number + 1, run=attributes["run"], key=attributes["key"],
-            fields={d.field: _convert(d, frozen.params[d.field]) for d in self.sweep.dimensions},
-            state=state, value=value, last=value if value is not None else curve[-1][1] if curve else None,
-            epochs=curve[-1][0] if curve else 0, seconds=attributes.get("seconds", 0.0),
-            reason=attributes.get("reason", ""), curve=curve,
+            number=frozen.number + 1, state=state, value=value, last=last if value is None else value, epochs=epochs,
+            fields={d.field: _convert(d, frozen.params[d.field]) for d in self.sweep.dimensions}, curve=curve,
+            **{name: attribute for name, attribute in frozen.user_attrs.items() if name in known},
         )  # fmt: skip
 
     def _sample(self, seed: Sequence[int]) -> dict[str, Any]:
