@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import closing, nullcontext, suppress
@@ -50,10 +51,10 @@ class Errors(NamedTuple):
 
 def parse_normalize(mean: str | None, std: str | None) -> Normalize | None:
     """ "0.485,0.456,0.406" and "0.229,0.224,0.225": red, green, blue of images in 0..1. None where neither is given."""
-    if mean is None and std is None:
-        return None
-    if mean is None or std is None:
+    if (mean is None) != (std is None):
         raise UserError("--mean and --std go together: one was given without the other")
+    if mean is None or std is None:
+        return None
     return Normalize(_colour(mean, "--mean", "from 0"), _colour(std, "--std", "above 0"))
 
 
@@ -143,13 +144,11 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
     images, labels = given[turn], dataset.test.labels[given[turn]]
     likeliest = torch.cat(ranked).cpu().numpy()[turn]  # (n, 5), as images and labels in the test set's order
     if options.predictions is not None:
-        import pandas as pd
-
-        classes = np.array(dataset.classes)
-        top = {f"top{rank}": classes[column] for rank, column in enumerate(likeliest.T, 1)}
-        with mistakes(file=f"--predictions {options.predictions}"):
-            frame = pd.DataFrame({"image": images, "label": classes[labels], **top})
-            frame.to_csv(options.predictions.expanduser(), index=False)
+        classes, top = np.array(dataset.classes), [f"top{rank}" for rank in range(1, likeliest.shape[1] + 1)]
+        rows = zip(images, classes[labels], *classes[likeliest.T], strict=True)
+        path = options.predictions.expanduser()
+        with mistakes(file=f"--predictions {path}"), path.open("w", newline="", encoding="utf-8") as table:
+            csv.writer(table, lineterminator="\n").writerows([("image", "label", *top), *rows])
     if options.save_probabilities is not None:
         arrays: Any = {f"scale_{scale}": torch.cat(parts)[turn].numpy() for scale, parts in scores.items()}
         path = options.save_probabilities.expanduser()
