@@ -268,17 +268,16 @@ def _points(rows: Mapping[str, Row], figure: str) -> Values:
             "high": round(error + std, 2), "best": error < lowest,
         })  # fmt: skip
         lowest = min(lowest, error)
+    width = max((p["cost"] for p in points), default=0.0) or 1.0
+    height = max((p["high"] for p in points), default=0.0) - min((p["low"] for p in points), default=0.0) or 1.0
     taken: dict[str, tuple[float, float, float]] = {}  # by names: from left to right, and their height
     for point in (point for point in points if point["best"]):
-        name = point["row"].partition(" · ")[0]
-        place = point["cost"] / (points[-1]["cost"] or 1.0)
-        height = point["error"] / (max(p["high"] for p in points) - min(p["low"] for p in points) or 1.0)
-        left = place - LETTER * len(name) * (place > 0.5)
+        name, x, y = point["row"].partition(" · ")[0], point["cost"] / width, point["error"] / height
+        left = x - LETTER * len(name) * (x > 0.5)
         right = left + LETTER * len(name)
-        free = all(right < a or b < left or abs(height - c) > LINE for a, b, c in taken.values())
-        if free and name not in taken:
-            taken[name] = left, right, height
-            point |= {"name": name, "right": place <= 0.5}
+        if name not in taken and all(right < a or b < left or abs(y - c) > LINE for a, b, c in taken.values()):
+            taken[name] = left, right, y
+            point |= {"name": name, "right": x <= 0.5}
     return points
 
 
