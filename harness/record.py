@@ -186,7 +186,7 @@ class Recorder:
 
     def end(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, **environment: Any) -> bool:
         """Store what a run came to. Returns whether it is a result and is stored at the URI too, if there is one."""
-        from harness.results.report.card import CARD, make_card
+        from harness.results.report.page import CARD, make_card
 
         folder = self.partial(spec)
         try:

@@ -20,9 +20,8 @@ from harness.results.gate import check_conditions, parse_fail_on
 from harness.results.metrics import METRICS, Figure, Metric, figures, suggest
 from harness.results.prediction import predicted_figures
 from harness.results.report.columns import sort_rows
-from harness.results.report.comparison import render_comparison
 from harness.results.report.page import make_page
-from harness.results.report.table import Format, render
+from harness.results.report.table import Format, render, render_comparison
 from harness.results.rows import Row, summarise
 from harness.results.store import Stored, finish, load_records, write_epochs
 from harness.results.values import EpochMetrics, RunResult

@@ -28,8 +28,7 @@ from harness.results.metrics import figures
 from harness.results.published import find_published
 from harness.results.remote import StorageError, is_uri, push_run, redact, split_uri
 from harness.results.report.columns import sort_rows
-from harness.results.report.comparison import render_comparison
-from harness.results.report.table import FORMATS, render
+from harness.results.report.table import FORMATS, render, render_comparison
 from harness.results.report.text import fill_template
 from harness.results.rows import Row, summarise
 from harness.results.store import (

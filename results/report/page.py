@@ -1,4 +1,4 @@
-"""Rows -> one page for a browser: table, charts, runs, environments. It loads nothing from the network.
+"""Rows -> one page for a browser: table, charts, runs, environments. It loads nothing from the network. Runs -> model cards.
 
 Values are prepared here; `page.html` lays them out and escapes them.
 """
@@ -17,7 +17,7 @@ from datetime import datetime
 
 from markupsafe import Markup, escape
 
-from harness.results.metrics import METRICS, NONE, rounded
+from harness.results.metrics import METRICS, NONE, figures, rounded
 from harness.results.prediction import predicted_figures
 from harness.results.report.charts import category_colours, is_finite, make_labels
 from harness.results.report.columns import Column
@@ -142,3 +142,22 @@ def _environment(record: Record) -> dict[str, object]:
     if environment.get("dirty"):
         fields["commit"] = f"{fields.get('commit')} and uncommitted changes"
     return fields
+
+
+# --- what stands beside a run's weights, from its record alone ---
+
+CARD = "README.md"
+
+
+def make_card(record: Record, *, about: str = "", classes: int | None = None) -> str:
+    """Markdown with the front matter of model hubs: figures, network, recipe, how to load it and train it again.
+
+    `about`: a sentence on the variant. `classes`: of the data set. Raises ValueError for a run without a result.
+    """
+    if record.result is None:
+        raise ValueError(f"{record.name} has no result")
+    version = (record.environment.get("versions") or {}).get("resnet-harness")
+    known = {"record": record, "result": record.result, "images": record.images(), "version": version}
+    return fill_template(
+        "card.md.j2", metrics=METRICS.values(), figures=figures, about=about, classes=classes, **known
+    )
