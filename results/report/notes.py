@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures
 from harness.results.report.columns import cost_entry, progress, pruned_at
@@ -17,6 +19,7 @@ Noted = Iterator[tuple[str, ...]]
 
 
 MOST_NAMED = 4
+_shorten = partial(textwrap.shorten, width=160, placeholder=" …")
 
 
 def make_notes(rows: Sequence[Row]) -> Mapping[str, set[tuple[int, str]]]:
@@ -163,8 +166,3 @@ def _untimed(row: Row) -> str:
         early = f"{result.runs_per_gpu} runs share the GPU" if result.runs_per_gpu > 1 else interference
         reasons |= dict.fromkeys(result.timing.untimed if result.timing else [early])
     return f"no epoch was timed, by reason of {', '.join(reasons)}"
-
-
-def _shorten(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 160 else f"{line[:159]}…"
