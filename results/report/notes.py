@@ -114,9 +114,9 @@ def _run_notes(row: Row) -> Noted:
     for stored in row.pruned:
         beside = f"{row.name} seed {stored.record.seed} was {pruned_at(stored)} epochs by a search"
         yield beside if row.done else "pruned by a search before its end: averaged with nothing", where
-    for partial in row.interrupted:
-        name = f"{row.name} seed {partial.spec['seed']}" if "seed" in partial.spec else partial.name
-        yield f"{name} is not done: {progress(partial)}", where
+    for run in row.interrupted:
+        name = f"{row.name} seed {run.spec['seed']}" if "seed" in run.spec else run.name
+        yield f"{name} is not done: {progress(run)}", where
     for stored in row.done:
         for problem in contradictions(stored.record):
             yield f"{row.name} seed {stored.record.seed}: {problem}; see harness verify", "n"
