@@ -153,11 +153,13 @@ def check_options(grid: Grid, options: RunOptions) -> Goal | None:
     """Every check that needs neither data nor devices; the goal of --until-ci. Raises UserError."""
     plan.check_grid(grid)
     check_resources(options)
-    probes = {"--estimate": options.estimate, "--profile": options.profile}
-    others = probes | {"--dry-run": options.dry_run, f"--format {options.format}": options.format in LINES}
-    if any(probes.values()) and sum(others.values()) > 1:
-        probe, other, *_ = (name for name, given in others.items() if given)
-        raise UserError(f"{probe} and {other} exclude each other: {probe} probes and prints a table")
+    ways = {
+        "--estimate": options.estimate, "--profile": options.profile, "--dry-run": options.dry_run,
+        f"--format {options.format}": options.format in LINES,
+    }  # fmt: skip
+    probe, *others = [name for name, given in ways.items() if given] or [""]
+    if others and probe in ("--estimate", "--profile"):
+        raise UserError(f"{probe} and {others[0]} exclude each other: {probe} probes and prints a table")
     return until_ci.make_goal(
         options.until_ci, options.max_seeds, max(len(g.seeds) for g in grid.groups or (grid,))
     )
