@@ -96,7 +96,8 @@ def mistakes(prefix: str = "", file: str = "") -> Iterator[None]:
 
 def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
     """The rows of a table, with their predictions. Raises UserError for a field to average over that no run has."""
-    outs = dict.fromkeys(run.folder.parent for run in (*loaded.records, *loaded.interrupted))
+    folders = [*(run.folder for run in loaded.records), *(run.folder for run in loaded.interrupted)]
+    outs = dict.fromkeys(folder.parent for folder in folders)
     with mistakes():
         return summarise(loaded.records, loaded.interrupted, across, load_predictions(outs))
 

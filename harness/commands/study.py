@@ -214,9 +214,10 @@ class Study:
             study = optuna.create_study(sampler=SAMPLERS[self.sweep.search_algorithm](seed=number))
             ended = [STATES[state] for state in ("finished", "pruned", "failed")]
             for trial in self._study.get_trials(states=ended) if self.sweep.search_algorithm != "random" else ():
-                values = {"params": trial.params, "distributions": trial.distributions}
-                failed = trial.state == TrialState.FAIL
-                study.add_trial(create_trial(state=TrialState.PRUNED, **values) if failed else trial)
+                worst = create_trial(
+                    state=TrialState.PRUNED, params=trial.params, distributions=trial.distributions
+                )
+                study.add_trial(worst if trial.state == TrialState.FAIL else trial)
             own = [d for d in self.sweep.dimensions if d.function != "grid"]
             params = study.ask({d.field: self.distributions[d.field] for d in own}).params
         return {d.field: _convert(d, params[d.field]) for d in own}

@@ -47,6 +47,9 @@ DESCRIBING = [column for column in DESCRIPTORS if not column.stays and column.na
 """Columns that distinguish rows of one network."""
 MEMORIES = ("nvml_process_mib", "torch_reserved_mib", "rss_mib")  # the best one to compare first
 Values = list[dict[str, Any]]
+Figures = Mapping[
+    str, tuple[str, Callable[[list[float]], float]]
+]  # name -> field of an epoch, and how runs are combined
 
 
 class Chart(NamedTuple):
@@ -185,11 +188,12 @@ def _load_curves(row: Row) -> Iterator[dict[str, Any]]:
     spread the lists.
     """
     done = [_load_epochs(run) for run in row.done]
-    errors = {"mean": ("error", mean), "low": ("error", min), "high": ("error", max)}
+    errors: Figures = {"mean": ("error", mean), "low": ("error", min), "high": ("error", max)}
+    partials: list[Stored | Interrupted] = [*row.failed, *row.pruned, *row.interrupted]
     if curve := _combine(done, "error", errors):
         published = row.against.published.error if row.against else None
         yield curve if published is None else curve | {"published": published}
-    for number, partial in enumerate((*row.failed, *row.pruned, *row.interrupted), 1):
+    for number, partial in enumerate(partials, 1):
         if curve := _combine([_load_epochs(partial)], "error", errors):
             yield curve | {"unfinished": number}
     on_test = row.evaluated_on == "test"
@@ -211,19 +215,17 @@ def is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _combine(
-    runs: Sequence[Sequence[EpochMetrics]], needed: str, figures: Mapping[str, tuple[str, Callable[[list[float]], float]]]
-) -> dict[str, Any]:  # fmt: skip
+def _combine(runs: Sequence[Sequence[EpochMetrics]], needed: str, figures: Figures) -> dict[str, Any]:
     """Figures of the epochs in which all runs have the one that is needed, to four digits; None where a run lacks another.
 
     Runs without any such epoch do not count; nothing where none has one.
     """
     numbered = [{e.epoch: e for e in run if is_finite(getattr(e, needed))} for run in runs]
-    known = [run for run in numbered if run]
-    epochs = sorted(set.intersection(*map(set, known))) if known else []
+    having = [run for run in numbered if run]
+    epochs = sorted(set.intersection(*map(set, having))) if having else []
     curve: dict[str, Any] = {"epoch": epochs} if epochs else {}
     for name, (own, of) in figures.items() if epochs else ():
-        columns = [[getattr(run[number], own, None) for run in known] for number in epochs]
+        columns: list[list[Any]] = [[getattr(run[number], own, None) for run in having] for number in epochs]
         curve[name] = [float(f"{of(column):.4g}") if all(map(is_finite, column)) else None for column in columns]
     return curve
 
@@ -332,10 +334,11 @@ def make_spec(name: str, styles: Mapping[str, Style] | None = None, **values: An
     """
     rows, parts = styles or {}, load_specs()
     values |= {"rows": [*rows], **{key: [getattr(style, key) for style in rows.values()] for key in Style._fields}}
-    values["legend"] = {} if 1 < len(rows) <= MAX_LEGEND else None
     text = json.dumps(parts[name])
     for given in (parts, values):  # in a value nothing is replaced
         text = re.sub(r'"\$(\w+)"', lambda word: json.dumps(given.get(word[1], word[0].strip('"'))), text)  # noqa: B023
+    if 1 < len(rows) <= MAX_LEGEND:
+        text = text.replace(', "legend": null', "")
     spec: dict[str, Any] = json.loads(text)
     return spec
 
