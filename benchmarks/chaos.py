@@ -257,10 +257,12 @@ def try_once(
         text = "\n".join(line for _, line in running.lines[-30:])
         raise SystemExit(f"{case.command}\nended with {code} after {kind} at {seconds:.1f} s:\n{text}")
     outcome = read_outcome(case.out)
-    after = [at for at in times if at > struck_at]
+    again = [at for at, line in lines if "trying again" in line and at > struck_at]
+    going_on_at = running.began if commands > 1 else max(again, default=struck_at)
+    after = [at for at in times if at > going_on_at]
     return outcome, {
         "where": case.where, "fault": kind if end else f"{kind} (had ended)", "after_seconds": seconds,
-        "epoch": len(times) - len(after), "commands": commands, "attempts": outcome.attempts, "kept": outcome.kept,
+        "epoch": sum(at <= struck_at for at in times), "commands": commands, "attempts": outcome.attempts, "kept": outcome.kept,
         "recovery_seconds": min(after) - struck_at if after else None,
         "interrupted": commands > 1 or outcome.attempts > 1, "named": any("no step for" in line for _, line in lines),
     }  # fmt: skip
