@@ -119,11 +119,10 @@ def _plan(
     images = len(dataset.train)
     specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
     plan.check_images(specs, dataset)
+    fallback = plan.fallback_world_sizes(options.elastic, specs)
     plan.check_epochs(() if grid.specs or options.estimate or options.profile else specs, images)
-    allocation = replace(
-        allocation, fallback_world_sizes=plan.fallback_world_sizes(options.elastic, specs),
-        stall_seconds=float(options.stall_seconds),
-    )  # fmt: skip
+    stall = float(options.stall_seconds)
+    allocation = replace(allocation, fallback_world_sizes=fallback, stall_seconds=stall)
     paths = replace(paths, label=dataset.label)
     resources = choose_launcher(options, allocation, until_ci.MAX_SEEDS if goal else len(specs))
     environment, warn = {"launcher": resources.launcher}, partial(say, console)
