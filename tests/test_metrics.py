@@ -66,7 +66,7 @@ def test_a_new_figure_is_in_every_table(format: Format, made_up: Metric, rows: l
     text = render(rows, format, width=400)
     assert "dB: how loud the fans were" in text
     assert ("32 & .250 $\\pm$ 1.414" if format == "latex" else "32.250 ± 1.414") in text
-    assert "32.250" in render(rows, format, columns=["variant", "fan_noise"], width=400)
+    assert "32.250" in render(rows, format, columns=["variant", "fan_noise"], width=400).replace(" & ", "")
     assert sort_rows(rows, "-fan_noise") == rows
 
 
