@@ -9,6 +9,8 @@ from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rich.console import Console
+
 from harness.options import (
     Grid,
     ReportOptions,
@@ -45,13 +47,12 @@ def _options(*groups: type) -> Callable[[Function], Function]:
     """The function's options are those of these dataclasses: what `help` and notebooks show."""
 
     def sign(function: Function) -> Function:
-        own = [p for p in signature(function).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
-        options = options_of(*groups)
-        named = [
-            Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=option.kind)
-            for name, option in options.items()
-        ]
-        function.__signature__ = Signature([*own, *named], return_annotation="pandas.DataFrame")  # type: ignore[attr-defined]
+        parameters = [p for p in signature(function).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+        for name, option in options_of(*groups).items():
+            parameters.append(
+                Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=option.kind)
+            )
+        function.__signature__ = Signature(parameters, return_annotation="pandas.DataFrame")  # type: ignore[attr-defined]
         return function
 
     return sign
@@ -63,8 +64,6 @@ def run(file: str | Path | None = None, /, **options: Any) -> pandas.DataFrame:
 
     Options win over those of the grid file, if one is given. A run that failed is a line with its `failure`. Raises UserError for what the command line refuses.
     """
-    from rich.console import Console
-
     from harness.commands.run import run_command
 
     _, how = run_command(read_values(options, Grid, RunOptions), None if file is None else Path(file), Console())
@@ -77,8 +76,6 @@ def tune(**options: Any) -> pandas.DataFrame:
 
     Raises UserError for what the command line refuses.
     """
-    from rich.console import Console
-
     from harness.commands.tune import tune as run_search
 
     given = read_values(options, Search, TuneOptions)
@@ -92,8 +89,6 @@ def report(*paths: str | Path, **options: Any) -> pandas.DataFrame:
 
     With `output` the table is written there too, with `curves` the charts. Raises UserError.
     """
-    from rich.console import Console
-
     from harness.commands.report import find_results, print_report
     from harness.results.frame import read_table
 

@@ -6,7 +6,8 @@ The command line is derived from these fields (`harness.cli`); `fill` makes a da
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cache, partial
@@ -15,8 +16,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from harness.cluster.job import PLACEMENTS, Placement
 from harness.deadline import parse_until
+from harness.models.variants import VARIANTS, default_depth, find_variant
 from harness.spec import Engine, Precision, RunSpec, UserError, check_word, load_specs
-from harness.words import parse_scales, parse_seeds, parse_variants, parse_words
 
 Group = TypeVar("Group")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -46,13 +47,13 @@ class Option:
         """A value of Python or TOML as the field's type, or as words that `parse` reads. Raises UserError."""
         from pydantic import TypeAdapter, ValidationError
 
-        kind, several = self.kind, get_origin(self.kind) is tuple
+        kind = self.kind
         if self.repeatable:
             if isinstance(value, Mapping):
                 listed = {key: v if isinstance(v, list | tuple) else [v] for key, v in value.items()}
                 value = [f"{key}={','.join(map(str, words))}" for key, words in listed.items()]
             value, kind = [value] if isinstance(value, str | Path) else value, list[str | Path]
-        elif several and isinstance(value, str | int) and not isinstance(value, bool):
+        elif get_origin(kind) is tuple and isinstance(value, str | int) and not isinstance(value, bool):
             return str(value)  # depths=20, seeds=3, variants="msra,he2015"
         elif kind is str and isinstance(value, Path):
             return str(value)
@@ -81,17 +82,27 @@ def opt(help: str, *names: str, **more: Any) -> Option:
 
 
 @cache
-def options_of(group: type, *more: type) -> dict[str, Option]:
+def options_of(*groups: type) -> dict[str, Option]:
     """The options among the fields of dataclasses, by name; a dataclass's own before those that it inherits."""
-    hints, options = get_type_hints(group, include_extras=True), {}
-    known = {each.name: each for each in fields(group)}
-    for name in dict.fromkeys(name for kind in group.__mro__ for name in vars(kind).get("__annotations__", ())):
-        for option in getattr(hints[name], "__metadata__", ()):
-            names, default = option.names or (f"--{name.replace('_', '-')}",), known[name].default
-            required = default is known[name].default_factory is MISSING
-            kind = hints[name].__origin__
-            options[name] = replace(option, names=names, kind=kind, default=default, required=required)
-    return options | options_of(*more) if more else options
+    options = dict[str, Option]()
+    for group in groups:
+        hints, known = get_type_hints(group, include_extras=True), {each.name: each for each in fields(group)}
+        for name in dict.fromkeys(
+            name for kind in group.__mro__ for name in vars(kind).get("__annotations__", ())
+        ):
+            for option in getattr(hints[name], "__metadata__", ()) if name not in options else ():
+                default = known[name].default
+                required = default is known[name].default_factory is MISSING
+                names, kind = option.names or (f"--{name.replace('_', '-')}",), hints[name].__origin__
+                options[name] = replace(option, names=names, kind=kind, default=default, required=required)
+    return options
+
+
+def load_named(values: Mapping[str, Any]) -> None:
+    """Load the plug-ins that options name, before any other word is read: it may be one of a plug-in's."""
+    from harness.plugins import load_plugins
+
+    load_plugins(options_of(Training)["plugin"].read("plugin", values.get("plugin") or ()))
 
 
 def read_values(values: Mapping[str, Any], *groups: type) -> dict[str, Any]:
@@ -99,10 +110,8 @@ def read_values(values: Mapping[str, Any], *groups: type) -> dict[str, Any]:
     known = options_of(*groups)
     for name in values:
         check_word(name, known, "option")
-    if "plugin" in known:  # before any word is read: it may be one of a plug-in's
-        from harness.plugins import load_plugins
-
-        load_plugins(known["plugin"].read("plugin", values.get("plugin") or ()))
+    if "plugin" in known:
+        load_named(values)
     return {name: known[name].read(name, value) for name, value in values.items() if value is not None}
 
 
@@ -110,7 +119,7 @@ def fill(group: type[Group], values: Mapping[str, Any]) -> Group:
     """A dataclass from the values that are named as its fields are; words are read as its options say. What is not given
     may be a variable's."""
     own = {each.name: values[each.name] for each in fields(group) if each.name in values}  # type: ignore[arg-type]
-    for name, option in options_of(group).items():  # type: ignore[arg-type]
+    for name, option in options_of(group).items():
         if name not in own and (word := os.environ.get(option.variable)):
             own[name] = option.read(name, word)
         if name in own:
@@ -120,7 +129,7 @@ def fill(group: type[Group], values: Mapping[str, Any]) -> Group:
 
 def check_options(group: object) -> None:
     """Raise UserError for a value that its option does not allow."""
-    for name, option in options_of(type(group)).items():  # type: ignore[arg-type]
+    for name, option in options_of(type(group)).items():
         option.check(getattr(group, name))
 
 
@@ -129,14 +138,76 @@ def default_out() -> str:
     return fill(RunOptions, {}).out
 
 
+# --- words: "msra,he2015", "20..56", "3" ---
+
+MOST_NUMBERS = 1000  # in a list of seeds
+MOST_PIXELS = 9999
+
+
+def parse_words(text: str, what: str = "") -> tuple[str, ...]:
+    """ "a,b" -> ("a", "b"), each once. Raises UserError."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise UserError(f"{what} {text!r}: a list with commas and no empty places is allowed, as in a,b")
+    return tuple(dict.fromkeys(words))
+
+
+def parse_numbers(text: str, what: str, allowed: Callable[[int], bool] | None = None) -> tuple[int, ...]:
+    """ "7,3..5" -> (7, 3, 4, 5), each once; of a range those that are allowed. Raises UserError."""
+    numbers = list[int]()
+    for word in parse_words(text, what):
+        ends = re.fullmatch(r"(\d{1,9})(?:\s*\.\.\s*(\d{1,9}))?", word)
+        low, high = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, -1)
+        if not low <= high < low + MOST_NUMBERS:
+            most = f"range of at most {MOST_NUMBERS}, the lowest first, as in 20..56"
+            raise UserError(f"{what} {text!r}: {word!r} is not a whole number, and no {most}")
+        chosen = [n for n in range(low, high + 1) if low == high or allowed is None or allowed(n)]
+        if not chosen:
+            raise UserError(f"{what} {word}: no number from {low} to {high} is allowed here")
+        numbers += chosen
+    return tuple(dict.fromkeys(numbers))
+
+
+def parse_variants(text: str) -> tuple[str, ...]:
+    """ "msra,he2015" -> ("msra", "he2015"); "all": every one."""
+    return tuple(VARIANTS) if text.strip() == "all" else parse_words(text, "--variants")
+
+
+def parse_depths(text: str, variants: Sequence[str] = ()) -> tuple[int, ...]:
+    """ "20,32" -> (20, 32); "20..32" -> those from 20 to 32 that all the variants allow, of which each has its own."""
+
+    def legal(depth: int) -> bool:
+        try:
+            return all(function(depth) for function in map(find_variant, variants) if default_depth(function))
+        except ValueError:
+            return False
+
+    return parse_numbers(text, "--depths", legal)
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """ "3" -> (0, 1, 2), a count; "0,7" -> (0, 7), the seeds themselves; "7," -> (7,); "3..5" -> (3, 4, 5)."""
+    if not text.strip().isdecimal():
+        return parse_numbers(text.rstrip(","), "--seeds")
+    if not 1 <= int(text) <= MOST_NUMBERS:
+        raise UserError(
+            f"--seeds {text}: a count from 1 to {MOST_NUMBERS} is allowed, or a list of seeds as in 0,7"
+        )
+    return tuple(range(int(text)))
+
+
+def parse_scales(text: str) -> tuple[int, ...]:
+    """ "96,112,128" -> (96, 112, 128), in pixels."""
+    scales = parse_numbers(text, "--scales")
+    if max(scales) > MOST_PIXELS:
+        raise UserError(f"--scales {text!r}: at most {MOST_PIXELS} pixels are allowed")
+    return scales
+
+
 def _parse_settings(texts: list[str]) -> dict[str, Any]:
     from harness.search_space import parse_settings
 
     return parse_settings(texts)
-
-
-def _parse_files(paths: list[str | Path]) -> tuple[str, ...]:
-    return tuple(str(Path(path).expanduser().absolute()) for path in paths)
 
 
 def _loaders() -> Collection[str]:
@@ -161,7 +232,8 @@ RunsPerGpu = Annotated[int, opt(
 Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.", variable="HARNESS_ADDRESS")]
 Verbose = Annotated[bool, opt("Show Ray's own messages.")]
 Plugin = Annotated[tuple[str, ...], opt(
-    "A file with networks, data sets, ... of your own: docs/extending.md. Repeatable.", parse=_parse_files, repeatable=True)]
+    "A file with networks, data sets, ... of your own: docs/extending.md. Repeatable.",
+    parse=lambda paths: tuple(str(Path(path).expanduser().absolute()) for path in paths), repeatable=True)]
 Until = Annotated[datetime | None, opt(
     "Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued.", parse=parse_until)]
 NoCheck = Annotated[bool, opt("Train on a GPU that is new without checking it first.")]

@@ -8,7 +8,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from datetime import timedelta
+from functools import cache, partial
+from itertools import pairwise
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich.console import Console, Group
@@ -35,16 +37,16 @@ def say(console: Console, text: str, style: str = "") -> None:
     console.print(Text(text, style=style), soft_wrap=not console.is_terminal)
 
 
-def make_table(*columns: str, left: Collection[str] = (), fold: bool = False, **options: Any) -> Table:
-    """An empty table without lines; numbers are aligned to the right, the columns `left` are words.
-
-    Cells that are too long for the console are cut off, or continue below with `fold`.
-    """
-    options = {"box": None, "pad_edge": False, "title_justify": "left", "title_style": "", **options}
-    table = Table(padding=(0, 2, 0, 0), **options)
-    overflow: Literal["fold", "ellipsis"] = "fold" if fold else "ellipsis"
+def make_table(*columns: str, left: Collection[str] = (), whole: Collection[str] = (), **options: Any) -> Table:
+    """An empty table without lines; numbers are aligned to the right, the columns `left` are words. Cells that are too
+    long for the console continue below; those of columns `whole` are cut off, after all others are as narrow as can be."""
+    shape = {"box": None, "pad_edge": False, "title_justify": "left", "title_style": "", "padding": (0, 2, 0, 0)}
+    table = Table(**shape | options)
     for name in columns:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=not fold, overflow=overflow)
+        justify: Literal["left", "right"] = "left" if name in left else "right"
+        table.add_column(
+            name, justify=justify, no_wrap=name in whole, overflow="ellipsis" if name in whole else "fold"
+        )
     return table
 
 
@@ -73,7 +75,7 @@ def print_columns(
 ) -> None:
     """Print a table of columns of cells. On a terminal `spare` ones are left out, and named, where all do not fit."""
     kept = fit_columns(columns, console.width, spare) if console.is_terminal else columns
-    table = make_table(*kept, left=left, width=None if console.is_terminal else natural_width(kept))
+    table = make_table(*kept, left=left, whole=kept, width=None if console.is_terminal else natural_width(kept))
     for row in zip(*kept.values(), strict=True):
         table.add_row(*map(escape, row), style="" if row[0] else "dim")
     console.print(title, markup=False, highlight=False)
@@ -94,12 +96,10 @@ def load_data(name: str, paths: RunPaths, console: Console, *, scan: bool = Fals
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=console, transient=True, disable=not console.is_terminal,
     ) as bar:  # fmt: skip
-        tasks: dict[str, Any] = {}
+        add_task = cache(bar.add_task)
 
         def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(escape(what), total=total)
-            bar.update(tasks[what], completed=done, total=total)
+            bar.update(add_task(escape(what)), completed=done, total=total)
 
         try:
             with blaming("dataset", name):
@@ -125,11 +125,9 @@ class _Line:
         return self.last.epoch if self.last else 0
 
 
-COLUMNS = ("run", "epoch", "bar", "loss", "error %", "s/epoch", "left", "")  # of runs; the last one: a note
-FIGURES, LEFT = (
-    ("epoch", "loss", "error %", "s/epoch"),
-    ("run", "epoch", "bar", ""),
-)  # never cut off; aligned to the left
+COLUMNS = ("run", "epoch", " ", "loss", "error %", "s/epoch", "left", "")  # of runs; the blank ones: a bar, a note
+FIGURES = ("epoch", "loss", "error %", "s/epoch")  # cut off last
+RANKS = {"training": 0, "starting": 0, "failed": 1, "waiting": 2}  # of what is shown first
 STYLES = {"done": "green", "finished": "green", "failed": "red", "waiting": "dim", "pruned": "dim"}
 
 
@@ -188,8 +186,9 @@ class Progress(LiveTable):
             again = f"attempt {event.attempt}: {event.reason}" if event.reason else ""
             line.state, line.note = "starting", "; ".join(filter(None, [width, again]))
             if again:
-                width = width and f" with {width}"
-                self.say(f"{spec.title}: {event.reason}; trying again ({event.attempt}){width}")
+                self.say(
+                    f"{spec.title}: {event.reason}; trying again ({event.attempt}){f' with {width}' * bool(width)}"
+                )
             else:
                 self.log(f"{spec.title}: starting")
         elif isinstance(event, Waiting):
@@ -228,31 +227,27 @@ class Progress(LiveTable):
 
     def render(self) -> Group:
         """The runs that fit on the screen. Figures are whole; the other columns get what is left beside them."""
-        ranks = {"training": 0, "starting": 0, "failed": 1, "waiting": 2}
-        lines, wide = list(self.lines.values()), self.console.width >= 60
-        shown = self.fit(lines, lambda line: ranks.get(line.state, 3))
-        names = COLUMNS if wide else ("run", *FIGURES)
-        table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0))
-        for name in names:
-            justify: Literal["left", "right"] = "left" if name in LEFT else "right"
-            table.add_column(name.replace("bar", ""), no_wrap=name in FIGURES, justify=justify)
+        lines, width = list(self.lines.values()), self.console.width
+        shown = self.fit(lines, lambda line: RANKS.get(line.state, 3))
+        names = COLUMNS if width >= 60 else ("run", *FIGURES)
+        left = ("run", "epoch", " ", "")
+        table = make_table(*names, left=left, whole=FIGURES, padding=(0, 2 if width >= 60 else 1, 0, 0))
         for line in shown:
             last = line.last
-            cells = {
+            cells: dict[str, Any] = {
                 "run": line.spec.title if self.many_seeds else line.spec.name,
                 "epoch": f"{line.done}/{line.epochs}",
+                " ": ProgressBar(total=line.epochs, completed=line.done, width=24 if width >= 100 else 10),
                 "loss": f"{last.loss:.3f}" if last else "",
                 "error %": f"{last.error:.2f}" if last else "",
                 "s/epoch": f"{last.train_seconds:.2f}" if last else "",
                 "left": clock(self._left(line)) if line.state == "training" else line.state,
                 "": line.note,
             }
-            bar = ProgressBar(
-                total=line.epochs, completed=line.done, width=24 if self.console.width >= 100 else 10
-            )
-            shapes = {name: Text(cell, no_wrap=True, overflow="ellipsis") for name, cell in cells.items()}
-            row = [bar if name == "bar" else shapes[name] for name in names]
-            table.add_row(*row, style=STYLES.get(line.state, ""))
+            cells |= {
+                n: Text(c, no_wrap=True, overflow="ellipsis") for n, c in cells.items() if isinstance(c, str)
+            }
+            table.add_row(*(cells[name] for name in names), style=STYLES.get(line.state, ""))
         ended = sum(line.state in ("done", "failed") for line in lines)
         lefts = [left for line in lines if (left := self._left(line)) is not None]
         total = clock(sum(lefts) / self.concurrent_runs) if len(lefts) == len(lines) else "?"
@@ -298,7 +293,8 @@ class TrialTable(LiveTable):
     def render(self) -> Group:
         """The trials that fit on the screen: running ones, the best, the latest."""
         names = list(dict.fromkeys(name for trial in self.trials for name in trial.fields))
-        table = make_table("trial", "epoch", self.sweep.heading, *names, "", left=("",))
+        columns = ("trial", "epoch", self.sweep.heading, *names, "")
+        table = make_table(*columns, left=("",), whole=columns)
         best = self.best()
         for trial in self.fit(self.trials, lambda t: (t.state != "running", t is not best, -t.number)):
             state: str = "finished, the best so far" if trial is best else trial.state
@@ -390,24 +386,19 @@ def width_of(spec: RunSpec) -> str:
     return f"{spec.workers}×{spec.recipe.batch_size // spec.workers}"
 
 
+UNITS = (("d", 86_400, 2), ("h", 3600, 1), ("min", 60, 1), ("s", 1, 1))  # each from so many on
+
+
 def duration(seconds: float) -> str:
     """ "2.5 s", "25 s", "3 min 10 s", "3 h 10 min", "5 d 3 h"."""
-    if seconds < 59.5:
-        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min" + f" {rest} s" * bool(rest)
-    hours, minutes = divmod(round(seconds / 60), 60)
-    if hours < 48:
-        return f"{hours} h" + f" {minutes} min" * bool(minutes)
-    days, hours = divmod(round(seconds / 3600), 24)
-    return f"{days} d" + f" {hours} h" * bool(hours)
+    if seconds >= 59.5:
+        for (unit, size, least), (below, step, _) in pairwise(UNITS):
+            whole, rest = divmod(round(seconds / step), size // step)
+            if whole >= least:
+                return f"{whole} {unit}" + f" {rest} {below}" * bool(rest)
+    return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
 
 
 def clock(seconds: float | None) -> str:
-    """ "1:02:03", "2:03", or "?" where it is not known."""
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    """ "1:02:03", "02:03", or "?" where it is not known."""
+    return "?" if seconds is None else str(timedelta(seconds=round(seconds))).removeprefix("0:")

@@ -6,17 +6,18 @@ So are the fields that networks, optimizers, schedules and augmentations of plug
 from __future__ import annotations
 
 import itertools
-import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from math import isfinite, prod
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
 from harness.models.variants import Network, Recipe, Variant, check_depth, write_extra
-from harness.plugins import TABLES, makers_of, own_hints, own_values
+from harness.plugins import TABLES, makers, names_in, own_hints, own_values
 from harness.results.sweeps import Dimension, Function, format_value
-from harness.spec import RunSpec, UserError, check_word
+from harness.spec import RunSpec, UserError, check_word, refuse
 
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
 FIGURES = 4  # significant ones of a drawn number, so that a command can be typed again
@@ -51,7 +52,7 @@ def round_value(d: Dimension, value: float) -> float:
 def count_points(dimensions: Sequence[Dimension]) -> int | None:
     """How many different points the space has; None: endless."""
     counts = [None if (finite := finite_values(d)) is None else len(set(finite)) for d in dimensions]
-    return None if None in counts else math.prod(count for count in counts if count is not None)
+    return None if None in counts else prod(count for count in counts if count is not None)
 
 
 def grid_points(dimensions: Sequence[Dimension]) -> list[dict[str, Any]]:
@@ -96,7 +97,7 @@ def apply(variant: Variant, settings: Mapping[str, Any]) -> tuple[Variant, tuple
         made = replace(own, **new)
         before = own_values(made)
         more = {n: settings[n] for n in before if n in settings and settings[n] != before[n]}
-        parts[part] = replace(made, extra=write_extra(before | more, makers_of(made)))
+        parts[part] = replace(made, extra=write_extra(before | more, makers(names_in(made))))
         changed |= new | more
     if "architecture" in changed:
         try:
@@ -118,31 +119,25 @@ def _parse_dimension(text: str) -> Dimension:
     what = f"--search {text!r}"
     name, _, rest = text.partition("=")
     name = _field(name, "--search", text)
-    function, bracket, inside = rest.strip().partition("(")
-    if not (bracket and inside.endswith(")")):
+    call = re.fullmatch(r"\s*(\w+)\s*\((.*)\)", rest)
+    if not call:
         raise UserError(f"{what}: FIELD=FUNCTION(a,b) is allowed, as in --search 'lr=loguniform(0.01,1)'")
-    check_word(function.strip(), FUNCTIONS, f"{what}: function")
-    kind: Any = function.strip()
-    hint, words = _hint(name), [word.strip() for word in inside[:-1].split(",")]
+    kind: Any = call[1]
+    check_word(kind, FUNCTIONS, f"{what}: function")
+    hint, listed = _hint(name), kind in ("choice", "grid")
     if get_origin(hint) is tuple:
         raise UserError(f"{what}: {name} is a list and cannot be searched; --set of `harness run` sets it")
-    if kind in ("choice", "grid"):
-        values = tuple(dict.fromkeys(_value(name, word, what) for word in words))
-        return Dimension(field=name, function=kind, values=values)
-    if hint not in (float, int):
+    if not listed and hint not in (float, int):
         raise UserError(f"{what}: {name} is no number; choice(...) and grid(...) are allowed")
-    if kind != "randint" and hint is int:
-        raise UserError(f"{what}: {name} is a whole number; randint, choice and grid are allowed")
-    if len(words) != 2:
-        raise UserError(f"{what}: {kind} takes two numbers, the lowest and the highest")
-    low, high = (_value(name, word, what) for word in words)
-    if not low < high:
-        raise UserError(f"{what}: the lowest number must be below the highest")
-    if kind == "loguniform" and low <= 0:
-        raise UserError(f"{what}: loguniform needs numbers above 0")
-    if kind == "randint" and not (float(low).is_integer() and float(high).is_integer()):
-        raise UserError(f"{what}: randint takes whole numbers")
-    return Dimension(field=name, function=kind, values=(low, high))
+    values = tuple(dict.fromkeys(_value(name, word, what) for word in call[2].split(",")))
+    faults = {} if listed else {
+        f"{name} is a whole number; randint, choice and grid are allowed": kind != "randint" and hint is int,
+        f"{kind} takes two numbers, the lower one first": len(values) != 2 or values[0] > values[1],
+        "loguniform needs numbers above 0": kind == "loguniform" and values[0] <= 0,
+        "randint takes whole numbers": kind == "randint" and not all(float(v).is_integer() for v in values),
+    }  # fmt: skip
+    refuse(faults, f"{what}: ")
+    return Dimension(field=name, function=kind, values=values)
 
 
 def _field(word: str, option: str, text: str) -> str:
@@ -161,30 +156,30 @@ def _hint(name: str) -> Any:
 def _value(name: str, word: str, what: str) -> Any:
     """A word as the field's own type."""
     hint, word = _hint(name), word.strip()
-    if name in _NAMES:
-        several = get_origin(hint) is tuple
-        words = [one.strip() for one in word.split(",")] if several else [word]
-        words = [] if several and word.lower() in ("", "none") else words
-        for one in words:
-            check_word(one, TABLES[_NAMES[name]], f"{what}: {name}")
-        return tuple(words) if several else word
-    if get_origin(hint) is Literal:
-        known = {str(value): value for value in get_args(hint)}
-        check_word(word, known, f"{what}: {name}")
-        return known[word]
-    if hint is str:
-        return word
-    if type(None) in get_args(hint) and word.lower() == "none":
+    several, known = get_origin(hint) is tuple, dict[str, Any]()
+    words = [one.strip() for one in word.split(",")] if several else [word]
+    if several and word.lower() in ("", "none"):
+        return ()
+    if not several and type(None) in get_args(hint) and word.lower() == "none":
         return None
-    several = get_origin(hint) is tuple
+    if name in _NAMES:
+        known = {each: each for each in TABLES[_NAMES[name]]}
+    elif get_origin(hint) is Literal:
+        known = {str(each): each for each in get_args(hint)}
+    elif hint is bool:
+        known, words = {"true": True, "false": False}, [word.lower()]
+    elif hint is str:
+        return word
+    if known:
+        for one in words:
+            check_word(one, known, f"{what}: {name}")
+        values = tuple(known[one] for one in words)
+        return values if several else values[0]
     try:
-        if hint is bool and word.lower() not in ("true", "false"):  # pydantic takes 1 and yes, too
+        value = TypeAdapter(hint).validate_python(words if several else word)
+        if not all(isfinite(n) and (n >= 0 or name not in FIELDS) for n in (value if several else (value,))):
             raise ValueError
-        value = TypeAdapter(hint).validate_python(word.split(",") if several else word)
     except ValueError:
-        kind = "true or false" if hint is bool else f"a {'' if 'float' in str(hint) else 'whole '}number"
-        raise UserError(f"{what}: {name} is {kind}, not {word!r}") from None
-    numbers = value if several else (value,)
-    if not all(math.isfinite(number) and (number >= 0 or name not in FIELDS) for number in numbers):
-        raise UserError(f"{what}: {name} {word} is not a number{' from 0 up' * (name in FIELDS)}")
+        kind = f"{'' if 'float' in str(hint) else 'whole '}number{' from 0 up' * (name in FIELDS)}"
+        raise UserError(f"{what}: {name} is a {kind}, not {word!r}") from None
     return value

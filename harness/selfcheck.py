@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.checklist import BY_NAME, CHECKS, REFUSE, WARN, Result
+from harness.checklist import BY_NAME, CHECKS, REFUSE, WARN, Check, Result
 from harness.cluster.job import Failed, Report, Worker
 from harness.loaders.cache import cache_dir
 from harness.options import Resources
@@ -202,9 +202,9 @@ class Checked:
 
     def adapt(self, spec: RunSpec) -> RunSpec:
         """The run with a loader and an engine that work. Raises RefusedError where nothing right is left."""
-        for check in CHECKS:
+        for check in rests_on([spec]):
             result = self.results.get(check.name)
-            if result is None or result.state != "failed" or check.otherwise == WARN or not check.concerns(spec):
+            if result is None or result.state != "failed" or check.otherwise == WARN:
                 continue
             if check.of is None or check.otherwise == REFUSE:
                 why = f"check {check.name} failed on this device: {result.detail}"
@@ -212,6 +212,11 @@ class Checked:
             instead: dict[str, Any] = {check.of[0]: check.otherwise}
             return self.adapt(replace(spec, **instead))
         return spec
+
+
+def rests_on(runs: Sequence[RunSpec]) -> list[Check]:
+    """The checks that these runs rest on."""
+    return [check for check in CHECKS if any(map(check.concerns, runs))]
 
 
 def check_first(
@@ -230,8 +235,7 @@ def check_first(
         devices = {device.key: device for device in find_devices(allocation, resources.address)}
         if allocation.workers > 1:
             devices["ranks"] = make_ranks(allocation, resources, paths, list(devices.values()))
-    needed = [check for check in CHECKS if any(map(check.concerns, runs))]
-    while missing := [check for check in needed if check.name not in results and not skip]:
+    while missing := [check for check in rests_on(runs) if check.name not in results and not skip]:
         for device in devices.values():
             names = [check.name for check in missing if check.ranks == device.ranks]
             known = device.known(cache)
@@ -245,26 +249,21 @@ def check_first(
         for check in missing:
             results.setdefault(check.name, Result(check.name, "left out", "no such device was there"))
         runs = [Checked(results).adapt(run) for run in runs]
-        needed = [check for check in CHECKS if any(map(check.concerns, runs))]
-    warnings = tuple(_warn(results.values()))
-    for warning in warnings:
-        say(console, warning)
-    states = [results[check.name].state for check in needed if check.name in results]
+    states = [results[check.name].state for check in rests_on(runs) if check.name in results]
+    failed = [result for result in results.values() if result.state == "failed"]
     kept = {
         "status": "failed" if "failed" in states else "skipped" if skip or "left out" in states else "passed",
         "at": datetime.now(UTC).isoformat(timespec="seconds"), "version": hash_code(),
-        "failed": [name for name, result in results.items() if result.state == "failed"],
+        "failed": [result.name for result in failed],
     }  # fmt: skip
-    return Checked(results, {"check": kept}, warnings)
-
-
-def _warn(results: Iterable[Result]) -> Iterator[str]:
-    """A line for each that failed, with what is done about it, and one for those that were left out."""
-    left_out = [result for result in results if result.state == "left out"]
-    for result in results:
-        if result.state == "failed":
-            check = BY_NAME[result.name]
-            instead = f": {check.of[0]} {check.otherwise} in its place" if check.of else ""
-            yield f"check {result.name} failed ({result.detail}){instead}"
-    if left_out:
-        yield f"checks left out: {', '.join(result.name for result in left_out)} ({left_out[0].detail})"
+    warnings = []
+    for result in failed:
+        check = BY_NAME[result.name]
+        instead = f": {check.of[0]} {check.otherwise} in its place" if check.of else ""
+        warnings.append(f"check {result.name} failed ({result.detail}){instead}")
+    if left_out := [result for result in results.values() if result.state == "left out"]:
+        names = [result.name for result in left_out]
+        warnings.append(f"checks left out: {', '.join(names)} ({left_out[0].detail})")
+    for warning in warnings:
+        say(console, warning)
+    return Checked(results, {"check": kept}, tuple(warnings))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +24,13 @@ INSTALL = "training needs pip install 'resnet-harness[train]'"
 
 class UserError(Exception):
     """A user's mistake: printed as one line, exit code 2, no traceback."""
+
+
+def refuse(faults: Mapping[str, object], what: str = "") -> None:
+    """Raise UserError for the first of these faults that is there."""
+    for fault, there in faults.items():
+        if there:
+            raise UserError(what + fault)
 
 
 def suggest(word: str, allowed: Collection[str]) -> str:
@@ -159,9 +166,15 @@ class Source:
     """The source of a plug-in: what travels to workers, stands in keys by its hash, and is kept beside records."""
 
     name: str
-    path: str  # of its file on the machine of the command
-    files: tuple[tuple[str, str], ...] = field(repr=False)  # (path below its folder, text)
+    folder: str  # on the machine of the command
+    main: str  # its first file, below the folder
+    files: tuple[tuple[str, str], ...] = field(repr=False)  # (path below the folder, text)
     module: str = ""  # of an installed package
+
+    @property
+    def path(self) -> str:
+        """Of its first file."""
+        return str(Path(self.folder, self.main))
 
     @cached_property
     def identity(self) -> str:

@@ -25,12 +25,12 @@ from harness import plan, plugins
 from harness.cluster.job import Allocation, Worker
 from harness.models.build import build
 from harness.models.variants import NETWORKS, VARIANTS, find_variant
+from harness.options import parse_depths
 from harness.plugins import PluginError, load_file, load_sources, sources
 from harness.results.store import load_records
 from harness.search_space import parse_settings
 from harness.spec import RunPaths, RunSpec, UserError
 from harness.training.train import train
-from harness.words import parse_depths
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SMALL = (
