@@ -85,15 +85,16 @@ def _find_line(
         for key, value in table.items():
             inner: list[Place] = [(*where, key, name) for name in value] if isinstance(value, dict) else []
             for place in [*inner, (*where, key)] if NAMES.get(key.replace("-", "_")) not in given else ():
-                word = re.escape(str(place[-1]).replace("-", "_").rstrip("s"))
-                if spoken := re.search(rf"\b{word}s?\b", message.replace("-", "_")):
+                word = re.sub("[-_]", "[-_]", str(place[-1]).rstrip("s"))
+                if spoken := re.search(rf"\b{word}s?\b", message):
                     about.append((-len(place), spoken.start(), place))
     if not about:
         return None
     lines, at = [line.partition("#")[0] for line in text.splitlines()], 0
     for part in min(about)[2]:
         found, nth = (r"^\s*\[\[", part) if isinstance(part, int) else (rf"\b{re.escape(part)}\b", 0)
-        at = [number for number in range(at, len(lines)) if re.search(found, lines[number])][nth]
+        hits = [number for number in range(at, len(lines)) if re.search(found, lines[number])]
+        at = hits[nth] if nth < len(hits) else at
     return at + 1
 
 

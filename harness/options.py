@@ -159,8 +159,8 @@ def parse_numbers(text: str, what: str, allowed: Callable[[int], bool] | None = 
         ends = re.fullmatch(r"(\d{1,9})(?:\s*\.\.\s*(\d{1,9}))?", word)
         low, high = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, -1)
         if not low <= high < low + MOST_NUMBERS:
-            most = f"range of at most {MOST_NUMBERS}, the lowest first, as in 20..56"
-            raise UserError(f"{what} {text!r}: {word!r} is not a whole number, and no {most}")
+            known = f"a whole number nor a range, as in 20..56, of at most {MOST_NUMBERS} with the lowest first"
+            raise UserError(f"{what} {text!r}: {word!r} is neither {known}")
         chosen = [n for n in range(low, high + 1) if low == high or allowed is None or allowed(n)]
         if not chosen:
             raise UserError(f"{what} {word}: no number from {low} to {high} is allowed here")

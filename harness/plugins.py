@@ -72,10 +72,6 @@ class Loaded:
         """ "my.py:12" """
         return f"{self.shown / Path(file).relative_to(self.source.folder)}:{line}"
 
-    def fault(self, note: Note, words: str) -> PluginError:
-        """What is wrong with what was noted."""
-        return PluginError(f"{self.place(note.file, note.line)}: {words}")
-
     def explain(self, error: BaseException, where: str) -> PluginError:
         """By the innermost line of the plug-in's own, or else `where`."""
         if isinstance(error, PluginError):
@@ -222,12 +218,14 @@ def _load(loaded: Loaded) -> Loaded:
         taken = [note for other in LOADED.values() for note in other.owned.values()]  # of a module that two import
         notes = [note for note in NOTES if note.file in loaded.files and note not in taken]
         for note in [*notes, *_read_lists(loaded, module)]:
+            where = loaded.place(note.file, note.line)
             _enter(loaded, note)
-        for (kind, _), note in loaded.owned.items():
+        for (kind, name), note in loaded.owned.items():
             if kind == "variant":
-                _check_variant(loaded, note)
+                where = f"{loaded.place(note.file, note.line)}: variant {name!r}"
+                _check_variant(name)
         if not loaded.owned:
-            raise PluginError(f"{where}: it registers nothing, by `from harness import plugin` or by a list")
+            raise UserError("it registers nothing, by `from harness import plugin` or by a list")
     except (Exception, SystemExit) as error:
         unload(source.name)
         raise loaded.explain(error, where) from None
@@ -291,7 +289,7 @@ def _read_lists(loaded: Loaded, module: ModuleType) -> Iterator[Note]:
 
 
 def _enter(loaded: Loaded, note: Note) -> None:
-    """Check a note and put it into its table. Raises PluginError."""
+    """Check a note and put it into its table. Raises UserError."""
     kind, name, options = note.kind, note.name, note.options
     for table in ("network", "variant") if kind == "network" else (kind,):
         if name in TABLES[table]:
@@ -299,12 +297,12 @@ def _enter(loaded: Loaded, note: Note) -> None:
             for owner in used_by([(table, name)]):
                 first = owner.owned[table, name]
                 by = f"by {owner.place(first.file, first.line)}"
-            raise loaded.fault(note, f"{table} {name!r} is registered already, {by}")
+            raise UserError(f"{table} {name!r} is registered already, {by}")
     loaded.owned[kind, name] = note
     if kind != "variant":
-        _check_parameters(loaded, note)
+        _check_parameters(note)
     if kind == "network":
-        options = _enter_network(loaded, note, **options)
+        options = _enter_network(note, **options)
     elif kind == "dataset":
         DATASETS[name] = partial(load_own, partial(call, note.made), **options)
     elif kind != "variant":
@@ -312,21 +310,20 @@ def _enter(loaded: Loaded, note: Note) -> None:
         CAPTURABLE.update([name] * options.get("capturable", False))
     if kind in ("network", "variant"):
         if options.get("base") not in ROWS:
-            raise loaded.fault(note, f"variant {name!r}: base {options.get('base')!r} is no variant")
+            raise UserError(f"variant {name!r}: base {options.get('base')!r} is no variant")
         loaded.owned["variant", name] = note
         ROWS[name] = {"source": Path(note.file).name, "summary": name, **options}
         VARIANTS[name] = variants.make_variant(name, ROWS)
 
 
 def _enter_network(
-    loaded: Loaded, note: Note, depth: int | None = None, smallest_image: int = 1,
-    row: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    note: Note, depth: int | None = None, smallest_image: int = 1, row: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """A network; the row of its variant, whose recipe is he2015's but for `row`."""
     parameter = parameters_of(note.made).get("depth")
     default = depth if depth is not None else 0 if parameter is None else parameter.default
     if not isinstance(default, int):
-        raise loaded.fault(note, f"network {note.name!r} needs a default depth: depth=20, say")
+        raise UserError(f"network {note.name!r} needs a default depth: depth=20, say")
     depths = (default,) if parameter is None else ()
     NETWORKS[note.name] = variants.Architecture(make=note.made, smallest_image=smallest_image, depths=depths)
     summary = (inspect.getdoc(note.made) or note.name).splitlines()[0]
@@ -334,43 +331,35 @@ def _enter_network(
     return own | dict(row or {})
 
 
-def _check_variant(loaded: Loaded, note: Note) -> None:
+def _check_variant(name: str) -> None:
     """Once all of a file is entered: whether a variant's fields are there, of the types that they have."""
+    variant = VARIANTS[name]()  # type: ignore[call-arg]
+    for kind, word in names_in(variant.recipe):
+        check_word(word, TABLES[kind], kind)
+    for word in variants.read_extra(variant.recipe.extra):
+        check_word(word, [*_RECIPE, *own_values(variant.recipe)], "field")
     try:
-        variant = VARIANTS[note.name]()  # type: ignore[call-arg]
-        recipe = variant.recipe
-        for kind, word in names_in(recipe):
-            check_word(word, TABLES[kind], kind)
-        for word in variants.read_extra(recipe.extra):
-            check_word(word, [*_RECIPE, *own_values(recipe)], "field")
-        for part in (variant.network, recipe):
+        for part in (variant.network, variant.recipe):
             TypeAdapter(type(part)).validate_python(asdict(part))
-    except (ValueError, TypeError, UserError) as error:
-        words = str(error)
-        if isinstance(error, ValidationError):
-            words = f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}"
-        raise loaded.fault(note, f"variant {note.name!r}: {words}") from None
+    except ValidationError as error:
+        raise UserError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from None
 
 
-def _check_parameters(loaded: Loaded, note: Note) -> None:
-    """Whether what is noted can be called as its kind is. Raises PluginError."""
+def _check_parameters(note: Note) -> None:
+    """Whether what is noted can be called as its kind is. Raises UserError."""
     what = f"{note.kind} {note.name!r}"
     if not callable(note.made):
-        raise loaded.fault(note, f"{what} is no function or class but {note.made!r}"[:200])
+        raise UserError(f"{what} is no function or class but {note.made!r}"[:200])
     parameters = parameters_of(note.made)
     filled = FILLED.get(note.kind, set(parameters))
     for name, p in parameters.items():
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in filled:
             allowed = ", ".join(sorted(filled - _RECIPE))
-            raise loaded.fault(
-                note, f"{what}: nothing fills its parameter {name}: it needs a default (filled: {allowed})"
-            )
+            raise UserError(f"{what}: nothing fills its parameter {name}: it needs a default (filled: {allowed})")
     known, fixed = own_hints(), {each.name for each in fields(Network)}
     for name, (hint, _) in own_fields(note.made).items():
         if name in fixed or known.get(name, hint) != hint:
-            raise loaded.fault(
-                note, f"{what}: its field {name} has the name of a field of another meaning: rename it"
-            )
+            raise UserError(f"{what}: its field {name} has the name of a field of another meaning: rename it")
 
 
 # --- travelling ---

@@ -50,21 +50,6 @@ def make_table(*columns: str, left: Collection[str] = (), whole: Collection[str]
     return table
 
 
-def natural_width(columns: Mapping[str, Sequence[str]]) -> int:
-    """Of these columns beside each other, two spaces between."""
-    return sum(max(map(len, [name, *cells])) + 2 for name, cells in columns.items()) - 2
-
-
-def fit_columns(
-    columns: Mapping[str, Sequence[str]], width: int, spare: Sequence[str]
-) -> Mapping[str, Sequence[str]]:
-    """Those of the columns that fit: `spare` ones go first, in their order."""
-    for name in spare:
-        if natural_width(columns) > width:
-            columns = {kept: cells for kept, cells in columns.items() if kept != name}
-    return columns
-
-
 def print_columns(
     columns: Mapping[str, Sequence[str]],
     console: Console,
@@ -73,14 +58,19 @@ def print_columns(
     left: Collection[str],
     spare: Sequence[str],
 ) -> None:
-    """Print a table of columns of cells. On a terminal `spare` ones are left out, and named, where all do not fit."""
-    kept = fit_columns(columns, console.width, spare) if console.is_terminal else columns
-    table = make_table(*kept, left=left, whole=kept, width=None if console.is_terminal else natural_width(kept))
-    for row in zip(*kept.values(), strict=True):
+    """Print a table of columns of cells. On a terminal `spare` ones go first, and are named, where all do not fit."""
+    widths = {name: max(map(len, [name, *cells])) + 2 for name, cells in columns.items()}
+    for name in spare if console.is_terminal else ():
+        if sum(widths.values()) - 2 > console.width:
+            widths.pop(name, None)
+    table = make_table(
+        *widths, left=left, whole=widths, width=None if console.is_terminal else sum(widths.values()) - 2
+    )
+    for row in zip(*(columns[name] for name in widths), strict=True):
         table.add_row(*map(escape, row), style="" if row[0] else "dim")
     console.print(title, markup=False, highlight=False)
     console.print(table, crop=console.is_terminal)
-    if dropped := [name for name in columns if name not in kept]:
+    if dropped := [name for name in columns if name not in widths]:
         say(console, f"too narrow for {', '.join(dropped)}", style="dim")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from math import isfinite, prod
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -64,23 +64,29 @@ def grid_points(dimensions: Sequence[Dimension]) -> list[dict[str, Any]]:
 
 def parse_search(texts: Iterable[str]) -> tuple[Dimension, ...]:
     """ "lr=loguniform(0.01,1)" and others -> dimensions. Raises UserError for anything else."""
-    dimensions = tuple(map(_parse_dimension, texts))
-    names = [dimension.field for dimension in dimensions]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"--search names {twice[0]} twice")
-    return dimensions
+    return tuple(_parse_fields("--search", texts, _dimension).values())
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
     """ "lr=0.05" and others -> {"lr": 0.05}. Raises UserError for anything else."""
-    settings: dict[str, Any] = {}
+    return _parse_fields("--set", texts, _value)
+
+
+def _parse_fields(option: str, texts: Iterable[str], parse: Callable[[str, str], Any]) -> dict[str, Any]:
+    found, elsewhere = dict[str, Any](), _OPTIONS if option == "--search" else _OPTIONS | SEARCHED
     for text in texts:
-        name, _, value = text.partition("=")
-        name = _field(name, "--set", text)
-        if name in settings:
-            raise UserError(f"--set names {name} twice")
-        settings[name] = _value(name, value, f"--set {text!r}")
-    return settings
+        word, _, value = text.partition("=")
+        name = word.strip().replace("-", "_")
+        try:
+            if name in elsewhere:
+                raise UserError(f"{name} has an option of its own, {elsewhere[name]}")
+            check_word(name, tuple(dict.fromkeys([*FIELDS, *own_hints(), *SEARCHED])), "field")
+            if name in found:
+                raise UserError(f"{name} is named twice")
+            found[name] = parse(name, value)
+        except UserError as error:
+            raise UserError(f"{option} {text!r}: {error}") from None
+    return found
 
 
 def apply(variant: Variant, settings: Mapping[str, Any]) -> tuple[Variant, tuple[str, ...]]:
@@ -115,45 +121,34 @@ def check_settings(settings: Iterable[str], specs: Iterable[RunSpec]) -> None:
             raise UserError(f"--set {name}: no run of this command has this field, which is of a plug-in's own")
 
 
-def _parse_dimension(text: str) -> Dimension:
-    what = f"--search {text!r}"
-    name, _, rest = text.partition("=")
-    name = _field(name, "--search", text)
-    call = re.fullmatch(r"\s*(\w+)\s*\((.*)\)", rest)
+def _dimension(name: str, text: str) -> Dimension:
+    call = re.fullmatch(r"\s*(\w+)\s*\((.*)\)", text)
     if not call:
-        raise UserError(f"{what}: FIELD=FUNCTION(a,b) is allowed, as in --search 'lr=loguniform(0.01,1)'")
+        raise UserError("FIELD=FUNCTION(a,b) is allowed, as in --search 'lr=loguniform(0.01,1)'")
     kind: Any = call[1]
-    check_word(kind, FUNCTIONS, f"{what}: function")
+    check_word(kind, FUNCTIONS, "function")
     hint, listed = _hint(name), kind in ("choice", "grid")
-    if get_origin(hint) is tuple:
-        raise UserError(f"{what}: {name} is a list and cannot be searched; --set of `harness run` sets it")
-    if not listed and hint not in (float, int):
-        raise UserError(f"{what}: {name} is no number; choice(...) and grid(...) are allowed")
-    values = tuple(dict.fromkeys(_value(name, word, what) for word in call[2].split(",")))
-    faults = {} if listed else {
-        f"{name} is a whole number; randint, choice and grid are allowed": kind != "randint" and hint is int,
-        f"{kind} takes two numbers, the lower one first": len(values) != 2 or values[0] > values[1],
-        "loguniform needs numbers above 0": kind == "loguniform" and values[0] <= 0,
-        "randint takes whole numbers": kind == "randint" and not all(float(v).is_integer() for v in values),
-    }  # fmt: skip
-    refuse(faults, f"{what}: ")
+    refuse({
+        f"{name} is a list and cannot be searched; --set of `harness run` sets it": get_origin(hint) is tuple,
+        f"{name} is no number; choice(...) and grid(...) are allowed": not listed and hint not in (float, int),
+        f"{name} is a whole number; randint, choice and grid are allowed":
+            hint is int and kind in ("uniform", "loguniform"),
+    })  # fmt: skip
+    values = tuple(dict.fromkeys(_value(name, word) for word in call[2].split(",")))
+    if not listed:
+        refuse({
+            f"{kind} takes two numbers, the lower one first": len(values) != 2 or values[0] > values[-1],
+            "loguniform needs numbers above 0": kind == "loguniform" and values[0] <= 0,
+            "randint takes whole numbers": kind == "randint" and any(value % 1 for value in values),
+        })  # fmt: skip
     return Dimension(field=name, function=kind, values=values)
-
-
-def _field(word: str, option: str, text: str) -> str:
-    name = word.strip().replace("-", "_")
-    own = _OPTIONS if option == "--search" else _OPTIONS | SEARCHED
-    if name in own:
-        raise UserError(f"{option} {text!r}: {name} has an option of its own, {own[name]}")
-    check_word(name, tuple(dict.fromkeys([*FIELDS, *own_hints(), *SEARCHED])), f"{option} {text!r}: field")
-    return name
 
 
 def _hint(name: str) -> Any:
     return _HINTS[name] if name in _HINTS else own_hints()[name]
 
 
-def _value(name: str, word: str, what: str) -> Any:
+def _value(name: str, word: str) -> Any:
     """A word as the field's own type."""
     hint, word = _hint(name), word.strip()
     several, known = get_origin(hint) is tuple, dict[str, Any]()
@@ -172,7 +167,7 @@ def _value(name: str, word: str, what: str) -> Any:
         return word
     if known:
         for one in words:
-            check_word(one, known, f"{what}: {name}")
+            check_word(one, known, name)
         values = tuple(known[one] for one in words)
         return values if several else values[0]
     try:
@@ -181,5 +176,5 @@ def _value(name: str, word: str, what: str) -> Any:
             raise ValueError
     except ValueError:
         kind = f"{'' if 'float' in str(hint) else 'whole '}number{' from 0 up' * (name in FIELDS)}"
-        raise UserError(f"{what}: {name} is a {kind}, not {word!r}") from None
+        raise UserError(f"{name} is a {kind}, not {word!r}") from None
     return value

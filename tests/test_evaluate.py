@@ -360,7 +360,7 @@ MISTAKES = [
         "--scales 15 is too small for miniplaces: at least 16 pixels",
     ),
     ("--scales 96,", "--scales '96,'"),
-    ("--scales 96,1e3", "'1e3' is not a whole number"),
+    ("--scales 96,1e3", "'1e3' is neither a whole number"),
     ("--scales 0", "too small"),
     ("--scales 96,10000", "at most 9999 pixels are allowed"),
     ("--mean 0.5,0.5,0.5", "--mean and --std go together"),

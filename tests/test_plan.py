@@ -50,14 +50,14 @@ def test_lists() -> None:
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: parse_depths("20,x"), "--depths '20,x': 'x' is not a whole number"),
+        (lambda: parse_depths("20,x"), "--depths '20,x': 'x' is neither a whole number"),
         (lambda: parse_depths("20,,32"), "no empty places"),
         (lambda: parse_depths("21..25", ("msra",)), "no number from 21 to 25"),
         (lambda: parse_depths("32..20", ("msra",)), "the lowest first"),
         (lambda: parse_seeds("0..4000"), "at most 1000"),
         (lambda: check_epochs(specs(), 1437), "64,000 steps of he2015-20's recipe are 5,334 epochs of cifar10"),
         (lambda: parse_seeds("0"), "from 1 to 1000"),
-        (lambda: parse_seeds("-1"), "not a whole number"),
+        (lambda: parse_seeds("-1"), "neither a whole number"),
         (lambda: check_grid(Grid(variants=("he2015",), depths=(21,))), "depth 21 is not 6n\\+2: try 20 or 26"),
         (lambda: check_grid(Grid(variants=("he2051",))), "did you mean .?he2015"),
         (lambda: check_grid(Grid(variants=("msra",), loader="dalli")), "did you mean dali"),

@@ -292,7 +292,7 @@ def test_a_copy_is_loaded_where_the_file_is_not(tmp_path: Path) -> None:
             shutil.rmtree(tmp_path / "here")
         load_sources(spec.plugins, paths)
         loaded = plugins.LOADED["nets"]
-        assert (loaded.folder == tmp_path / "here") is not missing
+        assert (Path(loaded.source.folder) == tmp_path / "here") is not missing
         assert loaded.source.identity == spec.plugins[0]
         assert isinstance(build(spec.network, 10), torch.nn.Module)
     with pytest.raises(RuntimeError, match="was not sent here"):
