@@ -17,7 +17,7 @@ from typing import Any, get_origin
 from harness.options import Grid, RunOptions, fill, load_named, options_of
 from harness.plan import check_grid, find_data_dir, make_grid, merge
 from harness.results.store import write_atomic
-from harness.spec import UserError, check_word
+from harness.spec import UserError, check_word, mistakes
 
 KNOWN = options_of(Grid, RunOptions)
 NAMES = {name: name for name in KNOWN} | {
@@ -36,11 +36,9 @@ def read_command(given: Mapping[str, Any], path: Path | None = None) -> dict[str
     given = {name: _plain(name, value) for name, value in given.items()}
     if path is None:
         return given
-    try:
+    with mistakes((OSError, ValueError), f"grid file {path}: "):  # ValueError: not UTF-8, or not TOML
         text = path.expanduser().read_text(encoding="utf-8")
         values = tomllib.loads(text)
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not TOML
-        raise UserError(f"grid file {path}: {getattr(error, 'strerror', None) or error}") from None
     tables, groups = values.pop("runs", []), list[dict[str, Any]]()
     read: list[tuple[Place, Mapping[str, Any]]] = [((), values)]
     try:
@@ -101,10 +99,8 @@ def _find_line(
 def save_grid(command: Mapping[str, Any], path: Path) -> None:
     """Write a command's options, without those that only look. Raises UserError."""
     kept = {name: command[name] for name in (*KNOWN, "runs") if name in command and name not in NOT_SAVED}
-    try:
+    with mistakes(OSError, f"--save {path}: "):
         write_atomic(path.expanduser(), _format(kept))
-    except OSError as error:
-        raise UserError(f"--save {path}: {error.strerror or error}") from None
 
 
 def format_config(command: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from harness.cluster.job import Allocation
 from harness.models.variants import Recipe, Variant, default_depth, find_preset, find_variant
 from harness.options import Grid, check_options, fill, parse_depths
 from harness.search_space import apply, check_settings
-from harness.spec import Engine, RunSpec, UserError, refuse
+from harness.spec import Engine, RunSpec, UserError, mistakes, refuse
 
 if TYPE_CHECKING:
     from harness.loaders.datasets import Dataset
@@ -44,11 +44,9 @@ def make_grid(given: Mapping[str, Any]) -> Grid:
         given = {**given, "depths": parse_depths(words, named.variants)}
     grid = fill(Grid, given)
     if "preset" in given:
-        try:
+        with mistakes(ValueError, "--preset: "):
             preset = find_preset(given["preset"])
             networks = preset.select(grid.variants if "variants" in given else (), grid.depths)
-        except ValueError as error:
-            raise UserError(f"--preset: {error}") from None
         grid = replace(grid, networks=networks, dataset=given.get("dataset", preset.dataset))
     return _change_specs(grid, given) if grid.specs else grid
 
@@ -72,12 +70,10 @@ def check_grid(grid: Grid) -> None:
     for name in twice:
         option = name.replace("_", "-")
         raise UserError(f"{name} is given twice: leave --{option} or --set {name}=... out")
-    try:
+    with mistakes((DataError, ValueError)):
         check_dataset_name(grid.dataset)
         for name, depth in () if grid.specs else grid_networks(grid):
             find_variant(name)(depth)
-    except (DataError, ValueError) as error:
-        raise UserError(str(error)) from None
 
 
 def find_data_dir(chosen: Path | None, dataset: str) -> Path | None:
@@ -202,12 +198,10 @@ def check_images(specs: Iterable[RunSpec], dataset: Dataset) -> None:
 
     for spec in specs:
         augment = make_augment(spec.recipe, flip=dataset.flip)
-        try:
+        with mistakes(ValueError, f"{spec.name} on {dataset.label}: "):
             for split in (dataset.train, dataset.test):
                 check_crops(spec.loader, split, augment)
             check_normalize(spec.recipe.normalize, dataset.train, augment)
-        except ValueError as error:
-            raise UserError(f"{spec.name} on {dataset.label}: {error}") from None
 
 
 def count_epochs(spec: RunSpec, train_images: int) -> int:
@@ -265,24 +259,20 @@ def open_out(out: str, *, write: bool, also: str = "") -> tuple[Path, str]:
     folder = cache_folder(out, cache_dir().expanduser().absolute()) if remote else Path(out)
     if write:
         folder = check_out(folder)
-    try:
+    with mistakes(StorageError, "--out " * write):
         if remote and write:
             check_uri(out)
         if remote:
             pull_results(out, folder, also=also)
-    except StorageError as error:
-        raise UserError(f"{'--out ' * write}{error}") from None
     return folder, out if remote else ""
 
 
 def check_out(out: Path) -> Path:
     """Make the folder for results; raise UserError unless it can be written to."""
     out = out.expanduser().absolute()
-    try:
+    with mistakes(OSError, f"--out {out} cannot be written to: "):
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".write-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written to: {error.strerror or error}") from None
     return out

@@ -24,7 +24,7 @@ from harness.cluster.job import Entered, Failed, Started, Waiting
 from harness.results.metrics import run_figures
 from harness.results.sweeps import State, Sweep, Trial, best_first, format_value
 from harness.results.values import EpochMetrics, RunResult, finite
-from harness.spec import RunPaths, RunSpec, UserError
+from harness.spec import RunPaths, RunSpec, mistakes
 
 if TYPE_CHECKING:
     from harness.loaders.datasets import Dataset
@@ -91,14 +91,12 @@ def load_data(name: str, paths: RunPaths, console: Console, *, scan: bool = Fals
         def progress(what: str, done: int, total: int) -> None:
             bar.update(add_task(escape(what)), completed=done, total=total)
 
-        try:
+        with mistakes(DataError):
             with blaming("dataset", name):
                 dataset = load_dataset(name, paths.data_dir, paths.cache_dir, progress)
             if scan:
                 dataset.scan(progress)
             return dataset
-        except DataError as error:
-            raise UserError(str(error)) from None
 
 
 @dataclass(slots=True, eq=False)

@@ -22,7 +22,7 @@ from harness.results.identity import hash_code
 from harness.results.remote import Lease, StorageError, patiently, pull_run, push_finished, push_run, redact
 from harness.results.store import Stored, partial_dir, run_name
 from harness.results.values import Failure, Pruned, Record, RunResult
-from harness.spec import RunPaths, RunSpec, UserError
+from harness.spec import RunPaths, RunSpec, UserError, mistakes
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -118,10 +118,8 @@ def lock_run(spec: RunSpec, label: str, out: Path) -> FileLock:
 def lease(uri: str, names: Collection[str], say: Callable[[str], None]) -> contextlib.AbstractContextManager[Any]:
     """Keep other machines from training runs, or a sweep, at a URI; of no effect without one. Raises UserError where one
     trains them."""
-    try:
+    with mistakes(StorageError, "--out "):
         return contextlib.closing(Lease(uri, names, say)) if uri else contextlib.nullcontext()
-    except StorageError as error:
-        raise UserError(f"--out {error}") from None
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from harness.cluster.job import Allocation
 from harness.options import Grid, Resources, check_options
 from harness.plan import GPU_PRECISIONS
 from harness.results.remote import join_uri
-from harness.spec import INSTALL, RunPaths, RunSpec, UserError, refuse
+from harness.spec import INSTALL, RunPaths, RunSpec, UserError, mistakes, refuse
 
 if TYPE_CHECKING:
     from harness.cluster.nodes import Cluster
@@ -124,10 +124,8 @@ def join_cluster(stack: ExitStack, address: str | None, *, cpus: int, gpus: int,
     """Connect to Ray until the stack closes. Raises UserError where no cluster answers."""
     from harness.cluster.connect import ClusterError, connect, disconnect
 
-    try:
+    with mistakes(ClusterError):
         cluster = connect(address, cpus=cpus, gpus=gpus, verbose=verbose)
-    except ClusterError as error:
-        raise UserError(str(error)) from None
     stack.callback(disconnect)
     return cluster
 

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from harness.models.variants import Network, Recipe, Variant, check_depth, write_extra
 from harness.plugins import TABLES, makers, names_in, own_hints, own_values
 from harness.results.sweeps import Dimension, Function, format_value
-from harness.spec import RunSpec, UserError, check_word, refuse
+from harness.spec import RunSpec, UserError, check_word, mistakes, refuse
 
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
 FIGURES = 4  # significant ones of a drawn number, so that a command can be typed again
@@ -106,10 +106,8 @@ def apply(variant: Variant, settings: Mapping[str, Any]) -> tuple[Variant, tuple
         parts[part] = replace(made, extra=write_extra(before | more, makers(names_in(made))))
         changed |= new | more
     if "architecture" in changed:
-        try:
+        with mistakes(ValueError, f"--set architecture={changed['architecture']}: "):
             check_depth(parts["network"])
-        except ValueError as error:
-            raise UserError(f"--set architecture={changed['architecture']}: {error}") from None
     return replace(variant, **parts), tuple(f"{name}={format_value(value)}" for name, value in changed.items())
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,15 @@ INSTALL = "training needs pip install 'resnet-harness[train]'"
 
 class UserError(Exception):
     """A user's mistake: printed as one line, exit code 2, no traceback."""
+
+
+@contextmanager
+def mistakes(kind: type[Exception] | tuple[type[Exception], ...], what: str = "") -> Iterator[None]:
+    """Errors of a kind that are raised inside are raised as UserError, with `what` before their words."""
+    try:
+        yield
+    except kind as error:
+        raise UserError(f"{what}{getattr(error, 'strerror', None) or error}") from None
 
 
 def refuse(faults: Mapping[str, object], what: str = "") -> None:
@@ -133,15 +143,11 @@ def load_specs(paths: Iterable[str | Path]) -> tuple[RunSpec, ...]:
     """The runs of record.json and spec.json files. Raises UserError where a file holds none."""
     specs = []
     for path in paths:
-        try:
+        none = f"--spec {path} holds no run's specification: "
+        with mistakes(OSError, f"--spec {path}: "), mistakes(ValueError, none):  # ValueError: of JSON too
             values = json.loads(Path(path).read_bytes())
-            specs.append(
-                RunSpec.from_json(values["spec"] if isinstance(values, dict) and "spec" in values else values)
-            )
-        except OSError as error:
-            raise UserError(f"--spec {path}: {error.strerror or error}") from None
-        except ValueError as error:  # of JSON too
-            raise UserError(f"--spec {path} holds no run's specification: {error}") from None
+            values = values["spec"] if isinstance(values, dict) and "spec" in values else values
+            specs.append(RunSpec.from_json(values))
     return tuple(specs)
 
 
