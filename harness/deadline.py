@@ -35,20 +35,17 @@ def parse_until(text: str, now: datetime | None = None) -> datetime:
     anything else.
     """
     words, now = text.strip(), now or datetime.now()
-    if clock := _CLOCK.fullmatch(words):
-        hour, minute, second = (int(part or 0) for part in clock.groups())
-        if hour < 24 and minute < 60 and second < 60:
+    with contextlib.suppress(OverflowError, ValueError, OSError):  # 24:00, or beyond the year 9999
+        if clock := _CLOCK.fullmatch(words):
+            hour, minute, second = (int(part or 0) for part in clock.groups())
             moment = now.replace(hour=hour, minute=minute, second=second, microsecond=0)
             return moment if moment > now else moment + timedelta(days=1)
-    elif words and (duration := _DURATION.fullmatch(words)):
-        parts = (float(part or 0) for part in duration.groups())
-        seconds = sum(part * unit for part, unit in zip(parts, _UNITS.values(), strict=True))
-        with contextlib.suppress(OverflowError, ValueError, OSError):  # beyond the year 9999
-            if seconds > 0:
+        if duration := _DURATION.fullmatch(words):
+            parts = (float(part or 0) for part in duration.groups())
+            if seconds := sum(part * unit for part, unit in zip(parts, _UNITS.values(), strict=True)):
                 return datetime.fromtimestamp(now.timestamp() + seconds)
-    raise UserError(
-        f"--until {text!r}: a duration, as in 9m, 2h30m or 90s, or a time of day, as in 18:00, is allowed"
-    )
+    allowed = "a duration, as in 9m, 2h30m or 90s, or a time of day, as in 18:00, is allowed"
+    raise UserError(f"--until {text!r}: {allowed}")
 
 
 def format_moment(moment: datetime) -> str:

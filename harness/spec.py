@@ -130,10 +130,8 @@ class RunSpec:
         parts = {"network": Network, "recipe": Recipe}
         for name, part in {"": cls, **parts}.items():
             known = {each.name for each in fields(part)}
-            if unknown := [key for key in (values[name] if name else values) if key not in known]:
-                raise ValueError(
-                    f"{name}{'.' * bool(name)}{unknown[0]}: no such field{suggest(unknown[0], known)}"
-                )
+            for key in (values[name] if name else values).keys() - known:
+                raise ValueError(f"{name}.{key}: no such field{suggest(key, known)}".lstrip("."))
         # not the validated values: 180 would have become 180.0, and the key with it
         made = {name: part(**_as_tuples(values[name])) for name, part in parts.items()}
         return cls(**{**_as_tuples(values), **made})

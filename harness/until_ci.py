@@ -19,7 +19,7 @@ from harness.results.published import find_published
 from harness.results.rows import summarise
 from harness.results.statistics import PRIOR_FREEDOM, estimate_mean, mean, prior_std, smallest, t_quantile
 from harness.results.store import load_records
-from harness.spec import RunSpec, UserError
+from harness.spec import RunSpec, UserError, refuse
 
 if TYPE_CHECKING:
     from harness.loaders.datasets import Dataset
@@ -82,16 +82,14 @@ class Goal:
 
 def make_goal(half: float | None, max_seeds: int | None, seeds: int) -> Goal | None:
     """From the options; `seeds` are those that a row begins with. Raises UserError."""
-    if half is None:
-        if max_seeds is not None:
-            raise UserError(f"--max-seeds {max_seeds} is for --until-ci, which says until when seeds are added")
-        return None
-    if not 0 < half < math.inf:
-        raise UserError(f"--until-ci {half:g}: points of error above 0 are allowed, as in 0.25")
     least = max(FIRST, seeds)
-    if max_seeds is not None and max_seeds < least:
-        raise UserError(f"--max-seeds {max_seeds}: at least {least} is allowed")
-    return Goal(half, max_seeds or max(MAX_SEEDS, seeds))
+    refuse({
+        f"--max-seeds {max_seeds} is for --until-ci, which says until when seeds are added":
+            half is None and max_seeds is not None,
+        f"--until-ci {half}: points of error above 0 are allowed, as in 0.25": half is not None and not 0 < half < math.inf,
+        f"--max-seeds {max_seeds}: at least {least} is allowed": max_seeds is not None and max_seeds < least,
+    })  # fmt: skip
+    return None if half is None else Goal(half, max_seeds or max(MAX_SEEDS, seeds))
 
 
 def known_errors(recorder: Recorder, specs: Sequence[RunSpec]) -> dict[RunSpec, Known]:
