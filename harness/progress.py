@@ -315,11 +315,12 @@ class JsonLines:
 
     def __init__(self, file: IO[str], epochs: Mapping[str, int]) -> None:
         self.file, self.epochs = file, epochs
-        self.known: dict[str, list[EpochMetrics]] = defaultdict(list)
+        self.seconds: dict[str, float] = defaultdict(float)  # of training, by key
 
     def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
-        """Epochs of an earlier command are not printed again."""
-        self.known[spec.key] += history
+        """A run continues after the epochs of an earlier command, which are not printed again."""
+        if history:
+            self._print(spec, event="resumed", after_epoch=history[-1].epoch)
 
     def event(self, spec: RunSpec, event: Any) -> None:
         """Print that an attempt began, or what an epoch came to."""
@@ -327,8 +328,6 @@ class JsonLines:
             workers = event.world_size or spec.workers
             planned = {"epochs": self.epochs[spec.key], "workers": workers, "attempt": event.attempt}
             self._print(spec, event="start", **planned, **({"reason": event.reason} if event.reason else {}))
-            if event.attempt == 1 and (known := self.known[spec.key]):
-                self._print(spec, event="resumed", after_epoch=known[-1].epoch)
         elif isinstance(event, EpochMetrics):
             self._print(spec, event="epoch", evaluated_on="val" if spec.recipe.val else "test", **dict(event))
 
@@ -348,16 +347,19 @@ class ConvnetLines(JsonLines):
     """A JSON object per epoch as the convnet seed logs it: epochs from 0, accuracies as shares of 1, and "time", training
     seconds since epoch 0 began. A failure is one, too."""
 
+    def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
+        """Epochs of an earlier command count in the time."""
+        self.seconds[spec.key] += sum(epoch.train_seconds for epoch in history)
+
     def event(self, spec: RunSpec, event: Any) -> None:
-        """Print an epoch; those of an earlier command count in the time."""
+        """Print an epoch."""
         if isinstance(event, EpochMetrics):
-            self.known[spec.key].append(event)
-            seconds = sum(epoch.train_seconds for epoch in self.known[spec.key])
+            self.seconds[spec.key] += event.train_seconds
             evaluated = "val" if spec.recipe.val else "test"
             errors = {"test": event.test_error, evaluated: event.error, "train": event.train_error}
             shares = {f"{of}_acc": round(1 - error / 100, 6) for of, error in errors.items() if error is not None}
             losses = {"loss": event.loss, f"{evaluated}_loss": event.eval_loss}
-            self._print(spec, epoch=event.epoch - 1, **shares, time=seconds, **losses)
+            self._print(spec, epoch=event.epoch - 1, **shares, time=self.seconds[spec.key], **losses)
 
     def ended(self, spec: RunSpec, outcome: RunResult | Failed) -> None:
         """Print a failure; a result has been printed by its last epoch."""

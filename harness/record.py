@@ -60,14 +60,14 @@ def _identify_code() -> dict[str, Any]:
     def git(*words: str) -> str | None:
         command = ["git", "-C", str(root), *words]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            if (root / ".git").exists():  # an installed copy may lie inside another project's checkout
+                done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+                return done.stdout.strip()
         return None
 
-    # an installed copy may lie inside another project's checkout: only our own counts
-    own = git("rev-parse", "--show-toplevel") == str(root)
-    status = git("status", "--porcelain") if own else None
+    status = git("status", "--porcelain")
     return {
-        "commit": git("rev-parse", "HEAD") if own else None,
+        "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "code": hash_code(),
         "versions": {package: known for package in PACKAGES if (known := installed_version(package))},
