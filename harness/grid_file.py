@@ -47,6 +47,7 @@ def read_command(given: Mapping[str, Any], path: Path | None = None) -> dict[str
             raise UserError("runs: groups are allowed, as in [[runs]]")
         load_named(values)
         command = merge(_read(values, given, "option"), given)
+        fill(RunOptions, command)
         for number, table in enumerate(tables):
             read[1:] = [(("runs", number), table)]
             groups.append(_read(table, given, "option of a group"))
@@ -70,7 +71,6 @@ def _read(table: Mapping[str, Any], given: Mapping[str, Any], what: str) -> dict
         if name in read:
             raise UserError(f"{key} is given twice")
         read[name] = _plain(name, option.read(name, value))
-        option.check(option.parsed(read[name]))
     return merge(read, {name: value for name, value in given.items() if name in read})
 
 

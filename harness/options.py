@@ -127,12 +127,6 @@ def fill(group: type[Group], values: Mapping[str, Any]) -> Group:
     return group(**own)
 
 
-def check_options(group: object) -> None:
-    """Raise UserError for a value that its option does not allow."""
-    for name, option in options_of(type(group)).items():
-        option.check(getattr(group, name))
-
-
 def default_out() -> str:
     """The folder of results that is read where none is named."""
     return fill(RunOptions, {}).out
@@ -246,7 +240,16 @@ Across = Annotated[tuple[str, ...], opt(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Training:
+class Options:
+    """Options of a command. Raises UserError for a value that an option does not allow."""
+
+    def __post_init__(self) -> None:
+        for name, option in options_of(type(self)).items():
+            option.check(getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training(Options):
     """How runs train: what `run` and `tune` share."""
 
     dataset: Dataset = "cifar10"
@@ -288,7 +291,7 @@ class Grid(Training):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Resources:
+class Resources(Options):
     """What a command may use."""
 
     gpus: Gpus = None
@@ -360,7 +363,7 @@ class Search(Training):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TuneOptions:
+class TuneOptions(Options):
     """How a search is carried out."""
 
     out: Annotated[str, opt(
@@ -375,7 +378,7 @@ class TuneOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReportOptions:
+class ReportOptions(Options):
     """How a table is printed."""
 
     format: Annotated[str, opt("table, markdown, csv, json, latex or html.")] = "table"
@@ -389,7 +392,7 @@ class ReportOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CompareOptions:
+class CompareOptions(Options):
     """What is compared, and when that fails."""
 
     by: Annotated[str | None, opt(
@@ -402,7 +405,7 @@ class CompareOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalOptions:
+class EvalOptions(Options):
     """What to evaluate, and on which images."""
 
     weights: Annotated[str, opt("A run's weights.safetensors, or a torch checkpoint; or its URI.")]
@@ -430,7 +433,7 @@ class EvalOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CheckOptions:
+class CheckOptions(Options):
     """What a user wants to run with."""
 
     quick: Annotated[bool, opt("Look at what is installed; measure nothing.")] = False

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.cluster.job import Allocation
 from harness.models.variants import Recipe, Variant, default_depth, find_preset, find_variant
-from harness.options import Grid, check_options, fill, parse_depths
+from harness.options import Grid, fill, parse_depths
 from harness.search_space import apply, check_settings
 from harness.spec import Engine, RunSpec, UserError, mistakes, refuse
 
@@ -65,7 +65,6 @@ def check_grid(grid: Grid) -> None:
 
     for group in grid.groups:
         check_grid(group)
-    check_options(grid)
     twice = [n for n in ("batch_size", "batch_norm") if getattr(grid, n) is not None and n in grid.settings]
     for name in twice:
         option = name.replace("_", "-")

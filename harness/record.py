@@ -174,7 +174,7 @@ class Recorder:
                         write_source(source, folder / "plugins" / source.name)
                 earlier = store.load_epochs(folder)
             reason = event.reason or "the command was given again" * attempts.exists()
-            line = {"started_at": now.isoformat(), "reason": reason}
+            line: dict[str, Any] = {"started_at": now.isoformat(), "reason": reason}
             line |= {"workers": event.world_size} if event.world_size is not None else {}
             with attempts.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

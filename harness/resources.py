@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
 from harness.cluster.job import Allocation
-from harness.options import Grid, Resources, check_options
+from harness.options import Grid, Resources
 from harness.plan import GPU_PRECISIONS
 from harness.results.remote import join_uri
 from harness.spec import INSTALL, RunPaths, RunSpec, UserError, mistakes, refuse
@@ -22,7 +22,6 @@ Runs = Generator[tuple[RunSpec, Any], None, None]
 
 def check_resources(resources: Resources) -> None:
     """Raise UserError for what can be seen to be wrong without devices."""
-    check_options(resources)
     if find_spec("torch") is None:
         raise UserError(f"torch is not installed: {INSTALL}")
     share, workers, local = resources.runs_per_gpu, resources.workers, resources.launcher == "local"
@@ -156,7 +155,7 @@ class Session:
         from harness.cluster import launch
 
         self.join()
-        start = launch.launch_here if self.resources.launcher == "local" else launch.launch
+        start: Callable[..., Any] = launch.launch_here if self.resources.launcher == "local" else launch.launch
         at_uri = self.paths.remote and self.resources.address
         storage = join_uri(self.paths.remote, ".ray") if at_uri else self.paths.out / ".ray"
         return cast("Runs", start(train, specs, replace(self.allocation, storage=storage), **callbacks))
