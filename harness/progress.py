@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from harness.loaders.datasets import Dataset
 
 Row = TypeVar("Row")
+SHAPE: dict[str, Any] = {
+    "box": None, "pad_edge": False, "title_justify": "left", "title_style": "", "padding": (0, 2, 0, 0),
+}  # fmt: skip
+"""Of a table."""
 
 
 def say(console: Console, text: str, style: str = "") -> None:
@@ -40,14 +44,7 @@ def say(console: Console, text: str, style: str = "") -> None:
 def make_table(*columns: str, left: Collection[str] = (), whole: Collection[str] = (), **options: Any) -> Table:
     """An empty table without lines; numbers are aligned to the right, the columns `left` are words. Cells that are too
     long for the console continue below; those of columns `whole` are cut off, after all others are as narrow as can be."""
-    shape: dict[str, Any] = {
-        "box": None,
-        "pad_edge": False,
-        "title_justify": "left",
-        "title_style": "",
-        "padding": (0, 2, 0, 0),
-    }
-    table = Table(**shape | options)
+    table = Table(**SHAPE | options)
     for name in columns:
         justify: Literal["left", "right"] = "left" if name in left else "right"
         table.add_column(

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from harness.record import Recorder, name_of
+from harness.record import Recorder
 from harness.results.published import find_published
 from harness.results.rows import summarise
 from harness.results.statistics import PRIOR_FREEDOM, estimate_mean, mean, prior_std, smallest, t_quantile
@@ -86,7 +86,7 @@ def make_goal(half: float | None, max_seeds: int | None, seeds: int) -> Goal | N
     refuse({
         f"--max-seeds {max_seeds} is for --until-ci, which says until when seeds are added":
             half is None and max_seeds is not None,
-        f"--until-ci {half}: points of error above 0 are allowed, as in 0.25": half is not None and not 0 < half < math.inf,
+        f"--until-ci {half or 0:g}: points of error above 0 are allowed, as in 0.25": half is not None and not 0 < half < math.inf,
         f"--max-seeds {max_seeds}: at least {least} is allowed": max_seeds is not None and max_seeds < least,
     })  # fmt: skip
     return None if half is None else Goal(half, max_seeds or max(MAX_SEEDS, seeds))
@@ -101,7 +101,7 @@ def known_errors(recorder: Recorder, specs: Sequence[RunSpec]) -> dict[RunSpec, 
     row_of = {spec.key: replace(spec, seed=0) for spec in specs}
     lost = {row_of[spec.key] for spec in specs if spec.key not in finished}
     known = {row: Known(failed=row in lost) for row in row_of.values()}
-    folders = [recorder.paths.out / name_of(spec, recorder.paths.label) for spec in specs if spec.key in finished]
+    folders = [recorder.paths.out / recorder.name(spec) for spec in specs if spec.key in finished]
     rows = summarise(load_records(folders, recorder.known).records)
     for row in sorted(rows, key=lambda row: max(run.record.finished_at for run in row.done)):
         test = row.evaluated_on == "val"
