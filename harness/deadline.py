@@ -29,11 +29,8 @@ class TimeUp(KeyboardInterrupt):
 
 
 def parse_until(text: str, now: datetime | None = None) -> datetime:
-    """A duration from now ("9m", "2h30m", "90s", "1d") or the next occurrence of a time of day ("18:00", "18:00:30").
-
-    Local time without a zone, so that a duration stays right over a change of the clocks. Raises UserError for
-    anything else.
-    """
+    """A duration from now ("9m", "2h30m", "90s", "1d") or the next occurrence of a time of day ("18:00", "18:00:30"), in
+    local time. It is right over a change of the clocks. Raises UserError for anything else."""
     words, now = text.strip(), now or datetime.now()
     with contextlib.suppress(OverflowError, ValueError, OSError):  # 24:00, or beyond the year 9999
         if clock := _CLOCK.fullmatch(words):
@@ -55,10 +52,8 @@ def format_moment(moment: datetime) -> str:
 
 @contextlib.contextmanager
 def stopping_at(moment: datetime | None) -> Iterator[None]:
-    """Raise TimeUp in the body at the moment, if there is one. For the main thread.
-
-    Uses the process's alarm, which interrupts calls that wait; an alarm set before continues afterwards.
-    """
+    """Raise TimeUp in the body at the moment, if there is one. For the main thread: it uses the process's alarm, which
+    interrupts calls that wait; an alarm set before continues afterwards."""
     if moment is None:
         yield
         return

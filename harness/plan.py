@@ -222,11 +222,8 @@ def check_epochs(specs: Iterable[RunSpec], train_images: int) -> None:
 
 
 def fallback_world_sizes(elastic: int | None, specs: Sequence[RunSpec]) -> tuple[int, ...]:
-    """The world sizes below --workers, largest first, at which runs may continue where a cluster has lost nodes.
-
-    At least `elastic`, and such that every rank gets an equal share of every spec's global batch. Raises UserError
-    where there is none.
-    """
+    """The world sizes below --workers, largest first, at which runs may continue where a cluster has lost nodes: at least
+    `elastic`, with an equal share of every spec's global batch for each rank. Raises UserError where there is none."""
     if elastic is None or not specs:
         return ()
     workers, batches = specs[0].workers, sorted({spec.recipe.batch_size for spec in specs})
@@ -246,11 +243,8 @@ def pending(specs: Iterable[RunSpec], finished: Collection[str]) -> list[RunSpec
 
 
 def open_out(out: str, *, write: bool, also: str = "") -> tuple[Path, str]:
-    """--out as a local folder and, for a URI, the URI, whose records are copied into the folder; files of runs, too,
-    whose names begin with `also`.
-
-    Raises UserError where that fails and, with `write`, unless results can be written there.
-    """
+    """--out as a local folder and, for a URI, the URI, whose records are copied into the folder; files of runs, too, whose
+    names begin with `also`. Raises UserError where that fails and, with `write`, unless results can be written there."""
     from harness.loaders.cache import cache_dir
     from harness.results.remote import StorageError, cache_folder, check_uri, is_uri, pull_results
 

@@ -36,10 +36,8 @@ def check_resources(resources: Resources) -> None:
 
 
 def make_allocation(grid: Grid, resources: Resources, stack: ExitStack, least: int | None = None) -> Allocation:
-    """Divide the cluster at `address`, which is joined until the stack closes, or this machine among the runs.
-
-    A cluster may have less than a run is to have where that begins with fewer workers, `least` or more. Raises UserError where the runs do not fit.
-    """
+    """Divide the cluster at `address`, which is joined until the stack closes, or this machine among the runs. A cluster may
+    have less than a run is to have where that begins with fewer workers, `least` or more. Raises UserError where they do not fit."""
     check_resources(resources)
     if resources.address is not None:
         cluster = join_cluster(stack, resources.address, cpus=0, gpus=0, verbose=resources.verbose)
@@ -148,10 +146,8 @@ class Session:
             self.joined = True
 
     def launch(self, train: Callable[..., Any], specs: Sequence[RunSpec], **callbacks: Any) -> Runs:
-        """Launch `train(spec, worker, report)` for each spec; yields (spec, outcome) as `harness.cluster.launch` does.
-
-        A Ray cluster of this machine is started at the first call that needs one. `callbacks` are the launcher's.
-        """
+        """Launch `train(spec, worker, report)` for each spec; yields (spec, outcome) as `harness.cluster.launch` does, whose
+        callbacks are taken. A Ray cluster of this machine is started at the first call that needs one."""
         from harness.cluster import launch
 
         self.join()

@@ -223,10 +223,8 @@ def check_first(
     specs: Sequence[RunSpec], allocation: Allocation, resources: Resources, paths: RunPaths, console: Console, *,
     skip: bool = False,
 ) -> Checked:  # fmt: skip
-    """Check what these runs rest on where it is not known yet, for at most SECONDS; nothing for runs on the CPU.
-
-    Says what fails, and what runs do about it. Raises RefusedError where nothing right is left.
-    """
+    """Check what these runs rest on where it is not known yet, for at most SECONDS; nothing for runs on the CPU. Says what
+    fails, and what runs do about it. Raises RefusedError where nothing right is left."""
     if allocation.device == "cpu" or not specs:
         return Checked()
     results, devices, runs = dict[str, Result](), dict[str, Device](), list(specs)

@@ -91,10 +91,8 @@ class RunSpec:
 
     @property
     def key(self) -> str:
-        """Hash of the contents, 16 hexadecimal digits.
-
-        Fields that stand at their default are left out, so that a field added later leaves old keys as they are.
-        """
+        """Hash of the contents, 16 hexadecimal digits. Fields that stand at their default are left out, so that a field
+        added later leaves old keys as they are."""
         text = json.dumps(_contents(self, whole=False), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -109,11 +107,8 @@ class RunSpec:
         return f"{self.name} seed {self.seed}"
 
     def to_json(self) -> dict[str, Any]:
-        """Every field, defaults included, as JSON values.
-
-        A field that was added when runs were stored already (metadata "added") is left out at its default: specs of
-        equal runs are equal, whenever they were stored.
-        """
+        """Every field as JSON values, defaults included but for fields that were added when runs were stored already
+        (metadata "added"): specs of equal runs are equal, whenever they were stored."""
         whole: dict[str, Any] = json.loads(json.dumps(_contents(self, whole=True)))
         return whole
 

@@ -52,10 +52,8 @@ class Goal:
     max_seeds: int = MAX_SEEDS
 
     def seeds(self, error: float, images: int) -> int | None:
-        """How many it takes where runs scatter as the test images let expect; None above 1,000.
-
-        By the error's first figure alone: the row's own mean must not decide whether the row goes on.
-        """
+        """How many it takes where runs scatter as the test images let expect; None above 1,000. By the error's first figure
+        alone: the row's own mean must not decide whether the row goes on."""
         spread = RESERVE * prior_std(float(f"{error:.1g}"), images)
 
         def enough(n: int) -> bool:

@@ -228,10 +228,7 @@ def measure_nodes(address: str) -> Iterator[Result]:
 
 def print_findings(target: CheckOptions, console: Console) -> int:
     """Print a line for each finding. Returns 0 where nothing is missing that runs on the CPU need, and no measured check
-    failed, else 1.
-
-    Raises UserError for an address that cannot be one.
-    """
+    failed, else 1. Raises UserError for an address that cannot be one."""
     if target.address not in (None, "auto") and not re.fullmatch(r".+:\d+", str(target.address)):
         raise UserError(f"--address {target.address!r} is not HOST:PORT or auto")
     code = show(examine(target), console, "{} of what a run needs is missing", "ready" * target.quick)
