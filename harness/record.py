@@ -21,13 +21,11 @@ from harness.results import store
 from harness.results.identity import hash_code
 from harness.results.remote import Lease, StorageError, patiently, pull_run, push_finished, push_run, redact
 from harness.results.store import Stored, partial_dir, run_name
-from harness.results.values import Failure, Pruned, Record, RunResult
+from harness.results.values import EpochMetrics, Failure, NodeUse, Pruned, Record, RunResult
 from harness.spec import RunPaths, RunSpec, UserError, mistakes
 
 if TYPE_CHECKING:
     from filelock import FileLock
-
-    from harness.results.values import EpochMetrics, NodeUse
 
 ATTEMPTS = "attempts.jsonl"
 DALI_WHEELS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")

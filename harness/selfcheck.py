@@ -19,10 +19,12 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
 
 from harness.checklist import BY_NAME, CHECKS, REFUSE, WARN, Check, Result
-from harness.cluster.job import Failed, Report, Worker
+from harness.cluster.job import Allocation, Failed, Report, Worker
 from harness.loaders.cache import cache_dir
 from harness.options import Resources
 from harness.progress import say
@@ -31,11 +33,6 @@ from harness.resources import Session
 from harness.results.identity import hash_code
 from harness.results.store import write_atomic
 from harness.spec import RunPaths, RunSpec
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from harness.cluster.job import Allocation
 
 SECONDS = 90.0  # at most, before a first run
 PROGRAM = (sys.executable, "-m", "harness.training.checks")

@@ -15,18 +15,22 @@ from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import requires
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from filelock import FileLock
+from rich.console import Console
+from rich.text import Text
 
 from harness.checklist import CHECKS as MEASURED
 from harness.checklist import STYLES, Finding, Result, attempt
+from harness.loaders.cache import cache_dir
 from harness.options import CheckOptions, Grid, Resources
-from harness.preflight import LEAST_DISK_GIB, free_gib
+from harness.preflight import LEAST_DISK_GIB, find_outliers, free_gib
 from harness.record import DALI_WHEELS, installed_version
+from harness.resources import join_cluster, make_allocation
 from harness.results.remote import check_uri, is_uri, redact
+from harness.results.store import write_atomic
+from harness.selfcheck import find_devices, make_ranks
 from harness.spec import INSTALL, UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 LEAST_SHARED_MEMORY_GIB = 1.0  # for Ray's object store and NCCL; Docker's default is 64 MiB
 MOST_SECONDS = 600.0  # of a device's checks
@@ -113,10 +117,6 @@ def check_cluster(target: CheckOptions) -> str:
 
 def check_storage(target: CheckOptions) -> str:
     """Write, rename and lock as results and checkpoints are stored. Leaves nothing behind."""
-    from filelock import FileLock
-
-    from harness.results.store import write_atomic
-
     if is_uri(target.out):
         check_uri(target.out)
         return f"{redact(target.out)} takes files"
@@ -128,8 +128,6 @@ def check_storage(target: CheckOptions) -> str:
 
 def check_disk(target: CheckOptions) -> str:
     """Of results, and of what processes share in memory: Ray's object store, NCCL."""
-    from harness.loaders.cache import cache_dir
-
     where, shared = _nearest(cache_dir() if is_uri(target.out) else Path(target.out)), Path("/dev/shm")
     free = f"{free_gib(where):.1f} GiB free in {where}"
     if free_gib(where) < LEAST_DISK_GIB:
@@ -141,8 +139,6 @@ def check_disk(target: CheckOptions) -> str:
 
 
 def check_data(target: CheckOptions) -> str:
-    from harness.loaders.cache import cache_dir
-
     if target.data_dir is None:
         if (cache_dir() / "downloads" / "cifar-10-batches-py").is_dir():
             return f"cifar10 in {cache_dir()}"
@@ -180,10 +176,6 @@ def examine(target: CheckOptions) -> Iterator[Result]:
 def measure_all(target: CheckOptions) -> Iterator[Result]:
     """All checks of every GPU here, or of one of each kind in a cluster, then those of several ranks. What GPUs come to
     is known to later runs."""
-    from harness.loaders.cache import cache_dir
-    from harness.resources import make_allocation
-    from harness.selfcheck import find_devices, make_ranks
-
     resources = Resources(gpus=target.gpus, address=target.address)
     with ExitStack() as stack:
         if target.address is not None:
@@ -208,8 +200,6 @@ def measure_nodes(address: str) -> Iterator[Result]:
     """What each node of a cluster gives; those that are far slower than the others."""
     from harness.cluster.nodes import Unanswered, ask_every_node
     from harness.loaders.datasets import load_dataset
-    from harness.preflight import find_outliers
-    from harness.resources import join_cluster
     from harness.training.rates import measure_rates
 
     rates = {}
@@ -239,8 +229,6 @@ def show(
     results: Iterable[Result], console: Console, wrong: str = "{} of the checks failed", right: str = "ready"
 ) -> int:
     """Print a line for each, then how many are wrong. Returns whether any is."""
-    from rich.text import Text
-
     found = 0
     for result in results:
         text = Text(result.line())

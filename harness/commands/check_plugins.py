@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.console import Console
 
 from harness.checklist import Result, attempt
 from harness.cluster.job import Worker
@@ -28,9 +29,6 @@ from harness.plugins import Loaded, blaming, load_file, load_plugins
 from harness.progress import load_data
 from harness.spec import RunPaths, RunSpec
 from harness.training import checks, fit
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 EXIT_MISFIT = 2
 SIDE = 32  # pixels of the images that networks are tried on, or the least that they take
