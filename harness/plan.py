@@ -7,16 +7,20 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.cluster.job import Allocation
+from harness.loaders.cache import cache_dir
+from harness.loaders.datasets import DataError, Dataset, check_dataset_name
+from harness.loaders.loader import check_crops
+from harness.loaders.sampling import check_normalize, make_augment
 from harness.models.variants import Recipe, Variant, default_depth, find_preset, find_variant
 from harness.options import Grid, fill, parse_depths
+from harness.plugins import identify
+from harness.results.remote import StorageError, cache_folder, check_uri, is_uri, pull_results
 from harness.search_space import apply, check_settings
 from harness.spec import Engine, RunSpec, UserError, mistakes, refuse
-
-if TYPE_CHECKING:
-    from harness.loaders.datasets import Dataset
+from harness.training.optim import CAPTURABLE, total_epochs
 
 GPU_PRECISIONS = ("tf32", "fp16")
 _on_gpu = GPU_PRECISIONS.__contains__
@@ -61,8 +65,6 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_grid(grid: Grid) -> None:
     """Every check that needs neither data nor devices."""
-    from harness.loaders.datasets import DataError, check_dataset_name
-
     for group in grid.groups:
         check_grid(group)
     twice = [n for n in ("batch_size", "batch_norm") if getattr(grid, n) is not None and n in grid.settings]
@@ -94,8 +96,6 @@ def grid_networks(grid: Grid) -> list[tuple[str, int]]:
 
 def choose_engine(engine: str | None, device: str, optimizer: str = "sgd") -> Engine:
     """The chosen engine, or else the fastest one that computes the same as eager, kernel by kernel."""
-    from harness.training.optim import CAPTURABLE
-
     captured = device == "cuda" and optimizer in CAPTURABLE
     refuse({
         "--engine graph needs a GPU; on the CPU eager and compile are allowed": engine == "graph" and device == "cpu",
@@ -169,8 +169,6 @@ def _place(spec: RunSpec, allocation: Allocation, fingerprint: str) -> RunSpec:
             f"--spec: {spec.title} is for other images of {spec.dataset} than those here (fingerprint "
             f"{spec.fingerprint[:12]}, not {fingerprint[:12]}); --data-dir names theirs, --dataset takes these"
         )
-    from harness.plugins import identify
-
     engine = choose_engine(spec.engine, allocation.device, spec.recipe.optimizer)
     placed: dict[str, Any] = {"device": allocation.device, "workers": allocation.workers, "engine": engine}
     return identify(replace(spec, fingerprint=fingerprint, **placed))
@@ -192,9 +190,6 @@ def _change_specs(grid: Grid, given: Collection[str]) -> Grid:
 
 def check_images(specs: Iterable[RunSpec], dataset: Dataset) -> None:
     """Raise UserError where a run's loader cannot make its recipe's crops of these images."""
-    from harness.loaders.loader import check_crops
-    from harness.loaders.sampling import check_normalize, make_augment
-
     for spec in specs:
         augment = make_augment(spec.recipe, flip=dataset.flip)
         with mistakes(ValueError, f"{spec.name} on {dataset.label}: "):
@@ -205,8 +200,6 @@ def check_images(specs: Iterable[RunSpec], dataset: Dataset) -> None:
 
 def count_epochs(spec: RunSpec, train_images: int) -> int:
     """Epochs of the whole run."""
-    from harness.training.optim import total_epochs
-
     images = (spec.limit_train or train_images) - spec.recipe.val
     return total_epochs(spec.recipe, -(-images // spec.recipe.batch_size))
 
@@ -245,9 +238,6 @@ def pending(specs: Iterable[RunSpec], finished: Collection[str]) -> list[RunSpec
 def open_out(out: str, *, write: bool, also: str = "") -> tuple[Path, str]:
     """--out as a local folder and, for a URI, the URI, whose records are copied into the folder; files of runs, too, whose
     names begin with `also`. Raises UserError where that fails and, with `write`, unless results can be written there."""
-    from harness.loaders.cache import cache_dir
-    from harness.results.remote import StorageError, cache_folder, check_uri, is_uri, pull_results
-
     remote = is_uri(out)
     folder = cache_folder(out, cache_dir().expanduser().absolute()) if remote else Path(out)
     if write:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, partial
 from itertools import pairwise
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -21,13 +21,12 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.cluster.job import Entered, Failed, Started, Waiting
+from harness.loaders.datasets import DataError, Dataset, load_dataset
+from harness.plugins import blaming
 from harness.results.metrics import run_figures
 from harness.results.sweeps import State, Sweep, Trial, best_first, format_value
 from harness.results.values import EpochMetrics, RunResult, finite
 from harness.spec import RunPaths, RunSpec, mistakes
-
-if TYPE_CHECKING:
-    from harness.loaders.datasets import Dataset
 
 Row = TypeVar("Row")
 SHAPE: dict[str, Any] = {
@@ -81,9 +80,6 @@ def load_data(name: str, paths: RunPaths, console: Console, *, scan: bool = Fals
     """Load the data set, with a bar while it is downloaded and decoded, and `scan` every file. Raises UserError where that fails."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
-
-    from harness.loaders.datasets import DataError, load_dataset
-    from harness.plugins import blaming
 
     with Bar(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),

@@ -12,17 +12,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from harness.loaders.datasets import Dataset
 from harness.record import Recorder
 from harness.results.published import find_published
 from harness.results.rows import summarise
 from harness.results.statistics import PRIOR_FREEDOM, estimate_mean, mean, prior_std, smallest, t_quantile
 from harness.results.store import load_records
 from harness.spec import RunSpec, UserError, refuse
-
-if TYPE_CHECKING:
-    from harness.loaders.datasets import Dataset
 
 LEVEL, FIRST, MAX_SEEDS = 0.96, 5, 10
 RESERVE = 1.1  # of the spread: where the limit only just suffices, the rows that reach the goal do so by chance
