@@ -6,16 +6,18 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+from harness.cluster import launch
+from harness.cluster.connect import ClusterError, connect, disconnect
 from harness.cluster.job import Allocation
+from harness.cluster.nodes import Cluster, fit
 from harness.options import Grid, Resources
 from harness.plan import GPU_PRECISIONS
 from harness.results.remote import join_uri
 from harness.spec import INSTALL, RunPaths, RunSpec, UserError, mistakes, refuse
-
-if TYPE_CHECKING:
-    from harness.cluster.nodes import Cluster
+from harness.training.host import count_cpus
+from harness.training.nvml import count_gpus
 
 Runs = Generator[tuple[RunSpec, Any], None, None]
 
@@ -43,9 +45,6 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack, least: i
         cluster = join_cluster(stack, resources.address, cpus=0, gpus=0, verbose=resources.verbose)
         gpus, cpus, where = cluster.gpus, cluster.cpus, f"the cluster at {resources.address}"
     else:
-        from harness.training.host import count_cpus
-        from harness.training.nvml import count_gpus
-
         gpus, cpus, where = count_gpus(), count_cpus(), "this machine"
     resources = fill_from_specs(resources, grid, gpus)
     grows = least is not None and resources.address is not None
@@ -54,8 +53,6 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack, least: i
     allocation = allocate(resources, have_gpus=gpus, have_cpus=cpus, precision=grid.precision, where=where)
     if resources.address is None:
         return replace(allocation, concurrent_runs=1) if resources.launcher == "local" else allocation
-    from harness.cluster.nodes import fit
-
     fitted = fit(cluster, allocation)
     if not fitted.concurrent_runs and grows:
         return replace(allocation, concurrent_runs=1)
@@ -119,8 +116,6 @@ def allocate(
 
 def join_cluster(stack: ExitStack, address: str | None, *, cpus: int, gpus: int, verbose: bool) -> Cluster:
     """Connect to Ray until the stack closes. Raises UserError where no cluster answers."""
-    from harness.cluster.connect import ClusterError, connect, disconnect
-
     with mistakes(ClusterError):
         cluster = connect(address, cpus=cpus, gpus=gpus, verbose=verbose)
     stack.callback(disconnect)
@@ -148,8 +143,6 @@ class Session:
     def launch(self, train: Callable[..., Any], specs: Sequence[RunSpec], **callbacks: Any) -> Runs:
         """Launch `train(spec, worker, report)` for each spec; yields (spec, outcome) as `harness.cluster.launch` does, whose
         callbacks are taken. A Ray cluster of this machine is started at the first call that needs one."""
-        from harness.cluster import launch
-
         self.join()
         start: Callable[..., Any] = launch.launch_here if self.resources.launcher == "local" else launch.launch
         at_uri = self.paths.remote and self.resources.address

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from harness.checklist import BY_NAME, CHECKS, REFUSE, WARN, Check, Result
 from harness.cluster.job import Allocation, Failed, Report, Worker
+from harness.cluster.nodes import Unanswered, ask_every_node
 from harness.loaders.cache import cache_dir
 from harness.options import Resources
 from harness.progress import say
@@ -33,6 +34,7 @@ from harness.resources import Session
 from harness.results.identity import hash_code
 from harness.results.store import write_atomic
 from harness.spec import RunPaths, RunSpec
+from harness.training.nvml import driver_version, open_visible
 
 SECONDS = 90.0  # at most, before a first run
 PROGRAM = (sys.executable, "-m", "harness.training.checks")
@@ -82,8 +84,6 @@ class Device:
 def identify(model: str | None = None) -> dict[str, str]:
     """The combination of a device, its driver, torch, DALI and this code; of this node's first GPU, or its CPU, where
     no model is given."""
-    from harness.training.nvml import driver_version, open_visible
-
     driver = ""
     with suppress(Exception):  # no NVML
         driver = driver_version()
@@ -94,9 +94,6 @@ def identify(model: str | None = None) -> dict[str, str]:
 
 def find_devices(allocation: Allocation, address: str | None) -> list[Device]:
     """The devices of this machine, or one of each kind of a cluster's nodes. A cluster must have been joined."""
-    from harness.cluster.nodes import Unanswered, ask_every_node
-    from harness.training.nvml import open_visible
-
     on_gpu, threads = allocation.device == "cuda", allocation.threads
     if address is None:
         models = {"cpu": "cpu"}

@@ -529,7 +529,7 @@ def test_a_sweep_through_ray_ends_by_itself_and_leaves_nothing(
             time.sleep(0.1)
         ray.shutdown()
 
-    monkeypatch.setattr("harness.cluster.connect.disconnect", leave)
+    monkeypatch.setattr("harness.resources.disconnect", leave)
     code, out, err = harness(
         f"tune {TINY.replace('128', '400')} --epochs 4 --batch-size 32 --samples 8 --concurrent 2 --out {tmp_path}"
         " --search 'lr=choice(1e-5,1e-4,1e-3,0.02,0.05,0.1,0.2,1e30)'",

@@ -22,7 +22,10 @@ from rich.text import Text
 
 from harness.checklist import CHECKS as MEASURED
 from harness.checklist import STYLES, Finding, Result, attempt
+from harness.cluster.connect import connect, disconnect
+from harness.cluster.nodes import Unanswered, ask_every_node
 from harness.loaders.cache import cache_dir
+from harness.loaders.datasets import load_dataset
 from harness.options import CheckOptions, Grid, Resources
 from harness.preflight import LEAST_DISK_GIB, find_outliers, free_gib
 from harness.record import DALI_WHEELS, installed_version
@@ -31,6 +34,7 @@ from harness.results.remote import check_uri, is_uri, redact
 from harness.results.store import write_atomic
 from harness.selfcheck import find_devices, make_ranks
 from harness.spec import INSTALL, UserError
+from harness.training.nvml import count_gpus, cuda_driver_version, driver_version
 
 LEAST_SHARED_MEMORY_GIB = 1.0  # for Ray's object store and NCCL; Docker's default is 64 MiB
 MOST_SECONDS = 600.0  # of a device's checks
@@ -56,8 +60,6 @@ def check_torch(target: CheckOptions) -> str:
 def check_gpu(target: CheckOptions) -> str:
     """Whether torch's CUDA, the driver's and DALI's fit together, and what they may use."""
     import torch
-
-    from harness.training.nvml import count_gpus, cuda_driver_version, driver_version
 
     try:
         driver, (newest, minor) = driver_version(), cuda_driver_version()
@@ -108,8 +110,6 @@ def check_ray(target: CheckOptions) -> str:
 
 
 def check_cluster(target: CheckOptions) -> str:
-    from harness.cluster.connect import connect, disconnect
-
     cluster = connect(target.address, cpus=0, gpus=0)
     disconnect()
     return f"{len(cluster.members)} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}"
@@ -198,8 +198,6 @@ def measure_all(target: CheckOptions) -> Iterator[Result]:
 
 def measure_nodes(address: str) -> Iterator[Result]:
     """What each node of a cluster gives; those that are far slower than the others."""
-    from harness.cluster.nodes import Unanswered, ask_every_node
-    from harness.loaders.datasets import load_dataset
     from harness.training.rates import measure_rates
 
     rates = {}
