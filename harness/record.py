@@ -12,7 +12,9 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
 
 from harness.cluster.job import Failed, Started
 from harness.models.variants import find_variant
@@ -20,12 +22,10 @@ from harness.plugins import write_source
 from harness.results import store
 from harness.results.identity import hash_code
 from harness.results.remote import Lease, StorageError, patiently, pull_run, push_finished, push_run, redact
+from harness.results.report.card import CARD, make_card
 from harness.results.store import Stored, partial_dir, run_name
 from harness.results.values import EpochMetrics, Failure, NodeUse, Pruned, Record, RunResult
 from harness.spec import RunPaths, RunSpec, UserError, mistakes
-
-if TYPE_CHECKING:
-    from filelock import FileLock
 
 ATTEMPTS = "attempts.jsonl"
 DALI_WHEELS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")
@@ -94,8 +94,6 @@ def classify(failed: Failed) -> Failure:
 
 def lock_file(path: Path, busy: str) -> FileLock:
     """Lock a file against other commands. Raises UserError, with `busy` where one of them has locked it."""
-    from filelock import FileLock, Timeout
-
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
@@ -183,8 +181,6 @@ class Recorder:
 
     def end(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, **environment: Any) -> bool:
         """Store what a run came to. Returns whether it is a result and is stored at the URI too, if there is one."""
-        from harness.results.report.card import CARD, make_card
-
         folder, attempts = self.partial(spec), list[dict[str, Any]]()
         noted = folder / ATTEMPTS
         try:
