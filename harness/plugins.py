@@ -56,21 +56,22 @@ class PluginError(UserError):
     """A plug-in that cannot be used: file, line, and what is wrong."""
 
 
+def place(file: str, line: int | None = 1) -> str:
+    """ "my.py:12", from the current folder where it is below it."""
+    path, here = Path(file), Path.cwd()
+    return f"{path.relative_to(here) if path.is_relative_to(here) else path}:{line}"
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A plug-in of this process."""
 
     source: Source
-    shown: Path  # its folder as the user named it
     owned: dict[tuple[str, str], Note] = field(default_factory=dict)  # by kind and name
 
     @property
     def files(self) -> set[str]:
         return {str(Path(self.source.folder, file)) for file, _ in self.source.files}
-
-    def place(self, file: str, line: int | None = 1) -> str:
-        """ "my.py:12" """
-        return f"{self.shown / Path(file).relative_to(self.source.folder)}:{line}"
 
     def explain(self, error: BaseException, where: str) -> PluginError:
         """By the innermost line of the plug-in's own, or else `where`."""
@@ -79,9 +80,9 @@ class Loaded:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in self.files]
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, SyntaxError) and error.filename in self.files:
-            where, text = self.place(error.filename, error.lineno), f"syntax error: {error.msg}"
+            where, text = place(error.filename, error.lineno), f"syntax error: {error.msg}"
         elif frames:
-            where = self.place(frames[-1].filename, frames[-1].lineno)
+            where = place(frames[-1].filename, frames[-1].lineno)
             text = f"{type(error).__name__}: {text}"
         return PluginError(f"{where}: {text}")
 
@@ -132,7 +133,7 @@ def blaming(kind: str, name: str) -> Iterator[None]:
     except Exception as error:
         for loaded in used_by([(kind, name)]):
             note = loaded.owned[kind, name]
-            where = f"{loaded.place(note.file, note.line)}: {kind} {name!r}"
+            where = f"{place(note.file, note.line)}: {kind} {name!r}"
             raise loaded.explain(error, where) from None
         raise
 
@@ -179,8 +180,8 @@ def load_file(path: Path) -> Loaded:
     try:
         files = collect(file)
     except (OSError, ValueError, SyntaxError) as error:  # ValueError: not UTF-8
-        raise Loaded(source, path.parent).explain(error, f"{path}:1") from None
-    return _load(Loaded(replace(source, files=files), path.parent))
+        raise Loaded(source).explain(error, place(source.path)) from None
+    return _load(replace(source, files=files))
 
 
 def _load_installed(entry: EntryPoint) -> Loaded:
@@ -194,12 +195,12 @@ def _load_installed(entry: EntryPoint) -> Loaded:
     files = tuple((path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8")) for path in paths)
     main = origin.relative_to(folder).as_posix()
     source = Source(name=entry.name, folder=str(folder), main=main, files=files, module=entry.module)
-    return _load(Loaded(source, folder))
+    return _load(source)
 
 
-def _load(loaded: Loaded) -> Loaded:
+def _load(source: Source) -> Loaded:
     """Execute a plug-in and enter all that it has, or nothing of it; one that is loaded already is kept."""
-    source, where = loaded.source, loaded.place(loaded.source.path)
+    loaded, where = Loaded(source), place(source.path)
     if known := LOADED.get(source.name):
         if known.source.identity == source.identity:
             return known
@@ -218,11 +219,11 @@ def _load(loaded: Loaded) -> Loaded:
         taken = [note for other in LOADED.values() for note in other.owned.values()]  # of a module that two import
         notes = [note for note in NOTES if note.file in loaded.files and note not in taken]
         for note in [*notes, *_read_lists(loaded, module)]:
-            where = loaded.place(note.file, note.line)
+            where = place(note.file, note.line)
             _enter(loaded, note)
         for (kind, name), note in loaded.owned.items():
             if kind == "variant":
-                where = f"{loaded.place(note.file, note.line)}: variant {name!r}"
+                where = f"{place(note.file, note.line)}: variant {name!r}"
                 _check_variant(name)
         if not loaded.owned:
             raise UserError("it registers nothing, by `from harness import plugin` or by a list")
@@ -279,7 +280,7 @@ def _read_lists(loaded: Loaded, module: ModuleType) -> Iterator[Note]:
                 continue
             listed = getattr(module, word)
             if not isinstance(listed, Mapping):
-                raise PluginError(f"{loaded.place(str(file), node.lineno)}: {word} is no dictionary of names")
+                raise PluginError(f"{place(str(file), node.lineno)}: {word} is no dictionary of names")
             for name, made in listed.items():
                 row = dict(made) if kind == "variant" else {}
                 yield Note(kind, name, made, str(file), node.lineno, row)
@@ -296,7 +297,7 @@ def _enter(loaded: Loaded, note: Note) -> None:
             by = "built in"
             for owner in used_by([(table, name)]):
                 first = owner.owned[table, name]
-                by = f"by {owner.place(first.file, first.line)}"
+                by = f"by {place(first.file, first.line)}"
             raise UserError(f"{table} {name!r} is registered already, {by}")
     loaded.owned[kind, name] = note
     if kind != "variant":
@@ -416,7 +417,7 @@ def load_sources(identities: Sequence[str], paths: RunPaths) -> None:
             copy = (paths.cache_dir or cache_dir()) / "plugins" / identity.replace(":", "-")
             write_source(source, copy)
             source = replace(source, folder=str(copy))
-        _load(Loaded(source, Path(source.folder)))
+        _load(source)
 
 
 def write_source(source: Source, folder: Path) -> None:
