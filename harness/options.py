@@ -10,14 +10,14 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import datetime
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from harness.cluster.job import PLACEMENTS, Placement
 from harness.deadline import parse_until
 from harness.models.variants import VARIANTS, default_depth, find_variant
-from harness.spec import Engine, Precision, RunSpec, UserError, check_word, load_specs
+from harness.spec import Engine, Precision, RunSpec, UserError, check_word, load_specs, mistakes
 
 Group = TypeVar("Group")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -66,7 +66,10 @@ class Option:
 
     def parsed(self, value: Any) -> Any:
         """The value, read from its words where it is given in words. Raises UserError."""
-        return self.parse(value) if self.parse and isinstance(value, list if self.repeatable else str) else value
+        if self.parse and isinstance(value, list if self.repeatable else str):
+            with mistakes(UserError, "" if self.repeatable else f"{self.names[0]} {value!r}: "):
+                return self.parse(value)
+        return value
 
     def check(self, value: Any) -> None:
         """Raise UserError for a value that is not allowed."""
@@ -138,33 +141,33 @@ MOST_NUMBERS = 1000  # in a list of seeds
 MOST_PIXELS = 9999
 
 
-def parse_words(text: str, what: str = "") -> tuple[str, ...]:
+def parse_words(text: str) -> tuple[str, ...]:
     """ "a,b" -> ("a", "b"), each once. Raises UserError."""
     words = [word.strip() for word in text.split(",")]
     if not all(words):
-        raise UserError(f"{what} {text!r}: a list with commas and no empty places is allowed, as in a,b")
+        raise UserError("a list with commas and no empty places is allowed, as in a,b")
     return tuple(dict.fromkeys(words))
 
 
-def parse_numbers(text: str, what: str, allowed: Callable[[int], bool] | None = None) -> tuple[int, ...]:
+def parse_numbers(text: str, allowed: Callable[[int], bool] | None = None) -> tuple[int, ...]:
     """ "7,3..5" -> (7, 3, 4, 5), each once; of a range those that are allowed. Raises UserError."""
     numbers = list[int]()
-    for word in parse_words(text, what):
+    for word in parse_words(text):
         ends = re.fullmatch(r"(\d{1,9})(?:\s*\.\.\s*(\d{1,9}))?", word)
         low, high = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, -1)
         if not low <= high < low + MOST_NUMBERS:
             known = f"a whole number nor a range, as in 20..56, of at most {MOST_NUMBERS} with the lowest first"
-            raise UserError(f"{what} {text!r}: {word!r} is neither {known}")
+            raise UserError(f"{word!r} is neither {known}")
         chosen = [n for n in range(low, high + 1) if low == high or allowed is None or allowed(n)]
         if not chosen:
-            raise UserError(f"{what} {word}: no number from {low} to {high} is allowed here")
+            raise UserError(f"no number from {low} to {high} is allowed here")
         numbers += chosen
     return tuple(dict.fromkeys(numbers))
 
 
 def parse_variants(text: str) -> tuple[str, ...]:
     """ "msra,he2015" -> ("msra", "he2015"); "all": every one."""
-    return tuple(VARIANTS) if text.strip() == "all" else parse_words(text, "--variants")
+    return tuple(VARIANTS) if text.strip() == "all" else parse_words(text)
 
 
 def parse_depths(text: str, variants: Sequence[str] = ()) -> tuple[int, ...]:
@@ -176,25 +179,23 @@ def parse_depths(text: str, variants: Sequence[str] = ()) -> tuple[int, ...]:
         except ValueError:
             return False
 
-    return parse_numbers(text, "--depths", legal)
+    return parse_numbers(text, legal)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
     """ "3" -> (0, 1, 2), a count; "0,7" -> (0, 7), the seeds themselves; "7," -> (7,); "3..5" -> (3, 4, 5)."""
     if not text.strip().isdecimal():
-        return parse_numbers(text.rstrip(","), "--seeds")
+        return parse_numbers(text.rstrip(","))
     if not 1 <= int(text) <= MOST_NUMBERS:
-        raise UserError(
-            f"--seeds {text}: a count from 1 to {MOST_NUMBERS} is allowed, or a list of seeds as in 0,7"
-        )
+        raise UserError(f"a count from 1 to {MOST_NUMBERS} is allowed, or a list of seeds as in 0,7")
     return tuple(range(int(text)))
 
 
 def parse_scales(text: str) -> tuple[int, ...]:
     """ "96,112,128" -> (96, 112, 128), in pixels."""
-    scales = parse_numbers(text, "--scales")
+    scales = parse_numbers(text)
     if max(scales) > MOST_PIXELS:
-        raise UserError(f"--scales {text!r}: at most {MOST_PIXELS} pixels are allowed")
+        raise UserError(f"at most {MOST_PIXELS} pixels are allowed")
     return scales
 
 
@@ -236,7 +237,7 @@ Settings = Annotated[Mapping[str, Any], opt(
 DryRun = Annotated[bool, opt("Print the plan and what is done already.")]
 Estimate = Annotated[bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.")]
 Across = Annotated[tuple[str, ...], opt(
-    "Fields to average over, as in workers,threads.", parse=partial(parse_words, what="--across"))]
+    "Fields to average over, as in workers,threads.", parse=parse_words)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -384,7 +385,7 @@ class ReportOptions(Options):
     format: Annotated[str, opt("table, markdown, csv, json, latex or html.")] = "table"
     sort: Annotated[str | None, opt("A column, as in error; -error: largest first.")] = None
     columns: Annotated[tuple[str, ...], opt(
-        "Columns to show, as in variant,depth,error.", parse=partial(parse_words, what="--columns"))] = ()
+        "Columns to show, as in variant,depth,error.", parse=parse_words)] = ()
     preset: Preset = None  # the rows and columns of that source's table, in their order
     across: Across = ()
     output: Annotated[Path | None, opt("Write to this file; -: print. Default of html: report.html.")] = None

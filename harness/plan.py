@@ -45,7 +45,8 @@ def make_grid(given: Mapping[str, Any]) -> Grid:
             raise UserError(f"--spec and --{option} exclude each other: the file names the network")
     if isinstance(words := given.get("depths"), str):
         named = fill(Grid, {n: v for n, v in given.items() if n == "variants"})
-        given = {**given, "depths": parse_depths(words, named.variants)}
+        with mistakes(UserError, f"--depths {words!r}: "):
+            given = {**given, "depths": parse_depths(words, named.variants)}
     grid = fill(Grid, given)
     if "preset" in given:
         with mistakes(ValueError, "--preset: "):

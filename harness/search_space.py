@@ -77,15 +77,13 @@ def _parse_fields(option: str, texts: Iterable[str], parse: Callable[[str, str],
     for text in texts:
         word, _, value = text.partition("=")
         name = word.strip().replace("-", "_")
-        try:
+        with mistakes(UserError, f"{option} {text!r}: "):
             if name in elsewhere:
                 raise UserError(f"{name} has an option of its own, {elsewhere[name]}")
             check_word(name, tuple(dict.fromkeys([*FIELDS, *own_hints(), *SEARCHED])), "field")
             if name in found:
                 raise UserError(f"{name} is named twice")
             found[name] = parse(name, value)
-        except UserError as error:
-            raise UserError(f"{option} {text!r}: {error}") from None
     return found
 
 

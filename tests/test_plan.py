@@ -40,7 +40,7 @@ def test_lists() -> None:
     assert parse_seeds("7,") == (7,)
     assert parse_seeds("3..5") == (3, 4, 5)
     assert parse_seeds("0,3..5,4") == (0, 3, 4, 5)
-    assert parse_words("msra,he2015", "--variants") == ("msra", "he2015")
+    assert parse_words("msra,he2015") == ("msra", "he2015")
     assert parse_variants("msra,he2015") == ("msra", "he2015")
     assert parse_variants("all") == tuple(VARIANTS)
     assert parse_depths("20..32", ("msra", "he2015")) == (20, 26, 32), "those that the variants allow"
@@ -50,7 +50,7 @@ def test_lists() -> None:
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: parse_depths("20,x"), "--depths '20,x': 'x' is neither a whole number"),
+        (lambda: parse_depths("20,x"), "'x' is neither a whole number"),
         (lambda: parse_depths("20,,32"), "no empty places"),
         (lambda: parse_depths("21..25", ("msra",)), "no number from 21 to 25"),
         (lambda: parse_depths("32..20", ("msra",)), "the lowest first"),
