@@ -22,9 +22,6 @@ from harness.spec import Engine, Precision, RunSpec, UserError, check_word, load
 Group = TypeVar("Group")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENGINES: tuple[str, ...] = get_args(Engine)
-LAUNCHERS = ("auto", "ray", "local")
-FORMATS = ("table", "jsonl", "jsonl-convnet")
-ALGORITHMS = ("random", "tpe", "gp")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 
 
@@ -302,7 +299,7 @@ class Resources(Options):
         "A run's workers: pack (on one node if possible), strict-pack (always), spread.", words=PLACEMENTS)] = "pack"
     address: Address = None
     launcher: Annotated[str, opt(
-        "ray; local: in this process; auto: local for one run with one worker.", words=LAUNCHERS)] = "auto"
+        "ray; local: in this process; auto: local for one run with one worker.", words=("auto", "ray", "local"))] = "auto"
     verbose: Verbose = False
 
 
@@ -325,7 +322,7 @@ class RunOptions(Resources):
         "A run without a step for so long ends, names the rank that hangs, and is tried again.", least=10)] = 300
     format: Annotated[str, opt(
         "table; jsonl: a JSON object per event, for programs; jsonl-convnet: per epoch, with the keys of the convnet's log.",
-        words=FORMATS)] = "table"
+        words=("table", "jsonl", "jsonl-convnet"))] = "table"
     no_check: NoCheck = False
     dry_run: DryRun = False
     estimate: Estimate = False
@@ -350,7 +347,7 @@ class Search(Training):
     variant: Annotated[str, Variant] = "he2015"
     depth: Depth = None
     samples: Annotated[int | None, opt("Trials, or trials of each grid point. Default: 16, with a grid 1.", least=1)] = None
-    search_algorithm: Annotated[str, opt("random, tpe or gp (a Gaussian process).", words=ALGORITHMS)] = "random"
+    search_algorithm: Annotated[str, opt("random, tpe or gp (a Gaussian process).", words=("random", "tpe", "gp"))] = "random"
     scheduler: Annotated[str, opt(
         "Stops poor trials early: asha, hyperband, median or none.", words=SCHEDULERS)] = "asha"
     metric: Annotated[str, opt("To minimise: error, top5_error, loss or epoch_seconds.")] = "error"
