@@ -299,7 +299,8 @@ class Resources(Options):
         "A run's workers: pack (on one node if possible), strict-pack (always), spread.", words=PLACEMENTS)] = "pack"
     address: Address = None
     launcher: Annotated[str, opt(
-        "ray; local: in this process; auto: local for one run with one worker.", words=("auto", "ray", "local"))] = "auto"
+        "ray; local: in this process; auto: local for one run with one worker.",
+        words=("auto", "ray", "local"))] = "auto"
     verbose: Verbose = False
 
 
@@ -347,7 +348,8 @@ class Search(Training):
     variant: Annotated[str, Variant] = "he2015"
     depth: Depth = None
     samples: Annotated[int | None, opt("Trials, or trials of each grid point. Default: 16, with a grid 1.", least=1)] = None
-    search_algorithm: Annotated[str, opt("random, tpe or gp (a Gaussian process).", words=("random", "tpe", "gp"))] = "random"
+    search_algorithm: Annotated[str, opt(
+        "random, tpe or gp (a Gaussian process).", words=("random", "tpe", "gp"))] = "random"
     scheduler: Annotated[str, opt(
         "Stops poor trials early: asha, hyperband, median or none.", words=SCHEDULERS)] = "asha"
     metric: Annotated[str, opt("To minimise: error, top5_error, loss or epoch_seconds.")] = "error"
