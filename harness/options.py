@@ -119,7 +119,7 @@ def fill(group: type[Group], values: Mapping[str, Any]) -> Group:
     """A dataclass from the values that are named as its fields are; words are read as its options say. What is not given
     may be a variable's."""
     own = {each.name: values[each.name] for each in fields(group) if each.name in values}  # type: ignore[arg-type]
-    for name, option in options_of(group).items():
+    for name, option in options_of(group).items():  # type: ignore[arg-type]
         if name not in own and (word := os.environ.get(option.variable)):
             own[name] = option.read(name, word)
         if name in own:
@@ -242,7 +242,7 @@ class Options:
     """Options of a command. Raises UserError for a value that an option does not allow."""
 
     def __post_init__(self) -> None:
-        for name, option in options_of(type(self)).items():
+        for name, option in options_of(type(self)).items():  # type: ignore[arg-type]
             option.check(getattr(self, name))
 
 

@@ -8,7 +8,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from functools import cache, partial
 from itertools import pairwise
 from typing import IO, Any, Literal, TypeVar
@@ -217,8 +216,8 @@ class Progress(LiveTable):
         lines, width = list(self.lines.values()), self.console.width
         shown = self.fit(lines, lambda line: RANKS.get(line.state, 3))
         names = COLUMNS if width >= 60 else ("run", *FIGURES)
-        left = ("run", "epoch", " ", "")
-        table = make_table(*names, left=left, whole=FIGURES, padding=(0, 2 if width >= 60 else 1, 0, 0))
+        padding = (0, 2 if width >= 60 else 1, 0, 0)
+        table = make_table(*names, left=("run", "epoch", " ", ""), whole=FIGURES, padding=padding)
         for line in shown:
             last = line.last
             cells: dict[str, Any] = {
@@ -389,5 +388,9 @@ def duration(seconds: float) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """ "1:02:03", "02:03", or "?" where it is not known."""
-    return "?" if seconds is None else str(timedelta(seconds=round(seconds))).removeprefix("0:")
+    """ "1:02:03", "2:03", or "?" where it is not known."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
