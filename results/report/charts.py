@@ -275,11 +275,12 @@ def _points(rows: Mapping[str, Row], figure: str) -> Values:
     taken: dict[str, tuple[float, float, float]] = {}  # by names: from left to right, and their height
     for point in (point for point in points if point["best"]):
         name, x, y = point["row"].partition(" · ")[0], point["cost"] / width, point["error"] / height
-        left = x - LETTER * len(name) * (x > 0.5)
-        right = left + LETTER * len(name)
+        long = LETTER * len(name)
+        left = x - long if x > long else x
+        right = left + long
         if name not in taken and all(right < a or b < left or abs(y - c) > LINE for a, b, c in taken.values()):
             taken[name] = left, right, y
-            point |= {"name": name, "right": x <= 0.5}
+            point |= {"name": name, "right": x <= long}
     return points
 
 
