@@ -285,15 +285,14 @@ def print_comparison(
 
     Raises UserError for a condition, field or format that cannot be read, and where there is nothing to compare.
     """
-    from harness.results.compare import compare, compare_by, nearest
-    from harness.results.gate import check_conditions, parse_fail_on
+    from harness.results.compare import check_conditions, compare, compare_by, nearest, parse_fail_on
     from harness.results.report.comparison import render_comparison
 
     check_word(format, COMPARISON_FORMATS, "--format")
     if strict and fail_on is None:
         raise UserError("--strict is for --fail-on, whose conditions it makes stricter")
     with _mistakes("--fail-on: "):
-        conditions = parse_fail_on(fail_on) if fail_on is not None else ()
+        conditions = parse_fail_on(fail_on) if fail_on is not None else []
     metrics = [condition.metric for condition in conditions]
     if by is None and len(paths) != 2:
         given = f"{len(paths)} folder{'s' * (len(paths) != 1)} given"

@@ -11,9 +11,9 @@ from typing import Any
 from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures, rounded, suggest
 from harness.results.published import Published, find_published
 from harness.results.rows import Row
+from harness.results.statistics import MAX_HALF_WIDTH, VERDICT_ALPHA
 from harness.results.store import Interrupted, Stored
 from harness.results.values import setting
-from harness.results.verdict import ALPHA, MAX_HALF_WIDTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ DERIVED: dict[str, tuple[Column, ...]] = {
         Column("published", "published", _published, "the published error; in brackets ours minus it, in points, with the "
                "interval of 90 % for one more run of ours", lambda r: getattr(r.against, "difference", None)),
         Column("verdict", "verdict", _verdict, f"could the published number be one more run of ours? better, worse: no, by "
-               f"Holm's p over the rows, below {ALPHA:g}; consistent: the interval holds 0 and is at most ±{MAX_HALF_WIDTH:g}; cannot tell: "
+               f"Holm's p over the rows, below {VERDICT_ALPHA:g}; consistent: the interval holds 0 and is at most ±{MAX_HALF_WIDTH:g}; cannot tell: "
                "neither", lambda r: getattr(r.against, "adjusted", None), right=False),
     ),
     "accuracy": (

@@ -24,8 +24,8 @@ from harness.results.report.columns import (
 )
 from harness.results.report.notes import make_notes
 from harness.results.rows import Row
+from harness.results.statistics import seeds_to_tell
 from harness.results.values import MEMORY_CATEGORIES, finite, setting
-from harness.results.verdict import seeds_to_tell
 
 SCHEMA_VERSION = 1
 TYPES: dict[str, type | tuple[type, ...]] = {
