@@ -17,7 +17,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from harness.results.metrics import METRICS, NONE, UNKNOWN, Figure, Metric, suggest
+from harness.results.metrics import METRICS, NONE, Figure, Metric, suggest
 from harness.results.rows import Row, flatten_spec
 from harness.results.statistics import (
     ALPHA,
@@ -242,7 +242,7 @@ def _pair(a: Row, b: Row, metrics: Sequence[Metric], overlooked: tuple[str, ...]
 def judge(metric: Metric, a: Row, b: Row) -> Comparison:
     """One metric of two rows."""
     sides = [row.measured(metric.name) for row in (a, b)]
-    figures = [row.figures.get(metric.name, UNKNOWN) for row in (a, b)]
+    figures = [row.figures[metric.name] for row in (a, b)]
     known = [figure.value for figure in figures if figure.value is not None and math.isfinite(figure.value)]
     test: Test | None = None
     if len(known) < 2:

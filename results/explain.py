@@ -17,8 +17,6 @@ from harness.results.store import Stored, load_epochs, time_epochs
 from harness.results.values import UNMEASURED, Measurement, RunResult, Value
 from harness.results.verify import check_epochs
 
-RANKS_SHOWN = 64
-
 
 def why(row: Row) -> str:
     """Explain a row. Reads epochs.jsonl of its runs and says where it and the record disagree."""
@@ -116,10 +114,7 @@ def _machines(result: RunResult) -> Iterator[str]:
         yield memory
     if result.memory.by_category_mib:
         yield f"MiB by category: {categories.in_words(result.memory.by_category_mib)}"
-    ranks = result.ranks if len(result.ranks) > 1 else ()
-    yield from map(_words, ranks[:RANKS_SHOWN])
-    if len(ranks) > RANKS_SHOWN:
-        yield f"and {len(ranks) - RANKS_SHOWN} more ranks in its record"
+    yield from map(_words, result.ranks if len(result.ranks) > 1 else ())
     for node in result.nodes:
         yield from (_words(node), *(f"  {_words(gpu)}" for gpu in node.gpus))
 

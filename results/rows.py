@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.results.identity import SPLIT, conditions, surroundings
-from harness.results.metrics import METRICS, NONE, UNKNOWN, Figure, rounded
+from harness.results.metrics import METRICS, NONE, Figure, rounded
 from harness.results.published import Published, find_published
 from harness.results.statistics import MIN_SEEDS, Against, adjust, judge, mean
 from harness.results.store import Interrupted, Stored, collector_paused
@@ -39,7 +39,7 @@ class Row:
     averaged_over: Mapping[str, tuple[str, ...]]  # field -> its values, by --across
     conditions: Mapping[str, Mapping[str, int]]  # what is noted: value -> runs
 
-    done: tuple[Stored, ...]  # one per seed
+    done: tuple[Stored, ...]  # one per seed, those that --until-ci added last
     failed: tuple[Stored, ...]
     pruned: tuple[Stored, ...]  # by a search, before their end
     interrupted: tuple[Interrupted, ...]
@@ -63,27 +63,31 @@ class Row:
     @property
     def error(self) -> float | None:
         """Of the last epoch, in percent."""
-        return self.figures.get("error", UNKNOWN).value
+        return self.figures["error"].value
 
     @property
     def epoch_seconds(self) -> float | None:
         """Training only, without warm-up."""
-        return self.figures.get("epoch_seconds", UNKNOWN).value
+        return self.figures["epoch_seconds"].value
 
     @property
     def timing(self) -> Timing | None:
         """The timed epochs of all runs together; None where a record does not say, or none was timed."""
         timed = [result.timing for result in self.results if result.epoch_seconds is not None]
-        known = [timing for timing in timed if timing is not None and timing.fastest is not None]
+        known = [
+            (t.epochs, t.fastest, t.slowest)
+            for t in timed
+            if t and t.fastest is not None and t.slowest is not None
+        ]
         if not known or len(known) < len(timed):
             return None
-        ends = min(t.fastest or 0.0 for t in known), max(t.slowest or 0.0 for t in known)
-        return Timing(epochs=sum(t.epochs for t in known), fastest=ends[0], slowest=ends[1])
+        epochs, fastest, slowest = zip(*known, strict=True)
+        return Timing(epochs=sum(epochs), fastest=min(fastest), slowest=max(slowest))
 
     @property
     def best_minus_last(self) -> float | None:
         """Points by which the error falls where the epoch is chosen on the evaluated images; at most 0."""
-        best, last = self.figures.get("best_error", UNKNOWN).value, self.error
+        best, last = self.figures["best_error"].value, self.error
         return None if best is None or last is None else best - last
 
     @property
@@ -111,8 +115,7 @@ class Row:
 
     def measured(self, name: str) -> list[tuple[Record, float]]:
         """Each run that measured a metric, and its figure; the planned runs first."""
-        records = sorted((run.record for run in self.done), key=lambda record: record.added_until is not None)
-        known = [(record, METRICS[name].value(record.result)) for record in records if record.result]
+        known = [(run.record, METRICS[name].value(run.record.result)) for run in self.done if run.record.result]
         return [(record, value) for record, value in known if value is not None]
 
     def values(self, name: str) -> list[float]:
@@ -200,10 +203,10 @@ def _word(value: object) -> str:
 
 def _make_row(group: _Group, predictions: Mapping[Fields, Sequence[Prediction]]) -> Row:
     fields, runs, averaged_over = group
-    last = {}  # of each seed: one that was run again is not another sample, but two devices are
+    last: dict[Any, Stored] = {}  # of each seed: one that was run again is not another sample, but two devices are
     for run in sorted(runs["done"], key=lambda run: run.record.finished_at):
         last[run.record.seed, run.record.key, surroundings(run.record)] = run
-    done: list[Stored] = [last[key] for key in sorted(last)]
+    done = sorted((last[key] for key in sorted(last)), key=lambda run: run.record.added_until is not None)
     seeds = {stored.record.seed for stored in done}
     failed, pruned = (
         tuple(s for s in runs[status] if s.record.seed not in seeds) for status in ("failed", "pruned")

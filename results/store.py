@@ -198,7 +198,7 @@ def collector_paused() -> Iterator[None]:
 
 
 @collector_paused()
-def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] | None = None) -> Loaded:
+def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] = {}) -> Loaded:
     """Read every run under some paths, each a folder of runs or one run's folder; not again those that are `known`.
 
     Never raises for a folder's contents: one that is no run, or whose record is broken, half-written, wrongly edited or
@@ -209,30 +209,24 @@ def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] | None = No
     seen: set[tuple[str, datetime]] = set()
     others: list[Path] = []  # folders of results inside one
     for folder in _folders(paths, loaded.problems):
-        if known and folder in known:
-            loaded.records.append(known[folder])
-            continue
         try:
-            record = Record.model_validate_json((folder / RECORD).read_bytes())
-            if (identity := (record.key, record.finished_at)) not in seen:
+            stored = known.get(folder) or Stored(Record.model_validate_json((folder / RECORD).read_bytes()), folder)
+            if (identity := (stored.record.key, stored.record.finished_at)) not in seen:
                 seen.add(identity)
-                loaded.records.append(Stored(record, folder))
+                loaded.records.append(stored)
         except FileNotFoundError:
             if folder.name.endswith(PARTIAL):
                 loaded.interrupted.append(_interrupted(folder))
-            elif (folder / SWEEP).exists():
-                continue
             elif any(inner.suffix == PARTIAL or (inner / RECORD).exists() for inner in folder.iterdir()):
                 others.append(folder)
-            else:
+            elif not (folder / SWEEP).exists():
                 loaded.problems.append(Problem(folder, f"no run: it has no {RECORD}"))
         except OSError as error:
             loaded.problems.append(Problem(folder, f"{RECORD} cannot be read: {error.strerror}"))
         except ValidationError as error:
             loaded.problems.append(Problem(folder, f"{RECORD} is broken: {first_error(error)}"))
     if not loaded.records and not loaded.interrupted:
-        hint = "it holds results of its own: give this folder"
-        loaded.problems.extend(Problem(folder, hint) for folder in others)
+        loaded.problems.extend(Problem(f, "it holds results of its own: give this folder") for f in others)
     return loaded
 
 
