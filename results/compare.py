@@ -34,6 +34,7 @@ from harness.results.values import Record
 
 IMAGES = ("label", "dataset", "fingerprint", "evaluated_on", "limit_test", "recipe.val", "recipe.val_stratified")
 """Errors are compared only where these agree: they are then of the same images."""
+ALWAYS = ("variant", "network.depth", *IMAGES)
 RULES = tomllib.loads(Path(__file__).with_name("compare.toml").read_text(encoding="utf-8"))
 SESSION_SPREAD = 0.03  # of seconds, from one session to another: std, as a share
 SESSION_GAP = timedelta(hours=1)
@@ -128,23 +129,18 @@ def compare(
 ) -> list[Pair]:
     """Pair the rows of two sides and compare them. A row without counterpart is a pair of its own.
 
-    Within a pair a field agrees that takes several values on both sides, or several on one that the other has too;
-    variant, depth and images wherever they take several. What is constant on a side may be what the comparison is
-    about (dali against dataloader). `metrics` are compared in addition to those with a margin; `across` may be unlike.
-    Raises ValueError for sides that were evaluated on different images.
+    Within a pair a field agrees that takes several values on a side, if both sides have one of them; variant, depth and
+    images wherever they take several. Any other may be what the comparison is about (dali against dataloader). `metrics`
+    are compared in addition to those with a margin; `across` may be unlike. Raises ValueError for sides that were evaluated on different images.
     """
     images = [{_key(row, IMAGES) for row in side if row.done} for side in (a, b)]
     if all(images) and not images[0] & images[1]:
         ours, theirs = map(min, images)
         unlike = [f"{n} {x} → {y}" for n, x, y in zip(IMAGES, ours, theirs, strict=True) if x != y]
         raise ValueError(f"A and B were evaluated on different images ({', '.join(unlike)}): not comparable")
-    names = []
-    for name in sorted({name for row in (*a, *b) for name in row.fields}):
-        values = [{row.fields[name] for row in side if name in row.fields} for side in (a, b)]
-        always = name in ("variant", "network.depth", *IMAGES) or values[0] & values[1]
-        fewer, more = sorted(map(len, values))
-        if fewer > 1 or (more > 1 and always):
-            names.append(name)
+    every = sorted({name for row in (*a, *b) for name in row.fields})
+    taken = {name: [{row.fields[name] for row in side if name in row.fields} for side in (a, b)] for name in every}
+    names = [n for n, (x, y) in taken.items() if max(len(x), len(y)) > 1 and (n in ALWAYS or x & y)]
     return _match(a, b, names, metrics, across)
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from harness.results.identity import SPLIT, conditions, surroundings
 from harness.results.metrics import METRICS, NONE, Figure, rounded
-from harness.results.published import Published, find_published
+from harness.results.published import find_published
 from harness.results.statistics import MIN_SEEDS, Against, adjust, judge, mean
 from harness.results.store import Interrupted, Stored, collector_paused
 from harness.results.values import Prediction, Record, RunResult, Timing, flatten, setting
@@ -241,26 +241,26 @@ def _make_row(group: _Group, predictions: Mapping[Fields, Sequence[Prediction]])
 # --- beside published errors ---
 
 
-def incomparable(row: Row) -> Iterator[tuple[str, str]]:
+def incomparable(row: Row) -> list[tuple[str, str]]:
     """Why a row is never set beside published errors, and the column that says so."""
-    if not row.original and row.done:
-        yield f"{row.dataset} is not a published data set's own images", "dataset"
-    if setting(row.spec, "limit_train", int):
-        yield "trained on a part of the training set", "limit_train"
-    if (limit := setting(row.spec, "limit_test", int)) is not None:
-        yield f"of {limit:,} of the test images", "error"
-    if row.fields.get("loader") == "synthetic":
-        yield "synthetic images", "loader"
-    if widths := row.fields.get("widths"):
-        yield f"DDP width {widths}: the cluster had no room for {row.workers} workers", "error"
-    for name, values in row.averaged_over.items():
-        yield f"averaged over {name}: {', '.join(values)}, as requested", "n"
+    limit, widths = setting(row.spec, "limit_test", int), row.fields.get("widths")
+    known = [
+        (row.done and not row.original, f"{row.dataset} is not a published data set's own images", "dataset"),
+        (setting(row.spec, "limit_train", int), "trained on a part of the training set", "limit_train"),
+        (limit is not None, f"of {limit or 0:,} of the test images", "error"),
+        (row.fields.get("loader") == "synthetic", "synthetic images", "loader"),
+        (widths, f"DDP width {widths}: the cluster had no room for {row.workers} workers", "error"),
+    ]
+    averaged = [
+        (f"averaged over {n}: {', '.join(values)}, as requested", "n") for n, values in row.averaged_over.items()
+    ]
+    return [(text, column) for applies, text, column in known if applies] + averaged
 
 
 def _judge(row: Row) -> Against | None:
     """The published number beside a row, and the verdict where one is due, not adjusted for other rows."""
     published = find_published(row.dataset, row.variant, row.depth)
-    if published is None or any(incomparable(row)) or row.fields.get("overrides", NONE) != NONE:
+    if published is None or incomparable(row) or row.fields.get("overrides", NONE) != NONE:
         return None
     test = row.evaluated_on == "test"  # else the best epoch was chosen, and measured, on other images
     last = row.values(("" if test else "test_") + ("top5_error" if published.error is None else "error"))
@@ -268,25 +268,19 @@ def _judge(row: Row) -> Against | None:
     ours = best if published.rule == "best" else last
     if not ours or not all(map(math.isfinite, ours)):
         return None
-    if reasons := list(_not_judged(row, published, best)):
-        return Against(published, mean(ours) - published.number, reason="; ".join(reasons))
+    differences, precision = published.differences(row.spec), row.fields.get("precision")
+    local = f"batch norm over {row.batch_norm_images} images a worker, theirs over {row.batch_size}"
+    unlike = [
+        (differences, "; ".join(differences[:3])),
+        (differences[3:], f"{len(differences) - 3} more fields"),
+        (precision != published.precision, f"{precision}, theirs {published.precision}"),
+        (row.batch_norm_images != row.batch_size, local),
+        (published.rule != "last" and not best, "theirs may be a best epoch, and the best on the test set is not known of ours"),
+        (len(row.done) < MIN_SEEDS, f"fewer than {MIN_SEEDS} seeds"),
+    ]  # fmt: skip
+    if reason := "; ".join(text for applies, text in unlike if applies):
+        return Against(published, mean(ours) - published.number, reason=reason)
     return judge(published, last, best, row.planned)
-
-
-def _not_judged(row: Row, published: Published, best: Sequence[float]) -> Iterator[str]:
-    """Why a row gets no verdict."""
-    differences = published.differences(row.spec)
-    yield from differences[:3]
-    if differences[3:]:
-        yield f"{len(differences) - 3} more fields"
-    if (precision := row.fields.get("precision")) != published.precision:
-        yield f"{precision}, theirs {published.precision}"
-    if row.batch_norm_images != row.batch_size:
-        yield f"batch norm over {row.batch_norm_images} images a worker, theirs over {row.batch_size}"
-    if published.rule != "last" and not best:
-        yield "theirs may be a best epoch, and the best on the test set is not known of ours"
-    if len(row.done) < MIN_SEEDS:
-        yield f"fewer than {MIN_SEEDS} seeds"
 
 
 # --- what tells rows apart ---

@@ -210,7 +210,9 @@ def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] = {}) -> Lo
     others: list[Path] = []  # folders of results inside one
     for folder in _folders(paths, loaded.problems):
         try:
-            stored = known.get(folder) or Stored(Record.model_validate_json((folder / RECORD).read_bytes()), folder)
+            stored = known.get(folder) or Stored(
+                Record.model_validate_json((folder / RECORD).read_bytes()), folder
+            )
             if (identity := (stored.record.key, stored.record.finished_at)) not in seen:
                 seen.add(identity)
                 loaded.records.append(stored)
