@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from statistics import median
 
 from harness.results import prediction
@@ -14,7 +14,7 @@ from harness.results.report.text import clean
 from harness.results.rows import Row
 from harness.results.statistics import estimate_mean, seeds_to_tell
 from harness.results.store import Stored, load_epochs, time_epochs
-from harness.results.values import UNMEASURED, Measurement, RunResult, Value
+from harness.results.values import Measurement, RunResult
 from harness.results.verify import check_epochs
 
 
@@ -110,8 +110,10 @@ def _machines(result: RunResult) -> Iterator[str]:
     """Memory beside the metrics. Ranks, where there are several: medians over the timed epochs of the last attempt, and
     peaks. Nodes: sampled each second from the workers' start to their end, all processes on them."""
     shown = [metric.record_name for metric in METRICS.values()]
-    if memory := _words(result.memory, *shown):
-        yield memory
+    more = [
+        (n, m) for n, m in result.memory if n not in shown and isinstance(m, Measurement) and m.value is not None
+    ]
+    yield from [_words(more)] if more else []
     if result.memory.by_category_mib:
         yield f"MiB by category: {categories.in_words(result.memory.by_category_mib)}"
     yield from map(_words, result.ranks if len(result.ranks) > 1 else ())
@@ -128,14 +130,12 @@ def _without_result(row: Row) -> Iterator[str]:
         yield from (f"{partial.name} is not done: {progress(partial)}", f"  {partial.folder}")
 
 
-APART = ("gpus", "by_category_mib", "traceback")
-
-
-def _words(value: Value, *without: str) -> str:
+def _words(named: Iterable[tuple[str, object]]) -> str:
     """ "rank 1, host a, train_seconds 4.02, rss_mib 900", without what is empty."""
-    left_out = (*APART, *without)
-    known = [(name, each) for name, each in value if name not in left_out and each not in (None, (), UNMEASURED)]
-    return ", ".join(f"{name} {_word(each)}" for name, each in known)
+    known = [
+        (name, value) for name, value in named if value not in (None, ()) and name not in ("gpus", "traceback")
+    ]
+    return ", ".join(f"{name} {_word(value)}" for name, value in known)
 
 
 def _word(value: object) -> str:
