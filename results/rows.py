@@ -123,6 +123,11 @@ class Row:
         return [value for _, value in self.measured(name)]
 
 
+Fields = tuple[tuple[str, str], ...]
+_Member = tuple[Stored | Interrupted, dict[str, str]]
+"""A run and all its fields."""
+
+
 @collector_paused()
 def summarise(
     records: Iterable[Stored],
@@ -135,54 +140,34 @@ def summarise(
     `across` names fields (of `Row.fields`: "workers", "recipe.lr") whose values may be averaged together; the table
     then says so in a footnote. Raises ValueError for a field that no run has.
     """
-    runs: list[_Run] = [(s.record.spec, surroundings(s.record), s.record.status, s) for s in records]
-    runs += [(run.spec or {"run": run.name}, (), "interrupted", run) for run in interrupted]
+    runs: list[tuple[Stored | Interrupted, Mapping[str, Any], Fields]]
+    runs = [(stored, stored.record.spec, surroundings(stored.record)) for stored in records]
+    runs += [(run, run.spec or {"run": run.name}, ()) for run in interrupted]
+    groups: dict[Fields, list[_Member]] = defaultdict(list)
+    first: dict[Fields, Fields] = {}  # of a spec: the group of its first run, which those without a result join
+    for run, spec, around in sorted(runs, key=lambda run: not run[2]):
+        own = flatten_spec(spec)
+        every = own | dict(around)
+        bare, whole = (tuple((n, v) for n, v in f.items() if n not in across) for f in (own, every))
+        key = whole if around else first.get(bare, bare)
+        first.setdefault(bare, key)
+        groups[key].append((run, every))
     predicted: dict[Fields, list[Prediction]] = defaultdict(list)
     for prediction in predictions:
         predicted[tuple(flatten_spec(prediction.spec).items())].append(prediction)
-    rows, known = [], set[str]()
-    for group in _group(runs, across):
-        rows.append(row := _make_row(group, predicted))
-        known |= row.fields.keys() | row.conditions.keys() | group[2].keys()
-    if unknown := [name for name in across if name not in known]:
-        raise ValueError(f"no field {unknown[0]!r} in these runs: they have {', '.join(sorted(known))}")
+    rows = [_make_row(dict(key), members, across, predicted) for key, members in groups.items()]
+    for name in across:
+        known = {n for members in groups.values() for _, every in members for n in every}.union(
+            *(r.conditions for r in rows)
+        )
+        if name not in known:
+            raise ValueError(f"no field {name!r} in these runs: they have {', '.join(sorted(known))}")
     for row in rows:
         row.against = _judge(row)
     adjust([row.against for row in rows if row.against])
     rows.sort(key=lambda row: (row.dataset, row.variant, row.depth, row.workers, tuple(row.fields.items())))
     _name_differences(rows)
     return rows
-
-
-# --- which runs belong to one row ---
-
-Fields = tuple[tuple[str, str], ...]
-_Run = tuple[Mapping[str, Any], Fields, str, Stored | Interrupted]
-"""Its spec, surroundings and status, or "interrupted"."""
-_Group = tuple[dict[str, str], dict[str, list[Any]], dict[str, dict[str, None]]]
-"""The runs of one identity: all fields of the spec but the seed, and the surroundings; the runs by status; the values of
-fields that are averaged over."""
-
-
-def _group(runs: Iterable[_Run], across: Sequence[str]) -> list[_Group]:
-    """Group runs. One without a result has no surroundings, and joins the first group of its spec."""
-    alike: dict[tuple[str, Fields], list[_Run]] = defaultdict(list)  # flattened once
-    for run in runs:
-        alike[repr({name: value for name, value in run[0].items() if name != "seed"}), run[1]].append(run)
-    groups: dict[Fields, _Group] = {}
-    by_spec: dict[Fields, _Group] = {}
-    for (_, around), members in sorted(alike.items(), key=lambda item: not item[0][1]):
-        own = flatten_spec(members[0][0])
-        every = own | dict(around)
-        kept, spec = (tuple((n, v) for n, v in f.items() if n not in across) for f in (every, own))
-        known = None if around else by_spec.get(spec)
-        group = known or groups.setdefault(kept, (dict(kept), defaultdict(list), defaultdict(dict)))
-        by_spec.setdefault(spec, group)
-        for name in every.keys() & across:
-            group[2][name][every[name]] = None
-        for _, _, status, run in members:
-            group[1][status].append(run)
-    return list(groups.values())
 
 
 def flatten_spec(spec: Mapping[str, Any]) -> dict[str, str]:
@@ -201,36 +186,48 @@ def _word(value: object) -> str:
 # --- a group -> a row ---
 
 
-def _make_row(group: _Group, predictions: Mapping[Fields, Sequence[Prediction]]) -> Row:
-    fields, runs, averaged_over = group
+def _make_row(
+    fields: dict[str, str],
+    members: Sequence[_Member],
+    across: Sequence[str],
+    predictions: Mapping[Fields, Sequence[Prediction]],
+) -> Row:
+    runs: dict[str, list[tuple[Stored, Fields]]] = defaultdict(list)  # by status
+    for run, every in members:
+        if isinstance(run, Stored):
+            runs[run.record.status].append((run, tuple(every.items())))
     last: dict[Any, Stored] = {}  # of each seed: one that was run again is not another sample, but two devices are
-    for run in sorted(runs["done"], key=lambda run: run.record.finished_at):
-        last[run.record.seed, run.record.key, surroundings(run.record)] = run
+    for run, own in sorted(runs["done"], key=lambda member: member[0].record.finished_at):
+        last[run.record.seed, own] = run
     done = sorted((last[key] for key in sorted(last)), key=lambda run: run.record.added_until is not None)
     seeds = {stored.record.seed for stored in done}
     failed, pruned = (
-        tuple(s for s in runs[status] if s.record.seed not in seeds) for status in ("failed", "pruned")
+        tuple(s for s, _ in runs[status] if s.record.seed not in seeds) for status in ("failed", "pruned")
     )
+    interrupted = tuple(run for run, _ in members if isinstance(run, Interrupted))
+    averaged = {
+        name: tuple(dict.fromkeys(every[name] for _, every in members if name in every)) for name in across
+    }
     results = [stored.record.result for stored in done if stored.record.result is not None]
-    members = [stored.record for stored in (*done, *failed, *pruned)]
-    first = members[0] if members else runs["interrupted"][0]
+    known = [stored.record for stored in (*done, *failed, *pruned)]
+    about = known[0] if known else interrupted[0]
     noted: dict[str, Counter[str]] = defaultdict(Counter)
     for stored in done:
         for name, value in conditions(stored.record):
             noted[name][value] += 1
-    spec, device = first.spec, results[0].device if results else NONE
-    own = tuple((name, value) for name, value in fields.items() if name not in SPLIT.values() or name in spec)
+    spec, device = about.spec, results[0].device if results else NONE
+    asked = tuple((name, value) for name, value in fields.items() if name not in SPLIT.values() or name in spec)
     on = (device, fields.get("threads"))
-    fitting = [p for p in predictions.get(own, ()) if not done or (p.device, str(p.threads)) == on]
+    fitting = [p for p in predictions.get(asked, ()) if not done or (p.device, str(p.threads)) == on]
     return Row(
-        variant=setting(spec, "variant", str) or first.name, depth=setting(spec, "network.depth", int) or 0,
-        dataset=members[0].dataset if members else first.name.split("_")[0] if spec else NONE,
-        original=bool(members) and all(record.original for record in members),
+        variant=setting(spec, "variant", str) or about.name, depth=setting(spec, "network.depth", int) or 0,
+        dataset=known[0].dataset if known else about.name.split("_")[0] if spec else NONE,
+        original=bool(known) and all(record.original for record in known),
         evaluated_on=results[0].evaluated_on if results else "val" if setting(spec, "recipe.val", int) else "test",
         device=device, workers=setting(spec, "workers", int) or 1,
         batch_size=setting(spec, "recipe.batch_size", int) or (results[0].batch_size if results else 0),
-        spec=spec, fields=fields, averaged_over={n: tuple(v) for n, v in averaged_over.items() if len(v) > 1},
-        conditions=noted, done=tuple(done), failed=failed, pruned=pruned, interrupted=tuple(runs["interrupted"]),
+        spec=spec, fields=fields, averaged_over={n: values for n, values in averaged.items() if len(values) > 1},
+        conditions=noted, done=tuple(done), failed=failed, pruned=pruned, interrupted=interrupted,
         repeated=len(runs["done"]) - len(done),
         figures={name: metric.summarise(results) for name, metric in METRICS.items()},
         by_category_mib=max((r.memory.by_category_mib for r in results), key=lambda c: sum(c.values()), default={}),
