@@ -466,4 +466,4 @@ def test_why_names_records_epochs_and_formula(tmp_path: Path) -> None:
 def test_why_of_what_failed() -> None:
     run = make_run(0, failure=Failure(kind="OOM", message="CUDA out of memory"))
     text = why(*summarise([Stored(run.record, Path("runs/x.partial"))]))
-    assert "seed 0 failed: kind OOM, message CUDA out of memory" in text
+    assert "seed 0 failed: OOM, CUDA out of memory" in text

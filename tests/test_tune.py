@@ -317,7 +317,7 @@ def test_a_stopped_run_is_shown_and_averaged_with_nothing(tmp_path: Path) -> Non
     (alone,) = summarise([s for s in loaded.records if s.record.status == "pruned"])
     assert alone.error is None
     assert "pruned at 3 of 30" in render([alone], "table", width=200)
-    assert "seed 1 pruned: by asha, sweep s, epoch 3, of 30, error 45, evaluated_on val" in why(alone)
+    assert "pruned by asha of sweep s after epoch 3 of 30, at 45 %" in why(alone)
 
     start(tmp_path, make_record(1).name, {})  # taken up again: the record of the stop is kept beside
     assert len(list(folder.glob("pruned_*.json"))) == 1
