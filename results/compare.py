@@ -9,16 +9,14 @@ from __future__ import annotations
 import math
 import re
 import statistics
-import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from harness.results.metrics import METRICS, NONE, Figure, Metric, suggest
-from harness.results.rows import Row, flatten_spec
+from harness.results.rows import FIELDS, Row, flatten_spec
 from harness.results.statistics import (
     ALPHA,
     LEVEL,
@@ -32,10 +30,7 @@ from harness.results.statistics import (
 )
 from harness.results.values import Record
 
-IMAGES = ("label", "dataset", "fingerprint", "evaluated_on", "limit_test", "recipe.val", "recipe.val_stratified")
-"""Errors are compared only where these agree: they are then of the same images."""
-ALWAYS = ("variant", "network.depth", *IMAGES)
-RULES = tomllib.loads(Path(__file__).with_name("compare.toml").read_text(encoding="utf-8"))
+IMAGES = tuple(FIELDS["images"])
 SESSION_SPREAD = 0.03  # of seconds, from one session to another: std, as a share
 SESSION_GAP = timedelta(hours=1)
 Test = Estimate | Shift
@@ -140,7 +135,11 @@ def compare(
         raise ValueError(f"A and B were evaluated on different images ({', '.join(unlike)}): not comparable")
     every = sorted({name for row in (*a, *b) for name in row.fields})
     taken = {name: [{row.fields[name] for row in side if name in row.fields} for side in (a, b)] for name in every}
-    names = [n for n, (x, y) in taken.items() if max(len(x), len(y)) > 1 and (n in ALWAYS or x & y)]
+    names = [
+        n
+        for n, (x, y) in taken.items()
+        if max(len(x), len(y)) > 1 and (n in ("variant", "network.depth", *IMAGES) or x & y)
+    ]
     return _match(a, b, names, metrics, across)
 
 
@@ -168,7 +167,7 @@ def compare_by(
     first, *others = dict.fromkeys(order)
     if not others:
         raise ValueError(f"all runs have {by_field} {first}: nothing to compare")
-    follows = tuple(RULES["follows"].get(by_field, ()))
+    follows = tuple(FIELDS["follows"].get(by_field, ()))
     bound = [name for name in known if name != by_field]
     names = [name for name in bound if name in ("network.depth", *IMAGES) or not name.startswith(follows)]
     finished = [[_key(row, names) for row in side if row.done] for side in sides.values()]
@@ -227,7 +226,7 @@ def _pair(a: Row, b: Row, metrics: Sequence[Metric], overlooked: tuple[str, ...]
         return Pair(a, b, {n: values for n, values in differs.items() if n in a.fields and n in b.fields})
     ours, theirs = ({n: ", ".join(sorted(found)) for n, found in row.conditions.items()} for row in (a, b))
     noted = {n: values for n, values in _differences(ours, theirs).items() if n in ours and n in theirs}
-    chosen = {*flatten_spec(a.spec), *flatten_spec(b.spec), *RULES["expected"]}
+    chosen = {*flatten_spec(a.spec), *flatten_spec(b.spec), *FIELDS["expected"]}
     unlike = {n: v for n, v in (differs | noted).items() if n not in chosen and not n.startswith(overlooked)}
     return Pair(a, b, differs, tuple(judge(metric, a, b) for metric in metrics), unlike)
 

@@ -8,9 +8,11 @@ they differ in. What is only noted is in `Row.conditions`.
 from __future__ import annotations
 
 import math
+import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from harness.results.identity import SPLIT, conditions, surroundings
@@ -19,6 +21,8 @@ from harness.results.published import find_published
 from harness.results.statistics import MIN_SEEDS, Against, adjust, judge, mean
 from harness.results.store import Interrupted, Stored, collector_paused
 from harness.results.values import Prediction, Record, RunResult, Timing, flatten, setting
+
+FIELDS = tomllib.loads(Path(__file__).with_name("fields.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -282,14 +286,6 @@ def _judge(row: Row) -> Against | None:
 
 # --- what tells rows apart ---
 
-SHOWN = {
-    "variant", "network.depth", "dataset", "label", "limit_train", "overrides", "recipe.duration", "recipe.unit",
-    "recipe.batch_size", "loader", "precision", "engine", "workers", "device", "hardware",
-}  # fmt: skip
-"""Fields that have a column of their own."""
-NAMED = {"deterministic"}
-"""Fields that are stored only where they are not at their default: named in each row that has them."""
-
 
 def _name_differences(rows: Sequence[Row]) -> None:
     """Name, in each row, the fields without a column of their own in which comparable rows differ.
@@ -313,8 +309,17 @@ def _name_differences(rows: Sequence[Row]) -> None:
             values[scope(name, row)].add(value)
     alike: dict[tuple[object, ...], list[Row]] = defaultdict(list)
     for row in rows:
-        extend(row, [n for n in row.fields if n in NAMED or (n not in SHOWN and len(values[scope(n, row)]) > 1)])
-        alike[row.dataset, row.device, row.differs, *(row.fields.get(name) for name in SHOWN)].append(row)
+        extend(
+            row,
+            [
+                n
+                for n in row.fields
+                if n in FIELDS["named"] or (n not in FIELDS["shown"] and len(values[scope(n, row)]) > 1)
+            ],
+        )
+        alike[row.dataset, row.device, row.differs, *(row.fields.get(name) for name in FIELDS["shown"])].append(
+            row
+        )
     for members in alike.values():  # a field that only some of them have: widths of an elastic run
         names = sorted({name for row in members for name in row.fields})
         telling = [name for name in names if len({row.fields.get(name) for row in members}) > 1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -21,19 +22,7 @@ from harness.results.values import EpochMetrics, Measurement, Record, setting
 
 KeyOf = Callable[[Mapping[str, Any]], str]
 """The key of a run from its specification. Raises ValueError where that is none."""
-POSITIVE = {"parameters", "epoch_seconds", "images_per_second", "eval_seconds", "train_seconds", "best_epoch", "workers",
-            "threads", "runs_per_gpu", "attempts", "steps", "images"}  # fmt: skip
-AT_MOST: Mapping[str, float | str] = {
-    "final_error": 100, "best_error": "final_error", "final_top5_error": "final_error", "test_error": 100,
-    "test_top5_error": "test_error", "data_stall_percent": 100, "torch_allocated_mib": "torch_reserved_mib",
-    "error": 100, "top5_error": "error", "data_stall_seconds": "train_seconds",
-}  # fmt: skip
-"""What a figure of a run or of an epoch cannot exceed: a number, or another figure."""
-OF_IMAGES = {
-    "final_error": "evaluated_images", "best_error": "evaluated_images", "error": "evaluated_images", "test_error": "test_images",
-}  # fmt: skip
-"""Errors that are a whole number of so many images."""
-ANY_SIGN = {"growth_mib_per_epoch", "eval_loss"}
+LIMITS = tomllib.loads(Path(__file__).with_name("verify.toml").read_text(encoding="utf-8"))
 
 
 def verify(runs: Sequence[Stored], key_of: KeyOf, elsewhere: Collection[str] = ()) -> list[Problem]:
@@ -76,14 +65,14 @@ def _impossible(values: Mapping[str, Any]) -> Iterator[str]:
     figures = {name: value.value if type(value) is Measurement else value for name, value in values.items()}
     known = {name: figure for name, figure in figures.items() if type(figure) is float or type(figure) is int}
     for name, number in known.items():
-        if not 0 < number < math.inf and name not in ANY_SIGN and (number != 0 or name in POSITIVE):
+        if not 0 < number < math.inf and name not in LIMITS["any_sign"] and (number or name in LIMITS["positive"]):
             yield f"{name} is {number:g}"
-    for name, most in AT_MOST.items():
+    for name, most in LIMITS["at_most"].items():
         limit = known.get(most, math.inf) if isinstance(most, str) else most
         if name in known and known[name] > limit * 1.001:
             other = f"{most} {limit:g}" if isinstance(most, str) else f"{limit:g}"
             yield f"{name} is {known[name]:g}, above {other}"
-    for name, images in OF_IMAGES.items():
+    for name, images in LIMITS["of_images"].items():
         wrong = known.get(name, math.nan) * known.get(images, math.nan) / 100
         if math.isfinite(wrong) and abs(wrong - round(wrong)) > 0.01:
             yield f"{name} {known[name]:g} is no whole number of {known[images]} images"
