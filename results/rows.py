@@ -160,12 +160,10 @@ def summarise(
     for prediction in predictions:
         predicted[tuple(flatten_spec(prediction.spec).items())].append(prediction)
     rows = [_make_row(dict(key), members, across, predicted) for key, members in groups.items()]
-    for name in across:
-        known = {n for members in groups.values() for _, every in members for n in every}.union(
-            *(r.conditions for r in rows)
-        )
-        if name not in known:
-            raise ValueError(f"no field {name!r} in these runs: they have {', '.join(sorted(known))}")
+    known = {name for members in groups.values() if across for _, every in members for name in every}
+    known.update(*(row.conditions for row in rows))
+    if unknown := [name for name in across if name not in known]:
+        raise ValueError(f"no field {unknown[0]!r} in these runs: they have {', '.join(sorted(known))}")
     for row in rows:
         row.against = _judge(row)
     adjust([row.against for row in rows if row.against])
@@ -245,17 +243,17 @@ def _make_row(
 def incomparable(row: Row) -> list[tuple[str, str]]:
     """Why a row is never set beside published errors, and the column that says so."""
     limit, widths = setting(row.spec, "limit_test", int), row.fields.get("widths")
-    known = [
+    known: list[tuple[object, str, str]] = [
         (row.done and not row.original, f"{row.dataset} is not a published data set's own images", "dataset"),
         (setting(row.spec, "limit_train", int), "trained on a part of the training set", "limit_train"),
         (limit is not None, f"of {limit or 0:,} of the test images", "error"),
         (row.fields.get("loader") == "synthetic", "synthetic images", "loader"),
         (widths, f"DDP width {widths}: the cluster had no room for {row.workers} workers", "error"),
     ]
-    averaged = [
-        (f"averaged over {n}: {', '.join(values)}, as requested", "n") for n, values in row.averaged_over.items()
+    known += [
+        (True, f"averaged over {n}: {', '.join(v)}, as requested", "n") for n, v in row.averaged_over.items()
     ]
-    return [(text, column) for applies, text, column in known if applies] + averaged
+    return [(text, column) for applies, text, column in known if applies]
 
 
 def _judge(row: Row) -> Against | None:
@@ -308,18 +306,10 @@ def _name_differences(rows: Sequence[Row]) -> None:
         for name, value in row.fields.items():
             values[scope(name, row)].add(value)
     alike: dict[tuple[object, ...], list[Row]] = defaultdict(list)
+    named, shown = FIELDS["named"], FIELDS["shown"]
     for row in rows:
-        extend(
-            row,
-            [
-                n
-                for n in row.fields
-                if n in FIELDS["named"] or (n not in FIELDS["shown"] and len(values[scope(n, row)]) > 1)
-            ],
-        )
-        alike[row.dataset, row.device, row.differs, *(row.fields.get(name) for name in FIELDS["shown"])].append(
-            row
-        )
+        extend(row, [n for n in row.fields if n in named or (n not in shown and len(values[scope(n, row)]) > 1)])
+        alike[row.dataset, row.device, row.differs, *map(row.fields.get, shown)].append(row)
     for members in alike.values():  # a field that only some of them have: widths of an elastic run
         names = sorted({name for row in members for name in row.fields})
         telling = [name for name in names if len({row.fields.get(name) for row in members}) > 1]
