@@ -12,7 +12,8 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
+from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
 from harness.results.metrics import METRICS, NONE, Figure, Metric, suggest
@@ -297,17 +298,14 @@ def _in_sessions(
         (str(record.result and record.result.machine.get("host")), record.started_at, side, record.finished_at, value)
         for side, several in enumerate(sides) for (record, _), value in zip(several, values[side], strict=True)
     )  # fmt: skip
-    sessions: list[list[list[float]]] = [[], []]
-    last: tuple[str, int, datetime] | None = None
-    for host, started, side, ended, value in runs:
-        if last is None or (host, side) != last[:2] or started - last[2] > SESSION_GAP:
-            sessions[side].append([])
-        sessions[side][-1].append(value)
-        last = host, side, ended
+    begins = [True, *((a[0], a[2]) != (b[0], b[2]) or b[1] - a[3] > SESSION_GAP for a, b in pairwise(runs))]
+    sessions: list[dict[int, list[float]]] = [defaultdict(list), defaultdict(list)]
+    for number, (_, _, side, _, value) in zip(accumulate(begins), runs, strict=True):
+        sessions[side][number].append(value)
     a, b = map(len, sessions)
     if min(a, b) >= 3:
         note = "" if [a, b] == list(map(len, values)) else f", over {a} and {b} sessions"
-        return [list(map(statistics.median, side)) for side in sessions], 0.0, note
+        return [list(map(statistics.median, side.values())) for side in sessions], 0.0, note
     extra = t_quantile(0.5 + LEVEL / 2, math.inf) * math.log1p(SESSION_SPREAD) * math.hypot(a**-0.5, b**-0.5)
     each = "one session each" if a == b == 1 else f"{a} and {b} sessions"
     return values, extra, f"; {each}, taken as ±{100 * math.expm1(extra):.0f} %"

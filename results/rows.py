@@ -194,29 +194,24 @@ def _make_row(
     across: Sequence[str],
     predictions: Mapping[Fields, Sequence[Prediction]],
 ) -> Row:
-    runs: dict[str, list[tuple[Stored, Fields]]] = defaultdict(list)  # by status
-    for run, every in members:
-        if isinstance(run, Stored):
-            runs[run.record.status].append((run, tuple(every.items())))
-    last: dict[Any, Stored] = {}  # of each seed: one that was run again is not another sample, but two devices are
-    for run, own in sorted(runs["done"], key=lambda member: member[0].record.finished_at):
-        last[run.record.seed, own] = run
+    stored = [(run, every) for run, every in members if isinstance(run, Stored)]
+    finished = sorted((m for m in stored if m[0].record.result), key=lambda member: member[0].record.finished_at)
+    # of each seed: one that was run again is not another sample, but two devices are
+    last = {(run.record.seed, tuple(every.items())): run for run, every in finished}
     done = sorted((last[key] for key in sorted(last)), key=lambda run: run.record.added_until is not None)
-    seeds = {stored.record.seed for stored in done}
-    failed, pruned = (
-        tuple(s for s, _ in runs[status] if s.record.seed not in seeds) for status in ("failed", "pruned")
-    )
+    seeds = {run.record.seed for run in done}
+    lacking = [run for run, _ in stored if run.record.seed not in seeds]
+    failed, pruned = (tuple(run for run in lacking if getattr(run.record, how)) for how in ("failure", "pruned"))
     interrupted = tuple(run for run, _ in members if isinstance(run, Interrupted))
     averaged = {
         name: tuple(dict.fromkeys(every[name] for _, every in members if name in every)) for name in across
     }
-    results = [stored.record.result for stored in done if stored.record.result is not None]
-    known = [stored.record for stored in (*done, *failed, *pruned)]
+    results = [run.record.result for run in done if run.record.result]
+    known = [run.record for run in (*done, *failed, *pruned)]
     about = known[0] if known else interrupted[0]
     noted: dict[str, Counter[str]] = defaultdict(Counter)
-    for stored in done:
-        for name, value in conditions(stored.record):
-            noted[name][value] += 1
+    for name, value in (noting for run in done for noting in conditions(run.record)):
+        noted[name][value] += 1
     spec, device = about.spec, results[0].device if results else NONE
     asked = tuple((name, value) for name, value in fields.items() if name not in SPLIT.values() or name in spec)
     on = (device, fields.get("threads"))
@@ -230,7 +225,7 @@ def _make_row(
         batch_size=setting(spec, "recipe.batch_size", int) or (results[0].batch_size if results else 0),
         spec=spec, fields=fields, averaged_over={n: values for n, values in averaged.items() if len(values) > 1},
         conditions=noted, done=tuple(done), failed=failed, pruned=pruned, interrupted=interrupted,
-        repeated=len(runs["done"]) - len(done),
+        repeated=len(finished) - len(done),
         figures={name: metric.summarise(results) for name, metric in METRICS.items()},
         by_category_mib=max((r.memory.by_category_mib for r in results), key=lambda c: sum(c.values()), default={}),
         predicted=fitting[-1] if fitting else None,

@@ -175,8 +175,8 @@ def weigh(
         return None
     n, ranks, draw = len(points), rankdata([value for _, value in points]), np.random.default_rng(0)
     targets = np.column_stack([ranks, *(draw.permutation(ranks) for _ in range(PERMUTATIONS))])
-    scores, signs = [], []
-    for column in columns.values():
+    weighed = []
+    for name, column in columns.items():
         numbers = all(map(_is_number, column))
         u = rankdata(column) / n - 0.5 if numbers else np.array(list(map(str, column)))
         basis = np.vander(u, 3) if numbers else np.equal.outer(u, np.unique(u)).astype(float)
@@ -185,15 +185,15 @@ def weigh(
             centre = targets[others].mean(0)  # without the others of its kind, the prediction
             slopes = np.linalg.lstsq(basis[others], targets[others] - centre, rcond=None)[0]
             left[i], by_mean[i] = targets[i] - centre - basis[i] @ slopes, ranks[i] - centre[0]
-        scores.append(1 - (left**2).sum(0) / (by_mean**2).sum())
         best = column[int(np.argmin(basis @ np.linalg.lstsq(basis, ranks, rcond=None)[0]))]
         ends = {min(column): "less is better", max(column): "more is better"} if numbers else {}
-        signs.append(ends.get(best, f"{format_value(best, exact=False)} is best"))
-    first, null = np.array(scores)[:, 0], np.array(scores)[:, 1:].max(0)
+        sign = ends.get(best, f"{format_value(best, exact=False)} is best")
+        weighed.append((name, 1 - (left**2).sum(0) / (by_mean**2).sum(), sign))
+    null = np.max([scores[1:] for _, scores, _ in weighed], axis=0)
     fields = [
         FieldImportance(field=name, value=max(float(score), 0.0), sign=sign,
                         p=float(1 + (null >= score).sum()) / (PERMUTATIONS + 1))
-        for name, score, sign in zip(columns, first, signs, strict=True)
+        for name, (score, *_), sign in weighed
     ]  # fmt: skip
     fields.sort(key=lambda item: -item.value)
     level = max(float(np.quantile(null, 0.95)), 0.0)
