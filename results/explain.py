@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from statistics import median
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from harness.results.metrics import METRICS
 from harness.results.prediction import in_words
 from harness.results.report import memory
-from harness.results.report.text import clean
+from harness.results.report.card import fill_template
 from harness.results.rows import Row
 from harness.results.statistics import estimate_mean, seeds_to_tell
 from harness.results.store import Stored, load_epochs, time_epochs
@@ -23,13 +20,10 @@ def why(row: Row) -> str:
     """Explain a row, by why.txt.j2. Reads epochs.jsonl of its runs and says where it and the record disagree."""
     errors = row.values("error")
     mean = estimate_mean(errors, row.done[0].record.images(), row.planned) if errors else None
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("report")), undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True, finalize=lambda value: clean(value) if type(value) is str else value,
-    )  # fmt: skip
-    return environment.get_template("why.txt.j2").render(
-        row=row, metrics=METRICS, mean=mean if mean and math.isfinite(mean.value) else None, predicted=list(in_words(row)),
-        read=_read, time_epochs=time_epochs, median=median, seeds_to_tell=seeds_to_tell, word=_word, categories=memory.in_words,
+    return fill_template(
+        "why.txt.j2", row=row, metrics=METRICS, mean=mean if mean and math.isfinite(mean.value) else None, read=_read,
+        predicted=list(in_words(row)), time_epochs=time_epochs, median=median, seeds_to_tell=seeds_to_tell, word=_word,
+        categories=memory.in_words,
     )  # fmt: skip
 
 

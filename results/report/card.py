@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from harness.results.metrics import METRICS
 from harness.results.metrics import figures as plain
+from harness.results.report.text import clean
 from harness.results.values import Record
 
 CARD = "README.md"
+
+
+def fill_template(name: str, **values: Any) -> str:
+    """Text by a template beside this file; no control characters in what it prints of the values."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, finalize=lambda value: clean(value) if type(value) is str else value,
+    )  # fmt: skip
+    return environment.get_template(name).render(**values)
 
 
 def make_card(record: Record, *, about: str = "", classes: int | None = None) -> str:
@@ -25,13 +36,9 @@ def make_card(record: Record, *, about: str = "", classes: int | None = None) ->
         for m in METRICS.values()
         if (value := m.value(record.result)) is not None
     ]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )  # fmt: skip
     versions = record.environment.get("versions") or {}
-    return environment.get_template("card.md.j2").render(
-        record=record, result=record.result, images=record.images(), figures=figures, about=about, classes=classes,
+    return fill_template(
+        "card.md.j2", record=record, result=record.result, images=record.images(), figures=figures, about=about, classes=classes,
         version=versions.get("resnet-harness"),
         peak=None if record.result.mfu is None else plain((record.result.peak_flops or 0) / 1e12),
     )  # fmt: skip
