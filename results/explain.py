@@ -6,7 +6,7 @@ import math
 from statistics import median
 
 from harness.results.metrics import METRICS
-from harness.results.prediction import in_words
+from harness.results.prediction import predicted_figures
 from harness.results.report import memory
 from harness.results.report.card import fill_template
 from harness.results.rows import Row
@@ -22,7 +22,7 @@ def why(row: Row) -> str:
     mean = estimate_mean(errors, row.done[0].record.images(), row.planned) if errors else None
     return fill_template(
         "why.txt.j2", row=row, metrics=METRICS, mean=mean if mean and math.isfinite(mean.value) else None, read=_read,
-        predicted=list(in_words(row)), time_epochs=time_epochs, median=median, seeds_to_tell=seeds_to_tell, word=_word,
+        predicted_figures=predicted_figures, time_epochs=time_epochs, median=median, seeds_to_tell=seeds_to_tell, word=_word,
         categories=memory.in_words,
     )  # fmt: skip
 
