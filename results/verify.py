@@ -102,10 +102,6 @@ def _identity(run: Stored, key_of: KeyOf) -> Iterator[str]:
         yield f"the folder of {record.name} is called {run.folder.name}"
 
 
-def has_hashes(folder: Path) -> bool:
-    return (folder / HASHES).exists()
-
-
 def _files(folder: Path, elsewhere: Collection[str]) -> Iterator[str]:
     """Files that are missing or are not as they were stored."""
     try:

@@ -13,7 +13,7 @@ from harness.options import ReportOptions
 from harness.plan import open_out
 from harness.progress import say
 from harness.results.remote import StorageError, is_uri, push_run
-from harness.results.store import WEIGHTS, collector_paused, load_predictions, load_records, write_atomic
+from harness.results.store import HASHES, WEIGHTS, collector_paused, load_predictions, load_records, write_atomic
 from harness.spec import UserError, check_word
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def print_findings(words: Sequence[str]) -> int:
 
     The weights of runs at a URI stay there and are not checked.
     """
-    from harness.results.verify import has_hashes, verify
+    from harness.results.verify import verify
     from harness.spec import RunSpec
 
     loaded = load_records(check_folders(find_results(words)))
@@ -264,7 +264,7 @@ def print_findings(words: Sequence[str]) -> int:
     findings = [*loaded.problems, *contradictions]
     for finding in findings:
         print(finding)
-    old = sum(not has_hashes(run.folder) for run in loaded.records)
+    old = sum(not (run.folder / HASHES).exists() for run in loaded.records)
     unhashed = f"; {old} of them have no hash stored: only their figures are checked" if old else ""
     print(f"{len(loaded.records)} runs verified, {len(findings)} findings{unhashed}")
     return 1 if findings else 0
