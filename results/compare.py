@@ -238,7 +238,7 @@ def _pair(a: Row, b: Row, metrics: Sequence[Metric], overlooked: tuple[str, ...]
 def judge(metric: Metric, a: Row, b: Row) -> Comparison:
     """One metric of two rows."""
     sides = [row.measured(metric.name) for row in (a, b)]
-    figures = [row.figures[metric.name] for row in (a, b)]
+    figures = a.figures[metric.name], b.figures[metric.name]
     known = [figure.value for figure in figures if figure.value is not None and math.isfinite(figure.value)]
     test: Test | None = None
     if len(known) < 2:
@@ -256,7 +256,7 @@ def judge(metric: Metric, a: Row, b: Row) -> Comparison:
         if metric.relative and metric.kind in ("time", "energy"):
             values, extra, note = _in_sessions(sides, values)
             how += note
-        test = Shift(scale(known[1]) - scale(known[0]), *map(tuple, values), extra)
+        test = Shift(scale(known[1]) - scale(known[0]), tuple(values[0]), tuple(values[1]), extra)
     return Comparison(metric, *figures, test, how)
 
 

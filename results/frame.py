@@ -48,7 +48,7 @@ def read_table(file: str | Path | IO[str]) -> pandas.DataFrame:
 def _identity(run: Stored) -> dict[str, Any]:
     record, result = run.record, run.record.result
     own = {name: getattr(record, name) for name in ("name", "status", "dataset", "variant", "depth", "seed")}
-    spec = {name: value for name, value in record.spec.items() if name not in ("dataset", "fingerprint")}
+    spec = {name: value for name, value in record.spec.items() if name not in ("dataset", "device", "fingerprint")}
     return own | _cells(spec) | {"device": result.device if result else record.spec.get("device")}
 
 

@@ -328,11 +328,11 @@ def test_runs_without_a_result_are_not_rows_of_a_comparison() -> None:
 
 
 def test_conditions_are_read() -> None:
-    assert parse_fail_on("error>+0.3, epoch_seconds>5%,images_per_second<-2.5%") == (
+    assert parse_fail_on("error>+0.3, epoch_seconds>5%,images_per_second<-2.5%") == [
         Condition("error", True, 0.3, False),
         Condition("epoch_seconds", True, 5.0, True),
         Condition("images_per_second", False, -2.5, True),
-    )
+    ]
     assert ",".join(map(str, parse_fail_on("error>0.3,rss_mib>10%"))) == "error>+0.3,rss_mib>+10%"
 
 
