@@ -7,8 +7,7 @@ from statistics import median
 
 from harness.results.metrics import METRICS
 from harness.results.prediction import predicted_figures
-from harness.results.report import memory
-from harness.results.report.card import fill_template
+from harness.results.report.text import fill_template, in_words
 from harness.results.rows import Row
 from harness.results.statistics import estimate_mean, seeds_to_tell
 from harness.results.store import Stored, load_epochs, time_epochs
@@ -23,7 +22,7 @@ def why(row: Row) -> str:
     return fill_template(
         "why.txt.j2", row=row, metrics=METRICS, mean=mean if mean and math.isfinite(mean.value) else None, read=_read,
         predicted_figures=predicted_figures, time_epochs=time_epochs, median=median, seeds_to_tell=seeds_to_tell, word=_word,
-        categories=memory.in_words,
+        categories=in_words,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from harness.results.compare import (
 )
 from harness.results.explain import why
 from harness.results.metrics import METRICS, Figure
-from harness.results.report.comparison import render_comparison
+from harness.results.report.table import render_comparison
 from harness.results.rows import Row, summarise
 from harness.results.statistics import mean
 from harness.results.store import Stored, finish, load_records, write_epochs
