@@ -22,10 +22,8 @@ _listening: list[socket.socket] = []  # rank 0's, from when its port is known un
 
 def listen() -> int:
     """In rank 0: take a free port of loopback. Returns it."""
-    made = socket.create_server((LOOPBACK, 0), backlog=1024)
-    _listening.append(made)
-    port: int = made.getsockname()[1]
-    return port
+    _listening.append(socket.create_server((LOOPBACK, 0), backlog=1024))
+    return int(_listening[-1].getsockname()[1])
 
 
 def join(rank: int, world_size: int, port: int, backend: str, timeout_seconds: int) -> None:
@@ -49,13 +47,9 @@ class LoopbackBackend(_TorchBackend):
         import ray
 
         worker_group.execute(_set_torch_distributed_env_vars)
-        port = worker_group.execute_single(0, listen)
-        world, backend, seconds = len(worker_group), backend_config.backend, backend_config.timeout_s
-        joining = [
-            worker_group.execute_single_async(rank, join, rank, world, port, backend, seconds)
-            for rank in range(world)
-        ]
-        ray.get(joining)
+        ranks, port = range(len(worker_group)), worker_group.execute_single(0, listen)
+        given = len(worker_group), port, backend_config.backend, backend_config.timeout_s
+        ray.get([worker_group.execute_single_async(rank, join, rank, *given) for rank in ranks])
 
 
 @dataclass
@@ -65,23 +59,3 @@ class LoopbackConfig(TorchConfig):
     @property
     def backend_cls(self) -> type[LoopbackBackend]:
         return LoopbackBackend
-
-
-def meet(device: str) -> None:
-    """In every rank of the process group: wait for all others."""
-    import torch
-    import torch.distributed as dist
-
-    here = torch.ones(1, device=device)
-    dist.all_reduce(here)
-    here.item()  # only then has a GPU's host waited
-
-
-def from_rank_0(value: Any, device: str) -> Any:
-    """In every rank of the process group: rank 0's value."""
-    import torch
-    import torch.distributed as dist
-
-    values = [value]
-    dist.broadcast_object_list(values, 0, device=torch.device(device))
-    return values[0]

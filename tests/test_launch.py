@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from ray import cloudpickle
 
 import harness.cluster.connect
 from harness.cluster.connect import ClusterError, connect, disconnect
-from harness.cluster.job import Allocation, Entered, Failed, PreemptedError, Started, Worker, count_failures
-from harness.cluster.launch import launch, launch_here
+from harness.cluster.job import Allocation, Entered, Failed, PreemptedError, Started, Worker
+from harness.cluster.launch import _Run, launch, launch_here
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -190,11 +191,15 @@ def test_private_names_of_ray_that_are_used_exist() -> None:
     assert issubclass(ray.train.TrainingFailedError, Exception)
 
 
-def test_a_death_counts_against_the_limit_unless_the_run_had_come_further() -> None:
-    best_progress, failures, counted = 0.0, 0, []
+def test_a_death_counts_against_the_limit_unless_the_run_had_come_further(tmp_path: Path) -> None:
+    driver: Any = SimpleNamespace(job=make_job(tmp_path, retries=2), mailbox=None, best_progress=[0.0], drains={})
+    run, counted = _Run(driver, 0), []
+    died = Failed(exception="", message="killed", traceback="", died=True)
     for progress in (0, 0, 3, 3, 3, 4, 4):  # the furthest epoch reported before each death
-        failures, best_progress = count_failures(failures, best_progress, progress)
-        counted.append(failures)
+        driver.best_progress[0] = progress
+        final = run._judge(died, time.monotonic())
+        counted.append(run.failures)
+        assert (final is None) == (run.failures <= 2)
     assert counted == [1, 2, 1, 2, 3, 1, 2]
 
 
