@@ -126,7 +126,8 @@ def check_cluster(target: CheckOptions) -> str:
         advice = "`ray start --head` there, and one ~/.ray/auth_token on all machines: cluster/README.md"
         raise Missing(str(error), advice) from None
     disconnect()
-    return f"{len(cluster.members)} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}"
+    cpus, gpus = sum(node.cpus for node in cluster), sum(node.gpus for node in cluster)
+    return f"{len(cluster)} nodes, {cpus} CPUs, {gpus} GPUs at {target.address}"
 
 
 def check_storage(target: CheckOptions) -> str:
