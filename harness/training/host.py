@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
@@ -63,17 +64,6 @@ def read_mib(path: str, name: str) -> float | None:
     return kib[0] / 1024 if kib else None
 
 
-def _schedule(processes: list[int]) -> dict[str, tuple[int, int]]:
-    """Of each living thread: nanoseconds on a processor, and waiting for one."""
-    threads = {}
-    for process in processes:
-        for task in (PROC / str(process) / "task").glob("*/schedstat"):
-            with contextlib.suppress(OSError, ValueError):
-                ran, waited, _ = map(int, task.read_text().split())
-                threads[str(task)] = ran, waited
-    return threads
-
-
 def _throttled_seconds() -> float:
     """For how long this process's control group had used its quota up, since it exists. 0 where it has none."""
     with contextlib.suppress(OSError):
@@ -111,15 +101,22 @@ class HostLook:
 
     def __init__(self) -> None:
         self.wall, self.steady, self.process = time.time(), time.monotonic(), time.process_time()
-        self.threads, self.ticks = _schedule(family()), read_ticks() or (0, 0, 0)
+        self.threads: dict[Path, tuple[int, int]] = {}  # nanoseconds on a processor, and waiting for one
+        for task in (task for process in family() for task in (PROC / f"{process}/task").glob("*/schedstat")):
+            with contextlib.suppress(OSError, ValueError):
+                ran, waited, _ = map(int, task.read_text().split())
+                self.threads[task] = ran, waited
+        self.ticks = read_ticks() or (0, 0, 0)
         self.swaps = read_table(PROC / "vmstat").get("pswpin", [])
         self.throttled = _throttled_seconds()
 
     def until(self, later: HostLook, asleep: float = 0.0) -> HostWindow:
         """The window from this look to a later one of the process, which gave no sign of life for `asleep` seconds."""
         seconds = max(later.steady - self.steady, 1e-9)
-        spent = {thread: self.threads.get(thread, (0, 0)) for thread in later.threads}
-        ran, waited = (sum(now[i] - spent[thread][i] for thread, now in later.threads.items()) for i in (0, 1))
+        ran, waited = (
+            sum(now[i] - self.threads.get(thread, (0, 0))[i] for thread, now in later.threads.items())
+            for i in (0, 1)
+        )
         busy, every, stolen = (after - before for before, after in zip(self.ticks, later.ticks, strict=True))
         judged = seconds >= LEAST_SECONDS
         seen = (
@@ -131,7 +128,7 @@ class HostLook:
         )
         return HostWindow(
             host=socket.gethostname(),
-            causes={cause for cause, there in zip(CAUSES[:-1], seen, strict=True) if there},
+            causes=set(compress(CAUSES, seen)),
             wait_share=waited / (waited + ran) if ran else None,
             own_seconds=max(later.process - self.process, ran / 1e9),
             busy_seconds=busy / os.sysconf("SC_CLK_TCK"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from harness.results.values import Measurement
@@ -57,13 +58,12 @@ class Gpu:
     def process_mib(self) -> Measurement:
         """Memory of this process: with the CUDA context, DALI's pools and NCCL's buffers."""
         processes = self.processes()
-        mib = processes.get(os.getpid())
-        if mib is not None:
+        if (mib := processes.get(os.getpid())) is not None:
             return Measurement(value=mib)
+        reason = "NVML does not list this process (another PID namespace, as in containers)"
         if os.getpid() in processes:
-            return Measurement(value=None, reason="NVML does not give the memory of processes here")
-        unlisted = "NVML does not list this process (another PID namespace, as in containers)"
-        return Measurement(value=None, reason=self._reasons.get("processes", unlisted))
+            reason = "NVML does not give the memory of processes here"
+        return Measurement(value=None, reason=self._reasons.get("processes", reason))
 
     def _call(self, figure: str, function: str, *arguments: int) -> Any:
         if self._handle is None:
@@ -116,10 +116,9 @@ def open_device(device: torch.device) -> Gpu:
 
 
 def open_visible(visible: str | None) -> list[Gpu]:
-    """The GPUs named by a value of CUDA_VISIBLE_DEVICES; all of them for None. Raises LookupError where they are
-    hidden, and what NVML raises."""
+    """The GPUs named by a value of CUDA_VISIBLE_DEVICES; all of them for None. Raises what NVML raises."""
     if visible is not None and visible.strip() in HIDDEN:
-        raise LookupError("no GPU was used")
+        return []
     if visible is None:
         visible = ",".join(str(index) for index in range(load_nvml().nvmlDeviceGetCount()))
     return [open_gpu(name.strip()) for name in visible.split(",") if name.strip()]
@@ -130,13 +129,10 @@ def count_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in HIDDEN:
         return 0
-    try:
+    count = 0
+    with suppress(Exception):
         nvml = load_nvml()
-    except Exception:
-        return 0
-    try:
         count = int(nvml.nvmlDeviceGetCount())
-    finally:
         nvml.nvmlShutdown()
     return count if visible is None else min(count, len(visible.split(",")))
 

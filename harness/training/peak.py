@@ -6,9 +6,9 @@ import json
 import time
 import tomllib
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,8 +23,7 @@ SECONDS = 0.5
 PEAKS = "peaks.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Peak:
+class Peak(NamedTuple):
     """FLOP/s of a device in one precision, a multiplication and an addition counting as two, and whose word that is."""
 
     flops: float
