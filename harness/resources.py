@@ -48,8 +48,7 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack, least: i
         cluster = join_cluster(stack, resources.address, cpus=0, gpus=0, verbose=resources.verbose)
         gpus, cpus, where = cluster.gpus, cluster.cpus, f"the cluster at {resources.address}"
     else:
-        from harness.training.host import count_cpus
-        from harness.training.nvml import count_gpus
+        from harness.training.host import count_cpus, count_gpus
 
         gpus, cpus, where = count_gpus(), count_cpus(), "this machine"
     resources = fill_from_specs(resources, grid, gpus)

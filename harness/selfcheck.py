@@ -85,7 +85,7 @@ class Device:
 def identify(model: str | None = None) -> dict[str, str]:
     """The combination of a device, its driver, torch, DALI and this code; of this node's first GPU, or its CPU, where
     no model is given."""
-    from harness.training.nvml import driver_version, open_visible
+    from harness.training.host import driver_version, open_visible
 
     driver = ""
     with suppress(Exception):  # no NVML
@@ -98,7 +98,7 @@ def identify(model: str | None = None) -> dict[str, str]:
 def find_devices(allocation: Allocation, address: str | None) -> list[Device]:
     """The devices of this machine, or one of each kind of a cluster's nodes. A cluster must have been joined."""
     from harness.cluster.nodes import Unanswered, ask_every_node
-    from harness.training.nvml import open_visible
+    from harness.training.host import open_visible
 
     on_gpu, threads = allocation.device == "cuda", allocation.threads
     if address is None:

@@ -57,8 +57,13 @@ class Augment:
     def crop_size(self, split: Split) -> tuple[int, int]:
         """Height and width of the output. Raises ValueError where padding or crop do not fit the images."""
         size, by_image = split.size, self.by_image(split)
-        if by_image:
-            self._check_cuts()
+        for name in ("pad", "scale_range") if by_image else ():
+            if value := getattr(self, name):
+                raise ValueError(f"{name}={value} is for images in memory that are not resized: set it to nothing")
+        for name, most in {"area_range": 1.0, "aspect_range": math.inf}.items() if by_image else ():
+            if (value := getattr(self, name)) and not (len(value) == 2 and 0 < value[0] <= value[1] <= most):
+                what = f"two rising numbers above 0{' and up to 1' * (most == 1)} are allowed"
+                raise ValueError(f"{name}={value}: {what}")
         no_crop = self.crop is None and (self.resize or self.area_range)
         if no_crop or (size is None and not (self.resize and self.crop)):
             low, high = split.sizes.min(axis=0), split.sizes.max(axis=0)
@@ -81,17 +86,6 @@ class Augment:
             images = images if by_image else f"{width}x{height} images padded by {self.pad}"
             raise ValueError(f"crop {self.crop} does not fit into {images}")
         return self.crop, self.crop
-
-    def _check_cuts(self) -> None:
-        """Where every image is cut by its own size."""
-        for name in ("pad", "scale_range"):
-            if value := getattr(self, name):
-                raise ValueError(f"{name}={value} is for images in memory that are not resized: set it to nothing")
-        for name, most in {"area_range": 1.0, "aspect_range": math.inf}.items():
-            if (value := getattr(self, name)) and not (len(value) == 2 and 0 < value[0] <= value[1] <= most):
-                raise ValueError(
-                    f"{name}={value}: two rising numbers above 0{' and up to 1' * (most == 1)} are allowed"
-                )
 
     def span(self, split: Split) -> tuple[int, int]:
         """Largest offset of the crop in the padded image, in y and x."""
@@ -288,33 +282,22 @@ def draw_cuts(plan: SamplingPlan, epoch: int, index: NDArray[np.int64], sizes: N
             np.random.Generator(np.random.PCG64([plan.seed, epoch, 3, image])).random(out=row)
     place = draws[:, -2:]
     if plan.train and cut.area_range:
-        box, fits = _boxes(cut, sizes, draws[:, :ATTEMPTS], draws[:, ATTEMPTS:-2])
-        start = np.floor(np.where(fits, place, 0.5) * (sizes - box + 1)).astype(np.int64)
+        (least, most), (narrow, wide) = cut.area_range, cut.aspect_range
+        pixels = sizes.prod(axis=1, keepdims=True) * (least + (most - least) * draws[:, :ATTEMPTS])
+        ratio = np.exp(np.log(narrow) + (np.log(wide) - np.log(narrow)) * draws[:, ATTEMPTS:-2])
+        tried = np.rint(np.sqrt(np.stack([pixels / ratio, pixels * ratio], axis=2))).astype(np.int64)
+        fits = ((tried > 0) & (tried <= sizes[:, None])).all(axis=2)
+        any_fits = fits.any(axis=1, keepdims=True)
+        height, width = sizes.T
+        whole = [np.minimum(height, np.rint(width / narrow)), np.minimum(width, np.rint(height * wide))]
+        found = tried[np.arange(count), fits.argmax(axis=1)]
+        box = np.where(any_fits, found, np.stack(whole, axis=1).astype(np.int64))
+        start = np.floor(np.where(any_fits, place, 0.5) * (sizes - box + 1)).astype(np.int64)
         return Cuts(np.hstack([start, box]), np.broadcast_to(crop, (count, 2)), np.zeros((count, 2), np.int64))
-    size = sizes
-    if cut.resize:
-        size = cut.resize * sizes // sizes.min(axis=1, keepdims=True)
+    size = cut.resize * sizes // sizes.min(axis=1, keepdims=True) if cut.resize else sizes
     span = size - crop
     offset = np.floor(place * (span + 1)) if plan.train else np.rint(span / 2)
     return Cuts(np.hstack([np.zeros_like(sizes), sizes]), size, offset.astype(np.int64))
-
-
-def _boxes(
-    cut: Augment, sizes: NDArray[np.int64], area: NDArray[Any], aspect: NDArray[Any]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """(n, 2), height and width of the boxes, by uniform numbers (n, ATTEMPTS); and (n, 1), whether one did fit."""
-    (least, most), (narrow, wide) = cut.area_range, cut.aspect_range
-    pixels = sizes.prod(axis=1, keepdims=True) * (least + (most - least) * area)
-    ratio = np.exp(np.log(narrow) + (np.log(wide) - np.log(narrow)) * aspect)
-    tried = np.rint(np.sqrt(np.stack([pixels / ratio, pixels * ratio], axis=2))).astype(np.int64)
-    fits = ((tried > 0) & (tried <= sizes[:, None])).all(axis=2)
-    found = tried[np.arange(len(sizes)), fits.argmax(axis=1)]
-    height, width = sizes.T
-    whole = np.stack(
-        [np.minimum(height, np.rint(width / narrow)), np.minimum(width, np.rint(height * wide))], axis=1
-    )
-    any_fits = fits.any(axis=1, keepdims=True)
-    return np.where(any_fits, found, whole.astype(np.int64)), any_fits
 
 
 def draw_partners(plan: SamplingPlan, epoch: int) -> NDArray[np.int64]:

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STEP, ENGINE, TRAIN, SETUP, NVML, MEMORY, TELEMETRY, OPTIM = (
     f"harness/training/{name}.py"
-    for name in ("step", "engine", "train", "setup", "nvml", "memory", "telemetry", "optim")
+    for name in ("step", "engine", "train", "setup", "host", "memory", "telemetry", "optim")
 )
 HALT = WATCHDOG = "harness/training/watchdog.py"
 PLUGINS, AUGMENT = "harness/plugins.py", "harness/training/optim.py"

@@ -61,7 +61,7 @@ def check_gpu(target: CheckOptions) -> str:
     """Whether torch's CUDA, the driver's and DALI's fit together, and what they may use."""
     import torch
 
-    from harness.training.nvml import count_gpus, cuda_driver_version, driver_version
+    from harness.training.host import count_gpus, cuda_driver_version, driver_version
 
     try:
         driver, (newest, minor) = driver_version(), cuda_driver_version()

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.results.values import MEMORY_CATEGORIES, Measurement, Memory
-from harness.training.host import PROC, family, read_mib
-from harness.training.nvml import MIB, open_device
+from harness.training.host import MIB, PROC, family, open_device, read_mib
 
 NO_GPU = Measurement(value=None, reason="no GPU was used")
 UNSAMPLED = Measurement(value=None, reason="never sampled")
@@ -37,7 +36,7 @@ class MemoryMeter:
     def __init__(self, device: torch.device) -> None:
         self.device, self.on_gpu = device, device.type == "cuda"
         self._gpu = open_device(device)
-        self._categories: dict[str, float] = defaultdict(float)
+        self._categories = defaultdict[str, float](float)
         self._in_use: list[float] = []
         self._owned_tensors = self._workers_mib = 0.0  # of categories; the workers' largest sample
         self._others: float | None = 0.0  # MiB of other processes; None where it cannot be known
@@ -144,25 +143,6 @@ class MemoryMeter:
         if peak is not None:
             reason = None if self._peak_is_own else "of the whole process: its peak cannot be reset here"
             rss = Measurement(value=peak + self._workers_mib, reason=reason)
-        return Memory(
-            torch_allocated_mib=peaks["allocated"],
-            torch_reserved_mib=peaks["reserved"],
-            nvml_process_mib=self._process,
-            rss_mib=rss,
-            warmup_allocated_mib=self._warmup["allocated"],
-            warmup_reserved_mib=self._warmup["reserved"],
-            growth_mib_per_epoch=growth,
-            by_category_mib=self._by_category(rss.value, peaks, network, optimizer),
-        )
-
-    def _by_category(
-        self,
-        total: float | None,
-        peaks: dict[str, Measurement],
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-    ) -> dict[str, float]:
-        """`total` is the host's peak."""
 
         def mib(tensors: Iterable[Any]) -> float:
             return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)) / MIB
@@ -172,18 +152,26 @@ class MemoryMeter:
             "gradients": mib(p for p in network.parameters() if p.requires_grad),
             "optimizer state": mib(value for state in optimizer.state.values() for value in state.values()),
         }
-        categories = dict(self._categories) | sizes
+        total, categories = rss.value, self._categories | sizes
         if self.on_gpu:
             allocated, reserved = peaks["allocated"].value or 0.0, peaks["reserved"].value or 0.0
             categories["activations"] = allocated - sum(sizes.values()) - self._owned_tensors
             categories["allocator slack"] = reserved - allocated
             total = self._own_mib() if self._process.value is None else self._process.value
         else:
-            categories["data loader"] = self._categories["data loader"] + self._workers_mib
-        if total is None:
-            return {}
-        categories["unaccounted"] = total - sum(categories.values())
-        return {name: categories[name] for name in MEMORY_CATEGORIES if categories.get(name)}
+            categories["data loader"] += self._workers_mib
+        categories["unaccounted"] = (total or 0.0) - sum(categories.values())
+        known = MEMORY_CATEGORIES if total is not None else ()
+        return Memory(
+            torch_allocated_mib=peaks["allocated"],
+            torch_reserved_mib=peaks["reserved"],
+            nvml_process_mib=self._process,
+            rss_mib=rss,
+            warmup_allocated_mib=self._warmup["allocated"],
+            warmup_reserved_mib=self._warmup["reserved"],
+            growth_mib_per_epoch=growth,
+            by_category_mib={name: categories[name] for name in known if categories.get(name)},
+        )
 
 
 def larger(one: Measurement, other: Measurement) -> Measurement:

@@ -262,16 +262,8 @@ class Halt:
             if stops:
                 self._store.set("stop", "1")
             stops = self._store.check(["stop"])
-        if stops and not self._decided.is_set():
-            self._decide()
-
-    def _ends_in_time(self, deadline: float) -> bool:
-        """Whether the epoch ends before it, if it lasts as long as the last one, evaluation and checkpoint included."""
-        left = max(self._epoch_seconds - (time.monotonic() - self._epoch_began), 0.0)
-        known = self._epoch_seconds > 0
-        return deadline == math.inf or (known and time.time() + left + CHECKPOINT_SECONDS < deadline)
-
-    def _decide(self) -> None:
+        if not stops or self._decided.is_set():
+            return
         with self._lock:
             self._halting = True
         begun = [self._begun]
@@ -283,3 +275,9 @@ class Halt:
             begun = [int(self._store.get(rank)) for rank in ranks]
         self._most = max(begun)
         self._decided.set()
+
+    def _ends_in_time(self, deadline: float) -> bool:
+        """Whether the epoch ends before it, if it lasts as long as the last one, evaluation and checkpoint included."""
+        left = max(self._epoch_seconds - (time.monotonic() - self._epoch_began), 0.0)
+        in_time = self._epoch_seconds > 0 and time.time() + left + CHECKPOINT_SECONDS < deadline
+        return in_time or deadline == math.inf

@@ -70,7 +70,7 @@ def match_weights(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str
     """Load tensors into the network and return the names of those that were left over.
 
     By name where at least half of the network's names are there. Otherwise by order: the n-th tensor of the file is
-    the n-th of the network, if all their shapes agree and none is, say, a mean where a variance should be. Left
+    the n-th of the network, if all have one shape and none is, say, a mean where a variance should be. Left
     over may be only what is known to be never called (`NEVER_CALLED`).
 
     Raises WeightsError, with names, where tensors are missing, too many, or of the wrong shape.
@@ -83,12 +83,20 @@ def match_weights(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str
     else:
         left_over = [name for name in tensors if NEVER_CALLED.search(name)]
         given = {name: tensor for name, tensor in given.items() if name not in left_over}
-        pairs = _align(wanted, given)
-    theirs = set(pairs.values())
+        named = all(map(_kind, given))
+        sides = [[(t.shape, named and _kind(name)) for name, t in side.items()] for side in (wanted, given)]
+        blocks = SequenceMatcher(None, sides[0], sides[1], autojunk=False).get_matching_blocks()
+        ours, theirs = list(wanted), list(given)
+        pairs = {ours[i + k]: theirs[j + k] for i, j, size in blocks for k in range(size)}
+    here, there = ({name: tuple(t.shape) for name, t in side.items()} for side in (wanted, given))
     problems = {
-        "missing": [f"{name} {tuple(wanted[name].shape)}" for name in wanted if name not in pairs],
-        "left over": [f"{name} {tuple(given[name].shape)}" for name in given if name not in theirs],
-        "differing": [words for pair in pairs.items() if (words := _differ(wanted, given, *pair))],
+        "missing": [f"{name} {here[name]}" for name in wanted if name not in pairs],
+        "left over": [f"{name} {there[name]}" for name in given if name not in pairs.values()],
+        "differing": [
+            f"{other} is {there[other]}, expected {here[name]}"
+            for name, other in pairs.items()
+            if here[name] != there[other]
+        ],
     }
     if any(problems.values()):
         more = {what: f" and {len(found) - NAMED} more" for what, found in problems.items() if len(found) > NAMED}
@@ -99,29 +107,9 @@ def match_weights(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str
     return left_over
 
 
-def _align(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names that belong together by order. Where tensors are missing or too many, those in equal sequences."""
-    ours, theirs = list(wanted), list(given)
-    if len(ours) == len(theirs):
-        return dict(zip(ours, theirs, strict=True))
-    named = all(map(_kind, given))
-    sides = [[(t.shape, named and _kind(name)) for name, t in side.items()] for side in (wanted, given)]
-    blocks = SequenceMatcher(None, sides[0], sides[1], autojunk=False).get_matching_blocks()
-    return {ours[i + k]: theirs[j + k] for i, j, size in blocks for k in range(size)}
-
-
 def _kind(name: str) -> str | None:
     last = name.rpartition(".")[2]
     return last if last in KINDS else None
-
-
-def _differ(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], ours: str, theirs: str) -> str:
-    """How two tensors differ; empty where the one can be loaded into the other."""
-    shape, expected = tuple(given[theirs].shape), tuple(wanted[ours].shape)
-    if shape != expected:
-        place = "" if ours == theirs else f" in the place of {ours}"
-        return f"{theirs} is {shape}, expected {expected}{place}"
-    return "" if _kind(theirs) in (_kind(ours), None) else f"{theirs} stands in the place of {ours}"
 
 
 def _read(path: Path) -> Any:
