@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -106,7 +106,7 @@ class _Images(Dataset[tuple[Any, ...]]):
 
     def __init__(self, split: Split, config: LoaderConfig) -> None:
         self._images, self._labels, self._augment = split.images, split.labels, config.augment
-        self._make: Callable[..., Tensor] = self._cut if config.augment.by_image(split) else self._crop
+        self._by_image = config.augment.by_image(split)
         self._size = config.augment.crop_size(split)
         self._std: list[float] = config.normalize.std.tolist()
         self._mean = torch.from_numpy(config.normalize.mean)
@@ -123,7 +123,7 @@ class _Images(Dataset[tuple[Any, ...]]):
             unreadable = (index if bad else -1,)
         else:
             pixels = self._images[index]
-        image = self._make(pixels, *where)
+        image = (self._cut if self._by_image else self._crop)(pixels, *where)
         return functional.horizontal_flip(image) if flip else image, int(self._labels[index]), *unreadable
 
     def _cut(self, pixels: NDArray[np.uint8], box: list[int], size: list[int], offset: list[int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,14 +15,8 @@ from harness.models.variants import IMAGENET_BLOCKS, Network
 # --- layers ---
 
 
-def conv3x3(in_width: int, width: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """3x3 convolution that keeps the size but for its stride; no bias, a batch norm follows it."""
-    return nn.Conv2d(in_width, width, 3, stride, padding=1, groups=groups, bias=False)
-
-
-def conv1x1(in_width: int, width: int, stride: int = 1) -> nn.Conv2d:
-    """1x1 convolution; no bias, a batch norm follows it."""
-    return nn.Conv2d(in_width, width, 1, stride, bias=False)
+conv1x1 = partial(nn.Conv2d, kernel_size=1, bias=False)  # a batch norm follows it
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)  # keeps the size but for its stride
 
 
 def activation(width: int, eps: float, kind: Literal["relu", "mish"] = "relu") -> nn.Sequential:
@@ -170,9 +165,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         eps = network.batch_norm_eps
         if network.block == "bottleneck":
-            convs = [conv1x1(in_width, middle), conv3x3(middle, middle, stride), conv1x1(middle, width)]
+            convs = [conv1x1(in_width, middle), conv3x3(middle, middle, stride=stride), conv1x1(middle, width)]
         else:
-            convs = [conv3x3(in_width, middle, stride), conv3x3(middle, width)]
+            convs = [conv3x3(in_width, middle, stride=stride), conv3x3(middle, width)]
         self.residual = nn.Sequential()
         for conv in convs:
             self.residual.extend([conv, *activation(conv.out_channels, eps)])
@@ -181,7 +176,7 @@ class ResidualBlock(nn.Module):
         if network.shortcut == "identity-conv" and stride != 1:
             self.shortcut = IdentityConv(in_width, width)
         elif stride != 1 or in_width != width:
-            self.shortcut = nn.Sequential(conv1x1(in_width, width, stride), nn.BatchNorm2d(width, eps=eps))
+            self.shortcut = nn.Sequential(conv1x1(in_width, width, stride=stride), nn.BatchNorm2d(width, eps=eps))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.residual(x)
@@ -202,9 +197,10 @@ class XBlock(nn.Module):
         if network.block == "bottleneck":
             groups = network.cardinality
             middle = groups * network.group_width * width // 64
-            convs = [conv1x1(in_width, middle), conv(middle, middle, stride, groups), conv1x1(middle, width)]
+            grouped = partial(conv, stride=stride, groups=groups)
+            convs = [conv1x1(in_width, middle), grouped(middle, middle), conv1x1(middle, width)]
         else:
-            convs = [conv(in_width, width, stride), conv3x3(width, width)]
+            convs = [conv(in_width, width, stride=stride), conv3x3(width, width)]
         eps, kind = network.batch_norm_eps, network.activation
         self.activation = activation(in_width, eps, kind)
         self.residual = nn.Sequential(convs[0])
@@ -223,6 +219,9 @@ class XBlock(nn.Module):
         return out
 
 
+batch_statistics = partial(nn.BatchNorm2d, affine=False, track_running_stats=False)
+
+
 class ConvNetStage(nn.Module):
     """relu(bn(conv3x3(x))) + conv1x1(x), which widens, and then x + relu(bn(conv3x3(x)))."""
 
@@ -238,10 +237,6 @@ class ConvNetStage(nn.Module):
         # not `+=`: ReLU keeps its output for the backward pass
         x = F.relu(self.bn1(self.conv1(x)), inplace=True) + self.shortcut(x)
         return x + F.relu(self.bn2(self.conv2(x)), inplace=True)
-
-
-def batch_statistics(width: int, eps: float) -> nn.BatchNorm2d:
-    return nn.BatchNorm2d(width, eps=eps, affine=False, track_running_stats=False)
 
 
 # --- networks ---

@@ -14,7 +14,7 @@ import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin
@@ -321,9 +321,8 @@ ROWS = load_rows("variants.toml")
 VARIANTS: dict[str, VariantFunction] = {name: make_variant(name, ROWS) for name in ROWS}
 
 
-def find_variant(name: str) -> VariantFunction:
-    """The variant of that name. Raises ValueError where there is none."""
-    return find("variant", name, VARIANTS)
+find_variant = partial(find, "variant", entries=VARIANTS)
+"""The variant of that name. Raises ValueError where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -351,6 +350,5 @@ class Preset:
 PRESETS = {name: Preset(**row) for name, row in load_rows("presets.toml").items()}
 
 
-def find_preset(name: str) -> Preset:
-    """The preset of that name. Raises ValueError where there is none."""
-    return find("preset", name, PRESETS)
+find_preset = partial(find, "preset", entries=PRESETS)
+"""The preset of that name. Raises ValueError where there is none."""

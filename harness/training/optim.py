@@ -39,23 +39,16 @@ class Moment:
         return (self.step - self.warmup) / (self.end - self.warmup)
 
 
-def multistep(moment: Moment, milestones: tuple[float, ...], gamma: float) -> float:
-    """A factor of `gamma` at each milestone."""
-    return gamma ** sum(moment.step >= round(milestone * moment.steps_per_unit) for milestone in milestones)
-
-
-def linear(moment: Moment) -> float:
-    """A line to 0 at the end."""
-    return 1 - moment.share
-
-
-def cosine(moment: Moment) -> float:
-    """Half a cosine to 0 at the end (arXiv:1608.03983, without restarts)."""
-    return 0.5 * (1 + math.cos(math.pi * (moment.step - moment.warmup) / (moment.end - moment.warmup)))
-
-
-SCHEDULES: dict[str, Callable[..., float]] = {"multistep": multistep, "cosine": cosine, "linear": linear}
-"""`schedule(moment, ...)`: the factor of the lr after warm-up."""
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "multistep": lambda moment, milestones, gamma: (
+        gamma ** sum(moment.step >= round(milestone * moment.steps_per_unit) for milestone in milestones)
+    ),
+    "linear": lambda moment: 1 - moment.share,
+    "cosine": lambda moment: (  # half of one (arXiv:1608.03983, without restarts)
+        0.5 * (1 + math.cos(math.pi * (moment.step - moment.warmup) / (moment.end - moment.warmup)))
+    ),
+}
+"""`schedule(moment, ...)`: the factor of the lr after warm-up, which falls to 0 at the end or, by `gamma`, at each milestone."""
 
 
 def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
