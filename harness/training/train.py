@@ -145,11 +145,12 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         memory = trainer.measure_memory()
         if run.test_loader and on_test is None:  # resumed after the last epoch
             on_test = run_eval(trainer, run.test_loader, len(run.data.test))
+        tested: dict[str, Any] = {n: getattr(on_test, n, None) for n in ("images", "error", "top5_error")}
         return RunResult(
             **summarise_history(history, run.data.eval_split, spec.workers),
             parameters=sum(p.numel() for p in trainer.step.parameters),
             evaluated_images=len(run.data.eval),
-            **{f"test_{name}": getattr(on_test, name, None) for name in ("images", "error", "top5_error")},
+            **{f"test_{name}": value for name, value in tested.items()},
             warmup_epochs=WARMUP_EPOCHS if epochs > 1 else 0,
             setup_seconds=setup_seconds, launch_seconds=worker.launch_seconds,
             energy_joules=total_energy(history, worker),
