@@ -46,7 +46,7 @@ SECONDS = {"drain": (8, 12), **dict.fromkeys(LONG, (2, 20))}
 """How long a fault lasts where that is not 3 to 8 seconds."""
 STALL = 8  # seconds: a rank that hangs is named before Ray gives up its node
 DISK_MIB = 2200  # of the disk that is filled, in memory; `harness run` wants 2 GiB free at its start
-EPOCH = re.compile(r"epoch \d+/\d+")
+EPOCH = re.compile(r"epoch \d+/\d+  (loss|error)")
 DATA = "--dataset digits --gpus 0 --loader resident --limit-train"
 SAME = ("number", "fields", "key", "state", "epochs", "curve", "value")  # of a trial, whoever was struck
 
@@ -257,10 +257,12 @@ def try_once(
         text = "\n".join(line for _, line in running.lines[-30:])
         raise SystemExit(f"{case.command}\nended with {code} after {kind} at {seconds:.1f} s:\n{text}")
     outcome = read_outcome(case.out)
-    after = [at for at in times if at > struck_at]
+    again = [at for at, line in lines if "trying again" in line and at > struck_at]
+    going_on_at = running.began if commands > 1 else max(again, default=struck_at)
+    after = [at for at in times if at > going_on_at]
     return outcome, {
         "where": case.where, "fault": kind if end else f"{kind} (had ended)", "after_seconds": seconds,
-        "epoch": len(times) - len(after), "commands": commands, "attempts": outcome.attempts, "kept": outcome.kept,
+        "epoch": sum(at <= struck_at for at in times), "commands": commands, "attempts": outcome.attempts, "kept": outcome.kept,
         "recovery_seconds": min(after) - struck_at if after else None,
         "interrupted": commands > 1 or outcome.attempts > 1, "named": any("no step for" in line for _, line in lines),
     }  # fmt: skip

@@ -133,7 +133,7 @@ def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> dict[str
     differences = compare(here, answers, sentinels=sentinels, sent_at=sent_at, received_at=received_at)
     if differences:
         more = len(differences) - ROWS_SHOWN
-        table = make_table(*COLUMNS, left=COLUMNS, fold=True, caption=f"and {more} more" if more > 0 else None)
+        table = make_table(*COLUMNS, left=COLUMNS, caption=f"and {more} more" if more > 0 else None)
         for difference in differences[:ROWS_SHOWN]:
             table.add_row(*map(escape, difference))  # another machine's text is never taken for markup
         console.print(table)

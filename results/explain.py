@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 from harness.results import prediction
 from harness.results.metrics import METRICS, UNKNOWN
-from harness.results.report import memory as categories
-from harness.results.report.text import clean
+from harness.results.report.text import clean, in_words
 from harness.results.rows import Row
 from harness.results.statistics import estimate_mean, median
 from harness.results.store import Stored, load_epochs
@@ -120,7 +119,7 @@ def _memory(result: RunResult) -> Iterator[str]:
     if (growth := memory.growth_mib_per_epoch.value) is not None:
         yield f"memory in use grows by {growth:+.2g} MiB an epoch, by least squares over the epochs after warm-up"
     if memory.by_category_mib:
-        yield f"MiB by category: {categories.in_words(memory.by_category_mib)}"
+        yield f"MiB by category: {in_words(memory.by_category_mib)}"
 
 
 def _machines(result: RunResult) -> Iterator[str]:

@@ -16,7 +16,7 @@ from harness.results.compare import Pair, compare, compare_by, compare_errors, j
 from harness.results.explain import why
 from harness.results.gate import Condition, check_conditions, parse_fail_on
 from harness.results.metrics import METRICS
-from harness.results.report.comparison import render_comparison
+from harness.results.report.table import render_comparison
 from harness.results.rows import Row, summarise
 from harness.results.store import Stored, finish, load_records, write_epochs
 from harness.results.values import Failure, Measurement
