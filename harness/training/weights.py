@@ -130,7 +130,7 @@ def _read(path: Path) -> Any:
             what = f"it holds pickled code or objects ({found[1]})"
             reason = f"refused, and nothing in it was run: {what}; only tensors are read"
         else:
-            reason = "not a checkpoint that torch can read as tensors alone, or damaged; nothing in it was run"
+            reason = "not a checkpoint that torch can read: damaged, or another format"
         raise WeightsError(f"{path}: {reason}") from None
 
 
