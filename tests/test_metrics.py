@@ -13,10 +13,9 @@ from test_export import read_events
 from test_prediction import make_row
 
 import harness
-from harness.results.compare import compare
+from harness.results.compare import check_conditions, compare, parse_fail_on
 from harness.results.explain import why
 from harness.results.export import TARGETS, export, summary
-from harness.results.gate import check_conditions, parse_fail_on
 from harness.results.metrics import METRICS, Figure, Metric, figures, suggest
 from harness.results.prediction import predicted_figures
 from harness.results.report.columns import sort_rows

@@ -197,7 +197,7 @@ def test_slices_are_on_the_scale_that_was_drawn_from() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "trials.json is broken: Expecting"),
+        ("{", "trials.json is broken: Invalid JSON"),
         ("[]", "trials.json is broken: Input should be"),
         (json.dumps(make_sweep(epochs="many")), "epochs: Input should be a valid integer"),
         (json.dumps(make_sweep(surprise=1)), "surprise: Extra inputs are not permitted"),

@@ -112,7 +112,8 @@ def check_ray(target: CheckOptions) -> str:
 def check_cluster(target: CheckOptions) -> str:
     cluster = connect(target.address, cpus=0, gpus=0)
     disconnect()
-    return f"{len(cluster.members)} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}"
+    cpus, gpus = sum(node.cpus for node in cluster), sum(node.gpus for node in cluster)
+    return f"{len(cluster)} nodes, {cpus} CPUs, {gpus} GPUs at {target.address}"
 
 
 def check_storage(target: CheckOptions) -> str:

@@ -20,10 +20,9 @@ from harness.options import CompareOptions, ReportOptions
 from harness.plan import open_out
 from harness.plugins import blaming
 from harness.progress import say
-from harness.results.compare import compare, compare_by, nearest
+from harness.results.compare import check_conditions, compare, compare_by, nearest, parse_fail_on
 from harness.results.explain import why
 from harness.results.export import TARGETS, export
-from harness.results.gate import check_conditions, parse_fail_on
 from harness.results.metrics import figures
 from harness.results.published import find_published
 from harness.results.remote import StorageError, is_uri, push_run, redact, split_uri
@@ -32,6 +31,7 @@ from harness.results.report.table import FORMATS, render, render_comparison
 from harness.results.report.text import fill_template
 from harness.results.rows import Row, summarise
 from harness.results.store import (
+    HASHES,
     PARTIAL,
     RECORD,
     WEIGHTS,
@@ -45,7 +45,7 @@ from harness.results.store import (
     write_atomic,
 )
 from harness.results.sweeps import Sweep, Sweeps, load_sweeps
-from harness.results.verify import has_hashes, verify
+from harness.results.verify import verify
 from harness.spec import RunSpec, UserError, check_word, suggest
 
 PAGE = "report.html"
@@ -289,7 +289,7 @@ def print_findings(words: Sequence[str]) -> int:
     findings = [*loaded.problems, *contradictions]
     for finding in findings:
         print(finding)
-    old = sum(not has_hashes(run.folder) for run in loaded.records)
+    old = sum(not (run.folder / HASHES).exists() for run in loaded.records)
     unhashed = f"; {old} of them have no hash stored: only their figures are checked" if old else ""
     print(f"{len(loaded.records)} runs verified, {len(findings)} findings{unhashed}")
     return 1 if findings else 0
@@ -306,7 +306,7 @@ def print_comparison(paths: Sequence[Path], console: Console, options: CompareOp
     if options.strict and options.fail_on is None:
         raise UserError("--strict is for --fail-on, whose conditions it makes stricter")
     with mistakes("--fail-on: "):
-        conditions = parse_fail_on(options.fail_on) if options.fail_on is not None else ()
+        conditions = parse_fail_on(options.fail_on) if options.fail_on is not None else []
     metrics = [condition.metric for condition in conditions]
     if by is None and len(paths) != 2:
         given = f"{len(paths)} folder{'s' * (len(paths) != 1)} given"

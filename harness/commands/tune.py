@@ -104,6 +104,7 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPath
 
     Every rank reports equally often, and only rank 0's reports count.
     """
+    from harness.cluster.workers import from_rank_0
     from harness.training.train import train
 
     folder, reported = partial_dir(paths.out, name_of(spec, paths.label)), 0
@@ -111,11 +112,7 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPath
     def catch_up(_: Any = None) -> None:
         nonlocal reported
         epochs = [row for row in load_epochs(folder) if row.epoch > reported] if worker.rank == 0 else []
-        if worker.world_size > 1:
-            from harness.cluster.loopback import from_rank_0
-
-            epochs = from_rank_0(epochs, worker.device)
-        for row in epochs:
+        for row in from_rank_0(epochs, worker):
             reported = row.epoch
             report(row)
 

@@ -11,9 +11,9 @@ from typing import Any
 from harness.results.metrics import METRICS, NONE, UNKNOWN, figures, rounded, suggest
 from harness.results.published import Published, find_published
 from harness.results.rows import Row
+from harness.results.statistics import MAX_HALF_WIDTH, VERDICT_ALPHA, seeds_to_tell
 from harness.results.store import Interrupted, Stored
 from harness.results.values import setting
-from harness.results.verdict import ALPHA, MAX_HALF_WIDTH, seeds_to_tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +209,7 @@ TEXT: dict[str, Callable[[Row], str]] = {
 
 
 def _columns(entries: Mapping[str, Any]) -> list[Column]:
-    limits = {"ALPHA": ALPHA, "MAX_HALF_WIDTH": MAX_HALF_WIDTH}
+    limits = {"ALPHA": VERDICT_ALPHA, "MAX_HALF_WIDTH": MAX_HALF_WIDTH}
     return [
         Column(n, **entry | {"means": entry.get("means", "").format(**limits)}) for n, entry in entries.items()
     ]
