@@ -90,12 +90,26 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
         say(console, f"until {until:%A} {format_moment(until)}")
     try:
         with ExitStack() as stack, stopping_at(until):
-            prepared, specs = _plan(grid, options, paths, console, stack, goal)
-            todo = plan.pending(specs, () if options.force else prepared.recorder.find_finished(specs))
+            allocation = make_allocation(grid, options, stack, options.elastic)
+            dataset = load_data(grid.dataset, paths, console, scan=options.scan)
+            images = len(dataset.train)
+            specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
+            plan.check_images(specs, dataset)
+            fallback = plan.fallback_world_sizes(options.elastic, specs)
+            plan.check_epochs(() if grid.specs or options.estimate or options.profile else specs, images)
+            stall = float(options.stall_seconds)
+            allocation = replace(allocation, fallback_world_sizes=fallback, stall_seconds=stall)
+            paths = replace(paths, label=dataset.label)
+            resources = choose_launcher(options, allocation, until_ci.MAX_SEEDS if goal else len(specs))
+            environment, warn = {"launcher": resources.launcher}, partial(say, console)
+            recorder = Recorder(paths, dataset.original, environment, warn, classes=dataset.num_classes)
+            session = Session(allocation, resources, paths, stack)
+            prepared = _Prepared(options, console, session, dataset, recorder, goal)
+            todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
             if any(spec.plugins for spec in todo):
                 from harness.training.fit import check_fit
 
-                check_fit(todo, prepared.dataset, prepared.session.paths)
+                check_fit(todo, dataset, paths)
             for line in _remarks(prepared, specs, todo):
                 say(console, line)
             if options.dry_run or options.estimate or options.profile:
@@ -108,27 +122,6 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
         say(console, str(error))
         return EXIT_FAILED
     return code if print_results(prepared, specs) else EXIT_FAILED
-
-
-def _plan(
-    grid: Grid, options: RunOptions, paths: RunPaths, console: Console, stack: ExitStack, goal: Goal | None
-) -> tuple[_Prepared, list[RunSpec]]:
-    """Look at devices and data, and expand the grid into runs that fit both. Raises UserError."""
-    allocation = make_allocation(grid, options, stack, options.elastic)
-    dataset = load_data(grid.dataset, paths, console, scan=options.scan)
-    images = len(dataset.train)
-    specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
-    plan.check_images(specs, dataset)
-    fallback = plan.fallback_world_sizes(options.elastic, specs)
-    plan.check_epochs(() if grid.specs or options.estimate or options.profile else specs, images)
-    stall = float(options.stall_seconds)
-    allocation = replace(allocation, fallback_world_sizes=fallback, stall_seconds=stall)
-    paths = replace(paths, label=dataset.label)
-    resources = choose_launcher(options, allocation, until_ci.MAX_SEEDS if goal else len(specs))
-    environment, warn = {"launcher": resources.launcher}, partial(say, console)
-    recorder = Recorder(paths, dataset.original, environment, warn, classes=dataset.num_classes)
-    session = Session(allocation, resources, paths, stack)
-    return _Prepared(options, console, session, dataset, recorder, goal), specs
 
 
 def _remarks(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpec]) -> Iterator[str]:

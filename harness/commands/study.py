@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
@@ -299,20 +299,13 @@ class Prepared:
         return f"{none}: {needs}; in {duration(seconds)} --limit-train {fit} would have fitted"
 
 
-class _Running(NamedTuple):
-    trial: Trial
-    spec: RunSpec
-    lock: FileLock
-    rows: list[EpochMetrics]
-
-
 class SweepTrials:
     """The sweep as `harness.cluster.search` sees it: proposes runs, judges epochs, stores outcomes."""
 
     def __init__(self, prepared: Prepared, study: Study, table: TrialTable) -> None:
         self.prepared, self.study, self.table = prepared, study, table
         self.sweep, self.paths = prepared.sweep, prepared.session.paths
-        self.running: dict[str, _Running] = {}
+        self.running: dict[str, tuple[Trial, RunSpec, FileLock, list[EpochMetrics]]] = {}
         self.interrupted = [trial for trial in study.trials if trial.state == "running"]
         environment = {
             "launcher": "tune", "concurrent_runs": prepared.session.allocation.concurrent_runs, "sweep": self.sweep.name,
@@ -333,11 +326,6 @@ class SweepTrials:
     def push(self) -> None:
         """Copy the sweep's own files to the URI, if there is one."""
         self.recorder.push(lambda uri, folder: push_run(join_uri(uri, SWEEPS), folder), self.prepared.folder)
-
-    def close(self) -> None:
-        """Unlock the runs that have not ended."""
-        for running in self.running.values():
-            running.lock.release()
 
     def propose(self) -> tuple[str, RunSpec] | None:
         """The next trial that needs training; those that are stored already end here."""
@@ -364,11 +352,12 @@ class SweepTrials:
                 self._end(trial, "finished", measure(rows, self.sweep.metric, result), "was done already")
                 lock.release()
             elif trial.number in study.to_prune:  # the driver was killed between the decision and the record
-                self.running[name] = _Running(trial, spec, lock, load_epochs(self.recorder.partial(spec)))
+                self.running[name] = trial, spec, lock, load_epochs(self.recorder.partial(spec))
                 self.recorder.started.setdefault(spec.key, datetime.now(UTC))
                 self.ended(name, None)
             else:
-                self.running[name] = _Running(trial, spec, lock, [])
+                self.running[name] = trial, spec, lock, []
+                self.prepared.session.stack.callback(lock.release)  # where it is not ended
                 self.table.line(trial, f"starting, {describe_trial(trial)}")
                 return name, spec
 

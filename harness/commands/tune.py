@@ -91,8 +91,6 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
             if isinstance(stop, TimeUp) and not any(trial.epochs for trial in study.trials):
                 say(console, prepared.what_fits(stop.seconds))
             raise
-        finally:
-            trials.close()
     _print_sweep(prepared, trials.store(**weigh_both(study.trials, sweep.dimensions)), console)
     trials.push()  # the winner too
     say_page(out, console)

@@ -28,7 +28,7 @@ def make_notes(rows: Sequence[Row]) -> Mapping[str, set[tuple[int, str]]]:
     failures: dict[str, list[tuple[int, str]]] = defaultdict(list)  # why -> rows and names
     samples: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
     for i, row in enumerate(rows):
-        for source in (_data_notes, _condition_notes, _timing_notes, _run_notes, _published_notes, _missing_notes):
+        for source in (_condition_notes, _timing_notes, _run_notes, _published_notes, _missing_notes):
             for text, *columns in source(row):
                 notes[text] |= {(i, column) for column in columns}
         for seed, failure in ((stored.record.seed, stored.record.failure) for stored in row.failed):
@@ -52,20 +52,17 @@ def make_notes(rows: Sequence[Row]) -> Mapping[str, set[tuple[int, str]]]:
     return notes
 
 
-def _data_notes(row: Row) -> Noted:
+NOTED_APART = {"uncommitted changes", "check", "concurrent runs", "runs per GPU"}
+
+
+def _condition_notes(row: Row) -> Noted:
+    """What its errors are of, and what differs between its runs without splitting it."""
     for text, column in incomparable(row):
         yield f"{text}: not compared with published errors", column
     if row.evaluated_on == "val":
         yield "of held-out training images, not of the test set", "error"
     if row.batch_norm_images != row.batch_size:
         yield f"batch norm over {row.batch_norm_images} images a worker", "workers"
-
-
-NOTED_APART = {"uncommitted changes", "check", "concurrent runs", "runs per GPU"}
-
-
-def _condition_notes(row: Row) -> Noted:
-    """What differs between the runs of a row without splitting it."""
     known = {name: [*v, *[NONE] * (sum(v.values()) < len(row.done))] for name, v in row.conditions.items()}
     if mixed := [name for name, values in known.items() if len(values) > 1 and name not in NOTED_APART]:
         told = (f"{name} ({', '.join(value[:40] for value in known[name])})" for name in mixed)
