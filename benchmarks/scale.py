@@ -26,7 +26,7 @@ from synthetic import make_result
 from harness import plan, resources
 from harness.cluster import launch
 from harness.cluster.connect import connect, disconnect
-from harness.cluster.job import Entered, Started
+from harness.cluster.job import Ended, Entered, Started
 from harness.cluster.nodes import Cluster, Node
 from harness.commands import run
 from harness.loaders.datasets import load_dataset
@@ -45,24 +45,23 @@ TARGETS = {
 }
 
 
-def end_at_once(attempts: Any) -> Any:
+def end_at_once(attempts: Any) -> None:
     """In place of `_Run.run`: the same events and outcome, no workers."""
     import ray
 
-    attempts._put(Started(attempt=1))
-    attempts._put(Entered())
-    result = make_result(attempts.spec, EPOCHS)
-    for epoch in result.epochs:
-        last = attempts.mailbox.put.remote(attempts.index, epoch)
+    for event in (Started(attempt=1), Entered()):
+        attempts.put(event)
+    result = make_result(attempts.driver.specs[attempts.index], EPOCHS)
+    for reported in (*result.epochs, Ended(outcome=result)):
+        last = attempts.mailbox.put.remote(attempts.index, reported)
     ray.get(last)  # training would take longer than this
-    return result
 
 
 def join_simulated(stack: ExitStack, address: str | None, **rest: Any) -> Cluster:
     """In place of `join_cluster`: Ray on this machine, and a large cluster in what is returned."""
     connect(None, cpus=1, gpus=0)
     stack.callback(disconnect)
-    return Cluster(members=(Node(cpus=CPUS_PER_NODE, gpus=GPUS_PER_NODE),) * NODES)
+    return (Node(cpus=CPUS_PER_NODE, gpus=GPUS_PER_NODE),) * NODES
 
 
 def timed(seconds: dict[str, float], owner: Any, name: str) -> Any:

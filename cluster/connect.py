@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +44,24 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
     import ray
 
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
-    if address is None:
-        options |= {
-            "num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False, "address": "local",
-            "object_store_memory": 256 * 2**20,  # nothing large travels through Ray
-            "_node_ip_address": LOOPBACK,
-        }  # fmt: skip
-        if len(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) > LONGEST_TEMP_DIR:
-            options["_temp_dir"] = "/tmp/ray"
-        if sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    else:  # its nodes have their own environment
-        options |= {"address": address, "runtime_env": {"env_vars": GPU_ORDER}}
-    try:
-        with _staying_on_loopback() if address is None else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if address is None:
+            _stay_on_loopback(stack)
+            options |= {
+                "num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False, "address": "local",
+                "object_store_memory": 256 * 2**20,  # nothing large travels through Ray
+                "_node_ip_address": LOOPBACK,
+            }  # fmt: skip
+            if len(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) > LONGEST_TEMP_DIR:
+                options["_temp_dir"] = "/tmp/ray"
+        else:  # its nodes have their own environment
+            options |= {"address": address, "runtime_env": {"env_vars": GPU_ORDER}}
+        try:
             ray.init(**options)
-    except Exception as error:  # of many kinds; too busy a machine gives a bare one
-        first = (str(error) or type(error).__name__).strip().splitlines()[0]
-        what = "Ray does not start here" if address is None else f"no Ray cluster answers at {address!r}"
-        raise ClusterError(f"{what}: {first}") from None
+        except Exception as error:  # of many kinds; too busy a machine gives a bare one
+            first = (str(error) or type(error).__name__).strip().splitlines()[0]
+            what = "Ray does not start here" if address is None else f"no Ray cluster answers at {address!r}"
+            raise ClusterError(f"{what}: {first}") from None
     with contextlib.suppress(OSError):  # Ray lets everybody on this machine read it
         (Path.home() / ".ray" / "auth_token").chmod(0o600)
     _watch()
@@ -86,18 +84,15 @@ def _watch() -> None:
     _watchers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL))
 
 
-@contextlib.contextmanager
-def _staying_on_loopback() -> Iterator[None]:
+def _stay_on_loopback(stack: contextlib.ExitStack) -> None:
     """A cluster of this machine alone listens on 127.0.0.1: Ray would replace that with the machine's own address, and
     then listen on all of them."""
     import ray._private.services as services
 
-    before = services.resolve_ip_for_localhost
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    stack.callback(setattr, services, "resolve_ip_for_localhost", services.resolve_ip_for_localhost)
     services.resolve_ip_for_localhost = lambda host: host
-    try:
-        yield
-    finally:
-        services.resolve_ip_for_localhost = before
 
 
 def _check_alive(address: str) -> None:

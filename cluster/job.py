@@ -36,13 +36,9 @@ class Allocation:
     threads: int
     gpus: int = 0  # of all runs
     runs_per_gpu: int = 1
-    placement: Placement = (
-        "pack"  # pack prefers one node for a run's workers, strict-pack insists, spread prefers many
-    )
+    placement: Placement = "pack"  # prefers one node for a run's workers; strict-pack insists, spread prefers many
     fallback_world_sizes: tuple[int, ...] = ()  # largest first: for a cluster that has become too small
-    storage: Path | str = (
-        ""  # for Ray's own files; seen by every node: a shared folder, or a URI that pyarrow opens
-    )
+    storage: Path | str = ""  # for Ray's own files; a folder that every node sees, or a URI that pyarrow opens
     retries: int = 2  # after deaths in a row that brought no progress
     stall_seconds: float = STALL_SECONDS
     placement_timeout_seconds: float = 1800.0  # as long as a cloud may take to bring another node
@@ -149,9 +145,7 @@ _DEATHS = {
     "WorkerCrashedError", "WorkerDiedError",
 }  # fmt: skip
 _COLLECTIVES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
-_LOST_PEER = re.compile(
-    r"[Cc]onnection (closed by peer|reset by peer|refused)|Broken pipe|gloo.*(timed out|Timed out)"
-)
+_LOST_PEER = re.compile(r"[Cc]onnection (closed by peer|reset by peer|refused)|Broken pipe|gloo.*[Tt]imed out")
 
 
 class WorkerDiedError(RuntimeError):
@@ -160,38 +154,28 @@ class WorkerDiedError(RuntimeError):
 
 def make_failed(error: BaseException, *, attempts: int) -> Failed:
     """The failure as the worker that raised it saw it, not as Ray wraps it."""
-    failures = [_unwrap(e) for e in getattr(error, "worker_failures", {}).values()]
+    wrapped = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
+    inner = [(each, getattr(each, "cause", None)) for each in wrapped]
+    failures = [cause if isinstance(cause, BaseException) else each for each, cause in inner]
     # when one worker ends, the others raise in their collective: its death or its own error is the cause
     cause = min(
-        failures or [_unwrap(getattr(error, "controller_failure", error))],
+        failures,
         # where one rank was preempted, all were: the checkpoint is written
-        key=lambda e: -1 if isinstance(e, PreemptedError) else 0 if is_death(e) else 2 if is_lost_peer(e) else 1,
+        key=lambda e: -1 if isinstance(e, PreemptedError) else 0 if is_death(e) else 2 if _is_lost_peer(e) else 1,
     )
-    died = is_death(cause) or is_lost_peer(cause)
+    died = is_death(cause) or _is_lost_peer(cause)
     text = str(cause).strip() or type(cause).__name__
     if died:  # a watchdog knows which rank it was, and where
-        stalled = [str(error) for error in failures or [cause] if "RankStalledError" in _names(error)]
-        text = stalled[0] if stalled else WORKER_DIED
+        text = next((str(error) for error in failures if "RankStalledError" in _names(error)), WORKER_DIED)
     elif "RayError" in _names(cause):
         text = text.splitlines()[-1]
     return Failed(
-        exception="" if died else type(cause).__name__,
-        message=text.splitlines()[0],
-        traceback="".join(traceback.format_exception(cause))[-20_000:],
-        died=died,
-        attempts=attempts,
-    )
+        exception="" if died else type(cause).__name__, message=text.splitlines()[0],
+        traceback="".join(traceback.format_exception(cause))[-20_000:], died=died, attempts=attempts,
+    )  # fmt: skip
 
 
-def count_failures(failures: int, best_progress: float, progress: float) -> tuple[int, float]:
-    """Deaths in a row without progress, this one included, and the best progress; of what it returned for the last one.
-
-    An attempt that made progress resets the count; one that dies where an earlier one died does not.
-    """
-    return (1, progress) if progress > best_progress else (failures + 1, best_progress)
-
-
-def is_lost_peer(error: BaseException) -> bool:
+def _is_lost_peer(error: BaseException) -> bool:
     """A collective that ended because another rank is gone, which is noticed before Ray notices a lost node."""
     names = _names(error)
     return bool(names & _COLLECTIVES) or ("RuntimeError" in names and _LOST_PEER.search(str(error)) is not None)
@@ -205,9 +189,3 @@ def is_death(error: BaseException) -> bool:
 def _names(error: BaseException) -> set[str]:
     """Of its class and those that it is derived from: Ray's and torch's are not imported here."""
     return {cls.__name__ for cls in type(error).__mro__}
-
-
-def _unwrap(error: BaseException) -> BaseException:
-    """The exception that was raised in another process."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, BaseException) else error

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic
@@ -37,15 +37,14 @@ from harness.cluster.job import (
     Train,
     Waiting,
     Worker,
-    count_failures,
     make_failed,
 )  # fmt: skip
-from harness.cluster.nodes import choose_world_size, count_runs, find_draining, free_resources, inspect_cluster
+from harness.cluster.nodes import choose_world_size, count_runs, find_draining, find_lacking, inspect_cluster
 from harness.cluster.workers import LEAVE, Mailbox, Task, note_sigterm, this_node
 
 SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
 LOOK_SECONDS = 1.0  # between looks for nodes that come and go
-POLL_SECONDS = 0.2  # between two looks at what was reported
+POLL_SECONDS = 0.2  # between two looks at what was reported, or for room
 SHORT_RUN_SECONDS = 300.0  # of a longer one, the start of new workers costs a few percent at most
 
 
@@ -73,21 +72,19 @@ def launch(
 
     # beside the driver: on another node it would be lost with that node, and every run with it
     mailbox = ray.remote(num_cpus=0, scheduling_strategy=this_node())(Mailbox).remote()
-    best_progress, until = [0.0] * len(specs), dict[int, float]()  # when a run is no longer a short one
-    seen = _Seen(best_progress)
-    threads = _Threads(lambda index: Task(train, specs[index], index, job, telemetry, mailbox), specs, seen, row)
-    stop = seen.stop
+    driver = _Driver(train, specs, job, telemetry, mailbox, row)
+    until = dict[int, float]()  # when a run is no longer a short one
     for _ in range(min(job.concurrent_runs, len(specs))):
-        threads.start(threads.take())
+        driver.start(driver.take())
     ended = 0
     try:
         while ended < len(specs):
             time.sleep(POLL_SECONDS)
-            left = stop.is_set() and not threads.alive()
-            if leaving() and not stop.is_set():
-                stop.set()
+            left = driver.stop.is_set() and not any(thread.is_alive() for thread in driver.threads)
+            if leaving() and not driver.stop.is_set():
+                driver.stop.set()
                 mailbox.note.remote(LEAVE, time.time())
-            seen.look(mailbox, job)
+            driver.look()
             events = ray.get(mailbox.empty.remote())
             if left and not events:
                 raise KeyboardInterrupt
@@ -96,18 +93,19 @@ def launch(
                     ended += 1
                     yield specs[index], event.outcome
                     if event.more:
-                        following = threads.take(like=index) if row and time.monotonic() < until[index] else None
+                        following = driver.take(like=index) if row and time.monotonic() < until[index] else None
                         if following is not None:
                             progress(specs[following], Started(attempt=1))  # makes its folder
-                        threads.go_on(index, following)
+                        driver.go_on(index, following)
                     continue
                 if isinstance(event, Entered):
                     until[index] = time.monotonic() + SHORT_RUN_SECONDS
-                best_progress[index] = max(best_progress[index], progress_of(event))
+                driver.best_progress[index] = max(driver.best_progress[index], progress_of(event))
                 progress(specs[index], event)
-        threads.join()
+        for thread in driver.threads:  # one that calls Ray later ends the process
+            thread.join()
     finally:
-        stop.set()
+        driver.stop.set()
         ray.kill(mailbox)
         _remove(job.storage)
 
@@ -148,59 +146,36 @@ def launch_here(
 def _remove(storage: Path | str) -> None:
     if isinstance(storage, Path):
         shutil.rmtree(storage, ignore_errors=True)
-        return
-    from pyarrow.fs import FileSystem
+    else:
+        from pyarrow.fs import FileSystem
 
-    with contextlib.suppress(OSError):
-        files, path = FileSystem.from_uri(storage)
-        files.delete_dir(path)
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What the driver's main thread tells those of the runs."""
-
-    best_progress: Sequence[float]  # of each run, as it was reported
-    stop: threading.Event = field(default_factory=threading.Event)
-    training: dict[tuple[int, int], int] = field(default_factory=dict)  # run and attempt -> workers
-    drains: dict[str, float] = field(default_factory=dict)  # by node: since when (monotonic) it is taken away
-    looked_at: float = float("-inf")
-
-    def look(self, mailbox: Any, job: Allocation) -> None:
-        """Now and then: for nodes that are taken away, and for room for runs that have fewer workers than they could."""
-        if (now := time.monotonic()) < self.looked_at + LOOK_SECONDS:
-            return
-        self.looked_at = now
-        with contextlib.suppress(Exception):  # Ray's head may be away for a while
-            for node in find_draining():
-                self.drains.setdefault(node, now)
-            for (index, attempt), workers in list(self.training.items()):
-                more = choose_world_size(inspect_cluster(), job) - workers if workers < job.workers else 0
-                free = free_resources() if more > 0 else {}
-                if more > 0 and all(
-                    free.get(name, 0.0) >= more * amount for name, amount in job.resources.items()
-                ):
-                    mailbox.note.remote((LEAVE, index, attempt), math.inf)  # at the epoch's end
-                    self.training[index, attempt] = job.workers  # it is told once
+        with contextlib.suppress(OSError):
+            files, path = FileSystem.from_uri(storage)
+            files.delete_dir(path)
 
 
-class _Threads(Generic[Spec, Outcome]):
-    """Of the driver: each sees to one run at a time and then takes the next."""
+class _Driver(Generic[Spec, Outcome]):
+    """What the threads of a launch share; each sees to one run at a time and then takes the next."""
 
     def __init__(
-        self, make: Callable[[int], Task[Spec, Outcome]], specs: Sequence[Spec], seen: _Seen,
-        row: Callable[[Spec], Any] | None,
+        self, train: Train[Spec, Outcome], specs: Sequence[Spec], job: Allocation, telemetry: StartSampler | None,
+        mailbox: Any, row: Callable[[Spec], Any] | None,
     ) -> None:  # fmt: skip
-        self.make, self.specs, self.seen = make, specs, seen
+        self.train, self.telemetry, self.specs, self.job, self.mailbox = train, telemetry, specs, job, mailbox
         self.rows = [row and row(spec) for spec in specs]
         self.waiting, self.lock = list(range(len(specs))), threading.Lock()
         self.threads: list[threading.Thread] = []
+        self.stop = threading.Event()
+        self.best_progress = [0.0] * len(specs)  # of each run, as it was reported
+        self.training = dict[tuple[int, int], int]()  # run and attempt -> workers
+        self.drains = dict[str, float]()  # by node: since when (monotonic) it is taken away
+        self.looked_at = float("-inf")
 
     def take(self, like: int | None = None) -> int | None:
         """The next run, or the next of that row; None where there is none, or the command has to end."""
         with self.lock:
-            rows, waiting = self.rows, [] if self.seen.stop.is_set() else self.waiting
-            found = next((index for index in waiting if like is None or rows[index] == rows[like]), None)
+            waiting = [] if self.stop.is_set() else self.waiting
+            found = next((i for i in waiting if like is None or self.rows[i] == self.rows[like]), None)
             if found is not None:
                 waiting.remove(found)
             return found
@@ -212,13 +187,13 @@ class _Threads(Generic[Spec, Outcome]):
 
     def _serve(self, index: int | None, attempt: int = 1) -> None:
         while index is not None:
-            run = _Run(self.make(index), self.specs, self.seen, attempt, WORKER_DIED * (attempt > 1))
+            run = _Run(self, index, attempt)
             try:
                 failed = run.run()
             except BaseException as error:
                 failed = make_failed(error, attempts=1)
             if failed is not None:
-                run.task.mailbox.put.remote(run.task.index, Ended(outcome=failed))
+                run.put(Ended(outcome=failed))
             index, attempt = self.take(), 1
 
     def go_on(self, index: int, following: int | None) -> None:
@@ -226,134 +201,122 @@ class _Threads(Generic[Spec, Outcome]):
         import ray
 
         after = None if following is None else (following, self.specs[following])
-        there = ray.get(self.make(index).mailbox.follow.remote(index, after))
-        if not there and following is not None:
+        if not ray.get(self.mailbox.follow.remote(index, after)) and following is not None:
             self.start(following, 2)  # they have ended meanwhile
 
-    def alive(self) -> bool:
-        return any(thread.is_alive() for thread in self.threads)
+    def look(self) -> None:
+        """Now and then: for nodes that are taken away, and for room for runs that have fewer workers than they could."""
+        if (now := time.monotonic()) < self.looked_at + LOOK_SECONDS:
+            return
+        self.looked_at, job = now, self.job
+        with contextlib.suppress(Exception):  # Ray's head may be away for a while
+            for node in find_draining():
+                self.drains.setdefault(node, now)
+            for (index, attempt), workers in list(self.training.items()):
+                more = choose_world_size(inspect_cluster(), job) - workers if workers < job.workers else 0
+                if more > 0 and not find_lacking(job, more):
+                    self.mailbox.note.remote((LEAVE, index, attempt), math.inf)  # at the epoch's end
+                    self.training[index, attempt] = job.workers  # it is told once
 
-    def join(self) -> None:
-        """Let the last workers take their leave: a thread that calls Ray later ends the process."""
-        for thread in self.threads:
-            thread.join()
 
-
-@dataclass(slots=True)
 class _Run(Generic[Spec, Outcome]):
-    """All attempts at one task, and at those that its workers went on with, in a thread of the driver."""
+    """All attempts at one run, and at those that its workers went on with, in a thread of the driver."""
 
-    task: Task[Spec, Outcome]
-    specs: Sequence[Spec]
-    seen: _Seen
-    attempt: int = 1
-    reason: str = ""  # of the attempt
-    waited_seconds: float = 0.0
-    failures: int = 0  # deaths in a row without progress
-    progress: float = 0.0  # before the last death
-    announced: tuple[int, int] | None = None  # attempt, world size
-    avoid: tuple[str, ...] = ()  # nodes on which the last attempt hung, if there is room without them
+    def __init__(self, driver: _Driver[Spec, Outcome], index: int, attempt: int = 1) -> None:
+        self.driver, self.job, self.mailbox = driver, driver.job, driver.mailbox
+        self.index, self.attempt = index, attempt
+        self.reason = WORKER_DIED * (attempt > 1)  # of the attempt
+        self.waited_seconds = 0.0
+        self.failures = 0  # deaths in a row without progress
+        self.progress = 0.0  # before the last death
+        self.announced: tuple[int, int] | None = None  # attempt, world size
+        self.avoid: tuple[str, ...] = ()  # nodes on which the last attempt hung, if there is room without them
 
     def run(self) -> Failed | None:
         """Try until there is no more use in trying, and why. None where all outcomes were reported, or the command has to
         end before."""
-        job, stop = self.task.job, self.seen.stop
-        while True:
-            index = self.task.index
-            world_size = self._wait_for_resources()
-            if stop.is_set():
-                return None
-            if world_size is None:
-                minutes = job.placement_timeout_seconds / 60
-                message = f"no room in the cluster for {self._describe(job.workers)} within {minutes:.0f} minutes"
-                return Failed(exception="", message=message, traceback="", died=True, attempts=self.attempt)
-            self._announce(world_size)
-            self.task.mailbox.note.remote(("attempt", index), self.attempt)
-            self.seen.training[index, attempt := self.attempt] = world_size
-            started_at, began = time.time(), time.monotonic()
+        import ray
+        from ray.util import remove_placement_group
+
+        job, driver = self.job, self.driver
+        while (world_size := self._wait_for_resources()) is not None:
+            if self.announced != (self.attempt, world_size):
+                self.announced = self.attempt, world_size
+                smaller = world_size if world_size != job.workers else None
+                self.put(Started(attempt=self.attempt, reason=self.reason, world_size=smaller))
+            self.mailbox.note.remote(("attempt", self.index), self.attempt)
+            driver.training[attempt := (self.index, self.attempt)] = world_size
+            began = time.monotonic()
             try:
-                self._make_trainer(world_size, started_at).fit()
+                self._make_trainer(world_size).fit()
                 return None
             except Exception as error:
-                if stop.is_set():  # Ray ends with the command, and may have ended
-                    return None
-                self._free_placement_group()
-                if not self._find_place():
+                if driver.stop.is_set():  # Ray ends with the command, and may have ended
                     return None
                 failed = make_failed(error, attempts=self.attempt)
             finally:
-                del self.seen.training[index, attempt]
+                del driver.training[attempt]
+            with contextlib.suppress(Exception):  # Ray keeps it until the end if Ray Train's controller died
+                remove_placement_group(self._read(("placement group", self.index)))
+            ended_in = ray.get(self.mailbox.close.remote(self.index))
+            if ended_in is None:  # its outcome was reported
+                return None
+            if ended_in != self.index:
+                self.index, self.attempt, self.failures, self.progress, self.announced = ended_in, 1, 0, 0.0, None
             if failed.exception == "WorkerGroupStartupTimeoutError":
                 # others were quicker to take the room, or it is scattered over nodes
-                self.waited_seconds += time.time() - started_at
-                self._put(
-                    Waiting(seconds=self.waited_seconds, reason=f"no place for {self._describe(world_size)}")
-                )
-                continue
-            index = self.task.index
-            if stalled := self._read(("stalled", index, self.attempt)):
-                failed = replace(failed, exception="", died=True, message=stalled.message)
-            self.avoid = stalled.nodes if stalled else ()
-            preempted = failed.exception == PreemptedError.__name__
-            left = preempted or (failed.died and any(since >= began for since in self.seen.drains.values()))
-            if not left:
-                best = self.seen.best_progress[index]
-                self.failures, self.progress = count_failures(self.failures, self.progress, best)
-                if not failed.died or self.failures > job.retries:
-                    return failed
-            grows = preempted and self._read((LEAVE, index, self.attempt))
-            cause = "room for more workers: " if grows else "a worker had to leave: " if preempted else ""
-            self.reason = cause + failed.message
-            self.attempt += 1
+                self.waited_seconds += time.monotonic() - began
+                self.put(Waiting(seconds=self.waited_seconds, reason=f"no place for {self._describe(world_size)}"))
+            elif (final := self._judge(replace(failed, attempts=self.attempt), began)) is not None:
+                return final
+        if driver.stop.is_set():
+            return None
+        minutes = job.placement_timeout_seconds / 60
+        message = f"no room in the cluster for {self._describe(job.workers)} within {minutes:.0f} minutes"
+        return Failed(exception="", message=message, traceback="", died=True, attempts=self.attempt)
 
-    def _find_place(self) -> bool:
-        """Turn to the run in which the workers ended; False where they had reported its outcome."""
-        import ray
+    def _judge(self, failed: Failed, began: float) -> Failed | None:
+        """None where there is to be another attempt, else what the run has come to."""
+        if stalled := self._read(("stalled", self.index, self.attempt)):
+            failed = replace(failed, exception="", died=True, message=stalled.message)
+        self.avoid = stalled.nodes if stalled else ()
+        preempted = failed.exception == PreemptedError.__name__
+        drained = failed.died and any(since >= began for since in self.driver.drains.values())
+        if not (preempted or drained):
+            best = self.driver.best_progress[self.index]
+            self.failures = 1 if best > self.progress else self.failures + 1
+            self.progress = max(best, self.progress)
+            if not failed.died or self.failures > self.job.retries:
+                return failed
+        grows = preempted and self._read((LEAVE, self.index, self.attempt))
+        cause = "room for more workers: " if grows else "a worker had to leave: " if preempted else ""
+        self.reason = cause + failed.message
+        self.attempt += 1
+        return None
 
-        index = ray.get(self.task.mailbox.close.remote(self.task.index))
-        if index not in (None, self.task.index):
-            self.task = replace(self.task, index=index, spec=self.specs[index])
-            self.attempt, self.failures, self.progress, self.announced = 1, 0, 0.0, None
-        return index is not None
-
-    def _put(self, event: Any) -> None:
-        self.task.mailbox.put.remote(self.task.index, event)
+    def put(self, event: Any) -> None:
+        self.mailbox.put.remote(self.index, event)
 
     def _read(self, key: Any) -> Any:
         import ray
 
         with contextlib.suppress(Exception):
-            return ray.get(self.task.mailbox.read.remote(key), timeout=30)
+            return ray.get(self.mailbox.read.remote(key), timeout=30)
 
     def _describe(self, workers: int) -> str:
-        return f"{workers} x " + " + ".join(
-            f"{amount:g} {name}" for name, amount in self.task.job.resources.items()
-        )
-
-    def _announce(self, world_size: int) -> None:
-        if (self.attempt, world_size) != self.announced:
-            smaller = world_size if world_size != self.task.job.workers else None
-            self._put(Started(attempt=self.attempt, reason=self.reason, world_size=smaller))
-            self.announced = (self.attempt, world_size)
+        return f"{workers} x " + " + ".join(f"{amount:g} {name}" for name, amount in self.job.resources.items())
 
     def _wait_for_resources(self) -> int | None:
-        """Wait until the cluster has a run's resources free; with how many workers, None where that took too long.
-
-        Ray Train itself would wait a minute, in silence, and then fail the run.
-        """
-        job, before, began = self.task.job, self.waited_seconds, time.monotonic()
+        """Wait until the cluster has a run's resources free; with how many workers, None where that took too long or the
+        command has to end. Ray Train itself would wait a minute, in silence, and then fail the run."""
+        job, before, began = self.job, self.waited_seconds, time.monotonic()
         show_at = SHOW_WAIT_AFTER_SECONDS
-        while not self.seen.stop.is_set():
+        while not self.driver.stop.is_set():
             if self.avoid and not count_runs(inspect_cluster(self.avoid), job):
                 self.avoid = ()
             elastic = bool(job.fallback_world_sizes)
             world_size = choose_world_size(inspect_cluster(self.avoid), job) if elastic else job.workers
-            free = free_resources(self.avoid)
-            lacking = [
-                f"{amount * world_size:g} {name} wanted, {free.get(name, 0.0):g} free"
-                for name, amount in job.resources.items()
-                if free.get(name, 0.0) < amount * world_size - 1e-6
-            ]
+            lacking = find_lacking(job, world_size, self.avoid)
             seconds = time.monotonic() - began
             self.waited_seconds = before + seconds
             if (lacking or before) and self.waited_seconds > job.placement_timeout_seconds:
@@ -361,27 +324,20 @@ class _Run(Generic[Spec, Outcome]):
             if not lacking:
                 return world_size
             if seconds >= show_at:
-                self._put(Waiting(seconds=self.waited_seconds, reason="; ".join(lacking)))
+                self.put(Waiting(seconds=self.waited_seconds, reason=lacking))
                 show_at = seconds + SHOW_WAIT_EVERY_SECONDS
-            self.seen.stop.wait(0.2)
+            self.driver.stop.wait(POLL_SECONDS)
         return None
 
-    def _free_placement_group(self) -> None:
-        """Give a failed attempt's resources back: Ray keeps them until the job's end if Ray Train's controller died."""
-        from ray.util import remove_placement_group
-
-        if (group := self._read(("placement group", self.task.index))) is not None:
-            with contextlib.suppress(Exception):
-                remove_placement_group(group)
-
-    def _make_trainer(self, world_size: int, started_at: float) -> Any:
+    def _make_trainer(self, world_size: int) -> Any:
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.train.v2._internal.execution.callback import WorkerCallback
 
         from harness.cluster.loopback import LoopbackConfig
 
-        task, job, attempt = self.task, self.task.job, self.attempt
+        driver, job, attempt, started_at = self.driver, self.job, self.attempt, time.time()
+        task = Task(driver.train, driver.specs[self.index], self.index, job, driver.telemetry, self.mailbox)
 
         class OnStart(WorkerCallback):
             def after_init_train_context(self) -> None:  # in each worker's main thread
@@ -389,7 +345,7 @@ class _Run(Generic[Spec, Outcome]):
 
         class QuietTrainer(TorchTrainer):
             def _create_default_callbacks(self) -> list[Any]:
-                # it needs the dashboard and complains once a second without; `_free_placement_group` does its work
+                # it needs the dashboard and complains once a second without; `run` does its work
                 kept = super()._create_default_callbacks()
                 return [OnStart(), *(c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback")]
 
@@ -406,7 +362,7 @@ class _Run(Generic[Spec, Outcome]):
             ),
             run_config=ray.train.RunConfig(
                 # a name used twice would resume the first run of that name
-                name=f"run-{task.index}-{uuid.uuid4().hex[:12]}", storage_path=str(job.storage),
+                name=f"run-{self.index}-{uuid.uuid4().hex[:12]}", storage_path=str(job.storage),
                 failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),

@@ -1,44 +1,19 @@
-"""How the ranks of one run find each other where all are in this machine: by a port of loopback alone.
+"""How the ranks of one run find each other where all are in this machine: by a file.
 
-torch's own store listens on every address of a machine, and has no word for another; but it takes over a socket that
-listens already. Ray Train knows "env" and "tcp", so this stands in the place of its backend.
+torch's own store of keys listens on every address of a machine, and has no word for another. Ray Train knows "env" and
+"tcp", so this stands in the place of its backend.
 """
 
 from __future__ import annotations
 
-import os
-import socket
+import tempfile
+import uuid
 from dataclasses import dataclass
-from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from ray.train.torch import TorchConfig
-from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
-
-from harness.cluster.job import LOOPBACK
-
-_listening: list[socket.socket] = []  # rank 0's, from when its port is known until the store takes it over
-
-
-def listen() -> int:
-    """In rank 0: take a free port of loopback. Returns it."""
-    made = socket.create_server((LOOPBACK, 0), backlog=1024)
-    _listening.append(made)
-    port: int = made.getsockname()[1]
-    return port
-
-
-def join(rank: int, world_size: int, port: int, backend: str, timeout_seconds: int) -> None:
-    """In every rank: make the process group."""
-    import torch.distributed as dist
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    if backend == "nccl" and "TORCH_NCCL_BLOCKING_WAIT" not in os.environ:
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as Ray Train's own
-    timeout = timedelta(seconds=timeout_seconds)
-    taken: dict[str, Any] = {"master_listen_fd": _listening.pop().detach()} if rank == 0 else {}
-    store = TCPStore(LOOPBACK, port, world_size, rank == 0, timeout=timeout, **taken)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 
 
 class LoopbackBackend(_TorchBackend):
@@ -49,13 +24,12 @@ class LoopbackBackend(_TorchBackend):
         import ray
 
         worker_group.execute(_set_torch_distributed_env_vars)
-        port = worker_group.execute_single(0, listen)
+        file = Path(tempfile.gettempdir(), f"harness-ranks-{uuid.uuid4().hex}").as_uri()
         world, backend, seconds = len(worker_group), backend_config.backend, backend_config.timeout_s
-        joining = [
-            worker_group.execute_single_async(rank, join, rank, world, port, backend, seconds)
-            for rank in range(world)
-        ]
-        ray.get(joining)
+        make = _setup_torch_process_group
+        ray.get(
+            [worker_group.execute_single_async(r, make, backend, r, world, file, seconds) for r in range(world)]
+        )
 
 
 @dataclass
@@ -65,23 +39,3 @@ class LoopbackConfig(TorchConfig):
     @property
     def backend_cls(self) -> type[LoopbackBackend]:
         return LoopbackBackend
-
-
-def meet(device: str) -> None:
-    """In every rank of the process group: wait for all others."""
-    import torch
-    import torch.distributed as dist
-
-    here = torch.ones(1, device=device)
-    dist.all_reduce(here)
-    here.item()  # only then has a GPU's host waited
-
-
-def from_rank_0(value: Any, device: str) -> Any:
-    """In every rank of the process group: rank 0's value."""
-    import torch
-    import torch.distributed as dist
-
-    values = [value]
-    dist.broadcast_object_list(values, 0, device=torch.device(device))
-    return values[0]

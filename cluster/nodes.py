@@ -24,19 +24,7 @@ class Node:
     gpus: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cluster:
-    """What a cluster has, node by node."""
-
-    members: tuple[Node, ...]
-
-    @property
-    def cpus(self) -> int:
-        return sum(node.cpus for node in self.members)
-
-    @property
-    def gpus(self) -> int:
-        return sum(node.gpus for node in self.members)
+Cluster = tuple[Node, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,24 +48,28 @@ def inspect_cluster(avoid: Collection[str] = ()) -> Cluster:
 
     others = {*avoid, *find_draining()}
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in others]
-    return Cluster(members=tuple(Node(cpus=int(r.get("CPU", 0)), gpus=int(r.get("GPU", 0))) for r in resources))
+    return tuple(Node(cpus=int(r.get("CPU", 0)), gpus=int(r.get("GPU", 0))) for r in resources)
 
 
-def free_resources(avoid: Collection[str] = ()) -> dict[str, float]:
-    """What nobody uses now of those nodes."""
+def find_lacking(job: Allocation, workers: int, avoid: Collection[str] = ()) -> str:
+    """What is not free now, on the nodes of `inspect_cluster`, of what so many workers take; nothing where they fit."""
     import ray._private.state as private
 
     others, free = {*avoid, *find_draining()}, Counter[str]()
     for node, resources in private.state.available_resources_per_node().items():
         free.update(resources if node not in others else {})
-    return dict(free)
+    return "; ".join(
+        f"{amount * workers:g} {name} wanted, {free[name]:g} free"
+        for name, amount in job.resources.items()
+        if free[name] < amount * workers - 1e-6
+    )
 
 
 def count_runs(cluster: Cluster, job: Allocation) -> int:
     """How many runs of the job's workers an idle cluster could hold."""
     workers = [
         min(int(has[name] / amount + 1e-6) for name, amount in job.resources.items())
-        for has in ({"CPU": node.cpus, "GPU": node.gpus} for node in cluster.members)
+        for has in ({"CPU": node.cpus, "GPU": node.gpus} for node in cluster)
     ]
     if job.placement == "strict-pack":
         return sum(count // job.workers for count in workers)
@@ -99,27 +91,24 @@ def fit(cluster: Cluster, job: Allocation) -> Allocation:
 
     No concurrent runs where not one can be placed.
     """
-
-    def runs(threads: int) -> int:
-        return min(job.concurrent_runs, count_runs(cluster, replace(job, threads=threads)))
-
-    most, threads = runs(1), 1
-    while most and threads * job.workers * most < cluster.cpus and runs(threads + 1) == most:
-        threads += 1
-    return replace(job, concurrent_runs=most, threads=threads)
+    most = min(job.concurrent_runs, count_runs(cluster, replace(job, threads=1)))
+    largest = sum(node.cpus for node in cluster) // (job.workers * most) if most else 1
+    widest = (n for n in range(largest, 1, -1) if count_runs(cluster, replace(job, threads=n)) >= most)
+    return replace(job, concurrent_runs=most, threads=next(widest, 1))
 
 
-def working_nodes() -> list[dict[str, Any]]:
-    """The cluster's nodes that have a CPU or a GPU to work with, as Ray describes them."""
+def working_nodes() -> dict[str, str]:
+    """The cluster's nodes that have a CPU or a GPU to work with: "host (address)" -> Ray's identifier."""
     import ray
 
-    return [node for node in ray.nodes() if node["Alive"] and {"CPU", "GPU"} & set(node["Resources"])]
+    working = [node for node in ray.nodes() if node["Alive"] and {"CPU", "GPU"} & set(node["Resources"])]
+    return {f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": node["NodeID"] for node in working}
 
 
 def ask_every_node(
     ask: Callable[[], Answer], *, timeout_seconds: float = ANSWER_SECONDS, only: str | None = None, gpus: int = 0
 ) -> dict[str, Answer | Unanswered]:
-    """Call `ask` once on each working node, or on one alone; "host (address)" -> its answer.
+    """Call `ask` once on each working node, or on one alone; its answer by the names of `working_nodes`.
 
     Takes no resources but `gpus`, so that it also answers while the cluster is busy. Call `connect` before.
     """
@@ -127,17 +116,11 @@ def ask_every_node(
     from ray.exceptions import GetTimeoutError, RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def on_node() -> Answer:
-        return ask()
-
     # takes no partial; a process that has used a GPU would disturb the runs after it
-    task = ray.remote(num_cpus=0, num_gpus=gpus or None, max_retries=0, max_calls=1)(on_node)
-    nodes = {
-        f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": node["NodeID"] for node in working_nodes()
-    }
+    task: Any = ray.remote(num_cpus=0, num_gpus=gpus or None, max_retries=0, max_calls=1)(lambda: ask())
     pending = {
         name: task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
-        for name, node in nodes.items()
+        for name, node in working_nodes().items()
         if only in (None, name)
     }
     answers: dict[str, Answer | Unanswered] = {}

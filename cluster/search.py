@@ -42,9 +42,9 @@ from harness.cluster.job import (
     Train,
     Worker,
     WorkerDiedError,
-    is_death,
     make_failed,
 )
+from harness.cluster.workers import from_rank_0
 
 PEER_SECONDS = 10.0  # for the other ranks to end once one has
 LEAVE_SECONDS = 10.0  # for the ranks to destroy their process group together
@@ -237,11 +237,7 @@ def _report(report: Report, worker: Worker, event: Any) -> None:
             report(event)
         except SystemExit:
             stop = True
-    if worker.world_size > 1:
-        from harness.cluster.loopback import from_rank_0
-
-        stop = from_rank_0(stop, worker.device)
-    if stop:
+    if from_rank_0(stop, worker):
         raise Pruned(0)
 
 
@@ -277,39 +273,40 @@ class _Peers:
         self.note, self.over, self.url = note, threading.Event(), ""
         self.actors: list[Any] = []
         self.ends: list[Any] = []
-        if worker.world_size == 1:
-            return
+        self.failures: list[Failed] = []
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        if worker.world_size > 1:
 
-        class Peer:
-            def run(self, rank: int, url: str) -> Any:
-                result, _ = run_rank(train, spec, replace(worker, rank=rank), lambda _: None, url)
-                return result if isinstance(result, Failed) else None
+            class Peer:
+                def run(self, rank: int, url: str) -> Any:
+                    return run_rank(train, spec, replace(worker, rank=rank), lambda _: None, url)[0]
 
-        group = ray.util.get_current_placement_group()
-        with socket.socket() as free:
-            free.bind(("", 0))
-            self.url = f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
-        cpus, gpus = job.resources["CPU"], job.resources.get("GPU", 0)
-        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(Peer)
-        for rank in range(1, worker.world_size):
-            bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
-            self.actors.append(remote.options(scheduling_strategy=bundle).remote())
-        self.ends = [actor.run.remote(rank, self.url) for rank, actor in enumerate(self.actors, 1)]
-        threading.Thread(target=self.watch, daemon=True).start()
+            group = ray.util.get_current_placement_group()
+            with socket.socket() as free:
+                free.bind(("", 0))
+                self.url = f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+            cpus, gpus = job.resources["CPU"], job.resources.get("GPU", 0)
+            remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(Peer)
+            for rank in range(1, worker.world_size):
+                bundle = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
+                self.actors.append(remote.options(scheduling_strategy=bundle).remote())
+            self.ends = [actor.run.remote(rank, self.url) for rank, actor in enumerate(self.actors, 1)]
+        self.thread.start()
 
     def watch(self) -> None:
         """A lost peer can leave rank 0 in a collective for minutes: then this process ends, and Tune tries again."""
-        pending = list(self.ends)
-        while pending and not self.over.is_set():
-            ready, pending = ray.wait(pending, num_returns=1, timeout=1.0)
+        pending = self.ends
+        while pending:
+            (end, *_), pending = ray.wait(pending)
             try:
-                failed = [result for result in ray.get(ready) if isinstance(result, Failed)]
-                died = any(result.died for result in failed)
-            except Exception:
-                failed, died = [], True
-            if (failed or died) and not self.over.wait(PEER_SECONDS):
-                if not died:
-                    self.note.write_bytes(pickle.dumps(failed[0]))
+                result = ray.get(end)
+            except Exception as error:
+                result = make_failed(error, attempts=1)
+            if isinstance(result, Failed):
+                self.failures.append(result)
+            if self.failures and not self.over.wait(PEER_SECONDS):
+                if not any(failed.died for failed in self.failures):
+                    self.note.write_bytes(pickle.dumps(self.failures[0]))
                 os._exit(13)
 
     def wait(self, result: Any) -> Any:
@@ -317,23 +314,13 @@ class _Peers:
 
         One rank's exception makes the others fail in their collective: it is the cause.
         """
-        failures = [result] if isinstance(result, Failed) else []
-        seconds = PEER_SECONDS if failures else COLLECTIVE_SECONDS
-        ready, _ = ray.wait(self.ends, num_returns=len(self.ends), timeout=seconds) if self.ends else ([], [])
+        own = [result] if isinstance(result, Failed) else []
         self.over.set()
-        for end in ready:
-            try:
-                failures += [other for other in [ray.get(end)] if isinstance(other, Failed)]
-            except Exception as error:
-                if is_death(error):
-                    raise
-                failures.append(make_failed(error, attempts=1))
-        if not failures:
-            return result
-        failures.sort(key=lambda failed: failed.died)
-        if failures[0].died:
-            raise WorkerDiedError(failures[0].message)
-        return failures[0]
+        self.thread.join(PEER_SECONDS if own else COLLECTIVE_SECONDS)
+        cause = min(own + self.failures, key=lambda failed: failed.died, default=result)
+        if isinstance(cause, Failed) and cause.died:
+            raise WorkerDiedError(cause.message)
+        return cause
 
     def close(self) -> None:
         """End their processes."""

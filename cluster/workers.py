@@ -41,14 +41,13 @@ class Mailbox:
     def __init__(self) -> None:
         self.events: list[tuple[int, Any]] = []
         self.notes: dict[Any, Any] = {}
-        self.following: dict[int, tuple[int, Any] | None] = {}  # run -> what its workers go on with
-        self.ended, self.closed = set[int](), set[int]()
 
     def put(self, index: int, event: Any, attempt: int | None = None) -> bool:
         """Whether the attempt is the run's last: an earlier one may live on beside it, on a node that seemed lost."""
         current = attempt is None or self.notes.get(("attempt", index), attempt) == attempt
-        self.events += [(index, event)] if current else []
-        self.ended |= {index} if current and isinstance(event, Ended) else set()
+        if current:
+            self.events.append((index, event))
+            self.notes["ended", index] = isinstance(event, Ended) or self.notes.get(("ended", index))
         return current
 
     def empty(self) -> list[tuple[int, Any]]:
@@ -62,25 +61,21 @@ class Mailbox:
         return next((self.notes[key] for key in keys if key in self.notes), None)
 
     def follow(self, index: int, following: tuple[int, Any] | None) -> bool:
-        """The driver says what comes after a run that has ended; False where its workers have ended too."""
-        if index in self.closed:
+        """The driver says what the workers of a run that has ended go on with; False where they have ended too."""
+        if ("closed", index) in self.notes:
             return False
-        self.following[index] = following
+        self.notes["next", index] = (following,)
         if following:
             self.notes["attempt", following[0]] = 1
         return True
 
-    def next_after(self, index: int) -> tuple[tuple[int, Any] | None, ...]:
-        """What workers go on with; empty where the driver has not said so yet."""
-        return (self.following[index],) if index in self.following else ()
-
     def close(self, index: int) -> int | None:
         """The workers that began with this run have ended: in which run, None where they were between two."""
-        while (following := self.following.get(index)) is not None:
+        while (following := self.notes.get(("next", index), (None,))[0]) is not None:
             index = following[0]
-        if index not in self.ended:
+        if not self.notes.get(("ended", index)):
             return index
-        self.closed.add(index)
+        self.notes["closed", index] = True
         return None
 
 
@@ -89,6 +84,29 @@ def this_node() -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def from_rank_0(value: Any, worker: Worker) -> Any:
+    """In every rank: rank 0's value."""
+    if worker.world_size == 1:
+        return value
+    import torch
+    import torch.distributed as dist
+
+    values = [value]
+    dist.broadcast_object_list(values, 0, device=torch.device(worker.device))
+    return values[0]
+
+
+def meet(worker: Worker) -> None:
+    """In every rank: wait for all others."""
+    if worker.world_size > 1:
+        import torch
+        import torch.distributed as dist
+
+        here = torch.ones(1, device=worker.device)
+        dist.all_reduce(here)
+        here.item()  # only then has a GPU's host waited
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,25 +122,16 @@ class Task(Generic[Spec, Outcome]):
 
     def work(self, attempt: int, started_at: float) -> None:
         """In a worker: this run, and those that the driver has it go on with."""
-        task: Task[Spec, Outcome] | None = self
-        while task is not None:
-            worker = task.work_once(attempt, started_at)
-            attempt, started_at = 1, time.time()
-            task = task.next_task(worker)
-
-    def next_task(self, worker: Worker) -> Task[Spec, Outcome] | None:
-        """In a worker whose run has ended: the next one, None where there is none. A collective."""
         import ray
 
-        answer: tuple[Any, ...] = ()
-        while worker.rank == 0 and not (answer := ray.get(self.mailbox.next_after.remote(self.index))):
-            time.sleep(FOLLOW_SECONDS)
-        if worker.world_size > 1:
-            from harness.cluster.loopback import from_rank_0
-
-            answer = from_rank_0(answer, worker.device)
-        (following,) = answer
-        return following and replace(self, index=following[0], spec=following[1])
+        task: Task[Spec, Outcome] | None = self
+        while task is not None:
+            worker, answer = task.work_once(attempt, started_at), None
+            attempt, started_at = 1, time.time()
+            while worker.rank == 0 and not (answer := ray.get(self.mailbox.read.remote(("next", task.index)))):
+                time.sleep(FOLLOW_SECONDS)
+            (following,) = from_rank_0(answer, worker)
+            task = following and replace(self, index=following[0], spec=following[1])
 
     def work_once(self, attempt: int, started_at: float) -> Worker:
         """Call the train function and report its outcome; measure this node meanwhile if this is its first worker."""
@@ -145,17 +154,16 @@ class Task(Generic[Spec, Outcome]):
                 ray.get(mailbox.note.remote(("stalled", self.index, attempt), stalled), timeout=10)
             os._exit(1)  # whatever it waits for
 
-        worker = Worker(
-            rank=rank, world_size=context.get_world_size(), device=str(get_device()), threads=job.threads,
-            attempt=attempt, launch_seconds=time.time() - started_at, runs_per_gpu=job.runs_per_gpu,
-            stall_seconds=job.stall_seconds, node=node, notice=notice, alarm=alarm,
-        )  # fmt: skip
-
         def report(event: Any) -> None:
             # waits for the answer: else a death soon after would lose it
             if rank == 0 and not ray.get(mailbox.put.remote(self.index, event, attempt)):
                 raise WorkerDiedError("another attempt at this run has begun")
 
+        worker = Worker(
+            rank=rank, world_size=context.get_world_size(), device=str(get_device()), threads=job.threads,
+            attempt=attempt, launch_seconds=time.time() - started_at, runs_per_gpu=job.runs_per_gpu,
+            stall_seconds=job.stall_seconds, node=node, notice=notice, alarm=alarm,
+        )  # fmt: skip
         if rank == 0:
             mailbox.note.remote(("placement group", self.index), get_current_placement_group())
         report(Entered())
@@ -169,11 +177,8 @@ class Task(Generic[Spec, Outcome]):
         if sampler is not None:
             with contextlib.suppress(Exception):  # a missing figure does not cost the run
                 measured = Telemetry(node=ray.get(sampler.stop.remote(), timeout=10))
-                ray.get(self.mailbox.put.remote(self.index, measured), timeout=10)
+                ray.get(mailbox.put.remote(self.index, measured), timeout=10)
                 ray.kill(sampler)
-        if worker.world_size > 1:
-            from harness.cluster.loopback import meet
-
-            meet(worker.device)  # what other nodes measured has arrived
+        meet(worker)  # what other nodes measured has arrived
         report(Ended(outcome=outcome, more=worker.world_size == job.workers))
         return worker

@@ -16,8 +16,7 @@ from harness.options import Grid, Resources
 from harness.plan import GPU_PRECISIONS
 from harness.results.remote import join_uri
 from harness.spec import INSTALL, RunPaths, RunSpec, UserError, mistakes, refuse
-from harness.training.host import count_cpus
-from harness.training.nvml import count_gpus
+from harness.training.host import count_cpus, count_gpus
 
 Runs = Generator[tuple[RunSpec, Any], None, None]
 
@@ -43,7 +42,8 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack, least: i
     check_resources(resources)
     if resources.address is not None:
         cluster = join_cluster(stack, resources.address, cpus=0, gpus=0, verbose=resources.verbose)
-        gpus, cpus, where = cluster.gpus, cluster.cpus, f"the cluster at {resources.address}"
+        gpus, cpus = sum(node.gpus for node in cluster), sum(node.cpus for node in cluster)
+        where = f"the cluster at {resources.address}"
     else:
         gpus, cpus, where = count_gpus(), count_cpus(), "this machine"
     resources = fill_from_specs(resources, grid, gpus)
@@ -58,7 +58,7 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack, least: i
         return replace(allocation, concurrent_runs=1)
     if not fitted.concurrent_runs:
         what = "GPUs" if fitted.device == "cuda" else "CPUs"
-        largest = max((getattr(node, what.lower()) for node in cluster.members), default=0)
+        largest = max((getattr(node, what.lower()) for node in cluster), default=0)
         raise UserError(
             f"--workers {fitted.workers} --placement {fitted.placement}: no room in {where}, whose largest node has "
             f"{largest} {what} (each worker needs a CPU)"

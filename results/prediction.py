@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from harness.results.metrics import METRICS, figures
@@ -47,15 +46,3 @@ def _difference(predicted: float, actual: float) -> str:
     digits = max(0, 2 - math.floor(math.log10(largest))) if 0 < largest < math.inf else 0
     percent = f" ({100 * (actual - predicted) / predicted:+.1f} %)" if predicted else ""
     return f"{actual - predicted:+,.{digits}f}{percent}".replace("-", "−")
-
-
-def in_words(row: Row) -> Iterator[str]:
-    pairs = predicted_figures(row)
-    if not pairs or row.predicted is None:
-        return
-    yield (
-        f"predicted by a probe of {row.predicted.steps} steps on {row.predicted.made_at:%Y-%m-%d %H:%M} UTC, "
-        "and what was measured:"
-    )
-    yield from (f"  {p.figure:<9}  {p.values}  {p.difference or f'({p.reason})'}" for p in pairs)
-    yield from (f"  while probing: {cause}" for cause in row.predicted.interference)

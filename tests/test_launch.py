@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from ray import cloudpickle
 
 import harness.cluster.connect
 from harness.cluster.connect import ClusterError, connect, disconnect
-from harness.cluster.job import Allocation, Entered, Failed, PreemptedError, Started, Worker, count_failures
-from harness.cluster.launch import launch, launch_here
+from harness.cluster.job import Allocation, Entered, Failed, PreemptedError, Started, Worker
+from harness.cluster.launch import _Run, launch, launch_here
+from harness.cluster.nodes import Node
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -70,7 +72,7 @@ def collect(
 def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
     cluster = connect(None, cpus=2, gpus=0)
     try:
-        assert (cluster.cpus, cluster.gpus) == (2, 0)
+        assert cluster == (Node(cpus=2, gpus=0),)
         specs = [
             {"name": "good", "epochs": 2},
             {
@@ -190,11 +192,15 @@ def test_private_names_of_ray_that_are_used_exist() -> None:
     assert issubclass(ray.train.TrainingFailedError, Exception)
 
 
-def test_a_death_counts_against_the_limit_unless_the_run_had_come_further() -> None:
-    best_progress, failures, counted = 0.0, 0, []
+def test_a_death_counts_against_the_limit_unless_the_run_had_come_further(tmp_path: Path) -> None:
+    driver: Any = SimpleNamespace(job=make_job(tmp_path, retries=2), mailbox=None, best_progress=[0.0], drains={})
+    run, counted = _Run(driver, 0), []
+    died = Failed(exception="", message="killed", traceback="", died=True)
     for progress in (0, 0, 3, 3, 3, 4, 4):  # the furthest epoch reported before each death
-        failures, best_progress = count_failures(failures, best_progress, progress)
-        counted.append(failures)
+        driver.best_progress[0] = progress
+        final = run._judge(died, time.monotonic())
+        counted.append(run.failures)
+        assert (final is None) == (run.failures <= 2)
     assert counted == [1, 2, 1, 2, 3, 1, 2]
 
 

@@ -34,7 +34,7 @@ from harness.results.remote import check_uri, is_uri, redact
 from harness.results.store import write_atomic
 from harness.selfcheck import find_devices, make_ranks
 from harness.spec import INSTALL, UserError
-from harness.training.nvml import count_gpus, cuda_driver_version, driver_version
+from harness.training.host import count_gpus, cuda_driver_version, driver_version
 
 LEAST_SHARED_MEMORY_GIB = 1.0  # for Ray's object store and NCCL; Docker's default is 64 MiB
 MOST_SECONDS = 600.0  # of a device's checks
@@ -112,7 +112,8 @@ def check_ray(target: CheckOptions) -> str:
 def check_cluster(target: CheckOptions) -> str:
     cluster = connect(target.address, cpus=0, gpus=0)
     disconnect()
-    return f"{len(cluster.members)} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}"
+    cpus, gpus = sum(node.cpus for node in cluster), sum(node.gpus for node in cluster)
+    return f"{len(cluster)} nodes, {cpus} CPUs, {gpus} GPUs at {target.address}"
 
 
 def check_storage(target: CheckOptions) -> str:
