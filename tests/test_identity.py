@@ -232,7 +232,7 @@ def test_the_hash_is_of_the_code_and_of_nothing_else(tmp_path: Path, monkeypatch
     (tmp_path / "harness" / "notes.txt").write_text("x")
     (tmp_path / "results" / "rows.py").write_text("x")
     assert now() == hash_code()
-    for name in ("models/resnet.py", "harness/training/step.py", "loaders/sampling.py", "cluster/launch.py"):
+    for name in ("models/networks.py", "harness/training/step.py", "loaders/sampling.py", "cluster/launch.py"):
         path = tmp_path / name
         before, text = now(), path.read_text()
         path.write_text(text + "\n")
