@@ -5,6 +5,7 @@ Each check imports what it looks at.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -230,23 +231,29 @@ def measure_all(target: CheckOptions) -> Iterator[Result]:
 
 
 def measure_nodes(address: str) -> Iterator[Result]:
-    """What each node of a cluster gives; those that are far slower than the others."""
+    """What each node of a cluster gives, and its clock; those that are far slower than the others."""
     from harness.cluster.nodes import Unanswered, ask_every_node
+    from harness.cluster.workers import driver_clock
     from harness.loaders.datasets import load_dataset
-    from harness.preflight import find_outliers
+    from harness.preflight import find_outliers, find_wrong_clocks, read_clock
     from harness.resources import join_cluster
     from harness.training.rates import measure_rates
 
     with ExitStack() as joined:
         join_cluster(joined, address, cpus=0, gpus=0, verbose=False)
-        answers = ask_every_node(lambda: measure_rates(Path(tempfile.gettempdir()), load_dataset("digits")))
-    rates = {node: answer for node, answer in answers.items() if not isinstance(answer, Unanswered)}
+        clock, here = joined.enter_context(driver_clock()), Path(tempfile.gettempdir())
+        answers = ask_every_node(lambda: (measure_rates(here, load_dataset("digits")), read_clock(clock)))
+    known = {node: answer for node, answer in answers.items() if not isinstance(answer, Unanswered)}
     for node, answer in answers.items():
         if isinstance(answer, Unanswered):
             yield Result(node, "failed", answer.reason)
         else:
-            yield Result(node, "ok", ", ".join(f"{figure} {value:.3g}" for figure, value in answer.items()))
-    for line in find_outliers(rates):
+            rates, (ahead, uncertainty) = answer
+            figures = [f"{figure} {value:.3g}" for figure, value in rates.items()]
+            yield Result(node, "ok", ", ".join([*figures, f"clock {ahead:+.2g} ± {uncertainty:.1g} s"]))
+    slow = find_outliers({node: rates for node, (rates, _) in known.items()}).values()
+    wrong = find_wrong_clocks({node: clock for node, (_, clock) in known.items()})
+    for line in (*itertools.chain(*slow), *wrong):
         yield Result("nodes", "absent", line)
 
 
