@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
@@ -85,6 +85,11 @@ def this_node() -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def other_nodes(avoid: Collection[str]) -> dict[str, str] | None:
+    """Ray's label selector of all nodes but these."""
+    return {"ray.io/node-id": f"!in({','.join(avoid)})"} if avoid else None
 
 
 @contextlib.contextmanager

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from harness.cluster.nodes import Unanswered, ask_every_node, working_nodes
+from harness.cluster.job import Allocation, Failed
+from harness.cluster.nodes import Unanswered, ask_every_node, count_runs, fit, inspect_cluster, working_nodes
 from harness.cluster.workers import driver_clock
+from harness.network import find_idle_infiniband
 from harness.plugins import used_by
 from harness.progress import make_table, say
 from harness.record import DALI_WHEELS, installed_version
@@ -28,11 +30,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from harness.loaders.datasets import Dataset
+    from harness.resources import Session
 
 PACKAGES = ("torch", "torchvision", "ray", "numpy", *DALI_WHEELS)
 LEAST_DISK_GIB = 2.0  # for a grid's checkpoints and weights, and a decoded data set
 CLOCK_READINGS = 10
 NAMED_CLOCK_SECONDS, LARGEST_CLOCK_SECONDS = 0.5, 60.0  # a clock that is further off is named, and refused
+NETWORK_SECONDS = 60.0  # for workers that measure all-reduces to find room
 OUTLIER_SHARE = 0.25  # below the median node
 ROWS_SHOWN = 40
 COLUMNS = ("node", "what", "there", "here")  # of a difference from this machine, or from what is needed
@@ -136,13 +140,44 @@ def find_wrong_clocks(clocks: Mapping[str, tuple[float, float]]) -> list[str]:
     ]
 
 
-def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> dict[str, Any]:
+def leave_out(slow: Collection[str], job: Allocation) -> Allocation:
+    """The job without these of the `working_nodes`. Raises UserError where it has no room then."""
+    nodes = working_nodes()
+    job = replace(job, avoid=tuple(nodes[name] for name in slow))
+    cluster = inspect_cluster(job.avoid)
+    fitted = fit(cluster, job)
+    if fitted.concurrent_runs:
+        return fitted
+    if not any(count_runs(cluster, replace(job, workers=width)) for width in job.fallback_world_sizes):
+        stay = f"{len(nodes) - len(slow)} of {len(nodes)} nodes stay, without {', '.join(slow)}"
+        raise UserError(f"--exclude-outliers: {stay}: no room for a run of {job.workers} workers")
+    return replace(job, concurrent_runs=1)
+
+
+def measure_network(session: Session, workers: int) -> dict[str, Any]:
+    """All-reduces between so many workers, placed as a run's are, and what NCCL says; or "reason", why there are none."""
+    from harness.training.rates import measure_network as measure
+
+    job = replace(
+        session.allocation, workers=workers, concurrent_runs=1, retries=0, fallback_world_sizes=(),
+        placement_timeout_seconds=NETWORK_SECONDS,
+    )  # fmt: skip
+    what: Any = ("all-reduce",)  # launchers take any specification
+    ((_, outcome),) = replace(session, allocation=job).launch(measure, what, progress=lambda *_: None)
+    return {"reason": outcome.message} if isinstance(outcome, Failed) else outcome
+
+
+def check_nodes(
+    dataset: Dataset, session: Session, console: Console, *, exclude: bool = False, widest: bool = False
+) -> dict[str, Any]:
     """Compare the nodes of the cluster that was joined, if several, with this process and with what a run needs.
 
-    Prints a table of what differs and raises UserError, or names slow nodes and returns what was measured of each.
+    Prints a table of what differs and raises UserError, or names slow nodes, which the session then leaves out where
+    they are to be excluded, and returns what was measured of each and between a run's workers, or all that there is room for.
     """
     if len(working_nodes()) < 2:
         return {}
+    paths = session.paths
     uri, sentinel = paths.remote or paths.out.as_uri(), f".preflight-{uuid.uuid4().hex[:12]}"
     leave_sentinel(uri, sentinel)
     try:
@@ -163,11 +198,22 @@ def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> dict[str
         raise UserError(f"{nodes} of {len(answers)} nodes are not ready: the table says what differs")
     facts = {node: facts for node, facts in answers.items() if not isinstance(facts, Unanswered)}
     rates, clocks = ({node: own[what] for node, own in facts.items()} for what in ("rates", "clock"))
-    outliers = [line for lines in find_outliers(rates).values() for line in lines]
+    slow = find_outliers(rates)
+    outliers = [line for lines in slow.values() for line in lines]
     for line in (*outliers, *find_wrong_clocks(clocks)):
         say(console, line)
-    kept = {
-        node: dict(zip(("ahead_seconds", "uncertainty_seconds"), clock, strict=True))
-        for node, clock in clocks.items()
-    }
-    return {"preflight": {"rates": rates, "outliers": outliers, "clocks": kept}}
+    kept = {node: {"ahead_seconds": ahead, "uncertainty_seconds": by} for node, (ahead, by) in clocks.items()}
+    preflight = {"rates": rates, "outliers": outliers, "clocks": kept}
+    if exclude and slow:
+        session.allocation = leave_out(slow, session.allocation)
+        preflight["excluded"] = list(slow)
+        say(console, f"left out, as --exclude-outliers says: {', '.join(slow)}")
+    job = session.allocation
+    workers = count_runs(inspect_cluster(job.avoid), replace(job, workers=1)) if widest else job.workers
+    if workers > 1:
+        preflight |= measure_network(session, workers)
+        for line in find_idle_infiniband(preflight.get("nccl", {})):
+            say(console, line)
+        if "reason" in preflight:
+            say(console, f"all-reduces were not measured: {preflight['reason']}")
+    return {"preflight": preflight}
