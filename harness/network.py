@@ -133,8 +133,9 @@ class Width(NamedTuple):
     hidden: float  # and where it is hidden behind it as far as it can be
 
     def efficiency(self, alone: Width) -> tuple[float, float]:
-        """Of the two, beside one worker."""
-        return alone.apart / self.workers / self.apart, alone.apart / self.workers / self.hidden
+        """Of the two, beside the fewest workers."""
+        fewer = alone.workers / self.workers
+        return fewer * alone.apart / self.apart, fewer * alone.hidden / self.hidden
 
 
 def predict_widths(steps: int, size: int, step_seconds: Mapping[int, float], measured: Measured) -> list[Width]:

@@ -160,6 +160,7 @@ RunsPerGpu = Annotated[int, opt(
     "Runs that share a GPU, for errors only: their seconds and energy do not count.", least=1)]
 Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.", variable="HARNESS_ADDRESS")]
 Verbose = Annotated[bool, opt("Show Ray's own messages.")]
+ExcludeOutliers = Annotated[bool, opt("Leave out a cluster's nodes that are measured to be slow.")]
 Plugin = Annotated[tuple[str, ...], opt(
     "A file with networks, data sets, ... of your own: docs/extending.md. Repeatable.", parse=_parse_files, repeatable=True)]
 Until = Annotated[datetime | None, opt(
@@ -227,6 +228,7 @@ class Resources:
     address: Address = None
     launcher: Annotated[str, opt(
         "ray; local: in this process; auto: local for one run with one worker.", words=LAUNCHERS)] = "auto"
+    exclude_outliers: ExcludeOutliers = False
     verbose: Verbose = False
 
 
@@ -298,6 +300,7 @@ class TuneOptions:
     dry_run: DryRun = False
     estimate: Estimate = False
     address: Address = None
+    exclude_outliers: ExcludeOutliers = False
     no_check: NoCheck = False
     verbose: Verbose = False
 

@@ -25,6 +25,8 @@ def check_resources(resources: Resources) -> None:
     check_options(resources)
     if find_spec("torch") is None:
         raise UserError(f"torch is not installed: {INSTALL}")
+    if resources.exclude_outliers and resources.address is None:
+        raise UserError("--exclude-outliers is for a cluster, whose nodes are measured: it needs --address")
     share, several = resources.runs_per_gpu, resources.workers not in (None, 1)
     if share > 1 and several:
         raise UserError(f"--runs-per-gpu {share}: runs that share a GPU have one worker, not {resources.workers}")

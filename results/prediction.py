@@ -39,6 +39,12 @@ def predicted_figures(row: Row) -> list[PredictedFigure]:
             side, reading = ("not predicted", predicted) if a is None else ("not measured", actual)
             reason = f"{side}: {reading.reason or 'no reason given'}"
             pairs.append(PredictedFigure(metric.heading, values, reason=reason))
+        if (
+            name == "epoch_seconds"
+            and (hidden := row.predicted.hidden_epoch_seconds) is not None
+            and b is not None
+        ):
+            pairs.append(PredictedFigure("  hidden", f"{figures(hidden)} → {figures(b)}", _difference(hidden, b)))
     return pairs
 
 
@@ -53,9 +59,9 @@ def in_words(row: Row) -> Iterator[str]:
     pairs = predicted_figures(row)
     if not pairs or row.predicted is None:
         return
-    yield (
-        f"predicted by a probe of {row.predicted.steps} steps on {row.predicted.made_at:%Y-%m-%d %H:%M} UTC, "
-        "and what was measured:"
-    )
+    by = f"a probe of {row.predicted.steps} steps"
+    if row.predicted.hidden_epoch_seconds is not None:
+        by = f"{by} of one worker and the all-reduces of a preflight, none hidden behind computation or all that can be,"
+    yield f"predicted by {by} on {row.predicted.made_at:%Y-%m-%d %H:%M} UTC, and what was measured:"
     yield from (f"  {p.figure:<9}  {p.values}  {p.difference or f'({p.reason})'}" for p in pairs)
     yield from (f"  while probing: {cause}" for cause in row.predicted.interference)

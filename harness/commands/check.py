@@ -24,10 +24,12 @@ from harness.options import CheckOptions, Grid, Resources
 from harness.preflight import LEAST_DISK_GIB, free_gib
 from harness.record import DALI_WHEELS, installed_version
 from harness.results.remote import StorageError, check_uri, is_uri, redact
-from harness.spec import UserError
+from harness.spec import RunPaths, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from harness.cluster.job import Allocation
 
 LEAST_SHARED_MEMORY_GIB = 1.0  # for Ray's object store and NCCL; Docker's default is 64 MiB
 MOST_SECONDS = 600.0  # of a device's checks
@@ -216,6 +218,8 @@ def measure_all(target: CheckOptions) -> Iterator[Result]:
             yield from measure_nodes(target.address)
         allocation = make_allocation(Grid(variants=("he2015",)), resources, stack)
         on_gpu = allocation.device == "cuda"
+        if target.address is not None:
+            yield from measure_links(allocation, resources, stack)
         devices = find_devices(allocation, target.address)
         several = (allocation.gpus if on_gpu else allocation.threads) > 1
         if not on_gpu and several:
@@ -255,6 +259,38 @@ def measure_nodes(address: str) -> Iterator[Result]:
     wrong = find_wrong_clocks({node: clock for node, (_, clock) in known.items()})
     for line in (*itertools.chain(*slow), *wrong):
         yield Result("nodes", "absent", line)
+
+
+def measure_links(allocation: Allocation, resources: Resources, stack: ExitStack) -> Iterator[Result]:
+    """All-reduces within and between a cluster's nodes, by a worker on each GPU or by two on each node; NCCL's network."""
+    from harness.cluster.nodes import count_runs, inspect_cluster
+    from harness.network import find_idle_infiniband
+    from harness.preflight import measure_network
+    from harness.resources import Session
+
+    cluster = inspect_cluster()
+    job = replace(allocation, workers=1, threads=1, placement="spread")
+    workers = count_runs(cluster, job)
+    if job.device == "cpu":
+        workers = min(workers, 2 * sum(node.cpus > 0 for node in cluster.members))
+    if workers == 1:
+        return
+    out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-check-")))
+    measured = measure_network(Session(job, resources, RunPaths(out=out), stack), workers)
+    if "reason" in measured:
+        yield Result("all-reduce", "failed", measured["reason"])
+    for way, of in measured.get("all_reduce", {}).items():
+        small, large = (
+            f"{of['latency_us']:.3g} µs for 8 bytes",
+            f"{of['bytes'] / 2**20:.0f} MiB at {of['algorithm_gb_per_s']:.3g} GB/s",
+        )
+        bus = f"{of['bus_gb_per_s']:.3g} GB/s on the bus"
+        yield Result("all-reduce", "ok", f"{way}, of {of['ranks']} workers: {small}, {large}, {bus}")
+    for said in measured.get("nccl", {}).values():
+        detail = f"{said['version']}, network {said['network']}: {', '.join(said['devices']) or 'no device named'}"
+        yield Result("NCCL", "ok", detail)
+    for line in find_idle_infiniband(measured.get("nccl", {})):
+        yield Result("NCCL", "absent", line)
 
 
 def print_findings(target: CheckOptions, console: Console) -> int:

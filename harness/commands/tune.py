@@ -28,6 +28,7 @@ from harness.deadline import TimeUp, stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
 from harness.options import Resources, Search, TuneOptions, check_options, fill, options_of, read_values
 from harness.plugins import load_plugins, sources
+from harness.preflight import check_nodes
 from harness.progress import TrialTable, describe_trial, load_data, say
 from harness.record import describe_code, lease, lock_file, name_of
 from harness.resources import Session, check_resources, make_allocation
@@ -235,6 +236,11 @@ def _prepare(
         raise UserError("--search loader: one of them failed its check on this device; leave it out")
     if adapted[0] != specs[0]:
         search = replace(search, loader=adapted[0].loader, engine=adapted[0].engine)
+    if options.address is not None:
+        session = Session(planned.allocation, resources, paths, stack)
+        measured = check_nodes(dataset, session, console, exclude=options.exclude_outliers)
+        planned = replace(planned, allocation=session.allocation)
+        checked = replace(checked, environment={**checked.environment, **measured})
     if folder is None:
         folder = _make_folder(paths.out, planned.sweep)
         stored = {
