@@ -280,15 +280,10 @@ def measure_links(allocation: Allocation, resources: Resources, stack: ExitStack
     if "reason" in measured:
         yield Result("all-reduce", "failed", measured["reason"])
     for way, of in measured.get("all_reduce", {}).items():
-        small, large = (
-            f"{of['latency_us']:.3g} µs for 8 bytes",
-            f"{of['bytes'] / 2**20:.0f} MiB at {of['algorithm_gb_per_s']:.3g} GB/s",
-        )
-        bus = f"{of['bus_gb_per_s']:.3g} GB/s on the bus"
-        yield Result("all-reduce", "ok", f"{way}, of {of['ranks']} workers: {small}, {large}, {bus}")
+        rates = f"{of['algorithm_gb_per_s']:.3g} GB/s, {of['bus_gb_per_s']:.3g} GB/s on the bus"
+        yield Result("all-reduce", "ok", f"{way}, {of['ranks']} workers: {of['latency_us']:.3g} µs, {rates}")
     for said in measured.get("nccl", {}).values():
-        detail = f"{said['version']}, network {said['network']}: {', '.join(said['devices']) or 'no device named'}"
-        yield Result("NCCL", "ok", detail)
+        yield Result("NCCL", "ok", "; ".join(f"{what} {', '.join(said[what])}" for what in said if said[what]))
     for line in find_idle_infiniband(measured.get("nccl", {})):
         yield Result("NCCL", "absent", line)
 
