@@ -61,7 +61,7 @@ def join_simulated(stack: ExitStack, address: str | None, **rest: Any) -> Cluste
     """In place of `join_cluster`: Ray on this machine, and a large cluster in what is returned."""
     connect(None, cpus=1, gpus=0)
     stack.callback(disconnect)
-    return Cluster(members=(Node(cpus=CPUS_PER_NODE, gpus=GPUS_PER_NODE),) * NODES)
+    return (Node(cpus=CPUS_PER_NODE, gpus=GPUS_PER_NODE),) * NODES
 
 
 def timed(seconds: dict[str, float], owner: Any, name: str) -> Any:

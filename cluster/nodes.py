@@ -24,19 +24,7 @@ class Node:
     gpus: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cluster:
-    """What a cluster has, node by node."""
-
-    members: tuple[Node, ...]
-
-    @property
-    def cpus(self) -> int:
-        return sum(node.cpus for node in self.members)
-
-    @property
-    def gpus(self) -> int:
-        return sum(node.gpus for node in self.members)
+Cluster = tuple[Node, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +48,7 @@ def inspect_cluster(avoid: Collection[str] = ()) -> Cluster:
 
     others = {*avoid, *find_draining()}
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in others]
-    return Cluster(members=tuple(Node(cpus=int(r.get("CPU", 0)), gpus=int(r.get("GPU", 0))) for r in resources))
+    return tuple(Node(cpus=int(r.get("CPU", 0)), gpus=int(r.get("GPU", 0))) for r in resources)
 
 
 def find_lacking(job: Allocation, workers: int, avoid: Collection[str] = ()) -> str:
@@ -81,7 +69,7 @@ def count_runs(cluster: Cluster, job: Allocation) -> int:
     """How many runs of the job's workers an idle cluster could hold."""
     workers = [
         min(int(has[name] / amount + 1e-6) for name, amount in job.resources.items())
-        for has in ({"CPU": node.cpus, "GPU": node.gpus} for node in cluster.members)
+        for has in ({"CPU": node.cpus, "GPU": node.gpus} for node in cluster)
     ]
     if job.placement == "strict-pack":
         return sum(count // job.workers for count in workers)
@@ -104,7 +92,7 @@ def fit(cluster: Cluster, job: Allocation) -> Allocation:
     No concurrent runs where not one can be placed.
     """
     most = min(job.concurrent_runs, count_runs(cluster, replace(job, threads=1)))
-    largest = cluster.cpus // (job.workers * most) if most else 1
+    largest = sum(node.cpus for node in cluster) // (job.workers * most) if most else 1
     widest = (n for n in range(largest, 1, -1) if count_runs(cluster, replace(job, threads=n)) >= most)
     return replace(job, concurrent_runs=most, threads=next(widest, 1))
 

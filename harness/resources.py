@@ -48,7 +48,8 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack, least: i
     check_resources(resources)
     if resources.address is not None:
         cluster = join_cluster(stack, resources.address, cpus=0, gpus=0, verbose=resources.verbose)
-        gpus, cpus, where = cluster.gpus, cluster.cpus, f"the cluster at {resources.address}"
+        gpus, cpus = sum(node.gpus for node in cluster), sum(node.cpus for node in cluster)
+        where = f"the cluster at {resources.address}"
     else:
         from harness.training.host import count_cpus
         from harness.training.nvml import count_gpus
@@ -68,7 +69,7 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack, least: i
         return replace(allocation, concurrent_runs=1)
     if not fitted.concurrent_runs:
         what = "GPUs" if fitted.device == "cuda" else "CPUs"
-        largest = max((n.gpus if fitted.device == "cuda" else n.cpus for n in cluster.members), default=0)
+        largest = max((n.gpus if fitted.device == "cuda" else n.cpus for n in cluster), default=0)
         raise UserError(
             f"--workers {fitted.workers} --placement {fitted.placement}: no room in {where}, whose largest node has "
             f"{largest} {what} (each worker needs a CPU)"

@@ -17,6 +17,7 @@ import harness.cluster.connect
 from harness.cluster.connect import ClusterError, connect, disconnect
 from harness.cluster.job import Allocation, Entered, Failed, PreemptedError, Started, Worker
 from harness.cluster.launch import _Run, launch, launch_here
+from harness.cluster.nodes import Node
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -71,7 +72,7 @@ def collect(
 def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
     cluster = connect(None, cpus=2, gpus=0)
     try:
-        assert (cluster.cpus, cluster.gpus) == (2, 0)
+        assert cluster == (Node(cpus=2, gpus=0),)
         specs = [
             {"name": "good", "epochs": 2},
             {

@@ -223,7 +223,7 @@ def one_cpu() -> Iterator[Cluster]:
 
 @pytest.mark.ray
 def test_a_dead_controller_leaves_its_room_to_the_next_attempt(one_cpu: Cluster, tmp_path: Path) -> None:
-    assert one_cpu == Cluster(members=(Node(cpus=1, gpus=0),))
+    assert one_cpu == (Node(cpus=1, gpus=0),)
     events: list[Any] = []
     killed: list[int] = []
 
@@ -337,7 +337,7 @@ def test_every_node_answers_or_says_why_not(one_cpu: Cluster) -> None:
 
 
 def nodes(*sizes: tuple[int, int]) -> Cluster:
-    return Cluster(members=tuple(Node(cpus=cpus, gpus=gpus) for cpus, gpus in sizes))
+    return tuple(Node(cpus=cpus, gpus=gpus) for cpus, gpus in sizes)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,8 @@ def check_cluster(target: CheckOptions) -> str:
         advice = "`ray start --head` there, and one ~/.ray/auth_token on all machines: cluster/README.md"
         raise Missing(str(error), advice) from None
     disconnect()
-    return f"{len(cluster.members)} nodes, {cluster.cpus} CPUs, {cluster.gpus} GPUs at {target.address}"
+    cpus, gpus = sum(node.cpus for node in cluster), sum(node.gpus for node in cluster)
+    return f"{len(cluster)} nodes, {cpus} CPUs, {gpus} GPUs at {target.address}"
 
 
 def check_storage(target: CheckOptions) -> str:
@@ -272,7 +273,7 @@ def measure_links(allocation: Allocation, resources: Resources, stack: ExitStack
     job = replace(allocation, workers=1, threads=1, placement="spread")
     workers = count_runs(cluster, job)
     if job.device == "cpu":
-        workers = min(workers, 2 * sum(node.cpus > 0 for node in cluster.members))
+        workers = min(workers, 2 * sum(node.cpus > 0 for node in cluster))
     if workers == 1:
         return
     out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-check-")))
