@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from harness.cluster.job import Allocation, Failed
-from harness.cluster.nodes import Unanswered, ask_every_node, count_runs, fit, inspect_cluster, working_nodes
+from harness.cluster.nodes import (
+    Unanswered,
+    ask_every_node,
+    choose_world_size,
+    count_runs,
+    fit,
+    inspect_cluster,
+    working_nodes,
+)
 from harness.cluster.workers import driver_clock
 from harness.network import find_idle_infiniband
 from harness.plugins import used_by
@@ -209,9 +217,11 @@ def check_nodes(
         preflight["excluded"] = list(slow)
         say(console, f"left out, as --exclude-outliers says: {', '.join(slow)}")
     job = session.allocation
-    workers = count_runs(inspect_cluster(job.avoid), replace(job, workers=1)) if widest else job.workers
+    cluster = inspect_cluster(job.avoid)
+    workers = count_runs(cluster, replace(job, workers=1)) if widest else choose_world_size(cluster, job)
     if workers > 1:
-        preflight |= measure_network(session, workers)
+        anywhere = replace(session, allocation=replace(job, placement="pack"))
+        preflight |= measure_network(anywhere if widest else session, workers)
         for line in find_idle_infiniband(preflight.get("nccl", {})):
             say(console, line)
         if "reason" in preflight:

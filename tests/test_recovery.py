@@ -293,7 +293,7 @@ def test_a_cluster_of_this_machine_listens_on_loopback_alone(one_cpu: Cluster, t
     assert ask_every_node(os.getpid)
     runs = launch(look_at_sockets, [{}], make_job(tmp_path), progress=lambda *_: None)
     ((_, of_rank),) = list(runs)
-    assert of_rank == {"0100007F"}, "where its ranks find each other"
+    assert of_rank <= {"0100007F"}, "gloo's"
     found = listening_addresses(set(load_chaos().descendants(os.getpid(), "")))
     assert found, "a cluster that listens nowhere?"
     assert found <= {"0100007F", "0000000000000000FFFF00000100007F"}

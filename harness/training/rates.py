@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -79,8 +80,8 @@ def measure_network(spec: Any, worker: Worker, report: Report) -> dict[str, Any]
     with nccl_log() as log:
         measured = measure_all_reduce(worker)
         text = log.read_text(errors="replace") if log is not None and log.is_file() else ""
-    said = gather((worker.node, parse_nccl(text) | {"infiniband": find_infiniband()}))
-    hosts = dict(reversed(said))  # by node, as its first rank says
+    said = gather((socket.gethostname(), parse_nccl(text) | {"infiniband": find_infiniband()}))
+    hosts = dict(reversed(said))  # as the first rank on each says
     return {"all_reduce": measured} | ({"nccl": hosts} if worker.device != "cpu" else {})
 
 
