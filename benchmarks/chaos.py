@@ -34,26 +34,21 @@ PROCESSES = {
 }  # fmt: skip
 """A word of their command lines."""
 STOPPED = {f"stopped {name}": PROCESSES[name] for name in ("worker", "raylet")}  # SIGSTOP for a while
-OF_NODES = ("gcs", "raylet", "node", "drain", "stopped raylet", "link cut", "slow link", "disk full", "clock step")
+OF_NODES = ("gcs", "raylet", "node", "drain", "stopped raylet", "link cut", "silent link", "slow link", "disk full",
+            "clock step")  # fmt: skip
 OF_RUNS = ("worker", "controller", "driver", "stopped worker")
 KINDS = {
     "local": ("driver", "group"), "ray": ("group", *OF_RUNS), "tune": ("driver", "group"),
     "2 nodes": (*OF_RUNS, *OF_NODES), "3 nodes": (*OF_RUNS, *OF_NODES), "3 nodes, tune": ("driver", *OF_NODES),
 }  # fmt: skip
-SECONDS = {"link cut": (2, 20), "stopped worker": (2, 20), "stopped raylet": (2, 20), "drain": (8, 12)}
+LONG = ("link cut", "silent link", "stopped worker", "stopped raylet")
+SECONDS = {"drain": (8, 12), **dict.fromkeys(LONG, (2, 20))}
 """How long a fault lasts where that is not 3 to 8 seconds."""
+STALL = 8  # seconds: a rank that hangs is named before Ray gives up its node
 DISK_MIB = 2200  # of the disk that is filled, in memory; `harness run` wants 2 GiB free at its start
 EPOCH = re.compile(r"epoch \d+/\d+")
 DATA = "--dataset digits --gpus 0 --loader resident --limit-train"
-SAME = (
-    "number",
-    "fields",
-    "key",
-    "state",
-    "epochs",
-    "curve",
-    "value",
-)  # of a trial, whatever happened to the driver
+SAME = ("number", "fields", "key", "state", "epochs", "curve", "value")  # of a trial, whoever was struck
 
 
 class Case(NamedTuple):
@@ -76,7 +71,7 @@ class Case(NamedTuple):
         if not sweep:
             words += f" --workers {1 if self.where in ('local', 'tune') else 2}"
         if self.nodes and "tune" not in self.where:
-            words += " --placement spread"
+            words += f" --placement spread --stall-seconds {STALL}"
         if self.nodes is None:
             return harness(*words.split(), "--out", self.out)
         return self.nodes.inside("a", harness(*words.split(), "--address", self.nodes.head, "--out", self.out))
@@ -188,7 +183,7 @@ def strike_nodes(nodes: Nodes, out: Path, kind: str, chance: random.Random) -> C
     elif kind == "slow link":
         nodes.slow(name, on=True)
     else:
-        {"node": nodes.kill, "link cut": nodes.cut}[kind](name)
+        {"node": nodes.kill, "link cut": nodes.cut, "silent link": nodes.silence}[kind](name)
     return nodes.repair
 
 
@@ -251,23 +246,25 @@ def try_once(
         with suppress(subprocess.TimeoutExpired):
             running.process.wait(timeout=lasts)
         end()
-    commands, code, times = 1, running.wait(), running.epochs()
+    commands, code, times, lines = 1, running.wait(), running.epochs(), running.lines
     while code and commands < 4:
         if case.nodes:
             case.nodes.repair()
         running = case.run()
         commands, code = commands + 1, running.wait()
-        times += running.epochs()
+        times, lines = times + running.epochs(), lines + running.lines
     if code:
         text = "\n".join(line for _, line in running.lines[-30:])
         raise SystemExit(f"{case.command}\nended with {code} after {kind} at {seconds:.1f} s:\n{text}")
     outcome = read_outcome(case.out)
-    after = [at for at in times if at > struck_at]
+    again = [at for at, line in lines if "trying again" in line and at > struck_at]
+    going_on_at = running.began if commands > 1 else max(again, default=struck_at)
+    after = [at for at in times if at > going_on_at]
     return outcome, {
         "where": case.where, "fault": kind if end else f"{kind} (had ended)", "after_seconds": seconds,
-        "epoch": len(times) - len(after), "commands": commands, "attempts": outcome.attempts, "kept": outcome.kept,
+        "epoch": sum(at <= struck_at for at in times), "commands": commands, "attempts": outcome.attempts, "kept": outcome.kept,
         "recovery_seconds": min(after) - struck_at if after else None,
-        "interrupted": commands > 1 or outcome.attempts > 1,
+        "interrupted": commands > 1 or outcome.attempts > 1, "named": any("no step for" in line for _, line in lines),
     }  # fmt: skip
 
 
@@ -277,9 +274,9 @@ def describe(content: dict[str, Any]) -> str:
     for where, kind in dict.fromkeys((r["where"], r["fault"]) for r in readings):
         own = [r for r in readings if (r["where"], r["fault"]) == (where, kind)]
         seconds = [r["recovery_seconds"] for r in own if r["recovery_seconds"] is not None]
-        cells = [where, kind, len(own), sum(r["interrupted"] for r in own), sum(r["equal"] for r in own)]
+        cells = [where, kind, len(own), *(sum(r[name] for r in own) for name in ("interrupted", "named", "equal"))]
         rows.append([*cells, median_and_range(seconds, 2) if seconds else "–"])
-    header = ("where", "fault", "times", "interrupted", "equal bit for bit", "seconds to the next epoch")
+    header = ("where", "fault", "times", "interrupted", "hang named", "equal bit for bit", "seconds to next epoch")
     return make_table(header, rows)
 
 
@@ -294,6 +291,7 @@ def strike_all(where: str, numbers: Sequence[int], options: Any, log: Path) -> N
             stack.callback(subprocess.run, ["umount", "--lazy", folder], check=False)
             nodes = Nodes(int(where[0]), options.out / "logs")
             stack.callback(nodes.close)
+            nodes.check_closed()
 
         def make(name: object) -> Case:
             out = folder / f"{where}-{name}".replace(", ", "-").replace(" ", "-")

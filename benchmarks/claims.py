@@ -22,7 +22,7 @@ from typing import Any
 from rounds import ROOT, Ratio, harness, make_table, ratio
 
 RECORDS = ROOT / "results" / "records"
-MODULES = {"loaders": "loader_speed", "slurm": "multinode"}  # by a file's name, where it is another
+MODULES = {"loaders": "loader_speed"}  # by a file's name, where it is another
 FIGURE = re.compile(r"(<!-- = (.*?) -->)(.*?)(<!-- / -->)", re.DOTALL)
 
 
@@ -123,20 +123,9 @@ def total(path: str, field: str) -> int:
     return sum(bool(reading[field]) for reading in load(path)["readings"])
 
 
-EXPRESSIONS = (
-    table,
-    conditions,
-    report,
-    rows,
-    compare,
-    trials,
-    epochs_trained,
-    seconds,
-    speed_ratio,
-    efficiency,
-    total,
-)
-FUNCTIONS = {function.__name__: function for function in EXPRESSIONS}
+OF_FILES = (table, conditions, seconds, speed_ratio, efficiency, total)
+OF_FOLDERS = (report, rows, compare, trials, epochs_trained)
+FUNCTIONS = {function.__name__: function for function in (*OF_FILES, *OF_FOLDERS)}
 
 
 def write(text: str) -> str:

@@ -1,8 +1,9 @@
 """How often epochs are marked as disturbed, wrongly and rightly: python benchmarks/marks.py [--rounds 6] [--json FILE]
 
 The same run in fresh processes, alone and beside as many busy processes as there are processors, which take turns. On an idle
-machine a mark of a run alone is false; an epoch beside the busy ones that took twice the median of those alone, or longer, must be
-marked. How far the peak memory of the runs alone scatters is shown too.
+machine every mark of a run alone is false; on any machine one is, if its epoch was not slower than its run's median by a tenth. An
+epoch beside the busy processes that took twice the median of those alone, or longer, must be marked. How far the peak memory of
+the runs alone scatters is shown too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from rounds import harness, make_table, parse_options, process_seconds, publish,
 from scipy.stats import binomtest
 
 RUN = "run --dataset digits --depths 8 --gpus 0 --launcher local --loader resident --limit-train 640 --epochs"
-SLOWED = 2.0  # times the median epoch of a run alone
+SLOWED = 2.0  # times the median epoch of the runs alone
+SLOWER = 1.1  # times the median of the same run
 
 
 def measure(epochs: int, busy: int) -> dict[str, Any]:
@@ -53,9 +55,13 @@ def describe(content: dict[str, Any]) -> str:
     )
     limit = SLOWED * statistics.median(seconds for seconds, _ in alone)
     slowed = [mark for seconds, mark in beside if seconds >= limit]
+    runs = [reading["epochs"] for reading in content["readings"]["alone"]]
+    medians = [statistics.median(seconds for seconds, _ in run) for run in runs]
+    false = sum(bool(mark) and s < SLOWER * m for run, m in zip(runs, medians, strict=True) for s, mark in run)
     peaks = [reading["rss_mib"] for reading in content["readings"]["alone"]]
     rows = [
         ("epochs alone that are marked", share(sum(bool(mark) for _, mark in alone), len(alone))),
+        (f"of them, less than {SLOWER:g} times their run's median", share(false, len(alone))),
         (f"epochs slowed {SLOWED:g} times that are marked", share(sum(map(bool, slowed)), len(slowed))),
         ("peak memory, largest over smallest run alone", f"{max(peaks) / min(peaks):.3f}"),
     ]

@@ -43,11 +43,10 @@ measure marks marks.py "$once --epochs 4"
 measure scale scale.py "--runs 20" --out "$scratch/scale"
 measure chaos chaos.py "--faults 3 --epochs 3 --images 64" --out "$scratch/chaos"
 measure quickstart quickstart.py "$once"
-if [[ $EUID -eq 0 && ! -e "$out/multinode.json" ]] && command -v ip > /dev/null; then
-    if [[ -n "${SMOKE:-}" ]]; then export EPOCHS=8; fi
-    "$here/multinode.sh" "$scratch/multinode" "$out/multinode.json"
+if [[ $EUID -eq 0 ]] && command -v ip > /dev/null; then
+    measure clusters chaos.py "--faults 3 --epochs 3 --images 64" --where "2 nodes;3 nodes;3 nodes, tune" --faults 200 --out "$out/clusters"
 else
-    echo "measure.sh: multinode.sh needs root and iproute2: sudo $here/multinode.sh FOLDER $out/multinode.json" >&2
+    echo "measure.sh: nodes with networks of their own need root and iproute2: sudo $0 ..." >&2
 fi
 if [[ $EUID -eq 0 && ! -e "$out/slurm.json" ]] && command -v slurmctld > /dev/null; then
     "$here/slurm.sh" "$scratch/slurm" "$out/slurm.json"

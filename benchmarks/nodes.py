@@ -87,19 +87,7 @@ class Nodes:
         ip("link", "set", "harness-br", "up")
         for name in self.names:
             ip("netns", "add", f"harness-{name}")
-            ip(
-                "link",
-                "add",
-                f"harness-v{name}",
-                "type",
-                "veth",
-                "peer",
-                "name",
-                "eth0",
-                "netns",
-                f"harness-{name}",
-            )
-            ip("link", "set", f"harness-v{name}", "master", "harness-br", "up")
+            ip(*f"link add harness-v{name} type veth peer name eth0 netns harness-{name}".split())
             ip("-n", f"harness-{name}", "link", "set", "lo", "up")
             ip("-n", f"harness-{name}", "address", "add", f"{self.address(name)}/24", "dev", "eth0")
             ip("-n", f"harness-{name}", "link", "set", "eth0", "up")
@@ -150,7 +138,7 @@ class Nodes:
     def repair(self) -> None:
         """Everything as at first: links up and fast, clocks right, all nodes there. Without its GCS a cluster begins anew."""
         for name in self.names:
-            ip("link", "set", f"harness-v{name}", "up")
+            ip("link", "set", f"harness-v{name}", "master", "harness-br", "up")
             self.slow(name, on=False)
             self.set_clock(name, 0)
         if not self.pids("gcs_server", "a"):
@@ -176,6 +164,10 @@ class Nodes:
         """A node's link is down until `repair`."""
         ip("link", "set", f"harness-v{name}", "down")
 
+    def silence(self, name: str) -> None:
+        """What a node sends and is sent is lost, without a word, until `repair`."""
+        ip("link", "set", f"harness-v{name}", "nomaster")
+
     def slow(self, name: str, *, on: bool) -> None:
         """What a node is sent waits up to 0.1 s and is lost beyond, or no longer. netem would do more; few kernels have it."""
         limit = ["tbf", "rate", "4mbit", "burst", "16kb", "latency", "100ms"] if on else []
@@ -193,6 +185,18 @@ subprocess.run(["ray", "drain-node", "--address", {self.head!r}, "--node-id", no
 """
         command = self.inside("a", [sys.executable, "-c", program])
         subprocess.run(command, env=self.environment, capture_output=True, check=True, timeout=60)
+
+    def check_closed(self) -> None:
+        """Raise unless a process with another token is turned away, and the head listens on no address of others."""
+        program = [sys.executable, "-c", f"import ray; ray.init({self.head!r}, logging_level='ERROR')"]
+        stranger = self.environment | {"RAY_AUTH_TOKEN": "0" * 64}
+        if not subprocess.run(self.inside("a", program), env=stranger, capture_output=True, timeout=60).returncode:
+            raise SystemExit("a process with another token was let in")
+        words = self.inside("a", ["ss", "-Hltn"])
+        listening = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+        own = ("127.", "[::1]", f"{NETWORK}.")
+        if others := [line.split()[3] for line in listening if not line.split()[3].startswith(own)]:
+            raise SystemExit(f"the head listens on every address: {', '.join(others)}")
 
     def remove_networks(self) -> None:
         """Also those of a script that was killed."""

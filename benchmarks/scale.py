@@ -52,8 +52,8 @@ def end_at_once(attempts: Any) -> None:
     for event in (Started(attempt=1), Entered()):
         attempts.put(event)
     result = make_result(attempts.driver.specs[attempts.index], EPOCHS)
-    for event in (*result.epochs, Ended(outcome=result)):
-        last = attempts.mailbox.put.remote(attempts.index, event)
+    for reported in (*result.epochs, Ended(outcome=result)):
+        last = attempts.mailbox.put.remote(attempts.index, reported)
     ray.get(last)  # training would take longer than this
 
 

@@ -184,5 +184,5 @@ nsenter --target "$(node_pid n2)" --mount mount -o remount,ro /tmp/ray
 job="$(submit untrained)"
 wait_job "$job"
 row "Ray cannot start on one node" "$job" untrained
-python benchmarks/multinode.py --lines "$out/slurm.jsonl" ${2:+--json "$2"}
+python benchmarks/slurm.py --lines "$out/slurm.jsonl" ${2:+--json "$2"}
 echo "logs and results: $out"

@@ -181,7 +181,7 @@ def main() -> int:
         if options.until is not None:  # a twentieth of the time is for the findings
             deadline = time.time() + 0.95 * (parse_until(options.until, datetime.now()).timestamp() - time.time())
     except UserError as error:
-        mistakes.append(str(error))
+        mistakes.append(f"--until {options.until!r}: {error}")
     if mistakes:
         print(f"study: {mistakes[0]}", file=sys.stderr)
         return 2

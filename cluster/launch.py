@@ -112,7 +112,8 @@ def launch(
 
 def launch_here(
     train: Train[Spec, Outcome], specs: Sequence[Spec], job: Allocation, *, progress: Callable[[Spec, Any], None],
-    telemetry: StartSampler | None = None, leaving: Callable[[], bool] = lambda: False, **unused: Any,
+    telemetry: StartSampler | None = None, progress_of: Callable[[Any], float] = lambda _: 0.0,
+    leaving: Callable[[], bool] = lambda: False, row: Callable[[Spec], Any] | None = None,
 ) -> Launched[Spec, Outcome]:  # fmt: skip
     """As `launch`, but in this process and without Ray: one worker. Raises ValueError for a job of several."""
     if job.workers != 1:
@@ -160,8 +161,7 @@ class _Driver(Generic[Spec, Outcome]):
         self, train: Train[Spec, Outcome], specs: Sequence[Spec], job: Allocation, telemetry: StartSampler | None,
         mailbox: Any, row: Callable[[Spec], Any] | None,
     ) -> None:  # fmt: skip
-        self.specs, self.job, self.mailbox = specs, job, mailbox
-        self.make_task = lambda index: Task(train, specs[index], index, job, telemetry, mailbox)
+        self.train, self.telemetry, self.specs, self.job, self.mailbox = train, telemetry, specs, job, mailbox
         self.rows = [row and row(spec) for spec in specs]
         self.waiting, self.lock = list(range(len(specs))), threading.Lock()
         self.threads: list[threading.Thread] = []
@@ -336,8 +336,8 @@ class _Run(Generic[Spec, Outcome]):
 
         from harness.cluster.loopback import LoopbackConfig
 
-        task, job = self.driver.make_task(self.index), self.job
-        attempt, started_at = self.attempt, time.time()
+        driver, job, attempt, started_at = self.driver, self.job, self.attempt, time.time()
+        task = Task(driver.train, driver.specs[self.index], self.index, job, driver.telemetry, self.mailbox)
 
         class OnStart(WorkerCallback):
             def after_init_train_context(self) -> None:  # in each worker's main thread

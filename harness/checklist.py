@@ -1,11 +1,13 @@
-"""The measured checks: what each is for, how much it may find, and what runs do where it fails. Plain data.
+"""What checks are: their results, and of the measured ones how much each may find and what runs do where it fails.
 
-The functions are in `harness.training.checks`.
+The functions are in `harness.training.checks`; those that look at what is installed in `harness.commands.check`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from harness.spec import RunSpec
 
@@ -66,3 +68,24 @@ class Result:
     def line(self) -> str:
         """ "passed   loader dali: ..." """
         return f"{self.state:8} {self.name}: {self.detail}"
+
+
+class Finding(Exception):  # noqa: N818
+    """A check that comes to neither words nor a figure: its state; what is there, and advice."""
+
+
+def attempt(name: str, check: Callable[..., Any], *args: Any, limit: float | None = None) -> Result:
+    """What a check comes to that returns words or, with a limit, a figure and words. One that raises has found a fault,
+    but for a package that is not there to be measured."""
+    try:
+        found = check(*args)
+    except Finding as finding:
+        return Result(name, finding.args[0], "; ".join(finding.args[1:]))
+    except Exception as error:
+        state = "missing" if limit is None else "skipped" if isinstance(error, ImportError) else "failed"
+        return Result(name, state, (str(error).strip() or type(error).__name__).splitlines()[0][:200])
+    if limit is None:
+        return Result(name, "ok", found)
+    figure, words = found
+    words += f" (limit {limit:g})" if limit else ""
+    return Result(name, "passed" if figure <= limit else "failed", words)  # NaN fails

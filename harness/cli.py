@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 import typer
 
 from harness import options as groups
-from harness.options import Option, default_out, fill, options_of
+from harness.options import Option, default_out, fill, load_named, options_of
 from harness.spec import INSTALL, UserError
 
 if TYPE_CHECKING:
@@ -70,12 +70,10 @@ def command(*kinds: type, name: str | None = None) -> Callable[[Callable[..., An
         options = options_of(*kinds)
 
         def call(**words: Any) -> None:
-            given = chosen({name: words.pop(name) for name in options})
-            if "plugin" in options:  # before any word is read: it may be one of a plug-in's
-                from harness.plugins import load_plugins
-
-                load_plugins(given.get("plugin", ()))
-            raise typer.Exit(function(given, **words) or 0)
+            given = {name: word for name in options if (word := words.pop(name)) not in (None, [], ())}
+            if "plugin" in options:
+                load_named(given)
+            raise typer.Exit(function(*[given] * bool(kinds), **words) or 0)
 
         derived = [_make_parameter(name, option) for name, option in options.items()]
         call.__signature__ = Signature([*own, *derived])  # type: ignore[attr-defined]
@@ -86,31 +84,18 @@ def command(*kinds: type, name: str | None = None) -> Callable[[Callable[..., An
     return register
 
 
-def chosen(words: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a command's options that stood on the command line."""
-    return {name: word for name, word in words.items() if word not in (None, [], ())}
-
-
 def _make_parameter(name: str, option: Option) -> Parameter:
     """What typer reads. Without the default, so that an option that is not given is None."""
     kinds = () if get_origin(option.kind) is tuple else (option.kind, *get_args(option.kind))
     kind = next((kind for kind in (bool, int, float, Path) if kind in kinds), str)
     shown = isinstance(option.default, str | int | Path) and kind is not bool
     notes = [f"env var: {option.variable}"] * bool(option.variable) + [f"default: {option.default}"] * shown
-    help = f"{option.help}  [{'; '.join(notes)}]" if notes else option.help
+    help = option.help + f"  [{'; '.join(notes)}]" * bool(notes)
+    declared = typer.Option(*option.names, help=help, metavar="<str>" if option.repeatable else None)
     return Parameter(
-        name,
-        Parameter.KEYWORD_ONLY,
-        default=Parameter.empty if option.required else None,
-        annotation=Annotated[
-            list[str] if option.repeatable else kind,
-            typer.Option(
-                *option.names,
-                help=help,
-                metavar="<str>" if option.repeatable else None,
-            ),
-        ],
-    )
+        name, Parameter.KEYWORD_ONLY, default=Parameter.empty if option.required else None,
+        annotation=Annotated[list[str] if option.repeatable else kind, declared],
+    )  # fmt: skip
 
 
 # --- training ---
@@ -161,15 +146,15 @@ def compare(
     return print_comparison(find_results(paths), make_console(), **options)
 
 
-@app.command()
-def verify(paths: Results = None) -> None:
+@command()
+def verify(paths: Results = None) -> int:
     """Check stored runs for contradictions and changed files."""
     from harness.commands.report import print_findings
 
-    raise typer.Exit(print_findings(paths or [default_out()]))
+    return print_findings(paths or [default_out()])
 
 
-@app.command()
+@command()
 def why(
     row: Annotated[str, typer.Argument(help="A row of `harness report PATH`: msra-20, or its number.")],
     path: Annotated[str, typer.Argument(help="Folder of results.", envvar="HARNESS_OUT")] = "runs",
@@ -180,7 +165,7 @@ def why(
     print_why(row, find_results([path])[0], make_console())
 
 
-@app.command()
+@command()
 def export(
     paths: Results = None,
     to: Annotated[
@@ -195,7 +180,7 @@ def export(
     print(f"{exported} run{'s' * (exported != 1)} exported to {to}; those it had already were left alone")
 
 
-@app.command()
+@command()
 def repro(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name or key in PATH.")],
     path: Annotated[str, typer.Argument(help="Folder of results.", envvar="HARNESS_OUT")] = "runs",
@@ -206,7 +191,7 @@ def repro(
     print_repro(run, path, make_console())
 
 
-@app.command()
+@command()
 def variants(
     plugin: Annotated[
         list[Path] | None, typer.Option(help="With those of this file. Repeatable.", metavar="<str>")
@@ -252,32 +237,37 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # ASCII, say: a sign that it lacks is shown as "?"
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    code: Any
+    message, code = "", 2
     try:
-        code = app(standalone_mode=False, prog_name="harness")
+        code = app(standalone_mode=False, prog_name="harness") or 0
     except UserError as error:
-        code = _complain(str(error))
+        message = str(error)
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("harness"):
             raise
-        code = _complain(f"{error.name} is not installed: {INSTALL}")
+        message = f"{error.name} is not installed: {INSTALL}"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _complain(f"{error.filename or 'a file'}: {error.strerror}; the same command goes on once there is room")
         code = 1
+        message = f"{error.filename or 'a file'}: {error.strerror}; the same command goes on once there is room"
     except usage_error as error:
-        code = _complain(_explain(error))
+        message = _explain(error)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    sys.exit(code if isinstance(code, int) else 0)
+    if message:
+        from harness.results.remote import redact
+
+        shown = "".join(sign if sign.isprintable() else "?" for sign in " ".join(redact(message).split()))
+        print(f"harness: error: {shown}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _explain(error: Any) -> str:
     """A usage error, with what is allowed."""
     message, parameter = str(error.format_message()), getattr(error, "param", None)
     if word := message.partition("No such command '")[2].partition("'")[0]:
-        known = ", ".join(each.name or each.callback.__name__ for each in app.registered_commands if each.callback)
+        known = ", ".join(each.name for each in app.registered_commands if each.name)
         hint = f" Did you mean {OTHER_WORDS[word]!r}?" if word in OTHER_WORDS else f" Known are {known}."
         return message if "Did you mean" in message else message + hint
     if parameter and hasattr(error.__cause__, "errors"):  # typer's own message does not have the value
@@ -288,14 +278,6 @@ def _explain(error: Any) -> str:
         return f"{message.removesuffix('.')}: {help}"
     told = error.ctx is None or "ossible options" in message
     return message if told else f"{message.removesuffix('.')}: see `{error.ctx.command_path} --help`"
-
-
-def _complain(message: str) -> int:
-    from harness.results.remote import redact
-
-    shown = "".join(sign if sign.isprintable() else "?" for sign in " ".join(redact(message).split()))
-    print(f"harness: error: {shown}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -29,26 +29,19 @@ class TimeUp(KeyboardInterrupt):
 
 
 def parse_until(text: str, now: datetime | None = None) -> datetime:
-    """A duration from now ("9m", "2h30m", "90s", "1d") or the next occurrence of a time of day ("18:00", "18:00:30").
-
-    Local time without a zone, so that a duration stays right over a change of the clocks. Raises UserError for
-    anything else.
-    """
+    """A duration from now ("9m", "2h30m", "90s", "1d") or the next occurrence of a time of day ("18:00", "18:00:30"), in
+    local time. It is right over a change of the clocks. Raises UserError for anything else."""
     words, now = text.strip(), now or datetime.now()
-    if clock := _CLOCK.fullmatch(words):
-        hour, minute, second = (int(part or 0) for part in clock.groups())
-        if hour < 24 and minute < 60 and second < 60:
+    with contextlib.suppress(OverflowError, ValueError, OSError):  # 24:00, or beyond the year 9999
+        if clock := _CLOCK.fullmatch(words):
+            hour, minute, second = (int(part or 0) for part in clock.groups())
             moment = now.replace(hour=hour, minute=minute, second=second, microsecond=0)
             return moment if moment > now else moment + timedelta(days=1)
-    elif words and (duration := _DURATION.fullmatch(words)):
-        parts = (float(part or 0) for part in duration.groups())
-        seconds = sum(part * unit for part, unit in zip(parts, _UNITS.values(), strict=True))
-        with contextlib.suppress(OverflowError, ValueError, OSError):  # beyond the year 9999
-            if seconds > 0:
+        if duration := _DURATION.fullmatch(words):
+            parts = (float(part or 0) for part in duration.groups())
+            if seconds := sum(part * unit for part, unit in zip(parts, _UNITS.values(), strict=True)):
                 return datetime.fromtimestamp(now.timestamp() + seconds)
-    raise UserError(
-        f"--until {text!r}: a duration, as in 9m, 2h30m or 90s, or a time of day, as in 18:00, is allowed"
-    )
+    raise UserError("a duration, as in 9m, 2h30m or 90s, or a time of day, as in 18:00, is allowed")
 
 
 def format_moment(moment: datetime) -> str:
@@ -58,10 +51,8 @@ def format_moment(moment: datetime) -> str:
 
 @contextlib.contextmanager
 def stopping_at(moment: datetime | None) -> Iterator[None]:
-    """Raise TimeUp in the body at the moment, if there is one. For the main thread.
-
-    Uses the process's alarm, which interrupts calls that wait; an alarm set before continues afterwards.
-    """
+    """Raise TimeUp in the body at the moment, if there is one. For the main thread: it uses the process's alarm, which
+    interrupts calls that wait; an alarm set before continues afterwards."""
     if moment is None:
         yield
         return

@@ -6,24 +6,22 @@ The command line is derived from these fields (`harness.cli`); `fill` makes a da
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import datetime
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from harness.cluster.job import PLACEMENTS, Placement
 from harness.deadline import parse_until
-from harness.spec import Engine, Precision, RunSpec, UserError, check_word, load_specs
-from harness.words import parse_scales, parse_seeds, parse_variants, parse_words
+from harness.models.variants import VARIANTS, default_depth, find_variant
+from harness.spec import Engine, Precision, RunSpec, UserError, check_word, load_specs, mistakes
 
 Group = TypeVar("Group")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENGINES: tuple[str, ...] = get_args(Engine)
-LAUNCHERS = ("auto", "ray", "local")
-FORMATS = ("table", "jsonl", "jsonl-convnet")
-ALGORITHMS = ("random", "tpe", "gp")
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 
 
@@ -46,13 +44,13 @@ class Option:
         """A value of Python or TOML as the field's type, or as words that `parse` reads. Raises UserError."""
         from pydantic import TypeAdapter, ValidationError
 
-        kind, several = self.kind, get_origin(self.kind) is tuple
+        kind = self.kind
         if self.repeatable:
             if isinstance(value, Mapping):
                 listed = {key: v if isinstance(v, list | tuple) else [v] for key, v in value.items()}
                 value = [f"{key}={','.join(map(str, words))}" for key, words in listed.items()]
             value, kind = [value] if isinstance(value, str | Path) else value, list[str | Path]
-        elif several and isinstance(value, str | int) and not isinstance(value, bool):
+        elif get_origin(kind) is tuple and isinstance(value, str | int) and not isinstance(value, bool):
             return str(value)  # depths=20, seeds=3, variants="msra,he2015"
         elif kind is str and isinstance(value, Path):
             return str(value)
@@ -65,7 +63,10 @@ class Option:
 
     def parsed(self, value: Any) -> Any:
         """The value, read from its words where it is given in words. Raises UserError."""
-        return self.parse(value) if self.parse and isinstance(value, list if self.repeatable else str) else value
+        if self.parse and isinstance(value, list if self.repeatable else str):
+            with mistakes(UserError, "" if self.repeatable else f"{self.names[0]} {value!r}: "):
+                return self.parse(value)
+        return value
 
     def check(self, value: Any) -> None:
         """Raise UserError for a value that is not allowed."""
@@ -81,17 +82,27 @@ def opt(help: str, *names: str, **more: Any) -> Option:
 
 
 @cache
-def options_of(group: type, *more: type) -> dict[str, Option]:
+def options_of(*groups: type) -> dict[str, Option]:
     """The options among the fields of dataclasses, by name; a dataclass's own before those that it inherits."""
-    hints, options = get_type_hints(group, include_extras=True), {}
-    known = {each.name: each for each in fields(group)}
-    for name in dict.fromkeys(name for kind in group.__mro__ for name in vars(kind).get("__annotations__", ())):
-        for option in getattr(hints[name], "__metadata__", ()):
-            names, default = option.names or (f"--{name.replace('_', '-')}",), known[name].default
-            required = default is known[name].default_factory is MISSING
-            kind = hints[name].__origin__
-            options[name] = replace(option, names=names, kind=kind, default=default, required=required)
-    return options | options_of(*more) if more else options
+    options = dict[str, Option]()
+    for group in groups:
+        hints, known = get_type_hints(group, include_extras=True), {each.name: each for each in fields(group)}
+        for name in dict.fromkeys(
+            name for kind in group.__mro__ for name in vars(kind).get("__annotations__", ())
+        ):
+            for option in getattr(hints[name], "__metadata__", ()) if name not in options else ():
+                default = known[name].default
+                required = default is known[name].default_factory is MISSING
+                names, kind = option.names or (f"--{name.replace('_', '-')}",), hints[name].__origin__
+                options[name] = replace(option, names=names, kind=kind, default=default, required=required)
+    return options
+
+
+def load_named(values: Mapping[str, Any]) -> None:
+    """Load the plug-ins that options name, before any other word is read: it may be one of a plug-in's."""
+    from harness.plugins import load_plugins
+
+    load_plugins(options_of(Training)["plugin"].read("plugin", values.get("plugin") or ()))
 
 
 def read_values(values: Mapping[str, Any], *groups: type) -> dict[str, Any]:
@@ -99,10 +110,8 @@ def read_values(values: Mapping[str, Any], *groups: type) -> dict[str, Any]:
     known = options_of(*groups)
     for name in values:
         check_word(name, known, "option")
-    if "plugin" in known:  # before any word is read: it may be one of a plug-in's
-        from harness.plugins import load_plugins
-
-        load_plugins(known["plugin"].read("plugin", values.get("plugin") or ()))
+    if "plugin" in known:
+        load_named(values)
     return {name: known[name].read(name, value) for name, value in values.items() if value is not None}
 
 
@@ -118,25 +127,79 @@ def fill(group: type[Group], values: Mapping[str, Any]) -> Group:
     return group(**own)
 
 
-def check_options(group: object) -> None:
-    """Raise UserError for a value that its option does not allow."""
-    for name, option in options_of(type(group)).items():  # type: ignore[arg-type]
-        option.check(getattr(group, name))
-
-
 def default_out() -> str:
     """The folder of results that is read where none is named."""
     return fill(RunOptions, {}).out
+
+
+# --- words: "msra,he2015", "20..56", "3" ---
+
+MOST_NUMBERS = 1000  # in a list of seeds
+MOST_PIXELS = 9999
+
+
+def parse_words(text: str) -> tuple[str, ...]:
+    """ "a,b" -> ("a", "b"), each once. Raises UserError."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise UserError("a list with commas and no empty places is allowed, as in a,b")
+    return tuple(dict.fromkeys(words))
+
+
+def parse_numbers(text: str, allowed: Callable[[int], bool] | None = None) -> tuple[int, ...]:
+    """ "7,3..5" -> (7, 3, 4, 5), each once; of a range those that are allowed. Raises UserError."""
+    numbers = list[int]()
+    for word in parse_words(text):
+        ends = re.fullmatch(r"(\d{1,9})(?:\s*\.\.\s*(\d{1,9}))?", word)
+        low, high = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, -1)
+        if not low <= high < low + MOST_NUMBERS:
+            known = f"a whole number nor a range, as in 20..56, of at most {MOST_NUMBERS} with the lowest first"
+            raise UserError(f"{word!r} is neither {known}")
+        chosen = [n for n in range(low, high + 1) if low == high or allowed is None or allowed(n)]
+        if not chosen:
+            raise UserError(f"no number from {low} to {high} is allowed here")
+        numbers += chosen
+    return tuple(dict.fromkeys(numbers))
+
+
+def parse_variants(text: str) -> tuple[str, ...]:
+    """ "msra,he2015" -> ("msra", "he2015"); "all": every one."""
+    return tuple(VARIANTS) if text.strip() == "all" else parse_words(text)
+
+
+def parse_depths(text: str, variants: Sequence[str] = ()) -> tuple[int, ...]:
+    """ "20,32" -> (20, 32); "20..32" -> those from 20 to 32 that all the variants allow, of which each has its own."""
+
+    def legal(depth: int) -> bool:
+        try:
+            return all(function(depth) for function in map(find_variant, variants) if default_depth(function))
+        except ValueError:
+            return False
+
+    return parse_numbers(text, legal)
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """ "3" -> (0, 1, 2), a count; "0,7" -> (0, 7), the seeds themselves; "7," -> (7,); "3..5" -> (3, 4, 5)."""
+    if not text.strip().isdecimal():
+        return parse_numbers(text.rstrip(","))
+    if not 1 <= int(text) <= MOST_NUMBERS:
+        raise UserError(f"a count from 1 to {MOST_NUMBERS} is allowed, or a list of seeds as in 0,7")
+    return tuple(range(int(text)))
+
+
+def parse_scales(text: str) -> tuple[int, ...]:
+    """ "96,112,128" -> (96, 112, 128), in pixels."""
+    scales = parse_numbers(text)
+    if max(scales) > MOST_PIXELS:
+        raise UserError(f"at most {MOST_PIXELS} pixels are allowed")
+    return scales
 
 
 def _parse_settings(texts: list[str]) -> dict[str, Any]:
     from harness.search_space import parse_settings
 
     return parse_settings(texts)
-
-
-def _parse_files(paths: list[str | Path]) -> tuple[str, ...]:
-    return tuple(str(Path(path).expanduser().absolute()) for path in paths)
 
 
 def _loaders() -> Collection[str]:
@@ -162,7 +225,8 @@ Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.",
 Verbose = Annotated[bool, opt("Show Ray's own messages.")]
 ExcludeOutliers = Annotated[bool, opt("Leave out a cluster's nodes that are measured to be slow.")]
 Plugin = Annotated[tuple[str, ...], opt(
-    "A file with networks, data sets, ... of your own: docs/extending.md. Repeatable.", parse=_parse_files, repeatable=True)]
+    "A file with networks, data sets, ... of your own: docs/extending.md. Repeatable.",
+    parse=lambda paths: tuple(str(Path(path).expanduser().absolute()) for path in paths), repeatable=True)]
 Until = Annotated[datetime | None, opt(
     "Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued.", parse=parse_until)]
 NoCheck = Annotated[bool, opt("Train on a GPU that is new without checking it first.")]
@@ -171,11 +235,20 @@ Settings = Annotated[Mapping[str, Any], opt(
 DryRun = Annotated[bool, opt("Print the plan and what is done already.")]
 Estimate = Annotated[bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.")]
 Across = Annotated[tuple[str, ...], opt(
-    "Fields to average over, as in workers,threads.", parse=partial(parse_words, what="--across"))]
+    "Fields to average over, as in workers,threads.", parse=parse_words)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Training:
+class Options:
+    """Options of a command. Raises UserError for a value that an option does not allow."""
+
+    def __post_init__(self) -> None:
+        for name, option in options_of(type(self)).items():  # type: ignore[arg-type]
+            option.check(getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training(Options):
     """How runs train: what `run` and `tune` share."""
 
     dataset: Dataset = "cifar10"
@@ -217,7 +290,7 @@ class Grid(Training):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Resources:
+class Resources(Options):
     """What a command may use."""
 
     gpus: Gpus = None
@@ -227,7 +300,8 @@ class Resources:
         "A run's workers: pack (on one node if possible), strict-pack (always), spread.", words=PLACEMENTS)] = "pack"
     address: Address = None
     launcher: Annotated[str, opt(
-        "ray; local: in this process; auto: local for one run with one worker.", words=LAUNCHERS)] = "auto"
+        "ray; local: in this process; auto: local for one run with one worker.",
+        words=("auto", "ray", "local"))] = "auto"
     exclude_outliers: ExcludeOutliers = False
     verbose: Verbose = False
 
@@ -251,7 +325,7 @@ class RunOptions(Resources):
         "A run without a step for so long ends, names the rank that hangs, and is tried again.", least=10)] = 300
     format: Annotated[str, opt(
         "table; jsonl: a JSON object per event, for programs; jsonl-convnet: per epoch, with the keys of the convnet's log.",
-        words=FORMATS)] = "table"
+        words=("table", "jsonl", "jsonl-convnet"))] = "table"
     no_check: NoCheck = False
     dry_run: DryRun = False
     estimate: Estimate = False
@@ -276,7 +350,8 @@ class Search(Training):
     variant: Annotated[str, Variant] = "he2015"
     depth: Depth = None
     samples: Annotated[int | None, opt("Trials, or trials of each grid point. Default: 16, with a grid 1.", least=1)] = None
-    search_algorithm: Annotated[str, opt("random, tpe or gp (a Gaussian process).", words=ALGORITHMS)] = "random"
+    search_algorithm: Annotated[str, opt(
+        "random, tpe or gp (a Gaussian process).", words=("random", "tpe", "gp"))] = "random"
     scheduler: Annotated[str, opt(
         "Stops poor trials early: asha, hyperband, median or none.", words=SCHEDULERS)] = "asha"
     metric: Annotated[str, opt("To minimise: error, top5_error, loss or epoch_seconds.")] = "error"
@@ -290,7 +365,7 @@ class Search(Training):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TuneOptions:
+class TuneOptions(Options):
     """How a search is carried out."""
 
     out: Annotated[str, opt(
@@ -306,13 +381,13 @@ class TuneOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReportOptions:
+class ReportOptions(Options):
     """How a table is printed."""
 
     format: Annotated[str, opt("table, markdown, csv, json, latex or html.")] = "table"
     sort: Annotated[str | None, opt("A column, as in error; -error: largest first.")] = None
     columns: Annotated[tuple[str, ...], opt(
-        "Columns to show, as in variant,depth,error.", parse=partial(parse_words, what="--columns"))] = ()
+        "Columns to show, as in variant,depth,error.", parse=parse_words)] = ()
     preset: Preset = None  # the rows and columns of that source's table, in their order
     across: Across = ()
     output: Annotated[Path | None, opt("Write to this file; -: print. Default of html: report.html.")] = None
@@ -320,7 +395,7 @@ class ReportOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CompareOptions:
+class CompareOptions(Options):
     """What is compared, and when that fails."""
 
     by: Annotated[str | None, opt(
@@ -333,7 +408,7 @@ class CompareOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalOptions:
+class EvalOptions(Options):
     """What to evaluate, and on which images."""
 
     weights: Annotated[str, opt("A run's weights.safetensors, or a torch checkpoint; or its URI.")]
@@ -361,7 +436,7 @@ class EvalOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CheckOptions:
+class CheckOptions(Options):
     """What a user wants to run with."""
 
     quick: Annotated[bool, opt("Look at what is installed; measure nothing.")] = False

@@ -7,19 +7,23 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.cluster.job import Allocation
+from harness.loaders.cache import cache_dir
+from harness.loaders.datasets import DataError, Dataset, check_dataset_name
+from harness.loaders.loader import check_crops
+from harness.loaders.sampling import check_normalize, make_augment
 from harness.models.variants import Recipe, Variant, default_depth, find_preset, find_variant
-from harness.options import Grid, check_options, fill
+from harness.options import Grid, fill, parse_depths
+from harness.plugins import identify
+from harness.results.remote import StorageError, cache_folder, check_uri, is_uri, pull_results
 from harness.search_space import apply, check_settings
-from harness.spec import Engine, RunSpec, UserError
-from harness.words import parse_depths
-
-if TYPE_CHECKING:
-    from harness.loaders.datasets import Dataset
+from harness.spec import Engine, RunSpec, UserError, mistakes, refuse
+from harness.training.optim import CAPTURABLE, total_epochs
 
 GPU_PRECISIONS = ("tf32", "fp16")
+_on_gpu = GPU_PRECISIONS.__contains__
 SHARED = ("dataset", "loader", "precision", "engine", "deterministic", "limit_train", "limit_test")  # with RunSpec
 ANY_IMAGES = ""  # as a given run's fingerprint: those of the data set that is named
 MOST_EPOCHS = 1000  # of a recipe in steps
@@ -33,51 +37,45 @@ def make_grid(given: Mapping[str, Any]) -> Grid:
     if groups := given.get("runs"):
         grids = tuple(make_grid(merge({n: v for n, v in given.items() if n != "runs"}, group)) for group in groups)
         specs = tuple(spec for grid in grids for spec in grid.specs)
-        return replace(grids[0], groups=grids, specs=specs, precision=_most_demanding(g.precision for g in grids))
+        return replace(
+            grids[0], groups=grids, specs=specs, precision=max((g.precision for g in grids), key=_on_gpu)
+        )
     for option in ("preset", "variants", "depths"):
         if "specs" in given and option in given:
             raise UserError(f"--spec and --{option} exclude each other: the file names the network")
     if isinstance(words := given.get("depths"), str):
         named = fill(Grid, {n: v for n, v in given.items() if n == "variants"})
-        given = {**given, "depths": parse_depths(words, named.variants)}
+        with mistakes(UserError, f"--depths {words!r}: "):
+            given = {**given, "depths": parse_depths(words, named.variants)}
     grid = fill(Grid, given)
     if "preset" in given:
-        try:
+        with mistakes(ValueError, "--preset: "):
             preset = find_preset(given["preset"])
             networks = preset.select(grid.variants if "variants" in given else (), grid.depths)
-        except ValueError as error:
-            raise UserError(f"--preset: {error}") from None
         grid = replace(grid, networks=networks, dataset=given.get("dataset", preset.dataset))
     return _change_specs(grid, given) if grid.specs else grid
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Options by name: those above win; of tables (`settings`), field by field."""
-    both = {
-        n: {**below[n], **v}
-        for n, v in above.items()
-        if isinstance(v, Mapping) and isinstance(below.get(n), Mapping)
-    }
-    return {**below, **above, **both}
+    tables = [
+        n for n in above.keys() & below.keys() if isinstance(above[n], Mapping) and isinstance(below[n], Mapping)
+    ]
+    return {**below, **above, **{n: {**below[n], **above[n]} for n in tables}}
 
 
 def check_grid(grid: Grid) -> None:
     """Every check that needs neither data nor devices."""
-    from harness.loaders.datasets import DataError, check_dataset_name
-
     for group in grid.groups:
         check_grid(group)
-    check_options(grid)
-    for name in ("batch_size", "batch_norm"):
-        if getattr(grid, name) is not None and name in grid.settings:
-            option = name.replace("_", "-")
-            raise UserError(f"{name} is given twice: leave --{option} or --set {name}=... out")
-    try:
+    twice = [n for n in ("batch_size", "batch_norm") if getattr(grid, n) is not None and n in grid.settings]
+    for name in twice:
+        option = name.replace("_", "-")
+        raise UserError(f"{name} is given twice: leave --{option} or --set {name}=... out")
+    with mistakes((DataError, ValueError)):
         check_dataset_name(grid.dataset)
         for name, depth in () if grid.specs else grid_networks(grid):
             find_variant(name)(depth)
-    except (DataError, ValueError) as error:
-        raise UserError(str(error)) from None
 
 
 def find_data_dir(chosen: Path | None, dataset: str) -> Path | None:
@@ -89,25 +87,22 @@ def find_data_dir(chosen: Path | None, dataset: str) -> Path | None:
 
 def grid_networks(grid: Grid) -> list[tuple[str, int]]:
     """Variant and depth of every row; --depths is for those that have depths. Raises ValueError for an unknown variant."""
-    own = {name: default_depth(find_variant(name)) for name in (() if grid.networks else grid.variants)}
-    every = (
+    if grid.networks:
+        return list(grid.networks)
+    own = {name: default_depth(find_variant(name)) for name in grid.variants}
+    return [
         (name, depth) for name, default in own.items() for depth in (grid.depths if default else ()) or (default,)
-    )
-    return list(grid.networks or every)
+    ]
 
 
 def choose_engine(engine: str | None, device: str, optimizer: str = "sgd") -> Engine:
     """The chosen engine, or else the fastest one that computes the same as eager, kernel by kernel."""
-    from harness.training.optim import CAPTURABLE
-
-    if engine == "graph" and device == "cpu":
-        raise UserError("--engine graph needs a GPU; on the CPU eager and compile are allowed")
     captured = device == "cuda" and optimizer in CAPTURABLE
-    if device == "cuda" and engine in ("graph", "compile") and not captured:
-        raise UserError(
-            f"--engine {engine}: steps of optimizer {optimizer} are not captured, for its plug-in does not say "
-            "capturable=True; eager is allowed"
-        )
+    refuse({
+        "--engine graph needs a GPU; on the CPU eager and compile are allowed": engine == "graph" and device == "cpu",
+        f"--engine {engine}: steps of optimizer {optimizer} are not captured, for its plug-in does not say "
+        "capturable=True; eager is allowed": device == "cuda" and engine in ("graph", "compile") and not captured,
+    })  # fmt: skip
     return engine or ("graph" if captured else "eager")  # type: ignore[return-value]
 
 
@@ -129,26 +124,22 @@ def override(recipe: Recipe, grid: Grid) -> tuple[Recipe, tuple[str, ...]]:
 
 def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images: int) -> list[RunSpec]:
     """Every run of a grid, each once; seeds outermost, so that a table over all depths and variants is there early."""
-    grids = grid.groups or (grid,)
-    specs = []
-    for each in grids:
+    specs, workers = list[RunSpec](), allocation.workers
+    for each in grid.groups or (grid,):
         own = [_place(spec, allocation, fingerprint) for spec in each.specs or _make_specs(each)]
         check_settings(each.settings, own)
         specs += own
     for spec in specs:
-        if spec.limit_train is not None and spec.limit_train > train_images:
-            raise UserError(f"--limit-train {spec.limit_train}: {grid.dataset} has {train_images} training images")
-        check_batch(spec.recipe, allocation.workers)
-        if spec.recipe.batch_norm == "sync" and spec.engine == "compile":
-            raise UserError(
-                "--engine compile cannot synchronise batch norm; with --batch-norm sync eager and graph are allowed"
-            )
-        images = spec.limit_train or train_images
-        if spec.recipe.val >= images:
-            raise UserError(
-                f"{spec.name} holds out {spec.recipe.val:,} training images, and here are {images:,}: give a number "
-                f"that leaves some to train on, as --val {max(1, images // 10)}"
-            )
+        images, batch, val = spec.limit_train or train_images, spec.recipe.batch_size, spec.recipe.val
+        divisors = ", ".join(str(n) for n in range(1, 65) if batch % n == 0)
+        refuse({
+            f"--limit-train {images}: {grid.dataset} has {train_images} training images": images > train_images,
+            f"--workers {workers} does not divide the global batch of {batch} (allowed: {divisors})": batch % workers,
+            "--engine compile cannot synchronise batch norm; with --batch-norm sync eager and graph are allowed":
+                spec.recipe.batch_norm == "sync" and spec.engine == "compile",
+            f"{spec.name} holds out {val:,} training images, and here are {images:,}: give a number "
+            f"that leaves some to train on, as --val {max(1, images // 10)}": val >= images,
+        })  # fmt: skip
     return list(dict.fromkeys(specs))
 
 
@@ -179,8 +170,6 @@ def _place(spec: RunSpec, allocation: Allocation, fingerprint: str) -> RunSpec:
             f"--spec: {spec.title} is for other images of {spec.dataset} than those here (fingerprint "
             f"{spec.fingerprint[:12]}, not {fingerprint[:12]}); --data-dir names theirs, --dataset takes these"
         )
-    from harness.plugins import identify
-
     engine = choose_engine(spec.engine, allocation.device, spec.recipe.optimizer)
     placed: dict[str, Any] = {"device": allocation.device, "workers": allocation.workers, "engine": engine}
     return identify(replace(spec, fingerprint=fingerprint, **placed))
@@ -196,33 +185,22 @@ def _change_specs(grid: Grid, given: Collection[str]) -> Grid:
     specs = [replace(_change(spec, grid), **fixed) for spec in grid.specs]
     seeds = grid.seeds if "seeds" in given else ()
     specs = [replace(spec, seed=seed) for seed in seeds for spec in specs] or specs
-    precision = _most_demanding(spec.precision for spec in specs)
+    precision = max((spec.precision for spec in specs), key=_on_gpu)
     return replace(grid, dataset=datasets[0], precision=precision, specs=tuple(specs))
-
-
-def _most_demanding(precisions: Iterable[str]) -> str:
-    return max(precisions, key=lambda p: p in GPU_PRECISIONS)
 
 
 def check_images(specs: Iterable[RunSpec], dataset: Dataset) -> None:
     """Raise UserError where a run's loader cannot make its recipe's crops of these images."""
-    from harness.loaders.loader import check_crops
-    from harness.loaders.sampling import check_normalize, make_augment
-
     for spec in specs:
         augment = make_augment(spec.recipe, flip=dataset.flip)
-        try:
+        with mistakes(ValueError, f"{spec.name} on {dataset.label}: "):
             for split in (dataset.train, dataset.test):
                 check_crops(spec.loader, split, augment)
             check_normalize(spec.recipe.normalize, dataset.train, augment)
-        except ValueError as error:
-            raise UserError(f"{spec.name} on {dataset.label}: {error}") from None
 
 
 def count_epochs(spec: RunSpec, train_images: int) -> int:
     """Epochs of the whole run."""
-    from harness.training.optim import total_epochs
-
     images = (spec.limit_train or train_images) - spec.recipe.val
     return total_epochs(spec.recipe, -(-images // spec.recipe.batch_size))
 
@@ -237,35 +215,19 @@ def check_epochs(specs: Iterable[RunSpec], train_images: int) -> None:
             )
 
 
-def check_batch(recipe: Recipe, workers: int) -> None:
-    """Raise UserError unless every rank gets an equal share of the global batch."""
-    if recipe.batch_size % workers:
-        divisors = [n for n in range(1, recipe.batch_size + 1) if recipe.batch_size % n == 0 and n <= 64]
-        raise UserError(
-            f"--workers {workers} does not divide the global batch of {recipe.batch_size} "
-            f"(allowed: {', '.join(map(str, divisors))})"
-        )
-
-
 def fallback_world_sizes(elastic: int | None, specs: Sequence[RunSpec]) -> tuple[int, ...]:
-    """The world sizes below --workers, largest first, at which runs may continue where a cluster has lost nodes.
-
-    At least `elastic`, and such that every rank gets an equal share of every spec's global batch. Raises UserError
-    where there is none.
-    """
+    """The world sizes below --workers, largest first, at which runs may continue where a cluster has lost nodes: at least
+    `elastic`, with an equal share of every spec's global batch for each rank. Raises UserError where there is none."""
     if elastic is None or not specs:
         return ()
-    workers = specs[0].workers
-    if not 1 <= elastic <= workers:
-        raise UserError(f"--elastic {elastic}: from 1 to the {workers} of --workers is allowed")
-    batches = sorted({spec.recipe.batch_size for spec in specs})
+    workers, batches = specs[0].workers, sorted({spec.recipe.batch_size for spec in specs})
     sizes = [n for n in range(workers - 1, 0, -1) if not any(batch % n for batch in batches)]
     allowed = tuple(n for n in sizes if n >= elastic)
-    if not allowed and elastic < workers:
-        raise UserError(
-            f"--elastic {elastic}: no width from {elastic} to {workers - 1} divides the global batch of "
-            f"{' and '.join(map(str, batches))} (allowed: {', '.join(map(str, sizes))})"
-        )
+    refuse({
+        f"--elastic {elastic}: from 1 to the {workers} of --workers is allowed": not 1 <= elastic <= workers,
+        f"--elastic {elastic}: no width from {elastic} to {workers - 1} divides the global batch of "
+        f"{' and '.join(map(str, batches))} (allowed: {', '.join(map(str, sizes))})": not allowed and elastic < workers,
+    })  # fmt: skip
     return allowed
 
 
@@ -275,36 +237,26 @@ def pending(specs: Iterable[RunSpec], finished: Collection[str]) -> list[RunSpec
 
 
 def open_out(out: str, *, write: bool, also: str = "") -> tuple[Path, str]:
-    """--out as a local folder and, for a URI, the URI, whose records are copied into the folder; files of runs, too,
-    whose names begin with `also`.
-
-    Raises UserError where that fails and, with `write`, unless results can be written there.
-    """
-    from harness.loaders.cache import cache_dir
-    from harness.results.remote import StorageError, cache_folder, check_uri, is_uri, pull_results
-
+    """--out as a local folder and, for a URI, the URI, whose records are copied into the folder; files of runs, too, whose
+    names begin with `also`. Raises UserError where that fails and, with `write`, unless results can be written there."""
     remote = is_uri(out)
     folder = cache_folder(out, cache_dir().expanduser().absolute()) if remote else Path(out)
     if write:
         folder = check_out(folder)
-    try:
+    with mistakes(StorageError, "--out " * write):
         if remote and write:
             check_uri(out)
         if remote:
             pull_results(out, folder, also=also)
-    except StorageError as error:
-        raise UserError(f"{'--out ' * write}{error}") from None
     return folder, out if remote else ""
 
 
 def check_out(out: Path) -> Path:
     """Make the folder for results; raise UserError unless it can be written to."""
     out = out.expanduser().absolute()
-    try:
+    with mistakes(OSError, f"--out {out} cannot be written to: "):
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".write-{os.getpid()}"
         probe.write_bytes(b"")
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written to: {error.strerror or error}") from None
     return out

@@ -13,7 +13,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
@@ -48,10 +48,18 @@ FILLED = {
     "optimizer": {"groups", *_RECIPE}, "schedule": {"moment", *_RECIPE},
 }  # fmt: skip
 """The parameters that are filled by name, by kind; a loader is called by place."""
+PRIVATE = "harness_plugin_{}"
+"""The module of a plug-in's file, by its name."""
 
 
 class PluginError(UserError):
     """A plug-in that cannot be used: file, line, and what is wrong."""
+
+
+def place(file: str, line: int | None = 1) -> str:
+    """ "my.py:12", from the current folder where it is below it."""
+    path, here = Path(file), Path.cwd()
+    return f"{path.relative_to(here) if path.is_relative_to(here) else path}:{line}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,21 +67,11 @@ class Loaded:
     """A plug-in of this process."""
 
     source: Source
-    folder: Path  # in which its files lie
-    shown: Path  # the same as the user named it
     owned: dict[tuple[str, str], Note] = field(default_factory=dict)  # by kind and name
 
     @property
     def files(self) -> set[str]:
-        return {str(self.folder / file) for file, _ in self.source.files}
-
-    def place(self, file: str, line: int | None) -> str:
-        """ "my.py:12" """
-        return f"{self.shown / Path(file).relative_to(self.folder)}:{line}"
-
-    def place_of(self, note: Note) -> str:
-        """Where it was noted."""
-        return self.place(note.file, note.line)
+        return {str(Path(self.source.folder, file)) for file, _ in self.source.files}
 
     def explain(self, error: BaseException, where: str) -> PluginError:
         """By the innermost line of the plug-in's own, or else `where`."""
@@ -82,9 +80,9 @@ class Loaded:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in self.files]
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         if isinstance(error, SyntaxError) and error.filename in self.files:
-            where, text = self.place(error.filename, error.lineno), f"syntax error: {error.msg}"
+            where, text = place(error.filename, error.lineno), f"syntax error: {error.msg}"
         elif frames:
-            where = self.place(frames[-1].filename, frames[-1].lineno)
+            where = place(frames[-1].filename, frames[-1].lineno)
             text = f"{type(error).__name__}: {text}"
         return PluginError(f"{where}: {text}")
 
@@ -96,12 +94,17 @@ LOADED: dict[str, Loaded] = {}
 # --- what a run uses ---
 
 
+def names_in(part: Recipe | Network) -> list[tuple[str, str]]:
+    """What a recipe or network looks up: kind and name."""
+    if isinstance(part, Network):
+        return [("network", part.architecture)]
+    augmentations = [("augmentation", name) for name in part.augmentations]
+    return [("optimizer", part.optimizer), ("schedule", part.schedule), *augmentations]
+
+
 def names_of(spec: RunSpec) -> list[tuple[str, str]]:
     """Everything that a run looks up: kind and name."""
-    recipe = spec.recipe
-    found = [("network", spec.network.architecture), ("dataset", spec.dataset), ("loader", spec.loader)]
-    found += [("optimizer", recipe.optimizer), ("schedule", recipe.schedule)]
-    return found + [("augmentation", name) for name in recipe.augmentations]
+    return [*names_in(spec.network), ("dataset", spec.dataset), ("loader", spec.loader), *names_in(spec.recipe)]
 
 
 def used_by(names: Iterable[tuple[str, str]]) -> list[Loaded]:
@@ -113,14 +116,13 @@ def used_by(names: Iterable[tuple[str, str]]) -> list[Loaded]:
 def identify(spec: RunSpec) -> RunSpec:
     """The run with the plug-ins that it uses. Raises UserError where it names what is not there."""
     for kind, name in names_of(spec):
-        folder = kind == "dataset" and ":" in name
-        if spec.plugins and not folder and name not in TABLES[kind]:
+        if kind == "dataset" and ":" in name:  # a folder
+            continue
+        if spec.plugins and name not in TABLES[kind]:
             owner = " or ".join(spec.plugins)
             raise UserError(f"{kind} {name!r} of {spec.title} is of plug-in {owner}: --plugin names its file")
-        if not folder:
-            check_word(name, TABLES[kind], kind)
-    plugins = tuple(loaded.source.identity for loaded in used_by(names_of(spec)))
-    return replace(spec, plugins=plugins) if plugins != spec.plugins else spec
+        check_word(name, TABLES[kind], kind)
+    return replace(spec, plugins=tuple(loaded.source.identity for loaded in used_by(names_of(spec))))
 
 
 @contextmanager
@@ -130,30 +132,31 @@ def blaming(kind: str, name: str) -> Iterator[None]:
         yield
     except Exception as error:
         for loaded in used_by([(kind, name)]):
-            raise loaded.explain(error, f"{loaded.place_of(loaded.owned[kind, name])}: {kind} {name!r}") from None
+            note = loaded.owned[kind, name]
+            where = f"{place(note.file, note.line)}: {kind} {name!r}"
+            raise loaded.explain(error, where) from None
         raise
 
 
-def makers_of(part: Recipe | Network) -> list[Callable[..., Any]]:
-    """Whose own fields `part.extra` holds."""
-    if isinstance(part, Network):
-        return [NETWORKS[part.architecture].make] if part.architecture in NETWORKS else []
-    named = [("optimizer", part.optimizer), ("schedule", part.schedule)]
-    named += [("augmentation", name) for name in part.augmentations]
-    return [TABLES[kind][name] for kind, name in named if name in TABLES[kind]]
+def makers(names: Iterable[tuple[str, str]]) -> list[Callable[..., Any]]:
+    """The functions of these kinds and names, whose own fields `Recipe.extra` and `Network.extra` hold."""
+    made = [TABLES[kind][name] for kind, name in names if name in TABLES[kind]]
+    return [getattr(each, "make", each) for each in made]
 
 
 def own_values(part: Recipe | Network) -> dict[str, Any]:
     """The fields of plug-ins' own that it has, by name."""
-    defaults = {name: default for make in makers_of(part) for name, (_, default) in own_fields(make).items()}
+    own = (own_fields(make) for make in makers(names_in(part)))
+    defaults = {name: default for fields in own for name, (_, default) in fields.items()}
     return defaults | {name: value for name, value in variants.read_extra(part.extra).items() if name in defaults}
 
 
 def own_hints() -> dict[str, Any]:
     """The types of all fields that networks, optimizers, schedules and augmentations have of their own, by name."""
-    makers: list[Callable[..., Any]] = [architecture.make for architecture in NETWORKS.values()]
-    makers += [*OPTIMIZERS.values(), *SCHEDULES.values(), *AUGMENTATIONS.values()]
-    return {name: hint for make in makers for name, (hint, _) in own_fields(make).items()}
+    every = [
+        (kind, name) for kind in ("network", "optimizer", "schedule", "augmentation") for name in TABLES[kind]
+    ]
+    return {name: hint for make in makers(every) for name, (hint, _) in own_fields(make).items()}
 
 
 # --- loading ---
@@ -173,12 +176,12 @@ def load_file(path: Path) -> Loaded:
     file = path.expanduser().absolute()
     if file.suffix != ".py" or not file.is_file():
         raise PluginError(f"--plugin {path}: {'a Python file is needed' if file.exists() else 'no such file'}")
-    loaded = Loaded(Source(name=file.stem, path=str(file), files=((file.name, ""),)), file.parent, path.parent)
+    source = Source(name=file.stem, folder=str(file.parent), main=file.name, files=((file.name, ""),))
     try:
         files = collect(file)
     except (OSError, ValueError, SyntaxError) as error:  # ValueError: not UTF-8
-        raise loaded.explain(error, f"{path}:1") from None
-    return _load(replace(loaded, source=replace(loaded.source, files=files)))
+        raise Loaded(source).explain(error, place(source.path)) from None
+    return _load(replace(source, files=files))
 
 
 def _load_installed(entry: EntryPoint) -> Loaded:
@@ -186,60 +189,59 @@ def _load_installed(entry: EntryPoint) -> Loaded:
     found = find_spec(entry.module.partition(".")[0])
     if found is None or found.origin is None:
         raise PluginError(f"plug-in {entry.name} of the installed packages: module {entry.module} is not there")
-    origin = Path(found.origin)
-    folder = origin.parent.parent if found.submodule_search_locations else origin.parent
-    paths = sorted(origin.parent.rglob("*.py")) if found.submodule_search_locations else [origin]
+    origin, package = Path(found.origin), bool(found.submodule_search_locations)
+    folder = origin.parent.parent if package else origin.parent
+    paths = sorted(origin.parent.rglob("*.py")) if package else [origin]
     files = tuple((path.relative_to(folder).as_posix(), path.read_text(encoding="utf-8")) for path in paths)
-    source = Source(name=entry.name, path=str(origin), files=files, module=entry.module)
-    return _load(Loaded(source, folder, folder))
+    main = origin.relative_to(folder).as_posix()
+    source = Source(name=entry.name, folder=str(folder), main=main, files=files, module=entry.module)
+    return _load(source)
 
 
-def _load(loaded: Loaded) -> Loaded:
+def _load(source: Source) -> Loaded:
     """Execute a plug-in and enter all that it has, or nothing of it; one that is loaded already is kept."""
-    source, where = loaded.source, f"{loaded.shown / Path(loaded.source.path).name}:1"
+    loaded, where = Loaded(source), place(source.path)
     if known := LOADED.get(source.name):
         if known.source.identity == source.identity:
             return known
         if known.source.path != source.path:
             raise PluginError(f"{where}: another plug-in has this name, {known.source.path}: rename one")
         unload(source.name)
-    for name, file in _modules(loaded):
-        if name in sys.modules and (other := getattr(sys.modules[name], "__file__", None)) != str(file):
+    for name, file in _modules(source).items():
+        if name in sys.modules and (other := getattr(sys.modules[name], "__file__", None)) != file:
             raise PluginError(f"{file}: a module {name} is imported already, of {other or 'Python'}: rename one")
-    if str(loaded.folder) not in sys.path:
-        sys.path.insert(0, str(loaded.folder))
+    if source.folder not in sys.path:
+        sys.path.insert(0, source.folder)
     importlib.invalidate_caches()
     LOADED[source.name] = loaded
     try:
-        module = _execute(loaded)
+        module = _execute(source)
         taken = [note for other in LOADED.values() for note in other.owned.values()]  # of a module that two import
         notes = [note for note in NOTES if note.file in loaded.files and note not in taken]
         for note in [*notes, *_read_lists(loaded, module)]:
+            where = place(note.file, note.line)
             _enter(loaded, note)
-        for kind, name in loaded.owned:
+        for (kind, name), note in loaded.owned.items():
             if kind == "variant":
-                _check_variant(loaded, name)
+                where = f"{place(note.file, note.line)}: variant {name!r}"
+                _check_variant(name)
         if not loaded.owned:
-            raise PluginError(f"{where}: it registers nothing, by `from harness import plugin` or by a list")
+            raise UserError("it registers nothing, by `from harness import plugin` or by a list")
     except (Exception, SystemExit) as error:
         unload(source.name)
         raise loaded.explain(error, where) from None
     return loaded
 
 
-def _execute(loaded: Loaded) -> ModuleType:
-    source = loaded.source
+def _execute(source: Source) -> ModuleType:
     if source.module:
         return importlib.import_module(source.module)
-    module = sys.modules[_private(source)] = ModuleType(_private(source))
+    name = PRIVATE.format(source.name)
+    module = sys.modules[name] = ModuleType(name)
     module.__file__ = source.path
-    text = dict(source.files)[Path(source.path).name]  # what the hash is of
+    text = dict(source.files)[source.main]  # what the hash is of
     exec(compile(text, source.path, "exec"), module.__dict__)
     return module
-
-
-def _private(source: Source) -> str:
-    return f"harness_plugin_{source.name}"
 
 
 def unload(name: str) -> None:
@@ -252,128 +254,113 @@ def unload(name: str) -> None:
         if kind == "optimizer":
             CAPTURABLE.discard(entry)
     NOTES[:] = [note for note in NOTES if note.file not in loaded.files]
-    for module in (_private(loaded.source), *(module for module, _ in _modules(loaded))):
+    for module in _modules(loaded.source):
         sys.modules.pop(module, None)
 
 
-def _modules(loaded: Loaded) -> Iterator[tuple[str, Path]]:
-    """The modules that a plug-in is made of, by name, but for a file of its own."""
-    for file, _ in loaded.source.files:
-        parts = Path(file).with_suffix("").parts
-        if loaded.source.module or file != Path(loaded.source.path).name:
-            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), loaded.folder / file
+def _modules(source: Source) -> dict[str, str]:
+    """The modules that a plug-in is made of, and their files. A file of its own has a name that no import finds."""
+    found = {}
+    for file, _ in source.files:
+        name = ".".join(Path(file).with_suffix("").parts).removesuffix(".__init__")
+        private = file == source.main and not source.module
+        found[PRIVATE.format(source.name) if private else name] = str(Path(source.folder, file))
+    return found
 
 
 def _read_lists(loaded: Loaded, module: ModuleType) -> Iterator[Note]:
     """What a module lists itself: a list that it imports is another's."""
     file = Path(str(module.__file__))
-    text = dict(loaded.source.files)[file.relative_to(loaded.folder).as_posix()]
+    text = dict(loaded.source.files)[file.relative_to(loaded.source.folder).as_posix()]
     for node in ast.parse(text).body:
         for target in getattr(node, "targets", [getattr(node, "target", None)]):
-            kind = getattr(target, "id", "").lower().removesuffix("s")
-            if kind not in TABLES or not getattr(target, "id", "").isupper():
+            word = getattr(target, "id", "")
+            kind = word.lower().removesuffix("s")
+            if kind not in TABLES or not word.isupper():
                 continue
-            listed = getattr(module, target.id)
+            listed = getattr(module, word)
             if not isinstance(listed, Mapping):
-                raise PluginError(
-                    f"{loaded.shown / file.name}:{node.lineno}: {target.id} is no dictionary of names"
-                )
+                raise PluginError(f"{place(str(file), node.lineno)}: {word} is no dictionary of names")
             for name, made in listed.items():
-                own = (None, dict(made)) if kind == "variant" else (made, {})
-                yield Note(kind, name, own[0], str(file), node.lineno, own[1])
+                row = dict(made) if kind == "variant" else {}
+                yield Note(kind, name, made, str(file), node.lineno, row)
 
 
 # --- entering ---
 
 
 def _enter(loaded: Loaded, note: Note) -> None:
-    """Check a note and put it into its table. Raises PluginError."""
+    """Check a note and put it into its table. Raises UserError."""
     kind, name, options = note.kind, note.name, note.options
     for table in ("network", "variant") if kind == "network" else (kind,):
         if name in TABLES[table]:
-            owner = next(iter(used_by([(table, name)])), None)
-            by = f"by {owner.place_of(owner.owned[table, name])}" if owner else "built in"
-            raise PluginError(f"{loaded.place_of(note)}: {table} {name!r} is registered already, {by}")
+            by = "built in"
+            for owner in used_by([(table, name)]):
+                first = owner.owned[table, name]
+                by = f"by {place(first.file, first.line)}"
+            raise UserError(f"{table} {name!r} is registered already, {by}")
     loaded.owned[kind, name] = note
-    if kind == "variant":
-        _enter_variant(loaded, note, {"summary": name, **options})
-        return
-    _check_parameters(loaded, note)
+    if kind != "variant":
+        _check_parameters(note)
     if kind == "network":
-        _enter_network(loaded, note, **options)
+        options = _enter_network(note, **options)
     elif kind == "dataset":
         DATASETS[name] = partial(load_own, partial(call, note.made), **options)
-    else:
+    elif kind != "variant":
         TABLES[kind][name] = note.made
         CAPTURABLE.update([name] * options.get("capturable", False))
+    if kind in ("network", "variant"):
+        if options.get("base") not in ROWS:
+            raise UserError(f"variant {name!r}: base {options.get('base')!r} is no variant")
+        loaded.owned["variant", name] = note
+        ROWS[name] = {"source": Path(note.file).name, "summary": name, **options}
+        VARIANTS[name] = variants.make_variant(name, ROWS)
 
 
 def _enter_network(
-    loaded: Loaded,
-    note: Note,
-    depth: int | None = None,
-    smallest_image: int = 1,
-    row: Mapping[str, Any] | None = None,
-) -> None:
-    """A network and its variant, whose recipe is he2015's but for `row`."""
+    note: Note, depth: int | None = None, smallest_image: int = 1, row: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A network; the row of its variant, whose recipe is he2015's but for `row`."""
     parameter = parameters_of(note.made).get("depth")
     default = depth if depth is not None else 0 if parameter is None else parameter.default
     if not isinstance(default, int):
-        raise PluginError(f"{loaded.place_of(note)}: network {note.name!r} needs a default depth: depth=20, say")
+        raise UserError(f"network {note.name!r} needs a default depth: depth=20, say")
     depths = (default,) if parameter is None else ()
     NETWORKS[note.name] = variants.Architecture(make=note.made, smallest_image=smallest_image, depths=depths)
     summary = (inspect.getdoc(note.made) or note.name).splitlines()[0]
     own = {"base": "he2015", "architecture": note.name, "depth": default, "summary": summary}
-    _enter_variant(loaded, note, own | dict(row or {}))
+    return own | dict(row or {})
 
 
-def _enter_variant(loaded: Loaded, note: Note, row: dict[str, Any]) -> None:
-    if row.get("base") not in ROWS:
-        raise PluginError(
-            f"{loaded.place_of(note)}: variant {note.name!r}: base {row.get('base')!r} is no variant"
-        )
-    loaded.owned["variant", note.name] = note
-    ROWS[note.name] = {"source": Path(note.file).name, **row}
-    VARIANTS[note.name] = variants.make_variant(note.name, ROWS)
-
-
-def _check_variant(loaded: Loaded, name: str) -> None:
+def _check_variant(name: str) -> None:
     """Once all of a file is entered: whether a variant's fields are there, of the types that they have."""
-    where = f"{loaded.place_of(loaded.owned['variant', name])}: variant {name!r}"
+    variant = VARIANTS[name]()  # type: ignore[call-arg]
+    for kind, word in names_in(variant.recipe):
+        check_word(word, TABLES[kind], kind)
+    for word in variants.read_extra(variant.recipe.extra):
+        check_word(word, [*_RECIPE, *own_values(variant.recipe)], "field")
     try:
-        variant = VARIANTS[name]()  # type: ignore[call-arg]
-        recipe = variant.recipe
-        for kind, word in (("optimizer", recipe.optimizer), ("schedule", recipe.schedule)):
-            check_word(word, TABLES[kind], kind)
-        for word in recipe.augmentations:
-            check_word(word, AUGMENTATIONS, "augmentation")
-        for word in variants.read_extra(recipe.extra):
-            check_word(word, [*_RECIPE, *own_values(recipe)], "field")
-        for part in (variant.network, recipe):
+        for part in (variant.network, variant.recipe):
             TypeAdapter(type(part)).validate_python(asdict(part))
     except ValidationError as error:
-        raise PluginError(f"{where}: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from None
-    except (ValueError, TypeError, UserError) as error:
-        raise PluginError(f"{where}: {error}") from None
+        raise UserError(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from None
 
 
-def _check_parameters(loaded: Loaded, note: Note) -> None:
-    """Whether what is noted can be called as its kind is. Raises PluginError."""
-    what = f"{loaded.place_of(note)}: {note.kind} {note.name!r}"
+def _check_parameters(note: Note) -> None:
+    """Whether what is noted can be called as its kind is. Raises UserError."""
+    what = f"{note.kind} {note.name!r}"
     if not callable(note.made):
-        raise PluginError(f"{what} is no function or class but {note.made!r}"[:200])
+        raise UserError(f"{what} is no function or class but {note.made!r}"[:200])
     parameters = parameters_of(note.made)
     filled = FILLED.get(note.kind, set(parameters))
     for name, p in parameters.items():
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in filled:
             allowed = ", ".join(sorted(filled - _RECIPE))
-            raise PluginError(
-                f"{what}: nothing fills its parameter {name}: it needs a default (filled: {allowed})"
-            )
+            raise UserError(f"{what}: nothing fills its parameter {name}: it needs a default (filled: {allowed})")
     known, fixed = own_hints(), {each.name for each in fields(Network)}
     for name, (hint, _) in own_fields(note.made).items():
         if name in fixed or known.get(name, hint) != hint:
-            raise PluginError(f"{what}: its field {name} has the name of a field of another meaning: rename it")
+            raise UserError(f"{what}: its field {name} has the name of a field of another meaning: rename it")
 
 
 # --- travelling ---
@@ -389,17 +376,17 @@ def collect(file: Path) -> tuple[tuple[str, str], ...]:
             continue
         found[inside.as_posix()] = text = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text, str(path))):
-            names = [alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)]
-            modules = [name.split(".") for name in names] if isinstance(node, ast.Import) else []
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            base = list[str]()
             if isinstance(node, ast.ImportFrom):
-                package = inside.parts[: len(inside.parts) - node.level] if node.level else ()
-                base = [*package, *(node.module.split(".") if node.module else ())]
-                modules = [[*base, name] for name in names]
-            for parts in modules:
-                ends = [root.joinpath(*parts[:n]) for n in range(1, len(parts) + 1) if parts[0] != "harness"]
-                waiting += [
-                    p for end in ends for p in (end.with_suffix(".py"), end / "__init__.py") if p.is_file()
-                ]
+                base += inside.parts[: -node.level] if node.level else ()
+                base += node.module.split(".") if node.module else ()
+            for alias in node.names:
+                parts = [*base, *alias.name.split(".")]
+                for n in range(1, len(parts) + 1) if parts[0] != "harness" else ():
+                    end = root.joinpath(*parts[:n])
+                    waiting += [p for p in (end.with_suffix(".py"), end / "__init__.py") if p.is_file()]
     return tuple(sorted(found.items()))
 
 
@@ -420,16 +407,17 @@ def load_sources(identities: Sequence[str], paths: RunPaths) -> None:
             raise RuntimeError(f"plug-in {identity} was not sent here: --plugin names its file")
         if name in LOADED:
             unload(name)
-        main = next(file for file, _ in source.files if Path(source.path).as_posix().endswith(file))
-        folder = Path(source.path.removesuffix(main))
-        with suppress(OSError, UnicodeDecodeError):
-            if any((folder / file).read_text(encoding="utf-8") != text for file, text in source.files):
-                raise FileNotFoundError
-            _load(Loaded(source, folder, folder))
-            continue
-        folder = (paths.cache_dir or cache_dir()) / "plugins" / identity.replace(":", "-")
-        write_source(source, folder)
-        _load(Loaded(replace(source, path=str(folder / main)), folder, folder))
+        try:
+            same = all(
+                Path(source.folder, file).read_text(encoding="utf-8") == text for file, text in source.files
+            )
+        except (OSError, UnicodeDecodeError):
+            same = False
+        if not same:
+            copy = (paths.cache_dir or cache_dir()) / "plugins" / identity.replace(":", "-")
+            write_source(source, copy)
+            source = replace(source, folder=str(copy))
+        _load(source)
 
 
 def write_source(source: Source, folder: Path) -> None:

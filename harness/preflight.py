@@ -198,7 +198,7 @@ def check_nodes(
         remove_sentinels(uri, sentinel)
     if differences := compare({**describe(), "data": dataset.fingerprint[:12]}, answers, sentinels):
         more = len(differences) - ROWS_SHOWN
-        table = make_table(*COLUMNS, left=COLUMNS, fold=True, caption=f"and {more} more" if more > 0 else None)
+        table = make_table(*COLUMNS, left=COLUMNS, caption=f"and {more} more" if more > 0 else None)
         for difference in differences[:ROWS_SHOWN]:
             table.add_row(*map(escape, difference))  # another machine's text is never taken for markup
         console.print(table)

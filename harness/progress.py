@@ -8,8 +8,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar
+from functools import cache, partial
+from itertools import pairwise
+from typing import IO, Any, Literal, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -19,15 +20,18 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.cluster.job import Entered, Failed, Started, Waiting
+from harness.loaders.datasets import DataError, Dataset, load_dataset
+from harness.plugins import blaming
 from harness.results.metrics import run_figures
 from harness.results.sweeps import State, Sweep, Trial, best_first, format_value
 from harness.results.values import EpochMetrics, RunResult, finite
-from harness.spec import RunPaths, RunSpec, UserError
-
-if TYPE_CHECKING:
-    from harness.loaders.datasets import Dataset
+from harness.spec import RunPaths, RunSpec, mistakes
 
 Row = TypeVar("Row")
+SHAPE: dict[str, Any] = {
+    "box": None, "pad_edge": False, "title_justify": "left", "title_style": "", "padding": (0, 2, 0, 0),
+}  # fmt: skip
+"""Of a table."""
 
 
 def say(console: Console, text: str, style: str = "") -> None:
@@ -35,32 +39,16 @@ def say(console: Console, text: str, style: str = "") -> None:
     console.print(Text(text, style=style), soft_wrap=not console.is_terminal)
 
 
-def make_table(*columns: str, left: Collection[str] = (), fold: bool = False, **options: Any) -> Table:
-    """An empty table without lines; numbers are aligned to the right, the columns `left` are words.
-
-    Cells that are too long for the console are cut off, or continue below with `fold`.
-    """
-    options = {"box": None, "pad_edge": False, "title_justify": "left", "title_style": "", **options}
-    table = Table(padding=(0, 2, 0, 0), **options)
-    overflow: Literal["fold", "ellipsis"] = "fold" if fold else "ellipsis"
+def make_table(*columns: str, left: Collection[str] = (), whole: Collection[str] = (), **options: Any) -> Table:
+    """An empty table without lines; numbers are aligned to the right, the columns `left` are words. Cells that are too
+    long for the console continue below; those of columns `whole` are cut off, after all others are as narrow as can be."""
+    table = Table(**SHAPE | options)
     for name in columns:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=not fold, overflow=overflow)
+        justify: Literal["left", "right"] = "left" if name in left else "right"
+        table.add_column(
+            name, justify=justify, no_wrap=name in whole, overflow="ellipsis" if name in whole else "fold"
+        )
     return table
-
-
-def natural_width(columns: Mapping[str, Sequence[str]]) -> int:
-    """Of these columns beside each other, two spaces between."""
-    return sum(max(map(len, [name, *cells])) + 2 for name, cells in columns.items()) - 2
-
-
-def fit_columns(
-    columns: Mapping[str, Sequence[str]], width: int, spare: Sequence[str]
-) -> Mapping[str, Sequence[str]]:
-    """Those of the columns that fit: `spare` ones go first, in their order."""
-    for name in spare:
-        if natural_width(columns) > width:
-            columns = {kept: cells for kept, cells in columns.items() if kept != name}
-    return columns
 
 
 def print_columns(
@@ -71,14 +59,19 @@ def print_columns(
     left: Collection[str],
     spare: Sequence[str],
 ) -> None:
-    """Print a table of columns of cells. On a terminal `spare` ones are left out, and named, where all do not fit."""
-    kept = fit_columns(columns, console.width, spare) if console.is_terminal else columns
-    table = make_table(*kept, left=left, width=None if console.is_terminal else natural_width(kept))
-    for row in zip(*kept.values(), strict=True):
+    """Print a table of columns of cells. On a terminal `spare` ones go first, and are named, where all do not fit."""
+    widths = {name: max(map(len, [name, *cells])) + 2 for name, cells in columns.items()}
+    for name in spare if console.is_terminal else ():
+        if sum(widths.values()) - 2 > console.width:
+            widths.pop(name, None)
+    table = make_table(
+        *widths, left=left, whole=widths, width=None if console.is_terminal else sum(widths.values()) - 2
+    )
+    for row in zip(*(columns[name] for name in widths), strict=True):
         table.add_row(*map(escape, row), style="" if row[0] else "dim")
     console.print(title, markup=False, highlight=False)
     console.print(table, crop=console.is_terminal)
-    if dropped := [name for name in columns if name not in kept]:
+    if dropped := [name for name in columns if name not in widths]:
         say(console, f"too narrow for {', '.join(dropped)}", style="dim")
 
 
@@ -87,28 +80,21 @@ def load_data(name: str, paths: RunPaths, console: Console, *, scan: bool = Fals
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    from harness.loaders.datasets import DataError, load_dataset
-    from harness.plugins import blaming
-
     with Bar(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=console, transient=True, disable=not console.is_terminal,
     ) as bar:  # fmt: skip
-        tasks: dict[str, Any] = {}
+        add_task = cache(bar.add_task)
 
         def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(escape(what), total=total)
-            bar.update(tasks[what], completed=done, total=total)
+            bar.update(add_task(escape(what)), completed=done, total=total)
 
-        try:
+        with mistakes(DataError):
             with blaming("dataset", name):
                 dataset = load_dataset(name, paths.data_dir, paths.cache_dir, progress)
             if scan:
                 dataset.scan(progress)
             return dataset
-        except DataError as error:
-            raise UserError(str(error)) from None
 
 
 @dataclass(slots=True, eq=False)
@@ -125,11 +111,9 @@ class _Line:
         return self.last.epoch if self.last else 0
 
 
-COLUMNS = ("run", "epoch", "bar", "loss", "error %", "s/epoch", "left", "")  # of runs; the last one: a note
-FIGURES, LEFT = (
-    ("epoch", "loss", "error %", "s/epoch"),
-    ("run", "epoch", "bar", ""),
-)  # never cut off; aligned to the left
+COLUMNS = ("run", "epoch", " ", "loss", "error %", "s/epoch", "left", "")  # of runs; the blank ones: a bar, a note
+FIGURES = ("epoch", "loss", "error %", "s/epoch")  # cut off last
+RANKS = {"training": 0, "starting": 0, "failed": 1, "waiting": 2}  # of what is shown first
 STYLES = {"done": "green", "finished": "green", "failed": "red", "waiting": "dim", "pruned": "dim"}
 
 
@@ -188,8 +172,9 @@ class Progress(LiveTable):
             again = f"attempt {event.attempt}: {event.reason}" if event.reason else ""
             line.state, line.note = "starting", "; ".join(filter(None, [width, again]))
             if again:
-                width = width and f" with {width}"
-                self.say(f"{spec.title}: {event.reason}; trying again ({event.attempt}){width}")
+                self.say(
+                    f"{spec.title}: {event.reason}; trying again ({event.attempt}){f' with {width}' * bool(width)}"
+                )
             else:
                 self.log(f"{spec.title}: starting")
         elif isinstance(event, Waiting):
@@ -228,31 +213,27 @@ class Progress(LiveTable):
 
     def render(self) -> Group:
         """The runs that fit on the screen. Figures are whole; the other columns get what is left beside them."""
-        ranks = {"training": 0, "starting": 0, "failed": 1, "waiting": 2}
-        lines, wide = list(self.lines.values()), self.console.width >= 60
-        shown = self.fit(lines, lambda line: ranks.get(line.state, 3))
-        names = COLUMNS if wide else ("run", *FIGURES)
-        table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0))
-        for name in names:
-            justify: Literal["left", "right"] = "left" if name in LEFT else "right"
-            table.add_column(name.replace("bar", ""), no_wrap=name in FIGURES, justify=justify)
+        lines, width = list(self.lines.values()), self.console.width
+        shown = self.fit(lines, lambda line: RANKS.get(line.state, 3))
+        names = COLUMNS if width >= 60 else ("run", *FIGURES)
+        padding = (0, 2 if width >= 60 else 1, 0, 0)
+        table = make_table(*names, left=("run", "epoch", " ", ""), whole=FIGURES, padding=padding)
         for line in shown:
             last = line.last
-            cells = {
+            cells: dict[str, Any] = {
                 "run": line.spec.title if self.many_seeds else line.spec.name,
                 "epoch": f"{line.done}/{line.epochs}",
+                " ": ProgressBar(total=line.epochs, completed=line.done, width=24 if width >= 100 else 10),
                 "loss": f"{last.loss:.3f}" if last else "",
                 "error %": f"{last.error:.2f}" if last else "",
                 "s/epoch": f"{last.train_seconds:.2f}" if last else "",
                 "left": clock(self._left(line)) if line.state == "training" else line.state,
                 "": line.note,
             }
-            bar = ProgressBar(
-                total=line.epochs, completed=line.done, width=24 if self.console.width >= 100 else 10
-            )
-            shapes = {name: Text(cell, no_wrap=True, overflow="ellipsis") for name, cell in cells.items()}
-            row = [bar if name == "bar" else shapes[name] for name in names]
-            table.add_row(*row, style=STYLES.get(line.state, ""))
+            cells |= {
+                n: Text(c, no_wrap=True, overflow="ellipsis") for n, c in cells.items() if isinstance(c, str)
+            }
+            table.add_row(*(cells[name] for name in names), style=STYLES.get(line.state, ""))
         ended = sum(line.state in ("done", "failed") for line in lines)
         lefts = [left for line in lines if (left := self._left(line)) is not None]
         total = clock(sum(lefts) / self.concurrent_runs) if len(lefts) == len(lines) else "?"
@@ -298,7 +279,8 @@ class TrialTable(LiveTable):
     def render(self) -> Group:
         """The trials that fit on the screen: running ones, the best, the latest."""
         names = list(dict.fromkeys(name for trial in self.trials for name in trial.fields))
-        table = make_table("trial", "epoch", self.sweep.heading, *names, "", left=("",))
+        columns = ("trial", "epoch", self.sweep.heading, *names, "")
+        table = make_table(*columns, left=("",), whole=columns)
         best = self.best()
         for trial in self.fit(self.trials, lambda t: (t.state != "running", t is not best, -t.number)):
             state: str = "finished, the best so far" if trial is best else trial.state
@@ -331,11 +313,12 @@ class JsonLines:
 
     def __init__(self, file: IO[str], epochs: Mapping[str, int]) -> None:
         self.file, self.epochs = file, epochs
-        self.known: dict[str, list[EpochMetrics]] = defaultdict(list)
+        self.seconds: dict[str, float] = defaultdict(float)  # of training, by key
 
     def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
-        """Epochs of an earlier command are not printed again."""
-        self.known[spec.key] += history
+        """A run continues after the epochs of an earlier command, which are not printed again."""
+        if history:
+            self._print(spec, event="resumed", after_epoch=history[-1].epoch)
 
     def event(self, spec: RunSpec, event: Any) -> None:
         """Print that an attempt began, or what an epoch came to."""
@@ -343,8 +326,6 @@ class JsonLines:
             workers = event.world_size or spec.workers
             planned = {"epochs": self.epochs[spec.key], "workers": workers, "attempt": event.attempt}
             self._print(spec, event="start", **planned, **({"reason": event.reason} if event.reason else {}))
-            if event.attempt == 1 and (known := self.known[spec.key]):
-                self._print(spec, event="resumed", after_epoch=known[-1].epoch)
         elif isinstance(event, EpochMetrics):
             self._print(spec, event="epoch", evaluated_on="val" if spec.recipe.val else "test", **dict(event))
 
@@ -364,16 +345,19 @@ class ConvnetLines(JsonLines):
     """A JSON object per epoch as the convnet seed logs it: epochs from 0, accuracies as shares of 1, and "time", training
     seconds since epoch 0 began. A failure is one, too."""
 
+    def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
+        """Epochs of an earlier command count in the time."""
+        self.seconds[spec.key] += sum(epoch.train_seconds for epoch in history)
+
     def event(self, spec: RunSpec, event: Any) -> None:
-        """Print an epoch; those of an earlier command count in the time."""
+        """Print an epoch."""
         if isinstance(event, EpochMetrics):
-            self.known[spec.key].append(event)
-            seconds = sum(epoch.train_seconds for epoch in self.known[spec.key])
+            self.seconds[spec.key] += event.train_seconds
             evaluated = "val" if spec.recipe.val else "test"
             errors = {"test": event.test_error, evaluated: event.error, "train": event.train_error}
             shares = {f"{of}_acc": round(1 - error / 100, 6) for of, error in errors.items() if error is not None}
             losses = {"loss": event.loss, f"{evaluated}_loss": event.eval_loss}
-            self._print(spec, epoch=event.epoch - 1, **shares, time=seconds, **losses)
+            self._print(spec, epoch=event.epoch - 1, **shares, time=self.seconds[spec.key], **losses)
 
     def ended(self, spec: RunSpec, outcome: RunResult | Failed) -> None:
         """Print a failure; a result has been printed by its last epoch."""
@@ -390,18 +374,17 @@ def width_of(spec: RunSpec) -> str:
     return f"{spec.workers}×{spec.recipe.batch_size // spec.workers}"
 
 
+UNITS = (("d", 86_400, 2), ("h", 3600, 1), ("min", 60, 1), ("s", 1, 1))  # each from so many on
+
+
 def duration(seconds: float) -> str:
     """ "2.5 s", "25 s", "3 min 10 s", "3 h 10 min", "5 d 3 h"."""
-    if seconds < 59.5:
-        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min" + f" {rest} s" * bool(rest)
-    hours, minutes = divmod(round(seconds / 60), 60)
-    if hours < 48:
-        return f"{hours} h" + f" {minutes} min" * bool(minutes)
-    days, hours = divmod(round(seconds / 3600), 24)
-    return f"{days} d" + f" {hours} h" * bool(hours)
+    if seconds >= 59.5:
+        for (unit, size, least), (below, step, _) in pairwise(UNITS):
+            whole, rest = divmod(round(seconds / step), size // step)
+            if whole >= least:
+                return f"{whole} {unit}" + f" {rest} {below}" * bool(rest)
+    return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
 
 
 def clock(seconds: float | None) -> str:

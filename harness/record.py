@@ -12,30 +12,20 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
 
 from harness.cluster.job import Failed, Started
 from harness.models.variants import find_variant
 from harness.plugins import write_source
 from harness.results import store
 from harness.results.identity import hash_code
-from harness.results.remote import (
-    Lease,
-    StorageError,
-    patiently,
-    pull_run,
-    push_finished,
-    push_run,
-    redact,
-)
+from harness.results.remote import Lease, StorageError, patiently, pull_run, push_finished, push_run, redact
+from harness.results.report.card import CARD, make_card
 from harness.results.store import Stored, partial_dir, run_name
-from harness.results.values import Failure, Pruned, Record, RunResult
-from harness.spec import RunPaths, RunSpec, UserError
-
-if TYPE_CHECKING:
-    from filelock import FileLock
-
-    from harness.results.values import EpochMetrics, NodeUse
+from harness.results.values import EpochMetrics, Failure, NodeUse, Pruned, Record, RunResult
+from harness.spec import RunPaths, RunSpec, UserError, mistakes
 
 ATTEMPTS = "attempts.jsonl"
 DALI_WHEELS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")
@@ -68,14 +58,14 @@ def _identify_code() -> dict[str, Any]:
     def git(*words: str) -> str | None:
         command = ["git", "-C", str(root), *words]
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            if (root / ".git").exists():  # an installed copy may lie inside another project's checkout
+                done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+                return done.stdout.strip()
         return None
 
-    # an installed copy may lie inside another project's checkout: only our own counts
-    own = git("rev-parse", "--show-toplevel") == str(root)
-    status = git("status", "--porcelain") if own else None
+    status = git("status", "--porcelain")
     return {
-        "commit": git("rev-parse", "HEAD") if own else None,
+        "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "code": hash_code(),
         "versions": {package: known for package in PACKAGES if (known := installed_version(package))},
@@ -104,8 +94,6 @@ def classify(failed: Failed) -> Failure:
 
 def lock_file(path: Path, busy: str) -> FileLock:
     """Lock a file against other commands. Raises UserError, with `busy` where one of them has locked it."""
-    from filelock import FileLock, Timeout
-
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
@@ -126,10 +114,8 @@ def lock_run(spec: RunSpec, label: str, out: Path) -> FileLock:
 def lease(uri: str, names: Collection[str], say: Callable[[str], None]) -> contextlib.AbstractContextManager[Any]:
     """Keep other machines from training runs, or a sweep, at a URI; of no effect without one. Raises UserError where one
     trains them."""
-    try:
+    with mistakes(StorageError, "--out "):
         return contextlib.closing(Lease(uri, names, say)) if uri else contextlib.nullcontext()
-    except StorageError as error:
-        raise UserError(f"--out {error}") from None
 
 
 @dataclass(slots=True)
@@ -148,13 +134,17 @@ class Recorder:
     added: dict[str, float] = field(default_factory=dict)  # by --until-ci: `Record.added_until`, by key
     classes: int | None = None  # of the data set
 
+    def name(self, spec: RunSpec) -> str:
+        """Of a run's folder."""
+        return name_of(spec, self.paths.label)
+
     def partial(self, spec: RunSpec) -> Path:
         """The folder of a run that has not finished."""
-        return partial_dir(self.paths.out, name_of(spec, self.paths.label))
+        return partial_dir(self.paths.out, self.name(spec))
 
     def find_finished(self, specs: Iterable[RunSpec]) -> dict[str, RunResult]:
         """Read which of these runs are stored as finished; all results known by now, by key."""
-        keys = {self.paths.out / name_of(spec, self.paths.label): spec.key for spec in specs}
+        keys = {self.paths.out / self.name(spec): spec.key for spec in specs}
         folders = [folder for folder, key in keys.items() if key not in self.finished and folder.is_dir()]
         for stored in store.load_records(folders).records:
             if stored.record.key == keys[stored.folder] and stored.record.result is not None:
@@ -165,39 +155,45 @@ class Recorder:
     def begin(self, spec: RunSpec, event: Started) -> list[EpochMetrics]:
         """Note that an attempt began; the epochs that are left of an earlier command."""
         folder, earlier = self.partial(spec), []
+        attempts, now = folder / ATTEMPTS, datetime.now(UTC)
         self.nodes[spec.key] = []
         try:
             if spec.key not in self.started:
-                self.started[spec.key] = datetime.now(UTC)
+                self.started[spec.key] = now
                 try:
                     self.pull(folder)
                 except StorageError as error:  # the run says so too, and others may go on
                     self.warn(f"{spec.title}: {error}")
-                store.start(self.paths.out, name_of(spec, self.paths.label), spec.to_json())
+                store.start(self.paths.out, self.name(spec), spec.to_json())
                 for source in self.paths.plugins:
                     if source.identity in spec.plugins:
                         write_source(source, folder / "plugins" / source.name)
                 earlier = store.load_epochs(folder)
-            note_attempt(folder, event)
+            reason = event.reason or "the command was given again" * attempts.exists()
+            line: dict[str, Any] = {"started_at": now.isoformat(), "reason": reason}
+            line |= {"workers": event.world_size} if event.world_size is not None else {}
+            with attempts.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
         except OSError as error:  # the run says the same when it writes, and others may go on
-            self.warn(f"{spec.title}: {describe_os_error(error, folder)}")
+            self.warn(f"{spec.title}: {error}")
         self.push(push_run, folder)
         return earlier
 
     def end(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, **environment: Any) -> bool:
         """Store what a run came to. Returns whether it is a result and is stored at the URI too, if there is one."""
-        from harness.results.report.card import CARD, make_card
-
-        folder = self.partial(spec)
+        folder, attempts = self.partial(spec), list[dict[str, Any]]()
+        noted = folder / ATTEMPTS
         try:
-            attempts = load_attempts(folder)
+            for line in noted.read_text(encoding="utf-8").splitlines() if noted.exists() else ():
+                with contextlib.suppress(ValueError):  # cut off by a kill
+                    attempts.append(json.loads(line))
             if isinstance(outcome, RunResult):
                 nodes = tuple(sorted(self.nodes.get(spec.key, ()), key=lambda node: node.host))
                 warnings = (*self.warnings, *outcome.warnings)
                 known = {"nodes": nodes, "attempts": max(1, len(attempts)), "warnings": warnings}
                 outcome = outcome.model_copy(update=known)
             record = Record(
-                key=spec.key, name=name_of(spec, self.paths.label), status=STATUSES[type(outcome)],
+                key=spec.key, name=self.name(spec), status=STATUSES[type(outcome)],
                 variant=spec.variant, depth=spec.network.depth, seed=spec.seed, spec=spec.to_json(),
                 dataset=self.paths.label, original=self.original,
                 result=outcome if isinstance(outcome, RunResult) else None,
@@ -210,9 +206,11 @@ class Recorder:
             if isinstance(outcome, RunResult):
                 self.pull(folder)  # what rank 0 wrote on its node
                 folder.mkdir(parents=True, exist_ok=True)
-                store.write_atomic(
-                    folder / CARD, make_card(record, about=describe_variant(spec), classes=self.classes)
-                )
+                about = ""
+                with contextlib.suppress(ValueError):  # a variant that is not known here
+                    variant = find_variant(spec.variant)(spec.network.depth)
+                    about = f"{variant.summary} ({variant.source})."
+                store.write_atomic(folder / CARD, make_card(record, about=about, classes=self.classes))
                 folder = store.finish(self.paths.out, record)
                 self.finished[spec.key] = outcome
                 self.known.pop(folder, None)  # of an earlier run, by --force
@@ -220,8 +218,7 @@ class Recorder:
             self.push(push_run, store.finish(self.paths.out, record))
             return False
         except (OSError, StorageError) as error:
-            what = describe_os_error(error, folder) if isinstance(error, OSError) else error
-            self.warn(f"{spec.title} is not stored: {what}; the same command goes on from its last checkpoint")
+            self.warn(f"{spec.title} is not stored: {error}; the same command goes on from its last checkpoint")
             return False
 
     def push(self, how: Callable[[str, Path], None], path: Path, *, patient: bool = False) -> bool:
@@ -239,35 +236,3 @@ class Recorder:
         """Copy a partial run from the URI, if there is one, and wait for it where it is away. Raises StorageError."""
         if self.paths.remote:
             patiently(self.warn, lambda: pull_run(self.paths.remote, folder))
-
-
-def describe_variant(spec: RunSpec) -> str:
-    """A sentence on a run's variant; nothing where it is not known here."""
-    try:
-        variant = find_variant(spec.variant)(spec.network.depth)
-    except ValueError:
-        return ""
-    return f"{variant.summary} ({variant.source})."
-
-
-def describe_os_error(error: OSError, path: Path) -> str:
-    """One line: which file, and what is wrong with it."""
-    return f"{error.filename or path}: {error.strerror or error}"
-
-
-def note_attempt(folder: Path, event: Started) -> None:
-    """Add a line to attempts.jsonl: when an attempt began, why, and its workers where they are fewer."""
-    path = folder / ATTEMPTS
-    reason = event.reason or ("the command was given again" if path.exists() else "")
-    line = {"started_at": datetime.now(UTC).isoformat(), "reason": reason, "workers": event.world_size}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({name: value for name, value in line.items() if value is not None}) + "\n")
-
-
-def load_attempts(folder: Path) -> list[dict[str, Any]]:
-    """All attempts at a run, by this command and by earlier ones."""
-    path, attempts = folder / ATTEMPTS, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # cut off by a kill
-            attempts.append(json.loads(line))
-    return attempts

@@ -6,54 +6,48 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
+from harness.cluster import launch
+from harness.cluster.connect import ClusterError, connect, disconnect
 from harness.cluster.job import Allocation
-from harness.options import Grid, Resources, check_options
+from harness.cluster.nodes import Cluster, fit
+from harness.options import Grid, Resources
 from harness.plan import GPU_PRECISIONS
 from harness.results.remote import join_uri
-from harness.spec import INSTALL, RunPaths, RunSpec, UserError
-
-if TYPE_CHECKING:
-    from harness.cluster.nodes import Cluster
+from harness.spec import INSTALL, RunPaths, RunSpec, UserError, mistakes, refuse
+from harness.training.host import count_cpus
+from harness.training.nvml import count_gpus
 
 Runs = Generator[tuple[RunSpec, Any], None, None]
 
 
 def check_resources(resources: Resources) -> None:
     """Raise UserError for what can be seen to be wrong without devices."""
-    check_options(resources)
     if find_spec("torch") is None:
         raise UserError(f"torch is not installed: {INSTALL}")
-    if resources.exclude_outliers and resources.address is None:
-        raise UserError("--exclude-outliers is for a cluster, whose nodes are measured: it needs --address")
-    share, several = resources.runs_per_gpu, resources.workers not in (None, 1)
-    if share > 1 and several:
-        raise UserError(f"--runs-per-gpu {share}: runs that share a GPU have one worker, not {resources.workers}")
-    if resources.launcher != "local":
-        return
-    if resources.address is not None:
-        raise UserError("--address is for --launcher ray: the local launcher uses this process only")
-    if several:
-        raise UserError(f"--launcher local runs one worker, not {resources.workers}; --launcher ray runs more")
-    if share > 1:
-        raise UserError(f"--launcher local runs one process; --runs-per-gpu {share} needs ray")
+    share, workers, local = resources.runs_per_gpu, resources.workers, resources.launcher == "local"
+    several = workers not in (None, 1)
+    faults = {
+        f"--runs-per-gpu {share}: runs that share a GPU have one worker, not {workers}": share > 1 and several,
+        "--address is for --launcher ray: the local launcher uses this process only": local and resources.address,
+        f"--launcher local runs one worker, not {workers}; --launcher ray runs more": local and several,
+        f"--launcher local runs one process; --runs-per-gpu {share} needs ray": local and share > 1,
+        "--exclude-outliers is for a cluster, whose nodes are measured: it needs --address": resources.exclude_outliers
+        and not resources.address,
+    }
+    refuse(faults)
 
 
 def make_allocation(grid: Grid, resources: Resources, stack: ExitStack, least: int | None = None) -> Allocation:
-    """Divide the cluster at `address`, which is joined until the stack closes, or this machine among the runs.
-
-    A cluster may have less than a run is to have where that begins with fewer workers, `least` or more. Raises UserError where the runs do not fit.
-    """
+    """Divide the cluster at `address`, which is joined until the stack closes, or this machine among the runs. A cluster may
+    have less than a run is to have where that begins with fewer workers, `least` or more. Raises UserError where they do not fit."""
     check_resources(resources)
     if resources.address is not None:
         cluster = join_cluster(stack, resources.address, cpus=0, gpus=0, verbose=resources.verbose)
         gpus, cpus = sum(node.gpus for node in cluster), sum(node.cpus for node in cluster)
         where = f"the cluster at {resources.address}"
     else:
-        from harness.training.host import count_cpus
-        from harness.training.nvml import count_gpus
-
         gpus, cpus, where = count_gpus(), count_cpus(), "this machine"
     resources = fill_from_specs(resources, grid, gpus)
     grows = least is not None and resources.address is not None
@@ -62,14 +56,12 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack, least: i
     allocation = allocate(resources, have_gpus=gpus, have_cpus=cpus, precision=grid.precision, where=where)
     if resources.address is None:
         return replace(allocation, concurrent_runs=1) if resources.launcher == "local" else allocation
-    from harness.cluster.nodes import fit
-
     fitted = fit(cluster, allocation)
     if not fitted.concurrent_runs and grows:
         return replace(allocation, concurrent_runs=1)
     if not fitted.concurrent_runs:
         what = "GPUs" if fitted.device == "cuda" else "CPUs"
-        largest = max((n.gpus if fitted.device == "cuda" else n.cpus for n in cluster), default=0)
+        largest = max((getattr(node, what.lower()) for node in cluster), default=0)
         raise UserError(
             f"--workers {fitted.workers} --placement {fitted.placement}: no room in {where}, whose largest node has "
             f"{largest} {what} (each worker needs a CPU)"
@@ -79,10 +71,9 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack, least: i
 
 def choose_launcher(resources: Resources, allocation: Allocation, runs: int) -> Resources:
     """ "auto" decided: Ray takes seconds to start, which one run with one worker on this machine does not need."""
-    if resources.launcher != "auto":
-        return resources
     alone = runs == allocation.workers == resources.runs_per_gpu == 1 and resources.address is None
-    return replace(resources, launcher="local" if alone else "ray")
+    auto = "local" if alone else "ray"
+    return replace(resources, launcher=auto) if resources.launcher == "auto" else resources
 
 
 def fill_from_specs(resources: Resources, grid: Grid, have_gpus: int) -> Resources:
@@ -90,18 +81,15 @@ def fill_from_specs(resources: Resources, grid: Grid, have_gpus: int) -> Resourc
     workers = 1 if resources.launcher == "local" or resources.runs_per_gpu > 1 else resources.workers
     if not grid.specs:
         return replace(resources, workers=workers)
-    widths = {workers} if workers else {spec.workers for spec in grid.specs}
-    if len(widths) > 1:
-        raise UserError(
-            f"--spec: these runs have {' and '.join(map(str, sorted(widths)))} workers; --workers decides"
-        )
-    (width,) = widths
+    widths = sorted({workers} if workers else {spec.workers for spec in grid.specs})
     gpus, devices = resources.gpus, {spec.device for spec in grid.specs}
+    if len(widths) > 1:
+        raise UserError(f"--spec: these runs have {' and '.join(map(str, widths))} workers; --workers decides")
     if gpus is None and len(devices) > 1:
         raise UserError("--spec: some of these runs are for GPUs and some for the CPU; --gpus decides for all")
     if gpus is None:
-        gpus = 0 if devices == {"cpu"} else max(width, have_gpus - have_gpus % width)
-    return replace(resources, gpus=gpus, workers=width)
+        gpus = 0 if devices == {"cpu"} else max(widths[0], have_gpus - have_gpus % widths[0])
+    return replace(resources, gpus=gpus, workers=widths[0])
 
 
 def allocate(
@@ -109,39 +97,30 @@ def allocate(
 ) -> Allocation:
     """Divide what `where` has among concurrent runs. Raises UserError where there is less than was asked for."""
     gpus, share = have_gpus if resources.gpus is None else resources.gpus, resources.runs_per_gpu
-    if gpus > have_gpus:
-        have = f"{have_gpus} GPU{'s' * (have_gpus != 1)}" if have_gpus else "no GPU"
-        raise UserError(f"--gpus {gpus}: {where} has {have}" + ("; --gpus 0 trains on the CPU" * (not have_gpus)))
-    if gpus == 0:
-        workers = resources.workers or 1
-        if workers > have_cpus:
-            raise UserError(f"--workers {workers}: {where} has {have_cpus} CPU cores, and each worker needs one")
-        if precision in GPU_PRECISIONS:
-            raise UserError(f"--precision {precision} needs a GPU; on the CPU fp32 and bf16 are allowed")
-        if share > 1:
-            raise UserError(f"--runs-per-gpu {share} needs a GPU; leave it out on the CPU")
-        return Allocation(
-            device="cpu", workers=workers, concurrent_runs=1, threads=have_cpus // workers,
-            placement=resources.placement,
-        )  # fmt: skip
-    workers = resources.workers or (gpus if share == 1 else 1)
-    if gpus % workers:
-        divisors = ", ".join(str(n) for n in range(1, gpus + 1) if gpus % n == 0)
-        raise UserError(f"--workers {workers} does not divide --gpus {gpus} (allowed: {divisors})")
+    on_gpu, workers = gpus > 0, resources.workers or (gpus if gpus and share == 1 else 1)
+    have = f"{have_gpus} GPU{'s' * (have_gpus != 1)}" if have_gpus else "no GPU"
+    divisors = ", ".join(str(n) for n in range(1, gpus + 1) if gpus % n == 0)
+    faults = {
+        f"--gpus {gpus}: {where} has {have}{'' if have_gpus else '; --gpus 0 trains on the CPU'}": gpus > have_gpus,
+        f"--workers {workers}: {where} has {have_cpus} CPU cores, and each worker needs one":
+            not on_gpu and workers > have_cpus,
+        f"--precision {precision} needs a GPU; on the CPU fp32 and bf16 are allowed":
+            not on_gpu and precision in GPU_PRECISIONS,
+        f"--runs-per-gpu {share} needs a GPU; leave it out on the CPU": not on_gpu and share > 1,
+        f"--workers {workers} does not divide --gpus {gpus} (allowed: {divisors})": gpus % workers > 0,
+    }  # fmt: skip
+    refuse(faults)
     return Allocation(
-        device="cuda", gpus=gpus, workers=workers, concurrent_runs=gpus // workers * share, runs_per_gpu=share,
-        threads=max(1, have_cpus // (gpus * share)), placement=resources.placement,
+        device="cuda" if on_gpu else "cpu", gpus=gpus, workers=workers, placement=resources.placement,
+        runs_per_gpu=share, concurrent_runs=gpus // workers * share if on_gpu else 1,
+        threads=max(1, have_cpus // (gpus * share)) if on_gpu else have_cpus // workers,
     )  # fmt: skip
 
 
 def join_cluster(stack: ExitStack, address: str | None, *, cpus: int, gpus: int, verbose: bool) -> Cluster:
     """Connect to Ray until the stack closes. Raises UserError where no cluster answers."""
-    from harness.cluster.connect import ClusterError, connect, disconnect
-
-    try:
+    with mistakes(ClusterError):
         cluster = connect(address, cpus=cpus, gpus=gpus, verbose=verbose)
-    except ClusterError as error:
-        raise UserError(str(error)) from None
     stack.callback(disconnect)
     return cluster
 
@@ -165,15 +144,10 @@ class Session:
             self.joined = True
 
     def launch(self, train: Callable[..., Any], specs: Sequence[RunSpec], **callbacks: Any) -> Runs:
-        """Launch `train(spec, worker, report)` for each spec; yields (spec, outcome) as `harness.cluster.launch` does.
-
-        A Ray cluster of this machine is started at the first call that needs one. `callbacks` are the launcher's.
-        """
-        if self.resources.launcher == "local":
-            from harness.cluster.launch import launch_here as launch
-        else:
-            from harness.cluster.launch import launch
+        """Launch `train(spec, worker, report)` for each spec; yields (spec, outcome) as `harness.cluster.launch` does, whose
+        callbacks are taken. A Ray cluster of this machine is started at the first call that needs one."""
         self.join()
+        start: Callable[..., Any] = launch.launch_here if self.resources.launcher == "local" else launch.launch
         at_uri = self.paths.remote and self.resources.address
         storage = join_uri(self.paths.remote, ".ray") if at_uri else self.paths.out / ".ray"
-        return cast("Runs", launch(train, specs, replace(self.allocation, storage=storage), **callbacks))
+        return cast("Runs", start(train, specs, replace(self.allocation, storage=storage), **callbacks))

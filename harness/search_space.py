@@ -6,17 +6,18 @@ So are the fields that networks, optimizers, schedules and augmentations of plug
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
+from math import isfinite, prod
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
 from harness.models.variants import Network, Recipe, Variant, check_depth, write_extra
-from harness.plugins import TABLES, makers_of, own_hints, own_values
+from harness.plugins import TABLES, makers, names_in, own_hints, own_values
 from harness.results.sweeps import Dimension, Function, format_value
-from harness.spec import RunSpec, UserError, check_word
+from harness.spec import RunSpec, UserError, check_word, mistakes, refuse
 
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
 FIGURES = 4  # significant ones of a drawn number, so that a command can be typed again
@@ -51,7 +52,7 @@ def round_value(d: Dimension, value: float) -> float:
 def count_points(dimensions: Sequence[Dimension]) -> int | None:
     """How many different points the space has; None: endless."""
     counts = [None if (finite := finite_values(d)) is None else len(set(finite)) for d in dimensions]
-    return None if None in counts else math.prod(count for count in counts if count is not None)
+    return None if None in counts else prod(count for count in counts if count is not None)
 
 
 def grid_points(dimensions: Sequence[Dimension]) -> list[dict[str, Any]]:
@@ -63,23 +64,27 @@ def grid_points(dimensions: Sequence[Dimension]) -> list[dict[str, Any]]:
 
 def parse_search(texts: Iterable[str]) -> tuple[Dimension, ...]:
     """ "lr=loguniform(0.01,1)" and others -> dimensions. Raises UserError for anything else."""
-    dimensions = tuple(map(_parse_dimension, texts))
-    names = [dimension.field for dimension in dimensions]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"--search names {twice[0]} twice")
-    return dimensions
+    return tuple(_parse_fields("--search", texts, _dimension).values())
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
     """ "lr=0.05" and others -> {"lr": 0.05}. Raises UserError for anything else."""
-    settings: dict[str, Any] = {}
+    return _parse_fields("--set", texts, _value)
+
+
+def _parse_fields(option: str, texts: Iterable[str], parse: Callable[[str, str], Any]) -> dict[str, Any]:
+    found, elsewhere = dict[str, Any](), _OPTIONS if option == "--search" else _OPTIONS | SEARCHED
     for text in texts:
-        name, _, value = text.partition("=")
-        name = _field(name, "--set", text)
-        if name in settings:
-            raise UserError(f"--set names {name} twice")
-        settings[name] = _value(name, value, f"--set {text!r}")
-    return settings
+        word, _, value = text.partition("=")
+        name = word.strip().replace("-", "_")
+        with mistakes(UserError, f"{option} {text!r}: "):
+            if name in elsewhere:
+                raise UserError(f"{name} has an option of its own, {elsewhere[name]}")
+            check_word(name, tuple(dict.fromkeys([*FIELDS, *own_hints(), *SEARCHED])), "field")
+            if name in found:
+                raise UserError(f"{name} is named twice")
+            found[name] = parse(name, value)
+    return found
 
 
 def apply(variant: Variant, settings: Mapping[str, Any]) -> tuple[Variant, tuple[str, ...]]:
@@ -96,13 +101,11 @@ def apply(variant: Variant, settings: Mapping[str, Any]) -> tuple[Variant, tuple
         made = replace(own, **new)
         before = own_values(made)
         more = {n: settings[n] for n in before if n in settings and settings[n] != before[n]}
-        parts[part] = replace(made, extra=write_extra(before | more, makers_of(made)))
+        parts[part] = replace(made, extra=write_extra(before | more, makers(names_in(made))))
         changed |= new | more
     if "architecture" in changed:
-        try:
+        with mistakes(ValueError, f"--set architecture={changed['architecture']}: "):
             check_depth(parts["network"])
-        except ValueError as error:
-            raise UserError(f"--set architecture={changed['architecture']}: {error}") from None
     return replace(variant, **parts), tuple(f"{name}={format_value(value)}" for name, value in changed.items())
 
 
@@ -114,77 +117,60 @@ def check_settings(settings: Iterable[str], specs: Iterable[RunSpec]) -> None:
             raise UserError(f"--set {name}: no run of this command has this field, which is of a plug-in's own")
 
 
-def _parse_dimension(text: str) -> Dimension:
-    what = f"--search {text!r}"
-    name, _, rest = text.partition("=")
-    name = _field(name, "--search", text)
-    function, bracket, inside = rest.strip().partition("(")
-    if not (bracket and inside.endswith(")")):
-        raise UserError(f"{what}: FIELD=FUNCTION(a,b) is allowed, as in --search 'lr=loguniform(0.01,1)'")
-    check_word(function.strip(), FUNCTIONS, f"{what}: function")
-    kind: Any = function.strip()
-    hint, words = _hint(name), [word.strip() for word in inside[:-1].split(",")]
-    if get_origin(hint) is tuple:
-        raise UserError(f"{what}: {name} is a list and cannot be searched; --set of `harness run` sets it")
-    if kind in ("choice", "grid"):
-        values = tuple(dict.fromkeys(_value(name, word, what) for word in words))
-        return Dimension(field=name, function=kind, values=values)
-    if hint not in (float, int):
-        raise UserError(f"{what}: {name} is no number; choice(...) and grid(...) are allowed")
-    if kind != "randint" and hint is int:
-        raise UserError(f"{what}: {name} is a whole number; randint, choice and grid are allowed")
-    if len(words) != 2:
-        raise UserError(f"{what}: {kind} takes two numbers, the lowest and the highest")
-    low, high = (_value(name, word, what) for word in words)
-    if not low < high:
-        raise UserError(f"{what}: the lowest number must be below the highest")
-    if kind == "loguniform" and low <= 0:
-        raise UserError(f"{what}: loguniform needs numbers above 0")
-    if kind == "randint" and not (float(low).is_integer() and float(high).is_integer()):
-        raise UserError(f"{what}: randint takes whole numbers")
-    return Dimension(field=name, function=kind, values=(low, high))
-
-
-def _field(word: str, option: str, text: str) -> str:
-    name = word.strip().replace("-", "_")
-    own = _OPTIONS if option == "--search" else _OPTIONS | SEARCHED
-    if name in own:
-        raise UserError(f"{option} {text!r}: {name} has an option of its own, {own[name]}")
-    check_word(name, tuple(dict.fromkeys([*FIELDS, *own_hints(), *SEARCHED])), f"{option} {text!r}: field")
-    return name
+def _dimension(name: str, text: str) -> Dimension:
+    call = re.fullmatch(r"\s*(\w+)\s*\((.*)\)", text)
+    if not call:
+        raise UserError("FIELD=FUNCTION(a,b) is allowed, as in --search 'lr=loguniform(0.01,1)'")
+    kind: Any = call[1]
+    check_word(kind, FUNCTIONS, "function")
+    hint, listed = _hint(name), kind in ("choice", "grid")
+    refuse({
+        f"{name} is a list and cannot be searched; --set of `harness run` sets it": get_origin(hint) is tuple,
+        f"{name} is no number; choice(...) and grid(...) are allowed": not listed and hint not in (float, int),
+        f"{name} is a whole number; randint, choice and grid are allowed":
+            hint is int and kind in ("uniform", "loguniform"),
+    })  # fmt: skip
+    values = tuple(dict.fromkeys(_value(name, word) for word in call[2].split(",")))
+    if not listed:
+        refuse({
+            f"{kind} takes two numbers, the lower one first": len(values) != 2 or values[0] > values[-1],
+            "loguniform needs numbers above 0": kind == "loguniform" and values[0] <= 0,
+            "randint takes whole numbers": kind == "randint" and any(value % 1 for value in values),
+        })  # fmt: skip
+    return Dimension(field=name, function=kind, values=values)
 
 
 def _hint(name: str) -> Any:
     return _HINTS[name] if name in _HINTS else own_hints()[name]
 
 
-def _value(name: str, word: str, what: str) -> Any:
+def _value(name: str, word: str) -> Any:
     """A word as the field's own type."""
     hint, word = _hint(name), word.strip()
-    if name in _NAMES:
-        several = get_origin(hint) is tuple
-        words = [one.strip() for one in word.split(",")] if several else [word]
-        words = [] if several and word.lower() in ("", "none") else words
-        for one in words:
-            check_word(one, TABLES[_NAMES[name]], f"{what}: {name}")
-        return tuple(words) if several else word
-    if get_origin(hint) is Literal:
-        known = {str(value): value for value in get_args(hint)}
-        check_word(word, known, f"{what}: {name}")
-        return known[word]
-    if hint is str:
-        return word
-    if type(None) in get_args(hint) and word.lower() == "none":
+    several, known = get_origin(hint) is tuple, dict[str, Any]()
+    words = [one.strip() for one in word.split(",")] if several else [word]
+    if several and word.lower() in ("", "none"):
+        return ()
+    if not several and type(None) in get_args(hint) and word.lower() == "none":
         return None
-    several = get_origin(hint) is tuple
+    if name in _NAMES:
+        known = {each: each for each in TABLES[_NAMES[name]]}
+    elif get_origin(hint) is Literal:
+        known = {str(each): each for each in get_args(hint)}
+    elif hint is bool:
+        known, words = {"true": True, "false": False}, [word.lower()]
+    elif hint is str:
+        return word
+    if known:
+        for one in words:
+            check_word(one, known, name)
+        values = tuple(known[one] for one in words)
+        return values if several else values[0]
     try:
-        if hint is bool and word.lower() not in ("true", "false"):  # pydantic takes 1 and yes, too
+        value = TypeAdapter(hint).validate_python(words if several else word)
+        if not all(isfinite(n) and (n >= 0 or name not in FIELDS) for n in (value if several else (value,))):
             raise ValueError
-        value = TypeAdapter(hint).validate_python(word.split(",") if several else word)
     except ValueError:
-        kind = "true or false" if hint is bool else f"a {'' if 'float' in str(hint) else 'whole '}number"
-        raise UserError(f"{what}: {name} is {kind}, not {word!r}") from None
-    numbers = value if several else (value,)
-    if not all(math.isfinite(number) and (number >= 0 or name not in FIELDS) for number in numbers):
-        raise UserError(f"{what}: {name} {word} is not a number{' from 0 up' * (name in FIELDS)}")
+        kind = f"{'' if 'float' in str(hint) else 'whole '}number{' from 0 up' * (name in FIELDS)}"
+        raise UserError(f"{name} is a {kind}, not {word!r}") from None
     return value

@@ -19,10 +19,13 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from harness.checklist import BY_NAME, CHECKS, REFUSE, WARN, Result
-from harness.cluster.job import Failed, Report, Worker
+from rich.console import Console
+
+from harness.checklist import BY_NAME, CHECKS, REFUSE, WARN, Check, Result
+from harness.cluster.job import Allocation, Failed, Report, Worker
+from harness.cluster.nodes import Unanswered, ask_every_node
 from harness.loaders.cache import cache_dir
 from harness.options import Resources
 from harness.progress import say
@@ -31,11 +34,7 @@ from harness.resources import Session
 from harness.results.identity import hash_code
 from harness.results.store import write_atomic
 from harness.spec import RunPaths, RunSpec
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from harness.cluster.job import Allocation
+from harness.training.nvml import driver_version, open_visible
 
 SECONDS = 90.0  # at most, before a first run
 PROGRAM = (sys.executable, "-m", "harness.training.checks")
@@ -85,8 +84,6 @@ class Device:
 def identify(model: str | None = None) -> dict[str, str]:
     """The combination of a device, its driver, torch, DALI and this code; of this node's first GPU, or its CPU, where
     no model is given."""
-    from harness.training.nvml import driver_version, open_visible
-
     driver = ""
     with suppress(Exception):  # no NVML
         driver = driver_version()
@@ -97,9 +94,6 @@ def identify(model: str | None = None) -> dict[str, str]:
 
 def find_devices(allocation: Allocation, address: str | None) -> list[Device]:
     """The devices of this machine, or one of each kind of a cluster's nodes. A cluster must have been joined."""
-    from harness.cluster.nodes import Unanswered, ask_every_node
-    from harness.training.nvml import open_visible
-
     on_gpu, threads = allocation.device == "cuda", allocation.threads
     if address is None:
         models = {"cpu": "cpu"}
@@ -202,9 +196,9 @@ class Checked:
 
     def adapt(self, spec: RunSpec) -> RunSpec:
         """The run with a loader and an engine that work. Raises RefusedError where nothing right is left."""
-        for check in CHECKS:
+        for check in rests_on([spec]):
             result = self.results.get(check.name)
-            if result is None or result.state != "failed" or check.otherwise == WARN or not check.concerns(spec):
+            if result is None or result.state != "failed" or check.otherwise == WARN:
                 continue
             if check.of is None or check.otherwise == REFUSE:
                 why = f"check {check.name} failed on this device: {result.detail}"
@@ -214,14 +208,17 @@ class Checked:
         return spec
 
 
+def rests_on(runs: Sequence[RunSpec]) -> list[Check]:
+    """The checks that these runs rest on."""
+    return [check for check in CHECKS if any(map(check.concerns, runs))]
+
+
 def check_first(
     specs: Sequence[RunSpec], allocation: Allocation, resources: Resources, paths: RunPaths, console: Console, *,
     skip: bool = False,
 ) -> Checked:  # fmt: skip
-    """Check what these runs rest on where it is not known yet, for at most SECONDS; nothing for runs on the CPU.
-
-    Says what fails, and what runs do about it. Raises RefusedError where nothing right is left.
-    """
+    """Check what these runs rest on where it is not known yet, for at most SECONDS; nothing for runs on the CPU. Says what
+    fails, and what runs do about it. Raises RefusedError where nothing right is left."""
     if allocation.device == "cpu" or not specs:
         return Checked()
     results, devices, runs = dict[str, Result](), dict[str, Device](), list(specs)
@@ -230,8 +227,7 @@ def check_first(
         devices = {device.key: device for device in find_devices(allocation, resources.address)}
         if allocation.workers > 1:
             devices["ranks"] = make_ranks(allocation, resources, paths, list(devices.values()))
-    needed = [check for check in CHECKS if any(map(check.concerns, runs))]
-    while missing := [check for check in needed if check.name not in results and not skip]:
+    while missing := [check for check in rests_on(runs) if check.name not in results and not skip]:
         for device in devices.values():
             names = [check.name for check in missing if check.ranks == device.ranks]
             known = device.known(cache)
@@ -245,26 +241,21 @@ def check_first(
         for check in missing:
             results.setdefault(check.name, Result(check.name, "left out", "no such device was there"))
         runs = [Checked(results).adapt(run) for run in runs]
-        needed = [check for check in CHECKS if any(map(check.concerns, runs))]
-    warnings = tuple(_warn(results.values()))
-    for warning in warnings:
-        say(console, warning)
-    states = [results[check.name].state for check in needed if check.name in results]
+    states = [results[check.name].state for check in rests_on(runs) if check.name in results]
+    failed = [result for result in results.values() if result.state == "failed"]
     kept = {
         "status": "failed" if "failed" in states else "skipped" if skip or "left out" in states else "passed",
         "at": datetime.now(UTC).isoformat(timespec="seconds"), "version": hash_code(),
-        "failed": [name for name, result in results.items() if result.state == "failed"],
+        "failed": [result.name for result in failed],
     }  # fmt: skip
-    return Checked(results, {"check": kept}, warnings)
-
-
-def _warn(results: Iterable[Result]) -> Iterator[str]:
-    """A line for each that failed, with what is done about it, and one for those that were left out."""
-    left_out = [result for result in results if result.state == "left out"]
-    for result in results:
-        if result.state == "failed":
-            check = BY_NAME[result.name]
-            instead = f": {check.of[0]} {check.otherwise} in its place" if check.of else ""
-            yield f"check {result.name} failed ({result.detail}){instead}"
-    if left_out:
-        yield f"checks left out: {', '.join(result.name for result in left_out)} ({left_out[0].detail})"
+    warnings = []
+    for result in failed:
+        check = BY_NAME[result.name]
+        instead = f": {check.of[0]} {check.otherwise} in its place" if check.of else ""
+        warnings.append(f"check {result.name} failed ({result.detail}){instead}")
+    if left_out := [result for result in results.values() if result.state == "left out"]:
+        names = [result.name for result in left_out]
+        warnings.append(f"checks left out: {', '.join(names)} ({left_out[0].detail})")
+    for warning in warnings:
+        say(console, warning)
+    return Checked(results, {"check": kept}, tuple(warnings))

@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,22 @@ INSTALL = "training needs pip install 'resnet-harness[train]'"
 
 class UserError(Exception):
     """A user's mistake: printed as one line, exit code 2, no traceback."""
+
+
+@contextmanager
+def mistakes(kind: type[Exception] | tuple[type[Exception], ...], what: str = "") -> Iterator[None]:
+    """Errors of a kind that are raised inside are raised as UserError, with `what` before their words."""
+    try:
+        yield
+    except kind as error:
+        raise UserError(f"{what}{getattr(error, 'strerror', None) or error}") from None
+
+
+def refuse(faults: Mapping[str, object], what: str = "") -> None:
+    """Raise UserError for the first of these faults that is there."""
+    for fault, there in faults.items():
+        if there:
+            raise UserError(what + fault)
 
 
 def suggest(word: str, allowed: Collection[str]) -> str:
@@ -74,10 +91,8 @@ class RunSpec:
 
     @property
     def key(self) -> str:
-        """Hash of the contents, 16 hexadecimal digits.
-
-        Fields that stand at their default are left out, so that a field added later leaves old keys as they are.
-        """
+        """Hash of the contents, 16 hexadecimal digits. Fields that stand at their default are left out, so that a field
+        added later leaves old keys as they are."""
         text = json.dumps(_contents(self, whole=False), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -92,11 +107,8 @@ class RunSpec:
         return f"{self.name} seed {self.seed}"
 
     def to_json(self) -> dict[str, Any]:
-        """Every field, defaults included, as JSON values.
-
-        A field that was added when runs were stored already (metadata "added") is left out at its default: specs of
-        equal runs are equal, whenever they were stored.
-        """
+        """Every field as JSON values, defaults included but for fields that were added when runs were stored already
+        (metadata "added"): specs of equal runs are equal, whenever they were stored."""
         whole: dict[str, Any] = json.loads(json.dumps(_contents(self, whole=True)))
         return whole
 
@@ -113,10 +125,8 @@ class RunSpec:
         parts = {"network": Network, "recipe": Recipe}
         for name, part in {"": cls, **parts}.items():
             known = {each.name for each in fields(part)}
-            if unknown := [key for key in (values[name] if name else values) if key not in known]:
-                raise ValueError(
-                    f"{name}{'.' * bool(name)}{unknown[0]}: no such field{suggest(unknown[0], known)}"
-                )
+            for key in (values[name] if name else values).keys() - known:
+                raise ValueError(f"{name}.{key}: no such field{suggest(key, known)}".lstrip("."))
         # not the validated values: 180 would have become 180.0, and the key with it
         made = {name: part(**_as_tuples(values[name])) for name, part in parts.items()}
         return cls(**{**_as_tuples(values), **made})
@@ -126,15 +136,11 @@ def load_specs(paths: Iterable[str | Path]) -> tuple[RunSpec, ...]:
     """The runs of record.json and spec.json files. Raises UserError where a file holds none."""
     specs = []
     for path in paths:
-        try:
+        none = f"--spec {path} holds no run's specification: "
+        with mistakes(OSError, f"--spec {path}: "), mistakes(ValueError, none):  # ValueError: of JSON too
             values = json.loads(Path(path).read_bytes())
-            specs.append(
-                RunSpec.from_json(values["spec"] if isinstance(values, dict) and "spec" in values else values)
-            )
-        except OSError as error:
-            raise UserError(f"--spec {path}: {error.strerror or error}") from None
-        except ValueError as error:  # of JSON too
-            raise UserError(f"--spec {path} holds no run's specification: {error}") from None
+            values = values["spec"] if isinstance(values, dict) and "spec" in values else values
+            specs.append(RunSpec.from_json(values))
     return tuple(specs)
 
 
@@ -159,9 +165,15 @@ class Source:
     """The source of a plug-in: what travels to workers, stands in keys by its hash, and is kept beside records."""
 
     name: str
-    path: str  # of its file on the machine of the command
-    files: tuple[tuple[str, str], ...] = field(repr=False)  # (path below its folder, text)
+    folder: str  # on the machine of the command
+    main: str  # its first file, below the folder
+    files: tuple[tuple[str, str], ...] = field(repr=False)  # (path below the folder, text)
     module: str = ""  # of an installed package
+
+    @property
+    def path(self) -> str:
+        """Of its first file."""
+        return str(Path(self.folder, self.main))
 
     @cached_property
     def identity(self) -> str:

@@ -12,17 +12,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from harness.record import Recorder, name_of
+from harness.loaders.datasets import Dataset
+from harness.record import Recorder
 from harness.results.published import find_published
 from harness.results.rows import summarise
 from harness.results.statistics import PRIOR_FREEDOM, estimate_mean, mean, prior_std, smallest, t_quantile
 from harness.results.store import load_records
-from harness.spec import RunSpec, UserError
-
-if TYPE_CHECKING:
-    from harness.loaders.datasets import Dataset
+from harness.spec import RunSpec, UserError, refuse
 
 LEVEL, FIRST, MAX_SEEDS = 0.96, 5, 10
 RESERVE = 1.1  # of the spread: where the limit only just suffices, the rows that reach the goal do so by chance
@@ -52,10 +49,8 @@ class Goal:
     max_seeds: int = MAX_SEEDS
 
     def seeds(self, error: float, images: int) -> int | None:
-        """How many it takes where runs scatter as the test images let expect; None above 1,000.
-
-        By the error's first figure alone: the row's own mean must not decide whether the row goes on.
-        """
+        """How many it takes where runs scatter as the test images let expect; None above 1,000. By the error's first figure
+        alone: the row's own mean must not decide whether the row goes on."""
         spread = RESERVE * prior_std(float(f"{error:.1g}"), images)
 
         def enough(n: int) -> bool:
@@ -82,16 +77,14 @@ class Goal:
 
 def make_goal(half: float | None, max_seeds: int | None, seeds: int) -> Goal | None:
     """From the options; `seeds` are those that a row begins with. Raises UserError."""
-    if half is None:
-        if max_seeds is not None:
-            raise UserError(f"--max-seeds {max_seeds} is for --until-ci, which says until when seeds are added")
-        return None
-    if not 0 < half < math.inf:
-        raise UserError(f"--until-ci {half:g}: points of error above 0 are allowed, as in 0.25")
     least = max(FIRST, seeds)
-    if max_seeds is not None and max_seeds < least:
-        raise UserError(f"--max-seeds {max_seeds}: at least {least} is allowed")
-    return Goal(half, max_seeds or max(MAX_SEEDS, seeds))
+    refuse({
+        f"--max-seeds {max_seeds} is for --until-ci, which says until when seeds are added":
+            half is None and max_seeds is not None,
+        f"--until-ci {half or 0:g}: points of error above 0 are allowed, as in 0.25": half is not None and not 0 < half < math.inf,
+        f"--max-seeds {max_seeds}: at least {least} is allowed": max_seeds is not None and max_seeds < least,
+    })  # fmt: skip
+    return None if half is None else Goal(half, max_seeds or max(MAX_SEEDS, seeds))
 
 
 def known_errors(recorder: Recorder, specs: Sequence[RunSpec]) -> dict[RunSpec, Known]:
@@ -103,7 +96,7 @@ def known_errors(recorder: Recorder, specs: Sequence[RunSpec]) -> dict[RunSpec, 
     row_of = {spec.key: replace(spec, seed=0) for spec in specs}
     lost = {row_of[spec.key] for spec in specs if spec.key not in finished}
     known = {row: Known(failed=row in lost) for row in row_of.values()}
-    folders = [recorder.paths.out / name_of(spec, recorder.paths.label) for spec in specs if spec.key in finished]
+    folders = [recorder.paths.out / recorder.name(spec) for spec in specs if spec.key in finished]
     rows = summarise(load_records(folders, recorder.known).records)
     for row in sorted(rows, key=lambda row: max(run.record.finished_at for run in row.done)):
         test = row.evaluated_on == "val"

@@ -139,7 +139,7 @@ DEFECTS = (
            "test_selfcheck.py::test_a_check_that_hangs_is_ended_with_all_that_it_has_started"),
     Defect("a run does not take the fallback", "harness/commands/run.py", (("adapted = {spec: checked.adapt(spec) for spec in todo}", "adapted = {spec: spec for spec in todo}"),),
            "test_selfcheck.py::test_a_run_takes_what_works_and_its_record_says_so"),
-    Defect("limits are not applied", CHECKS, (("figure <= check.limit", "figure <= figure"),),
+    Defect("limits are not applied", "harness/checklist.py", (("figure <= limit", "figure <= figure"),),
            "test_checks.py::test_a_check_passes_and_sees_each_of_its_faults"),
     Defect("rank 0's result is taken for all", CHECKS, (("worst = gather(run_check(name, bench) if in_time else left_out)", "worst = [run_check(name, bench) if in_time else left_out]"),),
            "test_checks.py::test_two_ranks_pass_and_see_each_of_their_faults"),

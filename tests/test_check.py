@@ -93,9 +93,9 @@ def test_a_check_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError("libcudart.so: cannot open\nand more")
 
     for name in ("torch", "GPU", "DALI"):
-        monkeypatch.setitem(CHECKS, name, broken)
+        monkeypatch.setitem(CHECKS, name, (broken, "install it"))
     found = {result.name: result for result in check.examine(CheckOptions(out=tmp_path))}
-    assert found["DALI"] == Result("DALI", "missing", "the check failed: libcudart.so: cannot open")
+    assert found["DALI"] == Result("DALI", "missing", "libcudart.so: cannot open; install it")
 
 
 @pytest.mark.parametrize(

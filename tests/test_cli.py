@@ -331,7 +331,7 @@ MISTAKES = {
     "--precision fp16 --gpus 0": "needs a GPU",
     "--gpus 3": "--gpus 3: this machine has",
     "--gpus 0 --workers 999": "each worker needs one",
-    "--seeds none": "'none' is not a whole number",
+    "--seeds none": "'none' is neither a whole number",
     "--data-dir /nowhere/at/all": "/nowhere/at/all",
     "--dataset digits --limit-train 5000": "digits has 1437 training images",
     "--launcher slurm": "allowed: auto, ray, local",

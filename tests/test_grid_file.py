@@ -81,15 +81,15 @@ MISTAKES = {
     ("until = '99'", 1): "--until '99'",
     ("variants = 'msra'\ndepths = [\n  20,\n  21,\n]", 2): "depth 21 is not 6n+2",
     ("epochs = 1\n[settings]\nlr = 0.1\nlrr = 1", 4): "did you mean lr?",
-    ("[set]\nlr = 'high'", 2): "lr is a number, not 'high'",
+    ("[set]\nlr = 'high'", 2): "lr is a number from 0 up, not 'high'",
     ("settings = 3", 1): "settings 3",
     ("[[runs]]\n[[runs]]\nseeds = 2\nworkers = 2", 4): "workers holds for all runs",
     ("[[runs]]\ndataset = 'digits'", 2): "dataset holds for all runs",
     ("[[runs]]\nvariants = 'msra'\n[[runs]]\nvariants = 'mrsa'", 4): "did you mean 'msra'?",
     ("depths = [21]\n[[runs]]\nvariants = 'msra'", 1): "depth 21 is not 6n+2",
     ("runs = 3", 1): "groups are allowed",
-    ("depth = 8\ndepths = [8]", 2): "depths is given twice",
-    ("batch_size = 32\n[settings]\nbatch_size = 64", 1): "batch_size is given twice",
+    ("depth = 8\ndepths = [8]", 1): "depths is given twice",
+    ("batch_size = 32\n[settings]\nbatch_size = 64", 3): "batch_size is given twice",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from harness.models.variants import VARIANTS, find_variant
-from harness.options import Grid, Resources
+from harness.options import Grid, Resources, parse_depths, parse_seeds, parse_variants, parse_words
 from harness.plan import (
     check_epochs,
     check_grid,
@@ -24,7 +24,6 @@ from harness.plan import (
 )
 from harness.resources import allocate, check_resources, choose_launcher
 from harness.spec import RunSpec, UserError
-from harness.words import parse_depths, parse_seeds, parse_variants, parse_words
 
 CPU = allocate(Resources(gpus=0, workers=1), have_gpus=0, have_cpus=2, precision="fp32")
 
@@ -41,7 +40,7 @@ def test_lists() -> None:
     assert parse_seeds("7,") == (7,)
     assert parse_seeds("3..5") == (3, 4, 5)
     assert parse_seeds("0,3..5,4") == (0, 3, 4, 5)
-    assert parse_words("msra,he2015", "--variants") == ("msra", "he2015")
+    assert parse_words("msra,he2015") == ("msra", "he2015")
     assert parse_variants("msra,he2015") == ("msra", "he2015")
     assert parse_variants("all") == tuple(VARIANTS)
     assert parse_depths("20..32", ("msra", "he2015")) == (20, 26, 32), "those that the variants allow"
@@ -51,14 +50,14 @@ def test_lists() -> None:
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: parse_depths("20,x"), "--depths '20,x': 'x' is not a whole number"),
+        (lambda: parse_depths("20,x"), "'x' is neither a whole number"),
         (lambda: parse_depths("20,,32"), "no empty places"),
-        (lambda: parse_depths("21..25", ("msra",)), "no depth from 21 to 25"),
+        (lambda: parse_depths("21..25", ("msra",)), "no number from 21 to 25"),
         (lambda: parse_depths("32..20", ("msra",)), "the lowest first"),
         (lambda: parse_seeds("0..4000"), "at most 1000"),
         (lambda: check_epochs(specs(), 1437), "64,000 steps of he2015-20's recipe are 5,334 epochs of cifar10"),
         (lambda: parse_seeds("0"), "from 1 to 1000"),
-        (lambda: parse_seeds("-1"), "not a whole number"),
+        (lambda: parse_seeds("-1"), "neither a whole number"),
         (lambda: check_grid(Grid(variants=("he2015",), depths=(21,))), "depth 21 is not 6n\\+2: try 20 or 26"),
         (lambda: check_grid(Grid(variants=("he2051",))), "did you mean .?he2015"),
         (lambda: check_grid(Grid(variants=("msra",), loader="dalli")), "did you mean dali"),

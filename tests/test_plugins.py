@@ -25,12 +25,12 @@ from harness import plan, plugins
 from harness.cluster.job import Allocation, Worker
 from harness.models.build import build
 from harness.models.variants import NETWORKS, VARIANTS, find_variant
+from harness.options import parse_depths
 from harness.plugins import PluginError, load_file, load_sources, sources
 from harness.results.store import load_records
 from harness.search_space import parse_settings
 from harness.spec import RunPaths, RunSpec, UserError
 from harness.training.train import train
-from harness.words import parse_depths
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SMALL = (
@@ -292,7 +292,7 @@ def test_a_copy_is_loaded_where_the_file_is_not(tmp_path: Path) -> None:
             shutil.rmtree(tmp_path / "here")
         load_sources(spec.plugins, paths)
         loaded = plugins.LOADED["nets"]
-        assert (loaded.folder == tmp_path / "here") is not missing
+        assert (Path(loaded.source.folder) == tmp_path / "here") is not missing
         assert loaded.source.identity == spec.plugins[0]
         assert isinstance(build(spec.network, 10), torch.nn.Module)
     with pytest.raises(RuntimeError, match="was not sent here"):

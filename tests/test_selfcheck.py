@@ -262,7 +262,7 @@ def test_one_node_of_each_kind_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append((only, gpus))
         return {only: question()}
 
-    monkeypatch.setattr("harness.cluster.nodes.ask_every_node", ask)
+    monkeypatch.setattr(selfcheck, "ask_every_node", ask)
     monkeypatch.setattr(selfcheck, "measure", lambda *words: [Result(words[2][0], "passed", str(words))])
     devices = selfcheck.find_devices(
         Allocation(device="cuda", gpus=3, workers=1, concurrent_runs=3, threads=4), "auto"

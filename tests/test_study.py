@@ -51,7 +51,7 @@ def test_every_command_is_one_that_the_harness_takes(tiny: bool) -> None:
             continue
         command = app.commands[step.kind]  # type: ignore[attr-defined]
         params = command.make_context(step.kind, list(step.words)).params
-        given = cli.chosen(params)
+        given = {name: word for name, word in params.items() if word not in (None, [], ())}
         assert ("gpus" if "gpus" in params else "dataset") in given
         if step.kind != "run":
             continue

@@ -54,18 +54,18 @@ MISTAKES = {
     "--search lr=0.1": "FIELD=FUNCTION(a,b) is allowed",
     "--search lr=uniform": "FIELD=FUNCTION(a,b) is allowed",
     "--search lr=uniform(1)": "takes two numbers",
-    "--search lr=uniform(1,0.1)": "must be below",
+    "--search lr=uniform(1,0.1)": "the lower one first",
     "--search lr=loguniform(0,1)": "above 0",
-    "--search lr=uniform(0,x)": "is a number, not 'x'",
-    "--search lr=uniform(0,inf)": "not a number from 0 up",
+    "--search lr=uniform(0,x)": "is a number from 0 up, not 'x'",
+    "--search lr=uniform(0,inf)": "is a number from 0 up, not 'inf'",
     "--search batch_size=uniform(32,64)": "is a whole number; randint",
-    "--search batch_size=choice(32,6.4)": "whole number, not '6.4'",
+    "--search batch_size=choice(32,6.4)": "whole number from 0 up, not '6.4'",
     "--search shortcut=choice(A,projektion)": "did you mean projection?",
     "--search shortcut=uniform(0,1)": "is no number; choice",
-    "--search nesterov=choice(yes,no)": "true or false",
+    "--search nesterov=choice(yes,no)": "allowed: true, false",
     "--search milestones=choice(1,2)": "cannot be searched",
     "--search duration=uniform(1,9)": "an option of its own, --epochs",
-    "--search lr=uniform(0,1) --search lr=grid(1,2)": "names lr twice",
+    "--search lr=uniform(0,1) --search lr=grid(1,2)": "lr is named twice",
     "--search lr=uniform(0,1) --scheduler asah": "did you mean asha?",
     "--search lr=uniform(0,1) --metric eror": "did you mean error?",
     "--search lr=uniform(0,1) --search-algorithm tep": "did you mean tpe?",
@@ -529,7 +529,7 @@ def test_a_sweep_through_ray_ends_by_itself_and_leaves_nothing(
             time.sleep(0.1)
         ray.shutdown()
 
-    monkeypatch.setattr("harness.cluster.connect.disconnect", leave)
+    monkeypatch.setattr("harness.resources.disconnect", leave)
     code, out, err = harness(
         f"tune {TINY.replace('128', '400')} --epochs 4 --batch-size 32 --samples 8 --concurrent 2 --out {tmp_path}"
         " --search 'lr=choice(1e-5,1e-4,1e-3,0.02,0.05,0.1,0.2,1e30)'",

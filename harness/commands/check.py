@@ -16,20 +16,36 @@ from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import requires
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from filelock import FileLock
+from rich.console import Console
+from rich.text import Text
 
 from harness.checklist import CHECKS as MEASURED
-from harness.checklist import STYLES, Result
+from harness.checklist import STYLES, Finding, Result, attempt
+from harness.cluster.connect import connect, disconnect
+from harness.cluster.job import Allocation
+from harness.cluster.nodes import Unanswered, ask_every_node, count_runs, inspect_cluster
+from harness.cluster.workers import driver_clock
+from harness.loaders.cache import cache_dir
+from harness.loaders.datasets import load_dataset
+from harness.network import find_idle_infiniband
 from harness.options import CheckOptions, Grid, Resources
-from harness.preflight import LEAST_DISK_GIB, free_gib
+from harness.preflight import (
+    LEAST_DISK_GIB,
+    find_outliers,
+    find_wrong_clocks,
+    free_gib,
+    measure_network,
+    read_clock,
+)
 from harness.record import DALI_WHEELS, installed_version
-from harness.results.remote import StorageError, check_uri, is_uri, redact
-from harness.spec import RunPaths, UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from harness.cluster.job import Allocation
+from harness.resources import Session, join_cluster, make_allocation
+from harness.results.remote import check_uri, is_uri, redact
+from harness.results.store import write_atomic
+from harness.selfcheck import find_devices, make_ranks
+from harness.spec import INSTALL, RunPaths, UserError
+from harness.training.nvml import count_gpus, cuda_driver_version, driver_version
 
 LEAST_SHARED_MEMORY_GIB = 1.0  # for Ray's object store and NCCL; Docker's default is 64 MiB
 MOST_SECONDS = 600.0  # of a device's checks
@@ -39,24 +55,16 @@ DATA_FOLDERS = {
 }  # fmt: skip
 
 
-class Missing(Exception):  # noqa: N818
-    """What is wrong, and advice."""
-
-
-class Absent(Missing):
-    """Not needed for runs on the CPU, nor named by the user."""
-
-
 def check_torch(target: CheckOptions) -> str:
     if installed_version("torch") is None:
-        raise Missing("not installed", "pip install 'resnet-harness[train]'")
+        raise Finding("missing", "not installed")
     import torch
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
     nccl = "NCCL" if torch.distributed.is_nccl_available() else "no NCCL: one GPU a run"
     detail = f"{torch.__version__}, {cuda}, {nccl}; Python {sys.version.split()[0]} at {sys.prefix}"
     if (torch.ones(2, 2) @ torch.ones(2, 2)).sum().item() != 8.0 or not torch.distributed.is_gloo_available():
-        raise Missing(detail, "a matrix product or gloo does not work: install it again")
+        raise Finding("missing", detail, "a matrix product or gloo does not work")
     return detail
 
 
@@ -64,47 +72,40 @@ def check_gpu(target: CheckOptions) -> str:
     """Whether torch's CUDA, the driver's and DALI's fit together, and what they may use."""
     import torch
 
-    from harness.training.nvml import count_gpus, cuda_driver_version, driver_version
-
     try:
         driver, (newest, minor) = driver_version(), cuda_driver_version()
     except Exception as error:  # pynvml.NVMLError
         advice = "runs train on the CPU; where there is a GPU, install NVIDIA's driver; in a container, --gpus all"
-        raise Absent(f"none ({error})", advice) from None
+        raise Finding("absent", f"none ({error})", advice) from None
     builds = {"torch": torch.version.cuda or "none"}
     builds |= {wheel: f"{wheel[-3:-1]}.0" for wheel in DALI_WHEELS if installed_version(wheel) is not None}
     have = ", ".join(f"{name} for CUDA {cuda}" for name, cuda in builds.items())
     detail = f"driver {driver} for CUDA {newest}.{minor}; {have}"
     kind = {11: "cu118", 12: "cu126 or cu128"}.get(newest, f"cu{newest}0")
     fitting = f"install a torch built for CUDA {newest} ({kind}: pytorch.org/get-started has the line)"
+    too_new = [name for name, cuda in builds.items() if cuda != "none" and float(cuda) >= newest + 1]
     if torch.version.cuda is None:
-        raise Missing(detail, f"this torch uses no GPU; {fitting}")
-    too_new = [name for name, cuda in builds.items() if int(cuda.partition(".")[0]) > newest]
+        raise Finding("missing", detail, f"this torch uses no GPU; {fitting}")
     if "torch" in too_new:
         other = "update the driver" + " to 580 or newer" * torch.version.cuda.startswith("13")
-        raise Missing(detail, f"the driver is too old for this torch; {fitting}, or {other}")
+        raise Finding("missing", detail, f"the driver is too old for this torch; {fitting}, or {other}")
     if too_new:
         advice = f"pip uninstall {too_new[0]} && pip install nvidia-dali-cuda{newest}0"
-        raise Missing(detail, f"the driver is too old for this DALI; {advice}")
+        raise Finding("missing", detail, f"the driver is too old for this DALI; {advice}")
     if not (count := count_gpus()):
         hidden = f"none (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}); {detail}"
-        raise Absent(hidden, "runs train on the CPU")
+        raise Finding("absent", hidden, "runs train on the CPU")
     if not torch.cuda.is_available():
-        raise Missing(f"{count}; {detail}", "torch cannot use it: a newer driver, or an older torch")
+        raise Finding("missing", f"{count}; {detail}", "torch cannot use it: a newer driver, or an older torch")
     return f"{count}; {detail}"
 
 
 def check_dali(target: CheckOptions) -> str:
     wheels = [f"{name} {version}" for name in DALI_WHEELS if (version := installed_version(name)) is not None]
-    other = "or choose --loader resident"
-    if not wheels:
-        raise Missing("not installed", f"the default loader: pip install nvidia-dali-cuda120, {other}")
-    if len(wheels) > 1:
-        raise Missing(", ".join(wheels), "two wheels write into one folder: keep one of them")
-    try:
-        import_module("nvidia.dali.fn")
-    except Exception as error:
-        raise Missing(f"{wheels[0]}: {_reason(error)}", f"install the wheel of your CUDA, {other}") from None
+    if len(wheels) != 1:
+        several = "two wheels write into one folder: keep one of them"
+        raise Finding("missing", f"{', '.join(wheels)}: {several}" if wheels else "not installed")
+    import_module("nvidia.dali.fn")
     return wheels[0]
 
 
@@ -114,20 +115,13 @@ def check_ray(target: CheckOptions) -> str:
     pin = next((line for line in lines if re.match(r"ray\b", line)), "")
     low, high = sorted(tuple(map(int, pair)) for pair in re.findall(r"[=<](\d+)\.(\d+)", pin))
     if version is None or not low <= tuple(map(int, version.split(".")[:2])) < high:
-        advice = f"several workers or runs at a time need it: pip install '{pin}', or choose --launcher local"
-        raise Missing(version or "not installed", advice)
+        raise Finding("missing", f"{version or 'not installed'}, and {pin} is needed")
     import_module("ray.train")
     return version
 
 
 def check_cluster(target: CheckOptions) -> str:
-    from harness.cluster.connect import ClusterError, connect, disconnect
-
-    try:
-        cluster = connect(target.address, cpus=0, gpus=0)
-    except ClusterError as error:
-        advice = "`ray start --head` there, and one ~/.ray/auth_token on all machines: cluster/README.md"
-        raise Missing(str(error), advice) from None
+    cluster = connect(target.address, cpus=0, gpus=0)
     disconnect()
     cpus, gpus = sum(node.cpus for node in cluster), sum(node.gpus for node in cluster)
     return f"{len(cluster)} nodes, {cpus} CPUs, {gpus} GPUs at {target.address}"
@@ -135,93 +129,74 @@ def check_cluster(target: CheckOptions) -> str:
 
 def check_storage(target: CheckOptions) -> str:
     """Write, rename and lock as results and checkpoints are stored. Leaves nothing behind."""
-    from filelock import FileLock
-
-    from harness.results.store import write_atomic
-
     if is_uri(target.out):
-        try:
-            check_uri(target.out)
-        except StorageError as error:
-            raise Missing(str(error), "results go to --out: name a URI that you may write to") from None
+        check_uri(target.out)
         return f"{redact(target.out)} takes files"
     where = _nearest(Path(target.out))
-    try:
-        with tempfile.TemporaryDirectory(prefix=".check-", dir=where) as folder, FileLock(Path(folder, "lock"), 5):
-            write_atomic(Path(folder, "file"), "whole")
-    except (OSError, NotImplementedError) as error:
-        advice = "name a folder that you may write to, where files lock and rename"
-        raise Missing(f"{where}: {_reason(error)}", f"results go to --out {target.out}: {advice}") from None
+    with tempfile.TemporaryDirectory(prefix=".check-", dir=where) as folder, FileLock(Path(folder, "lock"), 5):
+        write_atomic(Path(folder, "file"), "whole")
     return f"{where} takes files, renames and locks"
 
 
 def check_disk(target: CheckOptions) -> str:
     """Of results, and of what processes share in memory: Ray's object store, NCCL."""
-    from harness.loaders.cache import cache_dir
-
-    where = _nearest(cache_dir() if is_uri(target.out) else Path(target.out))
-    shared = Path("/dev/shm")
-    free, needed = f"{free_gib(where):.1f} GiB free in {where}", f"at least {LEAST_DISK_GIB:.0f} are needed"
+    where, shared = _nearest(cache_dir() if is_uri(target.out) else Path(target.out)), Path("/dev/shm")
+    free = f"{free_gib(where):.1f} GiB free in {where}"
     if free_gib(where) < LEAST_DISK_GIB:
-        raise Missing(free, f"{needed} for weights and checkpoints: make room, or name another --out")
+        raise Finding("missing", free, f"at least {LEAST_DISK_GIB:.0f} are needed for weights and checkpoints")
     if shared.is_dir() and (left := free_gib(shared)) < LEAST_SHARED_MEMORY_GIB:
-        raise Absent(f"{left:.1f} GiB free in {shared}", "Ray and NCCL need 1 there: docker run --shm-size 8g")
+        advice = "Ray and NCCL need 1 there: docker run --shm-size 8g"
+        raise Finding("absent", f"{left:.1f} GiB free in {shared}", advice)
     return free
 
 
 def check_data(target: CheckOptions) -> str:
-    from harness.loaders.cache import cache_dir
-
     if target.data_dir is None:
         if (cache_dir() / "downloads" / "cifar-10-batches-py").is_dir():
             return f"cifar10 in {cache_dir()}"
         advice = "the first run downloads 163 MiB; without a network name --data-dir, or take --dataset digits"
-        raise Absent(f"no cifar10 in {cache_dir()}", advice)
+        raise Finding("absent", f"no cifar10 in {cache_dir()}", advice)
     root = target.data_dir.expanduser()
     for kind, names in DATA_FOLDERS.items():
         if all((root / name).exists() for name in names):
             return f"{kind} in {root}"
-    expected = (
-        "cifar-10-batches-py, train/ and test/ with class folders, or miniplaces' kit is expected in --data-dir"
-    )
-    raise Missing(f"nothing known in {root}", expected)
+    raise Finding("missing", f"nothing known in {root}")
 
 
-CHECKS: dict[str, Callable[[CheckOptions], str]] = {
-    "torch": check_torch, "GPU": check_gpu, "DALI": check_dali, "Ray": check_ray, "cluster": check_cluster,
-    "storage": check_storage, "disk": check_disk, "data": check_data,
+CHECKS: dict[str, tuple[Callable[[CheckOptions], str], str]] = {
+    "torch": (check_torch, INSTALL),
+    "GPU": (check_gpu, ""),
+    "DALI": (check_dali, "the default loader: install nvidia-dali-cuda120, or choose --loader resident"),
+    "Ray": (check_ray, "several workers or runs at a time need it; --launcher local trains one run without it"),
+    "cluster": (check_cluster, "`ray start --head` there, and one ~/.ray/auth_token on all machines: cluster/README.md"),
+    "storage": (check_storage, "results go to --out: name a folder or URI whose files you may write, rename and lock"),
+    "disk": (check_disk, "make room, or name another --out"),
+    "data": (check_data, "cifar-10-batches-py, train/ and test/ with class folders, or miniplaces' kit is expected in --data-dir"),
 }  # fmt: skip
+"""What looks at it, and advice where that is missing."""
 
 
 def examine(target: CheckOptions) -> Iterator[Result]:
     """What is here, as it is looked at. A check that breaks is a line, not a traceback."""
-    for name, check in CHECKS.items():
-        if name == "cluster" and target.address is None:
-            continue
-        try:
-            yield Result(name, "ok", check(target))
-        except Missing as finding:
-            yield Result(name, type(finding).__name__.lower(), "; ".join(finding.args))
-        except Exception as error:
-            yield Result(name, "missing", f"the check failed: {_reason(error)}")
+    for name, (check, advice) in CHECKS.items():
+        if name != "cluster" or target.address is not None:
+            result = attempt(name, check, target)
+            known = advice if result.state == "missing" else ""
+            yield replace(result, detail="; ".join(filter(None, [result.detail, known])))
 
 
 def measure_all(target: CheckOptions) -> Iterator[Result]:
     """All checks of every GPU here, or of one of each kind in a cluster, then those of several ranks. What GPUs come to
     is known to later runs."""
-    from harness.loaders.cache import cache_dir
-    from harness.resources import make_allocation
-    from harness.selfcheck import find_devices, make_ranks
-
     resources = Resources(gpus=target.gpus, address=target.address)
     with ExitStack() as stack:
         if target.address is not None:
             yield from measure_nodes(target.address)
         allocation = make_allocation(Grid(variants=("he2015",)), resources, stack)
-        on_gpu = allocation.device == "cuda"
         if target.address is not None:
             yield from measure_links(allocation, resources, stack)
         devices = find_devices(allocation, target.address)
+        on_gpu = allocation.device == "cuda"
         several = (allocation.gpus if on_gpu else allocation.threads) > 1
         if not on_gpu and several:
             allocation = replace(allocation, workers=2, threads=allocation.threads // 2)
@@ -237,38 +212,26 @@ def measure_all(target: CheckOptions) -> Iterator[Result]:
 
 def measure_nodes(address: str) -> Iterator[Result]:
     """What each node of a cluster gives, and its clock; those that are far slower than the others."""
-    from harness.cluster.nodes import Unanswered, ask_every_node
-    from harness.cluster.workers import driver_clock
-    from harness.loaders.datasets import load_dataset
-    from harness.preflight import find_outliers, find_wrong_clocks, read_clock
-    from harness.resources import join_cluster
     from harness.training.rates import measure_rates
 
+    rates, clocks, here = {}, {}, Path(tempfile.gettempdir())
     with ExitStack() as joined:
         join_cluster(joined, address, cpus=0, gpus=0, verbose=False)
-        clock, here = joined.enter_context(driver_clock()), Path(tempfile.gettempdir())
+        clock = joined.enter_context(driver_clock())
         answers = ask_every_node(lambda: (measure_rates(here, load_dataset("digits")), read_clock(clock)))
-    known = {node: answer for node, answer in answers.items() if not isinstance(answer, Unanswered)}
     for node, answer in answers.items():
         if isinstance(answer, Unanswered):
             yield Result(node, "failed", answer.reason)
         else:
-            rates, (ahead, uncertainty) = answer
-            figures = [f"{figure} {value:.3g}" for figure, value in rates.items()]
-            yield Result(node, "ok", ", ".join([*figures, f"clock {ahead:+.2g} ± {uncertainty:.1g} s"]))
-    slow = find_outliers({node: rates for node, (rates, _) in known.items()}).values()
-    wrong = find_wrong_clocks({node: clock for node, (_, clock) in known.items()})
-    for line in (*itertools.chain(*slow), *wrong):
+            rates[node], clocks[node] = answer
+            figures = [f"{figure} {value:.3g}" for figure, value in rates[node].items()]
+            yield Result(node, "ok", ", ".join([*figures, "clock {:+.2g} ± {:.1g} s".format(*clocks[node])]))
+    for line in (*itertools.chain(*find_outliers(rates).values()), *find_wrong_clocks(clocks)):
         yield Result("nodes", "absent", line)
 
 
 def measure_links(allocation: Allocation, resources: Resources, stack: ExitStack) -> Iterator[Result]:
     """All-reduces within and between a cluster's nodes, by a worker on each GPU or by two on each node; NCCL's network."""
-    from harness.cluster.nodes import count_runs, inspect_cluster
-    from harness.network import find_idle_infiniband
-    from harness.preflight import measure_network
-    from harness.resources import Session
-
     cluster = inspect_cluster()
     job = replace(allocation, workers=1, threads=1, placement="spread")
     workers = count_runs(cluster, job)
@@ -291,41 +254,29 @@ def measure_links(allocation: Allocation, resources: Resources, stack: ExitStack
 
 def print_findings(target: CheckOptions, console: Console) -> int:
     """Print a line for each finding. Returns 0 where nothing is missing that runs on the CPU need, and no measured check
-    failed, else 1.
-
-    Raises UserError for an address that cannot be one.
-    """
+    failed, else 1. Raises UserError for an address that cannot be one."""
     if target.address not in (None, "auto") and not re.fullmatch(r".+:\d+", str(target.address)):
         raise UserError(f"--address {target.address!r} is not HOST:PORT or auto")
-    steps = [(examine, "of what a run needs is missing"), (measure_all, "of the checks failed")]
-    for findings, verdict in steps[: 1 if target.quick else 2]:
-        if wrong := show(findings(target), console):
-            console.print(f"{wrong} {verdict}", style="bold", soft_wrap=True)
-            return 1
-    console.print("ready", style="bold")
-    return 0
+    code = show(examine(target), console, "{} of what a run needs is missing", "ready" * target.quick)
+    return code if code or target.quick else show(measure_all(target), console)
 
 
-def show(results: Iterable[Result], console: Console) -> int:
-    """Print a line for each. Returns how many are wrong."""
-    from rich.text import Text
-
-    wrong = 0
+def show(
+    results: Iterable[Result], console: Console, wrong: str = "{} of the checks failed", right: str = "ready"
+) -> int:
+    """Print a line for each, then how many are wrong. Returns whether any is."""
+    found = 0
     for result in results:
         text = Text(result.line())
         text.stylize(STYLES.get(result.state, "yellow"), 0, 8)
         console.print(text, soft_wrap=True)
-        wrong += result.state in ("missing", "failed")
-    return wrong
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        found += result.state in ("missing", "failed")
+    if verdict := wrong.format(found) if found else right:
+        console.print(verdict, style="bold", soft_wrap=True)
+    return int(found > 0)
 
 
 def _nearest(path: Path) -> Path:
     """The folder itself, or the one in which it would be made."""
     path = path.expanduser().absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+    return next(folder for folder in (path, *path.parents) if folder.exists())

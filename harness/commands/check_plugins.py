@@ -9,15 +9,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.console import Console
 
-from harness.checklist import Result
+from harness.checklist import Result, attempt
 from harness.cluster.job import Worker
 from harness.commands.check import show
 from harness.loaders.datasets import DATASETS, Dataset
@@ -28,9 +29,6 @@ from harness.plugins import Loaded, blaming, load_file, load_plugins
 from harness.progress import load_data
 from harness.spec import RunPaths, RunSpec
 from harness.training import checks, fit
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 EXIT_MISFIT = 2
 SIDE = 32  # pixels of the images that networks are tried on, or the least that they take
@@ -45,7 +43,6 @@ def check_plugins(paths: list[Path], console: Console) -> int:
     torch.set_num_threads(os.cpu_count() or 1)
     plugins = [load_file(path) for path in paths]
     wrong = show((result for loaded in plugins for result in _check(loaded, console)), console)
-    console.print(f"{wrong} of the checks failed" if wrong else "ready", style="bold")
     return EXIT_MISFIT if wrong else 0
 
 
@@ -57,36 +54,36 @@ def _check(loaded: Loaded, console: Console) -> Iterator[Result]:
             continue  # they are one
         spec, side = _make_run(bench.worker, kind, name)
         changes: dict[str, Any] = {n: getattr(spec, n) for n in ("network", "recipe", "loader")} | {"size": side}
-        what = f"{kind} {name}"
-        trials: dict[str, Any] = {what: (partial(_fit, kind, name, spec, side, console), 0.0)}
+        what, blame = f"{kind} {name}", blaming(kind, name)
+        trials: list[tuple[str, Any, float]] = [(what, partial(_fit, kind, name, spec, side, console), 0.0)]
         if kind != "dataset":
-            trials[f"{what}, resume"] = partial(checks.check_resume, bench, **changes), 0.0
+            cases[what] = changes
+            trials.append((f"{what}, resume", partial(checks.check_resume, bench, **changes), 0.0))
         if kind == "loader":
-            trials[f"{what}, plan"] = partial(checks.check_loader, bench, name), LIMIT
-        for title, (trial, limit) in trials.items():
-            try:
-                with blaming(kind, name):
-                    figure, words = trial()
-            except Exception as error:
-                yield Result(title, "failed", (str(error) or type(error).__name__).splitlines()[0])
+            trials.append((f"{what}, plan", partial(checks.check_loader, bench, name), LIMIT))
+        for title, trial, limit in trials:
+            result = attempt(title, blame(trial), limit=limit)
+            yield result
+            if result.state == "failed":
+                cases.pop(what, None)
                 break
-            yield Result(title, "passed" if figure <= limit else "failed", words)
-        else:
-            cases |= {} if kind == "dataset" else {what: changes}
     try:
         figures = _two_ranks(loaded, cases) if cases else {}
     except (RuntimeError, subprocess.TimeoutExpired) as error:
         yield Result(f"{loaded.source.name}, in new processes", "failed", str(error)[:200])
         return
-    for what, (figure, words) in figures.items():
-        state = "passed" if figure is not None and figure <= LIMIT else "failed"
-        yield Result(f"{what}, 2 ranks of a copy", state, f"{words} (limit {LIMIT:g})")
+    for what in figures:
+        yield attempt(f"{what}, 2 ranks of a copy", figures.get, what, limit=LIMIT)
 
 
 def _fit(kind: str, name: str, spec: RunSpec, side: int, console: Console) -> tuple[float, str]:
     of = ("network", spec.network.architecture) if kind == "variant" else (kind, name)
     paths = RunPaths(out=Path(), data_dir=find_data_dir(None, spec.dataset))
-    dataset = load_data(spec.dataset, paths, console) if spec.dataset in DATASETS else _invent(side)
+    if spec.dataset in DATASETS:
+        dataset = load_data(spec.dataset, paths, console)
+    else:
+        split, classes = checks.make_split(side), tuple(map(str, range(checks.CLASSES)))
+        dataset = Dataset("check", "check", "", False, classes, split, split, flip=True)
     return 0.0, fit.try_out(*of, spec, dataset, paths)
 
 
@@ -105,32 +102,22 @@ def _make_run(worker: Worker, kind: str, name: str) -> tuple[RunSpec, int]:
     return replace(spec, **field), checks.SIZE
 
 
-def _invent(side: int) -> Dataset:
-    split = checks.make_split(side)
-    return Dataset("check", "check", "", False, tuple(map(str, range(checks.CLASSES))), split, split, flip=True)
-
-
-def _two_ranks(loaded: Loaded, cases: dict[str, dict[str, Any]]) -> dict[str, tuple[float | None, str]]:
+def _two_ranks(loaded: Loaded, cases: dict[str, dict[str, Any]]) -> dict[str, tuple[float, str]]:
     """In two new processes that have nothing but a copy of the plug-in's source. Raises RuntimeError where one fails."""
-    with tempfile.TemporaryDirectory(prefix="harness-check-") as folder, ExitStack() as stack:
-        main = Path(loaded.source.path).relative_to(loaded.folder)
-        source = replace(loaded.source, path=str(Path(folder, "nowhere", main)))
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    with tempfile.TemporaryDirectory(prefix="harness-check-") as folder, ThreadPoolExecutor(2) as pool:
+        source = replace(loaded.source, folder=str(Path(folder, "nowhere")))
         paths = RunPaths(out=Path(folder), cache_dir=Path(folder), plugins=(source,))
         for changes in cases.values():
             changes["recipe"] = replace(changes["recipe"], duration=RANK_EPOCHS, batch_norm="sync")
         Path(folder, "cases.pickle").write_bytes(pickle.dumps((source.identity, paths, cases)))
-        command, env = [sys.executable, "-m", "harness.training.fit"], os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
-        processes = [
-            stack.enter_context(
-                subprocess.Popen([*command, rank, folder], stderr=subprocess.PIPE, text=True, env=env)
-            )
-            for rank in ("0", "1")
-        ]
-        for process in processes:
-            stack.callback(process.kill)
-        for process in processes:
-            _, errors = process.communicate(timeout=RANK_SECONDS)
-            if process.returncode:
-                raise RuntimeError((errors.strip().splitlines() or ["no message"])[-1])
-        figures: dict[str, tuple[float | None, str]] = json.loads(Path(folder, "0.json").read_text())
+
+        def run(rank: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "harness.training.fit", rank, folder]
+            return subprocess.run(command, capture_output=True, text=True, env=env, timeout=RANK_SECONDS)
+
+        for ended in pool.map(run, ("0", "1")):
+            if ended.returncode:
+                raise RuntimeError((ended.stderr.strip().splitlines() or ["no message"])[-1])
+        figures: dict[str, tuple[float, str]] = json.loads(Path(folder, "0.json").read_text())
         return figures

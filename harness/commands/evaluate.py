@@ -22,7 +22,7 @@ from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingP
 from harness.models.build import build
 from harness.models.imagenet import ImageNetResNet
 from harness.models.variants import NETWORKS, VARIANTS, Variant, default_depth, find_variant
-from harness.options import EvalOptions, check_options
+from harness.options import EvalOptions
 from harness.plan import find_data_dir
 from harness.plugins import blaming
 from harness.progress import say
@@ -74,7 +74,6 @@ def evaluate_weights(options: EvalOptions) -> Errors:
     On the GPU where there is one, in fp32. One centre crop in the recipe's size, or, with scales, the whole image
     at each of them, and mirrored where the data set allows it. Raises UserError.
     """
-    check_options(options)
     parse_normalize(options.mean, options.std)
     for_scales = {
         "--average": options.average != "logits", "--no-mirror": not options.mirror,

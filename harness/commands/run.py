@@ -290,9 +290,9 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
         if isinstance(event, Telemetry):
             recorder.nodes[spec.key].append(event.node)
             return
-        if isinstance(event, Started):
-            display.resumes(spec, recorder.begin(spec, event))
+        earlier = recorder.begin(spec, event) if isinstance(event, Started) else []
         display.event(spec, event)
+        display.resumes(spec, earlier)
 
     failures = 0
     session.join()  # Ray's own handler of SIGTERM comes before ours

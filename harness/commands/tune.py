@@ -26,7 +26,7 @@ from harness.commands.study import Study, count_trials
 from harness.commands.sweep import Prepared, SweepTrials, corners, make_trial_grid, make_trial_spec
 from harness.deadline import TimeUp, stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
-from harness.options import Resources, Search, TuneOptions, check_options, fill, options_of, read_values
+from harness.options import Resources, Search, TuneOptions, fill, options_of, read_values
 from harness.plugins import load_plugins, sources
 from harness.preflight import check_nodes
 from harness.progress import TrialTable, describe_trial, load_data, say
@@ -129,7 +129,6 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPath
 
 def _check(search: Search) -> tuple[Dimension, ...]:
     """Every check that needs neither data nor devices."""
-    check_options(search)
     check_word(search.metric, tuple(METRICS), "--metric")
     dimensions = parse_search(search.search)
     if not dimensions:

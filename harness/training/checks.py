@@ -1,6 +1,6 @@
 """What `harness check` measures: does this device train as the reference says? A function for each of `CHECKS`.
 
-Each returns a figure, which its check limits, and words about it; it raises SkippedError where there is nothing to
+Each returns a figure, which its check limits, and words about it; it raises Finding where there is nothing to
 check. All of it trains a small network on invented images with the code of runs. On the CPU each has its CPU form.
 
     python -m harness.training.checks DEVICE THREADS NAME...      a line of JSON for each, as it ends
@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from harness.checklist import BY_NAME, Result
+from harness.checklist import BY_NAME, Finding, Result, attempt
 from harness.cluster.job import Worker
 from harness.loaders.cache import cache_dir
 from harness.loaders.datasets import Split
@@ -46,10 +46,6 @@ BUSY_CYCLES = 20_000_000  # about 10 ms of a GPU, queued before each batch
 Figure = tuple[float, str]
 
 
-class SkippedError(Exception):
-    """There is nothing to check here; why."""
-
-
 @dataclass
 class Bench:
     """A device, and what checks share."""
@@ -59,7 +55,6 @@ class Bench:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether there is a driver."""
         return self.worker.device != "cpu"
 
     @cached_property
@@ -76,26 +71,18 @@ class Bench:
 
 
 def run_check(name: str, bench: Bench) -> Result:
-    """Its result; a failure where it raises."""
+    """Its result."""
     check = BY_NAME[name]
     if check.gpu and not bench.on_gpu:
         return Result(name, "skipped", "only a GPU does it")
-    try:
-        figure, words = globals()[check.function](bench, *(check.of or ())[1:])
-    except (SkippedError, ImportError) as error:
-        return Result(name, "skipped", str(error))
-    except Exception as error:
-        return Result(name, "failed", (str(error).strip() or type(error).__name__).splitlines()[0][:200])
-    limit = f" (limit {check.limit:g})" if check.limit else ""
-    return Result(name, "passed" if figure <= check.limit else "failed", words + limit)  # NaN fails
+    return attempt(name, globals()[check.function], bench, *(check.of or ())[1:], limit=check.limit)
 
 
 def main(device: str, threads: str, *names: str) -> None:
     """Print a result a line."""
     bench = Bench(Worker(device=device, threads=int(threads)))
     for name in names:
-        result = run_check(name, bench)
-        print(json.dumps(["check", result.name, result.state, result.detail]), flush=True)
+        print(json.dumps(["check", *astuple(run_check(name, bench))]), flush=True)
 
 
 # --- a small run ---
@@ -254,7 +241,7 @@ def check_memory(bench: Bench) -> Figure:
 def judge_memory(by_category_mib: dict[str, float]) -> Figure:
     """Of a run's categories."""
     if not by_category_mib:
-        raise SkippedError("no driver says how much this process uses")
+        raise Finding("skipped", "no driver says how much this process uses")
     total, rest = sum(by_category_mib.values()), by_category_mib.get("unaccounted", 0.0)
     return abs(rest) / total, f"{rest:.0f} of {total:.0f} MiB belong to no category"
 
@@ -312,9 +299,10 @@ def run_rank_checks(names: Sequence[str], worker: Worker, seconds: float) -> lis
         in_time = all(gather(time.monotonic() < until))
         left_out = Result(name, "left out", f"not begun within {seconds:.0f} s")
         worst = gather(run_check(name, bench) if in_time else left_out)
-        failed = [(rank, result) for rank, result in enumerate(worst) if result.state == "failed"]
-        first = [replace(result, detail=f"on rank {rank}: {result.detail}") for rank, result in failed[:1]]
-        results += first or worst[:1]
+        failed = (
+            replace(r, detail=f"on rank {n}: {r.detail}") for n, r in enumerate(worst) if r.state == "failed"
+        )
+        results.append(next(failed, worst[0]))
     return results
 
 

@@ -208,7 +208,7 @@ def main(rank: str, folder: str) -> None:
         try:
             figures[what] = checks.check_ranks(bench, "eager", **changes)
         except Exception as error:
-            figures[what] = None, str(error)
+            figures[what] = math.inf, str(error)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(figures))
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""What multinode.sh or slurm.sh measured, as a table and a file of readings: multinode.py --lines FILE [--json FILE]"""
+"""What slurm.sh measured, as a table and a file of readings: slurm.py --lines FILE [--json FILE]"""
 
 from __future__ import annotations
 
