@@ -79,7 +79,8 @@ def print_widths(cell: RunSpec, widths: Sequence[Width], size: int, console: Con
         for width, (apart, hidden) in zip(widths, shares, strict=True)
     ]  # fmt: skip
     columns = {name: [line[name] for line in lines] for name in lines[0]}
-    print_columns(columns, console, title=f"{cell.name} over the cluster, by what was measured of it")
+    title = f"{cell.name} over the cluster, by what was measured of it"
+    print_columns(columns, console, title=title, left=(), spare=("images each",))
     pays = "{} ({}) where no all-reduce is hidden behind computation, {} ({}) where all is that can be"
     limits = (*find_limit(widths, "apart"), *find_limit(widths, "hidden"))
     say(console, f"workers that pay: {pays.format(*limits)}", style="bold")
