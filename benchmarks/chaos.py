@@ -46,7 +46,7 @@ SECONDS = {"drain": (8, 12), **dict.fromkeys(LONG, (2, 20))}
 """How long a fault lasts where that is not 3 to 8 seconds."""
 STALL = 8  # seconds: a rank that hangs is named before Ray gives up its node
 DISK_MIB = 2200  # of the disk that is filled, in memory; `harness run` wants 2 GiB free at its start
-EPOCH = re.compile(r"epoch \d+/\d+")
+EPOCH = re.compile(r"epoch \d+/\d+  (loss|error)")
 DATA = "--dataset digits --gpus 0 --loader resident --limit-train"
 SAME = ("number", "fields", "key", "state", "epochs", "curve", "value")  # of a trial, whoever was struck
 

@@ -6,7 +6,6 @@ import errno
 import io
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
@@ -142,8 +141,7 @@ def compare(
     """Compare two sets of runs: better, worse or the same?"""
     from harness.commands.report import find_results, print_comparison
 
-    options = asdict(fill(groups.CompareOptions, given))
-    return print_comparison(find_results(paths), make_console(), **options)
+    return print_comparison(find_results(paths), make_console(), fill(groups.CompareOptions, given))
 
 
 @command()
@@ -186,7 +184,7 @@ def repro(
     path: Annotated[str, typer.Argument(help="Folder of results.", envvar="HARNESS_OUT")] = "runs",
 ) -> None:
     """Print the commands that train a stored run again."""
-    from harness.commands.repro import print_repro
+    from harness.commands.report import print_repro
 
     print_repro(run, path, make_console())
 
@@ -208,9 +206,10 @@ def variants(
 @command(groups.EvalOptions, name="eval")
 def evaluate(given: Given) -> None:
     """Print the errors of stored weights on a test set."""
-    from harness.commands.evaluate import evaluate_weights, print_errors
+    from harness.commands.evaluate import evaluate_weights
+    from harness.commands.report import print_text
 
-    print_errors(evaluate_weights(fill(groups.EvalOptions, given)), make_console())
+    print_text(evaluate_weights(fill(groups.EvalOptions, given)).text, make_console())
 
 
 @command(groups.CheckOptions)

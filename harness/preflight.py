@@ -83,7 +83,13 @@ def answer(paths: RunPaths, dataset: str, sentinel: str, clock: Callable[[], flo
     from harness.training.rates import measure_rates
 
     uri = paths.remote or paths.out.as_uri()
-    facts = {**describe(), "clock": read_clock(clock), "out": "another folder, or none", "disk": 0.0, "rates": {}}
+    facts: dict[str, Any] = {
+        **describe(),
+        "clock": read_clock(clock),
+        "out": "another folder, or none",
+        "disk": 0.0,
+        "rates": {},
+    }
     try:
         if sentinel in find_sentinels(uri, sentinel):
             facts["out"] = f"{sentinel}-{uuid.uuid4().hex}"
@@ -211,7 +217,7 @@ def check_nodes(
     for line in (*outliers, *find_wrong_clocks(clocks)):
         say(console, line)
     kept = {node: {"ahead_seconds": ahead, "uncertainty_seconds": by} for node, (ahead, by) in clocks.items()}
-    preflight = {"rates": rates, "outliers": outliers, "clocks": kept}
+    preflight: dict[str, Any] = {"rates": rates, "outliers": outliers, "clocks": kept}
     if exclude and slow:
         session.allocation = leave_out(slow, session.allocation)
         preflight["excluded"] = list(slow)

@@ -22,7 +22,7 @@ from harness.plugins import write_source
 from harness.results import store
 from harness.results.identity import hash_code
 from harness.results.remote import Lease, StorageError, patiently, pull_run, push_finished, push_run, redact
-from harness.results.report.card import CARD, make_card
+from harness.results.report.page import CARD, make_card
 from harness.results.store import Stored, partial_dir, run_name
 from harness.results.values import EpochMetrics, Failure, NodeUse, Pruned, Record, RunResult
 from harness.spec import RunPaths, RunSpec, UserError, mistakes

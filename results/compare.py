@@ -1,4 +1,4 @@
-"""Two sets of runs compared: difference, interval, and whether they are the same within a margin.
+"""Two sets of runs compared: difference, interval, whether they are the same within a margin, and `compare --fail-on`.
 
 A difference is B minus A, so that "error +0.30" means B is worse. It is that of the two figures beside it, those of
 `harness report`; its 90 % interval is the one that is shown, that the verdict rests on, and that `--fail-on` tests.
@@ -7,40 +7,36 @@ A difference is B minus A, so that "error +0.30" means B is worse. It is that of
 from __future__ import annotations
 
 import math
+import re
 import statistics
-import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import accumulate, pairwise
+from typing import Literal, NamedTuple
 
 from harness.results.metrics import METRICS, NONE, Figure, Metric, suggest
-from harness.results.rows import Row, flatten_spec
+from harness.results.rows import FIELDS, Row, flatten_spec
 from harness.results.statistics import (
+    ALPHA,
     LEVEL,
     Estimate,
     Interval,
     Shift,
     estimate_mean,
-    median,
-    shift,
+    holm,
     subtract,
     t_quantile,
 )
-from harness.results.store import Stored
+from harness.results.values import Record
 
-Verdict = Literal["equivalent", "different", "cannot tell"]
-IMAGES = (
-    "label", "dataset", "fingerprint", "evaluated_on", "limit_test", "recipe.val", "recipe.val_stratified",
-)  # fmt: skip
-"""Errors are compared only where these agree: they are then of the same images."""
-RULES = tomllib.loads(Path(__file__).with_name("compare.toml").read_text(encoding="utf-8"))
-FOLLOWS = {name: tuple(others) for name, others in RULES["follows"].items()}
-EXPECTED = frozenset(RULES["expected"])
+IMAGES = tuple(FIELDS["images"])
 SESSION_SPREAD = 0.03  # of seconds, from one session to another: std, as a share
 SESSION_GAP = timedelta(hours=1)
+Test = Estimate | Shift
+Measured = tuple[Record, float]
+"""A run and its figure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +46,7 @@ class Comparison:
     metric: Metric
     a: Figure
     b: Figure
-    test: Estimate | Shift | None = None  # of B - A: in points, of logarithms where the metric is relative
+    test: Test | None = None  # of B - A: in points, of logarithms where the metric is relative
     how: str = ""  # which test, and what it assumes; or why there is none
 
     @property
@@ -62,7 +58,7 @@ class Comparison:
         return Interval(*map(self._scaled, self.test.interval())) if self.test else None
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Literal["equivalent", "different", "cannot tell"]:
         """Equivalent where the interval lies within the margin, different where it lies beyond it."""
         if (interval := self.interval) is None or (margin := self.metric.margin) is None:
             return "cannot tell"
@@ -82,15 +78,14 @@ class Comparison:
         return 100 * math.expm1(value) if self.metric.relative else value
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(NamedTuple):
     """A row of A and its counterpart; None: there is none."""
 
     a: Row | None
     b: Row | None
-    differs: Mapping[str, tuple[str, str]]  # field -> its value in A and in B
-    figures: tuple[Comparison, ...]
-    unlike: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # machines and versions, unchosen
+    differs: Mapping[str, tuple[str, str]] = {}  # field -> its value in A and in B
+    figures: tuple[Comparison, ...] = ()
+    unlike: Mapping[str, tuple[str, str]] = {}  # machines and versions, unchosen
 
     @property
     def name(self) -> str:
@@ -103,19 +98,17 @@ class Pair:
         if self.b is None:
             yield "has no counterpart in B"
             return
-        before, after = (sorted(_failures(row)) for row in (self.a, self.b))
+        before, after = (
+            sorted(stored.record.failure.kind for stored in row.failed if stored.record.failure)
+            + ["NaN" for result in row.results if not math.isfinite(result.final_error)]
+            for row in (self.a, self.b)
+        )
         if len(after) > len(before):
             yield f"{len(after)} failed in B ({', '.join(after)}), {len(before)} in A"
         elif not self.b.done:
             yield "has no finished run in B"
         for name, (a, b) in self.unlike.items():
             yield f"unlike {name}: {a} → {b} (--across '{name}' overlooks it)"
-
-
-def _failures(row: Row) -> list[str]:
-    """A word for each run that failed or diverged."""
-    failed: list[str] = [stored.record.failure.kind for stored in row.failed if stored.record.failure]
-    return failed + ["NaN" for result in row.results if not math.isfinite(result.final_error)]
 
 
 def signed(value: float) -> str:
@@ -127,36 +120,27 @@ def signed(value: float) -> str:
 # --- which rows are compared ---
 
 
-def find_metric(name: str) -> Metric:
-    """A metric that can be compared. Raises ValueError for another name."""
-    known = [metric.name for metric in METRICS.values() if metric.better]
-    if name not in known:
-        raise ValueError(f"unknown metric {name!r}: {suggest(name, known)}")
-    return METRICS[name]
-
-
 def compare(
     a: Sequence[Row], b: Sequence[Row], metrics: Sequence[str] = (), across: Sequence[str] = ()
 ) -> list[Pair]:
     """Pair the rows of two sides and compare them. A row without counterpart is a pair of its own.
 
-    Within a pair a field agrees that takes several values on both sides, or several on one that the other has too;
-    variant, depth and images wherever they take several. What is constant on a side may be what the comparison is
-    about (dali against dataloader). `metrics` are compared in addition to those with a margin; `across` may be unlike.
-    Raises ValueError for an unknown metric, and for sides that were evaluated on different images.
+    Within a pair a field agrees that takes several values on a side, if both sides have one of them; variant, depth and
+    images wherever they take several. Any other may be what the comparison is about (dali against dataloader). `metrics`
+    are compared in addition to those with a margin; `across` may be unlike. Raises ValueError for sides that were evaluated on different images.
     """
     images = [{_key(row, IMAGES) for row in side if row.done} for side in (a, b)]
     if all(images) and not images[0] & images[1]:
-        ours, theirs = map(sorted, images)
-        unlike = [f"{n} {x} → {y}" for n, x, y in zip(IMAGES, ours[0], theirs[0], strict=True) if x != y]
+        ours, theirs = map(min, images)
+        unlike = [f"{n} {x} → {y}" for n, x, y in zip(IMAGES, ours, theirs, strict=True) if x != y]
         raise ValueError(f"A and B were evaluated on different images ({', '.join(unlike)}): not comparable")
-    names = []
-    for name in sorted({name for row in (*a, *b) for name in row.fields}):
-        values = [{row.fields[name] for row in side if name in row.fields} for side in (a, b)]
-        always = name in ("variant", "network.depth", *IMAGES) or values[0] & values[1]
-        fewer, more = sorted(map(len, values))
-        if fewer > 1 or (more > 1 and always):
-            names.append(name)
+    every = sorted({name for row in (*a, *b) for name in row.fields})
+    taken = {name: [{row.fields[name] for row in side if name in row.fields} for side in (a, b)] for name in every}
+    names = [
+        n
+        for n, (x, y) in taken.items()
+        if max(len(x), len(y)) > 1 and (n in ("variant", "network.depth", *IMAGES) or x & y)
+    ]
     return _match(a, b, names, metrics, across)
 
 
@@ -166,7 +150,7 @@ def compare_by(
     """Compare rows that differ in one field alone. A is the field's first value: as given, "precision=fp32,bf16", or
     else in order; B each other one.
 
-    Raises ValueError for an unknown metric, field or value, for a field that has one value only, and for the images.
+    Raises ValueError for an unknown field or value, for a field that has one value only, and for the images.
     """
     by_field, _, chosen = by.partition("=")
     known = sorted({name for row in rows for name in row.fields})
@@ -184,7 +168,7 @@ def compare_by(
     first, *others = dict.fromkeys(order)
     if not others:
         raise ValueError(f"all runs have {by_field} {first}: nothing to compare")
-    follows = FOLLOWS.get(by_field, ())
+    follows = tuple(FIELDS["follows"].get(by_field, ()))
     bound = [name for name in known if name != by_field]
     names = [name for name in bound if name in ("network.depth", *IMAGES) or not name.startswith(follows)]
     finished = [[_key(row, names) for row in side if row.done] for side in sides.values()]
@@ -211,7 +195,7 @@ def _match(
 ) -> list[Pair]:
     """Every row of A with those of B that agree in these fields; a row without a result has no machine to agree in."""
     several = dict.fromkeys([*(name for name, metric in METRICS.items() if metric.margin), *metrics])
-    chosen = [find_metric(name) for name in several]
+    chosen = [METRICS[name] for name in several]
     shared = [name for name in names if all(name in row.fields for row in (*a, *b))]
     partners: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in b:
@@ -222,27 +206,28 @@ def _match(
         others = [o for o in alike if not (row.done and o.done) or _key(row, names) == _key(o, names)]
         matched |= set(map(id, others))
         pairs += [_pair(row, other, chosen, tuple(overlooked)) for other in others if row.done or other.done]
-        pairs += [Pair(row, None, {}, ())] if row.done and not others else []
-    return pairs + [Pair(None, row, {}, ()) for row in b if row.done and id(row) not in matched]
+        pairs += [Pair(row, None)] if row.done and not others else []
+    return pairs + [Pair(None, row) for row in b if row.done and id(row) not in matched]
 
 
 def nearest(pairs: Sequence[Pair]) -> list[str]:
     """The fewest fields in which a row of A and one of B differ that have no counterpart."""
     ours, theirs = [p.a for p in pairs if p.a and not p.b][:50], [p.b for p in pairs if p.b and not p.a][:50]
-    differing = [[n for n in sorted(x.fields.keys() | y.fields.keys()) if x.fields.get(n) != y.fields.get(n)]
-                 for x in ours for y in theirs]  # fmt: skip
-    return min(differing, key=len, default=[])
+    return min((list(_differences(x.fields, y.fields)) for x in ours for y in theirs), key=len, default=[])
+
+
+def _differences(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    both = {name: (a.get(name, NONE), b.get(name, NONE)) for name in sorted(a.keys() | b.keys())}
+    return {name: values for name, values in both.items() if values[0] != values[1]}
 
 
 def _pair(a: Row, b: Row, metrics: Sequence[Metric], overlooked: tuple[str, ...]) -> Pair:
+    differs = _differences(a.fields, b.fields)
     if not (a.done and b.done):
-        common = sorted(a.fields.keys() & b.fields.keys())
-        return Pair(a, b, {n: (a.fields[n], b.fields[n]) for n in common if a.fields[n] != b.fields[n]}, ())
-    names = sorted(a.fields.keys() | b.fields.keys())
-    differs = {n: (x, y) for n, x, y in zip(names, _key(a, names), _key(b, names), strict=True) if x != y}
+        return Pair(a, b, {n: values for n, values in differs.items() if n in a.fields and n in b.fields})
     ours, theirs = ({n: ", ".join(sorted(found)) for n, found in row.conditions.items()} for row in (a, b))
-    noted = {n: (ours[n], theirs[n]) for n in ours if n in theirs and ours[n] != theirs[n]}
-    chosen = flatten_spec(a.spec).keys() | flatten_spec(b.spec).keys() | EXPECTED
+    noted = {n: values for n, values in _differences(ours, theirs).items() if n in ours and n in theirs}
+    chosen = {*flatten_spec(a.spec), *flatten_spec(b.spec), *FIELDS["expected"]}
     unlike = {n: v for n, v in (differs | noted).items() if n not in chosen and not n.startswith(overlooked)}
     return Pair(a, b, differs, tuple(judge(metric, a, b) for metric in metrics), unlike)
 
@@ -252,62 +237,46 @@ def _pair(a: Row, b: Row, metrics: Sequence[Metric], overlooked: tuple[str, ...]
 
 def judge(metric: Metric, a: Row, b: Row) -> Comparison:
     """One metric of two rows."""
-    runs: list[list[Stored]] = []
-    values: list[list[float]] = []
-    for row in (a, b):
-        planned_first = sorted(row.done, key=lambda stored: stored.record.added_until is not None)
-        known = [(run, value) for run in planned_first if run.record.result
-                 if (value := metric.value(run.record.result)) is not None and math.isfinite(value)]  # fmt: skip
-        runs.append([run for run, _ in known])
-        values.append([value for _, value in known])
-    if metric.kind == "error" and all(values):
-        images = runs[0][0].record.images(test=metric.name.startswith("test"))
-        seeds = [[run.record.seed for run in side] for side in runs]
-        planned = [sum(run.record.added_until is None for run in side) for side in runs]
-        return compare_errors(metric, values, images, seeds, planned)
-    figures = _figures(metric, values)
-    if not all(values):
-        return Comparison(metric, *figures, how="not measured on both sides")
-    if metric.relative and min(map(min, values)) <= 0:
-        return Comparison(metric, *figures, how="some are 0: no ratio")
-    scale = math.log if metric.relative else float
-    scaled: Sequence[list[float]] = [list(map(scale, side)) for side in values]
-    a_value, b_value = (scale(figure.value or 0.0) for figure in figures)
-    extra, note = 0.0, ""
-    if metric.relative and metric.kind in ("time", "energy"):
-        scaled, extra, note = _in_sessions(runs, scaled)
-    if test := shift(b_value - a_value, scaled[0], scaled[1], extra):
-        return Comparison(metric, *figures, test, f"Mann and Whitney{note}")
-    return Comparison(metric, *figures, how="fewer than 3 runs on a side")
+    sides = [row.measured(metric.name) for row in (a, b)]
+    figures = a.figures[metric.name], b.figures[metric.name]
+    known = [figure.value for figure in figures if figure.value is not None and math.isfinite(figure.value)]
+    test: Test | None = None
+    if len(known) < 2:
+        how = "not measured on both sides"
+    elif metric.kind == "error":
+        test, how = compare_errors(sides, sides[0][0][0].images(test=metric.name.startswith("test")))
+    elif metric.relative and any(value <= 0 for side in sides for _, value in side):
+        how = "some are 0: no ratio"
+    elif min(map(len, sides)) < 3:  # no interval of 90 % exists
+        how = "fewer than 3 runs on a side"
+    else:
+        scale = math.log if metric.relative else float
+        values = [[scale(value) for _, value in side] for side in sides]
+        extra, how = 0.0, "Mann and Whitney"
+        if metric.relative and metric.kind in ("time", "energy"):
+            values, extra, note = _in_sessions(sides, values)
+            how += note
+        test = Shift(scale(known[1]) - scale(known[0]), tuple(values[0]), tuple(values[1]), extra)
+    return Comparison(metric, *figures, test, how)
 
 
-def _figures(metric: Metric, values: Sequence[Sequence[float]]) -> tuple[Figure, Figure]:
-    a, b = (metric.combine(v) if v else Figure(None) for v in values)
-    return a, b
-
-
-def compare_errors(
-    metric: Metric,
-    values: Sequence[Sequence[float]],
-    images: int | None,
-    seeds: Sequence[Sequence[int]] = ((), ()),
-    planned: Sequence[int] = (0, 0),  # how many of each side --until-ci did not add; 0: all count
-) -> Comparison:
-    """Errors in percent: the difference of their means, by moderated spreads or, where they go together, by seeds."""
-    figures = _figures(metric, values)
-    if paired := _paired(values, seeds):
-        return Comparison(metric, *figures, paired, "paired by seed, Student")
-    a, b = (estimate_mean(side, images, first or None) for side, first in zip(values, planned, strict=True))
+def compare_errors(sides: Sequence[Sequence[Measured]], images: int | None) -> tuple[Test | None, str]:
+    """The difference of two means of errors in percent, and how it was tested: by moderated spreads or, where they go
+    together, by seeds."""
+    if paired := _paired(sides):
+        return paired, "paired by seed, Student"
+    planned = [sum(record.added_until is None for record, _ in side) or None for side in sides]
+    a, b = (estimate_mean([e for _, e in side], images, n) for side, n in zip(sides, planned, strict=True))
     if a is None or b is None:
-        return Comparison(metric, *figures, how="one run, and the number of test images is unknown")
-    return Comparison(metric, *figures, subtract(b, a), "Welch, moderated spread" if images else "Welch")
+        return None, "one run, and the number of test images is unknown"
+    return subtract(b, a), "Welch, moderated spread" if images else "Welch"
 
 
-def _paired(values: Sequence[Sequence[float]], seeds: Sequence[Sequence[int]]) -> Estimate | None:
+def _paired(sides: Sequence[Sequence[Measured]]) -> Estimate | None:
     """Of the differences by seed; None unless all seeds are common and, at 2.5 %, good on one side is good on the other."""
-    one, two = (dict(zip(own, side, strict=False)) for own, side in zip(seeds, values, strict=True))
+    one, two = ({record.seed: error for record, error in side} for side in sides)
     n = len(one)
-    if n < 4 or one.keys() != two.keys() or n < max(map(len, values)):
+    if n < 4 or one.keys() != two.keys() or n < max(map(len, sides)):
         return None
     a, b = list(one.values()), [two[seed] for seed in one]
     if min(max(a) - min(a), max(b) - min(b)) == 0:
@@ -318,31 +287,102 @@ def _paired(values: Sequence[Sequence[float]], seeds: Sequence[Sequence[int]]) -
     return estimate_mean([y - x for x, y in zip(a, b, strict=True)], None)
 
 
-def _by_session(runs: Sequence[Sequence[Stored]], values: Sequence[Sequence[float]]) -> list[list[list[float]]]:
-    """Of either side the values of each session: of runs of one side in a row on one machine, less than an hour apart."""
-    entries = [
-        (str(run.record.result and run.record.result.machine.get("host")), run.record.started_at, side, index)
-        for side, several in enumerate(runs) for index, run in enumerate(several)
-    ]  # fmt: skip
-    sessions: list[list[list[float]]] = [[], []]
-    last, ended = ("", -1), datetime.min.replace(tzinfo=UTC)
-    for host, started, side, index in sorted(entries):
-        if (host, side) != last or started - ended > SESSION_GAP:
-            sessions[side].append([])
-        sessions[side][-1].append(values[side][index])
-        last, ended = (host, side), runs[side][index].record.finished_at
-    return sessions
-
-
 def _in_sessions(
-    runs: Sequence[Sequence[Stored]], values: Sequence[list[float]]
-) -> tuple[Sequence[list[float]], float, str]:
-    """What is tested, how much sessions add to half the interval, and a note: from three a side on their medians are tested."""
-    sessions = _by_session(runs, values)
+    sides: Sequence[Sequence[Measured]], values: list[list[float]]
+) -> tuple[list[list[float]], float, str]:
+    """What is tested, how much sessions add to half the interval, and a note: from three a side on their medians are tested.
+
+    A session is what one side ran in a row on one machine, less than an hour apart.
+    """
+    runs = sorted(
+        (str(record.result and record.result.machine.get("host")), record.started_at, side, record.finished_at, value)
+        for side, several in enumerate(sides) for (record, _), value in zip(several, values[side], strict=True)
+    )  # fmt: skip
+    begins = [True, *((a[0], a[2]) != (b[0], b[2]) or b[1] - a[3] > SESSION_GAP for a, b in pairwise(runs))]
+    sessions: list[dict[int, list[float]]] = [defaultdict(list), defaultdict(list)]
+    for number, (_, _, side, _, value) in zip(accumulate(begins), runs, strict=True):
+        sessions[side][number].append(value)
     a, b = map(len, sessions)
     if min(a, b) >= 3:
         note = "" if [a, b] == list(map(len, values)) else f", over {a} and {b} sessions"
-        return [list(map(median, side)) for side in sessions], 0.0, note
+        return [list(map(statistics.median, side.values())) for side in sessions], 0.0, note
     extra = t_quantile(0.5 + LEVEL / 2, math.inf) * math.log1p(SESSION_SPREAD) * math.hypot(a**-0.5, b**-0.5)
     each = "one session each" if a == b == 1 else f"{a} and {b} sessions"
     return values, extra, f"; {each}, taken as ±{100 * math.expm1(extra):.0f} %"
+
+
+# --- compare --fail-on ---
+
+
+class Condition(NamedTuple):
+    """error>+0.3: B's error is more than 0.3 points above A's; epoch_seconds>5%: B's epochs take over 5 % longer."""
+
+    metric: str
+    above: bool
+    limit: float
+    percent: bool
+
+    def __str__(self) -> str:
+        return f"{self.metric}{'>' if self.above else '<'}{self.limit:+g}{'%' if self.percent else ''}"
+
+    def on(self, figure: Comparison) -> tuple[Test, float] | None:
+        """The test and the limit on its scale, both mirrored for "<"; None where there is none."""
+        relative, centre = figure.metric.relative, figure.a.value
+        limit = self.limit / 100 if self.percent else self.limit
+        if figure.test is None or centre is None or (relative != self.percent and centre == 0):
+            return None
+        if relative != self.percent:
+            limit = limit / centre if relative else limit * centre
+        if relative:
+            limit = math.log1p(limit) if limit > -1 else -math.inf
+        return (figure.test, limit) if self.above else (-figure.test, -limit)
+
+
+def parse_fail_on(text: str) -> list[Condition]:
+    """Read 'error>+0.3,epoch_seconds>5%'. Raises ValueError, in one line, for what does not parse."""
+    conditions = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*([<>])\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*(%?)\s*", part)
+        if match is None:
+            raise ValueError(f"cannot read {part.strip()!r}: write conditions like error>+0.3,epoch_seconds>5%")
+        name, sign, limit, percent = match.groups()
+        if name not in (known := [metric.name for metric in METRICS.values() if metric.better]):
+            raise ValueError(f"unknown metric {name!r}: {suggest(name, known)}")
+        conditions.append(Condition(name, sign == ">", float(limit), bool(percent)))
+    return conditions
+
+
+class Gate(NamedTuple):
+    """What `--fail-on` comes to: lines for what fails, and for what the runs cannot tell."""
+
+    failed: list[str]
+    unclear: list[str]
+
+
+def check_conditions(pairs: Sequence[Pair], conditions: Sequence[Condition]) -> Gate:
+    """Test every pair, each condition at 5 % over all pairs (Holm).
+
+    A condition is met where the difference is beyond its limit and the interval beyond 0 (or the limit, if that is
+    nearer), and by the interval alone where that is beyond a limit that is worse than 0.
+    """
+    gate = Gate([], [])
+    if not conditions:
+        return gate
+    gate.failed.extend(f"{pair.name}: {problem}" for pair in pairs for problem in pair.problems())
+    if not pairs:
+        gate.failed.append("no two rows could be compared")
+    for condition in conditions:
+        figures = [(pair.name, f) for pair in pairs for f in pair.figures if f.metric.name == condition.metric]
+        tests = [condition.on(figure) for _, figure in figures]
+        ps = holm([on[0].p_above(min(0.0, on[1])) if on else 1.0 for on in tests])
+        for (name, figure), on, p in zip(figures, tests, ps, strict=True):
+            line = f"{name}: {condition}"
+            if not (figure.a.n and figure.b.n):
+                gate.failed.append(f"{line} cannot be checked, {condition.metric} was not measured on both sides")
+            elif on is None:
+                gate.unclear.append(f"{line} cannot tell: {figure if figure.test is None else 'A is 0'}")
+            elif (on[0].value > on[1] and p <= ALPHA + 1e-9) or on[0].interval().low > on[1] > 0:
+                gate.failed.append(f"{line} fails: {figure}")
+            elif on[0].interval().high > on[1]:
+                gate.unclear.append(f"{line} cannot tell: {figure}")
+    return gate

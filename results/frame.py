@@ -46,13 +46,10 @@ def read_table(file: str | Path | IO[str]) -> pandas.DataFrame:
 
 
 def _identity(run: Stored) -> dict[str, Any]:
-    record = run.record
+    record, result = run.record, run.record.result
+    own = {name: getattr(record, name) for name in ("name", "status", "dataset", "variant", "depth", "seed")}
     spec = {name: value for name, value in record.spec.items() if name not in ("dataset", "device", "fingerprint")}
-    return {
-        "name": record.name, "status": record.status, "dataset": record.dataset, "variant": record.variant,
-        "depth": record.depth, "seed": record.seed, **_cells(spec),
-        "device": record.result.device if record.result else record.spec.get("device"),
-    }  # fmt: skip
+    return own | _cells(spec) | {"device": result.device if result else record.spec.get("device")}
 
 
 def _cells(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,14 +63,10 @@ def _figures(run: Stored) -> dict[str, Any]:
     record, result, failure = run.record, run.record.result, run.record.failure
     figures: dict[str, Any] = {}
     if result is not None:
-        figures = result.model_dump(
-            exclude={"epochs", "memory", "machine", "device", "workers", "timing"}
-        ) | run_figures(result)
+        measured = result.model_dump(exclude={"epochs", "memory", "machine", "device", "workers", "timing"})
         timing = {name: value for name, value in result.timing or () if name != "untimed"}
-        figures |= _cells({"timing": timing, **dict(result.memory)})
-    return {
-        **figures,
-        "failure": None if failure is None else f"{failure.kind}: {failure.message}",
-        "commit": record.environment.get("commit"), "code": code_of(record),
-        "started_at": record.started_at, "finished_at": record.finished_at, "folder": str(run.folder),
+        figures = measured | run_figures(result) | _cells({"timing": timing, **dict(result.memory)})
+    return figures | {
+        "failure": failure and f"{failure.kind}: {failure.message}", "commit": record.environment.get("commit"),
+        "code": code_of(record), "started_at": record.started_at, "finished_at": record.finished_at, "folder": str(run.folder),
     }  # fmt: skip

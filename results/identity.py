@@ -7,20 +7,18 @@ reason given. What runs have in common under the first two is in CSV and JSON, t
 from __future__ import annotations
 
 import hashlib
-import os
 import tomllib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import cache
+from glob import glob
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from harness.results.values import Record, RunResult, flatten, setting
+from harness.results.values import Record, flatten, setting
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     path: str  # of leaves of a record; "*" stands for any rest
     treatment: Literal["split", "note", "figure", "ignored"]
     words: str = ""  # split, note: its name in tables; figure: where it stands; ignored: why it cannot mislead
@@ -28,6 +26,8 @@ class Rule:
 
 _TEXT = Path(__file__).with_name("rules.toml").read_text(encoding="utf-8")
 RULES = tuple(Rule(path, *rule) for path, rule in tomllib.loads(_TEXT).items())
+SPLIT = {rule.path.rstrip("*"): rule.words for rule in RULES if rule.treatment == "split" and rule.words}
+"""What splits rows beside the spec: path -> name. Of two paths of one name the first counts that is known."""
 
 
 @cache
@@ -36,31 +36,14 @@ def find_rule(path: str) -> Rule | None:
     return next((rule for rule in RULES if fnmatchcase(path, rule.path)), None)
 
 
-def _torch(record: Record, result: RunResult) -> str | None:
-    known = result.machine.get("torch") or setting(record.environment, "versions.torch")
-    return known if isinstance(known, str) else None
-
-
-SPLIT: dict[str, Callable[[Record, RunResult], str | None]] = {
-    "label": lambda record, _: record.dataset,
-    "original": lambda record, _: str(record.original),
-    "evaluated_on": lambda _, result: result.evaluated_on,
-    "hardware": lambda _, result: result.device,  # what the spec calls "cuda" or "cpu"
-    "threads": lambda _, result: str(result.threads),
-    "widths": lambda _, result: "→".join(map(str, result.widths)) or None,  # that went on with fewer workers
-    "engine": lambda _, result: result.engine,  # the one that was used, which a fallback makes differ
-    "torch": _torch,  # whole: "2.15.0+cu130"
-    "code": lambda record, _: code_of(record),
-}
-"""What splits rows beside the spec. None: the row lacks the field."""
-
-
 def surroundings(record: Record) -> tuple[tuple[str, str], ...]:
     """What splits rows without being part of the spec, by name; empty without a result."""
-    if (result := record.result) is None:
-        return ()
-    named = [(name, read(record, result)) for name, read in SPLIT.items()]
-    return tuple((name, value) for name, value in named if value is not None)
+    named: dict[str, str] = {}
+    for path, name in SPLIT.items() if record.result else ():
+        value = code_of(record) if name == "code" else setting(record, path)
+        if value not in (None, ()):
+            named.setdefault(name, "→".join(map(str, value)) if isinstance(value, tuple) else str(value))
+    return tuple(named.items())
 
 
 def code_of(record: Record) -> str | None:
@@ -90,10 +73,7 @@ def hash_code() -> str:
     root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
     if (root / "harness").is_dir():  # a checkout, where the packages lie beside harness/
         root = root / "harness"
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if name != "results")
-        for name in sorted(files):
-            if name.endswith(".py"):
-                path = Path(folder, name)
-                digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    for name in sorted(glob("**/*.py", root_dir=root, recursive=True)):  # noqa: PTH207, Path's follows no links
+        if "results" not in name.split("/"):
+            digest.update(f"{name}\0".encode() + (root / name).read_bytes() + b"\0")
     return digest.hexdigest()[:16]

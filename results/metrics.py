@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
-from harness.results.statistics import mean, median, std
+from harness.results.statistics import mean, std
 from harness.results.values import Measurement, Prediction, RunResult
 
 NONE = "–"
@@ -86,18 +87,11 @@ class Metric:
 
     def summarise(self, results: Sequence[RunResult]) -> Figure:
         """The figure of a row, from its runs; a mean only where all of them have it."""
-        values, reason = [], None
-        for result in results:
-            if (value := self.value(result)) is not None:
-                values.append(value)
-            else:
-                reason = reason or self.measure(result).reason
+        values = [value for result in results if (value := self.value(result)) is not None]
+        lacking = (self.measure(result).reason for result in results if self.value(result) is None)
+        reason = next(filter(None, lacking), None)
         if not values or (self.over_seeds == "mean" and len(values) < len(results)):
             return Figure(None, reason=reason)
-        return self.combine(values, reason)
-
-    def combine(self, values: Sequence[float], reason: str | None = None) -> Figure:
-        """The figure of a row, from those of its runs, of which there is one at least."""
         spread = std(values) if self.over_seeds == "mean" else None
         return Figure(COMBINE[self.over_seeds](values), spread, len(values), reason)
 
@@ -139,17 +133,15 @@ def rounded(text: str) -> str:
     return LONG_NUMBER.sub(lambda number: f"{float(number[0]):.6g}", text)
 
 
-def _load_metrics() -> dict[str, Metric]:
-    metrics, text = {}, Path(__file__).with_name("metrics.toml").read_text(encoding="utf-8")
-    for name, entry in tomllib.loads(text).items():
-        path, predict = entry.pop("read", name), entry.pop("predict", None)
-        metrics[name] = Metric(
-            name=name, record_name=path.rpartition(".")[2], read=attrgetter(path), predict=predict and attrgetter(predict), **entry
-        )  # fmt: skip
-    return metrics
+def _make_metric(name: str, *, read: str = "", predict: str = "", **entry: Any) -> Metric:
+    path, predicted = read or name, attrgetter(predict) if predict else None
+    return Metric(
+        name=name, record_name=path.rpartition(".")[2], read=attrgetter(path), predict=predicted, **entry
+    )
 
 
-METRICS = _load_metrics()
+_TEXT = Path(__file__).with_name("metrics.toml").read_text(encoding="utf-8")
+METRICS = {name: _make_metric(name, **entry) for name, entry in tomllib.loads(_TEXT).items()}
 
 
 def run_figures(result: RunResult) -> dict[str, float | None]:

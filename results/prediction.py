@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from harness.results.metrics import METRICS, figures
 from harness.results.rows import Row
@@ -27,10 +26,12 @@ def predicted_figures(row: Row) -> list[PredictedFigure]:
     pairs: list[PredictedFigure] = []
     if row.predicted is None or not row.done:
         return pairs
+    hidden: Any = row.predicted.hidden_epoch_seconds
     for name, metric in METRICS.items():
         if metric.predict is None:
             continue
         predicted, actual = metric.measure(row.predicted), row.figures[name]
+        b: Any
         a, b = (None if side.value is None else side.value * metric.scale for side in (predicted, actual))
         values = f"{figures(a)} → {figures(b)}"
         if a is not None and b is not None:
@@ -39,11 +40,7 @@ def predicted_figures(row: Row) -> list[PredictedFigure]:
             side, reading = ("not predicted", predicted) if a is None else ("not measured", actual)
             reason = f"{side}: {reading.reason or 'no reason given'}"
             pairs.append(PredictedFigure(metric.heading, values, reason=reason))
-        if (
-            name == "epoch_seconds"
-            and (hidden := row.predicted.hidden_epoch_seconds) is not None
-            and b is not None
-        ):
+        if name == "epoch_seconds" and None not in (hidden, b):
             pairs.append(PredictedFigure("  hidden", f"{figures(hidden)} → {figures(b)}", _difference(hidden, b)))
     return pairs
 
@@ -53,15 +50,3 @@ def _difference(predicted: float, actual: float) -> str:
     digits = max(0, 2 - math.floor(math.log10(largest))) if 0 < largest < math.inf else 0
     percent = f" ({100 * (actual - predicted) / predicted:+.1f} %)" if predicted else ""
     return f"{actual - predicted:+,.{digits}f}{percent}".replace("-", "−")
-
-
-def in_words(row: Row) -> Iterator[str]:
-    pairs = predicted_figures(row)
-    if not pairs or row.predicted is None:
-        return
-    by = f"a probe of {row.predicted.steps} steps"
-    if row.predicted.hidden_epoch_seconds is not None:
-        by = f"{by} of one worker and the all-reduces of a preflight, none hidden behind computation or all that can be,"
-    yield f"predicted by {by} on {row.predicted.made_at:%Y-%m-%d %H:%M} UTC, and what was measured:"
-    yield from (f"  {p.figure:<9}  {p.values}  {p.difference or f'({p.reason})'}" for p in pairs)
-    yield from (f"  while probing: {cause}" for cause in row.predicted.interference)

@@ -53,26 +53,24 @@ class Published:
         pins = _load_pins()
         if (pin := pins.get(f"{self.variant}-{self.depth}")) is None:
             return ["no copy of their network and recipe is kept here"]
-        different: list[str] = []
-        for part, changed in {"network": {}, "recipe": self.changes}.items():
-            defaults = pins["defaults"][part]
+        different = []
+        for part, defaults in pins["defaults"].items():
             ours = defaults | (setting(spec, part, dict) or {})  # a field that is newer than the record
-            theirs = defaults | pin[part] | changed
+            theirs = defaults | pin[part] | (self.changes if part == "recipe" else {})
             names = sorted((ours.keys() | theirs.keys()) - {"batch_norm"})  # the same with one worker
-            different += [
-                f"{n} {ours.get(n)}, theirs {theirs.get(n)}" for n in names if ours.get(n) != theirs.get(n)
-            ]
+            pairs = [(name, ours.get(name), theirs.get(name)) for name in names]
+            different += [f"{name} {own}, theirs {other}" for name, own, other in pairs if own != other]
         return different
 
 
 @cache
 def load_published() -> tuple[Published, ...]:
     read = tomllib.loads((HERE / "published.toml").read_text(encoding="utf-8"))
-    entries = []
-    for entry in read["published"]:
-        about = [words for source, words in read["rests_on"].items() if entry["source"].startswith(source)]
-        entries.append(Published(**entry, rests_on=about[0]))
-    return tuple(entries)
+    rests_on = read["rests_on"].items()
+    about = [
+        next(words for source, words in rests_on if e["source"].startswith(source)) for e in read["published"]
+    ]
+    return tuple(Published(**e, rests_on=words) for e, words in zip(read["published"], about, strict=True))
 
 
 @cache
@@ -85,7 +83,5 @@ def _load_pins() -> dict[str, Any]:
 @cache
 def find_published(dataset: str, variant: str, depth: int) -> Published | None:
     """The published number that may stand beside runs of this variant on this data set: the first of its recipe."""
-    for entry in load_published():
-        if (entry.dataset, entry.variant, entry.depth, entry.recipe) == (dataset, variant, depth, "same"):
-            return entry
-    return None
+    wanted = (dataset, variant, depth, "same")
+    return next((e for e in load_published() if (e.dataset, e.variant, e.depth, e.recipe) == wanted), None)

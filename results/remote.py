@@ -114,41 +114,41 @@ def cache_folder(uri: str, cache: Path) -> Path:
 class _Folder:
     """A folder of results; files are named by their paths in it, the same at the URI and in the cache."""
 
-    files: Any  # pyarrow.fs.FileSystem
-    root: str
+    files: Any  # pyarrow.fs.SubTreeFileSystem
     is_cache: bool = False
 
     @property
     def is_object_store(self) -> bool:
-        return self.files.type_name in OBJECT_STORES
-
-    def path(self, name: str) -> str:
-        return f"{self.root}/{name}" if name else self.root
+        return self.files.base_fs.type_name in OBJECT_STORES
 
     def list(self, name: str = "", *, recursive: bool = True) -> dict[str, Any]:
         """{"run/spec.json": pyarrow.fs.FileInfo} of every file below `name`; may be empty."""
-        from pyarrow.fs import FileSelector, FileType
+        from pyarrow.fs import FileSelector
 
-        infos = self.files.get_file_info(FileSelector(self.path(name), allow_not_found=True, recursive=recursive))
-        return {info.path.removeprefix(f"{self.root}/"): info for info in infos if info.type == FileType.File}
+        infos = self.files.get_file_info(FileSelector(name, allow_not_found=True, recursive=recursive))
+        return {info.path: info for info in infos if info.is_file}
+
+    def make_parent(self, name: str) -> None:
+        """Make the folder that a file will be in."""
+        if not self.is_object_store:
+            self.files.base_fs.create_dir(str(PurePosixPath(self.files.base_path, name).parent), recursive=True)
 
     def copy(self, name: str, target: _Folder, new_name: str = "") -> None:
         """Copy one file, whole or not at all. The cached copy gets the other's time, by which `copy_new` knows it."""
         from pyarrow.fs import copy_files
 
-        source, path = self.path(name), PurePosixPath(target.path(new_name or name))
+        path = PurePosixPath(new_name or name)
         unfinished = path if target.is_object_store else path.with_name(f".{path.name}.{os.getpid()}")
-        if not target.is_object_store:
-            target.files.create_dir(str(path.parent), recursive=True)
-        copy_files(source, str(unfinished), source_filesystem=self.files, destination_filesystem=target.files)
+        target.make_parent(str(path))
+        copy_files(name, str(unfinished), source_filesystem=self.files, destination_filesystem=target.files)
         if unfinished != path:
             target.files.move(str(unfinished), str(path))
-        before, after = self.files.get_file_info([source])[0], target.files.get_file_info([str(path)])[0]
+        before, after = self.files.get_file_info([name])[0], target.files.get_file_info([str(path)])[0]
         if before.size != after.size:
             raise OSError(f"{name} has {after.size} bytes, not {before.size}: it changed while it was copied")
-        for folder, file, info in ((self, source, after), (target, path, before)):
-            if folder.is_cache and info.mtime_ns is not None:
-                os.utime(file, ns=(info.mtime_ns, info.mtime_ns))
+        for folder, info, other in ((self, before, after), (target, after, before)):
+            if folder.is_cache and other.mtime_ns is not None:
+                os.utime(Path(folder.files.base_path, info.path), ns=(other.mtime_ns, other.mtime_ns))
 
     def copy_new(self, stored: Mapping[str, Any], target: _Folder, there: Mapping[str, Any]) -> None:
         """Copy the files that `target` has not, or has otherwise, by what `list` says; no two clocks are compared."""
@@ -160,26 +160,26 @@ class _Folder:
     def remove(self, name: str) -> None:
         """Remove a folder and all in it, if it exists."""
         with contextlib.suppress(FileNotFoundError):
-            self.files.delete_dir(self.path(name))
+            self.files.delete_dir(name)
 
 
 @contextmanager
 def _open(uri: str) -> Iterator[_Folder]:
     """The folder at a URI; whatever its file system raises, as one line that names the URI."""
-    from pyarrow.fs import FileSystem
+    from pyarrow.fs import FileSystem, SubTreeFileSystem
 
     try:
         files, root = FileSystem.from_uri(uri)
-        yield _Folder(files, root.rstrip("/"))
+        yield _Folder(SubTreeFileSystem(root, files))
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are of these kinds
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StorageError(redact(f"{uri.partition('?')[0]}: {first}")) from None
 
 
 def _local(folder: Path) -> _Folder:
-    from pyarrow.fs import LocalFileSystem
+    from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
-    return _Folder(LocalFileSystem(), str(folder.absolute()), is_cache=True)
+    return _Folder(SubTreeFileSystem(str(folder.absolute()), LocalFileSystem()), is_cache=True)
 
 
 # --- sentinels ---
@@ -195,9 +195,8 @@ def check_uri(uri: str) -> None:
 def leave_sentinel(uri: str, name: str, content: bytes = b"") -> None:
     """Write a small file. Raises StorageError."""
     with _open(uri) as folder:
-        if not folder.is_object_store:
-            folder.files.create_dir(folder.root, recursive=True)
-        with folder.files.open_output_stream(folder.path(name)) as stream:
+        folder.make_parent(name)
+        with folder.files.open_output_stream(name) as stream:
             stream.write(content)
 
 
@@ -211,7 +210,7 @@ def remove_sentinels(uri: str, prefix: str) -> None:
     """Remove these files. Raises StorageError."""
     with _open(uri) as folder:
         for name in find_sentinels(uri, prefix):
-            folder.files.delete_file(folder.path(name))
+            folder.files.delete_file(name)
 
 
 # --- leases ---
@@ -264,12 +263,11 @@ class Lease:
             files = folder.list(recursive=False)
             now = files.pop(self._file).mtime_ns
             for file, info in files.items():
-                path = folder.path(file)
-                with contextlib.suppress(FileNotFoundError), folder.files.open_input_stream(path) as stream:
+                with contextlib.suppress(FileNotFoundError), folder.files.open_input_stream(file) as stream:
                     about = json.loads(stream.read())
                     ended = about["machine"] == _machine() and not Path("/proc", str(about["pid"])).exists()
                     if ended or now - info.mtime_ns > LEASE_SECONDS * 1e9:
-                        folder.files.delete_file(path)
+                        folder.files.delete_file(file)
                     elif common := self._names & set(about["names"]):
                         found[file] = info.mtime_ns, about["host"], min(common)
         return found
@@ -374,7 +372,7 @@ def push_run(uri: str, folder: Path, *, checkpoints: bool = False) -> None:
         cache.copy_new(own, remote, stored)
         for name in stored.keys() - own if checkpoints else ():
             if name.startswith(f"{folder.name}/{CHECKPOINTS}/"):
-                remote.files.delete_file(remote.path(name))
+                remote.files.delete_file(name)
 
 
 def push_finished(uri: str, folder: Path) -> None:
@@ -384,7 +382,7 @@ def push_finished(uri: str, folder: Path) -> None:
     with _open(uri) as remote:
         stored = remote.list(run)
         if record in stored:
-            with remote.files.open_input_stream(remote.path(record)) as stream:
+            with remote.files.open_input_stream(record) as stream:
                 same = stream.read() == (folder / RECORD).read_bytes()
             for name in () if same else stored:
                 remote.copy(name, remote, old + name.removeprefix(run))

@@ -8,21 +8,24 @@ they differ in. What is only noted is in `Row.conditions`.
 from __future__ import annotations
 
 import math
+import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from harness.results.identity import SPLIT, conditions, surroundings
-from harness.results.metrics import METRICS, NONE, UNKNOWN, Figure, rounded
-from harness.results.published import Published, find_published
-from harness.results.statistics import mean
+from harness.results.metrics import METRICS, NONE, Figure, rounded
+from harness.results.published import find_published
+from harness.results.statistics import MIN_SEEDS, Against, adjust, judge, mean
 from harness.results.store import Interrupted, Stored, collector_paused
-from harness.results.values import Prediction, RunResult, Timing, flatten, setting
-from harness.results.verdict import MIN_SEEDS, Against, adjust, compare
+from harness.results.values import Prediction, Record, RunResult, Timing, flatten, setting
+
+FIELDS = tomllib.loads(Path(__file__).with_name("fields.toml").read_text(encoding="utf-8"))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class Row:
     """All runs of one spec but for the seed."""
 
@@ -37,19 +40,19 @@ class Row:
     spec: Mapping[str, Any]  # of one of its runs
     fields: Mapping[str, str]  # everything in which rows can differ, flattened
     differs: tuple[str, ...] = ()  # ("recipe.lr=0.05",): distinguishes this row from others that look the same
-    averaged_over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # field -> its values, by --across
-    conditions: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # what is noted: value -> runs
+    averaged_over: Mapping[str, tuple[str, ...]]  # field -> its values, by --across
+    conditions: Mapping[str, Mapping[str, int]]  # what is noted: value -> runs
 
-    done: tuple[Stored, ...]  # one per seed
+    done: tuple[Stored, ...]  # one per seed, those that --until-ci added last
     failed: tuple[Stored, ...]
-    pruned: tuple[Stored, ...] = ()  # by a search, before their end
+    pruned: tuple[Stored, ...]  # by a search, before their end
     interrupted: tuple[Interrupted, ...]
-    repeated: int = 0  # earlier runs of seeds that are counted once
+    repeated: int  # earlier runs of seeds that are counted once
 
     figures: Mapping[str, Figure]  # by the names of `METRICS`
-    by_category_mib: Mapping[str, float] = field(default_factory=dict)  # of the run that used most memory
+    by_category_mib: Mapping[str, float]  # of the run that used most memory
     against: Against | None = None
-    predicted: Prediction | None = None  # by a probe on such a device, with as many threads
+    predicted: Prediction | None  # by a probe on such a device, with as many threads
 
     @property
     def name(self) -> str:
@@ -64,27 +67,31 @@ class Row:
     @property
     def error(self) -> float | None:
         """Of the last epoch, in percent."""
-        return self.figures.get("error", UNKNOWN).value
+        return self.figures["error"].value
 
     @property
     def epoch_seconds(self) -> float | None:
         """Training only, without warm-up."""
-        return self.figures.get("epoch_seconds", UNKNOWN).value
+        return self.figures["epoch_seconds"].value
 
     @property
     def timing(self) -> Timing | None:
         """The timed epochs of all runs together; None where a record does not say, or none was timed."""
         timed = [result.timing for result in self.results if result.epoch_seconds is not None]
-        known = [timing for timing in timed if timing is not None and timing.fastest is not None]
+        known = [
+            (t.epochs, t.fastest, t.slowest)
+            for t in timed
+            if t and t.fastest is not None and t.slowest is not None
+        ]
         if not known or len(known) < len(timed):
             return None
-        ends = min(t.fastest or 0.0 for t in known), max(t.slowest or 0.0 for t in known)
-        return Timing(epochs=sum(t.epochs for t in known), fastest=ends[0], slowest=ends[1])
+        epochs, fastest, slowest = zip(*known, strict=True)
+        return Timing(epochs=sum(epochs), fastest=min(fastest), slowest=max(slowest))
 
     @property
     def best_minus_last(self) -> float | None:
         """Points by which the error falls where the epoch is chosen on the evaluated images; at most 0."""
-        best, last = self.figures.get("best_error", UNKNOWN).value, self.error
+        best, last = self.figures["best_error"].value, self.error
         return None if best is None or last is None else best - last
 
     @property
@@ -110,11 +117,19 @@ class Row:
         added = sum(run.record.added_until is not None for run in self.done)
         return (len(self.done) - added or None) if added else None
 
+    def measured(self, name: str) -> list[tuple[Record, float]]:
+        """Each run that measured a metric, and its figure; the planned runs first."""
+        known = [(run.record, METRICS[name].value(run.record.result)) for run in self.done if run.record.result]
+        return [(record, value) for record, value in known if value is not None]
+
     def values(self, name: str) -> list[float]:
         """A metric of each run that measured it; the planned ones first."""
-        runs = sorted(self.done, key=lambda run: run.record.added_until is not None)
-        results = [run.record.result for run in runs if run.record.result]
-        return [value for result in results if (value := METRICS[name].value(result)) is not None]
+        return [value for _, value in self.measured(name)]
+
+
+Fields = tuple[tuple[str, str], ...]
+_Member = tuple[Stored | Interrupted, dict[str, str]]
+"""A run and all its fields."""
 
 
 @collector_paused()
@@ -129,57 +144,32 @@ def summarise(
     `across` names fields (of `Row.fields`: "workers", "recipe.lr") whose values may be averaged together; the table
     then says so in a footnote. Raises ValueError for a field that no run has.
     """
-    runs = [(stored.record.spec, surroundings(stored.record), stored.record.status, stored) for stored in records]
-    partial = [(run.spec or {"run": run.name}, (), "interrupted", run) for run in interrupted]
-    groups = _group([*runs, *partial], across)
-    by_spec: dict[Fields, list[Prediction]] = defaultdict(list)
+    runs: list[tuple[Stored | Interrupted, Mapping[str, Any], Fields]]
+    runs = [(stored, stored.record.spec, surroundings(stored.record)) for stored in records]
+    runs += [(run, run.spec or {"run": run.name}, ()) for run in interrupted]
+    groups: dict[Fields, list[_Member]] = defaultdict(list)
+    first: dict[Fields, Fields] = {}  # of a spec: the group of its first run, which those without a result join
+    for run, spec, around in sorted(runs, key=lambda run: not run[2]):
+        own = flatten_spec(spec)
+        every = own | dict(around)
+        bare, whole = (tuple((n, v) for n, v in f.items() if n not in across) for f in (own, every))
+        key = whole if around else first.get(bare, bare)
+        first.setdefault(bare, key)
+        groups[key].append((run, every))
+    predicted: dict[Fields, list[Prediction]] = defaultdict(list)
     for prediction in predictions:
-        by_spec[tuple(flatten_spec(prediction.spec).items())].append(prediction)
-    rows = [_make_row(group, by_spec) for group in groups]
-    known = set[str]().union(
-        *(row.fields.keys() | row.conditions.keys() for row in rows), *(g.averaged_over for g in groups)
-    )
+        predicted[tuple(flatten_spec(prediction.spec).items())].append(prediction)
+    rows = [_make_row(dict(key), members, across, predicted) for key, members in groups.items()]
+    known = {name for members in groups.values() if across for _, every in members for name in every}
+    known.update(*(row.conditions for row in rows))
     if unknown := [name for name in across if name not in known]:
         raise ValueError(f"no field {unknown[0]!r} in these runs: they have {', '.join(sorted(known))}")
-    rows = [replace(row, against=against) for row, against in zip(rows, adjust([*map(judge, rows)]), strict=True)]
+    for row in rows:
+        row.against = _judge(row)
+    adjust([row.against for row in rows if row.against])
     rows.sort(key=lambda row: (row.dataset, row.variant, row.depth, row.workers, tuple(row.fields.items())))
-    return _name_differences(rows)
-
-
-# --- which runs belong to one row ---
-
-Fields = tuple[tuple[str, str], ...]
-
-
-@dataclass(slots=True)
-class _Group:
-    """The runs of one identity: all fields of the spec but the seed, and the surroundings."""
-
-    fields: dict[str, str]
-    runs: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))  # by status, or "interrupted"
-    averaged_over: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
-
-
-def _group(runs: Iterable[tuple[Mapping[str, Any], Fields, str, object]], across: Sequence[str]) -> list[_Group]:
-    """Group runs, each with its spec, surroundings and status. One without a result has no surroundings, and joins the
-    first group of its spec."""
-    alike: dict[tuple[str, Fields], list[Any]] = defaultdict(list)  # flattened once
-    for run in runs:
-        alike[repr({name: value for name, value in run[0].items() if name != "seed"}), run[1]].append(run)
-    groups: dict[Fields, _Group] = {}
-    by_spec: dict[Fields, _Group] = {}
-    for (_, around), members in sorted(alike.items(), key=lambda item: not item[0][1]):
-        own = flatten_spec(members[0][0])
-        every = own | dict(around)
-        kept, spec = (tuple((n, v) for n, v in f.items() if n not in across) for f in (every, own))
-        known = None if around else by_spec.get(spec)
-        group = known or groups.setdefault(kept, _Group(dict(kept)))
-        by_spec.setdefault(spec, group)
-        for name in every.keys() & across:
-            group.averaged_over[name][every[name]] = None
-        for _, _, status, run in members:
-            group.runs[status].append(run)
-    return list(groups.values())
+    _name_differences(rows)
+    return rows
 
 
 def flatten_spec(spec: Mapping[str, Any]) -> dict[str, str]:
@@ -188,8 +178,6 @@ def flatten_spec(spec: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _word(value: object) -> str:
-    if isinstance(value, str):
-        return value
     if isinstance(value, list | tuple):
         return ",".join(map(_word, value)) or NONE
     if isinstance(value, float) and value.is_integer():
@@ -200,112 +188,99 @@ def _word(value: object) -> str:
 # --- a group -> a row ---
 
 
-def _make_row(group: _Group, predictions: Mapping[Fields, Sequence[Prediction]]) -> Row:
-    last = {}  # of each seed: one that was run again is not another sample, but two devices are
-    for run in sorted(group.runs["done"], key=lambda run: run.record.finished_at):
-        last[run.record.seed, run.record.key, surroundings(run.record)] = run
-    done: list[Stored] = [last[key] for key in sorted(last)]
-    finished_seeds = {stored.record.seed for stored in done}
-    failed, pruned = (
-        tuple(s for s in group.runs[status] if s.record.seed not in finished_seeds)
-        for status in ("failed", "pruned")
-    )
-    results = [stored.record.result for stored in done if stored.record.result is not None]
-    members = [*done, *group.runs["failed"], *group.runs["pruned"]]
-    if members:
-        record = members[0].record
-        spec, variant, depth, dataset = record.spec, record.variant, record.depth, record.dataset
-    else:
-        name, spec = group.runs["interrupted"][0].name, group.runs["interrupted"][0].spec
-        variant, depth = setting(spec, "variant", str) or name, setting(spec, "network.depth", int) or 0
-        dataset = name.split("_")[0] if spec else NONE
+def _make_row(
+    fields: dict[str, str],
+    members: Sequence[_Member],
+    across: Sequence[str],
+    predictions: Mapping[Fields, Sequence[Prediction]],
+) -> Row:
+    stored = [(run, every) for run, every in members if isinstance(run, Stored)]
+    finished = sorted((m for m in stored if m[0].record.result), key=lambda member: member[0].record.finished_at)
+    # of each seed: one that was run again is not another sample, but two devices are
+    last = {(run.record.seed, tuple(every.items())): run for run, every in finished}
+    done = sorted((last[key] for key in sorted(last)), key=lambda run: run.record.added_until is not None)
+    seeds = {run.record.seed for run in done}
+    lacking = [run for run, _ in stored if run.record.seed not in seeds]
+    failed, pruned = (tuple(run for run in lacking if getattr(run.record, how)) for how in ("failure", "pruned"))
+    interrupted = tuple(run for run, _ in members if isinstance(run, Interrupted))
+    averaged = {
+        name: tuple(dict.fromkeys(every[name] for _, every in members if name in every)) for name in across
+    }
+    results = [run.record.result for run in done if run.record.result]
+    known = [run.record for run in (*done, *failed, *pruned)]
+    about = known[0] if known else interrupted[0]
     noted: dict[str, Counter[str]] = defaultdict(Counter)
-    for stored in done:
-        for name, value in conditions(stored.record):
-            noted[name][value] += 1
-    first = results[0] if results else None
-    device = first.device if first else NONE
-    own = tuple((n, value) for n, value in group.fields.items() if n not in SPLIT or n in spec)
-    on = (device, group.fields.get("threads"))
-    fitting = [p for p in predictions.get(own, ()) if not done or (p.device, str(p.threads)) == on]
-    split = "val" if setting(spec, "recipe.val", int) else "test"
+    for name, value in (noting for run in done for noting in conditions(run.record)):
+        noted[name][value] += 1
+    spec, device = about.spec, results[0].device if results else NONE
+    asked = tuple((name, value) for name, value in fields.items() if name not in SPLIT.values() or name in spec)
+    on = (device, fields.get("threads"))
+    fitting = [p for p in predictions.get(asked, ()) if not done or (p.device, str(p.threads)) == on]
     return Row(
-        variant=variant, depth=depth, dataset=dataset, device=device, spec=spec, fields=group.fields, conditions=noted,
-        original=bool(members) and all(stored.record.original for stored in members),
-        evaluated_on=first.evaluated_on if first else split,
-        workers=setting(spec, "workers", int) or 1,
-        batch_size=setting(spec, "recipe.batch_size", int) or (first.batch_size if first else 0),
-        averaged_over={n: tuple(v) for n, v in group.averaged_over.items() if len(v) > 1},
-        done=tuple(done), failed=failed, pruned=pruned, interrupted=tuple(group.runs["interrupted"]),
-        repeated=len(group.runs["done"]) - len(done),
+        variant=setting(spec, "variant", str) or about.name, depth=setting(spec, "network.depth", int) or 0,
+        dataset=known[0].dataset if known else about.name.split("_")[0] if spec else NONE,
+        original=bool(known) and all(record.original for record in known),
+        evaluated_on=results[0].evaluated_on if results else "val" if setting(spec, "recipe.val", int) else "test",
+        device=device, workers=setting(spec, "workers", int) or 1,
+        batch_size=setting(spec, "recipe.batch_size", int) or (results[0].batch_size if results else 0),
+        spec=spec, fields=fields, averaged_over={n: values for n, values in averaged.items() if len(values) > 1},
+        conditions=noted, done=tuple(done), failed=failed, pruned=pruned, interrupted=interrupted,
+        repeated=len(finished) - len(done),
         figures={name: metric.summarise(results) for name, metric in METRICS.items()},
         by_category_mib=max((r.memory.by_category_mib for r in results), key=lambda c: sum(c.values()), default={}),
         predicted=fitting[-1] if fitting else None,
     )  # fmt: skip
 
 
-def incomparable(row: Row) -> Iterator[tuple[str, str]]:
+# --- beside published errors ---
+
+
+def incomparable(row: Row) -> list[tuple[str, str]]:
     """Why a row is never set beside published errors, and the column that says so."""
-    if not row.original and row.done:
-        yield f"{row.dataset} is not a published data set's own images", "dataset"
-    if setting(row.spec, "limit_train", int):
-        yield "trained on a part of the training set", "limit_train"
-    if (limit := setting(row.spec, "limit_test", int)) is not None:
-        yield f"of {limit:,} of the test images", "error"
-    if row.fields.get("loader") == "synthetic":
-        yield "synthetic images", "loader"
-    if widths := row.fields.get("widths"):
-        yield f"DDP width {widths}: the cluster had no room for {row.workers} workers", "error"
-    for name, values in row.averaged_over.items():
-        yield f"averaged over {name}: {', '.join(values)}, as requested", "n"
+    limit, widths = setting(row.spec, "limit_test", int), row.fields.get("widths")
+    known: list[tuple[object, str, str]] = [
+        (row.done and not row.original, f"{row.dataset} is not a published data set's own images", "dataset"),
+        (setting(row.spec, "limit_train", int), "trained on a part of the training set", "limit_train"),
+        (limit is not None, f"of {limit or 0:,} of the test images", "error"),
+        (row.fields.get("loader") == "synthetic", "synthetic images", "loader"),
+        (widths, f"DDP width {widths}: the cluster had no room for {row.workers} workers", "error"),
+    ]
+    known += [
+        (True, f"averaged over {n}: {', '.join(v)}, as requested", "n") for n, v in row.averaged_over.items()
+    ]
+    return [(text, column) for applies, text, column in known if applies]
 
 
-def judge(row: Row) -> Against | None:
+def _judge(row: Row) -> Against | None:
     """The published number beside a row, and the verdict where one is due, not adjusted for other rows."""
     published = find_published(row.dataset, row.variant, row.depth)
-    if published is None or any(incomparable(row)) or row.fields.get("overrides", NONE) != NONE:
+    if published is None or incomparable(row) or row.fields.get("overrides", NONE) != NONE:
         return None
     test = row.evaluated_on == "test"  # else the best epoch was chosen, and measured, on other images
-    last = "error" if test else "test_error"
-    if published.error is None:
-        last = "top5_error" if test else "test_top5_error"
-    errors = {"last": row.values(last), "best": row.values("best_error") if test and published.error else []}
-    ours = errors["best" if published.rule == "best" else "last"]
+    last = row.values(("" if test else "test_") + ("top5_error" if published.error is None else "error"))
+    best = row.values("best_error") if test and published.error else []
+    ours = best if published.rule == "best" else last
     if not ours or not all(map(math.isfinite, ours)):
         return None
-    if reasons := list(_not_judged(row, published, errors["best"])):
-        return Against(published, mean(ours) - published.number, reason="; ".join(reasons))
-    return compare(published, errors["last"], errors["best"], row.planned)
-
-
-def _not_judged(row: Row, published: Published, best: Sequence[float]) -> Iterator[str]:
-    """Why a row gets no verdict."""
-    differences = published.differences(row.spec)
-    yield from differences[:3]
-    if differences[3:]:
-        yield f"{len(differences) - 3} more fields"
-    if (precision := row.fields.get("precision")) != published.precision:
-        yield f"{precision}, theirs {published.precision}"
-    if row.batch_norm_images != row.batch_size:
-        yield f"batch norm over {row.batch_norm_images} images a worker, theirs over {row.batch_size}"
-    if published.rule != "last" and not best:
-        yield "theirs may be a best epoch, and the best on the test set is not known of ours"
-    if len(row.done) < MIN_SEEDS:
-        yield f"fewer than {MIN_SEEDS} seeds"
+    differences, precision = published.differences(row.spec), row.fields.get("precision")
+    local = f"batch norm over {row.batch_norm_images} images a worker, theirs over {row.batch_size}"
+    unlike = [
+        (differences, "; ".join(differences[:3])),
+        (differences[3:], f"{len(differences) - 3} more fields"),
+        (precision != published.precision, f"{precision}, theirs {published.precision}"),
+        (row.batch_norm_images != row.batch_size, local),
+        (published.rule != "last" and not best, "theirs may be a best epoch, and the best on the test set is not known of ours"),
+        (len(row.done) < MIN_SEEDS, f"fewer than {MIN_SEEDS} seeds"),
+    ]  # fmt: skip
+    if reason := "; ".join(text for applies, text in unlike if applies):
+        return Against(published, mean(ours) - published.number, reason=reason)
+    return judge(published, last, best, row.planned)
 
 
 # --- what tells rows apart ---
 
-SHOWN = {
-    "variant", "network.depth", "dataset", "label", "limit_train", "overrides", "recipe.duration", "recipe.unit",
-    "recipe.batch_size", "loader", "precision", "engine", "workers", "device", "hardware",
-}  # fmt: skip
-"""Fields that have a column of their own."""
-NAMED = {"deterministic"}
-"""Fields that are stored only where they are not at their default: named in each row that has them."""
 
-
-def _name_differences(rows: list[Row]) -> list[Row]:
+def _name_differences(rows: Sequence[Row]) -> None:
     """Name, in each row, the fields without a column of their own in which comparable rows differ.
 
     Networks and recipes are compared within a variant and depth, fingerprints within a data set, all else over all
@@ -317,27 +292,21 @@ def _name_differences(rows: list[Row]) -> list[Row]:
             return (name, row.dataset, row.variant, row.depth, row.fields.get("overrides"))
         return (name, row.dataset) if name == "fingerprint" else (name,)
 
-    def extend(row: Row, names: Iterable[str]) -> Row:
-        values = ((name, rounded(row.fields.get(name, NONE))) for name in names)
-        words = [f"{name}={value if len(value) <= 16 else f'{value[:12]}…'}" for name, value in values]
-        return replace(row, differs=(*row.differs, *words)) if words else row
+    def extend(row: Row, names: Iterable[str]) -> None:
+        values = [(name, rounded(row.fields.get(name, NONE))) for name in names]
+        row.differs += tuple(f"{n}={value if len(value) <= 16 else f'{value[:12]}…'}" for n, value in values)
 
     values: dict[tuple[object, ...], set[str]] = defaultdict(set)
     for row in rows:
         for name, value in row.fields.items():
             values[scope(name, row)].add(value)
-    own = [
-        [n for n in row.fields if n in NAMED or (n not in SHOWN and len(values[scope(n, row)]) > 1)]
-        for row in rows
-    ]
-    named = [extend(row, names) for row, names in zip(rows, own, strict=True)]
-    # a field that only some of them have: widths of an elastic run
-    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
-    for i, row in enumerate(named):
-        alike[row.dataset, row.device, row.differs, *(row.fields.get(name) for name in SHOWN)].append(i)
-    for members in alike.values():
-        names = sorted({name for i in members for name in named[i].fields})
-        telling = [name for name in names if len({named[i].fields.get(name) for i in members}) > 1]
-        for i in members:
-            named[i] = extend(named[i], telling)
-    return named
+    alike: dict[tuple[object, ...], list[Row]] = defaultdict(list)
+    named, shown = FIELDS["named"], FIELDS["shown"]
+    for row in rows:
+        extend(row, [n for n in row.fields if n in named or (n not in shown and len(values[scope(n, row)]) > 1)])
+        alike[row.dataset, row.device, row.differs, *map(row.fields.get, shown)].append(row)
+    for members in alike.values():  # a field that only some of them have: widths of an elastic run
+        names = sorted({name for row in members for name in row.fields})
+        telling = [name for name in names if len({row.fields.get(name) for row in members}) > 1]
+        for row in members:
+            extend(row, telling)

@@ -1,7 +1,9 @@
-"""Statistics of a few runs: spread, intervals, tests.
+"""Statistics of a few runs: spread, intervals, tests, verdicts on published numbers.
 
 Errors and times over seeds are assumed to be normal, which three to ten runs cannot confirm; everything here is exact
-only under that assumption. scipy is imported when a distribution is needed: planning and `--help` do without.
+only under that assumption. A verdict says whether the published number could be one more run like ours (Hahn and Meeker,
+Statistical Intervals, 1991, section 4.7), by Holm's p over all rows that are judged together; both sides are of the same
+images, so that their choice is no part of it. tests/test_verdict.py simulates how often a verdict is wrong. scipy is imported when a distribution is needed: planning and `--help` do without.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import NamedTuple
+from functools import cache, cached_property, lru_cache
+from typing import Literal, NamedTuple
+
+from harness.results.published import Published
 
 MAX_SEEDS = 1_000
 LEVEL, ALPHA = 0.90, 0.05
@@ -50,13 +54,17 @@ class Estimate:
     def p_above(self, threshold: float) -> float:
         """One-sided, of the hypothesis that the true value is at most this."""
         excess = self.value - threshold
-        return t_survival(excess / self.error, self.freedom) if self.error else float(excess <= 0)
+        if not self.error:
+            return float(excess <= 0)
+        from scipy.special import stdtr
+
+        return float(stdtr(self.freedom, -excess / self.error))
 
     def __neg__(self) -> Estimate:
         return Estimate(-self.value, self.error, self.freedom)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Shift:
     """How far B lies above A, however their values scatter: a few slow runs do little to it.
 
@@ -67,13 +75,17 @@ class Shift:
     """
 
     value: float
-    differences: tuple[float, ...]  # sorted
-    a: int
-    b: int
+    a: tuple[float, ...]
+    b: tuple[float, ...]
     extra: float = 0.0
 
+    @cached_property
+    def differences(self) -> list[float]:
+        return sorted(b - a for a in self.a for b in self.b)
+
     def interval(self) -> Interval:
-        edge = bisect_right(rank_cdf(self.a, self.b), ALPHA + 1e-9) - 1
+        """Of 90 %; needs three values a side."""
+        edge = bisect_right(rank_cdf(len(self.a), len(self.b)), ALPHA + 1e-9) - 1
         below = max(0.0, self.value - self.differences[edge])
         above = max(0.0, self.differences[-1 - edge] - self.value)
         return Interval(self.value - math.hypot(below, self.extra), self.value + math.hypot(above, self.extra))
@@ -83,17 +95,10 @@ class Shift:
         if self.extra:
             error = (self.value - self.interval().low) / t_quantile(0.5 + LEVEL / 2, math.inf)
             return Estimate(self.value, error, math.inf).p_above(threshold)
-        return rank_cdf(self.a, self.b)[bisect_right(self.differences, threshold)]
+        return rank_cdf(len(self.a), len(self.b))[bisect_right(self.differences, threshold)]
 
     def __neg__(self) -> Shift:
-        return Shift(-self.value, tuple(-d for d in reversed(self.differences)), self.a, self.b, self.extra)
-
-
-def shift(value: float, a: Sequence[float], b: Sequence[float], extra: float = 0.0) -> Shift | None:
-    """None where a side has fewer than three values: no interval of 90 % exists."""
-    if min(len(a), len(b)) < 3:
-        return None
-    return Shift(value, tuple(sorted(y - x for x in a for y in b)), len(a), len(b), extra)
+        return Shift(-self.value, self.b, self.a, self.extra)
 
 
 @cache
@@ -122,11 +127,6 @@ def std(values: Sequence[float]) -> float | None:
         return None
     centre = mean(values)  # statistics.stdev is exact to the last bit, and 20 times as slow
     return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1))
-
-
-def median(values: Sequence[float]) -> float:
-    """The middle value, or the mean of the two middle ones. Raises ValueError for no values."""
-    return statistics.median(values)
 
 
 def prior_std(error: float, images: int) -> float:
@@ -195,21 +195,10 @@ def wilson(percent: float, images: int) -> Interval:
     return Interval(100 * max(0.0, centre - half), 100 * (centre + half))
 
 
-def median_runs(n: int) -> float:
-    """How many runs have a mean as exact as the median of n."""
-    return MEDIAN_RUNS.get(n, 2 * n / math.pi)
-
-
 def smallest(enough: Callable[[int], bool], least: int = 2) -> int | None:
     """The smallest number of runs for which something holds that goes on holding for more; None above 1,000."""
     n = least + bisect_left(range(least, MAX_SEEDS + 1), True, key=enough)
     return n if n <= MAX_SEEDS else None
-
-
-def t_survival(t: float, freedom: float) -> float:
-    from scipy.special import stdtr
-
-    return float(stdtr(freedom, -t))
 
 
 @lru_cache(4096)
@@ -220,3 +209,80 @@ def t_quantile(p: float, freedom: float) -> float:
     if not 0 < p < 1:
         raise ValueError(f"probability {p} is not between 0 and 1")
     return float(stdtrit(freedom, p))
+
+
+# --- verdicts: could a published number be one more run like ours? ---
+
+VERDICT_ALPHA = (
+    0.04  # of Holm's p: 5 % of families hold a false verdict then, also where runs scatter by 0.3 points
+)
+MIN_SEEDS = 3
+MAX_HALF_WIDTH = 0.5  # points; where the interval is wider, nothing is called consistent
+MARGIN = 1.0  # points, within which the whole interval lies of what is called consistent
+
+
+@dataclass(slots=True)
+class Against:
+    """Our error beside a published one: difference = ours - published, in points."""
+
+    published: Published
+    difference: float
+    half: float | None = None  # of the interval of 90 %; None: no verdict is due
+    p: float | None = None  # two-sided, of no difference
+    word: Literal["better", "worse", "consistent", "cannot tell"] | None = None
+    adjusted: float | None = None  # Holm's p, over the rows that are judged together
+    reason: str = ""  # why no verdict is due
+
+
+def judge(
+    published: Published, last: Sequence[float], best: Sequence[float] = (), planned: int | None = None
+) -> Against:
+    """The verdict on our errors, in percent: of the last epochs and of each run's best one, one value a run.
+
+    Where the published epoch is not stated both must agree. `planned`: the seeds before `--until-ci` added others.
+    """
+    ways = {"last": [last], "best": [best], "unstated": [last, best]}[published.rule]
+    told = [(one.value, one.half(), one.p()) for one in (_subtract(published, way, planned) for way in ways)]
+    near = all(abs(d) <= half <= MAX_HALF_WIDTH and abs(d) + half < MARGIN for d, half, _ in told)
+    differences, halves, ps = zip(*told, strict=True)
+    p = max(ps) if min(differences) > 0 or max(differences) <= 0 else 1.0
+    return Against(published, differences[0], max(halves), p, "consistent" if near else "cannot tell")
+
+
+def _subtract(published: Published, errors: Sequence[float], planned: int | None) -> Estimate:
+    """Ours minus theirs, which is a mean of runs like ours, or has a spread of its own."""
+    images, number, rounding = published.images, published.number, published.rounded**2 / 12
+    ours = estimate_mean(errors, images, planned)
+    assert ours is not None  # as the number of images is known
+    if published.std is None or published.n == 1:
+        one_run = len(errors) * ours.error**2
+        error = math.sqrt(ours.error**2 + one_run / _runs(published) + rounding)
+        return Estimate(ours.value - number, error, ours.freedom)
+    variance, freedom = moderated(number, published.std, published.n, images)
+    return subtract(ours, Estimate(number, math.sqrt(variance / published.n + rounding), freedom))
+
+
+def _runs(published: Published) -> float:
+    """How many runs have a mean as exact as the published number: of a median of n, fewer than n."""
+    n = published.n
+    return MEDIAN_RUNS.get(n, 2 * n / math.pi) if published.statistic == "median" else n
+
+
+def adjust(judged: Sequence[Against]) -> None:
+    """The verdicts of rows that stand together: better or worse where Holm's p is below VERDICT_ALPHA."""
+    tested = [each for each in judged if each.p is not None]
+    for each, p in zip(tested, holm([each.p or 0.0 for each in tested]), strict=True):
+        each.adjusted = p
+        if p < VERDICT_ALPHA:
+            each.word = "better" if each.difference < 0 else "worse"
+
+
+def seeds_to_tell(published: Published, errors: Sequence[float]) -> int | None:
+    """The smallest number of runs like these whose interval is ±0.5 points; None where no number suffices."""
+    one_run, _ = moderated(mean(errors), std(errors), len(errors), published.images)
+
+    def enough(n: int) -> bool:
+        variance = one_run * (1 / n + 1 / _runs(published)) + published.rounded**2 / 12
+        return t_quantile(0.95, PRIOR_FREEDOM + n - 1) * math.sqrt(variance) <= MAX_HALF_WIDTH
+
+    return smallest(enough, MIN_SEEDS)

@@ -23,7 +23,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,14 +37,12 @@ HASHES = "hashes.json"  # file name -> SHA-256, for `harness verify`
 PARTIAL, SUPERSEDED, SWEEPS, ESTIMATES = ".partial", ".superseded", "tune", ".estimates"
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     record: Record
     folder: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Interrupted:
+class Interrupted(NamedTuple):
     """A run without a record: running or stopped. `spec` is empty where the folder has none."""
 
     name: str
@@ -55,8 +52,7 @@ class Interrupted:
     spec: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(NamedTuple):
     """A folder that could not be read, and why, in one line."""
 
     path: Path
@@ -111,12 +107,10 @@ def start(out: Path, name: str, spec: dict[str, Any]) -> Path:
 
 def append_epoch(folder: Path, metrics: EpochMetrics) -> None:
     """Append one line to epochs.jsonl. A line that a kill cut off is removed first."""
-    with (folder / EPOCHS).open("ab+") as file:
-        if size := file.seek(0, os.SEEK_END):
-            file.seek(size - 1)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
+    path = folder / EPOCHS
+    whole = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+    with path.open("ab") as file:
+        file.truncate(whole)
         file.write(metrics.model_dump_json().encode() + b"\n")
 
 
@@ -131,20 +125,16 @@ def load_epochs(folder: Path) -> list[EpochMetrics]:
     Of an epoch that was run again after a resumption, the last line counts. A last line that a kill cut off is
     ignored; any other line that does not parse raises ValueError naming file and line.
     """
-    path = folder / EPOCHS
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    epochs: list[EpochMetrics] = []
+    path, epochs = folder / EPOCHS, dict[int, EpochMetrics]()
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            epochs += [EpochMetrics.model_validate_json(line)] if line else []
+            metrics = [EpochMetrics.model_validate_json(line)] if line else []
+            epochs |= {one.epoch: one for one in metrics}
         except ValidationError as error:
             if number < len(lines):  # the last one has no newline after it: the write was cut off
                 raise ValueError(f"{path} line {number}: {first_error(error)}") from None
-    last = {metrics.epoch: metrics for metrics in epochs}
-    return [last[number] for number in sorted(last)]
+    return [epochs[number] for number in sorted(epochs)]
 
 
 def finish(out: Path, record: Record) -> Path:
@@ -155,7 +145,13 @@ def finish(out: Path, record: Record) -> Path:
     folder, final, result = partial_dir(out, record.name), out / record.name, record.result
     folder.mkdir(parents=True, exist_ok=True)
     if result and result.epochs:
-        record = record.model_copy(update={"result": result.model_copy(update=_time(result.epochs))})
+        timed = [epoch for epoch in result.epochs if epoch.timed]
+        seconds, waiting = (sum(getattr(e, n) for e in timed) for n in ("train_seconds", "data_stall_seconds"))
+        known = {
+            "timing": time_epochs(result.epochs),
+            "data_stall_percent": 100 * waiting / seconds if seconds else None,
+        }
+        record = record.model_copy(update={"result": result.model_copy(update=known)})
         write_epochs(folder, result.epochs)
     text = (record.model_dump_json(indent=1, exclude={"result": {"epochs"}}) + "\n").encode()
     hashes = {name: hash_file(folder / name) for name in (EPOCHS, WEIGHTS) if (folder / name).exists()}
@@ -174,15 +170,13 @@ def finish(out: Path, record: Record) -> Path:
     return final
 
 
-def _time(epochs: Sequence[EpochMetrics]) -> dict[str, Any]:
-    """The fields of a result that say of the timed epochs how many they are, how they spread, and how long they wait."""
-    timed = [epoch for epoch in epochs if epoch.timed]
-    seconds, waiting = ([getattr(e, name) for e in timed] for name in ("train_seconds", "data_stall_seconds"))
-    timing = Timing(
-        epochs=len(timed), fastest=min(seconds, default=None), slowest=max(seconds, default=None),
+def time_epochs(epochs: Sequence[EpochMetrics]) -> Timing:
+    """How many epochs were timed, how they spread, and why the others were not."""
+    seconds = [epoch.train_seconds for epoch in epochs if epoch.timed]
+    return Timing(
+        epochs=len(seconds), fastest=min(seconds, default=None), slowest=max(seconds, default=None),
         untimed=dict(Counter(epoch.untimed for epoch in epochs if not epoch.timed)),
     )  # fmt: skip
-    return {"timing": timing, "data_stall_percent": 100 * sum(waiting) / sum(seconds) if sum(seconds) else None}
 
 
 def hash_file(path: Path) -> str:
@@ -204,7 +198,7 @@ def collector_paused() -> Iterator[None]:
 
 
 @collector_paused()
-def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] | None = None) -> Loaded:
+def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] = {}) -> Loaded:
     """Read every run under some paths, each a folder of runs or one run's folder; not again those that are `known`.
 
     Never raises for a folder's contents: one that is no run, or whose record is broken, half-written, wrongly edited or
@@ -215,30 +209,26 @@ def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] | None = No
     seen: set[tuple[str, datetime]] = set()
     others: list[Path] = []  # folders of results inside one
     for folder in _folders(paths, loaded.problems):
-        if known and folder in known:
-            loaded.records.append(known[folder])
-            continue
         try:
-            record = Record.model_validate_json((folder / RECORD).read_bytes())
-            if (identity := (record.key, record.finished_at)) not in seen:
+            stored = known.get(folder) or Stored(
+                Record.model_validate_json((folder / RECORD).read_bytes()), folder
+            )
+            if (identity := (stored.record.key, stored.record.finished_at)) not in seen:
                 seen.add(identity)
-                loaded.records.append(Stored(record, folder))
+                loaded.records.append(stored)
         except FileNotFoundError:
             if folder.name.endswith(PARTIAL):
                 loaded.interrupted.append(_interrupted(folder))
-            elif (folder / SWEEP).exists():
-                continue
             elif any(inner.suffix == PARTIAL or (inner / RECORD).exists() for inner in folder.iterdir()):
                 others.append(folder)
-            else:
+            elif not (folder / SWEEP).exists():
                 loaded.problems.append(Problem(folder, f"no run: it has no {RECORD}"))
         except OSError as error:
             loaded.problems.append(Problem(folder, f"{RECORD} cannot be read: {error.strerror}"))
         except ValidationError as error:
             loaded.problems.append(Problem(folder, f"{RECORD} is broken: {first_error(error)}"))
     if not loaded.records and not loaded.interrupted:
-        hint = "it holds results of its own: give this folder"
-        loaded.problems.extend(Problem(folder, hint) for folder in others)
+        loaded.problems.extend(Problem(f, "it holds results of its own: give this folder") for f in others)
     return loaded
 
 
@@ -287,8 +277,10 @@ def _interrupted(folder: Path) -> Interrupted:
     of = setting(spec, "recipe.duration", int, float)
     if of is not None and setting(spec, "recipe.unit") != "epoch":  # in steps
         of = of / epochs[0].steps if epochs and epochs[0].steps else None
-    name, of = folder.name.removesuffix(PARTIAL), None if of is None else math.ceil(of)
-    return Interrupted(name, folder, len(epochs), of, spec if isinstance(spec, dict) else {})
+    name = folder.name.removesuffix(PARTIAL)
+    return Interrupted(
+        name, folder, len(epochs), None if of is None else math.ceil(of), spec if isinstance(spec, dict) else {}
+    )
 
 
 def first_error(error: ValidationError) -> str:

@@ -111,11 +111,9 @@ class Sweep(Value):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for trial in self.trials:
-            for d in self.dimensions:
-                if d.field not in trial.fields:
-                    raise ValueError(f"trial {trial.number} has no {d.field}")
         for d in self.dimensions:
+            if lacking := [trial for trial in self.trials if d.field not in trial.fields]:
+                raise ValueError(f"trial {lacking[0].number} has no {d.field}")
             if d.continuous:
                 seen = [*d.values, *(trial.fields[d.field] for trial in self.trials)]
                 if wrong := [v for v in seen if not _is_number(v) or (d.log and v <= 0)]:
@@ -136,17 +134,15 @@ class Sweep(Value):
     @property
     def importances(self) -> list[Importance]:
         """At the last epoch of all trials; and of those that went on, as what acts early chose them."""
-        both = [self.importance, self.late_importance]
-        return [one for n, one in enumerate(both) if one and not (n and both[0] and one.epoch == both[0].epoch)]
+        both = {one.epoch: one for one in (self.late_importance, self.importance) if one}
+        return list(both.values())[::-1]
 
     @property
     def judged_by(self) -> str:
-        images = {
-            "val": f"{self.val or 0:,} held-out training images",
-            "test": "the TEST SET, by which the best was chosen",
-        }
-        training = self.metric in ("loss", "epoch_seconds")
-        return f"{self.heading} of " + ("the training set" if training else images[self.selected_on])
+        if self.metric in ("loss", "epoch_seconds"):
+            return f"{self.heading} of the training set"
+        held_out = f"{self.val or 0:,} held-out training images"
+        return f"{self.heading} of {held_out if self.selected_on == 'val' else 'the TEST SET, by which the best was chosen'}"
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(), indent=1, default=str) + "\n"
@@ -179,27 +175,25 @@ def weigh(
         return None
     n, ranks, draw = len(points), rankdata([value for _, value in points]), np.random.default_rng(0)
     targets = np.column_stack([ranks, *(draw.permutation(ranks) for _ in range(PERMUTATIONS))])
-    centred = targets - ranks.mean()
-    scores, signs = [], []
-    for column in columns.values():
+    weighed = []
+    for name, column in columns.items():
         numbers = all(map(_is_number, column))
-        u = rankdata(column) / n - 0.5 if numbers else np.array([str(item) for item in column])
+        u = rankdata(column) / n - 0.5 if numbers else np.array(list(map(str, column)))
         basis = np.vander(u, 3) if numbers else np.equal.outer(u, np.unique(u)).astype(float)
-        q, triangle = np.linalg.qr(basis)
-        q = q[:, np.abs(np.diag(triangle)) > 1e-9]  # two values give no parabola
-        fitted, leverage = q @ (q.T @ targets), (q**2).sum(1)[:, None]
-        alone = leverage > 1 - 1e-9  # without the others of its kind, the mean of all is the prediction
-        by_others = (targets - fitted) / np.where(alone, 1, 1 - leverage)
-        left = np.where(alone, centred * n / (n - 1), by_others)
-        scores.append(1 - (left**2).sum(0) / ((centred[:, 0] ** 2).sum() * (n / (n - 1)) ** 2))
-        best = column[int(np.argmin(fitted[:, 0]))]
+        left, by_mean = np.empty_like(targets), np.empty(n)
+        for i, others in enumerate(~np.eye(n, dtype=bool)):
+            centre = targets[others].mean(0)  # without the others of its kind, the prediction
+            slopes = np.linalg.lstsq(basis[others], targets[others] - centre, rcond=None)[0]
+            left[i], by_mean[i] = targets[i] - centre - basis[i] @ slopes, ranks[i] - centre[0]
+        best = column[int(np.argmin(basis @ np.linalg.lstsq(basis, ranks, rcond=None)[0]))]
         ends = {min(column): "less is better", max(column): "more is better"} if numbers else {}
-        signs.append(ends.get(best, f"{format_value(best, exact=False)} is best"))
-    first, null = np.array(scores)[:, 0], np.array(scores)[:, 1:].max(0)
+        sign = ends.get(best, f"{format_value(best, exact=False)} is best")
+        weighed.append((name, 1 - (left**2).sum(0) / (by_mean**2).sum(), sign))
+    null = np.max([scores[1:] for _, scores, _ in weighed], axis=0)
     fields = [
         FieldImportance(field=name, value=max(float(score), 0.0), sign=sign,
                         p=float(1 + (null >= score).sum()) / (PERMUTATIONS + 1))
-        for name, score, sign in zip(columns, first, signs, strict=True)
+        for name, (score, *_), sign in weighed
     ]  # fmt: skip
     fields.sort(key=lambda item: -item.value)
     level = max(float(np.quantile(null, 0.95)), 0.0)
@@ -247,8 +241,8 @@ def load_sweeps(paths: Iterable[Path]) -> Sweeps:
     loaded = Sweeps([], [])
     for path in sorted({file.resolve() for folder in paths for file in sweeps_dir(folder).glob(f"*/{TRIALS}")}):
         try:
-            loaded.sweeps.append(Sweep.model_validate(json.loads(path.read_bytes())))
-        except (OSError, ValueError, RecursionError) as error:
+            loaded.sweeps.append(Sweep.model_validate_json(path.read_bytes()))
+        except (OSError, ValidationError) as error:
             why = first_error(error) if isinstance(error, ValidationError) else error
             loaded.problems.append(Problem(path.parent, f"{TRIALS} is broken: {why}"))
     return loaded

@@ -228,12 +228,9 @@ class Record(Value):
     @model_validator(mode="after")
     def _check(self) -> Self:
         """A run has either a result, a failure or the epoch at which a search pruned it."""
-        fields = {"done": "result", "failed": "failure", "pruned": "pruned"}
-        given = [status for status, name in fields.items() if getattr(self, name) is not None]
-        if self.status not in given:
-            raise ValueError(f"it says {self.status} and has no {fields[self.status]}")
-        if len(given) > 1:
-            raise ValueError("it contradicts itself: a run is done, failed or pruned")
+        outcomes = {"done": self.result, "failed": self.failure, "pruned": self.pruned}
+        if (given := [status for status, outcome in outcomes.items() if outcome is not None]) != [self.status]:
+            raise ValueError(f"its status is {self.status}, its outcome {' and '.join(given) or 'missing'}")
         return self
 
     def images(self, *, test: bool = False) -> int | None:
@@ -244,9 +241,8 @@ class Record(Value):
             return known
         if self.result.evaluated_on == "val" and not test:
             return setting(self.spec, "recipe.val", int) or None
-        return self.spec.get("limit_test") or (
-            TEST_IMAGES.get(str(self.spec.get("dataset"))) if self.original else None
-        )
+        known = TEST_IMAGES.get(str(self.spec.get("dataset"))) if self.original else None
+        return self.spec.get("limit_test") or known
 
 
 class Prediction(Value):
@@ -298,9 +294,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, value
 
 
-def setting(spec: Mapping[str, Any], path: str, *kinds: type) -> Any:
-    """A value of a spec, "recipe.lr"; None where it is missing or not of these types, as nothing has checked it."""
-    value: Any = spec
+def setting(of: object, path: str, *kinds: type) -> Any:
+    """A value inside dictionaries and values, "recipe.lr"; None where it is missing or not of these types."""
+    value: Any = of
     for name in path.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+        value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
     return value if isinstance(value, kinds or object) else None

@@ -8,28 +8,21 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from harness.results import store
-from harness.results.statistics import median
 from harness.results.store import EPOCHS, HASHES, RECORD, Problem, Stored
-from harness.results.values import EpochMetrics, Measurement, Record, Value, setting
+from harness.results.values import EpochMetrics, Measurement, Record, setting
 
 KeyOf = Callable[[Mapping[str, Any]], str]
 """The key of a run from its specification. Raises ValueError where that is none."""
-POSITIVE = {"parameters", "epoch_seconds", "images_per_second", "eval_seconds", "train_seconds", "best_epoch", "workers",
-            "threads", "runs_per_gpu", "attempts", "steps", "images"}  # fmt: skip
-AT_MOST: Mapping[str, float | str] = {
-    "final_error": 100, "best_error": "final_error", "final_top5_error": "final_error", "test_error": 100,
-    "test_top5_error": "test_error", "data_stall_percent": 100, "torch_allocated_mib": "torch_reserved_mib",
-    "error": 100, "top5_error": "error", "data_stall_seconds": "train_seconds",
-}  # fmt: skip
-"""What a figure of a run or of an epoch cannot exceed: a number, or another figure."""
-ANY_SIGN = {"growth_mib_per_epoch", "eval_loss"}
+LIMITS = tomllib.loads(Path(__file__).with_name("verify.toml").read_text(encoding="utf-8"))
 
 
 def verify(runs: Sequence[Stored], key_of: KeyOf, elsewhere: Collection[str] = ()) -> list[Problem]:
@@ -40,15 +33,13 @@ def verify(runs: Sequence[Stored], key_of: KeyOf, elsewhere: Collection[str] = (
         problems = [*contradictions(run.record), *_identity(run, key_of), *_files(run.folder, elsewhere)]
         try:
             epochs = store.load_epochs(run.folder)
+            problems += check_epochs(run.record, epochs)
         except (OSError, ValueError) as error:
             epochs, problems = [], [*problems, f"{EPOCHS} cannot be read: {error}"]
         if epochs:
-            problems += check_epochs(run.record, epochs)
             spec = json.dumps(run.record.spec | {"seed": None}, sort_keys=True)
             alike["losses and errors", spec, *((epoch.loss, epoch.error) for epoch in epochs)].append(run)
             alike["seconds", *(epoch.train_seconds for epoch in epochs)].append(run)
-        elif run.record.result is not None:
-            problems.append(f"no epochs: {EPOCHS} is missing or empty")
         findings += [Problem(run.folder, problem) for problem in problems]
     for (what, *_), twins in alike.items():
         for one, two in pairwise(twins):
@@ -63,37 +54,28 @@ def contradictions(record: Record) -> Iterator[str]:
         yield f"it ended at {record.finished_at}, before it began at {record.started_at}"
     if (result := record.result) is None:
         return
-    yield from _impossible(result, result.memory)
+    yield from _impossible(vars(result) | vars(result.memory))
     if result.batch_size != result.workers * result.batch_size_per_gpu and not result.widths:
         yield f"batch_size {result.batch_size} is not {result.workers} workers x {result.batch_size_per_gpu}"
-    for name, images in (("final_error", result.evaluated_images), ("best_error", result.evaluated_images),
-                         ("test_error", result.test_images)):  # fmt: skip
-        yield from _no_whole_image(name, getattr(result, name), images)
 
 
-def _impossible(*values: Value) -> Iterator[str]:
-    """Figures of stored values that cannot be, or not beside one another."""
-    known: dict[str, float] = {}
-    for value in values:
-        for name, figure in vars(value).items():
-            # pydantic's isinstance takes 20 times as long
-            number = figure.value if type(figure) is Measurement else figure
-            if type(number) is float or type(number) is int:
-                known[name] = number
-                if not 0 < number < math.inf and name not in ANY_SIGN and (number != 0 or name in POSITIVE):
-                    yield f"{name} is {number:g}"
-    for name, most in AT_MOST.items():
+def _impossible(values: Mapping[str, Any]) -> Iterator[str]:
+    """Figures that cannot be, or not beside one another."""
+    # pydantic's isinstance takes 20 times as long
+    figures = {name: value.value if type(value) is Measurement else value for name, value in values.items()}
+    known = {name: figure for name, figure in figures.items() if type(figure) is float or type(figure) is int}
+    for name, number in known.items():
+        if not 0 < number < math.inf and name not in LIMITS["any_sign"] and (number or name in LIMITS["positive"]):
+            yield f"{name} is {number:g}"
+    for name, most in LIMITS["at_most"].items():
         limit = known.get(most, math.inf) if isinstance(most, str) else most
         if name in known and known[name] > limit * 1.001:
             other = f"{most} {limit:g}" if isinstance(most, str) else f"{limit:g}"
             yield f"{name} is {known[name]:g}, above {other}"
-
-
-def _no_whole_image(name: str, error: float | None, images: int | None) -> Iterator[str]:
-    """An error is a whole number of images."""
-    wrong = math.nan if error is None or not images else error * images / 100
-    if math.isfinite(wrong) and abs(wrong - round(wrong)) > 0.01:
-        yield f"{name} {error:g} is no whole number of {images} images"
+    for name, images in LIMITS["of_images"].items():
+        wrong = known.get(name, math.nan) * known.get(images, math.nan) / 100
+        if math.isfinite(wrong) and abs(wrong - round(wrong)) > 0.01:
+            yield f"{name} {known[name]:g} is no whole number of {known[images]} images"
 
 
 def _identity(run: Stored, key_of: KeyOf) -> Iterator[str]:
@@ -120,10 +102,6 @@ def _identity(run: Stored, key_of: KeyOf) -> Iterator[str]:
         yield f"the folder of {record.name} is called {run.folder.name}"
 
 
-def has_hashes(folder: Path) -> bool:
-    return (folder / HASHES).exists()
-
-
 def _files(folder: Path, elsewhere: Collection[str]) -> Iterator[str]:
     """Files that are missing or are not as they were stored."""
     try:
@@ -142,18 +120,20 @@ def _files(folder: Path, elsewhere: Collection[str]) -> Iterator[str]:
 
 def check_epochs(record: Record, epochs: Sequence[EpochMetrics]) -> Iterator[str]:
     """Each of a run's epochs by itself, and the figures of the record that follow from them all."""
+    result, batch = record.result, setting(record.spec, "recipe.batch_size", int)
+    if not epochs:
+        yield from [f"no epochs: {EPOCHS} is missing or empty"] if result else []
+        return
     if [epoch.epoch for epoch in epochs] != list(range(1, len(epochs) + 1)):
         yield f"epochs {epochs[0].epoch} to {epochs[-1].epoch}, {len(epochs)} of them"
-    result, batch = record.result, setting(record.spec, "recipe.batch_size", int)
-    images = result.evaluated_images if result else None
+    of = {"evaluated_images": setting(result, "evaluated_images", int)}
     for epoch in epochs:
-        problems = [*_impossible(epoch)]
+        problems = [*_impossible(vars(epoch) | of)]
         if not math.isclose(epoch.images, epoch.images_per_second * epoch.train_seconds, rel_tol=1e-4):
             given = f"{epoch.images} images in {epoch.train_seconds:g} s"
             problems.append(f"{given} are not {epoch.images_per_second:g} a second")
         if batch is not None and epoch.images > epoch.steps * batch:
             problems.append(f"{epoch.images} images in {epoch.steps} steps of {batch}")
-        problems += _no_whole_image("error", epoch.error, images)
         yield from (f"epoch {epoch.epoch}: {problem}" for problem in problems)
     if result is None:
         return

@@ -16,7 +16,7 @@ from records import ENVIRONMENT, make_record
 
 from harness import cli, plan
 from harness.commands import run
-from harness.commands.repro import make_command, make_repro
+from harness.commands.report import make_command, make_repro
 from harness.models.variants import VARIANTS
 from harness.options import ENGINES, RunOptions
 from harness.resources import allocate, fill_from_specs

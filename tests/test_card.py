@@ -14,7 +14,7 @@ from command import harness
 from harness.loaders.datasets import load_dataset
 from harness.loaders.sampling import make_normalize
 from harness.results.metrics import METRICS
-from harness.results.report.card import CARD, make_card
+from harness.results.report.page import CARD, make_card
 from harness.results.store import load_records
 from harness.spec import RunSpec
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,26 @@ from scipy import stats
 from test_store import make_epoch
 from test_table import make_run
 
-from harness.results.compare import Pair, compare, compare_by, compare_errors, judge, nearest
+from harness.results.compare import (
+    Comparison,
+    Condition,
+    Measured,
+    Pair,
+    check_conditions,
+    compare,
+    compare_by,
+    compare_errors,
+    judge,
+    nearest,
+    parse_fail_on,
+)
 from harness.results.explain import why
-from harness.results.gate import Condition, check_conditions, parse_fail_on
-from harness.results.metrics import METRICS
-from harness.results.report.comparison import render_comparison
+from harness.results.metrics import METRICS, Figure
+from harness.results.report.table import render_comparison
 from harness.results.rows import Row, summarise
+from harness.results.statistics import mean
 from harness.results.store import Stored, finish, load_records, write_epochs
-from harness.results.values import Failure, Measurement
+from harness.results.values import Failure, Measurement, Record
 
 
 def make_rows(errors: list[float], seconds: list[float], **changes: Any) -> list[Row]:
@@ -61,18 +74,21 @@ def test_the_same_within_the_margins() -> None:
     assert time.difference == pytest.approx(0)
 
 
+def measured(errors: Iterable[float], seeds: Iterable[int] = range(5)) -> list[Measured]:
+    return [(Record.model_construct(seed=s, added_until=None), e) for s, e in zip(seeds, errors, strict=True)]
+
+
 def test_seeds_that_go_together_are_paired() -> None:
-    a, seeds = [8.0, 8.2, 8.4, 8.6, 8.8], range(5)
+    a = [8.0, 8.2, 8.4, 8.6, 8.8]
     near = [value + d for value, d in zip(a, (0.1, 0.12, 0.08, 0.1, 0.11), strict=True)]
-    paired = compare_errors(METRICS["error"], (tuple(a), tuple(near)), 10_000, (seeds, seeds))
+    paired, how = compare_errors([measured(a), measured(near)], 10_000)
     test = stats.ttest_rel(near, a).confidence_interval(0.9)
-    assert paired.how == "paired by seed, Student"
-    assert paired.interval is not None
-    assert (paired.interval.low, paired.interval.high) == pytest.approx((test.low, test.high))
+    assert how == "paired by seed, Student"
+    assert paired is not None
+    assert paired.interval() == pytest.approx((test.low, test.high))
     for other in (range(1, 6), (0, 1, 2, 3, 3)):
-        assert "Welch" in compare_errors(METRICS["error"], (tuple(a), tuple(near)), 10_000, (seeds, other)).how
-    shuffled = (8.3, 8.9, 8.1, 8.7, 8.5)
-    assert "Welch" in compare_errors(METRICS["error"], (tuple(a), shuffled), 10_000, (seeds, seeds)).how
+        assert "Welch" in compare_errors([measured(a), measured(near, other)], 10_000)[1]
+    assert "Welch" in compare_errors([measured(a), measured([8.3, 8.9, 8.1, 8.7, 8.5])], 10_000)[1]
 
 
 def test_times_are_compared_as_ratios_and_bear_outliers() -> None:
@@ -312,11 +328,11 @@ def test_runs_without_a_result_are_not_rows_of_a_comparison() -> None:
 
 
 def test_conditions_are_read() -> None:
-    assert parse_fail_on("error>+0.3, epoch_seconds>5%,images_per_second<-2.5%") == (
+    assert parse_fail_on("error>+0.3, epoch_seconds>5%,images_per_second<-2.5%") == [
         Condition("error", True, 0.3, False),
         Condition("epoch_seconds", True, 5.0, True),
         Condition("images_per_second", False, -2.5, True),
-    )
+    ]
     assert ",".join(map(str, parse_fail_on("error>0.3,rss_mib>10%"))) == "error>+0.3,rss_mib>+10%"
 
 
@@ -367,6 +383,12 @@ def test_conditions_test_the_interval() -> None:
     ]
 
 
+def compared(a: list[Measured], b: list[Measured]) -> Comparison:
+    """Two sides' errors, with the figures of `report`."""
+    figures = [Figure(mean([error for _, error in side]), n=len(side)) for side in (a, b)]
+    return Comparison(METRICS["error"], *figures, *compare_errors([a, b], 10_000))
+
+
 @pytest.mark.parametrize(
     ("truth", "rows", "least", "most"), [(0.0, 1, 0, 0.05), (0.5, 1, 0.9, 1), (0.0, 17, 0, 0.05)]
 )
@@ -376,10 +398,8 @@ def test_the_gate_by_simulation(truth: float, rows: int, least: float, most: flo
     sides = np.round(8 + 0.2 * draw.standard_normal((repeats, rows, 2, 5)) + [[0], [truth]], 2).tolist()
     failed = 0
     for comparison in sides:
-        figures = [
-            compare_errors(METRICS["error"], (tuple(a), tuple(b)), 10_000, (range(5),) * 2) for a, b in comparison
-        ]
-        failed += bool(check_conditions([Pair(None, None, {}, (figure,)) for figure in figures], condition).failed)
+        pairs = [Pair(None, None, {}, (compared(*map(measured, both)),)) for both in comparison]
+        failed += bool(check_conditions(pairs, condition).failed)
     assert least <= failed / repeats <= most
 
 

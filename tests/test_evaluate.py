@@ -285,7 +285,7 @@ def test_scales_are_of_the_whole_image(large: Path, tmp_path: Path) -> None:
     answer = ask(large, path, variant="miniplaces", depth=18, scales=(64,), limit=10)
     assert (answer.error, answer.top5_error) == pytest.approx(expected)
     digits = store(make(classes=10), tmp_path / "digits.safetensors")
-    assert "averaged over scales 16" in ask(large, digits, dataset="digits", scales=(16,), limit=10).notes
+    assert "averaged over scales 16" in ask(large, digits, dataset="digits", scales=(16,), limit=10).text
 
 
 def test_the_evaluation_of_mpmz(large: Path, tmp_path: Path, capsys: Any) -> None:

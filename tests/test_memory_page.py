@@ -27,9 +27,9 @@ from harness.results.report.charts import (
     make_panels,
     write_charts,
 )
-from harness.results.report.memory import NOT_RECORDED, in_words, known, mib
 from harness.results.report.page import make_page
 from harness.results.report.table import render
+from harness.results.report.text import NOT_RECORDED, in_words, known, mib
 from harness.results.rows import Row, summarise
 from harness.results.store import finish, load_records
 from harness.results.values import MEMORY_CATEGORIES, Measurement, Memory

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from chromium import Browser, find_chromium
 from records import NOW, make_record
+from rich.console import Console
 from test_page import NASTY, Tags
 
-from harness.commands.report import make_html, write_page
+from harness.commands.report import make_html, say_page
 from harness.results.report.charts import load_bundle, write_charts
 from harness.results.report.page import make_page
 from harness.results.report.sweeps import RANGE, draw_all, make_sweep_panel
@@ -196,7 +197,7 @@ def test_slices_are_on_the_scale_that_was_drawn_from() -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "trials.json is broken: Expecting"),
+        ("{", "trials.json is broken: Invalid JSON"),
         ("[]", "trials.json is broken: Input should be"),
         (json.dumps(make_sweep(epochs="many")), "epochs: Input should be a valid integer"),
         (json.dumps(make_sweep(surprise=1)), "surprise: Extra inputs are not permitted"),
@@ -271,7 +272,9 @@ def test_the_plots_are_drawn_without_a_browser(tmp_path: Path) -> None:
 
 def test_a_folder_of_nothing_but_a_sweep_has_a_page(tmp_path: Path) -> None:
     store(tmp_path, make_sweep())
-    assert "Sweep of msra-20" in write_page(tmp_path).read_text()
+    written = say_page(tmp_path, Console(quiet=True))
+    assert written is not None
+    assert "Sweep of msra-20" in written.read_text()
     assert "Sweep of" not in make_html([])
 
 

@@ -230,7 +230,7 @@ def test_every_broken_folder_is_named_and_the_rest_is_read(tmp_path: Path) -> No
         "schema_version: Input should be 1, not 0",
         "no run: it has no record.json",
         "depth: Input should be a valid integer",
-        "says done and has no result",
+        "its status is done, its outcome missing",
         "record.json is broken",
     ]
     assert len(loaded.problems) == len(expected)

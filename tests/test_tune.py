@@ -323,7 +323,7 @@ def test_a_stopped_run_is_shown_and_averaged_with_nothing(tmp_path: Path) -> Non
     assert len(list(folder.glob("pruned_*.json"))) == 1
     broken = make_record(2).model_copy(update={"pruned": pruned})
     finish(tmp_path, broken)
-    assert "contradicts itself" in load_records([tmp_path]).problems[0].reason
+    assert "its outcome done and pruned" in load_records([tmp_path]).problems[0].reason
 
 
 # --- sweeps ---

@@ -15,9 +15,8 @@ from scipy import stats
 
 from harness import cli, plan
 from harness.results.published import Published
-from harness.results.statistics import estimate_mean
+from harness.results.statistics import estimate_mean, judge
 from harness.results.store import load_records
-from harness.results.verdict import compare
 from harness.spec import RunSpec, UserError
 from harness.until_ci import FIRST, Goal, Known, make_goal, more_seeds
 
@@ -114,7 +113,7 @@ def test_verdicts_of_such_rows_are_no_more_often_false() -> None:
         n = FIRST
         while goal.open(Known(tuple(values[:n]), IMAGES)):
             n += 1
-        false += (compare(published, values[:n], planned=FIRST).p or 0) < 0.05
+        false += (judge(published, values[:n], planned=FIRST).p or 0) < 0.05
     assert false <= 0.03 * 600  # 1 % at this spread
 
 

@@ -14,9 +14,8 @@ from test_table import make_run, text
 
 from harness.results.published import Published, find_published
 from harness.results.rows import summarise
-from harness.results.statistics import mean, moderated, std
+from harness.results.statistics import MAX_HALF_WIDTH, adjust, judge, mean, moderated, seeds_to_tell, std
 from harness.results.store import Stored
-from harness.results.verdict import MAX_HALF_WIDTH, Against, adjust, compare, seeds_to_tell
 
 PUBLISHED = Published(
     dataset="cifar10", variant="msra", depth=20, error=8.0, rule="last", recipe="same", source="a paper"
@@ -37,14 +36,15 @@ def simulate(families: int, n: int, std: float, *, true: float = 0.0, rule: Any 
         chosen = np.median(theirs, 1) if statistic == "median" else theirs.mean(1)
         if rule == "unstated":  # and it was a best one
             chosen = chosen - 0.08
-        judged: list[Against | None] = []
+        judged = []
         for i in range(ROWS):
             published = replace(
                 PUBLISHED, error=float(np.round(chosen[i] / rounded) * rounded), rule=rule, n=their_n,
                 statistic=statistic, rounded=rounded,
             )  # fmt: skip
-            judged.append(compare(published, last[i].tolist(), best[i].tolist()))
-        found = Counter(each.word for each in adjust(judged) if each and each.word)
+            judged.append(judge(published, last[i].tolist(), best[i].tolist()))
+        adjust(judged)
+        found = Counter(each.word for each in judged if each.word)
         wrong += bool(found["better"] + found["worse"])
         words.update(found)
     return wrong / families, words
@@ -82,13 +82,12 @@ def test_runs_like_theirs_are_mostly_consistent_and_unlike_ones_found() -> None:
 def test_the_verdict_and_the_interval_beside_it_agree() -> None:
     draw = np.random.default_rng(0)
     judged = [
-        compare(PUBLISHED, draw.normal(8.0 + true, std, n).tolist())
+        judge(PUBLISHED, draw.normal(8.0 + true, std, n).tolist())
         for true in (0.0, 0.3, 0.6, 1.5) for std in (0.05, 0.2, 0.5) for n in (3, 5, 10) for _ in range(20)
     ]  # fmt: skip
-    found = adjust(judged)
-    assert {each.word for each in found if each} == {"worse", "consistent", "cannot tell"}
-    for each in found:
-        assert each is not None
+    adjust(judged)
+    assert {each.word for each in judged} == {"worse", "consistent", "cannot tell"}
+    for each in judged:
         assert each.half is not None
         if each.word == "consistent":
             assert abs(each.difference) <= each.half <= MAX_HALF_WIDTH
@@ -99,14 +98,14 @@ def test_the_verdict_and_the_interval_beside_it_agree() -> None:
 def test_one_published_value_is_one_more_run() -> None:
     """By hand: the t-test of a prediction, with the moderated variance."""
     errors = [8.1, 8.4, 8.2, 8.7, 8.3]
-    each = compare(PUBLISHED, errors)
+    each = judge(PUBLISHED, errors)
     variance, _ = moderated(mean(errors), std(errors), len(errors), 10_000)
     error = math.sqrt(variance * (1 / 5 + 1) + 0.01**2 / 12)
     assert each.difference == pytest.approx(0.34)
     assert each.half == pytest.approx(stats.t.ppf(0.95, 12) * error)
     assert each.p == pytest.approx(2 * stats.t.sf(0.34 / error, 12))
     for statistic, runs in (("mean", 5), ("median", 3.49)):
-        several = compare(replace(PUBLISHED, n=5, statistic=statistic), errors)  # type: ignore[arg-type]
+        several = judge(replace(PUBLISHED, n=5, statistic=statistic), errors)  # type: ignore[arg-type]
         error = math.sqrt(variance * (1 / 5 + 1 / runs) + 0.01**2 / 12)
         assert several.half == pytest.approx(stats.t.ppf(0.95, 12) * error)
 
@@ -115,7 +114,7 @@ def test_a_published_spread_is_theirs() -> None:
     he2015 = replace(PUBLISHED, error=6.61, std=0.16, n=5)  # arXiv:1512.03385, table 6, depth 110
     wide = replace(he2015, std=0.5)
     ours = [6.2, 6.3, 6.1, 6.25]
-    narrow_p, wide_p = compare(he2015, ours).p, compare(wide, ours).p
+    narrow_p, wide_p = judge(he2015, ours).p, judge(wide, ours).p
     assert narrow_p is not None
     assert wide_p is not None
     assert narrow_p < 0.02
@@ -124,17 +123,16 @@ def test_a_published_spread_is_theirs() -> None:
 
 def test_where_the_epoch_is_not_stated_both_must_agree() -> None:
     unstated, last = replace(PUBLISHED, rule="unstated", error=7.0), [8.0, 8.05, 7.95, 8.0, 8.0]
-    (worse,) = adjust([compare(unstated, last, [e - 0.1 for e in last])])
-    (unclear,) = adjust([compare(unstated, last, [e - 0.9 for e in last])])
-    assert worse is not None
-    assert unclear is not None
+    worse, unclear = (judge(unstated, last, [e - down for e in last]) for down in (0.1, 0.9))
+    for alone in (worse, unclear):
+        adjust([alone])
     assert (worse.word, unclear.word) == ("worse", "cannot tell")
 
 
 def test_equal_runs_do_not_pass_for_certainty() -> None:
     """A run stored three times under other seeds."""
-    (each,) = adjust([compare(PUBLISHED, [8.3, 8.3, 8.3])])
-    assert each is not None
+    each = judge(PUBLISHED, [8.3, 8.3, 8.3])
+    adjust([each])
     assert each.p is not None
     assert each.word != "worse"
     assert each.p > 0.1

@@ -33,6 +33,7 @@ from harness.progress import duration, print_columns, say, width_of
 from harness.record import classify
 from harness.resources import Session
 from harness.results.metrics import NONE, figures
+from harness.results.report.text import fill_template
 from harness.results.store import keep_prediction
 from harness.results.values import EpochMetrics, Measurement, Prediction
 from harness.spec import RunPaths, RunSpec
@@ -94,7 +95,7 @@ def probe(
     if what == "estimate":
         print_estimate(outcomes, todo, allocation.concurrent_runs, console)
         for cell in cells if measured else ():
-            predict_scaling(cell, session, function, measured or {}, console)
+            predict_scaling(cell, session, partial(predict, paths=paths), measured or {}, console)
     else:
         print_profile(outcomes, console)
     return any(isinstance(outcome, Failed) for _, outcome in outcomes)
@@ -221,36 +222,30 @@ def print_estimate(outcomes: Outcomes, todo: Sequence[RunSpec], concurrent_runs:
     """Print a line for each cell, the sums of those that were predicted, and notes."""
     runs, on_gpu = count_cells(todo), outcomes[0][0].device == "cuda"
     predicted = {spec: outcome for spec, outcome in outcomes if isinstance(outcome, Prediction)}
-    hours = {s: runs[s] * one.workers * one.run_seconds / 3600 if on_gpu else None for s, one in predicted.items()}
-    energies = {spec: one.run_joules.value for spec, one in predicted.items()}
-    kilojoules = {s: joules and runs[s] * joules / 1000 for s, joules in energies.items()}
-    notes, missing = dict[str, None](), defaultdict[str, dict[str, None]](dict)  # reason -> columns
+    hours = {s: runs[s] * one.workers * one.run_seconds / 3600 for s, one in predicted.items()}
+    joules = {s: one.run_joules.value for s, one in predicted.items()}
+    kilojoules = {s: None if value is None else runs[s] * value / 1000 for s, value in joules.items()}
+    missing: dict[str, dict[str, None]] = defaultdict(dict)  # reason -> columns
 
     def line(spec: RunSpec, one: Prediction) -> list[list[str]]:
         memory = {name: getattr(one.memory, field) for name, field in MEMORY.items()}
         for name, measured in {**memory, "kJ": one.energy_joules}.items():
             if measured.value is None:
                 missing[str(measured.reason)][name] = None
-        notes.update(dict.fromkeys(f"while probing {spec.name}: {cause}" for cause in one.interference))
         seconds = [figures(one.epoch_seconds), duration(one.eval_seconds), duration(one.run_seconds)]
-        rest = (hours[spec], *(measured.value for measured in memory.values()), kilojoules[spec])
-        return [[*seconds, str(runs[spec]), *map(figures, rest)]]
+        held = (measured.value for measured in memory.values())
+        rest = map(figures, (hours[spec] if on_gpu else None, *held, kilojoules[spec]))
+        return [[*seconds, str(runs[spec]), *rest]]
 
     print_outcomes(outcomes, ("s/epoch", "eval", "a run", "runs", "GPU-h", *MEMORY, "kJ"), line, console)
-    sums = [duration(all_seconds(todo, {s: one.run_seconds for s, one in predicted.items()}, concurrent_runs))]
-    for unit, values in {"GPU-hours": hours, "kJ": kilojoules}.items() if on_gpu else ():
-        known = [value for value in values.values() if value is not None]
-        sums.append(f"{figures(sum(known) if len(known) == len(values) else None)} {unit}")
-    count = sum(runs[spec] for spec in predicted)
-    total = f"in all {count} run{'s' * (count != 1)}, {concurrent_runs} at a time: {', '.join(sums)}"
-    say(console, total, style="bold")
-    for note in (*notes, *(f"{', '.join(names)} cannot be had: {reason}" for reason, names in missing.items())):
-        say(console, note)
-    steps = "/".join(str(n) for n in sorted({one.steps for one in predicted.values()})) or "no"
-    about = (
-        f"from {steps} steps after warm-up, one seed; GPU-h and kJ are of all runs of a line, MiB of one worker"
-    )
-    say(console, about, style="dim")
+    known = [value for value in kilojoules.values() if value is not None]
+    seconds = all_seconds(todo, {s: one.run_seconds for s, one in predicted.items()}, concurrent_runs)
+    text = fill_template(
+        "estimate.txt.j2", count=sum(map(runs.__getitem__, predicted)), concurrent_runs=concurrent_runs, on_gpu=on_gpu,
+        duration=duration(seconds), hours=sum(hours.values()), predicted=predicted, missing=missing, figures=figures,
+        kilojoules=sum(known) if len(known) == len(predicted) else None,
+    )  # fmt: skip
+    say(console, text.rstrip())
 
 
 # --- --profile ---

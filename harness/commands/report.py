@@ -1,28 +1,52 @@
-"""Stored runs -> tables, pages, files and answers: `harness report`, `compare`, `why`, `export` and `variants`."""
+"""Stored runs -> tables, pages, files and answers: `harness report`, `compare`, `why`, `repro`, `export` and
+`variants`."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import fmean
+from typing import Any, NamedTuple
 
-from harness.options import ReportOptions
+from rich.console import Console
+
+from harness.loaders.cache import cache_dir
+from harness.models.variants import NETWORKS, VARIANTS, default_depth, find_preset
+from harness.options import CompareOptions, ReportOptions
 from harness.plan import open_out
+from harness.plugins import blaming
 from harness.progress import say
-from harness.results.remote import StorageError, is_uri, push_run
-from harness.results.store import WEIGHTS, collector_paused, load_predictions, load_records, write_atomic
-from harness.spec import UserError, check_word
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from harness.commands.preset import PresetTable
-    from harness.results.rows import Row
-    from harness.results.store import Loaded, Problem, Stored
-    from harness.results.sweeps import Sweep
+from harness.results.compare import check_conditions, compare, compare_by, nearest, parse_fail_on
+from harness.results.explain import why
+from harness.results.export import TARGETS, export
+from harness.results.metrics import figures
+from harness.results.published import find_published
+from harness.results.remote import StorageError, is_uri, push_run, redact, split_uri
+from harness.results.report.columns import sort_rows
+from harness.results.report.table import FORMATS, render, render_comparison
+from harness.results.report.text import fill_template
+from harness.results.rows import Row, summarise
+from harness.results.store import (
+    HASHES,
+    PARTIAL,
+    RECORD,
+    WEIGHTS,
+    Loaded,
+    Problem,
+    Stored,
+    collector_paused,
+    load_epochs,
+    load_predictions,
+    load_records,
+    write_atomic,
+)
+from harness.results.sweeps import Sweep, Sweeps, load_sweeps
+from harness.results.verify import verify
+from harness.spec import RunSpec, UserError, check_word, suggest
 
 PAGE = "report.html"
 COMPARISON_FORMATS = ("table", "markdown", "json")
@@ -34,24 +58,20 @@ def find_results(words: Sequence[str], *, also: str = "") -> list[Path]:
     return [open_out(word, write=False, also=also)[0] if is_uri(word) else Path(word) for word in words]
 
 
-def load_runs(paths: Sequence[Path]) -> Loaded:
-    """Read all runs under `paths`; names each folder that cannot be read on standard error.
+def load_runs(paths: Sequence[Path], *, named: bool = True) -> Loaded:
+    """Read all runs under `paths`; names each folder that cannot be read on standard error, unless it is not to.
 
     Raises UserError for a path that is not a folder.
     """
-    loaded = load_records(check_folders(paths))
-    _name_problems(loaded.problems)
-    return loaded
-
-
-def check_folders(paths: Sequence[Path]) -> Sequence[Path]:
-    """The paths. Raises UserError for one that is not a folder."""
-    if missing := [path for path in paths if not path.is_dir()]:
+    for path in (path for path in paths if not path.is_dir()):
+        if path.exists():
+            raise UserError(f"{str(path)!r} is a file; a folder of results or of a run is allowed")
         hint = "`harness run` makes one (--out, default runs)"
-        if missing[0].exists():
-            raise UserError(f"{str(missing[0])!r} is a file; a folder of results or of a run is allowed")
-        raise UserError(f"no folder of results at {str(missing[0])!r}; {hint}")
-    return paths
+        raise UserError(f"no folder of results at {str(path)!r}; {hint}")
+    loaded = load_records(paths)
+    if named:
+        _name_problems(loaded.problems)
+    return loaded
 
 
 def _name_problems(problems: Sequence[Problem]) -> None:
@@ -60,7 +80,7 @@ def _name_problems(problems: Sequence[Problem]) -> None:
 
 
 @contextmanager
-def _mistakes(prefix: str = "", file: str = "") -> Iterator[None]:
+def mistakes(prefix: str = "", file: str = "") -> Iterator[None]:
     """What is wrong with the user's words, or keeps `file` (as it is named to the user) from being written, as a UserError."""
     try:
         yield
@@ -76,12 +96,52 @@ def _mistakes(prefix: str = "", file: str = "") -> Iterator[None]:
 
 def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
     """The rows of a table, with their predictions. Raises UserError for a field to average over that no run has."""
-    from harness.results.rows import summarise
-
     folders = [*(run.folder for run in loaded.records), *(run.folder for run in loaded.interrupted)]
     outs = dict.fromkeys(folder.parent for folder in folders)
-    with _mistakes():
+    with mistakes():
         return summarise(loaded.records, loaded.interrupted, across, load_predictions(outs))
+
+
+# --- tables ---
+
+
+class Table(NamedTuple):
+    rows: list[Row]
+    columns: tuple[str, ...] = ()  # none: all that say something
+    below: Sequence[str] = ()  # lines
+    met: bool = True  # whether every finished row is as accurate as the preset's source demands
+
+
+def choose_rows(rows: list[Row], name: str | None) -> Table:
+    """All rows; or a preset's: those of its variants on its data set, in its order; other depths follow its own.
+
+    Raises UserError for an unknown preset.
+    """
+    if name is None:
+        return Table(rows)
+    with mistakes("--preset: "):
+        preset = find_preset(name)
+    places = {network: place for place, network in enumerate(preset.select())}
+    names = [variant for variant, _ in places]
+    mine = [row for row in rows if row.variant in names and row.fields.get("dataset") == preset.dataset]
+    mine.sort(key=lambda r: (places.get((r.variant, r.depth), len(places)), names.index(r.variant)))
+    ran, least = {(row.variant, row.depth) for row in mine}, preset.least_accuracy
+    missing = {network: find_published(preset.dataset, *network) for network in places if network not in ran}
+    judged = []
+    for row in (row for row in mine if row.error is not None and least is not None):
+        runs = [[100 - epoch.error for epoch in load_epochs(run.folder)] for run in row.done]
+        published = find_published(preset.dataset, row.variant, row.depth)
+        judged.append((row, published, list(map(fmean, zip(*runs, strict=True)))))
+    met = all(100 - (row.error or 0.0) > (least or 0.0) for row, _, _ in judged)
+    below = fill_template("preset.txt.j2", missing=missing, judged=judged, least=least, figures=figures)
+    return Table(mine, tuple(preset.columns), below.splitlines(), met)
+
+
+def _render(
+    rows: Sequence[Row], console: Console, format: Any, columns: Sequence[str], *, shown: bool = True
+) -> str:
+    fit = shown and console.is_terminal
+    return render(rows, format, columns=columns, width=console.width, fit=fit, colour=fit and not console.no_color)
 
 
 @collector_paused()
@@ -91,31 +151,25 @@ def print_report(paths: Sequence[Path], console: Console, options: ReportOptions
     Returns whether there was a run. Raises UserError for an unknown format, column or field, a path that does not
     exist, and a file that cannot be written.
     """
-    from harness.results.report.columns import sort_rows
-    from harness.results.report.table import FORMATS, render
-    from harness.results.sweeps import Sweeps, load_sweeps
-
     options = options or ReportOptions()
     format, output, curves = options.format, options.output, options.curves
     check_word(format, (*FORMATS, "html"), "--format")
     loaded, searches = load_runs(paths), Sweeps([], [])
-    table = _choose_rows(make_rows(loaded, options.across), options.preset)
-    columns = options.columns or (() if format in ("csv", "json") else table.columns)
+    rows, wanted, below, _ = choose_rows(make_rows(loaded, options.across), options.preset)
+    columns = options.columns or (() if format in ("csv", "json") else wanted)
     if format == "html" or curves is not None:
         searches = load_sweeps(paths)
         _name_problems(searches.problems)
-    if not (table.rows or searches.sweeps or options.preset):
+    if not (rows or searches.sweeps or options.preset):
         raise UserError(f"no runs in {', '.join(repr(str(path)) for path in paths)}: `harness run` makes some")
-    with _mistakes():
-        rows = sort_rows(table.rows, options.sort) if options.sort is not None else table.rows
+    with mistakes():
+        rows = sort_rows(rows, options.sort) if options.sort is not None else rows
         if format == "html":
             text = make_html(rows, [*loaded.problems, *searches.problems], columns, searches.sweeps)
-        elif format == "table":
-            text = _render_table(rows, console, columns, colour=output is None)
         else:
-            text = render(rows, format, columns=columns)  # type: ignore[arg-type]
-    if table.below and format in ("table", "markdown"):
-        text += "\n" + "\n".join(table.below)
+            text = _render(rows, console, format, columns, shown=output is None)
+    if format in ("table", "markdown"):
+        text += "".join(f"\n{line}" for line in below)
     print_text(text, console, output or (Path(PAGE) if format == "html" else None))
     if format == "html" and output is None:
         print_text(f"page: {PAGE}", console)
@@ -124,52 +178,31 @@ def print_report(paths: Sequence[Path], console: Console, options: ReportOptions
         from harness.results.report.sweeps import draw_all
 
         panels, sweeps = draw_all(rows, searches.sweeps)
-        with _mistakes(file=f"--curves {curves}"):
+        with mistakes(file=f"--curves {curves}"):
             for path in write_charts([*panels, *sweeps], curves):
                 print(f"harness: drawn: {path}", file=sys.stderr)
     return bool(rows)
 
 
-def _choose_rows(rows: list[Row], preset: str | None) -> PresetTable:
-    """All rows; or a preset's own, with its columns and what is said of them."""
-    from harness.commands.preset import PresetTable, make_preset_table
-
-    return PresetTable(rows, (), [], True) if preset is None else make_preset_table(preset, rows)
-
-
-def _render_table(
-    rows: Sequence[Row], console: Console, columns: Sequence[str] = (), *, colour: bool = True
-) -> str:
-    from harness.results.report.table import render
-
-    fit = colour and console.is_terminal
-    return render(rows, columns=columns, width=console.width, fit=fit, colour=fit and not console.no_color)
-
-
 def print_rows(loaded: Loaded, console: Console, preset: str | None = None) -> bool:
     """Print the table of runs that were loaded, or a preset's table of them; returns whether they meet its demand."""
     _name_problems(loaded.problems)
-    table = _choose_rows(make_rows(loaded), preset)
-    print_text("\n".join([_render_table(table.rows, console, table.columns), *table.below]), console)
+    table = choose_rows(make_rows(loaded), preset)
+    print_text("\n".join([_render(table.rows, console, "table", table.columns), *table.below]), console)
     return table.met
 
 
+# --- the page, exports, files ---
+
+
 @collector_paused()
-def write_page(out: Path, loaded: Loaded | None = None) -> Path:
-    """Write the page of all runs in a folder into it. Raises UserError where it cannot be written."""
-    from harness.results.sweeps import load_sweeps
-
-    loaded, searches = loaded or load_records([out]), load_sweeps([out])
-    text = make_html(make_rows(loaded), [*loaded.problems, *searches.problems], sweeps=searches.sweeps)
-    with _mistakes(file=str(out / PAGE)):
-        write_atomic(out / PAGE, text)
-    return out / PAGE
-
-
 def say_page(out: Path, console: Console, loaded: Loaded | None = None) -> Path | None:
-    """Write the page and say where; the runs are stored, whatever becomes of it."""
+    """Write the page of all runs in a folder into it, and say where; the runs are stored, whatever becomes of it."""
+    loaded, searches, page = loaded or load_records([out]), load_sweeps([out]), out / PAGE
     try:
-        page = write_page(out, loaded)
+        text = make_html(make_rows(loaded), [*loaded.problems, *searches.problems], sweeps=searches.sweeps)
+        with mistakes(file=str(page)):
+            write_atomic(page, text)
     except UserError as error:
         say(console, f"no page: {error}", style="dim")
         return None
@@ -182,8 +215,6 @@ def export_runs(records: Sequence[Stored], to: str) -> int:
 
     Raises UserError for a tool that is unknown or not installed, and for epochs that cannot be read.
     """
-    from harness.results.export import TARGETS, export
-
     check_word(to, tuple(TARGETS), "--to")
     try:
         return export(records, TARGETS[to])
@@ -213,7 +244,6 @@ def make_html(
     sweeps: Sequence[Sweep] = (),
 ) -> str:
     """The page for a browser. Raises ValueError for a column that does not exist."""
-    from harness.loaders.cache import cache_dir
     from harness.results.report.charts import load_bundle
     from harness.results.report.page import make_page
 
@@ -228,15 +258,13 @@ def print_text(text: str, console: Console, output: Path | None = None) -> None:
         console.file.write(text)
         console.file.flush()
         return
-    with _mistakes(file=f"--output {output}"):
+    with mistakes(file=f"--output {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
 
 
 def print_why(row: str, path: Path, console: Console) -> None:
     """Print the records, epochs and formulas behind every row of that name (msra-20), or the row of that number."""
-    from harness.results.explain import why
-
     if not (rows := make_rows(load_runs([path]))):
         raise UserError(f"no runs in {str(path)!r}")
     matches = [match for number, match in enumerate(rows, 1) if row in (match.name, str(number))]
@@ -255,45 +283,30 @@ def print_findings(words: Sequence[str]) -> int:
 
     The weights of runs at a URI stay there and are not checked.
     """
-    from harness.results.verify import has_hashes, verify
-    from harness.spec import RunSpec
-
-    loaded = load_records(check_folders(find_results(words)))
+    loaded = load_runs(find_results(words), named=False)
     elsewhere = [WEIGHTS] if any(map(is_uri, words)) else []
     contradictions = verify(loaded.records, lambda spec: RunSpec.from_json(dict(spec)).key, elsewhere)
     findings = [*loaded.problems, *contradictions]
     for finding in findings:
         print(finding)
-    old = sum(not has_hashes(run.folder) for run in loaded.records)
+    old = sum(not (run.folder / HASHES).exists() for run in loaded.records)
     unhashed = f"; {old} of them have no hash stored: only their figures are checked" if old else ""
     print(f"{len(loaded.records)} runs verified, {len(findings)} findings{unhashed}")
     return 1 if findings else 0
 
 
-def print_comparison(
-    paths: Sequence[Path],
-    console: Console,
-    *,
-    by: str | None = None,
-    fail_on: str | None = None,
-    strict: bool = False,
-    format: str = "table",
-    across: Sequence[str] = (),
-) -> int:
-    """Print two folders side by side, or the runs of one by a field. Returns the exit code: 1 where `fail_on` is met,
-    or with `strict` where the runs cannot tell.
+def print_comparison(paths: Sequence[Path], console: Console, options: CompareOptions) -> int:
+    """Print two folders side by side, or the runs of one by a field. Returns the exit code: 1 where --fail-on is met, or
+    with --strict where the runs cannot tell.
 
     Raises UserError for a condition, field or format that cannot be read, and where there is nothing to compare.
     """
-    from harness.results.compare import compare, compare_by, nearest
-    from harness.results.gate import check_conditions, parse_fail_on
-    from harness.results.report.comparison import render_comparison
-
-    check_word(format, COMPARISON_FORMATS, "--format")
-    if strict and fail_on is None:
+    by, across = options.by, options.across
+    check_word(options.format, COMPARISON_FORMATS, "--format")
+    if options.strict and options.fail_on is None:
         raise UserError("--strict is for --fail-on, whose conditions it makes stricter")
-    with _mistakes("--fail-on: "):
-        conditions = parse_fail_on(fail_on) if fail_on is not None else ()
+    with mistakes("--fail-on: "):
+        conditions = parse_fail_on(options.fail_on) if options.fail_on is not None else []
     metrics = [condition.metric for condition in conditions]
     if by is None and len(paths) != 2:
         given = f"{len(paths)} folder{'s' * (len(paths) != 1)} given"
@@ -304,43 +317,80 @@ def print_comparison(
         if not any(row.done for row in sides[-1]):
             raise UserError(f"no finished run in {', '.join(repr(str(path)) for path in side)}")
     a, b = sides[0], sides[-1]
-    with _mistakes("" if by is None else "--by: "):
+    with mistakes("" if by is None else "--by: "):
         pairs = compare(a, b, metrics, across) if by is None else compare_by(a, by, metrics, across)
     if not any(pair.figures for pair in pairs) and not conditions:
         alike = "differ in nothing but --by" if by else "of A and B agree in all but the folder"
         near = f", the nearest differ in {', '.join(names)}" if (names := nearest(pairs)) else ""
         raise UserError(f"nothing to compare: no rows {alike}{near}; --across FIELD overlooks a difference")
     colour = console.is_terminal and not console.no_color
-    print_text(render_comparison(pairs, format, width=console.width, colour=colour), console)
+    print_text(render_comparison(pairs, options.format, width=console.width, colour=colour), console)
     gate = check_conditions(pairs, conditions)
     for line in [*gate.failed, *gate.unclear]:
         print(f"harness: --fail-on: {line}", file=sys.stderr)
-    return 1 if gate.failed or (strict and gate.unclear) else 0
+    return 1 if gate.failed or (options.strict and gate.unclear) else 0
+
+
+def print_repro(run: str, path: str, console: Console) -> None:
+    """Print the command, commit and versions that trained a run: a folder, or a name or key under `path`."""
+    path, run = split_uri(run) if is_uri(run) else (path, run)
+    folder = Path(run)
+    if folder.is_dir() and ((folder / RECORD).exists() or folder.name.endswith(PARTIAL)):
+        matches = load_runs([folder]).records
+        if not matches:
+            raise UserError(
+                f"{run}: no record to repeat; the command that started an interrupted run continues it"
+            )
+    else:
+        records = load_runs(find_results([path])).records
+        key = run if len(run) >= 4 else "no key"
+        matches = [s for s in records if s.record.name == run or s.record.key.startswith(key)]
+        if not matches:
+            hint = suggest(run, [stored.record.name for stored in records])
+            hint = hint or ": give a run's folder, its name, or the first digits of its key"
+            raise UserError(f"no run {run!r} among the {len(records)} in {redact(path)!r}{hint}")
+    print_text(make_repro(matches[-1]), console)
+
+
+def make_repro(stored: Stored) -> str:
+    """A shell script that trains one run again; comments say what it cannot promise."""
+    record, fault = stored.record, ""
+    try:
+        if RunSpec.from_json(record.spec).key != record.key:
+            fault = "gives it another key: its meaning may have changed"
+    except ValueError as error:
+        fault = f"cannot train it: {error}"
+    words = {"record": record, "environment": record.environment, "command": make_command(stored), "fault": fault}
+    return fill_template("repro.sh.j2", join=shlex.join, **words)
+
+
+def make_command(stored: Stored) -> list[str]:
+    """The command that trains this run alone, from its record: the same network, recipe, engine, device and seed."""
+    environment = stored.record.environment
+    command = ["harness", "run", "--spec", str(stored.folder / RECORD), "--out", "repro"]
+    # a plug-in's source is kept, unless it is an installed package's
+    for identity in stored.record.spec.get("plugins", ()):
+        name = str(identity).partition(":")[0]
+        if (kept := stored.folder / "plugins" / name / f"{name}.py").is_file():
+            command += ["--plugin", str(kept)]
+    original = environment.get("command") or ()
+    if "--data-dir" in original[:-1]:
+        command += ["--data-dir", str(original[original.index("--data-dir") + 1])]
+    return [*command, "--launcher", "local"] if environment.get("launcher") == "local" else command
 
 
 def print_variants(console: Console) -> None:
     """Print every variant at its default depth: parameters, multiply-adds, recipe, source."""
     import torch
-    from rich.text import Text
 
     from harness.models.build import build, count_flops, count_parameters
-    from harness.models.variants import NETWORKS, VARIANTS, default_depth
-    from harness.plugins import blaming
 
-    variants = [function(default_depth(function)) for function in VARIANTS.values()]
-    width = max(len(variant.name) for variant in variants) + 2
-    for variant in variants:
+    shown, variants = {"imagenet": (100, 112), "resnet": (1000, 224)}, []
+    for function in VARIANTS.values():
+        variant = function(default_depth(function))
         architecture = variant.network.architecture
-        shown = {"imagenet": (100, 112), "resnet": (1000, 224)}
         classes, side = shown.get(architecture, (10, max(32, NETWORKS[architecture].smallest_image)))
         with blaming("network", architecture), torch.device("meta"):
             network = build(variant.network, classes, side)
-            parameters, macs = count_parameters(network), count_flops(network, side) / 2e6
-        size = f"depth {variant.network.depth:<4} {parameters:>10,} parameters {macs:>7.1f} MMAC"
-        console.print(Text.assemble((f"{variant.name:{width}}", "bold"), size), soft_wrap=True)
-        console.print(Text(f"    {variant.summary} ({variant.source})", style="dim"), soft_wrap=True)
-    console.print(
-        "\nEach at its default depth, for one 32x32 image and 10 classes (miniplaces and mpmz: 112x112 and 100, "
-        "imagenet: 224x224 and 1000). MMAC: million multiply-adds, forward.",
-        style="dim",
-    )
+            variants.append((variant, count_parameters(network), count_flops(network, side) / 2e6))
+    print_text(fill_template("variants.txt.j2", variants=variants), console)

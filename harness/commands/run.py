@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +25,7 @@ from harness.progress import LINES, JsonLines, Progress, load_data, print_column
 from harness.record import Recorder, lease, lock_run, name_of, name_other_code
 from harness.resources import Session, check_resources, choose_launcher, make_allocation
 from harness.results.remote import push_file, push_run, redact
-from harness.results.store import ESTIMATES, PARTIAL, Loaded, collector_paused, load_records
+from harness.results.store import ESTIMATES, collector_paused, load_records, partial_dir
 from harness.results.values import EpochMetrics, RunResult
 from harness.selfcheck import RefusedError, check_first
 from harness.spec import RunPaths, RunSpec, UserError
@@ -84,93 +84,90 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
     if options.format in LINES:
         console = Console(stderr=True)  # standard output is for programs
     out, remote = plan.open_out(options.out, write=not options.dry_run)
-    data_dir = plan.find_data_dir(options.data_dir, grid.dataset)
     paths = RunPaths(
-        out=out, data_dir=data_dir, checkpoint_every=options.checkpoint_every, remote=remote, plugins=sources()
-    )
+        out=out, data_dir=plan.find_data_dir(options.data_dir, grid.dataset), remote=remote, plugins=sources(),
+        checkpoint_every=options.checkpoint_every,
+    )  # fmt: skip
     until = None if options.dry_run else options.until
     if until is not None:
         say(console, f"until {until:%A} {format_moment(until)}")
     try:
         with ExitStack() as stack, stopping_at(until):
-            allocation = make_allocation(grid, options, stack, options.elastic)
-            dataset = load_data(grid.dataset, paths, console, scan=options.scan)
-            images = len(dataset.train)
-            specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
-            plan.check_images(specs, dataset)
-            fallback = plan.fallback_world_sizes(options.elastic, specs)
-            plan.check_epochs(() if grid.specs or options.estimate or options.profile else specs, images)
-            stall = float(options.stall_seconds)
-            allocation = replace(allocation, fallback_world_sizes=fallback, stall_seconds=stall)
-            paths = replace(paths, label=dataset.label)
-            runs = len(specs) if options.until_ci is None else until_ci.MAX_SEEDS
-            resources = choose_launcher(options, allocation, runs)
-            environment = {"launcher": resources.launcher}
-            recorder = Recorder(
-                paths, dataset.original, environment, partial(say, console), classes=dataset.num_classes
-            )
-            todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
+            prepared, specs = _plan(grid, options, paths, console, stack, goal)
+            todo = plan.pending(specs, () if options.force else prepared.recorder.find_finished(specs))
             if any(spec.plugins for spec in todo):
                 from harness.training.fit import check_fit
 
-                check_fit(todo, dataset, paths)
-            _name_other_code(recorder, console)
-            _advise_on_batch_norm(todo, console)
-            session = Session(allocation, resources, paths, stack)
-            prepared = _Prepared(options, console, session, dataset, recorder, goal)
-            if goal is not None:
-                for line in until_ci.forecast(goal, until_ci.known_errors(recorder, specs), dataset):
-                    say(console, line)
+                check_fit(todo, prepared.dataset, prepared.session.paths)
+            for line in _remarks(prepared, specs, todo):
+                say(console, line)
             if options.dry_run or options.estimate or options.profile:
                 return preview(prepared, specs, todo)
-            specs, todo = check_devices(prepared, specs, todo)
-            specs, code = train_all(prepared, specs, todo)
+            specs, code = train_all(prepared, *check_devices(prepared, specs, todo))
     except TimeUp as up:
         say(console, f"{up}; the same command goes on")
         return EXIT_STOPPED
     except RefusedError as error:
         say(console, str(error))
         return EXIT_FAILED
-    met = print_results(prepared, specs)
-    return code if met else EXIT_FAILED
+    return code if print_results(prepared, specs) else EXIT_FAILED
 
 
-def _name_other_code(recorder: Recorder, console: Console) -> None:
-    """Say which of the finished runs other code has trained: the table will have them as they are."""
-    others = Counter(other for stored in recorder.known.values() if (other := name_other_code(stored.record)))
-    for code, runs in others.items():
-        say(console, f"{runs} run{'s' * (runs != 1)} done already, by {code}; --force trains again")
+def _plan(
+    grid: Grid, options: RunOptions, paths: RunPaths, console: Console, stack: ExitStack, goal: Goal | None
+) -> tuple[_Prepared, list[RunSpec]]:
+    """Look at devices and data, and expand the grid into runs that fit both. Raises UserError."""
+    allocation = make_allocation(grid, options, stack, options.elastic)
+    dataset = load_data(grid.dataset, paths, console, scan=options.scan)
+    images = len(dataset.train)
+    specs = plan.expand(grid, allocation, fingerprint=dataset.fingerprint, train_images=images)
+    plan.check_images(specs, dataset)
+    fallback = plan.fallback_world_sizes(options.elastic, specs)
+    plan.check_epochs(() if grid.specs or options.estimate or options.profile else specs, images)
+    stall = float(options.stall_seconds)
+    allocation = replace(allocation, fallback_world_sizes=fallback, stall_seconds=stall)
+    paths = replace(paths, label=dataset.label)
+    resources = choose_launcher(options, allocation, until_ci.MAX_SEEDS if goal else len(specs))
+    environment, warn = {"launcher": resources.launcher}, partial(say, console)
+    recorder = Recorder(paths, dataset.original, environment, warn, classes=dataset.num_classes)
+    session = Session(allocation, resources, paths, stack)
+    return _Prepared(options, console, session, dataset, recorder, goal), specs
+
+
+def _remarks(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpec]) -> Iterator[str]:
+    """What is to be known before training. Raises UserError for a goal of --until-ci that is out of reach."""
+    others = Counter(filter(None, (name_other_code(run.record) for run in prepared.recorder.known.values())))
+    for code, runs in others.items():  # the table will have them as they are
+        yield f"{runs} run{'s' * (runs != 1)} done already, by {code}; --force trains again"
+    # several workers with statistics of their own train another network than the published one
+    if local := [spec for spec in todo if spec.workers > 1 and spec.recipe.batch_norm == "local"]:
+        shares = "/".join(map(str, sorted({spec.recipe.batch_size // spec.workers for spec in local})))
+        yield (
+            f"batch norm over {shares} images a worker is another network than the published one: "
+            f"{local[0].workers} runs side by side with --workers 1 train that one and finish sooner; "
+            "--batch-norm sync trains it with several workers"
+        )
+    if (goal := prepared.goal) is not None:
+        yield from until_ci.forecast(goal, until_ci.known_errors(prepared.recorder, specs), prepared.dataset)
 
 
 def check_options(grid: Grid, options: RunOptions) -> Goal | None:
     """Every check that needs neither data nor devices; the goal of --until-ci. Raises UserError."""
     plan.check_grid(grid)
     check_resources(options)
-    probes = {"--estimate": options.estimate, "--profile": options.profile}
-    others = probes | {"--dry-run": options.dry_run, f"--format {options.format}": options.format in LINES}
-    if any(probes.values()) and sum(others.values()) > 1:
-        probe, other, *_ = (name for name, given in others.items() if given)
-        raise UserError(f"{probe} and {other} exclude each other: {probe} probes and prints a table")
+    ways = {
+        "--estimate": options.estimate, "--profile": options.profile, "--dry-run": options.dry_run,
+        f"--format {options.format}": options.format in LINES,
+    }  # fmt: skip
+    probe, *others = [name for name, given in ways.items() if given] or [""]
+    if others and probe in ("--estimate", "--profile"):
+        raise UserError(f"{probe} and {others[0]} exclude each other: {probe} probes and prints a table")
     return until_ci.make_goal(
         options.until_ci, options.max_seeds, max(len(g.seeds) for g in grid.groups or (grid,))
     )
 
 
 # --- before training ---
-
-
-def _advise_on_batch_norm(todo: Sequence[RunSpec], console: Console) -> None:
-    """Several workers with statistics of their own train another network than the published one."""
-    local = [spec for spec in todo if spec.workers > 1 and spec.recipe.batch_norm == "local"]
-    if local:
-        shares = "/".join(str(n) for n in sorted({spec.recipe.batch_size // spec.workers for spec in local}))
-        say(
-            console,
-            f"batch norm over {shares} images a worker is another network than the published one: "
-            f"{local[0].workers} runs side by side with --workers 1 train that one and finish sooner; "
-            "--batch-norm sync trains it with several workers",
-            style="dim",
-        )
 
 
 def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpec]) -> int:
@@ -196,28 +193,28 @@ def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpe
 
 def print_plan(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
     """Print what is planned and what is done; what all runs share stands in a line of its own."""
-    console, recorder, dataset = prepared.console, prepared.recorder, prepared.dataset
-    finished = recorder.find_finished(specs)
-    lines = []
-    for spec in specs:
-        state = "resumes" if recorder.partial(spec).is_dir() else "to do"
-        if spec.key in finished:
-            state = f"done{', again by --force' * prepared.options.force}"
-        own = " ".join(text for text in spec.overrides if not text.startswith(("epochs=", "batch_size=")))
-        lines.append({
+    recorder, dataset = prepared.recorder, prepared.dataset
+    finished, again = recorder.find_finished(specs), ", again by --force" * prepared.options.force
+
+    def line(spec: RunSpec) -> dict[str, object]:
+        waiting = "resumes" if recorder.partial(spec).is_dir() else "to do"
+        return {
             "variant": spec.variant, "depth": spec.network.depth, "seed": spec.seed,
             "epochs": plan.count_epochs(spec, len(dataset.train)), "batch": spec.recipe.batch_size,
             "loader": spec.loader, "precision": spec.precision, "engine": spec.engine,
-            "width": f"{width_of(spec)} on {'GPU' if spec.device == 'cuda' else 'CPU'}", "set": own,
-            "key": spec.key[:8], "state": state,
-        })  # fmt: skip
+            "width": f"{width_of(spec)} on {'GPU' if spec.device == 'cuda' else 'CPU'}",
+            "set": " ".join(text for text in spec.overrides if not text.startswith(("epochs=", "batch_size="))),
+            "key": spec.key[:8], "state": f"done{again}" if spec.key in finished else waiting,
+        }  # fmt: skip
+
+    lines = list(map(line, specs))
     columns = {name: [str(line[name]) for line in lines] for name in lines[0]}
     same = {name: columns.pop(name)[0] for name in SHARED if len(set(columns[name])) == 1}
     done = sum(spec.key in finished for spec in specs)
     title = f"{len(specs)} run{'s' * (len(specs) != 1)} on {dataset.label}, {done} of them done already"
     shared = ", ".join(f"{name} {value}" for name, value in same.items() if value)
     left, spare = ("variant", *SHARED[2:], "key", "state"), ("key", *reversed(SHARED))
-    print_columns(columns, console, title=f"{title}\n{shared}", left=left, spare=spare)
+    print_columns(columns, prepared.console, title=f"{title}\n{shared}", left=left, spare=spare)
 
 
 def check_devices(
@@ -241,21 +238,18 @@ def check_devices(
 
 def train_all(prepared: _Prepared, specs: list[RunSpec], todo: list[RunSpec]) -> tuple[list[RunSpec], int]:
     """Train what is missing, then the further seeds of --until-ci. Returns all runs of the command and the exit code."""
-    options, recorder = prepared.options, prepared.recorder
-    failures = 0
-    while True:
-        if todo:
-            failures += train_batch(prepared, todo)
-        if (goal := prepared.goal) is None or (failures and options.fail_fast):
-            break
+    recorder, goal = prepared.recorder, prepared.goal
+    failures = train_batch(prepared, todo) if todo else 0
+    while goal is not None and not (failures and prepared.options.fail_fast):
         known = until_ci.known_errors(recorder, specs)
         more = until_ci.more_seeds(specs, known, goal, prepared.session.allocation.concurrent_runs)
-        first = {row for row, runs in known.items() if len(runs.errors) < until_ci.FIRST}
-        recorder.added |= {spec.key: goal.half for spec in more if replace(spec, seed=0) not in first}
         if not more:
             break
+        first = {row for row, runs in known.items() if len(runs.errors) < until_ci.FIRST}
+        recorder.added |= {spec.key: goal.half for spec in more if replace(spec, seed=0) not in first}
         specs = [*specs, *more]
-        todo = plan.pending(more, recorder.find_finished(more))
+        if todo := plan.pending(more, recorder.find_finished(more)):
+            failures += train_batch(prepared, todo)
     return specs, EXIT_FAILED if failures else EXIT_DONE
 
 
@@ -274,13 +268,18 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     if not recorder.started:
         prepared.check_nodes()
     paths, concurrent_runs = session.paths, min(session.allocation.concurrent_runs, len(specs))
-    _allow_open_files(len(specs))
+    # each lock is an open file, and 1024 is a usual limit: raise it as far as needed and allowed
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + len(specs)
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
+    )
     for spec in specs:
         session.stack.callback(lock_run(spec, paths.label, paths.out).release)
     names = [name_of(spec, paths.label) for spec in specs]
     session.stack.enter_context(lease(paths.remote, names, partial(say, prepared.console)))
-    display: Progress | JsonLines
     epochs = {spec.key: plan.count_epochs(spec, len(prepared.dataset.train)) for spec in specs}
+    display: Progress | JsonLines
     if options.format in LINES:
         display = LINES[options.format](sys.stdout, epochs)
     else:
@@ -323,13 +322,6 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     return failures
 
 
-def _allow_open_files(more: int) -> None:
-    """Each lock is an open file, and 1024 is a usual limit: raise it as far as needed and allowed."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
 # --- after training ---
 
 
@@ -339,12 +331,14 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
     Returns whether the runs meet what their preset demands.
     """
     options, recorder, console = prepared.options, prepared.recorder, prepared.console
-    paths = recorder.paths
+    paths, out = recorder.paths, recorder.paths.out
     if options.format in LINES and not options.tensorboard:
         return True
+    names = dict.fromkeys(name_of(spec, paths.label) for spec in specs)
+    folders = (folder for name in names for folder in (out / name, partial_dir(out, name)) if folder.is_dir())
     with collector_paused():
-        loaded = load_records([paths.out], recorder.known)
-    mine = select(loaded, {name_of(spec, paths.label) for spec in specs})
+        loaded = load_records([out], recorder.known)
+        mine = load_records(folders, {run.folder: run for run in loaded.records})
     if options.tensorboard:
         export_runs(mine.records, "tensorboard")
         for stored in mine.records:
@@ -359,20 +353,7 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
     if not recorder.started:
         what = "this run was" if len(specs) == 1 else f"all {len(specs)} runs were"
         note(f"{what} done already; --force trains again")
-    note(f"stored in {redact(paths.remote).partition('?')[0] or paths.out}")
-    if page := say_page(paths.out, console, loaded):
+    note(f"stored in {redact(paths.remote).partition('?')[0] or out}")
+    if page := say_page(out, console, loaded):
         recorder.push(push_file, page)
     return met
-
-
-def select(loaded: Loaded, names: Collection[str]) -> Loaded:
-    """What was loaded of the runs of these names."""
-
-    def chosen(folder: Path) -> bool:
-        return folder.name.removesuffix(PARTIAL) in names
-
-    return Loaded(
-        [stored for stored in loaded.records if chosen(stored.folder)],
-        [run for run in loaded.interrupted if chosen(run.folder)],
-        [problem for problem in loaded.problems if chosen(problem.path)],
-    )

@@ -1,4 +1,5 @@
-"""A sweep as an Optuna study: what to try next, which trials to prune, and the journal that remembers both.
+"""A sweep as an Optuna study: what to try next, which trials to prune, and the journal that remembers both; its trials
+while they run: proposed, judged, stored as ordinary runs.
 
 Proposals and prunings depend on the journal and the seed alone, so a sweep whose driver was killed continues from its
 journal as if nothing had happened.
@@ -11,10 +12,13 @@ import itertools
 import json
 import math
 import os
+import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import optuna
@@ -24,8 +28,24 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages.journal import BaseJournalBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from harness.results.sweeps import Dimension, State, Sweep, Trial
-from harness.search_space import count_points, finite_values, grid_points, round_value
+from harness import plan
+from harness.cluster.job import Failed, Started
+from harness.options import Grid, Search, fill
+from harness.progress import TrialTable, describe_trial, duration
+from harness.record import Recorder, classify, lock_run, name_of
+from harness.resources import Session
+from harness.results.remote import join_uri, push_run
+from harness.results.store import SWEEPS, load_epochs, load_predictions, write_atomic
+from harness.results.sweeps import TRIALS, Dimension, State, Sweep, Trial
+from harness.results.values import EpochMetrics, Pruned, RunResult
+from harness.search_space import SEARCHED, count_points, finite_values, grid_points, round_value
+from harness.selfcheck import Checked
+from harness.spec import RunSpec, UserError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+    from harness.loaders.datasets import Dataset
 
 SAMPLERS: dict[str, Callable[..., BaseSampler]] = {"random": RandomSampler, "tpe": TPESampler, "gp": GPSampler}
 STATES: dict[State, TrialState] = {
@@ -46,18 +66,17 @@ class Journal(BaseJournalBackend):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.logs: list[dict[str, Any]] = []
-        self._event: list[dict[str, Any]] | None = None
+        self.path, self.logs, self.events = path, list[dict[str, Any]](), 0  # open ones
+        path.touch()
         logs, size, kept = [], 0, 0
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        for line in path.read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError):
                 logs.append(json.loads(line))
                 size += len(line)
                 if line.endswith(b"\n") and logs[-1].get("commit"):
                     self.logs, kept = logs.copy(), size
-        if path.exists():
-            os.truncate(path, kept)
+        os.truncate(path, kept)
+        self.written = len(self.logs)
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         """For Optuna."""
@@ -65,30 +84,24 @@ class Journal(BaseJournalBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """For Optuna."""
-        logs = json.loads(json.dumps(logs))
-        self.logs += logs
-        if self._event is None:
-            self._write(logs)
-        else:
-            self._event += logs
+        with self.event():
+            self.logs += json.loads(json.dumps(logs))
 
     @contextlib.contextmanager
     def event(self) -> Iterator[None]:
         """Everything appended in the body is one event."""
-        self._event = []
+        self.events += 1
         try:
             yield
-            self._write(self._event)
         finally:
-            self._event = None
-
-    def _write(self, logs: list[dict[str, Any]]) -> None:
-        if logs:
-            logs[-1]["commit"] = True
+            self.events -= 1
+        if not self.events and (new := self.logs[self.written :]):
+            new[-1]["commit"] = True
             with self.path.open("ab") as file:
-                file.write("".join(json.dumps(log) + "\n" for log in logs).encode())
+                file.write("".join(json.dumps(log) + "\n" for log in new).encode())
                 file.flush()
                 os.fsync(file.fileno())
+            self.written = len(self.logs)
 
 
 def count_trials(dimensions: Sequence[Dimension], samples: int | None) -> int:
@@ -114,50 +127,42 @@ class Study:
 
     def __init__(self, path: Path, sweep: Sweep, *, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.dimensions, self.algorithm = sweep.dimensions, sweep.search_algorithm
-        self.epochs, self.seed = sweep.epochs, seed
-        self._journal = Journal(path)
+        self.sweep, self.seed, self._journal = sweep, seed, Journal(path)
         self._storage = JournalStorage(self._journal)
         self._study = optuna.create_study(
             storage=self._storage, study_name="sweep", sampler=RandomSampler(), load_if_exists=True,
             pruner=make_pruner(sweep.scheduler, sweep.epochs),
         )  # fmt: skip
-        self.distributions = {d.field: _distribution(d) for d in self.dimensions}
-        self.trials = [self._read(frozen) for frozen in self._study.get_trials(deepcopy=False)]
-        self.to_prune = {
-            frozen.number + 1
-            for frozen in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            if "pruned_at" in frozen.user_attrs
-        }
+        self.distributions = {d.field: _distribution(d) for d in sweep.dimensions}
+        known = self._study.get_trials(deepcopy=False)
+        self.trials = list(map(self._read, known))
+        running = [frozen for frozen in known if frozen.state == TrialState.RUNNING]
+        self.to_prune = {frozen.number + 1 for frozen in running if "pruned_at" in frozen.user_attrs}
         """Trials whose pruning was decided and is not recorded as done yet."""
 
     def propose(self) -> dict[str, Any] | None:
         """The next point: a function of the seed and of what is known of earlier trials. None: every point was tried."""
         number, tried = len(self.trials), [trial.fields for trial in self.trials]
-        points, grid = count_points(self.dimensions), grid_points(self.dimensions)
+        dimensions = self.sweep.dimensions
+        points, grid = count_points(dimensions), grid_points(dimensions)
         if points is not None and number >= points:
             return None
         for attempt in range(ATTEMPTS):
-            fields = self._sample([self.seed, number, attempt]) | grid[number % len(grid)]
-            fields = {d.field: fields[d.field] for d in self.dimensions}
-            if fields not in tried:
+            drawn = self._sample([self.seed, number, attempt]) | grid[number % len(grid)]
+            if (fields := {d.field: drawn[d.field] for d in dimensions}) not in tried:
                 return fields
         if points is None:
             return None
-        # few points are left: one of them, of the next grid point that has any
-        values = [[(d.field, value) for value in finite_values(d) or ()] for d in self.dimensions]
+        # few points are left: one of them
+        values = [[(d.field, value) for value in finite_values(d) or ()] for d in dimensions]
         left = [fields for fields in map(dict, itertools.product(*values)) if fields not in tried]
-        for turn in range(len(grid)):
-            of_turn = [f for f in left if f.items() >= grid[(number + turn) % len(grid)].items()]
-            if of_turn:
-                return of_turn[int(np.random.default_rng([self.seed, number]).integers(len(of_turn)))]
-        return None
+        return left[int(np.random.default_rng([self.seed, number]).integers(len(left)))]
 
     def add(self, fields: Mapping[str, Any], run: str, key: str) -> Trial:
         """A new trial, running."""
-        attributes = {"run": run, "key": key}
         self._study.add_trial(create_trial(
-            state=TrialState.RUNNING, params=dict(fields), distributions=self.distributions, user_attrs=attributes,
+            state=TrialState.RUNNING, params=dict(fields), distributions=self.distributions,
+            user_attrs={"run": run, "key": key},
         ))  # fmt: skip
         self.trials.append(self._read(self._study.get_trials(deepcopy=False)[-1]))
         return self.trials[-1]
@@ -171,7 +176,7 @@ class Study:
                 self._storage.set_trial_user_attr(self._id(trial), "seconds", trial.seconds)
                 # asked of the last epoch, too: the others are judged by it
                 prune = self._study.pruner.prune(self._study, self._storage.get_trial(self._id(trial)))
-                if prune and epoch < self.epochs:
+                if prune and epoch < self.sweep.epochs:
                     self._storage.set_trial_user_attr(self._id(trial), "pruned_at", epoch)
                     self.to_prune.add(trial.number)
         return trial.number in self.to_prune
@@ -188,16 +193,14 @@ class Study:
         return self._storage.get_trial_id_from_study_id_trial_number(0, trial.number - 1)
 
     def _read(self, frozen: FrozenTrial) -> Trial:
-        attributes = frozen.user_attrs
-        curve = sorted(frozen.intermediate_values.items())
+        curve, known = sorted(frozen.intermediate_values.items()), {"seconds", "reason", "run", "key"}
         state = next(name for name, state in STATES.items() if state == frozen.state)
         value = frozen.value if state == "finished" else None
+        epochs, last = curve[-1] if curve else (0, None)
         return Trial(
-            number=frozen.number + 1, run=attributes["run"], key=attributes["key"],
-            fields={d.field: _convert(d, frozen.params[d.field]) for d in self.dimensions},
-            state=state, value=value, last=value if value is not None else curve[-1][1] if curve else None,
-            epochs=curve[-1][0] if curve else 0, seconds=attributes.get("seconds", 0.0),
-            reason=attributes.get("reason", ""), curve=curve,
+            number=frozen.number + 1, state=state, value=value, last=last if value is None else value, epochs=epochs,
+            fields={d.field: _convert(d, frozen.params[d.field]) for d in self.sweep.dimensions}, curve=curve,
+            **{name: attribute for name, attribute in frozen.user_attrs.items() if name in known},
         )  # fmt: skip
 
     def _sample(self, seed: Sequence[int]) -> dict[str, Any]:
@@ -208,17 +211,16 @@ class Study:
         number = int(np.random.default_rng(seed).integers(2**31))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study = optuna.create_study(sampler=SAMPLERS[self.algorithm](seed=number))
-            if self.algorithm != "random":
-                for trial in self._study.get_trials(states=[s for s in TrialState if s != TrialState.RUNNING]):
-                    if trial.state == TrialState.FAIL:
-                        trial = create_trial(
-                            state=TrialState.PRUNED, params=trial.params, distributions=trial.distributions
-                        )
-                    study.add_trial(trial)
-            drawn = {d.field: self.distributions[d.field] for d in self.dimensions if d.function != "grid"}
-            params = study.ask(drawn).params
-        return {d.field: _convert(d, params[d.field]) for d in self.dimensions if d.field in params}
+            study = optuna.create_study(sampler=SAMPLERS[self.sweep.search_algorithm](seed=number))
+            ended = [STATES[state] for state in ("finished", "pruned", "failed")]
+            for trial in self._study.get_trials(states=ended) if self.sweep.search_algorithm != "random" else ():
+                worst = create_trial(
+                    state=TrialState.PRUNED, params=trial.params, distributions=trial.distributions
+                )
+                study.add_trial(worst if trial.state == TrialState.FAIL else trial)
+            own = [d for d in self.sweep.dimensions if d.function != "grid"]
+            params = study.ask({d.field: self.distributions[d.field] for d in own}).params
+        return {d.field: _convert(d, params[d.field]) for d in own}
 
 
 def _distribution(d: Dimension) -> BaseDistribution:
@@ -234,3 +236,192 @@ def _convert(d: Dimension, value: Any) -> Any:
     if d.function in ("loguniform", "uniform"):
         return round_value(d, value)
     return type(d.values[0])(value) if d.function == "randint" else value
+
+
+# --- trials while they run ---
+
+
+def make_trial_grid(search: Search, point: Mapping[str, Any]) -> Grid:
+    """The one run of a point of the search space."""
+    own = {name: point.get(name, getattr(search, name)) for name in SEARCHED}
+    fields = {name: value for name, value in point.items() if name not in SEARCHED}
+    return fill(Grid, asdict(search) | {
+        "variants": (own["variant"],), "depths": () if own["depth"] is None else (own["depth"],),
+        "loader": own["loader"], "seeds": (search.seed,), "settings": {**search.settings, **fields},
+    })  # fmt: skip
+
+
+def corners(dimensions: Sequence[Dimension], *, listed: bool = False) -> list[dict[str, Any]]:
+    """A few points of the space that between them have every listed value and, unless only these are asked for, every
+    bound: an error in one of them is reported before anything starts."""
+    lists = {d.field: finite_values(d) or d.values[: 1 if listed else 2] for d in dimensions}
+    points = range(max(map(len, lists.values())))
+    return [{name: values[min(i, len(values) - 1)] for name, values in lists.items()} for i in points]
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What is known before the first trial."""
+
+    search: Search
+    dataset: Dataset
+    session: Session
+    sweep: Sweep = field(init=False)  # without its trials
+    folder: Path = Path()
+    checked: Checked = field(default_factory=Checked)
+
+    def make_spec(self, point: Mapping[str, Any], **changes: Any) -> RunSpec:
+        """The run of one point. Raises UserError where it cannot be one."""
+        grid, data = make_trial_grid(replace(self.search, **changes), point), self.dataset
+        (spec,) = plan.expand(
+            grid, self.session.allocation, fingerprint=data.fingerprint, train_images=len(data.train)
+        )
+        plan.check_images([spec], data)
+        return spec
+
+    def describe(self) -> str:
+        """In a line: how many trials, how long, judged by what."""
+        trials = f"{self.sweep.total} trials of {self.sweep.epochs} epoch{'s' * (self.sweep.epochs != 1)}"
+        at_a_time = f"{self.session.allocation.concurrent_runs} at a time"
+        return f"{trials}, {at_a_time}; judged by {self.sweep.judged_by}"
+
+    def what_fits(self, seconds: float) -> str:
+        """What to do where no epoch was done within so many seconds."""
+        images = self.search.limit_train or len(self.dataset.train)
+        none = f"not one epoch of {images:,} images was done"
+        own = self.make_spec(corners(self.sweep.dimensions, listed=True)[0]).to_json() | {"seed": None}
+        known = [p for p in load_predictions([self.session.paths.out]) if p.spec | {"seed": None} == own]
+        if not known:
+            return f"{none}: more time or fewer images, --limit-train, would have fitted; --estimate says how many"
+        setup, epoch = known[-1].setup_seconds, known[-1].epoch_seconds + known[-1].eval_seconds
+        fit, needs = max(0, int(images * (seconds - setup) / epoch)), duration(setup + epoch)
+        needs = f"it takes {needs} from the start, by --estimate"
+        return f"{none}: {needs}; in {duration(seconds)} --limit-train {fit} would have fitted"
+
+
+class _Running(NamedTuple):
+    trial: Trial
+    spec: RunSpec
+    lock: FileLock
+    rows: list[EpochMetrics]
+
+
+class SweepTrials:
+    """The sweep as `harness.cluster.search` sees it: proposes runs, judges epochs, stores outcomes."""
+
+    def __init__(self, prepared: Prepared, study: Study, table: TrialTable) -> None:
+        self.prepared, self.study, self.table = prepared, study, table
+        self.sweep, self.paths = prepared.sweep, prepared.session.paths
+        self.running: dict[str, _Running] = {}
+        self.interrupted = [trial for trial in study.trials if trial.state == "running"]
+        environment = {
+            "launcher": "tune", "concurrent_runs": prepared.session.allocation.concurrent_runs, "sweep": self.sweep.name,
+            **prepared.checked.environment,
+        }  # fmt: skip
+        dataset, warnings = prepared.dataset, prepared.checked.warnings
+        self.recorder = Recorder(
+            self.paths, dataset.original, environment, table.say, warnings, classes=dataset.num_classes
+        )
+
+    def store(self, **changes: Any) -> Sweep:
+        """Write trials.json."""
+        sweep = self.sweep.model_copy(update={"trials": self.study.trials, **changes})
+        write_atomic(self.prepared.folder / TRIALS, sweep.to_json())
+        self.push()
+        return sweep
+
+    def push(self) -> None:
+        """Copy the sweep's own files to the URI, if there is one."""
+        self.recorder.push(lambda uri, folder: push_run(join_uri(uri, SWEEPS), folder), self.prepared.folder)
+
+    def close(self) -> None:
+        """Unlock the runs that have not ended."""
+        for running in self.running.values():
+            running.lock.release()
+
+    def propose(self) -> tuple[str, RunSpec] | None:
+        """The next trial that needs training; those that are stored already end here."""
+        study, out = self.study, self.paths.out
+        while True:
+            if self.interrupted:
+                trial = self.interrupted.pop(0)
+                spec = self.prepared.make_spec(trial.fields)
+            elif len(study.trials) < self.sweep.total and (point := study.propose()) is not None:
+                spec = self.prepared.make_spec(point)
+                trial = study.add(point, name_of(spec, self.paths.label), spec.key)
+            else:
+                return None
+            try:
+                lock = lock_run(spec, self.paths.label, out)
+            except UserError as error:
+                self._end(trial, "failed", reason=str(error))
+                continue
+            name, result = str(trial.number), self.recorder.find_finished([spec]).get(spec.key)
+            if result is not None:  # by whatever command
+                rows = load_epochs(out / trial.run)
+                for i in range(len(rows)):
+                    self._report(trial, rows[: i + 1])
+                self._end(trial, "finished", measure(rows, self.sweep.metric, result), "was done already")
+                lock.release()
+            elif trial.number in study.to_prune:  # the driver was killed between the decision and the record
+                self.running[name] = _Running(trial, spec, lock, load_epochs(self.recorder.partial(spec)))
+                self.recorder.started.setdefault(spec.key, datetime.now(UTC))
+                self.ended(name, None)
+            else:
+                self.running[name] = _Running(trial, spec, lock, [])
+                self.table.line(trial, f"starting, {describe_trial(trial)}")
+                return name, spec
+
+    def reported(self, name: str, event: Any) -> bool:
+        """An attempt began, or an epoch ended; True prunes the trial."""
+        trial, spec, _, rows = self.running[name]
+        if isinstance(event, Started):
+            self.recorder.begin(spec, event)
+            if event.reason:
+                rows.clear()
+                self.table.say(f"trial {name}: {event.reason}; trying again ({event.attempt})")
+            return False
+        rows.append(event)
+        prune, value = self._report(trial, rows), measure(rows, self.sweep.metric)
+        progress = f"epoch {event.epoch}/{self.sweep.epochs}  {self.sweep.metric} {value:.4g}"
+        self.table.line(trial, f"{progress}  {event.train_seconds:.2f} s/epoch")
+        return prune
+
+    def ended(self, name: str, outcome: RunResult | Failed | None) -> None:
+        """Store what came of a trial; None: it was pruned."""
+        (trial, spec, lock, rows), sweep = self.running.pop(name), self.sweep
+        stored = outcome or Pruned(
+            by=sweep.scheduler, sweep=sweep.name, epoch=rows[-1].epoch, of=sweep.epochs, error=rows[-1].error,
+            evaluated_on=sweep.selected_on,
+        )  # fmt: skip
+        self.recorder.end(spec, stored, trial=trial.number)
+        if isinstance(stored, Pruned):
+            self._end(trial, "pruned", reason=f"by {stored.by} after epoch {stored.epoch}")
+        elif isinstance(stored, Failed):
+            failure = classify(stored)
+            self._end(trial, "failed", reason=f"{failure.kind}: {failure.message}")
+        else:
+            self._end(trial, "finished", measure(stored.epochs, sweep.metric, stored))
+        lock.release()
+
+    def _report(self, trial: Trial, rows: Sequence[EpochMetrics]) -> bool:
+        """The last of a trial's epochs; True prunes it."""
+        seconds = rows[-1].train_seconds + rows[-1].eval_seconds
+        return self.study.report(trial, rows[-1].epoch, measure(rows, self.sweep.metric), seconds)
+
+    def _end(self, trial: Trial, state: State, value: float | None = None, reason: str = "") -> None:
+        self.study.end(trial, state, value, reason)
+        self.store()
+        shown = f", {self.sweep.metric} {value:.4g}" if value is not None else ""
+        self.table.line(trial, f"{state}{shown}{f' ({reason})' * bool(reason)}   [{self.table.summary()}]")
+
+
+def measure(rows: Sequence[EpochMetrics], metric: str, result: RunResult | None = None) -> float:
+    """The metric after some epochs, or of a whole run, as its record has it."""
+    whole = {"error": result.final_error, "epoch_seconds": result.epoch_seconds} if result else {}
+    if (known := whole.get(metric)) is not None:
+        return known
+    if metric == "epoch_seconds":
+        return statistics.median([row.train_seconds for row in rows if row.timed] or [rows[-1].train_seconds])
+    value: float | None = getattr(rows[-1], metric)
+    return math.inf if value is None else value

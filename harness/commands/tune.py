@@ -22,8 +22,7 @@ from harness import plan
 from harness.cluster.job import Allocation, Report, Worker
 from harness.commands.report import print_text, say_page
 from harness.commands.run import EXIT_DONE, EXIT_FAILED
-from harness.commands.study import Study, count_trials
-from harness.commands.sweep import Prepared, SweepTrials, corners, make_trial_grid, make_trial_spec
+from harness.commands.study import Prepared, Study, SweepTrials, corners, count_trials, make_trial_grid
 from harness.deadline import TimeUp, stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
 from harness.options import Resources, Search, TuneOptions, fill, options_of, read_values
@@ -31,14 +30,14 @@ from harness.plugins import load_plugins, sources
 from harness.preflight import check_nodes
 from harness.progress import TrialTable, describe_trial, load_data, say
 from harness.record import describe_code, lease, lock_file, name_of
-from harness.resources import Session, check_resources, make_allocation
+from harness.resources import Session, make_allocation
 from harness.results.remote import join_uri, redact
-from harness.results.report.text import Sheet, for_terminal
+from harness.results.report.text import Sheet, fill_template, for_terminal
 from harness.results.store import RECORD, SWEEP, SWEEPS, load_epochs, partial_dir, sweeps_dir, write_atomic
 from harness.results.sweeps import METRICS, Dimension, Sweep, Trial, best_first, format_value, weigh_both
 from harness.results.values import RunResult
 from harness.search_space import parse_search
-from harness.selfcheck import Checked, RefusedError, check_first
+from harness.selfcheck import RefusedError, check_first
 from harness.spec import RunPaths, RunSpec, UserError, check_word
 
 JOURNAL, WINNER = "journal.log", "winner.json"
@@ -53,9 +52,9 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
     Raises UserError, before anything is started, for whatever cannot work.
     """
     search, options, folder = fill(Search, given), fill(TuneOptions, given), None
-    look = options.dry_run or options.estimate
     if options.dry_run and options.estimate:
         raise UserError("--estimate and --dry-run exclude each other: --estimate probes and prints a table")
+    look = options.dry_run or options.estimate
     out, remote = plan.open_out(options.out, write=not look)
     if options.resume is not None:
         folder = _find_sweep(out, options.resume, redact(remote) or str(out))
@@ -63,21 +62,23 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
     search = replace(search, data_dir=plan.find_data_dir(search.data_dir, search.dataset))
     dimensions = _check(search)
     resources = fill(Resources, asdict(search) | asdict(options) | {"workers": search.workers or 1})
-    check_resources(resources)
     paths = RunPaths(out=out, data_dir=search.data_dir, remote=remote, plugins=sources())
     with ExitStack() as stack, stopping_at(options.until):
+        allocation = make_allocation(make_trial_grid(search, {}), resources, stack)
+        session = Session(allocation, resources, paths, stack)
+        prepared = Prepared(search, load_data(search.dataset, paths, console), session)
+        _plan(prepared, dimensions)
+        if look:
+            return _preview(prepared, console, estimate=options.estimate)
         try:
-            planned = _plan(search, dimensions, resources, paths, console, stack)
-            if look:
-                return _preview(planned, resources, estimate=options.estimate, console=console, stack=stack)
-            prepared = _prepare(planned, resources, options, folder, console, stack)
+            _prepare(prepared, folder, console, skip=options.no_check)
         except RefusedError as error:
             say(console, str(error))
             return EXIT_FAILED
-        sweep, allocation = prepared.sweep, prepared.allocation
+        sweep, allocation = prepared.sweep, session.allocation
         study = Study(prepared.folder / JOURNAL, sweep, seed=search.seed)
         say(console, f"sweep {sweep.name}: {prepared.describe()}", style="dim")
-        Session(allocation, resources, prepared.paths, stack).join()
+        session.join()
         from harness.cluster.search import search as run_search
 
         trials = SweepTrials(prepared, study, TrialTable(sweep, study.trials, console, allocation.concurrent_runs))
@@ -85,7 +86,7 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
         job = replace(allocation, storage=prepared.folder / f".ray-{os.getpid()}")
         try:
             with stopping_on_sigterm(), trials.table.live():
-                run_search(partial(train_trial, paths=prepared.paths), trials, job)
+                run_search(partial(train_trial, paths=session.paths), trials, job)
         except KeyboardInterrupt as stop:  # TimeUp says more
             say(console, f"{str(stop) or 'stopped'}; harness tune --resume {sweep.name} goes on")
             if isinstance(stop, TimeUp) and not any(trial.epochs for trial in study.trials):
@@ -107,10 +108,9 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPath
     from harness.cluster.workers import from_rank_0
     from harness.training.train import train
 
-    folder = partial_dir(paths.out, name_of(spec, paths.label))
-    reported = 0
+    folder, reported = partial_dir(paths.out, name_of(spec, paths.label)), 0
 
-    def catch_up() -> None:
+    def catch_up(_: Any = None) -> None:
         nonlocal reported
         epochs = [row for row in load_epochs(folder) if row.epoch > reported] if worker.rank == 0 else []
         for row in from_rank_0(epochs, worker):
@@ -119,7 +119,7 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPath
 
     catch_up()
     # a kill between checkpoint and report leaves epochs that only the checkpoint has, until `train` reads it
-    result = train(spec, worker, lambda _: catch_up(), paths=paths)
+    result = train(spec, worker, catch_up, paths=paths)
     catch_up()
     return result
 
@@ -153,114 +153,100 @@ def _check(search: Search) -> tuple[Dimension, ...]:
     return dimensions
 
 
-def _plan(
-    search: Search, dimensions: tuple[Dimension, ...], resources: Resources, paths: RunPaths, console: Console,
-    stack: ExitStack,
-) -> Prepared:  # fmt: skip
-    """Look at devices and data, and fix what was left to them: a sweep that is resumed keeps it."""
-    allocation = make_allocation(make_trial_grid(search, {}), resources, stack)
-    dataset = load_data(search.dataset, paths, console)
+def _plan(prepared: Prepared, dimensions: tuple[Dimension, ...]) -> None:
+    """Fix what was left to the devices and the data: a sweep that is resumed keeps it."""
+    search, dataset, session = prepared.search, prepared.dataset, prepared.session
     if search.metric == "top5_error" and dataset.num_classes <= 10:
         classes = f"{search.dataset} has {dataset.num_classes} classes"
         raise UserError(f"--metric top5_error: {classes}, too few for a top-5")
-    listed = {d.field: d.values for d in dimensions}
+    listed, train_images = {d.field: d.values for d in dimensions}, len(dataset.train)
     variants = [find_variant(name) for name in listed.get("variant", (search.variant,))]
     depths = {default_depth(function) if search.depth is None else search.depth for function in variants}
-    images = min(search.limit_train or len(dataset.train), len(dataset.train))
     own = max(function(default_depth(function)).recipe.val for function in variants)
-    val = search.val if search.val is not None else own or min(VAL, images // 10)
-    search = replace(search, val=val, gpus=allocation.gpus, workers=allocation.workers)
-    total = count_trials(dimensions, search.samples)
-    allocation = _allocate_trials(allocation, search, total)
-    specs = [make_trial_spec(search, point, allocation, dataset) for point in corners(dimensions)]
-    plan.check_epochs(specs, len(dataset.train))
+    val = own or min(VAL, min(search.limit_train or train_images, train_images) // 10)
+    val = val if search.val is None else search.val
+    total, allocation = count_trials(dimensions, search.samples), session.allocation
+    prepared.search = replace(search, val=val, gpus=allocation.gpus, workers=allocation.workers)
+    session.allocation = _allocate_trials(allocation, search, total)
+    session.paths = replace(session.paths, label=dataset.label)
+    specs = list(map(prepared.make_spec, corners(dimensions)))
+    plan.check_epochs(specs, train_images)
     if any(spec.plugins for spec in specs):
         from harness.training.fit import check_fit
 
-        check_fit(specs, dataset, paths)
-    epochs = sorted({plan.count_epochs(spec, len(dataset.train)) for spec in specs})
+        check_fit(specs, dataset, session.paths)
+    epochs = sorted({plan.count_epochs(spec, train_images) for spec in specs})
     if len(epochs) > 1 and "variant" in listed:
         raise UserError(
             f"the recipes of these variants have {' and '.join(map(str, epochs))} epochs: choose with --epochs"
         )
-    sweep = Sweep(
+    prepared.sweep = Sweep(
         name="", variant="+".join(listed.get("variant", (search.variant,))),
         depth=None if "depth" in listed or len(depths) > 1 else depths.pop(), dataset=dataset.label,
         metric=search.metric, selected_on="val" if val else "test", val=val,
-        epochs=plan.count_epochs(specs[0], len(dataset.train)), scheduler=search.scheduler,
+        epochs=plan.count_epochs(specs[0], train_images), scheduler=search.scheduler,
         search_algorithm=search.search_algorithm, total=total, dimensions=list(dimensions), trials=[],
     )  # fmt: skip
-    return Prepared(search, sweep, Path(), dataset, replace(paths, label=dataset.label), allocation, Checked())
 
 
-def _preview(
-    planned: Prepared, resources: Resources, *, estimate: bool, console: Console, stack: ExitStack
-) -> int:
+def _preview(prepared: Prepared, console: Console, *, estimate: bool) -> int:
     """Print what would be searched, or probe what its trials cost. Writes nothing but predictions."""
-    sweep, paths = planned.sweep, planned.paths
-    say(
-        console,
-        "\n  ".join([f"{sweep.title} on {sweep.dataset}: {planned.describe()}", *map(str, sweep.dimensions)]),
-    )
+    sweep, session = prepared.sweep, prepared.session
+    about = f"{sweep.title} on {sweep.dataset}: {prepared.describe()}"
+    say(console, "\n  ".join([about, *map(str, sweep.dimensions)]))
     if estimate:
         from harness.commands.probe import probe
 
         # a run costs the same whatever the numbers between two bounds are
-        cells = list(map(planned.make_spec, corners(sweep.dimensions, listed=True)))
-        trials = [cells[i % len(cells)] for i in range(sweep.total)]
-        failed = probe("estimate", trials, Session(planned.allocation, resources, paths, stack), console)
+        cells = list(map(prepared.make_spec, corners(sweep.dimensions, listed=True)))
+        failed = probe("estimate", [cells[i % len(cells)] for i in range(sweep.total)], session, console)
         say(console, "of trials in full: those that the scheduler stops early cost less", style="dim")
         return EXIT_FAILED if failed else EXIT_DONE
-    known = sweep.total if sweep.search_algorithm == "random" else planned.allocation.concurrent_runs
+    known = sweep.total if sweep.search_algorithm == "random" else session.allocation.concurrent_runs
     with tempfile.TemporaryDirectory() as folder:
-        study = Study(Path(folder, JOURNAL), sweep, seed=planned.search.seed)
+        study = Study(Path(folder, JOURNAL), sweep, seed=prepared.search.seed)
         while len(study.trials) < known and (point := study.propose()) is not None:
-            spec = planned.make_spec(point)
-            trial = study.add(point, name_of(spec, paths.label), spec.key)
-            done = (paths.out / trial.run / RECORD).exists()
+            spec = prepared.make_spec(point)
+            trial = study.add(point, name_of(spec, session.paths.label), spec.key)
+            done = (session.paths.out / trial.run / RECORD).exists()
             say(console, f"trial {trial.number}: {describe_trial(trial)}{'   done already' * done}")
     return EXIT_DONE
 
 
-def _prepare(
-    planned: Prepared, resources: Resources, options: TuneOptions, folder: Path | None, console: Console,
-    stack: ExitStack,
-) -> Prepared:  # fmt: skip
+def _prepare(prepared: Prepared, folder: Path | None, console: Console, *, skip: bool) -> None:
     """Check the devices, and make the sweep's folder or lock the one that is resumed. Raises RefusedError."""
-    search, dataset, paths = planned.search, planned.dataset, planned.paths
-    specs = list(map(planned.make_spec, corners(planned.sweep.dimensions)))
-    checked = check_first(specs, planned.allocation, resources, paths, console, skip=options.no_check)
+    search, session, paths = prepared.search, prepared.session, prepared.session.paths
+    specs = list(map(prepared.make_spec, corners(prepared.sweep.dimensions)))
+    checked = check_first(specs, session.allocation, session.resources, paths, console, skip=skip)
     adapted = [checked.adapt(spec) for spec in specs]
     if len({spec.loader for spec in specs}) > 1 and [a.loader for a in adapted] != [s.loader for s in specs]:
         raise UserError("--search loader: one of them failed its check on this device; leave it out")
     if adapted[0] != specs[0]:
         search = replace(search, loader=adapted[0].loader, engine=adapted[0].engine)
-    if options.address is not None:
-        session = Session(planned.allocation, resources, paths, stack)
-        measured = check_nodes(dataset, session, console, exclude=options.exclude_outliers)
-        planned = replace(planned, allocation=session.allocation)
+    if session.resources.address is not None:
+        measured = check_nodes(prepared.dataset, session, console, exclude=session.resources.exclude_outliers)
         checked = replace(checked, environment={**checked.environment, **measured})
+    fingerprint, plugins = prepared.dataset.fingerprint, [source.identity for source in paths.plugins]
     if folder is None:
-        folder = _make_folder(paths.out, planned.sweep)
+        folder = _make_folder(paths.out, prepared.sweep)
         stored = {
-            "schema_version": 1, "name": folder.name, "options": asdict(search), "fingerprint": dataset.fingerprint,
-            "created_at": datetime.now(UTC).isoformat(), "plugins": [source.identity for source in paths.plugins],
-            **describe_code(),
+            "schema_version": 1, "name": folder.name, "options": asdict(search), "fingerprint": fingerprint,
+            "created_at": datetime.now(UTC).isoformat(), "plugins": plugins, **describe_code(),
         }  # fmt: skip
         write_atomic(folder / SWEEP, json.dumps(stored, indent=1, default=str) + "\n")
     else:
-        before, plugins = json.loads((folder / SWEEP).read_bytes()), {source.identity for source in paths.plugins}
-        if before["fingerprint"] != dataset.fingerprint:
+        before = json.loads((folder / SWEEP).read_bytes())
+        if before["fingerprint"] != fingerprint:
             raise UserError(f"--resume {folder.name}: its images of {search.dataset} differ from those here")
-        if changed := set(before.get("plugins", ())) - plugins:
+        if changed := set(before.get("plugins", ())) - set(plugins):
             raise UserError(
                 f"--resume {folder.name}: it was begun with plug-in {' and '.join(changed)}, changed since"
             )
     busy = f"--resume {folder.name}: another harness command is running it"
-    stack.callback(lock_file(folder / ".lock", busy).release)
-    stack.enter_context(lease(paths.remote, [folder.name], partial(say, console)))
-    sweep = planned.sweep.model_copy(update={"name": folder.name})
-    return replace(planned, search=search, sweep=sweep, folder=folder, checked=checked)
+    session.stack.callback(lock_file(folder / ".lock", busy).release)
+    session.stack.enter_context(lease(paths.remote, [folder.name], partial(say, console)))
+    prepared.sweep = prepared.sweep.model_copy(update={"name": folder.name})
+    prepared.search, prepared.folder, prepared.checked = search, folder, checked
 
 
 def _allocate_trials(allocation: Allocation, search: Search, total: int) -> Allocation:
@@ -276,11 +262,10 @@ def _allocate_trials(allocation: Allocation, search: Search, total: int) -> Allo
 def _make_folder(out: Path, sweep: Sweep) -> Path:
     """A new folder: runs/tune/msra-20_cifar10_20260102-030405."""
     words = f"{sweep.title}_{sweep.dataset}_{datetime.now(UTC):%Y%m%d-%H%M%S}"
-    name = re.sub(r"[^A-Za-z0-9.+_]+", "-", words)
     for number in itertools.count(1):
+        name = re.sub(r"[^A-Za-z0-9.+_]+", "-", words + f"-{number}" * (number > 1))
         with suppress(FileExistsError):
-            folder = sweeps_dir(out) / (name if number == 1 else f"{name}-{number}")
-            folder.mkdir(parents=True)
+            (folder := sweeps_dir(out) / name).mkdir(parents=True)
             break
     return folder
 
@@ -313,8 +298,7 @@ def _load_search(folder: Path, search: Search, given: Collection[str]) -> Search
 
 def _print_sweep(prepared: Prepared, sweep: Sweep, console: Console) -> None:
     """The table of all trials, the fields' importance, and the command that trains the winner."""
-    names = [dimension.field for dimension in sweep.dimensions]
-    ranked = best_first(sweep.trials)
+    names, ranked = [dimension.field for dimension in sweep.dimensions], best_first(sweep.trials)
     cells = [
         [
             str(trial.number), trial.state, f"{trial.epochs}/{sweep.epochs}",
@@ -326,31 +310,20 @@ def _print_sweep(prepared: Prepared, sweep: Sweep, console: Console) -> None:
     ]  # fmt: skip
     headers = ["trial", "state", "epochs", sweep.heading, *names, "seconds", ""]
     sheet = Sheet(headers, [True, False, *[True] * (len(names) + 3), False], cells)
-    width = console.width if console.is_terminal else max(console.width, sheet.width)
-    title = f"\n{len(ranked)} trials of {sweep.variant} on {sweep.dataset}, best first"
-    reach = f"{sweep.judged_by}; of pruned and failed trials as far as they came"
-    lines = [title, "", *for_terminal(sheet, width), f"\nseconds: of training and evaluation. {reach}"]
-    for one in sweep.importances:
-        at = f"at epoch {one.epoch} of {sweep.epochs} ({one.heading})"
-        lines.append(f"\nimportance for the {sweep.heading} {at}:")
-        lines += [f"  {x.field:<16} {x.value:.2f}  p = {x.p or 1:.3f}  {x.sign}" for x in one.fields]
-    if finished := [trial for trial in ranked if trial.state == "finished"]:
-        lines.append("\nbest:")
-        lines += [f"  {trial.value:.4g}  {describe_trial(trial)}  ({trial.run})" for trial in finished[:3]]
-        lines += ["\ntrain the winner in full:", f"  {shlex.join(write_winner(prepared, finished[0]))}"]
-    else:
-        lines.append("\nno trial came to its end")
-    remote = prepared.paths.remote
+    table = for_terminal(sheet, console.width if console.is_terminal else max(console.width, sheet.width))
+    finished, remote = ranked and ranked[0].state == "finished", prepared.session.paths.remote
+    command = shlex.join(write_winner(prepared, ranked[0])) if finished else ""
     where = redact(join_uri(join_uri(remote, SWEEPS), sweep.name)).partition("?")[0] if remote else prepared.folder
-    print_text("\n".join([*lines, f"\nstored in {where}"]), console)
+    values = {"sweep": sweep, "ranked": ranked, "table": table, "command": command, "where": where}
+    print_text(fill_template("sweep.txt.j2", describe=describe_trial, **values), console)
 
 
 def write_winner(prepared: Prepared, trial: Trial) -> list[str]:
     """Write the winner's specification: all its epochs, all training images, the test set; the command that trains it."""
-    path, data_dir = prepared.folder / WINNER, prepared.search.data_dir
+    path, paths = prepared.folder / WINNER, prepared.session.paths
     spec = prepared.make_spec(trial.fields, epochs=None, val=0, limit_train=None)
     write_atomic(path, json.dumps(spec.to_json(), indent=1) + "\n")
     data = [word for file in prepared.search.plugin for word in ("--plugin", file)]
-    data += [] if data_dir is None else ["--data-dir", str(data_dir)]
-    out = redact(prepared.paths.remote) or str(prepared.paths.out)
+    data += [] if paths.data_dir is None else ["--data-dir", str(paths.data_dir)]
+    out = redact(paths.remote) or str(paths.out)
     return ["harness", "run", "--spec", str(path), "--seeds", str(SEEDS), *data, "--out", out]

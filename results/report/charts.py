@@ -9,32 +9,31 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.results.metrics import METRICS, NONE
-from harness.results.report import memory
 from harness.results.report.columns import DESCRIPTORS
 from harness.results.report.table import Layout, lay_out
-from harness.results.report.text import clean
+from harness.results.report.text import clean, known
 from harness.results.rows import Row
 from harness.results.statistics import mean
 from harness.results.store import Interrupted, Stored, load_epochs, write_atomic
 from harness.results.values import EpochMetrics
 
 MAX_RUNS = 200  # whose epochs are read for one page: more curves than that cannot be told apart
-MAX_POINT_NAMES = 24  # beside the points of a frontier; with more of them only the best are named
-LETTER, LINE = 0.022, 0.07  # of such a name's, in shares of the chart
+LETTER, LINE = 0.022, 0.07  # of a name beside a point, in shares of the chart
 MAX_BARS = 24
 MAX_LEGEND = 40
 MAX_LINE = 110  # letters of a caption that fit the width of a file
 WIDTH, HEIGHT = 620, 380  # of a file
-BAR, AROUND_BARS = 44, 54  # pixels
+BAR = 44  # pixels
 VEGA_LITE = "6.4"
 
 PALETTE = (
@@ -48,17 +47,17 @@ DESCRIBING = [column for column in DESCRIPTORS if not column.stays and column.na
 """Columns that distinguish rows of one network."""
 MEMORIES = ("nvml_process_mib", "torch_reserved_mib", "rss_mib")  # the best one to compare first
 Values = list[dict[str, Any]]
+Figures = Mapping[
+    str, tuple[str, Callable[[list[float]], float]]
+]  # name -> field of an epoch, and how runs are combined
 
 
-@dataclass(frozen=True, slots=True)
-class Chart:
+class Chart(NamedTuple):
     """One chart. Its spec reads the values of its panel by the name of the data set."""
 
     name: str  # "curves", "slice-lr"
     caption: str
     spec: dict[str, Any]
-    wide: bool = False
-    height: int | None = None  # pixels in the page, where its rows have a fixed height
 
 
 class Style(NamedTuple):
@@ -82,6 +81,12 @@ class Panel:
     left_out: int = 0  # rows whose curves are not shown
     colours: dict[str, str] = field(default_factory=dict)  # of a sweep's trials, by run
 
+    def add(self, name: str, values: Values, charts: Iterable[Chart]) -> None:
+        """Values and the charts of them; nothing where there are none."""
+        if values:
+            self.datasets[name] = values
+            self.charts += charts
+
 
 def make_panels(
     rows: Sequence[Row], labels: Sequence[str] = (), colours: Mapping[str, str] | None = None
@@ -93,11 +98,9 @@ def make_panels(
     groups: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
     for row, label in zip(rows, labels or make_labels(rows), strict=True):
         groups[row.dataset, row.evaluated_on][label] = row
-    left, chosen = MAX_RUNS, set[int]()
-    for row in sorted(rows, key=_final_error):  # those with the smallest error
-        left -= sum(map(len, (row.done, row.failed, row.pruned, row.interrupted)))
-        if left >= 0 or not chosen:
-            chosen.add(id(row))
+    best = sorted(rows, key=_final_error)
+    runs = accumulate(sum(map(len, (row.done, row.failed, row.pruned, row.interrupted))) for row in best)
+    chosen = {id(row) for row, so_far in zip(best, runs, strict=True) if so_far <= MAX_RUNS or row is best[0]}
     panels = [_make_panel(members, chosen, colours or {}) for members in groups.values()]
     return [panel for panel in panels if panel.charts]
 
@@ -107,8 +110,7 @@ def make_labels(rows: Sequence[Row], layout: Layout | None = None) -> list[str]:
 
     `layout` is `lay_out(rows)`, where it has been made.
     """
-    shown = (layout or lay_out(rows)).columns if rows else []
-    describing = [column for column in shown if column in DESCRIBING]
+    describing = [column for column in (layout or lay_out(rows)).columns if column in DESCRIBING]
     labels: list[str] = []
     seen: Counter[tuple[str, str]] = Counter()
     for row in rows:
@@ -123,8 +125,9 @@ def make_labels(rows: Sequence[Row], layout: Layout | None = None) -> list[str]:
 def make_styles(labels: Sequence[str]) -> dict[str, Style]:
     """Colours by network, dashes and shapes by the rest of the label; colours alone where one of them is enough."""
     parts = [label.partition(" · ")[::2] for label in labels]
-    networks = {name: k for k, name in enumerate(dict.fromkeys(network for network, _ in parts))}
-    conditions = {name: k for k, name in enumerate(dict.fromkeys(condition for _, condition in parts))}
+    networks, conditions = (
+        {name: k for k, name in enumerate(dict.fromkeys(part))} for part in zip(*parts, strict=True)
+    )
     styles = {}
     for label, (network, condition) in zip(labels, parts, strict=True):
         k, j = networks[network], conditions[condition]
@@ -136,7 +139,7 @@ def make_styles(labels: Sequence[str]) -> dict[str, Style]:
 
 
 def _final_error(row: Row) -> float:
-    return row.error if row.error is not None and math.isfinite(row.error) else math.inf
+    return row.error if row.error is not None and is_finite(row.error) else math.inf
 
 
 def _make_panel(rows: Mapping[str, Row], chosen: set[int], colours: Mapping[str, str]) -> Panel:
@@ -144,43 +147,34 @@ def _make_panel(rows: Mapping[str, Row], chosen: set[int], colours: Mapping[str,
     panel = Panel(clean(first.dataset), clean(first.dataset))
     styles = make_styles(list(rows))
     for label, row in rows.items():
-        if known := [c for stored in (*row.done, *row.pruned) if (c := colours.get(stored.folder.name))]:
-            styles[label] = styles[label]._replace(colour=known[0])
-    title = "test error, %" if first.evaluated_on == "test" else "error of held-out images, %"
+        for colour in (colours.get(stored.folder.name) for stored in (*row.done, *row.pruned)):
+            styles[label] = styles[label]._replace(colour=colour or styles[label].colour)
+    error = "test error, %" if first.evaluated_on == "test" else "error of held-out images, %"
 
-    curved, curves, learning = dict[str, Style](), Values(), Values()
-    for label, row in rows.items():
-        if id(row) in chosen and (own := list(_load_curves(row))):
-            curved[label] = styles[label]
-            curves += [{"row": label} | curve for curve in own if "of" not in curve]
-            learning += [{"row": label} | curve for curve in own if "of" in curve]
-    panel.rows = curved or styles
-    if curves:
-        panel.datasets["curves"] = curves
-        panel.charts += _curve_charts(curves, title, curved)
-    if learning:
-        panel.datasets["learning"] = learning
-        panel.charts += _learning_charts(learning, curved)
+    shown = {label: row for label, row in rows.items() if id(row) in chosen}
+    every = [{"row": label} | curve for label, row in shown.items() for curve in _load_curves(row)]
+    panel.rows = {curve["row"]: styles[curve["row"]] for curve in every} or styles
+    panel.left_out = sum(bool(row.done) for row in rows.values() if id(row) not in chosen)
+    curves, learning = ([c for c in every if ("of" in c) is learnt] for learnt in (False, True))
+    panel.add("curves", curves, _curve_charts(curves, error, panel.rows))
+    panel.add("learning", learning, _learning_charts(learning, panel.rows))
 
     done = [row for row in rows.values() if row.done]
-    missing = {name: sum(row.figures[name].value is None for row in done) for name in MEMORIES}
-    for name, figure in (("seconds", "epoch_seconds"), ("memory", min(MEMORIES, key=missing.__getitem__))):
-        if points := _points(rows, figure):
-            panel.datasets[name] = points
-            shown = {point["row"]: styles[point["row"]] for point in points}
-            panel.charts.append(_frontier_chart(name, figure, title, shown))
+    held = min(MEMORIES, key=lambda name: sum(row.figures[name].value is None for row in done))
+    for name, figure in (("seconds", "epoch_seconds"), ("memory", held)):
+        points = _points(rows, figure)
+        panel.add(
+            name, points, _frontier_charts(name, figure, error, {p["row"]: styles[p["row"]] for p in points})
+        )
 
-    having = {label: parts for label, row in rows.items() if (parts := memory.known(row.by_category_mib))}
+    having = {label: parts for label, row in rows.items() if (parts := known(row.by_category_mib))}
     best = sorted(having, key=lambda label: _final_error(rows[label]))[:MAX_BARS]
     panel.categories = {label: parts for label, parts in having.items() if label in best}
-    if best:
-        panel.datasets["categories"] = [
-            {"row": label, "category": name, "mib": round(value, 2)}
-            for label, parts in panel.categories.items() for name, value in parts.items()
-        ]  # fmt: skip
-        panel.charts.append(_category_chart(panel.categories, on_gpu=first.fields.get("device") == "cuda"))
-    if not all(id(row) in chosen for row in rows.values()):
-        panel.left_out = len([row for label, row in rows.items() if row.done and label not in curved])
+    bars = [
+        {"row": label, "category": name, "mib": round(value, 2)}
+        for label, parts in panel.categories.items() for name, value in parts.items()
+    ]  # fmt: skip
+    panel.add("categories", bars, _category_charts(panel.categories, on_gpu=first.fields.get("device") == "cuda"))
     return panel
 
 
@@ -191,25 +185,22 @@ def _load_curves(row: Row) -> Iterator[dict[str, Any]]:
     """Error over epochs, in percent: the mean of the finished runs with smallest and largest; each other run by itself.
 
     Then, of the finished runs that recorded both, means of error and loss of what is learnt and of what is not. The specs
-    spread the lists, and fill in epochs 1, 2, 3, ...
+    spread the lists.
     """
-    runs = [_load_epochs(stored) for stored in row.done]
-    if epochs := _common_epochs([[e for e in run if math.isfinite(e.error)] for run in runs]):
-        curve = _number(epochs) | {"mean": _combine(epochs, "error")}
-        if len(epochs[0]) > 1:
-            curve |= {"low": _combine(epochs, "error", min), "high": _combine(epochs, "error", max)}
-        if row.against and row.against.published.error is not None:
-            curve["published"] = row.against.published.error
-        yield curve
+    done = [_load_epochs(run) for run in row.done]
+    errors: Figures = {"mean": ("error", mean), "low": ("error", min), "high": ("error", max)}
     partials: list[Stored | Interrupted] = [*row.failed, *row.pruned, *row.interrupted]
+    if curve := _combine(done, "error", errors):
+        published = row.against.published.error if row.against else None
+        yield curve if published is None else curve | {"published": published}
     for number, partial in enumerate(partials, 1):
-        if epochs := [[e] for e in _load_epochs(partial) if math.isfinite(e.error)]:
-            yield _number(epochs) | {"mean": _combine(epochs, "error"), "unfinished": number}
-    if epochs := _common_epochs([[e for e in run if e.train_error is not None] for run in runs]):
-        on_test = row.evaluated_on == "test"
-        names = {"training": ("train_error", "loss"), "test" if on_test else "held out": ("error", "eval_loss")}
-        for kind, (error, loss) in (names | ({} if on_test else {"test": ("test_error", "")})).items():
-            yield _number(epochs) | {"of": kind, "error": _combine(epochs, error), "loss": _combine(epochs, loss)}
+        if curve := _combine([_load_epochs(partial)], "error", errors):
+            yield curve | {"unfinished": number}
+    on_test = row.evaluated_on == "test"
+    names = {"training": ("train_error", "loss"), "test" if on_test else "held out": ("error", "eval_loss")}
+    for kind, (error, loss) in (names | ({} if on_test else {"test": ("test_error", "")})).items():
+        if curve := _combine(done, "train_error", {"error": (error, mean), "loss": (loss, mean)}):
+            yield curve | {"of": kind}
 
 
 def _load_epochs(run: Stored | Interrupted) -> list[EpochMetrics]:
@@ -219,122 +210,89 @@ def _load_epochs(run: Stored | Interrupted) -> list[EpochMetrics]:
     return []
 
 
-def _common_epochs(runs: Sequence[Sequence[EpochMetrics]]) -> list[list[EpochMetrics]]:
-    """The epochs that all runs have, each as it was in every run; runs without an epoch do not count."""
-    by_number = [{e.epoch: e for e in run} for run in runs if run]
-    common = sorted(set.intersection(*map(set, by_number))) if by_number else []
-    return [[run[number] for run in by_number] for number in common]
+def is_finite(value: float | None) -> bool:
+    """False also for the last loss of a run that diverged."""
+    return value is not None and math.isfinite(value)
 
 
-def _combine(
-    epochs: Sequence[Sequence[EpochMetrics]], name: str, of: Callable[[list[float]], float] = mean
-) -> list[float | None]:
-    """A figure after each epoch over the runs, to four digits; None where a run does not have it."""
-    columns = [[getattr(e, name, None) for e in epoch] for epoch in epochs]
-    return [
-        float(f"{of(column):.4g}") if all(v is not None and math.isfinite(v) for v in column) else None  # type: ignore[arg-type]
-        for column in columns
-    ]
+def _combine(runs: Sequence[Sequence[EpochMetrics]], needed: str, figures: Figures) -> dict[str, Any]:
+    """Figures of the epochs in which all runs have the one that is needed, to four digits; None where a run lacks another.
+
+    Runs without any such epoch do not count; nothing where none has one.
+    """
+    numbered = [{e.epoch: e for e in run if is_finite(getattr(e, needed))} for run in runs]
+    having = [run for run in numbered if run]
+    epochs = sorted(set.intersection(*map(set, having))) if having else []
+    curve: dict[str, Any] = {"epoch": epochs} if epochs else {}
+    for name, (own, of) in figures.items() if epochs else ():
+        columns: list[list[Any]] = [[getattr(run[number], own, None) for run in having] for number in epochs]
+        curve[name] = [float(f"{of(column):.4g}") if all(map(is_finite, column)) else None for column in columns]
+    return curve
 
 
-def _number(epochs: Sequence[Sequence[EpochMetrics]]) -> dict[str, Any]:
-    numbers = [epoch[0].epoch for epoch in epochs]
-    return {} if numbers == list(range(1, len(numbers) + 1)) else {"epoch": numbers}
-
-
-def _curve_charts(curves: Values, title: str, styles: Mapping[str, Style]) -> Iterator[Chart]:
-    parts = {
-        "low": ": mean of the seeds, band from the smallest to the largest",
-        "unfinished": "; dotted: a run that did not finish",
-        "published": "; level: the published error",
+def _curve_charts(curves: Values, error: str, styles: Mapping[str, Style]) -> Iterator[Chart]:
+    said = {
+        ": mean of the seeds, band from the smallest to the largest": any(c["low"] != c["high"] for c in curves),
+        "; dotted: a run that did not finish": any("unfinished" in c for c in curves),
+        "; level: the published error": any("published" in c for c in curves),
     }
-    said = (text for name, text in parts.items() if any(name in curve for curve in curves))
-    looks = {"colour": _encode(styles, "colour"), "dash": _encode(styles, "dash"), "error": title}
-    last = max(max(curve.get("epoch") or [len(curve["mean"])]) for curve in curves)
-    top = max(max(curve.get("high") or curve["mean"]) for curve in curves)
-    spec = make_spec("curves", epochs=[1, max(last, 2)], errors=[0, top or 1], clip=False, first=1, **looks)
-    yield Chart("curves", "".join(["Error after each epoch", *said]), spec)
-
-    first, lows, highs, finals = last // 2 + 1, list[float](), list[float](), list[float]()
-    for curve in (curve for curve in curves if "unfinished" not in curve):
-        low, high = curve.get("low") or curve["mean"], curve.get("high") or curve["mean"]
-        late = [k for k, epoch in enumerate(curve.get("epoch") or range(1, len(low) + 1)) if epoch >= first]
-        lows += [low[k] for k in late] + [curve["published"] for _ in late[:1] if "published" in curve]
-        highs += [high[k] for k in late]
-        finals.append(high[-1])
-    if lows and last >= 4:
-        errors = [min(lows), max(min(max(highs), 2 * max(finals)), min(lows) + 0.5)]
-        spec = make_spec("curves", epochs=[first, last], errors=errors, clip=True, first=first, **looks)
+    caption = "".join(["Error after each epoch", *(words for words, true in said.items() if true)])
+    last = max(curve["epoch"][-1] for curve in curves)
+    spec = make_spec("curves", styles, first=1, last=max(last, 2), zero=True, error=error)
+    yield Chart("curves", caption, spec)
+    if last >= 4 and not all("unfinished" in curve for curve in curves):
+        first = last // 2 + 1
+        spec = make_spec("curves", styles, first=first, last=last, zero=False, error=error)
         yield Chart("zoom", f"The same from epoch {first}", spec)
 
 
 def _learning_charts(curves: Values, styles: Mapping[str, Style]) -> Iterator[Chart]:
-    last = max(max(curve.get("epoch") or [len(curve["loss"])]) for curve in curves)
+    last = max(2, *(curve["epoch"][-1] for curve in curves))
     kinds = list(dict.fromkeys(curve["of"] for curve in curves))
     for figure, title in (("error", "error, %"), ("loss", "loss")):
-        looks = {"epochs": [1, max(last, 2)], "kinds": kinds, "colour": _encode(styles, "colour")}
         caption = f"{figure.capitalize()} after each epoch, mean of the seeds; of training images during the epoch"
-        yield Chart(f"learning-{figure}", caption, make_spec("learning", figure=figure, title=title, **looks))
+        spec = make_spec("learning", styles, figure=figure, title=title, last=last, kinds=kinds)
+        yield Chart(f"learning-{figure}", caption, spec)
 
 
 # --- error against cost, memory by category ---
 
 
 def _points(rows: Mapping[str, Row], figure: str) -> Values:
-    """`best`: no other row is better in both. The cheapest row of a network has its name beside it."""
+    """`best`: no other row is better in both. Of these, the cheapest row of a network has its name beside it, where it
+    covers no other, in a chart as small as a phone's."""
     every = ((row.figures[figure].value, _final_error(row), label) for label, row in rows.items())
-    order = sorted(
-        (cost, error, label) for cost, error, label in every if cost is not None and cost + error < math.inf
-    )
-    lowest, named, points = math.inf, set[str](), Values()
-    for cost, error, label in order:
-        network, std = label.partition(" · ")[0], rows[label].figures["error"].std or 0.0
-        best = error < lowest
-        shown = network not in named and (best or len(order) <= MAX_POINT_NAMES)
+    lowest, points = math.inf, Values()
+    for cost, error, label in sorted((c, e, label) for c, e, label in every if c is not None and c + e < math.inf):
+        std = rows[label].figures["error"].std or 0.0
         points.append({
             "row": label, "cost": float(f"{cost:.6g}"), "error": round(error, 2), "low": round(error - std, 2),
-            "high": round(error + std, 2), "best": best, "name": network if shown else "",
+            "high": round(error + std, 2), "best": error < lowest,
         })  # fmt: skip
         lowest = min(lowest, error)
-        named.add(network)
-    _place_names(points)
+    width = max((p["cost"] for p in points), default=0.0) or 1.0
+    height = max((p["high"] for p in points), default=0.0) - min((p["low"] for p in points), default=0.0) or 1.0
+    taken: dict[str, tuple[float, float, float]] = {}  # by names: from left to right, and their height
+    for point in (point for point in points if point["best"]):
+        name, x, y = point["row"].partition(" · ")[0], point["cost"] / width, point["error"] / height
+        left = x - LETTER * len(name) * (x > 0.5)
+        right = left + LETTER * len(name)
+        if name not in taken and all(right < a or b < left or abs(y - c) > LINE for a, b, c in taken.values()):
+            taken[name] = left, right, y
+            point |= {"name": name, "right": x <= 0.5}
     return points
 
 
-def _place_names(points: Values) -> None:
-    """Names stand at a corner of their points where they cover no other, or not at all, in a chart as small as a phone's."""
-    if not points:
-        return
-    width, low = max(p["cost"] for p in points) or 1.0, min(p["low"] for p in points)
-    height = max(p["high"] for p in points) - low or 1.0
-    at = [(p["cost"] / width, (p["error"] - low) / height) for p in points]
-    taken = [(x - 0.015, y - 0.02, x + 0.015, y + 0.02) for x, y in at]
-    for point, (x, y) in zip(points, at, strict=True):
-        long, name = LETTER * len(point["name"]), point["name"]
-        point["name"] = ""
-        for right, up in ((False, True), (True, True), (False, False), (True, False)) if name else ():
-            left, bottom = x + 0.02 if right else x - 0.02 - long, y + 0.02 if up else y - 0.02 - LINE
-            box = (left, bottom, left + long, bottom + LINE)
-            free = all(
-                box[0] > other[2] or box[2] < other[0] or box[1] > other[3] or box[3] < other[1] for other in taken
-            )
-            if free and box[0] >= 0 and box[2] <= 1.04:
-                point |= {"name": name, "right": right, "up": up}
-                taken.append(box)
-                break
-
-
-def _frontier_chart(name: str, figure: str, title: str, styles: Mapping[str, Style]) -> Chart:
+def _frontier_charts(name: str, figure: str, error: str, styles: Mapping[str, Style]) -> Iterator[Chart]:
     metric = METRICS[figure]
     cost = "seconds per epoch"
     if metric.unit == "MiB":
         cost = f"{metric.means.removeprefix('MiB, ').partition(':')[0]}, MiB"
-    looks = {"colour": _encode(styles, "colour"), "shape": _encode(styles, "shape")}
-    spec = make_spec("frontier", data=name, cost=cost, error=title, **looks)
-    return Chart(name, f"Error against {cost}; the line joins rows that no other row beats in both", spec)
+    spec = make_spec("frontier", styles, data=name, cost=cost, error=error)
+    yield Chart(name, f"Error against {cost}; the line joins rows that no other row beats in both", spec)
 
 
-def _category_chart(categories: Mapping[str, Mapping[str, float]], *, on_gpu: bool) -> Chart:
+def _category_charts(categories: Mapping[str, Mapping[str, float]], *, on_gpu: bool) -> Iterator[Chart]:
     """A bar a row, its parts from left to right; what is below zero goes to the left. A tick marks the sum."""
     whole = "GPU memory of the process" if on_gpu else "resident memory"
     caption = f"Who holds the {whole}: of the run of a row that used most; the tick is what was measured"
@@ -342,10 +300,11 @@ def _category_chart(categories: Mapping[str, Mapping[str, float]], *, on_gpu: bo
         caption += "; left of zero: what the categories count twice"
     if len(categories) == MAX_BARS:
         caption += f"; the {MAX_BARS} rows with the smallest error"
-    colours, title = category_colours(categories), f"{whole}, MiB"
-    looks = {"categories": list(colours), "colours": list(colours.values())}
-    spec = make_spec("categories", rows=list(categories), title=title, **looks)
-    return Chart("categories", caption, spec, wide=True, height=BAR * len(categories) + AROUND_BARS)
+    parts = category_colours(categories)
+    spec = make_spec(
+        "categories", bars=list(categories), title=f"{whole}, MiB", parts=[*parts], shades=[*parts.values()]
+    )
+    yield Chart("categories", caption, spec)
 
 
 def category_colours(categories: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
@@ -354,9 +313,9 @@ def category_colours(categories: Mapping[str, Mapping[str, float]]) -> dict[str,
     These are distinct also for the colour-blind, neighbours most of all: chosen by a search over CIELAB distances as seen
     without one of the cones, on white and on the dark page. A GPU has no "process at its start", a CPU no CUDA context.
     """
-    names = {name for parts in categories.values() for name in parts}
+    names = {name: 1.0 for parts in categories.values() for name in parts}
     colours = load_specs()["memory"]
-    return {name: colours.get(name, colours["other"]) for name in memory.known(dict.fromkeys(names, 1.0))}
+    return {name: colours.get(name, colours["other"]) for name in known(names)}
 
 
 # --- specs and files ---
@@ -368,19 +327,20 @@ def load_specs() -> dict[str, Any]:
     return specs
 
 
-def make_spec(name: str, **values: Any) -> dict[str, Any]:
-    """A spec of `charts.json`, each "$word" in it replaced by a value or by another part of that file."""
-    known = load_specs() | values
-    text = re.sub(r'"\$(\w+)"', lambda word: json.dumps(known[word[1]]), json.dumps(load_specs()[name]))
+def make_spec(name: str, styles: Mapping[str, Style] | None = None, **values: Any) -> dict[str, Any]:
+    """A spec of `charts.json`, each "$word" in it replaced by a value or by another part of that file.
+
+    `styles`: of the rows in it, which a legend explains where it helps.
+    """
+    rows, parts = styles or {}, load_specs()
+    values |= {"rows": [*rows], **{key: [getattr(style, key) for style in rows.values()] for key in Style._fields}}
+    text = json.dumps(parts[name])
+    for given in (parts, values):  # in a value nothing is replaced
+        text = re.sub(r'"\$(\w+)"', lambda word: json.dumps(given.get(word[1], word[0].strip('"'))), text)  # noqa: B023
+    if 1 < len(rows) <= MAX_LEGEND:
+        text = text.replace(', "legend": null', "")
     spec: dict[str, Any] = json.loads(text)
     return spec
-
-
-def _encode(styles: Mapping[str, Style], channel: str) -> dict[str, Any]:
-    """The colours, dashes or shapes of rows, with a legend where it helps."""
-    scale = {"domain": list(styles), "range": [getattr(style, channel) for style in styles.values()]}
-    legend = {} if 1 < len(styles) <= MAX_LEGEND else {"legend": None}
-    return {"field": "row", "type": "nominal", "scale": scale} | legend
 
 
 def write_charts(panels: Sequence[Panel], folder: Path) -> list[Path]:
@@ -392,13 +352,13 @@ def write_charts(panels: Sequence[Panel], folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    stems: dict[str, int] = defaultdict(int)
+    stems: Counter[str] = Counter()
     options: dict[str, Any] = {"vl_version": VEGA_LITE, "config": load_specs()["light"]}
     for panel, chart in [(p, chart) for p in panels for chart in p.charts]:
         stem = re.sub(r"[^A-Za-z0-9.+_]+", "-", f"{panel.stem[:80]}-{chart.name[:40]}").strip("-.") or "x"
         stems[stem] += 1
-        stem += f"-{stems[stem]}" if stems[stem] > 1 else ""
-        height = HEIGHT if chart.height is None else chart.height - AROUND_BARS
+        stem += f"-{stems[stem]}" * (stems[stem] > 1)
+        height = BAR * len(panel.categories) if chart.name == "categories" else HEIGHT
         lines = [chart.caption] if len(chart.caption) <= MAX_LINE else chart.caption.split("; ")
         title = {"text": panel.title, "subtitle": lines, "offset": 18}
         spec = {"width": WIDTH, "height": height, "title": title, "datasets": panel.datasets, **chart.spec}

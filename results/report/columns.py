@@ -1,73 +1,127 @@
-"""The columns of the table: what a row is, its errors, its costs."""
+"""The columns of the table: what a row is, its errors, its costs. `columns.toml` declares them; here is what they say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
-from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures, rounded, suggest
+from harness.results.metrics import METRICS, NONE, UNKNOWN, figures, rounded, suggest
 from harness.results.published import Published, find_published
 from harness.results.rows import Row
+from harness.results.statistics import MAX_HALF_WIDTH, VERDICT_ALPHA, seeds_to_tell
 from harness.results.store import Interrupted, Stored
 from harness.results.values import setting
-from harness.results.verdict import ALPHA, MAX_HALF_WIDTH
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
+    """As columns.toml says."""
+
     name: str
     header: str
-    text: Callable[[Row], str]
-    means: str = ""  # stands under the table
-    key: Callable[[Row], Any] | None = None  # what it is sorted by: a number, None or NaN; by default its text
+    means: str = ""
+    key: str = ""
     right: bool = True
-    stays: bool = True  # in the table, even where all rows agree
-    hidden: bool = False  # from the table, unless it is chosen
+    stays: bool = True
+    hidden: bool = False
+
+    def text(self, row: Row) -> str:
+        """Its cell."""
+        if own := TEXT.get(self.name):
+            return own(row)
+        return (
+            METRICS[self.name].summary(row.figures.get(self.name, UNKNOWN))
+            if self.name in METRICS
+            else row.text(self.name)
+        )
 
     def sort_key(self, row: Row) -> float | str | None:
         """What the column is sorted by; None, or NaN, where there is nothing."""
-        value: float | str | None = (self.key or self.text)(row)
-        return None if value == NONE else value
+        value = find(row, self.key) if self.key else self.text(row)
+        return value if isinstance(value, int | float if self.key else str) and value != NONE else None
 
 
-def _width(row: Row) -> str:
-    if "workers" in row.averaged_over:
-        return f"{row.text('workers')} of {row.batch_size}"
-    return f"{row.workers}×{row.batch_size // max(1, row.workers)}"
+def find(row: Row, path: str) -> Any:
+    """The value at a path that begins at a row, or at one of `DERIVED`; None where there is none."""
+    first, *rest = path.split(".")
+    value = DERIVED[first](row) if first in DERIVED else getattr(row, first)
+    for name in rest:
+        value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+    return value
 
 
-def _limit(row: Row) -> Any:
-    return setting(row.spec, "limit_train", int)
+# --- what is made of a row's values ---
 
 
 def _overrides(row: Row) -> list[str]:
     return list(map(str, setting(row.spec, "overrides", list) or ()))
 
 
-_descriptor = partial(Column, right=False, stays=False)
-DESCRIPTORS: tuple[Column, ...] = (
-    _descriptor("variant", "variant", lambda r: r.text("variant", r.variant), stays=True),
-    _descriptor("depth", "depth", lambda r: r.text("network.depth", str(r.depth)) if r.depth else NONE, stays=True, right=True,
-              key=lambda r: r.depth),
-    _descriptor("dataset", "data set", lambda r: r.text("label", r.dataset)),
-    _descriptor("limit_train", "images", lambda r: f"{limit:,}" if (limit := _limit(r)) else "all",
-              "of the training set that were used", right=True, key=_limit),
-    _descriptor("duration", "trained", lambda r: r.duration, key=lambda r: setting(r.spec, "recipe.duration", int, float)),
-    _descriptor("overrides", "changed", lambda r: rounded(", ".join(_overrides(r))) or NONE,
-              "what differs from the variant's own recipe"),
-    _descriptor("loader", "loader", lambda r: r.text("loader")),
-    _descriptor("precision", "precision", lambda r: r.text("precision")),
-    _descriptor("engine", "engine", lambda r: r.text("engine")),
-    _descriptor("workers", "width", _width, "DDP workers × images per step and worker", key=lambda r: r.workers),
-    _descriptor("device", "device", lambda r: r.text("hardware", r.device)),
-    _descriptor("differs", "differs in", lambda r: ", ".join(r.differs) or NONE),
-)  # fmt: skip
+def _limit(row: Row) -> Any:
+    return setting(row.spec, "limit_train", int)
 
 
-# --- its figures ---
+def _entry(row: Row, variant: str = "") -> Published | None:
+    return find_published(row.fields.get("dataset", ""), variant or row.variant, row.depth)
+
+
+def cost_entry(row: Row) -> Published | None:
+    """The published entry whose seconds and memory are of such runs as the row's: images by number and size, network.
+
+    How the images were compressed does not matter to a cost, nor does the number of epochs.
+    """
+    other = any(not text.startswith(("epochs=", "val=")) for text in _overrides(row))
+    return None if other or _limit(row) is not None else _entry(row)
+
+
+def _ratio(row: Row) -> float | None:
+    seconds = find(row, "cost.epoch_seconds")
+    return seconds / row.epoch_seconds if seconds and row.epoch_seconds else None
+
+
+def _seeds_to_tell(row: Row) -> int | None:
+    against = row.against
+    return seeds_to_tell(against.published, row.values("error")) if against and against.half is not None else None
+
+
+def pruned_at(stored: Stored) -> str:
+    """ "pruned at 3 of 30" """
+    pruned = stored.record.pruned
+    return f"pruned at {pruned.epoch} of {pruned.of}" if pruned else NONE
+
+
+def progress(partial: Interrupted) -> str:
+    """ "epoch 3 of 30" """
+    return f"epoch {partial.epochs}{f' of {partial.of}' * bool(partial.of)}" if partial.epochs else "no epoch yet"
+
+
+DERIVED: dict[str, Callable[[Row], Any]] = {
+    "images": lambda row: row.done[0].record.images() if row.done else None,
+    "changed": lambda row: " ".join(_overrides(row)),
+    "differences": lambda row: " ".join(row.differs),
+    "averaged": lambda row: " ".join(f"{name}={'/'.join(values)}" for name, values in row.averaged_over.items()),
+    "n": lambda row: len(row.done),
+    "seeds": lambda row: [stored.record.seed for stored in row.done],
+    "no_verdict": lambda row: (row.against and row.against.reason) or None,
+    "seeds_to_tell": _seeds_to_tell,
+    "entry": _entry, "paper": lambda row: _entry(row, "he2015"), "cost": cost_entry, "ratio": _ratio,
+    "failures": lambda row: "; ".join(f"seed {s.record.seed}: {s.record.failure.kind}" for s in row.failed if s.record.failure),
+    "prunings": lambda row: "; ".join(f"seed {s.record.seed}: {pruned_at(s)}" for s in row.pruned),
+    "interruptions": lambda row: "; ".join(f"{run.name}: {progress(run)}" for run in row.interrupted),
+}  # fmt: skip
+"""Where a path can begin, beside the fields of a row."""
+
+
+# --- cells that are more than a figure ---
+
+
+def _width(row: Row) -> str:
+    if "workers" in row.averaged_over:
+        return f"{row.text('workers')} of {row.batch_size}"
+    return f"{row.workers}×{row.batch_size // max(1, row.workers)}"
 
 
 def _signed(value: float | None) -> str:
@@ -83,19 +137,6 @@ def _error(row: Row) -> str:
     return pruned_at(row.pruned[0]) if row.pruned else progress(row.interrupted[0])
 
 
-def pruned_at(stored: Stored) -> str:
-    """ "pruned at 3 of 30" """
-    pruned = stored.record.pruned
-    return f"pruned at {pruned.epoch} of {pruned.of}" if pruned else NONE
-
-
-def progress(partial: Interrupted) -> str:
-    """ "epoch 3 of 30" """
-    if partial.epochs == 0:
-        return "no epoch yet"
-    return f"epoch {partial.epochs}" + (f" of {partial.of}" if partial.of else "")
-
-
 def _seconds(row: Row) -> str:
     """ "1.74 (27, 1.60–1.96)": the row's figure, how many epochs were timed, the fastest and the slowest."""
     timing, words = row.timing, list[str]()
@@ -105,12 +146,12 @@ def _seconds(row: Row) -> str:
     if ends and (low := figures(min(ends))) != (high := figures(max(ends))):
         words.append(f"{low}–{high}")
     text = METRICS["epoch_seconds"].summary(row.figures.get("epoch_seconds", UNKNOWN))
-    return text + (f" ({', '.join(words)})" if words else "")
+    return text + f" ({', '.join(words)})" * bool(words)
 
 
 def _runs(row: Row) -> str:
     missing = len(row.failed) + len(row.pruned) + len(row.interrupted)
-    return f"{len(row.done)}" + (f" of {len(row.done) + missing}" if missing else "")
+    return f"{len(row.done)}{f' of {len(row.done) + missing}' * bool(missing)}"
 
 
 def _published(row: Row) -> str:
@@ -129,97 +170,64 @@ def _verdict(row: Row) -> str:
     return f"{word} " + ("p<.001" if p < 0.001 else f"p={p:.2g}".replace("0.", ".", 1))
 
 
-def cost_entry(row: Row) -> Published | None:
-    """The published entry whose seconds and memory are of such runs as the row's: images by number and size, network.
-
-    How the images were compressed does not matter to a cost, nor does the number of epochs.
-    """
-    other = any(not text.startswith(("epochs=", "val=")) for text in _overrides(row))
-    return None if other or _limit(row) is not None else _entry(row)
-
-
-def _entry(row: Row, variant: str = "") -> Published | None:
-    return find_published(row.fields.get("dataset", ""), variant or row.variant, row.depth)
-
-
-def _quote(row: Row, variant: str = "") -> str:
-    entry = _entry(row, variant)
-    return NONE if entry is None else f"{entry.number:.2f}{' (top-5)' if entry.error is None else ''}"
-
-
-def epoch_seconds_ratio(row: Row) -> float | None:
-    """Published seconds over ours."""
-    seconds = getattr(cost_entry(row), "epoch_seconds", None)
-    return seconds / row.epoch_seconds if seconds and row.epoch_seconds else None
+def _quote(entry: Published | None) -> str:
+    return NONE if entry is None else f"{entry.number:.2f}{' (top-5)' * (entry.error is None)}"
 
 
 def _published_seconds(row: Row) -> str:
-    seconds, ratio = getattr(cost_entry(row), "epoch_seconds", None), epoch_seconds_ratio(row)
+    seconds, ratio = find(row, "cost.epoch_seconds"), _ratio(row)
     return (f"{seconds:g} s" if seconds else NONE) + (f" ({figures(ratio)}×)" if ratio else "")
 
 
-def _published_memory(row: Row) -> Any:
-    return getattr(cost_entry(row), "memory_mib", None)
+TEXT: dict[str, Callable[[Row], str]] = {
+    "variant": lambda row: row.text("variant", row.variant),
+    "depth": lambda row: row.text("network.depth", str(row.depth)) if row.depth else NONE,
+    "network": lambda row: f"{row.variant} {row.depth:06}",  # of the page, which sorts by it
+    "dataset": lambda row: row.text("label", row.dataset),
+    "limit_train": lambda row: f"{limit:,}" if (limit := _limit(row)) else "all",
+    "duration": lambda row: row.duration,
+    "overrides": lambda row: rounded(", ".join(_overrides(row))) or NONE,
+    "workers": _width,
+    "device": lambda row: row.text("hardware", row.device),
+    "differs": lambda row: ", ".join(row.differs) or NONE,
+    "n": _runs,
+    "error": _error,
+    "best_minus_last": lambda row: _signed(row.best_minus_last),
+    "published": _published,
+    "verdict": _verdict,
+    "published_error": lambda row: _quote(_entry(row)),
+    "paper_error": lambda row: _quote(_entry(row, "he2015")),
+    "epoch_seconds": _seconds,
+    "published_epoch_seconds": _published_seconds,
+    "predicted_epoch_seconds": lambda row: figures(find(row, "predicted.epoch_seconds")),
+    "published_memory_mib": lambda row: f"{mib:,g} MiB" if (mib := find(row, "cost.memory_mib")) else NONE,
+}
+"""By columns; the others show a metric, or a field."""
 
 
-DERIVED: dict[str, tuple[Column, ...]] = {
-    "parameters": (
-        Column("n", "n", _runs, "runs that are done, one a seed", lambda r: len(r.done)),
-    ),
-    "best_error": (
-        Column("best_minus_last", "best − last", lambda r: _signed(r.best_minus_last),
-               "in points: what choosing the epoch on the evaluated images takes off", lambda r: r.best_minus_last),
-    ),
-    "test_error": (
-        Column("published", "published", _published, "the published error; in brackets ours minus it, in points, with the "
-               "interval of 90 % for one more run of ours", lambda r: getattr(r.against, "difference", None)),
-        Column("verdict", "verdict", _verdict, f"could the published number be one more run of ours? better, worse: no, by "
-               f"Holm's p over the rows, below {ALPHA:g}; consistent: the interval holds 0 and is at most ±{MAX_HALF_WIDTH:g}; cannot tell: "
-               "neither", lambda r: getattr(r.against, "adjusted", None), right=False),
-    ),
-    "accuracy": (
-        Column("published_error", "published %", _quote, "as printed by the source, whatever the images here",
-               lambda r: getattr(_entry(r), "number", None), hidden=True),
-        Column("paper_error", "paper %", lambda r: _quote(r, "he2015"), "of the same depth in arXiv:1512.03385",
-               lambda r: getattr(_entry(r, "he2015"), "number", None), hidden=True),
-    ),
-    "epoch_seconds": (
-        Column("published_epoch_seconds", "published s", _published_seconds,
-               "published s/epoch, on the hardware named below (and how many times as long as ours)", epoch_seconds_ratio),
-        Column("predicted_epoch_seconds", "predicted", lambda r: figures(getattr(r.predicted, "epoch_seconds", None)),
-               "s/epoch as a probe of some steps predicted it before", lambda r: getattr(r.predicted, "epoch_seconds", None)),
-    ),
-    "nvml_process_mib": (
-        Column("published_memory_mib", "published MiB", lambda r: f"{mib:,g} MiB" if (mib := _published_memory(r)) else NONE,
-               "published memory, on the same hardware", _published_memory),
-    ),
-}  # fmt: skip
-"""Columns that follow a metric's."""
-SPARE = (
-    "mfu", "best_minus_last", "data_stall_percent", "images_per_second", "energy_joules", "parameters", "torch_allocated_mib",
-    "published_memory_mib", "predicted_epoch_seconds", "published_epoch_seconds", "best_error", "torch_reserved_mib",
-    "top5_error", "published", "verdict",
-)  # fmt: skip
-"""What a terminal that is too narrow goes without, in this order."""
+# --- all columns ---
+
+
+def _columns(entries: Mapping[str, Any]) -> list[Column]:
+    limits = {"ALPHA": VERDICT_ALPHA, "MAX_HALF_WIDTH": MAX_HALF_WIDTH}
+    return [
+        Column(n, **entry | {"means": entry.get("means", "").format(**limits)}) for n, entry in entries.items()
+    ]
+
+
+_DECLARED = tomllib.loads(Path(__file__).with_name("columns.toml").read_text(encoding="utf-8"))
+SPARE: list[str] = _DECLARED["spare"]
+DESCRIPTORS = _columns(_DECLARED["descriptors"])
 
 
 def make_columns() -> list[Column]:
     """All columns, in their order: what a row is, its errors, its costs."""
     columns = list(DESCRIPTORS)
     for name, metric in METRICS.items():
-        columns += [_metric_column(metric), *DERIVED.get(name, ())]
+        key = f"figures.{name}.value"
+        columns.append(Column(name, metric.title, metric.means, key, hidden=not metric.in_table))
+        columns += _columns(_DECLARED["derived"].get(name, {}))
     return columns
-
-
-def _metric_column(metric: Metric) -> Column:
-    def text(row: Row) -> str:
-        return metric.summary(row.figures.get(metric.name, UNKNOWN))
-
-    def key(row: Row) -> float | None:
-        return row.figures.get(metric.name, UNKNOWN).value
-
-    own = {"error": _error, "epoch_seconds": _seconds}.get(metric.name, text)
-    return Column(metric.name, metric.title, own, metric.means, key, hidden=not metric.in_table)
 
 
 def find_columns(names: Sequence[str]) -> list[Column]:
@@ -241,8 +249,9 @@ def sort_rows(rows: Sequence[Row], by: str) -> list[Row]:
     Raises ValueError for a column that does not exist.
     """
     (column,) = find_columns([by.removeprefix("-")])
-    keyed = [(column.sort_key(row), row) for row in rows]
-    having: list[tuple[Any, Row]] = [(key, row) for key, row in keyed if key is not None and key == key]  # not NaN
-    having.sort(key=itemgetter(0), reverse=by.startswith("-"))
-    lacking = [row for key, row in keyed if key is None or key != key]
-    return [*(row for _, row in having), *lacking]
+    keys = [
+        (i, key) for i, row in enumerate(rows) if (key := column.sort_key(row)) is not None and key == key
+    ]  # not NaN
+    keys.sort(key=lambda pair: pair[1], reverse=by.startswith("-"))
+    having = [i for i, _ in keys]
+    return [rows[i] for i in (*having, *sorted(set(range(len(rows))) - set(having)))]

@@ -9,23 +9,15 @@ import csv
 import io
 import json
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.results.metrics import METRICS, UNKNOWN
-from harness.results.report.columns import (
-    check_names,
-    cost_entry,
-    epoch_seconds_ratio,
-    make_columns,
-    progress,
-    pruned_at,
-)
+from harness.results.report.columns import check_names, find, make_columns
 from harness.results.report.notes import make_notes
 from harness.results.rows import Row
-from harness.results.values import MEMORY_CATEGORIES, finite, setting
-from harness.results.verdict import seeds_to_tell
+from harness.results.values import MEMORY_CATEGORIES, finite
 
 SCHEMA_VERSION = 1
 TYPES: dict[str, type | tuple[type, ...]] = {
@@ -58,39 +50,15 @@ def file_fields() -> dict[str, Field]:
     return before | figures | after | predicted | memory | published
 
 
-DERIVED: dict[str, Callable[[Row], Any]] = {
-    "images": lambda row: row.done[0].record.images() if row.done else None,
-    "overrides": lambda row: " ".join(map(str, setting(row.spec, "overrides", list) or ())),
-    "differences": lambda row: " ".join(row.differs),
-    "averaged": lambda row: " ".join(f"{name}={'/'.join(values)}" for name, values in row.averaged_over.items()),
-    "n": lambda row: len(row.done),
-    "seeds": lambda row: [stored.record.seed for stored in row.done],
-    "no_verdict": lambda row: (row.against and row.against.reason) or None,
-    "cost": cost_entry,
-    "ratio": epoch_seconds_ratio,
-    "seeds_to_tell": lambda row: seeds_to_tell(row.against.published, row.values("error")) if row.against and row.against.half is not None else None,
-    "failures": lambda row: "; ".join(f"seed {s.record.seed}: {s.record.failure.kind}" for s in row.failed if s.record.failure),
-    "prunings": lambda row: "; ".join(f"seed {s.record.seed}: {pruned_at(s)}" for s in row.pruned),
-    "interruptions": lambda row: "; ".join(f"{run.name}: {progress(run)}" for run in row.interrupted),
-}  # fmt: skip
-
-
-def _find(field: Field, row: Row) -> Any:
-    """The value at a field's path, if it has the field's type: nothing has checked a spec that was edited by hand."""
-    first, *rest = field.path.split(".")
-    value = DERIVED[first](row) if first in DERIVED else getattr(row, first)
-    for name in rest:
-        value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
-    return value if isinstance(value, TYPES[field.kind]) else None
-
-
 def _read(row: Row, known: Mapping[str, Field]) -> dict[str, Any]:
+    """Values that have their field's type: nothing has checked a spec that was edited by hand."""
     figures: dict[str, Any] = {}
     for name, metric in METRICS.items():
         figures |= metric.plain(row.figures.get(name, UNKNOWN))
         if metric.predict:
             figures[f"predicted_{name}"] = metric.measure(row.predicted).value if row.predicted else None
-    return finite({name: _find(field, row) if field.path else figures[name] for name, field in known.items()})
+    found = {name: find(row, field.path) if field.path else figures[name] for name, field in known.items()}
+    return finite({name: v if isinstance(v, TYPES[known[name].kind]) else None for name, v in found.items()})
 
 
 def plain_values(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -130,11 +98,7 @@ def to_json(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
         for text, at in make_notes(rows).items()
     ]
     definitions = [{"column": column.name, "means": column.means} for column in make_columns() if column.means]
-    parts: Mapping[str, Sequence[Any]] = {
-        "rows": plain_values(rows, columns),
-        "notes": notes,
-        "definitions": definitions,
-    }
+    parts: Mapping[str, Any] = {"rows": plain_values(rows, columns), "notes": notes, "definitions": definitions}
     # one value a line: json's own indenting takes twenty times as long
     encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
     lines = [f'"{name}": [\n' + ",\n".join(map(encode, values)) + "\n]" for name, values in parts.items()]

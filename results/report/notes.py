@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures
-from harness.results.published import Published
 from harness.results.report.columns import cost_entry, progress, pruned_at
 from harness.results.rows import Row, incomparable
 from harness.results.statistics import wilson
@@ -17,48 +18,38 @@ Noted = Iterator[tuple[str, ...]]
 """A text and the names of the columns that it belongs to."""
 
 
+MOST_NAMED = 4
+_shorten = partial(textwrap.shorten, width=160, placeholder=" …")
+
+
 def make_notes(rows: Sequence[Row]) -> Mapping[str, set[tuple[int, str]]]:
     """Everything a reader must know about single cells: a text -> its cells, (row, column name)."""
     notes: dict[str, set[tuple[int, str]]] = defaultdict(set)
+    failures: dict[str, list[tuple[int, str]]] = defaultdict(list)  # why -> rows and names
+    samples: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
     for i, row in enumerate(rows):
         for source in (_data_notes, _condition_notes, _timing_notes, _run_notes, _published_notes, _missing_notes):
             for text, *columns in source(row):
                 notes[text] |= {(i, column) for column in columns}
-    for why, runs in _alike_failures(rows).items():
-        names = ", ".join(name for _, name in runs[:MOST_NAMED]) + ", …" * (len(runs) > MOST_NAMED)
-        said = f"{names} failed, {why}" if len(runs) == 1 else f"{len(runs)} runs failed, {why}: {names}"
-        notes[said] |= {(i, "n" if rows[i].done else "error") for i, _ in runs}
-    groups: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
-    for i, row in enumerate(rows):
-        if row.error is not None and 0 <= row.error <= 100 and (images := row.done[0].record.images()):
-            groups[row.dataset, row.evaluated_on, images][i] = row.error
-    for (dataset, on, images), errors in groups.items():
-        notes[_sampling_note(dataset, on, images, errors.values())] = {(i, "error") for i in errors}
-    return notes
-
-
-MOST_NAMED = 4
-
-
-def _alike_failures(rows: Sequence[Row]) -> Mapping[str, list[tuple[int, str]]]:
-    """Why runs failed -> their rows and names."""
-    alike: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for i, row in enumerate(rows):
         for seed, failure in ((stored.record.seed, stored.record.failure) for stored in row.failed):
             if failure:
                 why = _shorten(f"{failure.kind}: {failure.message}".removesuffix(": "))
-                alike[why].append((i, f"{row.name} seed {seed}"))
-    return alike
-
-
-def _sampling_note(dataset: str, on: str, images: int, errors: Collection[float]) -> str:
-    """What the number of images alone leaves open, at the smallest and the largest error of a data set."""
-    ends = [(error, wilson(error, images)) for error in sorted({min(errors), max(errors)})]
-    leave = ", of ".join(f"{error:.2f} % at {i.low:.2f} to {i.high:.2f}" for error, i in ends)
-    return (
-        f"{images:,} {'test' if on == 'test' else 'held-out'} images of {dataset} alone leave an error of {leave}, on others "
-        "of their kind (95 %, Wilson); no interval here includes that, as all rows share the images"
-    )
+                failures[why].append((i, f"{row.name} seed {seed}"))
+        if row.error is not None and 0 <= row.error <= 100 and (images := row.done[0].record.images()):
+            samples[row.dataset, row.evaluated_on, images][i] = row.error
+    for why, runs in failures.items():
+        names = ", ".join(name for _, name in runs[:MOST_NAMED]) + ", …" * (len(runs) > MOST_NAMED)
+        said = f"{names} failed, {why}" if len(runs) == 1 else f"{len(runs)} runs failed, {why}: {names}"
+        notes[said] |= {(i, "n" if rows[i].done else "error") for i, _ in runs}
+    for (dataset, on, images), errors in samples.items():  # at the smallest and the largest error of a data set
+        ends = [(e, wilson(e, images)) for e in sorted({min(errors.values()), max(errors.values())})]
+        leave = ", of ".join(f"{error:.2f} % at {i.low:.2f} to {i.high:.2f}" for error, i in ends)
+        kind = "test" if on == "test" else "held-out"
+        notes[
+            f"{images:,} {kind} images of {dataset} alone leave an error of {leave}, on others of their kind (95 %, "
+            "Wilson); no interval here includes that, as all rows share the images"
+        ] = {(i, "error") for i in errors}
+    return notes
 
 
 def _data_notes(row: Row) -> Noted:
@@ -75,13 +66,10 @@ NOTED_APART = {"uncommitted changes", "check", "concurrent runs", "runs per GPU"
 
 def _condition_notes(row: Row) -> Noted:
     """What differs between the runs of a row without splitting it."""
-    mixed = []
-    for name, values in row.conditions.items():
-        known = [*values, *[NONE] * (sum(values.values()) < len(row.done))]
-        if len(known) > 1 and name not in NOTED_APART:
-            mixed.append(f"{name} ({', '.join(value[:40] for value in known)})")
-    if mixed:
-        yield f"its runs differ in {', '.join(mixed)}", "n"
+    known = {name: [*v, *[NONE] * (sum(v.values()) < len(row.done))] for name, v in row.conditions.items()}
+    if mixed := [name for name, values in known.items() if len(values) > 1 and name not in NOTED_APART]:
+        told = (f"{name} ({', '.join(value[:40] for value in known[name])})" for name in mixed)
+        yield f"its runs differ in {', '.join(told)}", "n"
     if dirty := row.conditions.get("uncommitted changes", {}).get("True"):
         yield f"{dirty} of {len(row.done)} runs had uncommitted changes: the commit is not all of their code", "n"
     checks = row.conditions.get("check", {})
@@ -110,8 +98,8 @@ def _timing_notes(row: Row) -> Noted:
         for warning in result.warnings:
             own = f"{row.name} seed {stored.record.seed}: {_shorten(warning)}", "n"
             yield (warning, "engine") if warning.startswith("engine ") else own
-    for cause in dict.fromkeys(cause for result in row.results for cause in result.interference):
-        yield f"{cause} in some epochs: they are left out", "epoch_seconds"
+        for cause in result.interference:
+            yield f"{cause} in some epochs: they are left out", "epoch_seconds"
     if "widths" in row.fields:
         yield f"epochs with other than {row.workers} workers are left out", "epoch_seconds"
 
@@ -124,28 +112,14 @@ def _run_notes(row: Row) -> Noted:
         until = max(run.record.added_until or 0.0 for run in row.done)
         yield f"seeds after the first {row.planned} were added until the error was known to ±{until:g} points", "n"
     for stored in row.pruned:
-        alone = "pruned by a search before its end: averaged with nothing"
         beside = f"{row.name} seed {stored.record.seed} was {pruned_at(stored)} epochs by a search"
-        yield beside if row.done else alone, where
-    for partial in row.interrupted:
-        seed = partial.spec.get("seed")
-        yield (
-            f"{partial.name if seed is None else f'{row.name} seed {seed}'} is not done: {progress(partial)}",
-            where,
-        )
+        yield beside if row.done else "pruned by a search before its end: averaged with nothing", where
+    for run in row.interrupted:
+        name = f"{row.name} seed {run.spec['seed']}" if "seed" in run.spec else run.name
+        yield f"{name} is not done: {progress(run)}", where
     for stored in row.done:
         for problem in contradictions(stored.record):
             yield f"{row.name} seed {stored.record.seed}: {problem}; see harness verify", "n"
-
-
-def _published_notes(row: Row) -> Noted:
-    if row.against is not None:
-        yield _cite(row.against.published), "published"
-        if row.against.reason:
-            yield f"no verdict: {row.against.reason}", "verdict"
-    if (entry := cost_entry(row)) and (entry.epoch_seconds or entry.memory_mib):
-        text = f"on {entry.hardware}, {entry.year}: {entry.source}"
-        yield text, "published_epoch_seconds", "published_memory_mib"
 
 
 RULES = {
@@ -154,12 +128,19 @@ RULES = {
 }
 
 
-def _cite(published: Published) -> str:
-    """Where a published number comes from, and what is to be known about it."""
-    runs = f"{published.statistic} of {published.n} runs" if published.n > 1 else "one run"
-    std = "" if published.std is None else f", std {published.std:.2f}"
-    top5 = "top-5" if published.error is None else ""
-    return "; ".join(filter(None, (published.source, runs + std, RULES.get(published.rule), top5, published.note)))
+def _published_notes(row: Row) -> Noted:
+    """Where published numbers come from, and what is to be known about them."""
+    if row.against is not None:
+        entry = row.against.published
+        runs = f"{entry.statistic} of {entry.n} runs" if entry.n > 1 else "one run"
+        std = "" if entry.std is None else f", std {entry.std:.2f}"
+        parts = (entry.source, runs + std, RULES.get(entry.rule), "top-5" * (entry.error is None), entry.note)
+        yield "; ".join(filter(None, parts)), "published"
+        if row.against.reason:
+            yield f"no verdict: {row.against.reason}", "verdict"
+    if (cost := cost_entry(row)) and (cost.epoch_seconds or cost.memory_mib):
+        text = f"on {cost.hardware}, {cost.year}: {cost.source}"
+        yield text, "published_epoch_seconds", "published_memory_mib"
 
 
 def _missing_notes(row: Row) -> Noted:
@@ -185,8 +166,3 @@ def _untimed(row: Row) -> str:
         early = f"{result.runs_per_gpu} runs share the GPU" if result.runs_per_gpu > 1 else interference
         reasons |= dict.fromkeys(result.timing.untimed if result.timing else [early])
     return f"no epoch was timed, by reason of {', '.join(reasons)}"
-
-
-def _shorten(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 160 else f"{line[:159]}…"

@@ -271,7 +271,7 @@ class Panel {
     for (const { view, ofCurves } of this.views) if (ofCurves) view.signal("at", epoch).runAsync();
     const errors = new Map();
     if (epoch) for (const curve of this.panel.datasets.curves) {
-      const error = curve.mean[curve.epoch ? curve.epoch.indexOf(epoch) : epoch - 1];
+      const error = curve.mean[curve.epoch.indexOf(epoch)];
       if (error !== undefined && !(curve.unfinished && errors.has(curve.row))) errors.set(curve.row, error);
     }
     for (const [name, place] of this.chips) place.textContent = errors.has(name) ? errors.get(name).toFixed(2) : "";

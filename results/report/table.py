@@ -1,18 +1,21 @@
-"""Rows -> the table a person reads, or numbers for a program."""
+"""Rows, or a comparison of them -> the table a person reads, or numbers for a program."""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from harness.results.compare import Comparison, Pair, signed
 from harness.results.metrics import METRICS, NONE
 from harness.results.report.columns import SPARE, Column, find_columns, make_columns
 from harness.results.report.files import to_csv, to_json
 from harness.results.report.notes import make_notes
 from harness.results.report.text import Sheet, add_mark, clean, for_latex, for_markdown, for_terminal
 from harness.results.rows import Row
+from harness.results.values import finite
 
 Format = Literal["table", "markdown", "csv", "json", "latex"]
 LATEX_WIDTH = 80
@@ -36,11 +39,12 @@ def lay_out(rows: Sequence[Row], wanted: Sequence[str] = (), without: Collection
     if wanted:
         shown, shared = chosen, [column for column in shared if column.name not in wanted]
     shown = [column for column in shown if column.name not in without]
-    heads = {column.name: column.header for column in shown}
-    above = {column.name: next(text for text in words[column.name] if text != NONE) for column in shared}
+    above = [column.name for column in shared]
+    once = {column.name: column.header for column in shown}  # and what stands above
+    once |= {name: next(text for text in words[name] if text != NONE) for name in above}
     if "limit_train" in above:
-        above["limit_train"] = f"training images: {above['limit_train']}"
-    absent = (words.keys() if wanted else set(without)) - heads.keys() - above.keys()
+        once["limit_train"] = f"training images: {once['limit_train']}"
+    absent = (words.keys() if wanted else set(without)) - once.keys()
     notes: list[str] = []
     for note, at in make_notes(rows).items():
         members: dict[str, list[int]] = defaultdict(list)
@@ -50,17 +54,15 @@ def lay_out(rows: Sequence[Row], wanted: Sequence[str] = (), without: Collection
             continue
         notes.append(f"{add_mark('', number := len(notes) + 1)} {clean(note)}")
         for name, marked in members.items():
-            if name in above:
-                above[name] = add_mark(above[name], number)
-            elif name in heads and len(marked) == len(rows):
-                heads[name] = add_mark(heads[name], number)
+            if name in above or (name in once and len(marked) == len(rows)):
+                once[name] = add_mark(once[name], number)
             else:
                 for i in marked:
                     words[name][i] = add_mark(words[name][i], number)
-    body = list(zip(*(words[name] for name in heads), strict=True))
+    heads, right = [once[column.name] for column in shown], [column.right for column in shown]
+    body = list(zip(*(words[column.name] for column in shown), strict=True))
     means = [f"{column.header}: {column.means}" for column in shown if column.means]
-    right = [column.right for column in shown]
-    return Layout(shown, Sheet([*heads.values()], right, body, " · ".join(above.values()), notes, means))
+    return Layout(shown, Sheet(heads, right, body, " · ".join(once[name] for name in above), notes, means))
 
 
 def _choose_columns(rows: Sequence[Row], words: dict[str, list[str]]) -> tuple[list[Column], list[Column]]:
@@ -101,14 +103,14 @@ def render(
     layout, out = lay_out(rows, columns), dict[str, str]()
     if format == "latex":
         width = LATEX_WIDTH
-    if (fit or format == "latex") and not columns:
+    if not columns and (format == "latex" or (fit and format == "table")):
         layout, out = _leave_out(rows, layout, width)
     if format != "table":
         return for_markdown(layout.sheet) if format == "markdown" else for_latex(layout.sheet, [*out])
     styles = [[style_of(column.name, row) for column in layout.columns] for row in rows] if colour else ()
     notes = [*layout.sheet.notes, *([f"too narrow for {', '.join(out.values())}"] if out else ())]
     sheet = replace(layout.sheet, notes=notes, styles=styles)
-    return "\n".join(for_terminal(sheet, width if fit else max(width, sheet.width), colour=colour)) + "\n"
+    return for_terminal(sheet, width if fit else max(width, sheet.width), colour=colour)
 
 
 def _leave_out(rows: Sequence[Row], layout: Layout, width: int) -> tuple[Layout, dict[str, str]]:
@@ -128,3 +130,81 @@ def style_of(name: str, row: Row) -> str:
     if name == "verdict" and row.against:
         return {"better": "green", "worse": "red"}.get(row.against.word or "", "")
     return "bold" if name in ("variant", "depth", "error") else ""
+
+
+# --- comparisons ---
+
+DEFINITIONS = (
+    "A, B: of n runs, as in harness report: of errors mean ± std, of seconds the median, of memory the largest",
+    "B − A: the difference of these two: of percentages in points, of all else in percent of A",
+    "interval: 90 %, the one that the verdict rests on",
+    "verdict: equivalent where the interval lies within the margin, different where it lies beyond it",
+)
+HEADERS = ["what", "metric", "n", "A", "B", "B − A", "interval", "margin", "verdict"]
+COLOURS = {"equivalent": "green", "different": "red"}
+
+
+def render_comparison(
+    pairs: Sequence[Pair], format: str = "table", *, width: int = 100, colour: bool = False
+) -> str:
+    """Every pair and metric in a line; then what else forbids a conclusion, and what the tests were."""
+    figures = [figure for pair in pairs for figure in pair.figures]
+    tests = dict.fromkeys(f"{figure.metric.title}: {figure.how}" for figure in figures if figure.how)
+    definitions = [*DEFINITIONS, *tests]
+    if format == "json":
+        values = {"schema_version": 1, "pairs": list(map(_plain_pair, pairs)), "definitions": definitions}
+        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+    if not pairs:
+        return "nothing to compare: no row of A has a counterpart in B\n"
+    both = [pair for pair in pairs if pair.a and pair.b]
+    shared = set.intersection(*({(n, *v) for n, v in pair.differs.items()} for pair in both)) if both else set()
+    caption = "B against A: " + (", ".join(f"{n} {a} → {b}" for n, a, b in sorted(shared)) or "same settings")
+    named = {name for name, _, _ in shared}
+    cells = [line for pair in pairs for line in _lines(pair, named)]
+    sheet = Sheet(
+        headers=HEADERS,
+        right=[name not in ("what", "metric", "verdict") for name in HEADERS],
+        cells=cells,
+        caption=clean(caption),
+        notes=[clean(f"{pair.name}: {problem}") for pair in pairs for problem in pair.problems()],
+        means=definitions,
+        styles=[["bold", *[""] * 7, COLOURS.get(line[-1], "")] for line in cells],
+    )
+    return for_markdown(sheet) if format == "markdown" else for_terminal(sheet, width, colour=colour)
+
+
+def _lines(pair: Pair, named: set[str]) -> Iterator[list[str]]:
+    row = pair.a or pair.b
+    own = ", ".join(f"{n} {a} → {b}" for n, (a, b) in pair.differs.items() if n not in named)
+    what = clean(f"{pair.name} {row.dataset if row else NONE} {own}".strip())
+    for number, figure in enumerate(pair.figures):
+        metric, interval, margin = figure.metric, figure.interval, figure.metric.margin
+        unit = " %" if metric.relative else ""
+        yield [
+            what if number == 0 else "", metric.heading, f"{figure.a.n}, {figure.b.n}", metric.summary(figure.a),
+            metric.summary(figure.b), NONE if figure.difference is None else f"{signed(figure.difference)}{unit}",
+            NONE if interval is None else f"{signed(interval.low)} … {signed(interval.high)}",
+            *([NONE, NONE] if margin is None else [f"±{margin:g}{unit}", figure.verdict]),
+        ]  # fmt: skip
+    if not pair.figures:
+        counts = ", ".join(str(len(side.done)) if side else NONE for side in (pair.a, pair.b))
+        yield [what, NONE, counts, *[NONE] * 5, f"no result in {'B' if pair.a and pair.a.done else 'A'}"]
+
+
+def _plain_pair(pair: Pair) -> dict[str, Any]:
+    return {
+        "a": pair.a and pair.a.name, "b": pair.b and pair.b.name, "differs": pair.differs,
+        "problems": list(pair.problems()), "figures": list(map(_plain_figure, pair.figures)),
+    }  # fmt: skip
+
+
+def _plain_figure(figure: Comparison) -> dict[str, Any]:
+    metric, interval = figure.metric, figure.interval
+    sides = {
+        side: finite({"n": f.n, "value": f.value, "std": f.std}) for side, f in (("a", figure.a), ("b", figure.b))
+    }
+    return {
+        "metric": metric.name, "unit": "percent" if metric.relative else "points", **sides,
+        **finite({"difference": figure.difference}), "interval": interval and list(finite(interval._asdict()).values()),
+        "margin": metric.margin, "verdict": figure.verdict, "test": figure.how,
+    }  # fmt: skip

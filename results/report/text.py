@@ -1,17 +1,26 @@
-"""A table of words, with what stands above and below it -> text for a terminal, Markdown or LaTeX."""
+"""A table of words, with what stands above and below it -> text for a terminal, Markdown or LaTeX; memory in words."""
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING, Any
 
 from rich import cells as rich_cells
 
+from harness.results.values import MEMORY_CATEGORIES
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+HERE = Path(__file__).parent
 ANSI = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 DIGITS, SUPERSCRIPTS = "0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"
 SUPERSCRIPT, ORDINARY = str.maketrans(DIGITS, SUPERSCRIPTS), str.maketrans(SUPERSCRIPTS, DIGITS)
@@ -51,52 +60,63 @@ def clean(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else "�" for c in text)
 
 
+@cache
+def _templates() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+    return Environment(
+        loader=FileSystemLoader(HERE), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, autoescape=select_autoescape(("html",)), extensions=["jinja2.ext.do"],
+        finalize=lambda value: clean(value) if type(value) is str else value,  # no value breaks a line
+    )  # fmt: skip
+
+
+def fill_template(template: str, /, **values: Any) -> str:
+    """A template of this folder with these values, in which there are no control characters."""
+    return _templates().get_template(template).render(**values)
+
+
 def add_mark(text: str, number: int) -> str:
     """The text with the mark of a footnote, after those it has."""
     return text + "," * text.endswith(tuple(SUPERSCRIPTS)) + str(number).translate(SUPERSCRIPT)
 
 
-def paint(text: str, style: str) -> str:
-    return f"\x1b[{ANSI[style]}m{text}\x1b[0m" if style and text.strip() else text
+def for_terminal(sheet: Sheet, width: int, *, colour: bool = False) -> str:
+    """Plain columns, with what stands above and below them. tabulate and rich take 10 to 100 times as long, which is
+    seconds for thousands of rows."""
 
+    def paint(text: str, style: str) -> str:
+        return f"\x1b[{ANSI[style]}m{text}\x1b[0m" if colour and style and text.strip() else text
 
-def for_terminal(sheet: Sheet, width: int, *, colour: bool = False) -> Iterator[str]:
-    """Lines of plain columns, with what stands above and below them. tabulate and rich take 10 to 100 times as long,
-    which is seconds for thousands of rows."""
-
-    def wrap(texts: Iterable[str], style: str, indent: str = "") -> Iterator[str]:
-        for text in texts:
-            for line in textwrap.wrap(text, width, subsequent_indent=indent):
-                yield paint(line, style if colour else "")
+    def wrap(texts: Iterable[str], style: str = "", indent: str = "") -> list[str]:
+        return [paint(line, style) for t in texts for line in textwrap.wrap(t, width, subsequent_indent=indent)]
 
     def pad(text: str, j: int) -> str:
         space = " " * (sizes[j] - cell_len(text))
         return space + text if sheet.right[j] else text + space
 
-    if sheet.caption:
-        yield from (*wrap([sheet.caption], "bold"), "")
     natural = sheet.widths
-    sizes = _fit(natural, sheet.right, width)
-    columns = range(len(sizes))
-    yield "  ".join(pad(sheet.headers[j], j) for j in columns).rstrip()
-    yield "  ".join("─" * size for size in sizes)
-    styles: Iterable[Sequence[str]] = sheet.styles if colour else ()
-    for cells, looks in zip_longest(sheet.cells, styles, fillvalue=[""] * len(sizes)):
+    sizes, columns = _fit(natural, sheet.right, width), range(len(natural))
+    lines = [*wrap([sheet.caption], "bold"), ""] if sheet.caption else []
+    plain = [""] * len(sizes)
+    styles = [plain, plain, *(sheet.styles or [plain] * len(sheet.cells))]
+    for cells, looks in zip([sheet.headers, ["─" * size for size in sizes], *sheet.cells], styles, strict=True):
         folded = [textwrap.wrap(cells[j], sizes[j]) if sizes[j] < natural[j] else [cells[j]] for j in columns]
-        for parts in zip_longest(*folded, fillvalue=""):
-            yield "  ".join(paint(pad(part, j), looks[j]) for j, part in enumerate(parts)).rstrip()
+        lines += [
+            "  ".join(paint(pad(part, j), looks[j]) for j, part in enumerate(parts)).rstrip()
+            for parts in zip_longest(*folded, fillvalue="")
+        ]
     if sheet.notes or sheet.means:
-        yield from ("", *wrap(sheet.notes, "", "  "), *wrap([" · ".join(sheet.means)], "dim"))
+        lines += ["", *wrap(sheet.notes, indent="  "), *wrap([" · ".join(sheet.means)], "dim")]
+    return "\n".join(lines) + "\n"
 
 
 def _fit(widths: list[int], right: Sequence[bool], width: int) -> list[int]:
     """Column widths; where they do not fit, the widest columns of words are folded, to no less than 12."""
     sizes = list(widths)
-    words = [j for j in range(len(sizes)) if not right[j]]
-    while (excess := sum(sizes) + 2 * (len(sizes) - 1) - width) > 0 and words:
-        widest = max(words, key=lambda j: sizes[j])
-        words.remove(widest)
-        sizes[widest] = min(sizes[widest], max(12, sizes[widest] - excess))
+    for j in sorted((j for j in range(len(sizes)) if not right[j]), key=lambda j: -sizes[j]):
+        excess = sum(sizes) + 2 * (len(sizes) - 1) - width
+        sizes[j] = min(sizes[j], max(12, sizes[j] - max(0, excess)))
     return sizes
 
 
@@ -116,12 +136,8 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"[\\`*_\[\]<>|~#&]", r"\\\g<0>", text)
 
 
-NUMBER = re.compile(r"(−?[\d,]+)(?:\.(\d+))?(.*)")
-"""A figure, and what follows it: its standard deviation, a unit, something in brackets, the marks of notes."""
-
-
 def for_latex(sheet: Sheet, left_out: Sequence[str] = ()) -> str:
-    """A floating table of the packages booktabs and siunitx: caption, label, numbers aligned at the point, notes below."""
+    """A floating table of the package booktabs: caption, label, numbers aligned at the point, notes below."""
     columns = [
         _latex_column(header, cells, right=right)
         for header, right, *cells in zip(sheet.headers, sheet.right, *sheet.cells, strict=True)
@@ -130,32 +146,21 @@ def for_latex(sheet: Sheet, left_out: Sequence[str] = ()) -> str:
     header, *lines = [" & ".join(line) + r" \\" for line in zip(*cells, strict=True)]
     below = map(escape_latex, filter(None, [*sheet.notes, "; ".join(sheet.means)]))
     without = f"\n% too narrow for {', '.join(left_out)}: --columns chooses" if left_out else ""
-    return Template(Path(__file__).with_name("table.tex").read_text(encoding="utf-8")).substitute(
+    return Template((HERE / "table.tex").read_text(encoding="utf-8")).substitute(
         left_out=without, caption=escape_latex(sheet.caption or "Results"), kinds="".join(kinds), header=header,
         lines="\n".join(lines), below=" \\\\\n".join(below),
     )  # fmt: skip
 
 
 def _latex_column(header: str, cells: Sequence[str], *, right: bool) -> tuple[str, list[str]]:
-    """How it is aligned, and its header and cells. What follows its numbers is another column, close to the first."""
-    head, *words = map(escape_latex, (header, *cells))
-    numbers = [NUMBER.fullmatch(cell) for cell in cells]
-    if not right or not any(numbers):
-        return "r" if right else "l", [head, *words]
-    parts = [number.groups("") if number else ("", "", "") for number in numbers]
-    values = [
-        re.sub(r"\.$", "", f"{before}.{after}".replace(",", "").replace("−", "-")) for before, after, _ in parts
-    ]
-    whole, decimals = max(len(value.partition(".")[0]) for value in values), max(len(part[1]) for part in parts)
-    kind = f"S[table-format={whole}.{decimals}]"
-    lines = [
-        value if number else f"{{{word}}}" for value, number, word in zip(values, numbers, words, strict=True)
-    ]
-    rests = [re.sub("^ ", "~", escape_latex(rest)) for _, _, rest in parts]
-    if not any(rests):
-        return kind, [f"{{{head}}}", *lines]
-    pairs = [f"{line} & {rest}" for line, rest in zip(lines, rests, strict=True)]
-    return f"{kind}@{{}}l", [rf"\multicolumn{{2}}{{c}}{{{head}}}", *pairs]
+    """How it is aligned, and its header and cells. Numbers are two columns that meet at the point."""
+    words = list(map(escape_latex, (header, *cells)))
+    before = [re.match(r"−?[\d,]*", cell)[0] for cell in cells]  # type: ignore[index]  # it matches nothing, too
+    rests = [re.sub("^ ", "~", escape_latex(cell.removeprefix(b))) for b, cell in zip(before, cells, strict=True)]
+    if not right or not any(rests):
+        return "r" if right else "l", words
+    pairs = [f"{escape_latex(b)} & {rest}" for b, rest in zip(before, rests, strict=True)]
+    return "r@{}l", [rf"\multicolumn{{2}}{{c}}{{{words[0]}}}", *pairs]
 
 
 LATEX = str.maketrans({
@@ -168,3 +173,26 @@ LATEX = str.maketrans({
 def escape_latex(text: str) -> str:
     """The text for pdflatex without further packages; letters beyond its fonts stay as they are."""
     return MARKS.sub(lambda mark: rf"\textsuperscript{{{mark[0].translate(ORDINARY)}}}", text.translate(LATEX))
+
+
+# --- memory by category ---
+
+NOT_RECORDED = "memory by category: no record of these runs has it"
+
+
+def known(categories: Mapping[str, float]) -> dict[str, float]:
+    """The categories in the order they are shown, without those that hold nothing or cannot be a figure."""
+    order = [*MEMORY_CATEGORIES, *sorted(categories.keys() - set(MEMORY_CATEGORIES))]
+    return {name: value for name in order if math.isfinite(value := categories.get(name, 0.0)) and value}
+
+
+def in_words(categories: Mapping[str, float]) -> str:
+    """ "weights 1.0, activations 350, unaccounted −3 (some of it is counted twice)", in MiB."""
+    parts = ", ".join(f"{clean(name)} {mib(value)}" for name, value in known(categories).items())
+    return parts + " (some of it is counted twice)" * (categories.get(MEMORY_CATEGORIES[-1], 0.0) < 0)
+
+
+def mib(value: float) -> str:
+    """Three figures or all before the point: 0.52, 8.3, 512, 1,234."""
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{digits}f}".replace("-", "−")
