@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from harness.loaders.cache import Corrupt, Files
 from harness.loaders.datasets import Split
-from harness.loaders.files import Corrupt, DataError, Files
 from harness.loaders.resident import upload, zoom
 from harness.loaders.sampling import EpochSample, LoaderConfig, SamplingPlan, draw_cuts, make_padded
 
@@ -192,11 +192,8 @@ class CutLoader(DaliLoader):
             return images.path(index)
         path = Path(self._stand_ins.name) / f"{index}.ppm"
         if not path.exists():
-            try:
-                pixels = images.read(index)
-            except DataError:
-                self._corrupt.add([index])
-                pixels = images.grey(index)
+            pixels, bad = images.read_or_grey(index)
+            self._corrupt.add([index] * bool(bad))
             path.write_bytes(b"P6 %d %d 255\n" % pixels.shape[1::-1] + pixels.tobytes())
         return os.fsencode(path)
 
@@ -204,7 +201,7 @@ class CutLoader(DaliLoader):
         """Box (where, its size), size after resizing, crop positions as `_feed_numbers` gives them, flips."""
         sample = self._sample(run)
         epoch = self._fed[run][0]
-        cuts = draw_cuts(self._plan, epoch, sample.index, self._split.sizes(sample.index))
+        cuts = draw_cuts(self._plan, epoch, sample.index, self._split.sizes[sample.index])
         span = np.maximum(cuts.size - self._size, 1)
         y, x = (cuts.offset / span).astype(np.float32).T.copy()
         box, size = cuts.box.astype(np.int32), cuts.size.astype(np.float32, "C")  # strides are not for DALI
@@ -230,9 +227,15 @@ def define(
     )
     if mean.ndim == 3:  # before the crop: exact, and faster than cropping image and mean alike
         images = images - types.Constant(mean, layout="HWC", device=device)
+    _crop(images, size, (y, x, flip), mean if mean.ndim == 1 else np.zeros(3), std)
+
+
+def _crop(images: Any, size: tuple[int, int], place: Any, mean: NDArray[Any], std: NDArray[Any]) -> None:
+    """The end of the current pipeline; `place`: y and x of the crops, and flips."""
+    y, x, flip = place
     output = fn.crop_mirror_normalize(
-        images, crop=size, crop_pos_y=y, crop_pos_x=x, mirror=flip, std=std.tolist(),
-        mean=mean.tolist() if mean.ndim == 1 else [0.0, 0.0, 0.0], dtype=types.FLOAT, output_layout="HWC",
+        images, crop=size, crop_pos_y=y, crop_pos_x=x, mirror=flip, std=std.tolist(), mean=mean.tolist(),
+        dtype=types.FLOAT, output_layout="HWC",
     )  # fmt: skip
     dali.Pipeline.current().set_outputs(output)
 
@@ -258,11 +261,7 @@ def define_cuts(
         images = fn.slice(images, start=start, shape=shape, axis_names="HW")
     images = fn.resize(images, size=resized, interp_type=types.INTERP_LINEAR, antialias=True)
     mean, std = (array * np.float32(255) for array in (config.normalize.mean, config.normalize.std))
-    output = fn.crop_mirror_normalize(
-        images, crop=size, crop_pos_y=y, crop_pos_x=x, mirror=flip, mean=mean.tolist(), std=std.tolist(),
-        dtype=types.FLOAT, output_layout="HWC",
-    )  # fmt: skip
-    dali.Pipeline.current().set_outputs(output)
+    _crop(images, size, (y, x, flip), mean, std)
 
 
 def make_loader(split: Split, plan: SamplingPlan, config: LoaderConfig) -> DaliLoader:

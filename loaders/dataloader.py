@@ -13,15 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
+from harness.loaders.cache import Corrupt, Files
 from harness.loaders.datasets import Split
-from harness.loaders.files import Corrupt, DataError, Files
 from harness.loaders.resident import ResidentLoader, zoom
 from harness.loaders.sampling import LoaderConfig, SamplingPlan, draw_cuts
 
-Job = tuple[int, int, int, bool, int]
-"""Which image, y and x of its crop, whether it is flipped, side of the square that is resized or 0."""
-CutJob = tuple[int, list[int], list[int], list[int], bool]
-"""Which image, its box, to what that is resized, y and x of the crop in it, whether it is flipped."""
+Job = tuple[Any, ...]
+"""Which image, whether it is flipped, and where it is cut: y and x of its crop and the side of the square that is resized
+(or 0), or a box, to what that is resized, and y and x of the crop in it."""
 
 
 class TorchLoader:
@@ -36,9 +35,8 @@ class TorchLoader:
         self._corrupt = Corrupt(split.images, config.warn) if isinstance(split.images, Files) else None
         workers = 0 if config.threads <= 2 else config.threads - 1
         self.calls_ahead = 2 * workers  # DataLoader's own
-        images: Dataset[Any] = _Cut(split, config) if plan.cut else _Transformed(split, config)
         self._loader: DataLoader[Any] = DataLoader(
-            images, batch_sampler=self._batches, num_workers=workers,
+            _Images(split, config), batch_sampler=self._batches, num_workers=workers,
             persistent_workers=workers > 0, pin_memory=config.device.type == "cuda",
         )  # fmt: skip
 
@@ -82,82 +80,70 @@ class _Batches:
     """The batch sampler: the plan's epoch from a step on, as lists of jobs."""
 
     def __init__(self, split: Split, plan: SamplingPlan) -> None:
-        self._split, self._plan = split, plan
+        self._sizes, self._plan = split.sizes, plan
         self.epoch = self.first_step = 0
 
-    def __iter__(self) -> Iterator[list[Job] | list[CutJob]]:
+    def __iter__(self) -> Iterator[list[Job]]:
         draw = self._plan.draw(self.epoch)
         for step in range(self.first_step, self._plan.steps):
             part = draw.part(step, step + 1)
-            index, flip = part.index.tolist(), part.flip.tolist()
+            side = np.zeros_like(part.index) if part.side is None else part.side
+            where: tuple[NDArray[Any], ...] = (*part.offset.T, side)
             if self._plan.cut:
-                cuts = draw_cuts(self._plan, self.epoch, part.index, self._split.sizes(part.index))
-                numbers = (array.tolist() for array in (cuts.box, cuts.size, cuts.offset))
-                yield list(zip(index, *numbers, flip, strict=True))
-            else:
-                side = [0] * len(index) if part.side is None else part.side.tolist()
-                yield list(zip(index, *part.offset.T.tolist(), flip, side, strict=True))
+                cuts = draw_cuts(self._plan, self.epoch, part.index, self._sizes[part.index])
+                where = cuts.box, cuts.size, cuts.offset
+            yield list(zip(*(array.tolist() for array in (part.index, part.flip, *where)), strict=True))
 
     def __len__(self) -> int:
         return self._plan.steps - self.first_step
 
 
-class _Cut(Dataset[tuple[Tensor, int, int]]):
-    """Images by job, each cut by its own size, with label and, where its file is corrupt, its number (else -1)."""
+class _Images(Dataset[tuple[Any, ...]]):
+    """Images by job, with their labels; of files also the number of one that is corrupt, else -1.
+
+    A mean image is subtracted by hand, for torchvision normalises by colour only.
+    """
 
     def __init__(self, split: Split, config: LoaderConfig) -> None:
-        self._images, self._labels = split.images, split.labels
-        self._crop = config.augment.crop_size(split)
-        self._mean, self._std = config.normalize.mean.tolist(), config.normalize.std.tolist()
-
-    def __getitem__(self, job: CutJob) -> tuple[Tensor, int, int]:
-        index, (y, x, *box), size, (top, left), flip = job
-        pixels, unreadable = self._read(index)
-        image = torch.from_numpy(pixels[y : y + box[0], x : x + box[1]].copy()).permute(2, 0, 1)
-        if box != size:
-            image = functional.resize(image, size, antialias=True)
-        image = functional.to_dtype(functional.crop(image, top, left, *self._crop), torch.float32, scale=True)
-        image = functional.normalize(image, self._mean, self._std)
-        return functional.horizontal_flip(image) if flip else image, int(self._labels[index]), unreadable
-
-    def _read(self, index: int) -> tuple[NDArray[np.uint8], int]:
-        if not isinstance(self._images, Files):
-            return self._images[index], -1
-        try:
-            return self._images.read(index), -1
-        except DataError:
-            return self._images.grey(index), index
-
-
-class _Transformed(Dataset[tuple[Tensor, int]]):
-    """Images by job. A mean image is subtracted by hand, for torchvision normalises by colour only."""
-
-    def __init__(self, split: Split, config: LoaderConfig) -> None:
-        self._images = torch.from_numpy(split.pixels).permute(0, 3, 1, 2)
-        self._labels: list[int] = split.labels.tolist()
-        self._augment = config.augment
+        self._images, self._labels, self._augment = split.images, split.labels, config.augment
+        self._by_image = config.augment.by_image(split)
         self._size = config.augment.crop_size(split)
         self._std: list[float] = config.normalize.std.tolist()
-        self._normalize_first = config.augment.pad_mode == "zero"
         self._mean = torch.from_numpy(config.normalize.mean)
         if self._mean.ndim == 3:
             self._mean = self._mean.permute(2, 0, 1)
-            if not self._normalize_first:
+            if self._augment.pad_mode != "zero":
                 self._mean = self._pad(self._mean)
 
-    def __getitem__(self, job: Job) -> tuple[Tensor, int]:
-        index, y, x, flip, side = job
-        image, mean = self._images[index], self._mean
-        if side:
-            offset, size = torch.tensor([[y, x]]), self._size[0]
-            square = zoom(image.permute(1, 2, 0)[None], offset, torch.tensor([side]), size)[0]
-            image = self._normalize(square.permute(2, 0, 1) / 255, mean)
-        elif self._normalize_first:
-            image = functional.crop(self._pad(self._normalize(image, mean)), y, x, *self._size)
+    def __getitem__(self, job: Job) -> tuple[Any, ...]:
+        index, flip, *where = job
+        unreadable: tuple[int, ...] = ()
+        if isinstance(self._images, Files):
+            pixels, bad = self._images.read_or_grey(index)
+            unreadable = (index if bad else -1,)
         else:
-            mean = mean if mean.ndim == 1 else functional.crop(mean, y, x, *self._size)
-            image = self._normalize(functional.crop(self._pad(image), y, x, *self._size), mean)
-        return functional.horizontal_flip(image) if flip else image, self._labels[index]
+            pixels = self._images[index]
+        image = (self._cut if self._by_image else self._crop)(pixels, *where)
+        return functional.horizontal_flip(image) if flip else image, int(self._labels[index]), *unreadable
+
+    def _cut(self, pixels: NDArray[np.uint8], box: list[int], size: list[int], offset: list[int]) -> Tensor:
+        y, x, height, width = box
+        image = torch.from_numpy(pixels[y : y + height, x : x + width].copy()).permute(2, 0, 1)
+        if [height, width] != size:
+            image = functional.resize(image, size, antialias=True)
+        return self._normalize(functional.crop(image, *offset, *self._size), self._mean)
+
+    def _crop(self, pixels: NDArray[np.uint8], y: int, x: int, side: int) -> Tensor:
+        image, mean = torch.from_numpy(pixels), self._mean
+        if side:
+            square = zoom(image[None], torch.tensor([[y, x]]), torch.tensor([side]), self._size[0])[0]
+            return self._normalize(square.permute(2, 0, 1) / 255, mean)
+        image = image.permute(2, 0, 1)
+        if self._augment.pad_mode == "zero":  # after normalisation
+            padded: Tensor = functional.crop(self._pad(self._normalize(image, mean)), y, x, *self._size)
+            return padded
+        mean = mean if mean.ndim == 1 else functional.crop(mean, y, x, *self._size)
+        return self._normalize(functional.crop(self._pad(image), y, x, *self._size), mean)
 
     def _pad(self, image: Tensor) -> Tensor:
         pad, mode = self._augment.pad, self._augment.pad_mode

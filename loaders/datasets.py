@@ -13,8 +13,9 @@ import os
 import socket
 import tomllib
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,15 +23,24 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from harness.loaders.cache import Content, cache_dir, cached
+from harness.loaders.cache import (
+    Content,
+    Files,
+    Progress,
+    cache_dir,
+    cached,
+    in_threads,
+    index_files,
+    refuse,
+    show,
+)
+from harness.loaders.cache import DataError as DataError
 from harness.loaders.cache import Split as Split
-from harness.loaders.files import DataError as DataError
-from harness.loaders.files import Files, Progress, in_threads, index_files, read_image, refuse, scan, show
 
 MINIPLACES_TRAIN_IMAGES = 100_000
 ORIGINAL = {"09a5676e728262a768e427676db1b20e1ae9945c739c767c91d3143e7d255138"}  # digits
 """Fingerprints of published images. CIFAR-10's files have MD5 sums in torchvision; those of Mini-Places2 are not known here."""
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (b".jpg", b".jpeg", b".png", b".bmp", b".gif", b".ppm", b".tif", b".tiff", b".webp")
 _CIFAR = tomllib.loads(Path(__file__).with_name("cifar.toml").read_text())
 CIFAR10_CLASSES: tuple[str, ...] = tuple(_CIFAR["cifar10"].split())
 SUPERCLASSES: dict[str, str] = _CIFAR["cifar100"]
@@ -78,9 +88,9 @@ class Dataset:
 
     def scan(self, progress: Progress | None = None) -> None:
         """Decode every file; those in memory have been. Raises DataError, which names those that are corrupt."""
-        splits = [split.images for split in (self.train, self.test) if isinstance(split.images, Files)]
-        bad = [reason for files in splits for _, reason in sorted(scan(files, progress).items())]
-        refuse(dict(enumerate(bad)), sum(map(len, splits)))
+        every = [split.images for split in (self.train, self.test) if isinstance(split.images, Files)]
+        checked = [in_threads(files.check, len(files), "scanning images", progress) for files in every]
+        refuse(list(chain.from_iterable(checked)))
 
 
 class Request(NamedTuple):
@@ -116,9 +126,8 @@ def check_dataset_name(name: str) -> None:
 
 def describe_unknown(kind: str, name: str, allowed: Collection[str]) -> str:
     """What is wrong with a name that is none of the allowed, in one line."""
-    close = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown {kind} {name!r}: {hint}allowed are {', '.join(allowed)}"
+    close = "".join(f"did you mean {near!r}? " for near in difflib.get_close_matches(name, allowed, n=1))
+    return f"unknown {kind} {name!r}: {close}allowed are {', '.join(allowed)}"
 
 
 def load_dataset(
@@ -200,39 +209,37 @@ def _load_digits(request: Request) -> Dataset:
         return Content(tuple(str(name) for name in bunch.target_names), train, test)
 
     content, fingerprint = cached(["digits", version("scikit-learn")], read, request.cache)
-    return Dataset("digits", "digits", fingerprint, fingerprint in ORIGINAL, *content.parts(), flip=False)
+    return Dataset("digits", "digits", fingerprint, fingerprint in ORIGINAL, *content, flip=False)
 
 
 def _load_cifar(request: Request) -> Dataset:
-    name = request.name
+    name, root = request.name, request.root or request.cache / "downloads"
     kind, folder, classes = TORCHVISION[name]
-    root = request.root or request.cache / "downloads"
-    batches = root / folder
+    shown, batches = f"{kind[:5]}-{kind[5:]}", root / folder
     if request.root is None and not batches.is_dir():
         _download_cifar(name, root)
     if not batches.is_dir():
         dataset = load_class_folders(request._replace(root=root))
         if dataset.classes != classes:
             first = ", ".join(dataset.classes[:3])
-            raise DataError(f"{root}: not {kind[:5]}-{kind[5:]}'s classes ({first}, ...): try folder:{root}")
+            raise DataError(f"{root}: not {shown}'s classes ({first}, ...): try folder:{root}")
         return dataset
+
+    def read() -> Content:
+        from torchvision import datasets
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's, about the age of the pickles
+            try:
+                parts = [getattr(datasets, kind)(root, train=train, download=False) for train in (True, False)]
+            except RuntimeError as error:
+                what = f"a file's checksum is not {shown}'s"
+                raise DataError(f"{batches}: incomplete or corrupt: {what}") from error
+        return Content(classes, *(Split(part.data, np.asarray(part.targets, np.int64)) for part in parts))
+
     listing = _list([os.fsencode(path.name) for path in sorted(batches.iterdir())], batches)
-    content, fingerprint = cached(_sign(batches, (), listing), lambda: _read_cifar(name, root), request.cache)
-    return Dataset(name, name, fingerprint, True, *content.parts(), flip=True)
-
-
-def _read_cifar(name: str, root: Path) -> Content:
-    from torchvision import datasets
-
-    kind, folder, classes = TORCHVISION[name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy's, about the age of the pickles
-        try:
-            parts = [getattr(datasets, kind)(root, train=train, download=False) for train in (True, False)]
-        except RuntimeError as error:
-            what = f"a file's checksum is not {kind[:5]}-{kind[5:]}'s"
-            raise DataError(f"{root / folder}: incomplete or corrupt: {what}") from error
-    return Content(classes, *(Split(part.data, np.asarray(part.targets, np.int64)) for part in parts))
+    content, fingerprint = cached(_sign(batches, (), listing), read, request.cache)
+    return Dataset(name, name, fingerprint, True, *content, flip=True)
 
 
 def _download_cifar(name: str, root: Path) -> None:
@@ -245,7 +252,7 @@ def _download_cifar(name: str, root: Path) -> None:
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)  # torchvision sets none
             getattr(datasets, TORCHVISION[name][0])(root, download=True)  # keeps what is downloaded already
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{name} cannot be downloaded ({reason}): name a folder that has it with --data-dir, "
             "or train on the embedded images with --dataset digits"
@@ -263,7 +270,7 @@ def _load_relabelled(request: Request) -> Dataset:
     labels = [(split, number[split.labels]) for split in (whole.train, whole.test)]
     content = Content(classes, *(Split(split.images[new >= 0], new[new >= 0]) for split, new in labels))
     label = request.name if whole.original else f"{request.name} of {whole.label}"
-    return Dataset(request.name, label, content.fingerprint(), whole.original, *content.parts(), flip=True)
+    return Dataset(request.name, label, content.fingerprint(), whole.original, *content, flip=True)
 
 
 def load_class_folders(request: Request) -> Dataset:
@@ -279,7 +286,7 @@ def load_class_folders(request: Request) -> Dataset:
     label = root.resolve().name or "folder"
     if label in DATASETS:  # it must not pass for the published images
         label = f"{label}@{fingerprint[:8]}"
-    return Dataset(request.name, label, fingerprint, False, *content.parts(), flip=True)
+    return Dataset(request.name, label, fingerprint, False, *content, flip=True)
 
 
 def _list_class_folders(root: Path, split: str) -> tuple[list[str], _Listing]:
@@ -291,10 +298,9 @@ def _list_class_folders(root: Path, split: str) -> tuple[list[str], _Listing]:
         raise DataError(f"{folder}: no class folders: expected {split}/<class>/*")
     listings: list[_Listing] = []
     for label, name in enumerate(classes):
-        within = os.fsencode(f"{split}/{name}/")
         names = os.listdir(os.fsencode(folder / name))  # noqa: PTH208 (as bytes)
         images = sorted(
-            within + each for each in names if Path(os.fsdecode(each)).suffix.lower() in IMAGE_SUFFIXES
+            os.fsencode(f"{split}/{name}/") + each for each in names if each.lower().endswith(IMAGE_SUFFIXES)
         )
         if not images:
             raise DataError(f"{folder / name}: no images in this class folder")
@@ -325,49 +331,45 @@ def _sign(root: Path, classes: tuple[str, ...], *listings: _Listing) -> list[str
 
 def _load_miniplaces(request: Request) -> Dataset:
     root = request.folder()
-    classes: dict[int, str] = {}
-    for number, path, label in _list_lines(root / "categories.txt"):
-        if classes.setdefault(label, path) != path:
-            raise DataError(f"{root / 'categories.txt'} line {number}: label {label} is {classes[label]} already")
-    if sorted(classes) != list(range(len(classes))):
-        raise DataError(f"{root / 'categories.txt'}: labels are not 0 to {len(classes) - 1}")
+    names, labels = _read_list(root / "categories.txt")
+    if sorted(labels) != list(range(len(labels))):
+        raise DataError(f"{root / 'categories.txt'}: labels are not 0 to {len(labels) - 1}, each once")
+    classes = tuple(names[index] for index in np.argsort(labels))
     train, test = (_list_kit(root, name, len(classes)) for name in ("train.txt", "val.txt"))
-    names = tuple(classes[label] for label in range(len(classes)))
-    content, fingerprint = _read_files(request, names, train, test)
+    content, fingerprint = _read_files(request, classes, train, test)
     whole = len(content.train) >= MINIPLACES_TRAIN_IMAGES
     name = "miniplaces" if whole else root.resolve().name
     if name in DATASETS and not whole:
-        per_class = np.bincount(content.train.labels, minlength=len(names))
+        per_class = np.bincount(content.train.labels, minlength=len(classes))
         name = f"{name}-{per_class[0]}" if np.ptp(per_class) == 0 else f"{name}@{fingerprint[:8]}"
-    return Dataset("miniplaces", name, fingerprint, fingerprint in ORIGINAL, *content.parts(), flip=True)
+    return Dataset("miniplaces", name, fingerprint, fingerprint in ORIGINAL, *content, flip=True)
 
 
 def _list_kit(root: Path, name: str, num_classes: int) -> _Listing:
-    paths, labels = list[bytes](), list[int]()
-    for number, path, label in _list_lines(root / name):
-        if not 0 <= label < num_classes:
-            raise DataError(f"{root / name} line {number}: label {label} is not in categories.txt")
-        if not (root / "images" / path).is_file():
-            raise DataError(f"{root / name} line {number}: no file {root / 'images' / path}")
-        paths.append(os.fsencode(f"images/{path}"))
-        labels.append(label)
-    return _list(paths, root, labels)
+    paths, labels = _read_list(root / name)
+    for label in labels:
+        if label >= num_classes:
+            raise DataError(f"{root / name}: label {label} is not in categories.txt")
+    return _list([os.fsencode(f"images/{path}") for path in paths], root, labels)
 
 
-def _list_lines(path: Path) -> Iterator[tuple[int, str, int]]:
-    """(line number, path, label) of each line `path label`."""
+def _read_list(path: Path) -> tuple[list[str], list[int]]:
+    """Paths and labels of a file with lines `path label`."""
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: expected lines of a path and a label") from error
-    if not any(lines):
-        raise DataError(f"{path}: empty: expected lines of a path and a label")
-    for number, line in enumerate(lines, start=1):
+    found = list[tuple[str, int]]()
+    for number, line in enumerate(map(str.strip, lines), start=1):
         name, _, label = line.rpartition(" ")
         if line and not (name and label.isdecimal()):
             raise DataError(f"{path} line {number}: {line[:80]!r} is not a path and a label")
         if line:
-            yield number, name.strip(), int(label)
+            found.append((name.strip(), int(label)))
+    if not found:
+        raise DataError(f"{path}: empty: expected lines of a path and a label")
+    names, labels = zip(*found, strict=True)
+    return list(names), list(labels)
 
 
 DATASETS: dict[str, Callable[[Request], Dataset]] = {
@@ -388,42 +390,27 @@ def _read_files(
 
     def read() -> Content:
         paths = np.concatenate([train.paths, test.paths])
-        decoded = _decode(request, paths)
-        images = index_files(root.resolve(), paths, request.progress) if decoded is None else decoded
+        images = _decode(request, index_files(root.resolve(), paths, request.progress))
         return Content(classes, Split(images[:cut], train.labels), Split(images[cut:], test.labels))
 
     return cached(_sign(root, classes, train, test), read, request.cache)
 
 
-def _decode(request: Request, paths: NDArray[np.bytes_]) -> NDArray[np.uint8] | None:
-    """Every file in RGB; None where a folder's images should stay in their files."""
-    root, stay = request.folder(), request.name not in (*TORCHVISION, "miniplaces")
+def _decode(request: Request, files: Files) -> NDArray[np.uint8] | Files:
+    """Every image in RGB, or the files themselves where a folder's images should stay in them."""
+    (height, width), count = files.sizes[0].tolist(), len(files)
+    odd = [0] * (width != height) + np.flatnonzero((files.sizes != files.sizes[0]).any(axis=1)).tolist()
+    if request.name not in (*TORCHVISION, "miniplaces"):
+        if odd or count * height * width * 3 > LARGEST_BYTES:
+            return files
+    elif odd:
+        size = "{1}x{0}".format(*files.sizes[odd[0]])
+        raise DataError(f"{show(files.path(odd[0]))}: image is {size}: square ones of one size are expected")
+    images = np.empty((count, height, width, 3), np.uint8)
 
-    def name(index: int) -> Path:
-        return root / os.fsdecode(paths[index])
+    def decode(index: int) -> str:
+        images[index] = files.read(index)
+        return ""
 
-    height, width = read_image(name(0)).shape[:2]
-    if stay and (width != height or len(paths) * height * width * 3 > LARGEST_BYTES):
-        return None
-    if width != height:
-        raise DataError(f"{name(0)}: image is {width}x{height}: only square images are supported")
-    images = np.empty((len(paths), height, width, 3), np.uint8)
-
-    def decode(index: int) -> None:
-        image = read_image(name(index))
-        if image.shape != images.shape[1:]:
-            size = f"{image.shape[1]}x{image.shape[0]}"
-            raise _OtherSizeError(f"{name(index)}: image is {size}, others are {width}x{height} ({name(0)})")
-        images[index] = image
-
-    try:
-        in_threads(decode, len(paths), "decoding images", request.progress)
-    except _OtherSizeError:
-        if not stay:
-            raise
-        return None
+    in_threads(decode, count, "decoding images", request.progress)
     return images
-
-
-class _OtherSizeError(DataError):
-    """An image is not of the others' size."""

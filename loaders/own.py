@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,7 @@ def load_own(
     made = load({"root": request.root})
     if isinstance(made, str | Path):
         whole = load_class_folders(request._replace(root=Path(made).expanduser()))
-        return Dataset(
-            request.name, request.name, whole.fingerprint, False, whole.classes, whole.train, whole.test, flip
-        )
+        return replace(whole, label=request.name, flip=flip)
     if not (isinstance(made, tuple) and len(made) == 2):
         raise DataError(f"(train, test) or a path is expected, not {repr(made)[:80]}")
     train, test = (read_split(part, what) for part, what in zip(made, ("train", "test"), strict=True))
@@ -40,7 +39,7 @@ def load_own(
             which = f"label {split.labels[wrong]} of {what} image {wrong}"
             raise DataError(f"{which} is out of range: 0 to {len(named) - 1} are the classes")
     content = Content(named, train, test)
-    return Dataset(request.name, request.name, content.fingerprint(), False, *content.parts(), flip=flip)
+    return Dataset(request.name, request.name, content.fingerprint(), False, *content, flip=flip)
 
 
 def read_split(part: Any, what: str) -> Split:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.loaders.cache import Files
 from harness.loaders.datasets import Split
-from harness.loaders.files import Files
 
 if TYPE_CHECKING:
     import torch
@@ -35,24 +35,20 @@ NEON_MEAN = (126.80609131, 119.21331787, 104.41227722)  # of 0..255: what neon's
 
 @dataclass(frozen=True, slots=True)
 class Augment:
-    """Pad by `pad` pixels on each side, crop at random, flip at random. The fields are a recipe's."""
+    """Pad by `pad` pixels on each side, crop at random, flip at random. The fields are a recipe's (models/variants.py)."""
 
     pad: int
     pad_mode: PadMode
-    """zero: zeros after normalisation. black: zeros in the image, before it. reflect: the image mirrored at its
-    edge (which is not repeated). mean: the means of its own rows and columns, rounded (numpy.pad). A mean image is
-    padded as the images are; so with one, black equals zero."""
+    """black: zeros in the image; zero: in what normalisation makes of it. reflect: the image mirrored at its edge, which is
+    not repeated. mean: the means of its own rows and columns, rounded (numpy.pad). A mean image is padded as the images are;
+    so with one, black equals zero."""
     crop: int | None  # side in pixels; None: the image's own
     flip: bool
     scale_range: tuple[int, ...] = ()
-    """Least and largest side to which a training image is enlarged before the crop; an evaluated one is reduced to the
-    crop, whole. The pixels are means over areas. (): no image is resized."""
+    """An evaluated image is reduced to the crop, whole. The pixels are means over areas."""
     resize: int = 0
-    """Shorter side to which an image is resized before the crop; 0: it is not. With `area_range` evaluated ones only."""
-    area_range: tuple[float, ...] = ()
-    """Least and largest share of an image's area in the box that is resized to a training crop (arXiv:1409.4842)."""
+    area_range: tuple[float, ...] = ()  # as by arXiv:1409.4842
     aspect_range: tuple[float, ...] = (3 / 4, 4 / 3)
-    """Least and largest width over height of that box."""
 
     def by_image(self, split: Split) -> bool:
         """Whether each image is cut by its own size: `draw_cuts`."""
@@ -60,55 +56,43 @@ class Augment:
 
     def crop_size(self, split: Split) -> tuple[int, int]:
         """Height and width of the output. Raises ValueError where padding or crop do not fit the images."""
-        if self.by_image(split):
-            return self._cut_size(split)
-        height, width = split.pixels.shape[1:3]
-        if self.pad_mode == "reflect" and self.pad >= min(height, width):
-            raise ValueError(f"padding of {self.pad} by reflection: {width}x{height} images are too small for it")
-        if self.scale_range and (self.pad or height != width or not height <= min(self.scale_range)):
-            least, most = self.scale_range
-            raise ValueError(
-                f"scales {least} to {most} of {width}x{height} images: square ones, no padding, no reduction"
-            )
-        if self.crop is None:
-            return height, width
-        if not 0 < self.crop <= min(height, width) + 2 * self.pad:
-            raise ValueError(f"crop {self.crop} does not fit into {width}x{height} images padded by {self.pad}")
-        return self.crop, self.crop
-
-    def _cut_size(self, split: Split) -> tuple[int, int]:
-        """Where every image is cut by its own size."""
-        for name in ("pad", "scale_range"):
+        size, by_image = split.size, self.by_image(split)
+        for name in ("pad", "scale_range") if by_image else ():
             if value := getattr(self, name):
                 raise ValueError(f"{name}={value} is for images in memory that are not resized: set it to nothing")
-        for name, most in {"area_range": 1.0, "aspect_range": math.inf}.items():
+        for name, most in {"area_range": 1.0, "aspect_range": math.inf}.items() if by_image else ():
             if (value := getattr(self, name)) and not (len(value) == 2 and 0 < value[0] <= value[1] <= most):
-                raise ValueError(
-                    f"{name}={value}: two rising numbers above 0{' and up to 1' * (most == 1)} are allowed"
-                )
-        size, crop = split.size, self.crop
-        if size is None and not (self.resize and crop):
-            low, high = (getattr(split.sizes(slice(None)), what)(axis=0) for what in ("min", "max"))
+                what = f"two rising numbers above 0{' and up to 1' * (most == 1)} are allowed"
+                raise ValueError(f"{name}={value}: {what}")
+        no_crop = self.crop is None and (self.resize or self.area_range)
+        if no_crop or (size is None and not (self.resize and self.crop)):
+            low, high = split.sizes.min(axis=0), split.sizes.max(axis=0)
             sizes = f"from {low[1]}x{low[0]} to {high[1]}x{high[0]} pixels"
             raise ValueError(
                 f"images {sizes} need a crop of one size, as crop=224 and resize=256 of variant imagenet"
             )
-        if crop is None:
-            if self.resize or self.area_range or size is None:
-                raise ValueError("images that are resized need a crop, as crop=224")
-            return size
-        least = self.resize or min(size or ())
-        if not 0 < crop <= least:
-            raise ValueError(f"crop {crop} does not fit into images whose shorter side is {least}")
-        return crop, crop
+        height, width = size or (self.resize, self.resize)
+        if self.pad_mode == "reflect" and self.pad >= min(height, width):
+            raise ValueError(f"padding of {self.pad} by reflection: {width}x{height} images are too small for it")
+        if self.scale_range and (self.pad or height != width or not height <= min(self.scale_range)):
+            least, most = self.scale_range
+            what = "square ones, no padding, no reduction"
+            raise ValueError(f"scales {least} to {most} of {width}x{height} images: {what}")
+        if self.crop is None:
+            return height, width
+        shorter = (by_image and self.resize) or min(height, width)
+        if not 0 < self.crop <= shorter + 2 * self.pad:
+            images = f"images whose shorter side is {shorter}"
+            images = images if by_image else f"{width}x{height} images padded by {self.pad}"
+            raise ValueError(f"crop {self.crop} does not fit into {images}")
+        return self.crop, self.crop
 
     def span(self, split: Split) -> tuple[int, int]:
         """Largest offset of the crop in the padded image, in y and x."""
         height, width = self.crop_size(split)
-        if self.scale_range or self.by_image(split):
-            return 0, 0
-        rows, columns = split.pixels.shape[1:3]
-        return rows + 2 * self.pad - height, columns + 2 * self.pad - width
+        rows, columns = split.size or (0, 0)
+        fixed = self.scale_range or self.by_image(split)
+        return (0, 0) if fixed else (rows + 2 * self.pad - height, columns + 2 * self.pad - width)
 
 
 def make_augment(recipe: object, *, flip: bool) -> Augment:
@@ -185,9 +169,7 @@ class EpochSample:
     index: NDArray[np.int64]  # (m,), into the split
     offset: NDArray[np.int64]  # (m, 2), y and x of the crop within the padded image
     flip: NDArray[np.bool_]  # (m,)
-    side: (
-        NDArray[np.int64] | None
-    )  # (m,), of the square that is resized to the crop's size; None: nothing is resized
+    side: NDArray[np.int64] | None  # (m,), of the square that is resized to the crop; None: nothing is resized
     batch_size: int  # images of each batch of this rank; the last batch may have fewer
 
     @property
@@ -300,33 +282,22 @@ def draw_cuts(plan: SamplingPlan, epoch: int, index: NDArray[np.int64], sizes: N
             np.random.Generator(np.random.PCG64([plan.seed, epoch, 3, image])).random(out=row)
     place = draws[:, -2:]
     if plan.train and cut.area_range:
-        box, fits = _boxes(cut, sizes, draws[:, :ATTEMPTS], draws[:, ATTEMPTS:-2])
-        start = np.floor(np.where(fits, place, 0.5) * (sizes - box + 1)).astype(np.int64)
+        (least, most), (narrow, wide) = cut.area_range, cut.aspect_range
+        pixels = sizes.prod(axis=1, keepdims=True) * (least + (most - least) * draws[:, :ATTEMPTS])
+        ratio = np.exp(np.log(narrow) + (np.log(wide) - np.log(narrow)) * draws[:, ATTEMPTS:-2])
+        tried = np.rint(np.sqrt(np.stack([pixels / ratio, pixels * ratio], axis=2))).astype(np.int64)
+        fits = ((tried > 0) & (tried <= sizes[:, None])).all(axis=2)
+        any_fits = fits.any(axis=1, keepdims=True)
+        height, width = sizes.T
+        whole = [np.minimum(height, np.rint(width / narrow)), np.minimum(width, np.rint(height * wide))]
+        found = tried[np.arange(count), fits.argmax(axis=1)]
+        box = np.where(any_fits, found, np.stack(whole, axis=1).astype(np.int64))
+        start = np.floor(np.where(any_fits, place, 0.5) * (sizes - box + 1)).astype(np.int64)
         return Cuts(np.hstack([start, box]), np.broadcast_to(crop, (count, 2)), np.zeros((count, 2), np.int64))
-    size = sizes
-    if cut.resize:
-        size = cut.resize * sizes // sizes.min(axis=1, keepdims=True)
+    size = cut.resize * sizes // sizes.min(axis=1, keepdims=True) if cut.resize else sizes
     span = size - crop
     offset = np.floor(place * (span + 1)) if plan.train else np.rint(span / 2)
     return Cuts(np.hstack([np.zeros_like(sizes), sizes]), size, offset.astype(np.int64))
-
-
-def _boxes(
-    cut: Augment, sizes: NDArray[np.int64], area: NDArray[Any], aspect: NDArray[Any]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """(n, 2), height and width of the boxes, by uniform numbers (n, ATTEMPTS); and (n, 1), whether one did fit."""
-    (least, most), (narrow, wide) = cut.area_range, cut.aspect_range
-    pixels = sizes.prod(axis=1, keepdims=True) * (least + (most - least) * area)
-    ratio = np.exp(np.log(narrow) + (np.log(wide) - np.log(narrow)) * aspect)
-    tried = np.rint(np.sqrt(np.stack([pixels / ratio, pixels * ratio], axis=2))).astype(np.int64)
-    fits = ((tried > 0) & (tried <= sizes[:, None])).all(axis=2)
-    found = tried[np.arange(len(sizes)), fits.argmax(axis=1)]
-    height, width = sizes.T
-    whole = np.stack(
-        [np.minimum(height, np.rint(width / narrow)), np.minimum(width, np.rint(height * wide))], axis=1
-    )
-    any_fits = fits.any(axis=1, keepdims=True)
-    return np.where(any_fits, found, whole.astype(np.int64)), any_fits
 
 
 def draw_partners(plan: SamplingPlan, epoch: int) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin
@@ -115,7 +115,7 @@ class Recipe:
     batch_norm: Literal["local", "sync"] = added("local")
     """Whose images a training batch's statistics are of: each worker's own, as under DDP, or all workers'."""
     optimizer: str = added("sgd")  # one of harness.training.optim.OPTIMIZERS
-    augmentations: tuple[str, ...] = added(())  # of harness.training.augment.AUGMENTATIONS, after crop and flip
+    augmentations: tuple[str, ...] = added(())  # of harness.training.optim.AUGMENTATIONS, after crop and flip
     extra: tuple[str, ...] = added(())  # as `Network.extra`: of optimizer, schedule and augmentations
 
 
@@ -155,22 +155,22 @@ class Architecture:
     three_stages: bool = False  # of equally many blocks, with one layer before and one after: 6n+2, or 9n+2
 
 
-def _ours(module: str, name: str, **limits: Any) -> Architecture:
+def _ours(name: str, **limits: Any) -> Architecture:
     """A module of this package, imported when it is made."""
 
     def make(network: Network, num_classes: int) -> nn.Module:
-        made: nn.Module = getattr(import_module(f"harness.models.{module}"), name)(network, num_classes)
+        made: nn.Module = getattr(import_module("harness.models.networks"), name)(network, num_classes)
         return made
 
     return Architecture(make=make, **limits)
 
 
 NETWORKS: dict[str, Architecture] = {
-    "cifar": _ours("resnet", "CifarResNet", smallest_image=4, three_stages=True),
-    "imagenet": _ours("imagenet", "ImageNetResNet", smallest_image=16, depths=(18, 34, 50, 74)),
-    "resnet": _ours("imagenet", "ResNet", smallest_image=32, depths=(18, 34, 50, 101, 152)),
-    "convnet": _ours("convnet", "ConvNet", smallest_image=4, depths=(8,)),
-    "xresnet": _ours("xresnet", "XResNet", smallest_image=4, three_stages=True),
+    "cifar": _ours("CifarResNet", smallest_image=4, three_stages=True),
+    "imagenet": _ours("ImageNetResNet", smallest_image=16, depths=(18, 34, 50, 74)),
+    "resnet": _ours("ResNet", smallest_image=32, depths=(18, 34, 50, 101, 152)),
+    "convnet": _ours("ConvNet", smallest_image=4, depths=(8,)),
+    "xresnet": _ours("XResNet", smallest_image=4, three_stages=True),
 }
 
 
@@ -242,11 +242,20 @@ def write_extra(values: Mapping[str, Any], makes: Iterable[Callable[..., Any]]) 
 
 
 SIMPLE = (bool, int, float, str)
-FILLED = {"num_classes", "image_size", "network", "depth", "groups", "moment", "images", "draws", "root"}
-FILLED |= {each.name for each in fields(Recipe)}
+OF_NETWORK, OF_RECIPE = ({each.name for each in fields(part)} for part in (Network, Recipe))
+FILLED = {
+    "num_classes",
+    "image_size",
+    "network",
+    "depth",
+    "groups",
+    "moment",
+    "images",
+    "draws",
+    "root",
+    *OF_RECIPE,
+}
 """Parameters of makers that are no fields of their own."""
-
-
 ABOUT = {
     "base",
     "summary",
@@ -260,12 +269,12 @@ ABOUT = {
 
 def make_variant(name: str, rows: Mapping[str, Mapping[str, Any]]) -> VariantFunction:
     """A variant of rows like those of variants.toml: its own and its base's."""
-    row = rows[name]
-    chain = [row]  # the variant, its base, and so on
+    chain = [rows[name]]  # the variant, its base, and so on
     while "base" in chain[-1]:
         chain.append(rows[chain[-1]["base"]])
-    source, default = (next(link[key] for link in chain if key in link) for key in ("source", "depth"))
-    own = {field.name for field in fields(Network)} - {"depth"}
+    source, default, summary = (
+        next(link[key] for link in chain if key in link) for key in ("source", "depth", "summary")
+    )
 
     def variant(depth: int = default) -> Variant:
         changes: dict[str, Any] = {}
@@ -273,19 +282,18 @@ def make_variant(name: str, rows: Mapping[str, Mapping[str, Any]]) -> VariantFun
             for part in (link, *link.get("at", ())):
                 if part is link or depth in part.get("depths", ()) or depth >= part.get("least", math.inf):
                     changes |= {key: tuple(x) if isinstance(x, list) else x for key, x in part.items()}
-        network = Network(depth=depth, **{key: value for key, value in changes.items() if key in own})
+        given = {key: value for key, value in changes.items() if key not in ABOUT}
+        network = Network(depth=depth, **{key: given.pop(key) for key in OF_NETWORK & given.keys()})
         check_depth(network)
-        known = {field.name for field in fields(Recipe)}
-        recipe = Recipe(**{key: value for key, value in changes.items() if key in known})
-        others = {key: value for key, value in changes.items() if key not in own | known | ABOUT}
-        if others:  # fields of a plug-in's own
+        recipe = Recipe(**{key: given.pop(key) for key in OF_RECIPE & given.keys()})
+        if given:  # fields of a plug-in's own
             make = NETWORKS[network.architecture].make
-            network = replace(network, extra=write_extra(others, [make]))
-            rest = sorted(others.keys() - own_fields(make).keys())
-            recipe = replace(recipe, extra=tuple(f"{key}={json.dumps(others[key])}" for key in rest))
-        return Variant(name=name, network=network, recipe=recipe, source=source, summary=row["summary"])
+            network = replace(network, extra=write_extra(given, [make]))
+            rest = sorted(given.keys() - own_fields(make).keys())
+            recipe = replace(recipe, extra=tuple(f"{key}={json.dumps(given[key])}" for key in rest))
+        return Variant(name=name, network=network, recipe=recipe, source=source, summary=summary)
 
-    variant.__name__, variant.__doc__ = name.replace("-", "_"), row["summary"]
+    variant.__name__, variant.__doc__ = name.replace("-", "_"), summary
     return variant
 
 
@@ -313,9 +321,8 @@ ROWS = load_rows("variants.toml")
 VARIANTS: dict[str, VariantFunction] = {name: make_variant(name, ROWS) for name in ROWS}
 
 
-def find_variant(name: str) -> VariantFunction:
-    """The variant of that name. Raises ValueError where there is none."""
-    return find("variant", name, VARIANTS)
+find_variant = partial(find, "variant", entries=VARIANTS)
+"""The variant of that name. Raises ValueError where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -343,6 +350,5 @@ class Preset:
 PRESETS = {name: Preset(**row) for name, row in load_rows("presets.toml").items()}
 
 
-def find_preset(name: str) -> Preset:
-    """The preset of that name. Raises ValueError where there is none."""
-    return find("preset", name, PRESETS)
+find_preset = partial(find, "preset", entries=PRESETS)
+"""The preset of that name. Raises ValueError where there is none."""

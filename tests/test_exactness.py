@@ -23,7 +23,7 @@ from harness.loaders.sampling import (
     make_normalize,
 )
 from harness.models.build import build
-from harness.models.layers import EndPadded
+from harness.models.networks import EndPadded
 from harness.models.variants import find_variant
 
 SIDE, CROP, COUNT, SEED = 16, 14, 37, 5

@@ -22,9 +22,10 @@ from scipy.stats import kstest
 from torchvision.transforms import v2
 
 from harness.commands.evaluate import EvalOptions, evaluate_weights
-from harness.loaders import dali, datasets, files
+from harness.loaders import cache as files
+from harness.loaders import dali, datasets
+from harness.loaders.cache import Files
 from harness.loaders.datasets import DataError, Dataset, Split, hold_out, limit, load_dataset
-from harness.loaders.files import Files
 from harness.loaders.loader import Loader, make_loaders
 from harness.loaders.sampling import (
     IMAGENET_MEAN,
@@ -243,7 +244,7 @@ def test_dataloader_does_what_torchvision_does(augment: Augment, make: Any, data
     train, test = make("dataloader", augment)
     plan = make_plan(augment, 22, batch_size=6, seed=5)
     draw = plan.draw(3)
-    cuts = draw_cuts(plan, 3, draw.index, dataset.train.sizes(draw.index))
+    cuts = draw_cuts(plan, 3, draw.index, dataset.train.sizes[draw.index])
     normalize = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
     found, labels = joined(train, 3)
     assert labels == dataset.train.labels[draw.index].tolist()

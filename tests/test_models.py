@@ -11,10 +11,8 @@ import torchvision
 from torch import nn
 
 from harness.models.build import build, count_flops, count_parameters
-from harness.models.layers import IdentityConv
-from harness.models.resnet import OptionA, PreactBlock
+from harness.models.networks import AverageShortcut, IdentityConv, OptionA, PreactBlock, SqueezeExcite
 from harness.models.variants import NETWORKS, VARIANTS, Network, find_variant
-from harness.models.xresnet import AverageShortcut, SqueezeExcite
 
 PARAMETERS = {  # trainable, for ten classes
     "he2015": {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962, 1202: 19_421_274},

@@ -101,8 +101,9 @@ with tempfile.TemporaryDirectory() as folder:
     "report": """
 import pathlib
 from rich.console import Console
-from harness.commands.report import print_report
-print_report([pathlib.Path('results/records/sample_digits_cpu_2026-11-22/runs')], Console(file=open('/dev/null', 'w')))
+from harness.commands.report import ReportOptions, print_report
+runs = [pathlib.Path('results/records/sample_digits_cpu_2026-11-22/runs')]
+print_report(runs, Console(file=open('/dev/null', 'w')), ReportOptions())
 """,
 }
 

@@ -138,7 +138,7 @@ def test_keys_are_neither_printed_nor_stored(tmp_path: Path, capsys: Any, monkey
     def refuse(uri: str) -> Any:
         raise StorageError(f"{uri}: access denied")
 
-    monkeypatch.setattr(storage, "check_uri", refuse)
+    monkeypatch.setattr("harness.plan.check_uri", refuse)
     code, _, err = harness(f"run --dataset digits --gpus 0 --out {uri}", capsys)
     assert (code, err) == (2, "harness: error: --out s3://bucket/runs: access denied\n")
 

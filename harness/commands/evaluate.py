@@ -21,7 +21,7 @@ from harness.loaders.datasets import Dataset, Split, limit, load_dataset
 from harness.loaders.loader import make_evaluation_loader
 from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_augment, make_normalize
 from harness.models.build import build
-from harness.models.imagenet import ImageNetResNet
+from harness.models.networks import ImageNetResNet
 from harness.models.variants import NETWORKS, VARIANTS, Variant, default_depth, find_variant
 from harness.options import EvalOptions
 from harness.plan import find_data_dir

@@ -145,13 +145,12 @@ def _render(
 
 
 @collector_paused()
-def print_report(paths: Sequence[Path], console: Console, options: ReportOptions | None = None) -> bool:
+def print_report(paths: Sequence[Path], console: Console, options: ReportOptions) -> bool:
     """Print the table of all runs under `paths`, or write it to a file; draw the charts into the folder `curves`.
 
     Returns whether there was a run. Raises UserError for an unknown format, column or field, a path that does not
     exist, and a file that cannot be written.
     """
-    options = options or ReportOptions()
     format, output, curves = options.format, options.output, options.curves
     check_word(format, (*FORMATS, "html"), "--format")
     loaded, searches = load_runs(paths), Sweeps([], [])

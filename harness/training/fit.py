@@ -28,8 +28,7 @@ from harness.models.variants import find_variant
 from harness.plugins import blaming, load_sources, names_of, used_by
 from harness.spec import RunPaths, RunSpec
 from harness.training import checks
-from harness.training.augment import augment
-from harness.training.optim import learning_rate, make_optimizer, total_steps
+from harness.training.optim import augment, learning_rate, make_optimizer, total_steps
 from harness.training.setup import Data, assemble
 
 IMAGES, BATCH = 8, 16
@@ -59,23 +58,21 @@ def need(met: bool, words: str) -> None:
 
 def equal(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:
     """Bit for bit."""
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    return all(map(torch.equal, one, other))
 
 
-def _build(spec: RunSpec, dataset: Dataset) -> nn.Module:
-    torch.manual_seed(spec.seed)
-    return build(spec.network, dataset.num_classes, spec.recipe.crop or dataset.image_size)
-
-
-def _noise(spec: RunSpec, dataset: Dataset) -> Tensor:
+def _make(spec: RunSpec, dataset: Dataset) -> tuple[Any, Tensor]:
+    """The network of the run's seed, and images of noise for it."""
     size = spec.recipe.crop or dataset.image_size
+    torch.manual_seed(spec.seed)
+    network = build(spec.network, dataset.num_classes, size)
     noise = torch.randn(IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return noise.contiguous(memory_format=torch.channels_last)
+    return network, noise.contiguous(memory_format=torch.channels_last)
 
 
 def fit_network(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
     """Logits of the right shape; a gradient for each parameter; the same from the same seed."""
-    network, other, images = _build(spec, dataset), _build(spec, dataset), _noise(spec, dataset)
+    (network, images), (other, _) = (_make(spec, dataset) for _ in range(2))
     need(isinstance(network, nn.Module), f"gives {type(network).__name__}, and a torch.nn.Module is expected")
     named = {name: p for name, p in network.named_parameters() if p.requires_grad}
     need(bool(named), "has no parameters to train")
@@ -83,12 +80,12 @@ def fit_network(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
     need(same, f"is another each time that it is made of one seed: {RANDOM}")
     wanted = (IMAGES, dataset.num_classes)
 
-    def forward() -> Tensor:
+    def forward() -> Any:
         torch.manual_seed(1)
-        logits: Any = network(images)
+        logits = network(images)
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         need(given == wanted, f"gives {given} for images {tuple(images.shape)}: {wanted} is expected")
-        return logits  # type: ignore[no-any-return]
+        return logits
 
     logits = forward()
     F.cross_entropy(logits.float(), torch.arange(IMAGES) % dataset.num_classes).backward()
@@ -106,7 +103,7 @@ def fit_optimizer(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
     """It has every parameter, and changes it; the same each time."""
     ends = []
     for _ in range(2):
-        network = _build(spec, dataset)
+        network, _ = _make(spec, dataset)
         optimizer: Any = make_optimizer(replace(spec.recipe, warmup=0), network)
         is_one = isinstance(optimizer, torch.optim.Optimizer)
         need(is_one, f"gives {type(optimizer).__name__}, and a torch.optim.Optimizer is expected")
@@ -129,18 +126,16 @@ def fit_schedule(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
     per_epoch = max(1, len(dataset.train) // spec.recipe.batch_size)
     last = max(1, total_steps(spec.recipe, per_epoch) - 1)
     for step in sorted({last * n // MOMENTS for n in range(MOMENTS + 1)}):
-        first, again = (learning_rate(spec.recipe, step, per_epoch) for _ in range(2))
-        met = isinstance(first, float | int) and math.isfinite(first) and first == again and first >= 0
-        need(
-            met,
-            f"makes the lr of step {step} {first!r}, then {again!r}: a function of the step, from 0 up, is expected",
-        )
+        rates = [learning_rate(spec.recipe, step, per_epoch) for _ in range(2)]
+        met = all(isinstance(lr, float | int) and 0 <= lr < math.inf for lr in rates) and rates[0] == rates[1]
+        words = "{!r}, then {!r}: a function of the step, from 0 up, is expected".format(*rates)
+        need(met, f"makes the lr of step {step} {words}")
     return f"factors from 0 up over {last + 1} steps"
 
 
 def fit_augmentation(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
     """Images of the same shape, the same on one rank and on two, and the given ones left as they are."""
-    images = _noise(spec, dataset)
+    _, images = _make(spec, dataset)
     before = images.clone()
 
     def change(rank: int, ranks: int) -> Tensor:
@@ -162,25 +157,23 @@ def fit_loader(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
     small = replace(spec, network=network, recipe=recipe, device="cpu", engine="eager", precision="fp32")
     worker, data = Worker(threads=torch.get_num_threads()), Data(split, split, split, "test")
     with closing(assemble(small, data, worker, num_classes=dataset.num_classes, flip=dataset.flip)) as made:
-        size = made.loader_config.augment.crop_size(split)
-        for loader, batch in ((made.train_loader, BATCH), (made.eval_loader, made.loader_config.eval_batch_size)):
-            train = loader is made.train_loader
-            what = "training" if train else "evaluation"
-            plan, seen = SamplingPlan(len(split), batch, train=train), list[Tensor]()
-            for images, labels in loader.epoch(0):
+        size, at_most = made.loader_config.augment.crop_size(split), made.loader_config.eval_batch_size
+        for what, loader, batch in (
+            ("training", made.train_loader, BATCH),
+            ("evaluation", made.eval_loader, at_most),
+        ):
+            plan, batches = SamplingPlan(len(split), batch, train=what == "training"), list(loader.epoch(0))
+            steps = (
+                f"gives {len(batches)} of the {plan.steps} batches of an epoch of {what}, and says {loader.steps}"
+            )
+            need(len(batches) == loader.steps == plan.steps, steps)
+            for images, labels in batches:
                 given = (*images.shape, images.dtype, labels.dtype)
                 wanted = (len(labels), 3, *size, torch.float32, torch.int64)
-                need(
-                    given == wanted, f"gives batches {given} of images and labels for {what}: {wanted} is expected"
-                )
-                seen.append(labels.cpu())
-            steps = {len(seen), loader.steps} == {plan.steps}
-            need(
-                steps,
-                f"gives {len(seen)} of the {plan.steps} batches of an epoch of {what}, and says {loader.steps}",
-            )
-            right = torch.from_numpy(split.labels[plan.draw(0).index])
-            need(torch.equal(torch.cat(seen), right), f"gives labels in another order than the plan's for {what}")
+                words = f"gives batches {given} of images and labels for {what}: {wanted} is expected"
+                need(given == wanted, words)
+            seen, right = torch.cat([labels for _, labels in batches]), split.labels[plan.draw(0).index]
+            need(seen.tolist() == right.tolist(), f"gives labels in another order than the plan's for {what}")
     return f"all batches of an epoch, float32 {(BATCH, 3, *size)}, with the plan's labels"
 
 

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import reduce
 from statistics import linear_regression
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harness.results.values import MEMORY_CATEGORIES, Measurement, Memory
-from harness.training.host import PROC, family, read_mib
-from harness.training.nvml import MIB, open_device
+from harness.training.host import MIB, PROC, family, open_device, read_mib
 
 NO_GPU = Measurement(value=None, reason="no GPU was used")
 UNSAMPLED = Measurement(value=None, reason="never sampled")
@@ -34,10 +34,9 @@ class MemoryMeter:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.on_gpu = device.type == "cuda"
+        self.device, self.on_gpu = device, device.type == "cuda"
         self._gpu = open_device(device)
-        self._categories: dict[str, float] = defaultdict(float)
+        self._categories = defaultdict[str, float](float)
         self._in_use: list[float] = []
         self._owned_tensors = self._workers_mib = 0.0  # of categories; the workers' largest sample
         self._others: float | None = 0.0  # MiB of other processes; None where it cannot be known
@@ -45,11 +44,16 @@ class MemoryMeter:
         no_epoch = Measurement(value=None, reason="there was no epoch after warm-up")
         self._warmup = dict.fromkeys(("allocated", "reserved"), no_epoch if self.on_gpu else NO_GPU)
         gc.collect()  # what an earlier run in this process left
-        self._peak_is_own = _reset_peak()
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # and what it left in the allocator
+        self._peak_is_own = False
+        with suppress(OSError):
+            (PROC / "self/clear_refs").write_text("5")  # begin with a peak of what is resident now: Linux 4.0
+            self._peak_is_own = True
         if self.on_gpu:
             self._open()
         else:
-            self._categories["process at its start"] = _resident_mib()
+            self._categories["process at its start"] = self._outside_torch()
 
     def _open(self) -> None:
         """Tell the context and other processes apart, and begin with no peaks."""
@@ -87,7 +91,7 @@ class MemoryMeter:
 
     def _outside_torch(self) -> float:
         """MiB of it that torch's allocator does not hold: context, DALI's pools, NCCL's buffers. On the CPU all."""
-        own = self._own_mib() if self.on_gpu else _resident_mib()
+        own = self._own_mib() if self.on_gpu else read_mib("self/status", "VmRSS")
         return 0.0 if own is None else own - self._torch("memory_reserved")
 
     @contextmanager
@@ -130,9 +134,34 @@ class MemoryMeter:
 
     def read(self, network: nn.Module, optimizer: torch.optim.Optimizer, captured_bytes: int = 0) -> Memory:
         """The peaks, in MiB, and by category; `captured_bytes` are those of CUDA graphs."""
-        growth = _slope(self._in_use)
+        growth = Measurement(value=None, reason="fewer than three epochs after warm-up")
+        if len(self._in_use) >= 3:  # by least squares
+            growth = Measurement(value=linear_regression(range(len(self._in_use)), self._in_use).slope)
         self.sample()
-        peaks, rss = self._peaks(captured_bytes / MIB), self._rss()
+        peaks, peak = self._peaks(captured_bytes / MIB), read_mib("self/status", "VmHWM")
+        rss = Measurement(value=None, reason="/proc/self/status cannot be read here")
+        if peak is not None:
+            reason = None if self._peak_is_own else "of the whole process: its peak cannot be reset here"
+            rss = Measurement(value=peak + self._workers_mib, reason=reason)
+
+        def mib(tensors: Iterable[Any]) -> float:
+            return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor)) / MIB
+
+        sizes = {
+            "weights": mib([*network.parameters(), *network.buffers()]),
+            "gradients": mib(p for p in network.parameters() if p.requires_grad),
+            "optimizer state": mib(value for state in optimizer.state.values() for value in state.values()),
+        }
+        total, categories = rss.value, self._categories | sizes
+        if self.on_gpu:
+            allocated, reserved = peaks["allocated"].value or 0.0, peaks["reserved"].value or 0.0
+            categories["activations"] = allocated - sum(sizes.values()) - self._owned_tensors
+            categories["allocator slack"] = reserved - allocated
+            total = self._own_mib() if self._process.value is None else self._process.value
+        else:
+            categories["data loader"] += self._workers_mib
+        categories["unaccounted"] = (total or 0.0) - sum(categories.values())
+        known = MEMORY_CATEGORIES if total is not None else ()
         return Memory(
             torch_allocated_mib=peaks["allocated"],
             torch_reserved_mib=peaks["reserved"],
@@ -141,69 +170,8 @@ class MemoryMeter:
             warmup_allocated_mib=self._warmup["allocated"],
             warmup_reserved_mib=self._warmup["reserved"],
             growth_mib_per_epoch=growth,
-            by_category_mib=self._by_category(rss.value, peaks, _sizes(network, optimizer)),
+            by_category_mib={name: categories[name] for name in known if categories.get(name)},
         )
-
-    def _rss(self) -> Measurement:
-        """Peak of this process since the run began, and the largest sample of its workers' own and shared parts."""
-        peak = read_mib("self/status", "VmHWM")
-        if peak is None:
-            return Measurement(value=None, reason="/proc/self/status cannot be read here")
-        reason = None if self._peak_is_own else "of the whole process: its peak cannot be reset here"
-        return Measurement(value=peak + self._workers_mib, reason=reason)
-
-    def _by_category(
-        self, total: float | None, peaks: dict[str, Measurement], sizes: dict[str, float]
-    ) -> dict[str, float]:
-        categories = dict(self._categories) | sizes
-        if self.on_gpu:
-            allocated, reserved = peaks["allocated"].value or 0.0, peaks["reserved"].value or 0.0
-            categories["activations"] = allocated - sum(sizes.values()) - self._owned_tensors
-            categories["allocator slack"] = reserved - allocated
-            total = self._own_mib() if self._process.value is None else self._process.value
-        else:
-            categories["data loader"] = self._categories["data loader"] + self._workers_mib
-        if total is None:
-            return {}
-        categories["unaccounted"] = total - sum(categories.values())
-        return {name: categories[name] for name in MEMORY_CATEGORIES if categories.get(name)}
-
-
-def _sizes(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """MiB of the network's weights (and statistics), its gradients and the optimizer's state."""
-
-    def mib(tensors: Iterable[Tensor]) -> float:
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
-
-    return {
-        "weights": mib([*network.parameters(), *network.buffers()]),
-        "gradients": mib(p for p in network.parameters() if p.requires_grad),
-        "optimizer state": mib(
-            v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)
-        ),
-    }
-
-
-def _slope(in_use: list[float]) -> Measurement:
-    """MiB an epoch by least squares, from three epochs on."""
-    if len(in_use) < 3:
-        return Measurement(value=None, reason="fewer than three epochs after warm-up")
-    return Measurement(value=linear_regression(range(len(in_use)), in_use).slope)
-
-
-def _resident_mib() -> float:
-    """Resident memory of this process now."""
-    return read_mib("self/status", "VmRSS") or 0.0
-
-
-def _reset_peak() -> bool:
-    """Begin with a peak of what is resident now, without what an earlier run left in the allocator; whether that worked."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with suppress(OSError):
-        (PROC / "self/clear_refs").write_text("5")  # Linux 4.0
-        return True
-    return False
 
 
 def larger(one: Measurement, other: Measurement) -> Measurement:

@@ -1,6 +1,6 @@
-"""Recipe -> optimizer, and the learning rate of every step. Imports torch only to make an optimizer.
+"""What a recipe names: the learning rate of every step, the optimizer, augmentations. Imports torch only where it is used.
 
-Plug-ins add to `SCHEDULES` and `OPTIMIZERS`: functions whose parameters are filled by name (`models.variants.call`) with
+Plug-ins add to `SCHEDULES`, `OPTIMIZERS` and `AUGMENTATIONS`: functions whose parameters are filled by name (`models.variants.call`) with
 what is said below, with fields of the recipe, and with fields of their own, those that have a default.
 """
 
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from harness.models.variants import Recipe, call
 
@@ -37,23 +39,16 @@ class Moment:
         return (self.step - self.warmup) / (self.end - self.warmup)
 
 
-def multistep(moment: Moment, milestones: tuple[float, ...], gamma: float) -> float:
-    """A factor of `gamma` at each milestone."""
-    return gamma ** sum(moment.step >= round(milestone * moment.steps_per_unit) for milestone in milestones)
-
-
-def linear(moment: Moment) -> float:
-    """A line to 0 at the end."""
-    return 1 - moment.share
-
-
-def cosine(moment: Moment) -> float:
-    """Half a cosine to 0 at the end (arXiv:1608.03983, without restarts)."""
-    return 0.5 * (1 + math.cos(math.pi * (moment.step - moment.warmup) / (moment.end - moment.warmup)))
-
-
-SCHEDULES: dict[str, Callable[..., float]] = {"multistep": multistep, "cosine": cosine, "linear": linear}
-"""`schedule(moment, ...)`: the factor of the lr after warm-up."""
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "multistep": lambda moment, milestones, gamma: (
+        gamma ** sum(moment.step >= round(milestone * moment.steps_per_unit) for milestone in milestones)
+    ),
+    "linear": lambda moment: 1 - moment.share,
+    "cosine": lambda moment: (  # half of one (arXiv:1608.03983, without restarts)
+        0.5 * (1 + math.cos(math.pi * (moment.step - moment.warmup) / (moment.end - moment.warmup)))
+    ),
+}
+"""`schedule(moment, ...)`: the factor of the lr after warm-up, which falls to 0 at the end or, by `gamma`, at each milestone."""
 
 
 def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
@@ -83,7 +78,7 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 @cache
 def fields_of(recipe: Recipe) -> dict[str, Any]:
     """By name."""
-    return {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    return {each.name: getattr(recipe, each.name) for each in fields(recipe)}
 
 
 def sgd(groups: Groups, lr: Lr, momentum: float, nesterov: bool) -> torch.optim.Optimizer:
@@ -128,7 +123,7 @@ def make_optimizer(recipe: Recipe, network: nn.Module, *, lr_on_device: bool = F
     """
     import torch
 
-    from harness.models.xresnet import SqueezeExcite
+    from harness.models.networks import SqueezeExcite
 
     parameters = [p for p in network.parameters() if p.requires_grad]
     # kernels are what has two axes or more: batch norm's scale and every bias have one
@@ -157,3 +152,52 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
+
+
+# --- augmentations: changes to whole batches on the device ---
+
+AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {}
+"""`augmentation(images, draws, ...)`: training images (n, 3, H, W), normalised, after crop and flip -> images."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Random numbers of one augmentation in one step: a pure function of seed, epoch and step.
+
+    They are drawn for the whole global batch, of which each rank takes its share: so any number of ranks trains on the
+    same images, and a resumed run on those of one left alone.
+    """
+
+    device: torch.device
+    images: int  # of the global batch
+    rank: int
+    world_size: int
+    random: np.random.Generator = field(repr=False)
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        """float32 (n, *shape) from low to high, for this rank's n images."""
+        return self._share(self.random.uniform(low, high, (self.images, *shape)).astype(np.float32))
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """int64 (n, *shape) from low to high, which is not included, for this rank's n images."""
+        return self._share(self.random.integers(low, high, (self.images, *shape)))
+
+    def _share(self, drawn: Any) -> Tensor:
+        from harness.loaders.resident import upload  # which imports torch
+
+        return upload(np.ascontiguousarray(drawn[self.rank :: self.world_size]), self.device)
+
+
+def augment(
+    recipe: Recipe, images: Tensor, place: tuple[int, int], seeds: tuple[int, ...], global_images: int
+) -> Tensor:
+    """This rank's images of a step after the recipe's augmentations; `place` is rank and world size, `seeds` seed, epoch
+    and step. Raises ValueError for an augmentation that changes shape or type."""
+    for number, name in enumerate(recipe.augmentations):
+        draws = Draws(images.device, global_images, *place, np.random.default_rng([*seeds, number]))
+        changed = call(AUGMENTATIONS[name], {"images": images, "draws": draws}, recipe.extra)
+        given, wanted = ((*getattr(i, "shape", ()), getattr(i, "dtype", type(i))) for i in (changed, images))
+        if given != wanted:
+            raise ValueError(f"gives {given} for {wanted}: augmentation {name}")
+        images = changed.detach()
+    return images

@@ -6,9 +6,9 @@ import json
 import time
 import tomllib
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,8 +23,7 @@ SECONDS = 0.5
 PEAKS = "peaks.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Peak:
+class Peak(NamedTuple):
     """FLOP/s of a device in one precision, a multiplication and an addition counting as two, and whose word that is."""
 
     flops: float
@@ -47,10 +46,9 @@ def find_peak(
     device: torch.device, precision: Precision, threads: int, cache: Path, *, fresh: bool = False
 ) -> Peak:
     """By data sheet; else the best that was measured here, which the cache keeps. `fresh`: measure again."""
-    name, file = device_name(device), cache / PEAKS
+    name, file, side = device_name(device), cache / PEAKS, SIDE[device.type]
     if known := load_data_sheets().get((name, precision)):
         return known
-    side = SIDE[device.type]
     on = f" on {threads} threads" if device.type == "cpu" else ""
     source = f"measured, products of {side} x {side} matrices{on}"
     key, best = f"{name}, {precision}, {source}, torch {torch.__version__}", dict[str, float]()
@@ -69,9 +67,7 @@ def measure_peak(device: torch.device, precision: Precision, side: int) -> float
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     set_precision(precision)
     try:
-        factor, product = (
-            torch.ones(2, side, side, device=device, dtype=DTYPES.get(precision, torch.float32)) / side
-        )
+        factor, product = torch.ones(2, side, side, device=device, dtype=DTYPES.get(precision)) / side
         took, until = list[float](), time.perf_counter() + SECONDS
         while len(took) < 4 or time.perf_counter() < until:
             synchronize(device)

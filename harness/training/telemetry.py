@@ -8,22 +8,24 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import socket
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.results.values import EpochMetrics, GpuUse, Measurement, Memory, NodeUse, RankUse
 from harness.training import host
-from harness.training.nvml import Gpu, driver_version, open_device, open_visible
+from harness.training.host import Gpu, driver_version, open_device, open_visible
 
 if TYPE_CHECKING:
     import torch
 
 Item = TypeVar("Item")
-INTERVAL_SECONDS = 1.0
 SAMPLED = ("utilisation_percent", "power_watts", "used_mib")  # of nvml.FIGURES
 CLOCK_SHARE = 0.9  # of the highest SM clock seen in this run
 INTERFERENCE = ("another process used the GPU", "the GPU was throttled", "the GPU's clock fell", *host.CAUSES)
@@ -39,16 +41,16 @@ class NodeTelemetry:
     `visible` is CUDA_VISIBLE_DEVICES of the run's workers: "" for no GPU, None for all.
     """
 
-    def __init__(self, visible: str | None, *, interval_seconds: float = INTERVAL_SECONDS) -> None:
+    def __init__(self, visible: str | None, *, interval_seconds: float = 1.0) -> None:
         self._gpus: list[Gpu] = []
         self._gpus_reason: str | None = None
         try:
             self._gpus = open_visible(visible)
+            self._gpus_reason = None if self._gpus else "no GPU was used"
         except Exception as error:
-            hidden = isinstance(error, LookupError) and visible == ""
-            self._gpus_reason = str(error) if hidden else f"NVML: {error}"
+            self._gpus_reason = f"NVML: {error}"
         self._joules = [gpu.read("energy_joules") for gpu in self._gpus]
-        self._series: list[dict[str, list[float]]] = [{name: [] for name in SAMPLED} for _ in self._gpus]
+        self._series = [defaultdict[str, list[float]](list) for _ in self._gpus]
         self._memory_mib: list[float] = []
         self._samples = 0
         self._started_at, self._ticks = time.monotonic(), host.read_ticks()
@@ -60,37 +62,41 @@ class NodeTelemetry:
         if total is not None and available is not None:
             self._memory_mib.append(total - available)
         for gpu, series in zip(self._gpus, self._series, strict=True):
-            for figure, values in series.items():
-                if (value := gpu.read(figure)) is not None:
-                    values.append(value)
+            for name in SAMPLED:
+                if (value := gpu.read(name)) is not None:
+                    series[name].append(value)
 
     def stop(self) -> NodeUse:
         """End the thread and summarise. A GPU's energy is that of the whole window, by NVML's own counter."""
         self._thread.stop()
+        before, after = self._ticks, host.read_ticks()
+        idle = "the run ended before the clock ticked" if before and after else "/proc/stat cannot be read here"
+        busy, every = (
+            (now - then for now, then in zip(after[:2], before[:2], strict=True)) if before and after else (0, 0)
+        )
         return NodeUse(
             host=socket.gethostname(),
             seconds=time.monotonic() - self._started_at,
             samples=self._samples,
-            cpu_percent=_busy_percent(self._ticks, host.read_ticks()),
-            memory_peak_mib=_summarise(max, self._memory_mib, "/proc/meminfo cannot be read here"),
+            cpu_percent=_measured(100 * busy / every if every else None, idle),
+            memory_peak_mib=_measured(max(self._memory_mib, default=None), "/proc/meminfo cannot be read here"),
             gpus=tuple(map(_summarise_gpu, self._gpus, self._series, self._joules)),
             gpus_reason=self._gpus_reason,
         )
 
 
 def _summarise_gpu(gpu: Gpu, series: dict[str, list[float]], joules_before: float | None) -> GpuUse:
-    def over(measure: Callable[[list[float]], float], figure: str) -> Measurement:
-        return _summarise(measure, series[figure], gpu.reason(figure))
+    def over(measure: Callable[[list[float]], float], name: str) -> Measurement:
+        return _measured(measure(series[name]) if series[name] else None, gpu.reason(name))
 
     joules = gpu.read("energy_joules")
-    spent = spent_joules(joules_before, joules)
     idle = "NVML's energy counter did not go up" if joules is not None else gpu.reason("energy_joules")
     return GpuUse(
         gpu=gpu.name,
         utilisation_percent=over(statistics.fmean, "utilisation_percent"),
         power_watts=over(statistics.fmean, "power_watts"),
         power_peak_watts=over(max, "power_watts"),
-        energy_joules=Measurement(value=spent, reason=idle if spent is None else None),
+        energy_joules=_measured(spent_joules(joules_before, joules), idle),
         memory_peak_mib=over(max, "used_mib"),
     )
 
@@ -100,16 +106,9 @@ def spent_joules(before: float | None, after: float | None) -> float | None:
     return after - before if before is not None and after is not None and after > before else None
 
 
-def _summarise(measure: Callable[[list[float]], float], values: list[float], reason: str) -> Measurement:
-    return Measurement(value=measure(values)) if values else Measurement(value=None, reason=reason)
-
-
-def _busy_percent(before: tuple[int, ...] | None, after: tuple[int, ...] | None) -> Measurement:
-    if before is None or after is None:
-        return Measurement(value=None, reason="/proc/stat cannot be read here")
-    busy, every = after[0] - before[0], after[1] - before[1]
-    reason = None if every else "the run ended before the clock ticked"
-    return Measurement(value=100 * busy / every if every else None, reason=reason)
+def _measured(value: float | None, reason: str) -> Measurement:
+    """The value, or why there is none."""
+    return Measurement(value=value, reason=reason if value is None else None)
 
 
 # --- an epoch ---
@@ -144,8 +143,9 @@ class EpochTelemetry:
         now = time.monotonic()
         self._asleep, self._alive_at = max(self._asleep, now - self._alive_at), now
 
-    def start(self) -> None:
-        """Open the window."""
+    def start(self, joules: Sequence[float | None] = (), interference: Iterable[str] = ()) -> None:
+        """Open the window; it adds to what an earlier part of the epoch showed."""
+        self._earlier = joules, interference
         self._host, self._asleep = host.HostLook(), 0.0
         self._joules = self._gpu.read("energy_joules")
 
@@ -155,13 +155,14 @@ class EpochTelemetry:
         asleep = max(self._asleep, time.monotonic() - self._alive_at)
         ranks = gather((train_seconds, spent, self._interference(), self._host.until(host.HostLook(), asleep)))
         seconds, every, on_gpus, windows = zip(*ranks, strict=True)
-        found = set[str]().union(*on_gpus, *(window.causes for window in windows))
+        joules, causes = self._earlier
+        every = (*joules, *every)
+        found = set(causes).union(*on_gpus, *(window.causes for window in windows))
         for window in windows:
             if window.is_disturbed(sum(other.own_seconds for other in windows if other.host == window.host)):
                 found.add(host.OTHERS)
-        joules = [own for own in every if own is not None]
         return EpochReading(
-            energy_joules=sum(joules) if len(joules) == len(every) else None,
+            energy_joules=None if None in every else sum(every),
             interference=tuple(cause for cause in INTERFERENCE if cause in found),
             skew=max(seconds) / min(seconds) if len(seconds) > 1 else None,
             slowest_rank=seconds.index(max(seconds)) if len(seconds) > 1 else None,
@@ -172,12 +173,8 @@ class EpochTelemetry:
         clock = self._gpu.read("sm_clock_mhz") or 0.0
         self._highest_clock = max(self._highest_clock, clock)
         processes = self._gpu.processes()  # those of another PID namespace say nothing
-        seen = (
-            os.getpid() in processes and len(processes) > 1,
-            bool(self._gpu.read("slowdown")),
-            clock < CLOCK_SHARE * self._highest_clock,
-        )
-        return {cause for cause, there in zip(INTERFERENCE, seen, strict=False) if there}
+        shared, slow = os.getpid() in processes and len(processes) > 1, clock < CLOCK_SHARE * self._highest_clock
+        return set(compress(INTERFERENCE, (shared, self._gpu.read("slowdown"), slow)))
 
 
 # --- the ranks ---
@@ -215,9 +212,9 @@ def device_name(device: torch.device) -> str:
         import torch
 
         return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError, StopIteration):
-        lines = (host.PROC / "cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^model name\s*:(.*)", (host.PROC / "cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
     return platform.processor() or platform.machine()
 
 
@@ -226,12 +223,10 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     import torch
 
     gpu = device.type == "cuda"
-    driver = None
-    if gpu:
-        try:
-            driver = driver_version()
-        except Exception as error:
-            driver = f"unknown: {error}"
+    try:
+        driver = driver_version() if gpu else None
+    except Exception as error:
+        driver = f"unknown: {error}"
     return {
         "host": socket.gethostname(),
         "platform": platform.platform(),

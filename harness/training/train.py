@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
 from harness.cluster.job import PreemptedError, Worker
@@ -26,32 +25,29 @@ from harness.models.build import count_flops
 from harness.record import name_of
 from harness.results.remote import RemoteRun
 from harness.results.store import append_epoch, partial_dir, write_epochs
-from harness.results.values import EpochMetrics, Measurement, RunResult
+from harness.results.values import EpochMetrics, Measurement, RunResult, Value
 from harness.spec import DivergedError, RunPaths, RunSpec
-from harness.training.augment import augment
-from harness.training.checkpoint import load_checkpoint, outline, save_checkpoint
 from harness.training.evaluation import Evaluation, evaluate
 from harness.training.memory import largest
-from harness.training.optim import learning_rate, set_lr, total_epochs, total_steps
+from harness.training.optim import augment, learning_rate, set_lr, total_epochs, total_steps
 from harness.training.peak import find_peak
 from harness.training.setup import Prepared, Trainer, batch_sizes, make_trainer, prepare
 from harness.training.step import deterministic_algorithms, draw_mix, flushed_denormals, make_autocast, mix
 from harness.training.telemetry import (
     INTERFERENCE,
-    EpochReading,
     EpochTelemetry,
     describe_machine,
     device_name,
     gather,
     summarise_rank,
 )
+from harness.training.weights import load_checkpoint, outline, save_checkpoint
 
 OUTLIER_MADS, OUTLIER_SHARE = 5.0, 0.25
 WARMUP_EPOCHS = 1  # of every attempt: first kernels, first allocations, caches that fill
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EpochPart:
+class EpochPart(Value):
     """The first steps of an epoch, before one of which all ranks stopped."""
 
     steps: int
@@ -92,7 +88,7 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
                 remote.pull(worker.rank)
             gather(turn)
         history, part = resume(run, folder, warn)
-        first, before = len(history), part or (history[-1] if history else None)
+        first, before = len(history), part or next(reversed(history), None)
         attempt = before.attempt + 1 if before else 1
         if worker.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -110,10 +106,24 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
             try:
                 metrics, on_test = run_epoch(trainer, telemetry, epoch=epoch, steps=steps, part=part)
             except StoppedError as stopped:
-                leave(run, folder, remote, history, replace(stopped.args[0], attempt=attempt))
-            warmup, resumed, part = epoch - first < WARMUP_EPOCHS < epochs, part is not None, None
-            metrics = mark_untimed(metrics, spec, worker, warmup=warmup, partial=steps < whole, resumed=resumed)
-            metrics = metrics.model_copy(update={"attempt": attempt})
+                done: EpochPart = stopped.args[0]
+                reading = telemetry.stop(done.train_seconds)
+                spent = {"energy_joules": reading.energy_joules, "interference": reading.interference}
+                leave(run, folder, remote, history, done.model_copy(update={"attempt": attempt} | spent))
+            shared, other_width = worker.runs_per_gpu > 1, worker.world_size != spec.workers
+            untimed = {
+                "warm-up": epoch - first < WARMUP_EPOCHS < epochs,
+                "partial epoch": steps < whole,
+                "stopped within it and resumed": part is not None,
+                f"interference: {', '.join(metrics.interference)}": metrics.interference,
+                f"{worker.runs_per_gpu} runs share the GPU": shared,
+                f"another width: {worker.world_size} workers": other_width,
+            }
+            why = "; ".join(reason for reason, met in untimed.items() if met)
+            update: dict[str, Any] = {"attempt": attempt, "timed": not why, "untimed": why}
+            update |= {"workers": worker.world_size} if other_width else {}
+            update |= {"energy_joules": None} if shared else {}
+            metrics, part = metrics.model_copy(update=update), None
             history.append(metrics)
             run.meter.sample()
             if epoch - first + 1 == WARMUP_EPOCHS < epochs - first:
@@ -135,13 +145,12 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         memory = trainer.measure_memory()
         if run.test_loader and on_test is None:  # resumed after the last epoch
             on_test = run_eval(trainer, run.test_loader, len(run.data.test))
+        tested: dict[str, Any] = {n: getattr(on_test, n, None) for n in ("images", "error", "top5_error")}
         return RunResult(
             **summarise_history(history, run.data.eval_split, spec.workers),
             parameters=sum(p.numel() for p in trainer.step.parameters),
             evaluated_images=len(run.data.eval),
-            test_images=on_test.images if on_test else None,
-            test_error=on_test.error if on_test else None,
-            test_top5_error=on_test.top5_error if on_test else None,
+            **{f"test_{name}": value for name, value in tested.items()},
             warmup_epochs=WARMUP_EPOCHS if epochs > 1 else 0,
             setup_seconds=setup_seconds, launch_seconds=worker.launch_seconds,
             energy_joules=total_energy(history, worker),
@@ -174,25 +183,19 @@ def run_epoch(
     """Train an epoch, or what is left of it after a part, and evaluate what it came to, on the test set too where other
     images are held out.
 
-    A collective. Raises DivergedError, and StoppedError with the part that was done.
+    A collective. Raises DivergedError, and StoppedError with the part that was done, whose telemetry goes on.
     """
     run = trainer.run
     trainer.halt.epoch()
-    telemetry.start()
-    try:
-        metrics = run_steps(trainer, epoch=epoch, steps=steps, part=part)
-    except StoppedError as stopped:
-        done: EpochPart = stopped.args[0]
-        reading = join(telemetry.stop(done.train_seconds), part)
-        known = replace(done, energy_joules=reading.energy_joules, interference=reading.interference)
-        raise StoppedError(known) from None
+    telemetry.start(*([part.energy_joules], part.interference) if part else ())
+    metrics = run_steps(trainer, epoch=epoch, steps=steps, part=part)
     trainer.watchdog.moved()
     if not math.isfinite(metrics.loss):
         raise DivergedError(epoch + 1, (epoch + 1) * run.train_loader.steps)
     if trainer.step.world_size > 1:
         for buffer in run.network.buffers():
             dist.broadcast(buffer, 0)
-    reading = join(telemetry.stop(metrics.train_seconds), part)
+    reading = telemetry.stop(metrics.train_seconds)
     evaluating_at = time.perf_counter()
     evaluation = run_eval(trainer, run.eval_loader, len(run.data.eval))
     on_test = run_eval(trainer, run.test_loader, len(run.data.test)) if run.test_loader else None
@@ -203,25 +206,13 @@ def run_epoch(
     return metrics.model_copy(update=asdict(reading) | measured), on_test
 
 
-def join(reading: EpochReading, part: EpochPart | None) -> EpochReading:
-    """The reading with joules and disturbances of the epoch's first part, if there was one."""
-    if part is None:
-        return reading
-    joules, before = reading.energy_joules, part.energy_joules
-    energy = None if joules is None or before is None else before + joules
-    causes = tuple(dict.fromkeys((*part.interference, *reading.interference)))
-    return replace(reading, energy_joules=energy, interference=causes)
-
-
 def leave(
     run: Prepared, folder: Path, remote: RemoteRun, history: Sequence[EpochMetrics], part: EpochPart | None
 ) -> NoReturn:
     """Write a checkpoint of this very step, if there is none, and raise PreemptedError. A collective."""
     if run.loader_config.rank == 0:
-        if part and part.steps:
-            save_checkpoint(folder / "checkpoints", len(history), make_state(run, history, part), part.steps)
-        elif history:
-            save(run, folder, history)
+        if history or (part and part.steps):
+            save(run, folder, history, part if part and part.steps else None)
         remote.push()
     gather(None)  # the first rank to raise ends the others
     step = f"step {part.steps + 1} of epoch {len(history) + 1}" if part else f"epoch {len(history) + 1}"
@@ -239,13 +230,14 @@ def make_state(run: Prepared, history: Sequence[EpochMetrics], part: EpochPart |
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "history": [row.model_dump() for row in history],
-        **({"part": asdict(part)} if part else {}),
+        **({"part": part.model_dump()} if part else {}),
     }
 
 
-def save(run: Prepared, folder: Path, history: Sequence[EpochMetrics]) -> None:
+def save(run: Prepared, folder: Path, history: Sequence[EpochMetrics], part: EpochPart | None = None) -> None:
     """Write a checkpoint."""
-    save_checkpoint(folder / "checkpoints", len(history), make_state(run, history))
+    state = make_state(run, history, part)
+    save_checkpoint(folder / "checkpoints", len(history), state, part.steps if part else 0)
 
 
 def resume(
@@ -253,7 +245,6 @@ def resume(
 ) -> tuple[list[EpochMetrics], EpochPart | None]:
     """Load the newest checkpoint into the run: the epochs that it has done, none where there is no checkpoint, and what it
     has done of the next one. An epoch is not gone on with by another number of workers, but begun again."""
-    make_part = TypeAdapter(EpochPart).validate_python
 
     def check(state: dict[str, Any]) -> bool:
         part = state.pop("part", None)
@@ -262,10 +253,9 @@ def resume(
             here, kept = ({**of, "optimizer": None} for of in (here, state))
         if outline(kept) != outline(here):
             raise ValueError("its tensors are not those of this run")
-        for row in state["history"] or ([] if part else [None]):
-            EpochMetrics.model_validate(row)
-        state["part"] = part and make_part(part)
-        return part is None or len(part["sums"]) == run.loader_config.world_size
+        state["history"] = [EpochMetrics.model_validate(row) for row in state["history"]]
+        state["part"] = part = EpochPart.model_validate(part) if part or not state["history"] else None
+        return part is None or len(part.sums) == run.loader_config.world_size
 
     state = load_checkpoint(folder / "checkpoints", run.spec.key, warn, check)
     if state is None:
@@ -276,7 +266,7 @@ def resume(
     restored = [own | kept | {"lr": own["lr"]} for own, kept in groups]
     run.optimizer.load_state_dict({**state["optimizer"], "param_groups": restored})
     run.scaler.load_state_dict(state["scaler"])
-    return [EpochMetrics.model_validate(row) for row in state["history"]], state["part"]
+    return state["history"], state["part"]
 
 
 def save_weights(run: Prepared, folder: Path) -> None:
@@ -360,24 +350,6 @@ def run_eval(trainer: Trainer, loader: Loader, images: int) -> Evaluation:
     )  # fmt: skip
     trainer.watchdog.rest()
     return evaluation
-
-
-def mark_untimed(
-    metrics: EpochMetrics, spec: RunSpec, worker: Worker, *, warmup: bool, partial: bool, resumed: bool
-) -> EpochMetrics:
-    """The epoch with why its seconds stay out of the medians; with nothing where they count."""
-    shared, other_width = worker.runs_per_gpu > 1, worker.world_size != spec.workers
-    reasons = (
-        "warm-up" if warmup else "",
-        "partial epoch" if partial else "",
-        "stopped within it and resumed" if resumed else "",
-        f"interference: {', '.join(metrics.interference)}" if metrics.interference else "",
-        f"{worker.runs_per_gpu} runs share the GPU" if shared else "",
-        f"another width: {worker.world_size} workers" if other_width else "",
-    )
-    untimed = "; ".join(filter(None, reasons))
-    own = {"timed": not untimed, "untimed": untimed, "workers": worker.world_size if other_width else None}
-    return metrics.model_copy(update=own | ({"energy_joules": None} if shared else {}))
 
 
 def mark_outliers(history: Sequence[EpochMetrics]) -> list[EpochMetrics]:

@@ -1,10 +1,15 @@
-"""Weights from a file into a network: our own, and checkpoints that other people published."""
+"""Tensors in files: weights for a network, our own and those that other people published, and the checkpoints of a run.
+
+A checkpoint is whole or absent. Kept are the newest two of an epoch's end, and the one within an epoch that is newer than
+both, if there is one.
+"""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Mapping
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -13,12 +18,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from harness.results.store import writing
+from harness.spec import CheckpointError
+
 NESTINGS = ("state_dict", "model_state_dict", "network", "model", "net")
 WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 NEVER_CALLED = re.compile(r"_block\.(conv_block|bn)\.")
 """Layers in the checkpoints of fattorib/ResNets-CIFAR10 that its forward pass does not use."""
 COUNTER = "num_batches_tracked"  # of batch norm: no part of the function, absent from older checkpoints
 KINDS = ("weight", "bias", "running_mean", "running_var")
+KEPT = 2  # checkpoints of an epoch's end
 NAMED = 3  # tensors that a message names of each kind
 
 
@@ -35,7 +44,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise WeightsError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    content = _read(path)
     while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
         content = next((content[name] for name in NESTINGS if isinstance(content.get(name), Mapping)), None)
     if not isinstance(content, Mapping):
@@ -61,7 +70,7 @@ def match_weights(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str
     """Load tensors into the network and return the names of those that were left over.
 
     By name where at least half of the network's names are there. Otherwise by order: the n-th tensor of the file is
-    the n-th of the network, if all their shapes agree and none is, say, a mean where a variance should be. Left
+    the n-th of the network, if all have one shape and none is, say, a mean where a variance should be. Left
     over may be only what is known to be never called (`NEVER_CALLED`).
 
     Raises WeightsError, with names, where tensors are missing, too many, or of the wrong shape.
@@ -74,29 +83,28 @@ def match_weights(network: nn.Module, tensors: Mapping[str, Tensor]) -> list[str
     else:
         left_over = [name for name in tensors if NEVER_CALLED.search(name)]
         given = {name: tensor for name, tensor in given.items() if name not in left_over}
-        pairs = _align(wanted, given)
-    theirs = set(pairs.values())
-    problems = (
-        _list("missing", [f"{name} {tuple(wanted[name].shape)}" for name in wanted if name not in pairs]),
-        _list("left over", [f"{name} {tuple(given[name].shape)}" for name in given if name not in theirs]),
-        _list("differing", [words for pair in pairs.items() if (words := _differ(wanted, given, *pair))]),
-    )
-    if any(problems):
-        raise WeightsError(f"the weights are not this network's: {'; '.join(filter(None, problems))}")
+        named = all(map(_kind, given))
+        sides = [[(t.shape, named and _kind(name)) for name, t in side.items()] for side in (wanted, given)]
+        blocks = SequenceMatcher(None, sides[0], sides[1], autojunk=False).get_matching_blocks()
+        ours, theirs = list(wanted), list(given)
+        pairs = {ours[i + k]: theirs[j + k] for i, j, size in blocks for k in range(size)}
+    here, there = ({name: tuple(t.shape) for name, t in side.items()} for side in (wanted, given))
+    problems = {
+        "missing": [f"{name} {here[name]}" for name in wanted if name not in pairs],
+        "left over": [f"{name} {there[name]}" for name in given if name not in pairs.values()],
+        "differing": [
+            f"{other} is {there[other]}, expected {here[name]}"
+            for name, other in pairs.items()
+            if here[name] != there[other]
+        ],
+    }
+    if any(problems.values()):
+        more = {what: f" and {len(found) - NAMED} more" for what, found in problems.items() if len(found) > NAMED}
+        lists = (f"{w}: {', '.join(found[:NAMED])}{more.get(w, '')}" for w, found in problems.items() if found)
+        raise WeightsError(f"the weights are not this network's: {'; '.join(lists)}")
     # counters stay as they are
     network.load_state_dict({name: given[other] for name, other in pairs.items()}, strict=False)
     return left_over
-
-
-def _align(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, str]:
-    """Names that belong together by order. Where tensors are missing or too many, those in equal sequences."""
-    ours, theirs = list(wanted), list(given)
-    if len(ours) == len(theirs):
-        return dict(zip(ours, theirs, strict=True))
-    named = all(map(_kind, given))
-    sides = [[(t.shape, named and _kind(name)) for name, t in side.items()] for side in (wanted, given)]
-    blocks = SequenceMatcher(None, sides[0], sides[1], autojunk=False).get_matching_blocks()
-    return {ours[i + k]: theirs[j + k] for i, j, size in blocks for k in range(size)}
 
 
 def _kind(name: str) -> str | None:
@@ -104,49 +112,79 @@ def _kind(name: str) -> str | None:
     return last if last in KINDS else None
 
 
-def _differ(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], ours: str, theirs: str) -> str:
-    """How two tensors differ; empty where the one can be loaded into the other."""
-    shape, expected = tuple(given[theirs].shape), tuple(wanted[ours].shape)
-    if shape != expected:
-        place = "" if ours == theirs else f" in the place of {ours}"
-        return f"{theirs} is {shape}, expected {expected}{place}"
-    return "" if _kind(theirs) in (_kind(ours), None) else f"{theirs} stands in the place of {ours}"
-
-
-def _list(what: str, items: Sequence[str]) -> str:
-    if not items:
-        return ""
-    more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
-    return f"{what}: {', '.join(items[:NAMED])}{more}"
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> Any:
+    """What is in the file. A broken one can make a reader raise nearly anything."""
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"{path}: not a safetensors file: {str(error).splitlines()[0]}") from None
-
-
-def _read_pickled(path: Path) -> Any:
-    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about the pickle's age
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file can make the unpickler raise nearly anything
+    except Exception as error:
         if isinstance(error, OSError) and error.strerror:
-            raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
-        found = re.search(r"GLOBAL ([\w.]*\w)(?![\w.])", str(error))
-        if found or _is_other_pickle(path):
-            what = f" ({found[1]})" if found else ""
-            raise WeightsError(
-                f"{path}: refused, and nothing in it was run: it holds pickled code or objects{what}; "
-                "only tensors are read"
-            ) from None
-        raise WeightsError(f"{path}: not a checkpoint that torch can read: damaged, or another format") from None
+            reason = f"cannot be read: {error.strerror}"
+        elif path.suffix == ".safetensors":
+            reason = f"not a safetensors file: {str(error).splitlines()[0]}"
+        elif found := re.search(r"GLOBAL ([\w.]*\w)(?![\w.])", str(error)):
+            what = f"it holds pickled code or objects ({found[1]})"
+            reason = f"refused, and nothing in it was run: {what}; only tensors are read"
+        else:
+            reason = "not a checkpoint that torch can read: damaged, or another format"
+        raise WeightsError(f"{path}: {reason}") from None
 
 
-def _is_other_pickle(path: Path) -> bool:
-    """Whether it is a pickle of a later protocol than torch writes, so that one of torch's that is cut off is not."""
-    with path.open("rb") as file:
-        return file.read(2) in (b"\x80\x03", b"\x80\x04", b"\x80\x05")
+# --- checkpoints ---
+
+
+def _stored(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(folder.glob("epoch-??????*.pt"), reverse=True)
+
+
+def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any], step: int = 0) -> None:
+    """Write `state` as the checkpoint after `epoch` (from 1) and so many steps of the next, then drop older ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in _stored(folder):
+        if path.is_dir():  # nothing can be written in its place, and it is not ours to delete
+            path.rename(path.with_suffix(".damaged"))
+    within = f"_step-{step:06d}" if step else ""  # in the order of names it comes after the epoch's end
+    with writing(folder / f"epoch-{epoch:06d}{within}.pt") as unfinished:
+        torch.save(state, unfinished)
+    newest, *older = _stored(folder)
+    whole = [path for path in (newest, *older) if "_step-" not in path.name][:KEPT]
+    for old in older:
+        if old not in whole:
+            old.unlink(missing_ok=True)
+
+
+def load_checkpoint(
+    folder: Path, key: str, warn: Callable[[str], None], check: Callable[[dict[str, Any]], bool] = lambda _: True
+) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole and passes `check`, or None. Where that raises, it is skipped with a warning.
+
+    Raises CheckpointError where it belongs to a run with another key. Nothing in the file is executed.
+    """
+    for path in _stored(folder):
+        try:
+            with zipfile.ZipFile(path) as file:  # torch.load does not compare the checksums
+                if changed := file.testzip():
+                    raise ValueError(f"the checksum of {changed} is wrong")
+            state = dict(torch.load(path, map_location="cpu", weights_only=True))
+            if (owner := state["key"]) == key and not check(state):
+                continue
+        except Exception as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
+            warn(f"checkpoint {path} is damaged, taking the one before: {reason.splitlines()[0][:200]}")
+            continue
+        if owner != key:
+            raise CheckpointError(f"checkpoint {path} belongs to run {owner}, not to {key}")
+        return state
+    return None
+
+
+def outline(value: Any) -> Any:
+    """Names, shapes and types of the tensors in nested dictionaries."""
+    if isinstance(value, Mapping):
+        return {name: outline(item) for name, item in value.items()}
+    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None

@@ -111,14 +111,12 @@ def make_labels(rows: Sequence[Row], layout: Layout | None = None) -> list[str]:
     `layout` is `lay_out(rows)`, where it has been made.
     """
     describing = [column for column in (layout or lay_out(rows)).columns if column in DESCRIBING]
-    labels: list[str] = []
-    seen: Counter[tuple[str, str]] = Counter()
+    labels, seen = list[str](), Counter[tuple[str, str]]()
     for row in rows:
         words = [row.name, *(text for column in describing if (text := column.text(row)) != NONE)]
         label = clean(" · ".join(words))
         seen[row.dataset, label] += 1
-        number = seen[row.dataset, label]
-        labels.append(label if number == 1 else f"{label} ({number})")
+        labels.append(label + f" ({seen[row.dataset, label]})" * (seen[row.dataset, label] > 1))
     return labels
 
 
@@ -275,11 +273,12 @@ def _points(rows: Mapping[str, Row], figure: str) -> Values:
     taken: dict[str, tuple[float, float, float]] = {}  # by names: from left to right, and their height
     for point in (point for point in points if point["best"]):
         name, x, y = point["row"].partition(" · ")[0], point["cost"] / width, point["error"] / height
-        left = x - LETTER * len(name) * (x > 0.5)
-        right = left + LETTER * len(name)
+        long = LETTER * len(name)
+        left = x - long if x > long else x
+        right = left + long
         if name not in taken and all(right < a or b < left or abs(y - c) > LINE for a, b, c in taken.values()):
             taken[name] = left, right, y
-            point |= {"name": name, "right": x <= 0.5}
+            point |= {"name": name, "right": x <= long}
     return points
 
 
@@ -351,8 +350,7 @@ def write_charts(panels: Sequence[Panel], folder: Path) -> list[Path]:
     import vl_convert
 
     folder.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
-    stems: Counter[str] = Counter()
+    written, stems = list[Path](), Counter[str]()
     options: dict[str, Any] = {"vl_version": VEGA_LITE, "config": load_specs()["light"]}
     for panel, chart in [(p, chart) for p in panels for chart in p.charts]:
         stem = re.sub(r"[^A-Za-z0-9.+_]+", "-", f"{panel.stem[:80]}-{chart.name[:40]}").strip("-.") or "x"
