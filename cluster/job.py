@@ -38,6 +38,7 @@ class Allocation:
     runs_per_gpu: int = 1
     placement: Placement = "pack"  # prefers one node for a run's workers; strict-pack insists, spread prefers many
     fallback_world_sizes: tuple[int, ...] = ()  # largest first: for a cluster that has become too small
+    avoid: tuple[str, ...] = ()  # nodes that are left out, by the launcher's identifiers
     storage: Path | str = ""  # for Ray's own files; a folder that every node sees, or a URI that pyarrow opens
     retries: int = 2  # after deaths in a row that brought no progress
     stall_seconds: float = STALL_SECONDS

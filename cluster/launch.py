@@ -40,7 +40,7 @@ from harness.cluster.job import (
     make_failed,
 )  # fmt: skip
 from harness.cluster.nodes import choose_world_size, count_runs, find_draining, find_lacking, inspect_cluster
-from harness.cluster.workers import LEAVE, Mailbox, Task, note_sigterm, this_node
+from harness.cluster.workers import LEAVE, Mailbox, Task, note_sigterm, other_nodes, this_node
 
 SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
 LOOK_SECONDS = 1.0  # between looks for nodes that come and go
@@ -213,8 +213,8 @@ class _Driver(Generic[Spec, Outcome]):
             for node in find_draining():
                 self.drains.setdefault(node, now)
             for (index, attempt), workers in list(self.training.items()):
-                more = choose_world_size(inspect_cluster(), job) - workers if workers < job.workers else 0
-                if more > 0 and not find_lacking(job, more):
+                wider = choose_world_size(inspect_cluster(job.avoid), job) if workers < job.workers else workers
+                if wider > workers and not find_lacking(job, wider - workers, job.avoid):
                     self.mailbox.note.remote((LEAVE, index, attempt), math.inf)  # at the epoch's end
                     self.training[index, attempt] = job.workers  # it is told once
 
@@ -230,7 +230,7 @@ class _Run(Generic[Spec, Outcome]):
         self.failures = 0  # deaths in a row without progress
         self.progress = 0.0  # before the last death
         self.announced: tuple[int, int] | None = None  # attempt, world size
-        self.avoid: tuple[str, ...] = ()  # nodes on which the last attempt hung, if there is room without them
+        self.avoid = driver.job.avoid  # and nodes on which the last attempt hung, if there is room without them
 
     def run(self) -> Failed | None:
         """Try until there is no more use in trying, and why. None where all outcomes were reported, or the command has to
@@ -279,7 +279,7 @@ class _Run(Generic[Spec, Outcome]):
         """None where there is to be another attempt, else what the run has come to."""
         if stalled := self._read(("stalled", self.index, self.attempt)):
             failed = replace(failed, exception="", died=True, message=stalled.message)
-        self.avoid = stalled.nodes if stalled else ()
+        self.avoid = (*self.job.avoid, *(stalled.nodes if stalled else ()))
         preempted = failed.exception == PreemptedError.__name__
         drained = failed.died and any(since >= began for since in self.driver.drains.values())
         if not (preempted or drained):
@@ -312,8 +312,8 @@ class _Run(Generic[Spec, Outcome]):
         job, before, began = self.job, self.waited_seconds, time.monotonic()
         show_at = SHOW_WAIT_AFTER_SECONDS
         while not self.driver.stop.is_set():
-            if self.avoid and not count_runs(inspect_cluster(self.avoid), job):
-                self.avoid = ()
+            if self.avoid != job.avoid and not count_runs(inspect_cluster(self.avoid), job):
+                self.avoid = job.avoid
             elastic = bool(job.fallback_world_sizes)
             world_size = choose_world_size(inspect_cluster(self.avoid), job) if elastic else job.workers
             lacking = find_lacking(job, world_size, self.avoid)
@@ -352,13 +352,12 @@ class _Run(Generic[Spec, Outcome]):
         alone = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]] == [LOOPBACK]
         make_config = LoopbackConfig if alone else TorchConfig
         cuda, seconds = job.device == "cuda", int(job.stall_seconds + COLLECTIVE_GRACE)
-        elsewhere = {"ray.io/node-id": f"!in({','.join(self.avoid)})"} if self.avoid else None
         return QuietTrainer(
             lambda: task.work(attempt, started_at),
             torch_config=make_config(backend="nccl" if cuda else "gloo", timeout_s=seconds),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=world_size, use_gpu=cuda, resources_per_worker=job.resources,
-                placement_strategy=job.placement.upper().replace("-", "_"), label_selector=elsewhere,
+                placement_strategy=job.placement.upper().replace("-", "_"), label_selector=other_nodes(self.avoid),
             ),
             run_config=ray.train.RunConfig(
                 # a name used twice would resume the first run of that name

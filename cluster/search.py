@@ -44,7 +44,7 @@ from harness.cluster.job import (
     WorkerDiedError,
     make_failed,
 )
-from harness.cluster.workers import from_rank_0
+from harness.cluster.workers import from_rank_0, other_nodes
 
 PEER_SECONDS = 10.0  # for the other ranks to end once one has
 LEAVE_SECONDS = 10.0  # for the ranks to destroy their process group together
@@ -84,7 +84,10 @@ def search(train: Train[Spec, Outcome], trials: Trials, job: Allocation) -> None
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     driver = _Driver(trials, job.concurrent_runs)
-    placement = tune.PlacementGroupFactory([job.resources] * job.workers, strategy="PACK")
+    elsewhere = [other_nodes(job.avoid)] * job.workers if job.avoid else None
+    placement = tune.PlacementGroupFactory(
+        [job.resources] * job.workers, strategy="PACK", bundle_label_selector=elsewhere
+    )
     try:
         tune.run(
             tune.with_resources(lambda config: _run_trial(config, train, job), placement),

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Generic
 
@@ -84,6 +85,25 @@ def this_node() -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def other_nodes(avoid: Collection[str]) -> dict[str, str] | None:
+    """Ray's label selector of all nodes but these."""
+    return {"ray.io/node-id": f"!in({','.join(avoid)})"} if avoid else None
+
+
+@contextlib.contextmanager
+def driver_clock() -> Iterator[Callable[[], float]]:
+    """What reads the driver's clock on any node."""
+    import ray
+
+    class Clock:
+        def now(self) -> float:
+            return time.time()
+
+    clock: Any = ray.remote(num_cpus=0, scheduling_strategy=this_node())(Clock).remote()
+    yield lambda: float(ray.get(clock.now.remote()))
+    ray.kill(clock)
 
 
 def from_rank_0(value: Any, worker: Worker) -> Any:

@@ -66,6 +66,7 @@ def run(
     placement: Literal['pack', 'strict-pack', 'spread'] = ...,
     address: str | None = ...,
     launcher: str = ...,
+    exclude_outliers: bool = ...,
     verbose: bool = ...,
 ) -> DataFrame: ...
 def tune(
@@ -101,6 +102,7 @@ def tune(
     dry_run: bool = ...,
     estimate: bool = ...,
     address: str | None = ...,
+    exclude_outliers: bool = ...,
     no_check: bool = ...,
     verbose: bool = ...,
 ) -> DataFrame: ...

@@ -223,6 +223,7 @@ RunsPerGpu = Annotated[int, opt(
     "Runs that share a GPU, for errors only: their seconds and energy do not count.", least=1)]
 Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.", variable="HARNESS_ADDRESS")]
 Verbose = Annotated[bool, opt("Show Ray's own messages.")]
+ExcludeOutliers = Annotated[bool, opt("Leave out a cluster's nodes that are measured to be slow.")]
 Plugin = Annotated[tuple[str, ...], opt(
     "A file with networks, data sets, ... of your own: docs/extending.md. Repeatable.",
     parse=lambda paths: tuple(str(Path(path).expanduser().absolute()) for path in paths), repeatable=True)]
@@ -301,6 +302,7 @@ class Resources(Options):
     launcher: Annotated[str, opt(
         "ray; local: in this process; auto: local for one run with one worker.",
         words=("auto", "ray", "local"))] = "auto"
+    exclude_outliers: ExcludeOutliers = False
     verbose: Verbose = False
 
 
@@ -373,6 +375,7 @@ class TuneOptions(Options):
     dry_run: DryRun = False
     estimate: Estimate = False
     address: Address = None
+    exclude_outliers: ExcludeOutliers = False
     no_check: NoCheck = False
     verbose: Verbose = False
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shutil
 import statistics
 import time
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from harness.cluster.nodes import Unanswered, ask_every_node, working_nodes
+from harness.cluster.job import Allocation, Failed
+from harness.cluster.nodes import (
+    Unanswered,
+    ask_every_node,
+    choose_world_size,
+    count_runs,
+    fit,
+    inspect_cluster,
+    working_nodes,
+)
+from harness.cluster.workers import driver_clock
+from harness.network import find_idle_infiniband
 from harness.plugins import used_by
 from harness.progress import make_table, say
 from harness.record import DALI_WHEELS, installed_version
@@ -28,13 +38,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from harness.loaders.datasets import Dataset
+    from harness.resources import Session
 
 PACKAGES = ("torch", "torchvision", "ray", "numpy", *DALI_WHEELS)
 LEAST_DISK_GIB = 2.0  # for a grid's checkpoints and weights, and a decoded data set
-LARGEST_CLOCK_ERROR_SECONDS = 60.0
+CLOCK_READINGS = 10
+NAMED_CLOCK_SECONDS, LARGEST_CLOCK_SECONDS = 0.5, 60.0  # a clock that is further off is named, and refused
+NETWORK_SECONDS = 60.0  # for workers that measure all-reduces to find room
 OUTLIER_SHARE = 0.25  # below the median node
 ROWS_SHOWN = 40
 COLUMNS = ("node", "what", "there", "here")  # of a difference from this machine, or from what is needed
+Facts = Mapping[str, Any]  # of a node
 Difference = tuple[str, str, str, str]
 
 
@@ -49,20 +63,39 @@ def describe() -> dict[str, str]:
     return {"python": platform.python_version(), "code": hash_code(), **versions}
 
 
-def answer(paths: RunPaths, dataset: str, sentinel: str) -> dict[str, str]:
-    """The facts of the node this runs on, as text; leaves a file beside the driver's `sentinel` in the results folder."""
+def read_clock(there: Callable[[], float]) -> tuple[float, float]:
+    """Seconds that this machine's clock is ahead of the one that `there` reads, and the most by which that can be wrong:
+    half of the quickest of some round trips (Cristian, Probabilistic clock synchronization, 1989)."""
+    readings = []
+    for _ in range(CLOCK_READINGS):
+        sent = time.time()
+        read = there()
+        received = time.time()
+        readings.append(((received - sent) / 2, (sent + received) / 2 - read))
+    uncertainty, ahead = min(readings)
+    return ahead, uncertainty
+
+
+def answer(paths: RunPaths, dataset: str, sentinel: str, clock: Callable[[], float]) -> dict[str, Any]:
+    """The facts of the node this runs on; leaves a file beside the driver's `sentinel` in the results folder."""
     from harness.loaders.datasets import DataError, load_dataset
     from harness.plugins import load_sources
     from harness.training.rates import measure_rates
 
     uri = paths.remote or paths.out.as_uri()
-    facts = {**describe(), "clock": f"{time.time()}", "out": "another folder, or none", "disk": "nan"}
+    facts: dict[str, Any] = {
+        **describe(),
+        "clock": read_clock(clock),
+        "out": "another folder, or none",
+        "disk": 0.0,
+        "rates": {},
+    }
     try:
         if sentinel in find_sentinels(uri, sentinel):
             facts["out"] = f"{sentinel}-{uuid.uuid4().hex}"
             leave_sentinel(uri, facts["out"])
             paths.out.mkdir(parents=True, exist_ok=True)  # the cache of a URI
-            facts["disk"] = f"{free_gib(paths.out):.1f}"
+            facts["disk"] = free_gib(paths.out)
     except (OSError, StorageError) as error:
         facts["out"] = getattr(error, "strerror", None) or str(error)
     try:
@@ -70,16 +103,15 @@ def answer(paths: RunPaths, dataset: str, sentinel: str) -> dict[str, str]:
         content = load_dataset(dataset, paths.data_dir, paths.cache_dir)
         facts["data"] = content.fingerprint[:12]
         if paths.out.is_dir():
-            facts["rates"] = json.dumps(measure_rates(paths.out, content))
+            facts["rates"] = measure_rates(paths.out, content)
     except (DataError, OSError, RuntimeError, UserError) as error:
         facts["data"] = str(error)
     return facts
 
 
 def compare(
-    here: Mapping[str, str], answers: Mapping[str, Mapping[str, str] | Unanswered], *,
-    sentinels: Collection[str], sent_at: float, received_at: float,
-) -> list[Difference]:  # fmt: skip
+    here: Mapping[str, str], answers: Mapping[str, Facts | Unanswered], sentinels: Collection[str]
+) -> list[Difference]:
     """Everything that differs. `sentinels` are the files of the nodes that the driver sees in its results folder."""
     differences: list[Difference] = []
     for node, facts in sorted(answers.items()):
@@ -89,49 +121,88 @@ def compare(
         differences += [(node, what, facts[what], here[what]) for what in here if facts[what] != here[what]]
         if facts["out"] not in sentinels:
             differences.append((node, "--out", facts["out"], "must be one shared folder"))
-        elif float(facts["disk"]) < LEAST_DISK_GIB:
+        elif facts["disk"] < LEAST_DISK_GIB:
             needed = f"at least {LEAST_DISK_GIB:.0f} GiB"
-            differences.append((node, "disk", f"{facts['disk']} GiB free", needed))
-        clock = float(facts["clock"])
-        error = max(sent_at - clock, clock - received_at)
-        if error > LARGEST_CLOCK_ERROR_SECONDS:
-            differences.append((node, "clock", f"{error:.0f} s {'behind' if clock < sent_at else 'ahead'}", ""))
+            differences.append((node, "disk", f"{facts['disk']:.1f} GiB free", needed))
+        ahead, uncertainty = facts["clock"]
+        if abs(ahead) - uncertainty > LARGEST_CLOCK_SECONDS:
+            differences.append((node, "clock", f"{abs(ahead):.0f} s {'ahead' if ahead > 0 else 'behind'}", ""))
     return differences
 
 
-def find_outliers(rates: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A line for each figure of a node that is far below the median node's; of two nodes, below the better one's."""
-    lines = []
+def find_outliers(rates: Mapping[str, Mapping[str, float]]) -> dict[str, list[str]]:
+    """By slow node, a line for each of its figures that is far below the median node's; of two nodes, below the better
+    one's."""
+    lines: dict[str, list[str]] = {}
     for figure in dict.fromkeys(figure for own in rates.values() for figure in own):
         by_node = {node: own[figure] for node, own in rates.items() if figure in own}
         middle = statistics.median_high(by_node.values())
         for node, value in by_node.items():
             if value < (1 - OUTLIER_SHARE) * middle:
                 below = f"{100 * (1 - value / middle):.0f} % below the median node's {middle:.3g}"
-                lines.append(f"{node} is slow: {figure} {value:.3g}, {below}")
+                lines.setdefault(node, []).append(f"{node} is slow: {figure} {value:.3g}, {below}")
     return lines
 
 
-def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> dict[str, Any]:
+def find_wrong_clocks(clocks: Mapping[str, tuple[float, float]]) -> list[str]:
+    """A line for each clock that is further from this machine's than NAMED_CLOCK_SECONDS, whatever the uncertainty."""
+    return [
+        f"the clock of {node} is {abs(ahead):.3g} s {'ahead of' if ahead > 0 else 'behind'} this machine's, "
+        f"± {uncertainty:.2g} s: times that two nodes took are wrong by that"
+        for node, (ahead, uncertainty) in clocks.items()
+        if abs(ahead) - uncertainty > NAMED_CLOCK_SECONDS
+    ]
+
+
+def leave_out(slow: Collection[str], job: Allocation) -> Allocation:
+    """The job without these of the `working_nodes`. Raises UserError where it has no room then."""
+    nodes = working_nodes()
+    job = replace(job, avoid=tuple(nodes[name] for name in slow))
+    cluster = inspect_cluster(job.avoid)
+    fitted = fit(cluster, job)
+    if fitted.concurrent_runs:
+        return fitted
+    if not any(count_runs(cluster, replace(job, workers=width)) for width in job.fallback_world_sizes):
+        stay = f"{len(nodes) - len(slow)} of {len(nodes)} nodes stay, without {', '.join(slow)}"
+        raise UserError(f"--exclude-outliers: {stay}: no room for a run of {job.workers} workers")
+    return replace(job, concurrent_runs=1)
+
+
+def measure_network(session: Session, workers: int) -> dict[str, Any]:
+    """All-reduces between so many workers, placed as a run's are, and what NCCL says; or "reason", why there are none."""
+    from harness.training.rates import measure_network as measure
+
+    job = replace(
+        session.allocation, workers=workers, concurrent_runs=1, retries=0, fallback_world_sizes=(),
+        placement_timeout_seconds=NETWORK_SECONDS,
+    )  # fmt: skip
+    what: Any = ("all-reduce",)  # launchers take any specification
+    ((_, outcome),) = replace(session, allocation=job).launch(measure, what, progress=lambda *_: None)
+    return {"reason": outcome.message} if isinstance(outcome, Failed) else outcome
+
+
+def check_nodes(
+    dataset: Dataset, session: Session, console: Console, *, exclude: bool = False, widest: bool = False
+) -> dict[str, Any]:
     """Compare the nodes of the cluster that was joined, if several, with this process and with what a run needs.
 
-    Prints a table of what differs and raises UserError, or names slow nodes and returns what was measured of each.
+    Prints a table of what differs and raises UserError, or names slow nodes, which the session then leaves out where
+    they are to be excluded, and returns what was measured of each and between a run's workers, or all that there is room for.
     """
     if len(working_nodes()) < 2:
         return {}
+    paths = session.paths
     uri, sentinel = paths.remote or paths.out.as_uri(), f".preflight-{uuid.uuid4().hex[:12]}"
     leave_sentinel(uri, sentinel)
     try:
-        sent_at = time.time()
         own = tuple(loaded.source for loaded in used_by([("dataset", dataset.name)]))
-        answers = ask_every_node(partial(answer, replace(paths, plugins=own), dataset.name, sentinel))
-        received_at = time.time()
+        with driver_clock() as clock:
+            ask = partial(answer, replace(paths, plugins=own), dataset.name, sentinel, clock)
+            answers = ask_every_node(ask)
         sentinels = find_sentinels(uri, sentinel)
     finally:
         remove_sentinels(uri, sentinel)
-    here = {**describe(), "data": dataset.fingerprint[:12]}
-    differences = compare(here, answers, sentinels=sentinels, sent_at=sent_at, received_at=received_at)
-    if differences:
+    if differences := compare({**describe(), "data": dataset.fingerprint[:12]}, answers, sentinels):
         more = len(differences) - ROWS_SHOWN
         table = make_table(*COLUMNS, left=COLUMNS, caption=f"and {more} more" if more > 0 else None)
         for difference in differences[:ROWS_SHOWN]:
@@ -139,7 +210,26 @@ def check_nodes(dataset: Dataset, paths: RunPaths, console: Console) -> dict[str
         console.print(table)
         nodes = len({node for node, *_ in differences})
         raise UserError(f"{nodes} of {len(answers)} nodes are not ready: the table says what differs")
-    rates = {node: json.loads(facts["rates"]) for node, facts in answers.items() if isinstance(facts, dict)}
-    for line in (outliers := find_outliers(rates)):
+    facts = {node: facts for node, facts in answers.items() if not isinstance(facts, Unanswered)}
+    rates, clocks = ({node: own[what] for node, own in facts.items()} for what in ("rates", "clock"))
+    slow = find_outliers(rates)
+    outliers = [line for lines in slow.values() for line in lines]
+    for line in (*outliers, *find_wrong_clocks(clocks)):
         say(console, line)
-    return {"preflight": {"rates": rates, "outliers": outliers}}
+    kept = {node: {"ahead_seconds": ahead, "uncertainty_seconds": by} for node, (ahead, by) in clocks.items()}
+    preflight: dict[str, Any] = {"rates": rates, "outliers": outliers, "clocks": kept}
+    if exclude and slow:
+        session.allocation = leave_out(slow, session.allocation)
+        preflight["excluded"] = list(slow)
+        say(console, f"left out, as --exclude-outliers says: {', '.join(slow)}")
+    job = session.allocation
+    cluster = inspect_cluster(job.avoid)
+    workers = count_runs(cluster, replace(job, workers=1)) if widest else choose_world_size(cluster, job)
+    if workers > 1:
+        anywhere = replace(session, allocation=replace(job, placement="pack"))
+        preflight |= measure_network(anywhere if widest else session, workers)
+        for line in find_idle_infiniband(preflight.get("nccl", {})):
+            say(console, line)
+        if "reason" in preflight:
+            say(console, f"all-reduces were not measured: {preflight['reason']}")
+    return {"preflight": preflight}

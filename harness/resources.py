@@ -32,6 +32,8 @@ def check_resources(resources: Resources) -> None:
         "--address is for --launcher ray: the local launcher uses this process only": local and resources.address,
         f"--launcher local runs one worker, not {workers}; --launcher ray runs more": local and several,
         f"--launcher local runs one process; --runs-per-gpu {share} needs ray": local and share > 1,
+        "--exclude-outliers is for a cluster, whose nodes are measured: it needs --address": resources.exclude_outliers
+        and not resources.address,
     }
     refuse(faults)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from harness.results.metrics import METRICS, figures
 from harness.results.rows import Row
@@ -26,10 +26,12 @@ def predicted_figures(row: Row) -> list[PredictedFigure]:
     pairs: list[PredictedFigure] = []
     if row.predicted is None or not row.done:
         return pairs
+    hidden: Any = row.predicted.hidden_epoch_seconds
     for name, metric in METRICS.items():
         if metric.predict is None:
             continue
         predicted, actual = metric.measure(row.predicted), row.figures[name]
+        b: Any
         a, b = (None if side.value is None else side.value * metric.scale for side in (predicted, actual))
         values = f"{figures(a)} → {figures(b)}"
         if a is not None and b is not None:
@@ -38,6 +40,8 @@ def predicted_figures(row: Row) -> list[PredictedFigure]:
             side, reading = ("not predicted", predicted) if a is None else ("not measured", actual)
             reason = f"{side}: {reading.reason or 'no reason given'}"
             pairs.append(PredictedFigure(metric.heading, values, reason=reason))
+        if name == "epoch_seconds" and None not in (hidden, b):
+            pairs.append(PredictedFigure("  hidden", f"{figures(hidden)} → {figures(b)}", _difference(hidden, b)))
     return pairs
 
 

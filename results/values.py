@@ -262,6 +262,11 @@ class Prediction(Value):
     threads: int  # CPU threads of one worker
     device: str
     made_at: datetime
+    epoch_steps: int | None = None
+    gradient_bytes: int | None = None  # of one rank
+    hidden_epoch_seconds: float | None = None
+    """Of a run with more workers than were probed: with their all-reduces hidden behind computation; `epoch_seconds` is
+    with none hidden."""
 
     @property
     def run_seconds(self) -> float:

@@ -5,6 +5,7 @@ Each check imports what it looks at.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -23,17 +24,27 @@ from rich.text import Text
 from harness.checklist import CHECKS as MEASURED
 from harness.checklist import STYLES, Finding, Result, attempt
 from harness.cluster.connect import connect, disconnect
-from harness.cluster.nodes import Unanswered, ask_every_node
+from harness.cluster.job import Allocation
+from harness.cluster.nodes import Unanswered, ask_every_node, count_runs, inspect_cluster
+from harness.cluster.workers import driver_clock
 from harness.loaders.cache import cache_dir
 from harness.loaders.datasets import load_dataset
+from harness.network import find_idle_infiniband
 from harness.options import CheckOptions, Grid, Resources
-from harness.preflight import LEAST_DISK_GIB, find_outliers, free_gib
+from harness.preflight import (
+    LEAST_DISK_GIB,
+    find_outliers,
+    find_wrong_clocks,
+    free_gib,
+    measure_network,
+    read_clock,
+)
 from harness.record import DALI_WHEELS, installed_version
-from harness.resources import join_cluster, make_allocation
+from harness.resources import Session, join_cluster, make_allocation
 from harness.results.remote import check_uri, is_uri, redact
 from harness.results.store import write_atomic
 from harness.selfcheck import find_devices, make_ranks
-from harness.spec import INSTALL, UserError
+from harness.spec import INSTALL, RunPaths, UserError
 from harness.training.host import count_gpus, cuda_driver_version, driver_version
 
 LEAST_SHARED_MEMORY_GIB = 1.0  # for Ray's object store and NCCL; Docker's default is 64 MiB
@@ -182,6 +193,8 @@ def measure_all(target: CheckOptions) -> Iterator[Result]:
         if target.address is not None:
             yield from measure_nodes(target.address)
         allocation = make_allocation(Grid(variants=("he2015",)), resources, stack)
+        if target.address is not None:
+            yield from measure_links(allocation, resources, stack)
         devices = find_devices(allocation, target.address)
         on_gpu = allocation.device == "cuda"
         several = (allocation.gpus if on_gpu else allocation.threads) > 1
@@ -198,21 +211,45 @@ def measure_all(target: CheckOptions) -> Iterator[Result]:
 
 
 def measure_nodes(address: str) -> Iterator[Result]:
-    """What each node of a cluster gives; those that are far slower than the others."""
+    """What each node of a cluster gives, and its clock; those that are far slower than the others."""
     from harness.training.rates import measure_rates
 
-    rates = {}
+    rates, clocks, here = {}, {}, Path(tempfile.gettempdir())
     with ExitStack() as joined:
         join_cluster(joined, address, cpus=0, gpus=0, verbose=False)
-        answers = ask_every_node(lambda: measure_rates(Path(tempfile.gettempdir()), load_dataset("digits")))
+        clock = joined.enter_context(driver_clock())
+        answers = ask_every_node(lambda: (measure_rates(here, load_dataset("digits")), read_clock(clock)))
     for node, answer in answers.items():
         if isinstance(answer, Unanswered):
             yield Result(node, "failed", answer.reason)
         else:
-            rates[node] = answer
-            yield Result(node, "ok", ", ".join(f"{figure} {value:.3g}" for figure, value in answer.items()))
-    for line in find_outliers(rates):
+            rates[node], clocks[node] = answer
+            figures = [f"{figure} {value:.3g}" for figure, value in rates[node].items()]
+            yield Result(node, "ok", ", ".join([*figures, "clock {:+.2g} ± {:.1g} s".format(*clocks[node])]))
+    for line in (*itertools.chain(*find_outliers(rates).values()), *find_wrong_clocks(clocks)):
         yield Result("nodes", "absent", line)
+
+
+def measure_links(allocation: Allocation, resources: Resources, stack: ExitStack) -> Iterator[Result]:
+    """All-reduces within and between a cluster's nodes, by a worker on each GPU or by two on each node; NCCL's network."""
+    cluster = inspect_cluster()
+    job = replace(allocation, workers=1, threads=1, placement="spread")
+    workers = count_runs(cluster, job)
+    if job.device == "cpu":
+        workers = min(workers, 2 * sum(node.cpus > 0 for node in cluster))
+    if workers == 1:
+        return
+    out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-check-")))
+    measured = measure_network(Session(job, resources, RunPaths(out=out), stack), workers)
+    if "reason" in measured:
+        yield Result("all-reduce", "failed", measured["reason"])
+    for way, of in measured.get("all_reduce", {}).items():
+        rates = f"{of['algorithm_gb_per_s']:.3g} GB/s, {of['bus_gb_per_s']:.3g} GB/s on the bus"
+        yield Result("all-reduce", "ok", f"{way}, {of['ranks']} workers: {of['latency_us']:.3g} µs, {rates}")
+    for said in measured.get("nccl", {}).values():
+        yield Result("NCCL", "ok", "; ".join(f"{what} {', '.join(said[what])}" for what in said if said[what]))
+    for line in find_idle_infiniband(measured.get("nccl", {})):
+        yield Result("NCCL", "absent", line)
 
 
 def print_findings(target: CheckOptions, console: Console) -> int:

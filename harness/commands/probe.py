@@ -25,8 +25,10 @@ from rich.console import Console
 from torch import Tensor
 
 from harness.cluster.job import Failed, Started, Worker
+from harness.commands.scaling import predict_scaling
 from harness.deadline import stopping_on_sigterm
 from harness.loaders.loader import Loader
+from harness.network import Measured
 from harness.progress import duration, print_columns, say, width_of
 from harness.record import classify
 from harness.resources import Session
@@ -63,11 +65,14 @@ def count_cells(specs: Sequence[RunSpec]) -> dict[RunSpec, int]:
     return dict(Counter(replace(spec, seed=0) for spec in specs))
 
 
-def probe(what: str, todo: Sequence[RunSpec], session: Session, console: Console) -> bool:
+def probe(
+    what: str, todo: Sequence[RunSpec], session: Session, console: Console, measured: Measured | None = None
+) -> bool:
     """Probe every cell of the missing runs where its runs would be, and print what comes of it: "estimate", whose
     predictions are stored, or "profile". Returns whether a probe failed.
 
-    A single worker on this machine is probed in this process.
+    A single worker on this machine is probed in this process. `measured`: all-reduces of a cluster, over which an
+    estimate then says how far each cell scales.
     """
     if not todo:
         say(console, f"nothing to {what}: all runs are done already; --force counts them again")
@@ -89,6 +94,8 @@ def probe(what: str, todo: Sequence[RunSpec], session: Session, console: Console
             keep_prediction(paths.out, cell.key, outcome)
     if what == "estimate":
         print_estimate(outcomes, todo, allocation.concurrent_runs, console)
+        for cell in cells if measured else ():
+            predict_scaling(cell, session, partial(predict, paths=paths), measured or {}, console)
     else:
         print_profile(outcomes, console)
     return any(isinstance(outcome, Failed) for _, outcome in outcomes)
@@ -198,7 +205,8 @@ def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, pat
         spec=values, steps=metrics.steps, epoch_seconds=epoch_seconds, eval_seconds=eval_seconds,
         setup_seconds=setup_seconds, epochs=total_steps(spec.recipe, loader.steps) / loader.steps,
         energy_joules=energy, memory=memory, interference=reading.interference, workers=worker.world_size,
-        threads=worker.threads, device=device_name(device), made_at=datetime.now(UTC),
+        threads=worker.threads, device=device_name(device), made_at=datetime.now(UTC), epoch_steps=loader.steps,
+        gradient_bytes=sum(4 * p.numel() for p in prepared.network.parameters() if p.requires_grad),  # fp32
     )  # fmt: skip
 
 

@@ -54,7 +54,10 @@ class _Prepared:
         if self.options.address is not None:
             from harness.preflight import check_nodes
 
-            self.recorder.environment |= check_nodes(self.dataset, self.session.paths, self.console)
+            exclude, widest = self.options.exclude_outliers, self.options.estimate
+            self.recorder.environment |= check_nodes(
+                self.dataset, self.session, self.console, exclude=exclude, widest=widest
+            )
 
 
 def run_command(given: Mapping[str, Any], file: Path | None, console: Console) -> tuple[int, RunOptions]:
@@ -171,7 +174,8 @@ def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpe
 
         if todo:
             prepared.check_nodes()
-        failed = probe.probe("estimate" if options.estimate else "profile", todo, prepared.session, console)
+        what, measured = "estimate" if options.estimate else "profile", recorder.environment.get("preflight", {})
+        failed = probe.probe(what, todo, prepared.session, console, measured.get("all_reduce"))
         if options.estimate:
             recorder.push(push_run, recorder.paths.out / ESTIMATES)
     if prepared.goal is not None and not options.profile:
@@ -254,9 +258,9 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
     from harness.training.telemetry import NodeTelemetry
 
     options, recorder, session = prepared.options, prepared.recorder, prepared.session
-    paths, concurrent_runs = session.paths, min(session.allocation.concurrent_runs, len(specs))
     if not recorder.started:
         prepared.check_nodes()
+    paths, concurrent_runs = session.paths, min(session.allocation.concurrent_runs, len(specs))
     # each lock is an open file, and 1024 is a usual limit: raise it as far as needed and allowed
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = soft + len(specs)

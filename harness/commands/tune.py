@@ -27,6 +27,7 @@ from harness.deadline import TimeUp, stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
 from harness.options import Resources, Search, TuneOptions, fill, options_of, read_values
 from harness.plugins import load_plugins, sources
+from harness.preflight import check_nodes
 from harness.progress import TrialTable, describe_trial, load_data, say
 from harness.record import describe_code, lease, lock_file, name_of
 from harness.resources import Session, make_allocation
@@ -220,6 +221,9 @@ def _prepare(prepared: Prepared, folder: Path | None, console: Console, *, skip:
         raise UserError("--search loader: one of them failed its check on this device; leave it out")
     if adapted[0] != specs[0]:
         search = replace(search, loader=adapted[0].loader, engine=adapted[0].engine)
+    if session.resources.address is not None:
+        measured = check_nodes(prepared.dataset, session, console, exclude=session.resources.exclude_outliers)
+        checked = replace(checked, environment={**checked.environment, **measured})
     fingerprint, plugins = prepared.dataset.fingerprint, [source.identity for source in paths.plugins]
     if folder is None:
         folder = _make_folder(paths.out, prepared.sweep)
