@@ -40,7 +40,8 @@ from harness.loaders.sampling import make_normalize
 from harness.models.build import build, count_parameters
 from harness.models.variants import find_variant
 from harness.spec import RunSpec
-from harness.training.host import Gpu, count_cpus, open_device
+from harness.training.host import count_cpus
+from harness.training.nvml import Gpu, open_device
 from harness.training.setup import Data, assemble, make_trainer
 from harness.training.step import flushed_denormals, make_autocast, set_precision, synchronize
 from harness.training.train import run_steps

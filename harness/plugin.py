@@ -84,7 +84,7 @@ def schedule(factor: Made | None = None, /, *, name: str = "") -> Any:
 def augmentation(change: Made | None = None, /, *, name: str = "") -> Any:
     """An augmentation: `change(images, draws, ...)` -> images, (n, 3, H, W), normalised, after crop and flip.
 
-    All that is random comes from `draws` (`harness.training.optim.Draws`); the images given are left as they are.
+    All that is random comes from `draws` (`harness.training.augment.Draws`); the images given are left as they are.
     """
     return _note("augmentation", change, name)
 

@@ -16,7 +16,8 @@ from harness.options import Grid, Resources
 from harness.plan import GPU_PRECISIONS
 from harness.results.remote import join_uri
 from harness.spec import INSTALL, RunPaths, RunSpec, UserError, mistakes, refuse
-from harness.training.host import count_cpus, count_gpus
+from harness.training.host import count_cpus
+from harness.training.nvml import count_gpus
 
 Runs = Generator[tuple[RunSpec, Any], None, None]
 

@@ -34,7 +34,7 @@ from harness.resources import Session
 from harness.results.identity import hash_code
 from harness.results.store import write_atomic
 from harness.spec import RunPaths, RunSpec
-from harness.training.host import driver_version, open_visible
+from harness.training.nvml import driver_version, open_visible
 
 SECONDS = 90.0  # at most, before a first run
 PROGRAM = (sys.executable, "-m", "harness.training.checks")

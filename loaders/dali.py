@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from harness.loaders.cache import Corrupt, Files
 from harness.loaders.datasets import Split
+from harness.loaders.files import Corrupt, Files
 from harness.loaders.resident import upload, zoom
 from harness.loaders.sampling import EpochSample, LoaderConfig, SamplingPlan, draw_cuts, make_padded
 

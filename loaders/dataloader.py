@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
-from harness.loaders.cache import Corrupt, Files
 from harness.loaders.datasets import Split
+from harness.loaders.files import Corrupt, Files
 from harness.loaders.resident import ResidentLoader, zoom
 from harness.loaders.sampling import LoaderConfig, SamplingPlan, draw_cuts
 

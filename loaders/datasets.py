@@ -23,19 +23,10 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-from harness.loaders.cache import (
-    Content,
-    Files,
-    Progress,
-    cache_dir,
-    cached,
-    in_threads,
-    index_files,
-    refuse,
-    show,
-)
-from harness.loaders.cache import DataError as DataError
+from harness.loaders.cache import Content, cache_dir, cached
 from harness.loaders.cache import Split as Split
+from harness.loaders.files import DataError as DataError
+from harness.loaders.files import Files, Progress, in_threads, index_files, refuse, show
 
 MINIPLACES_TRAIN_IMAGES = 100_000
 ORIGINAL = {"09a5676e728262a768e427676db1b20e1ae9945c739c767c91d3143e7d255138"}  # digits

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.loaders.cache import Files
 from harness.loaders.datasets import Split
+from harness.loaders.files import Files
 
 if TYPE_CHECKING:
     import torch

@@ -115,7 +115,7 @@ class Recipe:
     batch_norm: Literal["local", "sync"] = added("local")
     """Whose images a training batch's statistics are of: each worker's own, as under DDP, or all workers'."""
     optimizer: str = added("sgd")  # one of harness.training.optim.OPTIMIZERS
-    augmentations: tuple[str, ...] = added(())  # of harness.training.optim.AUGMENTATIONS, after crop and flip
+    augmentations: tuple[str, ...] = added(())  # of harness.training.augment.AUGMENTATIONS, after crop and flip
     extra: tuple[str, ...] = added(())  # as `Network.extra`: of optimizer, schedule and augmentations
 
 

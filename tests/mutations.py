@@ -18,13 +18,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STEP, ENGINE, TRAIN, SETUP, NVML, MEMORY, TELEMETRY, OPTIM = (
     f"harness/training/{name}.py"
-    for name in ("step", "engine", "train", "setup", "host", "memory", "telemetry", "optim")
+    for name in ("step", "engine", "train", "setup", "nvml", "memory", "telemetry", "optim")
 )
-HALT = WATCHDOG = "harness/training/watchdog.py"
-PLUGINS, AUGMENT = "harness/plugins.py", "harness/training/optim.py"
+HALT, WATCHDOG = "harness/training/halt.py", "harness/training/watchdog.py"
+PLUGINS, AUGMENT = "harness/plugins.py", "harness/training/augment.py"
 SELFCHECK, CHECKS = "harness/selfcheck.py", "harness/training/checks.py"
 SEARCH, DALI, XRESNET = "cluster/search.py", "loaders/dali.py", "models/networks.py"
-SAMPLING, FILES = "loaders/sampling.py", "loaders/cache.py"
+SAMPLING, FILES = "loaders/sampling.py", "loaders/files.py"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from harness.models.variants import find_variant
 from harness.plan import Grid, expand
 from harness.results.values import EpochMetrics
 from harness.spec import RunPaths, UserError
-from harness.training.step import Step, SyncBatchNorm, synchronise_batch_norms
+from harness.training.batch_norm import SyncBatchNorm, synchronise_batch_norms
+from harness.training.step import Step
 from harness.training.train import train
 
 WORLDS = (1, 2, 4)

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from harness.loaders.cache import Files
 from harness.loaders.datasets import (
     CIFAR10_CLASSES,
     DATASETS,
@@ -30,6 +29,7 @@ from harness.loaders.datasets import (
     limit,
     load_dataset,
 )
+from harness.loaders.files import Files
 
 ARCHIVE = Path(__file__).parents[2] / "shared" / "data" / "cifar10-q75.tar.xz"
 RANDOM = np.random.default_rng(0)

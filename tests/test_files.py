@@ -24,8 +24,8 @@ from torchvision.transforms import v2
 from harness.commands.evaluate import EvalOptions, evaluate_weights
 from harness.loaders import cache as files
 from harness.loaders import dali, datasets
-from harness.loaders.cache import Files
 from harness.loaders.datasets import DataError, Dataset, Split, hold_out, limit, load_dataset
+from harness.loaders.files import Files
 from harness.loaders.loader import Loader, make_loaders
 from harness.loaders.sampling import (
     IMAGENET_MEAN,

@@ -15,8 +15,8 @@ import torch
 
 import harness.training.memory
 from harness.results.values import Measurement
-from harness.training.host import count_gpus, driver_version, open_device
 from harness.training.memory import MemoryMeter
+from harness.training.nvml import count_gpus, driver_version, open_device
 from harness.training.telemetry import INTERFERENCE, EpochTelemetry, NodeTelemetry, describe_machine
 
 if TYPE_CHECKING:

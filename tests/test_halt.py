@@ -24,8 +24,8 @@ from harness.results.store import load_epochs
 from harness.results.values import EpochMetrics, RunResult
 from harness.spec import RunSpec
 from harness.training import watchdog as halt
+from harness.training.halt import Halt
 from harness.training.train import train
-from harness.training.watchdog import Halt
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, EPOCHS = 3, 2

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from harness.results.values import Measurement, Memory
-from harness.training.host import Gpu
 from harness.training.memory import MemoryMeter, largest
+from harness.training.nvml import Gpu
 
 MIB = 2**20
 

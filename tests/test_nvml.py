@@ -15,7 +15,7 @@ import torch
 
 from harness.results.values import Measurement
 from harness.training import host
-from harness.training.host import count_gpus, open_device
+from harness.training.nvml import count_gpus, open_device
 from harness.training.telemetry import INTERFERENCE, EpochReading, EpochTelemetry
 
 GPU = torch.device("cuda", 0)

@@ -28,7 +28,8 @@ from harness.results.store import load_records
 from harness.search_space import parse_settings
 from harness.spec import RunSpec, UserError
 from harness.training import checks
-from harness.training.optim import AUGMENTATIONS, augment, learning_rate, make_optimizer, set_lr
+from harness.training.augment import AUGMENTATIONS, augment
+from harness.training.optim import learning_rate, make_optimizer, set_lr
 
 OPTIMIZER = """
 import torch

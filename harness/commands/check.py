@@ -45,7 +45,7 @@ from harness.results.remote import check_uri, is_uri, redact
 from harness.results.store import write_atomic
 from harness.selfcheck import find_devices, make_ranks
 from harness.spec import INSTALL, RunPaths, UserError
-from harness.training.host import count_gpus, cuda_driver_version, driver_version
+from harness.training.nvml import count_gpus, cuda_driver_version, driver_version
 
 LEAST_SHARED_MEMORY_GIB = 1.0  # for Ray's object store and NCCL; Docker's default is 64 MiB
 MOST_SECONDS = 600.0  # of a device's checks

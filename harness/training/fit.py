@@ -28,7 +28,8 @@ from harness.models.variants import find_variant
 from harness.plugins import blaming, load_sources, names_of, used_by
 from harness.spec import RunPaths, RunSpec
 from harness.training import checks
-from harness.training.optim import augment, learning_rate, make_optimizer, total_steps
+from harness.training.augment import augment
+from harness.training.optim import learning_rate, make_optimizer, total_steps
 from harness.training.setup import Data, assemble
 
 IMAGES, BATCH = 8, 16

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.results.values import MEMORY_CATEGORIES, Measurement, Memory
-from harness.training.host import MIB, PROC, family, open_device, read_mib
+from harness.training.host import PROC, family, read_mib
+from harness.training.nvml import MIB, open_device
 
 NO_GPU = Measurement(value=None, reason="no GPU was used")
 UNSAMPLED = Measurement(value=None, reason="never sampled")

@@ -20,19 +20,14 @@ from harness.models.build import build
 from harness.plugins import load_sources
 from harness.results.values import Memory
 from harness.spec import RunPaths, RunSpec
+from harness.training.batch_norm import SyncBatchNorm, synchronise_batch_norms
 from harness.training.engine import Engine, Inputs, Way, compile_network, make_graphs
 from harness.training.evaluation import evaluating
+from harness.training.halt import Halt
 from harness.training.memory import MemoryMeter
 from harness.training.optim import make_optimizer
-from harness.training.step import (
-    Step,
-    SyncBatchNorm,
-    make_autocast,
-    set_precision,
-    synchronise_batch_norms,
-    wrap_ddp,
-)
-from harness.training.watchdog import Halt, Watchdog
+from harness.training.step import Step, make_autocast, set_precision, wrap_ddp
+from harness.training.watchdog import Watchdog
 
 EVAL_BATCH_SIZE = 1000
 EVAL_BATCH_PIXELS = 2**24  # in a batch of large images, which would fill gigabytes

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.results.values import EpochMetrics, GpuUse, Measurement, Memory, NodeUse, RankUse
 from harness.training import host
-from harness.training.host import Gpu, driver_version, open_device, open_visible
+from harness.training.nvml import Gpu, driver_version, open_device, open_visible
 
 if TYPE_CHECKING:
     import torch

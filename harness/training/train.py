@@ -27,9 +27,11 @@ from harness.results.remote import RemoteRun
 from harness.results.store import append_epoch, partial_dir, write_epochs
 from harness.results.values import EpochMetrics, Measurement, RunResult, Value
 from harness.spec import DivergedError, RunPaths, RunSpec
+from harness.training.augment import augment
+from harness.training.checkpoint import load_checkpoint, outline, save_checkpoint
 from harness.training.evaluation import Evaluation, evaluate
 from harness.training.memory import largest
-from harness.training.optim import augment, learning_rate, set_lr, total_epochs, total_steps
+from harness.training.optim import learning_rate, set_lr, total_epochs, total_steps
 from harness.training.peak import find_peak
 from harness.training.setup import Prepared, Trainer, batch_sizes, make_trainer, prepare
 from harness.training.step import deterministic_algorithms, draw_mix, flushed_denormals, make_autocast, mix
@@ -41,7 +43,6 @@ from harness.training.telemetry import (
     gather,
     summarise_rank,
 )
-from harness.training.weights import load_checkpoint, outline, save_checkpoint
 
 OUTLIER_MADS, OUTLIER_SHARE = 5.0, 0.25
 WARMUP_EPOCHS = 1  # of every attempt: first kernels, first allocations, caches that fill

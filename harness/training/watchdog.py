@@ -1,4 +1,4 @@
-"""Who hangs: a rank that makes no step for a stated time, and what each rank waits for. And who has to leave.
+"""Who hangs: a rank that makes no step for a stated time, and what each rank waits for.
 
 torch's own time-outs cover the collectives that it queues, not those that a CUDA graph replays, nor a loader that waits
 for a file system; and they name nobody.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
-import math
 import socket
 import sys
 import threading
@@ -31,8 +30,6 @@ EVERY_STEPS = 8
 BEATS, SILENT_BEATS = 30, 3  # of each rank within the time; without so many a process has stopped, or its network
 POLLS_PER_BEAT = 5
 DUMP_SECONDS = 3.0  # for the other ranks to write their stacks: the first to end its process ends theirs
-POLL_SECONDS = 0.5
-CHECKPOINT_SECONDS = 10.0  # to stop, write a checkpoint and send it
 PLACES = {"_engine_run_backward": "backward", "_wait": "its device"}  # how people call these functions
 WRAPPERS = {"wrapper", "inner", "__call__", "_call_impl", "_wrapped_call_impl", "decorate_context", "wait"}
 
@@ -204,80 +201,3 @@ class Watchdog:
         what = f"{who} {does}; the others wait in {waiting}" if blamed else f"all ranks wait in {waiting}"
         nodes = tuple(dict.fromkeys(self._ranks[rank][2] for rank in blamed))
         return Stalled(message=f"{since}: {what}{where}", nodes=tuple(filter(None, nodes)))
-
-
-class Halt:
-    """All ranks of a run stop before the same step where one of them has to leave: its node is taken away, or it is told to.
-
-    Asked before each step whether it may begin. `worker.notice` says, in a thread, whether this rank has to leave.
-
-    Once any rank has, each publishes how many steps it has begun and begins no other until all have published: the
-    largest of these numbers is how many each of them does. Where an epoch like the last one ends before the deadline,
-    that is waited for instead.
-    """
-
-    def __init__(self, worker: Worker) -> None:
-        self._notice = worker.notice
-        self._rank, self._world_size = worker.rank, dist.get_world_size() if dist.is_initialized() else 1
-        self._lock, self._decided = threading.Lock(), threading.Event()
-        self._halting, self._begun, self._most = False, 0, 0
-        self._deadline: float | None = None
-        self._epoch_began, self._epoch_seconds = 0.0, 0.0
-        self._thread = None
-        if self._notice is not None:
-            if self._world_size > 1:
-                self._store = distributed_c10d.PrefixStore("halt", distributed_c10d._get_default_store())
-            self._thread = Repeat(self._poll, POLL_SECONDS)
-
-    def may_begin(self) -> bool:
-        """Whether another step, or an evaluation, may begin. The same answer in all ranks at the same step."""
-        with self._lock:
-            if not self._halting:
-                self._begun += 1
-                return True
-        self._decided.wait()
-        self._begun += 1
-        return self._begun <= self._most
-
-    def epoch(self) -> None:
-        """An epoch begins."""
-        now = time.monotonic()
-        self._epoch_seconds = now - self._epoch_began if self._epoch_began else 0.0
-        self._epoch_began = now
-
-    def leaves(self) -> bool:
-        """At the end of an epoch: whether any rank has to leave. A collective."""
-        return self._notice is not None and any(gather(self._deadline is not None))
-
-    def close(self) -> None:
-        """End the thread."""
-        if self._thread:
-            self._thread.stop()
-
-    def _poll(self) -> None:
-        with contextlib.suppress(Exception):  # of Ray, whose head may be away for a while
-            self._deadline = self._notice() if self._notice else None
-        stops = self._deadline is not None and not self._ends_in_time(self._deadline)
-        if self._world_size > 1:
-            if stops:
-                self._store.set("stop", "1")
-            stops = self._store.check(["stop"])
-        if not stops or self._decided.is_set():
-            return
-        with self._lock:
-            self._halting = True
-        begun = [self._begun]
-        if self._world_size > 1:
-            ranks = [str(rank) for rank in range(self._world_size)]
-            self._store.set(str(self._rank), str(self._begun))
-            while not self._store.check(ranks):  # not `get`, which would keep the store from all other threads
-                time.sleep(0.02)
-            begun = [int(self._store.get(rank)) for rank in ranks]
-        self._most = max(begun)
-        self._decided.set()
-
-    def _ends_in_time(self, deadline: float) -> bool:
-        """Whether the epoch ends before it, if it lasts as long as the last one, evaluation and checkpoint included."""
-        left = max(self._epoch_seconds - (time.monotonic() - self._epoch_began), 0.0)
-        in_time = self._epoch_seconds > 0 and time.time() + left + CHECKPOINT_SECONDS < deadline
-        return in_time or deadline == math.inf

@@ -1,0 +1,148 @@
+"""NVML, the driver's own counters: the one wrapper around it. What it does not give is None, with a reason."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from harness.results.values import Measurement
+
+if TYPE_CHECKING:
+    import torch
+
+MIB = 2**20
+HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide every GPU
+SLOWDOWN = 0x08 | 0x20 | 0x40 | 0x80  # hardware, software thermal, hardware thermal, power brake
+FIGURES: dict[str, tuple[str, tuple[int, ...], Callable[[Any], float]]] = {
+    "energy_joules": ("nvmlDeviceGetTotalEnergyConsumption", (), lambda millijoules: millijoules / 1000),
+    "power_watts": ("nvmlDeviceGetPowerUsage", (), lambda milliwatts: milliwatts / 1000),
+    "utilisation_percent": ("nvmlDeviceGetUtilizationRates", (), lambda rates: float(rates.gpu)),
+    "used_mib": ("nvmlDeviceGetMemoryInfo", (), lambda memory: memory.used / MIB),
+    "sm_clock_mhz": ("nvmlDeviceGetClockInfo", (1,), float),
+    "slowdown": ("nvmlDeviceGetCurrentClocksThrottleReasons", (), lambda reasons: float(reasons & SLOWDOWN)),
+}
+"""Name of a figure: NVML's function, its arguments after the handle, and how its answer becomes the figure."""
+
+
+class Gpu:
+    """One GPU, or one MIG instance of it. Reading it never raises."""
+
+    def __init__(self, nvml: Any, handle: Any, name: str, reason: str = "never read") -> None:
+        self.name = name
+        self._nvml, self._handle = nvml, handle
+        self._reason = reason
+        self._reasons: dict[str, str] = {}
+
+    def read(self, figure: str) -> float | None:
+        """One of FIGURES, now."""
+        function, arguments, convert = FIGURES[figure]
+        answer = self._call(figure, function, *arguments)
+        return None if answer is None else convert(answer)
+
+    def reason(self, figure: str) -> str:
+        """Why `read` gave None."""
+        return self._reasons.get(figure, self._reason)
+
+    def model(self) -> str:
+        """ "NVIDIA H200"; "" where NVML does not say."""
+        name = self._call("model", "nvmlDeviceGetName")
+        return name.decode() if isinstance(name, bytes) else name or ""
+
+    def processes(self) -> dict[int, float | None]:
+        """Process id -> MiB, None where NVML does not give them. Empty where it lists none."""
+        listed = self._call("processes", "nvmlDeviceGetComputeRunningProcesses") or ()
+        return {p.pid: None if p.usedGpuMemory is None else p.usedGpuMemory / MIB for p in listed}
+
+    def process_mib(self) -> Measurement:
+        """Memory of this process: with the CUDA context, DALI's pools and NCCL's buffers."""
+        processes = self.processes()
+        if (mib := processes.get(os.getpid())) is not None:
+            return Measurement(value=mib)
+        reason = "NVML does not list this process (another PID namespace, as in containers)"
+        if os.getpid() in processes:
+            reason = "NVML does not give the memory of processes here"
+        return Measurement(value=None, reason=self._reasons.get("processes", reason))
+
+    def _call(self, figure: str, function: str, *arguments: int) -> Any:
+        if self._handle is None:
+            self._reasons[figure] = self._reason
+            return None
+        try:
+            answer = getattr(self._nvml, function)(self._handle, *arguments)
+        except Exception as error:
+            self._reasons[figure] = f"NVML: {error}"
+            return None
+        self._reasons.pop(figure, None)
+        return answer
+
+
+def load_nvml() -> Any:
+    """The initialised module. Raises ImportError or pynvml.NVMLError where there is none."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml
+
+
+def open_gpu(name: str) -> Gpu:
+    """The GPU that CUDA_VISIBLE_DEVICES calls so: by index, or by UUID, a MIG instance's too. Raises what NVML raises."""
+    nvml = load_nvml()
+    by_index, by_uuid = nvml.nvmlDeviceGetHandleByIndex, nvml.nvmlDeviceGetHandleByUUID
+    return Gpu(nvml, by_index(int(name)) if name.isdecimal() else by_uuid(name), name)
+
+
+def open_device(device: torch.device) -> Gpu:
+    """The GPU behind a device of torch's, by its UUID; where NVML is of no use, one that gives reasons alone."""
+    if device.type != "cuda":
+        return Gpu(None, None, str(device), "no GPU was used")
+    index, reason = device.index or 0, ""
+    try:
+        import torch
+
+        uuid = str(torch.cuda.get_device_properties(index).uuid).removeprefix("GPU-").removeprefix("MIG-")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        # of a MIG instance CUDA may give the UUID of the whole GPU
+        named = [name.strip() for name in visible[index : index + 1] if name.strip().startswith("MIG-")]
+        for name in (*named, f"GPU-{uuid}", f"MIG-{uuid}"):
+            try:
+                return open_gpu(name)
+            except Exception as error:
+                reason = reason or f"NVML: {error}"
+    except Exception as error:
+        reason = f"NVML: {error}"
+    return Gpu(None, None, str(device), reason)
+
+
+def open_visible(visible: str | None) -> list[Gpu]:
+    """The GPUs named by a value of CUDA_VISIBLE_DEVICES; all of them for None. Raises what NVML raises."""
+    if visible is not None and visible.strip() in HIDDEN:
+        return []
+    if visible is None:
+        visible = ",".join(str(index) for index in range(load_nvml().nvmlDeviceGetCount()))
+    return [open_gpu(name.strip()) for name in visible.split(",") if name.strip()]
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use: NVML's, less what CUDA_VISIBLE_DEVICES hides. Needs no torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and visible.strip() in HIDDEN:
+        return 0
+    count = 0
+    with contextlib.suppress(Exception):
+        nvml = load_nvml()
+        count = int(nvml.nvmlDeviceGetCount())
+        nvml.nvmlShutdown()
+    return count if visible is None else min(count, len(visible.split(",")))
+
+
+def driver_version() -> str:
+    """Of NVIDIA's driver. Raises what NVML raises."""
+    return str(load_nvml().nvmlSystemGetDriverVersion())
+
+
+def cuda_driver_version() -> tuple[int, int]:
+    """The newest CUDA that the driver runs. Raises what NVML raises."""
+    number = int(load_nvml().nvmlSystemGetCudaDriverVersion_v2())
+    return number // 1000, number % 1000 // 10
