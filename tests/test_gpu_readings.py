@@ -220,7 +220,7 @@ def test_a_fresh_process_reads_the_library_that_the_loader_finds(nvml: NvmlStub)
     code = """
 import json, sys
 from types import ModuleType, SimpleNamespace
-from harness.training.host import count_gpus, open_visible
+from harness.training.nvml import count_gpus, open_visible
 gpus = open_visible(None)
 print(json.dumps([count_gpus(), [gpu.read("used_mib") for gpu in gpus], gpus[0].process_mib().value,
                   "torch" in sys.modules]))
