@@ -113,7 +113,7 @@ def efficiencies(widths: Sequence[Width], bound: str) -> list[float]:
 
 
 def find_limit(widths: Sequence[Width], bound: str) -> tuple[int, str]:
-    """How many workers pay, and why no more: the next width is no faster, or less than LEAST_EFFICIENCY efficient."""
+    """How many workers pay off, and why no more: the next width is no faster, or less than LEAST_EFFICIENCY efficient."""
     for (before, width), share in zip(itertools.pairwise(widths), efficiencies(widths, bound)[1:], strict=True):
         if getattr(width, bound) >= getattr(before, bound):
             return before.workers, f"{width.workers} are no faster"

@@ -310,7 +310,7 @@ def test_an_estimate_says_how_far_a_run_scales_and_is_scored_later(tmp_path: Pat
     assert [row[:3] for row in rows] == [["1", "128", "13.8"], ["2", "64", "7.40"], ["4", "32", "4.20"]]
     assert [float(row[3]) for row in rows] == pytest.approx(reduce, rel=0.01)
     assert [float(row[5]) for row in rows] == pytest.approx([0.391 * ms for ms in (13.8, 7.4, 4.2)], rel=0.01)
-    assert "workers that pay: 4 (no more were measured)" in out
+    assert "workers that pay off: 4 (no more were measured)" in out
     stored = {prediction.workers: prediction for prediction in load_predictions([tmp_path])}
     assert set(stored) == {2, 4}
     assert stored[4].epoch_seconds == pytest.approx(0.391 * (4.2 + reduce[2]))
@@ -368,7 +368,7 @@ def test_two_nodes_are_measured_and_one_can_be_left_out(tmp_path: Path) -> None:
     answer = json.loads(script.stdout.splitlines()[-1])
     text = "\n".join(answer["estimate"]["lines"])
     assert answer["estimate"]["code"] == 0, text
-    assert "workers that pay:" in text
+    assert "workers that pay off:" in text
     assert {prediction.workers for prediction in load_predictions([tmp_path / "runs"])} == {2}
     assert answer["run"]["code"] == 0, answer["run"]["lines"]
     (stored,) = load_records([tmp_path / "runs"]).records

@@ -79,14 +79,14 @@ def print_widths(cell: RunSpec, widths: Sequence[Width], size: int, console: Con
         for width, (apart, hidden) in zip(widths, shares, strict=True)
     ]  # fmt: skip
     columns = {name: [line[name] for line in lines] for name in lines[0]}
-    title = f"{cell.name} over the cluster, by what was measured of it"
+    title = f"{cell.name} over the cluster, predicted from its measurements"
     print_columns(columns, console, title=title, left=(), spare=("images each",))
-    pays = "{} ({}) where no all-reduce is hidden behind computation, {} ({}) where all is that can be"
+    pays = "{} ({}) if no all-reduce is hidden behind computation, {} ({}) if as much as possible is"
     limits = (*find_limit(widths, "apart"), *find_limit(widths, "hidden"))
-    say(console, f"workers that pay: {pays.format(*limits)}", style="bold")
+    say(console, f"workers that pay off: {pays.format(*limits)}", style="bold")
     about = (
-        f"a width pays while it is faster and at least {100 * LEAST_EFFICIENCY:.0f} % efficient; DDP hides a part, so that a "
-        f"run lies between the two; {size / 1e6:.3g} MB of gradients by the latency and bus bandwidth that were measured"
+        f"more workers pay off while they are faster and at least {100 * LEAST_EFFICIENCY:.0f} % efficient; DDP hides a part, so "
+        f"a run lies between the two; {size / 1e6:.3g} MB of gradients, by the measured latency and bus bandwidth"
     )
     sync = "; the all-reduces of synchronised batch norm are left out" * (cell.recipe.batch_norm == "sync")
     say(console, about + sync, style="dim")
