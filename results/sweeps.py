@@ -188,7 +188,8 @@ def weigh(
         best = column[int(np.argmin(basis @ np.linalg.lstsq(basis, ranks, rcond=None)[0]))]
         ends = {min(column): "less is better", max(column): "more is better"} if numbers else {}
         sign = ends.get(best, f"{format_value(best, exact=False)} is best")
-        weighed.append((name, 1 - (left**2).sum(0) / (by_mean**2).sum(), sign))
+        scores = 1 - (left**2).sum(0) / (by_mean**2).sum()
+        weighed.append((name, scores.round(9), sign))  # orders that are equal but for rounding are ties
     null = np.max([scores[1:] for _, scores, _ in weighed], axis=0)
     fields = [
         FieldImportance(field=name, value=max(float(score), 0.0), sign=sign,
