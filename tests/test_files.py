@@ -22,8 +22,7 @@ from scipy.stats import kstest
 from torchvision.transforms import v2
 
 from harness.commands.evaluate import EvalOptions, evaluate_weights
-from harness.loaders import cache as files
-from harness.loaders import dali, datasets
+from harness.loaders import dali, datasets, files
 from harness.loaders.datasets import DataError, Dataset, Split, hold_out, limit, load_dataset
 from harness.loaders.files import Files
 from harness.loaders.loader import Loader, make_loaders

@@ -23,7 +23,7 @@ from harness.cluster.job import PreemptedError
 from harness.results.store import load_epochs
 from harness.results.values import EpochMetrics, RunResult
 from harness.spec import RunSpec
-from harness.training import watchdog as halt
+from harness.training import halt
 from harness.training.halt import Halt
 from harness.training.train import train
 
