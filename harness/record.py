@@ -22,7 +22,6 @@ from harness.plugins import write_source
 from harness.results import store
 from harness.results.identity import hash_code
 from harness.results.remote import Lease, StorageError, patiently, pull_run, push_finished, push_run, redact
-from harness.results.report.page import CARD, make_card
 from harness.results.store import Stored, partial_dir, run_name
 from harness.results.values import EpochMetrics, Failure, NodeUse, Pruned, Record, RunResult
 from harness.spec import RunPaths, RunSpec, UserError, mistakes
@@ -207,6 +206,9 @@ class Recorder:
                 self.pull(folder)  # what rank 0 wrote on its node
                 folder.mkdir(parents=True, exist_ok=True)
                 about = ""
+                # here: it would be a sixth of the start-up of commands that only plan
+                from harness.results.report.page import CARD, make_card
+
                 with contextlib.suppress(ValueError):  # a variant that is not known here
                     variant = find_variant(spec.variant)(spec.network.depth)
                     about = f"{variant.summary} ({variant.source})."

@@ -158,6 +158,14 @@ def test_cuda_and_nvml_number_gpus_alike() -> None:
     assert done.stdout == "PCI_BUS_ID\n"
 
 
+def test_a_count_that_fails_is_none_and_its_session_ends(nvml: Nvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = []
+    monkeypatch.delattr(Nvml, "nvmlDeviceGetCount")
+    monkeypatch.setattr(Nvml, "nvmlShutdown", lambda self: ended.append(self))
+    assert count_gpus() == 0
+    assert ended == [nvml]
+
+
 def test_gpus_are_counted_as_cuda_would_show_them(nvml: Nvml, monkeypatch: pytest.MonkeyPatch) -> None:
     assert count_gpus() == 4
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")

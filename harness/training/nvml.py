@@ -132,8 +132,10 @@ def count_gpus() -> int:
     count = 0
     with contextlib.suppress(Exception):
         nvml = load_nvml()
-        count = int(nvml.nvmlDeviceGetCount())
-        nvml.nvmlShutdown()
+        try:
+            count = int(nvml.nvmlDeviceGetCount())
+        finally:
+            nvml.nvmlShutdown()
     return count if visible is None else min(count, len(visible.split(",")))
 
 
