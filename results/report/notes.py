@@ -84,10 +84,8 @@ def _timing_notes(row: Row) -> Noted:
             peak = figures((result.peak_flops or 0) / 1e12)
             yield f"over {peak} TFLOP/s a worker: {result.device}, {result.peak_source}", "mfu"
         elif result.peak_flops and result.images_per_second:
-            yield (
-                "faster than the peak of the device as it was measured, busy: `harness check` measures again",
-                "mfu",
-            )
+            busy = "no MFU: faster than the peak of the device as it was measured, busy: `harness check` measures again"
+            yield busy, "mfu"
         if result.runs_per_gpu > 1:
             yield f"{result.runs_per_gpu} runs shared each GPU", "epoch_seconds"
         if result.warmup_epochs == 0 and result.epoch_seconds is not None:
