@@ -192,7 +192,7 @@ class _Driver(Generic[Spec, Outcome]):
                 failed = run.run()
             except BaseException as error:
                 failed = make_failed(error, attempts=1)
-            if failed is not None:
+            if failed is not None and not self.stop.is_set():  # then Ray ends with the command, or has ended
                 run.put(Ended(outcome=failed))
             index, attempt = self.take(), 1
 

@@ -59,9 +59,10 @@ class EpochMetrics(Value):
 
 MEMORY_CATEGORIES = (
     "weights", "gradients", "optimizer state", "activations", "allocator slack", "data loader", "NCCL",
-    "CUDA context", "process at its start", "unaccounted",
+    "CUDA context", "kernels", "process at its start", "unaccounted",
 )  # fmt: skip
-"""In the order they are shown. "process at its start" exists on the CPU only: Python and its libraries; activations
+"""In the order they are shown. "kernels": all that libraries load and keep outside torch's allocator until the end of the
+warm-up, CUDA graphs too; it exists on a GPU only. "process at its start" exists on the CPU only: Python and its libraries; activations
 are part of "unaccounted" there. "unaccounted" is the difference to the measured total, and may be negative."""
 
 

@@ -16,7 +16,7 @@ from ray import cloudpickle
 import harness.cluster.connect
 from harness.cluster.connect import ClusterError, connect, disconnect
 from harness.cluster.job import Allocation, Entered, Failed, PreemptedError, Started, Worker
-from harness.cluster.launch import _Run, launch, launch_here
+from harness.cluster.launch import _Driver, _Run, launch, launch_here
 from harness.cluster.nodes import Node
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -210,3 +210,24 @@ def test_shares_of_a_gpu_add_up_to_no_more_than_one_in_rays_four_decimals(tmp_pa
         assert round(job.resources["GPU"], 4) * runs <= 1
         assert (job.resources["GPU"] + 1e-4) * runs > 1, "no room for one more"
     assert make_job(tmp_path).resources == {"CPU": 1.0}
+
+
+def test_a_failure_after_the_command_was_stopped_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray has ended by then: what a run's thread reports to it would end in a traceback on the screen."""
+    job = Allocation(device="cpu", workers=1, concurrent_runs=1, threads=1)
+    driver = _Driver(lambda *_: None, ["run"], job, None, None, None)  # type: ignore[arg-type,return-value]
+    said: list[Any] = []
+
+    class Run:
+        def __init__(self, *_: Any) -> None: ...
+
+        def run(self) -> None:
+            driver.stop.set()
+            raise RuntimeError("Ray has ended")
+
+        def put(self, event: Any) -> None:
+            said.append(event)
+
+    monkeypatch.setattr("harness.cluster.launch._Run", Run)
+    driver._serve(driver.take())
+    assert not said

@@ -390,8 +390,24 @@ def definition(config: LoaderConfig, mean: np.ndarray) -> list[str]:
 def test_definition_on_the_gpu_is_that_of_the_cpu(mean_shape: tuple[int, ...]) -> None:
     on_cpu = definition(ON_CPU, np.zeros(mean_shape, np.float32))
     on_gpu = definition(replace(ON_CPU, device=torch.device("cuda", 0)), np.zeros(mean_shape, np.float32))
-    assert sum("gpu" in operator for operator in on_gpu) == (4 if len(mean_shape) == 3 else 2)
+    assert sum("gpu" in operator for operator in on_gpu) == (5 if len(mean_shape) == 3 else 3)
     assert [operator.replace("gpu", "cpu") for operator in on_gpu] == on_cpu
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_dalis_crop_takes_no_argument_of_each_image(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every image it checks all images' arguments: 2,730 at once took 110 ms of the CPU on an H200."""
+    given: list[Any] = []
+    for name in ("warp_affine", "crop_mirror_normalize"):
+        operator = getattr(dali.fn, name)
+        monkeypatch.setattr(
+            dali.fn,
+            name,
+            lambda *inputs, operator=operator, **k: given.extend(k.values()) or operator(*inputs, **k),
+        )
+    definition(replace(ON_CPU, device=torch.device(device)), np.zeros(3, np.float32))
+    assert len(given) > 4
+    assert not [value for value in given if isinstance(value, dali.dali.data_node.DataNode)]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])

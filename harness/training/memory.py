@@ -23,8 +23,9 @@ UNSAMPLED = Measurement(value=None, reason="never sampled")
 
 _context_mib: dict[int, float] = {}
 """Of this process, by device, once it was measured: the CUDA context outlives the runs."""
-_nccl_mib: dict[int, float] = {}
-"""As much as NCCL's buffers were seen to take: they live as long as the process group, which may serve several runs."""
+_kept_mib: dict[tuple[str, int], float] = {}
+"""As much as the buffers of NCCL and of DALI were seen to take, by category and device: a process keeps them, and may
+train several runs."""
 
 
 class MemoryMeter:
@@ -37,9 +38,10 @@ class MemoryMeter:
     def __init__(self, device: torch.device) -> None:
         self.device, self.on_gpu = device, device.type == "cuda"
         self._gpu = open_device(device)
-        self._categories = defaultdict[str, float](float)
+        self._outside = defaultdict[str, float](float)  # of torch's allocator, by category
+        self._tensors = defaultdict[str, float](float)  # in it
         self._in_use: list[float] = []
-        self._owned_tensors = self._workers_mib = 0.0  # of categories; the workers' largest sample
+        self._workers_mib = 0.0  # their largest sample
         self._others: float | None = 0.0  # MiB of other processes; None where it cannot be known
         self._process = UNSAMPLED
         no_epoch = Measurement(value=None, reason="there was no epoch after warm-up")
@@ -54,7 +56,7 @@ class MemoryMeter:
         if self.on_gpu:
             self._open()
         else:
-            self._categories["process at its start"] = self._outside_torch()
+            self._outside["process at its start"] = self._outside_torch()
 
     def _open(self) -> None:
         """Tell the context and other processes apart, and begin with no peaks."""
@@ -66,6 +68,7 @@ class MemoryMeter:
         torch.zeros(1, device=self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         reserved, own = self._torch("memory_reserved"), self._gpu.process_mib().value
+        self._listed = own is not None  # else what earlier runs left looks like another process's
         used = self._gpu.read("used_mib")
         if before is None or used is None:
             self._others = None
@@ -77,7 +80,7 @@ class MemoryMeter:
         else:
             self._others = used - reserved - _context_mib[index] if index in _context_mib else None
         if index in _context_mib:
-            self._categories["CUDA context"] = _context_mib[index]
+            self._outside["CUDA context"] = _context_mib[index]
 
     def _torch(self, figure: str) -> float:
         """MiB by torch's own counter of this name; 0 on the CPU."""
@@ -100,19 +103,21 @@ class MemoryMeter:
         """What comes into use inside belongs to `name`, one of MEMORY_CATEGORIES."""
         before, allocated = self._outside_torch(), self._torch("memory_allocated")
         yield
-        tensors = self._torch("memory_allocated") - allocated
-        grown = max(0.0, self._outside_torch() - before)
-        if self.on_gpu and name == "NCCL":
-            index = self.device.index or 0
-            grown = _nccl_mib[index] = max(grown, _nccl_mib.get(index, 0.0))
+        self._tensors[name] += self._torch("memory_allocated") - allocated
         if self.on_gpu or name != "NCCL":  # gloo, in its place, has next to nothing
-            self._categories[name] += grown + tensors
-        self._owned_tensors += tensors
+            self._outside[name] += max(0.0, self._outside_torch() - before)
 
     def reset(self) -> None:
-        """Set-up or warm-up is over: keep its peaks apart. The host's peak is that of the whole run."""
+        """Set-up or warm-up is over: keep its peaks apart, and take what else was loaded until now for kernels. The host's
+        peak is that of the whole run."""
         self._in_use.clear()
         if self.on_gpu:
+            for name in ("data loader", "NCCL") if self._listed else ():
+                key = name, self.device.index or 0
+                self._outside[name] = _kept_mib[key] = max(self._outside[name], _kept_mib.get(key, 0.0))
+            if "CUDA context" in self._outside:
+                claimed = sum(mib for name, mib in self._outside.items() if name != "kernels")
+                self._outside["kernels"] = max(0.0, self._outside_torch() - claimed)
             self._warmup = {name: larger(self._warmup[name], peak) for name, peak in self._peaks().items()}
             torch.cuda.reset_peak_memory_stats(self.device)
             self._process = UNSAMPLED
@@ -153,10 +158,11 @@ class MemoryMeter:
             "gradients": mib(p for p in network.parameters() if p.requires_grad),
             "optimizer state": mib(value for state in optimizer.state.values() for value in state.values()),
         }
-        total, categories = rss.value, self._categories | sizes
+        owned = {name: self._outside[name] + self._tensors[name] for name in {*self._outside, *self._tensors}}
+        total, categories = rss.value, defaultdict(float, owned | sizes)
         if self.on_gpu:
             allocated, reserved = peaks["allocated"].value or 0.0, peaks["reserved"].value or 0.0
-            categories["activations"] = allocated - sum(sizes.values()) - self._owned_tensors
+            categories["activations"] = allocated - sum(sizes.values()) - sum(self._tensors.values())
             categories["allocator slack"] = reserved - allocated
             total = self._own_mib() if self._process.value is None else self._process.value
         else:
