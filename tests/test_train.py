@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
@@ -368,3 +369,23 @@ def test_runs_that_share_a_gpu_are_not_timed(tmp_path: Path) -> None:
 def test_a_run_leaves_the_processors_arithmetic_as_it_was(tmp_path: Path) -> None:
     run(spec(recipe={"duration": 1}), tmp_path)
     assert float(torch.tensor(1e-310, dtype=torch.float64) * 1.0) != 0.0
+
+
+def test_a_rank_alone_in_its_process_group_calls_no_collective(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray Train makes a group for one worker too, of NCCL on a GPU, which sets itself up at the first collective."""
+    collectives = ("all_reduce", "broadcast", "all_gather_object", "barrier", "broadcast_object_list", "new_group")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a collective")
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for name in collectives:
+            monkeypatch.setattr(dist, name, refuse)
+        result = run(small(), tmp_path / "out")
+    finally:
+        monkeypatch.undo()
+        dist.destroy_process_group()
+    assert result.epochs

@@ -34,7 +34,8 @@ EXIT_MISFIT = 2
 SIDE = 32  # pixels of the images that networks are tried on, or the least that they take
 MOST_LR = 0.02  # a few steps on few images are no place for a large one
 LIMIT = 1e-3  # of a relative difference of losses, and of pixels
-RANK_EPOCHS, RANK_SECONDS = 2, 120.0
+RANK_BATCH, RANK_LR = 40, 2e-3  # two steps: by batch norm on few images a rounding error grows with each
+RANK_SECONDS = 120.0
 
 
 def check_plugins(paths: list[Path], console: Console) -> int:
@@ -109,7 +110,10 @@ def _two_ranks(loaded: Loaded, cases: dict[str, dict[str, Any]]) -> dict[str, tu
         source = replace(loaded.source, folder=str(Path(folder, "nowhere")))
         paths = RunPaths(out=Path(folder), cache_dir=Path(folder), plugins=(source,))
         for changes in cases.values():
-            changes["recipe"] = replace(changes["recipe"], duration=RANK_EPOCHS, batch_norm="sync")
+            recipe = changes["recipe"]
+            changes["recipe"] = replace(
+                recipe, duration=1, batch_size=RANK_BATCH, batch_norm="sync", lr=min(recipe.lr, RANK_LR)
+            )
         Path(folder, "cases.pickle").write_bytes(pickle.dumps((source.identity, paths, cases)))
 
         def run(rank: str) -> subprocess.CompletedProcess[str]:

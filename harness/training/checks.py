@@ -143,7 +143,7 @@ def compare(metrics: list[EpochMetrics], reference: list[EpochMetrics], whose: s
     losses = np.array([[row.loss for row in rows] for rows in (metrics, reference)])
     worst = float(np.abs(losses[0] / losses[1] - 1).max())
     how = f"to {worst:.1e}" if worst else "bit for bit"
-    return worst, f"losses of {len(metrics) * 5} steps are {whose} {how}"
+    return worst, f"losses of {sum(row.steps for row in metrics)} steps are {whose} {how}"
 
 
 # --- checks ---

@@ -24,7 +24,7 @@ import torch._dynamo  # here and not at first use: torch.fx would keep the frame
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harness.training.telemetry import gather
+from harness.training.telemetry import count_ranks, gather
 
 WARMUP_CALLS = 3  # before a capture: cuDNN chooses its kernels, compilers compile
 Function = Callable[..., Any]
@@ -102,7 +102,7 @@ class Way:
         with graph.capture():
             result = self._function(*own)
         self._graphs[key] = graph, own, result
-        if not dist.is_initialized() or dist.get_world_size() == 1:  # others would have to replay too
+        if count_ranks() == 1:  # others would have to replay too
             graph.replay()
 
     def __call__(self, *inputs: Tensor | float) -> Any:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.loaders.loader import Loader
+from harness.training.telemetry import count_ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +116,7 @@ def evaluate(
             sums = sums + torch.stack([count.double() for count in counts])
             if on_ranked:
                 on_ranked(ranked)
-    if dist.is_initialized():
+    if count_ranks() > 1:
         sums = sums.clone()  # no longer of inference mode
         dist.all_reduce(sums)
     total, top1, top5, loss_sum = sums.tolist()

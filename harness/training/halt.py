@@ -7,12 +7,11 @@ import math
 import threading
 import time
 
-import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from harness.cluster.job import Worker
 from harness.training.host import Repeat
-from harness.training.telemetry import gather
+from harness.training.telemetry import count_ranks, gather
 
 POLL_SECONDS = 0.5
 CHECKPOINT_SECONDS = 10.0  # to stop, write a checkpoint and send it
@@ -30,7 +29,7 @@ class Halt:
 
     def __init__(self, worker: Worker) -> None:
         self._notice = worker.notice
-        self._rank, self._world_size = worker.rank, dist.get_world_size() if dist.is_initialized() else 1
+        self._rank, self._world_size = worker.rank, count_ranks()
         self._lock, self._decided = threading.Lock(), threading.Event()
         self._halting, self._begun, self._most = False, 0, 0
         self._deadline: float | None = None

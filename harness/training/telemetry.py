@@ -180,13 +180,20 @@ class EpochTelemetry:
 # --- the ranks ---
 
 
+def count_ranks() -> int:
+    """Those of the process group; 1 without one. Alone in it, a rank calls no collective: NCCL would set itself up for it."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def gather(value: Item) -> list[Item]:
     """Every rank's value, in order. A collective."""
     import torch.distributed as dist
 
-    if not dist.is_initialized():
+    if count_ranks() == 1:
         return [value]
-    every: list[Any] = [None] * dist.get_world_size()
+    every: list[Any] = [None] * count_ranks()
     dist.all_gather_object(every, value)
     return every
 

@@ -38,6 +38,7 @@ from harness.training.step import deterministic_algorithms, draw_mix, flushed_de
 from harness.training.telemetry import (
     INTERFERENCE,
     EpochTelemetry,
+    count_ranks,
     describe_machine,
     device_name,
     gather,
@@ -332,7 +333,7 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | Non
     # of its last step, done before or not
     lr = learning_rate(recipe, epoch * loader.steps + steps - 1, loader.steps)
     sums = torch.cat([totals, torch.full_like(totals[:1], seen)])
-    if dist.is_initialized():
+    if count_ranks() > 1:
         dist.all_reduce(sums)
     loss_sum, wrong, all_seen = sums.tolist()
     return EpochMetrics(
