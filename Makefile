@@ -22,7 +22,7 @@ check: $(BIN)/harness
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-long: $(BIN)/harness
 	$(BIN)/python -m pytest -q -m long

@@ -20,7 +20,12 @@ for name in ("HARNESS_OUT", "HARNESS_DATA_DIR", "HARNESS_ADDRESS"):  # a person'
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip, with the reason, where there is none."""
+    """Tests marked `gpu` skip, with the reason, where there is none. Of two processes of pytest one has all that start Ray,
+    which mostly wait, and takes them first; all others go by file."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    for item in items:
+        group = "ray" if item.get_closest_marker("ray") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
