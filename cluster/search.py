@@ -102,6 +102,8 @@ def search(train: Train[Spec, Outcome], trials: Trials, job: Allocation) -> None
         raise
     finally:
         shutil.rmtree(job.storage, ignore_errors=True)
+    for trial_id in list(driver.running):
+        driver.end(trial_id, make_failed(RuntimeError("Ray Tune ended without its outcome"), attempts=1))
 
 
 # --- in the driver ---

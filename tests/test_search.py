@@ -212,3 +212,18 @@ def test_a_group_that_cannot_be_destroyed_is_given_up_at_a_deadline(monkeypatch:
     assert time.monotonic() - began < 5
     monkeypatch.setattr("ray.train.torch.config._shutdown_torch", lambda **_: None)
     assert leave(5)
+
+
+def test_a_trial_that_tune_forgets_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen once, on a machine with ten times as much to do as it can: Tune ended, and one trial had come to nothing."""
+
+    def forget(*_: Any, search_alg: Any, stop: Any, **__: Any) -> None:
+        search_alg.suggest("1")
+        search_alg.suggest("2")
+        stop("1", {"outcome": ("a result",)})
+
+    monkeypatch.setattr("harness.cluster.search.tune.run", forget)
+    toys = Toys([{"name": "kept"}, {"name": "forgotten"}])
+    search(toy, toys, make_job(tmp_path, 1))
+    assert toys.outcomes["kept"] == "a result"
+    assert toys.outcomes["forgotten"].message == "Ray Tune ended without its outcome"
