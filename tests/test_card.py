@@ -48,7 +48,9 @@ def test_the_card_of_a_run_loads_its_weights_and_trains_it_again(
     assert harness(f"run {line} --limit-train 256 --out {tmp_path}", capsys)[0] == 0
     ((record, folder),) = [(stored.record, stored.folder) for stored in load_records([tmp_path]).records]
     card = (folder / CARD).read_text()
-    assert "MFU over" in card
+    assert ("MFU over" in card) == (
+        record.result.mfu is not None
+    )  # none beside a peak that was measured on a busy CPU
     monkeypatch.chdir(folder)
     commands = [row.strip() for row in card.splitlines() if row.startswith("    harness ")]
     assert [words.split()[1] for words in commands] == ["eval", "run"]
