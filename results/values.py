@@ -61,9 +61,9 @@ MEMORY_CATEGORIES = (
     "weights", "gradients", "optimizer state", "activations", "allocator slack", "data loader", "NCCL",
     "CUDA context", "kernels", "process at its start", "unaccounted",
 )  # fmt: skip
-"""In the order they are shown. "kernels": all that libraries load and keep outside torch's allocator until the end of the
-warm-up, CUDA graphs too; it exists on a GPU only. "process at its start" exists on the CPU only: Python and its libraries; activations
-are part of "unaccounted" there. "unaccounted" is the difference to the measured total, and may be negative."""
+"""In the order they are shown. "kernels", on a GPU only: all else that grew outside torch's allocator until the end of the
+warm-up, as libraries load their kernels. "process at its start", on the CPU only: Python and its libraries; activations are
+part of "unaccounted" there. "unaccounted" is the difference to the measured total, and may be negative."""
 
 
 class Memory(Value):
