@@ -1,7 +1,8 @@
 """Strike runs and sweeps at random moments, give the same command again, compare with an undisturbed one.
 
     python benchmarks/chaos.py --faults 60 --out /tmp/chaos                       processes killed, in this machine
-    sudo python benchmarks/chaos.py --where all --faults 200 --out /tmp/chaos     and nodes, links, disks and clocks, of clusters
+    sudo python benchmarks/chaos.py --where all --faults 200 --strikes 3 --out /tmp/chaos
+                                                       and nodes, links, disks and clocks, of clusters; each command struck thrice
 
 Equal means: every epoch's loss and error, all weights, and a sweep's trials, bit for bit. What each fault came to is added to
 OUT/faults.jsonl at once: the same command goes on after the last. Prints a Markdown table; exit code 1 where anything differs.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -46,7 +48,8 @@ SECONDS = {"drain": (8, 12), **dict.fromkeys(LONG, (2, 20))}
 """How long a fault lasts where that is not 3 to 8 seconds."""
 STALL = 8  # seconds: a rank that hangs is named before Ray gives up its node
 DISK_MIB = 2200  # of the disk that is filled, in memory; `harness run` wants 2 GiB free at its start
-EPOCH = re.compile(r"epoch \d+/\d+  (loss|error)")
+EPOCH = re.compile(r"((?:trial \d+/\d+: )?epoch \d+/\d+)  (?:loss|error)")
+MOST_COMMANDS, MOST_SECONDS = 8, 1200  # in which a command that is given again must have succeeded
 DATA = "--dataset digits --gpus 0 --loader resident --limit-train"
 SAME = ("number", "fields", "key", "state", "epochs", "curve", "value")  # of a trial, whoever was struck
 
@@ -187,28 +190,17 @@ def strike_nodes(nodes: Nodes, out: Path, kind: str, chance: random.Random) -> C
     return nodes.repair
 
 
-class Outcome(NamedTuple):
-    """What a finished command left."""
-
-    content: Any  # losses, errors and weights of each run; trials
-    attempts: int
-    kept: int  # epochs that the last attempt did not have to train again
-
-
-def read_outcome(out: Path) -> Outcome:
-    """Read all that is stored in a folder."""
+def read_outcome(out: Path) -> list[Any]:
+    """What a finished command left in its folder: losses, errors and weights of each run; trials."""
     content: list[Any] = []
-    most, kept = 1, 0
     for path in sorted(out.glob("*/record.json")):
         rows = [json.loads(line) for line in path.with_name("epochs.jsonl").read_text().splitlines()]
-        attempts = (json.loads(path.read_text())["result"] or {"attempts": 1})["attempts"]
-        most, kept = max(most, attempts), kept + sum(row["attempt"] < attempts for row in rows)
         weights = path.with_name("weights.safetensors")
         content.append((path.parent.name, [(row["loss"], row["error"]) for row in rows],
                         hash_weights(weights) if weights.exists() else None))  # fmt: skip
     for path in out.glob("tune/*/trials.json"):
         content += [{field: trial[field] for field in SAME} for trial in json.loads(path.read_text())["trials"]]
-    return Outcome(content, most, kept)
+    return content
 
 
 def hash_weights(path: Path) -> str:
@@ -219,7 +211,7 @@ def hash_weights(path: Path) -> str:
     return digest.hexdigest()
 
 
-def measure_whole(case: Case) -> tuple[Outcome, float, float]:
+def measure_whole(case: Case) -> tuple[list[Any], float, float]:
     """An undisturbed command: its outcome, seconds from its start to the first epoch, and of a further one."""
     whole = case.run()
     code, started_at, times = whole.wait(), whole.started_at(), whole.epochs()
@@ -228,44 +220,80 @@ def measure_whole(case: Case) -> tuple[Outcome, float, float]:
     return read_outcome(case.out), times[0] - started_at, (times[-1] - times[0]) / (len(times) - 1)
 
 
-def try_once(
-    case: Case, kind: str, point: tuple[int, float], chance: random.Random
-) -> tuple[Outcome, dict[str, Any]]:
-    """Start, strike so many seconds after the n-th epoch (0: the start), give the command again until it succeeds: the outcome, a reading."""
-    running = case.run()
-    while running.process.poll() is None and (
-        len(running.epochs()) < point[0] if point[0] else running.started_at() is None
-    ):
-        time.sleep(0.005)
-    time.sleep(point[1])
-    while not (end := strike(case, running, kind, chance)) and running.process.poll() is None:
-        time.sleep(0.02)
-    struck_at = time.monotonic()
-    seconds, lasts = struck_at - running.began, chance.uniform(*SECONDS.get(kind, (3, 8)))
-    if end and kind in (*STOPPED, *OF_NODES):
-        with suppress(subprocess.TimeoutExpired):
-            running.process.wait(timeout=lasts)
-        end()
-    commands, code, times, lines = 1, running.wait(), running.epochs(), running.lines
-    while code and commands < 4:
-        if case.nodes:
-            case.nodes.repair()
-        running = case.run()
-        commands, code = commands + 1, running.wait()
-        times, lines = times + running.epochs(), lines + running.lines
-    if code:
-        text = "\n".join(line for _, line in running.lines[-30:])
-        raise SystemExit(f"{case.command}\nended with {code} after {kind} at {seconds:.1f} s:\n{text}")
-    outcome = read_outcome(case.out)
-    again = [at for at, line in lines if "trying again" in line and at > struck_at]
-    going_on_at = running.began if commands > 1 else max(again, default=struck_at)
-    after = [at for at in times if at > going_on_at]
-    return outcome, {
-        "where": case.where, "fault": kind if end else f"{kind} (had ended)", "after_seconds": seconds,
-        "epoch": sum(at <= struck_at for at in times), "commands": commands, "attempts": outcome.attempts, "kept": outcome.kept,
-        "recovery_seconds": min(after) - struck_at if after else None,
-        "interrupted": commands > 1 or outcome.attempts > 1, "named": any("no step for" in line for _, line in lines),
-    }  # fmt: skip
+class Struck:
+    """One command, given again whenever it ends before its time; all that it printed."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.commands = case, [case.run()]
+        self.until = time.monotonic() + MOST_SECONDS
+
+    @property
+    def lines(self) -> list[tuple[float, str]]:
+        """Of every time that the command was given."""
+        return [line for running in self.commands for line in running.lines]
+
+    def progress(self) -> int:
+        """How many epochs were reported, those once that were trained again."""
+        return len({found[1] for _, line in self.lines if (found := EPOCH.search(line))})
+
+    def has_succeeded(self) -> bool:
+        """Whether all is done. A command that ended otherwise is given again, not without end."""
+        if time.monotonic() > self.until:
+            raise SystemExit(f"{self.case.command}\nhas not ended within {MOST_SECONDS} s")
+        if (code := self.commands[-1].process.poll()) is None:
+            return False
+        if self.commands[-1].wait() and len(self.commands) == MOST_COMMANDS:
+            text = "\n".join(line for _, line in self.commands[-1].lines[-30:])
+            raise SystemExit(f"{self.case.command}\nended with {code}:\n{text}")
+        if code:
+            if self.case.nodes:
+                self.case.nodes.repair()
+            self.commands.append(self.case.run())
+        return code == 0
+
+
+class Strike(NamedTuple):
+    """A fault, `seconds` after so many epochs were reported (0: after the start)."""
+
+    kind: str
+    epoch: int
+    seconds: float
+
+
+def try_once(case: Case, strikes: Sequence[Strike], chance: random.Random) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Give the command, strike it, give it again until it succeeds: the outcome, a reading of each strike."""
+    struck, struck_at, ended = Struck(case), list[float](), list[bool]()
+    for kind, epoch, seconds in strikes:
+        while not (over := struck.has_succeeded()):
+            if struck.progress() >= epoch if epoch else struck.commands[-1].started_at() is not None:
+                break
+            time.sleep(0.005)
+        time.sleep(seconds)
+        end = None
+        while not over and not (end := strike(case, struck.commands[-1], kind, chance)):
+            over = struck.commands[-1].process.poll() is not None
+            time.sleep(0.02)
+        struck_at.append(time.monotonic())
+        ended.append(end is None)
+        if end and kind in (*STOPPED, *OF_NODES):
+            with suppress(subprocess.TimeoutExpired):
+                struck.commands[-1].process.wait(timeout=chance.uniform(*SECONDS.get(kind, (3, 8))))
+            end()
+    while not struck.has_succeeded():
+        time.sleep(0.1)
+    readings = []
+    for i, (strike_, at, later) in enumerate(zip(strikes, struck_at, [*struck_at[1:], math.inf], strict=True)):
+        between = [(when, line) for when, line in struck.lines if at < when <= later]
+        begun = [running.began for running in struck.commands if at < running.began <= later]
+        again = begun + [when for when, line in between if "trying again" in line]
+        after = [when for when, line in between if EPOCH.search(line) and when > max(again, default=at)]
+        readings.append({
+            "where": case.where, "fault": f"{strike_.kind}{' (had ended)' * ended[i]}", "strike": i + 1,
+            "after_seconds": at - struck.commands[0].began, "epoch": strike_.epoch, "commands": len(begun),
+            "interrupted": bool(again), "named": any("no step for" in line for _, line in between),
+            "recovery_seconds": after[0] - at if after else None,
+        })  # fmt: skip
+    return read_outcome(case.out), readings
 
 
 def describe(content: dict[str, Any]) -> str:
@@ -281,9 +309,9 @@ def describe(content: dict[str, Any]) -> str:
 
 
 def strike_all(where: str, numbers: Sequence[int], options: Any, log: Path) -> None:
-    """Strike one place's command at random, once for each of the numbers; add a line to the log for each."""
+    """Strike one place's command at random, each of the numbers the first of some strikes; add a line to the log for each."""
     with ExitStack() as stack:
-        nodes, folder = None, options.out
+        nodes, folder, epochs = None, options.out, options.epochs * options.strikes
         if "nodes" in where:
             folder = options.out / "disk"  # before the nodes, whose processes do not see what is mounted later
             folder.mkdir(exist_ok=True)
@@ -296,19 +324,27 @@ def strike_all(where: str, numbers: Sequence[int], options: Any, log: Path) -> N
         def make(name: object) -> Case:
             out = folder / f"{where}-{name}".replace(", ", "-").replace(" ", "-")
             shutil.rmtree(out, ignore_errors=True)  # of a script that was stopped
-            return Case(where, out, options.epochs, options.images, nodes)
+            return Case(where, out, epochs, options.images, nodes)
 
         reference, first, each = measure_whole(make("whole"))
-        for number in numbers:
-            chance, kinds = random.Random(f"{options.seed} {number}"), KINDS[where]
-            epoch = chance.randrange(options.epochs)  # every epoch alike; 0: while it starts
-            case, kind = make(number), kinds[number // len(options.where.split(";")) % len(kinds)]
-            outcome, reading = try_once(case, kind, (epoch, chance.uniform(0, each if epoch else first)), chance)
+        kinds, part = KINDS[where], epochs / options.strikes
+        for first_number in numbers:
+            chance, case = random.Random(f"{options.seed} {first_number}"), make(first_number)
+            own = range(first_number, min(first_number + options.strikes, options.faults))
+            turn = first_number // options.strikes // len(options.where.split(";")) * options.strikes
+            strikes = []
+            for i in range(len(own)):
+                epoch = round(i * part) + chance.randrange(round(part))  # every epoch alike; 0: while it starts
+                seconds = chance.uniform(0, each if epoch else first)
+                strikes.append(Strike(kinds[(turn + i) % len(kinds)], epoch, seconds))
+            outcome, readings = try_once(case, strikes, chance)
             shutil.rmtree(case.out)
-            reading |= {"equal": outcome.content == reference.content, "number": number}
+            equal = outcome == reference
             with log.open("a", encoding="utf-8") as file:
-                print(json.dumps(reading), file=file)
-            print(f"{number + 1}/{options.faults} {reading}", file=sys.stderr, flush=True)
+                for number, reading in zip(own, readings, strict=True):
+                    reading |= {"equal": equal, "number": number}
+                    print(json.dumps(reading), file=file)
+                    print(f"{number + 1}/{options.faults} {reading}", file=sys.stderr, flush=True)
             if nodes:
                 nodes.repair()
 
@@ -316,7 +352,7 @@ def strike_all(where: str, numbers: Sequence[int], options: Any, log: Path) -> N
 def main() -> int:
     """Strike, compare, print."""
     options = parse_options(
-        __doc__, faults=60, where="local;ray;tune", epochs=12, images=512, seed=0, out=Path("runs/chaos")
+        __doc__, faults=60, strikes=1, where="local;ray;tune", epochs=12, images=512, seed=0, out=Path("runs/chaos")
     )
     if options.where == "all":
         options.where = ";".join(KINDS)
@@ -325,10 +361,11 @@ def main() -> int:
     log.touch()
     done = {json.loads(line)["number"] for line in log.read_text(encoding="utf-8").splitlines()}
     for place, where in enumerate(places):
-        if left := [n for n in range(place, options.faults, len(places)) if n not in done]:
+        step = options.strikes * len(places)
+        if left := [n for n in range(place * options.strikes, options.faults, step) if n not in done]:
             strike_all(where, left, options, log)
     readings = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    publish(describe, options.json, epochs=options.epochs, images=options.images, readings=readings)
+    publish(describe, options.json, epochs=options.epochs, strikes=options.strikes, images=options.images, readings=readings)
     return 0 if all(reading["equal"] for reading in readings) else 1
 
 

@@ -39,12 +39,13 @@ measure loaders loader_speed.py "$once --seconds 0.1" --data-dir "$data"
 measure images images.py "$once --seconds 0.1 --times 2" --data-dir "$data"
 measure report report.py "$once --warmup 0 --runs 50" --runs 1000,10000
 measure startup startup.py "$once --warmup 0"
+measure kept_workers kept_workers.py "$once --warmup 0"
 measure marks marks.py "$once --epochs 4"
 measure scale scale.py "--runs 20" --out "$scratch/scale"
 measure chaos chaos.py "--faults 3 --epochs 3 --images 64" --out "$scratch/chaos"
 measure quickstart quickstart.py "$once"
 if [[ $EUID -eq 0 ]] && command -v ip > /dev/null; then
-    measure clusters chaos.py "--faults 3 --epochs 3 --images 64" --where "2 nodes;3 nodes;3 nodes, tune" --faults 200 --out "$out/clusters"
+    measure clusters chaos.py "--faults 3 --epochs 3 --images 64" --where "2 nodes;3 nodes;3 nodes, tune" --strikes 3 --faults 200 --out "$out/clusters"
 else
     echo "measure.sh: nodes with networks of their own need root and iproute2: sudo $0 ..." >&2
 fi

@@ -173,12 +173,14 @@ def test_killed_at_a_random_moment_the_same_command_ends_as_if_nothing_had_been(
     whole, killed = (chaos.Case("local", tmp_path / name, epochs=8, images=128) for name in ("whole", "killed"))
     reference, *_ = chaos.measure_whole(whole)
     chance = random.Random(0)
-    point = (chance.randrange(1, whole.epochs), chance.uniform(0, 0.3))
-    outcome, reading = chaos.try_once(killed, "group", point, chance)
-    assert outcome.content == reference.content, (point, reading)
+    strikes = [chaos.Strike("group", epoch, chance.uniform(0, 0.3)) for epoch in (2, 5)]
+    outcome, readings = chaos.try_once(killed, strikes, chance)
+    assert outcome == reference, readings
+    assert [reading["interrupted"] for reading in readings] == [True, True], readings
     (stored,) = load_records([tmp_path / "killed"]).records
     assert [attempt["reason"] for attempt in stored.record.environment["attempts"]] == [
         "",
+        "the command was given again",
         "the command was given again",
     ]
 
