@@ -1,8 +1,8 @@
 """Seeds of one row in kept workers beside fresh processes: python benchmarks/kept_workers.py [--rounds 10] [--json FILE]
 
 Three seeds of a row by one command, whose second and third are trained by the workers of the first, and the same two seeds by
-commands of their own, which take turns. Shown: seconds from a run's request until its workers
-begin, peak resident memory as a ratio with its interval, and whether losses, errors and weights are the same bit for bit.
+commands of their own, which take turns. Shown: peak resident memory as a ratio with its interval, how far that of fresh processes
+scatters, and whether losses, errors and weights are the same bit for bit. What a further seed takes is startup.py's.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rounds import harness, make_table, median_and_range, parse_options, process_seconds, publish, ratio, take_turns
+from rounds import harness, make_table, parse_options, process_seconds, publish, ratio, take_turns
 
 RUN = "run --dataset digits --depths 8 --gpus 0 --launcher ray --loader resident --limit-train 256 --epochs 3"
 SEEDS = (1, 2)
 
 
 def measure(workers: int, *commands: str) -> dict[str, Any]:
-    """The runs of some commands, by seed: seconds to the first step, peak memory of all processes, hash of what was computed."""
+    """The runs of some commands, by seed: peak memory in MiB, hash of what was computed."""
     with tempfile.TemporaryDirectory() as folder:
         for seeds in commands:
             process_seconds(harness(*RUN.split(), "--workers", workers, "--seeds", seeds, "--out", folder))
@@ -32,7 +32,6 @@ def measure(workers: int, *commands: str) -> dict[str, Any]:
             computed = [(row["loss"], row["train_error"], row["error"]) for row in map(json.loads, lines)]
             weights = path.with_name("weights.safetensors").read_bytes()
             runs[str(record["spec"]["seed"])] = {
-                "launch_seconds": record["result"]["launch_seconds"],
                 "rss_mib": record["result"]["memory"]["rss_mib"]["value"],
                 "sha256": hashlib.sha256(json.dumps(computed).encode() + weights).hexdigest(),
             }
@@ -48,13 +47,11 @@ def describe(content: dict[str, Any]) -> str:
         peak = ratio([a["rss_mib"] for a, _ in pairs], [b["rss_mib"] for _, b in pairs])
         rows.append((
             workers,
-            *(median_and_range([pair[i]["launch_seconds"] for pair in pairs], 2) for i in (0, 1)),
             f"{peak.value:.3f} [{peak.low:.3f}, {peak.high:.3f}]",
             f"{max(b['rss_mib'] for _, b in pairs) / min(b['rss_mib'] for _, b in pairs):.3f}",
             f"{sum(a['sha256'] == b['sha256'] for a, b in pairs)} of {len(pairs)}",
         ))  # fmt: skip
-    header = ("workers", "launch, kept, seconds", "launch, fresh, seconds", "peak memory, kept / fresh",
-              "largest / smallest fresh", "equal bit for bit")  # fmt: skip
+    header = ("workers", "peak memory, kept / fresh", "largest / smallest fresh", "equal bit for bit")
     return make_table(header, rows)
 
 
