@@ -260,7 +260,9 @@ class Strike(NamedTuple):
     seconds: float
 
 
-def try_once(case: Case, strikes: Sequence[Strike], chance: random.Random) -> tuple[list[Any], list[dict[str, Any]]]:
+def try_once(
+    case: Case, strikes: Sequence[Strike], chance: random.Random
+) -> tuple[list[Any], list[dict[str, Any]]]:
     """Give the command, strike it, give it again until it succeeds: the outcome, a reading of each strike."""
     struck, struck_at, ended = Struck(case), list[float](), list[bool]()
     for kind, epoch, seconds in strikes:
@@ -352,7 +354,14 @@ def strike_all(where: str, numbers: Sequence[int], options: Any, log: Path) -> N
 def main() -> int:
     """Strike, compare, print."""
     options = parse_options(
-        __doc__, faults=60, strikes=1, where="local;ray;tune", epochs=12, images=512, seed=0, out=Path("runs/chaos")
+        __doc__,
+        faults=60,
+        strikes=1,
+        where="local;ray;tune",
+        epochs=12,
+        images=512,
+        seed=0,
+        out=Path("runs/chaos"),
     )
     if options.where == "all":
         options.where = ";".join(KINDS)
@@ -365,7 +374,14 @@ def main() -> int:
         if left := [n for n in range(place * options.strikes, options.faults, step) if n not in done]:
             strike_all(where, left, options, log)
     readings = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    publish(describe, options.json, epochs=options.epochs, strikes=options.strikes, images=options.images, readings=readings)
+    publish(
+        describe,
+        options.json,
+        epochs=options.epochs,
+        strikes=options.strikes,
+        images=options.images,
+        readings=readings,
+    )
     return 0 if all(reading["equal"] for reading in readings) else 1
 
 

@@ -61,7 +61,9 @@ def main() -> None:
     for workers in (1, 2):
         ways[f"kept {workers}"] = partial(measure, workers, "3")
         ways[f"fresh {workers}"] = partial(measure, workers, *(f"{seed}," for seed in SEEDS))
-    publish(describe, options.json, workers=[1, 2], readings=take_turns(ways, options.rounds, warmup=options.warmup))
+    publish(
+        describe, options.json, workers=[1, 2], readings=take_turns(ways, options.rounds, warmup=options.warmup)
+    )
 
 
 if __name__ == "__main__":
