@@ -46,7 +46,7 @@ KINDS = {
 LONG = ("link cut", "silent link", "stopped worker", "stopped raylet")
 SECONDS = {"drain": (8, 12), **dict.fromkeys(LONG, (2, 20))}
 """How long a fault lasts where that is not 3 to 8 seconds."""
-STALL = 8  # seconds: a rank that hangs is named before Ray gives up its node
+STALL = 10  # seconds, the least that is allowed: a rank that hangs is named before Ray gives up its node
 DISK_MIB = 2200  # of the disk that is filled, in memory; `harness run` wants 2 GiB free at its start
 EPOCH = re.compile(r"((?:trial \d+/\d+: )?epoch \d+/\d+)  (?:loss|error)")
 MOST_COMMANDS, MOST_SECONDS = 8, 1200  # in which a command that is given again must have succeeded
