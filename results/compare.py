@@ -113,8 +113,8 @@ class Pair(NamedTuple):
 
 def signed(value: float) -> str:
     """Two digits with their sign, 0.00 without."""
-    text = f"{value:+.2f}".replace("-", "−")
-    return "0.00" if text in ("−0.00", "+0.00") else text
+    text = f"{value:+.2f}"
+    return text.replace("-", "−") if float(text) else "0.00"
 
 
 # --- which rows are compared ---
@@ -134,13 +134,12 @@ def compare(
         ours, theirs = map(min, images)
         unlike = [f"{n} {x} → {y}" for n, x, y in zip(IMAGES, ours, theirs, strict=True) if x != y]
         raise ValueError(f"A and B were evaluated on different images ({', '.join(unlike)}): not comparable")
-    every = sorted({name for row in (*a, *b) for name in row.fields})
-    taken = {name: [{row.fields[name] for row in side if name in row.fields} for side in (a, b)] for name in every}
-    names = [
-        n
-        for n, (x, y) in taken.items()
-        if max(len(x), len(y)) > 1 and (n in ("variant", "network.depth", *IMAGES) or x & y)
-    ]
+    names = []
+    for name in sorted({name for row in (*a, *b) for name in row.fields}):
+        in_a, in_b = ({row.fields[name] for row in side if name in row.fields} for side in (a, b))
+        always = name in ("variant", "network.depth", *IMAGES)
+        if max(len(in_a), len(in_b)) > 1 and (always or in_a & in_b):
+            names.append(name)
     return _match(a, b, names, metrics, across)
 
 

@@ -1,12 +1,13 @@
-"""Where a row's figures come from: each metric's definition and runs, and what is known of every run, as text."""
+"""Where a row's figures come from: each metric's definition and runs, what a probe predicted, and what is known of every
+run, as text."""
 
 from __future__ import annotations
 
 import math
 from statistics import median
+from typing import NamedTuple
 
-from harness.results.metrics import METRICS
-from harness.results.prediction import predicted_figures
+from harness.results.metrics import METRICS, decimals, figures
 from harness.results.report.text import fill_template, in_words
 from harness.results.rows import Row
 from harness.results.statistics import estimate_mean, seeds_to_tell
@@ -39,3 +40,44 @@ def _word(value: object) -> str:
     if isinstance(value, Measurement):
         return f"null ({value.reason or 'no reason given'})" if value.value is None else _word(value.value)
     return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}") if isinstance(value, float) else str(value)
+
+
+class PredictedFigure(NamedTuple):
+    """One figure that a probe predicted, as text, in the unit shown."""
+
+    figure: str  # "s/epoch"
+    values: str  # predicted and measured, "3.20 → 4.00"
+    difference: str = ""  # measured minus predicted, "+0.80 (+25.0 %)", to the last place of the larger figure
+    reason: str = ""  # why there is no difference
+
+
+def predicted_figures(row: Row) -> list[PredictedFigure]:
+    """What was predicted of a row, beside what its runs then measured; empty without a prediction or a finished run.
+
+    What neither side can have on the CPU, a GPU's memory, is left out.
+    """
+    pairs: list[PredictedFigure] = []
+    if row.predicted is None or not row.done:
+        return pairs
+    for name, metric in METRICS.items():
+        if metric.predict is None:
+            continue
+        predicted, actual = metric.measure(row.predicted), row.figures[name]
+        a, b = (None if side.value is None else side.value * metric.scale for side in (predicted, actual))
+        if a is not None and b is not None:
+            pairs.append(_pair(metric.heading, a, b))
+        elif row.fields.get("device") != "cpu" or a != b:
+            side, reading = ("not predicted", predicted) if a is None else ("not measured", actual)
+            reason = f"{side}: {reading.reason or 'no reason given'}"
+            pairs.append(PredictedFigure(metric.heading, f"{figures(a)} → {figures(b)}", reason=reason))
+        hidden = row.predicted.hidden_epoch_seconds
+        if name == "epoch_seconds" and hidden is not None and b is not None:
+            pairs.append(_pair("  hidden", hidden, b))
+    return pairs
+
+
+def _pair(figure: str, predicted: float, actual: float) -> PredictedFigure:
+    digits = decimals(max(abs(predicted), abs(actual)))
+    percent = f" ({100 * (actual - predicted) / predicted:+.1f} %)" if predicted else ""
+    difference = f"{actual - predicted:+,.{digits}f}{percent}".replace("-", "−")
+    return PredictedFigure(figure, f"{figures(predicted)} → {figures(actual)}", difference)

@@ -116,13 +116,14 @@ class Metric:
         return self.text(figure.value) + spread
 
 
+def decimals(value: float) -> int:
+    """Digits after the point where three figures are significant; none for 0 and what is not finite."""
+    return max(0, 2 - math.floor(math.log10(abs(value)))) if value and math.isfinite(value) else 0
+
+
 def figures(value: float | None) -> str:
     """Three significant figures, never in powers of ten: 0.0123, 1.23, 12.3, 123, 12,345."""
-    if value is None or not math.isfinite(value):
-        return NONE if value is None else str(value)
-    if value == 0:
-        return "0"
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    return NONE if value is None else f"{value or 0.0:,.{decimals(value)}f}"
 
 
 LONG_NUMBER = re.compile(r"(?<![\w.])\d+\.\d{7,}(e[+-]?\d+)?(?![\w.])")

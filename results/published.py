@@ -67,9 +67,7 @@ class Published:
 def load_published() -> tuple[Published, ...]:
     read = tomllib.loads((HERE / "published.toml").read_text(encoding="utf-8"))
     rests_on = read["rests_on"].items()
-    about = [
-        next(words for source, words in rests_on if e["source"].startswith(source)) for e in read["published"]
-    ]
+    about = [next(words for start, words in rests_on if e["source"].startswith(start)) for e in read["published"]]
     return tuple(Published(**e, rests_on=words) for e, words in zip(read["published"], about, strict=True))
 
 

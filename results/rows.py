@@ -78,15 +78,11 @@ class Row:
     def timing(self) -> Timing | None:
         """The timed epochs of all runs together; None where a record does not say, or none was timed."""
         timed = [result.timing for result in self.results if result.epoch_seconds is not None]
-        known = [
-            (t.epochs, t.fastest, t.slowest)
-            for t in timed
-            if t and t.fastest is not None and t.slowest is not None
-        ]
-        if not known or len(known) < len(timed):
+        fastest = [timing.fastest for timing in timed if timing and timing.fastest is not None]
+        slowest = [timing.slowest for timing in timed if timing and timing.slowest is not None]
+        if not timed or min(len(fastest), len(slowest)) < len(timed):
             return None
-        epochs, fastest, slowest = zip(*known, strict=True)
-        return Timing(epochs=sum(epochs), fastest=min(fastest), slowest=max(slowest))
+        return Timing(epochs=sum(t.epochs for t in timed if t), fastest=min(fastest), slowest=max(slowest))
 
     @property
     def best_minus_last(self) -> float | None:
@@ -203,9 +199,7 @@ def _make_row(
     lacking = [run for run, _ in stored if run.record.seed not in seeds]
     failed, pruned = (tuple(run for run in lacking if getattr(run.record, how)) for how in ("failure", "pruned"))
     interrupted = tuple(run for run, _ in members if isinstance(run, Interrupted))
-    averaged = {
-        name: tuple(dict.fromkeys(every[name] for _, every in members if name in every)) for name in across
-    }
+    averaged = {n: tuple(dict.fromkeys(every[n] for _, every in members if n in every)) for n in across}
     results = [run.record.result for run in done if run.record.result]
     known = [run.record for run in (*done, *failed, *pruned)]
     about = known[0] if known else interrupted[0]

@@ -152,18 +152,17 @@ HOW = "functional ANOVA, main effects: leave-one-out R² of a parabola in the ra
 PERMUTATIONS = 199
 
 
-def weigh(
-    trials: Sequence[Trial], dimensions: Sequence[Dimension], *, late: bool = False, least: int = 8
-) -> Importance | None:
-    """Importance of each field at the last epoch that all trials reached, or with `late` that `least` of them did.
+def weigh(trials: Sequence[Trial], dimensions: Sequence[Dimension], *, late: bool = False) -> Importance | None:
+    """Importance of each field at the last epoch that all trials reached, or with `late` that 12 of them did.
 
     The share of the metric's ranks that a parabola in the field's ranks, or a mean for each word, predicts for the
     trial that is left out: a best value between two poor ones counts, and a field without effect has about 0. The
-    null level is that of the metric in random order. None for fewer trials than `least`, and without a spread.
+    null level is that of the metric in random order. None for fewer than 8 trials, or 12, and without a spread.
     """
     import numpy as np
     from scipy.stats import rankdata
 
+    least = 12 if late else 8
     known = [trial for trial in trials if trial.curve and trial.state in ("finished", "pruned")]
     if len(known) < least:
         return None
@@ -203,8 +202,7 @@ def weigh(
 
 def weigh_both(trials: Sequence[Trial], dimensions: Sequence[Dimension]) -> dict[str, Importance | None]:
     """The fields of a `Sweep` that are known at its end."""
-    late = weigh(trials, dimensions, late=True, least=12)
-    return {"importance": weigh(trials, dimensions), "late_importance": late}
+    return {"importance": weigh(trials, dimensions), "late_importance": weigh(trials, dimensions, late=True)}
 
 
 def best_first(trials: Sequence[Trial]) -> list[Trial]:

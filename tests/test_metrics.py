@@ -14,10 +14,9 @@ from test_prediction import make_row
 
 import harness
 from harness.results.compare import check_conditions, compare, parse_fail_on
-from harness.results.explain import why
+from harness.results.explain import predicted_figures, why
 from harness.results.export import TARGETS, export, summary
 from harness.results.metrics import METRICS, Figure, Metric, figures, suggest
-from harness.results.prediction import predicted_figures
 from harness.results.report.columns import sort_rows
 from harness.results.report.page import make_page
 from harness.results.report.table import Format, render, render_comparison

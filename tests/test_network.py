@@ -36,8 +36,7 @@ from harness.network import (
 from harness.options import Resources
 from harness.plan import Grid, expand
 from harness.resources import Session
-from harness.results.explain import why
-from harness.results.prediction import predicted_figures
+from harness.results.explain import predicted_figures, why
 from harness.results.rows import summarise
 from harness.results.store import Stored, keep_prediction, load_predictions, load_records
 from harness.results.values import Measurement, Memory, Prediction

@@ -8,8 +8,7 @@ from typing import Any
 
 from records import NOW, make_record
 
-from harness.results.explain import why
-from harness.results.prediction import predicted_figures
+from harness.results.explain import predicted_figures, why
 from harness.results.report.page import make_page
 from harness.results.report.table import render
 from harness.results.rows import Row, summarise

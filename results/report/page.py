@@ -17,8 +17,8 @@ from datetime import datetime
 
 from markupsafe import Markup, escape
 
+from harness.results.explain import predicted_figures
 from harness.results.metrics import METRICS, NONE, figures, rounded
-from harness.results.prediction import predicted_figures
 from harness.results.report.charts import category_colours, is_finite, make_labels
 from harness.results.report.columns import Column
 from harness.results.report.sweeps import clamp, draw_all, show
