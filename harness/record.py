@@ -19,10 +19,10 @@ from filelock import FileLock, Timeout
 from harness.cluster.job import Failed, Started
 from harness.models.variants import find_variant
 from harness.plugins import write_source
-from harness.results import store
+from harness.results import remote, store
 from harness.results.identity import hash_code
-from harness.results.remote import Lease, StorageError, patiently, pull_run, push_finished, push_run, redact
-from harness.results.store import Stored, partial_dir, run_name
+from harness.results.remote import Remote, StorageError, pull_run, push_finished, push_run, redact
+from harness.results.store import Stored
 from harness.results.values import EpochMetrics, Failure, NodeUse, Pruned, Record, RunResult
 from harness.spec import RunPaths, RunSpec, UserError, mistakes
 
@@ -30,11 +30,6 @@ ATTEMPTS = "attempts.jsonl"
 DALI_WHEELS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")
 PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py", *DALI_WHEELS)
 STATUSES: dict[type, Literal["done", "failed", "pruned"]] = {RunResult: "done", Failed: "failed", Pruned: "pruned"}
-
-
-def name_of(spec: RunSpec, label: str) -> str:
-    """The run's folder name."""
-    return run_name(label, spec.variant, spec.network.depth, spec.seed, spec.key)
 
 
 def installed_version(package: str) -> str | None:
@@ -103,18 +98,18 @@ def lock_file(path: Path, busy: str) -> FileLock:
     return lock
 
 
-def lock_run(spec: RunSpec, label: str, out: Path) -> FileLock:
+def lock_run(spec: RunSpec, paths: RunPaths) -> FileLock:
     """Lock a run against other commands. Raises UserError where one of them is training it."""
-    (out / ".locks").mkdir(exist_ok=True)
-    busy = f"{spec.title} is being trained by another harness command in --out {out}"
-    return lock_file(out / ".locks" / f"{name_of(spec, label)}.lock", busy)
+    (locks := paths.out / ".locks").mkdir(exist_ok=True)
+    busy = f"{spec.title} is being trained by another harness command in --out {paths.out}"
+    return lock_file(locks / f"{paths.name(spec)}.lock", busy)
 
 
-def lease(uri: str, names: Collection[str], say: Callable[[str], None]) -> contextlib.AbstractContextManager[Any]:
-    """Keep other machines from training runs, or a sweep, at a URI; of no effect without one. Raises UserError where one
-    trains them."""
+def lease(stack: contextlib.ExitStack, uri: str, names: Collection[str], say: Callable[[str], None]) -> None:
+    """Until the stack closes, keep other machines from training runs, or a sweep, at a URI; of no effect without one. Raises
+    UserError where one trains them."""
     with mistakes(StorageError, "--out "):
-        return contextlib.closing(Lease(uri, names, say)) if uri else contextlib.nullcontext()
+        stack.enter_context(remote.lease(uri, names, say))
 
 
 @dataclass(slots=True)
@@ -132,18 +127,15 @@ class Recorder:
     nodes: dict[str, list[NodeUse]] = field(default_factory=dict)
     added: dict[str, float] = field(default_factory=dict)  # by --until-ci: `Record.added_until`, by key
     classes: int | None = None  # of the data set
+    remote: Remote = field(init=False)
 
-    def name(self, spec: RunSpec) -> str:
-        """Of a run's folder."""
-        return name_of(spec, self.paths.label)
-
-    def partial(self, spec: RunSpec) -> Path:
-        """The folder of a run that has not finished."""
-        return partial_dir(self.paths.out, self.name(spec))
+    def __post_init__(self) -> None:
+        lost = "not sent: {error}; it is kept in {path}, and the same command sends it"
+        self.remote = Remote(self.paths.remote, self.warn, lost)
 
     def find_finished(self, specs: Iterable[RunSpec]) -> dict[str, RunResult]:
         """Read which of these runs are stored as finished; all results known by now, by key."""
-        keys = {self.paths.out / self.name(spec): spec.key for spec in specs}
+        keys = {self.paths.out / self.paths.name(spec): spec.key for spec in specs}
         folders = [folder for folder, key in keys.items() if key not in self.finished and folder.is_dir()]
         for stored in store.load_records(folders).records:
             if stored.record.key == keys[stored.folder] and stored.record.result is not None:
@@ -153,17 +145,17 @@ class Recorder:
 
     def begin(self, spec: RunSpec, event: Started) -> list[EpochMetrics]:
         """Note that an attempt began; the epochs that are left of an earlier command."""
-        folder, earlier = self.partial(spec), []
+        folder, earlier = self.paths.partial(spec), []
         attempts, now = folder / ATTEMPTS, datetime.now(UTC)
         self.nodes[spec.key] = []
         try:
             if spec.key not in self.started:
                 self.started[spec.key] = now
                 try:
-                    self.pull(folder)
+                    self.remote.copy(pull_run, folder)
                 except StorageError as error:  # the run says so too, and others may go on
                     self.warn(f"{spec.title}: {error}")
-                store.start(self.paths.out, self.name(spec), spec.to_json())
+                store.start(self.paths.out, self.paths.name(spec), spec.to_json())
                 for source in self.paths.plugins:
                     if source.identity in spec.plugins:
                         write_source(source, folder / "plugins" / source.name)
@@ -175,12 +167,12 @@ class Recorder:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:  # the run says the same when it writes, and others may go on
             self.warn(f"{spec.title}: {error}")
-        self.push(push_run, folder)
+        self.remote.push(push_run, folder)
         return earlier
 
     def end(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, **environment: Any) -> bool:
         """Store what a run came to. Returns whether it is a result and is stored at the URI too, if there is one."""
-        folder, attempts = self.partial(spec), list[dict[str, Any]]()
+        folder, attempts = self.paths.partial(spec), list[dict[str, Any]]()
         noted = folder / ATTEMPTS
         try:
             for line in noted.read_text(encoding="utf-8").splitlines() if noted.exists() else ():
@@ -192,7 +184,7 @@ class Recorder:
                 known = {"nodes": nodes, "attempts": max(1, len(attempts)), "warnings": warnings}
                 outcome = outcome.model_copy(update=known)
             record = Record(
-                key=spec.key, name=self.name(spec), status=STATUSES[type(outcome)],
+                key=spec.key, name=self.paths.name(spec), status=STATUSES[type(outcome)],
                 variant=spec.variant, depth=spec.network.depth, seed=spec.seed, spec=spec.to_json(),
                 dataset=self.paths.label, original=self.original,
                 result=outcome if isinstance(outcome, RunResult) else None,
@@ -203,7 +195,7 @@ class Recorder:
                 started_at=self.started[spec.key], finished_at=datetime.now(UTC),
             )  # fmt: skip
             if isinstance(outcome, RunResult):
-                self.pull(folder)  # what rank 0 wrote on its node
+                self.remote.copy(pull_run, folder)  # what rank 0 wrote on its node
                 folder.mkdir(parents=True, exist_ok=True)
                 about = ""
                 # here: it would be a sixth of the start-up of commands that only plan
@@ -216,25 +208,9 @@ class Recorder:
                 folder = store.finish(self.paths.out, record)
                 self.finished[spec.key] = outcome
                 self.known.pop(folder, None)  # of an earlier run, by --force
-                return self.push(push_finished, folder, patient=True)
-            self.push(push_run, store.finish(self.paths.out, record))
+                return self.remote.push(push_finished, folder, patient=True)
+            self.remote.push(push_run, store.finish(self.paths.out, record))
             return False
         except (OSError, StorageError) as error:
             self.warn(f"{spec.title} is not stored: {error}; the same command goes on from its last checkpoint")
             return False
-
-    def push(self, how: Callable[[str, Path], None], path: Path, *, patient: bool = False) -> bool:
-        """Copy to the URI, if there is one; whether that succeeded. If not, `warn` says so and the path stays. `patient`:
-        a store that is away is waited for."""
-        try:
-            if self.paths.remote:
-                patiently(self.warn, lambda: how(self.paths.remote, path), patient=patient)
-        except StorageError as error:
-            self.warn(f"not sent: {error}; it is kept in {path}, and the same command sends it")
-            return False
-        return True
-
-    def pull(self, folder: Path) -> None:
-        """Copy a partial run from the URI, if there is one, and wait for it where it is away. Raises StorageError."""
-        if self.paths.remote:
-            patiently(self.warn, lambda: pull_run(self.paths.remote, folder))

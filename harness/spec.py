@@ -192,3 +192,15 @@ class RunPaths:
     checkpoint_every: int = 1  # epochs
     remote: str = ""  # the URI of the results, where `out` is its local copy
     plugins: tuple[Source, ...] = ()  # all that were loaded; a worker loads those of its run
+
+    def name(self, spec: RunSpec) -> str:
+        """Of a run's folder."""
+        from harness.results.store import run_name  # not for `harness --help`
+
+        return run_name(self.label, spec.variant, spec.network.depth, spec.seed, spec.key)
+
+    def partial(self, spec: RunSpec) -> Path:
+        """The folder of a run that has not finished."""
+        from harness.results.store import partial_dir
+
+        return partial_dir(self.out, self.name(spec))

@@ -96,7 +96,7 @@ def known_errors(recorder: Recorder, specs: Sequence[RunSpec]) -> dict[RunSpec, 
     row_of = {spec.key: replace(spec, seed=0) for spec in specs}
     lost = {row_of[spec.key] for spec in specs if spec.key not in finished}
     known = {row: Known(failed=row in lost) for row in row_of.values()}
-    folders = [recorder.paths.out / recorder.name(spec) for spec in specs if spec.key in finished]
+    folders = [recorder.paths.out / recorder.paths.name(spec) for spec in specs if spec.key in finished]
     rows = summarise(load_records(folders, recorder.known).records)
     for row in sorted(rows, key=lambda row: max(run.record.finished_at for run in row.done)):
         test = row.evaluated_on == "val"

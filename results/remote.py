@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from harness.results.store import (
     EPOCHS,
@@ -37,8 +37,6 @@ from harness.results.store import (
     timestamp,
 )
 
-Value = TypeVar("Value")
-
 CHECKPOINTS = "checkpoints"
 SMALL = (RECORD, EPOCHS, SPEC, HASHES, "attempts.jsonl")  # all that tables are made of
 OBJECT_STORES = ("s3", "gcs", "abfs")  # without folders, and a file exists only when it is whole
@@ -49,31 +47,6 @@ LEASES, LEASE_SECONDS, BEAT_SECONDS = ".leases", 60.0, 10.0  # until a sign of l
 
 class StorageError(RuntimeError):
     """A URI that cannot be used; the message is one line."""
-
-    @property
-    def is_away(self) -> bool:
-        """Whether nothing answers there, which may pass."""
-        return AWAY.search(str(self)) is not None
-
-
-class LeasedError(StorageError):
-    """Another command trains these runs."""
-
-
-def patiently(warn: Callable[[str], None], action: Callable[[], Value], *, patient: bool = True) -> Value:
-    """Do something at a URI; if `patient`, again and again for AWAY_SECONDS while nothing answers there. Raises
-    StorageError."""
-    until, pause = time.monotonic() + AWAY_SECONDS, PAUSE_SECONDS
-    while True:
-        try:
-            return action()
-        except StorageError as error:
-            if not patient or not error.is_away or time.monotonic() + pause > until:
-                raise
-            if pause == PAUSE_SECONDS:
-                warn(f"{error}; trying again for {AWAY_SECONDS:.0f} s")
-        time.sleep(pause)
-        pause = min(2 * pause, 8 * PAUSE_SECONDS)
 
 
 def is_uri(text: str) -> bool:
@@ -216,69 +189,65 @@ def remove_sentinels(uri: str, prefix: str) -> None:
 # --- leases ---
 
 
-class Lease:
+@contextmanager
+def lease(uri: str, names: Collection[str], say: Callable[[str], None]) -> Iterator[None]:
     """One command alone trains some runs at a URI: its file in `.leases` names them, and is written anew as long as it
-    lives.
+    lives. Of no effect without a URI.
 
     How old such a file is, the store's clock says, and no machine's. Of two commands that begin at the same moment both
-    may be refused. Raises LeasedError and StorageError. Close it.
+    may be refused. Raises StorageError.
     """
+    if not uri:
+        yield
+        return
+    leases, file, over = join_uri(uri, LEASES), f"{uuid.uuid4().hex}.json", threading.Event()
+    about = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "names": sorted(names)}
+    renew = partial(leave_sentinel, leases, file, json.dumps(about).encode())
 
-    def __init__(self, uri: str, names: Collection[str], say: Callable[[str], None]) -> None:
-        self._uri, self._file, self._names = join_uri(uri, LEASES), f"{uuid.uuid4().hex}.json", set(names)
-        about = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "names": sorted(names)}
-        self._content, self._over = json.dumps(about).encode(), threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-        try:
-            leave_sentinel(self._uri, self._file, self._content)
-            self._wait_for_others(say)
-        except BaseException:
-            self.close()
-            raise
-        self._thread.start()
-
-    def _beat(self) -> None:
-        while not self._over.wait(BEAT_SECONDS):
+    def beat() -> None:
+        while not over.wait(BEAT_SECONDS):
             with contextlib.suppress(StorageError):  # away: nobody else can begin now
-                leave_sentinel(self._uri, self._file, self._content)
+                renew()
 
-    def _wait_for_others(self, say: Callable[[str], None]) -> None:
-        """Until what others have left is too old. Raises LeasedError once one of them gives a sign of life."""
-        first: dict[str, Any] = {}
-        while others := self._find_others():
-            for file, (written_at, host, name) in others.items():
-                if first and first.get(file) != written_at:
-                    where = redact(split_uri(self._uri)[0]).partition("?")[0]
-                    raise LeasedError(f"{where}: {name} is being trained by another harness command, on {host}")
-            if not first:
+    thread = threading.Thread(target=beat, daemon=True)
+    try:
+        renew()
+        before: dict[str, Any] = {}
+        while others := _find_others(leases, file, set(names)):
+            for other, (_, host, name) in others.items():
+                if before and before.get(other) != others[other]:  # a sign of life
+                    where = redact(uri).partition("?")[0]
+                    raise StorageError(f"{where}: {name} is being trained by another harness command, on {host}")
+            if not before:
                 say(f"{host} has trained {name}: waiting for a sign of life, {LEASE_SECONDS:.0f} s at most")
-                first = {file: written_at for file, (written_at, *_) in others.items()}
-            self._over.wait(BEAT_SECONDS / 2)
-            leave_sentinel(self._uri, self._file, self._content)
-
-    def _find_others(self) -> dict[str, tuple[Any, str, str]]:
-        """{file: (when it was written, host, run)} of all that name a run of ours; what is too old is removed."""
-        found = {}
-        with _open(self._uri) as folder:
-            files = folder.list(recursive=False)
-            now = files.pop(self._file).mtime_ns
-            for file, info in files.items():
-                with contextlib.suppress(FileNotFoundError), folder.files.open_input_stream(file) as stream:
-                    about = json.loads(stream.read())
-                    ended = about["machine"] == _machine() and not Path("/proc", str(about["pid"])).exists()
-                    if ended or now - info.mtime_ns > LEASE_SECONDS * 1e9:
-                        folder.files.delete_file(file)
-                    elif common := self._names & set(about["names"]):
-                        found[file] = info.mtime_ns, about["host"], min(common)
-        return found
-
-    def close(self) -> None:
-        """Remove the file."""
-        self._over.set()
-        if self._thread.is_alive():
-            self._thread.join(BEAT_SECONDS)  # or it would write once more
+                before = others
+            time.sleep(BEAT_SECONDS / 2)
+            renew()
+        thread.start()
+        yield
+    finally:
+        over.set()
+        if thread.is_alive():
+            thread.join(BEAT_SECONDS)  # or it would write once more
         with contextlib.suppress(StorageError):
-            remove_sentinels(self._uri, self._file)
+            remove_sentinels(leases, file)
+
+
+def _find_others(leases: str, own: str, names: set[str]) -> dict[str, tuple[Any, str, str]]:
+    """{file: (when it was written, host, run)} of other leases for one of these runs; those that are too old are removed."""
+    found = {}
+    with _open(leases) as folder:
+        files = folder.list(recursive=False)
+        now = files.pop(own).mtime_ns
+        for file, info in files.items():
+            with contextlib.suppress(FileNotFoundError), folder.files.open_input_stream(file) as stream:
+                about = json.loads(stream.read())
+                ended = about["machine"] == _machine() and not Path("/proc", str(about["pid"])).exists()
+                if ended or now - info.mtime_ns > LEASE_SECONDS * 1e9:
+                    folder.files.delete_file(file)
+                elif common := names & set(about["names"]):
+                    found[file] = info.mtime_ns, about["host"], min(common)
+    return found
 
 
 def _machine() -> str:
@@ -399,27 +368,34 @@ def push_file(uri: str, path: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteRun:
-    """One partial run's folder and its copy at a URI; without a URI it copies nothing."""
+class Remote:
+    """Where results are kept, too; without a URI nowhere. `warn` is given a line for what goes wrong there."""
 
     uri: str
-    folder: Path
     warn: Callable[[str], None]
+    lost: str = "not stored: {error}"  # the line for a copy that was given up
 
-    def pull(self, rank: int) -> None:
-        """Before anything is read; on every rank, since each may be on a node of its own. Raises StorageError."""
-        if self.uri:
-            patiently(self.warn, lambda: pull_run(self.uri, self.folder, only="" if rank == 0 else CHECKPOINTS))
+    def copy(self, how: Callable[[str, Path], object], path: Path, *, patient: bool = True) -> None:
+        """Copy by `pull_run`, `push_run` or another function above; if `patient`, again and again for AWAY_SECONDS while
+        nothing answers there. Raises StorageError."""
+        until, pause = time.monotonic() + AWAY_SECONDS * patient, PAUSE_SECONDS
+        while self.uri:
+            try:
+                how(self.uri, path)
+                return
+            except StorageError as error:
+                if not AWAY.search(str(error)) or time.monotonic() + pause > until:
+                    raise
+                if pause == PAUSE_SECONDS:
+                    self.warn(f"{error}; trying again for {AWAY_SECONDS:.0f} s")
+            time.sleep(pause)
+            pause = min(2 * pause, 8 * PAUSE_SECONDS)
 
-    def push(self, *, required: bool = False) -> None:
-        """After something was written, by rank 0. A failure is a warning, and the next push copies what is missing;
-        with `required` a store that is away is waited for, and then it raises StorageError."""
-        if not self.uri:
-            return
+    def push(self, how: Callable[[str, Path], object], path: Path, *, patient: bool = False) -> bool:
+        """`copy`, but a failure is a warning. Returns whether it succeeded."""
         try:
-            how = partial(push_run, self.uri, self.folder, checkpoints=True)
-            patiently(self.warn, how, patient=required)
+            self.copy(how, path, patient=patient)
         except StorageError as error:
-            if required:
-                raise
-            self.warn(f"not stored: {error}")
+            self.warn(self.lost.format(error=error, path=path))
+            return False
+        return True

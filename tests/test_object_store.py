@@ -21,7 +21,7 @@ from pyarrow.fs import S3FileSystem
 
 from harness import api
 from harness.results import remote
-from harness.results.remote import Lease, LeasedError, StorageError
+from harness.results.remote import Remote, StorageError, lease
 from harness.results.store import load_epochs, load_records
 
 pytest.importorskip("moto.server", reason="the S3 server of the tests: pip install 'moto[s3]' flask flask-cors")
@@ -339,7 +339,8 @@ def test_one_machine_alone_trains_a_run_at_a_uri(
     drain.join()
     first.stdout.close()
     said = list[str]()
-    Lease(uri, names, said.append).close()
+    with lease(uri, names, said.append):
+        pass
     assert len(said) == 1, "it waits for a sign of life of the one that was killed, and for no longer"
     assert not [info for info in server.files().get_file_info(selector("bucket/two/.leases")) if info.is_file]
 
@@ -350,17 +351,23 @@ def test_a_lease_counts_by_the_stores_clock_and_ends_with_its_command(
     """In a folder, whose times are exact."""
     monkeypatch.setattr(remote, "BEAT_SECONDS", 0.1)
     uri, said = tmp_path.as_uri(), list[str]()
-    with contextlib.closing(Lease(uri, ["a", "b"], said.append)):
-        Lease(uri, ["c"], said.append).close()
-        with pytest.raises(LeasedError, match=r"b is being trained by another harness command, on "):
-            Lease(uri, ["b", "c"], said.append)
-        Lease(uri, ["c"], said.append).close()
-    Lease(uri, ["a"], said.append).close()
+
+    def take(*names: str) -> None:
+        with lease(uri, names, said.append):
+            pass
+
+    with lease(uri, ["a", "b"], said.append):
+        take("c")
+        with pytest.raises(StorageError, match=r"b is being trained by another harness command, on "):
+            take("b", "c")
+        take("c")
+    take("a")
     assert len(said) == 1
     (tmp_path / ".leases" / "old.json").write_text(
         json.dumps({"host": "h", "machine": remote._machine(), "pid": 2**22 + 1, "names": ["a"]})
     )
-    Lease(uri, ["a"], pytest.fail).close()  # a process of this machine that is gone
+    with lease(uri, ["a"], pytest.fail):  # a process of this machine that is gone
+        pass
     assert not list((tmp_path / ".leases").iterdir())
 
 
@@ -408,20 +415,23 @@ def test_a_journal_that_was_not_sent_is_not_replaced(tmp_path: Path) -> None:
 
 def test_what_may_pass_is_tried_again_and_what_does_not_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.01)
-    said = list[str]()
-    answers: list[Any] = [StorageError("s3://b: AWS Error NETWORK_CONNECTION during PutObject")] * 2 + ["done"]
+    said, tries = list[str](), list[str]()
+    storage = Remote("s3://b", said.append, "given up: {error}")
 
-    def act() -> Any:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+    def act(uri: str, path: Path) -> None:
+        tries.append(uri)
+        if errors:
+            raise StorageError(f"{uri}: AWS Error {errors.pop(0)} during PutObject")
 
-    assert remote.patiently(said.append, act) == "done"
+    errors = ["NETWORK_CONNECTION"] * 2
+    storage.copy(act, Path())
     assert said == ["s3://b: AWS Error NETWORK_CONNECTION during PutObject; trying again for 60 s"]
-    answers[:] = [StorageError("s3://b: AWS Error ACCESS_DENIED during PutObject"), "not asked"]
+    assert len(tries) == 3
+    errors = ["ACCESS_DENIED"]
     with pytest.raises(StorageError, match="ACCESS_DENIED"):
-        remote.patiently(said.append, act)
-    answers[:] = [StorageError("s3://b: AWS Error NETWORK_CONNECTION"), "not asked"]
-    with pytest.raises(StorageError, match="NETWORK"):
-        remote.patiently(said.append, act, patient=False)
+        storage.copy(act, Path())
+    errors = ["NETWORK_CONNECTION"]
+    assert not storage.push(act, Path())
+    assert len(tries) == 5
+    assert said[1:] == ["given up: s3://b: AWS Error NETWORK_CONNECTION during PutObject"]
+    assert storage.push(act, Path())

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from command import harness
 
 from harness.preflight import answer
 from harness.results import remote as storage
-from harness.results.remote import RemoteRun, StorageError
+from harness.results.remote import Remote, StorageError
 from harness.results.store import load_epochs, load_records
 from harness.spec import RunPaths
 
@@ -61,15 +62,14 @@ def test_a_run_is_sent_whole_and_brought_back(tmp_path: Path) -> None:
         tmp_path / "here" / "run.partial", spec_json="{}", checkpoints__epoch1_pt="1", checkpoints__epoch2_pt="2"
     )
     (here / "checkpoints" / "epoch3.tmp").write_text("half")
-    remote = RemoteRun(uri, here, pytest.fail)
-    remote.push()
+    storage.push_run(uri, here, checkpoints=True)
     sent = there / "run.partial"
     assert names(sent) == {"spec.json", "checkpoints/epoch1.pt", "checkpoints/epoch2.pt"}
 
     (here / "checkpoints" / "epoch1.pt").unlink()
     write(here, checkpoints__epoch3_pt="3")
     written = (sent / "spec.json").stat().st_ctime_ns
-    remote.push()
+    storage.push_run(uri, here, checkpoints=True)
     assert names(sent) == {"spec.json", "checkpoints/epoch2.pt", "checkpoints/epoch3.pt"}
     assert (sent / "spec.json").stat().st_ctime_ns == written, "what has arrived is not sent again"
 
@@ -80,7 +80,7 @@ def test_a_run_is_sent_whole_and_brought_back(tmp_path: Path) -> None:
     assert (here / "checkpoints" / "epoch3.pt").read_text() == "3"
 
     other = tmp_path / "other node" / "run.partial"
-    RemoteRun(uri, other, pytest.fail).pull(rank=1)
+    Remote(uri, pytest.fail).copy(partial(storage.pull_run, only=storage.CHECKPOINTS), other)
     assert names(other) == {"checkpoints/epoch2.pt", "checkpoints/epoch3.pt"}
 
 
@@ -179,12 +179,12 @@ def test_a_store_that_is_away_for_a_while_costs_no_run(tmp_path: Path) -> None:
     blocked.write_text("not a folder")
     here = write(tmp_path / "run.partial", spec_json="{}")
     said: list[str] = []
-    remote = RemoteRun(blocked.as_uri(), here, said.append)
-    remote.push()
+    remote = Remote(blocked.as_uri(), said.append)
+    assert not remote.push(storage.push_run, here)
     assert said[0].startswith("not stored: file:///")
     with pytest.raises(StorageError):
-        remote.push(required=True)
-    RemoteRun("", here, pytest.fail).push(required=True)
+        remote.copy(storage.push_run, here)
+    assert Remote("", pytest.fail).push(pytest.fail, here)
 
 
 def test_every_node_is_asked_whether_it_reaches_the_uri(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_the_error_that_the_report_compares_is_watched(tmp_path: Path) -> None:
     recorder = Recorder(RunPaths(out=tmp_path, label="cifar10"), True, {}, print)
     for spec, torch in zip(specs, ("2.11.0", "2.15.0", "2.15.0"), strict=True):
         result = make_result(evaluated_on="val", final_error=40.0, test_error=8.0 + spec.seed, test_images=IMAGES)
-        record = make_record(spec.seed, key=spec.key, name=recorder.partial(spec).name.removesuffix(".partial"),
+        record = make_record(spec.seed, key=spec.key, name=recorder.paths.name(spec),
                              spec=spec.to_json(), result=result, dataset="cifar10",
                              environment={"versions": {"torch": torch}})  # fmt: skip
         finish(

@@ -22,7 +22,7 @@ from harness.grid_file import format_config, read_command, save_grid
 from harness.options import Grid, RunOptions, fill
 from harness.plugins import sources
 from harness.progress import LINES, JsonLines, Progress, load_data, print_columns, say, width_of
-from harness.record import Recorder, lease, lock_run, name_of, name_other_code
+from harness.record import Recorder, lease, lock_run, name_other_code
 from harness.resources import Session, check_resources, choose_launcher, make_allocation
 from harness.results.remote import push_file, push_run, redact
 from harness.results.store import ESTIMATES, collector_paused, load_records, partial_dir
@@ -177,7 +177,7 @@ def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpe
         what, measured = "estimate" if options.estimate else "profile", recorder.environment.get("preflight", {})
         failed = probe.probe(what, todo, prepared.session, console, measured.get("all_reduce"))
         if options.estimate:
-            recorder.push(push_run, recorder.paths.out / ESTIMATES)
+            recorder.remote.push(push_run, recorder.paths.out / ESTIMATES)
     if prepared.goal is not None and not options.profile:
         known = f"until its error is known to ±{prepared.goal.half:g} points"
         say(console, f"and further seeds, to {prepared.goal.max_seeds} of a row, {known}")
@@ -190,7 +190,7 @@ def print_plan(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
     finished, again = recorder.find_finished(specs), ", again by --force" * prepared.options.force
 
     def line(spec: RunSpec) -> dict[str, object]:
-        waiting = "resumes" if recorder.partial(spec).is_dir() else "to do"
+        waiting = "resumes" if recorder.paths.partial(spec).is_dir() else "to do"
         return {
             "variant": spec.variant, "depth": spec.network.depth, "seed": spec.seed,
             "epochs": plan.count_epochs(spec, len(dataset.train)), "batch": spec.recipe.batch_size,
@@ -268,9 +268,8 @@ def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
         resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
     )
     for spec in specs:
-        session.stack.callback(lock_run(spec, paths.label, paths.out).release)
-    names = [name_of(spec, paths.label) for spec in specs]
-    session.stack.enter_context(lease(paths.remote, names, partial(say, prepared.console)))
+        session.stack.callback(lock_run(spec, paths).release)
+    lease(session.stack, paths.remote, list(map(paths.name, specs)), partial(say, prepared.console))
     epochs = {spec.key: plan.count_epochs(spec, len(prepared.dataset.train)) for spec in specs}
     display: Progress | JsonLines
     if options.format in LINES:
@@ -327,7 +326,7 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
     paths, out = recorder.paths, recorder.paths.out
     if options.format in LINES and not options.tensorboard:
         return True
-    names = dict.fromkeys(name_of(spec, paths.label) for spec in specs)
+    names = dict.fromkeys(map(paths.name, specs))
     folders = (folder for name in names for folder in (out / name, partial_dir(out, name)) if folder.is_dir())
     with collector_paused():
         loaded = load_records([out], recorder.known)
@@ -335,7 +334,7 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
     if options.tensorboard:
         export_runs(mine.records, "tensorboard")
         for stored in mine.records:
-            recorder.push(push_run, stored.folder)
+            recorder.remote.push(push_run, stored.folder)
     if options.format in LINES:
         return True
     met = print_rows(mine, console, options.preset)
@@ -348,5 +347,5 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
         note(f"{what} done already; --force trains again")
     note(f"stored in {redact(paths.remote).partition('?')[0] or out}")
     if page := say_page(out, console, loaded):
-        recorder.push(push_file, page)
+        recorder.remote.push(push_file, page)
     return met

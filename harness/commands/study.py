@@ -32,7 +32,7 @@ from harness import plan
 from harness.cluster.job import Failed, Started
 from harness.options import Grid, Search, fill
 from harness.progress import TrialTable, describe_trial, duration
-from harness.record import Recorder, classify, lock_run, name_of
+from harness.record import Recorder, classify, lock_run
 from harness.resources import Session
 from harness.results.remote import join_uri, push_run
 from harness.results.store import SWEEPS, load_epochs, load_predictions, write_atomic
@@ -325,7 +325,9 @@ class SweepTrials:
 
     def push(self) -> None:
         """Copy the sweep's own files to the URI, if there is one."""
-        self.recorder.push(lambda uri, folder: push_run(join_uri(uri, SWEEPS), folder), self.prepared.folder)
+        self.recorder.remote.push(
+            lambda uri, folder: push_run(join_uri(uri, SWEEPS), folder), self.prepared.folder
+        )
 
     def propose(self) -> tuple[str, RunSpec] | None:
         """The next trial that needs training; those that are stored already end here."""
@@ -336,11 +338,11 @@ class SweepTrials:
                 spec = self.prepared.make_spec(trial.fields)
             elif len(study.trials) < self.sweep.total and (point := study.propose()) is not None:
                 spec = self.prepared.make_spec(point)
-                trial = study.add(point, name_of(spec, self.paths.label), spec.key)
+                trial = study.add(point, self.paths.name(spec), spec.key)
             else:
                 return None
             try:
-                lock = lock_run(spec, self.paths.label, out)
+                lock = lock_run(spec, self.paths)
             except UserError as error:
                 self._end(trial, "failed", reason=str(error))
                 continue
@@ -352,7 +354,7 @@ class SweepTrials:
                 self._end(trial, "finished", measure(rows, self.sweep.metric, result), "was done already")
                 lock.release()
             elif trial.number in study.to_prune:  # the driver was killed between the decision and the record
-                self.running[name] = trial, spec, lock, load_epochs(self.recorder.partial(spec))
+                self.running[name] = trial, spec, lock, load_epochs(self.paths.partial(spec))
                 self.recorder.started.setdefault(spec.key, datetime.now(UTC))
                 self.ended(name, None)
             else:

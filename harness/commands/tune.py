@@ -29,11 +29,11 @@ from harness.options import Resources, Search, TuneOptions, fill, options_of, re
 from harness.plugins import load_plugins, sources
 from harness.preflight import check_nodes
 from harness.progress import TrialTable, describe_trial, load_data, say
-from harness.record import describe_code, lease, lock_file, name_of
+from harness.record import describe_code, lease, lock_file
 from harness.resources import Session, make_allocation
 from harness.results.remote import join_uri, redact
 from harness.results.report.text import Sheet, fill_template, for_terminal
-from harness.results.store import RECORD, SWEEP, SWEEPS, load_epochs, partial_dir, sweeps_dir, write_atomic
+from harness.results.store import RECORD, SWEEP, SWEEPS, load_epochs, sweeps_dir, write_atomic
 from harness.results.sweeps import METRICS, Dimension, Sweep, Trial, best_first, format_value, weigh_both
 from harness.results.values import RunResult
 from harness.search_space import parse_search
@@ -106,7 +106,7 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPath
     from harness.cluster.workers import from_rank_0
     from harness.training.train import train
 
-    folder, reported = partial_dir(paths.out, name_of(spec, paths.label)), 0
+    folder, reported = paths.partial(spec), 0
 
     def catch_up(_: Any = None) -> None:
         nonlocal reported
@@ -205,7 +205,7 @@ def _preview(prepared: Prepared, console: Console, *, estimate: bool) -> int:
         study = Study(Path(folder, JOURNAL), sweep, seed=prepared.search.seed)
         while len(study.trials) < known and (point := study.propose()) is not None:
             spec = prepared.make_spec(point)
-            trial = study.add(point, name_of(spec, session.paths.label), spec.key)
+            trial = study.add(point, session.paths.name(spec), spec.key)
             done = (session.paths.out / trial.run / RECORD).exists()
             say(console, f"trial {trial.number}: {describe_trial(trial)}{'   done already' * done}")
     return EXIT_DONE
@@ -242,7 +242,7 @@ def _prepare(prepared: Prepared, folder: Path | None, console: Console, *, skip:
             )
     busy = f"--resume {folder.name}: another harness command is running it"
     session.stack.callback(lock_file(folder / ".lock", busy).release)
-    session.stack.enter_context(lease(paths.remote, [folder.name], partial(say, console)))
+    lease(session.stack, paths.remote, [folder.name], partial(say, console))
     prepared.sweep = prepared.sweep.model_copy(update={"name": folder.name})
     prepared.search, prepared.folder, prepared.checked = search, folder, checked
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,9 +23,8 @@ from harness.cluster.job import PreemptedError, Worker
 from harness.loaders.cache import cache_dir
 from harness.loaders.loader import Loader
 from harness.models.build import count_flops
-from harness.record import name_of
-from harness.results.remote import RemoteRun
-from harness.results.store import append_epoch, partial_dir, write_epochs
+from harness.results.remote import CHECKPOINTS, Remote, pull_run, push_run
+from harness.results.store import append_epoch, write_epochs
 from harness.results.values import EpochMetrics, Measurement, RunResult, Value
 from harness.spec import DivergedError, RunPaths, RunSpec
 from harness.training.augment import augment
@@ -47,6 +47,7 @@ from harness.training.telemetry import (
 
 OUTLIER_MADS, OUTLIER_SHARE = 5.0, 0.25
 WARMUP_EPOCHS = 1  # of every attempt: first kernels, first allocations, caches that fill
+push_all = partial(push_run, checkpoints=True)  # by rank 0 alone
 
 
 class EpochPart(Value):
@@ -83,11 +84,11 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
     # graphs and loaders are closed however the run ends
     with deterministic_algorithms(spec), ExitStack() as stack:
         run = stack.enter_context(closing(prepare(spec, worker, paths, warn)))
-        folder = partial_dir(paths.out, name_of(spec, paths.label))
-        remote = RemoteRun(paths.remote, folder, warn)
+        folder, remote = paths.partial(spec), Remote(paths.remote, warn)
         for turn in (0, 1):  # rank 0 first: it may have newer checkpoints than the store, which gets them
             if turn == min(worker.rank, 1):
-                remote.pull(worker.rank)
+                # each may be on a node of its own
+                remote.copy(partial(pull_run, only="" if worker.rank == 0 else CHECKPOINTS), folder)
             gather(turn)
         history, part = resume(run, folder, warn)
         first, before = len(history), part or next(reversed(history), None)
@@ -135,14 +136,14 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
                     save(run, folder, history)
                 append_epoch(folder, metrics)
                 if kept:
-                    remote.push()
+                    remote.push(push_all, folder)
             report(metrics)
             if epoch + 1 < epochs and trainer.halt.leaves():
                 leave(run, folder, remote, history, None)
 
         if worker.rank == 0:
             save_weights(run, folder)
-            remote.push(required=True)
+            remote.copy(push_all, folder)
         history = mark_outliers(history)
         memory = trainer.measure_memory()
         if run.test_loader and on_test is None:  # resumed after the last epoch
@@ -209,13 +210,13 @@ def run_epoch(
 
 
 def leave(
-    run: Prepared, folder: Path, remote: RemoteRun, history: Sequence[EpochMetrics], part: EpochPart | None
+    run: Prepared, folder: Path, remote: Remote, history: Sequence[EpochMetrics], part: EpochPart | None
 ) -> NoReturn:
     """Write a checkpoint of this very step, if there is none, and raise PreemptedError. A collective."""
     if run.loader_config.rank == 0:
         if history or (part and part.steps):
             save(run, folder, history, part if part and part.steps else None)
-        remote.push()
+        remote.push(push_all, folder)
     gather(None)  # the first rank to raise ends the others
     step = f"step {part.steps + 1} of epoch {len(history) + 1}" if part else f"epoch {len(history) + 1}"
     raise PreemptedError(f"stopped before {step}")
