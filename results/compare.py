@@ -18,25 +18,15 @@ from typing import Literal, NamedTuple
 
 from harness.results.metrics import METRICS, NONE, Figure, Metric, suggest
 from harness.results.rows import FIELDS, Row, flatten_spec
-from harness.results.statistics import (
-    ALPHA,
-    LEVEL,
-    Estimate,
-    Interval,
-    Shift,
-    estimate_mean,
-    holm,
-    subtract,
-    t_quantile,
-)
+from harness.results.statistics import ALPHA, LEVEL, Estimate, Interval, Shift, estimate_mean, holm, t_quantile
 from harness.results.values import Record
 
 IMAGES = tuple(FIELDS["images"])
 SESSION_SPREAD = 0.03  # of seconds, from one session to another: std, as a share
 SESSION_GAP = timedelta(hours=1)
 Test = Estimate | Shift
-Measured = tuple[Record, float]
-"""A run and its figure."""
+Side = Sequence[tuple[Record, float]]
+"""Runs, each with its figure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +249,7 @@ def judge(metric: Metric, a: Row, b: Row) -> Comparison:
     return Comparison(metric, *figures, test, how)
 
 
-def compare_errors(sides: Sequence[Sequence[Measured]], images: int | None) -> tuple[Test | None, str]:
+def compare_errors(sides: Sequence[Side], images: int | None) -> tuple[Test | None, str]:
     """The difference of two means of errors in percent, and how it was tested: by moderated spreads or, where they go
     together, by seeds."""
     if paired := _paired(sides):
@@ -268,10 +258,10 @@ def compare_errors(sides: Sequence[Sequence[Measured]], images: int | None) -> t
     a, b = (estimate_mean([e for _, e in side], images, n) for side, n in zip(sides, planned, strict=True))
     if a is None or b is None:
         return None, "one run, and the number of test images is unknown"
-    return subtract(b, a), "Welch, moderated spread" if images else "Welch"
+    return b - a, "Welch, moderated spread" if images else "Welch"
 
 
-def _paired(sides: Sequence[Sequence[Measured]]) -> Estimate | None:
+def _paired(sides: Sequence[Side]) -> Estimate | None:
     """Of the differences by seed; None unless all seeds are common and, at 2.5 %, good on one side is good on the other."""
     one, two = ({record.seed: error for record, error in side} for side in sides)
     n = len(one)
@@ -286,9 +276,7 @@ def _paired(sides: Sequence[Sequence[Measured]]) -> Estimate | None:
     return estimate_mean([y - x for x, y in zip(a, b, strict=True)], None)
 
 
-def _in_sessions(
-    sides: Sequence[Sequence[Measured]], values: list[list[float]]
-) -> tuple[list[list[float]], float, str]:
+def _in_sessions(sides: Sequence[Side], values: list[list[float]]) -> tuple[list[list[float]], float, str]:
     """What is tested, how much sessions add to half the interval, and a note: from three a side on their medians are tested.
 
     A session is what one side ran in a row on one machine, less than an hour apart.

@@ -14,9 +14,7 @@ Point = tuple[dict[str, float], int, float]
 Target = Callable[[Stored, Sequence[Point]], bool]
 """Writes one run into a tool; False where the tool has that run already."""
 
-EPOCH_FIGURES = [
-    name for name, field in EpochMetrics.model_fields.items() if field.annotation in (float, float | None)
-]
+EPOCH_FIGURES = [n for n, field in EpochMetrics.model_fields.items() if field.annotation in (float, float | None)]
 
 
 def export(runs: Iterable[Stored], target: Target) -> int:

@@ -52,7 +52,7 @@ class Row:
     figures: Mapping[str, Figure]  # by the names of `METRICS`
     by_category_mib: Mapping[str, float]  # of the run that used most memory
     against: Against | None = None
-    predicted: Prediction | None  # by a probe on such a device, with as many threads
+    predicted: Prediction | None = None  # by a probe on such a device, with as many threads
 
     @property
     def name(self) -> str:
@@ -152,15 +152,18 @@ def summarise(
         key = whole if around else first.get(bare, bare)
         first.setdefault(bare, key)
         groups[key].append((run, every))
-    predicted: dict[Fields, list[Prediction]] = defaultdict(list)
-    for prediction in predictions:
-        predicted[tuple(flatten_spec(prediction.spec).items())].append(prediction)
-    rows = [_make_row(dict(key), members, across, predicted) for key, members in groups.items()]
+    rows = [_make_row(dict(key), members, across) for key, members in groups.items()]
     known = {name for members in groups.values() if across for _, every in members for name in every}
     known.update(*(row.conditions for row in rows))
     if unknown := [name for name in across if name not in known]:
         raise ValueError(f"no field {unknown[0]!r} in these runs: they have {', '.join(sorted(known))}")
+    predicted: dict[object, Prediction] = {}  # the latest; of runs that are not done on any device
+    for prediction in predictions:
+        key = tuple(flatten_spec(prediction.spec).items())
+        predicted |= {key: prediction, (key, prediction.device, str(prediction.threads)): prediction}
     for row in rows:
+        key = tuple((n, v) for n, v in row.fields.items() if n not in SPLIT.values() or n in row.spec)
+        row.predicted = predicted.get((key, row.device, row.fields.get("threads")) if row.done else key)
         row.against = _judge(row)
     adjust([row.against for row in rows if row.against])
     rows.sort(key=lambda row: (row.dataset, row.variant, row.depth, row.workers, tuple(row.fields.items())))
@@ -184,12 +187,7 @@ def _word(value: object) -> str:
 # --- a group -> a row ---
 
 
-def _make_row(
-    fields: dict[str, str],
-    members: Sequence[_Member],
-    across: Sequence[str],
-    predictions: Mapping[Fields, Sequence[Prediction]],
-) -> Row:
+def _make_row(fields: dict[str, str], members: Sequence[_Member], across: Sequence[str]) -> Row:
     stored = [(run, every) for run, every in members if isinstance(run, Stored)]
     finished = sorted((m for m in stored if m[0].record.result), key=lambda member: member[0].record.finished_at)
     # of each seed: one that was run again is not another sample, but two devices are
@@ -207,9 +205,6 @@ def _make_row(
     for name, value in (noting for run in done for noting in conditions(run.record)):
         noted[name][value] += 1
     spec, device = about.spec, results[0].device if results else NONE
-    asked = tuple((name, value) for name, value in fields.items() if name not in SPLIT.values() or name in spec)
-    on = (device, fields.get("threads"))
-    fitting = [p for p in predictions.get(asked, ()) if not done or (p.device, str(p.threads)) == on]
     return Row(
         variant=setting(spec, "variant", str) or about.name, depth=setting(spec, "network.depth", int) or 0,
         dataset=known[0].dataset if known else about.name.split("_")[0] if spec else NONE,
@@ -222,7 +217,6 @@ def _make_row(
         repeated=len(finished) - len(done),
         figures={name: metric.summarise(results) for name, metric in METRICS.items()},
         by_category_mib=max((r.memory.by_category_mib for r in results), key=lambda c: sum(c.values()), default={}),
-        predicted=fitting[-1] if fitting else None,
     )  # fmt: skip
 
 
@@ -238,9 +232,7 @@ def incomparable(row: Row) -> list[tuple[str, str]]:
         (limit is not None, f"of {limit or 0:,} of the test images", "error"),
         (row.fields.get("loader") == "synthetic", "synthetic images", "loader"),
         (widths, f"DDP width {widths}: the cluster had no room for {row.workers} workers", "error"),
-    ]
-    known += [
-        (True, f"averaged over {n}: {', '.join(v)}, as requested", "n") for n, v in row.averaged_over.items()
+        *((v, f"averaged over {n}: {', '.join(v)}, as requested", "n") for n, v in row.averaged_over.items()),
     ]
     return [(text, column) for applies, text, column in known if applies]
 

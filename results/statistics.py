@@ -63,6 +63,14 @@ class Estimate:
     def __neg__(self) -> Estimate:
         return Estimate(-self.value, self.error, self.freedom)
 
+    def __sub__(self, other: Estimate) -> Estimate:
+        """By Welch and Satterthwaite: the spreads may differ."""
+        error, freedom = math.hypot(self.error, other.error), self.freedom + other.freedom
+        if error:
+            share = (other.error / error) ** 2  # squares of tiny errors would underflow
+            freedom = 1 / (share**2 / other.freedom + (1 - share) ** 2 / self.freedom)
+        return Estimate(self.value - other.value, error, freedom)
+
 
 @dataclass(frozen=True)
 class Shift:
@@ -165,16 +173,6 @@ def estimate_mean(errors: Sequence[float], images: int | None, planned: int | No
     return Estimate(mean(errors), math.sqrt(variance / len(errors)), freedom)
 
 
-def subtract(b: Estimate, a: Estimate) -> Estimate:
-    """B minus A, by Welch and Satterthwaite: the spreads may differ."""
-    error = math.hypot(a.error, b.error)
-    if error == 0:
-        return Estimate(b.value - a.value, 0.0, a.freedom + b.freedom)
-    share = (a.error / error) ** 2  # squares of tiny errors would underflow
-    freedom = 1 / (share**2 / a.freedom + (1 - share) ** 2 / b.freedom)
-    return Estimate(b.value - a.value, error, freedom)
-
-
 def holm(ps: Sequence[float]) -> list[float]:
     """p adjusted for the number of tests: S. Holm, Scand. J. Statist. 6, 1979."""
     adjusted, largest = [0.0] * len(ps), 0.0
@@ -213,9 +211,8 @@ def t_quantile(p: float, freedom: float) -> float:
 
 # --- verdicts: could a published number be one more run like ours? ---
 
-VERDICT_ALPHA = (
-    0.04  # of Holm's p: 5 % of families hold a false verdict then, also where runs scatter by 0.3 points
-)
+VERDICT_ALPHA = 0.04
+"""Of Holm's p: 5 % of families hold a false verdict then, also where runs scatter by 0.3 points."""
 MIN_SEEDS = 3
 MAX_HALF_WIDTH = 0.5  # points; where the interval is wider, nothing is called consistent
 MARGIN = 1.0  # points, within which the whole interval lies of what is called consistent
@@ -259,7 +256,7 @@ def _subtract(published: Published, errors: Sequence[float], planned: int | None
         error = math.sqrt(ours.error**2 + one_run / _runs(published) + rounding)
         return Estimate(ours.value - number, error, ours.freedom)
     variance, freedom = moderated(number, published.std, published.n, images)
-    return subtract(ours, Estimate(number, math.sqrt(variance / published.n + rounding), freedom))
+    return ours - Estimate(number, math.sqrt(variance / published.n + rounding), freedom)
 
 
 def _runs(published: Published) -> float:

@@ -16,8 +16,8 @@ from test_table import make_run
 from harness.results.compare import (
     Comparison,
     Condition,
-    Measured,
     Pair,
+    Side,
     check_conditions,
     compare,
     compare_by,
@@ -74,7 +74,7 @@ def test_the_same_within_the_margins() -> None:
     assert time.difference == pytest.approx(0)
 
 
-def measured(errors: Iterable[float], seeds: Iterable[int] = range(5)) -> list[Measured]:
+def measured(errors: Iterable[float], seeds: Iterable[int] = range(5)) -> Side:
     return [(Record.model_construct(seed=s, added_until=None), e) for s, e in zip(seeds, errors, strict=True)]
 
 
@@ -383,7 +383,7 @@ def test_conditions_test_the_interval() -> None:
     ]
 
 
-def compared(a: list[Measured], b: list[Measured]) -> Comparison:
+def compared(a: Side, b: Side) -> Comparison:
     """Two sides' errors, with the figures of `report`."""
     figures = [Figure(mean([error for _, error in side]), n=len(side)) for side in (a, b)]
     return Comparison(METRICS["error"], *figures, *compare_errors([a, b], 10_000))
