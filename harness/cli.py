@@ -130,7 +130,7 @@ def report(given: Given, paths: Results = None) -> int:
     from harness.commands.report import find_results, print_report
 
     options = fill(groups.ReportOptions, given)
-    return 0 if print_report(find_results(paths or [default_out()]), make_console(), options) else 2
+    return 0 if print_report(find_results(paths or [default_out()]), make_console(), options).rows else 2
 
 
 @command(groups.CompareOptions)

@@ -118,7 +118,6 @@ def test_a_full_disk_is_one_line_and_the_other_runs_go_on(
     assert (code, "seed 0: epoch" in out) == (0, False), "nothing is trained again"
 
     full.append(True)
-    monkeypatch.setattr("harness.commands.report.write_atomic", fill)
     monkeypatch.setattr("harness.plan.check_out", lambda out: fill(out / "record.json", ""))
     code, _, err = harness(line, capsys)
     assert (code, err.count("\n"), "record.json: No space left on device" in err) == (1, 1, True)

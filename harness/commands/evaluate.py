@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from harness.commands.report import mistakes
+from harness.commands.report import write_mistakes
 from harness.loaders.cache import cache_dir
 from harness.loaders.datasets import Dataset, Split, limit, load_dataset
 from harness.loaders.loader import make_evaluation_loader
@@ -146,12 +146,12 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
         classes, top = np.array(dataset.classes), [f"top{rank}" for rank in range(1, likeliest.shape[1] + 1)]
         rows = zip(images, classes[labels], *classes[likeliest.T], strict=True)
         path = options.predictions.expanduser()
-        with mistakes(file=f"--predictions {path}"), path.open("w", newline="", encoding="utf-8") as table:
+        with write_mistakes(f"--predictions {path}"), path.open("w", newline="", encoding="utf-8") as table:
             csv.writer(table, lineterminator="\n").writerows([("image", "label", *top), *rows])
     if options.save_probabilities is not None:
         arrays: Any = {f"scale_{scale}": torch.cat(parts)[turn].numpy() for scale, parts in scores.items()}
         path = options.save_probabilities.expanduser()
-        with mistakes(file=f"--save-probabilities {path}"), path.open("wb") as file:
+        with write_mistakes(f"--save-probabilities {path}"), path.open("wb") as file:
             np.savez(file, image=images, label=labels, **arrays)
     misses = len(test) - int((likeliest == labels[:, None]).sum())
     top5_error = 100 * misses / len(test) if dataset.num_classes > 5 else None

@@ -20,6 +20,7 @@ from harness.options import CompareOptions, ReportOptions
 from harness.plan import open_out
 from harness.plugins import blaming
 from harness.progress import say
+from harness.results import store
 from harness.results.compare import check_conditions, compare, compare_by, nearest, parse_fail_on
 from harness.results.explain import why
 from harness.results.export import TARGETS, export
@@ -30,23 +31,10 @@ from harness.results.report.columns import sort_rows
 from harness.results.report.table import FORMATS, render, render_comparison
 from harness.results.report.text import fill_template
 from harness.results.rows import Row, summarise
-from harness.results.store import (
-    HASHES,
-    PARTIAL,
-    RECORD,
-    WEIGHTS,
-    Loaded,
-    Problem,
-    Stored,
-    collector_paused,
-    load_epochs,
-    load_predictions,
-    load_records,
-    write_atomic,
-)
+from harness.results.store import Loaded, Problem, Stored, collector_paused
 from harness.results.sweeps import Sweep, Sweeps, load_sweeps
 from harness.results.verify import verify
-from harness.spec import RunSpec, UserError, check_word, suggest
+from harness.spec import RunSpec, UserError, check_word, mistakes, refuse, suggest
 
 PAGE = "report.html"
 COMPARISON_FORMATS = ("table", "markdown", "json")
@@ -64,11 +52,10 @@ def load_runs(paths: Sequence[Path], *, named: bool = True) -> Loaded:
     Raises UserError for a path that is not a folder.
     """
     for path in (path for path in paths if not path.is_dir()):
-        if path.exists():
-            raise UserError(f"{str(path)!r} is a file; a folder of results or of a run is allowed")
-        hint = "`harness run` makes one (--out, default runs)"
-        raise UserError(f"no folder of results at {str(path)!r}; {hint}")
-    loaded = load_records(paths)
+        a_file = f"{str(path)!r} is a file; a folder of results or of a run is allowed"
+        missing = f"no folder of results at {str(path)!r}; `harness run` makes one (--out, default runs)"
+        raise UserError(a_file if path.exists() else missing)
+    loaded = store.load_records(paths)
     if named:
         _name_problems(loaded.problems)
     return loaded
@@ -80,26 +67,21 @@ def _name_problems(problems: Sequence[Problem]) -> None:
 
 
 @contextmanager
-def mistakes(prefix: str = "", file: str = "") -> Iterator[None]:
-    """What is wrong with the user's words, or keeps `file` (as it is named to the user) from being written, as a UserError."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"{prefix}{error}") from None
-    except OSError as error:
-        if not file:
-            raise
-        blocked = isinstance(error, FileExistsError | NotADirectoryError)
-        why = "a part of its path is a file, not a folder" if blocked else error.strerror or error
-        raise UserError(f"{file} cannot be written: {why}") from None
+def write_mistakes(file: str) -> Iterator[None]:
+    """What keeps a file, as it is named to the user, from being written, as a UserError."""
+    with mistakes((OSError, ValueError), f"{file} cannot be written: "):
+        try:
+            yield
+        except (FileExistsError, NotADirectoryError):
+            raise ValueError("a part of its path is a file, not a folder") from None
 
 
 def make_rows(loaded: Loaded, across: Sequence[str] = ()) -> list[Row]:
     """The rows of a table, with their predictions. Raises UserError for a field to average over that no run has."""
-    folders = [*(run.folder for run in loaded.records), *(run.folder for run in loaded.interrupted)]
-    outs = dict.fromkeys(folder.parent for folder in folders)
-    with mistakes():
-        return summarise(loaded.records, loaded.interrupted, across, load_predictions(outs))
+    runs: list[Stored | store.Interrupted] = [*loaded.records, *loaded.interrupted]
+    outs = dict.fromkeys(run.folder.parent for run in runs)
+    with mistakes(ValueError):
+        return summarise(loaded.records, loaded.interrupted, across, store.load_predictions(outs))
 
 
 # --- tables ---
@@ -119,7 +101,7 @@ def choose_rows(rows: list[Row], name: str | None) -> Table:
     """
     if name is None:
         return Table(rows)
-    with mistakes("--preset: "):
+    with mistakes(ValueError, "--preset: "):
         preset = find_preset(name)
     places = {network: place for place, network in enumerate(preset.select())}
     names = [variant for variant, _ in places]
@@ -129,7 +111,7 @@ def choose_rows(rows: list[Row], name: str | None) -> Table:
     missing = {network: find_published(preset.dataset, *network) for network in places if network not in ran}
     judged = []
     for row in (row for row in mine if row.error is not None and least is not None):
-        runs = [[100 - epoch.error for epoch in load_epochs(run.folder)] for run in row.done]
+        runs = [[100 - epoch.error for epoch in store.load_epochs(run.folder)] for run in row.done]
         published = find_published(preset.dataset, row.variant, row.depth)
         judged.append((row, published, list(map(fmean, zip(*runs, strict=True)))))
     met = all(100 - (row.error or 0.0) > (least or 0.0) for row, _, _ in judged)
@@ -137,38 +119,38 @@ def choose_rows(rows: list[Row], name: str | None) -> Table:
     return Table(mine, tuple(preset.columns), below.splitlines(), met)
 
 
-def _render(
-    rows: Sequence[Row], console: Console, format: Any, columns: Sequence[str], *, shown: bool = True
-) -> str:
-    fit = shown and console.is_terminal
-    return render(rows, format, columns=columns, width=console.width, fit=fit, colour=fit and not console.no_color)
-
-
 @collector_paused()
-def print_report(paths: Sequence[Path], console: Console, options: ReportOptions) -> bool:
-    """Print the table of all runs under `paths`, or write it to a file; draw the charts into the folder `curves`.
+def print_report(
+    paths: Sequence[Path], console: Console, options: ReportOptions, mine: Loaded | None = None
+) -> Table:
+    """Print the table of all runs under `paths`, or of those that were loaded, or write it to a file; draw the charts into
+    the folder `curves`.
 
-    Returns whether there was a run. Raises UserError for an unknown format, column or field, a path that does not
-    exist, and a file that cannot be written.
+    Raises UserError for an unknown format, column or field, a path that does not exist, and a file that cannot be
+    written; without `mine`, where there is no run.
     """
-    format, output, curves = options.format, options.output, options.curves
+    format: Any = options.format
+    output, curves = options.output, options.curves
     check_word(format, (*FORMATS, "html"), "--format")
-    loaded, searches = load_runs(paths), Sweeps([], [])
-    rows, wanted, below, _ = choose_rows(make_rows(loaded, options.across), options.preset)
-    columns = options.columns or (() if format in ("csv", "json") else wanted)
+    loaded, searches = mine or load_runs(paths, named=False), Sweeps([], [])
+    _name_problems(loaded.problems)
+    table = choose_rows(make_rows(loaded, options.across), options.preset)
+    rows, columns = table.rows, options.columns or (() if format in ("csv", "json") else table.columns)
     if format == "html" or curves is not None:
         searches = load_sweeps(paths)
         _name_problems(searches.problems)
-    if not (rows or searches.sweeps or options.preset):
+    if not (rows or searches.sweeps or options.preset or mine):
         raise UserError(f"no runs in {', '.join(repr(str(path)) for path in paths)}: `harness run` makes some")
-    with mistakes():
+    with mistakes(ValueError):
         rows = sort_rows(rows, options.sort) if options.sort is not None else rows
         if format == "html":
             text = make_html(rows, [*loaded.problems, *searches.problems], columns, searches.sweeps)
         else:
-            text = _render(rows, console, format, columns, shown=output is None)
+            fit = output is None and console.is_terminal
+            colour = fit and not console.no_color
+            text = render(rows, format, columns=columns, width=console.width, fit=fit, colour=colour)
     if format in ("table", "markdown"):
-        text += "".join(f"\n{line}" for line in below)
+        text += "".join(f"\n{line}" for line in table.below)
     print_text(text, console, output or (Path(PAGE) if format == "html" else None))
     if format == "html" and output is None:
         print_text(f"page: {PAGE}", console)
@@ -177,18 +159,10 @@ def print_report(paths: Sequence[Path], console: Console, options: ReportOptions
         from harness.results.report.sweeps import draw_all
 
         panels, sweeps = draw_all(rows, searches.sweeps)
-        with mistakes(file=f"--curves {curves}"):
+        with write_mistakes(f"--curves {curves}"):
             for path in write_charts([*panels, *sweeps], curves):
                 print(f"harness: drawn: {path}", file=sys.stderr)
-    return bool(rows)
-
-
-def print_rows(loaded: Loaded, console: Console, preset: str | None = None) -> bool:
-    """Print the table of runs that were loaded, or a preset's table of them; returns whether they meet its demand."""
-    _name_problems(loaded.problems)
-    table = choose_rows(make_rows(loaded), preset)
-    print_text("\n".join([_render(table.rows, console, "table", table.columns), *table.below]), console)
-    return table.met
+    return table
 
 
 # --- the page, exports, files ---
@@ -197,11 +171,11 @@ def print_rows(loaded: Loaded, console: Console, preset: str | None = None) -> b
 @collector_paused()
 def say_page(out: Path, console: Console, loaded: Loaded | None = None) -> Path | None:
     """Write the page of all runs in a folder into it, and say where; the runs are stored, whatever becomes of it."""
-    loaded, searches, page = loaded or load_records([out]), load_sweeps([out]), out / PAGE
+    loaded, searches, page = loaded or store.load_records([out]), load_sweeps([out]), out / PAGE
     try:
         text = make_html(make_rows(loaded), [*loaded.problems, *searches.problems], sweeps=searches.sweeps)
-        with mistakes(file=str(page)):
-            write_atomic(page, text)
+        with write_mistakes(str(page)):
+            store.write_atomic(page, text)
     except UserError as error:
         say(console, f"no page: {error}", style="dim")
         return None
@@ -257,23 +231,28 @@ def print_text(text: str, console: Console, output: Path | None = None) -> None:
         console.file.write(text)
         console.file.flush()
         return
-    with mistakes(file=f"--output {output}"):
+    with write_mistakes(f"--output {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
 
 
 def print_why(row: str, path: Path, console: Console) -> None:
     """Print the records, epochs and formulas behind every row of that name (msra-20), or the row of that number."""
-    if not (rows := make_rows(load_runs([path]))):
-        raise UserError(f"no runs in {str(path)!r}")
+    rows = make_rows(load_runs([path]))
     matches = [match for number, match in enumerate(rows, 1) if row in (match.name, str(number))]
-    if row.isdecimal() and not matches:
-        raise UserError(f"row {row}: {str(path)!r} has rows 1 to {len(rows)}")
+    numbers = ", ".join(f"{rows.index(match) + 1} on {match.dataset}" for match in matches)
+    refuse(
+        {
+            f"no runs in {str(path)!r}": not rows,
+            f"row {row}: {str(path)!r} has rows 1 to {len(rows)}": row.isdecimal() and not matches,
+            f"row {row!r} is on several data sets: give one by its number, {numbers}": len(
+                {m.dataset for m in matches}
+            )
+            > 1,
+        }
+    )
     if not matches:
         check_word(row, sorted({row.name for row in rows}), "row")
-    if len({match.dataset for match in matches}) > 1:
-        numbers = ", ".join(f"{rows.index(match) + 1} on {match.dataset}" for match in matches)
-        raise UserError(f"row {row!r} is on several data sets: give one by its number, {numbers}")
     print_text("\n".join(map(why, matches)), console)
 
 
@@ -283,12 +262,12 @@ def print_findings(words: Sequence[str]) -> int:
     The weights of runs at a URI stay there and are not checked.
     """
     loaded = load_runs(find_results(words), named=False)
-    elsewhere = [WEIGHTS] if any(map(is_uri, words)) else []
+    elsewhere = [store.WEIGHTS] if any(map(is_uri, words)) else []
     contradictions = verify(loaded.records, lambda spec: RunSpec.from_json(dict(spec)).key, elsewhere)
     findings = [*loaded.problems, *contradictions]
     for finding in findings:
         print(finding)
-    old = sum(not (run.folder / HASHES).exists() for run in loaded.records)
+    old = sum(not (run.folder / store.HASHES).exists() for run in loaded.records)
     unhashed = f"; {old} of them have no hash stored: only their figures are checked" if old else ""
     print(f"{len(loaded.records)} runs verified, {len(findings)} findings{unhashed}")
     return 1 if findings else 0
@@ -302,21 +281,24 @@ def print_comparison(paths: Sequence[Path], console: Console, options: CompareOp
     """
     by, across = options.by, options.across
     check_word(options.format, COMPARISON_FORMATS, "--format")
-    if options.strict and options.fail_on is None:
-        raise UserError("--strict is for --fail-on, whose conditions it makes stricter")
-    with mistakes("--fail-on: "):
+    given = f"{len(paths)} folder{'s' * (len(paths) != 1)} given"
+    refuse(
+        {
+            "--strict is for --fail-on, whose conditions it makes stricter": options.strict
+            and options.fail_on is None,
+            f"compare takes two folders, or --by FIELD: {given}": by is None and len(paths) != 2,
+        }
+    )
+    with mistakes(ValueError, "--fail-on: "):
         conditions = parse_fail_on(options.fail_on) if options.fail_on is not None else []
     metrics = [condition.metric for condition in conditions]
-    if by is None and len(paths) != 2:
-        given = f"{len(paths)} folder{'s' * (len(paths) != 1)} given"
-        raise UserError(f"compare takes two folders, or --by FIELD: {given}")
     sides = []
-    for side in [list(paths)] if by is not None else [[path] for path in paths]:
+    for side in [[path] for path in paths] if by is None else [paths]:
         sides.append(make_rows(load_runs(side), across))
         if not any(row.done for row in sides[-1]):
             raise UserError(f"no finished run in {', '.join(repr(str(path)) for path in side)}")
     a, b = sides[0], sides[-1]
-    with mistakes("" if by is None else "--by: "):
+    with mistakes(ValueError, "" if by is None else "--by: "):
         pairs = compare(a, b, metrics, across) if by is None else compare_by(a, by, metrics, across)
     if not any(pair.figures for pair in pairs) and not conditions:
         alike = "differ in nothing but --by" if by else "of A and B agree in all but the folder"
@@ -334,16 +316,13 @@ def print_repro(run: str, path: str, console: Console) -> None:
     """Print the command, commit and versions that trained a run: a folder, or a name or key under `path`."""
     path, run = split_uri(run) if is_uri(run) else (path, run)
     folder = Path(run)
-    if folder.is_dir() and ((folder / RECORD).exists() or folder.name.endswith(PARTIAL)):
+    if folder.is_dir() and ((folder / store.RECORD).exists() or folder.name.endswith(store.PARTIAL)):
         matches = load_runs([folder]).records
-        if not matches:
-            raise UserError(
-                f"{run}: no record to repeat; the command that started an interrupted run continues it"
-            )
+        known = "no record to repeat; the command that started an interrupted run continues it"
+        refuse({f"{run}: {known}": not matches})
     else:
         records = load_runs(find_results([path])).records
-        key = run if len(run) >= 4 else "no key"
-        matches = [s for s in records if s.record.name == run or s.record.key.startswith(key)]
+        matches = [s for s in records if s.record.name == run or (len(run) >= 4 and s.record.key.startswith(run))]
         if not matches:
             hint = suggest(run, [stored.record.name for stored in records])
             hint = hint or ": give a run's folder, its name, or the first digits of its key"
@@ -366,7 +345,7 @@ def make_repro(stored: Stored) -> str:
 def make_command(stored: Stored) -> list[str]:
     """The command that trains this run alone, from its record: the same network, recipe, engine, device and seed."""
     environment = stored.record.environment
-    command = ["harness", "run", "--spec", str(stored.folder / RECORD), "--out", "repro"]
+    command = ["harness", "run", "--spec", str(stored.folder / store.RECORD), "--out", "repro"]
     # a plug-in's source is kept, unless it is an installed package's
     for identity in stored.record.spec.get("plugins", ()):
         name = str(identity).partition(":")[0]

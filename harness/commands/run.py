@@ -16,10 +16,10 @@ from rich.console import Console
 
 from harness import plan, until_ci
 from harness.cluster.job import Report, Started, Telemetry, Worker
-from harness.commands.report import export_runs, print_rows, print_text, say_page
+from harness.commands.report import export_runs, print_report, print_text, say_page
 from harness.deadline import SIGTERM_SECONDS, TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.grid_file import format_config, read_command, save_grid
-from harness.options import Grid, RunOptions, fill
+from harness.options import Grid, ReportOptions, RunOptions, fill
 from harness.plugins import sources
 from harness.progress import LINES, JsonLines, Progress, load_data, print_columns, say, width_of
 from harness.record import Recorder, lease, lock_run, name_other_code
@@ -337,7 +337,7 @@ def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
             recorder.remote.push(push_run, stored.folder)
     if options.format in LINES:
         return True
-    met = print_rows(mine, console, options.preset)
+    met = print_report([out], console, ReportOptions(preset=options.preset), mine).met
     if prepared.goal is not None:
         for line in until_ci.shortfalls(prepared.goal, until_ci.known_errors(recorder, specs)):
             say(console, line)
