@@ -29,7 +29,6 @@ class Figure:
     reason: str | None = None  # of the first run that did not measure it
 
 
-UNKNOWN = Figure(None)
 COMBINE: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": mean,
     "median": median,
@@ -94,14 +93,6 @@ class Metric:
             return Figure(None, reason=reason)
         spread = std(values) if self.over_seeds == "mean" else None
         return Figure(COMBINE[self.over_seeds](values), spread, len(values), reason)
-
-    def plain(self, figure: Figure) -> dict[str, float | None]:
-        """As CSV and JSON have it, with the number of runs that measured it."""
-        n = {f"{self.name}_n": figure.n}
-        if self.over_seeds != "mean":
-            return {self.name: figure.value} | n
-        unit = {"%": "_percent"}.get(self.unit, "")
-        return {f"{self.name}{unit}_mean": figure.value, f"{self.name}{unit}_std": figure.std} | n
 
     def text(self, value: float | None) -> str:
         """A value as tables show it."""

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 from harness.results.metrics import METRICS, NONE
 from harness.results.report.columns import DESCRIPTORS
-from harness.results.report.table import Layout, lay_out
 from harness.results.report.text import clean, known
 from harness.results.rows import Row
 from harness.results.statistics import mean
@@ -47,9 +46,8 @@ DESCRIBING = [column for column in DESCRIPTORS if not column.stays and column.na
 """Columns that distinguish rows of one network."""
 MEMORIES = ("nvml_process_mib", "torch_reserved_mib", "rss_mib")  # the best one to compare first
 Values = list[dict[str, Any]]
-Figures = Mapping[
-    str, tuple[str, Callable[[list[float]], float]]
-]  # name -> field of an epoch, and how runs are combined
+Figures = Mapping[str, tuple[str, Callable[[list[float]], float]]]
+"""Name -> field of an epoch, and how runs are combined."""
 
 
 class Chart(NamedTuple):
@@ -82,7 +80,7 @@ class Panel:
     colours: dict[str, str] = field(default_factory=dict)  # of a sweep's trials, by run
 
     def add(self, name: str, values: Values, charts: Iterable[Chart]) -> None:
-        """Values and the charts of them; nothing where there are none."""
+        """Values and the charts of them, which are made only where there are any."""
         if values:
             self.datasets[name] = values
             self.charts += charts
@@ -105,12 +103,10 @@ def make_panels(
     return [panel for panel in panels if panel.charts]
 
 
-def make_labels(rows: Sequence[Row], layout: Layout | None = None) -> list[str]:
-    """A name for each row, all of a data set different: variant-depth and whatever else distinguishes it from the others.
-
-    `layout` is `lay_out(rows)`, where it has been made.
-    """
-    describing = [column for column in (layout or lay_out(rows)).columns if column in DESCRIBING]
+def make_labels(rows: Sequence[Row]) -> list[str]:
+    """A name for each row, all of a data set different: variant-depth and whatever else distinguishes it from the others."""
+    texts = {c: {c.text(row) for row in rows if row.done or c.name != "device"} for c in DESCRIBING}
+    describing = [column for column, different in texts.items() if len(different) > 1]
     labels, seen = list[str](), Counter[tuple[str, str]]()
     for row in rows:
         words = [row.name, *(text for column in describing if (text := column.text(row)) != NONE)]
@@ -141,9 +137,8 @@ def _final_error(row: Row) -> float:
 
 
 def _make_panel(rows: Mapping[str, Row], chosen: set[int], colours: Mapping[str, str]) -> Panel:
-    first = next(iter(rows.values()))
+    first, styles = next(iter(rows.values())), make_styles(list(rows))
     panel = Panel(clean(first.dataset), clean(first.dataset))
-    styles = make_styles(list(rows))
     for label, row in rows.items():
         for colour in (colours.get(stored.folder.name) for stored in (*row.done, *row.pruned)):
             styles[label] = styles[label]._replace(colour=colour or styles[label].colour)
@@ -161,9 +156,8 @@ def _make_panel(rows: Mapping[str, Row], chosen: set[int], colours: Mapping[str,
     held = min(MEMORIES, key=lambda name: sum(row.figures[name].value is None for row in done))
     for name, figure in (("seconds", "epoch_seconds"), ("memory", held)):
         points = _points(rows, figure)
-        panel.add(
-            name, points, _frontier_charts(name, figure, error, {p["row"]: styles[p["row"]] for p in points})
-        )
+        drawn = {point["row"]: styles[point["row"]] for point in points}
+        panel.add(name, points, _frontier_charts(name, figure, error, drawn))
 
     having = {label: parts for label, row in rows.items() if (parts := known(row.by_category_mib))}
     best = sorted(having, key=lambda label: _final_error(rows[label]))[:MAX_BARS]
@@ -220,9 +214,10 @@ def _combine(runs: Sequence[Sequence[EpochMetrics]], needed: str, figures: Figur
     """
     numbered = [{e.epoch: e for e in run if is_finite(getattr(e, needed))} for run in runs]
     having = [run for run in numbered if run]
-    epochs = sorted(set.intersection(*map(set, having))) if having else []
-    curve: dict[str, Any] = {"epoch": epochs} if epochs else {}
-    for name, (own, of) in figures.items() if epochs else ():
+    if not having or not (epochs := sorted(set.intersection(*map(set, having)))):
+        return {}
+    curve: dict[str, Any] = {"epoch": epochs}
+    for name, (own, of) in figures.items():
         columns: list[list[Any]] = [[getattr(run[number], own, None) for run in having] for number in epochs]
         curve[name] = [float(f"{of(column):.4g}") if all(map(is_finite, column)) else None for column in columns]
     return curve
@@ -283,10 +278,8 @@ def _points(rows: Mapping[str, Row], figure: str) -> Values:
 
 
 def _frontier_charts(name: str, figure: str, error: str, styles: Mapping[str, Style]) -> Iterator[Chart]:
-    metric = METRICS[figure]
-    cost = "seconds per epoch"
-    if metric.unit == "MiB":
-        cost = f"{metric.means.removeprefix('MiB, ').partition(':')[0]}, MiB"
+    means = METRICS[figure].means.removeprefix("MiB, ").partition(":")[0]
+    cost = "seconds per epoch" if name == "seconds" else f"{means}, MiB"
     spec = make_spec("frontier", styles, data=name, cost=cost, error=error)
     yield Chart(name, f"Error against {cost}; the line joins rows that no other row beats in both", spec)
 
@@ -299,10 +292,8 @@ def _category_charts(categories: Mapping[str, Mapping[str, float]], *, on_gpu: b
         caption += "; left of zero: what the categories count twice"
     if len(categories) == MAX_BARS:
         caption += f"; the {MAX_BARS} rows with the smallest error"
-    parts = category_colours(categories)
-    spec = make_spec(
-        "categories", bars=list(categories), title=f"{whole}, MiB", parts=[*parts], shades=[*parts.values()]
-    )
+    parts, title = category_colours(categories), f"{whole}, MiB"
+    spec = make_spec("categories", bars=[*categories], title=title, parts=[*parts], shades=[*parts.values()])
     yield Chart("categories", caption, spec)
 
 
@@ -332,7 +323,7 @@ def make_spec(name: str, styles: Mapping[str, Style] | None = None, **values: An
     `styles`: of the rows in it, which a legend explains where it helps.
     """
     rows, parts = styles or {}, load_specs()
-    values |= {"rows": [*rows], **{key: [getattr(style, key) for style in rows.values()] for key in Style._fields}}
+    values |= {"rows": [*rows], **dict(zip(Style._fields, zip(*rows.values(), strict=True), strict=False))}
     text = json.dumps(parts[name])
     for given in (parts, values):  # in a value nothing is replaced
         text = re.sub(r'"\$(\w+)"', lambda word: json.dumps(given.get(word[1], word[0].strip('"'))), text)  # noqa: B023

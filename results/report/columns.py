@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from string import Template
+from typing import Any, NamedTuple
 
-from harness.results.metrics import METRICS, NONE, UNKNOWN, figures, rounded, suggest
+from harness.results.metrics import METRICS, NONE, figures, rounded, suggest
 from harness.results.published import Published, find_published
 from harness.results.rows import Row
 from harness.results.statistics import MAX_HALF_WIDTH, VERDICT_ALPHA, seeds_to_tell
@@ -16,8 +17,7 @@ from harness.results.store import Interrupted, Stored
 from harness.results.values import setting
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(NamedTuple):
     """As columns.toml says."""
 
     name: str
@@ -32,25 +32,21 @@ class Column:
         """Its cell."""
         if own := TEXT.get(self.name):
             return own(row)
-        return (
-            METRICS[self.name].summary(row.figures.get(self.name, UNKNOWN))
-            if self.name in METRICS
-            else row.text(self.name)
-        )
+        metric = METRICS.get(self.name)
+        return metric.summary(row.figures[self.name]) if metric else row.text(self.name)
 
     def sort_key(self, row: Row) -> float | str | None:
-        """What the column is sorted by; None, or NaN, where there is nothing."""
+        """What the column is sorted by; None where there is nothing."""
         value = find(row, self.key) if self.key else self.text(row)
-        return value if isinstance(value, int | float if self.key else str) and value != NONE else None
+        known = isinstance(value, int | float if self.key else str) and value == value  # not NaN
+        return value if known and value != NONE else None
 
 
 def find(row: Row, path: str) -> Any:
     """The value at a path that begins at a row, or at one of `DERIVED`; None where there is none."""
-    first, *rest = path.split(".")
+    first, _, rest = path.partition(".")
     value = DERIVED[first](row) if first in DERIVED else getattr(row, first)
-    for name in rest:
-        value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
-    return value
+    return setting(value, rest) if rest else value
 
 
 # --- what is made of a row's values ---
@@ -58,10 +54,6 @@ def find(row: Row, path: str) -> Any:
 
 def _overrides(row: Row) -> list[str]:
     return list(map(str, setting(row.spec, "overrides", list) or ()))
-
-
-def _limit(row: Row) -> Any:
-    return setting(row.spec, "limit_train", int)
 
 
 def _entry(row: Row, variant: str = "") -> Published | None:
@@ -74,7 +66,7 @@ def cost_entry(row: Row) -> Published | None:
     How the images were compressed does not matter to a cost, nor does the number of epochs.
     """
     other = any(not text.startswith(("epochs=", "val=")) for text in _overrides(row))
-    return None if other or _limit(row) is not None else _entry(row)
+    return None if other or setting(row.spec, "limit_train", int) is not None else _entry(row)
 
 
 def _ratio(row: Row) -> float | None:
@@ -87,15 +79,12 @@ def _seeds_to_tell(row: Row) -> int | None:
     return seeds_to_tell(against.published, row.values("error")) if against and against.half is not None else None
 
 
-def pruned_at(stored: Stored) -> str:
-    """ "pruned at 3 of 30" """
-    pruned = stored.record.pruned
-    return f"pruned at {pruned.epoch} of {pruned.of}" if pruned else NONE
-
-
-def progress(partial: Interrupted) -> str:
-    """ "epoch 3 of 30" """
-    return f"epoch {partial.epochs}{f' of {partial.of}' * bool(partial.of)}" if partial.epochs else "no epoch yet"
+def end_of(run: Stored | Interrupted) -> str:
+    """Of a run that is not done: "OOM", "pruned at 3 of 30", "epoch 3 of 30"."""
+    if isinstance(run, Interrupted):
+        return f"epoch {run.epochs}{f' of {run.of}' * bool(run.of)}" if run.epochs else "no epoch yet"
+    pruned, failure = run.record.pruned, run.record.failure
+    return f"pruned at {pruned.epoch} of {pruned.of}" if pruned else failure.kind if failure else NONE
 
 
 DERIVED: dict[str, Callable[[Row], Any]] = {
@@ -107,10 +96,11 @@ DERIVED: dict[str, Callable[[Row], Any]] = {
     "seeds": lambda row: [stored.record.seed for stored in row.done],
     "no_verdict": lambda row: (row.against and row.against.reason) or None,
     "seeds_to_tell": _seeds_to_tell,
+    "predictions": lambda row: row.predicted and {n: m.measure(row.predicted).value for n, m in METRICS.items() if m.predict},
     "entry": _entry, "paper": lambda row: _entry(row, "he2015"), "cost": cost_entry, "ratio": _ratio,
-    "failures": lambda row: "; ".join(f"seed {s.record.seed}: {s.record.failure.kind}" for s in row.failed if s.record.failure),
-    "prunings": lambda row: "; ".join(f"seed {s.record.seed}: {pruned_at(s)}" for s in row.pruned),
-    "interruptions": lambda row: "; ".join(f"{run.name}: {progress(run)}" for run in row.interrupted),
+    "failures": lambda row: "; ".join(f"seed {run.record.seed}: {end_of(run)}" for run in row.failed),
+    "prunings": lambda row: "; ".join(f"seed {run.record.seed}: {end_of(run)}" for run in row.pruned),
+    "interruptions": lambda row: "; ".join(f"{run.name}: {end_of(run)}" for run in row.interrupted),
 }  # fmt: skip
 """Where a path can begin, beside the fields of a row."""
 
@@ -132,20 +122,17 @@ def _error(row: Row) -> str:
     """The error, or the reason why there is none."""
     if row.error is not None:
         return METRICS["error"].summary(row.figures["error"])
-    if row.failed:
-        return ", ".join(dict.fromkeys(s.record.failure.kind for s in row.failed if s.record.failure))
-    return pruned_at(row.pruned[0]) if row.pruned else progress(row.interrupted[0])
+    return ", ".join(dict.fromkeys(map(end_of, row.failed))) or end_of((row.pruned or row.interrupted)[0])
 
 
 def _seconds(row: Row) -> str:
     """ "1.74 (27, 1.60–1.96)": the row's figure, how many epochs were timed, the fastest and the slowest."""
-    timing, words = row.timing, list[str]()
-    ends = row.values("epoch_seconds")
-    if timing is not None:
-        words, ends = [f"{timing.epochs:,}"], [timing.fastest or 0.0, timing.slowest or 0.0]
+    timing = row.timing
+    words = [f"{timing.epochs:,}"] if timing else []
+    ends = [timing.fastest or 0.0, timing.slowest or 0.0] if timing else row.values("epoch_seconds")
     if ends and (low := figures(min(ends))) != (high := figures(max(ends))):
         words.append(f"{low}–{high}")
-    text = METRICS["epoch_seconds"].summary(row.figures.get("epoch_seconds", UNKNOWN))
+    text = METRICS["epoch_seconds"].summary(row.figures["epoch_seconds"])
     return text + f" ({', '.join(words)})" * bool(words)
 
 
@@ -184,7 +171,7 @@ TEXT: dict[str, Callable[[Row], str]] = {
     "depth": lambda row: row.text("network.depth", str(row.depth)) if row.depth else NONE,
     "network": lambda row: f"{row.variant} {row.depth:06}",  # of the page, which sorts by it
     "dataset": lambda row: row.text("label", row.dataset),
-    "limit_train": lambda row: f"{limit:,}" if (limit := _limit(row)) else "all",
+    "limit_train": lambda row: f"{limit:,}" if (limit := setting(row.spec, "limit_train", int)) else "all",
     "duration": lambda row: row.duration,
     "overrides": lambda row: rounded(", ".join(_overrides(row))) or NONE,
     "workers": _width,
@@ -208,16 +195,10 @@ TEXT: dict[str, Callable[[Row], str]] = {
 # --- all columns ---
 
 
-def _columns(entries: Mapping[str, Any]) -> list[Column]:
-    limits = {"ALPHA": VERDICT_ALPHA, "MAX_HALF_WIDTH": MAX_HALF_WIDTH}
-    return [
-        Column(n, **entry | {"means": entry.get("means", "").format(**limits)}) for n, entry in entries.items()
-    ]
-
-
-_DECLARED = tomllib.loads(Path(__file__).with_name("columns.toml").read_text(encoding="utf-8"))
+_TEXT = Template(Path(__file__).with_name("columns.toml").read_text(encoding="utf-8"))
+_DECLARED = tomllib.loads(_TEXT.substitute(ALPHA=VERDICT_ALPHA, MAX_HALF_WIDTH=MAX_HALF_WIDTH))
 SPARE: list[str] = _DECLARED["spare"]
-DESCRIPTORS = _columns(_DECLARED["descriptors"])
+DESCRIPTORS = [Column(name, **entry) for name, entry in _DECLARED["descriptors"].items()]
 
 
 def make_columns() -> list[Column]:
@@ -226,7 +207,7 @@ def make_columns() -> list[Column]:
     for name, metric in METRICS.items():
         key = f"figures.{name}.value"
         columns.append(Column(name, metric.title, metric.means, key, hidden=not metric.in_table))
-        columns += _columns(_DECLARED["derived"].get(name, {}))
+        columns += [Column(n, **entry) for n, entry in _DECLARED["derived"].get(name, {}).items()]
     return columns
 
 
@@ -249,9 +230,6 @@ def sort_rows(rows: Sequence[Row], by: str) -> list[Row]:
     Raises ValueError for a column that does not exist.
     """
     (column,) = find_columns([by.removeprefix("-")])
-    keys = [
-        (i, key) for i, row in enumerate(rows) if (key := column.sort_key(row)) is not None and key == key
-    ]  # not NaN
-    keys.sort(key=lambda pair: pair[1], reverse=by.startswith("-"))
-    having = [i for i, _ in keys]
-    return [rows[i] for i in (*having, *sorted(set(range(len(rows))) - set(having)))]
+    keyed: list[tuple[Any, Row]] = [(column.sort_key(row), row) for row in rows]
+    known = sorted((pair for pair in keyed if pair[0] is not None), key=itemgetter(0), reverse=by.startswith("-"))
+    return [row for _, row in (*known, *(pair for pair in keyed if pair[0] is None))]

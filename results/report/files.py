@@ -13,23 +13,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.results.metrics import METRICS, UNKNOWN
+from harness.results.metrics import METRICS
 from harness.results.report.columns import check_names, find, make_columns
 from harness.results.report.notes import make_notes
 from harness.results.rows import Row
-from harness.results.values import MEMORY_CATEGORIES, finite
+from harness.results.values import MEMORY_CATEGORIES, finite, setting
 
 SCHEMA_VERSION = 1
-TYPES: dict[str, type | tuple[type, ...]] = {
-    "string": str, "integer": int, "number": (int, float), "boolean": bool, "list of integers": list,
+TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "list of integers": (list,),
 }  # fmt: skip
 
 
 class Field(NamedTuple):
-    """A column: one of `TYPES`, the path of its value, and what it means."""
+    """A column: one of `TYPES`, the path of its value (`columns.find`), and what it means."""
 
     kind: str
-    path: str = ""  # none: of a metric
+    path: str
     means: str = ""
 
 
@@ -41,24 +41,16 @@ def file_fields() -> dict[str, Field]:
     before, after, published = ({name: Field(*f) for name, f in part.items()} for part in _PARTS.values())
     figures, predicted = dict[str, Field](), dict[str, Field]()
     for name, metric in METRICS.items():
-        plain = metric.plain(UNKNOWN)
-        figures |= {n: Field("integer" if n.endswith("_n") else "number", means=metric.means) for n in plain}
+        unit = "_percent" * (metric.unit == "%")
+        parts = {f"{unit}_mean": "value", f"{unit}_std": "std"} if metric.over_seeds == "mean" else {"": "value"}
+        for ending, part in (parts | {"_n": "n"}).items():
+            kind = "integer" if part == "n" else "number"
+            figures[name + ending] = Field(kind, f"figures.{name}.{part}", metric.means)
         if metric.predict:
-            predicted[f"predicted_{name}"] = Field("number", means="by a probe of some steps")
+            predicted[f"predicted_{name}"] = Field("number", f"predictions.{name}", "by a probe of some steps")
     known = {f"memory_{n.lower().replace(' ', '_')}_mib": f"by_category_mib.{n}" for n in MEMORY_CATEGORIES}
     memory = {name: Field("number", path) for name, path in known.items()}
     return before | figures | after | predicted | memory | published
-
-
-def _read(row: Row, known: Mapping[str, Field]) -> dict[str, Any]:
-    """Values that have their field's type: nothing has checked a spec that was edited by hand."""
-    figures: dict[str, Any] = {}
-    for name, metric in METRICS.items():
-        figures |= metric.plain(row.figures.get(name, UNKNOWN))
-        if metric.predict:
-            figures[f"predicted_{name}"] = metric.measure(row.predicted).value if row.predicted else None
-    found = {name: find(row, field.path) if field.path else figures[name] for name, field in known.items()}
-    return finite({name: v if isinstance(v, TYPES[known[name].kind]) else None for name, v in found.items()})
 
 
 def plain_values(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -69,10 +61,14 @@ def plain_values(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[dict[
     named = {name.lower().replace(" ", "_"): name for row in rows for name in sorted(row.conditions)}
     known = file_fields()
     noted = {name: named[name] for name in sorted(named) if name not in known}
+    starts = {field.path.partition(".")[0] for field in known.values()}
     every: list[dict[str, Any]] = []
     for row in rows:
+        parts = {start: find(row, start) for start in starts}
+        # of its type alone: nothing has checked a spec that was edited by hand
+        typed = {name: setting(parts, field.path, *TYPES[field.kind]) for name, field in known.items()}
         notes = {n: "; ".join(row.conditions.get(name, ())) or None for n, name in noted.items()}
-        every.append(_read(row, known) | notes)
+        every.append(finite(typed) | notes)
     if columns and every:
         check_names(columns, list(every[0]))
         every = [{name: values[name] for name in columns} for values in every]
@@ -94,8 +90,11 @@ def to_csv(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
 def to_json(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
     """An object with the version of the schema, the rows, notes on single cells, and what the columns mean."""
     notes = [
-        {"text": text, "cells": [{"row": i, "column": name} for i, name in sorted(at)]}
-        for text, at in make_notes(rows).items()
+        {
+            "text": text,
+            "cells": [{"row": i, "column": n} for i, n in sorted((i, n) for n in cells for i in cells[n])],
+        }
+        for text, cells in make_notes(rows).items()
     ]
     definitions = [{"column": column.name, "means": column.means} for column in make_columns() if column.means]
     parts: Mapping[str, Any] = {"rows": plain_values(rows, columns), "notes": notes, "definitions": definitions}

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
-from harness.results.metrics import METRICS, NONE, UNKNOWN, Metric, figures
-from harness.results.report.columns import cost_entry, progress, pruned_at
+from harness.results.metrics import METRICS, NONE, Metric, figures
+from harness.results.report.columns import cost_entry, end_of
 from harness.results.rows import Row, incomparable
 from harness.results.statistics import wilson
 from harness.results.values import UNMEASURED
@@ -22,15 +22,16 @@ MOST_NAMED = 4
 _shorten = partial(textwrap.shorten, width=160, placeholder=" …")
 
 
-def make_notes(rows: Sequence[Row]) -> Mapping[str, set[tuple[int, str]]]:
-    """Everything a reader must know about single cells: a text -> its cells, (row, column name)."""
-    notes: dict[str, set[tuple[int, str]]] = defaultdict(set)
+def make_notes(rows: Sequence[Row]) -> Mapping[str, Mapping[str, set[int]]]:
+    """Everything a reader must know about single cells: a text -> a column's name -> the rows it is of."""
+    notes: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     failures: dict[str, list[tuple[int, str]]] = defaultdict(list)  # why -> rows and names
     samples: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
     for i, row in enumerate(rows):
         for source in (_condition_notes, _timing_notes, _run_notes, _published_notes, _missing_notes):
             for text, *columns in source(row):
-                notes[text] |= {(i, column) for column in columns}
+                for column in columns:
+                    notes[text][column].add(i)
         for seed, failure in ((stored.record.seed, stored.record.failure) for stored in row.failed):
             if failure:
                 why = _shorten(f"{failure.kind}: {failure.message}".removesuffix(": "))
@@ -40,7 +41,8 @@ def make_notes(rows: Sequence[Row]) -> Mapping[str, set[tuple[int, str]]]:
     for why, runs in failures.items():
         names = ", ".join(name for _, name in runs[:MOST_NAMED]) + ", …" * (len(runs) > MOST_NAMED)
         said = f"{names} failed, {why}" if len(runs) == 1 else f"{len(runs)} runs failed, {why}: {names}"
-        notes[said] |= {(i, "n" if rows[i].done else "error") for i, _ in runs}
+        for i, _ in runs:
+            notes[said]["n" if rows[i].done else "error"].add(i)
     for (dataset, on, images), errors in samples.items():  # at the smallest and the largest error of a data set
         ends = [(e, wilson(e, images)) for e in sorted({min(errors.values()), max(errors.values())})]
         leave = ", of ".join(f"{error:.2f} % at {i.low:.2f} to {i.high:.2f}" for error, i in ends)
@@ -48,7 +50,7 @@ def make_notes(rows: Sequence[Row]) -> Mapping[str, set[tuple[int, str]]]:
         notes[
             f"{images:,} {kind} images of {dataset} alone leave an error of {leave}, on others of their kind (95 %, "
             "Wilson); no interval here includes that, as all rows share the images"
-        ] = {(i, "error") for i in errors}
+        ] = {"error": set(errors)}
     return notes
 
 
@@ -107,11 +109,11 @@ def _run_notes(row: Row) -> Noted:
         until = max(run.record.added_until or 0.0 for run in row.done)
         yield f"seeds after the first {row.planned} were added until the error was known to ±{until:g} points", "n"
     for stored in row.pruned:
-        beside = f"{row.name} seed {stored.record.seed} was {pruned_at(stored)} epochs by a search"
+        beside = f"{row.name} seed {stored.record.seed} was {end_of(stored)} epochs by a search"
         yield beside if row.done else "pruned by a search before its end: averaged with nothing", where
     for run in row.interrupted:
         name = f"{row.name} seed {run.spec['seed']}" if "seed" in run.spec else run.name
-        yield f"{name} is not done: {progress(run)}", where
+        yield f"{name} is not done: {end_of(run)}", where
     for stored in row.done:
         for problem in contradictions(stored.record):
             yield f"{row.name} seed {stored.record.seed}: {problem}; see harness verify", "n"
@@ -142,7 +144,7 @@ def _missing_notes(row: Row) -> Noted:
     """Why figures are missing, of all runs or of some; a GPU's are not expected of a CPU."""
     missing: dict[str, list[Metric]] = defaultdict(list)
     for name, metric in METRICS.items():
-        figure = row.figures.get(name, UNKNOWN)
+        figure = row.figures[name]
         expected = metric.in_table and metric.device in (None, "cpu", row.fields.get("device"))
         if not expected or figure.reason in (None, UNMEASURED.reason) or not row.done:
             continue

@@ -27,7 +27,7 @@ from harness.results.report.text import HERE, MARKS, NOT_RECORDED, ORDINARY, cle
 from harness.results.rows import Row
 from harness.results.store import Problem, Stored
 from harness.results.sweeps import Sweep, best_first
-from harness.results.values import Measurement, Record
+from harness.results.values import Measurement, Record, setting
 
 NETWORK = Column("network", "network", right=False)
 RUN_METRICS = [metric for metric in METRICS.values() if metric.kind != "size"]
@@ -44,8 +44,8 @@ def make_page(
 
     Raises ValueError for a column that does not exist.
     """
-    layout = lay_out(rows, columns)
-    labels = make_labels(rows, None if columns else layout)
+    shown, sheet = lay_out(rows, columns)
+    labels = make_labels(rows)
     panels, searches = draw_all(rows, sweeps, labels)
     groups: dict[str, list[Stored]] = {}  # by environment; a run that failed knows less of its own
     done, failed = ([run for row in rows for run in getattr(row, name)] for name in ("done", "failed"))
@@ -54,7 +54,7 @@ def make_page(
     number = {run.folder: str(n) for n, runs in enumerate(groups.values(), 1) for run in runs}
     trials = {trial.run for sweep in sweeps for trial in sweep.trials}
     # variant and depth are one column: the first stays in place when the others scroll
-    joined = [column.name for column in layout.columns[:2]] == ["variant", "depth"]
+    joined = [column.name for column in shown[:2]] == ["variant", "depth"]
     data = {
         "panels": [
             {"title": p.title, "rows": p.rows, "datasets": p.datasets, "charts": {c.name: c.spec for c in p.charts}}
@@ -71,8 +71,8 @@ def make_page(
     css, script = (Markup((HERE / name).read_text(encoding="utf-8")) for name in ("page.css", "page.js"))
     return fill_template(
         "page.html",
-        made_at=made_at, rows=rows, sheet=layout.sheet, labels=labels, panels=panels, joined=joined, problems=problems,
-        columns=[NETWORK, *layout.columns[2:]] if joined else layout.columns, sweeps=list(zip(sweeps, searches, strict=True)),
+        made_at=made_at, rows=rows, sheet=sheet, labels=labels, panels=panels, joined=joined, problems=problems,
+        columns=[NETWORK, *shown[2:]] if joined else shown, sweeps=list(zip(sweeps, searches, strict=True)),
         swatches={(panel.title, label): style.colour for panel in panels for label, style in panel.rows.items()},
         row_of={run.folder.name: i for i, row in enumerate(rows) for run in row.done if run.folder.name in trials},
         probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := predicted_figures(row))],
@@ -92,12 +92,12 @@ def _pack(text: str) -> str:
 
 def _link_marks(text: str) -> Markup:
     """The text, escaped, with a link to each footnote whose mark it has."""
-    return Markup(MARKS.sub(_link, escape(text)))
 
+    def link(mark: re.Match[str]) -> str:
+        links = [f'<a href="#note-{number}">{number}</a>' for number in mark[0].translate(ORDINARY).split(",")]
+        return f"<sup>{','.join(links)}</sup>"
 
-def _link(mark: re.Match[str]) -> str:
-    links = [f'<a href="#note-{number}">{number}</a>' for number in mark[0].translate(ORDINARY).split(",")]
-    return f"<sup>{','.join(links)}</sup>"
+    return Markup(MARKS.sub(link, escape(text)))
 
 
 def _number(value: float | Measurement | None, digits: int = 0) -> str:
@@ -116,8 +116,7 @@ def _cells(stored: Stored) -> list[str]:
     """A run's, in the order of `RUN_COLUMNS`, but the last."""
     record, result = stored.record, stored.record.result
     assert result is not None  # a row's finished runs
-    attempts = record.environment.get("attempts")
-    whys = [a.get("reason") for a in attempts if isinstance(a, dict)] if isinstance(attempts, list) else []
+    whys = [setting(attempt, "reason") for attempt in setting(record.environment, "attempts", list) or ()]
     reasons = "; ".join(dict.fromkeys(clean(str(why)) for why in whys if why))
     return [
         str(record.seed), *(metric.text(metric.value(result)) for metric in RUN_METRICS),
@@ -126,17 +125,17 @@ def _cells(stored: Stored) -> list[str]:
 
 
 def _command(stored: Stored) -> str:
-    command = stored.record.environment.get("command")
-    return shlex.join(map(str, command)) if isinstance(command, list) else ""
+    return shlex.join(map(str, setting(stored.record.environment, "command", list) or ()))
 
 
 def _environment(record: Record) -> dict[str, object]:
     """Commit, versions, machine: what runs share that were made in one environment, whatever their command and attempts."""
     environment, result = record.environment, record.result
     machine = {"device": result.device, "threads a worker": result.threads, **result.machine} if result else {}
-    machine = {name: value for name, value in machine.items() if value is not None}
-    fields = machine | environment | machine
-    fields = {n: v for n, v in fields.items() if v is not None and n not in ("command", "attempts", "dirty")}
+    every = [
+        pair for part in (machine, environment, machine) for pair in part.items()
+    ]  # what the machine says wins
+    fields = {n: v for n, v in every if v is not None and n not in ("command", "attempts", "dirty")}
     if isinstance(versions := fields.get("versions"), Mapping):
         fields["versions"] = ", ".join(f"{package} {version}" for package, version in versions.items())
     if environment.get("dirty"):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from harness.results.compare import Comparison, Pair, signed
 from harness.results.metrics import METRICS, NONE
@@ -15,7 +14,6 @@ from harness.results.report.files import to_csv, to_json
 from harness.results.report.notes import make_notes
 from harness.results.report.text import Sheet, add_mark, clean, for_latex, for_markdown, for_terminal
 from harness.results.rows import Row
-from harness.results.values import finite
 
 Format = Literal["table", "markdown", "csv", "json", "latex"]
 LATEX_WIDTH = 80
@@ -23,13 +21,10 @@ LATEX_WIDTH = 80
 FORMATS: tuple[Format, ...] = ("table", "markdown", "csv", "json", "latex")
 
 
-class Layout(NamedTuple):
-    columns: list[Column]
-    sheet: Sheet  # of these columns, with the marks of the notes
-
-
-def lay_out(rows: Sequence[Row], wanted: Sequence[str] = (), without: Collection[str] = ()) -> Layout:
-    """Which columns stand in the table, what is said once above it, and which marks go where.
+def lay_out(
+    rows: Sequence[Row], wanted: Sequence[str] = (), without: Collection[str] = ()
+) -> tuple[list[Column], Sheet]:
+    """The columns of the table, and the table: with what is said once above it, and the marks of the notes.
 
     Raises ValueError for a wanted column that does not exist.
     """
@@ -46,14 +41,11 @@ def lay_out(rows: Sequence[Row], wanted: Sequence[str] = (), without: Collection
         once["limit_train"] = f"training images: {once['limit_train']}"
     absent = (words.keys() if wanted else set(without)) - once.keys()
     notes: list[str] = []
-    for note, at in make_notes(rows).items():
-        members: dict[str, list[int]] = defaultdict(list)
-        for i, name in at:
-            members[name].append(i)
-        if members.keys() <= absent:
+    for note, cells in make_notes(rows).items():
+        if cells.keys() <= absent:
             continue
         notes.append(f"{add_mark('', number := len(notes) + 1)} {clean(note)}")
-        for name, marked in members.items():
+        for name, marked in cells.items():
             if name in above or (name in once and len(marked) == len(rows)):
                 once[name] = add_mark(once[name], number)
             else:
@@ -62,20 +54,18 @@ def lay_out(rows: Sequence[Row], wanted: Sequence[str] = (), without: Collection
     heads, right = [once[column.name] for column in shown], [column.right for column in shown]
     body = list(zip(*(words[column.name] for column in shown), strict=True))
     means = [f"{column.header}: {column.means}" for column in shown if column.means]
-    return Layout(shown, Sheet(heads, right, body, " · ".join(once[name] for name in above), notes, means))
+    return shown, Sheet(heads, right, body, " · ".join(once[name] for name in above), notes, means)
 
 
 def _choose_columns(rows: Sequence[Row], words: dict[str, list[str]]) -> tuple[list[Column], list[Column]]:
     """The columns that stand in the table, and those that all rows agree in, which are said above it."""
-    shown: list[Column] = []
-    shared: list[Column] = []
+    shown, shared = list[Column](), list[Column]()
     on_gpu = any(row.done and row.fields.get("device") == "cuda" for row in rows)
     for column in make_columns():
         different = set(words[column.name])
-        metric = METRICS.get(column.name)
-        if metric is not None and metric.device == "cpu" and on_gpu:
-            continue  # CSV and JSON have it
-        if column.hidden or different <= {NONE} or (column.name == "limit_train" and different == {"all"}):
+        of_cpu = column.name in METRICS and METRICS[column.name].device == "cpu"
+        nothing = {NONE, "all"} if column.name == "limit_train" else {NONE}
+        if column.hidden or different <= nothing or (on_gpu and of_cpu):  # CSV and JSON have them
             continue
         if column.name == "device" and any(row.done for row in rows):
             different -= {NONE}  # a run that failed does not know its device
@@ -100,27 +90,22 @@ def render(
         return to_csv(rows, columns) if format == "csv" else to_json(rows, columns)
     if not rows:
         return "no runs\n"
-    layout, out = lay_out(rows, columns), dict[str, str]()
-    if format == "latex":
-        width = LATEX_WIDTH
+    shown, sheet = lay_out(rows, columns)
+    left_out: dict[str, str] = {}  # by name, with their headers
     if not columns and (format == "latex" or (fit and format == "table")):
-        layout, out = _leave_out(rows, layout, width)
+        width = LATEX_WIDTH if format == "latex" else width
+        widths = dict(zip((column.name for column in shown), sheet.widths, strict=True))
+        for name in SPARE:
+            if sum(widths.values()) + 2 * (len(widths) - 1) > width:
+                widths.pop(name, None)
+        left_out = {column.name: column.header for column in shown if column.name not in widths}
+        shown, sheet = lay_out(rows, without=left_out) if left_out else (shown, sheet)
     if format != "table":
-        return for_markdown(layout.sheet) if format == "markdown" else for_latex(layout.sheet, [*out])
-    styles = [[style_of(column.name, row) for column in layout.columns] for row in rows] if colour else ()
-    notes = [*layout.sheet.notes, *([f"too narrow for {', '.join(out.values())}"] if out else ())]
-    sheet = replace(layout.sheet, notes=notes, styles=styles)
+        return for_markdown(sheet) if format == "markdown" else for_latex(sheet, [*left_out])
+    notes = [*sheet.notes, *([f"too narrow for {', '.join(left_out.values())}"] if left_out else ())]
+    styles = [[style_of(column.name, row) for column in shown] for row in rows] if colour else ()
+    sheet = replace(sheet, notes=notes, styles=styles)
     return for_terminal(sheet, width if fit else max(width, sheet.width), colour=colour)
-
-
-def _leave_out(rows: Sequence[Row], layout: Layout, width: int) -> tuple[Layout, dict[str, str]]:
-    """Without some columns, where there is no room for all; these, by name with their headers."""
-    widths = dict(zip((column.name for column in layout.columns), layout.sheet.widths, strict=True))
-    for name in SPARE:
-        if sum(widths.values()) + 2 * (len(widths) - 1) > width:
-            widths.pop(name, None)
-    out = {column.name: column.header for column in layout.columns if column.name not in widths}
-    return (lay_out(rows, without=out) if out else layout), out
 
 
 def style_of(name: str, row: Row) -> str:
@@ -153,23 +138,18 @@ def render_comparison(
     definitions = [*DEFINITIONS, *tests]
     if format == "json":
         values = {"schema_version": 1, "pairs": list(map(_plain_pair, pairs)), "definitions": definitions}
-        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+        plain = json.loads(json.dumps(values), parse_constant=lambda _: None)  # JSON has no NaN
+        return json.dumps(plain, indent=1, ensure_ascii=False) + "\n"
     if not pairs:
         return "nothing to compare: no row of A has a counterpart in B\n"
     both = [pair for pair in pairs if pair.a and pair.b]
     shared = set.intersection(*({(n, *v) for n, v in pair.differs.items()} for pair in both)) if both else set()
     caption = "B against A: " + (", ".join(f"{n} {a} → {b}" for n, a, b in sorted(shared)) or "same settings")
-    named = {name for name, _, _ in shared}
-    cells = [line for pair in pairs for line in _lines(pair, named)]
-    sheet = Sheet(
-        headers=HEADERS,
-        right=[name not in ("what", "metric", "verdict") for name in HEADERS],
-        cells=cells,
-        caption=clean(caption),
-        notes=[clean(f"{pair.name}: {problem}") for pair in pairs for problem in pair.problems()],
-        means=definitions,
-        styles=[["bold", *[""] * 7, COLOURS.get(line[-1], "")] for line in cells],
-    )
+    cells = [line for pair in pairs for line in _lines(pair, {name for name, *_ in shared})]
+    right = [name not in ("what", "metric", "verdict") for name in HEADERS]
+    notes = [clean(f"{pair.name}: {problem}") for pair in pairs for problem in pair.problems()]
+    styles = [["bold", *[""] * 7, COLOURS.get(line[-1], "")] for line in cells]
+    sheet = Sheet(HEADERS, right, cells, clean(caption), notes, definitions, styles)
     return for_markdown(sheet) if format == "markdown" else for_terminal(sheet, width, colour=colour)
 
 
@@ -199,12 +179,9 @@ def _plain_pair(pair: Pair) -> dict[str, Any]:
 
 
 def _plain_figure(figure: Comparison) -> dict[str, Any]:
-    metric, interval = figure.metric, figure.interval
-    sides = {
-        side: finite({"n": f.n, "value": f.value, "std": f.std}) for side, f in (("a", figure.a), ("b", figure.b))
-    }
+    metric = figure.metric
+    sides = {side: {"n": f.n, "value": f.value, "std": f.std} for side, f in (("a", figure.a), ("b", figure.b))}
     return {
-        "metric": metric.name, "unit": "percent" if metric.relative else "points", **sides,
-        **finite({"difference": figure.difference}), "interval": interval and list(finite(interval._asdict()).values()),
-        "margin": metric.margin, "verdict": figure.verdict, "test": figure.how,
+        "metric": metric.name, "unit": "percent" if metric.relative else "points", **sides, "difference": figure.difference,
+        "interval": figure.interval, "margin": metric.margin, "verdict": figure.verdict, "test": figure.how,
     }  # fmt: skip

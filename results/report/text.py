@@ -95,8 +95,12 @@ def for_terminal(sheet: Sheet, width: int, *, colour: bool = False) -> str:
         space = " " * (sizes[j] - cell_len(text))
         return space + text if sheet.right[j] else text + space
 
-    natural = sheet.widths
-    sizes, columns = _fit(natural, sheet.right, width), range(len(natural))
+    natural, columns = sheet.widths, range(len(sheet.headers))
+    sizes = list(natural)
+    # where they do not fit, the widest columns of words are folded, to no less than 12
+    for j in sorted((j for j in columns if not sheet.right[j]), key=lambda j: -natural[j]):
+        excess = sum(sizes) + 2 * (len(sizes) - 1) - width
+        sizes[j] = min(sizes[j], max(12, sizes[j] - max(0, excess)))
     lines = [*wrap([sheet.caption], "bold"), ""] if sheet.caption else []
     plain = [""] * len(sizes)
     styles = [plain, plain, *(sheet.styles or [plain] * len(sheet.cells))]
@@ -109,15 +113,6 @@ def for_terminal(sheet: Sheet, width: int, *, colour: bool = False) -> str:
     if sheet.notes or sheet.means:
         lines += ["", *wrap(sheet.notes, indent="  "), *wrap([" · ".join(sheet.means)], "dim")]
     return "\n".join(lines) + "\n"
-
-
-def _fit(widths: list[int], right: Sequence[bool], width: int) -> list[int]:
-    """Column widths; where they do not fit, the widest columns of words are folded, to no less than 12."""
-    sizes = list(widths)
-    for j in sorted((j for j in range(len(sizes)) if not right[j]), key=lambda j: -sizes[j]):
-        excess = sum(sizes) + 2 * (len(sizes) - 1) - width
-        sizes[j] = min(sizes[j], max(12, sizes[j] - max(0, excess)))
-    return sizes
 
 
 def for_markdown(sheet: Sheet) -> str:
@@ -155,11 +150,10 @@ def for_latex(sheet: Sheet, left_out: Sequence[str] = ()) -> str:
 def _latex_column(header: str, cells: Sequence[str], *, right: bool) -> tuple[str, list[str]]:
     """How it is aligned, and its header and cells. Numbers are two columns that meet at the point."""
     words = list(map(escape_latex, (header, *cells)))
-    before = [re.match(r"−?[\d,]*", cell)[0] for cell in cells]  # type: ignore[index]  # it matches nothing, too
-    rests = [re.sub("^ ", "~", escape_latex(cell.removeprefix(b))) for b, cell in zip(before, cells, strict=True)]
-    if not right or not any(rests):
+    parts = [re.findall(r"^(−?[\d,]*)(.*)", cell)[0] for cell in cells]  # at the point
+    if not right or not any(rest for _, rest in parts):
         return "r" if right else "l", words
-    pairs = [f"{escape_latex(b)} & {rest}" for b, rest in zip(before, rests, strict=True)]
+    pairs = [f"{escape_latex(number)} & {re.sub('^ ', '~', escape_latex(rest))}" for number, rest in parts]
     return "r@{}l", [rf"\multicolumn{{2}}{{c}}{{{words[0]}}}", *pairs]
 
 
