@@ -48,7 +48,7 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
     if worker.world_size > 1:
         dist.barrier()
     return {"total": total.item(), "attempt": worker.attempt, "threads": worker.threads, "device": worker.device,
-            "order": os.environ.get("CUDA_DEVICE_ORDER")}  # fmt: skip
+            "order": os.environ.get("CUDA_DEVICE_ORDER"), "nice": os.nice(0)}  # fmt: skip
 
 
 def make_job(storage: Path, **options: Any) -> Allocation:
@@ -89,7 +89,8 @@ def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
         )  # fmt: skip
     finally:
         disconnect()
-    assert outcomes["good"] == {"total": 3.0, "attempt": 1, "threads": 1, "device": "cpu", "order": "PCI_BUS_ID"}
+    expected = {"total": 3.0, "attempt": 1, "threads": 1, "device": "cpu", "order": "PCI_BUS_ID"}
+    assert outcomes["good"] == expected | {"nice": os.nice(0)}, "as important as this process"
     failed = outcomes["dies twice, further on, and raises"]
     assert isinstance(failed, Failed)
     assert (failed.exception, failed.message, failed.died) == ("TooBigError", "does not fit", False)
@@ -135,7 +136,9 @@ def test_an_address_that_cannot_be_is_refused_at_once(address: str) -> None:
     assert time.monotonic() - began < 5
 
 
-def test_workers_of_any_cluster_number_gpus_as_nvml_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_of_any_cluster_number_gpus_as_nvml_does_and_are_not_niced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A cluster's nodes have an environment of their own; one in this machine inherits ours."""
     import ray
 
@@ -143,8 +146,9 @@ def test_workers_of_any_cluster_number_gpus_as_nvml_does(monkeypatch: pytest.Mon
     monkeypatch.setattr(ray, "init", lambda **given: options.update(given))
     monkeypatch.setattr(harness.cluster.connect, "_check_alive", lambda _: None)
     monkeypatch.setattr(harness.cluster.connect, "inspect_cluster", lambda: None)
+    monkeypatch.setattr(harness.cluster.connect, "_watch", lambda: None)
     connect("10.0.0.1:6379", cpus=1, gpus=0)
-    assert options["runtime_env"] == {"env_vars": {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}}
+    assert options["runtime_env"] == {"env_vars": {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "RAY_worker_niceness": "0"}}
     monkeypatch.delenv("CUDA_DEVICE_ORDER")
     connect(None, cpus=1, gpus=0)
     assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
