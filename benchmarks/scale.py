@@ -103,7 +103,7 @@ def main() -> int:
     seconds: dict[str, float] = {}
     with (
         patch.object(resources, "join_cluster", join_simulated), patch.object(launch._Run, "run", end_at_once),
-        patch.object(run._Prepared, "check_nodes"), timed(seconds, run, "train_batch"), timed(seconds, plan, "expand"),
+        patch.object(run.Runs, "check_nodes"), timed(seconds, run.Runs, "train_batch"), timed(seconds, plan, "expand"),
         timed(seconds, Recorder, "find_finished"), timed(seconds, run, "run_grid"),
     ):  # fmt: skip
         code = run.run_grid(grid, choice, console)

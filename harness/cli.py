@@ -6,18 +6,16 @@ import errno
 import io
 import sys
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
 from harness import options as groups
 from harness.options import Option, default_out, fill, load_named, options_of
 from harness.spec import INSTALL, UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 app = typer.Typer(
     name="harness",
@@ -49,36 +47,32 @@ def start(
         raise typer.Exit(2)
 
 
-def make_console() -> Console:
-    """Where tables go."""
-    from rich.console import Console
-
-    return Console()
-
-
-Results = Annotated[list[str] | None, typer.Argument(help="Folders of results or of single runs, s3:// or gs://.")]
 Given = Mapping[str, Any]  # the options that stood on the command line
 
 
-def command(*kinds: type, name: str | None = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A command with the options of some dataclasses, beside the parameters of its function, which gets as `given` those
-    that stood on the command line. It returns the exit code; None: 0."""
+def command(module: str, *kinds: type, name: str | None = None) -> Callable[[Callable[..., Any]], None]:
+    """A command with the options of some dataclasses, beside the parameters that its function has after these three: the
+    module of `harness.commands` that does it, a console, and the options: a dataclass, or what was given of several. It
+    returns the exit code; None: 0."""
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        own = [p for p in signature(function, eval_str=True).parameters.values() if p.name != "given"]
-        options = options_of(*kinds)
+    def register(function: Callable[..., Any]) -> None:
+        options, own = options_of(*kinds), list(signature(function, eval_str=True).parameters.values())
 
         def call(**words: Any) -> None:
+            from rich.console import Console
+
             given = {name: word for name in options if (word := words.pop(name)) not in (None, [], ())}
             if "plugin" in options:
                 load_named(given)
-            raise typer.Exit(function(*[given] * bool(kinds), **words) or 0)
+            chosen = [fill(kinds[0], given) if len(kinds) == 1 else given] * bool(kinds)
+            commands = import_module(f"harness.commands.{module}")
+            raise typer.Exit(function(commands, Console(), *chosen, **words) or 0)
 
         derived = [_make_parameter(name, option) for name, option in options.items()]
-        call.__signature__ = Signature([*own, *derived])  # type: ignore[attr-defined]
+        parameters = [*own[2 + bool(kinds) :], *derived]
+        call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         call.__doc__ = function.__doc__
         app.command(name or function.__name__)(call)
-        return function
 
     return register
 
@@ -97,134 +91,96 @@ def _make_parameter(name: str, option: Option) -> Parameter:
     )  # fmt: skip
 
 
+# --- words beside the options ---
+
+GridFile = Annotated[Path | None, typer.Argument(help="A grid file (TOML); options of the command line win.")]
+Results = Annotated[list[str] | None, typer.Argument(help="Folders of results or of single runs, s3:// or gs://.")]
+Sides = Annotated[list[str], typer.Argument(help="Two folders of results, A and B; or one, with --by.")]
+Row = Annotated[str, typer.Argument(help="A row of `harness report PATH`: msra-20, or its number.")]
+Run = Annotated[str, typer.Argument(help="A run's folder, or its name or key in PATH.")]
+Folder = Annotated[str, typer.Argument(help="Folder of results.", envvar="HARNESS_OUT")]
+Target = Annotated[
+    str, typer.Option(help="tensorboard (event files in the runs' folders), mlflow or wandb (by their variables).")
+]
+Plugin = Annotated[list[Path] | None, typer.Option(help="With those of this file. Repeatable.", metavar="<str>")]
+Plugins = Annotated[list[Path] | None, typer.Argument(help="Files of plug-ins to check instead.")]
+
+
 # --- training ---
 
 
-@command(groups.Grid, groups.RunOptions)
-def run(
-    given: Given,
-    file: Annotated[
-        Path | None, typer.Argument(help="A grid file (TOML); options of the command line win.")
-    ] = None,
-) -> int:
+@command("run", groups.Grid, groups.RunOptions)
+def run(commands: Any, console: Any, given: Given, file: GridFile = None) -> Any:
     """Train what is missing of a grid of runs, and print the table."""
-    from harness.commands.run import run_command
-
-    return run_command(given, file, make_console())[0]
+    return commands.run_command(given, file, console)[0]
 
 
-@command(groups.Search, groups.TuneOptions)
-def tune(given: Given) -> int:
+@command("tune", groups.Search, groups.TuneOptions)
+def tune(commands: Any, console: Any, given: Given) -> Any:
     """Search for the best recipe; poor trials stop early."""
-    from harness.commands.tune import tune as run_search
-
-    return run_search(given, make_console())
+    return commands.tune(given, console)
 
 
 # --- stored runs ---
 
 
-@command(groups.ReportOptions)
-def report(given: Given, paths: Results = None) -> int:
+@command("report", groups.ReportOptions)
+def report(commands: Any, console: Any, options: groups.ReportOptions, paths: Results = None) -> Any:
     """Print the comparison table of stored runs."""
-    from harness.commands.report import find_results, print_report
-
-    options = fill(groups.ReportOptions, given)
-    return 0 if print_report(find_results(paths or [default_out()]), make_console(), options).rows else 2
+    folders = commands.find_results(paths or [default_out()])
+    return 0 if commands.print_report(folders, console, options).rows else 2
 
 
-@command(groups.CompareOptions)
-def compare(
-    given: Given,
-    paths: Annotated[list[str], typer.Argument(help="Two folders of results, A and B; or one, with --by.")],
-) -> int:
+@command("report", groups.CompareOptions)
+def compare(commands: Any, console: Any, options: groups.CompareOptions, paths: Sides) -> Any:
     """Compare two sets of runs: better, worse or the same?"""
-    from harness.commands.report import find_results, print_comparison
-
-    return print_comparison(find_results(paths), make_console(), fill(groups.CompareOptions, given))
+    return commands.print_comparison(commands.find_results(paths), console, options)
 
 
-@command()
-def verify(paths: Results = None) -> int:
+@command("report")
+def verify(commands: Any, console: Any, paths: Results = None) -> Any:
     """Check stored runs for contradictions and changed files."""
-    from harness.commands.report import print_findings
-
-    return print_findings(paths or [default_out()])
+    return commands.print_findings(paths or [default_out()])
 
 
-@command()
-def why(
-    row: Annotated[str, typer.Argument(help="A row of `harness report PATH`: msra-20, or its number.")],
-    path: Annotated[str, typer.Argument(help="Folder of results.", envvar="HARNESS_OUT")] = "runs",
-) -> None:
+@command("report")
+def why(commands: Any, console: Any, row: Row, path: Folder = "runs") -> Any:
     """Print what is behind a row's figures."""
-    from harness.commands.report import find_results, print_why
-
-    print_why(row, find_results([path])[0], make_console())
+    return commands.print_why(row, commands.find_results([path])[0], console)
 
 
-@command()
-def export(
-    paths: Results = None,
-    to: Annotated[
-        str,
-        typer.Option(help="tensorboard (event files in the runs' folders), mlflow or wandb (by their variables)."),
-    ] = "tensorboard",
-) -> None:
+@command("report")
+def export(commands: Any, console: Any, paths: Results = None, to: Target = "tensorboard") -> None:
     """Export stored runs to TensorBoard, MLflow or W&B."""
-    from harness.commands.report import export_results
-
-    exported = export_results(paths or [default_out()], to)
+    exported = commands.export_results(paths or [default_out()], to)
     print(f"{exported} run{'s' * (exported != 1)} exported to {to}; those it had already were left alone")
 
 
-@command()
-def repro(
-    run: Annotated[str, typer.Argument(help="A run's folder, or its name or key in PATH.")],
-    path: Annotated[str, typer.Argument(help="Folder of results.", envvar="HARNESS_OUT")] = "runs",
-) -> None:
+@command("report")
+def repro(commands: Any, console: Any, run: Run, path: Folder = "runs") -> Any:
     """Print the commands that train a stored run again."""
-    from harness.commands.report import print_repro
-
-    print_repro(run, path, make_console())
+    return commands.print_repro(run, path, console)
 
 
-@command()
-def variants(
-    plugin: Annotated[
-        list[Path] | None, typer.Option(help="With those of this file. Repeatable.", metavar="<str>")
-    ] = None,
-) -> None:
+@command("report")
+def variants(commands: Any, console: Any, plugin: Plugin = None) -> Any:
     """List the variants: what they are and where they come from."""
-    from harness.commands.report import print_variants
-    from harness.plugins import load_plugins
-
-    load_plugins(plugin or ())
-    print_variants(make_console())
+    load_named({"plugin": plugin})
+    return commands.print_variants(console)
 
 
-@command(groups.EvalOptions, name="eval")
-def evaluate(given: Given) -> None:
+@command("evaluate", groups.EvalOptions, name="eval")
+def evaluate(commands: Any, console: Any, options: groups.EvalOptions) -> None:
     """Print the errors of stored weights on a test set."""
-    from harness.commands.evaluate import evaluate_weights
-    from harness.commands.report import print_text
-
-    print_text(evaluate_weights(fill(groups.EvalOptions, given)).text, make_console())
+    print(commands.evaluate_weights(options).text.removesuffix("\n"))
 
 
-@command(groups.CheckOptions)
-def check(
-    given: Given,
-    plugins: Annotated[list[Path] | None, typer.Argument(help="Files of plug-ins to check instead.")] = None,
-) -> int:
+@command("check", groups.CheckOptions)
+def check(commands: Any, console: Any, options: groups.CheckOptions, plugins: Plugins = None) -> Any:
     """Say what this machine lacks, and measure whether it trains rightly; or whether plug-ins do."""
-    from harness.commands.check import print_findings
-
     if plugins:
-        from harness.commands.check_plugins import check_plugins
-
-        return check_plugins(plugins, make_console())
-    return print_findings(fill(groups.CheckOptions, given), make_console())
+        return import_module("harness.commands.check_plugins").check_plugins(plugins, console)
+    return commands.print_findings(options, console)
 
 
 def main() -> None:

@@ -129,12 +129,9 @@ def _format(options: Mapping[str, Any]) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{ {', '.join(f'{name} = {_toml(inner)}' for name, inner in value.items())} }}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, datetime):
         return value.isoformat()
-    plain = value if isinstance(value, bool | int | float) else "none" if value is None else str(value)
-    return json.dumps(plain, ensure_ascii=False)
+    return json.dumps("none" if value is None else value, ensure_ascii=False, default=str)
 
 
 def _plain(name: str, value: Any) -> Any:

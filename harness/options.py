@@ -87,9 +87,7 @@ def options_of(*groups: type) -> dict[str, Option]:
     options = dict[str, Option]()
     for group in groups:
         hints, known = get_type_hints(group, include_extras=True), {each.name: each for each in fields(group)}
-        for name in dict.fromkeys(
-            name for kind in group.__mro__ for name in vars(kind).get("__annotations__", ())
-        ):
+        for name in [name for kind in group.__mro__ for name in vars(kind).get("__annotations__", ())]:
             for option in getattr(hints[name], "__metadata__", ()) if name not in options else ():
                 default = known[name].default
                 required = default is known[name].default_factory is MISSING

@@ -35,11 +35,11 @@ def make_grid(given: Mapping[str, Any]) -> Grid:
     Values, or words as on the command line; `runs` are groups of them, each on top of the others. Raises UserError.
     """
     if groups := given.get("runs"):
-        grids = tuple(make_grid(merge({n: v for n, v in given.items() if n != "runs"}, group)) for group in groups)
+        shared = {name: value for name, value in given.items() if name != "runs"}
+        grids = tuple(make_grid(merge(shared, group)) for group in groups)
         specs = tuple(spec for grid in grids for spec in grid.specs)
-        return replace(
-            grids[0], groups=grids, specs=specs, precision=max((g.precision for g in grids), key=_on_gpu)
-        )
+        precision = max((grid.precision for grid in grids), key=_on_gpu)
+        return replace(grids[0], groups=grids, specs=specs, precision=precision)
     for option in ("preset", "variants", "depths"):
         if "specs" in given and option in given:
             raise UserError(f"--spec and --{option} exclude each other: the file names the network")
@@ -58,9 +58,7 @@ def make_grid(given: Mapping[str, Any]) -> Grid:
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Options by name: those above win; of tables (`settings`), field by field."""
-    tables = [
-        n for n in above.keys() & below.keys() if isinstance(above[n], Mapping) and isinstance(below[n], Mapping)
-    ]
+    tables = [n for n, v in above.items() if isinstance(v, Mapping) and isinstance(below.get(n), Mapping)]
     return {**below, **above, **{n: {**below[n], **above[n]} for n in tables}}
 
 
@@ -90,9 +88,7 @@ def grid_networks(grid: Grid) -> list[tuple[str, int]]:
     if grid.networks:
         return list(grid.networks)
     own = {name: default_depth(find_variant(name)) for name in grid.variants}
-    return [
-        (name, depth) for name, default in own.items() for depth in (grid.depths if default else ()) or (default,)
-    ]
+    return [(name, depth) for name, n in own.items() for depth in (grid.depths if n else ()) or (n,)]
 
 
 def choose_engine(engine: str | None, device: str, optimizer: str = "sgd") -> Engine:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import pairwise
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, Any, TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -28,10 +28,7 @@ from harness.results.values import EpochMetrics, RunResult, finite
 from harness.spec import RunPaths, RunSpec, mistakes
 
 Row = TypeVar("Row")
-SHAPE: dict[str, Any] = {
-    "box": None, "pad_edge": False, "title_justify": "left", "title_style": "", "padding": (0, 2, 0, 0),
-}  # fmt: skip
-"""Of a table."""
+Words = Collection[str]
 
 
 def say(console: Console, text: str, style: str = "") -> None:
@@ -39,34 +36,27 @@ def say(console: Console, text: str, style: str = "") -> None:
     console.print(Text(text, style=style), soft_wrap=not console.is_terminal)
 
 
-def make_table(*columns: str, left: Collection[str] = (), whole: Collection[str] = (), **options: Any) -> Table:
+def make_table(*columns: str, left: Words = (), whole: Words = (), **options: Any) -> Table:
     """An empty table without lines; numbers are aligned to the right, the columns `left` are words. Cells that are too
     long for the console continue below; those of columns `whole` are cut off, after all others are as narrow as can be."""
-    table = Table(**SHAPE | options)
+    plain: dict[str, Any] = {"box": None, "pad_edge": False, "padding": (0, 2, 0, 0)}
+    table = Table(**plain | options)
     for name in columns:
-        justify: Literal["left", "right"] = "left" if name in left else "right"
-        table.add_column(
-            name, justify=justify, no_wrap=name in whole, overflow="ellipsis" if name in whole else "fold"
-        )
+        long: dict[str, Any] = {"no_wrap": name in whole, "overflow": "ellipsis" if name in whole else "fold"}
+        table.add_column(name, justify="left" if name in left else "right", **long)
     return table
 
 
 def print_columns(
-    columns: Mapping[str, Sequence[str]],
-    console: Console,
-    *,
-    title: str,
-    left: Collection[str],
-    spare: Sequence[str],
+    columns: Mapping[str, Sequence[str]], console: Console, *, title: str, left: Words, spare: Words = ()
 ) -> None:
     """Print a table of columns of cells. On a terminal `spare` ones go first, and are named, where all do not fit."""
     widths = {name: max(map(len, [name, *cells])) + 2 for name, cells in columns.items()}
     for name in spare if console.is_terminal else ():
         if sum(widths.values()) - 2 > console.width:
             widths.pop(name, None)
-    table = make_table(
-        *widths, left=left, whole=widths, width=None if console.is_terminal else sum(widths.values()) - 2
-    )
+    width = None if console.is_terminal else sum(widths.values()) - 2
+    table = make_table(*widths, left=left, whole=widths, width=width)
     for row in zip(*(columns[name] for name in widths), strict=True):
         table.add_row(*map(escape, row), style="" if row[0] else "dim")
     console.print(title, markup=False, highlight=False)
@@ -146,7 +136,7 @@ class LiveTable:
 
 
 class Progress(LiveTable):
-    """Shows the runs; `event` takes what `launch` reports, `ended` the outcome."""
+    """Shows the runs."""
 
     def __init__(
         self, specs: Sequence[RunSpec], epochs: Mapping[str, int], console: Console, *, concurrent_runs: int
@@ -156,51 +146,43 @@ class Progress(LiveTable):
         self.concurrent_runs = concurrent_runs
         self.many_seeds = len({spec.seed for spec in specs}) > 1
 
-    def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
-        """A run continues after the epochs of an earlier command."""
-        if history:
-            line = self.lines[spec.key]
-            line.last = history[-1]
-            line.seconds = [row.train_seconds + row.eval_seconds for row in history]
-            self.say(f"{spec.title}: goes on after epoch {line.done}/{line.epochs}")
-
     def event(self, spec: RunSpec, event: Any) -> None:
-        """An attempt began, or an epoch ended."""
-        line = self.lines[spec.key]
-        if isinstance(event, Started):
-            width = f"{event.world_size} of {spec.workers} workers" if event.world_size else ""
-            again = f"attempt {event.attempt}: {event.reason}" if event.reason else ""
-            line.state, line.note = "starting", "; ".join(filter(None, [width, again]))
-            if again:
-                self.say(
-                    f"{spec.title}: {event.reason}; trying again ({event.attempt}){f' with {width}' * bool(width)}"
+        """What `launch` reports of a run: an attempt began, an epoch ended; the epochs of an earlier command, after which it
+        goes on; its result, or why there is none."""
+        line, title = self.lines[spec.key], spec.title
+        match event:
+            case Started():
+                width = f"{event.world_size} of {spec.workers} workers" if event.world_size else ""
+                again = f"attempt {event.attempt}: {event.reason}" if event.reason else ""
+                line.state, line.note = "starting", "; ".join(filter(None, [width, again]))
+                if again:
+                    with_width = f" with {width}" * bool(width)
+                    self.say(f"{title}: {event.reason}; trying again ({event.attempt}){with_width}")
+                else:
+                    self.log(f"{title}: starting")
+            case [*_, last]:
+                line.last, line.seconds = last, [row.train_seconds + row.eval_seconds for row in event]
+                self.say(f"{title}: goes on after epoch {line.done}/{line.epochs}")
+            case Waiting():
+                line.state, line.note = "waiting", f"for room: {event.reason}"
+                self.log(f"{title}: waiting for room since {clock(event.seconds)}: {event.reason}")
+            case Entered():
+                line.state = "training"
+            case EpochMetrics():
+                line.state, line.last = "training", event
+                line.seconds.append(event.train_seconds + event.eval_seconds)
+                self.log(
+                    f"{title}: epoch {event.epoch}/{line.epochs}  loss {event.loss:.3f}  error {event.error:.2f} %"
+                    f"  {event.train_seconds:.2f} s/epoch  left {clock(self._left(line))}"
                 )
-            else:
-                self.log(f"{spec.title}: starting")
-        elif isinstance(event, Waiting):
-            line.state, line.note = "waiting", f"for room: {event.reason}"
-            self.log(f"{spec.title}: waiting for room since {clock(event.seconds)}: {event.reason}")
-        elif isinstance(event, Entered):
-            line.state = "training"
-        elif isinstance(event, EpochMetrics):
-            line.state, line.last = "training", event
-            line.seconds.append(event.train_seconds + event.eval_seconds)
-            self.log(
-                f"{spec.title}: epoch {event.epoch}/{line.epochs}  loss {event.loss:.3f}"
-                f"  error {event.error:.2f} %  {event.train_seconds:.2f} s/epoch  left {clock(self._left(line))}"
-            )
-
-    def ended(self, spec: RunSpec, outcome: RunResult | Failed) -> None:
-        """A run gave its result, or failed."""
-        line = self.lines[spec.key]
-        if isinstance(outcome, Failed):
-            line.state, line.note = "failed", outcome.message
-            self.say(f"{spec.title}: FAILED: {outcome.message}")
-        else:
-            line.state = "done"
-            for warning in outcome.warnings:
-                self.say(f"{spec.title}: {warning}")
-            self.log(f"{spec.title}: done, final error {outcome.final_error:.2f} %")
+            case Failed():
+                line.state, line.note = "failed", event.message
+                self.say(f"{title}: FAILED: {event.message}")
+            case RunResult():
+                line.state = "done"
+                for warning in event.warnings:
+                    self.say(f"{title}: {warning}")
+                self.log(f"{title}: done, final error {event.final_error:.2f} %")
 
     def _left(self, line: _Line) -> float | None:
         """Seconds, by the median epoch so far; of a run that has not begun, by runs of the same network."""
@@ -219,24 +201,19 @@ class Progress(LiveTable):
         padding = (0, 2 if width >= 60 else 1, 0, 0)
         table = make_table(*names, left=("run", "epoch", " ", ""), whole=FIGURES, padding=padding)
         for line in shown:
-            last = line.last
-            cells: dict[str, Any] = {
-                "run": line.spec.title if self.many_seeds else line.spec.name,
-                "epoch": f"{line.done}/{line.epochs}",
-                " ": ProgressBar(total=line.epochs, completed=line.done, width=24 if width >= 100 else 10),
-                "loss": f"{last.loss:.3f}" if last else "",
-                "error %": f"{last.error:.2f}" if last else "",
-                "s/epoch": f"{last.train_seconds:.2f}" if last else "",
-                "left": clock(self._left(line)) if line.state == "training" else line.state,
-                "": line.note,
-            }
-            cells |= {
-                n: Text(c, no_wrap=True, overflow="ellipsis") for n, c in cells.items() if isinstance(c, str)
-            }
-            table.add_row(*(cells[name] for name in names), style=STYLES.get(line.state, ""))
+            last, left = line.last, clock(self._left(line)) if line.state == "training" else line.state
+            words = {"run": line.spec.title if self.many_seeds else line.spec.name, "left": left, "": line.note}
+            words["epoch"] = f"{line.done}/{line.epochs}"
+            if last:
+                figures = f"{last.loss:.3f}", f"{last.error:.2f}", f"{last.train_seconds:.2f}"
+                words |= zip(FIGURES[1:], figures, strict=True)
+            cells: dict[str, Any] = {n: Text(w, no_wrap=True, overflow="ellipsis") for n, w in words.items()}
+            cells[" "] = ProgressBar(total=line.epochs, completed=line.done, width=24 if width >= 100 else 10)
+            table.add_row(*(cells.get(name, "") for name in names), style=STYLES.get(line.state, ""))
         ended = sum(line.state in ("done", "failed") for line in lines)
-        lefts = [left for line in lines if (left := self._left(line)) is not None]
-        total = clock(sum(lefts) / self.concurrent_runs) if len(lefts) == len(lines) else "?"
+        lefts = [self._left(line) for line in lines]
+        known = [left for left in lefts if left is not None]
+        total = clock(sum(known) / self.concurrent_runs) if len(known) == len(lines) else "?"
         footer = f"{ended} of {len(lines)} runs ended, left {total}"
         footer += f", {len(lines) - len(shown)} not shown" * (len(shown) < len(lines))
         return Group(table, Text(f"{footer}   Ctrl-C stops; the same command resumes", style="dim"))
@@ -278,22 +255,17 @@ class TrialTable(LiveTable):
 
     def render(self) -> Group:
         """The trials that fit on the screen: running ones, the best, the latest."""
-        names = list(dict.fromkeys(name for trial in self.trials for name in trial.fields))
-        columns = ("trial", "epoch", self.sweep.heading, *names, "")
+        best, epochs = self.best(), self.sweep.epochs
+        columns = ("trial", "epoch", self.sweep.heading, *(self.trials[0].fields if self.trials else ()), "")
         table = make_table(*columns, left=("",), whole=columns)
-        best = self.best()
         for trial in self.fit(self.trials, lambda t: (t.state != "running", t is not best, -t.number)):
             state: str = "finished, the best so far" if trial is best else trial.state
-            if trial.state == "running" and trial.epochs == self.sweep.epochs:
+            if trial.state == "running" and trial.epochs == epochs:
                 state = "last evaluation"
-            table.add_row(
-                str(trial.number),
-                f"{trial.epochs}/{self.sweep.epochs}",
-                "" if trial.last is None else f"{trial.last:.4g}",
-                *(format_value(trial.fields[name]) if name in trial.fields else "" for name in names),
-                f"{state} {trial.reason}".rstrip(),
-                style="bold green" if trial is best else STYLES.get(trial.state, ""),
-            )
+            last = "" if trial.last is None else f"{trial.last:.4g}"
+            cells = [f"{trial.epochs}/{epochs}", last, *map(format_value, trial.fields.values())]
+            style = "bold green" if trial is best else STYLES.get(trial.state, "")
+            table.add_row(str(trial.number), *cells, f"{state} {trial.reason}".rstrip(), style=style)
         hint = Text("Ctrl-C stops; the same sweep continues with --resume", style="dim")
         return Group(table, Text(self.summary(), style="dim"), hint)
 
@@ -315,26 +287,21 @@ class JsonLines:
         self.file, self.epochs = file, epochs
         self.seconds: dict[str, float] = defaultdict(float)  # of training, by key
 
-    def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
-        """A run continues after the epochs of an earlier command, which are not printed again."""
-        if history:
-            self._print(spec, event="resumed", after_epoch=history[-1].epoch)
-
     def event(self, spec: RunSpec, event: Any) -> None:
-        """Print that an attempt began, or what an epoch came to."""
-        if isinstance(event, Started):
-            workers = event.world_size or spec.workers
-            planned = {"epochs": self.epochs[spec.key], "workers": workers, "attempt": event.attempt}
-            self._print(spec, event="start", **planned, **({"reason": event.reason} if event.reason else {}))
-        elif isinstance(event, EpochMetrics):
-            self._print(spec, event="epoch", evaluated_on="val" if spec.recipe.val else "test", **dict(event))
-
-    def ended(self, spec: RunSpec, outcome: RunResult | Failed) -> None:
-        """Print the figures of a whole run, or why there are none."""
-        if isinstance(outcome, Failed):
-            self._print(spec, event="failed", message=outcome.message, attempts=outcome.attempts)
-        else:
-            self._print(spec, event="done", evaluated_on=outcome.evaluated_on, **run_figures(outcome))
+        """Print what `Progress.event` shows; the epochs of an earlier command are not printed again."""
+        match event:
+            case Started():
+                workers, again = event.world_size or spec.workers, {"reason": event.reason} if event.reason else {}
+                planned = {"epochs": self.epochs[spec.key], "workers": workers, "attempt": event.attempt}
+                self._print(spec, event="start", **planned, **again)
+            case [*_, last]:
+                self._print(spec, event="resumed", after_epoch=last.epoch)
+            case EpochMetrics():
+                self._print(spec, event="epoch", evaluated_on="val" if spec.recipe.val else "test", **dict(event))
+            case Failed():
+                self._print(spec, event="failed", message=event.message, attempts=event.attempts)
+            case RunResult():
+                self._print(spec, event="done", evaluated_on=event.evaluated_on, **run_figures(event))
 
     def _print(self, spec: RunSpec, **what: Any) -> None:
         row = {**what, "variant": spec.variant, "depth": spec.network.depth, "seed": spec.seed, "key": spec.key}
@@ -345,24 +312,20 @@ class ConvnetLines(JsonLines):
     """A JSON object per epoch as the convnet seed logs it: epochs from 0, accuracies as shares of 1, and "time", training
     seconds since epoch 0 began. A failure is one, too."""
 
-    def resumes(self, spec: RunSpec, history: list[EpochMetrics]) -> None:
-        """Epochs of an earlier command count in the time."""
-        self.seconds[spec.key] += sum(epoch.train_seconds for epoch in history)
-
     def event(self, spec: RunSpec, event: Any) -> None:
-        """Print an epoch."""
-        if isinstance(event, EpochMetrics):
-            self.seconds[spec.key] += event.train_seconds
-            evaluated = "val" if spec.recipe.val else "test"
-            errors = {"test": event.test_error, evaluated: event.error, "train": event.train_error}
-            shares = {f"{of}_acc": round(1 - error / 100, 6) for of, error in errors.items() if error is not None}
-            losses = {"loss": event.loss, f"{evaluated}_loss": event.eval_loss}
-            self._print(spec, epoch=event.epoch - 1, **shares, time=self.seconds[spec.key], **losses)
-
-    def ended(self, spec: RunSpec, outcome: RunResult | Failed) -> None:
-        """Print a failure; a result has been printed by its last epoch."""
-        if isinstance(outcome, Failed):
-            self._print(spec, failed=outcome.message)
+        """Print an epoch or a failure; a result has been printed by its last epoch. Earlier epochs count in the time."""
+        match event:
+            case [*earlier]:
+                self.seconds[spec.key] += sum(epoch.train_seconds for epoch in earlier)
+            case EpochMetrics():
+                self.seconds[spec.key] += event.train_seconds
+                evaluated = "val" if spec.recipe.val else "test"
+                errors = {"test": event.test_error, evaluated: event.error, "train": event.train_error}
+                shares = {f"{of}_acc": round(1 - e / 100, 6) for of, e in errors.items() if e is not None}
+                losses = {"loss": event.loss, f"{evaluated}_loss": event.eval_loss}
+                self._print(spec, epoch=event.epoch - 1, **shares, time=self.seconds[spec.key], **losses)
+            case Failed():
+                self._print(spec, failed=event.message)
 
 
 LINES = {"jsonl": JsonLines, "jsonl-convnet": ConvnetLines}

@@ -20,7 +20,6 @@ from harness.results.sweeps import Dimension, Function, format_value
 from harness.spec import RunSpec, UserError, check_word, mistakes, refuse
 
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
-FIGURES = 4  # significant ones of a drawn number, so that a command can be typed again
 
 _HINTS: dict[str, Any] = {**get_type_hints(Recipe), **get_type_hints(Network)}
 _OPTIONS = {"duration": "--epochs", "unit": "--epochs", "epochs": "--epochs", "val": "--val"}
@@ -41,12 +40,6 @@ def finite_values(d: Dimension) -> tuple[Any, ...] | None:
         kind = type(d.values[0])
         return tuple(kind(n) for n in range(int(d.values[0]), int(d.values[1]) + 1))
     return None if d.continuous else d.values
-
-
-def round_value(d: Dimension, value: float) -> float:
-    """To `FIGURES` figures, within the bounds."""
-    low, high = d.values
-    return float(min(max(float(f"{value:.{FIGURES}g}"), low), high))
 
 
 def count_points(dimensions: Sequence[Dimension]) -> int | None:

@@ -14,7 +14,7 @@ from command import harness
 from harness import progress as live
 from harness.deadline import TimeUp, format_moment, parse_until, stopping_at
 from harness.results.store import load_epochs, load_records
-from harness.results.values import EpochMetrics
+from harness.results.values import EpochMetrics, RunResult
 from harness.spec import UserError
 
 NOW = datetime(2026, 3, 4, 17, 30, 15)
@@ -97,11 +97,14 @@ def test_a_sweep_stops_then_and_the_same_command_goes_on(
     (stopped,) = load_records([tmp_path]).interrupted  # and no run was begun after it
     assert [epoch.epoch for epoch in load_epochs(stopped.folder)] == [1, 2]
 
-    def ring_at_the_end(self: live.JsonLines, spec: Any, outcome: Any) -> None:
-        if spec.seed == 1:
+    print_event = live.JsonLines.event
+
+    def ring_at_the_end(self: live.JsonLines, spec: Any, event: Any) -> None:
+        print_event(self, spec, event)
+        if isinstance(event, RunResult) and spec.seed == 1:
             signal.raise_signal(signal.SIGALRM)
 
-    monkeypatch.setattr(live.JsonLines, "ended", ring_at_the_end)
+    monkeypatch.setattr(live.JsonLines, "event", ring_at_the_end)
     code, out, err = harness(f"{RUN} --until 3h --out {tmp_path} --format jsonl", capsys)
     assert code == 0  # nothing was left to do
     assert all(line.startswith("{") for line in out.splitlines())

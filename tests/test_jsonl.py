@@ -39,13 +39,13 @@ def lines_of(kind: type[JsonLines]) -> list[dict[str, Any]]:
     first, second = make_specs(device="cpu", workers=2, seeds=(0, 1), depths=(20,))
     lines = kind(file, {first.key: 9, second.key: 9})
     lines.event(first, Started(attempt=1))
-    lines.resumes(first, [make_epoch(k, train_seconds=2.0) for k in range(1, 5)])
+    lines.event(first, [make_epoch(k, train_seconds=2.0) for k in range(1, 5)])
     lines.event(first, make_epoch(5, train_seconds=2.0, error=12.5, loss=math.nan))
     lines.event(first, Started(attempt=2, reason="a worker died", world_size=1))
-    lines.ended(first, Failed(exception="E", message="loss is not finite", traceback="", died=False, attempts=2))
+    lines.event(first, Failed(exception="E", message="loss is not finite", traceback="", died=False, attempts=2))
     lines.event(second, Started(attempt=1))
-    lines.resumes(second, [])
-    lines.ended(second, make_result(8.5))
+    lines.event(second, [])
+    lines.event(second, make_result(8.5))
     return read(file.getvalue())
 
 

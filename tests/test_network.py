@@ -18,7 +18,7 @@ from records import make_record
 from rich.console import Console
 
 from harness.cluster.job import Allocation, Failed, Worker
-from harness.commands.scaling import predict_scaling
+from harness.commands.probe import predict_scaling
 from harness.network import (
     ALL,
     BETWEEN,

@@ -23,7 +23,7 @@ def draw(width: int, *events: Any, failed: bool = False) -> list[str]:
     for event in events:
         table.event(specs[0], event)
     if failed:
-        table.ended(specs[0], Failed(exception="ValueError", message="x" * 300, traceback="", died=False))
+        table.event(specs[0], Failed(exception="ValueError", message="x" * 300, traceback="", died=False))
     file.seek(0)
     file.truncate()
     console.print(table.render())

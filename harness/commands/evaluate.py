@@ -111,9 +111,8 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
     if scales:
         most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2))
     batch_size = min(options.batch_size or most, len(test))
-    if (
-        trained is None
-    ):  # the mean is of what its recipe trains on, with images held out by seed 0 if there are enough
+    # the mean is of what its recipe trains on, with images held out by seed 0 if there are enough
+    if trained is None:
         own = recipe if recipe.val < len(dataset.train) else replace(recipe, val=0)
         trained = RunSpec(
             variant=variant.name, network=variant.network, recipe=own, dataset=dataset.name,

@@ -24,17 +24,16 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from harness.cluster.job import Failed, Started, Worker
-from harness.commands.scaling import predict_scaling
+from harness.cluster.job import Failed, Report, Started, Worker
 from harness.deadline import stopping_on_sigterm
 from harness.loaders.loader import Loader
-from harness.network import Measured
+from harness.network import LEAST_EFFICIENCY, Measured, Width, efficiencies, find_limit, predict_widths
 from harness.progress import duration, print_columns, say, width_of
 from harness.record import classify
 from harness.resources import Session
 from harness.results.metrics import NONE, figures
 from harness.results.report.text import fill_template
-from harness.results.store import keep_prediction
+from harness.results.store import keep_prediction, load_predictions
 from harness.results.values import EpochMetrics, Measurement, Prediction
 from harness.spec import RunPaths, RunSpec
 from harness.training.engine import Engine, Way
@@ -58,6 +57,8 @@ MEMORY = {
 SPARE = ("RSS", "resvd", "kJ", "GPU-h", "eval", "alloc", "width", "runs", "NVML", "sum")  # on a narrow terminal
 PARTS = ("data", "forward", "backward", "all-reduce", "optimizer")
 Outcomes = Sequence[tuple[RunSpec, Any]]  # by cell: a Prediction or a Breakdown, or Failed
+Predict = Callable[[RunSpec, Worker, Report], Prediction]
+UNPROBED = Measurement(value=None, reason="only one worker was probed")
 
 
 def count_cells(specs: Sequence[RunSpec]) -> dict[RunSpec, int]:
@@ -169,7 +170,7 @@ def time_eval(trainer: Trainer, loader: Loader) -> float:
     return (time.perf_counter() - started_at) / max(1, batches)
 
 
-def predict(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, paths: RunPaths) -> Prediction:
+def predict(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths) -> Prediction:
     """Train some steps of a run, evaluate some batches, and predict the whole. Raises what `prepare` does.
 
     The steps belong to two epochs: WARMUP_STEPS of the first, up to `count_steps` of the second.
@@ -248,6 +249,67 @@ def print_estimate(outcomes: Outcomes, todo: Sequence[RunSpec], concurrent_runs:
     say(console, text.rstrip())
 
 
+def predict_scaling(cell: RunSpec, session: Session, run: Predict, measured: Measured, console: Console) -> None:
+    """Probe one worker with its share of the batch at 1, 2, 4, ... workers, as many as all-reduces were measured between;
+    print what epochs take at these widths by `measured`, and store it for runs that no probe has predicted."""
+    batch, out = cell.recipe.batch_size, session.paths.out
+    most = int(max(way["ranks"] for way in measured.values()))
+    counts = [n for n in (2**power for power in range(most.bit_length())) if batch % n == 0]
+    shares = [replace(cell, workers=1, recipe=replace(cell.recipe, batch_size=batch // n)) for n in counts]
+    job = replace(session.allocation, workers=1, concurrent_runs=1, fallback_world_sizes=())
+    alone, known = replace(session, allocation=job), dict[int, Prediction]()  # by the number of workers
+    for share, outcome in alone.launch(run, shares, progress=lambda *_: None, row=lambda _: None):
+        images = share.recipe.batch_size
+        if isinstance(outcome, Failed):
+            failure = classify(outcome)
+            say(console, f"{cell.name} with {images} images a worker: {failure.kind}: {failure.message}")
+        else:
+            known[batch // images] = outcome
+    if not known:
+        return
+    fewest = min(known)
+    steps, size = -(-(known[fewest].epoch_steps or 0) // fewest), known[fewest].gradient_bytes or 0
+    seconds = {workers: one.epoch_seconds / (one.epoch_steps or 1) for workers, one in known.items()}
+    widths = predict_widths(steps, size, seconds, measured)
+    print_widths(cell, widths, size, console)
+    probed = [prediction.spec for prediction in load_predictions([out]) if prediction.hidden_epoch_seconds is None]
+    for width in widths:
+        wide, one = replace(cell, workers=width.workers), known[width.workers]
+        spec = {name: value for name, value in wide.to_json().items() if name != "seed"}
+        if width.workers > 1 and spec not in probed:
+            changes = {
+                "spec": spec, "workers": width.workers, "epoch_seconds": width.apart, "epoch_steps": steps,
+                "hidden_epoch_seconds": width.hidden, "eval_seconds": one.eval_seconds / width.workers,
+                "energy_joules": UNPROBED,
+            }  # fmt: skip
+            keep_prediction(out, wide.key, one.model_copy(update=changes))
+
+
+def print_widths(cell: RunSpec, widths: Sequence[Width], size: int, console: Console) -> None:
+    """A line for each width, how many workers pay, and what is assumed."""
+    apart, hidden = efficiencies(widths, "apart"), efficiencies(widths, "hidden")
+    columns = {
+        "workers": [str(width.workers) for width in widths],
+        "images each": [str(cell.recipe.batch_size // width.workers) for width in widths],
+        "step ms": [figures(1000 * width.step_seconds) for width in widths],
+        "all-reduce ms": [figures(1000 * width.reduce_seconds) for width in widths],
+        "s/epoch": [figures(width.apart) for width in widths],
+        "if hidden": [figures(width.hidden) for width in widths],
+        "efficient": [f"{100 * a:.0f}–{100 * h:.0f} %" for a, h in zip(apart, hidden, strict=True)],
+    }
+    title = f"{cell.name} over the cluster, predicted from its measurements"
+    print_columns(columns, console, title=title, left=(), spare=("images each",))
+    pays = "{} ({}) if no all-reduce is hidden behind computation, {} ({}) if as much as possible is"
+    limits = (*find_limit(widths, "apart"), *find_limit(widths, "hidden"))
+    say(console, f"workers that pay off: {pays.format(*limits)}", style="bold")
+    about = (
+        f"more workers pay off while they are faster and at least {100 * LEAST_EFFICIENCY:.0f} % efficient; DDP hides a part, so "
+        f"a run lies between the two; {size / 1e6:.3g} MB of gradients, by the measured latency and bus bandwidth"
+    )
+    sync = "; the all-reduces of synchronised batch norm are left out" * (cell.recipe.batch_norm == "sync")
+    say(console, about + sync, style="dim")
+
+
 # --- --profile ---
 
 
@@ -286,7 +348,7 @@ class StepClock:
         return {name: took[-len(parts["data"]) :] for name, took in parts.items()}
 
 
-def break_down(spec: RunSpec, worker: Worker, report: Callable[[Any], None], *, paths: RunPaths) -> Breakdown:
+def break_down(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths) -> Breakdown:
     """Train some steps of a run twice: part by part with eager kernels, and as its engine does. Raises what `prepare`
     does."""
     prepared = prepare(spec, worker, paths)

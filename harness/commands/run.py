@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -19,8 +19,10 @@ from harness.cluster.job import Report, Started, Telemetry, Worker
 from harness.commands.report import export_runs, print_report, print_text, say_page
 from harness.deadline import SIGTERM_SECONDS, TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.grid_file import format_config, read_command, save_grid
+from harness.loaders.datasets import Dataset
 from harness.options import Grid, ReportOptions, RunOptions, fill
 from harness.plugins import sources
+from harness.preflight import check_nodes
 from harness.progress import LINES, JsonLines, Progress, load_data, print_columns, say, width_of
 from harness.record import Recorder, lease, lock_run, name_other_code
 from harness.resources import Session, check_resources, choose_launcher, make_allocation
@@ -31,33 +33,8 @@ from harness.selfcheck import RefusedError, check_first
 from harness.spec import RunPaths, RunSpec, UserError
 from harness.until_ci import Goal
 
-if TYPE_CHECKING:
-    from harness.loaders.datasets import Dataset
-
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 130
 SHARED = ("epochs", "batch", "loader", "precision", "engine", "width", "set")  # said once where runs agree
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """What is known before the first run."""
-
-    options: RunOptions
-    console: Console
-    session: Session
-    dataset: Dataset
-    recorder: Recorder
-    goal: Goal | None = None  # of --until-ci
-
-    def check_nodes(self) -> None:
-        """Refuse a cluster of several nodes that differ, and keep what was measured of them. Raises UserError."""
-        if self.options.address is not None:
-            from harness.preflight import check_nodes
-
-            exclude, widest = self.options.exclude_outliers, self.options.estimate
-            self.recorder.environment |= check_nodes(
-                self.dataset, self.session, self.console, exclude=exclude, widest=widest
-            )
 
 
 def run_command(given: Mapping[str, Any], file: Path | None, console: Console) -> tuple[int, RunOptions]:
@@ -107,41 +84,24 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             environment, warn = {"launcher": resources.launcher}, partial(say, console)
             recorder = Recorder(paths, dataset.original, environment, warn, classes=dataset.num_classes)
             session = Session(allocation, resources, paths, stack)
-            prepared = _Prepared(options, console, session, dataset, recorder, goal)
-            todo = plan.pending(specs, () if options.force else recorder.find_finished(specs))
+            runs = Runs(options, console, session, dataset, recorder, goal, specs)
+            todo = runs.find_missing(specs)
             if any(spec.plugins for spec in todo):
                 from harness.training.fit import check_fit
 
                 check_fit(todo, dataset, paths)
-            for line in _remarks(prepared, specs, todo):
+            for line in runs.remarks(todo):
                 say(console, line)
             if options.dry_run or options.estimate or options.profile:
-                return preview(prepared, specs, todo)
-            specs, code = train_all(prepared, *check_devices(prepared, specs, todo))
+                return runs.preview(todo)
+            code = runs.train_all(runs.check_devices(todo))
     except TimeUp as up:
         say(console, f"{up}; the same command goes on")
         return EXIT_STOPPED
     except RefusedError as error:
         say(console, str(error))
         return EXIT_FAILED
-    return code if print_results(prepared, specs) else EXIT_FAILED
-
-
-def _remarks(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpec]) -> Iterator[str]:
-    """What is to be known before training. Raises UserError for a goal of --until-ci that is out of reach."""
-    others = Counter(filter(None, (name_other_code(run.record) for run in prepared.recorder.known.values())))
-    for code, runs in others.items():  # the table will have them as they are
-        yield f"{runs} run{'s' * (runs != 1)} done already, by {code}; --force trains again"
-    # several workers with statistics of their own train another network than the published one
-    if local := [spec for spec in todo if spec.workers > 1 and spec.recipe.batch_norm == "local"]:
-        shares = "/".join(map(str, sorted({spec.recipe.batch_size // spec.workers for spec in local})))
-        yield (
-            f"batch norm over {shares} images a worker is another network than the published one: "
-            f"{local[0].workers} runs side by side with --workers 1 train that one and finish sooner; "
-            "--batch-norm sync trains it with several workers"
-        )
-    if (goal := prepared.goal) is not None:
-        yield from until_ci.forecast(goal, until_ci.known_errors(prepared.recorder, specs), prepared.dataset)
+    return code if runs.print_results() else EXIT_FAILED
 
 
 def check_options(grid: Grid, options: RunOptions) -> Goal | None:
@@ -155,95 +115,8 @@ def check_options(grid: Grid, options: RunOptions) -> Goal | None:
     probe, *others = [name for name, given in ways.items() if given] or [""]
     if others and probe in ("--estimate", "--profile"):
         raise UserError(f"{probe} and {others[0]} exclude each other: {probe} probes and prints a table")
-    return until_ci.make_goal(
-        options.until_ci, options.max_seeds, max(len(g.seeds) for g in grid.groups or (grid,))
-    )
-
-
-# --- before training ---
-
-
-def preview(prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpec]) -> int:
-    """Print the plan, or probe what is missing of it. Returns the exit code."""
-    options, console, recorder = prepared.options, prepared.console, prepared.recorder
-    failed = False
-    if options.dry_run:
-        print_plan(prepared, specs)
-    else:
-        from harness.commands import probe
-
-        if todo:
-            prepared.check_nodes()
-        what, measured = "estimate" if options.estimate else "profile", recorder.environment.get("preflight", {})
-        failed = probe.probe(what, todo, prepared.session, console, measured.get("all_reduce"))
-        if options.estimate:
-            recorder.remote.push(push_run, recorder.paths.out / ESTIMATES)
-    if prepared.goal is not None and not options.profile:
-        known = f"until its error is known to ±{prepared.goal.half:g} points"
-        say(console, f"and further seeds, to {prepared.goal.max_seeds} of a row, {known}")
-    return EXIT_FAILED if failed else EXIT_DONE
-
-
-def print_plan(prepared: _Prepared, specs: Sequence[RunSpec]) -> None:
-    """Print what is planned and what is done; what all runs share stands in a line of its own."""
-    recorder, dataset = prepared.recorder, prepared.dataset
-    finished, again = recorder.find_finished(specs), ", again by --force" * prepared.options.force
-
-    def line(spec: RunSpec) -> dict[str, object]:
-        waiting = "resumes" if recorder.paths.partial(spec).is_dir() else "to do"
-        return {
-            "variant": spec.variant, "depth": spec.network.depth, "seed": spec.seed,
-            "epochs": plan.count_epochs(spec, len(dataset.train)), "batch": spec.recipe.batch_size,
-            "loader": spec.loader, "precision": spec.precision, "engine": spec.engine,
-            "width": f"{width_of(spec)} on {'GPU' if spec.device == 'cuda' else 'CPU'}",
-            "set": " ".join(text for text in spec.overrides if not text.startswith(("epochs=", "batch_size="))),
-            "key": spec.key[:8], "state": f"done{again}" if spec.key in finished else waiting,
-        }  # fmt: skip
-
-    lines = list(map(line, specs))
-    columns = {name: [str(line[name]) for line in lines] for name in lines[0]}
-    same = {name: columns.pop(name)[0] for name in SHARED if len(set(columns[name])) == 1}
-    done = sum(spec.key in finished for spec in specs)
-    title = f"{len(specs)} run{'s' * (len(specs) != 1)} on {dataset.label}, {done} of them done already"
-    shared = ", ".join(f"{name} {value}" for name, value in same.items() if value)
-    left, spare = ("variant", *SHARED[2:], "key", "state"), ("key", *reversed(SHARED))
-    print_columns(columns, prepared.console, title=f"{title}\n{shared}", left=left, spare=spare)
-
-
-def check_devices(
-    prepared: _Prepared, specs: Sequence[RunSpec], todo: Sequence[RunSpec]
-) -> tuple[list[RunSpec], list[RunSpec]]:
-    """All runs and those to do, with a loader and an engine that work on their devices. Raises RefusedError."""
-    session, recorder, options = prepared.session, prepared.recorder, prepared.options
-    checked = check_first(
-        todo, session.allocation, session.resources, session.paths, prepared.console, skip=options.no_check
-    )
-    recorder.environment |= checked.environment
-    recorder.warnings = checked.warnings
-    adapted = {spec: checked.adapt(spec) for spec in todo}
-    todo = list(dict.fromkeys(adapted.values()))
-    done = () if options.force else recorder.find_finished(todo)
-    return list(dict.fromkeys(adapted.get(spec, spec) for spec in specs)), plan.pending(todo, done)
-
-
-# --- training ---
-
-
-def train_all(prepared: _Prepared, specs: list[RunSpec], todo: list[RunSpec]) -> tuple[list[RunSpec], int]:
-    """Train what is missing, then the further seeds of --until-ci. Returns all runs of the command and the exit code."""
-    recorder, goal = prepared.recorder, prepared.goal
-    failures = train_batch(prepared, todo) if todo else 0
-    while goal is not None and not (failures and prepared.options.fail_fast):
-        known = until_ci.known_errors(recorder, specs)
-        more = until_ci.more_seeds(specs, known, goal, prepared.session.allocation.concurrent_runs)
-        if not more:
-            break
-        first = {row for row, runs in known.items() if len(runs.errors) < until_ci.FIRST}
-        recorder.added |= {spec.key: goal.half for spec in more if replace(spec, seed=0) not in first}
-        specs = [*specs, *more]
-        if todo := plan.pending(more, recorder.find_finished(more)):
-            failures += train_batch(prepared, todo)
-    return specs, EXIT_FAILED if failures else EXIT_DONE
+    seeds = max(len(group.seeds) for group in grid.groups or (grid,))
+    return until_ci.make_goal(options.until_ci, options.max_seeds, seeds)
 
 
 def train_run(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths) -> RunResult:
@@ -253,99 +126,210 @@ def train_run(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths)
     return train(spec, worker, report, paths=paths)
 
 
-def train_batch(prepared: _Prepared, specs: Sequence[RunSpec]) -> int:
-    """Launch some runs and store what each comes to. Returns how many failed, or could not be stored at --out."""
-    from harness.training.telemetry import NodeTelemetry
+@dataclass(slots=True)
+class Runs:
+    """The runs of a command, and all that is known before the first of them is trained."""
 
-    options, recorder, session = prepared.options, prepared.recorder, prepared.session
-    if not recorder.started:
-        prepared.check_nodes()
-    paths, concurrent_runs = session.paths, min(session.allocation.concurrent_runs, len(specs))
-    # each lock is an open file, and 1024 is a usual limit: raise it as far as needed and allowed
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = soft + len(specs)
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard)
-    )
-    for spec in specs:
-        session.stack.callback(lock_run(spec, paths).release)
-    lease(session.stack, paths.remote, list(map(paths.name, specs)), partial(say, prepared.console))
-    epochs = {spec.key: plan.count_epochs(spec, len(prepared.dataset.train)) for spec in specs}
-    display: Progress | JsonLines
-    if options.format in LINES:
-        display = LINES[options.format](sys.stdout, epochs)
-    else:
-        display = Progress(specs, epochs, prepared.console, concurrent_runs=concurrent_runs)
+    options: RunOptions
+    console: Console
+    session: Session
+    dataset: Dataset
+    recorder: Recorder
+    goal: Goal | None  # of --until-ci
+    specs: list[RunSpec]  # grow by the seeds that --until-ci adds
 
-    def note(spec: RunSpec, event: Any) -> None:
-        if isinstance(event, Telemetry):
-            recorder.nodes[spec.key].append(event.node)
-            return
-        earlier = recorder.begin(spec, event) if isinstance(event, Started) else []
-        display.event(spec, event)
-        display.resumes(spec, earlier)
+    def find_missing(self, specs: Sequence[RunSpec]) -> list[RunSpec]:
+        """Those that are not stored yet; all, by --force."""
+        return plan.pending(specs, () if self.options.force else self.recorder.find_finished(specs))
 
-    failures = 0
-    session.join()  # Ray's own handler of SIGTERM comes before ours
-    try:
-        with ExitStack() as stack:
-            outcomes = session.launch(
-                partial(train_run, paths=paths),
-                specs,
-                progress=note,
-                telemetry=NodeTelemetry,
-                progress_of=lambda event: event.epoch if isinstance(event, EpochMetrics) else 0,
-                leaving=stack.enter_context(stopping_on_sigterm(SIGTERM_SECONDS)),
-                row=lambda spec: replace(spec, seed=0),
+    # --- before training ---
+
+    def remarks(self, todo: Sequence[RunSpec]) -> Iterator[str]:
+        """What is to be known before training. Raises UserError for a goal of --until-ci that is out of reach."""
+        others = Counter(filter(None, (name_other_code(run.record) for run in self.recorder.known.values())))
+        for code, runs in others.items():  # the table will have them as they are
+            yield f"{runs} run{'s' * (runs != 1)} done already, by {code}; --force trains again"
+        # several workers with statistics of their own train another network than the published one
+        if local := [spec for spec in todo if spec.workers > 1 and spec.recipe.batch_norm == "local"]:
+            shares = "/".join(map(str, sorted({spec.recipe.batch_size // spec.workers for spec in local})))
+            yield (
+                f"batch norm over {shares} images a worker is another network than the published one: "
+                f"{local[0].workers} runs side by side with --workers 1 train that one and finish sooner; "
+                "--batch-norm sync trains it with several workers"
             )
-            stack.enter_context(display.live())
-            stack.enter_context(closing(outcomes))
-            for spec, outcome in outcomes:
-                failures += not recorder.end(spec, outcome, concurrent_runs=concurrent_runs)
-                display.ended(spec, outcome)
-                if failures and options.fail_fast:
-                    break
-    except TimeUp:  # perhaps just after the last run was stored: then nothing is left to stop
-        if options.force or options.until_ci or plan.pending(specs, recorder.find_finished(specs)):
+        if self.goal is not None:
+            yield from until_ci.forecast(self.goal, until_ci.known_errors(self.recorder, self.specs), self.dataset)
+
+    def preview(self, todo: Sequence[RunSpec]) -> int:
+        """Print the plan, or probe what is missing of it. Returns the exit code."""
+        options, failed = self.options, False
+        if options.dry_run:
+            self.print_plan()
+        else:
+            from harness.commands.probe import probe
+
+            if todo:
+                self.check_nodes()
+            what = "estimate" if options.estimate else "profile"
+            measured = self.recorder.environment.get("preflight", {}).get("all_reduce")
+            failed = probe(what, todo, self.session, self.console, measured)
+            if options.estimate:
+                self.recorder.remote.push(push_run, self.recorder.paths.out / ESTIMATES)
+        if self.goal is not None and not options.profile:
+            known = f"until its error is known to ±{self.goal.half:g} points"
+            say(self.console, f"and further seeds, to {self.goal.max_seeds} of a row, {known}")
+        return EXIT_FAILED if failed else EXIT_DONE
+
+    def print_plan(self) -> None:
+        """Print what is planned and what is done; what all runs share stands in a line of its own."""
+        specs, recorder, dataset = self.specs, self.recorder, self.dataset
+        finished, again = recorder.find_finished(specs), ", again by --force" * self.options.force
+
+        def line(spec: RunSpec) -> dict[str, object]:
+            waiting = "resumes" if recorder.paths.partial(spec).is_dir() else "to do"
+            return {
+                "variant": spec.variant, "depth": spec.network.depth, "seed": spec.seed,
+                "epochs": plan.count_epochs(spec, len(dataset.train)), "batch": spec.recipe.batch_size,
+                "loader": spec.loader, "precision": spec.precision, "engine": spec.engine,
+                "width": f"{width_of(spec)} on {'GPU' if spec.device == 'cuda' else 'CPU'}",
+                "set": " ".join(text for text in spec.overrides if not text.startswith(("epochs=", "batch_size="))),
+                "key": spec.key[:8], "state": f"done{again}" if spec.key in finished else waiting,
+            }  # fmt: skip
+
+        lines = list(map(line, specs))
+        columns = {name: [str(line[name]) for line in lines] for name in lines[0]}
+        same = {name: columns.pop(name)[0] for name in SHARED if len(set(columns[name])) == 1}
+        done = sum(spec.key in finished for spec in specs)
+        title = f"{len(specs)} run{'s' * (len(specs) != 1)} on {dataset.label}, {done} of them done already"
+        shared = ", ".join(f"{name} {value}" for name, value in same.items() if value)
+        left, spare = ("variant", *SHARED[2:], "key", "state"), ("key", *reversed(SHARED))
+        print_columns(columns, self.console, title=f"{title}\n{shared}", left=left, spare=spare)
+
+    def check_nodes(self) -> None:
+        """Refuse a cluster of several nodes that differ, and keep what was measured of them. Raises UserError."""
+        if self.options.address is not None:
+            how = {"exclude": self.options.exclude_outliers, "widest": self.options.estimate}
+            self.recorder.environment |= check_nodes(self.dataset, self.session, self.console, **how)
+
+    def check_devices(self, todo: Sequence[RunSpec]) -> list[RunSpec]:
+        """Give all runs a loader and an engine that work on their devices. Returns those to do. Raises RefusedError."""
+        job, resources, paths = self.session.allocation, self.session.resources, self.session.paths
+        checked = check_first(todo, job, resources, paths, self.console, skip=self.options.no_check)
+        self.recorder.environment |= checked.environment
+        self.recorder.warnings = checked.warnings
+        adapted = {spec: checked.adapt(spec) for spec in todo}
+        self.specs = list(dict.fromkeys(adapted.get(spec, spec) for spec in self.specs))
+        return self.find_missing(list(dict.fromkeys(adapted.values())))
+
+    # --- training ---
+
+    def train_all(self, todo: Sequence[RunSpec]) -> int:
+        """Train what is missing, then the further seeds of --until-ci. Returns the exit code."""
+        recorder, goal = self.recorder, self.goal
+        failures = self.train_batch(todo) if todo else 0
+        while goal is not None and not (failures and self.options.fail_fast):
+            known = until_ci.known_errors(recorder, self.specs)
+            more = until_ci.more_seeds(self.specs, known, goal, self.session.allocation.concurrent_runs)
+            if not more:
+                break
+            first = {row for row, runs in known.items() if len(runs.errors) < until_ci.FIRST}
+            recorder.added |= {spec.key: goal.half for spec in more if replace(spec, seed=0) not in first}
+            self.specs = [*self.specs, *more]
+            if todo := plan.pending(more, recorder.find_finished(more)):
+                failures += self.train_batch(todo)
+        return EXIT_FAILED if failures else EXIT_DONE
+
+    def train_batch(self, specs: Sequence[RunSpec]) -> int:
+        """Launch some runs and store what each comes to. Returns how many failed, or could not be stored at --out."""
+        from harness.training.telemetry import NodeTelemetry
+
+        options, recorder, session = self.options, self.recorder, self.session
+        if not recorder.started:
+            self.check_nodes()
+        paths, concurrent_runs = session.paths, min(session.allocation.concurrent_runs, len(specs))
+        # each lock is an open file, and 1024 is a usual limit: raise it as far as needed and allowed
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = soft + len(specs) if hard == resource.RLIM_INFINITY else min(soft + len(specs), hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        for spec in specs:
+            session.stack.callback(lock_run(spec, paths).release)
+        lease(session.stack, paths.remote, list(map(paths.name, specs)), partial(say, self.console))
+        epochs = {spec.key: plan.count_epochs(spec, len(self.dataset.train)) for spec in specs}
+        display: Progress | JsonLines
+        if options.format in LINES:
+            display = LINES[options.format](sys.stdout, epochs)
+        else:
+            display = Progress(specs, epochs, self.console, concurrent_runs=concurrent_runs)
+
+        def note(spec: RunSpec, event: Any) -> None:
+            if isinstance(event, Telemetry):
+                recorder.nodes[spec.key].append(event.node)
+                return
+            earlier = recorder.begin(spec, event) if isinstance(event, Started) else []
+            display.event(spec, event)
+            if earlier:
+                display.event(spec, earlier)
+
+        failures = 0
+        session.join()  # Ray's own handler of SIGTERM comes before ours
+        try:
+            with ExitStack() as stack:
+                leaving = stack.enter_context(stopping_on_sigterm(SIGTERM_SECONDS))
+                outcomes = session.launch(
+                    partial(train_run, paths=paths),
+                    specs,
+                    progress=note,
+                    telemetry=NodeTelemetry,
+                    progress_of=lambda event: event.epoch if isinstance(event, EpochMetrics) else 0,
+                    leaving=leaving,
+                    row=lambda spec: replace(spec, seed=0),
+                )
+                stack.enter_context(display.live())
+                stack.enter_context(closing(outcomes))
+                for spec, outcome in outcomes:
+                    failures += not recorder.end(spec, outcome, concurrent_runs=concurrent_runs)
+                    display.event(spec, outcome)
+                    if failures and options.fail_fast:
+                        break
+        except TimeUp:  # perhaps just after the last run was stored: then nothing is left to stop
+            if options.force or options.until_ci or plan.pending(specs, recorder.find_finished(specs)):
+                raise
+        except KeyboardInterrupt:
+            say(self.console, "stopped; the same command goes on from the last checkpoints")
             raise
-    except KeyboardInterrupt:
-        say(prepared.console, "stopped; the same command goes on from the last checkpoints")
-        raise
-    return failures
+        return failures
 
+    # --- after training ---
 
-# --- after training ---
+    def print_results(self) -> bool:
+        """Print the table of the command's runs, and write the page of all runs in the folder.
 
-
-def print_results(prepared: _Prepared, specs: Sequence[RunSpec]) -> bool:
-    """Print the table of the command's runs, and write the page of all runs in the folder.
-
-    Returns whether the runs meet what their preset demands.
-    """
-    options, recorder, console = prepared.options, prepared.recorder, prepared.console
-    paths, out = recorder.paths, recorder.paths.out
-    if options.format in LINES and not options.tensorboard:
-        return True
-    names = dict.fromkeys(map(paths.name, specs))
-    folders = (folder for name in names for folder in (out / name, partial_dir(out, name)) if folder.is_dir())
-    with collector_paused():
-        loaded = load_records([out], recorder.known)
-        mine = load_records(folders, {run.folder: run for run in loaded.records})
-    if options.tensorboard:
-        export_runs(mine.records, "tensorboard")
-        for stored in mine.records:
-            recorder.remote.push(push_run, stored.folder)
-    if options.format in LINES:
-        return True
-    met = print_report([out], console, ReportOptions(preset=options.preset), mine).met
-    if prepared.goal is not None:
-        for line in until_ci.shortfalls(prepared.goal, until_ci.known_errors(recorder, specs)):
-            say(console, line)
-    note = partial(say, console, style="dim")
-    if not recorder.started:
-        what = "this run was" if len(specs) == 1 else f"all {len(specs)} runs were"
-        note(f"{what} done already; --force trains again")
-    note(f"stored in {redact(paths.remote).partition('?')[0] or out}")
-    if page := say_page(out, console, loaded):
-        recorder.remote.push(push_file, page)
-    return met
+        Returns whether the runs meet what their preset demands.
+        """
+        options, recorder, console = self.options, self.recorder, self.console
+        paths, out = recorder.paths, recorder.paths.out
+        if options.format in LINES and not options.tensorboard:
+            return True
+        names = dict.fromkeys(map(paths.name, self.specs))
+        folders = (folder for name in names for folder in (out / name, partial_dir(out, name)) if folder.is_dir())
+        with collector_paused():
+            loaded = load_records([out], recorder.known)
+            mine = load_records(folders, {run.folder: run for run in loaded.records})
+        if options.tensorboard:
+            export_runs(mine.records, "tensorboard")
+            for stored in mine.records:
+                recorder.remote.push(push_run, stored.folder)
+        if options.format in LINES:
+            return True
+        met = print_report([out], console, ReportOptions(preset=options.preset), mine).met
+        if self.goal is not None:
+            for line in until_ci.shortfalls(self.goal, until_ci.known_errors(recorder, self.specs)):
+                say(console, line)
+        note = partial(say, console, style="dim")
+        if not recorder.started:
+            what = "this run was" if len(self.specs) == 1 else f"all {len(self.specs)} runs were"
+            note(f"{what} done already; --force trains again")
+        note(f"stored in {redact(paths.remote).partition('?')[0] or out}")
+        if page := say_page(out, console, loaded):
+            recorder.remote.push(push_file, page)
+        return met

@@ -18,18 +18,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import optuna
+from filelock import FileLock
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages.journal import BaseJournalBackend, JournalStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from rich.console import Console
 
 from harness import plan
 from harness.cluster.job import Failed, Started
+from harness.loaders.datasets import Dataset
 from harness.options import Grid, Search, fill
 from harness.progress import TrialTable, describe_trial, duration
 from harness.record import Recorder, classify, lock_run
@@ -38,14 +41,9 @@ from harness.results.remote import join_uri, push_run
 from harness.results.store import SWEEPS, load_epochs, load_predictions, write_atomic
 from harness.results.sweeps import TRIALS, Dimension, State, Sweep, Trial
 from harness.results.values import EpochMetrics, Pruned, RunResult
-from harness.search_space import SEARCHED, count_points, finite_values, grid_points, round_value
+from harness.search_space import SEARCHED, count_points, finite_values, grid_points
 from harness.selfcheck import Checked
 from harness.spec import RunSpec, UserError
-
-if TYPE_CHECKING:
-    from filelock import FileLock
-
-    from harness.loaders.datasets import Dataset
 
 SAMPLERS: dict[str, Callable[..., BaseSampler]] = {"random": RandomSampler, "tpe": TPESampler, "gp": GPSampler}
 STATES: dict[State, TrialState] = {
@@ -57,6 +55,8 @@ STATES: dict[State, TrialState] = {
 REDUCTION = 3  # of this many trials one continues, at each rung
 MEDIAN_TRIALS = 3  # must have finished before the median prunes
 ATTEMPTS = 20  # at a point that was not tried
+JOURNAL = "journal.log"
+FIGURES = 4  # significant ones of a drawn number, so that a command can be typed again
 
 
 class Journal(BaseJournalBackend):
@@ -169,15 +169,16 @@ class Study:
 
     def report(self, trial: Trial, epoch: int, metric: float, seconds: float) -> bool:
         """The metric after one more epoch; a known epoch changes nothing. True: prune the trial."""
+        storage, number = self._storage, trial.number - 1  # Optuna's, and its id as there is one study
         if epoch > trial.epochs:
             with self._journal.event():
                 trial.add_epoch(epoch, metric, seconds)
-                self._storage.set_trial_intermediate_value(self._id(trial), epoch, metric)
-                self._storage.set_trial_user_attr(self._id(trial), "seconds", trial.seconds)
+                storage.set_trial_intermediate_value(number, epoch, metric)
+                storage.set_trial_user_attr(number, "seconds", trial.seconds)
                 # asked of the last epoch, too: the others are judged by it
-                prune = self._study.pruner.prune(self._study, self._storage.get_trial(self._id(trial)))
+                prune = self._study.pruner.prune(self._study, storage.get_trial(number))
                 if prune and epoch < self.sweep.epochs:
-                    self._storage.set_trial_user_attr(self._id(trial), "pruned_at", epoch)
+                    storage.set_trial_user_attr(number, "pruned_at", epoch)
                     self.to_prune.add(trial.number)
         return trial.number in self.to_prune
 
@@ -185,12 +186,9 @@ class Study:
         """A trial is over."""
         with self._journal.event():
             trial.end(state, value, reason)
-            self._storage.set_trial_user_attr(self._id(trial), "reason", reason)
+            self._storage.set_trial_user_attr(trial.number - 1, "reason", reason)
             self._study.tell(trial.number - 1, value, state=STATES[state])
         self.to_prune.discard(trial.number)
-
-    def _id(self, trial: Trial) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(0, trial.number - 1)
 
     def _read(self, frozen: FrozenTrial) -> Trial:
         curve, known = sorted(frozen.intermediate_values.items()), {"seconds", "reason", "run", "key"}
@@ -214,9 +212,8 @@ class Study:
             study = optuna.create_study(sampler=SAMPLERS[self.sweep.search_algorithm](seed=number))
             ended = [STATES[state] for state in ("finished", "pruned", "failed")]
             for trial in self._study.get_trials(states=ended) if self.sweep.search_algorithm != "random" else ():
-                worst = create_trial(
-                    state=TrialState.PRUNED, params=trial.params, distributions=trial.distributions
-                )
+                point: dict[str, Any] = {"params": trial.params, "distributions": trial.distributions}
+                worst = create_trial(state=TrialState.PRUNED, **point)
                 study.add_trial(worst if trial.state == TrialState.FAIL else trial)
             own = [d for d in self.sweep.dimensions if d.function != "grid"]
             params = study.ask({d.field: self.distributions[d.field] for d in own}).params
@@ -232,9 +229,10 @@ def _distribution(d: Dimension) -> BaseDistribution:
 
 
 def _convert(d: Dimension, value: Any) -> Any:
-    """Optuna's value as the field's."""
+    """Optuna's value as the field's; a drawn number to `FIGURES` figures, within the bounds."""
     if d.function in ("loguniform", "uniform"):
-        return round_value(d, value)
+        low, high = d.values
+        return float(min(max(float(f"{value:.{FIGURES}g}"), low), high))
     return type(d.values[0])(value) if d.function == "randint" else value
 
 
@@ -260,22 +258,30 @@ def corners(dimensions: Sequence[Dimension], *, listed: bool = False) -> list[di
 
 
 @dataclass(slots=True)
-class Prepared:
-    """What is known before the first trial."""
+class Trials:
+    """What is known of a search before its first trial; after `begin`, its trials as `harness.cluster.search` sees them:
+    proposes runs, judges epochs, stores outcomes."""
 
     search: Search
     dataset: Dataset
     session: Session
+    console: Console
     sweep: Sweep = field(init=False)  # without its trials
     folder: Path = Path()
     checked: Checked = field(default_factory=Checked)
+    study: Study = field(init=False)
+    table: TrialTable = field(init=False)
+    recorder: Recorder = field(init=False)
+    interrupted: list[Trial] = field(init=False)  # of an earlier command
+    running: dict[str, tuple[Trial, RunSpec, FileLock, list[EpochMetrics]]] = field(default_factory=dict)
+
+    # --- before the first ---
 
     def make_spec(self, point: Mapping[str, Any], **changes: Any) -> RunSpec:
         """The run of one point. Raises UserError where it cannot be one."""
         grid, data = make_trial_grid(replace(self.search, **changes), point), self.dataset
-        (spec,) = plan.expand(
-            grid, self.session.allocation, fingerprint=data.fingerprint, train_images=len(data.train)
-        )
+        job, images = self.session.allocation, len(data.train)
+        (spec,) = plan.expand(grid, job, fingerprint=data.fingerprint, train_images=images)
         plan.check_images([spec], data)
         return spec
 
@@ -284,6 +290,19 @@ class Prepared:
         trials = f"{self.sweep.total} trials of {self.sweep.epochs} epoch{'s' * (self.sweep.epochs != 1)}"
         at_a_time = f"{self.session.allocation.concurrent_runs} at a time"
         return f"{trials}, {at_a_time}; judged by {self.sweep.judged_by}"
+
+    def begin(self) -> None:
+        """Open the journal: trials that an earlier command began go on."""
+        job = self.session.allocation
+        self.study = Study(self.folder / JOURNAL, self.sweep, seed=self.search.seed)
+        self.table = TrialTable(self.sweep, self.study.trials, self.console, job.concurrent_runs)
+        self.interrupted = [trial for trial in self.study.trials if trial.state == "running"]
+        about = {"launcher": "tune", "concurrent_runs": job.concurrent_runs, "sweep": self.sweep.name}
+        self.recorder = Recorder(
+            self.session.paths, self.dataset.original, {**about, **self.checked.environment}, self.table.say,
+            self.checked.warnings, classes=self.dataset.num_classes,
+        )  # fmt: skip
+        self.push()
 
     def what_fits(self, seconds: float) -> str:
         """What to do where no epoch was done within so many seconds."""
@@ -298,68 +317,50 @@ class Prepared:
         needs = f"it takes {needs} from the start, by --estimate"
         return f"{none}: {needs}; in {duration(seconds)} --limit-train {fit} would have fitted"
 
-
-class SweepTrials:
-    """The sweep as `harness.cluster.search` sees it: proposes runs, judges epochs, stores outcomes."""
-
-    def __init__(self, prepared: Prepared, study: Study, table: TrialTable) -> None:
-        self.prepared, self.study, self.table = prepared, study, table
-        self.sweep, self.paths = prepared.sweep, prepared.session.paths
-        self.running: dict[str, tuple[Trial, RunSpec, FileLock, list[EpochMetrics]]] = {}
-        self.interrupted = [trial for trial in study.trials if trial.state == "running"]
-        environment = {
-            "launcher": "tune", "concurrent_runs": prepared.session.allocation.concurrent_runs, "sweep": self.sweep.name,
-            **prepared.checked.environment,
-        }  # fmt: skip
-        dataset, warnings = prepared.dataset, prepared.checked.warnings
-        self.recorder = Recorder(
-            self.paths, dataset.original, environment, table.say, warnings, classes=dataset.num_classes
-        )
+    # --- while they run ---
 
     def store(self, **changes: Any) -> Sweep:
         """Write trials.json."""
         sweep = self.sweep.model_copy(update={"trials": self.study.trials, **changes})
-        write_atomic(self.prepared.folder / TRIALS, sweep.to_json())
+        write_atomic(self.folder / TRIALS, sweep.to_json())
         self.push()
         return sweep
 
     def push(self) -> None:
         """Copy the sweep's own files to the URI, if there is one."""
-        self.recorder.remote.push(
-            lambda uri, folder: push_run(join_uri(uri, SWEEPS), folder), self.prepared.folder
-        )
+        self.recorder.remote.push(lambda uri, folder: push_run(join_uri(uri, SWEEPS), folder), self.folder)
 
     def propose(self) -> tuple[str, RunSpec] | None:
         """The next trial that needs training; those that are stored already end here."""
-        study, out = self.study, self.paths.out
+        study, paths = self.study, self.session.paths
         while True:
             if self.interrupted:
                 trial = self.interrupted.pop(0)
-                spec = self.prepared.make_spec(trial.fields)
+                spec = self.make_spec(trial.fields)
             elif len(study.trials) < self.sweep.total and (point := study.propose()) is not None:
-                spec = self.prepared.make_spec(point)
-                trial = study.add(point, self.paths.name(spec), spec.key)
+                spec = self.make_spec(point)
+                trial = study.add(point, paths.name(spec), spec.key)
             else:
                 return None
             try:
-                lock = lock_run(spec, self.paths)
+                lock = lock_run(spec, paths)
             except UserError as error:
                 self._end(trial, "failed", reason=str(error))
                 continue
             name, result = str(trial.number), self.recorder.find_finished([spec]).get(spec.key)
             if result is not None:  # by whatever command
-                rows = load_epochs(out / trial.run)
+                rows = load_epochs(paths.out / trial.run)
                 for i in range(len(rows)):
                     self._report(trial, rows[: i + 1])
                 self._end(trial, "finished", measure(rows, self.sweep.metric, result), "was done already")
                 lock.release()
             elif trial.number in study.to_prune:  # the driver was killed between the decision and the record
-                self.running[name] = trial, spec, lock, load_epochs(self.paths.partial(spec))
+                self.running[name] = trial, spec, lock, load_epochs(paths.partial(spec))
                 self.recorder.started.setdefault(spec.key, datetime.now(UTC))
                 self.ended(name, None)
             else:
                 self.running[name] = trial, spec, lock, []
-                self.prepared.session.stack.callback(lock.release)  # where it is not ended
+                self.session.stack.callback(lock.release)  # where it is not ended
                 self.table.line(trial, f"starting, {describe_trial(trial)}")
                 return name, spec
 

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -22,13 +22,13 @@ from harness import plan
 from harness.cluster.job import Allocation, Report, Worker
 from harness.commands.report import print_text, say_page
 from harness.commands.run import EXIT_DONE, EXIT_FAILED
-from harness.commands.study import Prepared, Study, SweepTrials, corners, count_trials, make_trial_grid
+from harness.commands.study import JOURNAL, Study, Trials, corners, count_trials, make_trial_grid
 from harness.deadline import TimeUp, stopping_at, stopping_on_sigterm
 from harness.models.variants import default_depth, find_variant
 from harness.options import Resources, Search, TuneOptions, fill, options_of, read_values
 from harness.plugins import load_plugins, sources
 from harness.preflight import check_nodes
-from harness.progress import TrialTable, describe_trial, load_data, say
+from harness.progress import describe_trial, load_data, say
 from harness.record import describe_code, lease, lock_file
 from harness.resources import Session, make_allocation
 from harness.results.remote import join_uri, redact
@@ -38,9 +38,9 @@ from harness.results.sweeps import METRICS, Dimension, Sweep, Trial, best_first,
 from harness.results.values import RunResult
 from harness.search_space import parse_search
 from harness.selfcheck import RefusedError, check_first
-from harness.spec import RunPaths, RunSpec, UserError, check_word
+from harness.spec import RunPaths, RunSpec, UserError, check_word, mistakes
 
-JOURNAL, WINNER = "journal.log", "winner.json"
+WINNER = "winner.json"
 VAL = 5_000
 SEEDS = 5  # of the command that trains the winner
 
@@ -66,36 +66,33 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
     with ExitStack() as stack, stopping_at(options.until):
         allocation = make_allocation(make_trial_grid(search, {}), resources, stack)
         session = Session(allocation, resources, paths, stack)
-        prepared = Prepared(search, load_data(search.dataset, paths, console), session)
-        _plan(prepared, dimensions)
+        trials = Trials(search, load_data(search.dataset, paths, console), session, console)
+        specs = _plan(trials, dimensions)
         if look:
-            return _preview(prepared, console, estimate=options.estimate)
+            return _preview(trials, estimate=options.estimate)
         try:
-            _prepare(prepared, folder, console, skip=options.no_check)
+            _prepare(trials, specs, folder, skip=options.no_check)
         except RefusedError as error:
             say(console, str(error))
             return EXIT_FAILED
-        sweep, allocation = prepared.sweep, session.allocation
-        study = Study(prepared.folder / JOURNAL, sweep, seed=search.seed)
-        say(console, f"sweep {sweep.name}: {prepared.describe()}", style="dim")
+        say(console, f"sweep {trials.sweep.name}: {trials.describe()}", style="dim")
         session.join()
         from harness.cluster.search import search as run_search
 
-        trials = SweepTrials(prepared, study, TrialTable(sweep, study.trials, console, allocation.concurrent_runs))
-        trials.push()
-        job = replace(allocation, storage=prepared.folder / f".ray-{os.getpid()}")
+        trials.begin()
+        job = replace(session.allocation, storage=trials.folder / f".ray-{os.getpid()}")
         try:
             with stopping_on_sigterm(), trials.table.live():
                 run_search(partial(train_trial, paths=session.paths), trials, job)
         except KeyboardInterrupt as stop:  # TimeUp says more
-            say(console, f"{str(stop) or 'stopped'}; harness tune --resume {sweep.name} goes on")
-            if isinstance(stop, TimeUp) and not any(trial.epochs for trial in study.trials):
-                say(console, prepared.what_fits(stop.seconds))
+            say(console, f"{str(stop) or 'stopped'}; harness tune --resume {trials.sweep.name} goes on")
+            if isinstance(stop, TimeUp) and not any(trial.epochs for trial in trials.study.trials):
+                say(console, trials.what_fits(stop.seconds))
             raise
-    _print_sweep(prepared, trials.store(**weigh_both(study.trials, sweep.dimensions)), console)
+    _print_sweep(trials, trials.store(**weigh_both(trials.study.trials, trials.sweep.dimensions)))
     trials.push()  # the winner too
     say_page(out, console)
-    return EXIT_DONE if any(trial.state == "finished" for trial in study.trials) else EXIT_FAILED
+    return EXIT_DONE if any(trial.state == "finished" for trial in trials.study.trials) else EXIT_FAILED
 
 
 def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths) -> RunResult:
@@ -128,46 +125,43 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPath
 def _check(search: Search) -> tuple[Dimension, ...]:
     """Every check that needs neither data nor devices."""
     check_word(search.metric, tuple(METRICS), "--metric")
-    dimensions = parse_search(search.search)
+    dimensions, options = parse_search(search.search), options_of(Search)
     if not dimensions:
         raise UserError("--search is missing: name a field to search, as in --search 'lr=loguniform(0.01,1)'")
     if search.search_algorithm != "random" and any(d.function == "grid" for d in dimensions):
-        raise UserError(
-            f"--search-algorithm {search.search_algorithm} makes its own choice of points: choice(...) instead of"
-            " grid(...)"
-        )
-    options = options_of(Search)
+        own = f"--search-algorithm {search.search_algorithm} makes its own choice of points"
+        raise UserError(f"{own}: choice(...) instead of grid(...)")
     for name in {dimension.field for dimension in dimensions}:
         if name in search.settings:
             raise UserError(f"{name} is searched: leave --set {name}=... out")
         if name in options and getattr(search, name) != options[name].default:
             raise UserError(f"{name} is searched: leave {options[name].names[0]} out")
     if search.runs_per_gpu > 1 and search.metric == "epoch_seconds":
-        raise UserError(
-            "--metric epoch_seconds: runs that share a GPU slow each other down; leave --runs-per-gpu out"
-        )
+        slow = "runs that share a GPU slow each other down"
+        raise UserError(f"--metric epoch_seconds: {slow}; leave --runs-per-gpu out")
     for point in ({}, *corners(dimensions)):
         plan.check_grid(make_trial_grid(search, point))
     return dimensions
 
 
-def _plan(prepared: Prepared, dimensions: tuple[Dimension, ...]) -> None:
-    """Fix what was left to the devices and the data: a sweep that is resumed keeps it."""
-    search, dataset, session = prepared.search, prepared.dataset, prepared.session
+def _plan(trials: Trials, dimensions: tuple[Dimension, ...]) -> list[RunSpec]:
+    """Fix what was left to the devices and the data: a sweep that is resumed keeps it. Returns the space's corners."""
+    search, dataset, session = trials.search, trials.dataset, trials.session
     if search.metric == "top5_error" and dataset.num_classes <= 10:
         classes = f"{search.dataset} has {dataset.num_classes} classes"
         raise UserError(f"--metric top5_error: {classes}, too few for a top-5")
     listed, train_images = {d.field: d.values for d in dimensions}, len(dataset.train)
-    variants = [find_variant(name) for name in listed.get("variant", (search.variant,))]
+    names = listed.get("variant", (search.variant,))
+    variants = list(map(find_variant, names))
     depths = {default_depth(function) if search.depth is None else search.depth for function in variants}
     own = max(function(default_depth(function)).recipe.val for function in variants)
     val = own or min(VAL, min(search.limit_train or train_images, train_images) // 10)
     val = val if search.val is None else search.val
     total, allocation = count_trials(dimensions, search.samples), session.allocation
-    prepared.search = replace(search, val=val, gpus=allocation.gpus, workers=allocation.workers)
+    trials.search = replace(search, val=val, gpus=allocation.gpus, workers=allocation.workers)
     session.allocation = _allocate_trials(allocation, search, total)
     session.paths = replace(session.paths, label=dataset.label)
-    specs = list(map(prepared.make_spec, corners(dimensions)))
+    specs = list(map(trials.make_spec, corners(dimensions)))
     plan.check_epochs(specs, train_images)
     if any(spec.plugins for spec in specs):
         from harness.training.fit import check_fit
@@ -175,46 +169,44 @@ def _plan(prepared: Prepared, dimensions: tuple[Dimension, ...]) -> None:
         check_fit(specs, dataset, session.paths)
     epochs = sorted({plan.count_epochs(spec, train_images) for spec in specs})
     if len(epochs) > 1 and "variant" in listed:
-        raise UserError(
-            f"the recipes of these variants have {' and '.join(map(str, epochs))} epochs: choose with --epochs"
-        )
-    prepared.sweep = Sweep(
-        name="", variant="+".join(listed.get("variant", (search.variant,))),
-        depth=None if "depth" in listed or len(depths) > 1 else depths.pop(), dataset=dataset.label,
-        metric=search.metric, selected_on="val" if val else "test", val=val,
+        several = " and ".join(map(str, epochs))
+        raise UserError(f"the recipes of these variants have {several} epochs: choose with --epochs")
+    trials.sweep = Sweep(
+        name="", variant="+".join(names), depth=None if "depth" in listed or len(depths) > 1 else depths.pop(),
+        dataset=dataset.label, metric=search.metric, selected_on="val" if val else "test", val=val,
         epochs=plan.count_epochs(specs[0], train_images), scheduler=search.scheduler,
         search_algorithm=search.search_algorithm, total=total, dimensions=list(dimensions), trials=[],
     )  # fmt: skip
+    return specs
 
 
-def _preview(prepared: Prepared, console: Console, *, estimate: bool) -> int:
+def _preview(trials: Trials, *, estimate: bool) -> int:
     """Print what would be searched, or probe what its trials cost. Writes nothing but predictions."""
-    sweep, session = prepared.sweep, prepared.session
-    about = f"{sweep.title} on {sweep.dataset}: {prepared.describe()}"
+    sweep, session, console = trials.sweep, trials.session, trials.console
+    about = f"{sweep.title} on {sweep.dataset}: {trials.describe()}"
     say(console, "\n  ".join([about, *map(str, sweep.dimensions)]))
     if estimate:
         from harness.commands.probe import probe
 
         # a run costs the same whatever the numbers between two bounds are
-        cells = list(map(prepared.make_spec, corners(sweep.dimensions, listed=True)))
+        cells = list(map(trials.make_spec, corners(sweep.dimensions, listed=True)))
         failed = probe("estimate", [cells[i % len(cells)] for i in range(sweep.total)], session, console)
         say(console, "of trials in full: those that the scheduler stops early cost less", style="dim")
         return EXIT_FAILED if failed else EXIT_DONE
     known = sweep.total if sweep.search_algorithm == "random" else session.allocation.concurrent_runs
     with tempfile.TemporaryDirectory() as folder:
-        study = Study(Path(folder, JOURNAL), sweep, seed=prepared.search.seed)
+        study = Study(Path(folder, JOURNAL), sweep, seed=trials.search.seed)
         while len(study.trials) < known and (point := study.propose()) is not None:
-            spec = prepared.make_spec(point)
+            spec = trials.make_spec(point)
             trial = study.add(point, session.paths.name(spec), spec.key)
             done = (session.paths.out / trial.run / RECORD).exists()
             say(console, f"trial {trial.number}: {describe_trial(trial)}{'   done already' * done}")
     return EXIT_DONE
 
 
-def _prepare(prepared: Prepared, folder: Path | None, console: Console, *, skip: bool) -> None:
+def _prepare(trials: Trials, specs: Sequence[RunSpec], folder: Path | None, *, skip: bool) -> None:
     """Check the devices, and make the sweep's folder or lock the one that is resumed. Raises RefusedError."""
-    search, session, paths = prepared.search, prepared.session, prepared.session.paths
-    specs = list(map(prepared.make_spec, corners(prepared.sweep.dimensions)))
+    search, session, console, paths = trials.search, trials.session, trials.console, trials.session.paths
     checked = check_first(specs, session.allocation, session.resources, paths, console, skip=skip)
     adapted = [checked.adapt(spec) for spec in specs]
     if len({spec.loader for spec in specs}) > 1 and [a.loader for a in adapted] != [s.loader for s in specs]:
@@ -222,29 +214,27 @@ def _prepare(prepared: Prepared, folder: Path | None, console: Console, *, skip:
     if adapted[0] != specs[0]:
         search = replace(search, loader=adapted[0].loader, engine=adapted[0].engine)
     if session.resources.address is not None:
-        measured = check_nodes(prepared.dataset, session, console, exclude=session.resources.exclude_outliers)
+        measured = check_nodes(trials.dataset, session, console, exclude=session.resources.exclude_outliers)
         checked = replace(checked, environment={**checked.environment, **measured})
-    fingerprint, plugins = prepared.dataset.fingerprint, [source.identity for source in paths.plugins]
+    fingerprint, plugins = trials.dataset.fingerprint, [source.identity for source in paths.plugins]
     if folder is None:
-        folder = _make_folder(paths.out, prepared.sweep)
+        folder = _make_folder(paths.out, trials.sweep)
         stored = {
             "schema_version": 1, "name": folder.name, "options": asdict(search), "fingerprint": fingerprint,
             "created_at": datetime.now(UTC).isoformat(), "plugins": plugins, **describe_code(),
         }  # fmt: skip
         write_atomic(folder / SWEEP, json.dumps(stored, indent=1, default=str) + "\n")
     else:
-        before = json.loads((folder / SWEEP).read_bytes())
+        before, resumed = json.loads((folder / SWEEP).read_bytes()), f"--resume {folder.name}"
         if before["fingerprint"] != fingerprint:
-            raise UserError(f"--resume {folder.name}: its images of {search.dataset} differ from those here")
+            raise UserError(f"{resumed}: its images of {search.dataset} differ from those here")
         if changed := set(before.get("plugins", ())) - set(plugins):
-            raise UserError(
-                f"--resume {folder.name}: it was begun with plug-in {' and '.join(changed)}, changed since"
-            )
+            raise UserError(f"{resumed}: it was begun with plug-in {' and '.join(changed)}, changed since")
     busy = f"--resume {folder.name}: another harness command is running it"
     session.stack.callback(lock_file(folder / ".lock", busy).release)
     lease(session.stack, paths.remote, [folder.name], partial(say, console))
-    prepared.sweep = prepared.sweep.model_copy(update={"name": folder.name})
-    prepared.search, prepared.folder, prepared.checked = search, folder, checked
+    trials.sweep = trials.sweep.model_copy(update={"name": folder.name})
+    trials.search, trials.folder, trials.checked = search, folder, checked
 
 
 def _allocate_trials(allocation: Allocation, search: Search, total: int) -> Allocation:
@@ -279,10 +269,8 @@ def _find_sweep(out: Path, name: str, where: str) -> Path:
 
 def _load_search(folder: Path, search: Search, given: Collection[str]) -> Search:
     """The options a sweep was begun with; the command line may repeat them, not contradict them."""
-    try:
+    with mistakes((OSError, ValueError, KeyError, TypeError), f"--resume {folder.name}: {SWEEP} is broken: "):
         before = fill(Search, read_values(json.loads((folder / SWEEP).read_bytes())["options"], Search))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--resume {folder.name}: {SWEEP} is broken: {error}") from None
     for name, old in asdict(before).items():
         if name in given and getattr(search, name) != old and name != "data_dir":
             begun = f"sweep {folder.name} was begun with {old}, and continues with that"
@@ -294,9 +282,9 @@ def _load_search(folder: Path, search: Search, given: Collection[str]) -> Search
 # --- after ---
 
 
-def _print_sweep(prepared: Prepared, sweep: Sweep, console: Console) -> None:
+def _print_sweep(trials: Trials, sweep: Sweep) -> None:
     """The table of all trials, the fields' importance, and the command that trains the winner."""
-    names, ranked = [dimension.field for dimension in sweep.dimensions], best_first(sweep.trials)
+    names, ranked, console = [d.field for d in sweep.dimensions], best_first(sweep.trials), trials.console
     cells = [
         [
             str(trial.number), trial.state, f"{trial.epochs}/{sweep.epochs}",
@@ -309,19 +297,19 @@ def _print_sweep(prepared: Prepared, sweep: Sweep, console: Console) -> None:
     headers = ["trial", "state", "epochs", sweep.heading, *names, "seconds", ""]
     sheet = Sheet(headers, [True, False, *[True] * (len(names) + 3), False], cells)
     table = for_terminal(sheet, console.width if console.is_terminal else max(console.width, sheet.width))
-    finished, remote = ranked and ranked[0].state == "finished", prepared.session.paths.remote
-    command = shlex.join(write_winner(prepared, ranked[0])) if finished else ""
-    where = redact(join_uri(join_uri(remote, SWEEPS), sweep.name)).partition("?")[0] if remote else prepared.folder
+    finished, remote = ranked and ranked[0].state == "finished", trials.session.paths.remote
+    command = shlex.join(write_winner(trials, ranked[0])) if finished else ""
+    where = redact(join_uri(join_uri(remote, SWEEPS), sweep.name)).partition("?")[0] if remote else trials.folder
     values = {"sweep": sweep, "ranked": ranked, "table": table, "command": command, "where": where}
     print_text(fill_template("sweep.txt.j2", describe=describe_trial, **values), console)
 
 
-def write_winner(prepared: Prepared, trial: Trial) -> list[str]:
+def write_winner(trials: Trials, trial: Trial) -> list[str]:
     """Write the winner's specification: all its epochs, all training images, the test set; the command that trains it."""
-    path, paths = prepared.folder / WINNER, prepared.session.paths
-    spec = prepared.make_spec(trial.fields, epochs=None, val=0, limit_train=None)
+    path, paths = trials.folder / WINNER, trials.session.paths
+    spec = trials.make_spec(trial.fields, epochs=None, val=0, limit_train=None)
     write_atomic(path, json.dumps(spec.to_json(), indent=1) + "\n")
-    data = [word for file in prepared.search.plugin for word in ("--plugin", file)]
+    data = [word for file in trials.search.plugin for word in ("--plugin", file)]
     data += [] if paths.data_dir is None else ["--data-dir", str(paths.data_dir)]
     out = redact(paths.remote) or str(paths.out)
     return ["harness", "run", "--spec", str(path), "--seeds", str(SEEDS), *data, "--out", out]
