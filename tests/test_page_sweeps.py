@@ -20,8 +20,8 @@ from harness.results.report.charts import load_bundle, write_charts
 from harness.results.report.page import make_page
 from harness.results.report.sweeps import RANGE, draw_all, make_sweep_panel
 from harness.results.rows import summarise
-from harness.results.store import SWEEPS, finish, load_records
-from harness.results.sweeps import Dimension, Sweep, Trial, format_value, load_sweeps
+from harness.results.store import SWEEPS, Loaded, finish, load_records
+from harness.results.sweeps import Dimension, Sweep, Sweeps, Trial, format_value, load_sweeps
 
 VALUES = [9.0, 12.0, 41.0, 10.5, 60.0, 11.0]
 
@@ -275,7 +275,7 @@ def test_a_folder_of_nothing_but_a_sweep_has_a_page(tmp_path: Path) -> None:
     written = say_page(tmp_path, Console(quiet=True))
     assert written is not None
     assert "Sweep of msra-20" in written.read_text()
-    assert "Sweep of" not in make_html([])
+    assert "Sweep of" not in make_html([], Loaded([], [], []), Sweeps([], []))
 
 
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed")

@@ -32,7 +32,7 @@ from harness.results.report.table import FORMATS, render, render_comparison
 from harness.results.report.text import fill_template
 from harness.results.rows import Row, summarise
 from harness.results.store import Loaded, Problem, Stored, collector_paused
-from harness.results.sweeps import Sweep, Sweeps, load_sweeps
+from harness.results.sweeps import Sweeps, load_sweeps
 from harness.results.verify import verify
 from harness.spec import RunSpec, UserError, check_word, mistakes, refuse, suggest
 
@@ -43,7 +43,7 @@ COMPARISON_FORMATS = ("table", "markdown", "json")
 def find_results(words: Sequence[str], *, also: str = "") -> list[Path]:
     """Folders as they are; for a URI, the local folder into which its records were copied, and the files of runs whose
     names begin with `also`. Raises UserError."""
-    return [open_out(word, write=False, also=also)[0] if is_uri(word) else Path(word) for word in words]
+    return [open_out(word, write=False, also=also)[0] for word in words]
 
 
 def load_runs(paths: Sequence[Path], *, named: bool = True) -> Loaded:
@@ -144,7 +144,7 @@ def print_report(
     with mistakes(ValueError):
         rows = sort_rows(rows, options.sort) if options.sort is not None else rows
         if format == "html":
-            text = make_html(rows, [*loaded.problems, *searches.problems], columns, searches.sweeps)
+            text = make_html(rows, loaded, searches, columns)
         else:
             fit = output is None and console.is_terminal
             colour = fit and not console.no_color
@@ -173,7 +173,7 @@ def say_page(out: Path, console: Console, loaded: Loaded | None = None) -> Path 
     """Write the page of all runs in a folder into it, and say where; the runs are stored, whatever becomes of it."""
     loaded, searches, page = loaded or store.load_records([out]), load_sweeps([out]), out / PAGE
     try:
-        text = make_html(make_rows(loaded), [*loaded.problems, *searches.problems], sweeps=searches.sweeps)
+        text = make_html(make_rows(loaded), loaded, searches)
         with write_mistakes(str(page)):
             store.write_atomic(page, text)
     except UserError as error:
@@ -210,17 +210,13 @@ def export_results(words: Sequence[str], to: str) -> int:
     return exported
 
 
-def make_html(
-    rows: Sequence[Row],
-    problems: Sequence[Problem] = (),
-    columns: Sequence[str] = (),
-    sweeps: Sequence[Sweep] = (),
-) -> str:
+def make_html(rows: Sequence[Row], loaded: Loaded, searches: Sweeps, columns: Sequence[str] = ()) -> str:
     """The page for a browser. Raises ValueError for a column that does not exist."""
     from harness.results.report.charts import load_bundle
     from harness.results.report.page import make_page
 
     bundle, now = load_bundle(cache_dir()), datetime.now(UTC)
+    problems, sweeps = [*loaded.problems, *searches.problems], searches.sweeps
     return make_page(rows, bundle=bundle, made_at=now, columns=columns, problems=problems, sweeps=sweeps)
 
 
@@ -238,21 +234,16 @@ def print_text(text: str, console: Console, output: Path | None = None) -> None:
 
 def print_why(row: str, path: Path, console: Console) -> None:
     """Print the records, epochs and formulas behind every row of that name (msra-20), or the row of that number."""
-    rows = make_rows(load_runs([path]))
+    if not (rows := make_rows(load_runs([path]))):
+        raise UserError(f"no runs in {str(path)!r}")
     matches = [match for number, match in enumerate(rows, 1) if row in (match.name, str(number))]
-    numbers = ", ".join(f"{rows.index(match) + 1} on {match.dataset}" for match in matches)
-    refuse(
-        {
-            f"no runs in {str(path)!r}": not rows,
-            f"row {row}: {str(path)!r} has rows 1 to {len(rows)}": row.isdecimal() and not matches,
-            f"row {row!r} is on several data sets: give one by its number, {numbers}": len(
-                {m.dataset for m in matches}
-            )
-            > 1,
-        }
-    )
+    if row.isdecimal() and not matches:
+        raise UserError(f"row {row}: {str(path)!r} has rows 1 to {len(rows)}")
     if not matches:
         check_word(row, sorted({row.name for row in rows}), "row")
+    if len({match.dataset for match in matches}) > 1:
+        numbers = ", ".join(f"{rows.index(match) + 1} on {match.dataset}" for match in matches)
+        raise UserError(f"row {row!r} is on several data sets: give one by its number, {numbers}")
     print_text("\n".join(map(why, matches)), console)
 
 
@@ -281,14 +272,11 @@ def print_comparison(paths: Sequence[Path], console: Console, options: CompareOp
     """
     by, across = options.by, options.across
     check_word(options.format, COMPARISON_FORMATS, "--format")
-    given = f"{len(paths)} folder{'s' * (len(paths) != 1)} given"
-    refuse(
-        {
-            "--strict is for --fail-on, whose conditions it makes stricter": options.strict
-            and options.fail_on is None,
-            f"compare takes two folders, or --by FIELD: {given}": by is None and len(paths) != 2,
-        }
-    )
+    if options.strict and options.fail_on is None:
+        raise UserError("--strict is for --fail-on, whose conditions it makes stricter")
+    if by is None and len(paths) != 2:
+        given = f"{len(paths)} folder{'s' * (len(paths) != 1)} given"
+        raise UserError(f"compare takes two folders, or --by FIELD: {given}")
     with mistakes(ValueError, "--fail-on: "):
         conditions = parse_fail_on(options.fail_on) if options.fail_on is not None else []
     metrics = [condition.metric for condition in conditions]
@@ -319,7 +307,7 @@ def print_repro(run: str, path: str, console: Console) -> None:
     if folder.is_dir() and ((folder / store.RECORD).exists() or folder.name.endswith(store.PARTIAL)):
         matches = load_runs([folder]).records
         known = "no record to repeat; the command that started an interrupted run continues it"
-        refuse({f"{run}: {known}": not matches})
+        refuse({known: not matches}, f"{run}: ")
     else:
         records = load_runs(find_results([path])).records
         matches = [s for s in records if s.record.name == run or (len(run) >= 4 and s.record.key.startswith(run))]

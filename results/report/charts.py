@@ -86,9 +86,7 @@ class Panel:
             self.charts += charts
 
 
-def make_panels(
-    rows: Sequence[Row], labels: Sequence[str] = (), colours: Mapping[str, str] | None = None
-) -> list[Panel]:
+def make_panels(rows: Sequence[Row], labels: Sequence[str] = (), colours: Mapping[str, str] = {}) -> list[Panel]:
     """Charts for every data set that has a finished run or a curve. Reads the epochs of `MAX_RUNS` runs at most.
 
     `labels` are `make_labels(rows)`, where they have been made; `colours` those of runs that have one already.
@@ -99,7 +97,7 @@ def make_panels(
     best = sorted(rows, key=_final_error)
     runs = accumulate(sum(map(len, (row.done, row.failed, row.pruned, row.interrupted))) for row in best)
     chosen = {id(row) for row, so_far in zip(best, runs, strict=True) if so_far <= MAX_RUNS or row is best[0]}
-    panels = [_make_panel(members, chosen, colours or {}) for members in groups.values()]
+    panels = [_make_panel(members, chosen, colours) for members in groups.values()]
     return [panel for panel in panels if panel.charts]
 
 
@@ -119,9 +117,7 @@ def make_labels(rows: Sequence[Row]) -> list[str]:
 def make_styles(labels: Sequence[str]) -> dict[str, Style]:
     """Colours by network, dashes and shapes by the rest of the label; colours alone where one of them is enough."""
     parts = [label.partition(" · ")[::2] for label in labels]
-    networks, conditions = (
-        {name: k for k, name in enumerate(dict.fromkeys(part))} for part in zip(*parts, strict=True)
-    )
+    networks, conditions = ({n: k for k, n in enumerate(dict.fromkeys(p))} for p in zip(*parts, strict=True))
     styles = {}
     for label, (network, condition) in zip(labels, parts, strict=True):
         k, j = networks[network], conditions[condition]
@@ -269,7 +265,7 @@ def _points(rows: Mapping[str, Row], figure: str) -> Values:
     for point in (point for point in points if point["best"]):
         name, x, y = point["row"].partition(" · ")[0], point["cost"] / width, point["error"] / height
         long = LETTER * len(name)
-        left = x - long if x > long else x
+        left = x - long * (x > long)
         right = left + long
         if name not in taken and all(right < a or b < left or abs(y - c) > LINE for a, b, c in taken.values()):
             taken[name] = left, right, y

@@ -89,13 +89,10 @@ def to_csv(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
 
 def to_json(rows: Sequence[Row], columns: Sequence[str] = ()) -> str:
     """An object with the version of the schema, the rows, notes on single cells, and what the columns mean."""
-    notes = [
-        {
-            "text": text,
-            "cells": [{"row": i, "column": n} for i, n in sorted((i, n) for n in cells for i in cells[n])],
-        }
-        for text, cells in make_notes(rows).items()
-    ]
+    notes = []
+    for text, cells in make_notes(rows).items():
+        sorted_cells = sorted((i, name) for name in cells for i in cells[name])
+        notes.append({"text": text, "cells": [{"row": i, "column": name} for i, name in sorted_cells]})
     definitions = [{"column": column.name, "means": column.means} for column in make_columns() if column.means]
     parts: Mapping[str, Any] = {"rows": plain_values(rows, columns), "notes": notes, "definitions": definitions}
     # one value a line: json's own indenting takes twenty times as long

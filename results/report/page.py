@@ -156,7 +156,5 @@ def make_card(record: Record, *, about: str = "", classes: int | None = None) ->
     if record.result is None:
         raise ValueError(f"{record.name} has no result")
     version = (record.environment.get("versions") or {}).get("resnet-harness")
-    known = {"record": record, "result": record.result, "images": record.images(), "version": version}
-    return fill_template(
-        "card.md.j2", metrics=METRICS.values(), figures=figures, about=about, classes=classes, **known
-    )
+    known = {"record": record, "result": record.result, "images": record.images(), "metrics": METRICS.values()}
+    return fill_template("card.md.j2", figures=figures, about=about, classes=classes, version=version, **known)

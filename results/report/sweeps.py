@@ -52,10 +52,8 @@ def make_sweep_panel(sweep: Sweep) -> Panel:
     spec = make_spec("parallel", axes=[-0.45, len(axes) + 0.25], heads=heads, ticks=ticks)
     panel.charts.append(Chart("parallel", f"Every trial is a line through its values to its {metric}{note}", spec))
     for j, (axis, d) in enumerate(zip(axes, sweep.dimensions, strict=True)):
-        scale = "log" if d.log else "linear"
-        x = make_spec(
-            "numbers" if d.continuous else "words", field=f"x{j}", title=axis.title, scale=scale, ends=axis.ends
-        )
+        kind, scale = "numbers" if d.continuous else "words", "log" if d.log else "linear"
+        x = make_spec(kind, field=f"x{j}", title=axis.title, scale=scale, ends=axis.ends)
         caption = f"{metric} against {axis.title}{' on a log scale' * d.log}{note}"
         panel.charts.append(Chart(f"slice-{axis.title}", caption, make_spec("slice", x=x, metric=metric)))
     return panel

@@ -133,12 +133,8 @@ def escape_markdown(text: str) -> str:
 
 def for_latex(sheet: Sheet, left_out: Sequence[str] = ()) -> str:
     """A floating table of the package booktabs: caption, label, numbers aligned at the point, notes below."""
-    columns = [
-        _latex_column(header, cells, right=right)
-        for header, right, *cells in zip(sheet.headers, sheet.right, *sheet.cells, strict=True)
-    ]
-    kinds, cells = zip(*columns, strict=True)
-    header, *lines = [" & ".join(line) + r" \\" for line in zip(*cells, strict=True)]
+    kinds, words = zip(*map(_latex_column, sheet.headers, sheet.right, *sheet.cells), strict=True)
+    header, *lines = [" & ".join(line) + r" \\" for line in zip(*words, strict=True)]
     below = map(escape_latex, filter(None, [*sheet.notes, "; ".join(sheet.means)]))
     without = f"\n% too narrow for {', '.join(left_out)}: --columns chooses" if left_out else ""
     return Template((HERE / "table.tex").read_text(encoding="utf-8")).substitute(
@@ -147,7 +143,7 @@ def for_latex(sheet: Sheet, left_out: Sequence[str] = ()) -> str:
     )  # fmt: skip
 
 
-def _latex_column(header: str, cells: Sequence[str], *, right: bool) -> tuple[str, list[str]]:
+def _latex_column(header: str, right: bool, *cells: str) -> tuple[str, list[str]]:
     """How it is aligned, and its header and cells. Numbers are two columns that meet at the point."""
     words = list(map(escape_latex, (header, *cells)))
     parts = [re.findall(r"^(−?[\d,]*)(.*)", cell)[0] for cell in cells]  # at the point
