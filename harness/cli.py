@@ -178,9 +178,7 @@ def evaluate(commands: Any, console: Any, options: groups.EvalOptions) -> None:
 @command("check", groups.CheckOptions)
 def check(commands: Any, console: Any, options: groups.CheckOptions, plugins: Plugins = None) -> Any:
     """Say what this machine lacks, and measure whether it trains rightly; or whether plug-ins do."""
-    if plugins:
-        return import_module("harness.commands.check_plugins").check_plugins(plugins, console)
-    return commands.print_findings(options, console)
+    return commands.check_plugins(plugins, console) if plugins else commands.print_findings(options, console)
 
 
 def main() -> None:

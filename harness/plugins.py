@@ -50,6 +50,7 @@ FILLED = {
 """The parameters that are filled by name, by kind; a loader is called by place."""
 PRIVATE = "harness_plugin_{}"
 """The module of a plug-in's file, by its name."""
+LISTS = {f"{kind.upper()}S": kind for kind in TABLES}
 
 
 class PluginError(UserError):
@@ -70,16 +71,23 @@ class Loaded:
     owned: dict[tuple[str, str], Note] = field(default_factory=dict)  # by kind and name
 
     @property
-    def files(self) -> set[str]:
-        return {str(Path(self.source.folder, file)) for file, _ in self.source.files}
+    def modules(self) -> dict[str, str]:
+        """What it is made of, and their files. A file of its own has a name that no import finds."""
+        found, source = {}, self.source
+        for file, _ in source.files:
+            name = ".".join(Path(file).with_suffix("").parts).removesuffix(".__init__")
+            private = file == source.main and not source.module
+            found[PRIVATE.format(source.name) if private else name] = str(Path(source.folder, file))
+        return found
 
     def explain(self, error: BaseException, where: str) -> PluginError:
         """By the innermost line of the plug-in's own, or else `where`."""
         if isinstance(error, PluginError):
             return error
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in self.files]
+        files = set(self.modules.values())
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, SyntaxError) and error.filename in self.files:
+        if isinstance(error, SyntaxError) and error.filename in files:
             where, text = place(error.filename, error.lineno), f"syntax error: {error.msg}"
         elif frames:
             where = place(frames[-1].filename, frames[-1].lineno)
@@ -207,7 +215,7 @@ def _load(source: Source) -> Loaded:
         if known.source.path != source.path:
             raise PluginError(f"{where}: another plug-in has this name, {known.source.path}: rename one")
         unload(source.name)
-    for name, file in _modules(source).items():
+    for name, file in loaded.modules.items():
         if name in sys.modules and (other := getattr(sys.modules[name], "__file__", None)) != file:
             raise PluginError(f"{file}: a module {name} is imported already, of {other or 'Python'}: rename one")
     if source.folder not in sys.path:
@@ -217,7 +225,7 @@ def _load(source: Source) -> Loaded:
     try:
         module = _execute(source)
         taken = [note for other in LOADED.values() for note in other.owned.values()]  # of a module that two import
-        notes = [note for note in NOTES if note.file in loaded.files and note not in taken]
+        notes = [note for note in NOTES if note.file in loaded.modules.values() and note not in taken]
         for note in [*notes, *_read_lists(loaded, module)]:
             where = place(note.file, note.line)
             _enter(loaded, note)
@@ -253,19 +261,9 @@ def unload(name: str) -> None:
             ROWS.pop(entry, None)
         if kind == "optimizer":
             CAPTURABLE.discard(entry)
-    NOTES[:] = [note for note in NOTES if note.file not in loaded.files]
-    for module in _modules(loaded.source):
+    NOTES[:] = [note for note in NOTES if note.file not in loaded.modules.values()]
+    for module in loaded.modules:
         sys.modules.pop(module, None)
-
-
-def _modules(source: Source) -> dict[str, str]:
-    """The modules that a plug-in is made of, and their files. A file of its own has a name that no import finds."""
-    found = {}
-    for file, _ in source.files:
-        name = ".".join(Path(file).with_suffix("").parts).removesuffix(".__init__")
-        private = file == source.main and not source.module
-        found[PRIVATE.format(source.name) if private else name] = str(Path(source.folder, file))
-    return found
 
 
 def _read_lists(loaded: Loaded, module: ModuleType) -> Iterator[Note]:
@@ -275,11 +273,9 @@ def _read_lists(loaded: Loaded, module: ModuleType) -> Iterator[Note]:
     for node in ast.parse(text).body:
         for target in getattr(node, "targets", [getattr(node, "target", None)]):
             word = getattr(target, "id", "")
-            kind = word.lower().removesuffix("s")
-            if kind not in TABLES or not word.isupper():
+            if (kind := LISTS.get(word)) is None:
                 continue
-            listed = getattr(module, word)
-            if not isinstance(listed, Mapping):
+            if not isinstance(listed := getattr(module, word), Mapping):
                 raise PluginError(f"{place(str(file), node.lineno)}: {word} is no dictionary of names")
             for name, made in listed.items():
                 row = dict(made) if kind == "variant" else {}
@@ -294,10 +290,8 @@ def _enter(loaded: Loaded, note: Note) -> None:
     kind, name, options = note.kind, note.name, note.options
     for table in ("network", "variant") if kind == "network" else (kind,):
         if name in TABLES[table]:
-            by = "built in"
-            for owner in used_by([(table, name)]):
-                first = owner.owned[table, name]
-                by = f"by {place(first.file, first.line)}"
+            others = [owner.owned[table, name] for owner in used_by([(table, name)])]
+            by = f"by {place(others[0].file, others[0].line)}" if others else "built in"
             raise UserError(f"{table} {name!r} is registered already, {by}")
     loaded.owned[kind, name] = note
     if kind != "variant":

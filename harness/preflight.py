@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import shutil
 import statistics
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
 
+from harness.checklist import Result
+from harness.cluster import nodes
 from harness.cluster.job import Allocation, Failed
-from harness.cluster.nodes import (
-    Unanswered,
-    ask_every_node,
-    choose_world_size,
-    count_runs,
-    fit,
-    inspect_cluster,
-    working_nodes,
-)
+from harness.cluster.nodes import Unanswered
 from harness.cluster.workers import driver_clock
+from harness.loaders.datasets import DataError, Dataset, load_dataset
 from harness.network import find_idle_infiniband
-from harness.plugins import used_by
+from harness.plugins import load_sources, used_by
 from harness.progress import make_table, say
 from harness.record import DALI_WHEELS, installed_version
+from harness.resources import Session
 from harness.results.identity import hash_code
 from harness.results.remote import StorageError, find_sentinels, leave_sentinel, remove_sentinels
 from harness.spec import RunPaths, UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from harness.loaders.datasets import Dataset
-    from harness.resources import Session
 
 PACKAGES = ("torch", "torchvision", "ray", "numpy", *DALI_WHEELS)
 LEAST_DISK_GIB = 2.0  # for a grid's checkpoints and weights, and a decoded data set
@@ -47,8 +40,8 @@ NAMED_CLOCK_SECONDS, LARGEST_CLOCK_SECONDS = 0.5, 60.0  # a clock that is furthe
 NETWORK_SECONDS = 60.0  # for workers that measure all-reduces to find room
 OUTLIER_SHARE = 0.25  # below the median node
 ROWS_SHOWN = 40
+ELSEWHERE = "another folder, or none"
 COLUMNS = ("node", "what", "there", "here")  # of a difference from this machine, or from what is needed
-Facts = Mapping[str, Any]  # of a node
 Difference = tuple[str, str, str, str]
 
 
@@ -68,9 +61,7 @@ def read_clock(there: Callable[[], float]) -> tuple[float, float]:
     half of the quickest of some round trips (Cristian, Probabilistic clock synchronization, 1989)."""
     readings = []
     for _ in range(CLOCK_READINGS):
-        sent = time.time()
-        read = there()
-        received = time.time()
+        sent, read, received = time.time(), there(), time.time()
         readings.append(((received - sent) / 2, (sent + received) / 2 - read))
     uncertainty, ahead = min(readings)
     return ahead, uncertainty
@@ -78,18 +69,10 @@ def read_clock(there: Callable[[], float]) -> tuple[float, float]:
 
 def answer(paths: RunPaths, dataset: str, sentinel: str, clock: Callable[[], float]) -> dict[str, Any]:
     """The facts of the node this runs on; leaves a file beside the driver's `sentinel` in the results folder."""
-    from harness.loaders.datasets import DataError, load_dataset
-    from harness.plugins import load_sources
     from harness.training.rates import measure_rates
 
     uri = paths.remote or paths.out.as_uri()
-    facts: dict[str, Any] = {
-        **describe(),
-        "clock": read_clock(clock),
-        "out": "another folder, or none",
-        "disk": 0.0,
-        "rates": {},
-    }
+    facts: dict[str, Any] = {**describe(), "clock": read_clock(clock), "out": ELSEWHERE, "disk": 0.0, "rates": {}}
     try:
         if sentinel in find_sentinels(uri, sentinel):
             facts["out"] = f"{sentinel}-{uuid.uuid4().hex}"
@@ -110,7 +93,7 @@ def answer(paths: RunPaths, dataset: str, sentinel: str, clock: Callable[[], flo
 
 
 def compare(
-    here: Mapping[str, str], answers: Mapping[str, Facts | Unanswered], sentinels: Collection[str]
+    here: Mapping[str, str], answers: Mapping[str, dict[str, Any] | Unanswered], sentinels: Collection[str]
 ) -> list[Difference]:
     """Everything that differs. `sentinels` are the files of the nodes that the driver sees in its results folder."""
     differences: list[Difference] = []
@@ -122,8 +105,8 @@ def compare(
         if facts["out"] not in sentinels:
             differences.append((node, "--out", facts["out"], "must be one shared folder"))
         elif facts["disk"] < LEAST_DISK_GIB:
-            needed = f"at least {LEAST_DISK_GIB:.0f} GiB"
-            differences.append((node, "disk", f"{facts['disk']:.1f} GiB free", needed))
+            free, needed = f"{facts['disk']:.1f} GiB free", f"at least {LEAST_DISK_GIB:.0f} GiB"
+            differences.append((node, "disk", free, needed))
         ahead, uncertainty = facts["clock"]
         if abs(ahead) - uncertainty > LARGEST_CLOCK_SECONDS:
             differences.append((node, "clock", f"{abs(ahead):.0f} s {'ahead' if ahead > 0 else 'behind'}", ""))
@@ -156,14 +139,13 @@ def find_wrong_clocks(clocks: Mapping[str, tuple[float, float]]) -> list[str]:
 
 def leave_out(slow: Collection[str], job: Allocation) -> Allocation:
     """The job without these of the `working_nodes`. Raises UserError where it has no room then."""
-    nodes = working_nodes()
-    job = replace(job, avoid=tuple(nodes[name] for name in slow))
-    cluster = inspect_cluster(job.avoid)
-    fitted = fit(cluster, job)
-    if fitted.concurrent_runs:
+    every = nodes.working_nodes()
+    job = replace(job, avoid=tuple(every[name] for name in slow))
+    cluster = nodes.inspect_cluster(job.avoid)
+    if (fitted := nodes.fit(cluster, job)).concurrent_runs:
         return fitted
-    if not any(count_runs(cluster, replace(job, workers=width)) for width in job.fallback_world_sizes):
-        stay = f"{len(nodes) - len(slow)} of {len(nodes)} nodes stay, without {', '.join(slow)}"
+    if not any(nodes.count_runs(cluster, replace(job, workers=width)) for width in job.fallback_world_sizes):
+        stay = f"{len(every) - len(slow)} of {len(every)} nodes stay, without {', '.join(slow)}"
         raise UserError(f"--exclude-outliers: {stay}: no room for a run of {job.workers} workers")
     return replace(job, concurrent_runs=1)
 
@@ -172,12 +154,7 @@ def measure_network(session: Session, workers: int) -> dict[str, Any]:
     """All-reduces between so many workers, placed as a run's are, and what NCCL says; or "reason", why there are none."""
     from harness.training.rates import measure_network as measure
 
-    job = replace(
-        session.allocation, workers=workers, concurrent_runs=1, retries=0, fallback_world_sizes=(),
-        placement_timeout_seconds=NETWORK_SECONDS,
-    )  # fmt: skip
-    what: Any = ("all-reduce",)  # launchers take any specification
-    ((_, outcome),) = replace(session, allocation=job).launch(measure, what, progress=lambda *_: None)
+    outcome = session.launch_once(measure, "all-reduce", NETWORK_SECONDS, workers=workers, fallback_world_sizes=())
     return {"reason": outcome.message} if isinstance(outcome, Failed) else outcome
 
 
@@ -189,7 +166,7 @@ def check_nodes(
     Prints a table of what differs and raises UserError, or names slow nodes, which the session then leaves out where
     they are to be excluded, and returns what was measured of each and between a run's workers, or all that there is room for.
     """
-    if len(working_nodes()) < 2:
+    if len(nodes.working_nodes()) < 2:
         return {}
     paths = session.paths
     uri, sentinel = paths.remote or paths.out.as_uri(), f".preflight-{uuid.uuid4().hex[:12]}"
@@ -198,7 +175,7 @@ def check_nodes(
         own = tuple(loaded.source for loaded in used_by([("dataset", dataset.name)]))
         with driver_clock() as clock:
             ask = partial(answer, replace(paths, plugins=own), dataset.name, sentinel, clock)
-            answers = ask_every_node(ask)
+            answers = nodes.ask_every_node(ask)
         sentinels = find_sentinels(uri, sentinel)
     finally:
         remove_sentinels(uri, sentinel)
@@ -208,8 +185,8 @@ def check_nodes(
         for difference in differences[:ROWS_SHOWN]:
             table.add_row(*map(escape, difference))  # another machine's text is never taken for markup
         console.print(table)
-        nodes = len({node for node, *_ in differences})
-        raise UserError(f"{nodes} of {len(answers)} nodes are not ready: the table says what differs")
+        wrong = len({node for node, *_ in differences})
+        raise UserError(f"{wrong} of {len(answers)} nodes are not ready: the table says what differs")
     facts = {node: facts for node, facts in answers.items() if not isinstance(facts, Unanswered)}
     rates, clocks = ({node: own[what] for node, own in facts.items()} for what in ("rates", "clock"))
     slow = find_outliers(rates)
@@ -223,8 +200,8 @@ def check_nodes(
         preflight["excluded"] = list(slow)
         say(console, f"left out, as --exclude-outliers says: {', '.join(slow)}")
     job = session.allocation
-    cluster = inspect_cluster(job.avoid)
-    workers = count_runs(cluster, replace(job, workers=1)) if widest else choose_world_size(cluster, job)
+    cluster, choose = nodes.inspect_cluster(job.avoid), nodes.choose_world_size
+    workers = nodes.count_runs(cluster, replace(job, workers=1)) if widest else choose(cluster, job)
     if workers > 1:
         anywhere = replace(session, allocation=replace(job, placement="pack"))
         preflight |= measure_network(anywhere if widest else session, workers)
@@ -233,3 +210,36 @@ def check_nodes(
         if "reason" in preflight:
             say(console, f"all-reduces were not measured: {preflight['reason']}")
     return {"preflight": preflight}
+
+
+def measure_cluster(session: Session) -> Iterator[Result]:
+    """For `harness check`: what each node gives, and its clock; all-reduces within and between nodes, by a worker on each GPU
+    or by two on each node; NCCL's network."""
+    from harness.training.rates import measure_rates
+
+    rates, clocks, here = {}, {}, Path(tempfile.gettempdir())
+    with driver_clock() as clock:
+        answers = nodes.ask_every_node(lambda: (measure_rates(here, load_dataset("digits")), read_clock(clock)))
+    for node, answer in answers.items():
+        if isinstance(answer, Unanswered):
+            yield Result(node, "failed", answer.reason)
+        else:
+            rates[node], clocks[node] = answer
+            figures = [f"{figure} {value:.3g}" for figure, value in rates[node].items()]
+            yield Result(node, "ok", ", ".join([*figures, "clock {:+.2g} ± {:.1g} s".format(*clocks[node])]))
+    for line in (*itertools.chain(*find_outliers(rates).values()), *find_wrong_clocks(clocks)):
+        yield Result("nodes", "absent", line)
+    cluster, job = nodes.inspect_cluster(), replace(session.allocation, workers=1, threads=1, placement="spread")
+    workers = nodes.count_runs(cluster, job)
+    if job.device == "cpu":
+        workers = min(workers, 2 * sum(node.cpus > 0 for node in cluster))
+    measured = measure_network(replace(session, allocation=job), workers) if workers > 1 else {}
+    if "reason" in measured:
+        yield Result("all-reduce", "failed", measured["reason"])
+    for way, of in measured.get("all_reduce", {}).items():
+        bandwidth = f"{of['algorithm_gb_per_s']:.3g} GB/s, {of['bus_gb_per_s']:.3g} GB/s on the bus"
+        yield Result("all-reduce", "ok", f"{way}, {of['ranks']} workers: {of['latency_us']:.3g} µs, {bandwidth}")
+    for said in measured.get("nccl", {}).values():
+        yield Result("NCCL", "ok", "; ".join(f"{what} {', '.join(said[what])}" for what in said if said[what]))
+    for line in find_idle_infiniband(measured.get("nccl", {})):
+        yield Result("NCCL", "absent", line)

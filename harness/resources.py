@@ -151,3 +151,13 @@ class Session:
         at_uri = self.paths.remote and self.resources.address
         storage = join_uri(self.paths.remote, ".ray") if at_uri else self.paths.out / ".ray"
         return cast("Runs", start(train, specs, replace(self.allocation, storage=storage), **callbacks))
+
+    def launch_once(self, train: Callable[..., Any], what: Any, seconds: float, **changes: Any) -> Any:
+        """The outcome of one `train(what, worker, report)`, Failed where its workers find no room within `seconds`; `changes`
+        are of the allocation."""
+        self.join()
+        alone = replace(
+            self.allocation, concurrent_runs=1, retries=0, placement_timeout_seconds=seconds, **changes
+        )
+        ((_, outcome),) = replace(self, allocation=alone).launch(train, [what], progress=lambda *_: None)
+        return outcome

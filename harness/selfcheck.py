@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -24,16 +24,15 @@ from typing import Any
 from rich.console import Console
 
 from harness.checklist import BY_NAME, CHECKS, REFUSE, WARN, Check, Result
-from harness.cluster.job import Allocation, Failed, Report, Worker
+from harness.cluster.job import Failed
 from harness.cluster.nodes import Unanswered, ask_every_node
 from harness.loaders.cache import cache_dir
-from harness.options import Resources
 from harness.progress import say
 from harness.record import DALI_WHEELS, installed_version
 from harness.resources import Session
 from harness.results.identity import hash_code
 from harness.results.store import write_atomic
-from harness.spec import RunPaths, RunSpec
+from harness.spec import RunSpec
 from harness.training.nvml import driver_version, open_visible
 
 SECONDS = 90.0  # at most, before a first run
@@ -92,10 +91,11 @@ def identify(model: str | None = None) -> dict[str, str]:
     return {"device": model or "cpu", "driver": driver, "code": hash_code(), **versions}
 
 
-def find_devices(allocation: Allocation, address: str | None) -> list[Device]:
+def find_devices(session: Session) -> list[Device]:
     """The devices of this machine, or one of each kind of a cluster's nodes. A cluster must have been joined."""
+    allocation = session.allocation
     on_gpu, threads = allocation.device == "cuda", allocation.threads
-    if address is None:
+    if session.resources.address is None:
         models = {"cpu": "cpu"}
         if on_gpu:
             gpus = open_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))[: allocation.gpus]
@@ -116,34 +116,21 @@ def find_devices(allocation: Allocation, address: str | None) -> list[Device]:
     return list(kinds.values())
 
 
-def make_ranks(
-    allocation: Allocation, resources: Resources, paths: RunPaths | None, devices: Sequence[Device]
-) -> Device:
+def make_ranks(session: Session, devices: Sequence[Device]) -> Device:
     """As many ranks as a run has, launched as its are. They leave out what is not begun in time."""
 
     def measure_ranks(names: Sequence[str], seconds: float) -> list[Result]:
-        alone = replace(allocation, concurrent_runs=1, retries=0, placement_timeout_seconds=seconds)
-        with ExitStack() as stack:
-            out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-check-")))
-            session = Session(alone, resources, paths or RunPaths(out=out), stack)
-            check: Any = tuple(names)  # launchers take any specification
-            runs = session.launch(partial(_check_ranks, seconds=seconds), [check], progress=lambda *_: None)
-            ((_, outcome),) = runs
+        from harness.training.checks import run_rank_checks
+
+        outcome = session.launch_once(partial(run_rank_checks, seconds=seconds), tuple(names), seconds)
         if isinstance(outcome, Failed):
             state = "left out" if outcome.message.startswith("no room") else "failed"
             return [Result(name, state, outcome.message) for name in names]
         return list(outcome)
 
     models = " + ".join(sorted({device.combination["device"] for device in devices}))
-    workers = str(allocation.workers)
+    workers = str(session.allocation.workers)
     return Device(f"{workers} ranks", {**identify(models), "workers": workers}, measure_ranks, ranks=True)
-
-
-def _check_ranks(names: Sequence[str], worker: Worker, report: Report, *, seconds: float) -> list[Result]:
-    """In each rank: only there is torch imported."""
-    from harness.training.checks import run_rank_checks
-
-    return run_rank_checks(names, worker, seconds)
 
 
 def measure(device: str, threads: int, names: Sequence[str], seconds: float) -> Iterator[Result]:
@@ -213,20 +200,17 @@ def rests_on(runs: Sequence[RunSpec]) -> list[Check]:
     return [check for check in CHECKS if any(map(check.concerns, runs))]
 
 
-def check_first(
-    specs: Sequence[RunSpec], allocation: Allocation, resources: Resources, paths: RunPaths, console: Console, *,
-    skip: bool = False,
-) -> Checked:  # fmt: skip
+def check_first(specs: Sequence[RunSpec], session: Session, console: Console, *, skip: bool = False) -> Checked:
     """Check what these runs rest on where it is not known yet, for at most SECONDS; nothing for runs on the CPU. Says what
     fails, and what runs do about it. Raises RefusedError where nothing right is left."""
-    if allocation.device == "cpu" or not specs:
+    if session.allocation.device == "cpu" or not specs:
         return Checked()
     results, devices, runs = dict[str, Result](), dict[str, Device](), list(specs)
-    cache, until = paths.cache_dir or cache_dir(), time.monotonic() + SECONDS
+    cache, until = session.paths.cache_dir or cache_dir(), time.monotonic() + SECONDS
     if not skip:
-        devices = {device.key: device for device in find_devices(allocation, resources.address)}
-        if allocation.workers > 1:
-            devices["ranks"] = make_ranks(allocation, resources, paths, list(devices.values()))
+        devices = {device.key: device for device in find_devices(session)}
+        if session.allocation.workers > 1:
+            devices["ranks"] = make_ranks(session, list(devices.values()))
     while missing := [check for check in rests_on(runs) if check.name not in results and not skip]:
         for device in devices.values():
             names = [check.name for check in missing if check.ranks == device.ranks]
@@ -242,20 +226,14 @@ def check_first(
             results.setdefault(check.name, Result(check.name, "left out", "no such device was there"))
         runs = [Checked(results).adapt(run) for run in runs]
     states = [results[check.name].state for check in rests_on(runs) if check.name in results]
-    failed = [result for result in results.values() if result.state == "failed"]
+    failed, left_out = ([r for r in results.values() if r.state == state] for state in ("failed", "left out"))
     kept = {
         "status": "failed" if "failed" in states else "skipped" if skip or "left out" in states else "passed",
-        "at": datetime.now(UTC).isoformat(timespec="seconds"), "version": hash_code(),
-        "failed": [result.name for result in failed],
+        "at": datetime.now(UTC).isoformat(timespec="seconds"), "version": hash_code(), "failed": [r.name for r in failed],
     }  # fmt: skip
-    warnings = []
-    for result in failed:
-        check = BY_NAME[result.name]
-        instead = f": {check.of[0]} {check.otherwise} in its place" if check.of else ""
-        warnings.append(f"check {result.name} failed ({result.detail}){instead}")
-    if left_out := [result for result in results.values() if result.state == "left out"]:
-        names = [result.name for result in left_out]
-        warnings.append(f"checks left out: {', '.join(names)} ({left_out[0].detail})")
+    warnings = [f"check {r.name} failed ({r.detail}){BY_NAME[r.name].instead}" for r in failed]
+    if left_out:
+        warnings.append(f"checks left out: {', '.join(r.name for r in left_out)} ({left_out[0].detail})")
     for warning in warnings:
         say(console, warning)
     return Checked(results, {"check": kept}, tuple(warnings))

@@ -270,14 +270,18 @@ def check_rank(rank: int, folder: Path) -> list[list[Any]]:
     patch.setattr(setup, "make_graphs", lambda _: Arena())
     patch.setattr(Bench, "on_gpu", property(lambda _: sys._getframe(1).f_code.co_name == "run_check"))
     worker = Worker(rank=rank, world_size=2, threads=1)
-    found = [["", *vars_of(r)] for r in checks.run_rank_checks(list(RANK_FAULTS), worker, 100.0)]
+
+    def run(names: list[str], seconds: float) -> Any:
+        return checks.run_rank_checks(names, worker, lambda _: None, seconds=seconds)
+
+    found = [["", *vars_of(r)] for r in run(list(RANK_FAULTS), 100.0)]
     for name, plants in RANK_FAULTS.items():
         for plant in plants:
             with patch.context() as own:
                 plant(own)
-                found += [[plant.__name__, *vars_of(r)] for r in checks.run_rank_checks([name], worker, 100.0)]
+                found += [[plant.__name__, *vars_of(r)] for r in run([name], 100.0)]
     # out of time on one rank alone
-    found += [["late", *vars_of(r)] for r in checks.run_rank_checks(["sum of gradients"], worker, 100.0 * rank)]
+    found += [["late", *vars_of(r)] for r in run(["sum of gradients"], 100.0 * rank)]
     dist.destroy_process_group()
     return found
 

@@ -17,8 +17,8 @@ from torch import nn
 from harness.models.build import build, count_flops
 from harness.models.variants import find_variant
 from harness.results.store import load_records
-from harness.training import peak
-from harness.training.peak import find_peak, load_data_sheets, measure_peak
+from harness.training import rates
+from harness.training.rates import find_peak, load_data_sheets, measure_peak
 
 CPU = torch.device("cpu")
 
@@ -62,17 +62,17 @@ def test_data_sheets_are_dense_and_ordered() -> None:
 
 def test_a_peak_that_no_data_sheet_has_is_measured_once_and_only_rises(tmp_path: Path, monkeypatch: Any) -> None:
     readings = iter([2e11, 1e11, 3e11])
-    monkeypatch.setattr(peak, "measure_peak", lambda *_: next(readings))
+    monkeypatch.setattr(rates, "measure_peak", lambda *_: next(readings))
     for fresh, flops in ((False, 2e11), (False, 2e11), (True, 2e11), (True, 3e11), (False, 3e11)):
         found = find_peak(CPU, "fp32", 2, tmp_path, fresh=fresh)
         assert (found.flops, found.source) == (flops, "measured, products of 2048 x 2048 matrices on 2 threads")
-    (tmp_path / peak.PEAKS).write_text("{")
+    (tmp_path / rates.PEAKS).write_text("{")
     with pytest.raises(StopIteration):
         find_peak(CPU, "fp32", 2, tmp_path)
 
 
 def test_a_measured_peak_is_of_real_products(monkeypatch: Any) -> None:
-    monkeypatch.setattr(peak, "SECONDS", 0.05)
+    monkeypatch.setattr(rates, "SECONDS", 0.05)
     asked = []
     original = torch.mm
     monkeypatch.setattr(
@@ -96,7 +96,7 @@ def runs(tmp_path_factory: Any) -> Path:
     sys.argv = ["harness", *line.split(), "--limit-train", "256", "--out", str(out)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HARNESS_CACHE", str(out.parent))  # without a peak of an earlier test
-        patch.setattr(peak, "measure_peak", lambda *given: 4 * measure_peak(*given))  # too low on a busy machine
+        patch.setattr(rates, "measure_peak", lambda *given: 4 * measure_peak(*given))  # too low on a busy machine
         with pytest.raises(SystemExit) as stop:
             cli.main()
     assert not stop.value.code

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from harness import preflight
+from harness.cluster import nodes
 from harness.cluster.job import Allocation
 from harness.cluster.nodes import Node, Unanswered
 from harness.loaders.datasets import load_dataset
@@ -99,14 +100,14 @@ def clock_of_this_machine() -> Iterator[Any]:
 def check(
     answers: Any, out: Path, monkeypatch: pytest.MonkeyPatch, session: Session | None = None, **options: Any
 ) -> tuple[str, dict[str, Any]]:
-    nodes = {name: f"id of {name}" for name in ("a", "b", "c (10.0.0.3)")}
-    monkeypatch.setattr(preflight, "ask_every_node", answers)
+    every = {name: f"id of {name}" for name in ("a", "b", "c (10.0.0.3)")}
+    monkeypatch.setattr(nodes, "ask_every_node", answers)
     monkeypatch.setattr(rates, "measure_rates", lambda *_: {"GEMM GFLOP/s": 100.0})
-    monkeypatch.setattr(preflight, "working_nodes", lambda: nodes)
+    monkeypatch.setattr(nodes, "working_nodes", lambda: every)
     monkeypatch.setattr(preflight, "driver_clock", clock_of_this_machine)
-    sizes = {identity: Node(cpus=2, gpus=0) for identity in nodes.values()}
+    sizes = {identity: Node(cpus=2, gpus=0) for identity in every.values()}
     left = lambda avoid=(): tuple(node for name, node in sizes.items() if name not in avoid)  # noqa: E731
-    monkeypatch.setattr(preflight, "inspect_cluster", left)
+    monkeypatch.setattr(nodes, "inspect_cluster", left)
     console = Console(file=io.StringIO(), width=200)
     try:
         stored = check_nodes(load_dataset("digits"), session or make_session(out), console, **options)
@@ -250,8 +251,8 @@ def test_a_table_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         }
 
     console = Console(file=io.StringIO(), width=120)
-    monkeypatch.setattr(preflight, "ask_every_node", answers)
-    monkeypatch.setattr(preflight, "working_nodes", lambda: ["a", "b"])
+    monkeypatch.setattr(nodes, "ask_every_node", answers)
+    monkeypatch.setattr(nodes, "working_nodes", lambda: ["a", "b"])
     monkeypatch.setattr(preflight, "driver_clock", clock_of_this_machine)
     with pytest.raises(UserError, match="2 of 3 nodes are not ready"):
         check_nodes(load_dataset("digits"), make_session(tmp_path), console)

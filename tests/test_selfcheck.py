@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from harness import plan, selfcheck
 from harness.checklist import BY_NAME, CHECKS, Result
 from harness.cluster.job import Allocation
 from harness.commands import run, tune
-from harness.resources import Resources
+from harness.resources import Resources, Session
 from harness.selfcheck import Checked, Device, RefusedError, check_first, measure
 from harness.spec import RunPaths, RunSpec
 
@@ -71,12 +72,16 @@ def make_specs(workers: int = 1, **changes: Any) -> list[RunSpec]:
     return plan.expand(grid, allocation, fingerprint="f" * 64, train_images=50_000)
 
 
+def make_session(allocation: Allocation, address: str | None = None) -> Session:
+    return Session(allocation, Resources(address=address), RunPaths(out=Path()), ExitStack())
+
+
 def first(specs: list[RunSpec], **options: Any) -> tuple[Checked, list[str]]:
     """What comes of it, and the lines that are printed."""
     device, workers = specs[0].device, specs[0].workers
     console = Console(file=io.StringIO(), width=200)
     allocation = Allocation(device=device, gpus=workers, workers=workers, concurrent_runs=1, threads=4)
-    checked = check_first(specs, allocation, Resources(), RunPaths(out=Path()), console, **options)
+    checked = check_first(specs, make_session(allocation), console, **options)
     return checked, console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
 
@@ -240,7 +245,7 @@ def test_gpus_of_this_machine(nvml: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     nvml.set(GPUS=3, DRIVER="550.54.15")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
     devices = selfcheck.find_devices(
-        Allocation(device="cuda", gpus=2, workers=2, concurrent_runs=1, threads=4), None
+        make_session(Allocation(device="cuda", gpus=2, workers=2, concurrent_runs=1, threads=4))
     )
     assert [device.name for device in devices] == ["cuda:0", "cuda:1"]
     assert devices[0].combination["driver"] == "550.54.15"
@@ -265,7 +270,7 @@ def test_one_node_of_each_kind_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(selfcheck, "ask_every_node", ask)
     monkeypatch.setattr(selfcheck, "measure", lambda *words: [Result(words[2][0], "passed", str(words))])
     devices = selfcheck.find_devices(
-        Allocation(device="cuda", gpus=3, workers=1, concurrent_runs=3, threads=4), "auto"
+        make_session(Allocation(device="cuda", gpus=3, workers=1, concurrent_runs=3, threads=4), "auto")
     )
     assert [device.name for device in devices] == ["Tesla T4 on a", "NVIDIA L4 on c"]
     assert devices[1].measure(["eager"], 30.0) == [Result("eager", "passed", "('cuda:0', 4, ['eager'], 30.0)")]
@@ -279,8 +284,9 @@ def test_one_node_of_each_kind_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> 
 def on_gpu(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """Runs on the CPU are taken for runs on a GPU, which are checked."""
 
-    def checked(specs: Any, allocation: Any, *rest: Any, **options: Any) -> Checked:
-        return check_first(specs, replace(allocation, device="cuda"), *rest, **options)
+    def checked(specs: Any, session: Session, *rest: Any, **options: Any) -> Checked:
+        on_gpu = replace(session, allocation=replace(session.allocation, device="cuda"))
+        return check_first(specs, on_gpu, *rest, **options)
 
     monkeypatch.setattr(run, "check_first", checked)
     monkeypatch.setattr(tune, "check_first", checked)

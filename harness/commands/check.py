@@ -1,16 +1,15 @@
-"""What this machine lacks and whether it trains rightly, a line each: what `harness check` prints.
+"""What this machine lacks and whether it trains rightly, or whether plug-ins fit, a line each: what `harness check` prints.
 
 Each check imports what it looks at.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
@@ -24,23 +23,12 @@ from rich.text import Text
 from harness.checklist import CHECKS as MEASURED
 from harness.checklist import STYLES, Finding, Result, attempt
 from harness.cluster.connect import connect, disconnect
-from harness.cluster.job import Allocation
-from harness.cluster.nodes import Unanswered, ask_every_node, count_runs, inspect_cluster
-from harness.cluster.workers import driver_clock
 from harness.loaders.cache import cache_dir
-from harness.loaders.datasets import load_dataset
-from harness.network import find_idle_infiniband
 from harness.options import CheckOptions, Grid, Resources
-from harness.preflight import (
-    LEAST_DISK_GIB,
-    find_outliers,
-    find_wrong_clocks,
-    free_gib,
-    measure_network,
-    read_clock,
-)
+from harness.plugins import load_file, load_plugins
+from harness.preflight import LEAST_DISK_GIB, free_gib, measure_cluster
 from harness.record import DALI_WHEELS, installed_version
-from harness.resources import Session, join_cluster, make_allocation
+from harness.resources import Session, make_allocation
 from harness.results.remote import check_uri, is_uri, redact
 from harness.results.store import write_atomic
 from harness.selfcheck import find_devices, make_ranks
@@ -180,9 +168,8 @@ def examine(target: CheckOptions) -> Iterator[Result]:
     """What is here, as it is looked at. A check that breaks is a line, not a traceback."""
     for name, (check, advice) in CHECKS.items():
         if name != "cluster" or target.address is not None:
-            result = attempt(name, check, target)
-            known = advice if result.state == "missing" else ""
-            yield replace(result, detail="; ".join(filter(None, [result.detail, known])))
+            result, more = attempt(name, check, target), f"; {advice}" * bool(advice)
+            yield replace(result, detail=result.detail + more) if result.state == "missing" else result
 
 
 def measure_all(target: CheckOptions) -> Iterator[Result]:
@@ -190,17 +177,17 @@ def measure_all(target: CheckOptions) -> Iterator[Result]:
     is known to later runs."""
     resources = Resources(gpus=target.gpus, address=target.address)
     with ExitStack() as stack:
-        if target.address is not None:
-            yield from measure_nodes(target.address)
         allocation = make_allocation(Grid(variants=("he2015",)), resources, stack)
+        out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-check-")))
+        session = Session(allocation, resources, RunPaths(out=out), stack)
         if target.address is not None:
-            yield from measure_links(allocation, resources, stack)
-        devices = find_devices(allocation, target.address)
+            yield from measure_cluster(session)
+        devices = find_devices(session)
         on_gpu = allocation.device == "cuda"
         several = (allocation.gpus if on_gpu else allocation.threads) > 1
         if not on_gpu and several:
-            allocation = replace(allocation, workers=2, threads=allocation.threads // 2)
-        ranks = make_ranks(allocation, resources, None, devices)
+            session.allocation = replace(allocation, workers=2, threads=allocation.threads // 2)
+        ranks = make_ranks(session, devices)
         for device in (*devices, *[ranks] * several):
             tag = f"{device.name}: " * (len(devices) > 1)
             names = [check.name for check in MEASURED if check.ranks == device.ranks]
@@ -210,48 +197,6 @@ def measure_all(target: CheckOptions) -> Iterator[Result]:
         yield Result("several ranks", "skipped", f"they need two {'GPUs' if on_gpu else 'CPU cores'}")
 
 
-def measure_nodes(address: str) -> Iterator[Result]:
-    """What each node of a cluster gives, and its clock; those that are far slower than the others."""
-    from harness.training.rates import measure_rates
-
-    rates, clocks, here = {}, {}, Path(tempfile.gettempdir())
-    with ExitStack() as joined:
-        join_cluster(joined, address, cpus=0, gpus=0, verbose=False)
-        clock = joined.enter_context(driver_clock())
-        answers = ask_every_node(lambda: (measure_rates(here, load_dataset("digits")), read_clock(clock)))
-    for node, answer in answers.items():
-        if isinstance(answer, Unanswered):
-            yield Result(node, "failed", answer.reason)
-        else:
-            rates[node], clocks[node] = answer
-            figures = [f"{figure} {value:.3g}" for figure, value in rates[node].items()]
-            yield Result(node, "ok", ", ".join([*figures, "clock {:+.2g} ± {:.1g} s".format(*clocks[node])]))
-    for line in (*itertools.chain(*find_outliers(rates).values()), *find_wrong_clocks(clocks)):
-        yield Result("nodes", "absent", line)
-
-
-def measure_links(allocation: Allocation, resources: Resources, stack: ExitStack) -> Iterator[Result]:
-    """All-reduces within and between a cluster's nodes, by a worker on each GPU or by two on each node; NCCL's network."""
-    cluster = inspect_cluster()
-    job = replace(allocation, workers=1, threads=1, placement="spread")
-    workers = count_runs(cluster, job)
-    if job.device == "cpu":
-        workers = min(workers, 2 * sum(node.cpus > 0 for node in cluster))
-    if workers == 1:
-        return
-    out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-check-")))
-    measured = measure_network(Session(job, resources, RunPaths(out=out), stack), workers)
-    if "reason" in measured:
-        yield Result("all-reduce", "failed", measured["reason"])
-    for way, of in measured.get("all_reduce", {}).items():
-        rates = f"{of['algorithm_gb_per_s']:.3g} GB/s, {of['bus_gb_per_s']:.3g} GB/s on the bus"
-        yield Result("all-reduce", "ok", f"{way}, {of['ranks']} workers: {of['latency_us']:.3g} µs, {rates}")
-    for said in measured.get("nccl", {}).values():
-        yield Result("NCCL", "ok", "; ".join(f"{what} {', '.join(said[what])}" for what in said if said[what]))
-    for line in find_idle_infiniband(measured.get("nccl", {})):
-        yield Result("NCCL", "absent", line)
-
-
 def print_findings(target: CheckOptions, console: Console) -> int:
     """Print a line for each finding. Returns 0 where nothing is missing that runs on the CPU need, and no measured check
     failed, else 1. Raises UserError for an address that cannot be one."""
@@ -259,6 +204,15 @@ def print_findings(target: CheckOptions, console: Console) -> int:
         raise UserError(f"--address {target.address!r} is not HOST:PORT or auto")
     code = show(examine(target), console, "{} of what a run needs is missing", "ready" * target.quick)
     return code if code or target.quick else show(measure_all(target), console)
+
+
+def check_plugins(paths: Sequence[Path], console: Console) -> int:
+    """Print a line for each check of what these files register. Returns 0, or 2 where one failed. Raises UserError."""
+    from harness.training.fit import check_plugin
+
+    load_plugins()
+    loaded = [load_file(path) for path in paths]
+    return 2 * show((result for each in loaded for result in check_plugin(each, console)), console)
 
 
 def show(

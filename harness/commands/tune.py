@@ -207,7 +207,7 @@ def _preview(trials: Trials, *, estimate: bool) -> int:
 def _prepare(trials: Trials, specs: Sequence[RunSpec], folder: Path | None, *, skip: bool) -> None:
     """Check the devices, and make the sweep's folder or lock the one that is resumed. Raises RefusedError."""
     search, session, console, paths = trials.search, trials.session, trials.console, trials.session.paths
-    checked = check_first(specs, session.allocation, session.resources, paths, console, skip=skip)
+    checked = check_first(specs, session, console, skip=skip)
     adapted = [checked.adapt(spec) for spec in specs]
     if len({spec.loader for spec in specs}) > 1 and [a.loader for a in adapted] != [s.loader for s in specs]:
         raise UserError("--search loader: one of them failed its check on this device; leave it out")

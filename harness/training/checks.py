@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from harness.checklist import BY_NAME, Finding, Result, attempt
-from harness.cluster.job import Worker
+from harness.cluster.job import Report, Worker
 from harness.loaders.cache import cache_dir
 from harness.loaders.datasets import Split
 from harness.loaders.sampling import SamplingPlan
@@ -35,7 +35,7 @@ from harness.plugins import names_of, used_by
 from harness.results.metrics import figures
 from harness.results.values import EpochMetrics
 from harness.spec import Engine, Precision, RunSpec
-from harness.training.peak import find_peak
+from harness.training.rates import find_peak
 from harness.training.setup import Data, Prepared, Trainer, assemble, make_trainer
 from harness.training.step import deterministic_algorithms, sum_gradients, synchronize
 from harness.training.telemetry import gather
@@ -292,7 +292,7 @@ def show_seconds(bench: Bench) -> Figure:
 # --- of several ranks, in each of them ---
 
 
-def run_rank_checks(names: Sequence[str], worker: Worker, seconds: float) -> list[Result]:
+def run_rank_checks(names: Sequence[str], worker: Worker, report: Report, *, seconds: float) -> list[Result]:
     """The checks that need a process group. All ranks leave out the same ones, where there is no time for them."""
     bench, until, results = Bench(worker), time.monotonic() + seconds, list[Result]()
     for name in names:

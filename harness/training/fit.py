@@ -1,32 +1,38 @@
-"""Whether what a run uses of plug-ins fits: shapes, gradients, determinism, the plan. On the CPU, on a few images.
-
-python -m harness.training.fit RANK FOLDER      one of two ranks, for `harness check my.py`
-"""
+"""Whether what a run uses of plug-ins fits: shapes, gradients, determinism, the plan. On the CPU, on a few images."""
 
 from __future__ import annotations
 
-import json
 import math
-import pickle
+import os
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 
+from harness.checklist import Result, attempt
 from harness.cluster.job import Worker
-from harness.loaders.datasets import Dataset, limit, load_dataset
+from harness.loaders.datasets import DATASETS, Dataset, limit, load_dataset
 from harness.loaders.sampling import SamplingPlan
 from harness.models.build import build
-from harness.models.variants import find_variant
-from harness.plugins import blaming, load_sources, names_of, used_by
-from harness.spec import RunPaths, RunSpec
+from harness.models.variants import NETWORKS, find_variant
+from harness.options import Grid
+from harness.plan import find_data_dir, override
+from harness.plugins import Loaded, blaming, load_sources, names_of, used_by
+from harness.progress import load_data
+from harness.spec import RunPaths, RunSpec, Source
 from harness.training import checks
 from harness.training.augment import augment
 from harness.training.optim import learning_rate, make_optimizer, total_steps
@@ -159,10 +165,8 @@ def fit_loader(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
     worker, data = Worker(threads=torch.get_num_threads()), Data(split, split, split, "test")
     with closing(assemble(small, data, worker, num_classes=dataset.num_classes, flip=dataset.flip)) as made:
         size, at_most = made.loader_config.augment.crop_size(split), made.loader_config.eval_batch_size
-        for what, loader, batch in (
-            ("training", made.train_loader, BATCH),
-            ("evaluation", made.eval_loader, at_most),
-        ):
+        loaders = ("training", made.train_loader, BATCH), ("evaluation", made.eval_loader, at_most)
+        for what, loader, batch in loaders:
             plan, batches = SamplingPlan(len(split), batch, train=what == "training"), list(loader.epoch(0))
             steps = (
                 f"gives {len(batches)} of the {plan.steps} batches of an epoch of {what}, and says {loader.steps}"
@@ -192,20 +196,97 @@ FITS: dict[str, Callable[[RunSpec, Dataset, RunPaths], str]] = {
 }  # fmt: skip
 
 
-def main(rank: str, folder: str) -> None:
-    """One of two ranks: load a plug-in from its copy, train on half of each batch, compare with one rank alone."""
-    identity, paths, cases = pickle.loads((Path(folder) / "cases.pickle").read_bytes())
-    load_sources([identity], paths)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=2)
-    bench, figures = checks.Bench(Worker(rank=int(rank), world_size=2)), dict[str, Any]()
-    for what, changes in cases.items():
-        try:
-            figures[what] = checks.check_ranks(bench, "eager", **changes)
-        except Exception as error:
-            figures[what] = math.inf, str(error)
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(figures))
+# --- `harness check my.py` ---
+
+SIDE = 32  # pixels of the images that networks are tried on, or the least that they take
+MOST_LR = 0.02  # a few steps on few images are no place for a large one
+LIMIT = 1e-3  # of a relative difference of losses, and of pixels
+SHORT: dict[str, Any] = {"duration": 1, "batch_size": 40, "batch_norm": "sync"}  # of two ranks, two steps
+RANK_LR = 2e-3  # by batch norm on few images a rounding error grows with each step
+RANK_SECONDS = 120.0
+
+
+def check_plugin(loaded: Loaded, console: Console) -> Iterator[Result]:
+    """Does each thing fit, is a resumed run exact; do two ranks, which have but a copy of the source, train as one does?"""
+    torch.set_num_threads(os.cpu_count() or 1)
+    bench, cases = checks.Bench(Worker(threads=torch.get_num_threads())), dict[tuple[str, str], dict[str, Any]]()
+    for kind, name in loaded.owned:
+        if kind == "variant" and ("network", name) in loaded.owned:
+            continue  # they are one
+        spec, side = _make_run(bench.worker, kind, name)
+        changes: dict[str, Any] = {n: getattr(spec, n) for n in ("network", "recipe", "loader")} | {"size": side}
+        what, blame = f"{kind} {name}", blaming(kind, name)
+        trials: list[tuple[str, Any, float]] = [(what, partial(_fit, kind, name, spec, side, console), 0.0)]
+        if kind != "dataset":
+            short = replace(spec.recipe, **SHORT, lr=min(spec.recipe.lr, RANK_LR))
+            cases[kind, name] = changes | {"recipe": short}
+            trials.append((f"{what}, resume", partial(checks.check_resume, bench, **changes), 0.0))
+        if kind == "loader":
+            trials.append((f"{what}, plan", partial(checks.check_loader, bench, name), LIMIT))
+        for title, trial, most in trials:
+            result = attempt(title, blame(trial), limit=most)
+            yield result
+            if result.state == "failed":
+                cases.pop((kind, name), None)
+                break
+    try:
+        yield from _try_ranks(loaded.source, cases) if cases else ()
+    except Exception as error:  # with the rank's traceback
+        yield Result(
+            f"{loaded.source.name}, in new processes", "failed", str(error).strip().splitlines()[-1][:200]
+        )
+
+
+def _fit(kind: str, name: str, spec: RunSpec, side: int, console: Console) -> checks.Figure:
+    of = ("network", spec.network.architecture) if kind == "variant" else (kind, name)
+    paths = RunPaths(out=Path(), data_dir=find_data_dir(None, spec.dataset))
+    if spec.dataset in DATASETS:
+        dataset = load_data(spec.dataset, paths, console)
+    else:
+        split, classes = checks.make_split(side), tuple(map(str, range(checks.CLASSES)))
+        dataset = Dataset("check", "check", "", False, classes, split, split, flip=True)
+    return 0.0, try_out(*of, spec, dataset, paths)
+
+
+def _make_run(worker: Worker, kind: str, name: str) -> tuple[RunSpec, int]:
+    """A small run that uses it, and the side of its images."""
+    spec = checks.make_spec(worker)
+    if kind in ("network", "variant"):
+        variant = find_variant(name)()  # type: ignore[call-arg]
+        recipe, _ = override(variant.recipe, Grid(epochs=checks.EPOCHS, batch_size=checks.BATCH, val=0))
+        recipe = replace(recipe, crop=None, scale_range=(), lr=min(recipe.lr, MOST_LR))
+        side = max(SIDE, NETWORKS[variant.network.architecture].smallest_image)
+        return replace(spec, variant=name, network=variant.network, recipe=recipe), side
+    field: dict[str, Any] = {"augmentations": (name,)} if kind == "augmentation" else {kind: name}
+    if kind not in ("loader", "dataset"):
+        field = {"recipe": replace(spec.recipe, **field)}
+    return replace(spec, **field), checks.SIZE
+
+
+def _try_ranks(source: Source, cases: dict[tuple[str, str], dict[str, Any]]) -> list[Result]:
+    """Do two ranks in new processes, which have but a copy of the source, train as one does? Raises what ends one of them."""
+    with tempfile.TemporaryDirectory(prefix="harness-check-") as folder:
+        copy = replace(source, folder=str(Path(folder, "nowhere")))
+        paths = RunPaths(out=Path(folder), cache_dir=Path(folder), plugins=(copy,))
+        answers: Any = get_context("spawn").SimpleQueue()
+        spawn(_compare_ranks, (source.folder, paths, cases, answers), nprocs=2)
+        results: list[Result] = answers.get()
+        return results
+
+
+def _compare_ranks(
+    rank: int, original: str, paths: RunPaths, cases: dict[Any, dict[str, Any]], answers: Any
+) -> None:
+    """One of the two: train on half of each batch, and compare with one rank alone."""
+    sys.path.remove(original)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    load_sources([source.identity for source in paths.plugins], paths)
+    store, bench = (paths.out / "store").as_uri(), checks.Bench(Worker(rank=rank, world_size=2))
+    dist.init_process_group("gloo", store, timedelta(seconds=RANK_SECONDS), rank=rank, world_size=2)
+    results = list[Result]()
+    for (kind, name), changes in cases.items():
+        trial: Any = blaming(kind, name)(partial(checks.check_ranks, bench, "eager", **changes))
+        results.append(attempt(f"{kind} {name}, 2 ranks of a copy", trial, limit=LIMIT))
+    if rank == 0:
+        answers.put(results)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

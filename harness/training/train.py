@@ -32,7 +32,7 @@ from harness.training.checkpoint import load_checkpoint, outline, save_checkpoin
 from harness.training.evaluation import Evaluation, evaluate
 from harness.training.memory import largest
 from harness.training.optim import learning_rate, set_lr, total_epochs, total_steps
-from harness.training.peak import find_peak
+from harness.training.rates import find_peak
 from harness.training.setup import Prepared, Trainer, batch_sizes, make_trainer, prepare
 from harness.training.step import deterministic_algorithms, draw_mix, flushed_denormals, make_autocast, mix
 from harness.training.telemetry import (
