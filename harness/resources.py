@@ -156,8 +156,6 @@ class Session:
         """The outcome of one `train(what, worker, report)`, Failed where its workers find no room within `seconds`; `changes`
         are of the allocation."""
         self.join()
-        alone = replace(
-            self.allocation, concurrent_runs=1, retries=0, placement_timeout_seconds=seconds, **changes
-        )
-        ((_, outcome),) = replace(self, allocation=alone).launch(train, [what], progress=lambda *_: None)
+        job = replace(self.allocation, concurrent_runs=1, retries=0, placement_timeout_seconds=seconds, **changes)
+        ((_, outcome),) = replace(self, allocation=job).launch(train, [what], progress=lambda *_: None)
         return outcome
