@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 from rich import cells as rich_cells
@@ -134,13 +133,11 @@ def escape_markdown(text: str) -> str:
 def for_latex(sheet: Sheet, left_out: Sequence[str] = ()) -> str:
     """A floating table of the package booktabs: caption, label, numbers aligned at the point, notes below."""
     kinds, words = zip(*map(_latex_column, sheet.headers, sheet.right, *sheet.cells), strict=True)
-    header, *lines = [" & ".join(line) + r" \\" for line in zip(*words, strict=True)]
-    below = map(escape_latex, filter(None, [*sheet.notes, "; ".join(sheet.means)]))
-    without = f"\n% too narrow for {', '.join(left_out)}: --columns chooses" if left_out else ""
-    return Template((HERE / "table.tex").read_text(encoding="utf-8")).substitute(
-        left_out=without, caption=escape_latex(sheet.caption or "Results"), kinds="".join(kinds), header=header,
-        lines="\n".join(lines), below=" \\\\\n".join(below),
-    )  # fmt: skip
+    header, *lines = map(" & ".join, zip(*words, strict=True))
+    below = [escape_latex(text) for text in (*sheet.notes, "; ".join(sheet.means)) if text]
+    caption = escape_latex(sheet.caption or "Results")
+    parts = {"caption": caption, "kinds": "".join(kinds), "header": header, "lines": lines, "below": below}
+    return fill_template("table.tex", left_out=left_out, **parts)
 
 
 def _latex_column(header: str, right: bool, *cells: str) -> tuple[str, list[str]]:
