@@ -42,12 +42,6 @@ TABLES: dict[str, dict[str, Any]] = {
     "schedule": SCHEDULES, "augmentation": AUGMENTATIONS,
 }  # fmt: skip
 """Everything that has a name: where it is looked up. A file lists its own as NETWORKS = {name: function}, and so on."""
-_RECIPE = {each.name for each in fields(Recipe)}
-FILLED = {
-    "network": {"num_classes", "image_size", "depth", "network"}, "dataset": {"root"}, "augmentation": {"images", "draws"},
-    "optimizer": {"groups", *_RECIPE}, "schedule": {"moment", *_RECIPE},
-}  # fmt: skip
-"""The parameters that are filled by name, by kind; a loader is called by place."""
 PRIVATE = "harness_plugin_{}"
 """The module of a plug-in's file, by its name."""
 LISTS = {f"{kind.upper()}S": kind for kind in TABLES}
@@ -332,7 +326,7 @@ def _check_variant(name: str) -> None:
     for kind, word in names_in(variant.recipe):
         check_word(word, TABLES[kind], kind)
     for word in variants.read_extra(variant.recipe.extra):
-        check_word(word, [*_RECIPE, *own_values(variant.recipe)], "field")
+        check_word(word, [*variants.OF_RECIPE, *own_values(variant.recipe)], "field")
     try:
         for part in (variant.network, variant.recipe):
             TypeAdapter(type(part)).validate_python(asdict(part))
@@ -346,10 +340,10 @@ def _check_parameters(note: Note) -> None:
     if not callable(note.made):
         raise UserError(f"{what} is no function or class but {note.made!r}"[:200])
     parameters = parameters_of(note.made)
-    filled = FILLED.get(note.kind, set(parameters))
+    filled = variants.FILLED.get(note.kind, set(parameters))
     for name, p in parameters.items():
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in filled:
-            allowed = ", ".join(sorted(filled - _RECIPE))
+            allowed = ", ".join(sorted(filled - variants.OF_RECIPE))
             raise UserError(f"{what}: nothing fills its parameter {name}: it needs a default (filled: {allowed})")
     known, fixed = own_hints(), {each.name for each in fields(Network)}
     for name, (hint, _) in own_fields(note.made).items():

@@ -55,46 +55,25 @@ class Split:
         """Some of the images, as an array of indices or a mask says."""
         return Split(self.images[chosen], self.labels[chosen])
 
-    def update(self, digest: Any) -> None:
-        """Add images and labels to a hash."""
-        content = self.images.digests if isinstance(self.images, Files) else self.images
-        digest.update(repr(content.shape).encode())
-        digest.update(np.ascontiguousarray(content).data)
-        digest.update(np.ascontiguousarray(self.labels, "<i8").data)
-
-    def pack(self, part: str) -> dict[str, NDArray[Any]]:
-        """Arrays for the cache, from which `unpack` makes it; `part` begins their names."""
-        arrays: dict[str, NDArray[Any]] = {"labels": self.labels}
-        if isinstance(images := self.images, Files):
-            paths = images.paths.view(np.uint8).reshape(len(images), -1)
-            arrays |= {"paths": paths, "sizes": images.sizes, "digests": images.digests}
-        else:
-            arrays["images"] = images
-        return {f"{part}_{name}": np.ascontiguousarray(array) for name, array in arrays.items()}
-
-
-def unpack(arrays: dict[str, NDArray[Any]], part: str, root: bytes) -> Split:
-    """The split of `Split.pack`."""
-    own = {name.removeprefix(f"{part}_"): array for name, array in arrays.items()}
-    if "images" in own:
-        return Split(own["images"], own["labels"])
-    paths = own["paths"].view(f"S{own['paths'].shape[1]}").ravel()
-    return Split(Files(root, paths, own["sizes"], own["digests"]), own["labels"])
-
 
 class Content(NamedTuple):
-    """What is in the files of a data set: what the cache keeps, and what the fingerprint is taken over."""
+    """What is in the files of a data set, and in the cache."""
 
+    fingerprint: str  # SHA-256 over images (of files: the SHA-256 of each), labels and class names, in hex
     classes: tuple[str, ...]
     train: Split
     test: Split
 
-    def fingerprint(self) -> str:
-        """SHA-256 over images (of files: the SHA-256 of each), labels and class names of both splits, in hex."""
-        digest = hashlib.sha256(json.dumps(self.classes).encode())
-        for split in (self.train, self.test):
-            split.update(digest)
-        return digest.hexdigest()
+    @classmethod
+    def of(cls, classes: tuple[str, ...], train: Split, test: Split) -> Content:
+        """With its fingerprint."""
+        digest = hashlib.sha256(json.dumps(classes).encode())
+        for split in (train, test):
+            content = split.images.digests if isinstance(split.images, Files) else split.images
+            digest.update(repr(content.shape).encode())
+            digest.update(np.ascontiguousarray(content).data)
+            digest.update(np.ascontiguousarray(split.labels, "<i8").data)
+        return cls(digest.hexdigest(), classes, train, test)
 
 
 def cache_dir() -> Path:
@@ -102,8 +81,8 @@ def cache_dir() -> Path:
     return Path(os.environ.get("HARNESS_CACHE") or Path.home() / ".cache" / "resnet-harness")
 
 
-def cached(signature: Sequence[str], read: Callable[[], Content], folder: Path) -> tuple[Content, str]:
-    """`read()` and its fingerprint, from the cache where the same signature was read before.
+def cached(signature: Sequence[str], read: Callable[[], Content], folder: Path) -> Content:
+    """What `read()` gives, from the cache where the same signature was read before.
 
     What the cache holds is checked against its fingerprint, and read again if they differ. A cache that cannot be
     written costs time at every start, so there is a warning, but no error.
@@ -120,38 +99,46 @@ def cached(signature: Sequence[str], read: Callable[[], Content], folder: Path) 
             return _load(path) or _save(path, read())  # another process may have been faster
     except (OSError, SafetensorError) as error:  # no room, no permission
         warnings.warn(f"{folder}: the cache cannot be written ({error}): decoding anew", stacklevel=2)
-        content = read()
-        return content, content.fingerprint()
+        return read()
 
 
-def _load(path: Path) -> tuple[Content, str] | None:
+def _load(path: Path) -> Content | None:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "np") as file:
             metadata = file.metadata()
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        root = bytes.fromhex(metadata.get("root", ""))
-        splits = (unpack(arrays, part, root) for part in ("train", "test"))
-        content = Content(tuple(json.loads(metadata["classes"])), *splits)
+        splits = list[Split]()
+        for part in ("train", "test"):
+            if (images := arrays.get(f"{part}_images")) is None:
+                paths, sizes, digests = (arrays[f"{part}_{name}"] for name in ("paths", "sizes", "digests"))
+                paths = paths.view(f"S{paths.shape[1]}").ravel()
+                images = Files(bytes.fromhex(metadata["root"]), paths, sizes, digests)
+            splits.append(Split(images, arrays[f"{part}_labels"]))
+        content = Content.of(tuple(json.loads(metadata["classes"])), *splits)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
-    fingerprint = content.fingerprint()
-    return (content, fingerprint) if metadata.get("fingerprint") == fingerprint else None
+    return content if metadata.get("fingerprint") == content.fingerprint else None
 
 
-def _save(path: Path, content: Content) -> tuple[Content, str]:
+def _save(path: Path, content: Content) -> Content:
     """Write beside the path, then rename: readers see the whole file or none."""
     from safetensors.numpy import save_file
 
-    fingerprint = content.fingerprint()
-    metadata = {"classes": json.dumps(content.classes), "fingerprint": fingerprint}
-    if isinstance(content.train.images, Files):
-        metadata["root"] = content.train.images.root.hex()  # no UTF-8, perhaps
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    metadata = {"classes": json.dumps(content.classes), "fingerprint": content.fingerprint}
+    arrays = dict[str, NDArray[Any]]()
+    for part, split in (("train", content.train), ("test", content.test)):
+        kept: dict[str, Any] = {"images": split.images, "labels": split.labels}
+        if isinstance(images := split.images, Files):
+            metadata["root"] = images.root.hex()  # no UTF-8, perhaps
+            paths = images.paths.view(np.uint8).reshape(len(images), -1)
+            kept = {"labels": split.labels, "paths": paths, "sizes": images.sizes, "digests": images.digests}
+        arrays |= {f"{part}_{name}": np.ascontiguousarray(array) for name, array in kept.items()}
+    new = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(content.train.pack("train") | content.test.pack("test"), part, metadata=metadata)
-        part.replace(path)
+        save_file(arrays, new, metadata=metadata)
+        new.replace(path)
     finally:
-        part.unlink(missing_ok=True)
-    return content, fingerprint
+        new.unlink(missing_ok=True)
+    return content

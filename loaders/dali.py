@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -47,28 +46,23 @@ class DaliLoader:
 
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
         self.steps = plan.steps
-        self._plan = plan
-        self._config = config
-        self._labels = split.labels
+        self._split, self._plan, self._config = split, plan, config
         self._on_gpu = config.device.type == "cuda"
         self._batch = -(-plan.batch_size // plan.world_size)
         self._size = config.augment.crop_size(split)
         target = GPU_MACROBATCH_MIB if self._on_gpu else CPU_MACROBATCH_MIB
         self.call_steps = max(1, int(target * 2**20 / (12 * self._size[0] * self._size[1] * self._batch)))
-        self._pixels: Any = None
-        self._define = self._prepare(split)
+        self._prepare()
         self._start((0, 0))
 
-    def _prepare(self, split: Split) -> Callable[[], None]:
-        """Make what the pipeline is fed from; what defines the pipeline."""
-        config = self._config
-        pixels, mean, std = make_padded(split, config.augment, config.normalize)
+    def _prepare(self) -> None:
+        """Make what the pipeline is fed from."""
+        pixels, self._mean, self._std = make_padded(self._split, self._config.augment, self._config.normalize)
         self._keep(pixels)
-        return partial(define, config, self._size, mean, std, self._feed_pixels, self._feed_maps)
 
     def _keep(self, pixels: NDArray[np.uint8]) -> None:
         """On the CPU as an array, for DALI calls CUDA for any tensor."""
-        self._pixels = torch.from_numpy(pixels).to(self._config.device) if self._on_gpu else pixels
+        self._pixels: Any = torch.from_numpy(pixels).to(self._config.device) if self._on_gpu else pixels
 
     def _start(self, first: tuple[int, int]) -> None:
         """Build the pipeline anew, to begin with the macrobatch of that epoch and first step."""
@@ -84,6 +78,30 @@ class DaliLoader:
             self._define()
         pipeline.build()
         self._pipeline: Any = pipeline
+
+    def _define(self) -> None:
+        """Define the current pipeline: the same graph on every device.
+
+        DALI copies what it is fed (`no_copy` is False), in order of the stream that wrote it, and waits for the copy. With
+        `no_copy` it would read GPU memory on a stream of its own at once, whether or not it has been written.
+        """
+        device, mean = "gpu" if self._on_gpu else "cpu", self._mean
+        images = fn.external_source(
+            source=self._feed_pixels, device=device, no_copy=False, layout="HWC", ndim=3,
+            dtype=types.FLOAT if self._config.augment.scale_range else types.UINT8,
+        )  # fmt: skip
+        maps = fn.external_source(source=self._feed_maps, dtype=types.FLOAT, ndim=2)
+        if mean.ndim == 3:  # before the crop: exact, and faster than cropping image and mean alike
+            images = images - types.Constant(mean, layout="HWC", device=device)
+        self._crop(images, maps, mean if mean.ndim == 1 else np.zeros(3), self._std)
+
+    def _crop(self, images: Any, maps: Any, mean: NDArray[Any], std: NDArray[Any]) -> None:
+        """The end of the current pipeline; `maps` are those of `make_maps`."""
+        crops = fn.warp_affine(images, maps, size=self._size, interp_type=types.INTERP_NN)
+        output = fn.crop_mirror_normalize(
+            crops, std=std.tolist(), mean=mean.tolist(), dtype=types.FLOAT, output_layout="HWC"
+        )
+        dali.Pipeline.current().set_outputs(output)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         epoch = epoch if self._plan.train else 0  # evaluations are all the same
@@ -108,8 +126,8 @@ class DaliLoader:
             self._runs += 1
             if self._fed.pop(self._runs - 1) == wanted:
                 break
-        images, labels = from_dlpack(output.as_tensor()), upload(self._labels[made.index], self._config.device)
-        return images.permute(0, 3, 1, 2), labels
+        labels = upload(self._split.labels[made.index], self._config.device)
+        return from_dlpack(output.as_tensor()).permute(0, 3, 1, 2), labels
 
     def _run(self) -> Any:
         """The output belongs to the current stream, which waits for it; the host does not."""
@@ -132,7 +150,7 @@ class DaliLoader:
         if sample.side is None:
             return self._pixels[upload(sample.index, self._config.device) if self._on_gpu else sample.index]
         index, offset, side = (upload(a, self._config.device) for a in (sample.index, sample.offset, sample.side))
-        squares = zoom(torch.as_tensor(self._pixels)[index], offset, side, self._config.augment.crop or 0)
+        squares = zoom(torch.as_tensor(self._pixels)[index], offset, side, self._size[0])
         return squares if self._on_gpu else squares.numpy()
 
     def _feed_maps(self, run: int) -> NDArray[np.float32]:
@@ -148,39 +166,54 @@ class CutLoader(DaliLoader):
     given to DALI as files of pixels, and the pipeline that failed is built anew.
     """
 
-    def _prepare(self, split: Split) -> Callable[[], None]:
-        self._split = split
+    def _prepare(self) -> None:
         self._stand_ins = tempfile.TemporaryDirectory(prefix="harness-images-")
         self._by_pil: set[int] = set()
-        if isinstance(split.images, Files):
-            self._corrupt = Corrupt(split.images, self._config.warn)
-            lower = (path.lower() for path in split.images.paths)
-            self._by_pil |= {index for index, path in enumerate(lower) if path.endswith(NOT_OF_DALI)}
+        if isinstance(images := self._split.images, Files):
+            self._corrupt = Corrupt(images, self._config.warn)
+            self._by_pil |= {n for n, path in enumerate(images.paths) if path.lower().endswith(NOT_OF_DALI)}
         else:
-            self._keep(split.images)
-        files = isinstance(split.images, Files)
-        feed = self._feed_paths if files else self._feed_pixels
-        return partial(define_cuts, self._config, self._size, feed, self._feed_cuts, files=files)
+            self._keep(images)
+
+    def _define(self) -> None:
+        """Fed with the paths of files or with images; what it is fed is copied here too."""
+        device, normalize = "gpu" if self._on_gpu else "cpu", self._config.normalize
+        start, shape, resized, maps = fn.external_source(
+            source=self._feed_cuts, num_outputs=4, dtype=[types.INT32] * 2 + [types.FLOAT] * 2, ndim=[1, 1, 1, 2]
+        )
+        if isinstance(self._split.images, Files):
+            paths = fn.external_source(source=self._feed_paths, dtype=types.UINT8, ndim=1)
+            # read, not mapped: a file cut short meanwhile is an error, not a signal
+            images = fn.decoders.image_slice(
+                fn.io.file.read(paths, dont_use_mmap=True), start, shape, axis_names="HW",
+                device="mixed" if self._on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False,
+            )  # fmt: skip
+        else:
+            images = fn.external_source(
+                source=self._feed_pixels, device=device, layout="HWC", ndim=3, dtype=types.UINT8
+            )
+            images = fn.slice(images, start=start, shape=shape, axis_names="HW")
+        images = fn.resize(images, size=resized, interp_type=types.INTERP_LINEAR, antialias=True)
+        self._crop(images, maps, normalize.mean * np.float32(255), normalize.std * np.float32(255))
 
     def close(self) -> None:
         super().close()
         self._stand_ins.cleanup()
 
-    def _take(self, epoch: int, first: int) -> tuple[Tensor, Tensor]:
-        for attempt in range(3):
-            try:
-                return super()._take(epoch, first)
-            except RuntimeError:
-                images = self._split.images
-                if attempt == 2 or not isinstance(images, Files):
-                    raise
-                made = self._plan.draw(epoch).part(first, first + self.call_steps).index.tolist()
-                bad = [index for index in made if attempt or images.check(index)]
-                self._by_pil |= set(bad)  # at the second attempt all of them: PIL can what DALI cannot
-                if not attempt:
-                    self._corrupt.add(bad)
-                self._start((epoch, first))
-        raise AssertionError
+    def _take(self, epoch: int, first: int, attempt: int = 0) -> tuple[Tensor, Tensor]:
+        try:
+            return super()._take(epoch, first)
+        except RuntimeError:
+            images = self._split.images
+            if attempt == 2 or not isinstance(images, Files):
+                raise
+            made = self._plan.draw(epoch).part(first, first + self.call_steps).index.tolist()
+            bad = [index for index in made if attempt or images.check(index)]
+            self._by_pil |= set(bad)  # at the second attempt all of them: PIL can what DALI cannot
+            if not attempt:
+                self._corrupt.add(bad)
+            self._start((epoch, first))
+        return self._take(epoch, first, attempt + 1)
 
     def _feed_paths(self, run: int) -> list[NDArray[np.uint8]]:
         return [np.frombuffer(self._path(index), np.uint8) for index in self._sample(run).index.tolist()]
@@ -218,58 +251,6 @@ def make_maps(offset: NDArray[np.int64], flip: NDArray[np.bool_], width: int) ->
     return maps
 
 
-def define(
-    config: LoaderConfig, size: tuple[int, int], mean: NDArray[np.float32], std: NDArray[np.float32],
-    feed_pixels: Callable[[int], Any], feed_maps: Callable[[int], Any],
-) -> None:  # fmt: skip
-    """Define the current pipeline: the same graph on every device.
-
-    DALI copies what it is fed (`no_copy` is False), in order of the stream that wrote it, and waits for the copy. With
-    `no_copy` it would read GPU memory on a stream of its own at once, whether or not it has been written.
-    """
-    device = "gpu" if config.device.type == "cuda" else "cpu"
-    images = fn.external_source(
-        source=feed_pixels, device=device, no_copy=False, layout="HWC", ndim=3,
-        dtype=types.FLOAT if config.augment.scale_range else types.UINT8,
-    )  # fmt: skip
-    maps = fn.external_source(source=feed_maps, dtype=types.FLOAT, ndim=2)
-    if mean.ndim == 3:  # before the crop: exact, and faster than cropping image and mean alike
-        images = images - types.Constant(mean, layout="HWC", device=device)
-    _crop(images, size, maps, mean if mean.ndim == 1 else np.zeros(3), std)
-
-
-def _crop(images: Any, size: tuple[int, int], maps: Any, mean: NDArray[Any], std: NDArray[Any]) -> None:
-    """The end of the current pipeline; `maps` are those of `make_maps`."""
-    crops = fn.warp_affine(images, maps, size=size, interp_type=types.INTERP_NN)
-    output = fn.crop_mirror_normalize(
-        crops, std=std.tolist(), mean=mean.tolist(), dtype=types.FLOAT, output_layout="HWC"
-    )
-    dali.Pipeline.current().set_outputs(output)
-
-
-def define_cuts(
-    config: LoaderConfig, size: tuple[int, int], feed_images: Callable[[int], Any],
-    feed_cuts: Callable[[int], Any], *, files: bool,
-) -> None:  # fmt: skip
-    """Define the current pipeline, fed with the paths of files or with images. What it is fed is copied, as in `define`."""
-    device = "gpu" if config.device.type == "cuda" else "cpu"
-    start, shape, resized, maps = fn.external_source(
-        source=feed_cuts, num_outputs=4, dtype=[types.INT32] * 2 + [types.FLOAT] * 2, ndim=[1, 1, 1, 2]
-    )
-    if files:  # read, not mapped: a file cut short meanwhile is an error, not a signal
-        paths = fn.external_source(source=feed_images, dtype=types.UINT8, ndim=1)
-        images = fn.decoders.image_slice(
-            fn.io.file.read(paths, dont_use_mmap=True), start, shape, axis_names="HW",
-            device="mixed" if device == "gpu" else "cpu", output_type=types.RGB, adjust_orientation=False,
-        )  # fmt: skip
-    else:
-        images = fn.external_source(source=feed_images, device=device, layout="HWC", ndim=3, dtype=types.UINT8)
-        images = fn.slice(images, start=start, shape=shape, axis_names="HW")
-    images = fn.resize(images, size=resized, interp_type=types.INTERP_LINEAR, antialias=True)
-    mean, std = (array * np.float32(255) for array in (config.normalize.mean, config.normalize.std))
-    _crop(images, size, maps, mean, std)
-
-
 def make_loader(split: Split, plan: SamplingPlan, config: LoaderConfig) -> DaliLoader:
     """The loader for the plan's kind of crops."""
-    return (CutLoader if plan.cut else DaliLoader)(split, plan, config)
+    return (CutLoader if plan.size is None else DaliLoader)(split, plan, config)

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional
 
 from harness.loaders.datasets import Split
 from harness.loaders.files import Corrupt, Files
-from harness.loaders.resident import ResidentLoader, zoom
+from harness.loaders.resident import zoom
 from harness.loaders.sampling import LoaderConfig, SamplingPlan, draw_cuts
 
 Job = tuple[Any, ...]
@@ -58,15 +58,8 @@ class SyntheticLoader:
     call_steps, calls_ahead = 1, 0
 
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
-        self.steps = plan.steps
-        sample = plan.draw(0)
-        self._sizes, first = sample.batch_sizes, sample.part(0, 1).index
-        if plan.cut:
-            self._images, self._labels = next(TorchLoader(split, plan, replace(config, threads=1)).epoch(0))
-            return
-        few = split.take(first)
-        once = replace(plan, images=len(few), batch_size=len(few), rank=0, world_size=1)
-        self._images, self._labels = next(ResidentLoader(few, once, config).epoch(0))
+        self.steps, self._sizes = plan.steps, plan.draw(0).batch_sizes
+        self._images, self._labels = next(TorchLoader(split, plan, replace(config, threads=1)).epoch(0))
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         for size in self._sizes[first_step:]:
@@ -89,13 +82,10 @@ class _Batches:
             part = draw.part(step, step + 1)
             side = np.zeros_like(part.index) if part.side is None else part.side
             where: tuple[NDArray[Any], ...] = (*part.offset.T, side)
-            if self._plan.cut:
+            if self._plan.size is None:
                 cuts = draw_cuts(self._plan, self.epoch, part.index, self._sizes[part.index])
                 where = cuts.box, cuts.size, cuts.offset
             yield list(zip(*(array.tolist() for array in (part.index, part.flip, *where)), strict=True))
-
-    def __len__(self) -> int:
-        return self._plan.steps - self.first_step
 
 
 class _Images(Dataset[tuple[Any, ...]]):

@@ -55,7 +55,7 @@ class Files:
             with Image.open(os.fsdecode(path)) as image:
                 pixels = np.asarray(image.convert("RGB"))
         except Exception as error:  # a broken file can make a decoder raise nearly anything
-            raise DataError(f"{show(path)}: not a readable image: {_reason(error, path)}") from error
+            raise DataError(_unreadable(path, error)) from error
         if pixels.shape[:2] != tuple(self.sizes[index]):
             raise DataError(f"{show(path)}: is another image than when the run began")
         return pixels
@@ -77,9 +77,10 @@ def show(path: bytes) -> str:
     return path.decode(errors="backslashreplace")
 
 
-def _reason(error: Exception, path: bytes) -> str:
-    words = str(getattr(error, "strerror", None) or error)
-    return words.splitlines()[0].replace(os.fsdecode(path), Path(os.fsdecode(path)).name) if words else repr(error)
+def _unreadable(path: bytes, error: Exception) -> str:
+    name, words = os.fsdecode(path), str(getattr(error, "strerror", None) or error) or repr(error)
+    reason = "no known format" if "BytesIO" in words else words.splitlines()[0].replace(name, Path(name).name)
+    return f"{show(path)}: not a readable image: {reason}"
 
 
 def in_threads(work: Callable[[int], str], count: int, what: str, progress: Progress | None) -> list[str]:
@@ -111,8 +112,7 @@ def index_files(root: Path, paths: NDArray[np.bytes_], progress: Progress | None
             with Image.open(io.BytesIO(content)) as image:
                 files.sizes[index] = image.size[::-1]
         except Exception as error:  # of a header, too
-            reason = "no known format" if "BytesIO" in str(error) else _reason(error, path)
-            return f"{show(path)}: not a readable image: {reason}"
+            return _unreadable(path, error)
         return ""
 
     refuse(in_threads(look, count, "hashing image files", progress))

@@ -90,13 +90,9 @@ def make_evaluation_loader(name: str, split: Split, config: LoaderConfig) -> Loa
 
 
 def _make_plan(split: Split, config: LoaderConfig, *, train: bool) -> SamplingPlan:
-    augment, (side, _) = config.augment, config.augment.crop_size(split)
-    cut = augment if augment.by_image(split) else None
-    return SamplingPlan(
-        images=len(split), batch_size=config.batch_size if train else config.eval_batch_size, train=train,
-        span=augment.span(split), flip=augment.flip, seed=config.seed, rank=config.rank, world_size=config.world_size,
-        scale_range=augment.scale_range, image=0 if cut else split.pixels.shape[1], crop=side, cut=cut,
-    )  # fmt: skip
+    batch_size, augment = config.batch_size if train else config.eval_batch_size, config.augment
+    size = None if augment.by_image(split) else split.size
+    return SamplingPlan(len(split), batch_size, config.seed, config.rank, config.world_size, train, augment, size)
 
 
 class Mixing:

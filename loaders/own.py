@@ -32,14 +32,13 @@ def load_own(
         raise DataError(f"(train, test) or a path is expected, not {repr(made)[:80]}")
     train, test = (read_split(part, what) for part, what in zip(made, ("train", "test"), strict=True))
     label = _column(getattr(made[0], "features", None) or {}, "label")
-    named = tuple(map(str, classes or getattr(made[0], "classes", None) or getattr(label, "names", None) or ()))
-    named = named or tuple(map(str, range(int(train.labels.max()) + 1)))
+    given = classes or getattr(made[0], "classes", None) or getattr(label, "names", None)
+    named = tuple(map(str, given or range(int(train.labels.max()) + 1)))
     for what, split in (("train", train), ("test", test)):
         for wrong in np.flatnonzero((split.labels < 0) | (split.labels >= len(named)))[:1]:
             which = f"label {split.labels[wrong]} of {what} image {wrong}"
             raise DataError(f"{which} is out of range: 0 to {len(named) - 1} are the classes")
-    content = Content(named, train, test)
-    return Dataset(request.name, request.name, content.fingerprint(), False, *content, flip=flip)
+    return Dataset(request.name, request.name, False, *Content.of(named, train, test), flip=flip)
 
 
 def read_split(part: Any, what: str) -> Split:

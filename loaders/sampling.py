@@ -87,12 +87,8 @@ class Augment:
             raise ValueError(f"crop {self.crop} does not fit into {images}")
         return self.crop, self.crop
 
-    def span(self, split: Split) -> tuple[int, int]:
-        """Largest offset of the crop in the padded image, in y and x."""
-        height, width = self.crop_size(split)
-        rows, columns = split.size or (0, 0)
-        fixed = self.scale_range or self.by_image(split)
-        return (0, 0) if fixed else (rows + 2 * self.pad - height, columns + 2 * self.pad - width)
+
+PLAIN = Augment(pad=0, pad_mode="zero", crop=None, flip=False)  # images as they are
 
 
 def make_augment(recipe: object, *, flip: bool) -> Augment:
@@ -198,22 +194,25 @@ class SamplingPlan:
 
     images: int
     batch_size: int  # global
-    span: tuple[int, int] = (0, 0)  # largest offset in y and x
-    flip: bool = False
     seed: int = 0
     rank: int = 0
     world_size: int = 1
     train: bool = True
-    scale_range: tuple[int, ...] = ()  # squares of crop * image / scale are resized to the crop, as by neon 1.2
-    image: int = 0  # side, where images are scaled
-    crop: int = 0  # side, too
-    cut: Augment | None = None  # how each image is cut by its own size: `draw_cuts`
+    augment: Augment = PLAIN
+    size: tuple[int, int] | None = None  # height and width of images; None: each is cut by its own (`draw_cuts`)
     partner: bool = False  # in place of each image another of the whole set, cropped and flipped as that one is
 
     def __post_init__(self) -> None:
         if min(self.images, self.batch_size) < self.world_size:
             what = f"{self.images} images in batches of {self.batch_size}"
             raise ValueError(f"{what} are less than one for each of {self.world_size} workers")
+
+    @property
+    def span(self) -> tuple[int, ...]:
+        """Largest offset of the crop in the padded image, in y and x."""
+        if self.size is None or self.augment.scale_range:
+            return 0, 0
+        return tuple(side + 2 * self.augment.pad - (self.augment.crop or side) for side in self.size)
 
     @property
     def steps(self) -> int:
@@ -229,30 +228,30 @@ class SamplingPlan:
 @lru_cache(maxsize=4)
 def _sample_epoch(plan: SamplingPlan, epoch: int) -> EpochSample:
     """Cached, because a loader asks again for each part of an epoch."""
+    count, augment, (whole, _) = plan.images, plan.augment, plan.size or (0, 0)
+    side = np.full(count, whole) if augment.scale_range else None
     if plan.train:
         generator = np.random.Generator(np.random.PCG64([plan.seed, epoch]))
-        order = generator.permutation(plan.images)
-        offset = generator.integers(0, plan.span, (plan.images, 2), endpoint=True)
-        flip = generator.integers(0, 2, plan.images, dtype=np.uint8).astype(bool) & plan.flip
-        if plan.scale_range:  # uniform over whole numbers, and then the offset over those that there are
-            least, most = plan.scale_range
-            side = plan.crop * plan.image // generator.integers(least, most, plan.images, endpoint=True)
-            offset = generator.integers(0, plan.image - side[:, None], (plan.images, 2), endpoint=True)
+        order = generator.permutation(count)
+        offset = generator.integers(0, plan.span, (count, 2), endpoint=True)
+        flip = generator.integers(0, 2, count, dtype=np.uint8).astype(bool) & augment.flip
+        if augment.scale_range:  # as by neon 1.2: uniform over whole numbers, then the offset over those there are
+            least, most = augment.scale_range
+            side = (augment.crop or whole) * whole // generator.integers(least, most, count, endpoint=True)
+            offset = generator.integers(0, whole - side[:, None], (count, 2), endpoint=True)
     else:
-        order = np.random.Generator(np.random.PCG64(EVALUATION_SEED)).permutation(plan.images)
-        offset = np.full((plan.images, 2), np.array(plan.span) // 2)
-        flip = np.zeros(plan.images, bool)
-        side = np.full(plan.images, plan.image)
-    if plan.cut:  # by `draw_cuts`
-        offset = np.zeros((plan.images, 2), np.int8)
-    body, last = np.split(order, [plan.images - plan.images % plan.batch_size])
+        order = np.random.Generator(np.random.PCG64(EVALUATION_SEED)).permutation(count)
+        offset = np.full((count, 2), np.array(plan.span) // 2)
+        flip = np.zeros(count, bool)
+    if plan.size is None:  # by `draw_cuts`
+        offset = np.zeros((count, 2), np.int8)
+    body, last = np.split(order, [count - count % plan.batch_size])
     if plan.train and 0 < len(last) < plan.world_size:
         last = np.concatenate([last, order[: plan.world_size - len(last)]])
     shares = body.reshape(-1, plan.batch_size)[:, plan.rank :: plan.world_size]
     index = np.concatenate([shares.ravel(), last[plan.rank :: plan.world_size]])
-    sides = side[index] if plan.scale_range else None
     shown = draw_partners(plan, epoch)[index] if plan.partner else index
-    return EpochSample(shown, offset[index], flip[index], sides, shares.shape[1])
+    return EpochSample(shown, offset[index], flip[index], None if side is None else side[index], shares.shape[1])
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -271,10 +270,7 @@ def draw_cuts(plan: SamplingPlan, epoch: int, index: NDArray[np.int64], sizes: N
     uniform and the logarithm of the aspect too; of ten draws the first counts that fits into the image, else the
     largest box in its middle.
     """
-    if (cut := plan.cut) is None:
-        raise ValueError("these images are not cut by their own size")
-    sizes = sizes.astype(np.int64)
-    count = len(sizes)
+    cut, count, sizes = plan.augment, len(sizes), sizes.astype(np.int64)
     crop = np.array((cut.crop, cut.crop)) if cut.crop else sizes
     draws = np.full((count, 2 * ATTEMPTS + 2), 0.5)
     if plan.train:

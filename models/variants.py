@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import tomllib
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
@@ -155,22 +156,18 @@ class Architecture:
     three_stages: bool = False  # of equally many blocks, with one layer before and one after: 6n+2, or 9n+2
 
 
-def _ours(name: str, **limits: Any) -> Architecture:
+def _make(name: str, network: Network, num_classes: int) -> nn.Module:
     """A module of this package, imported when it is made."""
-
-    def make(network: Network, num_classes: int) -> nn.Module:
-        made: nn.Module = getattr(import_module("harness.models.networks"), name)(network, num_classes)
-        return made
-
-    return Architecture(make=make, **limits)
+    made: nn.Module = getattr(import_module("harness.models.networks"), name)(network, num_classes)
+    return made
 
 
 NETWORKS: dict[str, Architecture] = {
-    "cifar": _ours("CifarResNet", smallest_image=4, three_stages=True),
-    "imagenet": _ours("ImageNetResNet", smallest_image=16, depths=(18, 34, 50, 74)),
-    "resnet": _ours("ResNet", smallest_image=32, depths=(18, 34, 50, 101, 152)),
-    "convnet": _ours("ConvNet", smallest_image=4, depths=(8,)),
-    "xresnet": _ours("XResNet", smallest_image=4, three_stages=True),
+    "cifar": Architecture(make=partial(_make, "CifarResNet"), smallest_image=4, three_stages=True),
+    "imagenet": Architecture(make=partial(_make, "ImageNetResNet"), smallest_image=16, depths=(18, 34, 50, 74)),
+    "resnet": Architecture(make=partial(_make, "ResNet"), smallest_image=32, depths=(18, 34, 50, 101, 152)),
+    "convnet": Architecture(make=partial(_make, "ConvNet"), smallest_image=4, depths=(8,)),
+    "xresnet": Architecture(make=partial(_make, "XResNet"), smallest_image=4, three_stages=True),
 }
 
 
@@ -201,11 +198,11 @@ def parameters_of(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 def own_fields(make: Callable[..., Any]) -> dict[str, tuple[Any, Any]]:
     """Type and default of each field of a maker's own: of its parameters that have a default, and that nothing else
     fills, those that are text, numbers or truth values."""
-    found = {}
+    found, filled = {}, set().union(*FILLED.values())
     for name, p in parameters_of(make).items():
         typed = p.annotation in SIMPLE or get_origin(p.annotation) is Literal
         hint = p.annotation if typed else type(p.default)
-        if name not in FILLED and p.default is not p.empty and (typed or hint in SIMPLE):
+        if name not in filled and p.default is not p.empty and (typed or hint in SIMPLE):
             found[name] = hint, p.default
     return found
 
@@ -220,13 +217,11 @@ def call(make: Callable[..., Any], given: Mapping[str, Any], extra: tuple[str, .
 
 
 @cache
-def _bound(make: Callable[..., Any], extra: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, Any]]:
+def _bound(make: Callable[..., Any], extra: tuple[str, ...]) -> tuple[list[str], dict[str, Any]]:
     """The names that it may be given, and its own fields."""
-    parameters = parameters_of(make).values()
-    whole = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    own = {name: value for name, value in read_extra(extra).items() if name in own_fields(make)}
-    names = (parameter.name for parameter in parameters)
-    return tuple(dict.fromkeys((*names, *["num_classes"] * whole))), own
+    parameters, own = parameters_of(make), own_fields(make)
+    names = [*parameters, *["num_classes" for p in parameters.values() if p.kind is p.VAR_KEYWORD]]
+    return names, {name: value for name, value in read_extra(extra).items() if name in own}
 
 
 def read_extra(extra: Iterable[str]) -> dict[str, Any]:
@@ -244,41 +239,23 @@ def write_extra(values: Mapping[str, Any], makes: Iterable[Callable[..., Any]]) 
 SIMPLE = (bool, int, float, str)
 OF_NETWORK, OF_RECIPE = ({each.name for each in fields(part)} for part in (Network, Recipe))
 FILLED = {
-    "num_classes",
-    "image_size",
-    "network",
-    "depth",
-    "groups",
-    "moment",
-    "images",
-    "draws",
-    "root",
-    *OF_RECIPE,
-}
-"""Parameters of makers that are no fields of their own."""
-ABOUT = {
-    "base",
-    "summary",
-    "source",
-    "depth",
-    "depths",
-    "least",
-    "at",
-}  # words of variants.toml that are no fields
+    "network": {"num_classes", "image_size", "depth", "network"}, "dataset": {"root"}, "augmentation": {"images", "draws"},
+    "optimizer": {"groups", *OF_RECIPE}, "schedule": {"moment", *OF_RECIPE},
+}  # fmt: skip
+"""The parameters of makers that are filled by name, by kind; a loader is called by place."""
+ABOUT = {"base", "summary", "source", "depth", "depths", "least", "at"}
+"""Words of variants.toml that are no fields."""
 
 
-def make_variant(name: str, rows: Mapping[str, Mapping[str, Any]]) -> VariantFunction:
+def make_variant(name: str, rows: dict[str, dict[str, Any]]) -> VariantFunction:
     """A variant of rows like those of variants.toml: its own and its base's."""
-    chain = [rows[name]]  # the variant, its base, and so on
-    while "base" in chain[-1]:
-        chain.append(rows[chain[-1]["base"]])
-    source, default, summary = (
-        next(link[key] for link in chain if key in link) for key in ("source", "depth", "summary")
-    )
+    row = ChainMap(rows[name])  # the variant, its base, and so on
+    while "base" in row.maps[-1]:
+        row.maps.append(rows[row.maps[-1]["base"]])
 
-    def variant(depth: int = default) -> Variant:
+    def variant(depth: int = row["depth"]) -> Variant:
         changes: dict[str, Any] = {}
-        for link in reversed(chain):
+        for link in reversed(row.maps):
             for part in (link, *link.get("at", ())):
                 if part is link or depth in part.get("depths", ()) or depth >= part.get("least", math.inf):
                     changes |= {key: tuple(x) if isinstance(x, list) else x for key, x in part.items()}
@@ -291,9 +268,9 @@ def make_variant(name: str, rows: Mapping[str, Mapping[str, Any]]) -> VariantFun
             network = replace(network, extra=write_extra(given, [make]))
             rest = sorted(given.keys() - own_fields(make).keys())
             recipe = replace(recipe, extra=tuple(f"{key}={json.dumps(given[key])}" for key in rest))
-        return Variant(name=name, network=network, recipe=recipe, source=source, summary=summary)
+        return Variant(name=name, network=network, recipe=recipe, source=row["source"], summary=row["summary"])
 
-    variant.__name__, variant.__doc__ = name.replace("-", "_"), summary
+    variant.__name__, variant.__doc__ = name.replace("-", "_"), row["summary"]
     return variant
 
 
@@ -319,7 +296,6 @@ def load_rows(name: str) -> dict[str, dict[str, Any]]:
 
 ROWS = load_rows("variants.toml")
 VARIANTS: dict[str, VariantFunction] = {name: make_variant(name, ROWS) for name in ROWS}
-
 
 find_variant = partial(find, "variant", entries=VARIANTS)
 """The variant of that name. Raises ValueError where there is none."""
@@ -348,7 +324,6 @@ class Preset:
 
 
 PRESETS = {name: Preset(**row) for name, row in load_rows("presets.toml").items()}
-
 
 find_preset = partial(find, "preset", entries=PRESETS)
 """The preset of that name. Raises ValueError where there is none."""

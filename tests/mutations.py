@@ -169,7 +169,7 @@ DEFECTS = (
            "test_files.py::test_dali_agrees_with_dataloader"),
     Defect("image files: corrupt files have no limit", FILES, (("if len(self.known) > allowed:", "if False:"),),
            "test_files.py::test_corrupt_files_are_counted_and_refused[dataloader]"),
-    Defect("image files: the cache forgets contents", "loaders/cache.py", (("self.images.digests if isinstance", "self.images.sizes if isinstance"),),
+    Defect("image files: the cache forgets contents", "loaders/cache.py", (("split.images.digests if isinstance", "split.images.sizes if isinstance"),),
            "test_files.py::test_fingerprint_is_of_contents_alone"),
 )  # fmt: skip
 

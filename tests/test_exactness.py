@@ -67,8 +67,9 @@ def all_images(loader: Loader, epoch: int) -> NDArray[Any]:
 
 @pytest.mark.parametrize("kind", REAL)
 def test_scales_are_drawn_and_resized_alike(kind: str, make: Any) -> None:
-    train, test = make(kind, Augment(0, "zero", CROP, flip=True, scale_range=(16, 30)))
-    plan = SamplingPlan(COUNT, 8, flip=True, seed=SEED, image=SIDE, crop=CROP, scale_range=(16, 30))
+    augment = Augment(0, "zero", CROP, flip=True, scale_range=(16, 30))
+    train, test = make(kind, augment)
+    plan = SamplingPlan(COUNT, 8, SEED, augment=augment, size=(SIDE, SIDE))
     draw = plan.draw(3)
     assert draw.side is not None
     expected = []
@@ -83,7 +84,8 @@ def test_scales_are_drawn_and_resized_alike(kind: str, make: Any) -> None:
 
 
 def test_every_scale_comes_and_every_square_lies_inside() -> None:
-    draw = SamplingPlan(4000, 8, seed=1, image=128, crop=112, scale_range=(128, 240)).draw(0)
+    augment = Augment(0, "zero", 112, flip=False, scale_range=(128, 240))
+    draw = SamplingPlan(4000, 8, seed=1, augment=augment, size=(128, 128)).draw(0)
     assert draw.side is not None
     assert set(draw.side) == {int(112 * 128 / scale) for scale in range(128, 241)}
     assert draw.offset.min() == 0
@@ -99,8 +101,9 @@ def test_scales_need_square_images_without_padding(make: Any) -> None:
 @pytest.mark.parametrize("kind", REAL)
 def test_mixup_with_the_whole_set_mixes_before_it_augments(kind: str, make: Any) -> None:
     """data/mixupcifargenerator.py of iamVarunAnand/image_classification: two raw images, then one crop and flip."""
-    train, _ = make(kind, Augment(2, "black", None, flip=True), mixup=0.4)
-    plan = SamplingPlan(COUNT, 8, (4, 4), flip=True, seed=SEED)
+    augment = Augment(2, "black", None, flip=True)
+    train, _ = make(kind, augment, mixup=0.4)
+    plan = SamplingPlan(COUNT, 8, SEED, augment=augment, size=(SIDE, SIDE))
     draw, partner, shares = plan.draw(2), draw_partners(plan, 2), draw_shares(plan, 2, 0.4)
     assert 0 < shares.max() <= 0.5
     expected = []

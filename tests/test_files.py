@@ -191,9 +191,7 @@ def test_limit_and_hold_out(dataset: Dataset) -> None:
 
 
 def make_plan(augment: Augment, count: int = 4000, **changes: Any) -> SamplingPlan:
-    return SamplingPlan(
-        **{"images": count, "batch_size": 8, "crop": augment.crop, "cut": augment, "flip": True} | changes
-    )
+    return SamplingPlan(**{"images": count, "batch_size": 8, "augment": augment} | changes)
 
 
 def test_boxes_are_of_random_area_aspect_and_place() -> None:
@@ -505,7 +503,7 @@ def test_weights_are_evaluated_on_files(photos: Path, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_cuts_are_defined_alike_on_the_gpu(stored: bool) -> None:
+def test_cuts_are_defined_alike_on_the_gpu(stored: bool, dataset: Dataset) -> None:
     """To define DALI's graph needs no GPU. Decoding is mixed there; numbers and paths come from the host."""
     config = LoaderConfig(
         augment=BOXES, normalize=Normalize(np.zeros(3, np.float32), np.ones(3, np.float32)), batch_size=4,
@@ -514,9 +512,11 @@ def test_cuts_are_defined_alike_on_the_gpu(stored: bool) -> None:
 
     def definition(device: str) -> list[str]:
         pipeline = dali.dali.Pipeline(batch_size=4, num_threads=1, device_id=None if device == "cpu" else 0)
+        loader = object.__new__(dali.CutLoader)
+        split = dataset.train if stored else Split(np.zeros((4, 40, 40, 3), np.uint8), np.zeros(4, np.int64))
+        vars(loader).update(_config=config, _on_gpu=device != "cpu", _size=(24, 24), _split=split)
         with pipeline:
-            here = replace(config, device=torch.device(device))
-            dali.define_cuts(here, (24, 24), lambda _: None, lambda _: None, files=stored)
+            loader._define()
         pipeline._build_graph()
         specs = (str(operator.spec).splitlines() for operator in pipeline._ops)
         return ["\n".join(line for line in spec if "_origin_stack" not in line) for spec in specs]

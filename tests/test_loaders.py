@@ -25,6 +25,7 @@ RANDOM = np.random.default_rng(7)
 # labels say which image it is
 TRAIN = Split(RANDOM.integers(0, 256, (70, HEIGHT, WIDTH, 3), dtype=np.uint8), np.arange(70))
 TEST = Split(RANDOM.integers(0, 256, (41, HEIGHT, WIDTH, 3), dtype=np.uint8), np.arange(41))
+OF_CIFAR: dict[str, Any] = {"augment": Augment(4, "zero", None, flip=True), "size": (32, 32)}
 KINDS = ("pixel-mean", "channel-mean", "channel-mean-std", "imagenet")
 
 
@@ -87,9 +88,8 @@ def reference(
 
 
 def train_plan(augment: Augment, **changes: Any) -> SamplingPlan:
-    return SamplingPlan(
-        **{"images": 70, "batch_size": BATCH, "span": augment.span(TRAIN), "flip": True, "seed": 5, **changes}
-    )
+    given = {"images": 70, "batch_size": BATCH, "augment": augment, "size": (HEIGHT, WIDTH), "seed": 5}
+    return SamplingPlan(**{**given, **changes})
 
 
 def joined(loader: Loader, epoch: int, first_step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,9 +157,9 @@ def test_dataloader_with_worker_processes(make: Any) -> None:
 
 def test_indexing_on_the_gpu_and_on_the_cpu_are_the_same() -> None:
     images = torch.from_numpy(TRAIN.images)
-    draw = SamplingPlan(70, BATCH, span=(4, 3), flip=True).draw(0)
+    size = (HEIGHT - 4, WIDTH - 4)
+    draw = SamplingPlan(70, BATCH, augment=Augment(2, "zero", None, flip=True), size=size).draw(0)
     arguments = [torch.from_numpy(array) for array in (draw.index, draw.offset, draw.flip)]
-    size = (HEIGHT - 4, WIDTH - 3)
     assert torch.equal(crop(images, *arguments, size), crop_by_index(images, *arguments, size))
 
 
@@ -236,7 +236,7 @@ def test_evaluation_leaves_a_rank_without_an_image_a_step_short() -> None:
 
 
 def test_epoch_of_cifar10() -> None:
-    plan = SamplingPlan(50_000, 128, span=(8, 8), flip=True)
+    plan = SamplingPlan(50_000, 128, **OF_CIFAR)
     draw = plan.draw(0)
     assert plan.steps == 391
     sizes = [len(draw.part(step, step + 1).index) for step in range(plan.steps)]
@@ -244,12 +244,12 @@ def test_epoch_of_cifar10() -> None:
     assert np.array_equal(np.sort(draw.index), np.arange(50_000))
     assert not np.array_equal(draw.index, plan.draw(1).index)
     assert not np.array_equal(draw.index, replace(plan, seed=1).draw(0).index)
-    assert np.array_equal(draw.index, SamplingPlan(50_000, 128, span=(8, 8), flip=True).draw(0).index)
+    assert np.array_equal(draw.index, SamplingPlan(50_000, 128, **OF_CIFAR).draw(0).index)
 
 
 def test_offsets_are_uniform_and_flips_fair() -> None:
     """Offsets 0 and 8 come as often as the others. 1 in 1,000 for each of the four, at fixed seeds."""
-    draw = SamplingPlan(50_000, 128, span=(8, 8), flip=True, seed=1).draw(0)
+    draw = SamplingPlan(50_000, 128, **OF_CIFAR, seed=1).draw(0)
     for axis in (0, 1):
         counts = np.bincount(draw.offset[:, axis], minlength=9)
         assert len(counts) == 9
@@ -257,16 +257,15 @@ def test_offsets_are_uniform_and_flips_fair() -> None:
     joint = np.bincount(draw.offset[:, 0] * 9 + draw.offset[:, 1], minlength=81)
     assert chisquare(joint).pvalue > 1e-3
     assert chisquare(np.bincount(draw.flip)).pvalue > 1e-3
-    assert not SamplingPlan(50_000, 128, flip=False).draw(0).flip.any()
+    unflipped = Augment(4, "zero", None, flip=False)
+    assert not SamplingPlan(50_000, 128, augment=unflipped, size=(32, 32)).draw(0).flip.any()
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("images", [70, 65, 64])
 def test_ranks_share_the_global_batches(world: int, images: int) -> None:
-    alone = SamplingPlan(images, 16, span=(8, 8), flip=True).draw(3)
-    plans = [
-        SamplingPlan(images, 16, span=(8, 8), flip=True, rank=rank, world_size=world) for rank in range(world)
-    ]
+    alone = SamplingPlan(images, 16, **OF_CIFAR).draw(3)
+    plans = [SamplingPlan(images, 16, **OF_CIFAR, rank=rank, world_size=world) for rank in range(world)]
     draws = [plan.draw(3) for plan in plans]
     assert {plan.steps for plan in plans} == {-(-images // 16)}
     offset_of = dict(zip(alone.index.tolist(), alone.offset.tolist(), strict=True))
@@ -374,11 +373,13 @@ ON_CPU = LoaderConfig(
 
 def definition(config: LoaderConfig, mean: np.ndarray) -> list[str]:
     """Every operator of DALI's graph in words. To define it needs no GPU, to build it does."""
-    pipeline = dali.dali.Pipeline(
-        batch_size=4, num_threads=1, device_id=None if config.device.type == "cpu" else 0
-    )
+    on_gpu = config.device.type == "cuda"
+    pipeline = dali.dali.Pipeline(batch_size=4, num_threads=1, device_id=0 if on_gpu else None)
+    loader = object.__new__(dali.DaliLoader)
+    own = {"_config": config, "_on_gpu": on_gpu, "_size": (8, 8), "_mean": mean, "_std": np.ones(3, np.float32)}
+    vars(loader).update(own)
     with pipeline:
-        dali.define(config, (8, 8), mean, np.ones(3, np.float32), lambda _: None, lambda _: None)
+        loader._define()
     pipeline._build_graph()
     return [
         "\n".join(line for line in str(operator.spec).splitlines() if "_origin_stack" not in line)

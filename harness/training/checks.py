@@ -29,7 +29,7 @@ from harness.checklist import BY_NAME, Finding, Result, attempt
 from harness.cluster.job import Report, Worker
 from harness.loaders.cache import cache_dir
 from harness.loaders.datasets import Split
-from harness.loaders.sampling import SamplingPlan
+from harness.loaders.sampling import Augment, SamplingPlan
 from harness.models.variants import find_variant
 from harness.plugins import names_of, used_by
 from harness.results.metrics import figures
@@ -184,7 +184,8 @@ def check_loader(bench: Bench, name: str) -> Figure:
 def reference_epoch(prepared: Prepared, epoch: int) -> tuple[Tensor, Tensor]:
     """Images and labels of an epoch, one by one by the definition: padded by 4 and cropped."""
     split, normalize, seed = prepared.data.train, prepared.loader_config.normalize, prepared.spec.seed
-    sample = SamplingPlan(images=IMAGES, batch_size=BATCH, span=(8, 8), flip=True, seed=seed).draw(epoch)
+    augment = Augment(pad=4, pad_mode="zero", crop=None, flip=True)
+    sample = SamplingPlan(IMAGES, BATCH, seed, augment=augment, size=(SIZE, SIZE)).draw(epoch)
     normalized = (split.pixels / np.float32(255) - normalize.mean) / normalize.std
     padded = np.pad(normalized, ((0, 0), (4, 4), (4, 4), (0, 0)))
     made = []

@@ -244,7 +244,7 @@ def _fit(kind: str, name: str, spec: RunSpec, side: int, console: Console) -> ch
         dataset = load_data(spec.dataset, paths, console)
     else:
         split, classes = checks.make_split(side), tuple(map(str, range(checks.CLASSES)))
-        dataset = Dataset("check", "check", "", False, classes, split, split, flip=True)
+        dataset = Dataset("check", "check", False, "", classes, split, split, flip=True)
     return 0.0, try_out(*of, spec, dataset, paths)
 
 
