@@ -43,6 +43,7 @@ class DaliLoader:
     """Follows the plan on `config.device`. Epochs requested in turn are made ahead, across their ends too."""
 
     calls_ahead = PREFETCH
+    _pixels: Any = None  # of images in memory. On the CPU an array, for DALI calls CUDA for any tensor
 
     def __init__(self, split: Split, plan: SamplingPlan, config: LoaderConfig) -> None:
         self.steps = plan.steps
@@ -53,16 +54,14 @@ class DaliLoader:
         target = GPU_MACROBATCH_MIB if self._on_gpu else CPU_MACROBATCH_MIB
         self.call_steps = max(1, int(target * 2**20 / (12 * self._size[0] * self._size[1] * self._batch)))
         self._prepare()
+        if self._on_gpu and self._pixels is not None:
+            self._pixels = torch.from_numpy(self._pixels).to(config.device)
         self._start((0, 0))
 
     def _prepare(self) -> None:
         """Make what the pipeline is fed from."""
-        pixels, self._mean, self._std = make_padded(self._split, self._config.augment, self._config.normalize)
-        self._keep(pixels)
-
-    def _keep(self, pixels: NDArray[np.uint8]) -> None:
-        """On the CPU as an array, for DALI calls CUDA for any tensor."""
-        self._pixels: Any = torch.from_numpy(pixels).to(self._config.device) if self._on_gpu else pixels
+        padded = make_padded(self._split, self._config.augment, self._config.normalize)
+        self._pixels, self._mean, self._std = padded
 
     def _start(self, first: tuple[int, int]) -> None:
         """Build the pipeline anew, to begin with the macrobatch of that epoch and first step."""
@@ -173,7 +172,7 @@ class CutLoader(DaliLoader):
             self._corrupt = Corrupt(images, self._config.warn)
             self._by_pil |= {n for n, path in enumerate(images.paths) if path.lower().endswith(NOT_OF_DALI)}
         else:
-            self._keep(images)
+            self._pixels = images
 
     def _define(self) -> None:
         """Fed with the paths of files or with images; what it is fed is copied here too."""

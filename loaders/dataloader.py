@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -42,8 +42,8 @@ class TorchLoader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self._batches.epoch, self._batches.first_step = epoch, first_step
-        for images, labels, *unreadable in self._loader:
-            if self._corrupt and (bad := [index for index in unreadable[0].tolist() if index >= 0]):
+        for images, labels, unreadable in self._loader:
+            if self._corrupt and (bad := [index for index in unreadable.tolist() if index >= 0]):
                 self._corrupt.add(bad)
             images = images.to(self._device, non_blocking=True, memory_format=torch.channels_last)
             yield images, labels.to(self._device, non_blocking=True)
@@ -81,15 +81,14 @@ class _Batches:
         for step in range(self.first_step, self._plan.steps):
             part = draw.part(step, step + 1)
             side = np.zeros_like(part.index) if part.side is None else part.side
-            where: tuple[NDArray[Any], ...] = (*part.offset.T, side)
+            where: Iterable[NDArray[Any]] = (*part.offset.T, side)
             if self._plan.size is None:
-                cuts = draw_cuts(self._plan, self.epoch, part.index, self._sizes[part.index])
-                where = cuts.box, cuts.size, cuts.offset
+                where = draw_cuts(self._plan, self.epoch, part.index, self._sizes[part.index])
             yield list(zip(*(array.tolist() for array in (part.index, part.flip, *where)), strict=True))
 
 
-class _Images(Dataset[tuple[Any, ...]]):
-    """Images by job, with their labels; of files also the number of one that is corrupt, else -1.
+class _Images(Dataset[tuple[Tensor, int, int]]):
+    """Images by job, with their labels, and the number of one whose file is corrupt, else -1.
 
     A mean image is subtracted by hand, for torchvision normalises by colour only.
     """
@@ -105,16 +104,12 @@ class _Images(Dataset[tuple[Any, ...]]):
             if self._augment.pad_mode != "zero":
                 self._mean = self._pad(self._mean)
 
-    def __getitem__(self, job: Job) -> tuple[Any, ...]:
+    def __getitem__(self, job: Job) -> tuple[Tensor, int, int]:
         index, flip, *where = job
-        unreadable: tuple[int, ...] = ()
-        if isinstance(self._images, Files):
-            pixels, bad = self._images.read_or_grey(index)
-            unreadable = (index if bad else -1,)
-        else:
-            pixels = self._images[index]
+        images = self._images
+        pixels, bad = images.read_or_grey(index) if isinstance(images, Files) else (images[index], "")
         image = (self._cut if self._by_image else self._crop)(pixels, *where)
-        return functional.horizontal_flip(image) if flip else image, int(self._labels[index]), *unreadable
+        return functional.horizontal_flip(image) if flip else image, int(self._labels[index]), index if bad else -1
 
     def _cut(self, pixels: NDArray[np.uint8], box: list[int], size: list[int], offset: list[int]) -> Tensor:
         y, x, height, width = box

@@ -323,22 +323,19 @@ def _load_miniplaces(request: Request) -> Dataset:
     if sorted(labels) != list(range(len(labels))):
         raise DataError(f"{root / 'categories.txt'}: labels are not 0 to {len(labels) - 1}, each once")
     classes = tuple(names[index] for index in np.argsort(labels))
-    train, test = (_list_kit(root, name, len(classes)) for name in ("train.txt", "val.txt"))
-    content = _read_files(request, classes, train, test)
+    listings = list[_Listing]()
+    for name in ("train.txt", "val.txt"):
+        paths, labels = _read_list(root / name)
+        if wrong := [label for label in labels if label >= len(classes)]:
+            raise DataError(f"{root / name}: label {wrong[0]} is not in categories.txt")
+        listings.append(_list([os.fsencode(f"images/{path}") for path in paths], root, labels))
+    content = _read_files(request, classes, *listings)
     whole = len(content.train) >= MINIPLACES_TRAIN_IMAGES
     name = "miniplaces" if whole else root.resolve().name
     if name in DATASETS and not whole:
         per_class = np.bincount(content.train.labels, minlength=len(classes))
         name = f"{name}-{per_class[0]}" if np.ptp(per_class) == 0 else f"{name}@{content.fingerprint[:8]}"
     return Dataset("miniplaces", name, content.fingerprint in ORIGINAL, *content, flip=True)
-
-
-def _list_kit(root: Path, name: str, num_classes: int) -> _Listing:
-    paths, labels = _read_list(root / name)
-    for label in labels:
-        if label >= num_classes:
-            raise DataError(f"{root / name}: label {label} is not in categories.txt")
-    return _list([os.fsencode(f"images/{path}") for path in paths], root, labels)
 
 
 def _read_list(path: Path) -> tuple[list[str], list[int]]:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,12 +121,11 @@ def make_normalize(kind: NormalizeKind, train: Split) -> Normalize:
     if kind == "pixel-mean":
         return Normalize((total / (255 * len(train))).astype(np.float32), one)
     pixels = len(train) * total.shape[0] * total.shape[1]
-    mean = total.sum(axis=(0, 1)) / pixels
-    if kind == "channel-mean":
-        return Normalize((mean / 255).astype(np.float32), one)
-    rows = train.pixels.reshape(len(train), -1)
-    squares = np.einsum("np,np->p", rows, rows, dtype=np.int64).reshape(-1, 3).sum(axis=0)
-    std = np.sqrt(squares / pixels - mean**2)
+    mean, std = total.sum(axis=(0, 1)) / pixels, np.full(3, 255.0)
+    if kind == "channel-mean-std":
+        rows = train.pixels.reshape(len(train), -1)
+        squares = np.einsum("np,np->p", rows, rows, dtype=np.int64).reshape(-1, 3).sum(axis=0)
+        std = np.sqrt(squares / pixels - mean**2)
     if not std.all():
         raise ValueError("channel-mean-std: a channel has the same value in all training images")
     return Normalize((mean / 255).astype(np.float32), (std / 255).astype(np.float32))
@@ -254,8 +253,7 @@ def _sample_epoch(plan: SamplingPlan, epoch: int) -> EpochSample:
     return EpochSample(shown, offset[index], flip[index], None if side is None else side[index], shares.shape[1])
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Cuts:
+class Cuts(NamedTuple):
     """How images become crops: a box of each is resized, and the crop taken from that. All in whole pixels."""
 
     box: NDArray[np.int64]  # (n, 4): y, x, height, width, within the image
