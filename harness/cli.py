@@ -29,13 +29,11 @@ OTHER_WORDS = {
     "doctor": "check", "explain": "why", "reproduce": "repro", "diff": "compare", "help": "--help", "version": "--version",
 }  # fmt: skip
 """What people type -> the command."""
+Version = Annotated[bool, typer.Option("--version", help="Print the version.")]
 
 
 @app.callback(invoke_without_command=True)
-def start(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
+def start(context: typer.Context, version: Version = False) -> None:
     """Train every depth and variant of a family of residual networks, and compare what was measured."""
     if version:
         from importlib.metadata import version as installed
@@ -184,9 +182,7 @@ def check(commands: Any, console: Any, options: groups.CheckOptions, plugins: Pl
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2, a bug shows its traceback."""
     # typer brings its own copy of click or uses click itself, depending on its version: the class's name is the same
-    usage_error: type[Exception] = next(
-        cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException"
-    )
+    usage_error: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
     for stream in (sys.stdout, sys.stderr):  # ASCII, say: a sign that it lacks is shown as "?"
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_origin
@@ -28,6 +28,7 @@ WHOLE = {*options_of(RunOptions), "dataset"}  # of all runs of a command, not of
 TABLES = {name for name, option in KNOWN.items() if get_origin(option.kind) is Mapping}
 NOT_SAVED = ("save", "print_config", "dry_run", "estimate", "profile")
 Place = tuple[str | int, ...]  # of a value in a file, as ("runs", 1, "depths")
+Tables = list[tuple[Place, Mapping[str, Any]]]  # and where they stand
 
 
 def read_command(given: Mapping[str, Any], path: Path | None = None) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def read_command(given: Mapping[str, Any], path: Path | None = None) -> dict[str
         text = path.expanduser().read_text(encoding="utf-8")
         values = tomllib.loads(text)
     tables, groups = values.pop("runs", []), list[dict[str, Any]]()
-    read: list[tuple[Place, Mapping[str, Any]]] = [((), values)]
+    read: Tables = [((), values)]
     try:
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
             read.append(((), {"runs": tables}))
@@ -74,9 +75,7 @@ def _read(table: Mapping[str, Any], given: Mapping[str, Any], what: str) -> dict
     return merge(read, {name: value for name, value in given.items() if name in read})
 
 
-def _find_line(
-    text: str, read: Sequence[tuple[Place, Mapping[str, Any]]], given: Mapping[str, Any], message: str
-) -> int | None:
+def _find_line(text: str, read: Tables, given: Mapping[str, Any], message: str) -> int | None:
     """Where the key is of which a message speaks, of those that were read: the innermost one, the first that it names."""
     about = list[tuple[int, int, Place]]()
     for where, table in read:

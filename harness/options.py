@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cache
@@ -169,10 +170,9 @@ def parse_depths(text: str, variants: Sequence[str] = ()) -> tuple[int, ...]:
     """ "20,32" -> (20, 32); "20..32" -> those from 20 to 32 that all the variants allow, of which each has its own."""
 
     def legal(depth: int) -> bool:
-        try:
+        with suppress(ValueError):
             return all(function(depth) for function in map(find_variant, variants) if default_depth(function))
-        except ValueError:
-            return False
+        return False
 
     return parse_numbers(text, legal)
 

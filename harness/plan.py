@@ -66,10 +66,9 @@ def check_grid(grid: Grid) -> None:
     """Every check that needs neither data nor devices."""
     for group in grid.groups:
         check_grid(group)
-    twice = [n for n in ("batch_size", "batch_norm") if getattr(grid, n) is not None and n in grid.settings]
-    for name in twice:
-        option = name.replace("_", "-")
-        raise UserError(f"{name} is given twice: leave --{option} or --set {name}=... out")
+    for name in ("batch_size", "batch_norm"):
+        if getattr(grid, name) is not None and name in grid.settings:
+            raise UserError(f"{name} is given twice: leave --{name.replace('_', '-')} or --set {name}=... out")
     with mistakes((DataError, ValueError)):
         check_dataset_name(grid.dataset)
         for name, depth in () if grid.specs else grid_networks(grid):

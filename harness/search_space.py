@@ -116,7 +116,7 @@ def _dimension(name: str, text: str) -> Dimension:
         raise UserError("FIELD=FUNCTION(a,b) is allowed, as in --search 'lr=loguniform(0.01,1)'")
     kind: Any = call[1]
     check_word(kind, FUNCTIONS, "function")
-    hint, listed = _hint(name), kind in ("choice", "grid")
+    hint, listed = (own_hints() | _HINTS)[name], kind in ("choice", "grid")
     refuse({
         f"{name} is a list and cannot be searched; --set of `harness run` sets it": get_origin(hint) is tuple,
         f"{name} is no number; choice(...) and grid(...) are allowed": not listed and hint not in (float, int),
@@ -133,13 +133,9 @@ def _dimension(name: str, text: str) -> Dimension:
     return Dimension(field=name, function=kind, values=values)
 
 
-def _hint(name: str) -> Any:
-    return _HINTS[name] if name in _HINTS else own_hints()[name]
-
-
 def _value(name: str, word: str) -> Any:
     """A word as the field's own type."""
-    hint, word = _hint(name), word.strip()
+    hint, word = (own_hints() | _HINTS)[name], word.strip()
     several, known = get_origin(hint) is tuple, dict[str, Any]()
     words = [one.strip() for one in word.split(",")] if several else [word]
     if several and word.lower() in ("", "none"):

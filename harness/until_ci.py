@@ -41,6 +41,9 @@ class Known:
         return math.inf if estimate is None else estimate.half(LEVEL)
 
 
+Rows = Mapping[RunSpec, Known]  # by their specs as seed 0
+
+
 @dataclass(frozen=True, slots=True)
 class Goal:
     """Half an interval, in points, and how many seeds of a row it may take."""
@@ -87,7 +90,7 @@ def make_goal(half: float | None, max_seeds: int | None, seeds: int) -> Goal | N
     return None if half is None else Goal(half, max_seeds or max(MAX_SEEDS, seeds))
 
 
-def known_errors(recorder: Recorder, specs: Sequence[RunSpec]) -> dict[RunSpec, Known]:
+def known_errors(recorder: Recorder, specs: Sequence[RunSpec]) -> Rows:
     """What is known of each row (its spec as seed 0): the runs that the report puts into one row, the latest such row.
 
     The error is the one that is compared with others: of the test set, where images were held out.
@@ -106,9 +109,7 @@ def known_errors(recorder: Recorder, specs: Sequence[RunSpec]) -> dict[RunSpec, 
     return known
 
 
-def more_seeds(
-    specs: Sequence[RunSpec], known: Mapping[RunSpec, Known], goal: Goal, concurrent_runs: int
-) -> list[RunSpec]:
+def more_seeds(specs: Sequence[RunSpec], known: Rows, goal: Goal, concurrent_runs: int) -> list[RunSpec]:
     """The next runs of those rows that are open: to five at once, then one at a time, more where GPUs would stand idle."""
     used: dict[RunSpec, set[int]] = defaultdict(set)
     for spec in specs:
@@ -124,7 +125,7 @@ def more_seeds(
     return [spec for turn in itertools.zip_longest(*more) for spec in turn if spec is not None]
 
 
-def forecast(goal: Goal, known: Mapping[RunSpec, Known], dataset: Dataset) -> Iterator[str]:
+def forecast(goal: Goal, known: Rows, dataset: Dataset) -> Iterator[str]:
     """How many seeds each row will need, in words. Raises UserError for a goal that is known to be out of reach."""
     for row, runs in known.items():
         images = runs.images or row.limit_test or len(dataset.test)
@@ -138,7 +139,7 @@ def forecast(goal: Goal, known: Mapping[RunSpec, Known], dataset: Dataset) -> It
         yield f"{row.name}: ±{goal.half:g} points will take about {', '.join(seeds)} ({images:,} test images)"
 
 
-def shortfalls(goal: Goal, known: Mapping[RunSpec, Known]) -> Iterator[str]:
+def shortfalls(goal: Goal, known: Rows) -> Iterator[str]:
     """A line for each row whose error is not known as well as it should be."""
     for row, runs in known.items():
         if not runs.failed and runs.half > goal.half:

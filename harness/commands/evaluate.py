@@ -30,7 +30,7 @@ from harness.results.published import load_published
 from harness.results.remote import StorageError, is_uri, pull_file, redact
 from harness.results.report.text import fill_template
 from harness.results.store import load_records
-from harness.spec import RunSpec, UserError
+from harness.spec import RunSpec, UserError, mistakes
 from harness.training.evaluation import MultiScale, evaluate
 from harness.training.setup import EVAL_BATCH_SIZE, eval_batch_size, split_data
 from harness.training.step import set_precision
@@ -83,13 +83,11 @@ def evaluate_weights(options: EvalOptions) -> Errors:
     for option, path in files.items():
         if path and not path.expanduser().absolute().parent.is_dir():
             raise UserError(f"{option} {path}: no such folder")
-    try:
+    with mistakes((ValueError, StorageError)):
         file = Path(options.weights).expanduser()
         if is_uri(str(options.weights)):
             file = pull_file(options.weights, cache_dir().expanduser().absolute())
         return _evaluate(replace(options, weights=redact(str(options.weights))), file)
-    except (ValueError, StorageError) as error:
-        raise UserError(str(error)) from None
 
 
 def _evaluate(options: EvalOptions, weights: Path) -> Errors:

@@ -293,15 +293,13 @@ class Trials:
 
     def begin(self) -> None:
         """Open the journal: trials that an earlier command began go on."""
-        job = self.session.allocation
+        data, checked, at_once = self.dataset, self.checked, self.session.allocation.concurrent_runs
         self.study = Study(self.folder / JOURNAL, self.sweep, seed=self.search.seed)
-        self.table = TrialTable(self.sweep, self.study.trials, self.console, job.concurrent_runs)
+        self.table = TrialTable(self.sweep, self.study.trials, self.console, at_once)
         self.interrupted = [trial for trial in self.study.trials if trial.state == "running"]
-        about = {"launcher": "tune", "concurrent_runs": job.concurrent_runs, "sweep": self.sweep.name}
-        self.recorder = Recorder(
-            self.session.paths, self.dataset.original, {**about, **self.checked.environment}, self.table.say,
-            self.checked.warnings, classes=self.dataset.num_classes,
-        )  # fmt: skip
+        about = {"launcher": "tune", "concurrent_runs": at_once, "sweep": self.sweep.name, **checked.environment}
+        paths, warn = self.session.paths, self.table.say
+        self.recorder = Recorder(paths, data.original, about, warn, checked.warnings, classes=data.num_classes)
         self.push()
 
     def what_fits(self, seconds: float) -> str:
