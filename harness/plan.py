@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from harness.loaders.cache import cache_dir
 from harness.loaders.datasets import DataError, Dataset, check_dataset_name
 from harness.loaders.loader import check_crops
 from harness.loaders.sampling import check_normalize, make_augment
-from harness.models.variants import Recipe, Variant, default_depth, find_preset, find_variant
+from harness.models.variants import Recipe, default_depth, find_preset, find_variant
 from harness.options import Grid, fill, parse_depths
 from harness.plugins import identify
 from harness.results.remote import StorageError, cache_folder, check_uri, is_uri, pull_results
@@ -138,24 +137,27 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
     return list(dict.fromkeys(specs))
 
 
-def _make_specs(grid: Grid) -> Iterator[RunSpec]:
+def _make_specs(grid: Grid) -> list[RunSpec]:
     """The runs of variants, depths and seeds, not placed yet."""
-    shared = {name: getattr(grid, name) for name in SHARED}
-    for seed, (name, depth) in itertools.product(grid.seeds, grid_networks(grid)):
-        variant = find_variant(name)(depth)
-        spec = RunSpec(variant=name, network=variant.network, recipe=variant.recipe, seed=seed,
-                       fingerprint=ANY_IMAGES, device="cpu", **shared)  # fmt: skip
-        yield _change(spec, grid)
+    variants = [(name, find_variant(name)(depth)) for name, depth in grid_networks(grid)]
+    named: dict[str, Any] = {"dataset": grid.dataset, "loader": grid.loader, "fingerprint": ANY_IMAGES}
+    specs = [RunSpec(variant=n, network=v.network, recipe=v.recipe, device="cpu", **named) for n, v in variants]
+    return _vary(specs, grid, (*SHARED, "seeds"))
 
 
-def _change(spec: RunSpec, grid: Grid) -> RunSpec:
-    """The run with a grid's settings, epochs, batch size, batch norm and validation images."""
-    variant = Variant(name=spec.variant, network=spec.network, recipe=spec.recipe, summary="", source="")
-    variant, settings = apply(variant, grid.settings)
-    recipe, changed = override(variant.recipe, grid)
-    names = {text.partition("=")[0] for text in settings + changed}
-    kept = tuple(text for text in spec.overrides if text.partition("=")[0] not in names)
-    return replace(spec, network=variant.network, recipe=recipe, overrides=kept + settings + changed)
+def _vary(specs: Iterable[RunSpec], grid: Grid, given: Collection[str]) -> list[RunSpec]:
+    """The runs with a grid's settings, epochs, batch size, batch norm and validation images, and those of its other fields
+    that are given. Seeds outermost."""
+    fixed: dict[str, Any] = {name: getattr(grid, name) for name in SHARED if name in given}
+    fixed |= {"fingerprint": ANY_IMAGES} if "dataset" in given else {}
+    varied = []
+    for before in specs:
+        spec, settings = apply(before, grid.settings)
+        recipe, changed = override(spec.recipe, grid)
+        names = {text.partition("=")[0] for text in settings + changed}
+        kept = tuple(text for text in spec.overrides if text.partition("=")[0] not in names)
+        varied.append(replace(spec, recipe=recipe, overrides=kept + settings + changed, **fixed))
+    return [replace(spec, seed=seed) for seed in grid.seeds for spec in varied] if "seeds" in given else varied
 
 
 def _place(spec: RunSpec, allocation: Allocation, fingerprint: str) -> RunSpec:
@@ -175,13 +177,9 @@ def _change_specs(grid: Grid, given: Collection[str]) -> Grid:
     datasets = list(dict.fromkeys([grid.dataset] if "dataset" in given else [spec.dataset for spec in grid.specs]))
     if len(datasets) > 1:
         raise UserError(f"--spec: runs on {' and on '.join(datasets)}; a command trains on one data set")
-    fixed = {name: getattr(grid, name) for name in SHARED if name in given}
-    fixed |= {"fingerprint": ANY_IMAGES} if "dataset" in given else {}
-    specs = [replace(_change(spec, grid), **fixed) for spec in grid.specs]
-    seeds = grid.seeds if "seeds" in given else ()
-    specs = [replace(spec, seed=seed) for seed in seeds for spec in specs] or specs
+    specs = tuple(_vary(grid.specs, grid, given))
     precision = max((spec.precision for spec in specs), key=_on_gpu)
-    return replace(grid, dataset=datasets[0], precision=precision, specs=tuple(specs))
+    return replace(grid, dataset=datasets[0], precision=precision, specs=specs)
 
 
 def check_images(specs: Iterable[RunSpec], dataset: Dataset) -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from math import isfinite, prod
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
@@ -21,6 +21,7 @@ from harness.spec import RunSpec, UserError, check_word, mistakes, refuse
 
 FUNCTIONS: tuple[Function, ...] = get_args(Function)
 
+Planned = TypeVar("Planned", RunSpec, Variant)
 _HINTS: dict[str, Any] = {**get_type_hints(Recipe), **get_type_hints(Network)}
 _OPTIONS = {"duration": "--epochs", "unit": "--epochs", "epochs": "--epochs", "val": "--val"}
 FIELDS = tuple(name for name in _HINTS if name not in (*_OPTIONS, "extra"))
@@ -80,15 +81,15 @@ def _parse_fields(option: str, texts: Iterable[str], parse: Callable[[str, str],
     return found
 
 
-def apply(variant: Variant, settings: Mapping[str, Any]) -> tuple[Variant, tuple[str, ...]]:
-    """The variant with fields of its recipe and network set, and what that changed: ("lr=0.05",).
+def apply(of: Planned, settings: Mapping[str, Any]) -> tuple[Planned, tuple[str, ...]]:
+    """A run or variant with fields of its recipe and network set, and what that changed: ("lr=0.05",).
 
     Values count in the recipe's own unit, so another number of epochs stretches them with the rest of the schedule.
     """
     changed: dict[str, Any] = {}
     parts: dict[str, Any] = {}
     for part in ("recipe", "network"):
-        own = getattr(variant, part)
+        own = getattr(of, part)
         names = {f.name for f in fields(own)} & set(settings)
         new = {n: settings[n] for n in FIELDS if n in names and settings[n] != getattr(own, n)}
         made = replace(own, **new)
@@ -99,7 +100,7 @@ def apply(variant: Variant, settings: Mapping[str, Any]) -> tuple[Variant, tuple
     if "architecture" in changed:
         with mistakes(ValueError, f"--set architecture={changed['architecture']}: "):
             check_depth(parts["network"])
-    return replace(variant, **parts), tuple(f"{name}={format_value(value)}" for name, value in changed.items())
+    return replace(of, **parts), tuple(f"{name}={format_value(value)}" for name, value in changed.items())
 
 
 def check_settings(settings: Iterable[str], specs: Iterable[RunSpec]) -> None:
