@@ -155,9 +155,8 @@ def own_values(part: Recipe | Network) -> dict[str, Any]:
 
 def own_hints() -> dict[str, Any]:
     """The types of all fields that networks, optimizers, schedules and augmentations have of their own, by name."""
-    every = [
-        (kind, name) for kind in ("network", "optimizer", "schedule", "augmentation") for name in TABLES[kind]
-    ]
+    kinds = ("network", "optimizer", "schedule", "augmentation")
+    every = [(kind, name) for kind in kinds for name in TABLES[kind]]
     return {name: hint for make in makers(every) for name, (hint, _) in own_fields(make).items()}
 
 
@@ -396,9 +395,7 @@ def load_sources(identities: Sequence[str], paths: RunPaths) -> None:
         if name in LOADED:
             unload(name)
         try:
-            same = all(
-                Path(source.folder, file).read_text(encoding="utf-8") == text for file, text in source.files
-            )
+            same = all(Path(source.folder, file).read_text("utf-8") == text for file, text in source.files)
         except (OSError, UnicodeDecodeError):
             same = False
         if not same:

@@ -68,9 +68,11 @@ def test_what_is_missing_is_one_line_with_advice(
 def test_data_folders_are_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "train").mkdir()
     assert look("data", CheckOptions(out=tmp_path, data_dir=tmp_path), monkeypatch)[0] == "missing"
-    (tmp_path / "test").mkdir()
-    state, detail = look("data", CheckOptions(out=tmp_path, data_dir=tmp_path), monkeypatch)
-    assert (state, detail.startswith("class folders in ")) == ("ok", True)
+    for name in ("val", "test"):
+        (tmp_path / name).mkdir()
+        state, detail = look("data", CheckOptions(out=tmp_path, data_dir=tmp_path), monkeypatch)
+        assert (state, detail.startswith("class folders in ")) == ("ok", True)
+        (tmp_path / name).rmdir()
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not Path("/proc/self").exists(), reason="needs a folder nobody writes to")

@@ -38,8 +38,8 @@ from harness.training.nvml import count_gpus, cuda_driver_version, driver_versio
 LEAST_SHARED_MEMORY_GIB = 1.0  # for Ray's object store and NCCL; Docker's default is 64 MiB
 MOST_SECONDS = 600.0  # of a device's checks
 DATA_FOLDERS = {
-    "cifar-10-batches-py": ("cifar-10-batches-py",), "class folders": ("train", "test"),
-    "miniplaces": ("train.txt", "val.txt", "images"),
+    ("cifar-10-batches-py",): "cifar-10-batches-py", ("train", "test"): "class folders", ("train", "val"): "class folders",
+    ("train.txt", "val.txt", "images"): "miniplaces",
 }  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def check_data(target: CheckOptions) -> str:
         advice = "the first run downloads 163 MiB; without a network name --data-dir, or take --dataset digits"
         raise Finding("absent", f"no cifar10 in {cache_dir()}", advice)
     root = target.data_dir.expanduser()
-    for kind, names in DATA_FOLDERS.items():
+    for names, kind in DATA_FOLDERS.items():
         if all((root / name).exists() for name in names):
             return f"{kind} in {root}"
     raise Finding("missing", f"nothing known in {root}")
@@ -159,7 +159,7 @@ CHECKS: dict[str, tuple[Callable[[CheckOptions], str], str]] = {
     "cluster": (check_cluster, "`ray start --head` there, and one ~/.ray/auth_token on all machines: cluster/README.md"),
     "storage": (check_storage, "results go to --out: name a folder or URI whose files you may write, rename and lock"),
     "disk": (check_disk, "make room, or name another --out"),
-    "data": (check_data, "cifar-10-batches-py, train/ and test/ with class folders, or miniplaces' kit is expected in --data-dir"),
+    "data": (check_data, "cifar-10-batches-py, train/ and test/ (or val/) with class folders, or miniplaces' kit is expected in --data-dir"),
 }  # fmt: skip
 """What looks at it, and advice where that is missing."""
 
