@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -344,9 +344,9 @@ def _check_parameters(note: Note) -> None:
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in filled:
             allowed = ", ".join(sorted(filled - variants.OF_RECIPE))
             raise UserError(f"{what}: nothing fills its parameter {name}: it needs a default (filled: {allowed})")
-    known, fixed = own_hints(), {each.name for each in fields(Network)}
+    known = own_hints()
     for name, (hint, _) in own_fields(note.made).items():
-        if name in fixed or known.get(name, hint) != hint:
+        if name in variants.OF_NETWORK or known.get(name, hint) != hint:
             raise UserError(f"{what}: its field {name} has the name of a field of another meaning: rename it")
 
 
