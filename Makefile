@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # bytecode is worth seconds in every process that Ray starts
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: quickstart test test-long check format study measure claims docs clean
+.PHONY: quickstart test tests test-long check lint types format study measure claims docs clean
 
 $(BIN)/harness: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,12 +16,20 @@ $(BIN)/harness: pyproject.toml
 quickstart: $(BIN)/harness
 	$(BIN)/harness run --dataset digits --variants msra --depths 20 --epochs 15 --gpus 0 --workers 2 --out runs/quickstart
 
-check: $(BIN)/harness
+check: lint types
+
+lint: $(BIN)/harness
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(BIN)/harness
 	$(BIN)/mypy
 
-test: check
+# tests of Ray mostly wait: time for the types
+test: lint
+	$(MAKE) -j2 types tests
+
+tests: $(BIN)/harness
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder
 
 test-long: $(BIN)/harness

@@ -1,8 +1,13 @@
-"""A headless Chromium, driven through its DevTools pipe: enough to open a page, ask it things and hear it complain."""
+"""A headless Chromium, driven through its DevTools pipe: enough to open a page, ask it things and hear it complain.
+
+All tests of a process share one, which is started for the first; each has a profile of its own, that nobody else sees.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import atexit
+import functools
+import itertools
 import json
 import os
 import select
@@ -28,47 +33,54 @@ def find_chromium() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
+@functools.cache
+def start_chromium() -> tuple[int, int]:
+    """Descriptors on which it is read and written; it ends with this process."""
+    profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    # Chromium reads descriptor 3 and writes 4
+    command = ["sh", "-c", 'exec "$@" 3<&0 4>&1 0</dev/null 1>&2', "sh", str(find_chromium()), *FLAGS]
+    process = subprocess.Popen(
+        [*command, f"--user-data-dir={profile.name}", "about:blank"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    def stop() -> None:
+        with profile, process:
+            process.terminate()
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    atexit.register(stop)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return process.stdout.fileno(), process.stdin.fileno()
+
+
 class Browser:
-    """One browser with one page. `complaints`: errors and warnings of the page, and everything it asked the network for."""
+    """One page. `complaints`: errors and warnings of the page; `requests`: everything it asked the network for."""
+
+    numbers = itertools.count(1)
+    received = b""  # and not read yet
 
     def __init__(self, timeout: float = 30.0) -> None:
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self.timeout = timeout
-        self._number = 0
-        self._buffer = b""
         self._session: str | None = None
-        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Browser:
-        try:
-            self._start()
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._stack.close()
-
-    def _start(self) -> None:
-        profile = self._stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        # Chromium reads descriptor 3 and writes 4
-        command = ["sh", "-c", 'exec "$@" 3<&0 4>&1 0</dev/null 1>&2', "sh", str(find_chromium()), *FLAGS]
-        process = self._stack.enter_context(
-            subprocess.Popen(
-                [*command, f"--user-data-dir={profile}", "about:blank"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
-        )  # fmt: skip
-        self._stack.callback(_stop, process)
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self._out, self._in = process.stdin.fileno(), process.stdout.fileno()
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._in, self._out = start_chromium()
+        self._profile = self.call("Target.createBrowserContext")["browserContextId"]
+        target = self.call("Target.createTarget", url="about:blank", browserContextId=self._profile)["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.call("Target.disposeBrowserContext", browserContextId=self._profile)
 
     def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Load a file and wait until its script says that it is ready."""
@@ -101,34 +113,37 @@ class Browser:
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send a command and return its result; RuntimeError where there is none."""
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters}
+        number = next(self.numbers)
+        message = {"id": number, "method": method, "params": parameters}
         if self._session is not None and not method.startswith("Target."):
             message["sessionId"] = self._session
         os.write(self._out, json.dumps(message).encode() + b"\0")
         for received in self._receive():
-            if received.get("id") == self._number:
+            if received.get("id") == number:
                 if "error" in received:
                     raise RuntimeError(f"{method}: {received['error']}")
                 result: dict[str, Any] = received["result"]
                 return result
             self._hear(received)
+        start_chromium.cache_clear()
         raise RuntimeError("Chromium has gone")
 
     def _receive(self) -> Iterator[dict[str, Any]]:
         until = time.monotonic() + self.timeout
         while True:
-            while b"\0" in self._buffer:
-                message, _, self._buffer = self._buffer.partition(b"\0")
+            while b"\0" in Browser.received:
+                message, _, Browser.received = Browser.received.partition(b"\0")
                 yield json.loads(message)
             if not select.select([self._in], [], [], max(0.0, until - time.monotonic()))[0]:
                 raise TimeoutError("Chromium does not answer")
             part = os.read(self._in, 1 << 20)
             if not part:
                 return
-            self._buffer += part
+            Browser.received += part
 
     def _hear(self, event: dict[str, Any]) -> None:
+        if event.get("sessionId") != self._session:
+            return  # the page before, as it closes
         method, parameters = event.get("method"), event.get("params", {})
         if method == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(parameters["exceptionDetails"])[:500])
@@ -138,12 +153,3 @@ class Browser:
             self.complaints.append(parameters["entry"]["text"][:500])
         elif method == "Network.requestWillBeSent":
             self.requests.append(parameters["request"]["url"])
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +15,19 @@ settings.register_profile("repeatable", derandomize=True, database=None, deadlin
 settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parent.parent
+# half a minute and more each
+LONGEST = "test_checks test_engine test_files test_halt test_page_access test_plugin_parts test_plugins test_tune test_watchdog"
 
+# threads that wait for others must not keep a core busy that another process could use
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 for name in ("HARNESS_OUT", "HARNESS_DATA_DIR", "HARNESS_ADDRESS"):  # a person's own
     os.environ.pop(name, None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` skip, with the reason, where there is none. Of two processes of pytest one has all that start Ray,
-    which mostly wait, and takes them first; all others go by file."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    which mostly wait, and takes them first; all others go by file, the longest first, so that both end together."""
+    items.sort(key=lambda item: (item.get_closest_marker("ray") is None, item.path.stem not in LONGEST.split()))
     for item in items:
         group = "ray" if item.get_closest_marker("ray") else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
@@ -34,6 +39,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: no collection of garbage has to walk through it. A run asks for one each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # nanobind looks for leaks at the end
 
 
 @pytest.fixture(scope="session", autouse=True)

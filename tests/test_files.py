@@ -526,20 +526,19 @@ def test_cuts_are_defined_alike_on_the_gpu(stored: bool, dataset: Dataset) -> No
     assert [each.replace("gpu", "cpu").replace("mixed", "cpu") for each in on_gpu] == on_cpu
 
 
-def test_benchmark_of_images(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_benchmark_of_images(times: int, photos: Path, tmp_path: Path) -> None:
     """A short benchmarks/images.py: it links, takes turns and stores every reading."""
     script = Path(__file__).parents[1] / "benchmarks" / "images.py"
-    words = (
-        f"--data-dir {photos} --times 2 --rounds 1 --seconds 0.1 --crop 24 --resize 28 --batch-size 4 --threads 1"
-    )
+    words = f"--data-dir {photos} --times {times} --rounds 1 --seconds 0.1 --crop 24 --resize 28 --batch-size 4 --threads 1"
     out = subprocess.run(
         [sys.executable, script, *words.split(), "--json", tmp_path / "images.json"],
         check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "HARNESS_CACHE": str(tmp_path / "cache")},
     ).stdout  # fmt: skip
     content = json.loads((tmp_path / "images.json").read_text())
-    assert content["images"] == {"1": 22, "2": 44}
+    assert content["images"] == {str(n): 22 * n for n in range(1, times + 1)}
     assert set(content["readings"]) == {
-        f"{way} {n}" for way in ("dali", "dataloader", "torchvision") for n in (1, 2)
+        f"{way} {n}" for way in ("dali", "dataloader", "torchvision") for n in range(1, times + 1)
     }
     for (reading,) in content["readings"].values():
         assert reading["images_per_second"] > 0

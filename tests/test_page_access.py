@@ -49,13 +49,14 @@ def make_rows(out: Path) -> list[Row]:
     return summarise(load_records([out]).records)
 
 
-@pytest.fixture
-def file(tmp_path: Path, bundle: str) -> Path:
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory, bundle: str) -> Path:
     """A page of rows, failures and a sweep."""
-    rows = make_rows(tmp_path / "runs")
-    store(tmp_path / "runs", make_sweep())
-    path = tmp_path / "report.html"
-    path.write_text(make_page(rows, bundle=bundle, made_at=NOW, sweeps=load_sweeps([tmp_path / "runs"]).sweeps))
+    folder = tmp_path_factory.mktemp("page")
+    rows = make_rows(folder / "runs")
+    store(folder / "runs", make_sweep())
+    path = folder / "report.html"
+    path.write_text(make_page(rows, bundle=bundle, made_at=NOW, sweeps=load_sweeps([folder / "runs"]).sweeps))
     return path
 
 
@@ -149,7 +150,7 @@ def test_rows_are_filtered_and_grouped(file: Path) -> None:
 @needs_browser
 def test_columns_that_scroll_say_so(file: Path, bundle: str, tmp_path: Path) -> None:
     narrow = tmp_path / "narrow.html"
-    rows = summarise(load_records([tmp_path / "runs"]).records)
+    rows = summarise(load_records([file.parent / "runs"]).records)
     narrow.write_text(page(rows, bundle, columns=("variant", "depth", "error")))
     hint = "getComputedStyle(document.querySelector('#comparison .scroll'), '::before').content"
     with Browser() as browser:

@@ -399,14 +399,14 @@ def test_an_example_trains_resumes_exactly_and_is_compared(
 
     spec = replace(spec, fingerprint=load_dataset("digits").fingerprint)
     paths = [RunPaths(out=tmp_path / name, label="digits", plugins=sources()) for name in ("whole", "cut")]
-    whole = train(spec, Worker(threads=2), lambda _: None, paths=paths[0])
+    whole = train(spec, Worker(threads=1), lambda _: None, paths=paths[0])
 
     def stop(_: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(spec, Worker(threads=2), stop, paths=paths[1])
-    resumed = train(spec, Worker(threads=2), lambda _: None, paths=paths[1])
+        train(spec, Worker(threads=1), stop, paths=paths[1])
+    resumed = train(spec, Worker(threads=1), lambda _: None, paths=paths[1])
     assert (resumed.attempts, [row.loss for row in resumed.epochs]) == (2, [row.loss for row in whole.epochs])
     line = f"run --plugin {EXAMPLES / file}.py {TINY} --variants {variant},he2015 --depths 8 --set lr=0.01 --out {tmp_path / 'runs'}"
     code, out, err = command(line, capsys)
