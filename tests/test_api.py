@@ -69,7 +69,6 @@ def test_the_signatures_are_those_of_the_options() -> None:
     assert STUB.read_text() == stub()
 
 
-@pytest.mark.ray
 def test_run_load_and_report_give_what_the_command_line_gives(tmp_path: Path, capsys: Any) -> None:
     runs = harness.run(**SMALL, seeds=2, out=tmp_path / "a", settings={"lr": 0.05})
     assert "error %" in capsys.readouterr().out

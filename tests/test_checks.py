@@ -1,7 +1,4 @@
-"""What `harness check` measures: all of it passes here, and each check sees the faults that it is for.
-
-python tests/test_checks.py RANK FOLDER      one of two ranks, whose faults are planted one after another
-"""
+"""What `harness check` measures: all of it passes here, and each check sees the faults that it is for."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_two_ranks
+from processes import ask_two_ranks
 from tape import Arena, Tape, install_collectives
 
 import harness.training.train as training
@@ -291,7 +288,7 @@ def vars_of(result: Any) -> list[str]:
 
 
 def test_two_ranks_pass_and_see_each_of_their_faults(tmp_path: Path) -> None:
-    both = run_two_ranks(__file__, tmp_path, 100)
+    both = ask_two_ranks(check_rank, tmp_path)
     assert both[0] == both[1], "all ranks come to the same"
     for fault, name, state, detail in both[0]:
         assert state == ("left out" if fault == "late" else "failed" if fault else "passed"), (fault, name, detail)
@@ -303,9 +300,3 @@ def test_two_ranks_pass_and_see_each_of_their_faults(tmp_path: Path) -> None:
 def test_every_check_has_a_fault() -> None:
     seen = {check.function for check in CHECKS if check.name in {**FAULTS, **RANK_FAULTS}}
     assert seen == {check.function for check in CHECKS if check.otherwise != SHOW}
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    own_rank, shared = int(sys.argv[1]), Path(sys.argv[2])
-    (shared / f"{own_rank}.json").write_text(json.dumps(check_rank(own_rank, shared)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 from command import harness
+from processes import Command
 
 from harness.results.store import load_epochs, load_records
 
@@ -262,15 +262,9 @@ def test_a_run_that_fails_is_a_row_and_the_others_go_on(
 
 def test_killed_and_run_again_it_resumes(tmp_path: Path, capsys: Any) -> None:
     line = f"run {QUICK} --launcher local --epochs 4".replace("--epochs 2 ", "")
-    command = [sys.executable, "-m", "harness.cli", *shlex.split(line), "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    for text in process.stdout:
-        if "epoch 2/4" in text:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait()
-    process.stdout.close()
+    killed = Command(f"{line} --out {tmp_path}/killed")
+    killed.send_signal_at("epoch 2/4", signal.SIGKILL)
+    assert killed.wait(30)[0] == -signal.SIGKILL
     (partial,) = load_records([tmp_path / "killed"]).interrupted
     assert (partial.epochs, partial.of) in ((2, 4), (3, 4))
     code, out, _ = harness(f"report {tmp_path}/killed", capsys)
@@ -289,20 +283,12 @@ def test_killed_and_run_again_it_resumes(tmp_path: Path, capsys: Any) -> None:
 
 def test_sigterm_stops_cleanly(tmp_path: Path) -> None:
     line = f"run {QUICK} --launcher local --epochs 400 --out {tmp_path}/runs".replace("--epochs 2 ", "")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "harness.cli", *shlex.split(line)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    for text in process.stdout:
-        if "epoch 1/400" in text:
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait(timeout=30) == 130
+    stopped = Command(line)
+    stopped.send_signal_at("epoch 1/400", signal.SIGTERM)
+    code, rest = stopped.wait(30)
+    assert code == 130
     assert "the same command goes on" in rest
     assert "Traceback" not in rest
-    process.stdout.close()
 
 
 @pytest.mark.ray

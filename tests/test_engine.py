@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import FRESH
 from tape import Tape
 from test_train import RunPaths, folder, losses, run, small, spec
 from torch import Tensor, nn
@@ -258,7 +258,7 @@ def test_a_network_that_cannot_be_compiled_is_trained_all_the_same(
 def test_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
     asked = small(limit_train=16, recipe={"duration": 10})
     # a fresh process, free of what other tests left behind
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+    with ProcessPoolExecutor(1, FRESH) as fresh:
         results = [fresh.submit(run, asked, tmp_path / str(number)).result() for number in range(2)]
     growths = [result.memory.growth_mib_per_epoch.value for result in results]
     assert None not in growths

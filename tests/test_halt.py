@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from hashlib import sha256
@@ -14,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_two_ranks
+from processes import Command, ask_two_ranks
 from safetensors.torch import load_file
 from test_train import RunPaths, Worker, folder, small
 
@@ -27,7 +23,6 @@ from harness.training import halt
 from harness.training.halt import Halt
 from harness.training.train import train
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS, EPOCHS = 3, 2
 MIXED = {"mixup": 0.4, "mixup_partner": "batch", "duration": EPOCHS, "milestones": ()}
 
@@ -190,7 +185,7 @@ def train_two(rank: int, out: Path) -> list[Any]:
 
 
 def test_two_ranks_stop_before_the_same_step(tmp_path: Path) -> None:
-    mine, theirs = run_two_ranks(__file__, tmp_path, 200)
+    mine, theirs = ask_two_ranks(train_two, tmp_path)
     assert mine[0] == theirs[0], "where they stopped"
     assert len(mine[0]) == 2
     assert mine[1] == mine[2] == theirs[2], "bit for bit"
@@ -200,24 +195,14 @@ RUN = "run --dataset digits --depths 8 --limit-train 640 --limit-test 64 --batch
 
 
 def test_sigterm_stops_a_command_at_a_step(tmp_path: Path) -> None:
-    def command(out: Path) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "harness.cli", *RUN.split(), "--out", str(out)],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
-    stopped = command(tmp_path / "stopped")
-    assert stopped.stdout is not None
-    for line in stopped.stdout:
-        if "epoch 1/2" in line:
-            stopped.send_signal(signal.SIGTERM)
-            break
-    rest, _ = stopped.communicate(timeout=60)
-    assert stopped.returncode == 130, rest
+    stopped = Command(f"{RUN} --out {tmp_path}/stopped")
+    stopped.send_signal_at("epoch 1/2", signal.SIGTERM)
+    code, rest = stopped.wait(60)
+    assert code == 130, rest
     assert "stopped; the same command goes on from the last checkpoints" in rest
     assert len(list((tmp_path / "stopped").glob("*.partial/checkpoints/epoch-000001_step-*.pt"))) == 1
     for out in ("stopped", "whole"):
-        text, _ = command(tmp_path / out).communicate(timeout=200)
+        _, text = Command(f"{RUN} --out {tmp_path}/{out}").wait(200)
         assert "done, final error" in text
     found = {
         out: [
@@ -229,10 +214,3 @@ def test_sigterm_stops_a_command_at_a_step(tmp_path: Path) -> None:
     }
     assert len(found["whole"]) == 2
     assert found["stopped"] == found["whole"]
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    own, shared = int(sys.argv[1]), Path(sys.argv[2])
-    (shared / f"{own}.json").write_text(json.dumps(train_two(own, shared)))
-    os._exit(0)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.multiprocessing
+import torch
+from processes import run_ranks
 from records import make_record
 from rich.console import Console
 
@@ -198,7 +199,7 @@ def reduce(rank: int, nodes: str, folder: str) -> None:
     ],
 )
 def test_workers_measure_their_own_process_group(nodes: str, ways: dict[str, int], tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(reduce, (nodes, str(tmp_path)), nprocs=len(nodes))
+    run_ranks(reduce, nodes, str(tmp_path), ranks=len(nodes))
     of_ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(len(nodes))]
     assert all(of == of_ranks[0] for of in of_ranks), "all ranks know the slowest"
     (measured,) = of_ranks[0].values()  # NCCL says nothing of gloo

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_two_ranks
+from processes import ask_two_ranks
 
 SEEDS = range(40, 45)  # every graph, stage and rank is among them
 STAGES = ("warm-up", "second call of warm-up", "begin of capture", "middle of capture", "end of capture")
@@ -105,7 +102,7 @@ def train_all(rank: int, folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    return run_two_ranks(__file__, folder, 250)
+    return ask_two_ranks(train_all, folder)
 
 
 def test_undisturbed_ranks_replay_graphs_and_give_eagers_figures(ranks: list[list[dict[str, Any]]]) -> None:
@@ -125,9 +122,3 @@ def test_one_rank_fails_and_both_go_on_alike(ranks: list[list[dict[str, Any]]], 
         assert len(mine["warnings"]) == 1, (graph, stage)
         assert f"engine graph does not work on rank {failing}, going on with eager: planted" in mine["warnings"][0]
         assert (mine["losses"], mine["errors"]) == (whole["losses"], whole["errors"]), "bit for bit"
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    own, shared = int(sys.argv[1]), Path(sys.argv[2])
-    (shared / f"{own}.json").write_text(json.dumps(train_all(own, shared)))

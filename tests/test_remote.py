@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from typing import Any
 
 import pytest
 from command import harness
+from processes import Command
 
 from harness.preflight import answer
 from harness.results import remote as storage
@@ -207,17 +206,9 @@ def test_killed_and_its_local_folder_lost_a_run_goes_on_from_the_uri(
 ) -> None:
     there, cache = tmp_path / "bucket", tmp_path / "cache"
     monkeypatch.setenv("HARNESS_CACHE", str(cache))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "harness.cli", *RUN.split(), there.as_uri()],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "epoch 3/" in line:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    killed = Command(f"{RUN} {there.as_uri()}")
+    killed.send_signal_at("epoch 3/", signal.SIGKILL)
+    assert killed.wait(60)[0] == -signal.SIGKILL
     (partial,) = there.glob("*.partial")
     assert len(list((partial / "checkpoints").glob("*.pt"))) == 2
     shutil.rmtree(cache / "remote")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import run_ranks
 from torch import nn
 
 import harness.training.setup
@@ -333,7 +333,7 @@ def test_two_ranks_equal_one_on_the_same_global_batch(tmp_path: Path) -> None:
     """By DDP, and by the one all-reduce of a step that can be captured."""
     one, two = tmp_path / "one.pt", tmp_path / "two.pt"
     _rank(0, 1, 0, one)
-    mp.start_processes(_rank, args=(2, _port(), two), nprocs=2, start_method="spawn")
+    run_ranks(_rank, 2, _port(), two)
     alone, together = torch.load(one, weights_only=True), torch.load(two, weights_only=True)
     for engine in ENGINES:
         a, b = alone[engine], together[engine]

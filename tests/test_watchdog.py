@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing as mp
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from processes import FRESH
 from test_train import _port
 
 from harness.cluster.job import Stalled, Worker
@@ -56,11 +56,11 @@ def _rank(rank: int, port: int, stops: int, how: str, stacks: Path, parent: Conn
 @contextmanager
 def groups(stacks: Path) -> Iterator[dict[tuple[int, str], tuple[list[Any], list[Connection]]]]:
     """Of two ranks each, at the same time, by which one stops and how; rank 0 holds the group's store, rank 1 does not."""
-    context, started = mp.get_context("spawn"), {}
+    started: dict[tuple[int, str], Any] = {}
     for stops, how in ((0, "stopped"), (1, "hangs")):
-        port, pipes = _port(), [context.Pipe(duplex=False) for _ in (0, 1)]
+        port, pipes = _port(), [FRESH.Pipe(duplex=False) for _ in (0, 1)]
         ranks = [
-            context.Process(target=_rank, args=(rank, port, stops, how, stacks / f"{stops}-{how}", pipes[rank][1]))
+            FRESH.Process(target=_rank, args=(rank, port, stops, how, stacks / f"{stops}-{how}", pipes[rank][1]))
             for rank in (0, 1)
         ]
         for process in ranks:
@@ -141,9 +141,8 @@ def _alone(parent: Connection) -> None:
 
 def test_a_process_that_was_stopped_as_a_whole_has_lost_no_time() -> None:
     """Ctrl-Z, or a laptop that slept."""
-    context = mp.get_context("spawn")
-    mine, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_alone, args=(theirs,))
+    mine, theirs = FRESH.Pipe(duplex=False)
+    process = FRESH.Process(target=_alone, args=(theirs,))
     process.start()
     try:
         assert mine.poll(200)
