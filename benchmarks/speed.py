@@ -42,7 +42,7 @@ from harness.models.variants import find_variant
 from harness.spec import RunSpec
 from harness.training.host import count_cpus
 from harness.training.nvml import Gpu, open_device
-from harness.training.setup import Data, assemble, make_trainer
+from harness.training.setup import assemble, training
 from harness.training.step import flushed_denormals, make_autocast, set_precision, synchronize
 from harness.training.train import run_steps
 
@@ -99,27 +99,29 @@ class Way:
         self.epochs = None
 
 
-def ours(spec: RunSpec, data: Data, dataset: Dataset, worker: Worker) -> Generator[float, None, None]:
+def ours(spec: RunSpec, dataset: Dataset, worker: Worker) -> Generator[float, None, None]:
     """The harness's own training, by its own code."""
-    with closing(assemble(spec, data, worker, num_classes=dataset.num_classes, flip=dataset.flip)) as prepared:
+    with closing(
+        assemble(spec, dataset, worker, lambda message: warnings.warn(message, stacklevel=2))
+    ) as prepared:
         steps = prepared.train_loader.steps
-        check(count_parameters(prepared.network), spec.network.depth, steps, len(data.train))
-        with closing(make_trainer(prepared, lambda message: warnings.warn(message, stacklevel=2))) as trainer:
+        check(count_parameters(prepared.network), spec.network.depth, steps, len(dataset.train))
+        with training(prepared) as trainer:
             for epoch in itertools.count():
                 yield run_steps(trainer, epoch=epoch, steps=steps).train_seconds
-                if trainer.engine.way.name != spec.engine:
+                if trainer.engine.name != spec.engine:
                     raise RuntimeError(f"engine {spec.engine} does not work here")
 
 
-def bare(spec: RunSpec, data: Data, device: torch.device) -> Generator[float, None, None]:
+def bare(spec: RunSpec, dataset: Dataset, device: torch.device) -> Generator[float, None, None]:
     """What anybody would write in twenty lines, its images as floats on the device and not augmented: a bound."""
     torch.manual_seed(0)
     network = build(spec.network, 10).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=spec.precision == "fp16")
-    mean = make_normalize("pixel-mean", data.train).mean
-    x = torch.from_numpy((data.train.pixels / 255.0 - mean).astype("float32")).permute(0, 3, 1, 2).to(device)
-    y = torch.from_numpy(data.train.labels).to(device)
+    mean = make_normalize("pixel-mean", dataset.train).mean
+    x = torch.from_numpy((dataset.train.pixels / 255.0 - mean).astype("float32")).permute(0, 3, 1, 2).to(device)
+    y = torch.from_numpy(dataset.train.labels).to(device)
     for epoch in itertools.count():
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch)).to(device)
         synchronize(device)
@@ -142,7 +144,7 @@ def check(parameters: int, depth: int, steps: int, images: int) -> None:
 
 
 def make_ways(
-    depth: int, options: argparse.Namespace, data: Data, dataset: Dataset, device: torch.device, peer_data: Path
+    depth: int, options: argparse.Namespace, dataset: Dataset, device: torch.device, peer_data: Path
 ) -> list[Way]:
     """Those of the harness, the bare loop in each precision, and each peer."""
     engines, precisions, loaders = (
@@ -163,10 +165,10 @@ def make_ways(
         )  # fmt: skip
 
     ways = [
-        Way("bare loop", depth, "eager", p, "in memory", bare(spec("eager", p, "resident"), data, device))
+        Way("bare loop", depth, "eager", p, "in memory", bare(spec("eager", p, "resident"), dataset, device))
         for p in precisions
     ]
-    ways += [Way("harness", depth, *words, ours(spec(*words), data, dataset, worker)) for words in chosen]
+    ways += [Way("harness", depth, *words, ours(spec(*words), dataset, worker)) for words in chosen]
     for peer in map(load_peer, options.peer):
         most = WARMUP_EPOCHS + options.rounds * (1 + -(-options.epochs // options.rounds))
         epochs = peer.epochs(depth, peer_data, device.type, most, BATCH)
@@ -213,14 +215,16 @@ def main() -> None:
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     torch.set_num_threads(options.threads)
     dataset = load_dataset("cifar10", options.data_dir)
-    train = dataset.train if options.images is None else limit(dataset.train, options.images)
-    data = Data(train, dataset.test, dataset.test, "test")
+    if options.images is not None:
+        dataset = replace(dataset, train=limit(dataset.train, options.images))
     entries: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as peer_data:
         if options.peer:
-            write_images(Path(peer_data), train, limit(dataset.test, 1000), dataset.classes)  # they evaluate
+            write_images(
+                Path(peer_data), dataset.train, limit(dataset.test, 1000), dataset.classes
+            )  # they evaluate
         for depth in map(int, options.depths.split(",")):
-            ways = make_ways(depth, options, data, dataset, device, Path(peer_data))
+            ways = make_ways(depth, options, dataset, device, Path(peer_data))
             turn = (
                 -(-options.epochs // options.rounds),
                 open_device(device),
@@ -232,7 +236,7 @@ def main() -> None:
             if gpu:
                 torch.cuda.empty_cache()
             publish(
-                describe, options.json, data=dataset.label, images=len(train), batch_size=BATCH,
+                describe, options.json, data=dataset.label, images=len(dataset.train), batch_size=BATCH,
                 warmup_epochs=WARMUP_EPOCHS, threads=options.threads, readings=entries,
             )  # fmt: skip
 

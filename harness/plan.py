@@ -19,7 +19,7 @@ from harness.plugins import identify
 from harness.results.remote import StorageError, cache_folder, check_uri, is_uri, pull_results
 from harness.search_space import apply, check_settings
 from harness.spec import Engine, RunSpec, UserError, mistakes, refuse
-from harness.training.optim import CAPTURABLE, total_epochs
+from harness.training.recipe import CAPTURABLE, total_epochs
 
 GPU_PRECISIONS = ("tf32", "fp16")
 _on_gpu = GPU_PRECISIONS.__contains__

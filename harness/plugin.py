@@ -77,14 +77,14 @@ def optimizer(make: Made | None = None, /, *, name: str = "", capturable: bool =
 
 
 def schedule(factor: Made | None = None, /, *, name: str = "") -> Any:
-    """A schedule: `factor(moment, ...)` -> what lr is multiplied by after warm-up (`harness.training.optim.Moment`)."""
+    """A schedule: `factor(moment, ...)` -> what lr is multiplied by after warm-up (`harness.training.recipe.Moment`)."""
     return _note("schedule", factor, name)
 
 
 def augmentation(change: Made | None = None, /, *, name: str = "") -> Any:
     """An augmentation: `change(images, draws, ...)` -> images, (n, 3, H, W), normalised, after crop and flip.
 
-    All that is random comes from `draws` (`harness.training.augment.Draws`); the images given are left as they are.
+    All that is random comes from `draws` (`harness.training.recipe.Draws`); the images given are left as they are.
     """
     return _note("augmentation", change, name)
 

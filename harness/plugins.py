@@ -33,8 +33,7 @@ from harness.models.variants import NETWORKS, ROWS, VARIANTS, Network, Recipe, c
 from harness.plugin import NOTES, Note
 from harness.results.store import write_atomic
 from harness.spec import RunPaths, RunSpec, Source, UserError, check_word
-from harness.training.augment import AUGMENTATIONS
-from harness.training.optim import CAPTURABLE, OPTIMIZERS, SCHEDULES
+from harness.training.recipe import AUGMENTATIONS, CAPTURABLE, OPTIMIZERS, SCHEDULES
 
 GROUP = "resnet_harness.plugins"
 TABLES: dict[str, dict[str, Any]] = {

@@ -77,7 +77,7 @@ class Recipe:
     unit: Unit = "epoch"
     batch_size: int = 128  # global, whatever the number of workers
     lr: float = 0.1
-    schedule: str = "multistep"  # one of harness.training.optim.SCHEDULES
+    schedule: str = "multistep"  # one of harness.training.recipe.SCHEDULES
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
     warmup: float = 0
@@ -115,8 +115,8 @@ class Recipe:
     val_stratified: bool = False  # held out in equal shares of every class
     batch_norm: Literal["local", "sync"] = added("local")
     """Whose images a training batch's statistics are of: each worker's own, as under DDP, or all workers'."""
-    optimizer: str = added("sgd")  # one of harness.training.optim.OPTIMIZERS
-    augmentations: tuple[str, ...] = added(())  # of harness.training.augment.AUGMENTATIONS, after crop and flip
+    optimizer: str = added("sgd")  # one of harness.training.recipe.OPTIMIZERS
+    augmentations: tuple[str, ...] = added(())  # of harness.training.recipe.AUGMENTATIONS, after crop and flip
     extra: tuple[str, ...] = added(())  # as `Network.extra`: of optimizer, schedule and augmentations
 
 

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, Literal
 
 from harness.results.statistics import mean, std
-from harness.results.values import Measurement, Prediction, RunResult
+from harness.results.values import Measurement, Prediction, RunResult, measured
 
 NONE = "–"
 
@@ -77,7 +77,7 @@ class Metric:
         value = self.predict(of) if self.predict and isinstance(of, Prediction) else self.read(of)
         if isinstance(value, Measurement):
             return value
-        return Measurement(value=value, reason=self.missing if value is None else None)
+        return measured(value, self.missing)
 
     def value(self, result: RunResult) -> float | None:
         """The figure of one run; None where it was not measured."""

@@ -27,6 +27,11 @@ class Measurement(Value):
     reason: str | None = None
 
 
+def measured(value: float | None, reason: str | None) -> Measurement:
+    """The value, or why there is none."""
+    return Measurement(value=value, reason=reason if value is None else None)
+
+
 UNMEASURED = Measurement(value=None, reason="not measured")
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from harness.models.build import build
 from harness.models.variants import Variant
 from harness.spec import Precision, RunSpec
-from harness.training.optim import make_optimizer
+from harness.training.recipe import make_optimizer
 from harness.training.setup import make_step
 from harness.training.step import Step
 

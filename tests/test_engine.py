@@ -20,8 +20,8 @@ import harness.training.setup
 from harness.cluster.job import Worker
 from harness.models.build import build
 from harness.results.values import RunResult
-from harness.training.engine import Engine, Way, compile_network, make_graphs
-from harness.training.optim import make_optimizer, set_lr
+from harness.training.engine import Engine, choose, compile_network, make_graphs
+from harness.training.recipe import make_optimizer, set_lr
 from harness.training.step import Step, make_autocast
 from harness.training.train import train
 
@@ -60,9 +60,8 @@ def make_step(**changes: Any) -> Step:
 
 def capture(step: Step, make_graph: Callable[[], Any] = Tape, images: int = 16) -> Engine:
     """An engine that has captured the step for such a batch."""
-    engine = Engine([Way("graph", step, make_graph), Way("eager", step)], pytest.fail, step.restoring)
-    engine.prepare([(*(tensor.to(step.totals.device) for tensor in batch(images)), images)])
-    return engine
+    calls = [(*(tensor.to(step.totals.device) for tensor in batch(images)), images)]
+    return choose([Engine("graph", step, make_graph), Engine("eager", step)], calls, pytest.fail, step.restoring)
 
 
 def batch(images: int) -> tuple[Tensor, Tensor]:
@@ -209,10 +208,9 @@ def test_a_lack_of_memory_is_no_reason_to_give_an_engine_up() -> None:
     def hungry(x: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    engine = Engine([Way("graph", hungry), Way("eager", lambda x: x)], print)
+    engines = Engine("graph", hungry), Engine("eager", lambda x: x)
     with pytest.raises(torch.OutOfMemoryError):
-        engine.prepare([(torch.zeros(1),)])
-    assert engine.way.name == "graph"
+        choose(engines, [(torch.zeros(1),)], pytest.fail)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: a CPU's kernels cannot be compiled")
@@ -273,7 +271,7 @@ def test_memory_does_not_grow_over_epochs(tmp_path: Path) -> None:
 def test_half_precision_weights_are_not_frozen_in_a_graph() -> None:
     """Autocast may keep weights that it has cast, and a graph would go on with those for ever."""
     network = nn.Conv2d(3, 4, 3)
-    captured = Way("graph", network, Tape)
+    captured = Engine("graph", network, Tape)
     images, _ = batch(2)
     seen = []
     for _ in range(2):

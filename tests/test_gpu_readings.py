@@ -15,9 +15,10 @@ import torch
 
 import harness.training.memory
 from harness.results.values import Measurement
+from harness.training.host import NodeTelemetry
 from harness.training.memory import MemoryMeter
 from harness.training.nvml import count_gpus, driver_version, open_device
-from harness.training.telemetry import INTERFERENCE, EpochTelemetry, NodeTelemetry, describe_machine
+from harness.training.telemetry import INTERFERENCE, EpochTelemetry, describe_machine
 
 if TYPE_CHECKING:
     from nvml_stub import NvmlStub
@@ -251,10 +252,10 @@ def read_context(nvml: NvmlStub, cuda: Cuda, monkeypatch: pytest.MonkeyPatch, *,
 
     show(before)
     monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda _: before > 0)
-    monkeypatch.setattr(harness.training.memory, "_context_mib", {})
+    monkeypatch.setattr(harness.training.memory, "_kept_mib", {})
     monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
     monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda _: before > 0, raising=False)
-    monkeypatch.setattr("harness.training.memory._context_mib", {})  # as in a process of its own
+    monkeypatch.setattr("harness.training.memory._kept_mib", {})  # as in a process of its own
     meter = None
     with monkeypatch.context() as patch:
         patch.setattr(torch, "zeros", zeros)

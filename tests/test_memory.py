@@ -37,7 +37,6 @@ class FakeGpu(Gpu):
         self.peak_allocated = self.peak_reserved = 0.0
         self.listed = listed  # by NVML, under this process's own number
         monkeypatch.setattr("harness.training.memory.open_device", lambda _: self)
-        monkeypatch.setattr("harness.training.memory._context_mib", {})
         monkeypatch.setattr("harness.training.memory._kept_mib", {})
         monkeypatch.setattr(torch, "zeros", lambda *_, **__: self.touch())
         monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda _: self.context > 0, raising=False)

@@ -11,7 +11,7 @@ from torch import nn
 
 from harness.models.build import build
 from harness.models.variants import Recipe, find_variant
-from harness.training.optim import learning_rate, make_optimizer, total_epochs, total_steps
+from harness.training.recipe import learning_rate, make_optimizer, total_epochs, total_steps
 
 STEPS = 7
 

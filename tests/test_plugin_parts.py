@@ -28,8 +28,7 @@ from harness.results.store import load_records
 from harness.search_space import parse_settings
 from harness.spec import RunSpec, UserError
 from harness.training import checks
-from harness.training.augment import AUGMENTATIONS, augment
-from harness.training.optim import learning_rate, make_optimizer, set_lr
+from harness.training.recipe import AUGMENTATIONS, augment, learning_rate, make_optimizer, set_lr
 
 OPTIMIZER = """
 import torch
@@ -411,8 +410,8 @@ def test_a_loader_of_a_plugin_trains(tmp_path: Path, capsys: Any) -> None:
 def test_a_loader_that_stops_in_a_run_fails_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with checks.ExitStack() as stack:
         _, trainer = checks.start(Worker(), stack)
-        epoch = trainer.loader.epoch
-        monkeypatch.setattr(trainer.loader, "epoch", lambda *where: list(epoch(*where))[:2])
+        epoch = trainer.run.train_loader.epoch
+        monkeypatch.setattr(trainer.run.train_loader, "epoch", lambda *where: list(epoch(*where))[:2])
         with pytest.raises(RuntimeError, match="loader resident gave 2 of the 5 batches"):
             checks.train_epochs(trainer, 0, 1)
 

@@ -74,13 +74,14 @@ def train_all(rank: int, folder: Path) -> list[dict[str, Any]]:
             made += 1
             return graph
 
-        def sealing(*args: Any) -> Any:
-            trainer = make_trainer(*args)
-            arena.sealed = True
-            return trainer
+        @contextmanager
+        def sealing(*args: Any) -> Iterator[Any]:
+            with training(*args) as trainer:
+                arena.sealed = True
+                yield trainer
 
         harness.training.setup.make_graphs = lambda _: make_graph
-        harness.training.train.make_trainer = sealing
+        harness.training.train.training = sealing
         # each rank has 16 and 8 images of an epoch's 48
         asked = spec(
             engine=engine, workers=2, limit_train=48, limit_test=16, recipe={"batch_size": 32, "duration": 1}
@@ -92,7 +93,7 @@ def train_all(rank: int, folder: Path) -> list[dict[str, Any]]:
 
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     install_collectives()
-    make_trainer = harness.training.train.make_trainer
+    training = harness.training.train.training
     found = [run("eager", "eager", None), run("graph", "graph", None)]
     found += [run(f"seed{seed}", "graph", plan(seed)) for seed in SEEDS]
     dist.destroy_process_group()

@@ -10,7 +10,7 @@ import torch
 from tape import Arena, CaptureError, Tape
 from torch import Tensor
 
-from harness.training.engine import Way
+from harness.training.engine import Engine
 
 X = torch.arange(6.0)
 LABELS = torch.tensor([0, 1, 1])
@@ -85,7 +85,7 @@ def test_nothing_is_computed_by_a_capture_and_a_replay_computes_it() -> None:
 
 def test_a_result_that_is_kept_is_overwritten_by_any_graph_of_the_arena() -> None:
     arena = Arena()
-    captured = Way("graph", lambda x: x * 2, arena)
+    captured = Engine("graph", lambda x: x * 2, arena)
     for images in (3, 4):
         captured.prepare(torch.ones(images))
     kept = captured(torch.ones(3))

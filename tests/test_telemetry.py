@@ -21,7 +21,8 @@ from harness.results.rows import summarise
 from harness.results.store import Stored
 from harness.results.values import EpochMetrics, GpuUse, Measurement, Memory, NodeUse, RankUse
 from harness.training import host
-from harness.training.telemetry import EpochTelemetry, NodeTelemetry, gather, summarise_rank
+from harness.training.host import NodeTelemetry
+from harness.training.telemetry import EpochTelemetry, gather, summarise_rank
 
 MIB = 2**20
 

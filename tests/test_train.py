@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -27,9 +28,9 @@ from harness.models.variants import find_variant
 from harness.results.store import load_epochs, partial_dir, run_name
 from harness.results.values import EpochMetrics, Measurement, RunResult
 from harness.spec import CheckpointError, DivergedError, RunPaths, RunSpec
-from harness.training.engine import Engine, Way
+from harness.training.engine import Engine
 from harness.training.memory import MemoryMeter
-from harness.training.optim import learning_rate, set_lr
+from harness.training.recipe import learning_rate, set_lr
 from harness.training.setup import Data, Prepared, Trainer
 from harness.training.step import Step, mix
 from harness.training.telemetry import EpochReading, EpochTelemetry
@@ -316,11 +317,9 @@ def _train_rank(rank: int, world: int, asked: RunSpec) -> dict[str, Any]:
     prepared = Prepared(
         asked, splits, config, loader, loader, None, network, optimizer, step.scaler, MemoryMeter(device)
     )
-    trainer = Trainer(
-        prepared, step, Engine([Way("eager", step)], print), Engine([], print), loader, Watchdog(device)
-    )
-    seen = [run_steps(trainer, epoch=epoch, steps=loader.steps).loss for epoch in range(2)]
-    trainer.close()
+    with closing(Watchdog(device)) as watchdog:
+        trainer = Trainer(prepared, step, Engine("eager", step), Engine("eager", network), watchdog)
+        seen = [run_steps(trainer, epoch=epoch, steps=loader.steps).loss for epoch in range(2)]
     return {"losses": seen, "weights": list(network.state_dict().values())}
 
 

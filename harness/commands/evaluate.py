@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,7 +134,7 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
     set_precision("fp32")
     kind = "dataloader" if augment.by_image(test) else "resident"
     with closing(make_evaluation_loader(kind, test, config)) as loader:
-        evaluation = evaluate(evaluated, loader, images=len(test), autocast=nullcontext(), on_ranked=ranked.append)
+        evaluation = evaluate(evaluated, loader, images=len(test), on_ranked=ranked.append)
     given = index[SamplingPlan(len(test), batch_size, train=False).draw(0).index]  # the loader's order
     turn = np.argsort(given)
     images, labels = given[turn], dataset.test.labels[given[turn]]

@@ -10,7 +10,6 @@ import heapq
 import itertools
 import statistics
 import time
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -36,12 +35,12 @@ from harness.results.report.text import fill_template
 from harness.results.store import keep_prediction, load_predictions
 from harness.results.values import EpochMetrics, Measurement, Prediction
 from harness.spec import RunPaths, RunSpec
-from harness.training.engine import Engine, Way
+from harness.training.engine import Engine
 from harness.training.evaluation import evaluating
 from harness.training.memory import largest
-from harness.training.optim import total_steps
-from harness.training.setup import Trainer, make_step, make_trainer, prepare
-from harness.training.step import deterministic_algorithms, make_autocast, synchronize
+from harness.training.recipe import total_steps
+from harness.training.setup import Trainer, make_step, prepare, training
+from harness.training.step import deterministic_algorithms, synchronize
 from harness.training.telemetry import EpochTelemetry, device_name, gather
 from harness.training.train import run_steps
 from harness.training.watchdog import Watchdog
@@ -127,7 +126,7 @@ def print_outcomes(
 
 def train_steps(trainer: Trainer, epoch: int, steps: int) -> EpochMetrics:
     """Train up to `steps` steps of an epoch."""
-    return run_steps(trainer, epoch=epoch, steps=min(steps, trainer.loader.steps))
+    return run_steps(trainer, epoch=epoch, steps=min(steps, trainer.run.train_loader.steps))
 
 
 # --- --estimate ---
@@ -141,7 +140,7 @@ def count_steps(loader: Loader) -> tuple[int, int]:
 
 def time_steps(trainer: Trainer, epoch: int) -> tuple[EpochMetrics, float]:
     """Train as many steps as show the loader's pace. Returns them, and the seconds of a whole epoch."""
-    loader, device = trainer.loader, trainer.run.device
+    loader, device = trainer.run.train_loader, trainer.run.device
     queue, steps = count_steps(loader)
     requested_at = 0.0
 
@@ -154,7 +153,7 @@ def time_steps(trainer: Trainer, epoch: int) -> tuple[EpochMetrics, float]:
                 requested_at = time.perf_counter()
 
     paced: Any = SimpleNamespace(epoch=batches, steps=loader.steps)
-    metrics = train_steps(replace(trainer, loader=paced), epoch, steps)
+    metrics = train_steps(replace(trainer, run=replace(trainer.run, train_loader=paced)), epoch, steps)
     # where all steps come from the queue, they are the epoch
     pace = (time.perf_counter() - requested_at) / max(1, metrics.steps - queue)
     return metrics, metrics.train_seconds + (loader.steps - metrics.steps) * pace
@@ -163,7 +162,7 @@ def time_steps(trainer: Trainer, epoch: int) -> tuple[EpochMetrics, float]:
 def time_eval(trainer: Trainer, loader: Loader) -> float:
     """Seconds of a batch of an evaluation: the mean of the first EVAL_BATCHES."""
     batches, started_at = min(EVAL_BATCHES, loader.steps), time.perf_counter()
-    with evaluating(trainer.run.network, make_autocast(trainer.run.device, trainer.run.spec.precision)):
+    with evaluating(trainer.run.network, trainer.run.spec.precision):
         for images, _ in itertools.islice(loader.epoch(0), batches):
             trainer.forward(images)
         synchronize(trainer.run.device)
@@ -180,7 +179,7 @@ def predict(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths) -
     device, loader, test_loader = prepared.device, prepared.train_loader, prepared.test_loader
     with (
         deterministic_algorithms(spec), closing(prepared), closing(EpochTelemetry(device)) as telemetry,
-        closing(make_trainer(prepared, warnings.warn)) as trainer,
+        training(prepared) as trainer,
     ):  # fmt: skip
         train_steps(trainer, 0, WARMUP_STEPS)
         setup_seconds = worker.launch_seconds + time.perf_counter() - entered_at
@@ -358,14 +357,14 @@ def break_down(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths
             raise ValueError("an epoch of one step is too short to profile")
         # several ranks' gradients are summed after backward here, not by DDP inside it, where they hide behind it
         step, clock = make_step(prepared, ddp=False), StepClock(device)
-        plain = Engine([Way("eager", step)], warnings.warn)
-        by_parts = Trainer(prepared, step, plain, plain, loader, Watchdog(device))
-        train_steps(by_parts, 0, WARMUP_STEPS)
-        step.mark = clock.mark
-        train_steps(by_parts, 1, STEPS)
-        parts = clock.read()
-        by_parts.close()
-        with closing(make_trainer(prepared, warnings.warn)) as trainer:
+        plain = Engine("eager", step)
+        with closing(Watchdog(device)) as watchdog:
+            by_parts = Trainer(prepared, step, plain, plain, watchdog)
+            train_steps(by_parts, 0, WARMUP_STEPS)
+            step.mark = clock.mark
+            train_steps(by_parts, 1, STEPS)
+            parts = clock.read()
+        with training(prepared) as trainer:
             train_steps(trainer, 2, WARMUP_STEPS)
             metrics = train_steps(trainer, 3, STEPS)
     took = [sum(step) for step in zip(*parts.values(), strict=True)]
@@ -373,7 +372,7 @@ def break_down(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths
     middle = sorted(range(len(took)), key=took.__getitem__)[len(took) // 4 : len(took) - len(took) // 4]
     means = {name: statistics.fmean(parts[name][step] for step in middle) for name in PARTS if name in parts}
     engine_ms = 1000 * metrics.train_seconds / metrics.steps
-    ranks = gather(Breakdown(means, sum(means.values()), engine_ms, trainer.engine.way.name))
+    ranks = gather(Breakdown(means, sum(means.values()), engine_ms, trainer.engine.name))
     slowest = max(ranks, key=lambda rank: rank.eager_ms)
     return replace(slowest, engine_ms=max(rank.engine_ms for rank in ranks))
 

@@ -240,7 +240,7 @@ class Runs:
 
     def train_batch(self, specs: Sequence[RunSpec]) -> int:
         """Launch some runs and store what each comes to. Returns how many failed, or could not be stored at --out."""
-        from harness.training.telemetry import NodeTelemetry
+        from harness.training.host import NodeTelemetry
 
         options, recorder, session = self.options, self.recorder, self.session
         if not recorder.started:

@@ -5,31 +5,56 @@ within an epoch that is newer than both, if there is one.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from harness.results.remote import CHECKPOINTS
 from harness.results.store import writing
+from harness.results.values import EpochMetrics, Value
 from harness.spec import CheckpointError
+from harness.training.setup import Prepared
 
 KEPT = 2
 
 
+class EpochPart(Value):
+    """The first steps of an epoch, before one of which all ranks stopped."""
+
+    steps: int
+    sums: list[list[float]]  # of each rank: loss, errors, images
+    train_seconds: float
+    data_stall_seconds: float
+    attempt: int = 1
+    energy_joules: float | None = None
+    interference: tuple[str, ...] = ()
+
+
 def _stored(folder: Path) -> list[Path]:
     """Newest first."""
-    return sorted(folder.glob("epoch-??????*.pt"), reverse=True)
+    return sorted((folder / CHECKPOINTS).glob("epoch-??????*.pt"), reverse=True)
 
 
-def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any], step: int = 0) -> None:
-    """Write `state` as the checkpoint after `epoch` (from 1) and so many steps of the next, then drop older ones."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _state(run: Prepared) -> dict[str, Any]:
+    """Batch norm's running averages are rank 0's, which the others get at each epoch's end anyway."""
+    return {name: getattr(run, name).state_dict() for name in ("network", "optimizer", "scaler")}
+
+
+def save(run: Prepared, folder: Path, history: Sequence[EpochMetrics], part: EpochPart | None = None) -> None:
+    """Write a checkpoint after some epochs and a part of the next, then drop older ones. It holds the epochs too, so that
+    they and the weights are always of the same moment."""
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     for path in _stored(folder):
         if path.is_dir():  # nothing can be written in its place, and it is not ours to delete
             path.rename(path.with_suffix(".damaged"))
-    within = f"_step-{step:06d}" if step else ""  # in the order of names it comes after the epoch's end
-    with writing(folder / f"epoch-{epoch:06d}{within}.pt") as unfinished:
+    state = {"key": run.spec.key, "history": [row.model_dump() for row in history], **_state(run)}
+    within = ""
+    if part:
+        state["part"] = part.model_dump()
+        within = f"_step-{part.steps:06d}"  # in the order of names it comes after the epoch's end
+    with writing(folder / CHECKPOINTS / f"epoch-{len(history):06d}{within}.pt") as unfinished:
         torch.save(state, unfinished)
     newest, *older = _stored(folder)
     whole = [path for path in (newest, *older) if "_step-" not in path.name][:KEPT]
@@ -38,10 +63,10 @@ def save_checkpoint(folder: Path, epoch: int, state: dict[str, Any], step: int =
             old.unlink(missing_ok=True)
 
 
-def load_checkpoint(
-    folder: Path, key: str, warn: Callable[[str], None], check: Callable[[dict[str, Any]], bool] = lambda _: True
-) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole and passes `check`, or None. Where that raises, it is skipped with a warning.
+def resume(run: Prepared, folder: Path) -> tuple[list[EpochMetrics], EpochPart | None]:
+    """Load the newest checkpoint that is whole into the run: the epochs that it has done, none where there is no
+    checkpoint, and what it has done of the next one. An epoch is not gone on with by another number of workers, but
+    begun again. One that is damaged is skipped with a warning.
 
     Raises CheckpointError where it belongs to a run with another key. Nothing in the file is executed.
     """
@@ -51,20 +76,42 @@ def load_checkpoint(
                 if changed := file.testzip():
                     raise ValueError(f"the checksum of {changed} is wrong")
             state = dict(torch.load(path, map_location="cpu", weights_only=True))
-            if (owner := state["key"]) == key and not check(state):
-                continue
+            if (owner := state["key"]) == run.spec.key:
+                history, part = _check(run, state)
         except Exception as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
-            warn(f"checkpoint {path} is damaged, taking the one before: {reason.splitlines()[0][:200]}")
+            run.loader_config.warn(
+                f"checkpoint {path} is damaged, taking the one before: {reason.splitlines()[0][:200]}"
+            )
             continue
-        if owner != key:
-            raise CheckpointError(f"checkpoint {path} belongs to run {owner}, not to {key}")
-        return state
-    return None
+        if owner != run.spec.key:
+            raise CheckpointError(f"checkpoint {path} belongs to run {owner}, not to {run.spec.key}")
+        if part and len(part.sums) != run.loader_config.world_size:
+            continue
+        run.network.load_state_dict(state["network"])
+        # but not the lr, which every epoch sets: it is a tensor on a device or is not
+        groups = zip(run.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True)
+        restored = [own | kept | {"lr": own["lr"]} for own, kept in groups]
+        run.optimizer.load_state_dict({**state["optimizer"], "param_groups": restored})
+        run.scaler.load_state_dict(state["scaler"])
+        return history, part
+    return [], None
 
 
-def outline(value: Any) -> Any:
+def _check(run: Prepared, state: dict[str, Any]) -> tuple[list[EpochMetrics], EpochPart | None]:
+    """Its epochs. Raises ValueError where they, or its tensors, are not those of a run like this one."""
+    here = _state(run)
+    if not run.optimizer.state:  # it is made by the first step
+        del here["optimizer"]
+    if any(_outline(state.get(name)) != _outline(own) for name, own in here.items()):
+        raise ValueError("its tensors are not those of this run")
+    history = [EpochMetrics.model_validate(row) for row in state["history"]]
+    part = state.get("part")
+    return history, EpochPart.model_validate(part) if part or not history else None
+
+
+def _outline(value: Any) -> Any:
     """Names, shapes and types of the tensors in nested dictionaries."""
     if isinstance(value, Mapping):
-        return {name: outline(item) for name, item in value.items()}
+        return {name: _outline(item) for name, item in value.items()}
     return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None

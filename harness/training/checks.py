@@ -28,18 +28,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from harness.checklist import BY_NAME, Finding, Result, attempt
 from harness.cluster.job import Report, Worker
 from harness.loaders.cache import cache_dir
-from harness.loaders.datasets import Split
+from harness.loaders.datasets import Dataset, Split
 from harness.loaders.sampling import Augment, SamplingPlan
 from harness.models.variants import find_variant
 from harness.plugins import names_of, used_by
 from harness.results.metrics import figures
 from harness.results.values import EpochMetrics
 from harness.spec import Engine, Precision, RunSpec
+from harness.training.checkpoint import resume, save
 from harness.training.rates import find_peak
-from harness.training.setup import Data, Prepared, Trainer, assemble, make_trainer
+from harness.training.setup import Prepared, Trainer, assemble, training
 from harness.training.step import deterministic_algorithms, sum_gradients, synchronize
 from harness.training.telemetry import gather
-from harness.training.train import resume, run_steps, save
+from harness.training.train import run_steps
 
 SIZE, IMAGES, BATCH, EPOCHS, CLASSES = 8, 75, 16, 6, 10  # five steps an epoch, the last one short
 BUSY_CYCLES = 20_000_000  # about 10 ms of a GPU, queued before each batch
@@ -88,12 +89,13 @@ def main(device: str, threads: str, *names: str) -> None:
 # --- a small run ---
 
 
-def make_split(size: int = SIZE) -> Split:
+def make_dataset(size: int = SIZE) -> Dataset:
     """Images whose brightness tells their class, so that a network learns them."""
     random = np.random.default_rng(0)
     labels = random.integers(0, CLASSES, IMAGES)
     images = random.integers(0, 128, (IMAGES, size, size, 3)) + labels[:, None, None, None] * 12
-    return Split(images.astype(np.uint8), labels.astype(np.int64))
+    split = Split(images.astype(np.uint8), labels.astype(np.int64))
+    return Dataset("check", "check", False, "", tuple(map(str, range(CLASSES))), split, split, flip=True)
 
 
 def make_spec(worker: Worker, **changes: Any) -> RunSpec:
@@ -110,16 +112,15 @@ def make_spec(worker: Worker, **changes: Any) -> RunSpec:
 
 def start(worker: Worker, stack: ExitStack, *, size: int = SIZE, **changes: Any) -> tuple[Prepared, Trainer]:
     """A run before its first step, until the stack closes. Raises RuntimeError where its engine does not work."""
-    split, given_up, spec = make_split(size), list[str](), make_spec(worker, **changes)
+    given_up, spec = list[str](), make_spec(worker, **changes)
     stack.enter_context(deterministic_algorithms(spec))
-    data = Data(split, split, split, "test")
-    prepared = assemble(spec, data, worker, num_classes=CLASSES, flip=True)
+    prepared = assemble(spec, make_dataset(size), worker, given_up.append)
     stack.enter_context(closing(prepared))
     if dist.is_initialized():  # no draws of a rank's own, and no statistics of its share
         prepared.network.eval()
         for module in prepared.network.modules() if spec.recipe.batch_norm == "sync" else ():
             module.train(isinstance(module, _BatchNorm))
-    trainer = stack.enter_context(closing(make_trainer(prepared, given_up.append)))
+    trainer = stack.enter_context(training(prepared))
     if given_up:
         raise RuntimeError(given_up[0])
     return prepared, trainer
@@ -127,7 +128,7 @@ def start(worker: Worker, stack: ExitStack, *, size: int = SIZE, **changes: Any)
 
 def train_epochs(trainer: Trainer, first: int, last: int) -> list[EpochMetrics]:
     """These epochs of a run."""
-    return [run_steps(trainer, epoch=epoch, steps=trainer.loader.steps) for epoch in range(first, last)]
+    return [run_steps(trainer, epoch=epoch, steps=trainer.run.train_loader.steps) for epoch in range(first, last)]
 
 
 def train(worker: Worker, **changes: Any) -> tuple[list[EpochMetrics], dict[str, Tensor]]:
@@ -223,7 +224,7 @@ def check_resume(bench: Bench, **changes: Any) -> Figure:
         prepared, trainer = start(bench.worker, stack, deterministic=True, **changes)
         save(prepared, Path(name), train_epochs(trainer, 0, half))
         prepared, trainer = start(bench.worker, stack, deterministic=True, **changes)
-        done, _ = resume(prepared, Path(name), lambda _: None)
+        done, _ = resume(prepared, Path(name))
         train_epochs(trainer, len(done), EPOCHS)
         resumed = {key: value.cpu() for key, value in prepared.network.state_dict().items()}
     worst = max(float((resumed[key].double() - whole[key].double()).abs().max()) for key in whole)

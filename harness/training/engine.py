@@ -17,6 +17,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -72,8 +73,9 @@ class CudaGraph:
         self.reserved_bytes = torch.cuda.memory_reserved(self._device) - before
 
 
-class Way:
-    """A way to call a function: as it is or, with `make_graph`, replayed from graphs of the calls it was prepared for.
+class Engine:
+    """A function and how its calls are carried out: as they are or, with `make_graph`, replayed from graphs of the calls
+    that it was prepared for.
 
     A captured function must do the same work at every call: read its inputs and tensors that stay where they are, write
     tensors that stay where they are. What a call returns is valid until the next one. With other shapes or constants
@@ -105,10 +107,23 @@ class Way:
         if count_ranks() == 1:  # others would have to replay too
             graph.replay()
 
+    def fails(self, calls: Sequence[Inputs]) -> str | None:
+        """Prepare it for these calls; why it cannot be, None if it can. Raises a lack of memory."""
+        gc.collect()
+        gc.disable()  # what it frees could break a capture
+        try:
+            for inputs in calls:
+                self.prepare(*inputs)
+        except (torch.OutOfMemoryError, dist.DistError):
+            raise
+        except Exception as error:
+            return (str(error).strip() or type(error).__name__).splitlines()[0]
+        finally:
+            gc.enable()
+        return None
+
     def __call__(self, *inputs: Tensor | float) -> Any:
-        if not self._graphs:
-            return self._function(*inputs)
-        key = signature(inputs)
+        key = signature(inputs) if self._graphs else ()
         if key not in self._graphs:
             return self._function(*inputs)
         graph, own, result = self._graphs[key]
@@ -134,65 +149,28 @@ def signature(inputs: Sequence[Tensor | float]) -> tuple[Any, ...]:
     return tuple((i.shape, i.stride(), i.dtype) if isinstance(i, Tensor) else i for i in inputs)
 
 
-class Engine:
-    """The first of some ways to do the same that works on every rank. Giving one up is a warning, and is recorded.
+def choose(
+    engines: Sequence[Engine],
+    calls: Sequence[Inputs],
+    warn: Callable[[str], None],
+    restoring: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Engine:
+    """The first of some engines of one function that works on every rank, prepared for calls like those to come.
 
-    What the function changes while it is tried is put back by `restoring`.
+    A collective: the ranks take the same. Giving one up is a warning. No trace of a trial is left: what the function
+    changes is put back by `restoring`. Raises a lack of memory.
     """
-
-    def __init__(
-        self,
-        ways: Sequence[Way],
-        warn: Callable[[str], None],
-        restoring: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    ) -> None:
-        self._ways, self._warn, self._restoring = list(ways), warn, restoring
-
-    @property
-    def way(self) -> Way:
-        """The one that is taken."""
-        return self._ways[0]
-
-    def prepare(self, calls: Sequence[Inputs]) -> None:
-        """Try the ways on calls like those to come and stay with the first that works. No trace of it is left.
-
-        A collective: the ranks take the same way. Raises a lack of memory.
-        """
-        while len(self._ways) > 1:
-            way = self._ways[0]
-            reasons = gather(self._try(way, calls))
-            failed = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
-            if not failed:
-                return
-            way.reset()
-            self._ways.pop(0)
-            rank, reason = failed[0]
-            where = "here" if len(reasons) == 1 else f"on rank {rank}"
-            self._warn(f"engine {way.name} does not work {where}, going on with {self.way.name}: {reason}")
-
-    def _try(self, way: Way, calls: Sequence[Inputs]) -> str | None:
-        """Why it does not work, None if it does."""
-        with self._restoring():
-            gc.collect()
-            gc.disable()  # what it frees could break a capture
-            try:
-                for inputs in calls:
-                    way.prepare(*inputs)
-            except (torch.OutOfMemoryError, dist.DistError):
-                raise
-            except Exception as error:
-                return (str(error).strip() or type(error).__name__).splitlines()[0]
-            finally:
-                gc.enable()
-        return None
-
-    def __call__(self, *inputs: Tensor | float) -> Any:
-        return self._ways[0](*inputs)
-
-    def reset(self) -> None:
-        """Give back all graphs."""
-        for way in self._ways:
-            way.reset()
+    for engine, following in pairwise(engines):
+        with restoring():
+            reason = engine.fails(calls)
+        failed = {rank: why for rank, why in enumerate(gather(reason)) if why}
+        if not failed:
+            return engine
+        engine.reset()
+        rank, why = next(iter(failed.items()))
+        where = "here" if count_ranks() == 1 else f"on rank {rank}"
+        warn(f"engine {engine.name} does not work {where}, going on with {following.name}: {why}")
+    return engines[-1]
 
 
 def make_graphs(device: torch.device) -> MakeGraph:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,17 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.loaders.loader import Loader
+from harness.spec import Precision
+from harness.training.step import make_autocast
 from harness.training.telemetry import count_ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """Errors in percent; `top5_error` is None where there are ten classes or fewer. `loss`: the mean cross-entropy."""
+    """Errors in percent; `top5_error` is None where there are ten classes or fewer. The loss is the mean cross-entropy."""
 
-    images: int
     error: float
     top5_error: float | None
-    loss: float
+    eval_loss: float
 
 
 class MultiScale(nn.Module):
@@ -75,12 +76,12 @@ def resize(images: Tensor, scale: int) -> Tensor:
 
 
 @contextmanager
-def evaluating(network: nn.Module, autocast: AbstractContextManager[None]) -> Iterator[None]:
+def evaluating(network: nn.Module, precision: Precision) -> Iterator[None]:
     """What an evaluation is done in."""
-    was_training = network.training
+    was_training, device = network.training, next(network.parameters()).device
     network.eval()
     try:
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode(), make_autocast(device, precision):
             yield
     finally:
         network.train(was_training)
@@ -91,7 +92,7 @@ def evaluate(
     loader: Loader,
     *,
     images: int,
-    autocast: AbstractContextManager[None],
+    precision: Precision = "fp32",
     forward: Callable[[Tensor], Tensor] | None = None,
     on_ranked: Callable[[Tensor], None] | None = None,
 ) -> Evaluation:
@@ -105,7 +106,7 @@ def evaluate(
     # images, top-1 hits, top-5 hits, loss; stays so where there are more ranks than images
     sums = torch.zeros(4, dtype=torch.float64, device=next(network.parameters()).device)
     classes = 0
-    with evaluating(network, autocast):
+    with evaluating(network, precision):
         for batch, labels in loader.epoch(0):
             logits = (forward or network)(batch)
             classes = logits.shape[1]
@@ -123,8 +124,7 @@ def evaluate(
     if total != images:
         raise RuntimeError(f"evaluation saw {total:.0f} images of {images}")
     return Evaluation(
-        images=images,
         error=100 * (total - top1) / total,
         top5_error=100 * (total - top5) / total if classes > 10 else None,
-        loss=loss_sum / total,
+        eval_loss=loss_sum / total,
     )

@@ -34,9 +34,8 @@ from harness.plugins import Loaded, blaming, load_sources, names_of, used_by
 from harness.progress import load_data
 from harness.spec import RunPaths, RunSpec, Source
 from harness.training import checks
-from harness.training.augment import augment
-from harness.training.optim import learning_rate, make_optimizer, total_steps
-from harness.training.setup import Data, assemble
+from harness.training.recipe import augment, learning_rate, make_optimizer, total_steps
+from harness.training.setup import assemble
 
 IMAGES, BATCH = 8, 16
 MOMENTS = 50  # of a schedule
@@ -160,10 +159,12 @@ def fit_augmentation(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
 def fit_loader(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
     """All batches of an epoch, with the plan's labels, in training and in evaluation."""
     split = limit(dataset.train, min(len(dataset.train), 4 * BATCH + 5))
-    recipe, network = replace(spec.recipe, batch_size=BATCH, val=0), find_variant("he2015")(8).network
-    small = replace(spec, network=network, recipe=recipe, device="cpu", engine="eager", precision="fp32")
-    worker, data = Worker(threads=torch.get_num_threads()), Data(split, split, split, "test")
-    with closing(assemble(small, data, worker, num_classes=dataset.num_classes, flip=dataset.flip)) as made:
+    small = replace(
+        spec, network=find_variant("he2015")(8).network, recipe=replace(spec.recipe, batch_size=BATCH, val=0),
+        limit_train=None, limit_test=None, device="cpu", engine="eager", precision="fp32",
+    )  # fmt: skip
+    worker, data = Worker(threads=torch.get_num_threads()), replace(dataset, train=split, test=split)
+    with closing(assemble(small, data, worker)) as made:
         size, at_most = made.loader_config.augment.crop_size(split), made.loader_config.eval_batch_size
         loaders = ("training", made.train_loader, BATCH), ("evaluation", made.eval_loader, at_most)
         for what, loader, batch in loaders:
@@ -240,11 +241,7 @@ def check_plugin(loaded: Loaded, console: Console) -> Iterator[Result]:
 def _fit(kind: str, name: str, spec: RunSpec, side: int, console: Console) -> checks.Figure:
     of = ("network", spec.network.architecture) if kind == "variant" else (kind, name)
     paths = RunPaths(out=Path(), data_dir=find_data_dir(None, spec.dataset))
-    if spec.dataset in DATASETS:
-        dataset = load_data(spec.dataset, paths, console)
-    else:
-        split, classes = checks.make_split(side), tuple(map(str, range(checks.CLASSES)))
-        dataset = Dataset("check", "check", False, "", classes, split, split, flip=True)
+    dataset = load_data(spec.dataset, paths, console) if spec.dataset in DATASETS else checks.make_dataset(side)
     return 0.0, try_out(*of, spec, dataset, paths)
 
 

@@ -1,4 +1,7 @@
-"""What the kernel says of this host: who used its processors during an epoch, memory, times (Linux; elsewhere unknown)."""
+"""A host and its load during a run and an epoch, as its kernel (Linux; elsewhere unknown) and NVML see it.
+
+No torch: the driver of a run imports this too.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,17 @@ import contextlib
 import multiprocessing
 import os
 import socket
+import statistics
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+from harness.results.values import GpuUse, Measurement, NodeUse, measured
+from harness.training.nvml import Gpu, open_visible
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 STOPPED_SECONDS, JUMP_SECONDS = 1.0, 1.0
@@ -26,6 +30,7 @@ load had slowed to twice their seconds showed 0.34 and 0.32 at least; of 25 undi
 0.027. The first alone would blame a run that has more threads than processors, the second alone a neighbour on cores that
 we do not use."""
 QUOTA_SHARE, STEAL_SHARE = 0.10, 0.02
+SAMPLED = ("utilisation_percent", "power_watts", "used_mib")  # of nvml.FIGURES
 OTHERS = "other processes used the CPU"
 CAUSES = (
     "the machine swapped", "the clock was set or the machine slept", "the process was stopped for a while",
@@ -51,11 +56,11 @@ def family() -> list[int]:
     return [os.getpid(), *(child.pid for child in multiprocessing.active_children() if child.pid)]
 
 
-def read_ticks() -> tuple[int, int, int] | None:
-    """(busy, all, stolen) clock ticks of all processors since the node started."""
+def read_ticks() -> tuple[int, int, int]:
+    """(busy, all, stolen) clock ticks of all processors since the node started; zeros where they cannot be read."""
     ticks = read_table(PROC / "stat").get("cpu", [])[:8]
     if len(ticks) < 8:
-        return None
+        return 0, 0, 0
     return sum(ticks) - ticks[3] - ticks[4], sum(ticks), ticks[7]  # not idle, not waiting for a disk
 
 
@@ -107,7 +112,7 @@ class HostLook:
             with contextlib.suppress(OSError, ValueError):
                 ran, waited, _ = map(int, task.read_text().split())
                 self.threads[task] = ran, waited
-        self.ticks = read_ticks() or (0, 0, 0)
+        self.ticks = read_ticks()
         self.swaps = read_table(PROC / "vmstat").get("pswpin", [])
         self.throttled = _throttled_seconds()
 
@@ -155,3 +160,69 @@ class Repeat(threading.Thread):
         """End it, waiting a little for work that goes on."""
         self._stopping.set()
         self.join(timeout=1.0)
+
+
+class NodeTelemetry:
+    """Samples a node's GPUs, processors and memory in a thread, from its making until `stop`. It never raises.
+
+    `visible` is CUDA_VISIBLE_DEVICES of the run's workers: "" for no GPU, None for all.
+    """
+
+    def __init__(self, visible: str | None, *, interval_seconds: float = 1.0) -> None:
+        self._gpus, self._gpus_reason = list[Gpu](), "no GPU was used"
+        try:
+            self._gpus = open_visible(visible)
+        except Exception as error:
+            self._gpus_reason = f"NVML: {error}"
+        self._joules = [gpu.read("energy_joules") for gpu in self._gpus]
+        self._series = [defaultdict[str, list[float]](list) for _ in self._gpus]
+        self._memory_mib: list[float] = []
+        self._samples = 0
+        self._started_at, self._ticks = time.monotonic(), read_ticks()
+        self._thread = Repeat(self._sample, interval_seconds)
+
+    def _sample(self) -> None:
+        self._samples += 1
+        total, available = read_mib("meminfo", "MemTotal"), read_mib("meminfo", "MemAvailable")
+        if total is not None and available is not None:
+            self._memory_mib.append(total - available)
+        for gpu, series in zip(self._gpus, self._series, strict=True):
+            for name in SAMPLED:
+                if (value := gpu.read(name)) is not None:
+                    series[name].append(value)
+
+    def stop(self) -> NodeUse:
+        """End the thread and summarise. A GPU's energy is that of the whole window, by NVML's own counter."""
+        self._thread.stop()
+        busy, every, _ = (now - then for now, then in zip(read_ticks(), self._ticks, strict=True))
+        idle = "the run ended before the clock ticked" if self._ticks[1] else "/proc/stat cannot be read here"
+        return NodeUse(
+            host=socket.gethostname(),
+            seconds=time.monotonic() - self._started_at,
+            samples=self._samples,
+            cpu_percent=measured(100 * busy / every if every > 0 else None, idle),
+            memory_peak_mib=measured(max(self._memory_mib, default=None), "/proc/meminfo cannot be read here"),
+            gpus=tuple(map(_summarise_gpu, self._gpus, self._series, self._joules)),
+            gpus_reason=None if self._gpus else self._gpus_reason,
+        )
+
+
+def _summarise_gpu(gpu: Gpu, series: dict[str, list[float]], joules_before: float | None) -> GpuUse:
+    def over(measure: Callable[[list[float]], float], name: str) -> Measurement:
+        return measured(measure(series[name]) if series[name] else None, gpu.reason(name))
+
+    joules = gpu.read("energy_joules")
+    idle = "NVML's energy counter did not go up" if joules is not None else gpu.reason("energy_joules")
+    return GpuUse(
+        gpu=gpu.name,
+        utilisation_percent=over(statistics.fmean, "utilisation_percent"),
+        power_watts=over(statistics.fmean, "power_watts"),
+        power_peak_watts=over(max, "power_watts"),
+        energy_joules=measured(spent_joules(joules_before, joules), idle),
+        memory_peak_mib=over(max, "used_mib"),
+    )
+
+
+def spent_joules(before: float | None, after: float | None) -> float | None:
+    """None where the counter was not read, was set back in between, or does not count."""
+    return after - before if before is not None and after is not None and after > before else None

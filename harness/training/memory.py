@@ -14,18 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.results.values import MEMORY_CATEGORIES, Measurement, Memory
+from harness.results.values import MEMORY_CATEGORIES, Measurement, Memory, measured
 from harness.training.host import PROC, family, read_mib
 from harness.training.nvml import MIB, open_device
 
 NO_GPU = Measurement(value=None, reason="no GPU was used")
 UNSAMPLED = Measurement(value=None, reason="never sampled")
 
-_context_mib: dict[int, float] = {}
-"""Of this process, by device, once it was measured: the CUDA context outlives the runs."""
 _kept_mib: dict[tuple[str, int], float] = {}
-"""As much as the buffers of NCCL and of DALI were seen to take, by category and device: a process keeps them, and may
-train several runs."""
+"""What a process keeps from run to run, by category and device: the CUDA context, as it was first measured; as much as the
+buffers of NCCL and of DALI were seen to take."""
 
 
 class MemoryMeter:
@@ -69,18 +67,18 @@ class MemoryMeter:
         torch.cuda.reset_peak_memory_stats(self.device)
         reserved, own = self._torch("memory_reserved"), self._gpu.process_mib().value
         self._listed = own is not None  # else what earlier runs left looks like another process's
-        used = self._gpu.read("used_mib")
+        used, context = self._gpu.read("used_mib"), ("CUDA context", index)
         if before is None or used is None:
             self._others = None
         elif not existed:
-            self._others, _context_mib[index] = before, used - before - reserved
+            self._others, _kept_mib[context] = before, used - before - reserved
         elif own is not None:
             self._others = used - own
-            _context_mib.setdefault(index, own - reserved)
+            _kept_mib.setdefault(context, own - reserved)
         else:
-            self._others = used - reserved - _context_mib[index] if index in _context_mib else None
-        if index in _context_mib:
-            self._outside["CUDA context"] = _context_mib[index]
+            self._others = used - reserved - _kept_mib[context] if context in _kept_mib else None
+        if context in _kept_mib:
+            self._outside["CUDA context"] = _kept_mib[context]
 
     def _torch(self, figure: str) -> float:
         """MiB by torch's own counter of this name; 0 on the CPU."""
@@ -140,9 +138,9 @@ class MemoryMeter:
 
     def read(self, network: nn.Module, optimizer: torch.optim.Optimizer, captured_bytes: int = 0) -> Memory:
         """The peaks, in MiB, and by category; `captured_bytes` are those of CUDA graphs."""
-        growth = Measurement(value=None, reason="fewer than three epochs after warm-up")
+        growth = None
         if len(self._in_use) >= 3:  # by least squares
-            growth = Measurement(value=linear_regression(range(len(self._in_use)), self._in_use).slope)
+            growth = linear_regression(range(len(self._in_use)), self._in_use).slope
         self.sample()
         peaks, peak = self._peaks(captured_bytes / MIB), read_mib("self/status", "VmHWM")
         rss = Measurement(value=None, reason="/proc/self/status cannot be read here")
@@ -176,7 +174,7 @@ class MemoryMeter:
             rss_mib=rss,
             warmup_allocated_mib=self._warmup["allocated"],
             warmup_reserved_mib=self._warmup["reserved"],
-            growth_mib_per_epoch=growth,
+            growth_mib_per_epoch=measured(growth, "fewer than three epochs after warm-up"),
             by_category_mib={name: categories[name] for name in known if categories.get(name)},
         )
 

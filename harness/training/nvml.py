@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from harness.results.values import Measurement
+from harness.results.values import Measurement, measured
 
 if TYPE_CHECKING:
     import torch
@@ -58,12 +58,10 @@ class Gpu:
     def process_mib(self) -> Measurement:
         """Memory of this process: with the CUDA context, DALI's pools and NCCL's buffers."""
         processes = self.processes()
-        if (mib := processes.get(os.getpid())) is not None:
-            return Measurement(value=mib)
         reason = "NVML does not list this process (another PID namespace, as in containers)"
         if os.getpid() in processes:
             reason = "NVML does not give the memory of processes here"
-        return Measurement(value=None, reason=self._reasons.get("processes", reason))
+        return measured(processes.get(os.getpid()), self._reasons.get("processes", reason))
 
     def _call(self, figure: str, function: str, *arguments: int) -> Any:
         if self._handle is None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from harness.cluster.job import Worker
 from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
@@ -21,12 +22,12 @@ from harness.plugins import load_sources
 from harness.results.values import Memory
 from harness.spec import RunPaths, RunSpec
 from harness.training.batch_norm import SyncBatchNorm, synchronise_batch_norms
-from harness.training.engine import Engine, Inputs, Way, compile_network, make_graphs
+from harness.training.engine import Engine, Inputs, choose, compile_network, make_graphs
 from harness.training.evaluation import evaluating
 from harness.training.halt import Halt
 from harness.training.memory import MemoryMeter
-from harness.training.optim import make_optimizer
-from harness.training.step import Step, make_autocast, set_precision, wrap_ddp
+from harness.training.recipe import make_optimizer
+from harness.training.step import Step, set_precision, wrap_ddp
 from harness.training.watchdog import Watchdog
 
 EVAL_BATCH_SIZE = 1000
@@ -84,6 +85,12 @@ class Prepared:
         batch_size = self.loader_config.batch_size
         return max(min(batch_size, len(self.data.train) - step * batch_size), self.loader_config.world_size)
 
+    def batch_sizes(self, split: Split, batch_size: int, *, train: bool = True) -> list[int]:
+        """Images of each of this rank's batches."""
+        rank, world_size = self.loader_config.rank, self.loader_config.world_size
+        plan = SamplingPlan(len(split), batch_size, rank=rank, world_size=world_size, train=train)
+        return plan.draw(0).batch_sizes
+
     def close(self) -> None:
         """Close the loaders."""
         for loader in filter(None, (self.train_loader, self.eval_loader, self.test_loader)):
@@ -101,16 +108,15 @@ def prepare(
     here, wanted = dataset.fingerprint, spec.fingerprint
     if here != wanted:
         raise RuntimeError(f"the images on this node are {here[:12]}, the run asks for {wanted[:12]}")
-    data = split_data(spec, dataset)
-    return assemble(spec, data, worker, num_classes=dataset.num_classes, flip=dataset.flip, meter=meter, warn=warn)
+    return assemble(spec, dataset, worker, warn, meter)
 
 
 def assemble(
-    spec: RunSpec, data: Data, worker: Worker, *, num_classes: int, flip: bool, meter: MemoryMeter | None = None,
-    warn: Callable[[str], None] = warnings.warn,
+    spec: RunSpec, dataset: Dataset, worker: Worker, warn: Callable[[str], None] = warnings.warn,
+    meter: MemoryMeter | None = None,
 ) -> Prepared:  # fmt: skip
-    """Set the device up and make loaders, network and optimizer. `flip`: whether these images may be mirrored."""
-    device = torch.device(worker.device)
+    """Set the device up and make loaders, network and optimizer."""
+    device, data = torch.device(worker.device), split_data(spec, dataset)
     meter = meter or MemoryMeter(device)  # before anything touches the device
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -120,8 +126,8 @@ def assemble(
 
     recipe = spec.recipe
     torch.manual_seed(spec.seed)
-    augment = make_augment(recipe, flip=flip)
-    network = build(spec.network, num_classes, min(augment.crop_size(data.train)))
+    augment = make_augment(recipe, flip=dataset.flip)
+    network = build(spec.network, dataset.num_classes, min(augment.crop_size(data.train)))
     if recipe.batch_norm == "sync" and worker.world_size > 1:
         synchronise_batch_norms(network)
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -157,63 +163,55 @@ class Trainer:
     step: Step
     engine: Engine
     forward: Engine  # of evaluation
-    loader: Loader
     watchdog: Watchdog
     halt: Halt = field(default_factory=lambda: Halt(Worker()))  # by default nothing stops it
 
     def measure_memory(self) -> Memory:
         """The peaks so far, and who holds how much."""
-        captured = self.engine.way.reserved_bytes() + self.forward.way.reserved_bytes()
+        captured = self.engine.reserved_bytes() + self.forward.reserved_bytes()
         return self.run.meter.read(self.run.network, self.run.optimizer, captured)
 
-    def close(self) -> None:
-        """Give the graphs back, whoever still refers to them."""
-        self.engine.reset()
-        self.forward.reset()
-        self.watchdog.close()
-        self.halt.close()
 
-
-def make_trainer(
-    run: Prepared, warn: Callable[[str], None], worker: Worker | None = None, stacks: Path | None = None
-) -> Trainer:
-    """Spread the network over the ranks and choose how its steps are carried out: `spec.engine`, or what works.
+@contextmanager
+def training(run: Prepared, worker: Worker | None = None, stacks: Path | None = None) -> Iterator[Trainer]:
+    """Spread the network over the ranks and choose how its steps are carried out: `spec.engine`, or what works. At the end
+    graphs are given back, whoever still refers to them.
 
     Every shape is captured here, before the loaders begin. A collective. Without a `worker` nobody stops the run or hears
     of its hanging; `stacks` is the folder for what its ranks then wait for.
     """
-    spec, network, device = run.spec, run.network, run.device
-    with run.meter.category("NCCL"):
-        step = make_step(run, ddp=spec.engine == "eager")
-        watchdog = Watchdog(device, worker, stacks)
-    steps, forwards = [Way("eager", step)], [Way("eager", network)]
-    graphs = make_graphs(device) if is_captured(spec) else None
-    if graphs is not None:
-        steps.insert(0, Way("graph", step, graphs, without_communication(step)))
-        forwards.insert(0, Way("graph", network, graphs))
-    if spec.engine == "compile":
-        compiled = replace(step, network=compile_network(network))
-        steps.insert(0, Way("compile", compiled, graphs, without_communication(compiled)))
-    engine, forward = Engine(steps, warn, step.restoring), Engine(forwards, warn)
-    trainer = Trainer(run, step, engine, forward, run.train_loader, watchdog, Halt(worker or Worker()))
-    try:
+    spec, network, device, warn = run.spec, run.network, run.device, run.loader_config.warn
+    with ExitStack() as stack:
+        with run.meter.category("NCCL"):
+            step = make_step(run, ddp=spec.engine == "eager")
+            watchdog = stack.enter_context(closing(Watchdog(device, worker, stacks)))
+        halt = stack.enter_context(closing(Halt(worker or Worker())))
+        steps, forwards = [Engine("eager", step)], [Engine("eager", network)]
+        graphs = make_graphs(device) if is_captured(spec) else None
+        if graphs is not None:
+            steps.insert(0, Engine("graph", step, graphs, without_communication(step)))
+            forwards.insert(0, Engine("graph", network, graphs))
+        if spec.engine == "compile":
+            compiled = replace(step, network=compile_network(network))
+            steps.insert(0, Engine("compile", compiled, graphs, without_communication(compiled)))
+        for each in (*forwards, *steps):
+            stack.callback(each.reset)
+        engine, forward = steps[-1], forwards[-1]
         if spec.engine != "eager":
-            engine.prepare(step_calls(run))
-            with evaluating(network, make_autocast(device, spec.precision)):
-                forward.prepare(eval_calls(run))
+            engine = choose(steps, step_calls(run), warn, step.restoring)
+            with evaluating(network, spec.precision):
+                forward = choose(forwards, eval_calls(run), warn)
         if device.type == "cuda":  # pools are filled at the first batch
             with run.meter.category("data loader"):
                 next(run.train_loader.epoch(0))
-    except BaseException:
-        trainer.close()
-        raise
-    run.meter.reset()
-    return trainer
+        run.meter.reset()
+        with watchdog.naming():
+            yield Trainer(run, step, engine, forward, watchdog, halt)
 
 
 def step_calls(run: Prepared) -> list[Inputs]:
     """Inputs like those of all training steps of this rank, one of each shape: a whole batch, and the last."""
-    sizes = batch_sizes(run, run.data.train, run.loader_config.batch_size)
+    sizes = run.batch_sizes(run.data.train, run.loader_config.batch_size)
     calls = dict.fromkeys((n, run.global_images(step)) for step, n in enumerate(sizes))
     images = {n: make_noise(run, run.data.train, n) for n, _ in calls}
     return [(images[n], torch.zeros(n, dtype=torch.int64, device=run.device), count) for n, count in calls]
@@ -223,18 +221,12 @@ def eval_calls(run: Prepared) -> list[Inputs]:
     """Inputs like those of all evaluations of this rank, one of each shape."""
     calls = list[Inputs]()
     for split in (run.data.eval, run.data.test) if run.test_loader else (run.data.eval,):
-        sizes = batch_sizes(run, split, eval_batch_size(split, run.loader_config.augment), train=False)
+        sizes = run.batch_sizes(split, eval_batch_size(split, run.loader_config.augment), train=False)
         calls += [(make_noise(run, split, n),) for n in dict.fromkeys(sizes)]
     return calls
 
 
-def batch_sizes(run: Prepared, split: Split, batch_size: int, *, train: bool = True) -> list[int]:
-    """Images of each of this rank's batches."""
-    rank, world_size = run.loader_config.rank, run.loader_config.world_size
-    return SamplingPlan(len(split), batch_size, rank=rank, world_size=world_size, train=train).draw(0).batch_sizes
-
-
-def make_noise(run: Prepared, split: Split, count: int) -> torch.Tensor:
+def make_noise(run: Prepared, split: Split, count: int) -> Tensor:
     """Images as a loader gives them, but of noise."""
     size = run.loader_config.augment.crop_size(split)
     random = torch.Generator(run.device).manual_seed(0)

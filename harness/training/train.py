@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,16 +25,15 @@ from harness.loaders.loader import Loader
 from harness.models.build import count_flops
 from harness.results.remote import CHECKPOINTS, Remote, pull_run, push_run
 from harness.results.store import append_epoch, write_epochs
-from harness.results.values import EpochMetrics, Measurement, RunResult, Value
+from harness.results.values import EpochMetrics, Measurement, RunResult
 from harness.spec import DivergedError, RunPaths, RunSpec
-from harness.training.augment import augment
-from harness.training.checkpoint import load_checkpoint, outline, save_checkpoint
+from harness.training.checkpoint import EpochPart, resume, save
 from harness.training.evaluation import Evaluation, evaluate
 from harness.training.memory import largest
-from harness.training.optim import learning_rate, set_lr, total_epochs, total_steps
 from harness.training.rates import find_peak
-from harness.training.setup import Prepared, Trainer, batch_sizes, make_trainer, prepare
-from harness.training.step import deterministic_algorithms, draw_mix, flushed_denormals, make_autocast, mix
+from harness.training.recipe import augment, learning_rate, set_lr, total_epochs, total_steps
+from harness.training.setup import Prepared, Trainer, prepare, training
+from harness.training.step import deterministic_algorithms, draw_mix, flushed_denormals, mix
 from harness.training.telemetry import (
     INTERFERENCE,
     EpochTelemetry,
@@ -48,18 +47,6 @@ from harness.training.telemetry import (
 OUTLIER_MADS, OUTLIER_SHARE = 5.0, 0.25
 WARMUP_EPOCHS = 1  # of every attempt: first kernels, first allocations, caches that fill
 push_all = partial(push_run, checkpoints=True)  # by rank 0 alone
-
-
-class EpochPart(Value):
-    """The first steps of an epoch, before one of which all ranks stopped."""
-
-    steps: int
-    sums: list[list[float]]  # of each rank: loss, errors, images
-    train_seconds: float
-    data_stall_seconds: float
-    attempt: int = 1
-    energy_joules: float | None = None
-    interference: tuple[str, ...] = ()
 
 
 class StoppedError(Exception):
@@ -90,14 +77,13 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
                 # each may be on a node of its own
                 remote.copy(partial(pull_run, only="" if worker.rank == 0 else CHECKPOINTS), folder)
             gather(turn)
-        history, part = resume(run, folder, warn)
+        history, part = resume(run, folder)
         first, before = len(history), part or next(reversed(history), None)
         attempt = before.attempt + 1 if before else 1
         if worker.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_epochs(folder, history)
-        trainer = stack.enter_context(closing(make_trainer(run, warn, worker, folder / "stacks")))
-        stack.enter_context(trainer.watchdog.naming())
+        trainer = stack.enter_context(training(run, worker, folder / "stacks"))
         telemetry = stack.enter_context(closing(EpochTelemetry(run.device)))
         whole, steps_in_all = run.train_loader.steps, total_steps(spec.recipe, run.train_loader.steps)
         epochs = total_epochs(spec.recipe, whole)
@@ -148,26 +134,26 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
         memory = trainer.measure_memory()
         if run.test_loader and on_test is None:  # resumed after the last epoch
             on_test = run_eval(trainer, run.test_loader, len(run.data.test))
-        tested: dict[str, Any] = {n: getattr(on_test, n, None) for n in ("images", "error", "top5_error")}
+        tested: dict[str, Any] = {f"test_{name}": getattr(on_test, name, None) for name in ("error", "top5_error")}
         return RunResult(
             **summarise_history(history, run.data.eval_split, spec.workers),
             parameters=sum(p.numel() for p in trainer.step.parameters),
             evaluated_images=len(run.data.eval),
-            **{f"test_{name}": value for name, value in tested.items()},
+            test_images=len(run.data.test) if on_test else None, **tested,
             warmup_epochs=WARMUP_EPOCHS if epochs > 1 else 0,
             setup_seconds=setup_seconds, launch_seconds=worker.launch_seconds,
             energy_joules=total_energy(history, worker),
             memory=largest(gather(memory)),
             batch_size=spec.recipe.batch_size, batch_size_per_gpu=spec.recipe.batch_size // spec.workers,
             threads=worker.threads, runs_per_gpu=worker.runs_per_gpu,
-            device=device_name(run.device), machine=describe_machine(run.device), **count_work(run, worker, paths, warn),
-            engine=trainer.engine.way.name, attempts=attempt,
+            device=device_name(run.device), machine=describe_machine(run.device), **count_work(run, worker, paths),
+            engine=trainer.engine.name, attempts=attempt,
             warnings=tuple(dict.fromkeys(chain(*gather(warnings_seen)))),
             ranks=tuple(gather(summarise_rank(worker.rank, memory, history[first:]))),
         )  # fmt: skip
 
 
-def count_work(run: Prepared, worker: Worker, paths: RunPaths, warn: Callable[[str], None]) -> dict[str, Any]:
+def count_work(run: Prepared, worker: Worker, paths: RunPaths) -> dict[str, Any]:
     """The fields of a result that MFU is of: the network's FLOPs and the device's peak. Known to rank 0 alone."""
     if worker.rank:
         return {}
@@ -175,7 +161,7 @@ def count_work(run: Prepared, worker: Worker, paths: RunPaths, warn: Callable[[s
         forward = count_flops(run.network, run.loader_config.augment.crop_size(run.data.train)[0])
         peak = find_peak(run.device, run.spec.precision, worker.threads, paths.cache_dir or cache_dir())
     except Exception as error:  # of a network of any kind; the run itself is whole
-        warn(f"no MFU: {type(error).__name__}: {error}")
+        run.loader_config.warn(f"no MFU: {type(error).__name__}: {error}")
         return {}
     return {"forward_flops": forward, "peak_flops": peak.flops, "peak_source": peak.source}
 
@@ -202,11 +188,10 @@ def run_epoch(
     evaluating_at = time.perf_counter()
     evaluation = run_eval(trainer, run.eval_loader, len(run.data.eval))
     on_test = run_eval(trainer, run.test_loader, len(run.data.test)) if run.test_loader else None
-    measured = {
-        "error": evaluation.error, "top5_error": evaluation.top5_error, "eval_loss": evaluation.loss,
+    measured = asdict(reading) | asdict(evaluation) | {
         "test_error": on_test.error if on_test else None, "eval_seconds": time.perf_counter() - evaluating_at,
     }  # fmt: skip
-    return metrics.model_copy(update=asdict(reading) | measured), on_test
+    return metrics.model_copy(update=measured), on_test
 
 
 def leave(
@@ -222,56 +207,6 @@ def leave(
     raise PreemptedError(f"stopped before {step}")
 
 
-def make_state(run: Prepared, history: Sequence[EpochMetrics], part: EpochPart | None = None) -> dict[str, Any]:
-    """What a checkpoint holds: the epochs too, so that they and the weights are always of the same moment.
-
-    Batch norm's running averages are rank 0's, which the others get at each epoch's end anyway.
-    """
-    return {
-        "key": run.spec.key,
-        "network": run.network.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "history": [row.model_dump() for row in history],
-        **({"part": part.model_dump()} if part else {}),
-    }
-
-
-def save(run: Prepared, folder: Path, history: Sequence[EpochMetrics], part: EpochPart | None = None) -> None:
-    """Write a checkpoint."""
-    state = make_state(run, history, part)
-    save_checkpoint(folder / "checkpoints", len(history), state, part.steps if part else 0)
-
-
-def resume(
-    run: Prepared, folder: Path, warn: Callable[[str], None]
-) -> tuple[list[EpochMetrics], EpochPart | None]:
-    """Load the newest checkpoint into the run: the epochs that it has done, none where there is no checkpoint, and what it
-    has done of the next one. An epoch is not gone on with by another number of workers, but begun again."""
-
-    def check(state: dict[str, Any]) -> bool:
-        part = state.pop("part", None)
-        here, kept = make_state(run, ()), state
-        if not run.optimizer.state:  # it is made by the first step
-            here, kept = ({**of, "optimizer": None} for of in (here, state))
-        if outline(kept) != outline(here):
-            raise ValueError("its tensors are not those of this run")
-        state["history"] = [EpochMetrics.model_validate(row) for row in state["history"]]
-        state["part"] = part = EpochPart.model_validate(part) if part or not state["history"] else None
-        return part is None or len(part.sums) == run.loader_config.world_size
-
-    state = load_checkpoint(folder / "checkpoints", run.spec.key, warn, check)
-    if state is None:
-        return [], None
-    run.network.load_state_dict(state["network"])
-    # but not the lr, which every epoch sets: it is a tensor on a device or is not
-    groups = zip(run.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True)
-    restored = [own | kept | {"lr": own["lr"]} for own, kept in groups]
-    run.optimizer.load_state_dict({**state["optimizer"], "param_groups": restored})
-    run.scaler.load_state_dict(state["scaler"])
-    return state["history"], state["part"]
-
-
 def save_weights(run: Prepared, folder: Path) -> None:
     """Write the trained network, and whose it is."""
     weights = {name: tensor.contiguous().cpu() for name, tensor in run.network.state_dict().items()}
@@ -282,7 +217,7 @@ def save_weights(run: Prepared, folder: Path) -> None:
 def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | None = None) -> EpochMetrics:
     """Train the first `steps` steps of an epoch, but for a part that was done before, timed from the request for the first
     batch to the last written weight. No step waits for its own end. Raises StoppedError where the ranks stop."""
-    run, loader, recipe = trainer.run, trainer.loader, trainer.run.spec.recipe
+    run, loader, recipe = trainer.run, trainer.run.train_loader, trainer.run.spec.recipe
     rank, world_size = run.loader_config.rank, run.loader_config.world_size
     mixed = recipe.mixup and recipe.mixup_partner == "batch"
     # of mixup alone: the loader's plan has its own, and so has each augmentation
@@ -293,7 +228,7 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | Non
         *before_it, seen = part.sums[rank]
         totals.copy_(totals.new_tensor(before_it))
         first, stall_seconds, train_seconds = part.steps, part.data_stall_seconds, part.train_seconds
-        for count in batch_sizes(run, run.data.train, recipe.batch_size)[:first] if mixed else ():
+        for count in run.batch_sizes(run.data.train, recipe.batch_size)[:first] if mixed else ():
             draw_mix(count, recipe.mixup, random)
     done = first
     trainer.watchdog.finish()
@@ -346,9 +281,8 @@ def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | Non
 
 def run_eval(trainer: Trainer, loader: Loader, images: int) -> Evaluation:
     """Evaluate the network as the run does: by its own engine, in its own precision."""
-    autocast = make_autocast(trainer.run.device, trainer.run.spec.precision)
     evaluation = evaluate(
-        trainer.run.network, loader, images=images, autocast=autocast, forward=trainer.forward,
+        trainer.run.network, loader, images=images, precision=trainer.run.spec.precision, forward=trainer.forward,
         on_ranked=lambda _: trainer.watchdog.moved(),
     )  # fmt: skip
     trainer.watchdog.rest()
@@ -396,8 +330,7 @@ def summarise_history(history: Sequence[EpochMetrics], evaluated_on: str, worker
     ]
     seconds = statistics.median(row.train_seconds for row in timed) if timed else None
     best = min(history, key=lambda row: row.error)
-    widths = [row.workers or workers for row in history]
-    changes = tuple(width for width, before in zip(widths, [0, *widths], strict=False) if width != before)
+    widths = tuple(width for width, _ in groupby(row.workers or workers for row in history))
     return {
         "evaluated_on": evaluated_on, "epochs": tuple(history), "epoch_seconds": seconds,
         "final_error": history[-1].error, "final_top5_error": history[-1].top5_error,
@@ -406,5 +339,5 @@ def summarise_history(history: Sequence[EpochMetrics], evaluated_on: str, worker
         "images_per_second": statistics.median(row.images for row in timed) / seconds if seconds else None,
         "train_seconds": sum(row.train_seconds for row in history),
         "interference": tuple(dict.fromkeys(cause for row in history for cause in row.interference)),
-        "workers": workers, "widths": () if changes == (workers,) else changes,
+        "workers": workers, "widths": () if widths == (workers,) else widths,
     }  # fmt: skip

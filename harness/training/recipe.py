@@ -1,16 +1,19 @@
-"""What a recipe names: the learning rate of every step, and the optimizer. Imports torch only where it is used.
+"""What a recipe names: the learning rate of every step, the optimizer, augmentations. Imports torch only where it is used.
 
-Plug-ins add to `SCHEDULES` and `OPTIMIZERS`: functions whose parameters are filled by name (`models.variants.call`) with
-what is said below, with fields of the recipe, and with fields of their own, those that have a default.
+Plug-ins add to `SCHEDULES`, `OPTIMIZERS` and `AUGMENTATIONS`: functions whose parameters are filled by name
+(`models.variants.call`) with what is said below, with fields of the recipe, and with fields of their own, those that have a
+default.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from harness.models.variants import Recipe, call
 
@@ -73,10 +76,8 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     return recipe.lr * factor
 
 
-@cache
-def fields_of(recipe: Recipe) -> dict[str, Any]:
-    """By name."""
-    return {each.name: getattr(recipe, each.name) for each in fields(recipe)}
+fields_of = cache(asdict)
+"""A recipe's, by name."""
 
 
 def sgd(groups: Groups, lr: Lr, momentum: float, nesterov: bool) -> torch.optim.Optimizer:
@@ -150,3 +151,52 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
+
+
+# --- augmentations ---
+
+AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {}
+"""`augmentation(images, draws, ...)`: training images (n, 3, H, W), normalised, after crop and flip -> images."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Random numbers of one augmentation in one step: a pure function of seed, epoch and step.
+
+    They are drawn for the whole global batch, of which each rank takes its share: so any number of ranks trains on the
+    same images, and a resumed run on those of one left alone.
+    """
+
+    device: torch.device
+    images: int  # of the global batch
+    rank: int
+    world_size: int
+    random: np.random.Generator = field(repr=False)
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        """float32 (n, *shape) from low to high, for this rank's n images."""
+        return self._share(self.random.uniform(low, high, (self.images, *shape)).astype(np.float32))
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """int64 (n, *shape) from low to high, which is not included, for this rank's n images."""
+        return self._share(self.random.integers(low, high, (self.images, *shape)))
+
+    def _share(self, drawn: Any) -> Tensor:
+        from harness.loaders.resident import upload  # which imports torch
+
+        return upload(np.ascontiguousarray(drawn[self.rank :: self.world_size]), self.device)
+
+
+def augment(
+    recipe: Recipe, images: Tensor, place: tuple[int, int], seeds: tuple[int, ...], global_images: int
+) -> Tensor:
+    """This rank's images of a step after the recipe's augmentations; `place` is rank and world size, `seeds` seed, epoch
+    and step. Raises ValueError for an augmentation that changes shape or type."""
+    for number, name in enumerate(recipe.augmentations):
+        draws = Draws(images.device, global_images, *place, np.random.default_rng([*seeds, number]))
+        changed = call(AUGMENTATIONS[name], {"images": images, "draws": draws}, recipe.extra)
+        given, wanted = ((*getattr(i, "shape", ()), getattr(i, "dtype", type(i))) for i in (changed, images))
+        if given != wanted:
+            raise ValueError(f"gives {given} for {wanted}: augmentation {name}")
+        images = changed.detach()
+    return images
