@@ -43,7 +43,7 @@ from harness.spec import RunSpec
 from harness.training.host import count_cpus
 from harness.training.nvml import Gpu, open_device
 from harness.training.setup import assemble, training
-from harness.training.step import flushed_denormals, make_autocast, set_precision, synchronize
+from harness.training.step import make_autocast, set_precision, synchronize
 from harness.training.train import run_steps
 
 PARAMETERS = {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962}  # option A
@@ -203,8 +203,8 @@ def describe(content: dict[str, Any]) -> str:
     return make_table(header, rows)
 
 
-@flushed_denormals()
 def main() -> None:
+    torch.set_flush_denormal(True)  # as in a run
     gpu = torch.cuda.is_available()
     options = parse_options(
         __doc__, data_dir=Path, images=int, all=False, peer=[], rounds=10, epochs=20, threads=count_cpus(),

@@ -86,7 +86,7 @@ def identify(model: str | None = None) -> dict[str, str]:
     driver = ""
     with suppress(Exception):  # no NVML
         driver = driver_version()
-        model = model or open_visible(None)[0].model()
+        model = model or open_visible(None)[0].read("model") or ""
     versions = {package: installed_version(package) or "" for package in ("torch", *DALI_WHEELS)}
     return {"device": model or "cpu", "driver": driver, "code": hash_code(), **versions}
 
@@ -99,7 +99,7 @@ def find_devices(session: Session) -> list[Device]:
         models = {"cpu": "cpu"}
         if on_gpu:
             gpus = open_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))[: allocation.gpus]
-            models = {f"cuda:{index}": gpu.model() for index, gpu in enumerate(gpus)}
+            models = {f"cuda:{index}": gpu.read("model") or "" for index, gpu in enumerate(gpus)}
         return [Device(n, identify(model), partial(measure, n, threads)) for n, model in models.items()]
     device, gpus_needed, threads = ("cuda:0", 1, threads) if on_gpu else ("cpu", 0, 1)
 

@@ -96,7 +96,7 @@ def test_a_mig_instance_is_read_by_itself(
     cuda.uuids = [instance.removeprefix("MIG-") if cuda_gives == "the instance" else cuda.uuids[0]]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", instance)
     gpu = open_device(GPU)
-    assert gpu.processes() == {os.getpid(): 100}, "the neighbour's process is in another instance"
+    assert gpu.read("processes") == {os.getpid(): 100}, "the neighbour's process is in another instance"
     assert (gpu.read("energy_joules"), gpu.reason("energy_joules")) == (None, "NVML: Not Supported")
     (use,) = read_node(instance).gpus
     assert use.gpu == instance

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 
+from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed import distributed_c10d
 
 from harness.cluster.job import Worker
@@ -29,14 +30,15 @@ class Halt:
 
     def __init__(self, worker: Worker) -> None:
         self._notice = worker.notice
-        self._rank, self._world_size = worker.rank, count_ranks()
+        self._rank, self._ranks = str(worker.rank), [str(rank) for rank in range(count_ranks())]
         self._lock, self._decided = threading.Lock(), threading.Event()
         self._halting, self._begun, self._most = False, 0, 0
         self._deadline: float | None = None
         self._epoch_began, self._epoch_seconds = 0.0, 0.0
         self._thread = None
         if self._notice is not None:
-            if self._world_size > 1:
+            self._store: Store = HashStore()
+            if len(self._ranks) > 1:
                 self._store = distributed_c10d.PrefixStore("halt", distributed_c10d._get_default_store())
             self._thread = Repeat(self._poll, POLL_SECONDS)
 
@@ -68,23 +70,16 @@ class Halt:
     def _poll(self) -> None:
         with contextlib.suppress(Exception):  # of Ray, whose head may be away for a while
             self._deadline = self._notice() if self._notice else None
-        stops = self._deadline is not None and not self._ends_in_time(self._deadline)
-        if self._world_size > 1:
-            if stops:
-                self._store.set("stop", "1")
-            stops = self._store.check(["stop"])
-        if not stops or self._decided.is_set():
+        if self._deadline is not None and not self._ends_in_time(self._deadline):
+            self._store.set("stop", "1")
+        if self._decided.is_set() or not self._store.check(["stop"]):
             return
         with self._lock:
             self._halting = True
-        begun = [self._begun]
-        if self._world_size > 1:
-            ranks = [str(rank) for rank in range(self._world_size)]
-            self._store.set(str(self._rank), str(self._begun))
-            while not self._store.check(ranks):  # not `get`, which would keep the store from all other threads
-                time.sleep(0.02)
-            begun = [int(self._store.get(rank)) for rank in ranks]
-        self._most = max(begun)
+        self._store.set(self._rank, str(self._begun))
+        while not self._store.check(self._ranks):  # not `get`, which would keep the store from all other threads
+            time.sleep(0.02)
+        self._most = max(int(self._store.get(rank)) for rank in self._ranks)
         self._decided.set()
 
     def _ends_in_time(self, deadline: float) -> bool:

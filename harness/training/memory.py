@@ -88,7 +88,7 @@ class MemoryMeter:
         """Memory of this process on the GPU; None where it cannot be known."""
         own, used = self._gpu.process_mib().value, self._gpu.read("used_mib")
         if own is None and used is not None and self._others is not None:
-            return used - self._others  # right where no other process began or ended on this GPU
+            own = used - self._others  # right where no other process began or ended on this GPU
         return own
 
     def _outside_torch(self) -> float:

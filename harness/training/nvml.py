@@ -15,15 +15,22 @@ if TYPE_CHECKING:
 MIB = 2**20
 HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide every GPU
 SLOWDOWN = 0x08 | 0x20 | 0x40 | 0x80  # hardware, software thermal, hardware thermal, power brake
-FIGURES: dict[str, tuple[str, tuple[int, ...], Callable[[Any], float]]] = {
+FIGURES: dict[str, tuple[str, tuple[int, ...], Callable[[Any], Any]]] = {
     "energy_joules": ("nvmlDeviceGetTotalEnergyConsumption", (), lambda millijoules: millijoules / 1000),
     "power_watts": ("nvmlDeviceGetPowerUsage", (), lambda milliwatts: milliwatts / 1000),
     "utilisation_percent": ("nvmlDeviceGetUtilizationRates", (), lambda rates: float(rates.gpu)),
     "used_mib": ("nvmlDeviceGetMemoryInfo", (), lambda memory: memory.used / MIB),
     "sm_clock_mhz": ("nvmlDeviceGetClockInfo", (1,), float),
     "slowdown": ("nvmlDeviceGetCurrentClocksThrottleReasons", (), lambda reasons: float(reasons & SLOWDOWN)),
+    "model": ("nvmlDeviceGetName", (), lambda name: name.decode() if isinstance(name, bytes) else name),
+    "processes": (
+        "nvmlDeviceGetComputeRunningProcesses",
+        (),
+        lambda listed: {p.pid: p.usedGpuMemory and p.usedGpuMemory / MIB for p in listed},
+    ),
 }
-"""Name of a figure: NVML's function, its arguments after the handle, and how its answer becomes the figure."""
+"""Name of a figure: NVML's function, its arguments after the handle, and how its answer becomes the figure: "NVIDIA H200" for the
+model, process id -> MiB for the processes, None where NVML does not give them."""
 
 
 class Gpu:
@@ -35,45 +42,31 @@ class Gpu:
         self._reason = reason
         self._reasons: dict[str, str] = {}
 
-    def read(self, figure: str) -> float | None:
-        """One of FIGURES, now."""
-        function, arguments, convert = FIGURES[figure]
-        answer = self._call(figure, function, *arguments)
-        return None if answer is None else convert(answer)
-
-    def reason(self, figure: str) -> str:
-        """Why `read` gave None."""
-        return self._reasons.get(figure, self._reason)
-
-    def model(self) -> str:
-        """ "NVIDIA H200"; "" where NVML does not say."""
-        name = self._call("model", "nvmlDeviceGetName")
-        return name.decode() if isinstance(name, bytes) else name or ""
-
-    def processes(self) -> dict[int, float | None]:
-        """Process id -> MiB, None where NVML does not give them. Empty where it lists none."""
-        listed = self._call("processes", "nvmlDeviceGetComputeRunningProcesses") or ()
-        return {p.pid: None if p.usedGpuMemory is None else p.usedGpuMemory / MIB for p in listed}
-
-    def process_mib(self) -> Measurement:
-        """Memory of this process: with the CUDA context, DALI's pools and NCCL's buffers."""
-        processes = self.processes()
-        reason = "NVML does not list this process (another PID namespace, as in containers)"
-        if os.getpid() in processes:
-            reason = "NVML does not give the memory of processes here"
-        return measured(processes.get(os.getpid()), self._reasons.get("processes", reason))
-
-    def _call(self, figure: str, function: str, *arguments: int) -> Any:
+    def read(self, figure: str) -> Any:
+        """One of FIGURES, now; None where NVML does not say."""
         if self._handle is None:
-            self._reasons[figure] = self._reason
             return None
+        function, arguments, convert = FIGURES[figure]
         try:
             answer = getattr(self._nvml, function)(self._handle, *arguments)
         except Exception as error:
             self._reasons[figure] = f"NVML: {error}"
             return None
         self._reasons.pop(figure, None)
-        return answer
+        return convert(answer)
+
+    def reason(self, figure: str) -> str:
+        """Why `read` gave None."""
+        return self._reasons.get(figure, self._reason)
+
+    def process_mib(self) -> Measurement:
+        """Memory of this process: with the CUDA context, DALI's pools and NCCL's buffers."""
+        processes, reason = self.read("processes"), "NVML does not give the memory of processes here"
+        if processes is None:
+            reason = self.reason("processes")
+        elif os.getpid() not in processes:
+            reason = "NVML does not list this process (another PID namespace, as in containers)"
+        return measured((processes or {}).get(os.getpid()), reason)
 
 
 def load_nvml() -> Any:

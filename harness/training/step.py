@@ -164,16 +164,6 @@ def make_autocast(device: torch.device, precision: Precision) -> AbstractContext
 
 
 @contextmanager
-def flushed_denormals() -> Iterator[None]:
-    """Denormal numbers cost a CPU many times as much, and a constant batch's vanishing gradients are full of them."""
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
-
-
-@contextmanager
 def deterministic_algorithms(spec: RunSpec) -> Iterator[None]:
     """What `spec.deterministic` means while a run goes on; without it, and on a CPU, nothing changes.
 

@@ -88,7 +88,7 @@ class EpochTelemetry:
         """Of this rank's GPU."""
         clock = self._gpu.read("sm_clock_mhz") or 0.0
         self._highest_clock = max(self._highest_clock, clock)
-        processes = self._gpu.processes()  # those of another PID namespace say nothing
+        processes = self._gpu.read("processes") or {}  # those of another PID namespace say nothing
         shared, slow = os.getpid() in processes and len(processes) > 1, clock < CLOCK_SHARE * self._highest_clock
         return set(compress(INTERFERENCE, (shared, self._gpu.read("slowdown"), slow)))
 

@@ -33,7 +33,7 @@ from harness.training.memory import largest
 from harness.training.rates import find_peak
 from harness.training.recipe import augment, learning_rate, set_lr, total_epochs, total_steps
 from harness.training.setup import Prepared, Trainer, prepare, training
-from harness.training.step import deterministic_algorithms, draw_mix, flushed_denormals, mix
+from harness.training.step import deterministic_algorithms, draw_mix, mix
 from harness.training.telemetry import (
     INTERFERENCE,
     EpochTelemetry,
@@ -53,7 +53,6 @@ class StoppedError(Exception):
     """An epoch was left; its argument is the part that was done."""
 
 
-@flushed_denormals()
 def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None], *, paths: RunPaths) -> RunResult:
     """Train and measure one run, in this process as one of `worker.world_size` ranks.
 
@@ -70,6 +69,9 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
 
     # graphs and loaders are closed however the run ends
     with deterministic_algorithms(spec), ExitStack() as stack:
+        # denormal numbers cost a CPU many times as much, and a constant batch's vanishing gradients are full of them
+        torch.set_flush_denormal(True)
+        stack.callback(torch.set_flush_denormal, False)
         run = stack.enter_context(closing(prepare(spec, worker, paths, warn)))
         folder, remote = paths.partial(spec), Remote(paths.remote, warn)
         for turn in (0, 1):  # rank 0 first: it may have newer checkpoints than the store, which gets them
