@@ -34,16 +34,17 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
     total = torch.tensor([float(worker.rank + 1)])
     if worker.world_size > 1:
         dist.all_reduce(total)
-    first = worker.attempt if spec.get("further") else 0
+    leaves, dies = (worker.attempt in spec.get(what, ()) for what in ("leaves", "dies"))
+    first = worker.attempt if dies else 0  # a death after progress; one that leaves brings none
     for epoch in range(first, first + spec["epochs"]):
         report({"epoch": epoch, "rank": worker.rank})
-    if worker.attempt <= spec.get("leaves", 0):
+    if leaves:
         raise PreemptedError("stopped before epoch 2")
     last = worker.rank == worker.world_size - 1
-    if worker.attempt <= spec.get("dies", 0) and last:
+    if dies and last:
         time.sleep(2.0)  # let the reports out, on a busy machine too
         os._exit(1)
-    if spec.get("raises") and worker.attempt > spec.get("dies", 0) and last:
+    if spec.get("raises") and not dies and last:
         raise TooBigError("does not fit\nsecond line")
     if worker.world_size > 1:
         dist.barrier()
@@ -69,52 +70,35 @@ def collect(
 
 
 @pytest.mark.ray
-def test_ray_runs_fails_and_retries(tmp_path: Path) -> None:
+def test_ray_runs_leaves_fails_and_retries(tmp_path: Path) -> None:
+    """The second run begins in the first one's workers."""
     cluster = connect(None, cpus=2, gpus=0)
     try:
         assert cluster == (Node(cpus=2, gpus=0),)
-        specs = [
+        specs: list[dict[str, Any]] = [
             {"name": "good", "epochs": 2},
-            {
-                "name": "dies twice, further on, and raises",
-                "epochs": 1,
-                "dies": 2,
-                "further": True,
-                "raises": True,
-            },
+            {"name": "bad", "epochs": 1, "dies": (1, 3), "leaves": (2,), "raises": True},
         ]
         outcomes, events = collect(
             launch, specs, make_job(tmp_path / "ray", workers=2, retries=1),
-            progress_of=lambda event: event["epoch"] + 1 if isinstance(event, dict) else 0,
+            progress_of=lambda event: event["epoch"] + 1 if isinstance(event, dict) else 0, row=lambda _: "one",
         )  # fmt: skip
     finally:
         disconnect()
     expected = {"total": 3.0, "attempt": 1, "threads": 1, "device": "cpu", "order": "PCI_BUS_ID"}
     assert outcomes["good"] == expected | {"nice": os.nice(0)}, "as important as this process"
-    failed = outcomes["dies twice, further on, and raises"]
+    failed = outcomes["bad"]
     assert isinstance(failed, Failed)
     assert (failed.exception, failed.message, failed.died) == ("TooBigError", "does not fit", False)
-    assert failed.attempts == 3, "two deaths of one retry: it had come further; and an exception would come again"
+    assert failed.attempts == 4, "two deaths of one retry: it had come further; and an exception would come again"
     assert "second line" in failed.traceback
     of_good = [e for name, e in events if name == "good"]
     assert of_good == [Started(attempt=1), Entered(), {"epoch": 0, "rank": 0}, {"epoch": 1, "rank": 0}]
-    again = [e for name, e in events if name.startswith("dies") and isinstance(e, Started)]
-    assert [e.attempt for e in again] == [1, 2, 3]
-    assert "died" in again[1].reason
+    again = [e for name, e in events if name == "bad" and isinstance(e, Started)]
+    assert [e.attempt for e in again] == [1, 2, 3, 4]
+    assert ["died" in e.reason for e in again] == [False, True, False, True]
+    assert again[2].reason == "a worker had to leave: stopped before epoch 2", "which is no death"
     assert not (tmp_path / "ray").exists()
-
-
-@pytest.mark.ray
-def test_to_leave_when_asked_is_no_death(tmp_path: Path) -> None:
-    connect(None, cpus=1, gpus=0)
-    try:
-        specs = [{"name": "leaves", "epochs": 1, "leaves": 2}]
-        outcomes, events = collect(launch, specs, make_job(tmp_path / "ray", retries=0))
-    finally:
-        disconnect()
-    assert outcomes["leaves"]["attempt"] == 3
-    left = [e.reason for _, e in events if isinstance(e, Started)]
-    assert left == ["", *["a worker had to leave: stopped before epoch 2"] * 2]
 
 
 def test_local_has_the_same_signature_and_outcomes(tmp_path: Path) -> None:

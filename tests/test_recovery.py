@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.multiprocessing
 import two_nodes
+from processes import run_ranks
 from ray import cloudpickle
 
 from harness.cluster.connect import connect, disconnect
@@ -56,9 +56,9 @@ def train_plainly(out: Path, workers: int, last: int = two_nodes.EPOCHS) -> None
     """Train or go on without Ray in so many processes, to epoch `last`."""
     rendezvous = str(out.with_name(f"{out.name}-{workers}-{last}"))
     if workers == 1:
-        return two_nodes.train_plainly(0, 1, rendezvous, str(out), last)
-    torch.multiprocessing.spawn(two_nodes.train_plainly, (workers, rendezvous, str(out), last), nprocs=workers)
-    return None
+        two_nodes.train_plainly(0, 1, rendezvous, str(out), last)
+    else:
+        run_ranks(two_nodes.train_plainly, workers, rendezvous, str(out), last, ranks=workers)
 
 
 @pytest.fixture(scope="module")
@@ -70,26 +70,25 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[EpochMetrics]:
     return load_epochs(partial)
 
 
-@pytest.fixture(scope="module")
-def disturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """What two_nodes.py left and printed."""
-    out = tmp_path_factory.mktemp("disturbed")
+def disturb(out: Path, *words: str) -> dict[str, Any]:
+    """What two_nodes.py printed."""
     script = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "two_nodes.py"), str(out)],
+        [sys.executable, str(ROOT / "tests" / "two_nodes.py"), str(out), *words],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=560, check=True,
     )  # fmt: skip
-    return out, json.loads(script.stdout.splitlines()[-1])
+    answer: dict[str, Any] = json.loads(script.stdout.splitlines()[-1])
+    assert answer["code"] == 0, "\n".join(answer["lines"])
+    return answer
 
 
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.timeout(600)  # the suite's 300 are little on a busy machine
-def test_a_lost_node_costs_time_and_nothing_else(
-    disturbed: tuple[Path, dict[str, Any]], undisturbed: list[EpochMetrics]
-) -> None:
+def test_a_lost_node_costs_time_and_nothing_else(tmp_path: Path, undisturbed: list[EpochMetrics]) -> None:
     """Two raylets, DDP over both, one killed in mid-run, another brought: every loss is as without."""
-    out, answer = disturbed[0] / "waits", disturbed[1]["waits"]
+    out = tmp_path / "runs"
+    answer = disturb(out)
     text = "\n".join(answer["lines"])
-    assert answer["code"] == 0, text
     assert "waiting for room" in text
     assert "2 CPU wanted, 1 free" in text
     assert "died (killed, or its node was lost); trying again (2)" in text
@@ -114,17 +113,17 @@ def test_a_lost_node_costs_time_and_nothing_else(
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_an_elastic_run_goes_on_with_fewer_workers_and_grows_again(
-    tmp_path: Path, disturbed: tuple[Path, dict[str, Any]], undisturbed: list[EpochMetrics]
+    tmp_path: Path, undisturbed: list[EpochMetrics]
 ) -> None:
     """Two raylets, one killed, no other in its place: one worker goes on. A node comes: two again.
 
     A rank's batch norm sees its share of a batch, so the losses at another width are others: they are compared, bit
     for bit, with those of plain processes whose number changes after the same epochs; and the last loss, roughly, with a run of two.
     """
-    out, answer, plain = disturbed[0] / "elastic", disturbed[1]["elastic"], tmp_path / "plain"
+    out, plain = tmp_path / "runs", tmp_path / "plain"
+    answer = disturb(out, "elastic")
     text = "\n".join(answer["lines"])
-    assert answer["code"] == 0, text
-    assert "trying again (2) with 1 of 2 workers" in text
+    assert "died (killed, or its node was lost); trying again (2) with 1 of 2 workers" in text
     assert re.search(r"room for more workers: stopped before epoch \d+; trying again \(3\)", text)
     assert answer["waited_seconds"] < NOTICED_SECONDS, "from the kill until it went on narrower"
     assert answer["recovery_seconds"] < RECOVERED_SECONDS, "from then until an epoch"
@@ -132,8 +131,14 @@ def test_an_elastic_run_goes_on_with_fewer_workers_and_grows_again(
     (stored,) = load_records([out]).records
     result = stored.record.result
     assert (result.workers, result.widths, result.attempts) == (2, (2, 1, 2), 3)
-    assert [attempt.get("workers") for attempt in stored.record.environment["attempts"]] == [None, 1, None]
+    assert [rank.rank for rank in result.ranks] == [0, 1]
+    assert len(result.nodes) == 2, "each node was watched"
+    attempts = stored.record.environment["attempts"]
+    assert [attempt.get("workers") for attempt in attempts] == [None, 1, None]
+    assert ["died" in attempt["reason"] for attempt in attempts] == [False, True, False]
     epochs = load_epochs(stored.folder)
+    assert [row.attempt for row in epochs[:3]] == [1, 1, 1], "what was trained before is not trained again"
+    assert all(row.skew >= 1 and row.slowest_rank in (0, 1) for row in epochs if row.workers != 1)
     assert {row.timed for row in epochs if row.workers == 1} == {False}, "another width is another measurement"
     assert {row.images for row in epochs} == {two_nodes.IMAGES}
 
@@ -225,12 +230,22 @@ def one_cpu() -> Iterator[Cluster]:
 
 @pytest.mark.ray
 def test_a_dead_controller_leaves_its_room_to_the_next_attempt(one_cpu: Cluster, tmp_path: Path) -> None:
+    """The first attempt has to wait until there is room."""
+    import ray
+    from ray.util import placement_group, placement_group_table, remove_placement_group
+
     assert one_cpu == (Node(cpus=1, gpus=0),)
+    taken = placement_group([{"CPU": 1}])
+    until = time.monotonic() + 10
+    while time.monotonic() < until and ray.available_resources().get("CPU"):
+        time.sleep(0.1)
     events: list[Any] = []
     killed: list[int] = []
 
     def progress(spec: Any, event: Any) -> None:
         events.append(event)
+        if isinstance(event, Waiting):
+            remove_placement_group(taken)
         if event == {"epoch": 0} and not killed:
             killed.append(kill_controller())
 
@@ -241,12 +256,9 @@ def test_a_dead_controller_leaves_its_room_to_the_next_attempt(one_cpu: Cluster,
     ((_, outcome),) = list(runs)
     assert killed == [1]
     assert outcome == {"attempt": 2}, "the room of attempt 1 was not given back"
+    assert (type(events[0]), events[0].reason) == (Waiting, "1 CPU wanted, 0 free")
     assert [event for event in events if isinstance(event, Started)][1].reason
     assert Entered() in events
-
-    import ray
-    from ray.util import placement_group_table
-
     until = time.monotonic() + 10
     while time.monotonic() < until and ray.available_resources().get("CPU") != 1.0:
         time.sleep(0.1)
