@@ -55,15 +55,17 @@ def code_of(record: Record) -> str | None:
 
 
 def conditions(record: Record) -> Iterator[tuple[str, str]]:
-    """Everything that is noted, by name, unless it is not known."""
+    """Everything that is noted, by name, unless it is not known; values of several nodes side by side."""
     leaves = [*flatten(record.environment, "environment.")]
     if (result := record.result) is not None:
         leaves += flatten(result.machine, "result.machine.")
         leaves += [(f"result.{name}", value) for name, value in result]
+    named: dict[str, dict[str, None]] = {}
     for path, value in leaves:
         rule = find_rule(path)
         if value is not None and rule and rule.treatment == "note":
-            yield rule.words or path.rpartition(".")[2], str(value)
+            named.setdefault(rule.words or path.rpartition(".")[2], {})[str(value)] = None
+    return ((name, ", ".join(values)) for name, values in named.items())
 
 
 @cache

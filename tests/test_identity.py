@@ -34,6 +34,12 @@ ENVIRONMENT = {
     "commit": "0123456789", "dirty": False, "code": "89abcdef", "versions": VERSIONS, "command": ["harness", "run"],
     "launcher": "ray", "concurrent_runs": 1, "attempts": [{"started_at": "2026-01-02", "reason": ""}],
     "check": {"status": "passed", "at": "2026-01-01", "failed": [], "version": "0.1.0"},
+    "preflight": {
+        "rates": {"n1": {"GEMM GFLOP/s": 50.5}, "n2": {"GEMM GFLOP/s": 30.5}},
+        "clocks": {"n1": {"ahead_seconds": 0.5}, "n2": {"ahead_seconds": 0.25}},
+        "outliers": ["n2 is slow"], "excluded": ["n2"], "nccl": {"n1": {"network": "IB"}, "n2": {"network": "Socket"}},
+        "all_reduce": {"within nodes": {"latency_us": 5.5}},
+    },
 }  # fmt: skip
 SPEC = {
     "variant": "msra", "network": {"depth": 20, "shortcut": "A"}, "overrides": [], "dataset": "cifar10",
@@ -163,6 +169,12 @@ def test_a_leaf_that_only_one_run_has_is_noted_too() -> None:
     del without["result"]["machine"]["cudnn"]
     (row,) = load(make_record(0), without)
     assert any("cudnn (91200, –)" in note for note in make_notes([row]))
+
+
+def test_nodes_that_differ_within_a_run_are_no_difference_of_runs() -> None:
+    (row,) = load(make_record(0))
+    assert row.conditions["network"] == {"IB, Socket": 1}
+    assert not [note for note in make_notes([row]) if "differ" in note]
 
 
 def test_no_rule_is_idle() -> None:
