@@ -67,7 +67,7 @@ class Result:
     """What a check came to. Skipped: there is nothing to check here. Left out: there was no time."""
 
     name: str
-    state: str  # passed, failed, skipped, left out; of what is installed ok, missing, absent
+    state: str  # passed, failed, skipped, left out; of what is installed and of nodes ok, missing, absent, warning
     detail: str
 
     def line(self) -> str:

@@ -228,7 +228,7 @@ def measure_cluster(session: Session) -> Iterator[Result]:
             figures = [f"{figure} {value:.3g}" for figure, value in rates[node].items()]
             yield Result(node, "ok", ", ".join([*figures, "clock {:+.2g} ± {:.1g} s".format(*clocks[node])]))
     for line in (*itertools.chain(*find_outliers(rates).values()), *find_wrong_clocks(clocks)):
-        yield Result("nodes", "absent", line)
+        yield Result("nodes", "warning", line)
     cluster, job = nodes.inspect_cluster(), replace(session.allocation, workers=1, threads=1, placement="spread")
     workers = nodes.count_runs(cluster, job)
     if job.device == "cpu":
@@ -242,4 +242,4 @@ def measure_cluster(session: Session) -> Iterator[Result]:
     for said in measured.get("nccl", {}).values():
         yield Result("NCCL", "ok", "; ".join(f"{what} {', '.join(said[what])}" for what in said if said[what]))
     for line in find_idle_infiniband(measured.get("nccl", {})):
-        yield Result("NCCL", "absent", line)
+        yield Result("NCCL", "warning", line)
