@@ -80,7 +80,7 @@ def test_this_machine_answers(tmp_path: Path) -> None:
     assert facts["data"] == fingerprint[:12]
     assert facts["code"] == hash_code()
     ahead, uncertainty = facts["clock"]
-    assert abs(ahead) <= uncertainty < 0.1, "the same clock"
+    assert abs(ahead) <= uncertainty < 1, "the same clock"
     assert (tmp_path / facts["out"]).exists()
     elsewhere = RunPaths(out=tmp_path, data_dir=tmp_path / "no")
     missing = answer(paths=elsewhere, dataset="cifar10", sentinel=".marker", clock=time.time)
