@@ -29,6 +29,10 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # how soon an end is seen: 2 s by default
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that calls Ray after the end would start it again
+    "RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # with verbose=0: Tune prints nothing
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "3600", "TUNE_WARN_THRESHOLD_S": "60",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the caller's: there is no state to save
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a pruned trial may take this long to free its memory
 }  # fmt: skip
 
 
@@ -41,7 +45,7 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
 
     Raises ClusterError where no cluster answers within 30 seconds: 10 for TCP, 20 for Ray.
     """
-    os.environ.update({k: v for k, v in _ENVIRONMENT.items() if k not in os.environ})
+    os.environ.update(_ENVIRONMENT | os.environ)
     if address is not None:
         _check_alive(address)
     import ray

@@ -158,13 +158,8 @@ def make_failed(error: BaseException, *, attempts: int) -> Failed:
     wrapped = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
     inner = [(each, getattr(each, "cause", None)) for each in wrapped]
     failures = [cause if isinstance(cause, BaseException) else each for each, cause in inner]
-    # when one worker ends, the others raise in their collective: its death or its own error is the cause
-    cause = min(
-        failures,
-        # where one rank was preempted, all were: the checkpoint is written
-        key=lambda e: -1 if isinstance(e, PreemptedError) else 0 if is_death(e) else 2 if _is_lost_peer(e) else 1,
-    )
-    died = is_death(cause) or _is_lost_peer(cause)
+    cause = min(failures, key=_precedence)  # when one worker ends, the others raise in their collective
+    died = _precedence(cause) in (1, 3)
     text = str(cause).strip() or type(cause).__name__
     if died:  # a watchdog knows which rank it was, and where
         text = next((str(error) for error in failures if "RankStalledError" in _names(error)), WORKER_DIED)
@@ -176,15 +171,16 @@ def make_failed(error: BaseException, *, attempts: int) -> Failed:
     )  # fmt: skip
 
 
-def _is_lost_peer(error: BaseException) -> bool:
-    """A collective that ended because another rank is gone, which is noticed before Ray notices a lost node."""
+def _precedence(error: BaseException) -> int:
+    """Of what the ranks of a run raise, the lowest is the cause. 0: preempted, as all were, and the checkpoint is written.
+    1: a process or node ended without an exception of its own. 2: any other exception. 3: a collective ended because
+    another rank is gone, which is noticed before Ray notices a lost node."""
     names = _names(error)
-    return bool(names & _COLLECTIVES) or ("RuntimeError" in names and _LOST_PEER.search(str(error)) is not None)
-
-
-def is_death(error: BaseException) -> bool:
-    """A process or node that ended without an exception of its own."""
-    return bool(_names(error) & _DEATHS)
+    if isinstance(error, PreemptedError):
+        return 0
+    if names & _DEATHS:
+        return 1
+    return 3 if names & _COLLECTIVES or ("RuntimeError" in names and _LOST_PEER.search(str(error))) else 2
 
 
 def _names(error: BaseException) -> set[str]:

@@ -72,7 +72,7 @@ def launch(
 
     # beside the driver: on another node it would be lost with that node, and every run with it
     mailbox = ray.remote(num_cpus=0, scheduling_strategy=this_node())(Mailbox).remote()
-    driver = _Driver(train, specs, job, telemetry, mailbox, row)
+    driver = _Driver(Task(train, job, telemetry, mailbox), specs, row)
     until = dict[int, float]()  # when a run is no longer a short one
     for _ in range(min(job.concurrent_runs, len(specs))):
         driver.start(driver.take())
@@ -158,10 +158,9 @@ class _Driver(Generic[Spec, Outcome]):
     """What the threads of a launch share; each sees to one run at a time and then takes the next."""
 
     def __init__(
-        self, train: Train[Spec, Outcome], specs: Sequence[Spec], job: Allocation, telemetry: StartSampler | None,
-        mailbox: Any, row: Callable[[Spec], Any] | None,
-    ) -> None:  # fmt: skip
-        self.train, self.telemetry, self.specs, self.job, self.mailbox = train, telemetry, specs, job, mailbox
+        self, task: Task[Spec, Outcome], specs: Sequence[Spec], row: Callable[[Spec], Any] | None = None
+    ) -> None:
+        self.task, self.specs, self.job, self.mailbox = task, specs, task.job, task.mailbox
         self.rows = [row and row(spec) for spec in specs]
         self.waiting, self.lock = list(range(len(specs))), threading.Lock()
         self.threads: list[threading.Thread] = []
@@ -262,15 +261,14 @@ class _Run(Generic[Spec, Outcome]):
             if ended_in is None:  # its outcome was reported
                 return None
             if ended_in != self.index:
-                self.index, self.attempt, self.failures, self.progress, self.announced = ended_in, 1, 0, 0.0, None
+                self.index, self.attempt, self.announced = ended_in, 1, None
+                self.failures, self.progress, self.waited_seconds = 0, 0.0, 0.0
             if failed.exception == "WorkerGroupStartupTimeoutError":
                 # others were quicker to take the room, or it is scattered over nodes
                 self.waited_seconds += time.monotonic() - began
                 self.put(Waiting(seconds=self.waited_seconds, reason=f"no place for {self._describe(world_size)}"))
             elif (final := self._judge(replace(failed, attempts=self.attempt), began)) is not None:
                 return final
-        if driver.stop.is_set():
-            return None
         minutes = job.placement_timeout_seconds / 60
         message = f"no room in the cluster for {self._describe(job.workers)} within {minutes:.0f} minutes"
         return Failed(exception="", message=message, traceback="", died=True, attempts=self.attempt)
@@ -336,8 +334,8 @@ class _Run(Generic[Spec, Outcome]):
 
         from harness.cluster.loopback import LoopbackConfig
 
-        driver, job, attempt, started_at = self.driver, self.job, self.attempt, time.time()
-        task = Task(driver.train, driver.specs[self.index], self.index, job, driver.telemetry, self.mailbox)
+        job, task, started_at = self.job, self.driver.task, time.time()
+        index, spec, attempt = self.index, self.driver.specs[self.index], self.attempt
 
         class OnStart(WorkerCallback):
             def after_init_train_context(self) -> None:  # in each worker's main thread
@@ -353,7 +351,7 @@ class _Run(Generic[Spec, Outcome]):
         make_config = LoopbackConfig if alone else TorchConfig
         cuda, seconds = job.device == "cuda", int(job.stall_seconds + COLLECTIVE_GRACE)
         return QuietTrainer(
-            lambda: task.work(attempt, started_at),
+            lambda: task.work(index, spec, attempt, started_at),
             torch_config=make_config(backend="nccl" if cuda else "gloo", timeout_s=seconds),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=world_size, use_gpu=cuda, resources_per_worker=job.resources,

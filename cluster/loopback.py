@@ -16,6 +16,11 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group, _TorchBackend
 
 
+def make_file_url() -> str:
+    """A place for the ranks of one run to meet."""
+    return Path(tempfile.gettempdir(), f"harness-ranks-{uuid.uuid4().hex}").as_uri()
+
+
 class LoopbackBackend(_TorchBackend):
     """Ray Train's, but for how the process group begins."""
 
@@ -24,8 +29,8 @@ class LoopbackBackend(_TorchBackend):
         import ray
 
         worker_group.execute(_set_torch_distributed_env_vars)
-        file = Path(tempfile.gettempdir(), f"harness-ranks-{uuid.uuid4().hex}").as_uri()
         world, backend, seconds = len(worker_group), backend_config.backend, backend_config.timeout_s
+        file = make_file_url()
         make = _setup_torch_process_group
         ray.get(
             [worker_group.execute_single_async(r, make, backend, r, world, file, seconds) for r in range(world)]

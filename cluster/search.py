@@ -15,7 +15,6 @@ import logging
 import os
 import pickle
 import shutil
-import socket
 import sys
 import threading
 import time
@@ -27,11 +26,14 @@ from typing import Any, Protocol
 
 import ray
 from ray import tune
+from ray._common.network_utils import build_address
+from ray.train._internal.utils import get_address_and_port
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from harness.cluster.job import (
     COLLECTIVE_SECONDS,
+    LOOPBACK,
     WORKER_DIED,
     Allocation,
     Failed,
@@ -44,20 +46,11 @@ from harness.cluster.job import (
     WorkerDiedError,
     make_failed,
 )
+from harness.cluster.loopback import make_file_url
 from harness.cluster.workers import from_rank_0, other_nodes
 
 PEER_SECONDS = 10.0  # for the other ranks to end once one has
 LEAVE_SECONDS = 10.0  # for the ranks to destroy their process group together
-
-_ENVIRONMENT = {
-    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0: Tune prints nothing
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the caller's: there is no state to save
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a pruned trial may take this long to free its memory
-    "TUNE_WARN_THRESHOLD_S": "60",
-}
 
 
 class Trials(Protocol):
@@ -80,7 +73,6 @@ def search(train: Train[Spec, Outcome], trials: Trials, job: Allocation) -> None
     `report`, which every rank must call equally often, raises SystemExit in all of them. Call `connect` before, in the
     main thread. `job.storage`, a folder, is for Tune's own files.
     """
-    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     driver = _Driver(trials, job.concurrent_runs)
@@ -248,14 +240,11 @@ def _report(report: Report, worker: Worker, event: Any) -> None:
 
 def _clear_frames(error: BaseException) -> None:
     """Free the local variables of the frames that an exception came through."""
-    chain: list[BaseException | None] = [error]
-    seen: set[int] = set()
-    while chain:
-        if (link := chain.pop()) is not None and id(link) not in seen:
-            seen.add(id(link))
-            traceback.clear_frames(link.__traceback__)
-            link.__traceback__ = None
-            chain += [link.__cause__, link.__context__]
+    chain = [error]
+    for link in chain:
+        traceback.clear_frames(link.__traceback__)
+        link.__traceback__ = None
+        chain += [each for each in (link.__cause__, link.__context__) if each is not None and each not in chain]
 
 
 def leave(seconds: float = LEAVE_SECONDS) -> bool:
@@ -287,9 +276,8 @@ class _Peers:
                     return run_rank(train, spec, replace(worker, rank=rank), lambda _: None, url)[0]
 
             group = ray.util.get_current_placement_group()
-            with socket.socket() as free:
-                free.bind(("", 0))
-                self.url = f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+            address, port = get_address_and_port()
+            self.url = make_file_url() if address == LOOPBACK else f"tcp://{build_address(address, port)}"
             cpus, gpus = job.resources["CPU"], job.resources.get("GPU", 0)
             remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=0)(Peer)
             for rank in range(1, worker.world_size):

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Generic
 
 from harness.cluster.job import (
@@ -66,8 +66,6 @@ class Mailbox:
         if ("closed", index) in self.notes:
             return False
         self.notes["next", index] = (following,)
-        if following:
-            self.notes["attempt", following[0]] = 1
         return True
 
     def close(self, index: int) -> int | None:
@@ -131,29 +129,27 @@ def meet(worker: Worker) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Task(Generic[Spec, Outcome]):
-    """A run: what its workers are sent."""
+    """What the workers of every run are sent."""
 
     train: Train[Spec, Outcome]
-    spec: Spec
-    index: int
     job: Allocation
     telemetry: StartSampler | None
     mailbox: Any
 
-    def work(self, attempt: int, started_at: float) -> None:
-        """In a worker: this run, and those that the driver has it go on with."""
+    def work(self, index: int, spec: Spec, attempt: int, started_at: float) -> None:
+        """In a worker: a run, and those that the driver has it go on with."""
         import ray
 
-        task: Task[Spec, Outcome] | None = self
-        while task is not None:
-            worker, answer = task.work_once(attempt, started_at), None
+        following: tuple[int, Spec] | None = index, spec
+        while following is not None:
+            index, spec = following
+            worker, answer = self.work_once(index, spec, attempt, started_at), None
             attempt, started_at = 1, time.time()
-            while worker.rank == 0 and not (answer := ray.get(self.mailbox.read.remote(("next", task.index)))):
+            while worker.rank == 0 and not (answer := ray.get(self.mailbox.read.remote(("next", index)))):
                 time.sleep(FOLLOW_SECONDS)
             (following,) = from_rank_0(answer, worker)
-            task = following and replace(self, index=following[0], spec=following[1])
 
-    def work_once(self, attempt: int, started_at: float) -> Worker:
+    def work_once(self, index: int, spec: Spec, attempt: int, started_at: float) -> Worker:
         """Call the train function and report its outcome; measure this node meanwhile if this is its first worker."""
         import ray
         from ray.train import get_context
@@ -164,19 +160,19 @@ class Task(Generic[Spec, Outcome]):
         node, rank = ray.get_runtime_context().get_node_id(), context.get_world_rank()
 
         def notice() -> float | None:
-            keys = (LEAVE, (LEAVE, self.index, attempt)) if rank == 0 else ()
+            keys = (LEAVE, (LEAVE, index, attempt)) if rank == 0 else ()
             told = ray.get(mailbox.read.remote(*keys), timeout=10) if keys else None
             by = time.time() if terminated.is_set() else None, find_draining().get(node), told
             return min(filter(None, by), default=None)
 
         def alarm(stalled: Stalled) -> None:
             with contextlib.suppress(Exception):  # where the driver is out of reach, another rank may reach it
-                ray.get(mailbox.note.remote(("stalled", self.index, attempt), stalled), timeout=10)
+                ray.get(mailbox.note.remote(("stalled", index, attempt), stalled), timeout=10)
             os._exit(1)  # whatever it waits for
 
         def report(event: Any) -> None:
             # waits for the answer: else a death soon after would lose it
-            if rank == 0 and not ray.get(mailbox.put.remote(self.index, event, attempt)):
+            if rank == 0 and not ray.get(mailbox.put.remote(index, event, attempt)):
                 raise WorkerDiedError("another attempt at this run has begun")
 
         worker = Worker(
@@ -185,7 +181,7 @@ class Task(Generic[Spec, Outcome]):
             stall_seconds=job.stall_seconds, node=node, notice=notice, alarm=alarm,
         )  # fmt: skip
         if rank == 0:
-            mailbox.note.remote(("placement group", self.index), get_current_placement_group())
+            mailbox.note.remote(("placement group", index), get_current_placement_group())
         report(Entered())
         sampler = None
         if self.telemetry is not None and context.get_local_rank() == 0:
@@ -193,11 +189,11 @@ class Task(Generic[Spec, Outcome]):
             with contextlib.suppress(Exception):  # owned by this worker: Ray ends it with the worker
                 remote: Any = ray.remote(num_cpus=0, scheduling_strategy=this_node())(self.telemetry)
                 sampler = remote.remote(visible)
-        outcome = self.train(self.spec, worker, report)
+        outcome = self.train(spec, worker, report)
         if sampler is not None:
             with contextlib.suppress(Exception):  # a missing figure does not cost the run
                 measured = Telemetry(node=ray.get(sampler.stop.remote(), timeout=10))
-                ray.get(mailbox.put.remote(self.index, measured), timeout=10)
+                ray.get(mailbox.put.remote(index, measured), timeout=10)
                 ray.kill(sampler)
         meet(worker)  # what other nodes measured has arrived
         report(Ended(outcome=outcome, more=worker.world_size == job.workers))

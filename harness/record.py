@@ -121,8 +121,7 @@ class Recorder:
     environment: dict[str, Any]  # of every record: the launcher, and what else is known beforehand
     warn: Callable[[str], None]
     warnings: tuple[str, ...] = ()  # of every result, known beforehand
-    finished: dict[str, RunResult] = field(default_factory=dict)  # by key
-    known: dict[Path, Stored] = field(default_factory=dict)  # what was read of them, by folder
+    known: dict[Path, Stored] = field(default_factory=dict)  # finished runs that were read, by folder
     started: dict[str, datetime] = field(default_factory=dict)
     nodes: dict[str, list[NodeUse]] = field(default_factory=dict)
     added: dict[str, float] = field(default_factory=dict)  # by --until-ci: `Record.added_until`, by key
@@ -136,12 +135,11 @@ class Recorder:
     def find_finished(self, specs: Iterable[RunSpec]) -> dict[str, RunResult]:
         """Read which of these runs are stored as finished; all results known by now, by key."""
         keys = {self.paths.out / self.paths.name(spec): spec.key for spec in specs}
-        folders = [folder for folder, key in keys.items() if key not in self.finished and folder.is_dir()]
+        folders = [folder for folder in keys if folder not in self.known and folder.is_dir()]
         for stored in store.load_records(folders).records:
             if stored.record.key == keys[stored.folder] and stored.record.result is not None:
-                self.finished[stored.record.key] = stored.record.result
                 self.known[stored.folder] = stored
-        return self.finished
+        return {record.key: record.result for record, _ in self.known.values() if record.result is not None}
 
     def begin(self, spec: RunSpec, event: Started) -> list[EpochMetrics]:
         """Note that an attempt began; the epochs that are left of an earlier command."""
@@ -206,7 +204,6 @@ class Recorder:
                     about = f"{variant.summary} ({variant.source})."
                 store.write_atomic(folder / CARD, make_card(record, about=about, classes=self.classes))
                 folder = store.finish(self.paths.out, record)
-                self.finished[spec.key] = outcome
                 self.known.pop(folder, None)  # of an earlier run, by --force
                 return self.remote.push(push_finished, folder, patient=True)
             self.remote.push(push_run, store.finish(self.paths.out, record))

@@ -57,16 +57,16 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack, least: i
     if resources.address is None:
         return replace(allocation, concurrent_runs=1) if resources.launcher == "local" else allocation
     fitted = fit(cluster, allocation)
-    if not fitted.concurrent_runs and grows:
+    if fitted.concurrent_runs:
+        return fitted
+    if grows:
         return replace(allocation, concurrent_runs=1)
-    if not fitted.concurrent_runs:
-        what = "GPUs" if fitted.device == "cuda" else "CPUs"
-        largest = max((getattr(node, what.lower()) for node in cluster), default=0)
-        raise UserError(
-            f"--workers {fitted.workers} --placement {fitted.placement}: no room in {where}, whose largest node has "
-            f"{largest} {what} (each worker needs a CPU)"
-        )
-    return fitted
+    what = "GPUs" if fitted.device == "cuda" else "CPUs"
+    largest = max((getattr(node, what.lower()) for node in cluster), default=0)
+    raise UserError(
+        f"--workers {fitted.workers} --placement {fitted.placement}: no room in {where}, whose largest node has "
+        f"{largest} {what} (each worker needs a CPU)"
+    )
 
 
 def choose_launcher(resources: Resources, allocation: Allocation, runs: int) -> Resources:

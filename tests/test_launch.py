@@ -18,6 +18,7 @@ from harness.cluster.connect import ClusterError, connect, disconnect
 from harness.cluster.job import Allocation, Entered, Failed, PreemptedError, Started, Worker
 from harness.cluster.launch import _Driver, _Run, launch, launch_here
 from harness.cluster.nodes import Node
+from harness.cluster.workers import Task
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -203,7 +204,7 @@ def test_shares_of_a_gpu_add_up_to_no_more_than_one_in_rays_four_decimals(tmp_pa
 def test_a_failure_after_the_command_was_stopped_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray has ended by then: what a run's thread reports to it would end in a traceback on the screen."""
     job = Allocation(device="cpu", workers=1, concurrent_runs=1, threads=1)
-    driver = _Driver(lambda *_: None, ["run"], job, None, None, None)  # type: ignore[arg-type,return-value]
+    driver = _Driver(Task(lambda *_: None, job, None, None), ["run"])
     said: list[Any] = []
 
     class Run:
