@@ -47,7 +47,7 @@ from harness.cluster.job import (
     make_failed,
 )
 from harness.cluster.loopback import make_file_url
-from harness.cluster.workers import from_rank_0, other_nodes
+from harness.cluster.workers import gather, other_nodes
 
 PEER_SECONDS = 10.0  # for the other ranks to end once one has
 LEAVE_SECONDS = 10.0  # for the ranks to destroy their process group together
@@ -234,7 +234,7 @@ def _report(report: Report, worker: Worker, event: Any) -> None:
             report(event)
         except SystemExit:
             stop = True
-    if from_rank_0(stop, worker):
+    if gather(stop)[0]:
         raise Pruned(0)
 
 

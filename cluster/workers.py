@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 from harness.cluster.job import (
     Allocation,
@@ -25,6 +25,8 @@ from harness.cluster.job import (
     WorkerDiedError,
 )  # fmt: skip
 from harness.cluster.nodes import find_draining
+
+Item = TypeVar("Item")
 
 LEAVE = "leave"  # in the mailbox: by when runs have to end, all of them or an attempt at one
 FOLLOW_SECONDS = 0.05  # between two looks at what comes next
@@ -104,27 +106,22 @@ def driver_clock() -> Iterator[Callable[[], float]]:
     ray.kill(clock)
 
 
-def from_rank_0(value: Any, worker: Worker) -> Any:
-    """In every rank: rank 0's value."""
-    if worker.world_size == 1:
-        return value
-    import torch
+def count_ranks() -> int:
+    """Those of the process group; 1 without one. Alone in it, a rank calls no collective: NCCL would set itself up for it."""
     import torch.distributed as dist
 
-    values = [value]
-    dist.broadcast_object_list(values, 0, device=torch.device(worker.device))
-    return values[0]
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def meet(worker: Worker) -> None:
-    """In every rank: wait for all others."""
-    if worker.world_size > 1:
-        import torch
-        import torch.distributed as dist
+def gather(value: Item) -> list[Item]:
+    """Every rank's value, in order. A collective, after which all ranks have come so far."""
+    import torch.distributed as dist
 
-        here = torch.ones(1, device=worker.device)
-        dist.all_reduce(here)
-        here.item()  # only then has a GPU's host waited
+    if count_ranks() == 1:
+        return [value]
+    every: list[Any] = [None] * count_ranks()
+    dist.all_gather_object(every, value)
+    return every
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +140,11 @@ class Task(Generic[Spec, Outcome]):
         following: tuple[int, Spec] | None = index, spec
         while following is not None:
             index, spec = following
-            worker, answer = self.work_once(index, spec, attempt, started_at), None
+            worker, answer = self.work_once(index, spec, attempt, started_at), list[Any]()
             attempt, started_at = 1, time.time()
             while worker.rank == 0 and not (answer := ray.get(self.mailbox.read.remote(("next", index)))):
                 time.sleep(FOLLOW_SECONDS)
-            (following,) = from_rank_0(answer, worker)
+            (following,) = gather(answer)[0]
 
     def work_once(self, index: int, spec: Spec, attempt: int, started_at: float) -> Worker:
         """Call the train function and report its outcome; measure this node meanwhile if this is its first worker."""
@@ -195,6 +192,6 @@ class Task(Generic[Spec, Outcome]):
                 measured = Telemetry(node=ray.get(sampler.stop.remote(), timeout=10))
                 ray.get(mailbox.put.remote(index, measured), timeout=10)
                 ray.kill(sampler)
-        meet(worker)  # what other nodes measured has arrived
+        gather(None)  # what other nodes measured has arrived
         report(Ended(outcome=outcome, more=worker.world_size == job.workers))
         return worker

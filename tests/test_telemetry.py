@@ -15,6 +15,7 @@ from records import NOW, make_record
 
 from harness.cluster.job import Allocation, Telemetry
 from harness.cluster.launch import launch_here
+from harness.cluster.workers import gather
 from harness.results.explain import why
 from harness.results.report.page import make_page
 from harness.results.rows import summarise
@@ -22,7 +23,7 @@ from harness.results.store import Stored
 from harness.results.values import EpochMetrics, GpuUse, Measurement, Memory, NodeUse, RankUse
 from harness.training import host
 from harness.training.host import NodeTelemetry
-from harness.training.telemetry import EpochTelemetry, gather, summarise_rank
+from harness.training.telemetry import EpochTelemetry, summarise_rank
 
 MIB = 2**20
 

@@ -24,6 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 from harness.cluster.job import Failed, Report, Started, Worker
+from harness.cluster.workers import gather
 from harness.deadline import stopping_on_sigterm
 from harness.loaders.loader import Loader
 from harness.network import LEAST_EFFICIENCY, Measured, Width, efficiencies, find_limit, predict_widths
@@ -41,7 +42,7 @@ from harness.training.memory import largest
 from harness.training.recipe import total_steps
 from harness.training.setup import Trainer, make_step, prepare, training
 from harness.training.step import deterministic_algorithms, synchronize
-from harness.training.telemetry import EpochTelemetry, device_name, gather
+from harness.training.telemetry import EpochTelemetry, device_name
 from harness.training.train import run_steps
 from harness.training.watchdog import Watchdog
 

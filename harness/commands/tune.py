@@ -100,7 +100,7 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPath
 
     Every rank reports equally often, and only rank 0's reports count.
     """
-    from harness.cluster.workers import from_rank_0
+    from harness.cluster.workers import gather
     from harness.training.train import train
 
     folder, reported = paths.partial(spec), 0
@@ -108,7 +108,7 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPath
     def catch_up(_: Any = None) -> None:
         nonlocal reported
         epochs = [row for row in load_epochs(folder) if row.epoch > reported] if worker.rank == 0 else []
-        for row in from_rank_0(epochs, worker):
+        for row in gather(epochs)[0]:
             reported = row.epoch
             report(row)
 

@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from harness.checklist import BY_NAME, Finding, Result, attempt
 from harness.cluster.job import Report, Worker
+from harness.cluster.workers import gather
 from harness.loaders.cache import cache_dir
 from harness.loaders.datasets import Dataset, Split
 from harness.loaders.sampling import Augment, SamplingPlan
@@ -39,7 +40,6 @@ from harness.training.checkpoint import resume, save
 from harness.training.rates import find_peak
 from harness.training.setup import Prepared, Trainer, assemble, training
 from harness.training.step import deterministic_algorithms, sum_gradients, synchronize
-from harness.training.telemetry import gather
 from harness.training.train import run_steps
 
 SIZE, IMAGES, BATCH, EPOCHS, CLASSES = 8, 75, 16, 6, 10  # five steps an epoch, the last one short

@@ -25,7 +25,7 @@ import torch._dynamo  # here and not at first use: torch.fx would keep the frame
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from harness.training.telemetry import count_ranks, gather
+from harness.cluster.workers import count_ranks, gather
 
 WARMUP_CALLS = 3  # before a capture: cuDNN chooses its kernels, compilers compile
 Function = Callable[..., Any]

@@ -13,10 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.cluster.workers import count_ranks
 from harness.loaders.loader import Loader
 from harness.spec import Precision
 from harness.training.step import make_autocast
-from harness.training.telemetry import count_ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,8 +11,8 @@ from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed import distributed_c10d
 
 from harness.cluster.job import Worker
+from harness.cluster.workers import count_ranks, gather
 from harness.training.host import Repeat
-from harness.training.telemetry import count_ranks, gather
 
 POLL_SECONDS = 0.5
 CHECKPOINT_SECONDS = 10.0  # to stop, write a checkpoint and send it

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from harness.cluster.job import Report, Worker
+from harness.cluster.workers import gather
 from harness.loaders.datasets import Dataset
 from harness.loaders.loader import make_evaluation_loader
 from harness.loaders.sampling import Augment, LoaderConfig, make_normalize
@@ -25,7 +26,7 @@ from harness.results.store import write_atomic
 from harness.spec import Precision
 from harness.training.host import count_cpus
 from harness.training.step import set_precision
-from harness.training.telemetry import device_name, gather
+from harness.training.telemetry import device_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # others compute in float32
 SIDE = {"cuda": 8192, "cpu": 2048}  # of matrices that are multiplied

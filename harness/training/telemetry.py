@@ -12,16 +12,15 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from harness.cluster.workers import gather
 from harness.results.values import EpochMetrics, Memory, RankUse
 from harness.training import host
 from harness.training.nvml import driver_version, open_device
 
-Item = TypeVar("Item")
 CLOCK_SHARE = 0.9  # of the highest SM clock seen in this run
 INTERFERENCE = ("another process used the GPU", "the GPU was throttled", "the GPU's clock fell", *host.CAUSES)
 """Why an epoch's seconds are not to be trusted. Such an epoch is kept, named, and left out of the median."""
@@ -94,20 +93,6 @@ class EpochTelemetry:
 
 
 # --- the ranks ---
-
-
-def count_ranks() -> int:
-    """Those of the process group; 1 without one. Alone in it, a rank calls no collective: NCCL would set itself up for it."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def gather(value: Item) -> list[Item]:
-    """Every rank's value, in order. A collective."""
-    if count_ranks() == 1:
-        return [value]
-    every: list[Any] = [None] * count_ranks()
-    dist.all_gather_object(every, value)
-    return every
 
 
 def summarise_rank(rank: int, memory: Memory, epochs: Sequence[EpochMetrics]) -> RankUse:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from harness.cluster.job import PreemptedError, Worker
+from harness.cluster.workers import count_ranks, gather
 from harness.loaders.cache import cache_dir
 from harness.loaders.loader import Loader
 from harness.models.build import count_flops
@@ -37,10 +38,8 @@ from harness.training.step import deterministic_algorithms, draw_mix, mix
 from harness.training.telemetry import (
     INTERFERENCE,
     EpochTelemetry,
-    count_ranks,
     describe_machine,
     device_name,
-    gather,
     summarise_rank,
 )
 

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from harness.cluster.job import Stalled, Worker
+from harness.cluster.workers import gather
 from harness.training.host import Repeat
-from harness.training.telemetry import gather
 
 EVERY_STEPS = 8
 BEATS, SILENT_BEATS = 30, 3  # of each rank within the time; without so many a process has stopped, or its network
