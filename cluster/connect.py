@@ -22,6 +22,8 @@ _watchers: list[subprocess.Popen[bytes]] = []
 OF_WORKERS = {
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # NVML's; CUDA's own is by speed
     "RAY_worker_niceness": "0",  # 15 by default: any other process of the machine would slow the training down
+    # a pruned trial may take this long to free its memory; after 2 s, the default, the next trial is lost
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
 }
 _ENVIRONMENT = {
     **OF_WORKERS, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -32,7 +34,6 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # with verbose=0: Tune prints nothing
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_GLOBAL_CHECKPOINT_S": "3600", "TUNE_WARN_THRESHOLD_S": "60",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the caller's: there is no state to save
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a pruned trial may take this long to free its memory
 }  # fmt: skip
 
 

@@ -170,7 +170,7 @@ class Recorder:
 
     def end(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, **environment: Any) -> bool:
         """Store what a run came to. Returns whether it is a result and is stored at the URI too, if there is one."""
-        folder, attempts = self.paths.partial(spec), list[dict[str, Any]]()
+        folder, attempts, now = self.paths.partial(spec), list[dict[str, Any]](), datetime.now(UTC)
         noted = folder / ATTEMPTS
         try:
             for line in noted.read_text(encoding="utf-8").splitlines() if noted.exists() else ():
@@ -190,7 +190,7 @@ class Recorder:
                 pruned=outcome if isinstance(outcome, Pruned) else None,
                 environment={**describe_code(), **self.environment, **environment, "attempts": attempts},
                 added_until=self.added.get(spec.key),
-                started_at=self.started[spec.key], finished_at=datetime.now(UTC),
+                started_at=self.started.get(spec.key, now), finished_at=now,
             )  # fmt: skip
             if isinstance(outcome, RunResult):
                 self.remote.copy(pull_run, folder)  # what rank 0 wrote on its node

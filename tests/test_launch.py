@@ -133,7 +133,12 @@ def test_workers_of_any_cluster_number_gpus_as_nvml_does_and_are_not_niced(
     monkeypatch.setattr(harness.cluster.connect, "inspect_cluster", lambda: None)
     monkeypatch.setattr(harness.cluster.connect, "_watch", lambda: None)
     connect("10.0.0.1:6379", cpus=1, gpus=0)
-    assert options["runtime_env"] == {"env_vars": {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "RAY_worker_niceness": "0"}}
+    handed_on = {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "RAY_worker_niceness": "0",
+        "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
+    }
+    assert options["runtime_env"] == {"env_vars": handed_on}
     monkeypatch.delenv("CUDA_DEVICE_ORDER")
     connect(None, cpus=1, gpus=0)
     assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"

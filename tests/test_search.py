@@ -67,7 +67,11 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
             Path(spec["marker"]).touch()
             time.sleep(0.3)
             os._exit(1)
-        report(epoch)
+        try:
+            report(epoch)
+        except SystemExit:
+            time.sleep(spec.get("lingers", 0))
+            raise
     assert held is None or held.log
     return {"total": total.item(), "process": os.getpid(), "group": dist.is_initialized()}
 
@@ -121,7 +125,7 @@ def test_trials_end_stop_raise_and_die_and_every_cpu_is_free_afterwards(tmp_path
                 {"name": "pruned 1"},
                 {"name": "raises", "raises": 2},
                 {"name": "dies", "dies": 3, "marker": str(tmp_path / "died")},
-                *({"name": f"pruned {n}"} for n in range(2, 5)),
+                *({"name": f"pruned {n}", "lingers": 3} for n in range(2, 5)),
                 {"name": "last"},
             ]
         )

@@ -187,6 +187,22 @@ def test_a_failed_run_says_why_and_may_be_tried_again(tmp_path: Path) -> None:
     assert len(list(folder.glob("failed_*.json"))) == 1  # kept
 
 
+def test_a_run_that_failed_before_it_began_is_stored(tmp_path: Path) -> None:
+    """As a trial does that Tune could not start."""
+    from test_until_ci import make_specs
+
+    from harness.cluster.job import Failed
+    from harness.record import Recorder
+    from harness.spec import RunPaths
+
+    (spec,) = make_specs((0,), depths=(20,))
+    failed = Failed(exception="RuntimeError", message="no room", traceback="", died=False)
+    assert not Recorder(RunPaths(out=tmp_path, label="digits"), True, {}, print).end(spec, failed)
+    (stored,) = store.load_records([tmp_path]).records
+    assert stored.record.failure is not None
+    assert stored.record.failure.message == "RuntimeError: no room"
+
+
 def test_an_interrupted_run_says_how_far_it_came(tmp_path: Path) -> None:
     folder = store.start(tmp_path, "a_b-20_s0_1", {"recipe": {"unit": "epoch", "duration": 180}})
     store.append_epoch(folder, make_epoch(1))
