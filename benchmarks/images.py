@@ -138,7 +138,7 @@ def main() -> None:
         print(json.dumps(measure(options.way, options.root, options)))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        roots = {times: link(options.data_dir, Path(scratch) / str(times), times) for times in (1, options.times)}
+        roots = {times: link(options.data_dir, Path(scratch) / str(times), times) for times in {1, options.times}}
         datasets.LARGEST_BYTES = 0
         images = {str(times): len(load_dataset(f"folder:{root}").train) for times, root in roots.items()}
         ways = {

@@ -526,8 +526,7 @@ def test_cuts_are_defined_alike_on_the_gpu(stored: bool, dataset: Dataset) -> No
     assert [each.replace("gpu", "cpu").replace("mixed", "cpu") for each in on_gpu] == on_cpu
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_benchmark_of_images(times: int, photos: Path, tmp_path: Path) -> None:
     """A short benchmarks/images.py: it links, takes turns and stores every reading."""
     script = Path(__file__).parents[1] / "benchmarks" / "images.py"
