@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import tomllib
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import cache
 from glob import glob
@@ -54,18 +53,19 @@ def code_of(record: Record) -> str | None:
     return None if commit is None else f"commit {str(commit)[:7]}{' with changes' if dirty else ''}"
 
 
-def conditions(record: Record) -> Iterator[tuple[str, str]]:
+def conditions(record: Record) -> dict[str, str]:
     """Everything that is noted, by name, unless it is not known; values of several nodes side by side."""
     leaves = [*flatten(record.environment, "environment.")]
     if (result := record.result) is not None:
         leaves += flatten(result.machine, "result.machine.")
         leaves += [(f"result.{name}", value) for name, value in result]
-    named: dict[str, dict[str, None]] = {}
+    named: dict[str, str] = {}
     for path, value in leaves:
-        rule = find_rule(path)
-        if value is not None and rule and rule.treatment == "note":
-            named.setdefault(rule.words or path.rpartition(".")[2], {})[str(value)] = None
-    return ((name, ", ".join(values)) for name, values in named.items())
+        if value is not None and (rule := find_rule(path)) and rule.treatment == "note":
+            name, text = rule.words or path.rpartition(".")[2], str(value)
+            if (before := named.setdefault(name, text)) != text and text not in before.split(", "):
+                named[name] = f"{before}, {text}"
+    return named
 
 
 @cache

@@ -202,7 +202,7 @@ def _make_row(fields: dict[str, str], members: Sequence[_Member], across: Sequen
     known = [run.record for run in (*done, *failed, *pruned)]
     about = known[0] if known else interrupted[0]
     noted: dict[str, Counter[str]] = defaultdict(Counter)
-    for name, value in (noting for run in done for noting in conditions(run.record)):
+    for name, value in (noting for run in done for noting in conditions(run.record).items()):
         noted[name][value] += 1
     spec, device = about.spec, results[0].device if results else NONE
     return Row(
