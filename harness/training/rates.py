@@ -84,7 +84,7 @@ def find_peak(
     name, file, side = device_name(device), cache / PEAKS, SIDE[device.type]
     if known := load_data_sheets().get((name, precision)):
         return known
-    on = f" on {threads} threads" if device.type == "cpu" else ""
+    on = f" on {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else ""
     source = f"measured, products of {side} x {side} matrices{on}"
     key, best = f"{name}, {precision}, {source}, torch {torch.__version__}", dict[str, float]()
     with suppress(OSError, ValueError):
