@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,3 +76,10 @@ def _undisturbed() -> None:
 def _no_flush() -> None:
     """No file of a test needs to outlast a power cut."""
     os.fsync = lambda _: None  # type: ignore[assignment]
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """What a test draws without a generator of its own is the same each time, in whatever order the tests run."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)

@@ -74,8 +74,9 @@ def disturb(out: Path, *words: str) -> dict[str, Any]:
     """What two_nodes.py printed."""
     script = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "two_nodes.py"), str(out), *words],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, timeout=560, check=True,
+        cwd=ROOT, capture_output=True, text=True, timeout=560,
     )  # fmt: skip
+    assert script.returncode == 0, script.stderr[-2000:]
     answer: dict[str, Any] = json.loads(script.stdout.splitlines()[-1])
     assert answer["code"] == 0, "\n".join(answer["lines"])
     return answer

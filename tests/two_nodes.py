@@ -96,7 +96,8 @@ def paused_workers() -> Iterator[None]:
     yield
     time.sleep(2.5)  # for the driver, which looks once a second, to see what has changed
     for pid in pids:
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # its node was lost meanwhile
+            os.kill(pid, signal.SIGCONT)
 
 
 def train(cluster: Any, doomed: Any, out: Path, *, elastic: bool) -> dict[str, Any]:
