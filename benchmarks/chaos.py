@@ -49,6 +49,7 @@ SECONDS = {"drain": (8, 12), **dict.fromkeys(LONG, (2, 20))}
 STALL = 10  # seconds, the least that is allowed: a rank that hangs is named before Ray gives up its node
 DISK_MIB = 2200  # of the disk that is filled, in memory; `harness run` wants 2 GiB free at its start
 EPOCH = re.compile(r"((?:trial \d+/\d+: )?epoch \d+/\d+)  (?:loss|error)")
+LOOK_SECONDS = 3  # between two looks for nodes that have ended
 MOST_COMMANDS, MOST_SECONDS = 8, 1200  # in which a command that is given again must have succeeded
 DATA = "--dataset digits --gpus 0 --loader resident --limit-train"
 SAME = ("number", "fields", "key", "state", "epochs", "curve", "value")  # of a trial, whoever was struck
@@ -61,6 +62,7 @@ class Case(NamedTuple):
     out: Path
     epochs: int
     images: int
+    log: Path  # of all lines that its commands print
     nodes: Nodes | None = None
 
     @property
@@ -81,27 +83,29 @@ class Case(NamedTuple):
 
     def run(self) -> Running:
         """Give the command."""
-        return Running(self.command, self.nodes.environment if self.nodes else None)
+        return Running(self)
 
 
 class Running:
     """A command in a process group of its own, and the lines that it printed, with the time of each."""
 
-    def __init__(self, command: Sequence[str], environment: dict[str, str] | None) -> None:
+    def __init__(self, case: Case) -> None:
+        environment = case.nodes.environment if case.nodes else None
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            case.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
         )  # fmt: skip
-        self.began = time.monotonic()
+        self.began, self.case = time.monotonic(), case
         self.lines: list[tuple[float, str]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        with self.process.stdout:
+        with self.process.stdout, self.case.log.open("a", encoding="utf-8") as log:
             for line in self.process.stdout:
                 self.lines.append((time.monotonic(), line.rstrip()))
+                print(f"{self.case.out.name} {time.monotonic() - self.began:.1f} {line}", end="", file=log, flush=True)
 
     def epochs(self) -> list[float]:
         """The time at which each epoch was reported."""
@@ -145,7 +149,7 @@ def strike(case: Case, running: Running, kind: str, chance: random.Random) -> Ca
             victim = chance.choice(nodes.pids(title) if nodes else descendants(pid, title))
             if kind in STOPPED:
                 os.kill(victim, signal.SIGSTOP)
-                return lambda: go_on(victim, nodes)
+                return lambda: go_on(victim)
             os.kill(victim, signal.SIGKILL)
             return nodes.repair if nodes and kind == "raylet" else lambda: None
         elif nodes:
@@ -155,13 +159,10 @@ def strike(case: Case, running: Running, kind: str, chance: random.Random) -> Ca
     return lambda: None
 
 
-def go_on(pid: int, nodes: Nodes | None) -> None:
+def go_on(pid: int) -> None:
     """Let a stopped process go on, which may have been given up."""
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGCONT)
-    if nodes:
-        time.sleep(2)  # a raylet that was given up ends when it learns of it
-        nodes.repair()
 
 
 def strike_nodes(nodes: Nodes, out: Path, kind: str, chance: random.Random) -> Callable[[], object]:
@@ -226,6 +227,7 @@ class Struck:
     def __init__(self, case: Case) -> None:
         self.case, self.commands = case, [case.run()]
         self.until = time.monotonic() + MOST_SECONDS
+        self.look_at = 0.0
 
     @property
     def lines(self) -> list[tuple[float, str]]:
@@ -240,6 +242,9 @@ class Struck:
         """Whether all is done. A command that ended otherwise is given again, not without end."""
         if time.monotonic() > self.until:
             raise SystemExit(f"{self.case.command}\nhas not ended within {MOST_SECONDS} s")
+        if self.case.nodes and time.monotonic() > self.look_at:
+            self.case.nodes.restart()
+            self.look_at = time.monotonic() + LOOK_SECONDS
         if (code := self.commands[-1].process.poll()) is None:
             return False
         if self.commands[-1].wait() and len(self.commands) == MOST_COMMANDS:
@@ -275,6 +280,8 @@ def try_once(
         while not over and not (end := strike(case, struck.commands[-1], kind, chance)):
             over = struck.commands[-1].process.poll() is not None
             time.sleep(0.02)
+        with case.log.open("a", encoding="utf-8") as log:
+            print(f"{case.out.name} {kind}", file=log)
         struck_at.append(time.monotonic())
         ended.append(end is None)
         if end and kind in (*STOPPED, *OF_NODES):
@@ -326,7 +333,7 @@ def strike_all(where: str, numbers: Sequence[int], options: Any, log: Path) -> N
         def make(name: object) -> Case:
             out = folder / f"{where}-{name}".replace(", ", "-").replace(" ", "-")
             shutil.rmtree(out, ignore_errors=True)  # of a script that was stopped
-            return Case(where, out, epochs, options.images, nodes)
+            return Case(where, out, epochs, options.images, options.out / "lines.txt", nodes)
 
         reference, first, each = measure_whole(make("whole"))
         kinds, part = KINDS[where], epochs / options.strikes

@@ -136,11 +136,16 @@ class Nodes:
                 os.kill(pid, signal.SIGKILL)
 
     def repair(self) -> None:
-        """Everything as at first: links up and fast, clocks right, all nodes there. Without its GCS a cluster begins anew."""
+        """Everything as at first: links up and fast, clocks right, all nodes there."""
         for name in self.names:
             ip("link", "set", f"harness-v{name}", "master", "harness-br", "up")
             self.slow(name, on=False)
             self.set_clock(name, 0)
+        self.restart()
+
+    def restart(self) -> None:
+        """Start again the nodes that have ended, as one does that was given up, once it learns of it. Without its GCS a
+        cluster begins anew."""
         if not self.pids("gcs_server", "a"):
             for name in self.names:
                 self.kill(name)
