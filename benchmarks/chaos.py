@@ -105,7 +105,8 @@ class Running:
         with self.process.stdout, self.case.log.open("a", encoding="utf-8") as log:
             for line in self.process.stdout:
                 self.lines.append((time.monotonic(), line.rstrip()))
-                print(f"{self.case.out.name} {time.monotonic() - self.began:.1f} {line}", end="", file=log, flush=True)
+                at = f"{self.case.out.name} {time.monotonic() - self.began:.1f}"
+                print(at, line, end="", file=log, flush=True)
 
     def epochs(self) -> list[float]:
         """The time at which each epoch was reported."""
