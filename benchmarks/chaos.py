@@ -47,6 +47,7 @@ LONG = ("link cut", "silent link", "stopped worker", "stopped raylet")
 SECONDS = {"drain": (8, 12), **dict.fromkeys(LONG, (2, 20))}
 """How long a fault lasts where that is not 3 to 8 seconds."""
 STALL = 10  # seconds, the least that is allowed: a rank that hangs is named before Ray gives up its node
+CLOCK_SECONDS = 30  # of a step, and of the one back: Ray's timers go by the wall clock, and stand still for so long
 DISK_MIB = 2200  # of the disk that is filled, in memory; `harness run` wants 2 GiB free at its start
 EPOCH = re.compile(r"((?:trial \d+/\d+: )?epoch \d+/\d+)  (?:loss|error)")
 LOOK_SECONDS = 3  # between two looks for nodes that have ended
@@ -176,7 +177,7 @@ def strike_nodes(nodes: Nodes, out: Path, kind: str, chance: random.Random) -> C
                 file.write(bytes(2**16))
         return lambda: hole.unlink(missing_ok=True)
     if kind == "clock step":
-        nodes.set_clock(chance.choice(nodes.names), chance.choice((-3600, 3600)))
+        nodes.set_clock(chance.choice(nodes.names), chance.choice((-CLOCK_SECONDS, CLOCK_SECONDS)))
     elif kind == "drain":
         nodes.drain(name, 8)
 
