@@ -47,7 +47,7 @@ LONG = ("link cut", "silent link", "stopped worker", "stopped raylet")
 SECONDS = {"drain": (8, 12), **dict.fromkeys(LONG, (2, 20))}
 """How long a fault lasts where that is not 3 to 8 seconds."""
 STALL = 10  # seconds, the least that is allowed: a rank that hangs is named before Ray gives up its node
-CLOCK_SECONDS = 30  # of a step, and of the one back: Ray's timers go by the wall clock, and stand still for so long
+CLOCK_SECONDS = 30  # of a step: Ray goes by the wall clock, and waits for as long as it is set back
 DISK_MIB = 2200  # of the disk that is filled, in memory; `harness run` wants 2 GiB free at its start
 EPOCH = re.compile(r"((?:trial \d+/\d+: )?epoch \d+/\d+)  (?:loss|error)")
 LOOK_SECONDS = 3  # between two looks for nodes that have ended

@@ -20,6 +20,7 @@ from harness.models.variants import Network, Recipe, added
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Engine = Literal["eager", "compile", "graph"]
 FEW = 20  # words that a message lists
+OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "batch": "batch_size", "model": "variant"}
 INSTALL = "training needs pip install 'resnet-harness[train]'"
 
 
@@ -45,7 +46,8 @@ def refuse(faults: Mapping[str, object], what: str = "") -> None:
 
 def suggest(word: str, allowed: Collection[str]) -> str:
     """ "; did you mean dali?", or "" where no allowed word is near."""
-    near = difflib.get_close_matches(word, allowed, n=1)
+    other = OTHER_NAMES.get(word, "")
+    near = [other] if other in allowed else difflib.get_close_matches(word, allowed, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 

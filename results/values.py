@@ -7,8 +7,9 @@ with the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from statistics import median
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -191,6 +192,21 @@ class RunResult(Value):
     @property
     def test_accuracy(self) -> float | None:
         return None if self.test_error is None else 100 - self.test_error
+
+
+def summarise_epochs(epochs: Sequence[EpochMetrics]) -> dict[str, Any]:
+    """The figures of a RunResult that follow from its epochs alone."""
+    # where every epoch was disturbed, their seconds are shown, and `interference` marks them
+    timed = [e for e in epochs if e.timed] or [e for e in epochs if e.untimed.startswith("interference")]
+    seconds = median([epoch.train_seconds for epoch in timed]) if timed else None
+    best = min(epochs, key=lambda epoch: epoch.error)
+    return {
+        "final_error": epochs[-1].error, "final_top5_error": epochs[-1].top5_error, "best_error": best.error,
+        "best_epoch": best.epoch, "train_seconds": sum(epoch.train_seconds for epoch in epochs),
+        "eval_seconds": median([epoch.eval_seconds for epoch in epochs]),
+        "epoch_seconds": seconds,
+        "images_per_second": median([epoch.images for epoch in timed]) / seconds if seconds else None,
+    }  # fmt: skip
 
 
 class Failure(Value):

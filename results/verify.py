@@ -13,12 +13,11 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from harness.results import store
 from harness.results.store import EPOCHS, HASHES, RECORD, Problem, Stored
-from harness.results.values import EpochMetrics, Measurement, Record, setting
+from harness.results.values import EpochMetrics, Measurement, Record, setting, summarise_epochs
 
 KeyOf = Callable[[Mapping[str, Any]], str]
 """The key of a run from its specification. Raises ValueError where that is none."""
@@ -141,22 +140,12 @@ def check_epochs(record: Record, epochs: Sequence[EpochMetrics]) -> Iterator[str
         steps = 1 if setting(record.spec, "recipe.unit", str) == "epoch" else max(epochs[0].steps, 1)
         if len(epochs) != (count := math.ceil(duration / steps)):
             yield f"{len(epochs)} epochs of the {count} that its recipe trains"
-    for figure, value in recompute(epochs).items():
+    figures = summarise_epochs(epochs)
+    del figures["images_per_second"]  # of early records another median
+    for figure, value in figures.items():
         own = getattr(result, figure)
         if own != value and (own is None or value is None or not math.isclose(own, value, rel_tol=1e-6)):
             yield f"{figure} is {own}, its epochs give {value}"
-    rates = [epoch.images_per_second for epoch in epochs]  # of early records the row's rate is another median
+    rates = [epoch.images_per_second for epoch in epochs]
     if (rate := result.images_per_second) is not None and not min(rates) * 0.999 <= rate <= max(rates) * 1.001:
         yield f"images_per_second is {rate:g}, its epochs have {min(rates):g} to {max(rates):g}"
-
-
-def recompute(epochs: Sequence[EpochMetrics]) -> dict[str, Any]:
-    """The fields of a result that follow from its epochs: `summarise_history` of the training."""
-    timed = [e for e in epochs if e.timed] or [e for e in epochs if e.untimed.startswith("interference")]
-    best = min(epochs, key=lambda epoch: epoch.error)
-    return {
-        "final_error": epochs[-1].error, "best_error": best.error, "best_epoch": best.epoch,
-        "final_top5_error": epochs[-1].top5_error, "train_seconds": sum(epoch.train_seconds for epoch in epochs),
-        "epoch_seconds": median([epoch.train_seconds for epoch in timed]) if timed else None,
-        "eval_seconds": median([epoch.eval_seconds for epoch in epochs]),
-    }  # fmt: skip

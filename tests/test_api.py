@@ -101,6 +101,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "--seeds '0,x'": {"seeds": "0,x"},
     "depths ['8a']": {"depths": ["8a"]},
     "did you mean lr?": {"settings": {"lrr": 1}},
+    "'learning_rate' is unknown; did you mean lr?": {"settings": {"learning_rate": 1}},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import time
 from contextlib import closing
@@ -214,6 +215,18 @@ def test_a_checkpoint_that_is_wrong_inside_is_named_and_the_older_one_taken(
         resumed = run(spec(), tmp_path)
     assert losses(resumed) == losses(whole)
     assert [row.attempt for row in resumed.epochs] == [1, 2, 2]
+
+
+def test_a_disk_that_takes_no_checkpoint_is_named(whole: RunResult, tmp_path: Path) -> None:
+    """torch says "unexpected pos 64 vs 0" of it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # bytes, of which a checkpoint has more
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            run(spec(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert losses(run(spec(), tmp_path)) == losses(whole)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:

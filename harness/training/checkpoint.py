@@ -55,7 +55,11 @@ def save(run: Prepared, folder: Path, history: Sequence[EpochMetrics], part: Epo
         state["part"] = part.model_dump()
         within = f"_step-{part.steps:06d}"  # in the order of names it comes after the epoch's end
     with writing(folder / CHECKPOINTS / f"epoch-{len(history):06d}{within}.pt") as unfinished:
-        torch.save(state, unfinished)
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(state, file)
+        except RuntimeError as error:  # a full disk: torch's words are of its file's positions
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     newest, *older = _stored(folder)
     whole = [path for path in (newest, *older) if "_step-" not in path.name][:KEPT]
     for old in older:

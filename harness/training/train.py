@@ -26,7 +26,7 @@ from harness.loaders.loader import Loader
 from harness.models.build import count_flops
 from harness.results.remote import CHECKPOINTS, Remote, pull_run, push_run
 from harness.results.store import append_epoch, write_epochs
-from harness.results.values import EpochMetrics, Measurement, RunResult
+from harness.results.values import EpochMetrics, Measurement, RunResult, summarise_epochs
 from harness.spec import DivergedError, RunPaths, RunSpec
 from harness.training.checkpoint import EpochPart, resume, save
 from harness.training.evaluation import Evaluation, evaluate
@@ -325,20 +325,9 @@ def total_energy(history: Sequence[EpochMetrics], worker: Worker) -> Measurement
 
 def summarise_history(history: Sequence[EpochMetrics], evaluated_on: str, workers: int) -> dict[str, Any]:
     """The fields of a RunResult that follow from its epochs; `workers` is how many were asked for."""
-    # where every epoch was disturbed, their seconds are shown, and `interference` marks them
-    timed = [row for row in history if row.timed] or [
-        row for row in history if row.untimed.startswith("interference")
-    ]
-    seconds = statistics.median(row.train_seconds for row in timed) if timed else None
-    best = min(history, key=lambda row: row.error)
     widths = tuple(width for width, _ in groupby(row.workers or workers for row in history))
-    return {
-        "evaluated_on": evaluated_on, "epochs": tuple(history), "epoch_seconds": seconds,
-        "final_error": history[-1].error, "final_top5_error": history[-1].top5_error,
-        "best_error": best.error, "best_epoch": best.epoch,
-        "eval_seconds": statistics.median(row.eval_seconds for row in history),
-        "images_per_second": statistics.median(row.images for row in timed) / seconds if seconds else None,
-        "train_seconds": sum(row.train_seconds for row in history),
+    return summarise_epochs(history) | {
+        "evaluated_on": evaluated_on, "epochs": tuple(history),
         "interference": tuple(dict.fromkeys(cause for row in history for cause in row.interference)),
         "workers": workers, "widths": () if widths == (workers,) else widths,
     }  # fmt: skip
