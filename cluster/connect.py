@@ -50,7 +50,13 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
     if address is not None:
         _check_alive(address)
     import ray
+    import ray._private.worker as driver
 
+    def show(data: Any, ignore_prefix: bool) -> None:
+        for batch in driver.stderr_deduplicator.deduplicate(data) if verbose else ():
+            driver.print_worker_logs(batch, sys.stderr, ignore_prefix)
+
+    driver.print_to_stdstream = show  # Ray's would print to standard output, which may be a program's
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     with contextlib.ExitStack() as stack:
         if address is None:

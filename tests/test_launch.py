@@ -71,8 +71,8 @@ def collect(
 
 
 @pytest.mark.ray
-def test_ray_runs_leaves_fails_and_retries(tmp_path: Path) -> None:
-    """The second run begins in the first one's workers."""
+def test_ray_runs_leaves_fails_and_retries(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The second run begins in the first one's workers. Ray itself prints nothing: standard output may be a program's."""
     cluster = connect(None, cpus=2, gpus=0)
     try:
         assert cluster == (Node(cpus=2, gpus=0),)
@@ -86,6 +86,7 @@ def test_ray_runs_leaves_fails_and_retries(tmp_path: Path) -> None:
         )  # fmt: skip
     finally:
         disconnect()
+    assert capfd.readouterr().out == ""
     expected = {"total": 3.0, "attempt": 1, "threads": 1, "device": "cpu", "order": "PCI_BUS_ID"}
     assert outcomes["good"] == expected | {"nice": os.nice(0)}, "as important as this process"
     failed = outcomes["bad"]
