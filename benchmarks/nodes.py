@@ -200,7 +200,8 @@ subprocess.run(["ray", "drain-node", "--address", {self.head!r}, "--node-id", no
 
     def remove_networks(self) -> None:
         """Also those of a script that was killed."""
-        for name in "abc":
+        for name in "abc":  # a link goes some time after its namespace
+            subprocess.run(["ip", "link", "delete", f"harness-v{name}"], capture_output=True, check=False)
             subprocess.run(["ip", "netns", "delete", f"harness-{name}"], capture_output=True, check=False)
         subprocess.run(["ip", "link", "delete", "harness-br"], capture_output=True, check=False)
 
