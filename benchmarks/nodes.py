@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -130,10 +131,12 @@ class Nodes:
         return found
 
     def kill(self, name: str) -> None:
-        """Every process of a node, at once, as when its power fails."""
-        for pid in self.pids(names=name):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """Every process of a node, at once, as when its power fails. Returns when they are gone, and their ports free."""
+        while pids := self.pids(names=name):
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
 
     def repair(self) -> None:
         """Everything as at first: links up and fast, clocks right, all nodes there."""
