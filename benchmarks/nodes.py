@@ -147,9 +147,9 @@ class Nodes:
         self.restart()
 
     def restart(self) -> None:
-        """Start again the nodes that have ended, as one does that was given up, once it learns of it. Without its GCS a
+        """Start again the nodes that have ended, as one does that was given up, once it learns of it. Without its head a
         cluster begins anew."""
-        if not self.pids("gcs_server", "a"):
+        if not all(self.pids(title, "a") for title in ("gcs_server", "raylet/raylet")):
             for name in self.names:
                 self.kill(name)
         for name in self.names:
@@ -165,7 +165,7 @@ class Nodes:
         ]
         words = f"ray start --node-ip-address={self.address(name)} --num-cpus=1 --object-store-memory=100000000"
         command = self.inside(name, f"{words} {head[name != 'a']}".split())
-        with (self.folder / f"node-{name}.log").open("w") as log:
+        with (self.folder / f"node-{name}.log").open("a") as log:
             subprocess.run(command, env=self.environment, stdout=log, stderr=log, check=True, timeout=120)
 
     def cut(self, name: str) -> None:
