@@ -199,7 +199,7 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         code = 1
-        message = f"{error.filename or 'a file'}: {error.strerror}; the same command goes on once there is room"
+        message = f"{error.filename or 'a file'}: {error.strerror}; it can go on once there is room"
     except usage_error as error:
         message = _explain(error)
     except (KeyboardInterrupt, typer.Abort):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterable
@@ -27,6 +29,7 @@ from harness.results.values import EpochMetrics, Failure, NodeUse, Pruned, Recor
 from harness.spec import RunPaths, RunSpec, UserError, mistakes
 
 ATTEMPTS = "attempts.jsonl"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 DALI_WHEELS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")
 PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py", *DALI_WHEELS)
 STATUSES: dict[type, Literal["done", "failed", "pruned"]] = {RunResult: "done", Failed: "failed", Pruned: "pruned"}
@@ -75,6 +78,13 @@ def name_other_code(record: Record) -> str | None:
         return f"commit {str(commit)[:7]}{' with uncommitted changes' if there.get('dirty') else ''}"
     versions = there.get("versions")
     return f"version {versions.get('resnet-harness')}" if isinstance(versions, dict) else "an unknown version"
+
+
+def check_room(failed: Failed) -> None:
+    """Raise OSError where a run failed because a disk is full: it can go on once there is room."""
+    for number in FULL:
+        if os.strerror(number) in failed.message:
+            raise OSError(number, os.strerror(number))
 
 
 def classify(failed: Failed) -> Failure:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from command import harness
 from test_store import make_record
 
 from harness import search_space as space
-from harness.cluster.job import Started, Worker
+from harness.cluster.job import Started, Worker, make_failed
 from harness.commands import study
 from harness.commands.study import Journal, Study
 from harness.models.variants import find_variant
@@ -334,7 +336,7 @@ class StopHereError(Exception):
     """Stands for a driver that is killed."""
 
 
-def search_here(crash_at: tuple[str, int] | None) -> Any:
+def search_here(crash_at: tuple[str, int] | None, crash: Exception | None = None) -> Any:
     """`harness.cluster.search.search` in this process, one trial at a time; dies before a report is delivered."""
 
     def search(train: Any, trials: Any, job: Any) -> None:
@@ -344,7 +346,7 @@ def search_here(crash_at: tuple[str, int] | None) -> Any:
 
             def report(event: Any, name: str = name) -> None:
                 if (name, event.epoch) == crash_at:
-                    raise StopHereError
+                    raise crash or StopHereError
                 if trials.reported(name, event):
                     raise SystemExit
 
@@ -352,6 +354,8 @@ def search_here(crash_at: tuple[str, int] | None) -> Any:
                 outcome = train(spec, Worker(threads=1), report)
             except SystemExit:
                 outcome = None
+            except OSError as error:
+                outcome = make_failed(error, attempts=1)
             trials.ended(name, outcome)
 
     return search
@@ -394,12 +398,19 @@ def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
     (sweep,) = [p.parent.name for p in folder.glob("tune/*/sweep.json")]
     code, out, err = harness(f"tune --resume {sweep} --out {folder} --samples 5", capsys)
     assert (code, "--samples: sweep" in err) == (2, True), "a resumed sweep keeps its own settings"
-    code, out, _ = harness(f"tune --resume {sweep} --out {folder}", capsys)
-    assert code == 0
-    again = trials_of(folder)
-    for one, other in zip(whole["trials"], again["trials"], strict=True):
-        for name in ("number", "fields", "state", "epochs", "key", "curve", "value"):
-            assert one[name] == other[name], name
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "epoch-000001.pt")
+    monkeypatch.setattr("harness.cluster.search.search", search_here(("2", 2), full))
+    code, out, err = harness(f"{SWEEP} --out {tmp_path}/full", capsys)
+    (filled,) = [p.parent.name for p in tmp_path.glob("full/tune/*/sweep.json")]
+    assert (code, err.count("\n"), "No space left on device" in err) == (1, 1, True)
+    assert f"tune --resume {filled} goes on" in out, "the trial has not failed: it lacked room"
+    monkeypatch.setattr("harness.cluster.search.search", search_here(None))
+    for name, out_dir in ((sweep, folder), (filled, tmp_path / "full")):
+        code, out, _ = harness(f"tune --resume {name} --out {out_dir}", capsys)
+        assert code == 0
+        for one, other in zip(whole["trials"], trials_of(out_dir)["trials"], strict=True):
+            for what in ("number", "fields", "state", "epochs", "key", "curve", "value"):
+                assert one[what] == other[what], what
 
     # trials are runs: in the report, finished ones never repeated, pruned ones no results
     loaded = load_records([tmp_path / "whole"])

@@ -35,7 +35,7 @@ from harness.cluster.job import Failed, Started
 from harness.loaders.datasets import Dataset
 from harness.options import Grid, Search, fill
 from harness.progress import TrialTable, describe_trial, duration
-from harness.record import Recorder, classify, lock_run
+from harness.record import Recorder, check_room, classify, lock_run
 from harness.resources import Session
 from harness.results.remote import join_uri, push_run
 from harness.results.store import SWEEPS, load_epochs, load_predictions, write_atomic
@@ -378,7 +378,9 @@ class Trials:
         return prune
 
     def ended(self, name: str, outcome: RunResult | Failed | None) -> None:
-        """Store what came of a trial; None: it was pruned."""
+        """Store what came of a trial; None: it was pruned. Raises OSError, and the trial can go on, where a disk is full."""
+        if isinstance(outcome, Failed):
+            check_room(outcome)
         (trial, spec, lock, rows), sweep = self.running.pop(name), self.sweep
         stored = outcome or Pruned(
             by=sweep.scheduler, sweep=sweep.name, epoch=rows[-1].epoch, of=sweep.epochs, error=rows[-1].error,

@@ -84,7 +84,7 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
         try:
             with stopping_on_sigterm(), trials.table.live():
                 run_search(partial(train_trial, paths=session.paths), trials, job)
-        except KeyboardInterrupt as stop:  # TimeUp says more
+        except (KeyboardInterrupt, OSError) as stop:  # TimeUp says more; a disk is full
             say(console, f"{str(stop) or 'stopped'}; harness tune --resume {trials.sweep.name} goes on")
             if isinstance(stop, TimeUp) and not any(trial.epochs for trial in trials.study.trials):
                 say(console, trials.what_fits(stop.seconds))
