@@ -176,12 +176,14 @@ def test_the_world_size_is_the_largest_that_the_cluster_can_hold(
 def test_killed_at_a_random_moment_the_same_command_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
     """A short benchmarks/chaos.py."""
     chaos = load_chaos()
-    whole, killed = (chaos.Case("local", tmp_path / name, epochs=8, images=128) for name in ("whole", "killed"))
+    log = tmp_path / "lines.txt"
+    whole, killed = (chaos.Case("local", tmp_path / name, 8, 128, log) for name in ("whole", "killed"))
     reference, *_ = chaos.measure_whole(whole)
     chance = random.Random(0)
     strikes = [chaos.Strike("group", epoch, chance.uniform(0, 0.3)) for epoch in (2, 5)]
     outcome, readings = chaos.try_once(killed, strikes, chance)
     assert outcome == reference, readings
+    assert "killed group" in log.read_text().splitlines(), "what was done stands among what was printed"
     assert [reading["interrupted"] for reading in readings] == [True, True], readings
     (stored,) = load_records([tmp_path / "killed"]).records
     assert [attempt["reason"] for attempt in stored.record.environment["attempts"]] == [
