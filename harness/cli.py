@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ import typer
 
 from harness import options as groups
 from harness.options import Option, default_out, fill, load_named, options_of
-from harness.spec import INSTALL, UserError
+from harness.spec import FULL, INSTALL, UserError
 
 app = typer.Typer(
     name="harness",
@@ -196,7 +195,7 @@ def main() -> None:
             raise
         message = f"{error.name} is not installed: {INSTALL}"
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         code = 1
         message = f"{error.filename or 'a file'}: {error.strerror}; it can go on once there is room"

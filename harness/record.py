@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import subprocess
@@ -26,10 +25,9 @@ from harness.results.identity import hash_code
 from harness.results.remote import Remote, StorageError, pull_run, push_finished, push_run, redact
 from harness.results.store import Stored
 from harness.results.values import EpochMetrics, Failure, NodeUse, Pruned, Record, RunResult
-from harness.spec import RunPaths, RunSpec, UserError, mistakes
+from harness.spec import FULL, RunPaths, RunSpec, UserError, mistakes
 
 ATTEMPTS = "attempts.jsonl"
-FULL = (errno.ENOSPC, errno.EDQUOT)
 DALI_WHEELS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")
 PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py", *DALI_WHEELS)
 STATUSES: dict[type, Literal["done", "failed", "pruned"]] = {RunResult: "done", Failed: "failed", Pruned: "pruned"}

@@ -6,6 +6,7 @@ What a run measures (`EpochMetrics`, `RunResult`) is defined in `harness.results
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Engine = Literal["eager", "compile", "graph"]
 FEW = 20  # words that a message lists
 OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "batch": "batch_size", "model": "variant"}
+FULL = (errno.ENOSPC, errno.EDQUOT)  # numbers of errors: a disk has no room
 INSTALL = "training needs pip install 'resnet-harness[train]'"
 
 
