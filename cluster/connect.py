@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -37,8 +38,24 @@ _ENVIRONMENT = {
 }  # fmt: skip
 
 
+class _RayProcess(subprocess.Popen[bytes]):
+    """A process of Ray's in this machine. It and its children are spared a SIGTERM to the command's process group or to all
+    processes of a job (by `timeout`, a scheduler), so that the runs can stop first."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            super().__init__(*args, process_group=0, **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def terminate(self) -> None:
+        """By Ray, at the end."""
+        os.killpg(self.pid, signal.SIGKILL)
+
+
 class ClusterError(RuntimeError):
-    """The cluster cannot be reached or has too little; the message is one line for the user."""
+    """The cluster cannot be reached, has too little, or was lost; the message is one line for the user."""
 
 
 def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False) -> Cluster:
@@ -50,6 +67,7 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
     if address is not None:
         _check_alive(address)
     import ray
+    import ray._private.services as services
     import ray._private.worker as driver
 
     def show(data: Any, ignore_prefix: bool) -> None:
@@ -61,6 +79,9 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
     with contextlib.ExitStack() as stack:
         if address is None:
             _stay_on_loopback(stack)
+            if sys.platform == "linux":  # elsewhere Ray ends its processes by this process group
+                stack.callback(setattr, services, "ConsolePopen", services.ConsolePopen)
+                services.ConsolePopen = _RayProcess
             options |= {
                 "num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False, "address": "local",
                 "object_store_memory": 256 * 2**20,  # nothing large travels through Ray
@@ -94,7 +115,7 @@ def disconnect() -> None:
 def _watch() -> None:
     """Say a last word if this process ends without `disconnect`: Ray ends it where its own processes on this node or
     the head are gone, and runs no code of ours."""
-    command = ["sh", "-c", 'read -r ended || echo "$0" >&2', LOST]
+    command = ["sh", "-c", 'trap "" TERM; read -r ended || echo "$0" >&2', LOST]
     _watchers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL))
 
 

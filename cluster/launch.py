@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
+from harness.cluster.connect import ClusterError
 from harness.cluster.job import (
     COLLECTIVE_GRACE,
     LOOPBACK,
@@ -62,6 +63,8 @@ def launch(
     `Entered` and every report of rank 0. `telemetry` is started on each node of an attempt, in an actor that ends with
     it; its measurements come as `Telemetry`.
 
+    Raises ClusterError where Ray itself is lost.
+
     Workers of a node that Ray drains stop as `Worker.notice` says, and go on elsewhere: that is no death, nor is one while
     nodes are drained. Once `leaving()` holds, all runs stop so, and then KeyboardInterrupt is raised.
 
@@ -104,6 +107,11 @@ def launch(
                 progress(specs[index], event)
         for thread in driver.threads:  # one that calls Ray later ends the process
             thread.join()
+    except ray.exceptions.RayError as error:  # of the mailbox
+        if leaving():  # Ray got the signal, too
+            raise KeyboardInterrupt from None
+        why = str(error).splitlines()[0]
+        raise ClusterError(f"Ray was lost: {why} The same command goes on from the last checkpoints") from error
     finally:
         driver.stop.set()
         ray.kill(mailbox)

@@ -36,6 +36,7 @@ terminated = threading.Event()  # in a worker: it got a SIGTERM
 def note_sigterm() -> None:
     """In a worker's main thread: a SIGTERM no longer ends it in mid-step."""
     signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 class Mailbox:

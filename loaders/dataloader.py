@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -37,7 +38,7 @@ class TorchLoader:
         self.calls_ahead = 2 * workers  # DataLoader's own
         self._loader: DataLoader[Any] = DataLoader(
             _Images(split, config), batch_sampler=self._batches, num_workers=workers,
-            persistent_workers=workers > 0, pin_memory=config.device.type == "cuda",
+            persistent_workers=workers > 0, pin_memory=config.device.type == "cuda", worker_init_fn=_stay,
         )  # fmt: skip
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -50,6 +51,11 @@ class TorchLoader:
 
     def close(self) -> None:
         self._loader = DataLoader(self._loader.dataset)  # worker processes end with the last reference to theirs
+
+
+def _stay(_: int) -> None:
+    """A SIGTERM to all processes of a job is for the trainer, which still takes batches until it stops."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class SyntheticLoader:

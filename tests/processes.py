@@ -9,6 +9,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,16 @@ class Command:
         self.stdout = os.fdopen(os.dup(reading.fileno()))
         reading.close()
 
-    def send_signal_at(self, text: str, signal: int) -> None:
-        """Once a line with this text was printed."""
+    def send_signal_at(self, text: str, signal: int, *, to_all: bool = False) -> None:
+        """Once a line with this text was printed; to all processes of the command, as a scheduler does."""
         for line in self.stdout:
             if text in line:
-                assert self.process.pid is not None
-                os.kill(self.process.pid, signal)
+                mine = self.process.pid
+                assert mine is not None
+                for pid in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
+                    with suppress(ProcessLookupError):
+                        if pid == mine or (to_all and os.getsid(pid) == mine):
+                            os.kill(pid, signal)
                 return
         raise AssertionError(f"{text!r} was never printed")
 
@@ -78,6 +83,7 @@ class Command:
 def _command(words: list[str], environment: dict[str, str], output: Any) -> None:
     from harness import cli
 
+    os.setsid()
     os.environ.clear()
     os.environ.update(environment)
     os.dup2(output.fileno(), 1)

@@ -281,14 +281,17 @@ def test_killed_and_run_again_it_resumes(tmp_path: Path, capsys: Any) -> None:
     )  # other numbers of threads may have been chosen: exact equality is tested in test_train.py
 
 
-def test_sigterm_stops_cleanly(tmp_path: Path) -> None:
-    line = f"run {QUICK} --launcher local --epochs 400 --out {tmp_path}/runs".replace("--epochs 2 ", "")
+@pytest.mark.ray
+def test_sigterm_to_all_processes_stops_cleanly(tmp_path: Path) -> None:
+    """Schedulers and `timeout` send it to Ray's own processes, too."""
+    line = f"run {QUICK} --launcher ray --epochs 4000 --out {tmp_path}/runs".replace("--epochs 2 ", "")
     stopped = Command(line)
-    stopped.send_signal_at("epoch 1/400", signal.SIGTERM)
+    stopped.send_signal_at("epoch 1/4000", signal.SIGTERM, to_all=True)
     code, rest = stopped.wait(30)
-    assert code == 130
-    assert "the same command goes on" in rest
+    assert code == 130, rest
+    assert "stopped; the same command goes on" in rest
     assert "Traceback" not in rest
+    assert list((tmp_path / "runs").glob("*.partial/checkpoints/epoch-*.pt"))
 
 
 @pytest.mark.ray

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -149,6 +150,9 @@ def test_without_padding_or_flip(loader: str, make: Any) -> None:
 def test_dataloader_with_worker_processes(make: Any) -> None:
     alone, _ = make("dataloader")
     helped, _ = make("dataloader", threads=3)
+    next(helped.epoch(0))
+    for process in multiprocessing.active_children():
+        process.terminate()  # as a scheduler does with all processes of a job: the trainer stops first
     for epoch, start in ((0, 0), (1, 2)):
         expected, found = joined(alone, epoch, start), joined(helped, epoch, start)
         assert torch.equal(expected[0], found[0])

@@ -33,7 +33,7 @@ def read_a_lost_disk() -> None:
 
 
 def _rank(rank: int, port: int, stops: int, how: str, stacks: Path, parent: Connection) -> None:
-    """All-reduce without end; the rank that is to be stopped says so, or hangs; the others say what the alarm was."""
+    """All-reduce without end; one says so and stops or hangs; the others say what the alarm was."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 
     def alarm(stalled: Stalled) -> None:
@@ -44,9 +44,10 @@ def _rank(rank: int, port: int, stops: int, how: str, stacks: Path, parent: Conn
     dog = Watchdog(torch.device("cpu"), worker, stacks)
     for step in itertools.count():
         if step == 20 and rank == stops:
-            parent.send("stop me")
-            if how == "hangs":
-                read_a_lost_disk()
+            parent.send("stopping")
+            if how == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            read_a_lost_disk()
         dog.begin()
         dist.all_reduce(torch.ones(1))
         dog.step()
@@ -78,11 +79,9 @@ def groups(stacks: Path) -> Iterator[dict[tuple[int, str], tuple[list[Any], list
 def test_who_hangs_is_named_with_what_each_rank_waits_for(tmp_path: Path) -> None:
     answers: dict[tuple[int, str], Stalled] = {}
     with groups(tmp_path) as started:
-        for (stops, how), (ranks, pipes) in started.items():
+        for (stops, _), (_, pipes) in started.items():
             assert pipes[stops].poll(200)
-            assert pipes[stops].recv() == "stop me"
-            if how == "stopped":
-                os.kill(ranks[stops].pid, signal.SIGSTOP)
+            assert pipes[stops].recv() == "stopping"
         for (stops, how), (_, pipes) in started.items():
             assert pipes[1 - stops].poll(20 * STALL_SECONDS)
             answers[stops, how] = pipes[1 - stops].recv()

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from harness import plan, until_ci
+from harness.cluster.connect import ClusterError
 from harness.cluster.job import Report, Started, Telemetry, Worker
 from harness.commands.report import export_runs, print_report, print_text, say_page
 from harness.deadline import SIGTERM_SECONDS, TimeUp, format_moment, stopping_at, stopping_on_sigterm
@@ -98,7 +99,7 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
     except TimeUp as up:
         say(console, f"{up}; the same command goes on")
         return EXIT_STOPPED
-    except RefusedError as error:
+    except (RefusedError, ClusterError) as error:
         say(console, str(error))
         return EXIT_FAILED
     return code if runs.print_results() else EXIT_FAILED
