@@ -19,6 +19,7 @@ from harness.loaders.files import Corrupt, Files
 from harness.loaders.resident import zoom
 from harness.loaders.sampling import LoaderConfig, SamplingPlan, draw_cuts
 
+OUTLAST_SECONDS = 30  # more than a command takes to stop after SIGTERM
 Job = tuple[Any, ...]
 """Which image, whether it is flipped, and where it is cut: y and x of its crop and the side of the square that is resized
 (or 0), or a box, to what that is resized, and y and x of the crop in it."""
@@ -38,7 +39,7 @@ class TorchLoader:
         self.calls_ahead = 2 * workers  # DataLoader's own
         self._loader: DataLoader[Any] = DataLoader(
             _Images(split, config), batch_sampler=self._batches, num_workers=workers,
-            persistent_workers=workers > 0, pin_memory=config.device.type == "cuda", worker_init_fn=_stay,
+            persistent_workers=workers > 0, pin_memory=config.device.type == "cuda", worker_init_fn=_outlast,
         )  # fmt: skip
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -53,9 +54,9 @@ class TorchLoader:
         self._loader = DataLoader(self._loader.dataset)  # worker processes end with the last reference to theirs
 
 
-def _stay(_: int) -> None:
-    """A SIGTERM to all processes of a job is for the trainer, which still takes batches until it stops."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _outlast(_: int) -> None:
+    """In a worker process: where all processes of a job receive SIGTERM, the trainer still takes batches until it stops."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(OUTLAST_SECONDS))
 
 
 class SyntheticLoader:
