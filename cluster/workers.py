@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -30,6 +31,7 @@ Item = TypeVar("Item")
 
 LEAVE = "leave"  # in the mailbox: by when runs have to end, all of them or an attempt at one
 FOLLOW_SECONDS = 0.05  # between two looks at what comes next
+_stores = itertools.count()
 terminated = threading.Event()  # in a worker: it got a SIGTERM
 
 
@@ -123,6 +125,14 @@ def gather(value: Item) -> list[Item]:
     every: list[Any] = [None] * count_ranks()
     dist.all_gather_object(every, value)
     return every
+
+
+def store_of_run(name: str) -> Any:
+    """A part of the process group's store that no other run of these workers uses. A collective."""
+    from torch.distributed import distributed_c10d
+
+    run = gather(next(_stores))[0]  # of rank 0: other ranks may be younger processes
+    return distributed_c10d.PrefixStore(f"{name}-{run}", distributed_c10d._get_default_store())
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,8 +94,12 @@ def zoom(images: Tensor, offset: Tensor, side: Tensor, size: int) -> Tensor:
     Each new pixel is the mean over the area that it covers, as by OpenCV's INTER_AREA, but not rounded.
     """
     rows, columns = (_areas(offset[:, axis], side, images.shape[1 + axis], size) for axis in (0, 1))
+    matmul = torch.backends.cuda.matmul
+    tf32, matmul.allow_tf32 = matmul.allow_tf32, False  # the images are the same whatever a network's precision is
     squares = torch.einsum("nrh,nhwk->nrwk", rows, images.float())
-    return torch.einsum("ncw,nrwk->nrck", columns, squares).contiguous()
+    resized = torch.einsum("ncw,nrwk->nrck", columns, squares).contiguous()
+    matmul.allow_tf32 = tf32
+    return resized
 
 
 def _areas(start: Tensor, side: Tensor, old: int, new: int) -> Tensor:

@@ -147,6 +147,19 @@ def test_one_rank_by_our_function_equals_torchs_own(precision: torch.dtype) -> N
         assert torch.allclose(own.state_dict()[name].float(), value.float(), rtol=1e-5), name
 
 
+@pytest.mark.parametrize(("norm", "words"), [("Activated", "Activated, with a forward"), (None, "momentum=None")])
+def test_what_it_cannot_stand_for_is_refused(norm: str | None, words: str) -> None:
+    """timm's batch norms apply the activation, which would be lost."""
+
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), Activated(8) if norm else nn.BatchNorm2d(8, momentum=None))
+    with pytest.raises(ValueError, match=f"batch norm with a momentum; 1 is {words}"):
+        synchronise_batch_norms(network)
+
+
 def test_a_run_of_four_workers_trains_the_network_of_one_captured_or_not(
     computed: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -156,6 +156,18 @@ def test_the_stand_in_freezes_a_python_number() -> None:
     assert not equal(everything(step)[: len(step.parameters)], before[: len(step.parameters)])
 
 
+def test_images_in_any_memory_format_are_replayed() -> None:
+    """Those of a plug-in, say; a call of the function itself would be many times slower on a GPU, and still be called "graph"."""
+    tapes: list[Tape] = []
+    step, alone = make_step(engine="graph"), make_step(engine="graph")
+    captured, (images, labels) = capture(step, lambda: tapes.append(Tape()) or tapes[-1]), batch(16)
+    before = tapes[0].replays
+    captured(images.contiguous(), labels, 16)
+    assert tapes[0].replays == before + 1
+    alone(images, labels, 16)
+    assert equal(everything(step), everything(alone))
+
+
 def test_warm_up_and_capture_leave_no_trace() -> None:
     step, alone = make_step(engine="graph"), make_step()
 

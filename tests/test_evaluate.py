@@ -25,7 +25,7 @@ from harness.models.build import build
 from harness.models.variants import NETWORKS, VARIANTS, default_depth, find_variant
 from harness.results.store import load_records
 from harness.spec import UserError
-from harness.training.evaluation import MultiScale, resize
+from harness.training.evaluation import MultiScale, evaluating, resize
 
 CLASSES = 7
 TRAIN, TEST = 42, 35  # images
@@ -36,6 +36,13 @@ def _on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     torch.set_num_threads(1)
+
+
+def test_what_is_frozen_stays_so() -> None:
+    network = nn.Sequential(nn.BatchNorm2d(3).eval(), nn.BatchNorm2d(3))
+    with evaluating(network):
+        assert not any(module.training for module in network.modules())
+    assert [module.training for module in network] == [False, True]
 
 
 def write_folder(root: Path, size: int) -> Path:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 import warnings
+from contextlib import closing, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Command, ask_two_ranks
+import torch.distributed as dist
+from processes import Command, ask_two_ranks, run_ranks
 from safetensors.torch import load_file
 from test_train import RunPaths, Worker, folder, small
 
 import harness.training.setup
 from harness.cluster.job import PreemptedError
+from harness.cluster.workers import store_of_run
 from harness.results.store import load_epochs
 from harness.results.values import EpochMetrics, RunResult
 from harness.spec import RunSpec
-from harness.training import halt
+from harness.training import checkpoint, halt
 from harness.training.halt import Halt
+from harness.training.setup import prepare
 from harness.training.train import train
 
 STEPS, EPOCHS = 3, 2
@@ -161,8 +166,6 @@ def test_an_epoch_is_ended_only_where_there_is_time(monkeypatch: pytest.MonkeyPa
 
 def train_two(rank: int, out: Path) -> list[Any]:
     """One rank of an undisturbed run, and of one in which rank 1 is told to leave twice. What each came to."""
-    import torch.distributed as dist
-
     asked, stopped = mixed(workers=2, limit_train=320, recipe={"duration": 6}), list[str]()
 
     def attempt(name: str, number: int, notice: Any) -> None:
@@ -189,6 +192,54 @@ def test_two_ranks_stop_before_the_same_step(tmp_path: Path) -> None:
     assert mine[0] == theirs[0], "where they stopped"
     assert len(mine[0]) == 2
     assert mine[1] == mine[2] == theirs[2], "bit for bit"
+
+
+def train_three(rank: int, out: Path) -> None:
+    """One rank of an undisturbed run, and of one that is begun twice: DDP sums in another order after its first step."""
+    asked = mixed(workers=3)
+    for name, number, stop in (("whole", 0, None), ("left", 1, 3), ("left", 2, None)):
+        dist.init_process_group("gloo", init_method=f"file://{out / f'{name}-{number}'}", rank=rank, world_size=3)
+        harness.training.setup.Halt, StopAt.stop = StopAt, stop or 0
+        with suppress(PreemptedError):
+            run(asked, out / name, rank=rank, world_size=3)
+        dist.barrier()
+        dist.destroy_process_group()
+    assert content(asked, out / "whole") == content(asked, out / "left")
+
+
+def test_three_ranks_go_on_bit_for_bit(tmp_path: Path) -> None:
+    run_ranks(train_three, tmp_path, ranks=3)
+
+
+def resume_two(rank: int, out: Path) -> list[Any]:
+    """Rank 1's node does not see the newest checkpoint, as with NFS. From which epoch each goes on, and what it says."""
+    dist.init_process_group("gloo", init_method=f"file://{out / 'meeting'}", rank=rank, world_size=2)
+    said, paths = list[str](), RunPaths(out=out / str(rank), label="digits")
+    row = EpochMetrics(epoch=1, steps=1, images=40, loss=1.0, error=9.0, lr=0.1, train_seconds=1.0,
+                       data_stall_seconds=0.0, eval_seconds=0.1, images_per_second=40.0)  # fmt: skip
+    asked = mixed(workers=2)
+    with closing(prepare(asked, Worker(threads=1, rank=rank, world_size=2), paths, said.append)) as prepared:
+        for epochs in (1, 2)[: 2 - rank]:
+            checkpoint.save(prepared, paths.partial(asked), [row] * epochs)
+        history, _ = checkpoint.resume(prepared, paths.partial(asked))
+    dist.destroy_process_group()
+    return [len(history), said]
+
+
+def test_ranks_resume_from_the_same_checkpoint(tmp_path: Path) -> None:
+    (mine, said), (theirs, nothing) = ask_two_ranks(resume_two, tmp_path)
+    assert (mine, theirs, nothing) == (1, 1, [])
+    assert re.fullmatch(r"not every rank can read checkpoint .*/epoch-000002\.pt, taking the one before", *said)
+
+
+def test_the_next_run_of_kept_workers_does_not_read_that_the_last_one_had_to_stop(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        stores = [store_of_run("halt") for _ in (1, 2)]
+        stores[0].set("stop", "1")
+        assert [store.check(["stop"]) for store in stores] == [True, False]
+    finally:
+        dist.destroy_process_group()
 
 
 RUN = "run --dataset digits --depths 8 --limit-train 640 --limit-test 64 --batch-size 8 --gpus 0 --loader resident --launcher local --epochs 2"

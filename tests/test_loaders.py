@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from harness.loaders.datasets import Split
 from harness.loaders.loader import LOADERS, Loader, make_loaders
 from harness.loaders.resident import crop, crop_by_index
 from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_normalize
+from harness.training.evaluation import evaluate
 
 REAL = [name for name in LOADERS if name != "synthetic"]
 HEIGHT, WIDTH, PAD, BATCH = 12, 10, 3, 16
@@ -144,6 +145,26 @@ def test_without_padding_or_flip(loader: str, make: Any) -> None:
     images, labels = joined(make(loader, augment=augment, normalize=normalize)[0], epoch=0)
     expected = TRAIN.images[labels.numpy()].transpose(0, 3, 1, 2) / 255 - normalize.mean[:, None, None]
     np.testing.assert_allclose(images, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("loader", REAL)
+def test_images_of_an_evaluation_do_not_depend_on_its_precision(loader: str, make: Any) -> None:
+    """Resized by products of matrices, which autocast would make bf16, and a GPU TF32."""
+    square = Split(TRAIN.images[:, :10, :10], TRAIN.labels)
+    augment = Augment(0, "zero", 6, flip=False, scale_range=(12, 14))
+    _, test = make(
+        loader, train=square, test=square, augment=augment, normalize=make_normalize("channel-mean", square)
+    )
+    network, seen = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 36, 70)), list[torch.Tensor]()
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images.clone())
+        return cast("torch.Tensor", network(images))
+
+    for precision in ("fp32", "bf16"):
+        evaluate(network, test, images=70, precision=precision, forward=forward)
+    batches = len(seen) // 2
+    assert all(map(torch.equal, seen[:batches], seen[batches:]))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

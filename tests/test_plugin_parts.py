@@ -23,11 +23,12 @@ from harness.loaders.datasets import DataError, load_dataset
 from harness.loaders.own import read_split
 from harness.models.build import build
 from harness.models.variants import VARIANTS, Recipe, find_variant
-from harness.plugins import load_file
+from harness.plugins import PluginError, load_file
 from harness.results.store import load_records
 from harness.search_space import parse_settings
-from harness.spec import RunSpec, UserError
+from harness.spec import RunPaths, RunSpec, UserError
 from harness.training import checks
+from harness.training.fit import try_out
 from harness.training.recipe import AUGMENTATIONS, augment, learning_rate, make_optimizer, set_lr
 
 OPTIMIZER = """
@@ -159,6 +160,8 @@ def test_steps_of_a_plugins_optimizer_are_captured_only_if_it_says_so(tmp_path: 
             expand("cuda", settings=settings, engine=engine)
     load_file(write(tmp_path, OPTIMIZER.replace("@plugin.optimizer", "@plugin.optimizer(capturable=True)")))
     assert expand("cuda", settings=settings).engine == "graph"
+    with pytest.raises(PluginError, match="makes state in a step: with capturable=True"):
+        try_out("optimizer", "sign", expand(settings=settings), load_dataset("digits"), RunPaths(out=tmp_path))
 
 
 def test_lazily_made_state_is_resumed_exactly(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import run_ranks
+from safetensors.torch import load_file
 from torch import nn
 
 import harness.training.setup
@@ -35,7 +37,7 @@ from harness.training.recipe import learning_rate, set_lr
 from harness.training.setup import Data, Prepared, Trainer
 from harness.training.step import Step, mix
 from harness.training.telemetry import EpochReading, EpochTelemetry
-from harness.training.train import run_steps, train
+from harness.training.train import run_steps, save_weights, train
 from harness.training.watchdog import Watchdog
 
 
@@ -401,3 +403,16 @@ def test_a_rank_alone_in_its_process_group_calls_no_collective(
         monkeypatch.undo()
         dist.destroy_process_group()
     assert result.epochs
+
+
+def test_tied_weights_are_stored(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.other.weight = self.one.weight
+
+    network = Tied()
+    save_weights(SimpleNamespace(network=network, spec=spec()), tmp_path)  # type: ignore[arg-type]
+    Tied().load_state_dict(stored := load_file(tmp_path / "weights.safetensors"))
+    assert torch.equal(stored["other.weight"], network.one.weight)

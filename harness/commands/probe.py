@@ -41,7 +41,7 @@ from harness.training.evaluation import evaluating
 from harness.training.memory import largest
 from harness.training.recipe import total_steps
 from harness.training.setup import Trainer, make_step, prepare, training
-from harness.training.step import deterministic_algorithms, synchronize
+from harness.training.step import deterministic_algorithms, make_autocast, synchronize
 from harness.training.telemetry import EpochTelemetry, device_name
 from harness.training.train import run_steps
 from harness.training.watchdog import Watchdog
@@ -163,10 +163,12 @@ def time_steps(trainer: Trainer, epoch: int) -> tuple[EpochMetrics, float]:
 def time_eval(trainer: Trainer, loader: Loader) -> float:
     """Seconds of a batch of an evaluation: the mean of the first EVAL_BATCHES."""
     batches, started_at = min(EVAL_BATCHES, loader.steps), time.perf_counter()
-    with evaluating(trainer.run.network, trainer.run.spec.precision):
+    device, precision = trainer.run.device, trainer.run.spec.precision
+    with evaluating(trainer.run.network):
         for images, _ in itertools.islice(loader.epoch(0), batches):
-            trainer.forward(images)
-        synchronize(trainer.run.device)
+            with make_autocast(device, precision):
+                trainer.forward(images)
+        synchronize(device)
     return (time.perf_counter() - started_at) / max(1, batches)
 
 

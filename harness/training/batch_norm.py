@@ -89,7 +89,16 @@ class _Normalise(torch.autograd.Function):
 
 
 def synchronise_batch_norms(network: nn.Module) -> None:
-    """Make every batch norm of the network one over all ranks, in place; names and values stay."""
-    for module in network.modules():
+    """Make every batch norm of the network one over all ranks, in place; names and values stay.
+
+    Raises ValueError for one that does more than torch's own, timm's with its activation, say, or averages all batches.
+    """
+    for name, module in network.named_modules():
         if isinstance(module, _BatchNorm):
+            averages = module.track_running_stats and module.momentum is None
+            if type(module).forward is not _BatchNorm.forward or averages:
+                what = "momentum=None" if averages else f"{type(module).__name__}, with a forward pass of its own"
+                raise ValueError(
+                    f"--batch-norm sync takes torch's own batch norm with a momentum; {name} is {what}"
+                )
             module.__class__ = SyncBatchNorm

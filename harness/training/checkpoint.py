@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from harness.cluster.workers import gather
 from harness.results.remote import CHECKPOINTS
 from harness.results.store import writing
 from harness.results.values import EpochMetrics, Value
@@ -18,6 +19,7 @@ from harness.spec import CheckpointError
 from harness.training.setup import Prepared
 
 KEPT = 2
+_NEWEST = "~"  # after every name
 
 
 class EpochPart(Value):
@@ -68,13 +70,35 @@ def save(run: Prepared, folder: Path, history: Sequence[EpochMetrics], part: Epo
 
 
 def resume(run: Prepared, folder: Path) -> tuple[list[EpochMetrics], EpochPart | None]:
-    """Load the newest checkpoint that is whole into the run: the epochs that it has done, none where there is no
+    """Load the newest checkpoint that every rank can read into the run: the epochs that it has done, none where there is no
     checkpoint, and what it has done of the next one. An epoch is not gone on with by another number of workers, but
-    begun again. One that is damaged is skipped with a warning.
+    begun again. One that is damaged is skipped with a warning. A collective: nodes may see a folder differently.
 
     Raises CheckpointError where it belongs to a run with another key. Nothing in the file is executed.
     """
+    name, names, history, part = "", [_NEWEST], list[EpochMetrics](), None
+    while any(other != name for other in names):
+        name, state, history, part = _read(run, folder, min(names))
+        names = gather(name)
+        if name > min(names):
+            run.loader_config.warn(f"not every rank can read checkpoint {folder / name}, taking the one before")
+    if name:
+        run.network.load_state_dict(state["network"])
+        # but not the lr, which every epoch sets: it is a tensor on a device or is not
+        groups = zip(run.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True)
+        restored = [own | kept | {"lr": own["lr"]} for own, kept in groups]
+        run.optimizer.load_state_dict({**state["optimizer"], "param_groups": restored})
+        run.scaler.load_state_dict(state["scaler"])
+    return history, part
+
+
+def _read(
+    run: Prepared, folder: Path, newest: str
+) -> tuple[str, dict[str, Any], list[EpochMetrics], EpochPart | None]:
+    """Name and content of the newest checkpoint that is whole, and no newer than the one of that name; "" for none."""
     for path in _stored(folder):
+        if path.name > newest:
+            continue
         try:
             with zipfile.ZipFile(path) as file:  # torch.load does not compare the checksums
                 if changed := file.testzip():
@@ -92,14 +116,8 @@ def resume(run: Prepared, folder: Path) -> tuple[list[EpochMetrics], EpochPart |
             raise CheckpointError(f"checkpoint {path} belongs to run {owner}, not to {run.spec.key}")
         if part and len(part.sums) != run.loader_config.world_size:
             continue
-        run.network.load_state_dict(state["network"])
-        # but not the lr, which every epoch sets: it is a tensor on a device or is not
-        groups = zip(run.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True)
-        restored = [own | kept | {"lr": own["lr"]} for own, kept in groups]
-        run.optimizer.load_state_dict({**state["optimizer"], "param_groups": restored})
-        run.scaler.load_state_dict(state["scaler"])
-        return history, part
-    return [], None
+        return path.name, state, history, part
+    return "", {}, [], None
 
 
 def _check(run: Prepared, state: dict[str, Any]) -> tuple[list[EpochMetrics], EpochPart | None]:

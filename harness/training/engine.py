@@ -145,8 +145,8 @@ class Engine:
 
 
 def signature(inputs: Sequence[Tensor | float]) -> tuple[Any, ...]:
-    """What a graph is made for: shapes, strides and types of tensors, and numbers."""
-    return tuple((i.shape, i.stride(), i.dtype) if isinstance(i, Tensor) else i for i in inputs)
+    """What a graph is made for: shapes and types of tensors, and numbers. It copies inputs, of any strides, into its own."""
+    return tuple((i.shape, i.dtype) if isinstance(i, Tensor) else i for i in inputs)
 
 
 def choose(

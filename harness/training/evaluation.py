@@ -76,15 +76,16 @@ def resize(images: Tensor, scale: int) -> Tensor:
 
 
 @contextmanager
-def evaluating(network: nn.Module, precision: Precision) -> Iterator[None]:
-    """What an evaluation is done in."""
-    was_training, device = network.training, next(network.parameters()).device
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """What an evaluation is done in, but for the precision of the network."""
+    training = [module for module in network.modules() if module.training]  # others are frozen
     network.eval()
     try:
-        with torch.inference_mode(), make_autocast(device, precision):
+        with torch.inference_mode():
             yield
     finally:
-        network.train(was_training)
+        for module in training:
+            module.training = True
 
 
 def evaluate(
@@ -104,11 +105,13 @@ def evaluate(
     Raises RuntimeError where the ranks together saw another number: an error over part of a set is not its error.
     """
     # images, top-1 hits, top-5 hits, loss; stays so where there are more ranks than images
-    sums = torch.zeros(4, dtype=torch.float64, device=next(network.parameters()).device)
+    device = next(network.parameters()).device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     classes = 0
-    with evaluating(network, precision):
+    with evaluating(network):
         for batch, labels in loader.epoch(0):
-            logits = (forward or network)(batch)
+            with make_autocast(device, precision):  # of the network alone: a loader's arithmetic is fp32
+                logits = (forward or network)(batch)
             classes = logits.shape[1]
             ranked = logits.topk(min(5, classes), dim=1).indices
             hits = ranked == labels[:, None]

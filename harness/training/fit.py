@@ -34,7 +34,7 @@ from harness.plugins import Loaded, blaming, load_sources, names_of, used_by
 from harness.progress import load_data
 from harness.spec import RunPaths, RunSpec, Source
 from harness.training import checks
-from harness.training.recipe import augment, learning_rate, make_optimizer, total_steps
+from harness.training.recipe import CAPTURABLE, augment, learning_rate, make_optimizer, total_steps
 from harness.training.setup import assemble
 
 IMAGES, BATCH = 8, 16
@@ -117,14 +117,24 @@ def fit_optimizer(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
         missed = len(set(parameters) - {p for group in optimizer.param_groups for p in group["params"]})
         need(not missed, f"lacks {missed} of the {len(parameters)} parameters: it is given them as groups")
         before = [p.detach().clone() for p in parameters]
+        made, captured = _state_of(optimizer), spec.recipe.optimizer in CAPTURABLE
         for _ in range(2):
             for p in parameters:
                 p.grad = torch.ones_like(p)
             optimizer.step()
+        stays = [*map(id, made)] == [*map(id, _state_of(optimizer))]
+        need(
+            stays or not captured,
+            "makes state in a step: with capturable=True, it makes all at once and then changes it in place",
+        )
         need(not any(map(torch.equal, parameters, before)), "leaves parameters as they are in two steps")
         ends.append(parameters)
     need(equal(*ends), "ends two equal steps with other parameters each time")
     return f"all {len(parameters)} parameters, and the same each time"
+
+
+def _state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
 def fit_schedule(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:

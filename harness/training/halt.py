@@ -8,10 +8,9 @@ import threading
 import time
 
 from torch._C._distributed_c10d import HashStore, Store
-from torch.distributed import distributed_c10d
 
 from harness.cluster.job import Worker
-from harness.cluster.workers import count_ranks, gather
+from harness.cluster.workers import count_ranks, gather, store_of_run
 from harness.training.host import Repeat
 
 POLL_SECONDS = 0.5
@@ -39,7 +38,7 @@ class Halt:
         if self._notice is not None:
             self._store: Store = HashStore()
             if len(self._ranks) > 1:
-                self._store = distributed_c10d.PrefixStore("halt", distributed_c10d._get_default_store())
+                self._store = store_of_run("halt")
             self._thread = Repeat(self._poll, POLL_SECONDS)
 
     def may_begin(self) -> bool:

@@ -27,7 +27,7 @@ from harness.training.evaluation import evaluating
 from harness.training.halt import Halt
 from harness.training.memory import MemoryMeter
 from harness.training.recipe import make_optimizer
-from harness.training.step import Step, set_precision, wrap_ddp
+from harness.training.step import Step, make_autocast, set_precision, wrap_ddp
 from harness.training.watchdog import Watchdog
 
 EVAL_BATCH_SIZE = 1000
@@ -199,8 +199,12 @@ def training(run: Prepared, worker: Worker | None = None, stacks: Path | None = 
         engine, forward = steps[-1], forwards[-1]
         if spec.engine != "eager":
             engine = choose(steps, step_calls(run), warn, step.restoring)
-            with evaluating(network, spec.precision):
+            with evaluating(network), make_autocast(device, spec.precision):
                 forward = choose(forwards, eval_calls(run), warn)
+        elif run.loader_config.world_size > 2 and step.all_reduce is None:
+            # after its first step DDP lays gradients out in another order, in which more than two ranks sum them otherwise
+            with step.restoring():
+                engine(*step_calls(run)[0])
         if device.type == "cuda":  # pools are filled at the first batch
             with run.meter.category("data loader"):
                 next(run.train_loader.epoch(0))

@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from harness.cluster.job import Stalled, Worker
-from harness.cluster.workers import gather
+from harness.cluster.workers import gather, store_of_run
 from harness.training.host import Repeat
 
 EVERY_STEPS = 8
@@ -61,7 +60,7 @@ class Watchdog:
         self._threads = [Repeat(self._guard, beat / POLLS_PER_BEAT)]
         if len(self._ranks) > 1:
             self._beats = 0
-            self._store = distributed_c10d.PrefixStore("alive", distributed_c10d._get_default_store())
+            self._store = store_of_run("alive")
             self._threads.append(Repeat(self._beat, beat))
 
     # --- where the run trains ---
