@@ -138,6 +138,16 @@ def test_the_difference_is_that_of_the_two_figures_beside_it(metric: str) -> Non
         assert figure.interval.low <= figure.difference <= figure.interval.high
 
 
+@pytest.mark.parametrize(
+    ("share", "verdict"),
+    [(0.9517, "equivalent"), (0.948, "different"), (1.0483, "equivalent"), (0.95, "cannot tell")],
+)
+def test_the_verdict_follows_from_the_interval_and_the_margin_that_are_shown(share: float, verdict: str) -> None:
+    one, two = (make_rows([8.0] * 5, [s * (1 + k / 5000) for k in range(5)]) for s in (4.0, 4.0 * share))
+    (pair,) = compare(at(one, 0, 4, 8, 12, 16), at(two, 2, 6, 10, 14, 18))  # a session each
+    assert pair.figures[1].verdict == verdict
+
+
 def test_one_session_each_is_said_and_widens_the_interval() -> None:
     one, two = make_rows(*BASE), make_rows(BASE[0], [v * 1.02 for v in BASE[1]])
     (pair,) = compare(at(one, 0, 0.1, 0.2, 0.3, 0.4), at(two, 2, 2.1, 2.2, 2.3, 2.4))
