@@ -103,7 +103,7 @@ def known_errors(recorder: Recorder, specs: Sequence[RunSpec]) -> Rows:
     rows = summarise(load_records(folders, recorder.known).records)
     for row in sorted(rows, key=lambda row: max(run.record.finished_at for run in row.done)):
         test = row.evaluated_on == "val"
-        errors = tuple(filter(math.isfinite, row.values("test_error" if test else "error")))
+        errors = tuple(filter(math.isfinite, row.values(row.test_metric)))
         first, spec = row.done[0].record, row_of[row.done[0].record.key]
         known[spec] = Known(errors, first.images(test=test), spec in lost or len(errors) < len(row.done))
     return known
