@@ -430,6 +430,16 @@ def test_the_page_of_a_comparison() -> None:
     assert values["pairs"][0]["figures"][0]["difference"] == pytest.approx(0.5)
 
 
+def test_a_disturbed_side_is_named() -> None:
+    timing = {"epochs": 0, "fastest": None, "slowest": None}
+    disturbed = make_rows([8.0], [9.0], result={"timing": timing, "interference": ("it swapped",)})
+    pairs = compare(disturbed, make_rows([8.0], [4.5]))
+    said = "A: no epoch was undisturbed (it swapped): the seconds are of disturbed ones"
+    assert f"\nmsra-20: {said}\n" in render_comparison(pairs, width=150)
+    assert json.loads(render_comparison(pairs, "json"))["pairs"][0]["notes"] == [said]
+    assert not check_conditions(pairs, parse_fail_on("error>+2")).failed
+
+
 def test_why_names_records_epochs_and_formula(tmp_path: Path) -> None:
     untimed: list[dict[str, Any]] = [
         {"untimed": "warm-up"},

@@ -13,6 +13,7 @@ import pytest
 
 from harness.results.metrics import Figure
 from harness.results.published import find_published
+from harness.results.report.notes import make_notes
 from harness.results.report.table import FORMATS, render
 from harness.results.rows import Row, summarise
 from harness.results.store import Interrupted, Stored
@@ -355,6 +356,18 @@ def test_energy_and_disturbed_epochs() -> None:
     assert "the GPU was throttled in some epochs: they are left out" in " ".join(page.split())
     (row,) = json.loads(render(summarise(runs), "json"))["rows"]
     assert row["energy_joules"] == 53_000.0
+
+
+def test_seconds_of_disturbed_epochs_say_so() -> None:
+    timing = {"epochs": 0, "fastest": None, "slowest": None, "untimed": {"interference: it swapped": 179}}
+    peak = {"forward_flops": 41_000_000, "peak_flops": 1e15, "interference": ("it swapped",)}
+    disturbed = [make_run(seed, result={"timing": timing, **peak}) for seed in (0, 1)]
+    notes = make_notes(summarise(disturbed))
+    (text,) = (text for text in notes if "it swapped" in text)
+    assert text == "no epoch was undisturbed (it swapped): the seconds are of disturbed ones"
+    assert notes[text].keys() == {"epoch_seconds", "images_per_second", "mfu", "published_epoch_seconds"}
+    mixed = set(make_notes(summarise([*disturbed, make_run(2, result=peak)])))
+    assert mixed >= {f"in 2 of 3 runs {text}", "it swapped in some epochs: they are left out"}
 
 
 def test_a_run_whose_width_changed_is_averaged_with_no_other() -> None:

@@ -77,7 +77,18 @@ def _condition_notes(row: Row) -> Noted:
         yield "device failed its check" if failed else "device never checked: `harness check`", "device"
 
 
+def disturbed_notes(row: Row) -> Noted:
+    """Whether its seconds are of disturbed epochs."""
+    if disturbed := [result for result in row.results if result.all_disturbed]:
+        causes = ", ".join(dict.fromkeys(cause for result in disturbed for cause in result.interference))
+        some = f"in {len(disturbed)} of {len(row.done)} runs " * (len(disturbed) < len(row.done))
+        of = [n for n in ("epoch_seconds", "images_per_second", "mfu") if row.figures[n].value is not None]
+        of += ["published_epoch_seconds"] * bool(cost_entry(row))
+        yield f"{some}no epoch was undisturbed ({causes}): the seconds are of disturbed ones", *of
+
+
 def _timing_notes(row: Row) -> Noted:
+    yield from disturbed_notes(row)
     concurrent = row.conditions.get("concurrent runs", {}).keys()
     if concurrent - {"1"}:
         yield f"timed with {' or '.join(sorted(concurrent))} runs going on at a time", "epoch_seconds"
@@ -95,7 +106,7 @@ def _timing_notes(row: Row) -> Noted:
         for warning in result.warnings:
             own = f"{row.name} seed {stored.record.seed}: {_shorten(warning)}", "n"
             yield (warning, "engine") if warning.startswith("engine ") else own
-        for cause in result.interference:
+        for cause in () if result.all_disturbed else result.interference:
             yield f"{cause} in some epochs: they are left out", "epoch_seconds"
     if "widths" in row.fields:
         yield f"epochs with other than {row.workers} workers are left out", "epoch_seconds"
