@@ -18,6 +18,7 @@ from harness.results.report.table import FORMATS, render
 from harness.results.rows import Row, summarise
 from harness.results.store import Interrupted, Stored
 from harness.results.values import Failure, Measurement, Memory, Record, RunResult
+from harness.until_ci import Known
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -391,7 +392,20 @@ def test_rows_say_which_seeds_were_added_and_what_contradicts_itself() -> None:
     (row,) = summarise([*added, *runs[:5]])
     assert row.planned == 5
     assert row.values("error")[:5] == [8.0, 8.1, 8.2, 8.3, 8.4]
-    assert "seeds after the first 5 were added until the error was known to ±0.25 points" in text([row])
+    assert "seeds after the first 5 were added towards ±0.25 points" in make_notes([row])
+
+
+@pytest.mark.parametrize(
+    ("held_out", "known"),
+    [({}, f"; the error is known to ±{Known((6.0, 7.0, 8.0, 9.0, 10.0, 11.0), 10_000).half:.2f} points (95 %)"),
+     ({"evaluated_on": "val", "test_error": 8.0, "test_images": 10_000}, "")],
+)  # fmt: skip
+def test_a_goal_that_was_missed_is_not_called_reached(held_out: dict[str, Any], known: str) -> None:
+    """The test set's error is the one that is watched."""
+    runs = [make_run(seed, 6.0 + seed, result=held_out) for seed in range(6)]
+    added = Stored(runs[5].record.model_copy(update={"added_until": 0.25}), runs[5].folder)
+    notes = make_notes(summarise([*runs[:5], added]))
+    assert f"seeds after the first 5 were added towards ±0.25 points{known}" in notes
 
 
 def test_a_record_that_contradicts_itself_is_marked() -> None:

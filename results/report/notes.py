@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from functools import partial
 from harness.results.metrics import METRICS, NONE, Metric, figures
 from harness.results.report.columns import cost_entry, end_of
 from harness.results.rows import Row, incomparable
-from harness.results.statistics import wilson
+from harness.results.statistics import goal_half, wilson
 from harness.results.values import UNMEASURED
 from harness.results.verify import contradictions
 
@@ -118,7 +119,10 @@ def _run_notes(row: Row) -> Noted:
         yield "a seed that was run more than once counts with its last run", "n"
     if row.planned:
         until = max(run.record.added_until or 0.0 for run in row.done)
-        yield f"seeds after the first {row.planned} were added until the error was known to ±{until:g} points", "n"
+        images = row.done[0].record.images(test=row.evaluated_on == "val")
+        half = goal_half(row.values(row.test_metric), images)
+        known = f"; the error is known to ±{half:.2f} points (95 %)" if until < half < math.inf else ""
+        yield f"seeds after the first {row.planned} were added towards ±{until:g} points{known}", "n"
     for stored in row.pruned:
         beside = f"{row.name} seed {stored.record.seed} was {end_of(stored)} epochs by a search"
         yield beside if row.done else "pruned by a search before its end: averaged with nothing", where
