@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from harness.results.explain import why
 from harness.results.metrics import Figure
 from harness.results.published import find_published
 from harness.results.report.notes import make_notes
@@ -357,6 +358,26 @@ def test_energy_and_disturbed_epochs() -> None:
     assert "the GPU was throttled in some epochs: they are left out" in " ".join(page.split())
     (row,) = json.loads(render(summarise(runs), "json"))["rows"]
     assert row["energy_joules"] == 53_000.0
+
+
+def test_what_a_measured_figure_holds_is_said() -> None:
+    """A reason beside a value is a note, and `harness why` has that of each run."""
+
+    def spend(*reasons: str | None) -> list[Row]:
+        joules = [Measurement(value=9e5, reason=reason) for reason in reasons]
+        return summarise([make_run(seed, result={"energy_joules": one}) for seed, one in enumerate(joules)])
+
+    shared, counted = "with the energy of other processes in 170 epochs", "3 disturbed epochs count"
+    assert make_notes(spend(shared, shared))[f"kJ: {shared}"] == {"energy_joules": {0}}
+    assert f"kJ in 1 of 2 runs: {shared}" in make_notes(spend(None, shared))
+    rows = spend(shared, counted)
+    assert f"kJ: {shared} (of one run; for the others see harness why)" in make_notes(rows)
+    assert f"seed 0: 900 ({shared}), seed 1: 900 ({counted})\n" in why(rows[0])
+    rss = Measurement(value=812.4, reason="of the whole process: its peak cannot be reset here")
+    memory = make_result().memory.model_copy(update={"rss_mib": rss})
+    on_cpu, on_gpu = ([make_run(result={"memory": memory}, device=device)] for device in ("cpu", "cuda"))
+    assert f"RSS: {rss.reason}" in make_notes(summarise(on_cpu))
+    assert f"RSS: {rss.reason}" not in make_notes(summarise(on_gpu)), "where the table has no such column"
 
 
 def test_seconds_of_disturbed_epochs_say_so() -> None:

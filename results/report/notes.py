@@ -29,7 +29,7 @@ def make_notes(rows: Sequence[Row]) -> Mapping[str, Mapping[str, set[int]]]:
     failures: dict[str, list[tuple[int, str]]] = defaultdict(list)  # why -> rows and names
     samples: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
     for i, row in enumerate(rows):
-        for source in (_condition_notes, _timing_notes, _run_notes, _published_notes, _missing_notes):
+        for source in (_condition_notes, _timing_notes, _run_notes, _published_notes, _reading_notes):
             for text, *columns in source(row):
                 for column in columns:
                     notes[text][column].add(i)
@@ -155,12 +155,16 @@ def _published_notes(row: Row) -> Noted:
         yield text, "published_epoch_seconds", "published_memory_mib"
 
 
-def _missing_notes(row: Row) -> Noted:
-    """Why figures are missing, of all runs or of some; a GPU's are not expected of a CPU."""
+def _reading_notes(row: Row) -> Noted:
+    """What is to be known of figures, or why they are missing, in all runs or in some; a GPU's are not expected of a CPU."""
     missing: dict[str, list[Metric]] = defaultdict(list)
     for name, metric in METRICS.items():
         figure = row.figures[name]
         expected = metric.in_table and metric.device in (None, "cpu", row.fields.get("device"))
+        if figure.remarks and metric.in_table and metric.device in (None, row.fields.get("device")):
+            some = f" in {len(figure.remarks)} of {len(row.done)} runs" * (len(figure.remarks) < len(row.done))
+            more = " (of one run; for the others see harness why)" * (len(set(figure.remarks)) > 1)
+            yield f"{metric.title}{some}: {_shorten(figure.remarks[0])}{more}", name
         if not expected or figure.reason in (None, UNMEASURED.reason) or not row.done:
             continue
         reason = _untimed(row) if metric.kind == "time" else figure.reason or ""
