@@ -17,11 +17,11 @@ from harness.loaders.datasets import Dataset
 from harness.record import Recorder
 from harness.results.published import find_published
 from harness.results.rows import summarise
-from harness.results.statistics import PRIOR_FREEDOM, estimate_mean, mean, prior_std, smallest, t_quantile
+from harness.results.statistics import GOAL_LEVEL, PRIOR_FREEDOM, goal_half, mean, prior_std, smallest, t_quantile
 from harness.results.store import load_records
 from harness.spec import RunSpec, UserError, refuse
 
-LEVEL, FIRST, MAX_SEEDS = 0.96, 5, 10
+FIRST, MAX_SEEDS = 5, 10
 RESERVE = 1.1  # of the spread: where the limit only just suffices, the rows that reach the goal do so by chance
 TYPICAL = (1.0, 5.0, 10.0)  # errors in percent
 
@@ -37,8 +37,7 @@ class Known:
     @property
     def half(self) -> float:
         """Half the interval of their mean, in points."""
-        estimate = estimate_mean(self.errors, self.images) if self.errors else None
-        return math.inf if estimate is None else estimate.half(LEVEL)
+        return goal_half(self.errors, self.images)
 
 
 Rows = Mapping[RunSpec, Known]  # by their specs as seed 0
@@ -57,7 +56,7 @@ class Goal:
         spread = RESERVE * prior_std(float(f"{error:.1g}"), images)
 
         def enough(n: int) -> bool:
-            return t_quantile(0.5 + LEVEL / 2, PRIOR_FREEDOM + n - 1) * spread <= self.half * math.sqrt(n)
+            return t_quantile(0.5 + GOAL_LEVEL / 2, PRIOR_FREEDOM + n - 1) * spread <= self.half * math.sqrt(n)
 
         return smallest(enough, FIRST)
 
@@ -103,7 +102,7 @@ def known_errors(recorder: Recorder, specs: Sequence[RunSpec]) -> Rows:
     rows = summarise(load_records(folders, recorder.known).records)
     for row in sorted(rows, key=lambda row: max(run.record.finished_at for run in row.done)):
         test = row.evaluated_on == "val"
-        errors = tuple(filter(math.isfinite, row.values("test_error" if test else "error")))
+        errors = tuple(filter(math.isfinite, row.values(row.test_metric)))
         first, spec = row.done[0].record, row_of[row.done[0].record.key]
         known[spec] = Known(errors, first.images(test=test), spec in lost or len(errors) < len(row.done))
     return known

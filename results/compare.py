@@ -52,10 +52,9 @@ class Comparison:
         """Equivalent where the interval lies within the margin, different where it lies beyond it."""
         if (interval := self.interval) is None or (margin := self.metric.margin) is None:
             return "cannot tell"
-        lowest = 100 / (1 + margin / 100) - 100 if self.metric.relative else -margin  # a ratio and its inverse
-        if lowest < interval.low and interval.high < margin:
+        if -margin < interval.low and interval.high < margin:
             return "equivalent"
-        return "different" if interval.low > margin or interval.high < lowest else "cannot tell"
+        return "different" if interval.low > margin or interval.high < -margin else "cannot tell"
 
     def __str__(self) -> str:
         """ "+0.50 (+0.41 … +0.59) points" """

@@ -21,13 +21,13 @@ def why(row: Row) -> str:
     errors = row.values("error")
     mean = estimate_mean(errors, row.done[0].record.images(), row.planned) if errors else None
     return fill_template(
-        "why.txt.j2", row=row, metrics=METRICS, mean=mean if mean and math.isfinite(mean.value) else None, read=_read,
+        "why.txt.j2", row=row, metrics=METRICS, mean=mean if mean and math.isfinite(mean.value) else None, read=read_epochs,
         predicted_figures=predicted_figures, time_epochs=time_epochs, median=median, seeds_to_tell=seeds_to_tell, word=_word,
         categories=in_words,
     )  # fmt: skip
 
 
-def _read(run: Stored) -> tuple[list[EpochMetrics], list[str]]:
+def read_epochs(run: Stored) -> tuple[list[EpochMetrics], list[str]]:
     """A run's epochs, and what is wrong with them."""
     try:
         epochs = load_epochs(run.folder)

@@ -27,6 +27,7 @@ class Figure:
     std: float | None = None  # of a mean; None: one run, or another aggregation
     n: int = 0  # runs in which it was measured
     reason: str | None = None  # of the first run that did not measure it
+    remarks: tuple[str, ...] = ()  # beside the values, of each run that has any
 
 
 COMBINE: dict[str, Callable[[Sequence[float]], float]] = {
@@ -89,10 +90,12 @@ class Metric:
         values = [value for result in results if (value := self.value(result)) is not None]
         lacking = (self.measure(result).reason for result in results if self.value(result) is None)
         reason = next(filter(None, lacking), None)
+        readings = [one for result in results if isinstance(one := self.read(result), Measurement)]
+        remarks = tuple(one.reason for one in readings if one.value is not None and one.reason)
         if not values or (self.over_seeds == "mean" and len(values) < len(results)):
             return Figure(None, reason=reason)
         spread = std(values) if self.over_seeds == "mean" else None
-        return Figure(COMBINE[self.over_seeds](values), spread, len(values), reason)
+        return Figure(COMBINE[self.over_seeds](values), spread, len(values), reason, remarks)
 
     def text(self, value: float | None) -> str:
         """A value as tables show it."""

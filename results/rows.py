@@ -70,6 +70,11 @@ class Row:
         return self.figures["error"].value
 
     @property
+    def test_metric(self) -> str:
+        """The error of the test set; with `--val`, `error` is of the images held out."""
+        return "test_error" if self.evaluated_on == "val" else "error"
+
+    @property
     def epoch_seconds(self) -> float | None:
         """Training only, without warm-up."""
         return self.figures["epoch_seconds"].value

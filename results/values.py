@@ -190,13 +190,18 @@ class RunResult(Value):
         return share if share <= 100 else None
 
     @property
+    def all_disturbed(self) -> bool:
+        """Whether its seconds are of disturbed epochs, as there are no others."""
+        return self.epoch_seconds is not None and self.timing is not None and not self.timing.epochs
+
+    @property
     def test_accuracy(self) -> float | None:
         return None if self.test_error is None else 100 - self.test_error
 
 
 def summarise_epochs(epochs: Sequence[EpochMetrics]) -> dict[str, Any]:
     """The figures of a RunResult that follow from its epochs alone."""
-    # where every epoch was disturbed, their seconds are shown, and `interference` marks them
+    # where every epoch was disturbed, their seconds are shown, with a note: `all_disturbed`
     timed = [e for e in epochs if e.timed] or [e for e in epochs if e.untimed.startswith("interference")]
     seconds = median([epoch.train_seconds for epoch in timed]) if timed else None
     best = min(epochs, key=lambda epoch: epoch.error)

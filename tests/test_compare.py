@@ -138,6 +138,16 @@ def test_the_difference_is_that_of_the_two_figures_beside_it(metric: str) -> Non
         assert figure.interval.low <= figure.difference <= figure.interval.high
 
 
+@pytest.mark.parametrize(
+    ("share", "verdict"),
+    [(0.9517, "equivalent"), (0.948, "different"), (1.0483, "equivalent"), (0.95, "cannot tell")],
+)
+def test_the_verdict_follows_from_the_interval_and_the_margin_that_are_shown(share: float, verdict: str) -> None:
+    one, two = (make_rows([8.0] * 5, [s * (1 + k / 5000) for k in range(5)]) for s in (4.0, 4.0 * share))
+    (pair,) = compare(at(one, 0, 4, 8, 12, 16), at(two, 2, 6, 10, 14, 18))  # a session each
+    assert pair.figures[1].verdict == verdict
+
+
 def test_one_session_each_is_said_and_widens_the_interval() -> None:
     one, two = make_rows(*BASE), make_rows(BASE[0], [v * 1.02 for v in BASE[1]])
     (pair,) = compare(at(one, 0, 0.1, 0.2, 0.3, 0.4), at(two, 2, 2.1, 2.2, 2.3, 2.4))
@@ -418,6 +428,16 @@ def test_the_page_of_a_comparison() -> None:
     assert "| msra-20 cifar10 |" in render_comparison(pairs, "markdown")
     values = json.loads(render_comparison(pairs, "json"))
     assert values["pairs"][0]["figures"][0]["difference"] == pytest.approx(0.5)
+
+
+def test_a_disturbed_side_is_named() -> None:
+    timing = {"epochs": 0, "fastest": None, "slowest": None}
+    disturbed = make_rows([8.0], [9.0], result={"timing": timing, "interference": ("it swapped",)})
+    pairs = compare(disturbed, make_rows([8.0], [4.5]))
+    said = "A: no epoch was undisturbed (it swapped): the seconds are of disturbed ones"
+    assert f"\nmsra-20: {said}\n" in render_comparison(pairs, width=150)
+    assert json.loads(render_comparison(pairs, "json"))["pairs"][0]["notes"] == [said]
+    assert not check_conditions(pairs, parse_fail_on("error>+2")).failed
 
 
 def test_why_names_records_epochs_and_formula(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from command import harness
 from records import make_record
 
+from harness.commands.report import choose_rows
 from harness.models.variants import PRESETS, find_variant
 from harness.results.metrics import METRICS
 from harness.results.published import load_published
@@ -127,9 +128,39 @@ def test_convnet_passes_above_95_percent(store: Store, error: float, word: str, 
     record = make_record(0, error, variants=("convnet",), depths=(8,), dataset="cifar2")
     store(record, errors=(10.25, 5.15, 3.75, 3.2, error))
     out = harness("report --preset convnet", capsys)[1]
-    assert f"{word}: convnet-8 on cifar10 is {100 - error:.2f} % accurate after 5 epochs" in out
+    assert f"{word}: convnet-8 is {100 - error:.2f} % accurate on the test set of cifar10 after 5 epochs" in out
     assert f"accuracy % by epoch: 89.75, 94.85, 96.25, 96.80, {100 - error:.2f}" in out
     assert "published: 87.80, 94.45, 95.25, 96.00, 96.50" in out
+
+
+@pytest.mark.parametrize(
+    ("spec", "record", "result", "line"),
+    [
+        ({"val": 1000}, {}, {"evaluated_on": "val", "test_error": 7.0}, "FAIL: convnet-8 is 93.00 % accurate"),
+        ({"val": 1000}, {}, {"evaluated_on": "val"}, "not all runs have an error of the test set"),
+        ({"limit_test": 100}, {}, {}, "of 100 of the test images"),
+        ({}, {"original": False}, {}, "cifar2 is not a published data set's own images"),
+    ],
+)
+def test_a_preset_judges_the_whole_test_set_alone(
+    store: Store, spec: dict[str, Any], record: dict[str, Any], result: dict[str, Any], line: str
+) -> None:
+    """An error of 4 % passes, but not of other images."""
+    made = make_record(0, 4.0, variants=("convnet",), depths=(8,), dataset="cifar2", **spec)
+    assert made.result
+    whole = made.result.model_copy(update=result)
+    made = made.model_copy(update={"dataset": "cifar2", "result": whole} | record)
+    table = choose_rows(summarise([Stored(made, store(made) / made.name)]), "convnet")
+    assert not table.met
+    assert table.below[-1].startswith(line if "FAIL" in line else f"convnet-8 on cifar2 is not judged: {line}")
+    assert any(text.startswith("accuracy % by epoch") for text in table.below) == ("val" not in spec)
+
+
+def test_a_run_without_its_epochs_leaves_the_verdict(store: Store, capsys: Any) -> None:
+    runs = store(*(make_record(s, 4.0, variants=("convnet",), depths=(8,), dataset="cifar2") for s in (0, 1)))
+    next(runs.glob("*_s1_*/epochs.jsonl")).unlink()
+    code, out, _ = harness("report --preset convnet", capsys)
+    assert (code, "PASS: convnet-8 is 96.00 %" in out, "by epoch" in out) == (0, True, False)
 
 
 def test_accuracy_and_total_time_are_columns(store: Store, capsys: Any) -> None:

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
+from harness.results.explain import why
 from harness.results.metrics import Figure
 from harness.results.published import find_published
+from harness.results.report.notes import make_notes
 from harness.results.report.table import FORMATS, render
 from harness.results.rows import Row, summarise
 from harness.results.store import Interrupted, Stored
 from harness.results.values import Failure, Measurement, Memory, Record, RunResult
+from harness.until_ci import Known
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -357,6 +360,38 @@ def test_energy_and_disturbed_epochs() -> None:
     assert row["energy_joules"] == 53_000.0
 
 
+def test_what_a_measured_figure_holds_is_said() -> None:
+    """A reason beside a value is a note, and `harness why` has that of each run."""
+
+    def spend(*reasons: str | None) -> list[Row]:
+        joules = [Measurement(value=9e5, reason=reason) for reason in reasons]
+        return summarise([make_run(seed, result={"energy_joules": one}) for seed, one in enumerate(joules)])
+
+    shared, counted = "with the energy of other processes in 170 epochs", "3 disturbed epochs count"
+    assert make_notes(spend(shared, shared))[f"kJ: {shared}"] == {"energy_joules": {0}}
+    assert f"kJ in 1 of 2 runs: {shared}" in make_notes(spend(None, shared))
+    rows = spend(shared, counted)
+    assert f"kJ: {shared} (of one run; for the others see harness why)" in make_notes(rows)
+    assert f"seed 0: 900 ({shared}), seed 1: 900 ({counted})\n" in why(rows[0])
+    rss = Measurement(value=812.4, reason="of the whole process: its peak cannot be reset here")
+    memory = make_result().memory.model_copy(update={"rss_mib": rss})
+    on_cpu, on_gpu = ([make_run(result={"memory": memory}, device=device)] for device in ("cpu", "cuda"))
+    assert f"RSS: {rss.reason}" in make_notes(summarise(on_cpu))
+    assert f"RSS: {rss.reason}" not in make_notes(summarise(on_gpu)), "where the table has no such column"
+
+
+def test_seconds_of_disturbed_epochs_say_so() -> None:
+    timing = {"epochs": 0, "fastest": None, "slowest": None, "untimed": {"interference: it swapped": 179}}
+    peak = {"forward_flops": 41_000_000, "peak_flops": 1e15, "interference": ("it swapped",)}
+    disturbed = [make_run(seed, result={"timing": timing, **peak}) for seed in (0, 1)]
+    notes = make_notes(summarise(disturbed))
+    (text,) = (text for text in notes if "it swapped" in text)
+    assert text == "no epoch was undisturbed (it swapped): the seconds are of disturbed ones"
+    assert notes[text].keys() == {"epoch_seconds", "images_per_second", "mfu", "published_epoch_seconds"}
+    mixed = set(make_notes(summarise([*disturbed, make_run(2, result=peak)])))
+    assert mixed >= {f"in 2 of 3 runs {text}", "it swapped in some epochs: they are left out"}
+
+
 def test_a_run_whose_width_changed_is_averaged_with_no_other() -> None:
     steady = [make_run(seed, workers=2, result={"workers": 2}) for seed in (0, 1)]
     changed = make_run(2, workers=2, result={"workers": 2, "widths": (2, 1), "epoch_seconds": 9.0})
@@ -378,7 +413,20 @@ def test_rows_say_which_seeds_were_added_and_what_contradicts_itself() -> None:
     (row,) = summarise([*added, *runs[:5]])
     assert row.planned == 5
     assert row.values("error")[:5] == [8.0, 8.1, 8.2, 8.3, 8.4]
-    assert "seeds after the first 5 were added until the error was known to ±0.25 points" in text([row])
+    assert "seeds after the first 5 were added towards ±0.25 points" in make_notes([row])
+
+
+@pytest.mark.parametrize(
+    ("held_out", "known"),
+    [({}, f"; the error is known to ±{Known((6.0, 7.0, 8.0, 9.0, 10.0, 11.0), 10_000).half:.2f} points (95 %)"),
+     ({"evaluated_on": "val", "test_error": 8.0, "test_images": 10_000}, "")],
+)  # fmt: skip
+def test_a_goal_that_was_missed_is_not_called_reached(held_out: dict[str, Any], known: str) -> None:
+    """The test set's error is the one that is watched."""
+    runs = [make_run(seed, 6.0 + seed, result=held_out) for seed in range(6)]
+    added = Stored(runs[5].record.model_copy(update={"added_until": 0.25}), runs[5].folder)
+    notes = make_notes(summarise([*runs[:5], added]))
+    assert f"seeds after the first 5 were added towards ±0.25 points{known}" in notes
 
 
 def test_a_record_that_contradicts_itself_is_marked() -> None:

@@ -22,7 +22,7 @@ from harness.plugins import blaming
 from harness.progress import say
 from harness.results import store
 from harness.results.compare import check_conditions, compare, compare_by, nearest, parse_fail_on
-from harness.results.explain import why
+from harness.results.explain import read_epochs, why
 from harness.results.export import TARGETS, export
 from harness.results.metrics import figures
 from harness.results.published import find_published
@@ -30,7 +30,7 @@ from harness.results.remote import StorageError, is_uri, push_run, redact, split
 from harness.results.report.columns import sort_rows
 from harness.results.report.table import FORMATS, render, render_comparison
 from harness.results.report.text import fill_template
-from harness.results.rows import Row, summarise
+from harness.results.rows import Row, incomparable, summarise
 from harness.results.store import Loaded, Problem, Stored, collector_paused
 from harness.results.sweeps import Sweeps, load_sweeps
 from harness.results.verify import verify
@@ -91,7 +91,7 @@ class Table(NamedTuple):
     rows: list[Row]
     columns: tuple[str, ...] = ()  # none: all that say something
     below: Sequence[str] = ()  # lines
-    met: bool = True  # whether every finished row is as accurate as the preset's source demands
+    met: bool = True  # whether every finished row is known to be as accurate as the preset's source demands
 
 
 def choose_rows(rows: list[Row], name: str | None) -> Table:
@@ -110,11 +110,14 @@ def choose_rows(rows: list[Row], name: str | None) -> Table:
     ran, least = {(row.variant, row.depth) for row in mine}, preset.least_accuracy
     missing = {network: find_published(preset.dataset, *network) for network in places if network not in ran}
     judged = []
-    for row in (row for row in mine if row.error is not None and least is not None):
-        runs = [[100 - epoch.error for epoch in store.load_epochs(run.folder)] for run in row.done]
-        published = find_published(preset.dataset, row.variant, row.depth)
-        judged.append((row, published, list(map(fmean, zip(*runs, strict=True)))))
-    met = all(100 - (row.error or 0.0) > (least or 0.0) for row, _, _ in judged)
+    for row in (row for row in mine if row.done and least is not None):
+        error, why_not = row.figures[row.test_metric].value, [text for text, _ in incomparable(row)]
+        why_not += ["not all runs have an error of the test set"] if error is None else []
+        published = None if why_not else find_published(preset.dataset, row.variant, row.depth)
+        runs = [[getattr(epoch, row.test_metric) for epoch in read_epochs(run)[0]] for run in row.done]
+        curve = [100 - fmean(errors) for errors in zip(*runs, strict=False) if None not in errors]
+        judged.append((row, published, curve, 100 - (error or 0.0), "; ".join(why_not)))
+    met = all(accuracy > (least or 0.0) and not why_not for *_, accuracy, why_not in judged)
     below = fill_template("preset.txt.j2", missing=missing, judged=judged, least=least, figures=figures)
     return Table(mine, tuple(preset.columns), below.splitlines(), met)
 

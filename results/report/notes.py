@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from functools import partial
 from harness.results.metrics import METRICS, NONE, Metric, figures
 from harness.results.report.columns import cost_entry, end_of
 from harness.results.rows import Row, incomparable
-from harness.results.statistics import wilson
+from harness.results.statistics import goal_half, wilson
 from harness.results.values import UNMEASURED
 from harness.results.verify import contradictions
 
@@ -28,7 +29,7 @@ def make_notes(rows: Sequence[Row]) -> Mapping[str, Mapping[str, set[int]]]:
     failures: dict[str, list[tuple[int, str]]] = defaultdict(list)  # why -> rows and names
     samples: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
     for i, row in enumerate(rows):
-        for source in (_condition_notes, _timing_notes, _run_notes, _published_notes, _missing_notes):
+        for source in (_condition_notes, _timing_notes, _run_notes, _published_notes, _reading_notes):
             for text, *columns in source(row):
                 for column in columns:
                     notes[text][column].add(i)
@@ -77,7 +78,18 @@ def _condition_notes(row: Row) -> Noted:
         yield "device failed its check" if failed else "device never checked: `harness check`", "device"
 
 
+def disturbed_notes(row: Row) -> Noted:
+    """Whether its seconds are of disturbed epochs."""
+    if disturbed := [result for result in row.results if result.all_disturbed]:
+        causes = ", ".join(dict.fromkeys(cause for result in disturbed for cause in result.interference))
+        some = f"in {len(disturbed)} of {len(row.done)} runs " * (len(disturbed) < len(row.done))
+        of = [n for n in ("epoch_seconds", "images_per_second", "mfu") if row.figures[n].value is not None]
+        of += ["published_epoch_seconds"] * bool(cost_entry(row))
+        yield f"{some}no epoch was undisturbed ({causes}): the seconds are of disturbed ones", *of
+
+
 def _timing_notes(row: Row) -> Noted:
+    yield from disturbed_notes(row)
     concurrent = row.conditions.get("concurrent runs", {}).keys()
     if concurrent - {"1"}:
         yield f"timed with {' or '.join(sorted(concurrent))} runs going on at a time", "epoch_seconds"
@@ -95,7 +107,7 @@ def _timing_notes(row: Row) -> Noted:
         for warning in result.warnings:
             own = f"{row.name} seed {stored.record.seed}: {_shorten(warning)}", "n"
             yield (warning, "engine") if warning.startswith("engine ") else own
-        for cause in result.interference:
+        for cause in () if result.all_disturbed else result.interference:
             yield f"{cause} in some epochs: they are left out", "epoch_seconds"
     if "widths" in row.fields:
         yield f"epochs with other than {row.workers} workers are left out", "epoch_seconds"
@@ -107,7 +119,10 @@ def _run_notes(row: Row) -> Noted:
         yield "a seed that was run more than once counts with its last run", "n"
     if row.planned:
         until = max(run.record.added_until or 0.0 for run in row.done)
-        yield f"seeds after the first {row.planned} were added until the error was known to ±{until:g} points", "n"
+        images = row.done[0].record.images(test=row.evaluated_on == "val")
+        half = goal_half(row.values(row.test_metric), images)
+        known = f"; the error is known to ±{half:.2f} points (95 %)" if until < half < math.inf else ""
+        yield f"seeds after the first {row.planned} were added towards ±{until:g} points{known}", "n"
     for stored in row.pruned:
         beside = f"{row.name} seed {stored.record.seed} was {end_of(stored)} epochs by a search"
         yield beside if row.done else "pruned by a search before its end: averaged with nothing", where
@@ -140,12 +155,16 @@ def _published_notes(row: Row) -> Noted:
         yield text, "published_epoch_seconds", "published_memory_mib"
 
 
-def _missing_notes(row: Row) -> Noted:
-    """Why figures are missing, of all runs or of some; a GPU's are not expected of a CPU."""
+def _reading_notes(row: Row) -> Noted:
+    """What is to be known of figures, or why they are missing, in all runs or in some; a GPU's are not expected of a CPU."""
     missing: dict[str, list[Metric]] = defaultdict(list)
     for name, metric in METRICS.items():
         figure = row.figures[name]
         expected = metric.in_table and metric.device in (None, "cpu", row.fields.get("device"))
+        if figure.remarks and metric.in_table and metric.device in (None, row.fields.get("device")):
+            some = f" in {len(figure.remarks)} of {len(row.done)} runs" * (len(figure.remarks) < len(row.done))
+            more = " (of one run; for the others see harness why)" * (len(set(figure.remarks)) > 1)
+            yield f"{metric.title}{some}: {_shorten(figure.remarks[0])}{more}", name
         if not expected or figure.reason in (None, UNMEASURED.reason) or not row.done:
             continue
         reason = _untimed(row) if metric.kind == "time" else figure.reason or ""

@@ -11,7 +11,7 @@ from harness.results.compare import Comparison, Pair, signed
 from harness.results.metrics import METRICS, NONE
 from harness.results.report.columns import SPARE, Column, find_columns, make_columns
 from harness.results.report.files import to_csv, to_json
-from harness.results.report.notes import make_notes
+from harness.results.report.notes import disturbed_notes, make_notes
 from harness.results.report.text import Sheet, add_mark, clean, for_latex, for_markdown, for_terminal
 from harness.results.rows import Row
 
@@ -147,7 +147,7 @@ def render_comparison(
     caption = "B against A: " + (", ".join(f"{n} {a} → {b}" for n, a, b in sorted(shared)) or "same settings")
     cells = [line for pair in pairs for line in _lines(pair, {name for name, *_ in shared})]
     right = [name not in ("what", "metric", "verdict") for name in HEADERS]
-    notes = [clean(f"{pair.name}: {problem}") for pair in pairs for problem in pair.problems()]
+    notes = [clean(f"{pair.name}: {problem}") for pair in pairs for problem in (*pair.problems(), *_notes(pair))]
     styles = [["bold", *[""] * 7, COLOURS.get(line[-1], "")] for line in cells]
     sheet = Sheet(HEADERS, right, cells, clean(caption), notes, definitions, styles)
     return for_markdown(sheet) if format == "markdown" else for_terminal(sheet, width, colour=colour)
@@ -171,10 +171,16 @@ def _lines(pair: Pair, named: set[str]) -> Iterator[list[str]]:
         yield [what, NONE, counts, *[NONE] * 5, f"no result in {'B' if pair.a and pair.a.done else 'A'}"]
 
 
+def _notes(pair: Pair) -> list[str]:
+    """What a reader must know about its figures."""
+    sides = [(side, row) for side, row in (("A", pair.a), ("B", pair.b)) if row and pair.figures]
+    return [f"{side}: {text}" for side, row in sides for text, *_ in disturbed_notes(row)]
+
+
 def _plain_pair(pair: Pair) -> dict[str, Any]:
     return {
         "a": pair.a and pair.a.name, "b": pair.b and pair.b.name, "differs": pair.differs,
-        "problems": list(pair.problems()), "figures": list(map(_plain_figure, pair.figures)),
+        "problems": list(pair.problems()), "notes": _notes(pair), "figures": list(map(_plain_figure, pair.figures)),
     }  # fmt: skip
 
 
