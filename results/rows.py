@@ -240,7 +240,8 @@ def incomparable(row: Row) -> list[tuple[str, str]]:
 def _judge(row: Row) -> Against | None:
     """The published number beside a row, and the verdict where one is due, not adjusted for other rows."""
     published = find_published(row.dataset, row.variant, row.depth)
-    if published is None or incomparable(row) or row.fields.get("overrides", NONE) != NONE:
+    changed = {text.partition("=")[0] for text in row.fields.get("overrides", NONE).split(",")}
+    if published is None or incomparable(row) or changed - {NONE, *published.changes}:
         return None
     test = row.evaluated_on == "test"  # else the best epoch was chosen, and measured, on other images
     last = row.values(("" if test else "test_") + ("top5_error" if published.error is None else "error"))
