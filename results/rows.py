@@ -189,14 +189,16 @@ def _word(value: object) -> str:
 
 def _make_row(fields: dict[str, str], members: Sequence[_Member], across: Sequence[str]) -> Row:
     stored = [(run, every) for run, every in members if isinstance(run, Stored)]
-    finished = sorted((m for m in stored if m[0].record.result), key=lambda member: member[0].record.finished_at)
-    # of each seed: one that was run again is not another sample, but two devices are
-    last = {(run.record.seed, tuple(every.items())): run for run, every in finished}
-    done = sorted((last[key] for key in sorted(last)), key=lambda run: run.record.added_until is not None)
-    seeds = {run.record.seed for run in done}
-    lacking = [run for run, _ in stored if run.record.seed not in seeds]
+    stored.sort(key=lambda member: member[0].record.finished_at)
+    # of each seed its last run: one that was run again is not another sample, but two devices are
+    last = {(run.record.result is None, run.record.seed, tuple(every.items())): run for run, every in stored}
+    finished = [last[key] for key in sorted(last) if last[key].record.result]
+    done = sorted(finished, key=lambda run: run.record.added_until is not None)
+    specs = [run.record.spec for run in done]  # with the seed
+    lacking = [run for (lacks, *_), run in last.items() if lacks and run.record.spec not in specs]
     failed, pruned = (tuple(run for run in lacking if getattr(run.record, how)) for how in ("failure", "pruned"))
-    interrupted = tuple(run for run, _ in members if isinstance(run, Interrupted))
+    waiting = [run for run, _ in members if isinstance(run, Interrupted) and run.spec not in specs]
+    interrupted = tuple({repr(run.spec): run for run in waiting}.values())  # each once
     averaged = {n: tuple(dict.fromkeys(every[n] for _, every in members if n in every)) for n in across}
     results = [run.record.result for run in done if run.record.result]
     known = [run.record for run in (*done, *failed, *pruned)]
@@ -214,7 +216,7 @@ def _make_row(fields: dict[str, str], members: Sequence[_Member], across: Sequen
         batch_size=setting(spec, "recipe.batch_size", int) or (results[0].batch_size if results else 0),
         spec=spec, fields=fields, averaged_over={n: values for n, values in averaged.items() if len(values) > 1},
         conditions=noted, done=tuple(done), failed=failed, pruned=pruned, interrupted=interrupted,
-        repeated=len(finished) - len(done),
+        repeated=sum(run.record.result is not None for run, _ in stored) - len(done),
         figures={name: metric.summarise(results) for name, metric in METRICS.items()},
         by_category_mib=max((r.memory.by_category_mib for r in results), key=lambda c: sum(c.values()), default={}),
     )  # fmt: skip

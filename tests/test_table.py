@@ -200,6 +200,33 @@ def test_a_failure_that_was_made_good_is_no_longer_shown() -> None:
     assert "killed" not in text([row])
 
 
+def test_a_seed_counts_once_whatever_became_of_its_runs() -> None:
+    """Done and run again, and failed or stopped in two folders."""
+    oom = Failure(kind="OOM", message="x")
+
+    def partial(seed: int, folder: str) -> Interrupted:
+        return Interrupted(f"cifar10_msra-20_s{seed}", Path(folder), 3, 180, make_spec(seed=seed))
+
+    (row,) = summarise([make_run(seed) for seed in range(3)], [partial(0, "a")])
+    assert (len(row.done), row.interrupted) == (3, ())
+    page = text([row])
+    assert "3 of" not in page
+    assert "not done" not in page
+    failed = [
+        make_run(0, failure=oom.model_copy(update={"message": m}), finished=at)
+        for m, at in (("last", 9), ("first", 1))
+    ]
+    (row,) = summarise([make_run(1), *failed], [partial(2, "a"), partial(2, "b")])
+    assert [run.record.failure and run.record.failure.message for run in row.failed] == ["last"]
+    page = text([row])
+    assert "1 of 3" in page
+    assert "msra-20 seed 0 failed, OOM: last" in page
+    apart = [make_run(0, failure=oom, loader=loader) for loader in ("dali", "resident")]
+    stopped = partial(1, "a")._replace(spec=make_spec(seed=1, loader="resident"))
+    (row,) = summarise([make_run(1), *apart], [stopped], across=["loader"])
+    assert (len(row.failed), len(row.interrupted)) == (2, 1), "two loaders are two samples"
+
+
 def test_published_numbers_stand_only_beside_what_they_were_measured_on() -> None:
     published = find_published("cifar10", "msra", 20)
     assert published is not None
