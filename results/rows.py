@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Row:
     batch_size: int
     spec: Mapping[str, Any]  # of one of its runs
     fields: Mapping[str, str]  # everything in which rows can differ, flattened
-    differs: tuple[str, ...] = ()  # ("recipe.lr=0.05",): distinguishes this row from others that look the same
+    differs: dict[str, str] = field(default_factory=dict)  # {"recipe.lr": "0.05"}: what tells it from rows alike
     averaged_over: Mapping[str, tuple[str, ...]]  # field -> its values, by --across
     conditions: Mapping[str, Mapping[str, int]]  # what is noted: value -> runs
 
@@ -269,6 +270,15 @@ def _judge(row: Row) -> Against | None:
 # --- what tells rows apart ---
 
 
+def shorten(values: Collection[str]) -> dict[str, str]:
+    """Values -> their texts: rounded, and cut to twelve letters or as many as different values need to stay different."""
+    for most in range(12, 13 + max(map(len, values))):
+        texts = {v: text if len(text := rounded(v)) <= most + 4 else f"{text[:most]}…" for v in values}
+        if len(set(texts.values())) == len(texts):
+            return texts
+    return {value: value for value in values}
+
+
 def _name_differences(rows: Sequence[Row]) -> None:
     """Name, in each row, the fields without a column of their own in which comparable rows differ.
 
@@ -281,9 +291,10 @@ def _name_differences(rows: Sequence[Row]) -> None:
             return (name, row.dataset, row.variant, row.depth, row.fields.get("overrides"))
         return (name, row.dataset) if name == "fingerprint" else (name,)
 
+    texts = cache(lambda name: shorten({row.fields.get(name, NONE) for row in rows}))
+
     def extend(row: Row, names: Iterable[str]) -> None:
-        values = [(name, rounded(row.fields.get(name, NONE))) for name in names]
-        row.differs += tuple(f"{n}={value if len(value) <= 16 else f'{value[:12]}…'}" for n, value in values)
+        row.differs |= {name: texts(name)[row.fields.get(name, NONE)] for name in names}
 
     values: dict[tuple[object, ...], set[str]] = defaultdict(set)
     for row in rows:
@@ -293,7 +304,7 @@ def _name_differences(rows: Sequence[Row]) -> None:
     named, shown = FIELDS["named"], FIELDS["shown"]
     for row in rows:
         extend(row, [n for n in row.fields if n in named or (n not in shown and len(values[scope(n, row)]) > 1)])
-        alike[row.dataset, row.device, row.differs, *map(row.fields.get, shown)].append(row)
+        alike[row.dataset, row.device, *row.differs.items(), *map(row.fields.get, shown)].append(row)
     for members in alike.values():  # a field that only some of them have: widths of an elastic run
         names = sorted({name for row in members for name in row.fields})
         telling = [name for name in names if len({row.fields.get(name) for row in members}) > 1]

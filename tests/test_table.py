@@ -110,11 +110,24 @@ def test_whatever_differs_gets_a_row_of_its_own_that_a_reader_can_tell(change: d
 
 def test_a_hidden_difference_between_rows_that_look_different_is_named_too() -> None:
     rows = summarise([make_run(0), make_run(0, loader="resident", torch="2.11.1")])
-    assert [row.differs for row in rows] == [("torch=2.15.0+cu130",), ("torch=2.11.1",)]
+    assert [row.differs for row in rows] == [{"torch": "2.15.0+cu130"}, {"torch": "2.11.1"}]
     rows = summarise([make_run(0), make_run(0, depth=56)])  # the depth has its own column
-    assert [row.differs for row in rows] == [(), ()]
+    assert [row.differs for row in rows] == [{}, {}]
     rows = summarise([make_run(0), make_run(0, loader="resident", deterministic=True)])
-    assert sorted(row.differs for row in rows) == [(), ("deterministic=True",)]
+    assert [row.differs for row in rows] == [{"deterministic": "True"}, {}]
+
+
+def test_values_are_cut_where_they_still_differ_and_whole_in_files() -> None:
+    nightlies = [f"2.15.0.dev2026010{day}+cu128" for day in (1, 2)]
+    rows = summarise([make_run(seed, torch=torch) for torch in nightlies for seed in range(2)])
+    assert [row.differs for row in rows] == [{"torch": f"2.15.0.dev2026010{day}…"} for day in (1, 2)]
+    assert "torch" not in text(rows).split("\n")[0], "what differs is not said once for all"
+    plain = json.loads(render(rows, "json"))["rows"]
+    assert [row["differs"] for row in plain] == [f"torch={torch}" for torch in nightlies]
+    prints = [make_run(0, fingerprint="f" * 64), make_run(0, fingerprint="0" * 64)]
+    assert [row.differs for row in summarise(prints)] == [{"fingerprint": f"{x * 12}…"} for x in "0f"]
+    close = [make_run(0, lr=lr) for lr in (0.12345678901, 0.12345678902)]  # as one number rounded
+    assert [row.differs["recipe.lr"] for row in summarise(close)] == ["0.12345678901", "0.12345678902"]
 
 
 def test_a_seed_run_twice_counts_once_with_its_last_run() -> None:

@@ -90,7 +90,7 @@ def end_of(run: Stored | Interrupted) -> str:
 DERIVED: dict[str, Callable[[Row], Any]] = {
     "images": lambda row: row.done[0].record.images() if row.done else None,
     "changed": lambda row: " ".join(_overrides(row)),
-    "differences": lambda row: " ".join(row.differs),
+    "differences": lambda row: " ".join(f"{name}={row.fields.get(name, NONE)}" for name in row.differs),
     "averaged": lambda row: " ".join(f"{name}={'/'.join(values)}" for name, values in row.averaged_over.items()),
     "n": lambda row: len(row.done),
     "seeds": lambda row: [stored.record.seed for stored in row.done],
@@ -176,7 +176,7 @@ TEXT: dict[str, Callable[[Row], str]] = {
     "overrides": lambda row: rounded(", ".join(_overrides(row))) or NONE,
     "workers": _width,
     "device": lambda row: row.text("hardware", row.device),
-    "differs": lambda row: ", ".join(row.differs) or NONE,
+    "differs": lambda row: ", ".join(f"{name}={text}" for name, text in row.differs.items()) or NONE,
     "n": _runs,
     "error": _error,
     "best_minus_last": lambda row: _signed(row.best_minus_last),
