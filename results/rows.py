@@ -96,7 +96,9 @@ class Row:
         """ "180 epochs" """
         if (duration := setting(self.spec, "recipe.duration", int, float)) is None:
             return NONE
-        return f"{duration:,g} {setting(self.spec, 'recipe.unit', str) or 'epoch'}{'s' * (duration != 1)}"
+        number = "/".join(self.averaged_over.get("recipe.duration", ())) or f"{duration:,g}"
+        unit = self.text("recipe.unit", setting(self.spec, "recipe.unit", str) or "epoch")
+        return f"{number} {unit}{'s' * (number != '1')}"
 
     @property
     def batch_norm_images(self) -> int:

@@ -150,6 +150,39 @@ def test_across_averages_what_was_asked_for_and_says_so() -> None:
         summarise(runs, across=["wrokers"])
 
 
+@pytest.mark.parametrize(
+    ("field", "change", "words", "columns"),
+    [
+        ("loader", {"loader": "resident"}, "dali/resident", ["loader"]),
+        ("limit_train", {"limit_train": 5000}, "training images: all/5,000", ["limit_train"]),
+        ("workers", {"workers": 2}, "1/2 of 128", ["workers", "batch_norm_images"]),
+        ("recipe.batch_size", {"batch_size": 64}, "1 of 128/64", ["batch_size", "batch_norm_images"]),
+        ("recipe.duration", {"duration": 5}, "180/5 epochs", ["duration"]),
+        ("recipe.unit", {"unit": "step"}, "180 epoch/steps", ["duration_unit"]),
+        ("network.depth", {"depth": 56}, "20/56", ["depth"]),
+        ("overrides", {"overrides": ["epochs=5", "lr=0.05"]}, "–/epochs=5,lr=0.05", ["overrides"]),
+        ("fingerprint", {"fingerprint": "0" * 64}, "averaged over fingerprint", ["fingerprint"]),
+        ("hardware", {"result": {"device": "NVIDIA A100"}}, "NVIDIA H200/NVIDIA A100", ["device"]),
+        ("torch", {"torch": "2.11.1"}, "averaged over torch: 2.15.0+cu130, 2.11.1", ["torch"]),
+    ],
+)
+def test_a_row_is_not_named_by_one_of_the_values_it_averages_over(
+    field: str, change: dict[str, Any], words: str, columns: list[str]
+) -> None:
+    recipe = make_spec()["recipe"]
+    if change.keys() <= recipe.keys():
+        change = {"recipe": recipe | change}
+    (row,) = summarise([make_run(0), make_run(1, **change)], across=[field])
+    assert words in text([row], width=400)
+    (plain,), (own,) = (
+        json.loads(render(rows, "json"))["rows"] for rows in ([row], summarise([make_run(1, **change)]))
+    )
+    assert [name for name in own if plain[name] is None and own[name] is not None and name in columns] == columns
+    assert plain["averaged_over"].startswith(f"{field}=")
+    (alone,) = summarise([make_run(0, **change), make_run(1, **change)], across=[field])
+    assert all(json.loads(render([alone], "json"))["rows"][0][name] for name in columns if name != "torch")
+
+
 def test_medians_peaks_and_missing_readings() -> None:
     none = Measurement(value=None, reason="NVML: not permitted")
     runs = []

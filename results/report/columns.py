@@ -53,7 +53,8 @@ def find(row: Row, path: str) -> Any:
 
 
 def _overrides(row: Row) -> list[str]:
-    return list(map(str, setting(row.spec, "overrides", list) or ()))
+    own = list(map(str, setting(row.spec, "overrides", list) or ()))
+    return [row.text("overrides")] if "overrides" in row.averaged_over else own
 
 
 def _entry(row: Row, variant: str = "") -> Published | None:
@@ -66,7 +67,8 @@ def cost_entry(row: Row) -> Published | None:
     How the images were compressed does not matter to a cost, nor does the number of epochs.
     """
     other = any(not text.startswith(("epochs=", "val=")) for text in _overrides(row))
-    return None if other or setting(row.spec, "limit_train", int) is not None else _entry(row)
+    part = setting(row.spec, "limit_train", int) is not None or "limit_train" in row.averaged_over
+    return None if other or part else _entry(row)
 
 
 def _ratio(row: Row) -> float | None:
@@ -108,9 +110,14 @@ DERIVED: dict[str, Callable[[Row], Any]] = {
 # --- cells that are more than a figure ---
 
 
+def _images(row: Row) -> str:
+    limits = row.text("limit_train", str(setting(row.spec, "limit_train", int))).split("/")
+    return "/".join(f"{int(limit):,}" if limit.isdecimal() else "all" for limit in limits)
+
+
 def _width(row: Row) -> str:
-    if "workers" in row.averaged_over:
-        return f"{row.text('workers')} of {row.batch_size}"
+    if row.averaged_over.keys() & {"workers", "recipe.batch_size"}:
+        return f"{row.text('workers', str(row.workers))} of {row.text('recipe.batch_size', str(row.batch_size))}"
     return f"{row.workers}×{row.batch_size // max(1, row.workers)}"
 
 
@@ -171,7 +178,7 @@ TEXT: dict[str, Callable[[Row], str]] = {
     "depth": lambda row: row.text("network.depth", str(row.depth)) if row.depth else NONE,
     "network": lambda row: f"{row.variant} {row.depth:06}",  # of the page, which sorts by it
     "dataset": lambda row: row.text("label", row.dataset),
-    "limit_train": lambda row: f"{limit:,}" if (limit := setting(row.spec, "limit_train", int)) else "all",
+    "limit_train": _images,
     "duration": lambda row: row.duration,
     "overrides": lambda row: rounded(", ".join(_overrides(row))) or NONE,
     "workers": _width,
