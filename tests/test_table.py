@@ -316,6 +316,35 @@ def test_marks_for_data_that_is_not_comparable() -> None:
     assert "of held-out training images, not of the test set" in page
 
 
+PART = {"limit_train": 5000}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (PART, "20 all 8.40 ± 0.00"), (PART, "20 5,000¹ 8.40 ± 0.00"), ({"overrides": ["lr=0.05"]}, "20 lr=0.05 8.40 ± 0.00"),
+        ({"torch": "2.11.0"}, "20 torch=2.11.0 8.40 ± 0.00"), ({"variant": "he2015"}, "20 he2015 8.40 ± 0.00"),
+    ],
+)  # fmt: skip
+def test_chosen_columns_do_not_hide_what_tells_rows_apart(change: dict[str, Any], words: str) -> None:
+    rows = summarise([make_run(seed, **more) for more in ({}, change) for seed in range(2)])
+    page = " ".join(text(rows, columns=("depth", "error")).replace("²", "").split())
+    assert words in page
+    assert ("trained on a part of the training set: not compared" in page) == (change == PART)
+    assert render(rows, "csv", columns=("depth",)).startswith("depth\n"), "a program gets what it asked for"
+    alike = text(summarise([make_run(seed, **change) for seed in range(2)]), columns=("error", "n"))
+    assert re.search(r"\n\n *error %. +n\n", alike)
+
+
+def test_chosen_columns_do_not_hide_why_rows_are_not_comparable() -> None:
+    rows = summarise([make_run(0, limit_test=100), make_run(0, limit_test=100, depth=56)])
+    page = text(rows, columns=("depth", "test_error", "n"))
+    assert "of 100 of the test images: not compared with published errors" in page
+    assert "depth¹" in page, "the mark is of the whole row"
+    page = text(summarise([make_run(0), make_run(1, workers=2)], across=["workers"]), columns=("depth", "error"))
+    assert "averaged over workers: 1, 2, as requested: not compared with published errors" in page
+
+
 def test_what_all_rows_share_is_said_once_and_the_table_fits() -> None:
     rows = summarise([make_run(s, depth=d) for s in range(3) for d in (20, 32, 56, 110)])
     page = text(rows)
