@@ -72,8 +72,8 @@ def cost_entry(row: Row) -> Published | None:
 
 
 def _ratio(row: Row) -> float | None:
-    seconds = find(row, "cost.epoch_seconds")
-    return seconds / row.epoch_seconds if seconds and row.epoch_seconds else None
+    seconds, unlike = find(row, "cost.epoch_seconds"), find(row, "cost.evaluation_timed")
+    return seconds / row.epoch_seconds if seconds and row.epoch_seconds and not unlike else None
 
 
 def _seeds_to_tell(row: Row) -> int | None:
