@@ -41,7 +41,7 @@ class Row:
     spec: Mapping[str, Any]  # of one of its runs
     fields: Mapping[str, str]  # everything in which rows can differ, flattened
     differs: dict[str, str] = field(default_factory=dict)  # {"recipe.lr": "0.05"}: what tells it from rows alike
-    averaged_over: Mapping[str, tuple[str, ...]]  # field -> its values, by --across
+    across: Mapping[str, tuple[str, ...]]  # field that --across names -> its values
     conditions: Mapping[str, Mapping[str, int]]  # what is noted: value -> runs
 
     done: tuple[Stored, ...]  # one per seed, those that --until-ci added last
@@ -59,6 +59,11 @@ class Row:
     def name(self) -> str:
         """msra-20, say; a network of one depth has no number."""
         return f"{self.variant}-{self.depth}" if self.depth else self.variant
+
+    @property
+    def averaged_over(self) -> dict[str, tuple[str, ...]]:
+        """Field -> its values, where there are several."""
+        return {name: values for name, values in self.across.items() if len(values) > 1}
 
     @property
     def results(self) -> list[RunResult]:
@@ -108,7 +113,7 @@ class Row:
 
     def text(self, name: str, otherwise: str = NONE) -> str:
         """A field; all its values, where the row averages over them."""
-        return "/".join(self.averaged_over.get(name, ())) or self.fields.get(name, otherwise)
+        return "/".join(self.across.get(name, ())) or self.fields.get(name, otherwise)
 
     @property
     def planned(self) -> int | None:
@@ -202,7 +207,7 @@ def _make_row(fields: dict[str, str], members: Sequence[_Member], across: Sequen
     failed, pruned = (tuple(run for run in lacking if getattr(run.record, how)) for how in ("failure", "pruned"))
     waiting = [run for run, _ in members if isinstance(run, Interrupted) and run.spec not in specs]
     interrupted = tuple({repr(run.spec): run for run in waiting}.values())  # each once
-    averaged = {n: tuple(dict.fromkeys(every[n] for _, every in members if n in every)) for n in across}
+    values = {n: tuple(dict.fromkeys(every[n] for _, every in members if n in every)) for n in across}
     results = [run.record.result for run in done if run.record.result]
     known = [run.record for run in (*done, *failed, *pruned)]
     about = known[0] if known else interrupted[0]
@@ -217,8 +222,7 @@ def _make_row(fields: dict[str, str], members: Sequence[_Member], across: Sequen
         evaluated_on=results[0].evaluated_on if results else "val" if setting(spec, "recipe.val", int) else "test",
         device=device, workers=setting(spec, "workers", int) or 1,
         batch_size=setting(spec, "recipe.batch_size", int) or (results[0].batch_size if results else 0),
-        spec=spec, fields=fields, averaged_over={n: values for n, values in averaged.items() if len(values) > 1},
-        conditions=noted, done=tuple(done), failed=failed, pruned=pruned, interrupted=interrupted,
+        spec=spec, fields=fields, across=values, conditions=noted, done=tuple(done), failed=failed, pruned=pruned, interrupted=interrupted,
         repeated=sum(run.record.result is not None for run, _ in stored) - len(done),
         figures={name: metric.summarise(results) for name, metric in METRICS.items()},
         by_category_mib=max((r.memory.by_category_mib for r in results), key=lambda c: sum(c.values()), default={}),
@@ -230,12 +234,12 @@ def _make_row(fields: dict[str, str], members: Sequence[_Member], across: Sequen
 
 def incomparable(row: Row) -> list[tuple[str, str]]:
     """Why a row is never set beside published errors, and the column that says so."""
-    limit, widths = setting(row.spec, "limit_test", int), row.fields.get("widths")
+    limit, widths = setting(row.spec, "limit_test", int), row.text("widths", "")
     known: list[tuple[object, str, str]] = [
         (row.done and not row.original, f"{row.dataset} is not a published data set's own images", "dataset"),
         (setting(row.spec, "limit_train", int), "trained on a part of the training set", "limit_train"),
         (limit is not None, f"of {limit or 0:,} of the test images", "error"),
-        (row.fields.get("loader") == "synthetic", "synthetic images", "loader"),
+        (row.text("loader") == "synthetic", "synthetic images", "loader"),
         (widths, f"DDP width {widths}: the cluster had no room for {row.workers} workers", "error"),
         *((v, f"averaged over {n}: {', '.join(v)}, as requested", "n") for n, v in row.averaged_over.items()),
     ]
@@ -245,7 +249,7 @@ def incomparable(row: Row) -> list[tuple[str, str]]:
 def _judge(row: Row) -> Against | None:
     """The published number beside a row, and the verdict where one is due, not adjusted for other rows."""
     published = find_published(row.dataset, row.variant, row.depth)
-    changed = {text.partition("=")[0] for text in row.fields.get("overrides", NONE).split(",")}
+    changed = {text.partition("=")[0] for text in row.text("overrides").split(",")}
     if published is None or incomparable(row) or changed - {NONE, *published.changes}:
         return None
     test = row.evaluated_on == "test"  # else the best epoch was chosen, and measured, on other images
@@ -254,7 +258,7 @@ def _judge(row: Row) -> Against | None:
     ours = best if published.rule == "best" else last
     if not ours or not all(map(math.isfinite, ours)):
         return None
-    differences, precision = published.differences(row.spec), row.fields.get("precision")
+    differences, precision = published.differences(row.spec), row.text("precision")
     local = f"batch norm over {row.batch_norm_images} images a worker, theirs over {row.batch_size}"
     unlike = [
         (differences, "; ".join(differences[:3])),

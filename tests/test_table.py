@@ -183,6 +183,18 @@ def test_a_row_is_not_named_by_one_of_the_values_it_averages_over(
     assert all(json.loads(render([alone], "json"))["rows"][0][name] for name in columns if name != "torch")
 
 
+def test_across_a_field_that_has_one_value_changes_nothing() -> None:
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("precision", {}), ("loader", {"loader": "synthetic"}), ("overrides", {"overrides": ["lr=0.05"]}),
+        ("engine", {}), ("workers", {"workers": 2}), ("limit_train", {"limit_train": 5000}),
+    ]  # fmt: skip
+    for field, change in cases:
+        runs = [make_run(seed, **change) for seed in range(3)]
+        assert text(summarise(runs, across=[field])) == text(summarise(runs)), field
+    narrow = summarise([make_run(0, workers=2, result={"widths": (2, 1)})], across=["widths"])
+    assert "DDP width 2→1" in text(narrow)
+
+
 def test_medians_peaks_and_missing_readings() -> None:
     none = Measurement(value=None, reason="NVML: not permitted")
     runs = []
