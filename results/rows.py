@@ -40,7 +40,7 @@ class Row:
     batch_size: int
     spec: Mapping[str, Any]  # of one of its runs
     fields: Mapping[str, str]  # everything in which rows can differ, flattened
-    differs: dict[str, str] = field(default_factory=dict)  # {"recipe.lr": "0.05"}: what tells it from rows alike
+    differs: dict[str, str] = field(default_factory=dict)  # field -> its text: what tells this row from others
     across: Mapping[str, tuple[str, ...]]  # field that --across names -> its values
     conditions: Mapping[str, Mapping[str, int]]  # what is noted: value -> runs
 
@@ -102,8 +102,7 @@ class Row:
         if (duration := setting(self.spec, "recipe.duration", int, float)) is None:
             return NONE
         number = "/".join(self.averaged_over.get("recipe.duration", ())) or f"{duration:,g}"
-        unit = self.text("recipe.unit", setting(self.spec, "recipe.unit", str) or "epoch")
-        return f"{number} {unit}{'s' * (number != '1')}"
+        return f"{number} {self.text('recipe.unit', 'epoch')}{'s' * (number != '1')}"
 
     @property
     def batch_norm_images(self) -> int:
@@ -222,8 +221,8 @@ def _make_row(fields: dict[str, str], members: Sequence[_Member], across: Sequen
         evaluated_on=results[0].evaluated_on if results else "val" if setting(spec, "recipe.val", int) else "test",
         device=device, workers=setting(spec, "workers", int) or 1,
         batch_size=setting(spec, "recipe.batch_size", int) or (results[0].batch_size if results else 0),
-        spec=spec, fields=fields, across=values, conditions=noted, done=tuple(done), failed=failed, pruned=pruned, interrupted=interrupted,
-        repeated=sum(run.record.result is not None for run, _ in stored) - len(done),
+        spec=spec, fields=fields, across=values, conditions=noted, done=tuple(done), failed=failed, pruned=pruned,
+        interrupted=interrupted, repeated=sum(run.record.result is not None for run, _ in stored) - len(done),
         figures={name: metric.summarise(results) for name, metric in METRICS.items()},
         by_category_mib=max((r.memory.by_category_mib for r in results), key=lambda c: sum(c.values()), default={}),
     )  # fmt: skip

@@ -121,7 +121,9 @@ def test_seconds_with_evaluation_are_in_no_ratio_to_ours(store: Store, capsys: A
     store(record.model_copy(update={"dataset": "cifar2"}))
     out = harness("report --preset convnet", capsys)[1]
     assert re.search(r"8\.05 s.? ", out)
-    assert "on 8 threads of a Xeon E5-2698 v4, 2017, with evaluation, which ours leave out: github.com/" in out
+    assert (
+        "on 8 threads of a Xeon E5-2698 v4, 2017; the seconds include evaluation, ours do not: github.com/" in out
+    )
     assert "×)" not in out
     (first,) = csv.DictReader(io.StringIO(harness("report --format csv", capsys)[1]))
     assert (first["published_epoch_seconds"], first["published_epoch_seconds_ratio"]) == ("8.05", "")

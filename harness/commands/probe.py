@@ -225,8 +225,8 @@ def all_seconds(todo: Sequence[RunSpec], predicted: Mapping[RunSpec, float], con
 def print_estimate(
     outcomes: Outcomes, todo: Sequence[RunSpec], concurrent_runs: int, console: Console, *, alone: int = 0
 ) -> None:
-    """Print a line for each cell, the sums of those that were predicted, and notes. `alone`: how many runs at a time can
-    have a GPU alone, as a probe has it, where that is fewer: the others are counted as if they took turns."""
+    """Print a line for each cell, the sums of those that were predicted, and notes. `alone`: how many of the concurrent
+    runs can have a GPU to themselves, as a probe has (0: all); where they cannot, they are counted as if they took turns."""
     runs, on_gpu = count_cells(todo), outcomes[0][0].device == "cuda"
     predicted = {spec: outcome for spec, outcome in outcomes if isinstance(outcome, Prediction)}
     hours = {s: runs[s] * one.workers * one.run_seconds / 3600 for s, one in predicted.items()}

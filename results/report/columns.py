@@ -111,8 +111,7 @@ DERIVED: dict[str, Callable[[Row], Any]] = {
 
 
 def _images(row: Row) -> str:
-    limits = row.text("limit_train", str(setting(row.spec, "limit_train", int))).split("/")
-    return "/".join(f"{int(limit):,}" if limit.isdecimal() else "all" for limit in limits)
+    return "/".join(f"{int(n):,}" if n.isdecimal() else "all" for n in row.text("limit_train").split("/"))
 
 
 def _width(row: Row) -> str:

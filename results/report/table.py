@@ -27,12 +27,12 @@ def lay_out(
 ) -> tuple[list[Column], Sheet]:
     """The columns of the table, and the table: with what is said once above it, and the marks of the notes.
 
-    Raises ValueError for a wanted column that does not exist.
+    Beside wanted columns stand those that tell rows apart. Raises ValueError for a wanted column that does not exist.
     """
     chosen = find_columns(wanted)
     words = {column.name: [clean(column.text(row)) for row in rows] for column in make_columns()}
     shown, shared = _choose_columns(rows, words)
-    if wanted:  # and, beside them, all that tells rows apart
+    if wanted:
         telling = [c for c in shown if c in DESCRIPTORS and c not in chosen and len(set(words[c.name])) > 1]
         first = list(takewhile(DESCRIPTORS.__contains__, chosen))
         shown = [*first, *telling, *chosen[len(first) :]]
@@ -90,9 +90,8 @@ def render(
     """The table as text, with a line of what all rows share above it and its definitions below.
 
     table: for a terminal of that width; `fit`: without some columns, which it names, where there is no room for
-    all, as latex always is. csv, json: `files`. `columns` chooses and orders what is shown: names of `make_columns`, to
-    which comes what tells rows apart, or for csv and json names of theirs; none: all that say something. Raises
-    ValueError for an unknown one.
+    all, as latex always is. csv, json: `files`. `columns` chooses and orders what is shown: names of `make_columns`, or
+    for csv and json names of theirs; none: all that say something. Raises ValueError for an unknown one.
     """
     if format in ("csv", "json"):
         return to_csv(rows, columns) if format == "csv" else to_json(rows, columns)
