@@ -36,6 +36,7 @@ class Published:
     precision: str = "fp32"
     memory_mib: float | None = None
     epoch_seconds: float | None = None
+    evaluation_timed: bool = False  # as a part of these seconds
     hardware: str | None = None
     year: int | None = None  # of the costs
     progress: Sequence[float] = ()  # errors by epoch

@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ class Row:
     batch_size: int
     spec: Mapping[str, Any]  # of one of its runs
     fields: Mapping[str, str]  # everything in which rows can differ, flattened
-    differs: tuple[str, ...] = ()  # ("recipe.lr=0.05",): distinguishes this row from others that look the same
-    averaged_over: Mapping[str, tuple[str, ...]]  # field -> its values, by --across
+    differs: dict[str, str] = field(default_factory=dict)  # field -> its text: what tells this row from others
+    across: Mapping[str, tuple[str, ...]]  # field that --across names -> its values
     conditions: Mapping[str, Mapping[str, int]]  # what is noted: value -> runs
 
     done: tuple[Stored, ...]  # one per seed, those that --until-ci added last
@@ -58,6 +59,11 @@ class Row:
     def name(self) -> str:
         """msra-20, say; a network of one depth has no number."""
         return f"{self.variant}-{self.depth}" if self.depth else self.variant
+
+    @property
+    def averaged_over(self) -> dict[str, tuple[str, ...]]:
+        """Field -> its values, where there are several."""
+        return {name: values for name, values in self.across.items() if len(values) > 1}
 
     @property
     def results(self) -> list[RunResult]:
@@ -100,7 +106,8 @@ class Row:
         """ "180 epochs" """
         if (duration := setting(self.spec, "recipe.duration", int, float)) is None:
             return NONE
-        return f"{duration:,g} {setting(self.spec, 'recipe.unit', str) or 'epoch'}{'s' * (duration != 1)}"
+        number = "/".join(self.averaged_over.get("recipe.duration", ())) or f"{duration:,g}"
+        return f"{number} {self.text('recipe.unit', 'epoch')}{'s' * (number != '1')}"
 
     @property
     def batch_norm_images(self) -> int:
@@ -110,7 +117,7 @@ class Row:
 
     def text(self, name: str, otherwise: str = NONE) -> str:
         """A field; all its values, where the row averages over them."""
-        return "/".join(self.averaged_over.get(name, ())) or self.fields.get(name, otherwise)
+        return "/".join(self.across.get(name, ())) or self.fields.get(name, otherwise)
 
     @property
     def planned(self) -> int | None:
@@ -194,15 +201,17 @@ def _word(value: object) -> str:
 
 def _make_row(fields: dict[str, str], members: Sequence[_Member], across: Sequence[str]) -> Row:
     stored = [(run, every) for run, every in members if isinstance(run, Stored)]
-    finished = sorted((m for m in stored if m[0].record.result), key=lambda member: member[0].record.finished_at)
-    # of each seed: one that was run again is not another sample, but two devices are
-    last = {(run.record.seed, tuple(every.items())): run for run, every in finished}
-    done = sorted((last[key] for key in sorted(last)), key=lambda run: run.record.added_until is not None)
-    seeds = {run.record.seed for run in done}
-    lacking = [run for run, _ in stored if run.record.seed not in seeds]
+    stored.sort(key=lambda member: member[0].record.finished_at)
+    # of each seed its last run: one that was run again is not another sample, but two devices are
+    last = {(run.record.result is None, run.record.seed, tuple(every.items())): run for run, every in stored}
+    finished = [last[key] for key in sorted(last) if last[key].record.result]
+    done = sorted(finished, key=lambda run: run.record.added_until is not None)
+    specs = [run.record.spec for run in done]  # with the seed
+    lacking = [run for (lacks, *_), run in last.items() if lacks and run.record.spec not in specs]
     failed, pruned = (tuple(run for run in lacking if getattr(run.record, how)) for how in ("failure", "pruned"))
-    interrupted = tuple(run for run, _ in members if isinstance(run, Interrupted))
-    averaged = {n: tuple(dict.fromkeys(every[n] for _, every in members if n in every)) for n in across}
+    waiting = [run for run, _ in members if isinstance(run, Interrupted) and run.spec not in specs]
+    interrupted = tuple({repr(run.spec): run for run in waiting}.values())  # each once
+    values = {n: tuple(dict.fromkeys(every[n] for _, every in members if n in every)) for n in across}
     results = [run.record.result for run in done if run.record.result]
     known = [run.record for run in (*done, *failed, *pruned)]
     about = known[0] if known else interrupted[0]
@@ -217,9 +226,8 @@ def _make_row(fields: dict[str, str], members: Sequence[_Member], across: Sequen
         evaluated_on=results[0].evaluated_on if results else "val" if setting(spec, "recipe.val", int) else "test",
         device=device, workers=setting(spec, "workers", int) or 1,
         batch_size=setting(spec, "recipe.batch_size", int) or (results[0].batch_size if results else 0),
-        spec=spec, fields=fields, averaged_over={n: values for n, values in averaged.items() if len(values) > 1},
-        conditions=noted, done=tuple(done), failed=failed, pruned=pruned, interrupted=interrupted,
-        repeated=len(finished) - len(done),
+        spec=spec, fields=fields, across=values, conditions=noted, done=tuple(done), failed=failed, pruned=pruned,
+        interrupted=interrupted, repeated=sum(run.record.result is not None for run, _ in stored) - len(done),
         figures={name: metric.summarise(results) for name, metric in METRICS.items()},
         by_category_mib=max((r.memory.by_category_mib for r in results), key=lambda c: sum(c.values()), default={}),
     )  # fmt: skip
@@ -230,12 +238,12 @@ def _make_row(fields: dict[str, str], members: Sequence[_Member], across: Sequen
 
 def incomparable(row: Row) -> list[tuple[str, str]]:
     """Why a row is never set beside published errors, and the column that says so."""
-    limit, widths = setting(row.spec, "limit_test", int), row.fields.get("widths")
+    limit, widths = setting(row.spec, "limit_test", int), row.text("widths", "")
     known: list[tuple[object, str, str]] = [
         (row.done and not row.original, f"{row.dataset} is not a published data set's own images", "dataset"),
         (setting(row.spec, "limit_train", int), "trained on a part of the training set", "limit_train"),
         (limit is not None, f"of {limit or 0:,} of the test images", "error"),
-        (row.fields.get("loader") == "synthetic", "synthetic images", "loader"),
+        (row.text("loader") == "synthetic", "synthetic images", "loader"),
         (widths, f"DDP width {widths}: the cluster had no room for {row.workers} workers", "error"),
         *((v, f"averaged over {n}: {', '.join(v)}, as requested", "n") for n, v in row.averaged_over.items()),
     ]
@@ -245,7 +253,8 @@ def incomparable(row: Row) -> list[tuple[str, str]]:
 def _judge(row: Row) -> Against | None:
     """The published number beside a row, and the verdict where one is due, not adjusted for other rows."""
     published = find_published(row.dataset, row.variant, row.depth)
-    if published is None or incomparable(row) or row.fields.get("overrides", NONE) != NONE:
+    changed = {text.partition("=")[0] for text in row.text("overrides").split(",")}
+    if published is None or incomparable(row) or changed - {NONE, *published.changes}:
         return None
     test = row.evaluated_on == "test"  # else the best epoch was chosen, and measured, on other images
     last = row.values(("" if test else "test_") + ("top5_error" if published.error is None else "error"))
@@ -253,7 +262,7 @@ def _judge(row: Row) -> Against | None:
     ours = best if published.rule == "best" else last
     if not ours or not all(map(math.isfinite, ours)):
         return None
-    differences, precision = published.differences(row.spec), row.fields.get("precision")
+    differences, precision = published.differences(row.spec), row.text("precision")
     local = f"batch norm over {row.batch_norm_images} images a worker, theirs over {row.batch_size}"
     unlike = [
         (differences, "; ".join(differences[:3])),
@@ -271,6 +280,15 @@ def _judge(row: Row) -> Against | None:
 # --- what tells rows apart ---
 
 
+def shorten(values: Collection[str]) -> dict[str, str]:
+    """Values -> their texts: rounded, and cut to twelve letters or as many as different values need to stay different."""
+    for most in range(12, 13 + max(map(len, values))):
+        texts = {v: text if len(text := rounded(v)) <= most + 4 else f"{text[:most]}…" for v in values}
+        if len(set(texts.values())) == len(texts):
+            return texts
+    return {value: value for value in values}
+
+
 def _name_differences(rows: Sequence[Row]) -> None:
     """Name, in each row, the fields without a column of their own in which comparable rows differ.
 
@@ -283,9 +301,10 @@ def _name_differences(rows: Sequence[Row]) -> None:
             return (name, row.dataset, row.variant, row.depth, row.fields.get("overrides"))
         return (name, row.dataset) if name == "fingerprint" else (name,)
 
+    texts = cache(lambda name: shorten({row.fields.get(name, NONE) for row in rows}))
+
     def extend(row: Row, names: Iterable[str]) -> None:
-        values = [(name, rounded(row.fields.get(name, NONE))) for name in names]
-        row.differs += tuple(f"{n}={value if len(value) <= 16 else f'{value[:12]}…'}" for n, value in values)
+        row.differs |= {name: texts(name)[row.fields.get(name, NONE)] for name in names}
 
     values: dict[tuple[object, ...], set[str]] = defaultdict(set)
     for row in rows:
@@ -295,7 +314,7 @@ def _name_differences(rows: Sequence[Row]) -> None:
     named, shown = FIELDS["named"], FIELDS["shown"]
     for row in rows:
         extend(row, [n for n in row.fields if n in named or (n not in shown and len(values[scope(n, row)]) > 1)])
-        alike[row.dataset, row.device, row.differs, *map(row.fields.get, shown)].append(row)
+        alike[row.dataset, row.device, *row.differs.items(), *map(row.fields.get, shown)].append(row)
     for members in alike.values():  # a field that only some of them have: widths of an elastic run
         names = sorted({name for row in members for name in row.fields})
         telling = [name for name in names if len({row.fields.get(name) for row in members}) > 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,11 +16,14 @@ import pytest
 from rich.console import Console
 
 import harness.commands.probe
+import harness.resources
 import harness.training.train
 from harness import cli, plan
 from harness.cluster.job import Failed, Worker
 from harness.commands.probe import all_seconds, count_cells, predict, print_estimate
 from harness.loaders.datasets import load_dataset
+from harness.options import Resources
+from harness.resources import Session
 from harness.results.store import load_predictions, load_records
 from harness.results.values import Measurement, Memory, Prediction
 from harness.spec import RunPaths, RunSpec
@@ -99,6 +103,40 @@ def test_the_sums_of_a_grid(capsys: Any) -> None:
     on_cpu = [(replace(spec, device="cpu"), outcome) for spec, outcome in ((shallow, one), (deep, two))]
     print_estimate(on_cpu, [replace(spec, device="cpu") for spec in todo], 2, console)
     assert "GPU-hours" not in capsys.readouterr().out
+
+
+def test_runs_that_share_a_gpu_take_turns_on_it(capsys: Any) -> None:
+    """Four runs of an hour on one GPU are four GPU-hours, and four hours."""
+    todo = make_specs(depths=(20,), seeds=(0, 1, 2, 3), workers=1)
+    (cell,) = count_cells(todo)
+    outcomes = [(cell, make_prediction(cell, 1434.8))]
+    console = Console(width=200)
+    shared = "; runs that share a GPU slow each other down and are counted as if they took turns\n"
+    print_estimate(outcomes, todo, 4, console, alone=1)
+    text = capsys.readouterr().out
+    assert "in all 4 runs, 4 at a time: 4 h, 4.00 GPU-hours" in text
+    assert shared in text
+    print_estimate(outcomes, todo, 4, console)
+    text = capsys.readouterr().out
+    assert "4 at a time: 1 h, 4.00 GPU-hours" in text
+    assert shared not in text
+
+
+def test_no_two_probes_share_a_gpu(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[plan.Allocation] = []
+
+    def launch(function: Any, specs: list[RunSpec], job: plan.Allocation, **callbacks: Any) -> Any:
+        launched.append(job)
+        yield from ((spec, make_prediction(spec, 1434.8)) for spec in specs)
+
+    monkeypatch.setattr(harness.resources.launch, "launch", launch)
+    job = plan.Allocation(device="cuda", gpus=2, workers=1, concurrent_runs=7, threads=4, runs_per_gpu=4)
+    where, todo = Resources(address="auto", launcher="ray"), make_specs(workers=1, seeds=(0, 1))
+    with ExitStack() as stack:
+        session = Session(job, where, RunPaths(out=tmp_path), stack)
+        assert not harness.commands.probe.probe("estimate", todo, session, Console(width=200))
+    assert [(job.concurrent_runs, job.runs_per_gpu) for job in launched] == [(2, 1)]
+    assert "in all 4 runs, 7 at a time: 2 h, 4.00 GPU-hours" in capsys.readouterr().out
 
 
 def test_a_probe_times_steps_and_writes_nothing(tmp_path: Path) -> None:

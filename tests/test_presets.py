@@ -117,6 +117,19 @@ def test_the_table_of_2016_beside_ours(store: Store, capsys: Any) -> None:
     assert float(first["published_epoch_seconds_ratio"]) == 2.75
 
 
+def test_seconds_with_evaluation_are_in_no_ratio_to_ours(store: Store, capsys: Any) -> None:
+    record = make_record(0, 3.6, variants=("convnet",), depths=(8,), dataset="cifar2")
+    store(record.model_copy(update={"dataset": "cifar2"}))
+    out = harness("report --preset convnet", capsys)[1]
+    assert re.search(r"8\.05 s.? ", out)
+    assert (
+        "on 8 threads of a Xeon E5-2698 v4, 2017; the seconds include evaluation, ours do not: github.com/" in out
+    )
+    assert "×)" not in out
+    (first,) = csv.DictReader(io.StringIO(harness("report --format csv", capsys)[1]))
+    assert (first["published_epoch_seconds"], first["published_epoch_seconds_ratio"]) == ("8.05", "")
+
+
 @pytest.mark.parametrize("change", [{"limit_train": 1000}, {"batch_size": 64}, {"settings": ("crop=28",)}])
 def test_a_cost_stands_only_beside_such_runs(store: Store, change: dict[str, Any], capsys: Any) -> None:
     store(make_record(0, 8.4, **change))

@@ -113,11 +113,24 @@ def test_whatever_differs_gets_a_row_of_its_own_that_a_reader_can_tell(change: d
 
 def test_a_hidden_difference_between_rows_that_look_different_is_named_too() -> None:
     rows = summarise([make_run(0), make_run(0, loader="resident", torch="2.11.1")])
-    assert [row.differs for row in rows] == [("torch=2.15.0+cu130",), ("torch=2.11.1",)]
+    assert [row.differs for row in rows] == [{"torch": "2.15.0+cu130"}, {"torch": "2.11.1"}]
     rows = summarise([make_run(0), make_run(0, depth=56)])  # the depth has its own column
-    assert [row.differs for row in rows] == [(), ()]
+    assert [row.differs for row in rows] == [{}, {}]
     rows = summarise([make_run(0), make_run(0, loader="resident", deterministic=True)])
-    assert sorted(row.differs for row in rows) == [(), ("deterministic=True",)]
+    assert [row.differs for row in rows] == [{"deterministic": "True"}, {}]
+
+
+def test_values_are_cut_where_they_still_differ_and_whole_in_files() -> None:
+    nightlies = [f"2.15.0.dev2026010{day}+cu128" for day in (1, 2)]
+    rows = summarise([make_run(seed, torch=torch) for torch in nightlies for seed in range(2)])
+    assert [row.differs for row in rows] == [{"torch": f"2.15.0.dev2026010{day}…"} for day in (1, 2)]
+    assert "torch" not in text(rows).split("\n")[0], "what differs is not said once for all"
+    plain = json.loads(render(rows, "json"))["rows"]
+    assert [row["differs"] for row in plain] == [f"torch={torch}" for torch in nightlies]
+    prints = [make_run(0, fingerprint="f" * 64), make_run(0, fingerprint="0" * 64)]
+    assert [row.differs for row in summarise(prints)] == [{"fingerprint": f"{x * 12}…"} for x in "0f"]
+    close = [make_run(0, lr=lr) for lr in (0.12345678901, 0.12345678902)]  # as one number rounded
+    assert [row.differs["recipe.lr"] for row in summarise(close)] == ["0.12345678901", "0.12345678902"]
 
 
 def test_a_seed_run_twice_counts_once_with_its_last_run() -> None:
@@ -138,6 +151,51 @@ def test_across_averages_what_was_asked_for_and_says_so() -> None:
     assert "1/8 of 128" in page
     with pytest.raises(ValueError, match="no field 'wrokers' in these runs: they have check, dataset, device"):
         summarise(runs, across=["wrokers"])
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "words", "columns"),
+    [
+        ("loader", {"loader": "resident"}, "dali/resident", ["loader"]),
+        ("limit_train", {"limit_train": 5000}, "training images: all/5,000", ["limit_train"]),
+        ("workers", {"workers": 2}, "1/2 of 128", ["workers", "batch_norm_images"]),
+        ("recipe.batch_size", {"batch_size": 64}, "1 of 128/64", ["batch_size", "batch_norm_images"]),
+        ("recipe.duration", {"duration": 5}, "180/5 epochs", ["duration"]),
+        ("recipe.unit", {"unit": "step"}, "180 epoch/steps", ["duration_unit"]),
+        ("network.depth", {"depth": 56}, "20/56", ["depth"]),
+        ("overrides", {"overrides": ["epochs=5", "lr=0.05"]}, "–/epochs=5,lr=0.05", ["overrides"]),
+        ("fingerprint", {"fingerprint": "0" * 64}, "averaged over fingerprint", ["fingerprint"]),
+        ("hardware", {"result": {"device": "NVIDIA A100"}}, "NVIDIA H200/NVIDIA A100", ["device"]),
+        ("torch", {"torch": "2.11.1"}, "averaged over torch: 2.15.0+cu130, 2.11.1", ["torch"]),
+    ],
+)
+def test_a_row_is_not_named_by_one_of_the_values_it_averages_over(
+    field: str, change: dict[str, Any], words: str, columns: list[str]
+) -> None:
+    recipe = make_spec()["recipe"]
+    if change.keys() <= recipe.keys():
+        change = {"recipe": recipe | change}
+    (row,) = summarise([make_run(0), make_run(1, **change)], across=[field])
+    assert words in text([row], width=400)
+    (plain,), (own,) = (
+        json.loads(render(rows, "json"))["rows"] for rows in ([row], summarise([make_run(1, **change)]))
+    )
+    assert [name for name in own if plain[name] is None and own[name] is not None and name in columns] == columns
+    assert plain["averaged_over"].startswith(f"{field}=")
+    (alone,) = summarise([make_run(0, **change), make_run(1, **change)], across=[field])
+    assert all(json.loads(render([alone], "json"))["rows"][0][name] for name in columns if name != "torch")
+
+
+def test_across_a_field_that_has_one_value_changes_nothing() -> None:
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("precision", {}), ("loader", {"loader": "synthetic"}), ("overrides", {"overrides": ["lr=0.05"]}),
+        ("engine", {}), ("workers", {"workers": 2}), ("limit_train", {"limit_train": 5000}),
+    ]  # fmt: skip
+    for field, change in cases:
+        runs = [make_run(seed, **change) for seed in range(3)]
+        assert text(summarise(runs, across=[field])) == text(summarise(runs)), field
+    narrow = summarise([make_run(0, workers=2, result={"widths": (2, 1)})], across=["widths"])
+    assert "DDP width 2→1" in text(narrow)
 
 
 def test_medians_peaks_and_missing_readings() -> None:
@@ -203,6 +261,33 @@ def test_a_failure_that_was_made_good_is_no_longer_shown() -> None:
     assert "killed" not in text([row])
 
 
+def test_a_seed_counts_once_whatever_became_of_its_runs() -> None:
+    """Done and run again, and failed or stopped in two folders."""
+    oom = Failure(kind="OOM", message="x")
+
+    def partial(seed: int, folder: str) -> Interrupted:
+        return Interrupted(f"cifar10_msra-20_s{seed}", Path(folder), 3, 180, make_spec(seed=seed))
+
+    (row,) = summarise([make_run(seed) for seed in range(3)], [partial(0, "a")])
+    assert (len(row.done), row.interrupted) == (3, ())
+    page = text([row])
+    assert "3 of" not in page
+    assert "not done" not in page
+    failed = [
+        make_run(0, failure=oom.model_copy(update={"message": m}), finished=at)
+        for m, at in (("last", 9), ("first", 1))
+    ]
+    (row,) = summarise([make_run(1), *failed], [partial(2, "a"), partial(2, "b")])
+    assert [run.record.failure and run.record.failure.message for run in row.failed] == ["last"]
+    page = text([row])
+    assert "1 of 3" in page
+    assert "msra-20 seed 0 failed, OOM: last" in page
+    apart = [make_run(0, failure=oom, loader=loader) for loader in ("dali", "resident")]
+    stopped = partial(1, "a")._replace(spec=make_spec(seed=1, loader="resident"))
+    (row,) = summarise([make_run(1), *apart], [stopped], across=["loader"])
+    assert (len(row.failed), len(row.interrupted)) == (2, 1), "two loaders are two samples"
+
+
 def test_published_numbers_stand_only_beside_what_they_were_measured_on() -> None:
     published = find_published("cifar10", "msra", 20)
     assert published is not None
@@ -244,6 +329,35 @@ def test_marks_for_data_that_is_not_comparable() -> None:
     assert "training images: 5,000²" in page
     page = text(summarise([make_run(result={"evaluated_on": "val"})]))
     assert "of held-out training images, not of the test set" in page
+
+
+PART = {"limit_train": 5000}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (PART, "20 all 8.40 ± 0.00"), (PART, "20 5,000¹ 8.40 ± 0.00"), ({"overrides": ["lr=0.05"]}, "20 lr=0.05 8.40 ± 0.00"),
+        ({"torch": "2.11.0"}, "20 torch=2.11.0 8.40 ± 0.00"), ({"variant": "he2015"}, "20 he2015 8.40 ± 0.00"),
+    ],
+)  # fmt: skip
+def test_chosen_columns_do_not_hide_what_tells_rows_apart(change: dict[str, Any], words: str) -> None:
+    rows = summarise([make_run(seed, **more) for more in ({}, change) for seed in range(2)])
+    page = " ".join(text(rows, columns=("depth", "error")).replace("²", "").split())
+    assert words in page
+    assert ("trained on a part of the training set: not compared" in page) == (change == PART)
+    assert render(rows, "csv", columns=("depth",)).startswith("depth\n"), "a program gets what it asked for"
+    alike = text(summarise([make_run(seed, **change) for seed in range(2)]), columns=("error", "n"))
+    assert re.search(r"\n\n *error %. +n\n", alike)
+
+
+def test_chosen_columns_do_not_hide_why_rows_are_not_comparable() -> None:
+    rows = summarise([make_run(0, limit_test=100), make_run(0, limit_test=100, depth=56)])
+    page = text(rows, columns=("depth", "test_error", "n"))
+    assert "of 100 of the test images: not compared with published errors" in page
+    assert "depth¹" in page, "the mark is of the whole row"
+    page = text(summarise([make_run(0), make_run(1, workers=2)], across=["workers"]), columns=("depth", "error"))
+    assert "averaged over workers: 1, 2, as requested: not compared with published errors" in page
 
 
 def test_what_all_rows_share_is_said_once_and_the_table_fits() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from records import make_record
 from scipy import stats
 from test_table import make_run, text
 
@@ -231,3 +233,35 @@ def test_the_note_says_what_the_published_runs_did_otherwise() -> None:
     assert row.against is not None
     assert row.against.reason == "val 0, theirs 5000"
     assert row.against.difference == pytest.approx(mean([8.4]) - 8.75)
+
+
+@pytest.mark.parametrize(
+    ("val", "why"),
+    [
+        (5000, "theirs may be a best epoch, and the best on the test set is not known of ours"),
+        (
+            2500,
+            "val 2500, theirs 5000; theirs may be a best epoch, and the best on the test set is not known of ours",
+        ),
+    ],
+)
+def test_the_published_runs_own_setting_keeps_the_comparison(val: int, why: str) -> None:
+    """A footnote says "val 0, theirs 5000": with --val 5000 the test error stands beside theirs, and why it is not judged."""
+
+    def at(seed: int, **changes: Any) -> Stored:
+        record = make_record(seed, 8.8, **({"variants": ("he2015",), "val": val} | changes))
+        assert record.result
+        held_out = {"evaluated_on": "val", "evaluated_images": val, "test_images": 10_000, "test_error": 9.0}
+        result = record.result.model_copy(update=held_out)
+        return Stored(record.model_copy(update={"result": result}), Path(record.name))
+
+    (row,) = summarise([at(seed) for seed in range(3)])
+    assert row.fields["overrides"] == f"val={val}"
+    assert row.against is not None
+    assert row.against.difference == pytest.approx(9.0 - 8.75)
+    assert row.against.reason == why
+    assert "8.75 (+0.25)" in text([row])
+    others: list[dict[str, Any]] = [{"settings": ("lr=0.05",)}, {"epochs": 9}, {"variants": ("msra",)}]
+    for other in others:
+        (row,) = summarise([at(seed, **other) for seed in range(3)])
+        assert row.against is None, other

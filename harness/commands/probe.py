@@ -81,6 +81,9 @@ def probe(
     allocation, paths, cells = session.allocation, session.paths, count_cells(todo)
     if allocation.workers == 1 and session.resources.address is None:
         session = replace(session, resources=replace(session.resources, launcher="local"))
+    at_once = -(-allocation.concurrent_runs // allocation.runs_per_gpu)
+    alone = replace(allocation, runs_per_gpu=1, concurrent_runs=at_once)
+    session = replace(session, allocation=alone)  # no two probes share a GPU
 
     def progress(spec: RunSpec, event: Any) -> None:
         if isinstance(event, Started):
@@ -94,7 +97,7 @@ def probe(
         if isinstance(outcome, Prediction):
             keep_prediction(paths.out, cell.key, outcome)
     if what == "estimate":
-        print_estimate(outcomes, todo, allocation.concurrent_runs, console)
+        print_estimate(outcomes, todo, allocation.concurrent_runs, console, alone=alone.concurrent_runs)
         for cell in cells if measured else ():
             predict_scaling(cell, session, partial(predict, paths=paths), measured or {}, console)
     else:
@@ -221,8 +224,11 @@ def all_seconds(todo: Sequence[RunSpec], predicted: Mapping[RunSpec, float], con
     return max(free_at)
 
 
-def print_estimate(outcomes: Outcomes, todo: Sequence[RunSpec], concurrent_runs: int, console: Console) -> None:
-    """Print a line for each cell, the sums of those that were predicted, and notes."""
+def print_estimate(
+    outcomes: Outcomes, todo: Sequence[RunSpec], concurrent_runs: int, console: Console, *, alone: int = 0
+) -> None:
+    """Print a line for each cell, the sums of those that were predicted, and notes. `alone`: how many of the concurrent
+    runs can have a GPU to themselves, as a probe has (0: all); where they cannot, they are counted as if they took turns."""
     runs, on_gpu = count_cells(todo), outcomes[0][0].device == "cuda"
     predicted = {spec: outcome for spec, outcome in outcomes if isinstance(outcome, Prediction)}
     hours = {s: runs[s] * one.workers * one.run_seconds / 3600 for s, one in predicted.items()}
@@ -242,11 +248,11 @@ def print_estimate(outcomes: Outcomes, todo: Sequence[RunSpec], concurrent_runs:
 
     print_outcomes(outcomes, ("s/epoch", "eval", "a run", "runs", "GPU-h", *MEMORY, "kJ"), line, console)
     known = [value for value in kilojoules.values() if value is not None]
-    seconds = all_seconds(todo, {s: one.run_seconds for s, one in predicted.items()}, concurrent_runs)
+    seconds = all_seconds(todo, {s: one.run_seconds for s, one in predicted.items()}, alone or concurrent_runs)
     text = fill_template(
         "estimate.txt.j2", count=sum(map(runs.__getitem__, predicted)), concurrent_runs=concurrent_runs, on_gpu=on_gpu,
         duration=duration(seconds), hours=sum(hours.values()), predicted=predicted, missing=missing, figures=figures,
-        kilojoules=sum(known) if len(known) == len(predicted) else None,
+        shared=0 < alone < concurrent_runs, kilojoules=sum(known) if len(known) == len(predicted) else None,
     )  # fmt: skip
     say(console, text.rstrip())
 

@@ -53,7 +53,8 @@ def find(row: Row, path: str) -> Any:
 
 
 def _overrides(row: Row) -> list[str]:
-    return list(map(str, setting(row.spec, "overrides", list) or ()))
+    own = list(map(str, setting(row.spec, "overrides", list) or ()))
+    return [row.text("overrides")] if "overrides" in row.averaged_over else own
 
 
 def _entry(row: Row, variant: str = "") -> Published | None:
@@ -66,12 +67,13 @@ def cost_entry(row: Row) -> Published | None:
     How the images were compressed does not matter to a cost, nor does the number of epochs.
     """
     other = any(not text.startswith(("epochs=", "val=")) for text in _overrides(row))
-    return None if other or setting(row.spec, "limit_train", int) is not None else _entry(row)
+    part = setting(row.spec, "limit_train", int) is not None or "limit_train" in row.averaged_over
+    return None if other or part else _entry(row)
 
 
 def _ratio(row: Row) -> float | None:
-    seconds = find(row, "cost.epoch_seconds")
-    return seconds / row.epoch_seconds if seconds and row.epoch_seconds else None
+    seconds, unlike = find(row, "cost.epoch_seconds"), find(row, "cost.evaluation_timed")
+    return seconds / row.epoch_seconds if seconds and row.epoch_seconds and not unlike else None
 
 
 def _seeds_to_tell(row: Row) -> int | None:
@@ -90,7 +92,7 @@ def end_of(run: Stored | Interrupted) -> str:
 DERIVED: dict[str, Callable[[Row], Any]] = {
     "images": lambda row: row.done[0].record.images() if row.done else None,
     "changed": lambda row: " ".join(_overrides(row)),
-    "differences": lambda row: " ".join(row.differs),
+    "differences": lambda row: " ".join(f"{name}={row.fields.get(name, NONE)}" for name in row.differs),
     "averaged": lambda row: " ".join(f"{name}={'/'.join(values)}" for name, values in row.averaged_over.items()),
     "n": lambda row: len(row.done),
     "seeds": lambda row: [stored.record.seed for stored in row.done],
@@ -108,9 +110,13 @@ DERIVED: dict[str, Callable[[Row], Any]] = {
 # --- cells that are more than a figure ---
 
 
+def _images(row: Row) -> str:
+    return "/".join(f"{int(n):,}" if n.isdecimal() else "all" for n in row.text("limit_train").split("/"))
+
+
 def _width(row: Row) -> str:
-    if "workers" in row.averaged_over:
-        return f"{row.text('workers')} of {row.batch_size}"
+    if row.averaged_over.keys() & {"workers", "recipe.batch_size"}:
+        return f"{row.text('workers', str(row.workers))} of {row.text('recipe.batch_size', str(row.batch_size))}"
     return f"{row.workers}×{row.batch_size // max(1, row.workers)}"
 
 
@@ -171,12 +177,12 @@ TEXT: dict[str, Callable[[Row], str]] = {
     "depth": lambda row: row.text("network.depth", str(row.depth)) if row.depth else NONE,
     "network": lambda row: f"{row.variant} {row.depth:06}",  # of the page, which sorts by it
     "dataset": lambda row: row.text("label", row.dataset),
-    "limit_train": lambda row: f"{limit:,}" if (limit := setting(row.spec, "limit_train", int)) else "all",
+    "limit_train": _images,
     "duration": lambda row: row.duration,
     "overrides": lambda row: rounded(", ".join(_overrides(row))) or NONE,
     "workers": _width,
     "device": lambda row: row.text("hardware", row.device),
-    "differs": lambda row: ", ".join(row.differs) or NONE,
+    "differs": lambda row: ", ".join(f"{name}={text}" for name, text in row.differs.items()) or NONE,
     "n": _runs,
     "error": _error,
     "best_minus_last": lambda row: _signed(row.best_minus_last),

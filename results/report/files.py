@@ -26,11 +26,12 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 
 class Field(NamedTuple):
-    """A column: one of `TYPES`, the path of its value (`columns.find`), and what it means."""
+    """A column: one of `TYPES`, the path of its value (`columns.find`), what it means, of which other fields it is made."""
 
     kind: str
     path: str
     means: str = ""
+    made_of: Sequence[str] = ()
 
 
 _PARTS = tomllib.loads(Path(__file__).with_name("files.toml").read_text(encoding="utf-8"))
@@ -56,7 +57,7 @@ def file_fields() -> dict[str, Field]:
 def plain_values(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows as CSV and JSON have them, with all that is noted of any: every value of it, in the order of the runs.
 
-    `columns` chooses and orders what there is. Raises ValueError for one that does not exist.
+    Null: what a row averages over. `columns` chooses and orders what there is. Raises ValueError for an unknown one.
     """
     named = {name.lower().replace(" ", "_"): name for row in rows for name in sorted(row.conditions)}
     known = file_fields()
@@ -67,6 +68,8 @@ def plain_values(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[dict[
         parts = {start: find(row, start) for start in starts}
         # of its type alone: nothing has checked a spec that was edited by hand
         typed = {name: setting(parts, field.path, *TYPES[field.kind]) for name, field in known.items()}
+        averaged = {name.rpartition(".")[2] for name in row.averaged_over}
+        typed |= {n: None for n, f in known.items() if averaged & {n, f.path.rpartition(".")[2], *f.made_of}}
         notes = {n: "; ".join(row.conditions.get(name, ())) or None for n, name in noted.items()}
         every.append(finite(typed) | notes)
     if columns and every:

@@ -151,7 +151,8 @@ def _published_notes(row: Row) -> Noted:
         if row.against.reason:
             yield f"no verdict: {row.against.reason}", "verdict"
     if (cost := cost_entry(row)) and (cost.epoch_seconds or cost.memory_mib):
-        text = f"on {cost.hardware}, {cost.year}: {cost.source}"
+        evaluated = "; the seconds include evaluation, ours do not" * cost.evaluation_timed
+        text = f"on {cost.hardware}, {cost.year}{evaluated}: {cost.source}"
         yield text, "published_epoch_seconds", "published_memory_mib"
 
 

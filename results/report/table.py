@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any, Literal
 
 from harness.results.compare import Comparison, Pair, signed
 from harness.results.metrics import METRICS, NONE
-from harness.results.report.columns import SPARE, Column, find_columns, make_columns
+from harness.results.report.columns import DESCRIPTORS, SPARE, Column, find_columns, make_columns
 from harness.results.report.files import to_csv, to_json
 from harness.results.report.notes import disturbed_notes, make_notes
 from harness.results.report.text import Sheet, add_mark, clean, for_latex, for_markdown, for_terminal
-from harness.results.rows import Row
+from harness.results.rows import Row, incomparable
 
 Format = Literal["table", "markdown", "csv", "json", "latex"]
 LATEX_WIDTH = 80
@@ -26,13 +27,16 @@ def lay_out(
 ) -> tuple[list[Column], Sheet]:
     """The columns of the table, and the table: with what is said once above it, and the marks of the notes.
 
-    Raises ValueError for a wanted column that does not exist.
+    Beside wanted columns stand those that tell rows apart. Raises ValueError for a wanted column that does not exist.
     """
     chosen = find_columns(wanted)
     words = {column.name: [clean(column.text(row)) for row in rows] for column in make_columns()}
     shown, shared = _choose_columns(rows, words)
     if wanted:
-        shown, shared = chosen, [column for column in shared if column.name not in wanted]
+        telling = [c for c in shown if c in DESCRIPTORS and c not in chosen and len(set(words[c.name])) > 1]
+        first = list(takewhile(DESCRIPTORS.__contains__, chosen))
+        shown = [*first, *telling, *chosen[len(first) :]]
+        shared = [column for column in shared if column not in chosen]
     shown = [column for column in shown if column.name not in without]
     above = [column.name for column in shared]
     once = {column.name: column.header for column in shown}  # and what stands above
@@ -40,10 +44,13 @@ def lay_out(
     if "limit_train" in above:
         once["limit_train"] = f"training images: {once['limit_train']}"
     absent = (words.keys() if wanted else set(without)) - once.keys()
+    forbidding = tuple(text for row in rows for text, _ in incomparable(row))
     notes: list[str] = []
     for note, cells in make_notes(rows).items():
         if cells.keys() <= absent:
-            continue
+            if not note.startswith(forbidding):
+                continue
+            cells = {shown[0].name: set.union(*cells.values())}
         notes.append(f"{add_mark('', number := len(notes) + 1)} {clean(note)}")
         for name, marked in cells.items():
             if name in above or (name in once and len(marked) == len(rows)):
