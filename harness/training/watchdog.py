@@ -120,8 +120,9 @@ class Watchdog:
     # --- in threads ---
 
     def _guard(self) -> None:
-        """Count the looks without progress, not the seconds: a process that was stopped as a whole has lost none."""
-        if not self._watching or self._moves != self._seen:
+        """Count the looks without progress, not the seconds: a process that was stopped as a whole has lost none. Between
+        steps, where a rank may take its time, those that wait for it look only for its signs of life."""
+        if self._moves != self._seen or not (self._watching or self._find_silent()):
             self._seen, self._idle = self._moves, 0
             return
         self._idle += 1
@@ -174,17 +175,21 @@ class Watchdog:
         name = frame.f_code.co_name if frame else "?"
         return PLACES.get(name, name)
 
+    def _find_silent(self) -> list[int]:
+        """Other ranks whose processes give no sign."""
+        since = time.monotonic() - SILENT_BEATS * self._worker.stall_seconds / BEATS
+        if len(self._ranks) > 1 and self._answered_at < since:  # rank 0 holds the store
+            return [0]
+        signs = ((rank, self._signs.get(rank, (b"", float("-inf")))[1]) for rank in range(len(self._ranks)))
+        return [rank for rank, seen in signs if seen < since and rank != self._rank]
+
     def _explain(self, where: str) -> Stalled:
         """Who it is: a rank whose process gives no sign, else those that are behind the others."""
         since = f"no step for {self._worker.stall_seconds:.0f} s"
         names = [f"rank {rank} ({host}, {device})" for rank, (host, device, _) in enumerate(self._ranks)]
         if len(names) == 1:
             return Stalled(message=f"{since}: {names[0]} waits in {self._place()}{where}")
-        silent_since = time.monotonic() - SILENT_BEATS * self._worker.stall_seconds / BEATS
-        never, others = (b"", float("-inf")), sorted({*range(len(names))} - {self._rank})
-        silent = [rank for rank in others if self._signs.get(rank, never)[1] < silent_since]
-        if self._answered_at < silent_since:  # rank 0 holds the store
-            silent = [0]
+        silent = self._find_silent()
         words = {rank: sign.decode().split(" ", 2)[1:] for rank, (sign, _) in self._signs.items()}
         words[self._rank] = [str(self._begun + self._steps), self._place()]
         done = {rank: int(steps) for rank, (steps, _) in sorted(words.items())}
