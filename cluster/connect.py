@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,16 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
                 options["_temp_dir"] = "/tmp/ray"
         else:  # its nodes have their own environment
             options |= {"address": address, "runtime_env": {"env_vars": OF_WORKERS}}
+        before = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(**options)
         except Exception as error:  # of many kinds; too busy a machine gives a bare one
             first = (str(error) or type(error).__name__).strip().splitlines()[0]
             what = "Ray does not start here" if address is None else f"no Ray cluster answers at {address!r}"
             raise ClusterError(f"{what}: {first}") from None
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)  # Ray's own would end this process with 15 and no word
     with contextlib.suppress(OSError):  # Ray lets everybody on this machine read it
         (Path.home() / ".ray" / "auth_token").chmod(0o600)
     _watch()

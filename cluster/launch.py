@@ -41,7 +41,7 @@ from harness.cluster.job import (
     make_failed,
 )  # fmt: skip
 from harness.cluster.nodes import choose_world_size, count_runs, find_draining, find_lacking, inspect_cluster
-from harness.cluster.workers import LEAVE, Mailbox, Task, note_sigterm, other_nodes, this_node
+from harness.cluster.workers import AT_ONCE, LEAVE, Mailbox, Task, note_sigterm, other_nodes, this_node
 
 SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
 LOOK_SECONDS = 1.0  # between looks for nodes that come and go
@@ -86,7 +86,7 @@ def launch(
             left = driver.stop.is_set() and not any(thread.is_alive() for thread in driver.threads)
             if leaving() and not driver.stop.is_set():
                 driver.stop.set()
-                mailbox.note.remote(LEAVE, time.time())
+                mailbox.note.remote(LEAVE, AT_ONCE)
             driver.look()
             events = ray.get(mailbox.empty.remote())
             if left and not events:
@@ -275,7 +275,9 @@ class _Run(Generic[Spec, Outcome]):
                 # others were quicker to take the room, or it is scattered over nodes
                 self.waited_seconds += time.monotonic() - began
                 self.put(Waiting(seconds=self.waited_seconds, reason=f"no place for {self._describe(world_size)}"))
-            elif (final := self._judge(replace(failed, attempts=self.attempt), began)) is not None:
+                continue
+            self.waited_seconds = 0.0
+            if (final := self._judge(replace(failed, attempts=self.attempt), began)) is not None:
                 return final
         minutes = job.placement_timeout_seconds / 60
         message = f"no room in the cluster for {self._describe(job.workers)} within {minutes:.0f} minutes"
@@ -314,8 +316,11 @@ class _Run(Generic[Spec, Outcome]):
 
     def _wait_for_resources(self) -> int | None:
         """Wait until the cluster has a run's resources free; with how many workers, None where that took too long or the
-        command has to end. Ray Train itself would wait a minute, in silence, and then fail the run."""
+        command has to end. Ray Train itself would wait a minute, in silence, and then fail the run.
+
+        While others of the command's runs train, no time is too long: room comes when they end."""
         job, before, began = self.job, self.waited_seconds, time.monotonic()
+        vain_since = began - before
         show_at = SHOW_WAIT_AFTER_SECONDS
         while not self.driver.stop.is_set():
             if self.avoid != job.avoid and not count_runs(inspect_cluster(self.avoid), job):
@@ -325,7 +330,9 @@ class _Run(Generic[Spec, Outcome]):
             lacking = find_lacking(job, world_size, self.avoid)
             seconds = time.monotonic() - began
             self.waited_seconds = before + seconds
-            if (lacking or before) and self.waited_seconds > job.placement_timeout_seconds:
+            if self.driver.training:
+                vain_since = time.monotonic()
+            if (lacking or before) and time.monotonic() - vain_since > job.placement_timeout_seconds:
                 return None
             if not lacking:
                 return world_size

@@ -30,6 +30,7 @@ from harness.cluster.nodes import find_draining
 Item = TypeVar("Item")
 
 LEAVE = "leave"  # in the mailbox: by when runs have to end, all of them or an attempt at one
+AT_ONCE = 1.0  # a deadline that is over by every node's clock
 FOLLOW_SECONDS = 0.05  # between two looks at what comes next
 _stores = itertools.count()
 terminated = threading.Event()  # in a worker: it got a SIGTERM
@@ -74,10 +75,12 @@ class Mailbox:
         return True
 
     def close(self, index: int) -> int | None:
-        """The workers that began with this run have ended: in which run, None where they were between two."""
+        """The workers that began with this run have ended: in which run, None where they were between two. Should one of them
+        live on, behind a cut link, it is not heard until the next attempt says its number."""
         while (following := self.notes.get(("next", index), (None,))[0]) is not None:
             index = following[0]
         if not self.notes.get(("ended", index)):
+            self.notes["attempt", index] = 0
             return index
         self.notes["closed", index] = True
         return None
@@ -170,7 +173,7 @@ class Task(Generic[Spec, Outcome]):
         def notice() -> float | None:
             keys = (LEAVE, (LEAVE, index, attempt)) if rank == 0 else ()
             told = ray.get(mailbox.read.remote(*keys), timeout=10) if keys else None
-            by = time.time() if terminated.is_set() else None, find_draining().get(node), told
+            by = AT_ONCE if terminated.is_set() else None, find_draining().get(node), told
             return min(filter(None, by), default=None)
 
         def alarm(stalled: Stalled) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from harness import options as groups
+from harness.deadline import stopping_on_sigterm
 from harness.options import Option, default_out, fill, load_named, options_of
 from harness.spec import FULL, INSTALL, UserError
 
@@ -187,7 +188,8 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     message, code = "", 2
     try:
-        code = app(standalone_mode=False, prog_name="harness") or 0
+        with stopping_on_sigterm():
+            code = app(standalone_mode=False, prog_name="harness") or 0
     except UserError as error:
         message = str(error)
     except ModuleNotFoundError as error:

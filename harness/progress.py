@@ -173,7 +173,7 @@ class Progress(LiveTable):
                 line.seconds.append(event.train_seconds + event.eval_seconds)
                 self.log(
                     f"{title}: epoch {event.epoch}/{line.epochs}  loss {event.loss:.3f}  error {event.error:.2f} %"
-                    f"  {event.train_seconds:.2f} s/epoch  left {clock(self._left(line))}"
+                    f"  {event.train_seconds:.2f} s/epoch  left {clock(self._left(line, self._by_network()))}"
                 )
             case Failed():
                 line.state, line.note = "failed", event.message
@@ -184,24 +184,30 @@ class Progress(LiveTable):
                     self.say(f"{title}: {warning}")
                 self.log(f"{title}: done, final error {event.final_error:.2f} %")
 
-    def _left(self, line: _Line) -> float | None:
+    def _by_network(self) -> dict[Any, float]:
+        """The median epoch so far, in seconds, of all runs of a network and recipe."""
+        seconds = defaultdict[Any, list[float]](list)
+        for line in self.lines.values():
+            seconds[line.spec.network, line.spec.recipe] += line.seconds
+        return {net: statistics.median(found) for net, found in seconds.items() if found}
+
+    def _left(self, line: _Line, by_network: Mapping[Any, float]) -> float | None:
         """Seconds, by the median epoch so far; of a run that has not begun, by runs of the same network."""
         if line.state in ("done", "failed"):
             return 0.0
-        net = (line.spec.network, line.spec.recipe)
-        like = [other for other in self.lines.values() if (other.spec.network, other.spec.recipe) == net]
-        seconds = line.seconds or [seconds for other in like for seconds in other.seconds]
-        return (line.epochs - line.done) * statistics.median(seconds) if seconds else None
+        others = by_network.get((line.spec.network, line.spec.recipe))
+        epoch = statistics.median(line.seconds) if line.seconds else others
+        return None if epoch is None else (line.epochs - line.done) * epoch
 
     def render(self) -> Group:
         """The runs that fit on the screen. Figures are whole; the other columns get what is left beside them."""
-        lines, width = list(self.lines.values()), self.console.width
+        lines, width, by_network = list(self.lines.values()), self.console.width, self._by_network()
         shown = self.fit(lines, lambda line: RANKS.get(line.state, 3))
         names = COLUMNS if width >= 60 else ("run", *FIGURES)
         padding = (0, 2 if width >= 60 else 1, 0, 0)
         table = make_table(*names, left=("run", "epoch", " ", ""), whole=FIGURES, padding=padding)
         for line in shown:
-            last, left = line.last, clock(self._left(line)) if line.state == "training" else line.state
+            last, left = line.last, clock(self._left(line, by_network)) if line.state == "training" else line.state
             words = {"run": line.spec.title if self.many_seeds else line.spec.name, "left": left, "": line.note}
             words["epoch"] = f"{line.done}/{line.epochs}"
             if last:
@@ -211,7 +217,7 @@ class Progress(LiveTable):
             cells[" "] = ProgressBar(total=line.epochs, completed=line.done, width=24 if width >= 100 else 10)
             table.add_row(*(cells.get(name, "") for name in names), style=STYLES.get(line.state, ""))
         ended = sum(line.state in ("done", "failed") for line in lines)
-        lefts = [self._left(line) for line in lines]
+        lefts = [self._left(line, by_network) for line in lines]
         known = [left for left in lefts if left is not None]
         total = clock(sum(known) / self.concurrent_runs) if len(known) == len(lines) else "?"
         footer = f"{ended} of {len(lines)} runs ended, left {total}"

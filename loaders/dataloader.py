@@ -57,6 +57,7 @@ class TorchLoader:
 def _outlast(_: int) -> None:
     """In a worker process: where all processes of a job receive SIGTERM, the trainer still takes batches until it stops."""
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(OUTLAST_SECONDS))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # Ray's processes begin with it blocked
 
 
 class SyntheticLoader:

@@ -241,7 +241,10 @@ def _find_others(leases: str, own: str, names: set[str]) -> dict[str, tuple[Any,
         now = files.pop(own).mtime_ns
         for file, info in files.items():
             with contextlib.suppress(FileNotFoundError), folder.files.open_input_stream(file) as stream:
-                about = json.loads(stream.read())
+                try:
+                    about = json.loads(stream.read())
+                except ValueError:  # it is being written, or never was
+                    about = {"machine": "", "names": ()}
                 ended = about["machine"] == _machine() and not Path("/proc", str(about["pid"])).exists()
                 if ended or now - info.mtime_ns > LEASE_SECONDS * 1e9:
                     folder.files.delete_file(file)

@@ -310,6 +310,15 @@ def test_two_workers_through_ray_and_dali(tmp_path: Path, capsys: Any) -> None:
     assert (code, "done already" in again) == (0, True)
 
 
+def test_sigterm_after_training_is_answered_too(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "harness.commands.report.print_report", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    assert harness(f"report {tmp_path}", capsys)[0] == 130
+
+
 MISTAKES = {
     "--depths 21": "depth 21 is not 6n+2: try 20 or 26",
     "--variants he2051": "did you mean 'he2015'",

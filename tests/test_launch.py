@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +17,19 @@ from ray import cloudpickle
 
 import harness.cluster.connect
 from harness.cluster.connect import ClusterError, connect, disconnect
-from harness.cluster.job import Allocation, Entered, Failed, PreemptedError, Started, Worker
+from harness.cluster.job import (
+    Allocation,
+    Ended,
+    Entered,
+    Failed,
+    PreemptedError,
+    Started,
+    Worker,
+    WorkerDiedError,
+)
 from harness.cluster.launch import _Driver, _Run, launch, launch_here
 from harness.cluster.nodes import Node
-from harness.cluster.workers import Task
+from harness.cluster.workers import Mailbox, Task
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -236,3 +246,59 @@ def test_a_failure_after_the_command_was_stopped_is_nobodys(monkeypatch: pytest.
     monkeypatch.setattr("harness.cluster.launch._Run", Run)
     driver._serve(driver.take())
     assert not said
+
+
+def test_a_run_waits_for_room_as_long_as_others_of_its_command_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.cluster.launch.find_lacking", lambda *_: "1 GPU wanted")
+    driver: Any = SimpleNamespace(
+        job=make_job(tmp_path, placement_timeout_seconds=0.5),
+        mailbox=None,
+        training={(1, 1): 1},
+        stop=threading.Event(),
+    )
+    answers = list[Any]()
+    thread = threading.Thread(target=lambda: answers.append(_Run(driver, 0)._wait_for_resources()))
+    thread.start()
+    thread.join(1.5)
+    assert not answers, "no failure while another run of the command has the room"
+    driver.training.clear()
+    thread.join(5)
+    assert answers == [None]
+
+
+def test_waits_of_several_attempts_do_not_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote = SimpleNamespace(remote=lambda *_: None)
+    mailbox = SimpleNamespace(note=remote, read=remote, close=remote, put=remote)
+    driver: Any = SimpleNamespace(
+        job=make_job(tmp_path, retries=5), mailbox=mailbox, training={}, drains={}, best_progress=[0.0],
+        stop=threading.Event(),
+    )  # fmt: skip
+    run, waits = _Run(driver, 0), list[float]()
+
+    def wait() -> int | None:
+        waits.append(run.waited_seconds)
+        run.waited_seconds += 1200
+        return 1 if len(waits) < 3 else None
+
+    def fit() -> None:
+        raise WorkerDiedError("killed")
+
+    monkeypatch.setattr(run, "_wait_for_resources", wait)
+    monkeypatch.setattr(run, "_make_trainer", lambda _: SimpleNamespace(fit=fit))
+    monkeypatch.setattr("ray.get", lambda *_, **__: 0)
+    monkeypatch.setattr(run, "_read", lambda _: None)
+    run.run()
+    assert waits == [0, 0, 0]
+
+
+def test_an_attempt_that_was_given_up_is_heard_no_more() -> None:
+    """Its rank 0 may live on, behind a cut link: its outcome would count beside the next attempt's."""
+    mailbox = Mailbox()
+    mailbox.note(("attempt", 0), 1)
+    assert mailbox.put(0, "epoch", 1)
+    assert mailbox.close(0) == 0
+    assert not mailbox.put(0, Ended(outcome="late"), 1)
+    mailbox.note(("attempt", 0), 2)
+    assert mailbox.put(0, Ended(outcome="right"), 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -368,6 +369,13 @@ def test_a_lease_counts_by_the_stores_clock_and_ends_with_its_command(
     )
     with lease(uri, ["a"], pytest.fail):  # a process of this machine that is gone
         pass
+    young, old = (tmp_path / ".leases" / name for name in ("young.json", "old.json"))
+    young.touch()  # by a command that writes it just now, or that was killed meanwhile
+    old.touch()
+    os.utime(old, (time.time() - 1000,) * 2)
+    with lease(uri, ["a"], pytest.fail):
+        assert not old.exists()
+    young.unlink()
     assert not list((tmp_path / ".leases").iterdir())
 
 

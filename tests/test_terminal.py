@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from test_estimate import make_specs
 from test_store import make_epoch
 
 from harness.cluster.job import Entered, Failed, Started
+from harness.models.variants import Recipe
 from harness.progress import Progress, duration, print_columns
 
 
@@ -64,3 +66,14 @@ def test_columns_that_do_not_fit_are_left_out_and_named() -> None:
 )  # fmt: skip
 def test_seconds_in_units_that_people_read(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_the_live_table_of_many_runs_compares_no_run_with_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is drawn four times a second, beside runs that want the CPU."""
+    specs = make_specs(device="cpu", workers=1, seeds=tuple(range(300)), depths=(20,))
+    specs = [replace(spec, recipe=replace(spec.recipe)) for spec in specs]
+    table = Progress(specs, {spec.key: 164 for spec in specs}, Console(file=io.StringIO()), concurrent_runs=1)
+    compared, equal = [], Recipe.__eq__
+    monkeypatch.setattr(Recipe, "__eq__", lambda self, other: compared.append(1) or equal(self, other))
+    table.render()
+    assert len(compared) < 20 * len(specs)
