@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -81,13 +80,6 @@ def collect(
     return outcomes, events
 
 
-def kill_the_mailbox(*_: Any) -> None:
-    """As the kernel may where memory is short."""
-    for command in Path("/proc").glob("[0-9]*/comm"):
-        if command.read_text() == "ray::Mailbox\n" and os.getsid(pid := int(command.parent.name)) == os.getsid(0):
-            os.kill(pid, signal.SIGKILL)
-
-
 @pytest.mark.ray
 def test_ray_runs_leaves_fails_and_retries(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The second run begins in the first one's workers. Ray itself prints nothing: standard output may be a program's."""
@@ -102,8 +94,6 @@ def test_ray_runs_leaves_fails_and_retries(tmp_path: Path, capfd: pytest.Capture
             launch, specs, make_job(tmp_path / "ray", workers=2, retries=1),
             progress_of=lambda event: event["epoch"] + 1 if isinstance(event, dict) else 0, row=lambda _: "one",
         )  # fmt: skip
-        with pytest.raises(ClusterError, match="Ray was lost"):
-            list(launch(toy, specs, make_job(tmp_path / "lost"), progress=kill_the_mailbox))
     finally:
         disconnect()
     assert capfd.readouterr().out == ""
