@@ -92,7 +92,7 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
                 options["_temp_dir"] = "/tmp/ray"
         else:  # its nodes have their own environment
             options |= {"address": address, "runtime_env": {"env_vars": OF_WORKERS}}
-        before = signal.getsignal(signal.SIGTERM)
+        before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL  # None is one that Python did not set
         try:
             ray.init(**options)
         except Exception as error:  # of many kinds; too busy a machine gives a bare one

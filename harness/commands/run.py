@@ -271,7 +271,7 @@ class Runs:
                 display.event(spec, earlier)
 
         failures = 0
-        session.join()  # Ray's own handler of SIGTERM comes before ours
+        session.join()  # a SIGTERM meanwhile ends the command at once
         try:
             with ExitStack() as stack:
                 leaving = stack.enter_context(stopping_on_sigterm(SIGTERM_SECONDS))
