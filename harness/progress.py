@@ -91,6 +91,7 @@ def load_data(name: str, paths: RunPaths, console: Console, *, scan: bool = Fals
 class _Line:
     spec: RunSpec
     epochs: int
+    network: int  # runs of one network and recipe have the same number
     state: str = "waiting"
     note: str = ""
     last: EpochMetrics | None = None
@@ -142,7 +143,9 @@ class Progress(LiveTable):
         self, specs: Sequence[RunSpec], epochs: Mapping[str, int], console: Console, *, concurrent_runs: int
     ) -> None:
         super().__init__(console)
-        self.lines = {spec.key: _Line(spec, epochs[spec.key]) for spec in specs}
+        numbers: dict[Any, int] = {}  # counted once, as thousands of runs are compared slowly
+        network = [numbers.setdefault((spec.network, spec.recipe), len(numbers)) for spec in specs]
+        self.lines = {s.key: _Line(s, epochs[s.key], n) for s, n in zip(specs, network, strict=True)}
         self.concurrent_runs = concurrent_runs
         self.many_seeds = len({spec.seed for spec in specs}) > 1
 
@@ -173,7 +176,7 @@ class Progress(LiveTable):
                 line.seconds.append(event.train_seconds + event.eval_seconds)
                 self.log(
                     f"{title}: epoch {event.epoch}/{line.epochs}  loss {event.loss:.3f}  error {event.error:.2f} %"
-                    f"  {event.train_seconds:.2f} s/epoch  left {clock(self._left(line, self._by_network()))}"
+                    f"  {event.train_seconds:.2f} s/epoch  left {clock(self._left(line, {}))}"
                 )
             case Failed():
                 line.state, line.note = "failed", event.message
@@ -184,19 +187,18 @@ class Progress(LiveTable):
                     self.say(f"{title}: {warning}")
                 self.log(f"{title}: done, final error {event.final_error:.2f} %")
 
-    def _by_network(self) -> dict[Any, float]:
+    def _by_network(self) -> dict[int, float]:
         """The median epoch so far, in seconds, of all runs of a network and recipe."""
-        seconds = defaultdict[Any, list[float]](list)
+        seconds = defaultdict[int, list[float]](list)
         for line in self.lines.values():
-            seconds[line.spec.network, line.spec.recipe] += line.seconds
+            seconds[line.network] += line.seconds
         return {net: statistics.median(found) for net, found in seconds.items() if found}
 
-    def _left(self, line: _Line, by_network: Mapping[Any, float]) -> float | None:
+    def _left(self, line: _Line, by_network: Mapping[int, float]) -> float | None:
         """Seconds, by the median epoch so far; of a run that has not begun, by runs of the same network."""
         if line.state in ("done", "failed"):
             return 0.0
-        others = by_network.get((line.spec.network, line.spec.recipe))
-        epoch = statistics.median(line.seconds) if line.seconds else others
+        epoch = statistics.median(line.seconds) if line.seconds else by_network.get(line.network)
         return None if epoch is None else (line.epochs - line.done) * epoch
 
     def render(self) -> Group:
