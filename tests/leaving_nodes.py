@@ -27,6 +27,7 @@ from two_nodes import ENVIRONMENT, EPOCHS, IMAGES, MARK, MEMORY, ROOT, add_node,
 WORDS = f"""run --dataset digits --depths 8 --limit-train {IMAGES} --epochs {EPOCHS} --gpus 0 --loader resident --workers 2
             --placement spread --stall-seconds 10"""
 DRAIN_SECONDS = 60
+ALIVE = 0  # Ray's GcsNodeInfo.GcsNodeState
 Act = Callable[[], None]
 
 
@@ -114,13 +115,20 @@ def main(out: Path, *names: str) -> None:
         os.kill(workers_of(nodes[choose()])[0], signal.SIGSTOP)
 
     def stop_raylet() -> None:
-        os.kill(nodes.pop(choose()).all_processes["raylet"][0].process.pid, signal.SIGSTOP)
+        """Until Ray gives up its node, which takes longer than what is left of the run."""
+        import ray
+
+        node = nodes.pop(choose())
+        os.kill(node.all_processes["raylet"][0].process.pid, signal.SIGSTOP)
+        gcs, lost = ray._raylet.GcsClient(address=cluster.address), ray.NodeID.from_hex(node.node_id)
+        while gcs.get_all_node_info()[lost].state == ALIVE:
+            time.sleep(0.5)
 
     faults: dict[str, list[tuple[str, Act]]] = {
         "grows": [("epoch 3/", paused_workers()(add))],
         "drained": [("epoch 3/", drain_one), ("trying again (2)", drain_another)],
         "stopped": [("epoch 3/", stop_worker)],
-        "frozen": [("epoch 3/", stop_raylet)],
+        "frozen": [("epoch 3/", paused_workers()(stop_raylet))],
     }
     answers = {}
     for name in names or faults:
