@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ray import cloudpickle
 from two_nodes import ENVIRONMENT, IMAGES, MEMORY, ROOT, add_node
 
 TRAIN = f"--dataset digits --depths 8 --limit-train {IMAGES} --epochs 1 --gpus 0 --loader resident"
@@ -45,6 +44,7 @@ class OneTrial:
 def place(address: str, out: Path) -> dict[str, Any]:
     """Where workers are that avoid one of the nodes; in this process."""
     import ray
+    from ray import cloudpickle
 
     from harness.cluster.connect import connect, disconnect
     from harness.cluster.job import Allocation
@@ -65,7 +65,7 @@ def place(address: str, out: Path) -> dict[str, Any]:
 
 def main(out: Path) -> None:
     """Start two nodes, ask, print."""
-    os.environ |= ENVIRONMENT
+    os.environ |= ENVIRONMENT  # before any import of Ray, which reads its way of authentication then
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": MEMORY}
