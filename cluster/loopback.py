@@ -6,7 +6,6 @@ torch's own store of keys listens on every address of a machine, and has no word
 
 from __future__ import annotations
 
-import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,11 @@ from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch
 
 
 def make_file_url() -> str:
-    """A place for the ranks of one run to meet."""
-    return Path(tempfile.gettempdir(), f"harness-ranks-{uuid.uuid4().hex}").as_uri()
+    """A place for the ranks of one run to meet: among Ray's own files, since ranks that are killed leave it behind."""
+    import ray
+
+    node: Any = ray._private.worker._global_node
+    return Path(node.get_session_dir_path(), f"ranks-{uuid.uuid4().hex}").as_uri()
 
 
 class LoopbackBackend(_TorchBackend):
