@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -36,10 +37,10 @@ class Column(NamedTuple):
         return metric.summary(row.figures[self.name]) if metric else row.text(self.name)
 
     def sort_key(self, row: Row) -> float | str | None:
-        """What the column is sorted by; None where there is nothing."""
+        """What the column is sorted by; None where there is nothing, and for what is not finite."""
         value = find(row, self.key) if self.key else self.text(row)
-        known = isinstance(value, int | float if self.key else str) and value == value  # not NaN
-        return value if known and value != NONE else None
+        known = isinstance(value, int | float) and math.isfinite(value) if self.key else value != NONE
+        return value if known else None
 
 
 def find(row: Row, path: str) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-import math
 import re
 import shlex
 from collections import Counter
@@ -81,7 +80,7 @@ def make_page(
         css=css, script=script,
         packed={"data": _pack(text), "vega": _pack(bundle if any(p.charts for p in (*panels, *searches)) else "")},
         NONE=NONE, category_colours=category_colours, clean=clean, best_first=best_first, clamp=clamp, Counter=Counter, is_finite=is_finite,
-        link_marks=_link_marks, NOT_RECORDED=NOT_RECORDED, mib=mib, number=_number, rounded=rounded, show=show, sort_key=_sort_key, style_of=style_of,
+        link_marks=_link_marks, NOT_RECORDED=NOT_RECORDED, mib=mib, number=_number, rounded=rounded, show=show, style_of=style_of,
     )  # fmt: skip
 
 
@@ -103,13 +102,6 @@ def _link_marks(text: str) -> Markup:
 def _number(value: float | Measurement | None, digits: int = 0) -> str:
     value = value.value if isinstance(value, Measurement) else value
     return NONE if value is None else f"{value:,.{digits}f}"
-
-
-def _sort_key(column: Column, row: Row) -> str | None:
-    key = column.sort_key(row)
-    if isinstance(key, float):
-        return f"{key:.6g}" if math.isfinite(key) else None
-    return None if key is None else str(key)
 
 
 def _cells(stored: Stored) -> list[str]:
