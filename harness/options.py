@@ -382,7 +382,8 @@ class TuneOptions(Options):
 class ReportOptions(Options):
     """How a table is printed."""
 
-    format: Annotated[str, opt("table, markdown, csv, json, latex or html.")] = "table"
+    format: Annotated[str, opt(
+        "table, markdown, csv, json, latex or html.", words=("table", "markdown", "csv", "json", "latex", "html"))] = "table"
     sort: Annotated[str | None, opt("A column, as in error; -error: largest first.")] = None
     columns: Annotated[tuple[str, ...], opt(
         "Columns to show, as in variant,depth,error.", parse=parse_words)] = ()
@@ -402,7 +403,7 @@ class CompareOptions(Options):
         "Exit with 1 where this holds, as in 'error>+0.3,epoch_seconds>5%'.")] = None
     strict: Annotated[bool, opt("Exit with 1, too, where the runs cannot tell.")] = False
     across: Across = ()
-    format: Annotated[str, opt("table, markdown or json.")] = "table"
+    format: Annotated[str, opt("table, markdown or json.", words=("table", "markdown", "json"))] = "table"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ import json
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -15,7 +15,7 @@ from harness.results.explain import why
 from harness.results.metrics import Figure
 from harness.results.published import find_published
 from harness.results.report.notes import make_notes
-from harness.results.report.table import FORMATS, render
+from harness.results.report.table import Format, render
 from harness.results.rows import Row, summarise
 from harness.results.store import Interrupted, Stored
 from harness.results.values import Failure, Measurement, Memory, Record, RunResult
@@ -252,7 +252,7 @@ def test_failed_and_pending_runs_say_why() -> None:
         "msra-56 seed 4 is not done: epoch 57 of 180", "strange is not done: epoch 3",
     ):  # fmt: skip
         assert line in page
-    for format in FORMATS:
+    for format in get_args(Format):
         assert render(rows, format)
 
 
@@ -450,7 +450,7 @@ def test_a_spec_that_was_edited_by_hand_breaks_nothing() -> None:
         (row,) = summarise([make_run(0, **change), make_run(1, failure=oom, **change)], [partial])
         assert "8.40" in text([row])
         for rows in (summarise([make_run(1, failure=oom, **change)]), summarise([], [partial])):
-            for format in FORMATS:
+            for format in get_args(Format):
                 assert render(rows, format)
 
 

@@ -28,7 +28,7 @@ from harness.results.metrics import figures
 from harness.results.published import find_published
 from harness.results.remote import StorageError, is_uri, push_run, redact, split_uri
 from harness.results.report.columns import sort_rows
-from harness.results.report.table import FORMATS, render, render_comparison
+from harness.results.report.table import render, render_comparison
 from harness.results.report.text import fill_template
 from harness.results.rows import Row, incomparable, summarise
 from harness.results.store import Loaded, Problem, Stored, collector_paused
@@ -37,7 +37,6 @@ from harness.results.verify import verify
 from harness.spec import RunSpec, UserError, check_word, mistakes, refuse, suggest
 
 PAGE = "report.html"
-COMPARISON_FORMATS = ("table", "markdown", "json")
 
 
 def find_results(words: Sequence[str], *, also: str = "") -> list[Path]:
@@ -134,7 +133,6 @@ def print_report(
     """
     format: Any = options.format
     output, curves = options.output, options.curves
-    check_word(format, (*FORMATS, "html"), "--format")
     loaded, searches = mine or load_runs(paths, named=False), Sweeps([], [])
     _name_problems(loaded.problems)
     table = choose_rows(make_rows(loaded, options.across), options.preset)
@@ -274,7 +272,6 @@ def print_comparison(paths: Sequence[Path], console: Console, options: CompareOp
     Raises UserError for a condition, field or format that cannot be read, and where there is nothing to compare.
     """
     by, across = options.by, options.across
-    check_word(options.format, COMPARISON_FORMATS, "--format")
     if options.strict and options.fail_on is None:
         raise UserError("--strict is for --fail-on, whose conditions it makes stricter")
     if by is None and len(paths) != 2:

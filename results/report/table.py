@@ -19,7 +19,6 @@ from harness.results.rows import Row, incomparable
 Format = Literal["table", "markdown", "csv", "json", "latex"]
 LATEX_WIDTH = 80
 """Letters of \\footnotesize, about, beside each other on a page of `article`."""
-FORMATS: tuple[Format, ...] = ("table", "markdown", "csv", "json", "latex")
 
 
 def lay_out(
