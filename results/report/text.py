@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import cells as rich_cells
 
+from harness.results.metrics import decimals
 from harness.results.values import MEMORY_CATEGORIES
 
 if TYPE_CHECKING:
@@ -133,11 +134,8 @@ def escape_markdown(text: str) -> str:
 def for_latex(sheet: Sheet, left_out: Sequence[str] = ()) -> str:
     """A floating table of the package booktabs: caption, label, numbers aligned at the point, notes below."""
     kinds, words = zip(*map(_latex_column, sheet.headers, sheet.right, *sheet.cells), strict=True)
-    header, *lines = map(" & ".join, zip(*words, strict=True))
-    below = [escape_latex(text) for text in (*sheet.notes, "; ".join(sheet.means)) if text]
-    caption = escape_latex(sheet.caption or "Results")
-    parts = {"caption": caption, "kinds": "".join(kinds), "header": header, "lines": lines, "below": below}
-    return fill_template("table.tex", left_out=left_out, **parts)
+    lines = list(zip(*words, strict=True))
+    return fill_template("table.tex", sheet=sheet, left_out=left_out, kinds=kinds, lines=lines, escape=escape_latex)
 
 
 def _latex_column(header: str, right: bool, *cells: str) -> tuple[str, list[str]]:
@@ -181,5 +179,4 @@ def in_words(categories: Mapping[str, float]) -> str:
 
 def mib(value: float) -> str:
     """Three figures or all before the point: 0.52, 8.3, 512, 1,234."""
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return f"{value:,.{digits}f}".replace("-", "−")
+    return f"{value:,.{min(2, decimals(value))}f}".replace("-", "−")
