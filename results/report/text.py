@@ -8,11 +8,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich import cells as rich_cells
 
 from harness.results.metrics import decimals
 from harness.results.values import MEMORY_CATEGORIES
@@ -41,18 +38,13 @@ class Sheet:
 
     @property
     def widths(self) -> list[int]:
-        """Character cells of a terminal that each column takes."""
-        return [max(map(cell_len, column)) for column in zip(self.headers, *self.cells, strict=True)]
+        """Letters that each column takes."""
+        return [max(map(len, column)) for column in zip(self.headers, *self.cells, strict=True)]
 
     @property
     def width(self) -> int:
-        """Character cells of a terminal that the whole takes."""
+        """Letters that the whole takes beside each other."""
         return sum(self.widths) + 2 * (len(self.headers) - 1)
-
-
-def cell_len(text: str) -> int:
-    """Character cells that a text takes: two for the wide letters of East Asia, none for combining marks."""
-    return len(text) if text.isascii() else rich_cells.cell_len(text)
 
 
 def clean(text: str) -> str:
@@ -82,34 +74,28 @@ def add_mark(text: str, number: int) -> str:
 
 
 def for_terminal(sheet: Sheet, width: int, *, colour: bool = False) -> str:
-    """Plain columns, with what stands above and below them. tabulate and rich take 10 to 100 times as long, which is
-    seconds for thousands of rows."""
+    """Plain columns, with what stands above and below them. rich takes seconds for thousands of rows."""
+    from tabulate import tabulate
 
     def paint(text: str, style: str) -> str:
-        return f"\x1b[{ANSI[style]}m{text}\x1b[0m" if colour and style and text.strip() else text
+        return f"\x1b[{ANSI[style]}m{text}\x1b[0m" if colour and style and text else text
 
     def wrap(texts: Iterable[str], style: str = "", indent: str = "") -> list[str]:
         return [paint(line, style) for t in texts for line in textwrap.wrap(t, width, subsequent_indent=indent)]
 
-    def pad(text: str, j: int) -> str:
-        space = " " * (sizes[j] - cell_len(text))
-        return space + text if sheet.right[j] else text + space
-
-    natural, columns = sheet.widths, range(len(sheet.headers))
+    natural = sheet.widths
     sizes = list(natural)
     # where they do not fit, the widest columns of words are folded, to no less than 12
-    for j in sorted((j for j in columns if not sheet.right[j]), key=lambda j: -natural[j]):
+    for j in sorted((j for j, right in enumerate(sheet.right) if not right), key=lambda j: -natural[j]):
         excess = sum(sizes) + 2 * (len(sizes) - 1) - width
         sizes[j] = min(sizes[j], max(12, sizes[j] - max(0, excess)))
-    lines = [*wrap([sheet.caption], "bold"), ""] if sheet.caption else []
-    plain = [""] * len(sizes)
-    styles = [plain, plain, *(sheet.styles or [plain] * len(sheet.cells))]
-    for cells, looks in zip([sheet.headers, ["─" * size for size in sizes], *sheet.cells], styles, strict=True):
-        folded = [textwrap.wrap(cells[j], sizes[j]) if sizes[j] < natural[j] else [cells[j]] for j in columns]
-        lines += [
-            "  ".join(paint(pad(part, j), looks[j]) for j, part in enumerate(parts)).rstrip()
-            for parts in zip_longest(*folded, fillvalue="")
-        ]
+    cells = [map(paint, *line) for line in zip(sheet.cells, sheet.styles, strict=True)] if colour else sheet.cells
+    table = tabulate(
+        [sheet.headers, ["─" * size for size in sizes], *cells], tablefmt="plain", disable_numparse=True,
+        colalign=["right" if right else "left" for right in sheet.right],
+        maxcolwidths=[size if size < whole else None for size, whole in zip(sizes, natural, strict=True)],
+    )  # fmt: skip
+    lines = [*wrap([sheet.caption], "bold"), *[""] * bool(sheet.caption), table]
     if sheet.notes or sheet.means:
         lines += ["", *wrap(sheet.notes, indent="  "), *wrap([" · ".join(sheet.means)], "dim")]
     return "\n".join(lines) + "\n"
@@ -134,8 +120,8 @@ def escape_markdown(text: str) -> str:
 def for_latex(sheet: Sheet, left_out: Sequence[str] = ()) -> str:
     """A floating table of the package booktabs: caption, label, numbers aligned at the point, notes below."""
     kinds, words = zip(*map(_latex_column, sheet.headers, sheet.right, *sheet.cells), strict=True)
-    lines = list(zip(*words, strict=True))
-    return fill_template("table.tex", sheet=sheet, left_out=left_out, kinds=kinds, lines=lines, escape=escape_latex)
+    parts = {"sheet": sheet, "left_out": left_out, "kinds": kinds, "lines": list(zip(*words, strict=True))}
+    return fill_template("table.tex", escape=escape_latex, **parts)
 
 
 def _latex_column(header: str, right: bool, *cells: str) -> tuple[str, list[str]]:
