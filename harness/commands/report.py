@@ -133,13 +133,11 @@ def print_report(
     """
     format: Any = options.format
     output, curves = options.output, options.curves
-    loaded, searches = mine or load_runs(paths, named=False), Sweeps([], [])
-    _name_problems(loaded.problems)
+    loaded = mine or load_runs(paths, named=False)
+    searches = load_sweeps(paths) if format == "html" or curves is not None else Sweeps([], [])
+    _name_problems([*loaded.problems, *searches.problems])
     table = choose_rows(make_rows(loaded, options.across), options.preset)
     rows, columns = table.rows, options.columns or (() if format in ("csv", "json") else table.columns)
-    if format == "html" or curves is not None:
-        searches = load_sweeps(paths)
-        _name_problems(searches.problems)
     if not (rows or searches.sweeps or options.preset or mine):
         raise UserError(f"no runs in {', '.join(repr(str(path)) for path in paths)}: `harness run` makes some")
     with mistakes(ValueError):

@@ -25,6 +25,7 @@ class Column(NamedTuple):
     header: str
     means: str = ""
     key: str = ""
+    field: str = ""
     right: bool = True
     stays: bool = True
     hidden: bool = False
@@ -33,8 +34,9 @@ class Column(NamedTuple):
         """Its cell."""
         if own := TEXT.get(self.name):
             return own(row)
-        metric = METRICS.get(self.name)
-        return metric.summary(row.figures[self.name]) if metric else row.text(self.name)
+        if metric := METRICS.get(self.name):
+            return metric.summary(row.figures[self.name])
+        return row.text(self.field or self.name, getattr(row, self.name, NONE))
 
     def sort_key(self, row: Row) -> float | str | None:
         """What the column is sorted by; None where there is nothing, and for what is not finite."""
@@ -174,15 +176,11 @@ def _published_seconds(row: Row) -> str:
 
 
 TEXT: dict[str, Callable[[Row], str]] = {
-    "variant": lambda row: row.text("variant", row.variant),
     "depth": lambda row: row.text("network.depth", str(row.depth)) if row.depth else NONE,
     "network": lambda row: f"{row.variant} {row.depth:06}",  # of the page, which sorts by it
-    "dataset": lambda row: row.text("label", row.dataset),
     "limit_train": _images,
-    "duration": lambda row: row.duration,
     "overrides": lambda row: rounded(", ".join(_overrides(row))) or NONE,
     "workers": _width,
-    "device": lambda row: row.text("hardware", row.device),
     "differs": lambda row: ", ".join(f"{name}={text}" for name, text in row.differs.items()) or NONE,
     "n": _runs,
     "error": _error,
@@ -196,7 +194,7 @@ TEXT: dict[str, Callable[[Row], str]] = {
     "predicted_epoch_seconds": lambda row: figures(find(row, "predicted.epoch_seconds")),
     "published_memory_mib": lambda row: f"{mib:,g} MiB" if (mib := find(row, "cost.memory_mib")) else NONE,
 }
-"""By columns; the others show a metric, or a field."""
+"""By columns; the others show a metric, a field, or what a row has of that name."""
 
 
 # --- all columns ---

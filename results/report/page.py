@@ -124,10 +124,8 @@ def _environment(record: Record) -> dict[str, object]:
     """Commit, versions, machine: what runs share that were made in one environment, whatever their command and attempts."""
     environment, result = record.environment, record.result
     machine = {"device": result.device, "threads a worker": result.threads, **result.machine} if result else {}
-    every = [
-        pair for part in (machine, environment, machine) for pair in part.items()
-    ]  # what the machine says wins
-    fields = {n: v for n, v in every if v is not None and n not in ("command", "attempts", "dirty")}
+    every = machine | environment | machine  # what the machine says wins, and stands first
+    fields = {n: v for n, v in every.items() if v is not None and n not in ("command", "attempts", "dirty")}
     if isinstance(versions := fields.get("versions"), Mapping):
         fields["versions"] = ", ".join(f"{package} {version}" for package, version in versions.items())
     if environment.get("dirty"):
