@@ -174,6 +174,15 @@ def test_the_command_of_repro_plans_the_same_run(
     assert (spec.key, spec.engine) == (record.key, record.spec["engine"])
 
 
+def test_repro_finds_the_images_however_they_were_named() -> None:
+    for words in (["--data-dir", "my data"], ["--data-dir=my data"]):
+        environment = {"command": ["harness", "run", *words, "--gpus", "0"]}
+        command = make_command(
+            Stored(make_record(0, 8.0).model_copy(update={"environment": environment}), Path("x"))
+        )
+        assert command[-2:] == ["--data-dir", "my data"]
+
+
 def test_repro_says_what_it_cannot_promise(runs: Path, capsys: Any) -> None:
     record = make_record(0, 8.0)
     text = make_repro(Stored(record, Path("x")))

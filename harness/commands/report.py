@@ -337,9 +337,10 @@ def make_command(stored: Stored) -> list[str]:
         name = str(identity).partition(":")[0]
         if (kept := stored.folder / "plugins" / name / f"{name}.py").is_file():
             command += ["--plugin", str(kept)]
-    original = environment.get("command") or ()
-    if "--data-dir" in original[:-1]:
-        command += ["--data-dir", str(original[original.index("--data-dir") + 1])]
+    original = iter(map(str, environment.get("command") or ()))
+    for name, given, folder in (word.partition("=") for word in original):
+        if name == "--data-dir":
+            command += [name, folder if given else next(original, ".")]
     return [*command, "--launcher", "local"] if environment.get("launcher") == "local" else command
 
 
