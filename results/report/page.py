@@ -21,7 +21,7 @@ from harness.results.metrics import METRICS, NONE, figures, rounded
 from harness.results.report.charts import category_colours, is_finite, make_labels
 from harness.results.report.columns import Column
 from harness.results.report.sweeps import clamp, draw_all, show
-from harness.results.report.table import lay_out, style_of
+from harness.results.report.table import lay_out
 from harness.results.report.text import HERE, MARKS, NOT_RECORDED, ORDINARY, clean, fill_template, mib
 from harness.results.rows import Row
 from harness.results.store import Problem, Stored
@@ -80,7 +80,7 @@ def make_page(
         css=css, script=script,
         packed={"data": _pack(text), "vega": _pack(bundle if any(p.charts for p in (*panels, *searches)) else "")},
         NONE=NONE, category_colours=category_colours, clean=clean, best_first=best_first, clamp=clamp, Counter=Counter, is_finite=is_finite,
-        link_marks=_link_marks, NOT_RECORDED=NOT_RECORDED, mib=mib, number=_number, rounded=rounded, show=show, style_of=style_of,
+        link_marks=_link_marks, NOT_RECORDED=NOT_RECORDED, mib=mib, number=_number, rounded=rounded, show=show,
     )  # fmt: skip
 
 

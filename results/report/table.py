@@ -60,7 +60,8 @@ def lay_out(
     heads, right = [once[column.name] for column in shown], [column.right for column in shown]
     body = list(zip(*(words[column.name] for column in shown), strict=True))
     means = [f"{column.header}: {column.means}" for column in shown if column.means]
-    return shown, Sheet(heads, right, body, " · ".join(once[name] for name in above), notes, means)
+    styles = [[style_of(column.name, row) for column in shown] for row in rows]
+    return shown, Sheet(heads, right, body, " · ".join(once[name] for name in above), notes, means, styles)
 
 
 def _choose_columns(rows: Sequence[Row], words: dict[str, list[str]]) -> tuple[list[Column], list[Column]]:
@@ -108,9 +109,8 @@ def render(
         shown, sheet = lay_out(rows, without=left_out) if left_out else (shown, sheet)
     if format != "table":
         return for_markdown(sheet) if format == "markdown" else for_latex(sheet, [*left_out])
-    notes = [*sheet.notes, *([f"too narrow for {', '.join(left_out.values())}"] if left_out else ())]
-    styles = [[style_of(column.name, row) for column in shown] for row in rows] if colour else ()
-    sheet = replace(sheet, notes=notes, styles=styles)
+    if left_out:
+        sheet = replace(sheet, notes=[*sheet.notes, f"too narrow for {', '.join(left_out.values())}"])
     return for_terminal(sheet, width if fit else max(width, sheet.width), colour=colour)
 
 
