@@ -68,12 +68,9 @@ def mlflow(run: Stored, points: Sequence[Point]) -> bool:
     tags["folder"], status = str(run.folder), "FAILED"
     own = client.create_run(experiment, start_time=started, tags=tags, run_name=record.name).info.run_id
     try:
-        for name, setting in flatten(record.spec):
-            client.log_param(own, name, str(setting)[:500])
+        tool.log_params({name: str(setting)[:500] for name, setting in flatten(record.spec)}, run_id=own)
         for figures, epoch, at in points:
-            metrics = [tool.entities.Metric(n, v, int(at * 1000), epoch) for n, v in figures.items()]
-            if metrics:  # none of the whole of a run that failed
-                client.log_batch(own, metrics=metrics)
+            tool.log_metrics(figures, step=epoch, timestamp=int(at * 1000), run_id=own)
         status = {"done": "FINISHED", "failed": "FAILED", "pruned": "KILLED"}[record.status]
     finally:
         client.set_terminated(own, status, end_time=ended)
