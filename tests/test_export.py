@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from records import make_record
@@ -102,6 +103,11 @@ def test_mistakes_are_one_line(runs: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(UserError, match=r"pip install 'resnet-harness\[mlflow\]'"):
         export_runs(load_records([runs]).records, "mlflow")
+    refused = type("MlflowException", (Exception,), {"__module__": "mlflow.exceptions"})
+    for error, expected in ((refused("no server"), UserError), (RuntimeError("a bug"), RuntimeError)):
+        monkeypatch.setitem(TARGETS, "mlflow", Mock(side_effect=error))
+        with pytest.raises(expected, match=str(error)):
+            export_runs(load_records([runs]).records, "mlflow")
     (finished,) = [s.folder for s in load_records([runs]).records if s.record.seed == 0]
     (finished / "epochs.jsonl").write_text("nonsense\n")
     with pytest.raises(UserError, match=r"epochs.jsonl line 1"):

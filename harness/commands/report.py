@@ -190,7 +190,10 @@ def export_runs(records: Sequence[Stored], to: str) -> int:
     check_word(to, tuple(TARGETS), "--to")
     try:
         return export(records, TARGETS[to])
-    except (ImportError, ValueError, OSError) as error:
+    except Exception as error:
+        own = type(error).__module__.partition(".")[0] == to  # the tool's: no server, no login
+        if not own and not isinstance(error, ImportError | ValueError | OSError):
+            raise
         hint = f"; pip install 'resnet-harness[{to}]'" if isinstance(error, ImportError) else ""
         raise UserError(f"--to {to}: {error}{hint}") from None
 
