@@ -76,6 +76,10 @@ def test_mlflow_holds_every_epoch(runs: Path, tmp_path: Path, monkeypatch: pytes
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
     monkeypatch.chdir(tmp_path)
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    with monkeypatch.context() as patched:
+        patched.setattr(mlflow, "log_metrics", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):  # what it leaves is exported again
+            export(load_records([runs]).records, TARGETS["mlflow"])
     assert export(load_records([runs]).records, TARGETS["mlflow"]) == 3
     assert export(load_records([runs]).records, TARGETS["mlflow"]) == 0
     client = mlflow.MlflowClient()
