@@ -111,7 +111,7 @@ def test_without_an_alarm_the_error_is_raised_where_the_run_trains(tmp_path: Pat
 
     dog.step()
     named = rf"no step for 1 s: rank 0 \({HOST}, cpu\) waits in poll_a_queue; stacks in {tmp_path}"
-    with pytest.raises(RankStalledError, match=named), dog.naming():
+    with pytest.raises(RankStalledError, match=named):
         poll_a_queue()
     assert "in poll_a_queue" in (tmp_path / "attempt-1-rank-0.txt").read_text()
     dog.close()
@@ -196,7 +196,7 @@ def test_the_host_waits_for_the_steps_before_the_last_ones(
     assert Event.most_unfinished == 2
     monkeypatch.setattr(Event, "behind", 3)
     steps = iter(dog.step, "never")
-    with pytest.raises(RankStalledError, match=r"rank 0 .* waits in its device$"), dog.naming():
+    with pytest.raises(RankStalledError, match=r"rank 0 .* waits in its device$"):
         list(itertools.islice(steps, 20 * EVERY_STEPS))
     dog.close()
 
@@ -207,13 +207,13 @@ def test_a_device_that_stops_is_noticed_at_the_epochs_end(
     dog = Watchdog(cuda, Worker(stall_seconds=1.0))
     dog.step()
     monkeypatch.setattr(Event, "behind", 1)
-    with pytest.raises(RankStalledError, match=r"its device"), dog.naming():
+    with pytest.raises(RankStalledError, match=r"its device"):
         dog.finish()
     dog.close()
 
 
 def test_other_errors_stay_what_they_are() -> None:
     dog = Watchdog(torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="shape"), dog.naming():
+    with pytest.raises(RuntimeError, match="shape"):
         raise RuntimeError("shape mismatch")
     dog.close()

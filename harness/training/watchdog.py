@@ -6,7 +6,6 @@ for a file system; and they name nobody.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import faulthandler
 import socket
@@ -14,7 +13,6 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +52,6 @@ class Watchdog:
         self._signs: dict[int, tuple[bytes, float]] = {}  # by rank: the last one, when it was first seen here
         self._answered_at = time.monotonic()
         self._trains_in = threading.get_ident()
-        self._message = ""
         self._watching, self._moves, self._seen, self._idle = False, 0, -1, 0
         beat = self._worker.stall_seconds / BEATS
         self._threads = [Repeat(self._guard, beat / POLLS_PER_BEAT)]
@@ -93,14 +90,6 @@ class Watchdog:
         """What follows is no step, and may take its time."""
         self._watching = False
 
-    @contextlib.contextmanager
-    def naming(self) -> Iterator[None]:
-        """The error that the guard raises in this thread says what it saw."""
-        try:
-            yield
-        except RankStalledError:
-            raise RankStalledError(self._message) from None
-
     def close(self) -> None:
         """End the threads."""
         self._watching = False
@@ -137,9 +126,9 @@ class Watchdog:
         if self._worker.alarm is not None:
             self._worker.alarm(stalled)
             return
-        self._message = stalled.message
-        thread, error = ctypes.c_ulong(self._trains_in), ctypes.py_object(RankStalledError)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)  # raised when it next runs Python
+        # raised when the thread next runs Python, and made there: a class is all that can be given
+        error = type("RankStalledError", (RankStalledError,), {"__str__": lambda _: stalled.message})
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._trains_in), ctypes.py_object(error))
 
     def _write_stacks(self) -> bool:
         """Of all threads of this process; it may run beside others on another node."""
