@@ -44,10 +44,8 @@ def compute(name: str, rank: int, world: int, all_reduce: Any) -> dict[str, Tens
     parameters = list(network.parameters())
     recipe = replace(variant.recipe, label_smoothing=0.1)
     step = Step(
-        network, parameters, torch.optim.SGD(parameters, lr=0.05, momentum=0.9), torch.amp.GradScaler("cpu", enabled=False),
-        replace(spec(), recipe=recipe), torch.zeros(2, dtype=torch.float64), world,
-        norms=[m for m in network.modules() if isinstance(m, nn.BatchNorm2d) and m.num_batches_tracked is not None],
-        synchronised=[m for m in network.modules() if isinstance(m, SyncBatchNorm)],
+        network, torch.optim.SGD(parameters, lr=0.05, momentum=0.9), torch.amp.GradScaler("cpu", enabled=False),
+        replace(spec(), recipe=recipe), torch.zeros(2, dtype=torch.float64),
         all_reduce=all_reduce if world > 1 else None,
     )  # fmt: skip
     random, seen = torch.Generator().manual_seed(1), dict[str, Tensor]()

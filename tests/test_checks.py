@@ -239,8 +239,8 @@ def ranks_drift(patch: pytest.MonkeyPatch) -> None:
 
 def _alone(whole: Any) -> Any:
     def call(self: Any, *args: Any) -> None:
-        ddp = isinstance(self.network, torch.nn.parallel.DistributedDataParallel)
-        with self.network.no_sync() if ddp else warnings.catch_warnings():
+        ddp = isinstance(self.forward, torch.nn.parallel.DistributedDataParallel)
+        with self.forward.no_sync() if ddp else warnings.catch_warnings():
             whole(self, *args)
 
     return call

@@ -53,8 +53,7 @@ def make_step(**changes: Any) -> Step:
     network = build(asked.network, 10).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(asked.recipe, network, lr_on_device=asked.engine == "graph")
     return Step(
-        network, list(network.parameters()), optimizer, torch.amp.GradScaler("cpu", enabled=False), asked,
-        torch.zeros(2, dtype=torch.float64), 1,
+        network, optimizer, torch.amp.GradScaler("cpu", enabled=False), asked, torch.zeros(2, dtype=torch.float64),
     )  # fmt: skip
 
 
@@ -237,7 +236,7 @@ def test_compiled_kernels_give_the_same_losses() -> None:
         )  # fmt: skip
         step.network, step.parameters = network, list(network.parameters())
         step.optimizer = make_optimizer(step.spec.recipe, network)
-    compiled.network = compile_network(compiled.network)  # type: ignore[arg-type]
+    compiled.forward = compile_network(compiled.network)
     seen = []
     for step in (plain, compiled):
         step(*batch(16), 16)

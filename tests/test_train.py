@@ -320,12 +320,11 @@ def _train_rank(rank: int, world: int, asked: RunSpec) -> dict[str, Any]:
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
-    trained: nn.Module = nn.Sequential(_Double(), network)
-    if world > 1 and asked.engine == "eager":
-        trained = nn.parallel.DistributedDataParallel(trained)
+    trained = nn.Sequential(_Double(), network)
+    ddp = nn.parallel.DistributedDataParallel(trained) if world > 1 and asked.engine == "eager" else None
     step = Step(
-        trained, list(network.parameters()), optimizer, torch.amp.GradScaler("cpu", enabled=False), asked,
-        torch.zeros(2, dtype=torch.float64), world,
+        trained, optimizer, torch.amp.GradScaler("cpu", enabled=False), asked, torch.zeros(2, dtype=torch.float64),
+        forward=ddp,
         all_reduce=torch.distributed.all_reduce if world > 1 and asked.engine == "graph" else None,
     )  # fmt: skip
     splits = Data(train_split, data.test, data.test, "test")

@@ -21,7 +21,7 @@ from harness.models.build import build
 from harness.plugins import load_sources
 from harness.results.values import Memory
 from harness.spec import RunPaths, RunSpec
-from harness.training.batch_norm import SyncBatchNorm, synchronise_batch_norms
+from harness.training.batch_norm import synchronise_batch_norms
 from harness.training.engine import Engine, Inputs, choose, compile_network, make_graphs
 from harness.training.evaluation import evaluating
 from harness.training.halt import Halt
@@ -192,7 +192,7 @@ def training(run: Prepared, worker: Worker | None = None, stacks: Path | None = 
             steps.insert(0, Engine("graph", step, graphs, without_communication(step)))
             forwards.insert(0, Engine("graph", network, graphs))
         if spec.engine == "compile":
-            compiled = replace(step, network=compile_network(network))
+            compiled = replace(step, forward=compile_network(network))
             steps.insert(0, Engine("compile", compiled, graphs, without_communication(compiled)))
         for each in (*forwards, *steps):
             stack.callback(each.reset)
@@ -209,8 +209,7 @@ def training(run: Prepared, worker: Worker | None = None, stacks: Path | None = 
             with run.meter.category("data loader"):
                 next(run.train_loader.epoch(0))
         run.meter.reset()
-        with watchdog.naming():
-            yield Trainer(run, step, engine, forward, watchdog, halt)
+        yield Trainer(run, step, engine, forward, watchdog, halt)
 
 
 def step_calls(run: Prepared) -> list[Inputs]:
@@ -245,27 +244,18 @@ def without_communication(step: Step) -> Step:
 
 def make_step(run: Prepared, *, ddp: bool) -> Step:
     """The step of a prepared run. Where there are several ranks their gradients are summed by DDP, or by the step."""
-    network, world_size, device = run.network, run.loader_config.world_size, run.device
-    synchronised = [m for m in network.modules() if isinstance(m, SyncBatchNorm)]
-    ddp = ddp and not synchronised  # one order of all-reduces, whatever a rank's autograd does first
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    trained: nn.Module = network
-    if world_size > 1 and ddp:
-        trained = wrap_ddp(network, device)
-    elif world_size > 1:
-        for tensor in network.state_dict().values():
-            dist.broadcast(tensor, 0)
-        # NCCL connects at the first all-reduce of a size, which no capture may be
-        sizes = {(sum(p.numel() for p in parameters), torch.float32)}
-        for norm in synchronised:
-            sizes |= {(2 * norm.num_features + 1, torch.float64), (2 * norm.num_features, torch.float32)}
-        for size, dtype in sorted(sizes, key=str):
-            dist.all_reduce(torch.zeros(size, dtype=dtype, device=device))
-    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-    return Step(
-        trained, parameters, run.optimizer, run.scaler, run.spec,
-        torch.zeros(2, dtype=torch.float64, device=device), world_size,
-        norms=[norm for norm in norms if norm.num_batches_tracked is not None and norm.momentum],
-        synchronised=synchronised,
-        all_reduce=dist.all_reduce if world_size > 1 and not ddp else None,
-    )  # fmt: skip
+    totals = torch.zeros(2, dtype=torch.float64, device=run.device)
+    step = Step(run.network, run.optimizer, run.scaler, run.spec, totals)
+    if run.loader_config.world_size == 1:
+        return step
+    if ddp and not step.synchronised:  # else one order of all-reduces, whatever a rank's autograd does first
+        return replace(step, forward=wrap_ddp(run.network, run.device))
+    for tensor in run.network.state_dict().values():
+        dist.broadcast(tensor, 0)
+    # NCCL connects at the first all-reduce of a size, which no capture may be
+    sizes = {(sum(p.numel() for p in step.parameters), torch.float32)}
+    for norm in step.synchronised:
+        sizes |= {(2 * norm.num_features + 1, torch.float64), (2 * norm.num_features, torch.float32)}
+    for size, dtype in sorted(sizes, key=str):
+        dist.all_reduce(torch.zeros(size, dtype=dtype, device=run.device))
+    return replace(step, all_reduce=dist.all_reduce)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from harness.cluster.workers import count_ranks
 from harness.loaders.resident import upload
 from harness.spec import Precision, RunSpec
 from harness.training.batch_norm import AllReduce, SyncBatchNorm
@@ -30,17 +31,23 @@ class Step:
     captured as a CUDA graph.
     """
 
-    network: Callable[[Tensor], Tensor]  # as it is trained: compiled, or under DDP
-    parameters: Sequence[nn.Parameter]
+    network: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     spec: RunSpec
     totals: Tensor  # float64, (2,): loss and errors, summed over this rank's images of the epoch so far
-    world_size: int
-    mark: Callable[[str], None] = lambda _: None  # called with the name of each part when it has been queued
-    norms: Sequence[Any] = ()  # batch norms that count
-    synchronised: Sequence[SyncBatchNorm] = ()
     all_reduce: AllReduce | None = None  # sums over the ranks; None with one rank, and under DDP
+    mark: Callable[[str], None] = lambda _: None  # called with the name of each part when it has been queued
+    forward: Callable[[Tensor], Tensor] | None = None  # the network as it is trained: compiled, or under DDP
+    parameters: list[nn.Parameter] = field(init=False)
+    norms: list[Any] = field(init=False)  # batch norms that count
+    synchronised: list[SyncBatchNorm] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
+        norms = [m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.norms = [norm for norm in norms if norm.num_batches_tracked is not None and norm.momentum]
+        self.synchronised = [norm for norm in norms if isinstance(norm, SyncBatchNorm)]
 
     def __call__(self, images: Tensor, labels: Tensor, global_images: float) -> None:
         """images (n, 3, H, W), labels (n,): this rank's share of a step over `global_images`."""
@@ -49,13 +56,13 @@ class Step:
             for norm in self.synchronised:
                 norm.all_reduce = self.all_reduce
         with make_autocast(images.device, self.spec.precision), self._counting_together():
-            logits = self.network(images)
+            logits = (self.forward or self.network)(images)
         smoothing = self.spec.recipe.label_smoothing
         loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
         # ranks may hold shares of unequal size: summed here and divided by the global batch, of which DDP's mean
         # over ranks has done a part
-        by_ddp = isinstance(self.network, DistributedDataParallel)
-        loss = loss_sum / (global_images / self.world_size if by_ddp else global_images)
+        by_ddp = isinstance(self.forward, DistributedDataParallel)
+        loss = loss_sum / (global_images / count_ranks() if by_ddp else global_images)
         self.mark("forward")
         self.scaler.scale(loss).backward()
         self.mark("backward")
@@ -85,8 +92,7 @@ class Step:
     @contextmanager
     def restoring(self) -> Iterator[None]:
         """All that steps change inside is put back at the end, every tensor at its address."""
-        statistics = self.network.buffers() if isinstance(self.network, nn.Module) else ()
-        tensors = [*self.parameters, *statistics, self.totals]
+        tensors = [*self.parameters, *self.network.buffers(), self.totals]
         made = {p: dict(state) for p, state in self.optimizer.state.items()}
         tensors += [v for state in made.values() for v in state.values() if isinstance(v, Tensor)]
         values = [tensor.detach().clone() for tensor in tensors]

@@ -182,7 +182,7 @@ def run_epoch(
     trainer.watchdog.moved()
     if not math.isfinite(metrics.loss):
         raise DivergedError(epoch + 1, (epoch + 1) * run.train_loader.steps)
-    if trainer.step.world_size > 1:
+    if count_ranks() > 1:
         for buffer in run.network.buffers():
             dist.broadcast(buffer, 0)
     reading = telemetry.stop(metrics.train_seconds)
