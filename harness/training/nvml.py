@@ -15,22 +15,20 @@ if TYPE_CHECKING:
 MIB = 2**20
 HIDDEN = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide every GPU
 SLOWDOWN = 0x08 | 0x20 | 0x40 | 0x80  # hardware, software thermal, hardware thermal, power brake
-FIGURES: dict[str, tuple[str, tuple[int, ...], Callable[[Any], Any]]] = {
-    "energy_joules": ("nvmlDeviceGetTotalEnergyConsumption", (), lambda millijoules: millijoules / 1000),
-    "power_watts": ("nvmlDeviceGetPowerUsage", (), lambda milliwatts: milliwatts / 1000),
-    "utilisation_percent": ("nvmlDeviceGetUtilizationRates", (), lambda rates: float(rates.gpu)),
-    "used_mib": ("nvmlDeviceGetMemoryInfo", (), lambda memory: memory.used / MIB),
-    "sm_clock_mhz": ("nvmlDeviceGetClockInfo", (1,), float),
-    "slowdown": ("nvmlDeviceGetCurrentClocksThrottleReasons", (), lambda reasons: float(reasons & SLOWDOWN)),
-    "model": ("nvmlDeviceGetName", (), lambda name: name.decode() if isinstance(name, bytes) else name),
-    "processes": (
-        "nvmlDeviceGetComputeRunningProcesses",
-        (),
-        lambda listed: {p.pid: p.usedGpuMemory and p.usedGpuMemory / MIB for p in listed},
-    ),
+FIGURES: dict[str, Callable[[Any, Any], Any]] = {
+    "energy_joules": lambda nvml, gpu: nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1000,
+    "power_watts": lambda nvml, gpu: nvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+    "utilisation_percent": lambda nvml, gpu: float(nvml.nvmlDeviceGetUtilizationRates(gpu).gpu),
+    "used_mib": lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).used / MIB,
+    "sm_clock_mhz": lambda nvml, gpu: float(nvml.nvmlDeviceGetClockInfo(gpu, 1)),
+    "slowdown": lambda nvml, gpu: float(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu) & SLOWDOWN),
+    "model": lambda nvml, gpu: nvml.nvmlDeviceGetName(gpu),
+    "processes": lambda nvml, gpu: {
+        p.pid: p.usedGpuMemory and p.usedGpuMemory / MIB for p in nvml.nvmlDeviceGetComputeRunningProcesses(gpu)
+    },
 }
-"""Name of a figure: NVML's function, its arguments after the handle, and how its answer becomes the figure: "NVIDIA H200" for the
-model, process id -> MiB for the processes, None where NVML does not give them."""
+"""How NVML is asked for a figure: "NVIDIA H200" for the model, process id -> MiB for the processes, None where it does not
+give them."""
 
 
 class Gpu:
@@ -46,14 +44,12 @@ class Gpu:
         """One of FIGURES, now; None where NVML does not say."""
         if self._handle is None:
             return None
-        function, arguments, convert = FIGURES[figure]
+        self._reasons.pop(figure, None)
         try:
-            answer = getattr(self._nvml, function)(self._handle, *arguments)
+            return FIGURES[figure](self._nvml, self._handle)
         except Exception as error:
             self._reasons[figure] = f"NVML: {error}"
             return None
-        self._reasons.pop(figure, None)
-        return convert(answer)
 
     def reason(self, figure: str) -> str:
         """Why `read` gave None."""
@@ -88,22 +84,19 @@ def open_device(device: torch.device) -> Gpu:
     """The GPU behind a device of torch's, by its UUID; where NVML is of no use, one that gives reasons alone."""
     if device.type != "cuda":
         return Gpu(None, None, str(device), "no GPU was used")
-    index, reason = device.index or 0, ""
-    try:
-        import torch
+    import torch
 
-        uuid = str(torch.cuda.get_device_properties(index).uuid).removeprefix("GPU-").removeprefix("MIG-")
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        # of a MIG instance CUDA may give the UUID of the whole GPU
-        named = [name.strip() for name in visible[index : index + 1] if name.strip().startswith("MIG-")]
-        for name in (*named, f"GPU-{uuid}", f"MIG-{uuid}"):
-            try:
-                return open_gpu(name)
-            except Exception as error:
-                reason = reason or f"NVML: {error}"
-    except Exception as error:
-        reason = f"NVML: {error}"
-    return Gpu(None, None, str(device), reason)
+    index, reasons = device.index or 0, list[str]()
+    uuid = str(torch.cuda.get_device_properties(index).uuid).removeprefix("GPU-").removeprefix("MIG-")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    # of a MIG instance CUDA may give the UUID of the whole GPU
+    named = [name.strip() for name in visible[index : index + 1] if name.strip().startswith("MIG-")]
+    for name in (*named, f"GPU-{uuid}", f"MIG-{uuid}"):
+        try:
+            return open_gpu(name)
+        except Exception as error:
+            reasons.append(f"NVML: {error}")
+    return Gpu(None, None, str(device), reasons[0])
 
 
 def open_visible(visible: str | None) -> list[Gpu]:
