@@ -127,14 +127,14 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
     flip = bool(scales) and dataset.flip and options.mirror
     keep = options.save_probabilities is not None
     network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    evaluated = network if not scales else MultiScale(
+    forward = None if not scales else MultiScale(
         network, scales, flip=flip, average=options.average,  # type: ignore[arg-type]
         on_scale=(lambda scale, batch: scores[scale].append(batch.cpu())) if keep else None,
     )  # fmt: skip
     set_precision("fp32")
     kind = "dataloader" if augment.by_image(test) else "resident"
     with closing(make_evaluation_loader(kind, test, config)) as loader:
-        evaluation = evaluate(evaluated, loader, images=len(test), on_ranked=ranked.append)
+        evaluation = evaluate(network, loader, images=len(test), forward=forward, on_ranked=ranked.append)
     given = index[SamplingPlan(len(test), batch_size, train=False).draw(0).index]  # the loader's order
     turn = np.argsort(given)
     images, labels = given[turn], dataset.test.labels[given[turn]]

@@ -28,7 +28,8 @@ class Evaluation:
     eval_loss: float
 
 
-class MultiScale(nn.Module):
+@dataclass(frozen=True, slots=True)
+class MultiScale:
     """A network's scores averaged over sizes of the image and, with `flip`, over its mirror image at each.
 
     The average is of logits, or of the classes' probabilities, whose logarithms are then the scores. `on_scale` is given
@@ -37,20 +38,13 @@ class MultiScale(nn.Module):
     whole of them: arXiv:1512.03385, section 3.4.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        scales: tuple[int, ...],
-        *,
-        flip: bool,
-        average: Literal["logits", "probabilities"] = "logits",
-        on_scale: Callable[[int, Tensor], None] | None = None,
-    ) -> None:
-        super().__init__()
-        self.network, self.scales, self.flip = network, scales, flip
-        self.average, self.on_scale = average, on_scale
+    network: Callable[[Tensor], Tensor]
+    scales: tuple[int, ...]
+    flip: bool
+    average: Literal["logits", "probabilities"] = "logits"
+    on_scale: Callable[[int, Tensor], None] | None = None
 
-    def forward(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) -> (n, classes)."""
         views: list[Tensor] = []
         for scale in self.scales:
@@ -99,7 +93,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate `network` on the loader's set; `images` is how many the set has.
 
-    `forward` is the network as it is carried out, captured say; its logits need to last until the next batch only.
+    `forward` is the network as it is carried out, captured or at many scales say; its logits need to last until the next batch only.
     `on_ranked` is given each batch's likeliest classes: (n, 5), best first, or fewer where there are fewer classes.
 
     Raises RuntimeError where the ranks together saw another number: an error over part of a set is not its error.
