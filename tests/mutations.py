@@ -63,7 +63,7 @@ DEFECTS = (
     Defect("warm-up leaves its trace", ENGINE, (("with restoring():", "with nullcontext():"),),
            "test_engine.py::test_a_captured_run_is_the_eager_one_bit_for_bit"),
     Defect("a shape is captured during an epoch", ENGINE,
-           (("            return self._function(*inputs)\n        graph, own", "            if not self._graphs:\n                return self._function(*inputs)\n            self.prepare(*inputs)\n        graph, own"),
+           (("            return self.function(*inputs)\n        graph, own", "            if not self._graphs:\n                return self.function(*inputs)\n            self.prepare(*inputs)\n        graph, own"),
             ("for inputs in calls:", "for inputs in calls[:1]:")),
            "test_random_failures.py::test_undisturbed_ranks_replay_graphs_and_give_eagers_figures"),
     Defect("each rank chooses its engine", ENGINE, (("enumerate(gather(reason))", "enumerate([reason])"),),

@@ -16,6 +16,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -73,6 +74,7 @@ class CudaGraph:
         self.reserved_bytes = torch.cuda.memory_reserved(self._device) - before
 
 
+@dataclass(slots=True)
 class Engine:
     """A function and how its calls are carried out: as they are or, with `make_graph`, replayed from graphs of the calls
     that it was prepared for.
@@ -83,26 +85,26 @@ class Engine:
     without communication, so that a rank where it fails leaves no other waiting for it.
     """
 
-    def __init__(
-        self, name: str, function: Function, make_graph: MakeGraph | None = None, trial: Function | None = None
-    ) -> None:
-        self.name = name
-        self._function, self._make_graph, self._trial = function, make_graph, trial or function
-        self._graphs: dict[tuple[Any, ...], tuple[CudaGraph, Inputs, Any]] = {}
+    name: str
+    function: Function
+    make_graph: MakeGraph | None = None
+    trial: Function | None = None
+    _graphs: dict[tuple[Any, ...], tuple[CudaGraph, Inputs, Any]] = field(default_factory=dict, init=False)
 
     def prepare(self, *inputs: Tensor | float) -> None:
         """Try it, so that it fails now if it fails; capture it: tensors are copied into its own, numbers are constants."""
-        if self._make_graph is None:
-            self._trial(*inputs)
+        trial = self.trial or self.function
+        if self.make_graph is None:
+            trial(*inputs)
             return
         key = signature(inputs)
         if key in self._graphs:
             return
         own: Inputs = tuple(torch.empty_like(i).copy_(i) if isinstance(i, Tensor) else i for i in inputs)
-        graph = self._make_graph()
-        graph.warm_up(lambda: self._trial(*own))
+        graph = self.make_graph()
+        graph.warm_up(lambda: trial(*own))
         with graph.capture():
-            result = self._function(*own)
+            result = self.function(*own)
         self._graphs[key] = graph, own, result
         if count_ranks() == 1:  # others would have to replay too
             graph.replay()
@@ -125,7 +127,7 @@ class Engine:
     def __call__(self, *inputs: Tensor | float) -> Any:
         key = signature(inputs) if self._graphs else ()
         if key not in self._graphs:
-            return self._function(*inputs)
+            return self.function(*inputs)
         graph, own, result = self._graphs[key]
         for static, new in zip(own, inputs, strict=True):
             if isinstance(static, Tensor) and isinstance(new, Tensor):
