@@ -76,9 +76,9 @@ def resume(run: Prepared, folder: Path) -> tuple[list[EpochMetrics], EpochPart |
 
     Raises CheckpointError where it belongs to a run with another key. Nothing in the file is executed.
     """
-    name, names, history, part = "", [_NEWEST], list[EpochMetrics](), None
+    name, names = "", [_NEWEST]
     while any(other != name for other in names):
-        name, state, history, part = _read(run, folder, min(names))
+        name, state = _read(run, folder, min(names))
         names = gather(name)
         if name > min(names):
             run.loader_config.warn(f"not every rank can read checkpoint {folder / name}, taking the one before")
@@ -89,47 +89,45 @@ def resume(run: Prepared, folder: Path) -> tuple[list[EpochMetrics], EpochPart |
         restored = [own | kept | {"lr": own["lr"]} for own, kept in groups]
         run.optimizer.load_state_dict({**state["optimizer"], "param_groups": restored})
         run.scaler.load_state_dict(state["scaler"])
-    return history, part
+    return state["history"], state["part"]
 
 
-def _read(
-    run: Prepared, folder: Path, newest: str
-) -> tuple[str, dict[str, Any], list[EpochMetrics], EpochPart | None]:
+def _read(run: Prepared, folder: Path, newest: str) -> tuple[str, dict[str, Any]]:
     """Name and content of the newest checkpoint that is whole, and no newer than the one of that name; "" for none."""
     for path in _stored(folder):
         if path.name > newest:
             continue
         try:
-            with zipfile.ZipFile(path) as file:  # torch.load does not compare the checksums
-                if changed := file.testzip():
-                    raise ValueError(f"the checksum of {changed} is wrong")
-            state = dict(torch.load(path, map_location="cpu", weights_only=True))
-            if (owner := state["key"]) == run.spec.key:
-                history, part = _check(run, state)
+            state = _load(run, path)
+        except CheckpointError:
+            raise
         except Exception as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error).strip() or type(error).__name__
             run.loader_config.warn(
                 f"checkpoint {path} is damaged, taking the one before: {reason.splitlines()[0][:200]}"
             )
             continue
-        if owner != run.spec.key:
-            raise CheckpointError(f"checkpoint {path} belongs to run {owner}, not to {run.spec.key}")
-        if part and len(part.sums) != run.loader_config.world_size:
-            continue
-        return path.name, state, history, part
-    return "", {}, [], None
+        if state["part"] is None or len(state["part"].sums) == run.loader_config.world_size:
+            return path.name, state
+    return "", {"history": [], "part": None}
 
 
-def _check(run: Prepared, state: dict[str, Any]) -> tuple[list[EpochMetrics], EpochPart | None]:
-    """Its epochs. Raises ValueError where they, or its tensors, are not those of a run like this one."""
-    here = _state(run)
+def _load(run: Prepared, path: Path) -> dict[str, Any]:
+    """Its content. Raises whatever a damaged file makes a reader raise, ValueError where its tensors are not those of a run
+    like this one, and CheckpointError."""
+    with zipfile.ZipFile(path) as file:  # torch.load does not compare the checksums
+        if changed := file.testzip():
+            raise ValueError(f"the checksum of {changed} is wrong")
+    state, here = dict(torch.load(path, map_location="cpu", weights_only=True)), _state(run)
+    if state["key"] != run.spec.key:
+        raise CheckpointError(f"checkpoint {path} belongs to run {state['key']}, not to {run.spec.key}")
     if not run.optimizer.state:  # it is made by the first step
         del here["optimizer"]
     if any(_outline(state.get(name)) != _outline(own) for name, own in here.items()):
         raise ValueError("its tensors are not those of this run")
     history = [EpochMetrics.model_validate(row) for row in state["history"]]
     part = state.get("part")
-    return history, EpochPart.model_validate(part) if part or not history else None
+    return state | {"history": history, "part": EpochPart.model_validate(part) if part or not history else None}
 
 
 def _outline(value: Any) -> Any:
