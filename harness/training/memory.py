@@ -68,17 +68,14 @@ class MemoryMeter:
         reserved, own = self._torch("memory_reserved"), self._gpu.process_mib().value
         self._listed = own is not None  # else what earlier runs left looks like another process's
         used, context = self._gpu.read("used_mib"), ("CUDA context", index)
-        if before is None or used is None:
+        if not existed and before is not None and used is not None:
+            own = used - before
+        elif own is None and context in _kept_mib:
+            own = reserved + _kept_mib[context]
+        if own is None or used is None:
             self._others = None
-        elif not existed:
-            self._others, _kept_mib[context] = before, used - before - reserved
-        elif own is not None:
-            self._others = used - own
-            _kept_mib.setdefault(context, own - reserved)
         else:
-            self._others = used - reserved - _kept_mib[context] if context in _kept_mib else None
-        if context in _kept_mib:
-            self._outside["CUDA context"] = _kept_mib[context]
+            self._others, self._outside[context[0]] = used - own, _kept_mib.setdefault(context, own - reserved)
 
     def _torch(self, figure: str) -> float:
         """MiB by torch's own counter of this name; 0 on the CPU."""
@@ -123,7 +120,7 @@ class MemoryMeter:
     def _peaks(self, captured_mib: float = 0.0) -> dict[str, Measurement]:
         """torch's own. A captured graph holds what it computes in a pool that torch counts as reserved alone."""
         if not self.on_gpu:
-            return {"allocated": NO_GPU, "reserved": NO_GPU}
+            return dict.fromkeys(self._warmup, NO_GPU)
         return {
             "allocated": Measurement(value=self._torch("max_memory_allocated") + captured_mib),
             "reserved": Measurement(value=self._torch("max_memory_reserved")),
