@@ -210,12 +210,8 @@ def leave(
 
 def save_weights(run: Prepared, folder: Path) -> None:
     """Write the trained network, and whose it is."""
-    how = {
-        "device": "cpu",
-        "memory_format": torch.contiguous_format,
-        "copy": True,
-    }  # tied ones may not share memory
-    weights = {name: tensor.to(**how) for name, tensor in run.network.state_dict().items()}
+    copied = {"memory_format": torch.contiguous_format, "copy": True}  # tied ones may not share memory
+    weights = {name: tensor.to("cpu", **copied) for name, tensor in run.network.state_dict().items()}
     about = {"key": run.spec.key, "variant": run.spec.variant, "depth": str(run.spec.network.depth)}
     save_file(weights, folder / "weights.safetensors", metadata=about)
 
