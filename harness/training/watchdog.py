@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import math
 import socket
 import sys
 import threading
@@ -49,7 +50,8 @@ class Watchdog:
         self._begun = self._steps = 0
         self._events: deque[Any] = deque()
         self._ranks = gather((socket.gethostname(), str(device), self._worker.node))
-        self._signs: dict[int, tuple[bytes, float]] = {}  # by rank: the last one, when it was first seen here
+        # of each rank: the last one, when it was first seen here
+        self._signs = [(b"", -math.inf)] * len(self._ranks)
         self._answered_at = time.monotonic()
         self._trains_in = threading.get_ident()
         self._watching, self._moves, self._seen, self._idle = False, 0, -1, 0
@@ -149,11 +151,9 @@ class Watchdog:
         """Say that this rank is alive, and note who else is. Raises without a store."""
         self._beats += 1
         self._store.set(str(self._rank), f"{self._beats} {self._begun + self._steps} {self._place()}")
-        for rank in range(len(self._ranks)):
-            if self._store.check([str(rank)]):
-                sign = self._store.get(str(rank))
-                if rank not in self._signs or self._signs[rank][0] != sign:
-                    self._signs[rank] = sign, time.monotonic()
+        for rank, (last, _) in enumerate(self._signs):
+            if self._store.check([str(rank)]) and (sign := self._store.get(str(rank))) != last:
+                self._signs[rank] = sign, time.monotonic()
         self._answered_at = time.monotonic()
 
     def _place(self) -> str:
@@ -169,8 +169,7 @@ class Watchdog:
         since = time.monotonic() - SILENT_BEATS * self._worker.stall_seconds / BEATS
         if len(self._ranks) > 1 and self._answered_at < since:  # rank 0 holds the store
             return [0]
-        signs = ((rank, self._signs.get(rank, (b"", float("-inf")))[1]) for rank in range(len(self._ranks)))
-        return [rank for rank, seen in signs if seen < since and rank != self._rank]
+        return [rank for rank, (_, seen) in enumerate(self._signs) if seen < since and rank != self._rank]
 
     def _explain(self, where: str) -> Stalled:
         """Who it is: a rank whose process gives no sign, else those that are behind the others."""
@@ -179,7 +178,7 @@ class Watchdog:
         if len(names) == 1:
             return Stalled(message=f"{since}: {names[0]} waits in {self._place()}{where}")
         silent = self._find_silent()
-        words = {rank: sign.decode().split(" ", 2)[1:] for rank, (sign, _) in self._signs.items()}
+        words = {rank: sign.decode().split(" ", 2)[1:] for rank, (sign, _) in enumerate(self._signs) if sign}
         words[self._rank] = [str(self._begun + self._steps), self._place()]
         done = {rank: int(steps) for rank, (steps, _) in sorted(words.items())}
         blamed = silent or [
