@@ -93,7 +93,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate `network` on the loader's set; `images` is how many the set has.
 
-    `forward` is the network as it is carried out, captured or at many scales say; its logits need to last until the next batch only.
+    `forward` is the network as it is carried out, captured say, or at many scales; its logits need to last until the next
+    batch only.
     `on_ranked` is given each batch's likeliest classes: (n, 5), best first, or fewer where there are fewer classes.
 
     Raises RuntimeError where the ranks together saw another number: an error over part of a set is not its error.

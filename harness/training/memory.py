@@ -75,7 +75,8 @@ class MemoryMeter:
         if own is None or used is None:
             self._others = None
         else:
-            self._others, self._outside[context[0]] = used - own, _kept_mib.setdefault(context, own - reserved)
+            self._others = used - own
+            self._outside["CUDA context"] = _kept_mib.setdefault(context, own - reserved)
 
     def _torch(self, figure: str) -> float:
         """MiB by torch's own counter of this name; 0 on the CPU."""
