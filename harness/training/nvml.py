@@ -84,19 +84,22 @@ def open_device(device: torch.device) -> Gpu:
     """The GPU behind a device of torch's, by its UUID; where NVML is of no use, one that gives reasons alone."""
     if device.type != "cuda":
         return Gpu(None, None, str(device), "no GPU was used")
-    import torch
+    index, reason = device.index or 0, ""
+    try:
+        import torch
 
-    index, reasons = device.index or 0, list[str]()
-    uuid = str(torch.cuda.get_device_properties(index).uuid).removeprefix("GPU-").removeprefix("MIG-")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    # of a MIG instance CUDA may give the UUID of the whole GPU
-    named = [name.strip() for name in visible[index : index + 1] if name.strip().startswith("MIG-")]
-    for name in (*named, f"GPU-{uuid}", f"MIG-{uuid}"):
-        try:
-            return open_gpu(name)
-        except Exception as error:
-            reasons.append(f"NVML: {error}")
-    return Gpu(None, None, str(device), reasons[0])
+        uuid = str(torch.cuda.get_device_properties(index).uuid).removeprefix("GPU-").removeprefix("MIG-")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        # of a MIG instance CUDA may give the UUID of the whole GPU
+        named = [name.strip() for name in visible[index : index + 1] if name.strip().startswith("MIG-")]
+        for name in (*named, f"GPU-{uuid}", f"MIG-{uuid}"):
+            try:
+                return open_gpu(name)
+            except Exception as error:
+                reason = reason or f"NVML: {error}"
+    except Exception as error:
+        reason = f"NVML: {error}"
+    return Gpu(None, None, str(device), reason)
 
 
 def open_visible(visible: str | None) -> list[Gpu]:
