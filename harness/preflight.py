@@ -6,7 +6,6 @@ import itertools
 import platform
 import shutil
 import statistics
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,7 +23,6 @@ from harness.cluster.job import Allocation, Failed
 from harness.cluster.nodes import Unanswered
 from harness.cluster.workers import driver_clock
 from harness.loaders.datasets import DataError, Dataset, load_dataset
-from harness.network import find_idle_infiniband
 from harness.plugins import load_sources, used_by
 from harness.progress import make_table, say
 from harness.record import DALI_WHEELS, installed_version
@@ -40,8 +38,8 @@ CLOCK_TICK = 2.0**-22  # seconds: the step of a float that holds today's time
 NAMED_CLOCK_SECONDS, LARGEST_CLOCK_SECONDS = 0.5, 60.0  # a clock that is further off is named, and refused
 NETWORK_SECONDS = 60.0  # for workers that measure all-reduces to find room
 OUTLIER_SHARE = 0.25  # below the median node
-ROWS_SHOWN = 40
 ELSEWHERE = "another folder, or none"
+CLOCK = ("ahead_seconds", "uncertainty_seconds")
 COLUMNS = ("node", "what", "there", "here")  # of a difference from this machine, or from what is needed
 Difference = tuple[str, str, str, str]
 
@@ -159,16 +157,19 @@ def measure_network(session: Session, workers: int) -> dict[str, Any]:
     return {"reason": outcome.message} if isinstance(outcome, Failed) else outcome
 
 
-def check_nodes(
-    dataset: Dataset, session: Session, console: Console, *, exclude: bool = False, widest: bool = False
-) -> dict[str, Any]:
-    """Compare the nodes of the cluster that was joined, if several, with this process and with what a run needs.
+def measure_between(session: Session, *, widest: bool) -> dict[str, Any]:
+    """The same between a run's workers, if several; or between all that there is room for."""
+    job = session.allocation
+    cluster = nodes.inspect_cluster(job.avoid)
+    workers = nodes.choose_world_size(cluster, job)
+    if widest:
+        job, workers = replace(job, placement="pack"), nodes.count_runs(cluster, replace(job, workers=1))
+    return measure_network(replace(session, allocation=job), workers) if workers > 1 else {}
 
-    Prints a table of what differs and raises UserError, or names slow nodes, which the session then leaves out where
-    they are to be excluded, and returns what was measured of each and between a run's workers, or all that there is room for.
-    """
-    if len(nodes.working_nodes()) < 2:
-        return {}
+
+def measure_nodes(dataset: Dataset, session: Session, console: Console) -> dict[str, Any]:
+    """What each node gives of the cluster that was joined, and its clock. Prints a table of what differs from this process and
+    from what a run needs, and raises UserError."""
     paths = session.paths
     uri, sentinel = paths.remote or paths.out.as_uri(), f".preflight-{uuid.uuid4().hex[:12]}"
     leave_sentinel(uri, sentinel)
@@ -176,71 +177,63 @@ def check_nodes(
         own = tuple(loaded.source for loaded in used_by([("dataset", dataset.name)]))
         with driver_clock() as clock:
             ask = partial(answer, replace(paths, plugins=own), dataset.name, sentinel, clock)
-            answers = nodes.ask_every_node(ask)
+            answers: dict[str, Any] = nodes.ask_every_node(ask)
         sentinels = find_sentinels(uri, sentinel)
     finally:
         remove_sentinels(uri, sentinel)
     if differences := compare({**describe(), "data": dataset.fingerprint[:12]}, answers, sentinels):
-        more = len(differences) - ROWS_SHOWN
-        table = make_table(*COLUMNS, left=COLUMNS, caption=f"and {more} more" if more > 0 else None)
-        for difference in differences[:ROWS_SHOWN]:
+        table = make_table(*COLUMNS, left=COLUMNS)
+        for difference in differences:
             table.add_row(*map(escape, difference))  # another machine's text is never taken for markup
         console.print(table)
         wrong = len({node for node, *_ in differences})
         raise UserError(f"{wrong} of {len(answers)} nodes are not ready: the table says what differs")
-    facts = {node: facts for node, facts in answers.items() if not isinstance(facts, Unanswered)}
-    rates, clocks = ({node: own[what] for node, own in facts.items()} for what in ("rates", "clock"))
-    slow = find_outliers(rates)
-    outliers = [line for lines in slow.values() for line in lines]
-    for line in (*outliers, *find_wrong_clocks(clocks)):
-        say(console, line)
-    kept = {node: {"ahead_seconds": ahead, "uncertainty_seconds": by} for node, (ahead, by) in clocks.items()}
-    preflight: dict[str, Any] = {"rates": rates, "outliers": outliers, "clocks": kept}
-    if exclude and slow:
-        session.allocation = leave_out(slow, session.allocation)
-        preflight["excluded"] = list(slow)
-        say(console, f"left out, as --exclude-outliers says: {', '.join(slow)}")
-    job = session.allocation
-    cluster, choose = nodes.inspect_cluster(job.avoid), nodes.choose_world_size
-    workers = nodes.count_runs(cluster, replace(job, workers=1)) if widest else choose(cluster, job)
-    if workers > 1:
-        anywhere = replace(session, allocation=replace(job, placement="pack"))
-        preflight |= measure_network(anywhere if widest else session, workers)
-        for line in find_idle_infiniband(preflight.get("nccl", {})):
-            say(console, line)
-        if "reason" in preflight:
-            say(console, f"all-reduces were not measured: {preflight['reason']}")
-    return {"preflight": preflight}
+    rates = {node: facts["rates"] for node, facts in answers.items()}
+    outliers = list(itertools.chain(*find_outliers(rates).values()))
+    clocks = {node: dict(zip(CLOCK, facts["clock"], strict=True)) for node, facts in answers.items()}
+    return {"rates": rates, "outliers": outliers, "clocks": clocks}
 
 
-def measure_cluster(session: Session) -> Iterator[Result]:
-    """For `harness check`: what each node gives, and its clock; all-reduces within and between nodes, by a worker on each GPU
-    or by two on each node; NCCL's network."""
-    from harness.training.rates import measure_rates
+def judge(measured: Mapping[str, Any]) -> Iterator[Result]:
+    """A line for each node, each figure that is slow, each clock that is off; for each way of all-reduces, for what NCCL says
+    on each host, and for what is wrong with it."""
+    from harness.training.rates import find_idle_infiniband
 
-    rates, clocks, here = {}, {}, Path(tempfile.gettempdir())
-    with driver_clock() as clock:
-        answers = nodes.ask_every_node(lambda: (measure_rates(here, load_dataset("digits")), read_clock(clock)))
-    for node, answer in answers.items():
-        if isinstance(answer, Unanswered):
-            yield Result(node, "failed", answer.reason)
-        else:
-            rates[node], clocks[node] = answer
-            figures = [f"{figure} {value:.3g}" for figure, value in rates[node].items()]
-            yield Result(node, "ok", ", ".join([*figures, "clock {:+.2g} ± {:.1g} s".format(*clocks[node])]))
-    for line in (*itertools.chain(*find_outliers(rates).values()), *find_wrong_clocks(clocks)):
+    clocks = {node: tuple(clock.values()) for node, clock in measured.get("clocks", {}).items()}
+    for node, clock in clocks.items():
+        figures = [f"{figure} {value:.3g}" for figure, value in measured["rates"][node].items()]
+        yield Result(node, "ok", ", ".join([*figures, "clock {:+.2g} ± {:.1g} s".format(*clock)]))
+    for line in (*measured.get("outliers", ()), *find_wrong_clocks(clocks)):
         yield Result("nodes", "warning", line)
-    cluster, job = nodes.inspect_cluster(), replace(session.allocation, workers=1, threads=1, placement="spread")
-    workers = nodes.count_runs(cluster, job)
-    if job.device == "cpu":
-        workers = min(workers, 2 * sum(node.cpus > 0 for node in cluster))
-    measured = measure_network(replace(session, allocation=job), workers) if workers > 1 else {}
     if "reason" in measured:
-        yield Result("all-reduce", "failed", measured["reason"])
+        yield Result("all-reduce", "failed", f"all-reduces were not measured: {measured['reason']}")
     for way, of in measured.get("all_reduce", {}).items():
         bandwidth = f"{of['algorithm_gb_per_s']:.3g} GB/s, {of['bus_gb_per_s']:.3g} GB/s on the bus"
         yield Result("all-reduce", "ok", f"{way}, {of['ranks']} workers: {of['latency_us']:.3g} µs, {bandwidth}")
-    for said in measured.get("nccl", {}).values():
+    hosts = measured.get("nccl", {})
+    for said in hosts.values():
         yield Result("NCCL", "ok", "; ".join(f"{what} {', '.join(said[what])}" for what in said if said[what]))
-    for line in find_idle_infiniband(measured.get("nccl", {})):
+    for line in find_idle_infiniband(hosts):
         yield Result("NCCL", "warning", line)
+
+
+def check_nodes(
+    dataset: Dataset, session: Session, console: Console, *, exclude: bool = False, widest: bool = False
+) -> dict[str, Any]:
+    """Before runs on several nodes: say what is wrong, and have the session leave out slow nodes where they are to be excluded.
+    Returns what was measured. Raises UserError."""
+    if len(nodes.working_nodes()) < 2:
+        return {}
+
+    def tell(measured: dict[str, Any]) -> dict[str, Any]:
+        for result in judge(measured):
+            if result.state != "ok":
+                say(console, result.detail)
+        return measured
+
+    preflight = tell(measure_nodes(dataset, session, console))
+    if exclude and (slow := list(find_outliers(preflight["rates"]))):
+        session.allocation = leave_out(slow, session.allocation)
+        preflight["excluded"] = slow
+        say(console, f"left out, as --exclude-outliers says: {', '.join(slow)}")
+    return {"preflight": preflight | tell(measure_between(session, widest=widest))}

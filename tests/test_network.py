@@ -20,20 +20,6 @@ from rich.console import Console
 
 from harness.cluster.job import Allocation, Failed, Worker
 from harness.commands.probe import predict_scaling
-from harness.network import (
-    ALL,
-    BETWEEN,
-    NCCL_LOG,
-    WITHIN,
-    all_reduce_seconds,
-    efficiencies,
-    find_idle_infiniband,
-    find_infiniband,
-    find_limit,
-    nccl_log,
-    parse_nccl,
-    predict_widths,
-)  # fmt: skip
 from harness.options import Resources
 from harness.plan import Grid, expand
 from harness.resources import Session
@@ -42,7 +28,22 @@ from harness.results.rows import summarise
 from harness.results.store import Stored, keep_prediction, load_predictions, load_records
 from harness.results.values import Measurement, Memory, Prediction
 from harness.spec import RunPaths, RunSpec
-from harness.training.rates import LARGE_BYTES, measure_network
+from harness.training.rates import (
+    ALL,
+    BETWEEN,
+    LARGE_BYTES,
+    NCCL_LOG,
+    WITHIN,
+    all_reduce_seconds,
+    efficiencies,
+    find_idle_infiniband,
+    find_infiniband,
+    find_limit,
+    measure_network,
+    nccl_log,
+    parse_nccl,
+    predict_widths,
+)  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
 NONE = Measurement(value=None, reason="no GPU was used")

@@ -155,7 +155,8 @@ def test_too_few_nodes_that_stay_are_one_line(tmp_path: Path, monkeypatch: pytes
     needed = r"^--exclude-outliers: 2 of 3 nodes stay, without c \(10.0.0.3\): no room for a run of 5 workers$"
     with pytest.raises(UserError, match=needed):
         check(one_is_slow, tmp_path, monkeypatch, make_session(tmp_path, workers=5), exclude=True)
-    measured = {"all_reduce": {"between nodes": {"ranks": 4}}}
+    took = {"ranks": 4, "latency_us": 30.0, "algorithm_gb_per_s": 1.0, "bus_gb_per_s": 1.5}
+    measured = {"all_reduce": {"between nodes": took}}
     monkeypatch.setattr(preflight, "measure_network", lambda _, workers: measured if workers == 4 else {})
     elastic = make_session(tmp_path, workers=5, fallback_world_sizes=(4, 2))
     _, stored = check(one_is_slow, tmp_path, monkeypatch, elastic, exclude=True)

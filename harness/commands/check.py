@@ -24,9 +24,11 @@ from harness.checklist import CHECKS as MEASURED
 from harness.checklist import STYLES, Finding, Result, attempt
 from harness.cluster.connect import connect, disconnect
 from harness.loaders.cache import cache_dir
+from harness.loaders.datasets import load_dataset
 from harness.options import CheckOptions, Grid, Resources
+from harness.plan import open_out
 from harness.plugins import load_file, load_plugins
-from harness.preflight import LEAST_DISK_GIB, free_gib, measure_cluster
+from harness.preflight import LEAST_DISK_GIB, free_gib, judge, measure_between, measure_nodes
 from harness.record import DALI_WHEELS, installed_version
 from harness.resources import Session, make_allocation
 from harness.results.remote import check_uri, is_uri, redact
@@ -172,16 +174,22 @@ def examine(target: CheckOptions) -> Iterator[Result]:
             yield replace(result, detail=result.detail + more) if result.state == "missing" else result
 
 
-def measure_all(target: CheckOptions) -> Iterator[Result]:
-    """All checks of every GPU here, or of one of each kind in a cluster, then those of several ranks. What GPUs come to
-    is known to later runs."""
+def measure_all(target: CheckOptions, console: Console) -> Iterator[Result]:
+    """All checks of every GPU here, or of a cluster's nodes and one GPU of each kind, then those of several ranks. What GPUs
+    come to is known to later runs."""
     resources = Resources(gpus=target.gpus, address=target.address)
     with ExitStack() as stack:
         allocation = make_allocation(Grid(variants=("he2015",)), resources, stack)
-        out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-check-")))
-        session = Session(allocation, resources, RunPaths(out=out), stack)
+        if target.address is None:
+            out, remote = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="harness-check-"))), ""
+        else:
+            out, remote = open_out(target.out, write=True)
+        session = Session(allocation, resources, RunPaths(out=out, remote=remote), stack)
         if target.address is not None:
-            yield from measure_cluster(session)
+            yield from judge(measure_nodes(load_dataset("digits"), session, console))
+            # without GPUs, two workers on a node
+            halves = replace(allocation, threads=max(1, allocation.threads // 2))
+            yield from judge(measure_between(replace(session, allocation=halves), widest=True))
         devices = find_devices(session)
         on_gpu = allocation.device == "cuda"
         several = (allocation.gpus if on_gpu else allocation.threads) > 1
@@ -203,7 +211,7 @@ def print_findings(target: CheckOptions, console: Console) -> int:
     if target.address not in (None, "auto") and not re.fullmatch(r".+:\d+", str(target.address)):
         raise UserError(f"--address {target.address!r} is not HOST:PORT or auto")
     code = show(examine(target), console, "{} of what a run needs is missing", "ready" * target.quick)
-    return code if code or target.quick else show(measure_all(target), console)
+    return code if code or target.quick else show(measure_all(target, console), console)
 
 
 def check_plugins(paths: Sequence[Path], console: Console) -> int:

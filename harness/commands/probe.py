@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -27,7 +27,6 @@ from harness.cluster.job import Failed, Report, Started, Worker
 from harness.cluster.workers import gather
 from harness.deadline import stopping_on_sigterm
 from harness.loaders.loader import Loader
-from harness.network import LEAST_EFFICIENCY, Measured, Width, efficiencies, find_limit, predict_widths
 from harness.progress import duration, print_columns, say, width_of
 from harness.record import classify
 from harness.resources import Session
@@ -36,6 +35,7 @@ from harness.results.report.text import fill_template
 from harness.results.store import keep_prediction, load_predictions
 from harness.results.values import EpochMetrics, Measurement, Prediction
 from harness.spec import RunPaths, RunSpec
+from harness.training import rates
 from harness.training.engine import Engine
 from harness.training.evaluation import evaluating
 from harness.training.memory import largest
@@ -67,7 +67,7 @@ def count_cells(specs: Sequence[RunSpec]) -> dict[RunSpec, int]:
 
 
 def probe(
-    what: str, todo: Sequence[RunSpec], session: Session, console: Console, measured: Measured | None = None
+    what: str, todo: Sequence[RunSpec], session: Session, console: Console, measured: rates.Measured | None = None
 ) -> bool:
     """Probe every cell of the missing runs where its runs would be, and print what comes of it: "estimate", whose
     predictions are stored, or "profile". Returns whether a probe failed.
@@ -198,13 +198,14 @@ def predict(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths) -
         eval_seconds = time_eval(trainer, prepared.eval_loader) * eval_batches
         memory = largest(gather(trainer.measure_memory()))
 
-    reason = "no GPU was used" if device.type == "cpu" else "NVML does not count this GPU's energy"
+    joules, reason = reading.energy_joules, "NVML does not count this GPU's energy"
+    if device.type == "cpu":
+        reason = "no GPU was used"
+    elif joules is not None and metrics.train_seconds < ENERGY_SECONDS:
+        joules, reason = None, f"{metrics.steps} steps are too short for NVML's energy counter"
     energy = Measurement(value=None, reason=reason)
-    if reading.energy_joules is not None and metrics.train_seconds < ENERGY_SECONDS:
-        short = f"{metrics.steps} steps are too short for NVML's energy counter"
-        energy = Measurement(value=None, reason=short)
-    elif reading.energy_joules is not None:
-        energy = Measurement(value=reading.energy_joules * loader.steps / metrics.steps)
+    if joules is not None:
+        energy = Measurement(value=joules * loader.steps / metrics.steps)
     values = spec.to_json()
     del values["seed"]
     return Prediction(
@@ -257,7 +258,9 @@ def print_estimate(
     say(console, text.rstrip())
 
 
-def predict_scaling(cell: RunSpec, session: Session, run: Predict, measured: Measured, console: Console) -> None:
+def predict_scaling(
+    cell: RunSpec, session: Session, run: Predict, measured: rates.Measured, console: Console
+) -> None:
     """Probe one worker with its share of the batch at 1, 2, 4, ... workers, as many as all-reduces were measured between;
     print what epochs take at these widths by `measured`, and store it for runs that no probe has predicted."""
     batch, out = cell.recipe.batch_size, session.paths.out
@@ -278,7 +281,7 @@ def predict_scaling(cell: RunSpec, session: Session, run: Predict, measured: Mea
     fewest = min(known)
     steps, size = -(-(known[fewest].epoch_steps or 0) // fewest), known[fewest].gradient_bytes or 0
     seconds = {workers: one.epoch_seconds / (one.epoch_steps or 1) for workers, one in known.items()}
-    widths = predict_widths(steps, size, seconds, measured)
+    widths = rates.predict_widths(steps, size, seconds, measured)
     print_widths(cell, widths, size, console)
     probed = [prediction.spec for prediction in load_predictions([out]) if prediction.hidden_epoch_seconds is None]
     for width in widths:
@@ -293,9 +296,9 @@ def predict_scaling(cell: RunSpec, session: Session, run: Predict, measured: Mea
             keep_prediction(out, wide.key, one.model_copy(update=changes))
 
 
-def print_widths(cell: RunSpec, widths: Sequence[Width], size: int, console: Console) -> None:
+def print_widths(cell: RunSpec, widths: Sequence[rates.Width], size: int, console: Console) -> None:
     """A line for each width, how many workers pay, and what is assumed."""
-    apart, hidden = efficiencies(widths, "apart"), efficiencies(widths, "hidden")
+    apart, hidden = rates.efficiencies(widths, "apart"), rates.efficiencies(widths, "hidden")
     columns = {
         "workers": [str(width.workers) for width in widths],
         "images each": [str(cell.recipe.batch_size // width.workers) for width in widths],
@@ -308,10 +311,10 @@ def print_widths(cell: RunSpec, widths: Sequence[Width], size: int, console: Con
     title = f"{cell.name} over the cluster, predicted from its measurements"
     print_columns(columns, console, title=title, left=(), spare=("images each",))
     pays = "{} ({}) if no all-reduce is hidden behind computation, {} ({}) if as much as possible is"
-    limits = (*find_limit(widths, "apart"), *find_limit(widths, "hidden"))
+    limits = (*rates.find_limit(widths, "apart"), *rates.find_limit(widths, "hidden"))
     say(console, f"workers that pay off: {pays.format(*limits)}", style="bold")
     about = (
-        f"more workers pay off while they are faster and at least {100 * LEAST_EFFICIENCY:.0f} % efficient; DDP hides a part, so "
+        f"more workers pay off while they are faster and at least {100 * rates.LEAST_EFFICIENCY:.0f} % efficient; DDP hides a part, so "
         f"a run lies between the two; {size / 1e6:.3g} MB of gradients, by the measured latency and bus bandwidth"
     )
     sync = "; the all-reduces of synchronised batch norm are left out" * (cell.recipe.batch_norm == "sync")
@@ -339,11 +342,7 @@ class StepClock:
 
     def mark(self, name: str) -> None:
         """This part has been queued."""
-        instant: Any = time.perf_counter()
-        if self._device.type == "cuda":
-            instant = torch.cuda.Event(enable_timing=True)
-            instant.record()
-        self._marks.append((name, instant))
+        self._marks.append((name, rates.instant(self._device)))
 
     def read(self) -> dict[str, list[float]]:
         """Milliseconds of each part, step after step; a part lasts from the mark before it, so the first step is
@@ -351,9 +350,8 @@ class StepClock:
         synchronize(self._device)
         parts = defaultdict[str, list[float]](list)
         for (_, before), (name, after) in itertools.pairwise(self._marks):
-            on_gpu = self._device.type == "cuda"
-            parts[name].append(before.elapsed_time(after) if on_gpu else 1000 * (after - before))
-        return {name: took[-len(parts["data"]) :] for name, took in parts.items()}
+            parts[name].append(1000 * rates.seconds_between(before, after))
+        return {name: parts[name][-len(parts["data"]) :] for name in PARTS if name in parts}
 
 
 def break_down(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths) -> Breakdown:
@@ -376,10 +374,10 @@ def break_down(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths
         with training(prepared) as trainer:
             train_steps(trainer, 2, WARMUP_STEPS)
             metrics = train_steps(trainer, 3, STEPS)
-    took = [sum(step) for step in zip(*parts.values(), strict=True)]
-    # of all parts the same steps, or they would not add up
-    middle = sorted(range(len(took)), key=took.__getitem__)[len(took) // 4 : len(took) - len(took) // 4]
-    means = {name: statistics.fmean(parts[name][step] for step in middle) for name in PARTS if name in parts}
+    took = np.array(list(parts.values()))  # (parts, steps)
+    quarter = took.shape[1] // 4  # the same steps of all parts, or they would not add up
+    middle = took.sum(0).argsort()[quarter : took.shape[1] - quarter]
+    means = dict(zip(parts, took[:, middle].mean(1).tolist(), strict=True))
     engine_ms = 1000 * metrics.train_seconds / metrics.steps
     ranks = gather(Breakdown(means, sum(means.values()), engine_ms, trainer.engine.name))
     slowest = max(ranks, key=lambda rank: rank.eager_ms)

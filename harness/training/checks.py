@@ -37,7 +37,7 @@ from harness.results.metrics import figures
 from harness.results.values import EpochMetrics
 from harness.spec import Engine, Precision, RunSpec
 from harness.training.checkpoint import resume, save
-from harness.training.rates import find_peak
+from harness.training.rates import find_peak, instant, seconds_between
 from harness.training.setup import Prepared, Trainer, assemble, training
 from harness.training.step import deterministic_algorithms, sum_gradients, synchronize
 from harness.training.train import run_steps
@@ -61,14 +61,13 @@ class Bench:
     @cached_property
     def eager(self) -> list[EpochMetrics]:
         """The reference: a run kernel by kernel."""
-        return self.train("eager")[0]
+        return self.train("eager")
 
-    def train(self, engine: Engine, **changes: Any) -> tuple[list[EpochMetrics], dict[str, Tensor]]:
-        """A whole small run, timed: its epochs and its weights."""
-        metrics, weights = train(self.worker, engine=engine, **changes)
-        if not changes:
-            self.seconds[engine] = min(row.train_seconds / row.steps for row in metrics[1:])
-        return metrics, weights
+    def train(self, engine: Engine) -> list[EpochMetrics]:
+        """The epochs of a whole small run, timed."""
+        metrics, _ = train(self.worker, engine=engine)
+        self.seconds[engine] = min(row.train_seconds / row.steps for row in metrics[1:])
+        return metrics
 
 
 def run_check(name: str, bench: Bench) -> Result:
@@ -199,12 +198,12 @@ def reference_epoch(prepared: Prepared, epoch: int) -> tuple[Tensor, Tensor]:
 
 def check_engine(bench: Bench, engine: Engine) -> Figure:
     """Its losses are eager's, and it is what ran: `start` raises where another one would."""
-    return compare(bench.train(engine)[0], bench.eager, "eager's")
+    return compare(bench.train(engine), bench.eager, "eager's")
 
 
 def check_precision(bench: Bench, precision: Precision) -> Figure:
     """Its losses are near those of fp32, and it is not fp32."""
-    metrics, weights = bench.train("eager", precision=precision)
+    metrics, weights = train(bench.worker, precision=precision)
     worst, words = compare(metrics, bench.eager, "fp32's")
     if precision != "tf32":  # which old GPUs do not have
         dtype = torch.bfloat16 if precision == "bf16" else torch.float16
@@ -254,23 +253,15 @@ def check_clock(bench: Bench) -> Figure:
     device = torch.device(bench.worker.device)
     factor, product = torch.ones(2, 1024, 1024, device=device) / 1024
 
-    def mark() -> Any:
-        if not bench.on_gpu:
-            return time.clock_gettime(time.CLOCK_MONOTONIC_RAW)
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     seen = list[tuple[float, float, float]]()
     for _ in range(4):
         synchronize(device)
-        started_at, before = time.perf_counter(), mark()
+        started_at, before = time.perf_counter(), instant(device)
         for _ in range(2000 if bench.on_gpu else 3):
             torch.mm(factor, factor, out=product)
-        after = mark()
+        after = instant(device)
         synchronize(device)
-        seconds = time.perf_counter() - started_at
-        other = before.elapsed_time(after) / 1000 if bench.on_gpu else after - before
+        seconds, other = time.perf_counter() - started_at, seconds_between(before, after)
         seen.append((abs(seconds / other - 1), seconds, other))
     error, seconds, other = min(seen[1:])  # the first is warm-up
     return error, f"{1000 * seconds:.1f} ms, by the other clock {1000 * other:.1f} ms: a share of {error:.3f}"
