@@ -46,16 +46,11 @@ DATA_FOLDERS = {
 
 
 def check_torch(target: CheckOptions) -> str:
-    if installed_version("torch") is None:
-        raise Finding("missing", "not installed")
     import torch
 
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
     nccl = "NCCL" if torch.distributed.is_nccl_available() else "no NCCL: one GPU a run"
-    detail = f"{torch.__version__}, {cuda}, {nccl}; Python {sys.version.split()[0]} at {sys.prefix}"
-    if (torch.ones(2, 2) @ torch.ones(2, 2)).sum().item() != 8.0 or not torch.distributed.is_gloo_available():
-        raise Finding("missing", detail, "a matrix product or gloo does not work")
-    return detail
+    return f"{torch.__version__}, {cuda}, {nccl}; Python {sys.version.split()[0]} at {sys.prefix}"
 
 
 def check_gpu(target: CheckOptions) -> str:
