@@ -96,10 +96,8 @@ def find_devices(session: Session) -> list[Device]:
     allocation = session.allocation
     on_gpu, threads = allocation.device == "cuda", allocation.threads
     if session.resources.address is None:
-        models = {"cpu": "cpu"}
-        if on_gpu:
-            gpus = open_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))[: allocation.gpus]
-            models = {f"cuda:{index}": gpu.read("model") or "" for index, gpu in enumerate(gpus)}
+        gpus = open_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))[: allocation.gpus] if on_gpu else []
+        models = {f"cuda:{index}": gpu.read("model") or "" for index, gpu in enumerate(gpus)} or {"cpu": "cpu"}
         return [Device(n, identify(model), partial(measure, n, threads)) for n, model in models.items()]
     device, gpus_needed, threads = ("cuda:0", 1, threads) if on_gpu else ("cpu", 0, 1)
 
@@ -205,21 +203,19 @@ def check_first(specs: Sequence[RunSpec], session: Session, console: Console, *,
     fails, and what runs do about it. Raises RefusedError where nothing right is left."""
     if session.allocation.device == "cpu" or not specs:
         return Checked()
-    results, devices, runs = dict[str, Result](), dict[str, Device](), list(specs)
+    results, runs = dict[str, Result](), list(specs)
     cache, until = session.paths.cache_dir or cache_dir(), time.monotonic() + SECONDS
-    if not skip:
-        devices = {device.key: device for device in find_devices(session)}
-        if session.allocation.workers > 1:
-            devices["ranks"] = make_ranks(session, list(devices.values()))
+    devices = [] if skip else find_devices(session)
+    if devices and session.allocation.workers > 1:
+        devices.append(make_ranks(session, devices))
     while missing := [check for check in rests_on(runs) if check.name not in results and not skip]:
-        for device in devices.values():
+        for device in {device.key: device for device in devices}.values():  # one of each kind
             names = [check.name for check in missing if check.ranks == device.ranks]
             known = device.known(cache)
             if new := [name for name in names if name not in known]:
                 say(console, f"new here: {device.name} ({device.combination['device']}) with this driver, torch, DALI and "
                     f"code; checking it for at most {SECONDS:.0f} s (--no-check skips)", style="dim")  # fmt: skip
-                left = max(0.0, until - time.monotonic())
-                known |= {result.name: result for result in device.check(new, left, cache)}
+                known |= {r.name: r for r in device.check(new, max(0.0, until - time.monotonic()), cache)}
             # of several devices, one that failed counts
             results |= {n: known[n] for n in names if n not in results or known[n].state == "failed"}
         for check in missing:
