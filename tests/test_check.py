@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from harness import cli
 from harness.checklist import Result
+from harness.cluster.job import Allocation
 from harness.commands import check
 from harness.commands.check import CHECKS
 from harness.options import CheckOptions
@@ -98,6 +101,31 @@ def test_a_check_that_breaks_is_a_finding(tmp_path: Path, monkeypatch: pytest.Mo
         monkeypatch.setitem(CHECKS, name, (broken, "install it"))
     found = {result.name: result for result in check.examine(CheckOptions(out=tmp_path))}
     assert found["DALI"] == Result("DALI", "missing", "libcudart.so: cannot open; install it")
+
+
+def test_nodes_are_compared_over_out_and_measured_with_two_workers_on_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[Any]()
+
+    def measure_nodes(dataset: Any, session: Any, console: Any) -> dict[str, Any]:
+        asked.append(session.paths.out)
+        return {}
+
+    def measure_between(session: Any, *, widest: bool) -> dict[str, Any]:
+        asked.append((session.allocation.threads, widest))
+        return {"reason": "no room"}
+
+    job = Allocation(device="cpu", workers=1, concurrent_runs=1, threads=4)
+    ranks = SimpleNamespace(name="2 ranks", ranks=True, check=lambda *_: [])
+    for name, stub in {
+        "make_allocation": lambda *_: job, "measure_nodes": measure_nodes, "measure_between": measure_between,
+        "find_devices": lambda _: [], "make_ranks": lambda *_: ranks,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(check, name, stub)
+    results = list(check.measure_all(CheckOptions(out=str(tmp_path / "runs"), address="auto"), Console()))
+    assert asked == [tmp_path / "runs", (2, True)]
+    assert [(result.state, result.name) for result in results] == [("failed", "all-reduce")]
 
 
 @pytest.mark.parametrize(
