@@ -197,8 +197,6 @@ def measure_nodes(dataset: Dataset, session: Session, console: Console) -> dict[
 def judge(measured: Mapping[str, Any]) -> Iterator[Result]:
     """A line for each node, each figure that is slow, each clock that is off; for each way of all-reduces, for what NCCL says
     on each host, and for what is wrong with it."""
-    from harness.training.rates import find_idle_infiniband
-
     clocks = {node: tuple(clock.values()) for node, clock in measured.get("clocks", {}).items()}
     for node, clock in clocks.items():
         figures = [f"{figure} {value:.3g}" for figure, value in measured["rates"][node].items()]
@@ -210,11 +208,13 @@ def judge(measured: Mapping[str, Any]) -> Iterator[Result]:
     for way, of in measured.get("all_reduce", {}).items():
         bandwidth = f"{of['algorithm_gb_per_s']:.3g} GB/s, {of['bus_gb_per_s']:.3g} GB/s on the bus"
         yield Result("all-reduce", "ok", f"{way}, {of['ranks']} workers: {of['latency_us']:.3g} µs, {bandwidth}")
-    hosts = measured.get("nccl", {})
-    for said in hosts.values():
-        yield Result("NCCL", "ok", "; ".join(f"{what} {', '.join(said[what])}" for what in said if said[what]))
-    for line in find_idle_infiniband(hosts):
-        yield Result("NCCL", "warning", line)
+    if hosts := measured.get("nccl"):
+        from harness.training.rates import find_idle_infiniband  # with torch, which takes seconds
+
+        for said in hosts.values():
+            yield Result("NCCL", "ok", "; ".join(f"{what} {', '.join(said[what])}" for what in said if said[what]))
+        for line in find_idle_infiniband(hosts):
+            yield Result("NCCL", "warning", line)
 
 
 def check_nodes(

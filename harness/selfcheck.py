@@ -96,8 +96,10 @@ def find_devices(session: Session) -> list[Device]:
     allocation = session.allocation
     on_gpu, threads = allocation.device == "cuda", allocation.threads
     if session.resources.address is None:
-        gpus = open_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))[: allocation.gpus] if on_gpu else []
-        models = {f"cuda:{index}": gpu.read("model") or "" for index, gpu in enumerate(gpus)} or {"cpu": "cpu"}
+        models = {"cpu": "cpu"}
+        if on_gpu:
+            gpus = open_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))[: allocation.gpus]
+            models = {f"cuda:{index}": gpu.read("model") or "" for index, gpu in enumerate(gpus)}
         return [Device(n, identify(model), partial(measure, n, threads)) for n, model in models.items()]
     device, gpus_needed, threads = ("cuda:0", 1, threads) if on_gpu else ("cpu", 0, 1)
 
