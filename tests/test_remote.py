@@ -201,6 +201,26 @@ def test_every_node_is_asked_whether_it_reaches_the_uri(tmp_path: Path) -> None:
 RUN = "run --dataset digits --depths 8 --limit-train 128 --epochs 5 --gpus 0 --loader resident --launcher local --out"
 
 
+@pytest.mark.parametrize("at_uri", [True, False])
+def test_what_another_command_finishes_meanwhile_is_not_trained_again(
+    at_uri: bool, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While this one waits for its lease: in the folder, or at the URI, where another machine has sent it."""
+    other, out = tmp_path / "other", tmp_path / "out"
+    assert harness(f"{RUN} {other}", capsys)[0] == 0
+
+    def wait(*_: Any) -> None:
+        shutil.copytree(other, out, dirs_exist_ok=True)
+
+    monkeypatch.setattr("harness.commands.run.lease", wait)
+    code, said, err = harness(f"{RUN} {out.as_uri() if at_uri else out}", capsys)
+    assert (code, err) == (0, "")
+    assert "epoch 1/" not in said
+    assert "done already" in said
+    assert len(load_records([out]).records) == 1
+    assert not list(out.glob("*.partial"))
+
+
 def test_killed_and_its_local_folder_lost_a_run_goes_on_from_the_uri(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

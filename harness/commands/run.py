@@ -27,11 +27,11 @@ from harness.preflight import check_nodes
 from harness.progress import LINES, JsonLines, Progress, load_data, print_columns, say, width_of
 from harness.record import Recorder, lease, lock_run, name_other_code
 from harness.resources import Session, check_resources, choose_launcher, make_allocation
-from harness.results.remote import push_file, push_run, redact
+from harness.results.remote import StorageError, pull_results, push_file, push_run, redact
 from harness.results.store import ESTIMATES, collector_paused, load_records, partial_dir
 from harness.results.values import EpochMetrics, RunResult
 from harness.selfcheck import RefusedError, check_first
-from harness.spec import RunPaths, RunSpec, UserError
+from harness.spec import RunPaths, RunSpec, UserError, mistakes
 from harness.until_ci import Goal
 
 EXIT_DONE, EXIT_FAILED, EXIT_STOPPED = 0, 1, 130
@@ -246,7 +246,7 @@ class Runs:
         options, recorder, session = self.options, self.recorder, self.session
         if not recorder.started:
             self.check_nodes()
-        paths, concurrent_runs = session.paths, min(session.allocation.concurrent_runs, len(specs))
+        paths = session.paths
         # each lock is an open file, and 1024 is a usual limit: raise it as far as needed and allowed
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = soft + len(specs) if hard == resource.RLIM_INFINITY else min(soft + len(specs), hard)
@@ -254,6 +254,11 @@ class Runs:
         for spec in specs:
             session.stack.callback(lock_run(spec, paths).release)
         lease(session.stack, paths.remote, list(map(paths.name, specs)), partial(say, self.console))
+        with mistakes(StorageError, "--out "):
+            recorder.remote.copy(pull_results, paths.out)
+        if not (specs := self.find_missing(specs)):  # another command has finished them meanwhile
+            return 0
+        concurrent_runs = min(session.allocation.concurrent_runs, len(specs))
         epochs = {spec.key: plan.count_epochs(spec, len(self.dataset.train)) for spec in specs}
         display: Progress | JsonLines
         if options.format in LINES:
