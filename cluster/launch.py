@@ -13,6 +13,7 @@ import shutil
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -40,7 +41,14 @@ from harness.cluster.job import (
     Worker,
     make_failed,
 )  # fmt: skip
-from harness.cluster.nodes import choose_world_size, count_runs, find_draining, find_lacking, inspect_cluster
+from harness.cluster.nodes import (
+    choose_world_size,
+    count_runs,
+    find_draining,
+    find_lacking,
+    hold_gpu,
+    inspect_cluster,
+)
 from harness.cluster.workers import AT_ONCE, LEAVE, Mailbox, Task, note_sigterm, other_nodes, this_node
 
 SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
@@ -56,8 +64,8 @@ def launch(
 ) -> Launched[Spec, Outcome]:  # fmt: skip
     """Run every spec, `job.concurrent_runs` at a time; yield each as it ends. Call `connect` before.
 
-    A worker that dies (killed, out of host memory, node lost) is retried; an exception is not, since it would be
-    raised again. `progress_of(event)` measures, from what rank 0 reports, how far a run is: `job.retries` deaths in a
+    A worker that dies (killed, out of host memory, node lost, its GPU broken, which is then set aside) is retried; an
+    exception is not, since it would be raised again. `progress_of(event)` measures, from what rank 0 reports, how far a run is: `job.retries` deaths in a
     row that brought no progress are allowed. An attempt that lacks resources, since a node was lost or others use the
     cluster, waits without being counted. `progress(spec, event)` is called in this thread with `Started`, `Waiting`,
     `Entered` and every report of rank 0. `telemetry` is started on each node of an attempt, in an actor that ends with
@@ -177,6 +185,7 @@ class _Driver(Generic[Spec, Outcome]):
         self.training = dict[tuple[int, int], int]()  # run and attempt -> workers
         self.drains = dict[str, float]()  # by node: since when (monotonic) it is taken away
         self.looked_at = float("-inf")
+        self.held = defaultdict[int, list[Any]](list)  # by run: what keeps GPUs on which it failed from all others
 
     def take(self, like: int | None = None) -> int | None:
         """The next run, or the next of that row; None where there is none, or the command has to end."""
@@ -210,6 +219,13 @@ class _Driver(Generic[Spec, Outcome]):
         after = None if following is None else (following, self.specs[following])
         if not ray.get(self.mailbox.follow.remote(index, after)) and following is not None:
             self.start(following, 2)  # they have ended meanwhile
+
+    def set_aside(self, index: int, node: str, *gpus: str) -> None:
+        """Keep a run's GPUs that seem broken from later attempts, as long as others have room for a run."""
+        for gpu in gpus:
+            others = sum(has.gpus for has in inspect_cluster(self.job.avoid)) - sum(map(len, self.held.values())) - 1
+            if others >= self.job.workers and (holder := hold_gpu(node, gpu)) is not None:
+                self.held[index].append(holder)
 
     def look(self) -> None:
         """Now and then: for nodes that are taken away, and for room for runs that have fewer workers than they could."""
@@ -287,6 +303,8 @@ class _Run(Generic[Spec, Outcome]):
         """None where there is to be another attempt, else what the run has come to."""
         if stalled := self._read(("stalled", self.index, self.attempt)):
             failed = replace(failed, exception="", died=True, message=stalled.message)
+        if broken := self._read(("broken", self.index, self.attempt)):
+            self.driver.set_aside(self.index, *broken)
         self.avoid = (*self.job.avoid, *(stalled.nodes if stalled else ()))
         preempted = failed.exception == PreemptedError.__name__
         drained = failed.died and any(since >= began for since in self.driver.drains.values())
@@ -295,6 +313,8 @@ class _Run(Generic[Spec, Outcome]):
             self.failures = 1 if best > self.progress else self.failures + 1
             self.progress = max(best, self.progress)
             if not failed.died or self.failures > self.job.retries:
+                if broken:  # on other GPUs, too
+                    self.driver.held.pop(self.index, None)
                 return failed
         grows = preempted and self._read((LEAVE, self.index, self.attempt))
         cause = "room for more workers: " if grows else "a worker had to leave: " if preempted else ""

@@ -13,6 +13,7 @@ from harness.cluster.job import Allocation, make_failed
 Answer = TypeVar("Answer")
 
 DRAIN_SECONDS = 120.0  # until a node without a deadline is gone: Ray Train's own assumption
+HOLD_SECONDS = 60.0  # until a GPU that is to be set aside is free
 ANSWER_SECONDS = 600.0  # a node may have to decode a data set for the first time
 
 
@@ -63,6 +64,31 @@ def find_lacking(job: Allocation, workers: int, avoid: Collection[str] = ()) -> 
         for name, amount in job.resources.items()
         if free[name] < amount * workers - 1e-6
     )
+
+
+def hold_gpu(node: str, gpu: str) -> Any:
+    """Keep a GPU from whatever is placed later: an actor that has it, as long as it is held. None where another got it."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    class Holder:
+        def gpus(self) -> list[str]:
+            return list(ray.get_runtime_context().get_accelerator_ids()["GPU"])
+
+    there = NodeAffinitySchedulingStrategy(node, soft=False)
+    holder: Any = ray.remote(num_cpus=0, num_gpus=1, scheduling_strategy=there)(Holder)
+    taken, until = list[Any](), time.monotonic() + HOLD_SECONDS
+    try:
+        while True:  # Ray chooses which one: take one after the other
+            taken.append(holder.remote())
+            if ray.get(taken[-1].gpus.remote(), timeout=max(0.0, until - time.monotonic())) == [gpu]:
+                return taken.pop()
+    except (GetTimeoutError, RayError):
+        return None
+    finally:
+        for other in taken:
+            ray.kill(other)
 
 
 def count_runs(cluster: Cluster, job: Allocation) -> int:

@@ -24,6 +24,7 @@ from harness.cluster.job import (
     Train,
     Worker,
     WorkerDiedError,
+    is_of_device,
 )  # fmt: skip
 from harness.cluster.nodes import find_draining
 
@@ -200,7 +201,13 @@ class Task(Generic[Spec, Outcome]):
             with contextlib.suppress(Exception):  # owned by this worker: Ray ends it with the worker
                 remote: Any = ray.remote(num_cpus=0, scheduling_strategy=this_node())(self.telemetry)
                 sampler = remote.remote(visible)
-        outcome = self.train(spec, worker, report)
+        try:
+            outcome = self.train(spec, worker, report)
+        except Exception as error:
+            if is_of_device(error):
+                gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+                mailbox.note.remote(("broken", index, attempt), (node, *gpus))
+            raise
         if sampler is not None:
             with contextlib.suppress(Exception):  # a missing figure does not cost the run
                 measured = Telemetry(node=ray.get(sampler.stop.remote(), timeout=10))

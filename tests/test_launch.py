@@ -27,7 +27,7 @@ from harness.cluster.job import (
     WorkerDiedError,
 )
 from harness.cluster.launch import _Driver, _Run, launch, launch_here
-from harness.cluster.nodes import Node
+from harness.cluster.nodes import Node, hold_gpu
 from harness.cluster.workers import Mailbox, Task
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -111,6 +111,28 @@ def test_ray_runs_leaves_fails_and_retries(tmp_path: Path, capfd: pytest.Capture
     assert ["died" in e.reason for e in again] == [False, True, False, True]
     assert again[2].reason == "a worker had to leave: stopped before epoch 2", "which is no death"
     assert not (tmp_path / "ray").exists()
+
+
+@pytest.mark.ray
+def test_a_gpu_that_is_held_is_given_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray counts GPUs that are not there."""
+    import ray
+
+    connect(None, cpus=1, gpus=3)
+    try:
+        node = ray.get_runtime_context().get_node_id()
+        holder = hold_gpu(node, "1")
+        look: Any = ray.remote(num_cpus=0, num_gpus=2)(
+            lambda: ray.get_runtime_context().get_accelerator_ids()["GPU"]
+        )
+        assert sorted(ray.get(look.remote())) == ["0", "2"]
+        monkeypatch.setattr("harness.cluster.nodes.HOLD_SECONDS", 3.0)
+        assert hold_gpu(node, "1") is None, "it is held already"
+        assert sorted(ray.get(look.remote())) == ["0", "2"]
+        del holder
+        assert len(ray.get(look.options(num_gpus=3).remote())) == 3
+    finally:
+        disconnect()
 
 
 def test_local_has_the_same_signature_and_outcomes(tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ from ray import cloudpickle
 
 from harness.cluster.connect import connect, disconnect
 from harness.cluster.job import Allocation, Entered, Failed, Started, Telemetry, Waiting, Worker, make_failed
-from harness.cluster.launch import launch
+from harness.cluster.launch import _Driver, _Run, launch
 from harness.cluster.nodes import Cluster, Node, Unanswered, ask_every_node, choose_world_size, fit
+from harness.cluster.workers import Task
 from harness.record import classify
 from harness.results.store import load_epochs, load_records
 from harness.results.values import EpochMetrics
@@ -407,6 +408,40 @@ def test_the_cause_is_told_from_its_consequences() -> None:
     assert killed.died
     plain = make_failed(WorkerGroupError(RuntimeError("shape mismatch")), attempts=1)
     assert not plain.died
+
+
+class AcceleratorError(RuntimeError):
+    """Named as torch's."""
+
+
+def test_an_error_of_a_gpu_is_tried_again_on_another_and_one_of_the_program_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.3]:60000")
+    error = AcceleratorError(
+        "CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported"
+    )
+    failed = make_failed(WorkerGroupError(lost, error), attempts=1)
+    assert (failed.died, failed.message) == (True, "CUDA error: unspecified launch failure")
+    for own in ("CUDA error: out of memory", "CUDA error: device-side assert triggered"):
+        assert not make_failed(WorkerGroupError(AcceleratorError(own)), attempts=1).died
+
+    held = list[Any]()
+    monkeypatch.setattr("harness.cluster.launch.hold_gpu", lambda *gpu: held.append(gpu) or gpu)
+    monkeypatch.setattr("harness.cluster.launch.inspect_cluster", lambda *_: nodes((8, 4)))
+    driver: Any = _Driver(
+        Task(lambda *_: None, make_job(tmp_path, workers=2, retries=2), None, None), ["run", "other"]
+    )
+    run = _Run(driver, 0)
+    broken = iter("0123")
+    monkeypatch.setattr(run, "_read", lambda key: ("node", next(broken)) if key[0] == "broken" else None)
+    assert run._judge(failed, time.monotonic()) is None
+    assert run._judge(failed, time.monotonic()) is None
+    assert held == [("node", "0"), ("node", "1")]
+    driver.set_aside(1, "node", "2")
+    assert held == [("node", "0"), ("node", "1")], "a run of two workers needs the others"
+    assert run._judge(failed, time.monotonic()) is failed
+    assert not driver.held, "on three GPUs: it is the run"
 
 
 @pytest.mark.parametrize("others", [(), (ActorDiedError("node"),), (RuntimeError("Connection closed by peer"),)])
