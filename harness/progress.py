@@ -91,7 +91,6 @@ def load_data(name: str, paths: RunPaths, console: Console, *, scan: bool = Fals
 class _Line:
     spec: RunSpec
     epochs: int
-    network: int  # runs of one network and recipe have the same number
     state: str = "waiting"
     note: str = ""
     last: EpochMetrics | None = None
@@ -143,9 +142,8 @@ class Progress(LiveTable):
         self, specs: Sequence[RunSpec], epochs: Mapping[str, int], console: Console, *, concurrent_runs: int
     ) -> None:
         super().__init__(console)
-        numbers: dict[Any, int] = {}  # counted once, as thousands of runs are compared slowly
-        network = [numbers.setdefault((spec.network, spec.recipe), len(numbers)) for spec in specs]
-        self.lines = {s.key: _Line(s, epochs[s.key], n) for s, n in zip(specs, network, strict=True)}
+        self.lines = {spec.key: _Line(spec, epochs[spec.key]) for spec in specs}
+        self.pace: dict[str, float] = {}  # by name: seconds of the latest epoch of any such run
         self.concurrent_runs = concurrent_runs
         self.many_seeds = len({spec.seed for spec in specs}) > 1
 
@@ -176,7 +174,7 @@ class Progress(LiveTable):
                 line.seconds.append(event.train_seconds + event.eval_seconds)
                 self.log(
                     f"{title}: epoch {event.epoch}/{line.epochs}  loss {event.loss:.3f}  error {event.error:.2f} %"
-                    f"  {event.train_seconds:.2f} s/epoch  left {clock(self._left(line, {}))}"
+                    f"  {event.train_seconds:.2f} s/epoch  left {clock(self._left(line))}"
                 )
             case Failed():
                 line.state, line.note = "failed", event.message
@@ -186,30 +184,25 @@ class Progress(LiveTable):
                 for warning in event.warnings:
                     self.say(f"{title}: {warning}")
                 self.log(f"{title}: done, final error {event.final_error:.2f} %")
+        if line.seconds:
+            self.pace[line.spec.name] = line.seconds[-1]
 
-    def _by_network(self) -> dict[int, float]:
-        """The median epoch so far, in seconds, of all runs of a network and recipe."""
-        seconds = defaultdict[int, list[float]](list)
-        for line in self.lines.values():
-            seconds[line.network] += line.seconds
-        return {net: statistics.median(found) for net, found in seconds.items() if found}
-
-    def _left(self, line: _Line, by_network: Mapping[int, float]) -> float | None:
-        """Seconds, by the median epoch so far; of a run that has not begun, by runs of the same network."""
+    def _left(self, line: _Line) -> float | None:
+        """Seconds, by the median epoch so far; of a run that has not begun, by others of its name."""
         if line.state in ("done", "failed"):
             return 0.0
-        epoch = statistics.median(line.seconds) if line.seconds else by_network.get(line.network)
+        epoch = statistics.median(line.seconds) if line.seconds else self.pace.get(line.spec.name)
         return None if epoch is None else (line.epochs - line.done) * epoch
 
     def render(self) -> Group:
         """The runs that fit on the screen. Figures are whole; the other columns get what is left beside them."""
-        lines, width, by_network = list(self.lines.values()), self.console.width, self._by_network()
+        lines, width = list(self.lines.values()), self.console.width
         shown = self.fit(lines, lambda line: RANKS.get(line.state, 3))
         names = COLUMNS if width >= 60 else ("run", *FIGURES)
         padding = (0, 2 if width >= 60 else 1, 0, 0)
         table = make_table(*names, left=("run", "epoch", " ", ""), whole=FIGURES, padding=padding)
         for line in shown:
-            last, left = line.last, clock(self._left(line, by_network)) if line.state == "training" else line.state
+            last, left = line.last, clock(self._left(line)) if line.state == "training" else line.state
             words = {"run": line.spec.title if self.many_seeds else line.spec.name, "left": left, "": line.note}
             words["epoch"] = f"{line.done}/{line.epochs}"
             if last:
@@ -219,10 +212,9 @@ class Progress(LiveTable):
             cells[" "] = ProgressBar(total=line.epochs, completed=line.done, width=24 if width >= 100 else 10)
             table.add_row(*(cells.get(name, "") for name in names), style=STYLES.get(line.state, ""))
         ended = sum(line.state in ("done", "failed") for line in lines)
-        lefts = [self._left(line, by_network) for line in lines]
-        known = [left for left in lefts if left is not None]
-        total = clock(sum(known) / self.concurrent_runs) if len(known) == len(lines) else "?"
-        footer = f"{ended} of {len(lines)} runs ended, left {total}"
+        lefts = list(map(self._left, lines))
+        total = None if None in lefts else sum(filter(None, lefts)) / self.concurrent_runs
+        footer = f"{ended} of {len(lines)} runs ended, left {clock(total)}"
         footer += f", {len(lines) - len(shown)} not shown" * (len(shown) < len(lines))
         return Group(table, Text(f"{footer}   Ctrl-C stops; the same command resumes", style="dim"))
 
