@@ -28,7 +28,7 @@ from harness.progress import LINES, JsonLines, Progress, load_data, print_column
 from harness.record import Recorder, lease, lock_run, name_other_code
 from harness.resources import Session, check_resources, choose_launcher, make_allocation
 from harness.results.remote import StorageError, pull_results, push_file, push_run, redact
-from harness.results.store import ESTIMATES, collector_paused, load_records, partial_dir
+from harness.results.store import ESTIMATES, load_records, partial_dir
 from harness.results.values import EpochMetrics, RunResult
 from harness.selfcheck import RefusedError, check_first
 from harness.spec import RunPaths, RunSpec, UserError, mistakes
@@ -297,7 +297,7 @@ class Runs:
                     if failures and options.fail_fast:
                         break
         except TimeUp:  # perhaps just after the last run was stored: then nothing is left to stop
-            if options.force or options.until_ci or plan.pending(specs, recorder.find_finished(specs)):
+            if options.until_ci or self.find_missing(specs):
                 raise
         except KeyboardInterrupt:
             say(self.console, "stopped; the same command goes on from the last checkpoints")
@@ -317,9 +317,8 @@ class Runs:
             return True
         names = dict.fromkeys(map(paths.name, self.specs))
         folders = (folder for name in names for folder in (out / name, partial_dir(out, name)) if folder.is_dir())
-        with collector_paused():
-            loaded = load_records([out], recorder.known)
-            mine = load_records(folders, {run.folder: run for run in loaded.records})
+        loaded = load_records([out], recorder.known)
+        mine = load_records(folders, {run.folder: run for run in loaded.records})
         if options.tensorboard:
             export_runs(mine.records, "tensorboard")
             for stored in mine.records:
