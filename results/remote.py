@@ -212,17 +212,16 @@ def lease(uri: str, names: Collection[str], say: Callable[[str], None]) -> Itera
     thread = threading.Thread(target=beat, daemon=True)
     try:
         renew()
-        before: dict[str, Any] = {}
-        while others := _find_others(leases, file, set(names)):
-            for other, (_, host, name) in others.items():
-                if before and before.get(other) != others[other]:  # a sign of life
-                    where = redact(uri).partition("?")[0]
-                    raise StorageError(f"{where}: {name} is being trained by another harness command, on {host}")
-            if not before:
-                say(f"{host} has trained {name}: waiting for a sign of life, {LEASE_SECONDS:.0f} s at most")
-                before = others
+        others = first = _find_others(leases, file, set(names))
+        for _, host, name in list(first.values())[:1]:
+            say(f"{host} has trained {name}: waiting for a sign of life, {LEASE_SECONDS:.0f} s at most")
+        while others:
             time.sleep(BEAT_SECONDS / 2)
             renew()
+            others = _find_others(leases, file, set(names))
+            for _, host, name in (found for other, found in others.items() if found != first.get(other)):
+                where = redact(uri).partition("?")[0]
+                raise StorageError(f"{where}: {name} is being trained by another harness command, on {host}")
         thread.start()
         yield
     finally:
