@@ -8,13 +8,11 @@ from __future__ import annotations
 import math
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-Spec = TypeVar("Spec")
-Outcome = TypeVar("Outcome")
 Report = Callable[[Any], None]
 
 LOOPBACK = "127.0.0.1"
@@ -39,10 +37,17 @@ class Allocation:
     placement: Placement = "pack"  # prefers one node for a run's workers; strict-pack insists, spread prefers many
     fallback_world_sizes: tuple[int, ...] = ()  # largest first: for a cluster that has become too small
     avoid: tuple[str, ...] = ()  # nodes that are left out, by the launcher's identifiers
-    storage: Path | str = ""  # for Ray's own files; a folder that every node sees, or a URI that pyarrow opens
+    storage: Path = Path()  # for the files of Ray Tune, a folder
     retries: int = 2  # after deaths in a row that brought no progress
     stall_seconds: float = STALL_SECONDS
     placement_timeout_seconds: float = 1800.0  # as long as a cloud may take to bring another node
+
+    def worker(self, device: str = "", **place: Any) -> Worker:
+        """One of a run's workers; on its process's first GPU, if on any and on no other."""
+        return Worker(
+            device=device or ("cuda:0" if self.device == "cuda" else "cpu"), threads=self.threads,
+            runs_per_gpu=self.runs_per_gpu, stall_seconds=self.stall_seconds, **place,
+        )  # fmt: skip
 
     @property
     def resources(self) -> dict[str, float]:
@@ -131,8 +136,8 @@ class Telemetry:
     node: Any
 
 
-Train = Callable[[Spec, Worker, Report], Outcome]
-Launched = Iterator[tuple[Spec, Outcome | Failed]]
+Train = Callable[[Any, Worker, Report], Any]  # (spec, worker, report) -> outcome
+Launched = Generator[tuple[Any, Any], None, None]  # (spec, its outcome or Failed)
 StartSampler = Callable[[str | None], Any]
 """A class that measures the node it is made on, in a process of its own; its `stop()` ends that and returns the
 measurements. The argument is CUDA_VISIBLE_DEVICES of a run's workers there: "" for a run without GPUs, None for all."""
@@ -145,7 +150,7 @@ _DEATHS = {
     "WorkerHealthCheckFailedError", "ActorDiedError", "RayActorError", "NodeDiedError", "WorkerGroupStartupFailedError",
     "WorkerCrashedError", "WorkerDiedError",
 }  # fmt: skip
-_DEVICE, _OWN = "AcceleratorError", ("out of memory", "device-side assert")  # torch's of a GPU; those of the program
+_OF_PROGRAM = re.compile("out of memory|device-side assert")  # of what a GPU says
 _COLLECTIVES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _LOST_PEER = re.compile(r"[Cc]onnection (closed by peer|reset by peer|refused)|Broken pipe|gloo.*[Tt]imed out")
 
@@ -175,7 +180,7 @@ def make_failed(error: BaseException, *, attempts: int) -> Failed:
 
 def is_of_device(error: BaseException) -> bool:
     """Whether it may be the GPU that is broken, and not the program: another process on another one may have none."""
-    return _DEVICE in _names(error) and not any(words in str(error) for words in _OWN)
+    return "AcceleratorError" in _names(error) and not _OF_PROGRAM.search(str(error))
 
 
 def _precedence(error: BaseException) -> int:

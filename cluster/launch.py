@@ -9,16 +9,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shutil
 import threading
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Generic
+from typing import Any
 
 from harness.cluster.connect import ClusterError
 from harness.cluster.job import (
@@ -30,15 +27,12 @@ from harness.cluster.job import (
     Entered,
     Failed,
     Launched,
-    Outcome,
     PreemptedError,
-    Spec,
     Started,
     StartSampler,
     Telemetry,
     Train,
     Waiting,
-    Worker,
     make_failed,
 )  # fmt: skip
 from harness.cluster.nodes import (
@@ -49,7 +43,16 @@ from harness.cluster.nodes import (
     hold_gpu,
     inspect_cluster,
 )
-from harness.cluster.workers import AT_ONCE, LEAVE, Mailbox, Task, note_sigterm, other_nodes, this_node
+from harness.cluster.workers import (
+    AT_ONCE,
+    LEAVE,
+    Mailbox,
+    Task,
+    make_file_url,
+    note_sigterm,
+    other_nodes,
+    this_node,
+)
 
 SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
 LOOK_SECONDS = 1.0  # between looks for nodes that come and go
@@ -58,10 +61,10 @@ SHORT_RUN_SECONDS = 300.0  # of a longer one, the start of new workers costs a f
 
 
 def launch(
-    train: Train[Spec, Outcome], specs: Sequence[Spec], job: Allocation, *, progress: Callable[[Spec, Any], None],
+    train: Train, specs: Sequence[Any], job: Allocation, *, progress: Callable[[Any, Any], None],
     telemetry: StartSampler | None = None, progress_of: Callable[[Any], float] = lambda _: 0.0,
-    leaving: Callable[[], bool] = lambda: False, row: Callable[[Spec], Any] | None = None,
-) -> Launched[Spec, Outcome]:  # fmt: skip
+    leaving: Callable[[], bool] = lambda: False, row: Callable[[Any], Any] = id,
+) -> Launched:  # fmt: skip
     """Run every spec, `job.concurrent_runs` at a time; yield each as it ends. Call `connect` before.
 
     A worker that dies (killed, out of host memory, node lost, its GPU broken, which is then set aside) is retried; an
@@ -83,7 +86,7 @@ def launch(
 
     # beside the driver: on another node it would be lost with that node, and every run with it
     mailbox = ray.remote(num_cpus=0, scheduling_strategy=this_node())(Mailbox).remote()
-    driver = _Driver(Task(train, job, telemetry, mailbox), specs, row)
+    driver = _Driver(Task(train, job, telemetry, mailbox), specs, list(map(row, specs)))
     until = dict[int, float]()  # when a run is no longer a short one
     for _ in range(min(job.concurrent_runs, len(specs))):
         driver.start(driver.take())
@@ -104,7 +107,7 @@ def launch(
                     ended += 1
                     yield specs[index], event.outcome
                     if event.more:
-                        following = driver.take(like=index) if row and time.monotonic() < until[index] else None
+                        following = driver.take(like=index) if time.monotonic() < until[index] else None
                         if following is not None:
                             progress(specs[following], Started(attempt=1))  # makes its folder
                         driver.go_on(index, following)
@@ -123,23 +126,17 @@ def launch(
     finally:
         driver.stop.set()
         ray.kill(mailbox)
-        _remove(job.storage)
 
 
 def launch_here(
-    train: Train[Spec, Outcome], specs: Sequence[Spec], job: Allocation, *, progress: Callable[[Spec, Any], None],
-    telemetry: StartSampler | None = None, progress_of: Callable[[Any], float] = lambda _: 0.0,
-    leaving: Callable[[], bool] = lambda: False, row: Callable[[Spec], Any] | None = None,
-) -> Launched[Spec, Outcome]:  # fmt: skip
-    """As `launch`, but in this process and without Ray: one worker. Raises ValueError for a job of several."""
+    train: Train, specs: Sequence[Any], job: Allocation, *, progress: Callable[[Any, Any], None],
+    telemetry: StartSampler | None = None, leaving: Callable[[], bool] = lambda: False, **of_ray: Any,
+) -> Launched:  # fmt: skip
+    """As `launch`, but in this process, one run after another, and without Ray: one worker. Raises ValueError for a job of several."""
     if job.workers != 1:
         raise ValueError(f"the local launcher runs one worker, not {job.workers}: use --launcher ray")
-    cuda = job.device == "cuda"
-    worker = Worker(
-        device="cuda:0" if cuda else "cpu", threads=job.threads, runs_per_gpu=job.runs_per_gpu,
-        stall_seconds=job.stall_seconds, notice=lambda: time.time() if leaving() else None,
-    )  # fmt: skip
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if cuda else ""
+    worker = job.worker(notice=lambda: time.time() if leaving() else None)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if job.device == "cuda" else ""
     for spec in specs:
         progress(spec, Started(attempt=1))
         progress(spec, Entered())
@@ -147,7 +144,7 @@ def launch_here(
         with contextlib.suppress(Exception):
             sampler = telemetry and telemetry(visible)
         try:
-            outcome: Outcome | Failed = train(spec, worker, partial(progress, spec))
+            outcome = train(spec, worker, partial(progress, spec))
         except PreemptedError:
             raise KeyboardInterrupt from None
         except Exception as error:
@@ -159,25 +156,31 @@ def launch_here(
         yield spec, outcome
 
 
-def _remove(storage: Path | str) -> None:
-    if isinstance(storage, Path):
-        shutil.rmtree(storage, ignore_errors=True)
-    else:
-        from pyarrow.fs import FileSystem
+def _loopback_config(**options: Any) -> Any:
+    """A TorchConfig of ranks that are all in this machine: they find each other by a file. torch's own store of keys listens
+    on every address of a machine, and has no word for another; Ray Train knows "env" and "tcp"."""
+    import ray
+    from ray.train.torch import TorchConfig, config
 
-        with contextlib.suppress(OSError):
-            files, path = FileSystem.from_uri(storage)
-            files.delete_dir(path)
+    class Backend(config._TorchBackend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:  # in Ray Train's controller
+            worker_group.execute(config._set_torch_distributed_env_vars)
+            every = {**options, "world_size": len(worker_group), "init_method": make_file_url()}
+            call = partial(worker_group.execute_single_async, fn=config._setup_torch_process_group, **every)
+            ray.get([call(rank, world_rank=rank) for rank in range(len(worker_group))])
+
+    class LoopbackConfig(TorchConfig):
+        backend_cls = Backend
+
+    return LoopbackConfig(**options)
 
 
-class _Driver(Generic[Spec, Outcome]):
+class _Driver:
     """What the threads of a launch share; each sees to one run at a time and then takes the next."""
 
-    def __init__(
-        self, task: Task[Spec, Outcome], specs: Sequence[Spec], row: Callable[[Spec], Any] | None = None
-    ) -> None:
+    def __init__(self, task: Task, specs: Sequence[Any], rows: Sequence[Any] = ()) -> None:
         self.task, self.specs, self.job, self.mailbox = task, specs, task.job, task.mailbox
-        self.rows = [row and row(spec) for spec in specs]
+        self.rows = rows
         self.waiting, self.lock = list(range(len(specs))), threading.Lock()
         self.threads: list[threading.Thread] = []
         self.stop = threading.Event()
@@ -220,12 +223,11 @@ class _Driver(Generic[Spec, Outcome]):
         if not ray.get(self.mailbox.follow.remote(index, after)) and following is not None:
             self.start(following, 2)  # they have ended meanwhile
 
-    def set_aside(self, index: int, node: str, *gpus: str) -> None:
-        """Keep a run's GPUs that seem broken from later attempts, as long as others have room for a run."""
-        for gpu in gpus:
-            others = sum(has.gpus for has in inspect_cluster(self.job.avoid)) - sum(map(len, self.held.values())) - 1
-            if others >= self.job.workers and (holder := hold_gpu(node, gpu)) is not None:
-                self.held[index].append(holder)
+    def set_aside(self, index: int, node: str, gpu: str) -> None:
+        """Keep a run's GPU that seems broken from later attempts, as long as others have room for a run."""
+        left = sum(has.gpus for has in inspect_cluster(self.job.avoid)) - sum(map(len, self.held.values()))
+        if left > self.job.workers and (holder := hold_gpu(node, gpu)) is not None:
+            self.held[index].append(holder)
 
     def look(self) -> None:
         """Now and then: for nodes that are taken away, and for room for runs that have fewer workers than they could."""
@@ -242,10 +244,10 @@ class _Driver(Generic[Spec, Outcome]):
                     self.training[index, attempt] = job.workers  # it is told once
 
 
-class _Run(Generic[Spec, Outcome]):
+class _Run:
     """All attempts at one run, and at those that its workers went on with, in a thread of the driver."""
 
-    def __init__(self, driver: _Driver[Spec, Outcome], index: int, attempt: int = 1) -> None:
+    def __init__(self, driver: _Driver, index: int, attempt: int = 1) -> None:
         self.driver, self.job, self.mailbox = driver, driver.job, driver.mailbox
         self.index, self.attempt = index, attempt
         self.reason = WORKER_DIED * (attempt > 1)  # of the attempt
@@ -364,10 +366,10 @@ class _Run(Generic[Spec, Outcome]):
 
     def _make_trainer(self, world_size: int) -> Any:
         import ray.train
+        from fsspec.implementations.memory import MemoryFileSystem
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.train.v2._internal.execution.callback import WorkerCallback
-
-        from harness.cluster.loopback import LoopbackConfig
 
         job, task, started_at = self.job, self.driver.task, time.time()
         index, spec, attempt = self.index, self.driver.specs[self.index], self.attempt
@@ -383,7 +385,7 @@ class _Run(Generic[Spec, Outcome]):
                 return [OnStart(), *(c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback")]
 
         alone = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]] == [LOOPBACK]
-        make_config = LoopbackConfig if alone else TorchConfig
+        make_config = _loopback_config if alone else TorchConfig
         cuda, seconds = job.device == "cuda", int(job.stall_seconds + COLLECTIVE_GRACE)
         return QuietTrainer(
             lambda: task.work(index, spec, attempt, started_at),
@@ -393,8 +395,7 @@ class _Run(Generic[Spec, Outcome]):
                 placement_strategy=job.placement.upper().replace("-", "_"), label_selector=other_nodes(self.avoid),
             ),
             run_config=ray.train.RunConfig(
-                # a name used twice would resume the first run of that name
-                name=f"run-{self.index}-{uuid.uuid4().hex[:12]}", storage_path=str(job.storage),
+                storage_path="ray", storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),  # it keeps nothing
                 failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
                 logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             ),

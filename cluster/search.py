@@ -37,17 +37,14 @@ from harness.cluster.job import (
     WORKER_DIED,
     Allocation,
     Failed,
-    Outcome,
     Report,
-    Spec,
     Started,
     Train,
     Worker,
     WorkerDiedError,
     make_failed,
 )
-from harness.cluster.loopback import make_file_url
-from harness.cluster.workers import gather, other_nodes
+from harness.cluster.workers import gather, make_file_url, other_nodes
 
 PEER_SECONDS = 10.0  # for the other ranks to end once one has
 LEAVE_SECONDS = 10.0  # for the ranks to destroy their process group together
@@ -66,7 +63,7 @@ class Trials(Protocol):
         """A trial is over: its outcome, `Failed`, or None where it was pruned."""
 
 
-def search(train: Train[Spec, Outcome], trials: Trials, job: Allocation) -> None:
+def search(train: Train, trials: Trials, job: Allocation) -> None:
     """Run everything that `trials` proposes, `job.concurrent_runs` at a time.
 
     A process that dies is retried; an exception is not, since it would be raised again. In a trial that is pruned,
@@ -176,17 +173,15 @@ class Pruned(SystemExit):
     """Raised by `report` in every rank of a pruned trial."""
 
 
-def _run_trial(config: dict[str, Any], train: Train[Any, Any], job: Allocation) -> None:
+def _run_trial(config: dict[str, Any], train: Train, job: Allocation) -> None:
     """What Tune calls in its actor, once for each trial that the actor serves: rank 0, which starts the others."""
     note = Path(job.storage) / f"{tune.get_context().get_trial_id()}.failed"
     note.parent.mkdir(parents=True, exist_ok=True)  # on a node of its own
     if note.exists():
         tune.report({"outcome": (pickle.loads(note.read_bytes()),)})
         return
-    worker = Worker(
-        world_size=job.workers, device="cuda:0" if job.device == "cuda" else "cpu", threads=job.threads,
-        launch_seconds=max(0.0, time.time() - config["proposed_at"]), runs_per_gpu=job.runs_per_gpu,
-    )  # fmt: skip
+    launch_seconds = max(0.0, time.time() - config["proposed_at"])
+    worker = job.worker(world_size=job.workers, launch_seconds=launch_seconds)
     spec = config["spec"]
     with contextlib.closing(_Peers(train, spec, worker, job, note)) as peers:
         outcome, left = run_rank(train, spec, worker, lambda event: tune.report({"event": (event,)}), peers.url)
@@ -199,15 +194,13 @@ def _run_trial(config: dict[str, Any], train: Train[Any, Any], job: Allocation) 
     tune.report({"outcome": (outcome,)})
 
 
-def run_rank(
-    train: Train[Spec, Outcome], spec: Spec, worker: Worker, report: Report, url: str
-) -> tuple[Outcome | Failed | Pruned, bool]:
+def run_rank(train: Train, spec: Any, worker: Worker, report: Report, url: str) -> tuple[Any, bool]:
     """Train as one rank, and leave the process without process group, tensors and cached GPU memory if that is possible.
 
     What the train function's frames hold is freed first: NCCL waits for the CUDA graphs that use its communicator. Then
     all ranks destroy the group together, which NCCL demands.
     """
-    result: Outcome | Failed | Pruned
+    result: Any
     try:
         if worker.world_size > 1:
             from ray.train.torch.config import _setup_torch_process_group
@@ -263,7 +256,7 @@ def leave(seconds: float = LEAVE_SECONDS) -> bool:
 class _Peers:
     """Ranks 1 and up, as rank 0 sees them. `note`: what the next attempt reports where rank 0 had to be ended."""
 
-    def __init__(self, train: Train[Any, Any], spec: Any, worker: Worker, job: Allocation, note: Path) -> None:
+    def __init__(self, train: Train, spec: Any, worker: Worker, job: Allocation, note: Path) -> None:
         self.note, self.over, self.url = note, threading.Event(), ""
         self.actors: list[Any] = []
         self.ends: list[Any] = []

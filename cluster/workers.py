@@ -8,16 +8,16 @@ import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from harness.cluster.job import (
     Allocation,
     Ended,
     Entered,
-    Outcome,
-    Spec,
     Stalled,
     StartSampler,
     Telemetry,
@@ -99,6 +99,15 @@ def other_nodes(avoid: Collection[str]) -> dict[str, str] | None:
     return {"ray.io/node-id": f"!in({','.join(avoid)})"} if avoid else None
 
 
+def make_file_url() -> str:
+    """A place for the ranks of one run to meet, where all are in this machine: among Ray's own files, since ranks that are
+    killed leave it behind."""
+    import ray
+
+    node: Any = ray._private.worker._global_node
+    return Path(node.get_session_dir_path(), f"ranks-{uuid.uuid4().hex}").as_uri()
+
+
 @contextlib.contextmanager
 def driver_clock() -> Iterator[Callable[[], float]]:
     """What reads the driver's clock on any node."""
@@ -140,19 +149,19 @@ def store_of_run(name: str) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Task(Generic[Spec, Outcome]):
+class Task:
     """What the workers of every run are sent."""
 
-    train: Train[Spec, Outcome]
+    train: Train
     job: Allocation
     telemetry: StartSampler | None
     mailbox: Any
 
-    def work(self, index: int, spec: Spec, attempt: int, started_at: float) -> None:
+    def work(self, index: int, spec: Any, attempt: int, started_at: float) -> None:
         """In a worker: a run, and those that the driver has it go on with."""
         import ray
 
-        following: tuple[int, Spec] | None = index, spec
+        following: tuple[int, Any] | None = index, spec
         while following is not None:
             index, spec = following
             worker, answer = self.work_once(index, spec, attempt, started_at), list[Any]()
@@ -161,7 +170,7 @@ class Task(Generic[Spec, Outcome]):
                 time.sleep(FOLLOW_SECONDS)
             (following,) = gather(answer)[0]
 
-    def work_once(self, index: int, spec: Spec, attempt: int, started_at: float) -> Worker:
+    def work_once(self, index: int, spec: Any, attempt: int, started_at: float) -> Worker:
         """Call the train function and report its outcome; measure this node meanwhile if this is its first worker."""
         import ray
         from ray.train import get_context
@@ -187,10 +196,9 @@ class Task(Generic[Spec, Outcome]):
             if rank == 0 and not ray.get(mailbox.put.remote(index, event, attempt)):
                 raise WorkerDiedError("another attempt at this run has begun")
 
-        worker = Worker(
-            rank=rank, world_size=context.get_world_size(), device=str(get_device()), threads=job.threads,
-            attempt=attempt, launch_seconds=time.time() - started_at, runs_per_gpu=job.runs_per_gpu,
-            stall_seconds=job.stall_seconds, node=node, notice=notice, alarm=alarm,
+        worker = job.worker(
+            rank=rank, world_size=context.get_world_size(), device=str(get_device()), attempt=attempt,
+            launch_seconds=time.time() - started_at, node=node, notice=notice, alarm=alarm,
         )  # fmt: skip
         if rank == 0:
             mailbox.note.remote(("placement group", index), get_current_placement_group())
@@ -204,9 +212,8 @@ class Task(Generic[Spec, Outcome]):
         try:
             outcome = self.train(spec, worker, report)
         except Exception as error:
-            if is_of_device(error):
-                gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
-                mailbox.note.remote(("broken", index, attempt), (node, *gpus))
+            for gpu in ray.get_runtime_context().get_accelerator_ids()["GPU"] if is_of_device(error) else ():
+                mailbox.note.remote(("broken", index, attempt), (node, gpu))
             raise
         if sampler is not None:
             with contextlib.suppress(Exception):  # a missing figure does not cost the run

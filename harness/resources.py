@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any
 
 from harness.cluster import launch
 from harness.cluster.connect import ClusterError, connect, disconnect
-from harness.cluster.job import Allocation
+from harness.cluster.job import Allocation, Launched
 from harness.cluster.nodes import Cluster, fit
 from harness.options import Grid, Resources
 from harness.plan import GPU_PRECISIONS
-from harness.results.remote import join_uri
 from harness.spec import INSTALL, RunPaths, RunSpec, UserError, mistakes, refuse
 from harness.training.host import count_cpus
 from harness.training.nvml import count_gpus
-
-Runs = Generator[tuple[RunSpec, Any], None, None]
 
 
 def check_resources(resources: Resources) -> None:
@@ -143,14 +140,12 @@ class Session:
             join_cluster(self.stack, None, cpus=cpus, gpus=job.gpus, verbose=resources.verbose)
             self.joined = True
 
-    def launch(self, train: Callable[..., Any], specs: Sequence[RunSpec], **callbacks: Any) -> Runs:
+    def launch(self, train: Callable[..., Any], specs: Sequence[RunSpec], **callbacks: Any) -> Launched:
         """Launch `train(spec, worker, report)` for each spec; yields (spec, outcome) as `harness.cluster.launch` does, whose
         callbacks are taken. A Ray cluster of this machine is started at the first call that needs one."""
         self.join()
-        start: Callable[..., Any] = launch.launch_here if self.resources.launcher == "local" else launch.launch
-        at_uri = self.paths.remote and self.resources.address
-        storage = join_uri(self.paths.remote, ".ray") if at_uri else self.paths.out / ".ray"
-        return cast("Runs", start(train, specs, replace(self.allocation, storage=storage), **callbacks))
+        start = launch.launch_here if self.resources.launcher == "local" else launch.launch
+        return start(train, specs, self.allocation, **callbacks)
 
     def launch_once(self, train: Callable[..., Any], what: Any, seconds: float, **changes: Any) -> Any:
         """The outcome of one `train(what, worker, report)`, Failed where its workers find no room within `seconds`; `changes`
