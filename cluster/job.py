@@ -115,7 +115,7 @@ class Entered:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ended:
-    """What a run came to. `more`: its workers are there for another one of its row."""
+    """What a run came to. `more`: its workers can have another one of its row."""
 
     outcome: Any
     more: bool = False

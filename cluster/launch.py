@@ -57,7 +57,6 @@ from harness.cluster.workers import (
 SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
 LOOK_SECONDS = 1.0  # between looks for nodes that come and go
 POLL_SECONDS = 0.2  # between two looks at what was reported, or for room
-SHORT_RUN_SECONDS = 300.0  # of a longer one, the start of new workers costs a few percent at most
 
 
 def launch(
@@ -79,7 +78,7 @@ def launch(
     Workers of a node that Ray drains stop as `Worker.notice` says, and go on elsewhere: that is no death, nor is one while
     nodes are drained. Once `leaving()` holds, all runs stop so, and then KeyboardInterrupt is raised.
 
-    A run that has ended within SHORT_RUN_SECONDS leaves its workers, with their imports and their process group, to the
+    A run that has ended within SHORT_RUN_SECONDS, with all its workers, leaves its workers, with their imports and their process group, to the
     next spec with an equal `row(spec)`. Those of another row have new ones, and so has whatever follows a failure.
     """
     import ray
@@ -87,7 +86,6 @@ def launch(
     # beside the driver: on another node it would be lost with that node, and every run with it
     mailbox = ray.remote(num_cpus=0, scheduling_strategy=this_node())(Mailbox).remote()
     driver = _Driver(Task(train, job, telemetry, mailbox), specs, list(map(row, specs)))
-    until = dict[int, float]()  # when a run is no longer a short one
     for _ in range(min(job.concurrent_runs, len(specs))):
         driver.start(driver.take())
     ended = 0
@@ -106,14 +104,11 @@ def launch(
                 if isinstance(event, Ended):
                     ended += 1
                     yield specs[index], event.outcome
-                    if event.more:
-                        following = driver.take(like=index) if time.monotonic() < until[index] else None
-                        if following is not None:
-                            progress(specs[following], Started(attempt=1))  # makes its folder
-                        driver.go_on(index, following)
+                    following = driver.take(like=index) if event.more else None
+                    if following is not None:
+                        progress(specs[following], Started(attempt=1))  # makes its folder
+                    driver.go_on(index, following)
                     continue
-                if isinstance(event, Entered):
-                    until[index] = time.monotonic() + SHORT_RUN_SECONDS
                 driver.best_progress[index] = max(driver.best_progress[index], progress_of(event))
                 progress(specs[index], event)
         for thread in driver.threads:  # one that calls Ray later ends the process

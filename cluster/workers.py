@@ -33,6 +33,7 @@ Item = TypeVar("Item")
 LEAVE = "leave"  # in the mailbox: by when runs have to end, all of them or an attempt at one
 AT_ONCE = 1.0  # a deadline that is over by every node's clock
 FOLLOW_SECONDS = 0.05  # between two looks at what comes next
+SHORT_RUN_SECONDS = 300.0  # of a longer one, the start of new workers costs a few percent at most
 _stores = itertools.count()
 terminated = threading.Event()  # in a worker: it got a SIGTERM
 
@@ -203,7 +204,7 @@ class Task:
         if rank == 0:
             mailbox.note.remote(("placement group", index), get_current_placement_group())
         report(Entered())
-        sampler = None
+        sampler, began = None, time.monotonic()
         if self.telemetry is not None and context.get_local_rank() == 0:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") if job.device == "cuda" else ""
             with contextlib.suppress(Exception):  # owned by this worker: Ray ends it with the worker
@@ -221,5 +222,6 @@ class Task:
                 ray.get(mailbox.put.remote(index, measured), timeout=10)
                 ray.kill(sampler)
         gather(None)  # what other nodes measured has arrived
-        report(Ended(outcome=outcome, more=worker.world_size == job.workers))
+        short, whole = time.monotonic() < began + SHORT_RUN_SECONDS, worker.world_size == job.workers
+        report(Ended(outcome=outcome, more=short and whole))
         return worker

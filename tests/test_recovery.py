@@ -336,6 +336,15 @@ def test_waiting_for_room_is_shown_and_ends(one_cpu: Cluster, tmp_path: Path) ->
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(200)
+def test_a_run_that_ends_with_fewer_workers_lets_them_go(one_cpu: Cluster, tmp_path: Path) -> None:
+    """They waited for another run, and the command with them."""
+    job = make_job(tmp_path / "ray", workers=2, fallback_world_sizes=(1,))
+    runs = launch(toy, [{"seconds": 0}] * 2, job, progress=lambda *_: None, row=lambda _: "one")
+    assert [outcome for _, outcome in runs] == [{"attempt": 1}] * 2
+
+
+@pytest.mark.ray
 def test_every_node_answers_or_says_why_not(one_cpu: Cluster) -> None:
     def ask() -> int:
         return os.getpid()
