@@ -79,10 +79,14 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "INFO" if verbose else "ERROR"}
     with contextlib.ExitStack() as stack:
         if address is None:
-            _stay_on_loopback(stack)
+            # it listens on 127.0.0.1: Ray would replace that with the machine's own address, and then listen on all
+            ours: dict[str, Any] = {"resolve_ip_for_localhost": lambda host: host}
             if sys.platform == "linux":  # elsewhere Ray ends its processes by this process group
-                stack.callback(setattr, services, "ConsolePopen", services.ConsolePopen)
-                services.ConsolePopen = _RayProcess
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+                ours["ConsolePopen"] = _RayProcess
+            for name, value in ours.items():
+                stack.callback(setattr, services, name, getattr(services, name))
+                setattr(services, name, value)
             options |= {
                 "num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False, "address": "local",
                 "object_store_memory": 256 * 2**20,  # nothing large travels through Ray
@@ -92,16 +96,16 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
                 options["_temp_dir"] = "/tmp/ray"
         else:  # its nodes have their own environment
             options |= {"address": address, "runtime_env": {"env_vars": OF_WORKERS}}
-        before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL  # None is one that Python did not set
+        # Ray's own would end this process with 15 and no word; None is a handler that Python did not set
+        before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+        if threading.current_thread() is threading.main_thread():
+            stack.callback(signal.signal, signal.SIGTERM, before)
         try:
             ray.init(**options)
         except Exception as error:  # of many kinds; too busy a machine gives a bare one
             first = (str(error) or type(error).__name__).strip().splitlines()[0]
             what = "Ray does not start here" if address is None else f"no Ray cluster answers at {address!r}"
             raise ClusterError(f"{what}: {first}") from None
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, before)  # Ray's own would end this process with 15 and no word
     with contextlib.suppress(OSError):  # Ray lets everybody on this machine read it
         (Path.home() / ".ray" / "auth_token").chmod(0o600)
     _watch()
@@ -122,17 +126,6 @@ def _watch() -> None:
     the head are gone, and runs no code of ours."""
     command = ["sh", "-c", 'trap "" TERM; read -r ended || echo "$0" >&2', LOST]
     _watchers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL))
-
-
-def _stay_on_loopback(stack: contextlib.ExitStack) -> None:
-    """A cluster of this machine alone listens on 127.0.0.1: Ray would replace that with the machine's own address, and
-    then listen on all of them."""
-    import ray._private.services as services
-
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    stack.callback(setattr, services, "resolve_ip_for_localhost", services.resolve_ip_for_localhost)
-    services.resolve_ip_for_localhost = lambda host: host
 
 
 def _check_alive(address: str) -> None:
