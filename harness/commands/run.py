@@ -269,11 +269,9 @@ class Runs:
         def note(spec: RunSpec, event: Any) -> None:
             if isinstance(event, Telemetry):
                 recorder.nodes[spec.key].append(event.node)
-                return
-            earlier = recorder.begin(spec, event) if isinstance(event, Started) else []
             display.event(spec, event)
-            if earlier:
-                display.event(spec, earlier)
+            if isinstance(event, Started):
+                display.event(spec, recorder.begin(spec, event))
 
         failures = 0
         session.join()  # a SIGTERM meanwhile ends the command at once
