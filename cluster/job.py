@@ -185,8 +185,8 @@ def is_of_device(error: BaseException) -> bool:
 
 def _precedence(error: BaseException) -> int:
     """Of what the ranks of a run raise, the lowest is the cause. 0: preempted, as all were, and the checkpoint is written.
-    1: a process or node ended without an exception of its own, or its GPU did. 2: any other exception. 3: a collective ended because
-    another rank is gone, which is noticed before Ray notices a lost node."""
+    1: a process or node ended without an exception of its own, or its GPU did. 2: any other exception. 3: a collective ended
+    because another rank is gone, which is noticed before Ray notices a lost node."""
     names = _names(error)
     if isinstance(error, PreemptedError):
         return 0

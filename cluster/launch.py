@@ -67,19 +67,19 @@ def launch(
     """Run every spec, `job.concurrent_runs` at a time; yield each as it ends. Call `connect` before.
 
     A worker that dies (killed, out of host memory, node lost, its GPU broken, which is then set aside) is retried; an
-    exception is not, since it would be raised again. `progress_of(event)` measures, from what rank 0 reports, how far a run is: `job.retries` deaths in a
-    row that brought no progress are allowed. An attempt that lacks resources, since a node was lost or others use the
-    cluster, waits without being counted. `progress(spec, event)` is called in this thread with `Started`, `Waiting`,
-    `Entered` and every report of rank 0. `telemetry` is started on each node of an attempt, in an actor that ends with
-    it; its measurements come as `Telemetry`.
+    exception is not, since it would be raised again. `progress_of(event)` measures, from what rank 0 reports, how far a
+    run is: `job.retries` deaths in a row that brought no progress are allowed. An attempt that lacks resources, since a
+    node was lost or others use the cluster, waits without being counted. `progress(spec, event)` is called in this thread
+    with `Started`, `Waiting`, `Entered` and every report of rank 0. `telemetry` is started on each node of an attempt, in
+    an actor that ends with it; its measurements come as `Telemetry`.
 
     Raises ClusterError where Ray itself is lost.
 
     Workers of a node that Ray drains stop as `Worker.notice` says, and go on elsewhere: that is no death, nor is one while
     nodes are drained. Once `leaving()` holds, all runs stop so, and then KeyboardInterrupt is raised.
 
-    A run that has ended within SHORT_RUN_SECONDS, with all its workers, leaves its workers, with their imports and their process group, to the
-    next spec with an equal `row(spec)`. Those of another row have new ones, and so has whatever follows a failure.
+    A run that ends within SHORT_RUN_SECONDS, and with as many workers as were asked for, leaves them with their imports and
+    their process group to the next spec with an equal `row(spec)`. Another row, and whatever follows a failure, has new ones.
     """
     import ray
 
@@ -127,7 +127,7 @@ def launch_here(
     train: Train, specs: Sequence[Any], job: Allocation, *, progress: Callable[[Any, Any], None],
     telemetry: StartSampler | None = None, leaving: Callable[[], bool] = lambda: False, **of_ray: Any,
 ) -> Launched:  # fmt: skip
-    """As `launch`, but in this process, one run after another, and without Ray: one worker. Raises ValueError for a job of several."""
+    """As `launch`, but in this process, one run after another, and without Ray. Raises ValueError for several workers."""
     if job.workers != 1:
         raise ValueError(f"the local launcher runs one worker, not {job.workers}: use --launcher ray")
     worker = job.worker(notice=lambda: time.time() if leaving() else None)
