@@ -72,7 +72,7 @@ def search(train: Train, trials: Trials, job: Allocation) -> None:
     """
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    driver = _Driver(trials, job.concurrent_runs)
+    driver = _Driver(trials)
     elsewhere = [other_nodes(job.avoid)] * job.workers if job.avoid else None
     placement = tune.PlacementGroupFactory(
         [job.resources] * job.workers, strategy="PACK", bundle_label_selector=elsewhere
@@ -81,6 +81,7 @@ def search(train: Train, trials: Trials, job: Allocation) -> None:
         tune.run(
             tune.with_resources(lambda config: _run_trial(config, train, job), placement),
             num_samples=-1,  # `trials` says when there are no more
+            max_concurrent_trials=job.concurrent_runs,  # a slot is free once Tune's actor is, which serves the next trial
             name="search", search_alg=_Proposals(driver), stop=driver.receive, callbacks=[driver], reuse_actors=True,
             max_failures=job.retries, raise_on_failed_trial=False, storage_path=str(job.storage),
             trial_dirname_creator=lambda trial: trial.trial_id, verbose=0,
@@ -101,8 +102,8 @@ def search(train: Train, trials: Trials, job: Allocation) -> None:
 class _Driver(tune.Callback):
     """What Tune calls in the driver, handed on to `trials` by their own names."""
 
-    def __init__(self, trials: Trials, concurrent_runs: int) -> None:
-        self.trials, self.concurrent_runs = trials, concurrent_runs
+    def __init__(self, trials: Trials) -> None:
+        self.trials = trials
         self.running: dict[str, str] = {}  # Tune's id -> the trial's name
         self.attempts = Counter[str]()
         self.raised: list[Exception] = []
@@ -112,8 +113,6 @@ class _Driver(tune.Callback):
 
     def propose(self, trial_id: str) -> Any:
         """As the search algorithm."""
-        if len(self.running) >= self.concurrent_runs:
-            return None
         proposal = self.trials.propose()
         if proposal is None:
             return Searcher.FINISHED
@@ -147,10 +146,6 @@ class _Driver(tune.Callback):
             attempt = self.attempts[trial.trial_id]
             started = Started(attempt=attempt, reason=WORKER_DIED if attempt > 1 else "")
             self.trials.reported(self.running[trial.trial_id], started)
-
-    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        error = WorkerDiedError("its process returned without an outcome")
-        self.end(trial.trial_id, make_failed(error, attempts=1))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         error = trial.get_pickled_error() or RuntimeError("Ray Tune gives no reason")

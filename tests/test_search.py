@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,27 @@ def note_teardown(folder: Path, rank: int) -> Held:
     return Held(log)
 
 
+def return_late(seconds: float) -> None:
+    """Let this process take so long from its outcome to its return."""
+    from harness.cluster import search
+
+    report = search.tune.report
+
+    def report_and_wait(event: dict[str, Any]) -> None:
+        report(event)
+        time.sleep(seconds * ("outcome" in event))
+
+    search.tune.report = report_and_wait
+
+
 def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
     """A run that does what its spec says, in every rank."""
     import torch
     import torch.distributed as dist
 
     held = note_teardown(Path(spec["teardown"]), worker.rank) if "teardown" in spec else None
+    if "returns_after" in spec:
+        return_late(spec["returns_after"])
     total = torch.tensor([float(worker.rank + 1)])
     last = worker.rank == worker.world_size - 1
     for epoch in range(1, 5):
@@ -169,6 +184,18 @@ def test_trials_end_stop_raise_and_die_and_every_cpu_is_free_afterwards(tmp_path
             assert lines[0] == "freed before the group was destroyed", (name, rank)
             assert set(lines[1:]) == {"destroyed"}, (name, rank)
     assert not (tmp_path / "tune").exists()
+
+
+@pytest.mark.ray
+def test_one_process_serves_all_trials_though_there_is_room_for_others(tmp_path: Path) -> None:
+    connect(None, cpus=3, gpus=0)
+    try:
+        toys = Toys([{"name": "first", "returns_after": 8}, {"name": "pruned", "lingers": 1}, {"name": "last"}])
+        search(toy, toys, replace(make_job(tmp_path / "tune", 1), concurrent_runs=1))
+    finally:
+        disconnect()
+    assert toys.outcomes["pruned"] is None
+    assert toys.outcomes["first"]["process"] == toys.outcomes["last"]["process"]
 
 
 def test_private_names_of_ray_that_are_used_exist() -> None:
