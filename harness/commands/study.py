@@ -15,8 +15,7 @@ import os
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import Console
 
 from harness import plan
-from harness.cluster.job import Failed, Started
+from harness.cluster.job import Allocation, Failed, Started
 from harness.loaders.datasets import Dataset
+from harness.models.variants import default_depth, find_variant
 from harness.options import Grid, Search, fill
 from harness.progress import TrialTable, describe_trial, duration
 from harness.record import Recorder, check_room, classify, lock_run
@@ -41,7 +41,7 @@ from harness.results.remote import join_uri, push_run
 from harness.results.store import SWEEPS, load_epochs, load_predictions, write_atomic
 from harness.results.sweeps import TRIALS, Dimension, State, Sweep, Trial
 from harness.results.values import EpochMetrics, Pruned, RunResult
-from harness.search_space import SEARCHED, count_points, finite_values, grid_points
+from harness.search_space import SEARCHED, count_points, finite_values, grid_points, parse_search
 from harness.selfcheck import Checked
 from harness.spec import RunSpec, UserError
 
@@ -56,6 +56,8 @@ REDUCTION = 3  # of this many trials one continues, at each rung
 MEDIAN_TRIALS = 3  # must have finished before the median prunes
 ATTEMPTS = 20  # at a point that was not tried
 JOURNAL = "journal.log"
+COMMITTED = b'"commit": true}\n'  # ends the last line of an event
+VAL = 5_000  # images held out, if there are enough
 FIGURES = 4  # significant ones of a drawn number, so that a command can be typed again
 
 
@@ -66,17 +68,13 @@ class Journal(BaseJournalBackend):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.logs, self.events = path, list[dict[str, Any]](), 0  # open ones
         path.touch()
-        logs, size, kept = [], 0, 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            with contextlib.suppress(ValueError):
-                logs.append(json.loads(line))
-                size += len(line)
-                if line.endswith(b"\n") and logs[-1].get("commit"):
-                    self.logs, kept = logs.copy(), size
-        os.truncate(path, kept)
-        self.written = len(self.logs)
+        lines = path.read_bytes().splitlines(keepends=True)
+        while lines and not lines[-1].endswith(COMMITTED):
+            lines.pop()
+        os.truncate(path, sum(map(len, lines)))
+        self.path, self.logs, self.written = path, [json.loads(line) for line in lines], len(lines)
+        self.open = False
 
     def read_logs(self, log_number_from: int) -> Iterable[dict[str, Any]]:
         """For Optuna."""
@@ -84,18 +82,21 @@ class Journal(BaseJournalBackend):
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """For Optuna."""
-        with self.event():
-            self.logs += json.loads(json.dumps(logs))
+        self.logs += json.loads(json.dumps(logs))
+        if not self.open:
+            self.commit()
 
     @contextlib.contextmanager
     def event(self) -> Iterator[None]:
         """Everything appended in the body is one event."""
-        self.events += 1
-        try:
-            yield
-        finally:
-            self.events -= 1
-        if not self.events and (new := self.logs[self.written :]):
+        self.open = True
+        yield
+        self.open = False
+        self.commit()
+
+    def commit(self) -> None:
+        """Write what was appended."""
+        if new := self.logs[self.written :]:
             new[-1]["commit"] = True
             with self.path.open("ab") as file:
                 file.write("".join(json.dumps(log) + "\n" for log in new).encode())
@@ -249,6 +250,15 @@ def make_trial_grid(search: Search, point: Mapping[str, Any]) -> Grid:
     })  # fmt: skip
 
 
+def allocate_trials(allocation: Allocation, concurrent: int) -> Allocation:
+    """`concurrent` at a time, or as many as there is room for: a core for each worker, on GPUs as many trials as they hold."""
+    if allocation.device == "cuda":
+        return replace(allocation, concurrent_runs=min(allocation.concurrent_runs, concurrent))
+    cpus = allocation.concurrent_runs * allocation.workers * allocation.threads
+    concurrent = min(cpus // allocation.workers, concurrent)
+    return replace(allocation, concurrent_runs=concurrent, threads=cpus // (concurrent * allocation.workers))
+
+
 def corners(dimensions: Sequence[Dimension], *, listed: bool = False) -> list[dict[str, Any]]:
     """A few points of the space that between them have every listed value and, unless only these are asked for, every
     bound: an error in one of them is reported before anything starts."""
@@ -257,25 +267,44 @@ def corners(dimensions: Sequence[Dimension], *, listed: bool = False) -> list[di
     return [{name: values[min(i, len(values) - 1)] for name, values in lists.items()} for i in points]
 
 
-@dataclass(slots=True)
 class Trials:
-    """What is known of a search before its first trial; after `begin`, its trials as `harness.cluster.search` sees them:
-    proposes runs, judges epochs, stores outcomes."""
+    """A search before its first trial; after `begin`, its trials as `harness.cluster.search` sees them: proposes runs, judges
+    epochs, stores outcomes."""
 
-    search: Search
-    dataset: Dataset
-    session: Session
-    console: Console
-    sweep: Sweep = field(init=False)  # without its trials
-    folder: Path = Path()
-    checked: Checked = field(default_factory=Checked)
-    study: Study = field(init=False)
-    table: TrialTable = field(init=False)
-    recorder: Recorder = field(init=False)
-    interrupted: list[Trial] = field(init=False)  # of an earlier command
-    running: dict[str, tuple[Trial, RunSpec, FileLock, list[EpochMetrics]]] = field(default_factory=dict)
+    def __init__(self, search: Search, dataset: Dataset, session: Session, console: Console) -> None:
+        """Fix what was left to the devices and the data: a sweep that is resumed keeps it. Raises UserError."""
+        dimensions, classes, train_images = parse_search(search.search), dataset.num_classes, len(dataset.train)
+        if search.metric == "top5_error" and classes <= 10:
+            raise UserError(f"--metric top5_error: {search.dataset} has {classes} classes, too few for a top-5")
+        listed, allocation = {d.field: d.values for d in dimensions}, session.allocation
+        names = listed.get("variant", (search.variant,))
+        variants = list(map(find_variant, names))
+        depths = {search.depth or default_depth(function) for function in variants}
+        val = search.val
+        if val is None:
+            own = max(function(default_depth(function)).recipe.val for function in variants)
+            val = own or min(VAL, min(search.limit_train or train_images, train_images) // 10)
+        total = count_trials(dimensions, search.samples)
+        session.allocation = allocate_trials(allocation, min(search.concurrent or total, total))
+        session.paths = replace(session.paths, label=dataset.label)
+        self.search = replace(search, val=val, gpus=allocation.gpus, workers=allocation.workers)
+        self.dataset, self.session, self.console = dataset, session, console
+        self.specs = list(map(self.make_spec, corners(dimensions)))  # a fault is a fault of one of them
+        plan.check_epochs(self.specs, train_images)
+        if any(spec.plugins for spec in self.specs):
+            from harness.training.fit import check_fit
 
-    # --- before the first ---
+            check_fit(self.specs, dataset, session.paths)
+        epochs = sorted({plan.count_epochs(spec, train_images) for spec in self.specs})
+        if len(epochs) > 1 and "variant" in listed:
+            several = " and ".join(map(str, epochs))
+            raise UserError(f"the recipes of these variants have {several} epochs: choose with --epochs")
+        self.sweep = Sweep(
+            name="", variant="+".join(names), depth=None if "depth" in listed or len(depths) > 1 else depths.pop(),
+            dataset=dataset.label, metric=search.metric, selected_on="val" if val else "test", val=val,
+            epochs=plan.count_epochs(self.specs[0], train_images), scheduler=search.scheduler,
+            search_algorithm=search.search_algorithm, total=total, dimensions=list(dimensions), trials=[],
+        )  # fmt: skip
 
     def make_spec(self, point: Mapping[str, Any], **changes: Any) -> RunSpec:
         """The run of one point. Raises UserError where it cannot be one."""
@@ -291,13 +320,15 @@ class Trials:
         at_a_time = f"{self.session.allocation.concurrent_runs} at a time"
         return f"{trials}, {at_a_time}; judged by {self.sweep.judged_by}"
 
-    def begin(self) -> None:
-        """Open the journal: trials that an earlier command began go on."""
-        data, checked, at_once = self.dataset, self.checked, self.session.allocation.concurrent_runs
-        self.study = Study(self.folder / JOURNAL, self.sweep, seed=self.search.seed)
+    def begin(self, folder: Path, checked: Checked) -> None:
+        """Open the journal in the sweep's folder: trials that an earlier command began go on."""
+        data, at_once = self.dataset, self.session.allocation.concurrent_runs
+        self.folder, self.sweep = folder, self.sweep.model_copy(update={"name": folder.name})
+        self.study = Study(folder / JOURNAL, self.sweep, seed=self.search.seed)
         self.table = TrialTable(self.sweep, self.study.trials, self.console, at_once)
         self.interrupted = [trial for trial in self.study.trials if trial.state == "running"]
-        about = {"launcher": "tune", "concurrent_runs": at_once, "sweep": self.sweep.name, **checked.environment}
+        self.running = dict[str, tuple[Trial, RunSpec, FileLock, list[EpochMetrics]]]()
+        about = {"launcher": "tune", "concurrent_runs": at_once, "sweep": folder.name, **checked.environment}
         paths, warn = self.session.paths, self.table.say
         self.recorder = Recorder(paths, data.original, about, warn, checked.warnings, classes=data.num_classes)
         self.push()
@@ -352,10 +383,6 @@ class Trials:
                     self._report(trial, rows[: i + 1])
                 self._end(trial, "finished", measure(rows, self.sweep.metric, result), "was done already")
                 lock.release()
-            elif trial.number in study.to_prune:  # the driver was killed between the decision and the record
-                self.running[name] = trial, spec, lock, load_epochs(paths.partial(spec))
-                self.recorder.started.setdefault(spec.key, datetime.now(UTC))
-                self.ended(name, None)
             else:
                 self.running[name] = trial, spec, lock, []
                 self.session.stack.callback(lock.release)  # where it is not ended
@@ -375,7 +402,7 @@ class Trials:
         prune, value = self._report(trial, rows), measure(rows, self.sweep.metric)
         progress = f"epoch {event.epoch}/{self.sweep.epochs}  {self.sweep.metric} {value:.4g}"
         self.table.line(trial, f"{progress}  {event.train_seconds:.2f} s/epoch")
-        return prune
+        return prune and event.epoch >= trial.epochs  # an earlier command decided that, and was killed
 
     def ended(self, name: str, outcome: RunResult | Failed | None) -> None:
         """Store what came of a trial; None: it was pruned. Raises OSError, and the trial can go on, where a disk is full."""

@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -19,12 +19,11 @@ from typing import Any
 from rich.console import Console
 
 from harness import plan
-from harness.cluster.job import Allocation, Report, Worker
+from harness.cluster.job import Report, Worker
 from harness.commands.report import print_text, say_page
 from harness.commands.run import EXIT_DONE, EXIT_FAILED
-from harness.commands.study import JOURNAL, Study, Trials, corners, count_trials, make_trial_grid
+from harness.commands.study import JOURNAL, Study, Trials, corners, make_trial_grid
 from harness.deadline import TimeUp, stopping_at, stopping_on_sigterm
-from harness.models.variants import default_depth, find_variant
 from harness.options import Resources, Search, TuneOptions, fill, options_of, read_values
 from harness.plugins import load_plugins, sources
 from harness.preflight import check_nodes
@@ -34,14 +33,13 @@ from harness.resources import Session, make_allocation
 from harness.results.remote import join_uri, redact
 from harness.results.report.text import Sheet, fill_template, for_terminal
 from harness.results.store import RECORD, SWEEP, SWEEPS, load_epochs, sweeps_dir, write_atomic
-from harness.results.sweeps import METRICS, Dimension, Sweep, Trial, best_first, format_value, weigh_both
+from harness.results.sweeps import METRICS, Sweep, Trial, best_first, format_value, weigh_both
 from harness.results.values import RunResult
 from harness.search_space import parse_search
 from harness.selfcheck import RefusedError, check_first
-from harness.spec import RunPaths, RunSpec, UserError, check_word, mistakes
+from harness.spec import RunPaths, RunSpec, UserError, check_word, mistakes, refuse
 
 WINNER = "winner.json"
-VAL = 5_000
 SEEDS = 5  # of the command that trains the winner
 
 
@@ -60,18 +58,17 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
         folder = _find_sweep(out, options.resume, redact(remote) or str(out))
         search = _load_search(folder, search, given)
     search = replace(search, data_dir=plan.find_data_dir(search.data_dir, search.dataset))
-    dimensions = _check(search)
+    _check(search)
     resources = fill(Resources, asdict(search) | asdict(options) | {"workers": search.workers or 1})
     paths = RunPaths(out=out, data_dir=search.data_dir, remote=remote, plugins=sources())
     with ExitStack() as stack, stopping_at(options.until):
         allocation = make_allocation(make_trial_grid(search, {}), resources, stack)
         session = Session(allocation, resources, paths, stack)
         trials = Trials(search, load_data(search.dataset, paths, console), session, console)
-        specs = _plan(trials, dimensions)
         if look:
             return _preview(trials, estimate=options.estimate)
         try:
-            _prepare(trials, specs, folder, skip=options.no_check)
+            _begin(trials, folder, skip=options.no_check)
         except RefusedError as error:
             say(console, str(error))
             return EXIT_FAILED
@@ -79,7 +76,6 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
         session.join()
         from harness.cluster.search import search as run_search
 
-        trials.begin()
         job = replace(session.allocation, storage=trials.folder / f".ray-{os.getpid()}")
         try:
             with stopping_on_sigterm(), trials.table.live():
@@ -122,62 +118,23 @@ def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPath
 # --- before ---
 
 
-def _check(search: Search) -> tuple[Dimension, ...]:
+def _check(search: Search) -> None:
     """Every check that needs neither data nor devices."""
     check_word(search.metric, tuple(METRICS), "--metric")
     dimensions, options = parse_search(search.search), options_of(Search)
-    if not dimensions:
-        raise UserError("--search is missing: name a field to search, as in --search 'lr=loguniform(0.01,1)'")
-    if search.search_algorithm != "random" and any(d.function == "grid" for d in dimensions):
-        own = f"--search-algorithm {search.search_algorithm} makes its own choice of points"
-        raise UserError(f"{own}: choice(...) instead of grid(...)")
-    for name in {dimension.field for dimension in dimensions}:
-        if name in search.settings:
-            raise UserError(f"{name} is searched: leave --set {name}=... out")
-        if name in options and getattr(search, name) != options[name].default:
-            raise UserError(f"{name} is searched: leave {options[name].names[0]} out")
-    if search.runs_per_gpu > 1 and search.metric == "epoch_seconds":
-        slow = "runs that share a GPU slow each other down"
-        raise UserError(f"--metric epoch_seconds: {slow}; leave --runs-per-gpu out")
+    names, gridded = {d.field for d in dimensions}, any(d.function == "grid" for d in dimensions)
+    own = [name for name in options if name in names and getattr(search, name) != options[name].default]
+    refuse({
+        "--search is missing: name a field to search, as in --search 'lr=loguniform(0.01,1)'": not dimensions,
+        f"--search-algorithm {search.search_algorithm} makes its own choice of points: choice(...) instead of grid(...)":
+            search.search_algorithm != "random" and gridded,
+        **{f"{name} is searched: leave --set {name}=... out": True for name in search.settings if name in names},
+        **{f"{name} is searched: leave {options[name].names[0]} out": True for name in own},
+        "--metric epoch_seconds: runs that share a GPU slow each other down; leave --runs-per-gpu out":
+            search.runs_per_gpu > 1 and search.metric == "epoch_seconds",
+    })  # fmt: skip
     for point in ({}, *corners(dimensions)):
         plan.check_grid(make_trial_grid(search, point))
-    return dimensions
-
-
-def _plan(trials: Trials, dimensions: tuple[Dimension, ...]) -> list[RunSpec]:
-    """Fix what was left to the devices and the data: a sweep that is resumed keeps it. Returns the space's corners."""
-    search, dataset, session = trials.search, trials.dataset, trials.session
-    if search.metric == "top5_error" and dataset.num_classes <= 10:
-        classes = f"{search.dataset} has {dataset.num_classes} classes"
-        raise UserError(f"--metric top5_error: {classes}, too few for a top-5")
-    listed, train_images = {d.field: d.values for d in dimensions}, len(dataset.train)
-    names = listed.get("variant", (search.variant,))
-    variants = list(map(find_variant, names))
-    depths = {default_depth(function) if search.depth is None else search.depth for function in variants}
-    own = max(function(default_depth(function)).recipe.val for function in variants)
-    val = own or min(VAL, min(search.limit_train or train_images, train_images) // 10)
-    val = val if search.val is None else search.val
-    total, allocation = count_trials(dimensions, search.samples), session.allocation
-    trials.search = replace(search, val=val, gpus=allocation.gpus, workers=allocation.workers)
-    session.allocation = _allocate_trials(allocation, search, total)
-    session.paths = replace(session.paths, label=dataset.label)
-    specs = list(map(trials.make_spec, corners(dimensions)))
-    plan.check_epochs(specs, train_images)
-    if any(spec.plugins for spec in specs):
-        from harness.training.fit import check_fit
-
-        check_fit(specs, dataset, session.paths)
-    epochs = sorted({plan.count_epochs(spec, train_images) for spec in specs})
-    if len(epochs) > 1 and "variant" in listed:
-        several = " and ".join(map(str, epochs))
-        raise UserError(f"the recipes of these variants have {several} epochs: choose with --epochs")
-    trials.sweep = Sweep(
-        name="", variant="+".join(names), depth=None if "depth" in listed or len(depths) > 1 else depths.pop(),
-        dataset=dataset.label, metric=search.metric, selected_on="val" if val else "test", val=val,
-        epochs=plan.count_epochs(specs[0], train_images), scheduler=search.scheduler,
-        search_algorithm=search.search_algorithm, total=total, dimensions=list(dimensions), trials=[],
-    )  # fmt: skip
-    return specs
 
 
 def _preview(trials: Trials, *, estimate: bool) -> int:
@@ -204,15 +161,15 @@ def _preview(trials: Trials, *, estimate: bool) -> int:
     return EXIT_DONE
 
 
-def _prepare(trials: Trials, specs: Sequence[RunSpec], folder: Path | None, *, skip: bool) -> None:
-    """Check the devices, and make the sweep's folder or lock the one that is resumed. Raises RefusedError."""
+def _begin(trials: Trials, folder: Path | None, *, skip: bool) -> None:
+    """Check the devices, make the sweep's folder or lock the one that is resumed, open it. Raises RefusedError."""
     search, session, console, paths = trials.search, trials.session, trials.console, trials.session.paths
-    checked = check_first(specs, session, console, skip=skip)
-    adapted = [checked.adapt(spec) for spec in specs]
-    if len({spec.loader for spec in specs}) > 1 and [a.loader for a in adapted] != [s.loader for s in specs]:
+    checked = check_first(trials.specs, session, console, skip=skip)
+    before, after = trials.specs, [checked.adapt(spec) for spec in trials.specs]
+    if len({spec.loader for spec in before}) > 1 and [a.loader for a in after] != [s.loader for s in before]:
         raise UserError("--search loader: one of them failed its check on this device; leave it out")
-    if adapted[0] != specs[0]:
-        search = replace(search, loader=adapted[0].loader, engine=adapted[0].engine)
+    if after[0] != before[0]:
+        trials.search = search = replace(search, loader=after[0].loader, engine=after[0].engine)
     if session.resources.address is not None:
         measured = check_nodes(trials.dataset, session, console, exclude=session.resources.exclude_outliers)
         checked = replace(checked, environment={**checked.environment, **measured})
@@ -225,26 +182,16 @@ def _prepare(trials: Trials, specs: Sequence[RunSpec], folder: Path | None, *, s
         }  # fmt: skip
         write_atomic(folder / SWEEP, json.dumps(stored, indent=1, default=str) + "\n")
     else:
-        before, resumed = json.loads((folder / SWEEP).read_bytes()), f"--resume {folder.name}"
-        if before["fingerprint"] != fingerprint:
-            raise UserError(f"{resumed}: its images of {search.dataset} differ from those here")
-        if changed := set(before.get("plugins", ())) - set(plugins):
-            raise UserError(f"{resumed}: it was begun with plug-in {' and '.join(changed)}, changed since")
+        known, resumed = json.loads((folder / SWEEP).read_bytes()), f"--resume {folder.name}"
+        changed = " and ".join(set(known.get("plugins", ())) - set(plugins))
+        refuse({
+            f"{resumed}: its images of {search.dataset} differ from those here": known["fingerprint"] != fingerprint,
+            f"{resumed}: it was begun with plug-in {changed}, changed since": changed,
+        })  # fmt: skip
     busy = f"--resume {folder.name}: another harness command is running it"
     session.stack.callback(lock_file(folder / ".lock", busy).release)
     lease(session.stack, paths.remote, [folder.name], partial(say, console))
-    trials.sweep = trials.sweep.model_copy(update={"name": folder.name})
-    trials.search, trials.folder, trials.checked = search, folder, checked
-
-
-def _allocate_trials(allocation: Allocation, search: Search, total: int) -> Allocation:
-    """On CPUs a core for each worker, on GPUs as many trials as they hold; no more than there are or --concurrent."""
-    concurrent = min(search.concurrent or total, total)
-    if allocation.device == "cuda":
-        return replace(allocation, concurrent_runs=min(allocation.concurrent_runs, concurrent))
-    cpus = allocation.concurrent_runs * allocation.workers * allocation.threads
-    concurrent = min(cpus // allocation.workers, concurrent)
-    return replace(allocation, concurrent_runs=concurrent, threads=cpus // (concurrent * allocation.workers))
+    trials.begin(folder, checked)
 
 
 def _make_folder(out: Path, sweep: Sweep) -> Path:
