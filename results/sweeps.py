@@ -174,20 +174,20 @@ def weigh(trials: Sequence[Trial], dimensions: Sequence[Dimension], *, late: boo
         return None
     n, ranks, draw = len(points), rankdata([value for _, value in points]), np.random.default_rng(0)
     targets = np.column_stack([ranks, *(draw.permutation(ranks) for _ in range(PERMUTATIONS))])
+    by_mean = (targets - targets.mean(0)) * n / (n - 1)  # from the mean of the others
     weighed = []
     for name, column in columns.items():
         numbers = all(map(_is_number, column))
         u = rankdata(column) / n - 0.5 if numbers else np.array(list(map(str, column)))
         basis = np.vander(u, 3) if numbers else np.equal.outer(u, np.unique(u)).astype(float)
-        left, by_mean = np.empty_like(targets), np.empty(n)
-        for i, others in enumerate(~np.eye(n, dtype=bool)):
-            centre = targets[others].mean(0)  # without the others of its kind, the prediction
-            slopes = np.linalg.lstsq(basis[others], targets[others] - centre, rcond=None)[0]
-            left[i], by_mean[i] = targets[i] - centre - basis[i] @ slopes, ranks[i] - centre[0]
-        best = column[int(np.argmin(basis @ np.linalg.lstsq(basis, ranks, rcond=None)[0]))]
+        hat = basis @ np.linalg.pinv(basis)
+        free = 1 - hat.diagonal()[:, None]  # 0 where no other is of its kind: then the mean is the prediction
+        alone = free < 1e-9
+        left = np.where(alone, by_mean, (targets - hat @ targets) / (free + alone))
+        best = column[int(np.argmin(hat @ ranks))]
         ends = {min(column): "less is better", max(column): "more is better"} if numbers else {}
         sign = ends.get(best, f"{format_value(best, exact=False)} is best")
-        scores = 1 - (left**2).sum(0) / (by_mean**2).sum()
+        scores = 1 - (left**2).sum(0) / (by_mean**2).sum(0)
         weighed.append((name, scores.round(9), sign))  # orders that are equal but for rounding are ties
     null = np.max([scores[1:] for _, scores, _ in weighed], axis=0)
     fields = [
