@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from harness import options as groups
+from harness.cluster.connect import ClusterError
 from harness.deadline import stopping_on_sigterm
 from harness.options import Option, default_out, fill, load_named, options_of
 from harness.spec import FULL, INSTALL, UserError
@@ -192,6 +193,8 @@ def main() -> None:
             code = app(standalone_mode=False, prog_name="harness") or 0
     except UserError as error:
         message = str(error)
+    except ClusterError as error:
+        message, code = str(error), 1
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("harness"):
             raise

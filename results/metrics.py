@@ -76,9 +76,7 @@ class Metric:
     def measure(self, of: RunResult | Prediction) -> Measurement:
         """The figure of one run, or what a probe predicted of it."""
         value = self.predict(of) if self.predict and isinstance(of, Prediction) else self.read(of)
-        if isinstance(value, Measurement):
-            return value
-        return measured(value, self.missing)
+        return value if isinstance(value, Measurement) else measured(value, self.missing)
 
     def value(self, result: RunResult) -> float | None:
         """The figure of one run; None where it was not measured."""

@@ -18,6 +18,7 @@ import pytest
 from command import harness
 from processes import Command
 
+from harness.cluster.connect import ClusterError
 from harness.results.store import load_epochs, load_records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -317,6 +318,19 @@ def test_sigterm_after_training_is_answered_too(
         "harness.commands.report.print_report", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
     )
     assert harness(f"report {tmp_path}", capsys)[0] == 130
+
+
+@pytest.mark.parametrize("line", ["tune --search 'lr=uniform(0,1)' --dataset digits", "check"])
+def test_a_lost_cluster_is_one_line_and_exit_code_1(
+    line: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(*_: Any, **__: Any) -> None:
+        raise ClusterError("Ray was lost")
+
+    monkeypatch.setattr("harness.commands.tune.make_allocation", lose)
+    monkeypatch.setattr("harness.commands.check.examine", lose)
+    code, _, err = harness(f"{line} --gpus 0 --out {tmp_path}", capsys)
+    assert (code, err) == (1, "harness: error: Ray was lost\n")
 
 
 MISTAKES = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from harness.commands.report import write_mistakes
 from harness.loaders.cache import cache_dir
-from harness.loaders.datasets import Dataset, Split, limit, load_dataset
+from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
 from harness.loaders.loader import make_evaluation_loader
 from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_augment, make_normalize
 from harness.models.build import build
@@ -30,7 +30,7 @@ from harness.results.published import load_published
 from harness.results.remote import StorageError, is_uri, pull_file, redact
 from harness.results.report.text import fill_template
 from harness.results.store import load_records
-from harness.spec import RunSpec, UserError, mistakes
+from harness.spec import RunSpec, UserError, mistakes, refuse
 from harness.training.evaluation import MultiScale, evaluate
 from harness.training.setup import EVAL_BATCH_SIZE, eval_batch_size, split_data
 from harness.training.step import set_precision
@@ -77,12 +77,13 @@ def evaluate_weights(options: EvalOptions) -> Errors:
         "--average": options.average != "logits", "--no-mirror": not options.mirror,
         "--save-probabilities": options.save_probabilities is not None,
     }  # fmt: skip
-    for option in [option for option, given in for_scales.items() if given and not options.scales]:
-        raise UserError(f"{option} is for --scales, which says at which sizes images are evaluated")
     files = {"--predictions": options.predictions, "--save-probabilities": options.save_probabilities}
-    for option, path in files.items():
-        if path and not path.expanduser().absolute().parent.is_dir():
-            raise UserError(f"{option} {path}: no such folder")
+    refuse({
+        **{f"{option} is for --scales, which says at which sizes images are evaluated": given and not options.scales
+           for option, given in for_scales.items()},
+        **{f"{option} {path}: no such folder": path and not path.expanduser().absolute().parent.is_dir()
+           for option, path in files.items()},
+    })  # fmt: skip
     with mistakes((ValueError, StorageError)):
         file = Path(options.weights).expanduser()
         if is_uri(str(options.weights)):
@@ -109,16 +110,12 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
     if scales:
         most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2))
     batch_size = min(options.batch_size or most, len(test))
-    # the mean is of what its recipe trains on, with images held out by seed 0 if there are enough
-    if trained is None:
-        own = recipe if recipe.val < len(dataset.train) else replace(recipe, val=0)
-        trained = RunSpec(
-            variant=variant.name, network=variant.network, recipe=own, dataset=dataset.name,
-            fingerprint=dataset.fingerprint, loader="resident", device="cpu",
-        )  # fmt: skip
-    normalize = parse_normalize(options.mean, options.std) or make_normalize(
-        recipe.normalize, split_data(replace(trained, limit_test=None), dataset).train
-    )
+    train = dataset.train  # the mean is of what was trained on, or would be, if there are enough
+    if trained is not None:
+        train = split_data(replace(trained, limit_test=None), dataset).train
+    elif 0 < recipe.val < len(train):
+        train, _ = hold_out(train, recipe.val, 0, stratified=recipe.val_stratified)
+    normalize = parse_normalize(options.mean, options.std) or make_normalize(recipe.normalize, train)
     config = LoaderConfig(
         augment=augment, normalize=normalize, batch_size=batch_size, eval_batch_size=batch_size, device=device,
         threads=torch.get_num_threads(),
