@@ -55,7 +55,10 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
     look = options.dry_run or options.estimate
     out, remote = plan.open_out(options.out, write=not look)
     if options.resume is not None:
-        folder = _find_sweep(out, options.resume, redact(remote) or str(out))
+        known = sorted(path.parent.name for path in sweeps_dir(out).glob(f"*/{SWEEP}"))
+        refuse({f"--resume {options.resume!r}: there is no sweep in {redact(remote) or out}": not known})
+        check_word(options.resume, known, "--resume")
+        folder = sweeps_dir(out) / options.resume
         search = _load_search(folder, search, given)
     search = replace(search, data_dir=plan.find_data_dir(search.data_dir, search.dataset))
     _check(search)
@@ -202,15 +205,6 @@ def _make_folder(out: Path, sweep: Sweep) -> Path:
         with suppress(FileExistsError):
             (folder := sweeps_dir(out) / name).mkdir(parents=True)
             break
-    return folder
-
-
-def _find_sweep(out: Path, name: str, where: str) -> Path:
-    folder = sweeps_dir(out) / name
-    if not name or not (folder / SWEEP).is_file():
-        if known := sorted(path.parent.name for path in sweeps_dir(out).glob(f"*/{SWEEP}")):
-            check_word(name, known, "--resume")
-        raise UserError(f"--resume {name!r}: there is no sweep in {where}")
     return folder
 
 
