@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command import harness
+from optuna.pruners import ThresholdPruner
 from test_store import make_record
 
 from harness import search_space as space
@@ -446,6 +447,33 @@ def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
     assert (winner.recipe.lr, winner.network.shortcut) == (best["fields"]["lr"], best["fields"]["shortcut"])
     assert (winner.recipe.val, winner.recipe.duration, winner.limit_train) == (0, 64_000, None)
     assert (winner.loader, winner.engine, winner.device) == ("resident", "eager", "cpu")
+
+
+def test_a_pruning_that_a_kill_cut_off_is_done_when_the_sweep_goes_on(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: Any, **__: Any) -> None:
+        raise StopHereError
+
+    monkeypatch.setattr("harness.resources.join_cluster", lambda *_, **__: None)
+    monkeypatch.setattr("harness.cluster.search.search", search_here(None))
+    monkeypatch.setattr(study, "make_pruner", lambda *_: ThresholdPruner(upper=-1, n_warmup_steps=2))
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.record.Recorder.end", die)
+        with pytest.raises(StopHereError):
+            harness(f"{SWEEP.replace('--samples 4', '--samples 1')} --out {tmp_path}", capsys)
+    (folder,) = tmp_path.glob("tune/*")
+    code, out, _ = harness(f"tune --resume {folder.name} --out {tmp_path}", capsys)
+    assert (code, "no trial came to its end" in out) == (1, True)
+    (trial,) = trials_of(tmp_path)["trials"]
+    (stored,) = load_records([tmp_path]).records
+    assert stored.record.pruned is not None
+    assert (trial["state"], trial["epochs"], stored.record.pruned.epoch, len(trial["curve"])) == (
+        "pruned",
+        2,
+        2,
+        2,
+    )
 
 
 def test_variant_loader_and_batch_size_are_searched_with_settings_kept_by_the_sweep(
