@@ -72,7 +72,6 @@ def evaluate_weights(options: EvalOptions) -> Errors:
     On the GPU where there is one, in fp32. One centre crop in the recipe's size, or, with scales, the whole image
     at each of them, and mirrored where the data set allows it. Raises UserError.
     """
-    parse_normalize(options.mean, options.std)
     for_scales = {
         "--average": options.average != "logits", "--no-mirror": not options.mirror,
         "--save-probabilities": options.save_probabilities is not None,
@@ -93,7 +92,7 @@ def evaluate_weights(options: EvalOptions) -> Errors:
 
 def _evaluate(options: EvalOptions, weights: Path) -> Errors:
     """`weights` is the file. Raises ValueError or UserError."""
-    about, scales = load_metadata(weights), options.scales
+    about, scales, given = load_metadata(weights), options.scales, parse_normalize(options.mean, options.std)
     variant, trained = _choose_variant(options, about, weights)
     data_dir = find_data_dir(options.data_dir, options.dataset)
     with blaming("dataset", options.dataset):
@@ -115,7 +114,7 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
         train = split_data(replace(trained, limit_test=None), dataset).train
     elif 0 < recipe.val < len(train):
         train, _ = hold_out(train, recipe.val, 0, stratified=recipe.val_stratified)
-    normalize = parse_normalize(options.mean, options.std) or make_normalize(recipe.normalize, train)
+    normalize = given or make_normalize(recipe.normalize, train)
     config = LoaderConfig(
         augment=augment, normalize=normalize, batch_size=batch_size, eval_batch_size=batch_size, device=device,
         threads=torch.get_num_threads(),
@@ -132,9 +131,9 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
     kind = "dataloader" if augment.by_image(test) else "resident"
     with closing(make_evaluation_loader(kind, test, config)) as loader:
         evaluation = evaluate(network, loader, images=len(test), forward=forward, on_ranked=ranked.append)
-    given = index[SamplingPlan(len(test), batch_size, train=False).draw(0).index]  # the loader's order
-    turn = np.argsort(given)
-    images, labels = given[turn], dataset.test.labels[given[turn]]
+    order = index[SamplingPlan(len(test), batch_size, train=False).draw(0).index]  # the loader's
+    turn = np.argsort(order)
+    images, labels = order[turn], dataset.test.labels[order[turn]]
     likeliest = torch.cat(ranked).cpu().numpy()[turn]  # (n, 5), as images and labels in the test set's order
     if options.predictions is not None:
         classes, top = np.array(dataset.classes), [f"top{rank}" for rank in range(1, likeliest.shape[1] + 1)]
