@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,57 +87,46 @@ def cached(signature: Sequence[str], read: Callable[[], Content], folder: Path) 
     What the cache holds is checked against its fingerprint, and read again if they differ. A cache that cannot be
     written costs time at every start, so there is a warning, but no error.
     """
-    from safetensors import SafetensorError
-
     key = hashlib.sha256("\n".join((str(CACHE_FORMAT), *signature)).encode(errors="surrogateescape"))
-    path = folder / f"{key.hexdigest()}.safetensors"
+    path = folder / f"{key.hexdigest()}.npz"
     if hit := _load(path):
         return hit
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             return _load(path) or _save(path, read())  # another process may have been faster
-    except (OSError, SafetensorError) as error:  # no room, no permission
+    except OSError as error:  # no room, no permission
         warnings.warn(f"{folder}: the cache cannot be written ({error}): decoding anew", stacklevel=2)
         return read()
 
 
 def _load(path: Path) -> Content | None:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata()
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        with path.open("rb") as file, np.load(file) as archive:
+            arrays = dict(archive)
         splits = list[Split]()
         for part in ("train", "test"):
             if (images := arrays.get(f"{part}_images")) is None:
-                paths, sizes, digests = (arrays[f"{part}_{name}"] for name in ("paths", "sizes", "digests"))
-                paths = paths.view(f"S{paths.shape[1]}").ravel()
-                images = Files(bytes.fromhex(metadata["root"]), paths, sizes, digests)
+                images = Files(*(arrays[f"{part}_{each.name}"][()] for each in fields(Files)))
             splits.append(Split(images, arrays[f"{part}_labels"]))
-        content = Content.of(tuple(json.loads(metadata["classes"])), *splits)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        content = Content.of(tuple(arrays["classes"].tolist()), *splits)
+        return content if arrays["fingerprint"] == content.fingerprint else None
+    except Exception:  # a damaged archive can make its reader raise nearly anything
         return None
-    return content if metadata.get("fingerprint") == content.fingerprint else None
 
 
 def _save(path: Path, content: Content) -> Content:
     """Write beside the path, then rename: readers see the whole file or none."""
-    from safetensors.numpy import save_file
-
-    metadata = {"classes": json.dumps(content.classes), "fingerprint": content.fingerprint}
-    arrays = dict[str, NDArray[Any]]()
+    arrays: dict[str, Any] = {"classes": content.classes, "fingerprint": content.fingerprint}
     for part, split in (("train", content.train), ("test", content.test)):
-        kept: dict[str, Any] = {"images": split.images, "labels": split.labels}
+        arrays[f"{part}_labels"] = split.labels
         if isinstance(images := split.images, Files):
-            metadata["root"] = images.root.hex()  # no UTF-8, perhaps
-            paths = images.paths.view(np.uint8).reshape(len(images), -1)
-            kept = {"labels": split.labels, "paths": paths, "sizes": images.sizes, "digests": images.digests}
-        arrays |= {f"{part}_{name}": np.ascontiguousarray(array) for name, array in kept.items()}
-    new = path.with_name(f".{path.name}.{os.getpid()}")
+            arrays |= {f"{part}_{each.name}": getattr(images, each.name) for each in fields(Files)}
+        else:
+            arrays[f"{part}_images"] = images
+    new = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        save_file(arrays, new, metadata=metadata)
+        np.savez(new, **arrays)
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
