@@ -40,9 +40,6 @@ class IdentityConv(nn.Conv2d):
 class EndPadded(nn.Conv2d):
     """3x3 convolution that pads as TensorFlow's "same" does: at stride 2 an even side after its last pixel alone."""
 
-    def __init__(self, in_width: int, width: int, stride: int = 1, groups: int = 1) -> None:
-        super().__init__(in_width, width, 3, stride, groups=groups, bias=False)
-
     def forward(self, x: Tensor) -> Tensor:
         totals = (max(2 - (side - 1) % self.stride[0], 0) for side in (x.shape[3], x.shape[2]))
         return super().forward(F.pad(x, [part for n in totals for part in (n // 2, n - n // 2)]))
@@ -140,15 +137,15 @@ class BasicBlock(nn.Module):
 class PreactBlock(nn.Module):
     """shortcut(x) + conv(relu(bn(conv(relu(bn(x)))))): full pre-activation (arXiv:1603.05027, figure 4(e)).
 
-    The first block of a network takes x already activated.
+    Made as `BasicBlock` is.
     """
 
-    def __init__(self, in_width: int, width: int, shortcut: nn.Module, eps: float, *, first: bool) -> None:
+    def __init__(self, in_width: int, middle: int, width: int, shortcut: nn.Module, eps: float) -> None:
         super().__init__()
-        self.activation1 = nn.Identity() if first else activation(in_width, eps)
-        self.conv1 = conv3x3(in_width, width, stride=1 if width == in_width else 2)
-        self.activation2 = activation(width, eps)
-        self.conv2 = conv3x3(width, width)
+        self.activation1 = activation(in_width, eps)
+        self.conv1 = conv3x3(in_width, middle, stride=1 if middle == in_width else 2)
+        self.activation2 = activation(middle, eps)
+        self.conv2 = conv3x3(middle, width)
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
@@ -193,7 +190,7 @@ class XBlock(nn.Module):
 
     def __init__(self, network: Network, in_width: int, width: int, stride: int, *, first: bool) -> None:
         super().__init__()
-        conv = EndPadded if network.padding == "end" else conv3x3
+        conv = partial(EndPadded, kernel_size=3, bias=False) if network.padding == "end" else conv3x3
         if network.block == "bottleneck":
             groups = network.cardinality
             middle = groups * network.group_width * width // 64
@@ -258,18 +255,6 @@ class Pooling(nn.Module):
         self.conv, self.bn = stem, nn.BatchNorm2d(stem.out_channels, eps=network.batch_norm_eps)
         self.stages, self.pool, self.last = nn.Sequential(), nn.Identity(), nn.Identity()
 
-    def add_four_stages(self, network: Network, in_width: int) -> int:
-        """Of `in_width` and its next powers of two, by depth; the width of their output."""
-        first, widening = in_width, 4 if network.block == "bottleneck" else 1
-        for index, blocks in enumerate(IMAGENET_BLOCKS[network.depth]):
-            stage, middle = nn.Sequential(), first << index
-            for position in range(blocks):
-                stride = 2 if index > 0 and position == 0 else 1
-                stage.append(ResidualBlock(network, in_width, middle, middle * widening, stride))
-                in_width = middle * widening
-            self.stages.append(stage)
-        return in_width
-
     def add_head(self, network: Network, in_width: int, num_classes: int, *, bias: bool) -> None:
         """The affine layer, and batch norm on its output where the network has that."""
         eps = network.batch_norm_eps
@@ -298,28 +283,40 @@ class CifarResNet(Pooling):
     def __init__(self, network: Network, num_classes: int) -> None:
         super().__init__(conv3x3(3, 16), network)
         blocks, eps = (network.depth - 2) // 6, network.batch_norm_eps
-        preact, late = network.block == "preact", network.block == "late-stride"
-        projection = OptionA if network.shortcut == "A" else IdentityConv
-        in_width = 16
+        late, projection = network.block == "late-stride", OptionA if network.shortcut == "A" else IdentityConv
+        block, in_width = PreactBlock if network.block == "preact" else BasicBlock, 16
         for stage_width, next_width in ((16, 32), (32, 64), (64, 64)):
             stage = nn.Sequential()
             for index in range(blocks):
                 width = next_width if late and index == blocks - 1 else stage_width
                 shortcut = nn.Identity() if width == in_width else projection(in_width, width)
-                if preact:
-                    first = len(self.stages) == 0 and index == 0
-                    stage.append(PreactBlock(in_width, width, shortcut, eps, first=first))
-                else:
-                    stage.append(BasicBlock(in_width, stage_width, width, shortcut, eps))
+                stage.append(block(in_width, stage_width, width, shortcut, eps))
                 in_width = width
             self.stages.append(stage)
-        if preact:
+        if block is PreactBlock:
+            self.get_submodule("stages.0.0").activation1 = nn.Identity()  # what the stem gives is activated
             self.last = activation(in_width, eps)
         self.add_head(network, in_width, num_classes, bias=not network.head_batch_norm)
         he_init(self)
 
 
-class ImageNetResNet(Pooling):
+class FourStages(Pooling):
+    """Stages of the stem's width and its next powers of two, times four where a block is a bottleneck, by depth."""
+
+    def __init__(self, stem: nn.Conv2d, network: Network, num_classes: int, *, bias: bool) -> None:
+        super().__init__(stem, network)
+        in_width, widening = stem.out_channels, 4 if network.block == "bottleneck" else 1
+        for index, blocks in enumerate(IMAGENET_BLOCKS[network.depth]):
+            stage, middle = nn.Sequential(), stem.out_channels << index
+            for position in range(blocks):
+                stride = 2 if index > 0 and position == 0 else 1
+                stage.append(ResidualBlock(network, in_width, middle, middle * widening, stride))
+                in_width = middle * widening
+            self.stages.append(stage)
+        self.add_head(network, in_width, num_classes, bias=bias)
+
+
+class ImageNetResNet(FourStages):
     """3x3 stem of stride 2, stages of width 32, 64, 128, 256, average pooling, affine without bias (apark263/mpmz).
 
     An image of 112 pixels leaves maps of 7, as in arXiv:1512.03385, table 1, whose blocks a stage these are at
@@ -327,12 +324,11 @@ class ImageNetResNet(Pooling):
     """
 
     def __init__(self, network: Network, num_classes: int) -> None:
-        super().__init__(conv3x3(3, 32, stride=2), network)
-        self.add_head(network, self.add_four_stages(network, 32), num_classes, bias=False)
+        super().__init__(conv3x3(3, 32, stride=2), network, num_classes, bias=False)
         he_init(self)
 
 
-class ResNet(Pooling):
+class ResNet(FourStages):
     """The network of arXiv:1512.03385, table 1, with projections where the shape changes (its option B).
 
     7x7 stem of stride 2, pooling, stages of width 64 to 512, average pooling, affine. As in torchvision, a bottleneck's
@@ -341,9 +337,9 @@ class ResNet(Pooling):
     """
 
     def __init__(self, network: Network, num_classes: int) -> None:
-        super().__init__(nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False), network)
+        stem = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        super().__init__(stem, network, num_classes, bias=True)
         self.pool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.add_head(network, self.add_four_stages(network, 64), num_classes, bias=True)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -396,8 +392,7 @@ class ConvNet(nn.Module):
         self.fc = nn.Linear(128, num_classes, bias=False)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
-                bound = math.sqrt(1 / layer.weight[0].numel())
-                nn.init.uniform_(layer.weight, -bound, bound)
+                layer.reset_parameters()  # anew, in this order: uniform by fan-in, torch's own initialisation
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn(self.conv(x)), inplace=True)

@@ -138,7 +138,7 @@ def test_the_mean_colour_is_a_constant() -> None:
 @pytest.mark.parametrize(("side", "stride", "border"), [(8, 2, (0, 1)), (7, 2, (1, 1)), (8, 1, (1, 1))])
 def test_padding_at_the_end(side: int, stride: int, border: tuple[int, int]) -> None:
     """TensorFlow's "same": max((ceil(n / stride) - 1) * stride + 3 - n, 0) in all, the smaller half first."""
-    layer, images = EndPadded(3, 4, stride), torch.randn(2, 3, side, side)
+    layer, images = EndPadded(3, 4, 3, stride, bias=False), torch.randn(2, 3, side, side)
     expected = F.conv2d(F.pad(images, border * 2), layer.weight, stride=stride)
     assert torch.equal(layer(images), expected)
     assert layer(images).shape[2] == -(-side // stride)

@@ -220,7 +220,7 @@ def test_a_stage_of_fattorib_ends_at_the_next_one_s_shape():
 
 
 def test_the_preact_shortcut_is_clean():
-    block = PreactBlock(16, 16, nn.Identity(), eps=1e-5, first=False)
+    block = PreactBlock(16, 16, 16, nn.Identity(), eps=1e-5)
     nn.init.zeros_(block.conv2.weight)
     x = torch.randn(2, 16, 8, 8)  # of both signs: no ReLU after the sum
     torch.testing.assert_close(block(x), x)
