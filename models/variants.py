@@ -186,6 +186,7 @@ def check_depth(network: Network) -> None:
         raise ValueError(f"depth {depth} is not {layers}n+2: try {below} or {below + layers}")
 
 
+@cache
 def parameters_of(make: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """The parameters of a function or class, with their types where these can be known."""
     try:
@@ -212,16 +213,10 @@ def call(make: Callable[..., Any], given: Mapping[str, Any], extra: tuple[str, .
 
     One that takes any keyword, as torchvision's networks do, gets num_classes by it.
     """
-    names, own = _bound(make, extra)
-    return make(**{name: given[name] for name in names if name in given}, **own)
-
-
-@cache
-def _bound(make: Callable[..., Any], extra: tuple[str, ...]) -> tuple[list[str], dict[str, Any]]:
-    """The names that it may be given, and its own fields."""
     parameters, own = parameters_of(make), own_fields(make)
-    names = [*parameters, *["num_classes" for p in parameters.values() if p.kind is p.VAR_KEYWORD]]
-    return names, {name: value for name, value in read_extra(extra).items() if name in own}
+    filled = parameters.keys() | {"num_classes" for p in parameters.values() if p.kind is p.VAR_KEYWORD}
+    values = {**given, **{name: value for name, value in read_extra(extra).items() if name in own}}
+    return make(**{name: value for name, value in values.items() if name in filled})
 
 
 def read_extra(extra: Iterable[str]) -> dict[str, Any]:
