@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from importlib import import_module
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class DaliLoader:
         """Build the pipeline anew, to begin with the macrobatch of that epoch and first step."""
         self._next = first  # of the macrobatch to be fed next
         self._fed: dict[int, tuple[int, int]] = {}  # the same of those fed, by the pipeline's count of runs
-        self._runs = 0
+        self._runs = count()
         pipeline = dali.Pipeline(
             batch_size=self._batch * self.call_steps, num_threads=self._config.threads, prefetch_queue_depth=PREFETCH,
             device_id=torch.empty(0, device=self._config.device).device.index if self._on_gpu else None,
@@ -120,10 +120,9 @@ class DaliLoader:
         wanted = (epoch, first)
         if wanted not in self._fed.values():
             self._next = wanted
-        while True:
-            output, made = self._run(), self._sample(self._runs)
-            self._runs += 1
-            if self._fed.pop(self._runs - 1) == wanted:
+        for run in self._runs:
+            output, made = self._run(), self._sample(run)
+            if self._fed.pop(run) == wanted:
                 break
         labels = upload(self._split.labels[made.index], self._config.device)
         return from_dlpack(output.as_tensor()).permute(0, 3, 1, 2), labels
