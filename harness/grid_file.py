@@ -62,16 +62,16 @@ def read_command(given: Mapping[str, Any], path: Path | None = None) -> dict[str
 
 
 def _read(table: Mapping[str, Any], given: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """Options of a table by name, each checked by itself, with what is given on the command line in their place."""
+    """Options of a table by name, with what is given on the command line in their place."""
     read = dict[str, Any]()
     for key, value in table.items():
         check_word(word := key.replace("-", "_"), NAMES, what)
-        name, option = NAMES[word], KNOWN[NAMES[word]]
+        name = NAMES[word]
         if what != "option" and name in WHOLE:
             raise UserError(f"{key} holds for all runs: it stands above the first [[runs]]")
         if name in read:
             raise UserError(f"{key} is given twice")
-        read[name] = _plain(name, option.read(name, value))
+        read[name] = _plain(name, value)
     return merge(read, {name: value for name, value in given.items() if name in read})
 
 
@@ -135,4 +135,4 @@ def _toml(value: Any) -> str:
 
 def _plain(name: str, value: Any) -> Any:
     """Tables as such, not in words, so that they can be merged field by field; others as they are."""
-    return KNOWN[name].parsed(value) if name in TABLES else value
+    return KNOWN[name].read(name, value) if name in TABLES else value

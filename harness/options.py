@@ -42,7 +42,7 @@ class Option:
     required: bool = False
 
     def read(self, name: str, value: Any) -> Any:
-        """A value of Python or TOML as the field's type, or as words that `parse` reads. Raises UserError."""
+        """A value of Python or TOML as the field's type; of words, what they say. Raises UserError."""
         from pydantic import TypeAdapter, ValidationError
 
         kind = self.kind
@@ -51,23 +51,18 @@ class Option:
                 listed = {key: v if isinstance(v, list | tuple) else [v] for key, v in value.items()}
                 value = [f"{key}={','.join(map(str, words))}" for key, words in listed.items()]
             value, kind = [value] if isinstance(value, str | Path) else value, list[str | Path]
-        elif get_origin(kind) is tuple and isinstance(value, str | int) and not isinstance(value, bool):
-            return str(value)  # depths=20, seeds=3, variants="msra,he2015"
-        elif kind is str and isinstance(value, Path):
-            return str(value)
+        elif (type(value) is int and get_origin(kind) is tuple) or (isinstance(value, Path) and kind is str):
+            value = str(value)  # seeds=3
         if self.parse and isinstance(value, str):
-            return value
+            with mistakes(UserError, f"{self.names[0]} {value!r}: "):
+                return self.parse(value)
+        if self.words and isinstance(value, str):
+            return value  # `check` says which are allowed
         try:
-            return TypeAdapter(kind).validate_python(value)
+            value = TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
             raise UserError(f"{name} {value!r}: {error.errors()[0]['msg']}") from None
-
-    def parsed(self, value: Any) -> Any:
-        """The value, read from its words where it is given in words. Raises UserError."""
-        if self.parse and isinstance(value, list if self.repeatable else str):
-            with mistakes(UserError, "" if self.repeatable else f"{self.names[0]} {value!r}: "):
-                return self.parse(value)
-        return value
+        return self.parse(value) if self.parse and self.repeatable else value
 
     def check(self, value: Any) -> None:
         """Raise UserError for a value that is not allowed."""
@@ -105,24 +100,24 @@ def load_named(values: Mapping[str, Any]) -> None:
 
 
 def read_values(values: Mapping[str, Any], *groups: type) -> dict[str, Any]:
-    """Options by name, of the types that their fields have, or in words that `fill` reads. Raises UserError."""
+    """Options that are given by name, with the plug-ins that they name loaded. Raises UserError for another name."""
     known = options_of(*groups)
     for name in values:
         check_word(name, known, "option")
     if "plugin" in known:
         load_named(values)
-    return {name: known[name].read(name, value) for name, value in values.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def fill(group: type[Group], values: Mapping[str, Any]) -> Group:
-    """A dataclass from the values that are named as its fields are; words are read as its options say. What is not given
-    may be a variable's."""
-    own = {each.name: values[each.name] for each in fields(group) if each.name in values}  # type: ignore[arg-type]
+    """A dataclass from the values, or words, that are named as its fields are. What is not given may be a variable's."""
+    own = {}
     for name, option in options_of(group).items():  # type: ignore[arg-type]
-        if name not in own and (word := os.environ.get(option.variable)):
-            own[name] = option.read(name, word)
-        if name in own:
-            own[name] = option.parsed(own[name])
+        value = values.get(name)
+        if value is None and option.variable:
+            value = os.environ.get(option.variable) or None
+        if value is not None:
+            own[name] = option.read(name, value)
     return group(**own)
 
 

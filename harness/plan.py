@@ -42,10 +42,10 @@ def make_grid(given: Mapping[str, Any]) -> Grid:
     for option in ("preset", "variants", "depths"):
         if "specs" in given and option in given:
             raise UserError(f"--spec and --{option} exclude each other: the file names the network")
-    if isinstance(words := given.get("depths"), str):
-        named = fill(Grid, {n: v for n, v in given.items() if n == "variants"})
+    if isinstance(words := given.get("depths"), str | int):
+        variants = fill(Grid, {"variants": given.get("variants")}).variants
         with mistakes(UserError, f"--depths {words!r}: "):
-            given = {**given, "depths": parse_depths(words, named.variants)}
+            given = {**given, "depths": parse_depths(str(words), variants)}
     grid = fill(Grid, given)
     if "preset" in given:
         with mistakes(ValueError, "--preset: "):
