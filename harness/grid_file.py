@@ -7,7 +7,6 @@ own. What may stand there, and what it means, is what `harness.options` declares
 from __future__ import annotations
 
 import json
-import re
 import tomllib
 from collections.abc import Mapping
 from datetime import datetime
@@ -27,8 +26,6 @@ NAMES = {name: name for name in KNOWN} | {
 WHOLE = {*options_of(RunOptions), "dataset"}  # of all runs of a command, not of a group's
 TABLES = {name for name, option in KNOWN.items() if get_origin(option.kind) is Mapping}
 NOT_SAVED = ("save", "print_config", "dry_run", "estimate", "profile")
-Place = tuple[str | int, ...]  # of a value in a file, as ("runs", 1, "depths")
-Tables = list[tuple[Place, Mapping[str, Any]]]  # and where they stand
 
 
 def read_command(given: Mapping[str, Any], path: Path | None = None) -> dict[str, Any]:
@@ -40,24 +37,24 @@ def read_command(given: Mapping[str, Any], path: Path | None = None) -> dict[str
     with mistakes((OSError, ValueError), f"grid file {path}: "):  # ValueError: not UTF-8, or not TOML
         text = path.expanduser().read_text(encoding="utf-8")
         values = tomllib.loads(text)
-    tables, groups = values.pop("runs", []), list[dict[str, Any]]()
-    read: Tables = [((), values)]
     try:
-        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-            read.append(((), {"runs": tables}))
-            raise UserError("runs: groups are allowed, as in [[runs]]")
-        load_named(values)
-        command = merge(_read(values, given, "option"), given)
-        fill(RunOptions, command)
-        for number, table in enumerate(tables):
-            read[1:] = [(("runs", number), table)]
-            groups.append(_read(table, given, "option of a group"))
-            check_grid(make_grid(merge(command, groups[-1])))
-        if not groups:
-            check_grid(make_grid(command))
+        return _read_file(values, given)
     except UserError as error:
-        line = _find_line(text, read, given, str(error))
+        line = _find_line(text, given, str(error))
         raise UserError(f"{path}:{line}: {error}") if line else error from None
+
+
+def _read_file(values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a file's values and those that are given, all of them checked."""
+    tables = values.pop("runs", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UserError("runs: groups are allowed, as in [[runs]]")
+    load_named(values)
+    command = merge(_read(values, given, "option"), given)
+    fill(RunOptions, command)
+    groups = [_read(table, given, "option of a group") for table in tables]
+    for group in groups or [{}]:
+        check_grid(make_grid(merge(command, group)))
     return {**command, "runs": groups} if groups else command
 
 
@@ -75,24 +72,19 @@ def _read(table: Mapping[str, Any], given: Mapping[str, Any], what: str) -> dict
     return merge(read, {name: value for name, value in given.items() if name in read})
 
 
-def _find_line(text: str, read: Tables, given: Mapping[str, Any], message: str) -> int | None:
-    """Where the key is of which a message speaks, of those that were read: the innermost one, the first that it names."""
-    about = list[tuple[int, int, Place]]()
-    for where, table in read:
-        for key, value in table.items():
-            inner: list[Place] = [(*where, key, name) for name in value] if isinstance(value, dict) else []
-            for place in [*inner, (*where, key)] if NAMES.get(key.replace("-", "_")) not in given else ():
-                word = re.sub("[-_]", "[-_]", str(place[-1]).rstrip("s"))
-                if spoken := re.search(rf"\b{word}s?\b", message):
-                    about.append((-len(place), spoken.start(), place))
-    if not about:
-        return None
-    lines, at = [line.partition("#")[0] for line in text.splitlines()], 0
-    for part in min(about)[2]:
-        found, nth = (r"^\s*\[\[", part) if isinstance(part, int) else (rf"\b{re.escape(part)}\b", 0)
-        hits = [number for number in range(at, len(lines)) if re.search(found, lines[number])]
-        at = hits[nth] if nth < len(hits) else at
-    return at + 1
+def _find_line(text: str, given: Mapping[str, Any], message: str) -> int | None:
+    """Where the first statement begins with which a file that ends there has this mistake; None: it has it when empty."""
+    lines, begin = text.splitlines(), 0
+    for end in range(len(lines) + 1):
+        try:
+            _read_file(tomllib.loads("\n".join(lines[:end])), given)
+        except tomllib.TOMLDecodeError:  # amid a statement
+            continue
+        except UserError as error:
+            if str(error) == message:
+                break
+        begin = end + 1
+    return begin or None
 
 
 def save_grid(command: Mapping[str, Any], path: Path) -> None:
