@@ -43,6 +43,10 @@ TABLES: dict[str, dict[str, Any]] = {
 """Everything that has a name: where it is looked up. A file lists its own as NETWORKS = {name: function}, and so on."""
 PRIVATE = "harness_plugin_{}"
 """The module of a plug-in's file, by its name."""
+NAMED = {
+    "architecture": "network", "optimizer": "optimizer", "schedule": "schedule", "augmentations": "augmentation",
+}  # fmt: skip
+"""Fields of recipe and network that name something: of which table."""
 LISTS = {f"{kind.upper()}S": kind for kind in TABLES}
 
 
@@ -97,10 +101,8 @@ LOADED: dict[str, Loaded] = {}
 
 def names_in(part: Recipe | Network) -> list[tuple[str, str]]:
     """What a recipe or network looks up: kind and name."""
-    if isinstance(part, Network):
-        return [("network", part.architecture)]
-    augmentations = [("augmentation", name) for name in part.augmentations]
-    return [("optimizer", part.optimizer), ("schedule", part.schedule), *augmentations]
+    named = [(kind, getattr(part, field)) for field, kind in NAMED.items() if hasattr(part, field)]
+    return [(kind, name) for kind, names in named for name in ([names] if isinstance(names, str) else names)]
 
 
 def names_of(spec: RunSpec) -> list[tuple[str, str]]:
@@ -154,8 +156,7 @@ def own_values(part: Recipe | Network) -> dict[str, Any]:
 
 def own_hints() -> dict[str, Any]:
     """The types of all fields that networks, optimizers, schedules and augmentations have of their own, by name."""
-    kinds = ("network", "optimizer", "schedule", "augmentation")
-    every = [(kind, name) for kind in kinds for name in TABLES[kind]]
+    every = [(kind, name) for kind in NAMED.values() for name in TABLES[kind]]
     return {name: hint for make in makers(every) for name, (hint, _) in own_fields(make).items()}
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from math import isfinite, prod
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
 from harness.models.variants import Network, Recipe, Variant, check_depth, write_extra
-from harness.plugins import TABLES, makers, names_in, own_hints, own_values
+from harness.plugins import NAMED, TABLES, makers, names_in, own_hints, own_values
 from harness.results.sweeps import Dimension, Function, format_value
 from harness.spec import RunSpec, UserError, check_word, mistakes, refuse
 
@@ -26,10 +26,6 @@ _HINTS: dict[str, Any] = {**get_type_hints(Recipe), **get_type_hints(Network)}
 _OPTIONS = {"duration": "--epochs", "unit": "--epochs", "epochs": "--epochs", "val": "--val"}
 FIELDS = tuple(name for name in _HINTS if name not in (*_OPTIONS, "extra"))
 """What can be set or searched, in the order of the recipe's fields and then the network's; beside fields of plug-ins."""
-_NAMES = {
-    "architecture": "network", "optimizer": "optimizer", "schedule": "schedule", "augmentations": "augmentation",
-}  # fmt: skip
-"""Fields that name something: of which table."""
 SEARCHED = {"variant": "--variants", "loader": "--loader", "depth": "--depths"}
 """What can be searched and, as it has an option of its own, not be set."""
 _HINTS |= {"variant": str, "loader": str}
@@ -90,8 +86,7 @@ def apply(of: Planned, settings: Mapping[str, Any]) -> tuple[Planned, tuple[str,
     parts: dict[str, Any] = {}
     for part in ("recipe", "network"):
         own = getattr(of, part)
-        names = {f.name for f in fields(own)} & set(settings)
-        new = {n: settings[n] for n in FIELDS if n in names and settings[n] != getattr(own, n)}
+        new = {n: settings[n] for n in FIELDS if n in settings and settings[n] != getattr(own, n, settings[n])}
         made = replace(own, **new)
         before = own_values(made)
         more = {n: settings[n] for n in before if n in settings and settings[n] != before[n]}
@@ -143,8 +138,8 @@ def _value(name: str, word: str) -> Any:
         return ()
     if not several and type(None) in get_args(hint) and word.lower() == "none":
         return None
-    if name in _NAMES:
-        known = {each: each for each in TABLES[_NAMES[name]]}
+    if name in NAMED:
+        known = {each: each for each in TABLES[NAMED[name]]}
     elif get_origin(hint) is Literal:
         known = {str(each): each for each in get_args(hint)}
     elif hint is bool:
