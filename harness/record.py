@@ -169,8 +169,7 @@ class Recorder:
             reason = event.reason or "the command was given again" * attempts.exists()
             line: dict[str, Any] = {"started_at": now.isoformat(), "reason": reason}
             line |= {"workers": event.world_size} if event.world_size is not None else {}
-            with attempts.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            store.append_line(attempts, json.dumps(line))
         except OSError as error:  # the run says the same when it writes, and others may go on
             self.warn(f"{spec.title}: {error}")
         self.remote.push(push_run, folder)

@@ -106,12 +106,16 @@ def start(out: Path, name: str, spec: dict[str, Any]) -> Path:
 
 
 def append_epoch(folder: Path, metrics: EpochMetrics) -> None:
-    """Append one line to epochs.jsonl. A line that a kill cut off is removed first."""
-    path = folder / EPOCHS
+    """Append one line to epochs.jsonl."""
+    append_line(folder / EPOCHS, metrics.model_dump_json())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file. One that a kill cut off is removed first."""
     whole = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
     with path.open("ab") as file:
         file.truncate(whole)
-        file.write(metrics.model_dump_json().encode() + b"\n")
+        file.write(line.encode() + b"\n")
 
 
 def write_epochs(folder: Path, epochs: Iterable[EpochMetrics]) -> None:

@@ -203,6 +203,25 @@ def test_a_run_that_failed_before_it_began_is_stored(tmp_path: Path) -> None:
     assert stored.record.failure.message == "RuntimeError: no room"
 
 
+def test_an_attempt_whose_line_a_kill_cut_off_costs_no_later_one(tmp_path: Path) -> None:
+    from test_until_ci import make_specs
+
+    from harness.cluster.job import Failed, Started
+    from harness.record import ATTEMPTS, Recorder
+    from harness.spec import RunPaths
+
+    (spec,), paths = make_specs((0,), depths=(20,)), RunPaths(out=tmp_path, label="digits")
+    Recorder(paths, True, {}, print).begin(spec, Started(attempt=1))
+    with (paths.partial(spec) / ATTEMPTS).open("a") as file:
+        file.write('{"started_at": "20')
+    again = Recorder(paths, True, {}, print)
+    again.begin(spec, Started(attempt=1))
+    again.end(spec, Failed(exception="RuntimeError", message="no room", traceback="", died=False))
+    (stored,) = store.load_records([tmp_path]).records
+    reasons = [attempt["reason"] for attempt in stored.record.environment["attempts"]]
+    assert reasons == ["", "the command was given again"]
+
+
 def test_an_interrupted_run_says_how_far_it_came(tmp_path: Path) -> None:
     folder = store.start(tmp_path, "a_b-20_s0_1", {"recipe": {"unit": "epoch", "duration": 180}})
     store.append_epoch(folder, make_epoch(1))
