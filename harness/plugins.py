@@ -279,29 +279,27 @@ def _read_lists(loaded: Loaded, module: ModuleType) -> Iterator[Note]:
 
 
 def _enter(loaded: Loaded, note: Note) -> None:
-    """Check a note and put it into its table. Raises UserError."""
+    """Check a note and put it into its table; with a network, its variant. Raises UserError."""
     kind, name, options = note.kind, note.name, note.options
-    for table in ("network", "variant") if kind == "network" else (kind,):
-        if name in TABLES[table]:
-            others = [owner.owned[table, name] for owner in used_by([(table, name)])]
-            by = f"by {place(others[0].file, others[0].line)}" if others else "built in"
-            raise UserError(f"{table} {name!r} is registered already, {by}")
+    if name in TABLES[kind]:
+        others = [owner.owned[kind, name] for owner in used_by([(kind, name)])]
+        by = f"by {place(others[0].file, others[0].line)}" if others else "built in"
+        raise UserError(f"{kind} {name!r} is registered already, {by}")
     loaded.owned[kind, name] = note
-    if kind != "variant":
-        _check_parameters(note)
-    if kind == "network":
-        options = _enter_network(note, **options)
-    elif kind == "dataset":
-        DATASETS[name] = partial(load_own, partial(call, note.made), **options)
-    elif kind != "variant":
-        TABLES[kind][name] = note.made
-        CAPTURABLE.update([name] * options.get("capturable", False))
-    if kind in ("network", "variant"):
+    if kind == "variant":
         if options.get("base") not in ROWS:
             raise UserError(f"variant {name!r}: base {options.get('base')!r} is no variant")
-        loaded.owned["variant", name] = note
         ROWS[name] = {"source": Path(note.file).name, "summary": name, **options}
         VARIANTS[name] = variants.make_variant(name, ROWS)
+        return
+    _check_parameters(note)
+    if kind == "network":
+        _enter(loaded, replace(note, kind="variant", options=_enter_network(note, **options)))
+    elif kind == "dataset":
+        DATASETS[name] = partial(load_own, partial(call, note.made), **options)
+    else:
+        TABLES[kind][name] = note.made
+        CAPTURABLE.update([name] * options.get("capturable", False))
 
 
 def _enter_network(

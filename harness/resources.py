@@ -52,7 +52,7 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack, least: i
         gpus, cpus = max(gpus, resources.gpus or 0), max(cpus, resources.workers or 1)
     allocation = allocate(resources, have_gpus=gpus, have_cpus=cpus, precision=grid.precision, where=where)
     if resources.address is None:
-        return replace(allocation, concurrent_runs=1) if resources.launcher == "local" else allocation
+        return allocation
     fitted = fit(cluster, allocation)
     if fitted.concurrent_runs:
         return fitted
@@ -109,7 +109,7 @@ def allocate(
     refuse(faults)
     return Allocation(
         device="cuda" if on_gpu else "cpu", gpus=gpus, workers=workers, placement=resources.placement,
-        runs_per_gpu=share, concurrent_runs=gpus // workers * share if on_gpu else 1,
+        runs_per_gpu=share, concurrent_runs=gpus // workers * share if on_gpu and resources.launcher != "local" else 1,
         threads=max(1, have_cpus // (gpus * share)) if on_gpu else have_cpus // workers,
     )  # fmt: skip
 
