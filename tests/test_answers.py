@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import harness
 from records import ENVIRONMENT, make_record
 
 from harness import cli, plan
@@ -22,18 +23,6 @@ from harness.options import ENGINES, RunOptions
 from harness.resources import allocate, fill_from_specs
 from harness.results.store import Stored, finish
 from harness.results.values import Failure
-
-
-def harness(line: str, capsys: Any) -> tuple[int, str, str]:
-    before = sys.argv
-    sys.argv = ["harness", *shlex.split(line)]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        sys.argv = before
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
 
 
 @pytest.fixture

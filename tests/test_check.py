@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from command import harness
 from rich.console import Console
 
-from harness import cli
 from harness.checklist import Result
 from harness.cluster.job import Allocation
 from harness.commands import check
@@ -29,18 +28,8 @@ def look(name: str, target: CheckOptions, monkeypatch: pytest.MonkeyPatch) -> tu
     return result.state, result.detail
 
 
-def run(words: list[str], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["harness", "check", "--quick", *words])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
-
-
-def test_a_machine_that_runs_these_tests_is_ready(
-    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, out, err = run(["--out", str(tmp_path / "runs")], capsys, monkeypatch)
+def test_a_machine_that_runs_these_tests_is_ready(tmp_path: Path, capsys: Any) -> None:
+    code, out, err = harness(f"check --quick --out {tmp_path}/runs", capsys)
     lines = out.splitlines()
     assert (code, err, lines[-1]) == (0, "", "ready")
     for name in ("torch", "DALI", "Ray", "storage", "disk"):
@@ -59,7 +48,7 @@ def test_what_is_missing_is_one_line_with_advice(
         return None if package in missing else {"ray": "2.61.0"}.get(package) or whole(package)
 
     monkeypatch.setattr(check, "installed_version", version)
-    code, out, _ = run(["--out", str(tmp_path), "--data-dir", str(tmp_path)], capsys, monkeypatch)
+    code, out, _ = harness(f"check --quick --out {tmp_path} --data-dir {tmp_path}", capsys)
     assert code == 1
     lines = out.splitlines()
     assert any("missing  DALI: not installed; the default loader" in line for line in lines)
@@ -89,7 +78,7 @@ def test_no_cluster_is_a_finding_and_a_bad_address_a_mistake(
 ) -> None:
     finding = look("cluster", CheckOptions(out=tmp_path, address="127.0.0.1:1"), monkeypatch)
     assert Result("cluster", *finding).line().startswith("missing  cluster: no Ray cluster answers")
-    code, _, err = run(["--address", "nonsense"], capsys, monkeypatch)
+    code, _, err = harness("check --quick --address nonsense", capsys)
     assert (code, err.count("\n")) == (2, 1)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from records import make_epoch
 from scipy import stats
-from test_store import make_epoch
 from test_table import make_run
 
 from harness.results.compare import (

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,33 +11,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from command import harness as harness_
+from records import NO_GPU, make_memory
 from rich.console import Console
 
 import harness.commands.probe
 import harness.resources
 import harness.training.train
-from harness import cli, plan
+from harness import plan
 from harness.cluster.job import Failed, Worker
 from harness.commands.probe import all_seconds, count_cells, predict, print_estimate
 from harness.loaders.datasets import load_dataset
 from harness.options import Resources
 from harness.resources import Session
 from harness.results.store import load_predictions, load_records
-from harness.results.values import Measurement, Memory, Prediction
+from harness.results.values import Measurement, Prediction
 from harness.spec import RunPaths, RunSpec
 
 QUICK = "--dataset digits --depths 8 --limit-train 128 --gpus 0 --loader resident --launcher local --epochs 1"
 MEANS = "predicted:"  # the column's definition, under the table
-NONE = Measurement(value=None, reason="no GPU was used")
-
-
-def harness_(line: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
-    """Run a command line in this process; exit code, standard output, standard error."""
-    monkeypatch.setattr(sys, "argv", ["harness", *shlex.split(line)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, err
 
 
 def make_specs(*, device: str = "cuda", workers: int = 2, **sweep: Any) -> list[RunSpec]:
@@ -48,15 +38,14 @@ def make_specs(*, device: str = "cuda", workers: int = 2, **sweep: Any) -> list[
     return plan.expand(plan.Grid(**values), width, fingerprint="f" * 64, train_images=50_000)
 
 
-def make_prediction(spec: RunSpec, seconds: float, joules: Measurement = NONE) -> Prediction:
+def make_prediction(spec: RunSpec, seconds: float, joules: Measurement = NO_GPU) -> Prediction:
     """10 s of set-up, 2.5 epochs, 1 s an evaluation."""
     asked = spec.to_json()
     del asked["seed"]
     return Prediction(
         spec=asked, steps=30, epoch_seconds=seconds, eval_seconds=1.0, setup_seconds=10.0, epochs=2.5,
         energy_joules=joules, workers=spec.workers, threads=4, device="NVIDIA H200", made_at=datetime.now(UTC),
-        memory=Memory(torch_allocated_mib=Measurement(value=1234.4), torch_reserved_mib=Measurement(value=2000.0),
-                      nvml_process_mib=NONE, rss_mib=Measurement(value=900.0)),
+        memory=make_memory(torch_allocated_mib=1234.4, torch_reserved_mib=2000.0, rss_mib=900.0),
     )  # fmt: skip
 
 
@@ -64,7 +53,7 @@ def test_a_run_is_set_up_epochs_and_evaluations() -> None:
     prediction = make_prediction(make_specs()[0], 100.0, Measurement(value=4000.0))
     assert prediction.run_seconds == 10 + 2.5 * 100 + 3 * 1
     assert prediction.run_joules.value == 10_000
-    assert make_prediction(make_specs()[0], 100.0).run_joules == NONE
+    assert make_prediction(make_specs()[0], 100.0).run_joules == NO_GPU
 
 
 def test_seeds_share_a_cell_and_runs_wait_for_a_slot() -> None:
@@ -150,7 +139,7 @@ def test_a_probe_times_steps_and_writes_nothing(tmp_path: Path) -> None:
     assert prediction.epochs == 2
     assert prediction.setup_seconds > 5
     assert 0 < prediction.eval_seconds < prediction.epoch_seconds < 60
-    assert prediction.energy_joules == NONE
+    assert prediction.energy_joules == NO_GPU
     assert prediction.memory.torch_allocated_mib.reason
     assert (prediction.memory.rss_mib.value or 0) > 50
     assert "seed" not in prediction.spec
@@ -192,9 +181,9 @@ def test_a_probe_outlasts_what_the_loader_made_ahead(tmp_path: Path, monkeypatch
     assert prediction.epoch_seconds == pytest.approx(7 * 0.2, rel=0.01), "70 batches have to be waited for"
 
 
-def test_predicted_stands_beside_actual(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predicted_stands_beside_actual(tmp_path: Path, capsys: Any) -> None:
     line = f"run {QUICK} --seeds 2 --out {tmp_path}/runs"
-    code, out, err = harness_(f"{line} --estimate", capsys, monkeypatch)
+    code, out, err = harness_(f"{line} --estimate", capsys)
     assert (code, err) == (0, "")
     assert "in all 2 runs, 1 at a time" in out
     assert "alloc, resvd, NVML, kJ cannot be had: no GPU was used" in out
@@ -203,23 +192,23 @@ def test_predicted_stands_beside_actual(tmp_path: Path, capsys: Any, monkeypatch
     assert load_records([tmp_path / "runs"]) == ([], [], [])
 
     train = f"{line} --format jsonl"
-    assert harness_(f"{train} --limit-test 50", capsys, monkeypatch)[0] == 0  # nothing was predicted of these
-    assert MEANS not in harness_(f"report {tmp_path}/runs", capsys, monkeypatch)[1]
-    assert harness_(train, capsys, monkeypatch)[0] == 0
-    assert MEANS in harness_(f"report {tmp_path}/runs", capsys, monkeypatch)[1]
-    rows = json.loads(harness_(f"report {tmp_path}/runs --format json", capsys, monkeypatch)[1])["rows"]
+    assert harness_(f"{train} --limit-test 50", capsys)[0] == 0  # nothing was predicted of these
+    assert MEANS not in harness_(f"report {tmp_path}/runs", capsys)[1]
+    assert harness_(train, capsys)[0] == 0
+    assert MEANS in harness_(f"report {tmp_path}/runs", capsys)[1]
+    rows = json.loads(harness_(f"report {tmp_path}/runs --format json", capsys)[1])["rows"]
     predicted = {row["limit_test"]: row["predicted_epoch_seconds"] for row in rows}
     assert predicted == {None: prediction.epoch_seconds, 50: None}
     rss = {row["limit_test"]: row["predicted_rss_mib"] for row in rows}
     assert rss == {None: prediction.memory.rss_mib.value, 50: None}
 
-    code, out, _ = harness_(f"{line} --estimate", capsys, monkeypatch)
+    code, out, _ = harness_(f"{line} --estimate", capsys)
     assert (code, "nothing to estimate: all runs are done already" in out) == (0, True)
     # a prediction of another device, or one that cannot be read, is nobody's
     (path,) = (tmp_path / "runs" / ".estimates").iterdir()
     path.write_text(prediction.model_copy(update={"device": "another"}).model_dump_json())
     (path.parent / "broken.json").write_text("{")
-    _, out, _ = harness_(f"report {tmp_path}/runs", capsys, monkeypatch)
+    _, out, _ = harness_(f"report {tmp_path}/runs", capsys)
     assert MEANS not in out
 
 
@@ -231,7 +220,7 @@ def test_a_probe_that_fails_is_a_line(tmp_path: Path, capsys: Any, monkeypatch: 
 
     monkeypatch.setattr(harness.commands.probe, "predict", stub)
     line = f"run {QUICK} --variants msra,he2015 --estimate --out {tmp_path}/runs"
-    code, out, _ = harness_(line, capsys, monkeypatch)
+    code, out, _ = harness_(line, capsys)
     assert code == 1
     assert "msra-8 failed, OOM: no room for the activations" in out
     assert "in all 1 run, " in out
@@ -239,8 +228,8 @@ def test_a_probe_that_fails_is_a_line(tmp_path: Path, capsys: Any, monkeypatch: 
 
 
 @pytest.mark.parametrize("other", ["--dry-run", "--format jsonl"])
-def test_estimate_excludes(other: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, _, err = harness_(f"run {QUICK} --estimate {other} --out {tmp_path}/runs", capsys, monkeypatch)
+def test_estimate_excludes(other: str, tmp_path: Path, capsys: Any) -> None:
+    code, _, err = harness_(f"run {QUICK} --estimate {other} --out {tmp_path}/runs", capsys)
     assert code == 2
     assert f"--estimate and {other} exclude each other" in err
     assert err.count("\n") == 1

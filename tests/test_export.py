@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from records import make_record
+from records import make_epoch, make_record
 
 from harness.commands.report import export_runs
 from harness.results.export import TARGETS, export
@@ -21,8 +21,7 @@ from harness.spec import UserError
 
 def make_epochs(seed: int) -> tuple[EpochMetrics, ...]:
     return tuple(
-        EpochMetrics(epoch=k, steps=1, images=1, loss=1 / k, error=10.0 - k + seed, lr=0.1, train_seconds=2.0,
-                     data_stall_seconds=0.0, eval_seconds=0.5, images_per_second=1.0)
+        make_epoch(k, loss=1 / k, error=10.0 - k + seed, train_seconds=2.0, eval_seconds=0.5, images_per_second=1.0)
         for k in (1, 2, 3)
     )  # fmt: skip
 
@@ -32,10 +31,7 @@ def runs(tmp_path: Path) -> Path:
     """Two finished runs and one that failed after two epochs."""
     out = tmp_path / "runs"
     for seed in (0, 1):
-        record = make_record(seed, 7.0 + seed)
-        assert record.result is not None
-        result = record.result.model_copy(update={"epochs": make_epochs(seed)})
-        finish(out, record.model_copy(update={"result": result}))
+        finish(out, make_record(seed, 7.0 + seed, result={"epochs": make_epochs(seed)}))
     failed = make_record(2, 0.0, failure=Failure(kind="NaN", message="loss is not finite"))
     write_epochs(start(out, failed.name, failed.spec), make_epochs(2)[:2])
     finish(out, failed)

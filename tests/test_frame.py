@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from records import make_record
+from records import make_epoch, make_record
 
 import harness
 from harness.results.store import finish
-from harness.results.values import EpochMetrics, Failure
+from harness.results.values import Failure
 from harness.spec import UserError
 
 
@@ -19,16 +19,9 @@ from harness.spec import UserError
 def runs(tmp_path: Path) -> Path:
     for depth in (20, 32):
         for seed in (0, 1):
-            record = make_record(seed, 8.0 + seed - depth / 100, depths=(depth,), settings=("lr=0.05",))
-            assert record.result is not None
-            epochs = tuple(
-                EpochMetrics(epoch=k, steps=1, images=1, loss=1.0, error=9.0 - k, lr=0.05, train_seconds=1.0,
-                             data_stall_seconds=0.0, eval_seconds=0.1, images_per_second=1.0)
-                for k in (1, 2, 3)
-            )  # fmt: skip
-            finish(
-                tmp_path, record.model_copy(update={"result": record.result.model_copy(update={"epochs": epochs})})
-            )
+            epochs = tuple(make_epoch(k, error=9.0 - k) for k in (1, 2, 3))
+            error, result = 8.0 + seed - depth / 100, {"epochs": epochs}
+            finish(tmp_path, make_record(seed, error, depths=(depth,), settings=("lr=0.05",), result=result))
     finish(tmp_path, make_record(2, 0.0, failure=Failure(kind="OOM", message="no room")))
     return tmp_path
 

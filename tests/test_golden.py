@@ -55,10 +55,12 @@ def make_run(case: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 def search_without_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `harness tune` start nothing: trials learn as a formula says, and take their turns epoch by epoch."""
+    from records import make_epoch, make_result
+
     import harness.cluster.search
     import harness.resources
     from harness.cluster.job import Started
-    from harness.results.values import EpochMetrics, Measurement, Memory, RunResult
+    from harness.results.values import EpochMetrics, RunResult
 
     def error(spec: Any, epoch: int) -> float:
         recipe = spec.recipe
@@ -77,8 +79,8 @@ def search_without_training(monkeypatch: pytest.MonkeyPatch) -> None:
                 name, spec, epochs = trial
                 k = len(epochs) + 1
                 epochs.append(
-                    EpochMetrics(
-                        epoch=k, steps=1, images=128, loss=1 / k, error=error(spec, k), lr=spec.recipe.lr, train_seconds=2.0,
+                    make_epoch(
+                        k, steps=1, images=128, loss=1 / k, error=error(spec, k), lr=spec.recipe.lr, train_seconds=2.0,
                         data_stall_seconds=0.0, eval_seconds=0.5, images_per_second=64.0, timed=k > 1,
                     )
                 )  # fmt: skip
@@ -88,14 +90,11 @@ def search_without_training(monkeypatch: pytest.MonkeyPatch) -> None:
                     study.ended(name, None if stop else result(epochs))
 
     def result(epochs: list[EpochMetrics]) -> RunResult:
-        none = Measurement(value=None, reason="no GPU was used")
-        return RunResult(
-            parameters=1, evaluated_on="val", epochs=tuple(epochs), final_error=epochs[-1].error,
-            best_error=epochs[-1].error, best_epoch=len(epochs), test_error=epochs[-1].error + 1, epoch_seconds=2.0,
-            warmup_epochs=1, eval_seconds=0.5, images_per_second=64.0, setup_seconds=1.0, train_seconds=2.0 * len(epochs),
-            memory=Memory(torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none,
-                          rss_mib=Measurement(value=900.0)),
-            workers=1, batch_size=128, batch_size_per_gpu=128, threads=1, device="a CPU",
+        last = epochs[-1].error
+        return make_result(
+            last, 2.0, parameters=1, evaluated_on="val", epochs=tuple(epochs), best_error=last, best_epoch=len(epochs),
+            test_error=last + 1, images_per_second=64.0, setup_seconds=1.0, train_seconds=2.0 * len(epochs), threads=1,
+            device="a CPU",
         )  # fmt: skip
 
     monkeypatch.setattr(harness.cluster.search, "search", search)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from processes import Command, ask_two_ranks, run_ranks
+from records import make_epoch
 from safetensors.torch import load_file
 from test_train import RunPaths, Worker, folder, small
 
@@ -215,8 +216,7 @@ def resume_two(rank: int, out: Path) -> list[Any]:
     """Rank 1's node does not see the newest checkpoint, as with NFS. From which epoch each goes on, and what it says."""
     dist.init_process_group("gloo", init_method=f"file://{out / 'meeting'}", rank=rank, world_size=2)
     said, paths = list[str](), RunPaths(out=out / str(rank), label="digits")
-    row = EpochMetrics(epoch=1, steps=1, images=40, loss=1.0, error=9.0, lr=0.1, train_seconds=1.0,
-                       data_stall_seconds=0.0, eval_seconds=0.1, images_per_second=40.0)  # fmt: skip
+    row = make_epoch(1)
     asked = mixed(workers=2)
     with closing(prepare(asked, Worker(threads=1, rank=rank, world_size=2), paths, said.append)) as prepared:
         for epochs in (1, 2)[: 2 - rank]:

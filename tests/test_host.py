@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from records import make_epoch
 from test_train import run, spec
 
 from harness.cluster.job import Worker
@@ -129,9 +130,7 @@ def test_slowed_epochs_are_found_and_quiet_ones_are_left_alone() -> None:
 
 
 def metrics(seconds: float, **changes: Any) -> EpochMetrics:
-    row = EpochMetrics(epoch=1, steps=1, images=512, loss=1.0, error=9.0, lr=0.1, train_seconds=seconds,
-                       data_stall_seconds=0.0, eval_seconds=0.1, images_per_second=512 / seconds)  # fmt: skip
-    return row.model_copy(update=changes)
+    return make_epoch(1, images=512, train_seconds=seconds, **changes)
 
 
 @pytest.mark.parametrize("epochs", [6, 20])

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from command import harness
+from records import make_epoch
 from test_estimate import make_specs
-from test_store import make_epoch
-from test_table import make_result
+from test_table import make_measured
 
 from harness.cluster.job import Failed, Started
 from harness.progress import ConvnetLines, JsonLines
@@ -45,7 +45,7 @@ def lines_of(kind: type[JsonLines]) -> list[dict[str, Any]]:
     lines.event(first, Failed(exception="E", message="loss is not finite", traceback="", died=False, attempts=2))
     lines.event(second, Started(attempt=1))
     lines.event(second, [])
-    lines.event(second, make_result(8.5))
+    lines.event(second, make_measured(8.5))
     return read(file.getvalue())
 
 

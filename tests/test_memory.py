@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from records import NO_GPU, make_memory
 from torch import nn
 
 from harness.results.values import Measurement, Memory
@@ -14,18 +15,11 @@ MIB = 2**20
 
 
 def test_the_largest_of_the_ranks_and_null_only_where_none_could_read() -> None:
-    none = Measurement(value=None, reason="no")
+    def memory(rss: float, nvml: float | Measurement) -> Memory:
+        return make_memory(rss_mib=rss, nvml_process_mib=nvml)
 
-    def memory(rss: float, nvml: Measurement) -> Memory:
-        return Memory(
-            torch_allocated_mib=none,
-            torch_reserved_mib=none,
-            nvml_process_mib=nvml,
-            rss_mib=Measurement(value=rss),
-        )
-
-    peak = largest([memory(1.0, none), memory(3.0, Measurement(value=5.0)), memory(2.0, Measurement(value=4.0))])
-    assert peak == memory(3.0, Measurement(value=5.0))
+    peak = largest([memory(1.0, NO_GPU), memory(3.0, 5.0), memory(2.0, 4.0)])
+    assert peak == memory(3.0, 5.0)
 
 
 class FakeGpu(Gpu):

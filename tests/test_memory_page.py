@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from chromium import Browser, find_chromium
 from numpy.typing import NDArray
-from records import NOW, make_record
+from records import NOW, make_memory, make_record
 from test_page import page_data
 
 from harness.results.explain import why
@@ -32,7 +32,7 @@ from harness.results.report.table import render
 from harness.results.report.text import NOT_RECORDED, in_words, known, mib
 from harness.results.rows import Row, summarise
 from harness.results.store import finish, load_records
-from harness.results.values import MEMORY_CATEGORIES, Measurement, Memory
+from harness.results.values import MEMORY_CATEGORIES
 
 COLOURS = load_specs()["memory"]
 COUNTED_TWICE = {"weights": 1.04, "activations": 300.0, "CUDA context": 480.0, "NCCL": 0.0, "unaccounted": -31.04}
@@ -41,15 +41,9 @@ SIMPLE = {"weights": 1.04, "activations": 250.0, "CUDA context": 480.0, "unaccou
 
 def store(out: Path, seed: int, categories: dict[str, float], **options: object) -> None:
     """A run whose whole memory is what its categories hold, or 900 MiB where none is told."""
-    record = make_record(seed, 8.0 + seed / 10, **options)  # type: ignore[arg-type]
-    assert record.result is not None
-    none = Measurement(value=None, reason="no")
-    memory = Memory(
-        torch_allocated_mib=none, torch_reserved_mib=none, rss_mib=Measurement(value=2000.0),
-        nvml_process_mib=Measurement(value=sum(categories.values()) if categories else 900.0), by_category_mib=categories,
-    )  # fmt: skip
-    result = record.result.model_copy(update={"memory": memory})
-    finish(out, record.model_copy(update={"result": result}))
+    memory = make_memory(nvml_process_mib=sum(categories.values()) if categories else 900.0, rss_mib=2000.0)
+    result = {"memory": memory.model_copy(update={"by_category_mib": categories})}
+    finish(out, make_record(seed, 8.0 + seed / 10, result=result, **options))  # type: ignore[arg-type]
 
 
 def load(out: Path) -> list[Row]:

@@ -5,10 +5,9 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from records import NOW, make_record
+from records import NOW, make_epoch, make_record, make_result
 from test_export import read_events
 from test_prediction import make_row
 
@@ -22,7 +21,6 @@ from harness.results.report.page import make_page
 from harness.results.report.table import Format, render, render_comparison
 from harness.results.rows import Row, summarise
 from harness.results.store import Stored, finish, load_records, write_epochs
-from harness.results.values import EpochMetrics, RunResult
 
 DECIBEL = {0: 31.25, 1: 33.25}
 
@@ -42,15 +40,8 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Metric:
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Stored]:
     for seed, noise in DECIBEL.items():
-        record = make_record(seed, 8.0 + seed)
-        assert record.result is not None
-        result = record.result.model_copy(update={"machine": {"decibel": noise}})
-        folder = finish(tmp_path, record.model_copy(update={"result": result}))
-        epoch = EpochMetrics(
-            epoch=1, steps=1, images=1, loss=1.0, error=8.0 + seed, lr=0.1, train_seconds=1.0, data_stall_seconds=0.0,
-            eval_seconds=0.1, images_per_second=1.0,
-        )  # fmt: skip
-        write_epochs(folder, [epoch])
+        folder = finish(tmp_path, make_record(seed, 8.0 + seed, result={"machine": {"decibel": noise}}))
+        write_epochs(folder, [make_epoch(1, error=8.0 + seed)])
     return load_records([tmp_path]).records
 
 
@@ -136,14 +127,8 @@ def test_every_figure_has_a_name_a_meaning_and_a_unit() -> None:
     assert len({metric.heading for metric in METRICS.values()}) == len(METRICS)
 
 
-def make_result(**changes: Any) -> RunResult:
-    result = make_record(0, 8.0).result
-    assert result is not None
-    return result.model_copy(update=changes)
-
-
 def test_runs_are_combined_as_declared() -> None:
-    results = [make_result(final_error=e, epoch_seconds=s) for e, s in ((8.0, 3.0), (9.0, None), (10.0, 5.0))]
+    results = [make_result(8.0, final_error=e, epoch_seconds=s) for e, s in ((8.0, 3.0), (9.0, None), (10.0, 5.0))]
     assert METRICS["error"].summarise(results) == Figure(9.0, 1.0, 3)
     assert METRICS["epoch_seconds"].summarise(results) == Figure(4.0, None, 2, "no epoch was timed"), "its own n"
     assert METRICS["parameters"].summarise(results).value == 272_292
@@ -152,7 +137,7 @@ def test_runs_are_combined_as_declared() -> None:
     assert METRICS["nvml_process_mib"].summarise(results).reason == "no GPU was used"
     assert METRICS["epoch_seconds"].summarise([results[1]]).reason == "no epoch was timed"
     assert METRICS["error"].summarise([]) == Figure(None)
-    some = [make_result(final_top5_error=1.0), make_result()]
+    some = [make_result(8.0, final_top5_error=1.0), make_result(8.0)]
     assert METRICS["top5_error"].summarise(some).value is None, "no mean over some of the runs"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from processes import run_ranks
-from records import make_record
+from records import NO_GPU, make_memory, make_record
 from rich.console import Console
 
 from harness.cluster.job import Allocation, Failed, Worker
@@ -26,7 +26,7 @@ from harness.resources import Session
 from harness.results.explain import predicted_figures, why
 from harness.results.rows import summarise
 from harness.results.store import Stored, keep_prediction, load_predictions, load_records
-from harness.results.values import Measurement, Memory, Prediction
+from harness.results.values import Prediction
 from harness.spec import RunPaths, RunSpec
 from harness.training.rates import (
     ALL,
@@ -46,7 +46,6 @@ from harness.training.rates import (
 )  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent
-NONE = Measurement(value=None, reason="no GPU was used")
 
 # --- NCCL's words ---
 
@@ -275,9 +274,9 @@ def make_probe(spec: RunSpec) -> Prediction:
     steps = -(-50_000 // batch)
     return Prediction(
         spec={}, steps=30, epoch_seconds=steps * (0.001 + 1e-4 * batch), eval_seconds=2.0, setup_seconds=5.0, epochs=200,
-        energy_joules=NONE, workers=1, threads=8, device="NVIDIA H200", made_at=datetime.now(UTC), epoch_steps=steps,
+        energy_joules=NO_GPU, workers=1, threads=8, device="NVIDIA H200", made_at=datetime.now(UTC), epoch_steps=steps,
         gradient_bytes=1_080_000,
-        memory=Memory(torch_allocated_mib=NONE, torch_reserved_mib=NONE, nvml_process_mib=NONE, rss_mib=NONE),
+        memory=make_memory(),
     )  # fmt: skip
 
 
@@ -320,14 +319,12 @@ def test_an_estimate_says_how_far_a_run_scales_and_is_scored_later(tmp_path: Pat
     assert stored[4].spec["recipe"]["batch_size"] == 128
 
     # a run at that width, later
-    record = make_record(0, 8.0)
+    record = make_record(0, 8.0, result={"workers": 4, "epoch_seconds": 1.7})
     wide = {**record.spec, "workers": 4}
-    assert record.result is not None
-    result = record.result.model_copy(update={"workers": 4, "epoch_seconds": 1.7})
-    record = record.model_copy(update={"spec": wide, "result": result})
+    record = record.model_copy(update={"spec": wide})
     of_it = stored[4].model_copy(update={
         "spec": {name: value for name, value in wide.items() if name != "seed"},
-        "device": result.device, "threads": result.threads,
+        "device": "NVIDIA H200", "threads": 8,
     })  # fmt: skip
     (row,) = summarise([Stored(record, tmp_path)], predictions=[of_it])
     pairs = {pair.figure: pair for pair in predicted_figures(row)}

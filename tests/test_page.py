@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from chromium import Browser, find_chromium
-from records import NOW, make_record
+from records import NOW, make_epoch, make_memory, make_record
 
 from harness.results.report.charts import (
     MAX_LEGEND,
@@ -31,7 +31,7 @@ from harness.results.report.page import make_page
 from harness.results.report.table import Format, render
 from harness.results.rows import Row, summarise
 from harness.results.store import Problem, finish, load_records, start, write_epochs
-from harness.results.values import EpochMetrics, Failure, Measurement, Memory, Record
+from harness.results.values import EpochMetrics, Failure, Measurement, Record
 
 GOLDEN = Path(__file__).parent / "golden"
 ERRORS = {20: 8.4, 32: 7.5, 56: 6.6, 110: 6.2}
@@ -51,9 +51,9 @@ def make_spec(
 
 def make_curve(depth: int, seed: int, epochs: int = 12) -> tuple[EpochMetrics, ...]:
     return tuple(
-        EpochMetrics(
-            epoch=k, steps=391, images=50_000, loss=1 / k, error=round(ERRORS[depth] + 40 * math.exp(-k) + 0.1 * seed, 4),
-            lr=0.1, train_seconds=2.0, data_stall_seconds=0.1, eval_seconds=0.2, images_per_second=25_000.0, timed=k > 1,
+        make_epoch(
+            k, loss=1 / k, error=round(ERRORS[depth] + 40 * math.exp(-k) + 0.1 * seed, 4), train_seconds=2.0,
+            data_stall_seconds=0.1, eval_seconds=0.2, images_per_second=25_000.0, timed=k > 1,
         )
         for k in range(1, epochs + 1)
     )  # fmt: skip
@@ -62,26 +62,22 @@ def make_curve(depth: int, seed: int, epochs: int = 12) -> tuple[EpochMetrics, .
 def make_run(
     depth: int, seed: int, loader: str = "dali", failure: Failure | None = None, dataset: str = "cifar10", variant: str = "msra"
 ) -> Record:  # fmt: skip
-    record = make_record(seed, 8.0, failure=failure)
     epochs = make_curve(depth, seed)
     seconds = 2 + depth / 20 + (loader == "dataloader")
-    memory = Memory(
-        torch_allocated_mib=Measurement(value=200.0 + 8 * depth), torch_reserved_mib=Measurement(value=300.0 + 8 * depth),
-        nvml_process_mib=Measurement(value=None, reason="NVML shows no processes here"), rss_mib=Measurement(value=2000.0),
+    memory = make_memory(
+        torch_allocated_mib=200.0 + 8 * depth, torch_reserved_mib=300.0 + 8 * depth, rss_mib=2000.0,
+        nvml_process_mib=Measurement(value=None, reason="NVML shows no processes here"),
     )  # fmt: skip
-    result = None
-    if record.result is not None:
-        result = record.result.model_copy(
-            update={
-                "epochs": epochs, "final_error": epochs[-1].error, "best_error": epochs[-1].error - 0.1, "best_epoch": 11,
-                "epoch_seconds": seconds, "images_per_second": 50_000 / seconds, "memory": memory,
-            }
-        )  # fmt: skip
+    result = {
+        "epochs": epochs, "final_error": epochs[-1].error, "best_error": epochs[-1].error - 0.1, "best_epoch": 11,
+        "epoch_seconds": seconds, "images_per_second": 50_000 / seconds, "memory": memory,
+    }  # fmt: skip
+    record = make_record(seed, 8.0, failure=failure, result=result)
     name = f"{dataset}_{variant}-{depth}_s{seed}_{loader}".replace("/", "-")[:80]
     return record.model_copy(
         update={
             "key": name, "name": name, "depth": depth, "spec": make_spec(depth, seed, loader, dataset, variant),
-            "result": result, "dataset": dataset, "variant": variant, "finished_at": NOW + timedelta(minutes=seed),
+            "dataset": dataset, "variant": variant, "finished_at": NOW + timedelta(minutes=seed),
         }
     )  # fmt: skip
 

@@ -6,29 +6,25 @@ import csv
 import io
 from typing import Any
 
-from records import NOW, make_record
+from records import NOW, make_memory, make_record
 
 from harness.results.explain import predicted_figures, why
 from harness.results.report.page import make_page
 from harness.results.report.table import render
 from harness.results.rows import Row, summarise
 from harness.results.store import Stored
-from harness.results.values import Measurement, Memory, Prediction
+from harness.results.values import Measurement, Prediction
 
 MISSING = Measurement(value=None, reason="NVML lists no process")
 
 
 def make_row(folder: Any, *, predicted: bool = True, joules: Measurement = MISSING) -> Row:
     """Measured: 4.0 s/epoch, 900 MiB RSS. Predicted: 3.2 s and 1,000 MiB, 100 kJ a run."""
-    record = make_record(0, 8.0)
-    assert record.result is not None
-    memory = record.result.memory.model_copy(update={"nvml_process_mib": MISSING})
-    result = record.result.model_copy(update={"memory": memory, "energy_joules": joules})
-    record = record.model_copy(update={"result": result})
-    told = Memory(
-        torch_allocated_mib=Measurement(value=512.0), torch_reserved_mib=Measurement(value=600.0), nvml_process_mib=MISSING,
-        rss_mib=Measurement(value=1000.0),
-    )  # fmt: skip
+    memory = make_memory(rss_mib=900.0, nvml_process_mib=MISSING)
+    record = make_record(0, 8.0, result={"memory": memory, "energy_joules": joules})
+    told = make_memory(
+        torch_allocated_mib=512.0, torch_reserved_mib=600.0, nvml_process_mib=MISSING, rss_mib=1000.0
+    )
     spec = {name: value for name, value in record.spec.items() if name != "seed"}
     prediction = Prediction(
         spec=spec, steps=30, epoch_seconds=3.2, eval_seconds=0.5, setup_seconds=9.0, epochs=200,

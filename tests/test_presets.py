@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from command import harness
-from records import make_record
+from records import make_epoch, make_record
 
 from harness.commands.report import choose_rows
 from harness.models.variants import PRESETS, find_variant
@@ -21,7 +21,7 @@ from harness.results.report.charts import make_panels
 from harness.results.report.columns import find_columns
 from harness.results.rows import summarise
 from harness.results.store import Stored, write_epochs
-from harness.results.values import EpochMetrics, Record
+from harness.results.values import Record
 
 Store = Callable[..., Path]
 
@@ -37,12 +37,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
             folder = tmp_path / "runs" / record.name
             folder.mkdir(parents=True)
             (folder / "record.json").write_text(record.model_dump_json())
-            epochs = [
-                EpochMetrics(
-                    epoch=k, steps=391, images=50_000, loss=1.0, error=error, lr=0.1, train_seconds=4.0,
-                    data_stall_seconds=0.0, eval_seconds=0.5, images_per_second=1e4, timed=True,
-                ) for k, error in enumerate(errors, 1)
-            ]  # fmt: skip
+            epochs = [make_epoch(k, error=error) for k, error in enumerate(errors, 1)]
             write_epochs(folder, epochs)
         return tmp_path / "runs"
 

@@ -7,33 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from records import make_epoch, make_memory, make_result
 
 from harness.results import store
-from harness.results.values import EpochMetrics, Failure, Measurement, Memory, Record, RunResult, Timing
+from harness.results.values import Failure, Record, RunResult, Timing
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
-def make_epoch(epoch: int, **changes: Any) -> EpochMetrics:
+def make_stored_result(**changes: Any) -> RunResult:
+    """Of three epochs, the first of them a warm-up."""
     values: dict[str, Any] = {
-        "epoch": epoch, "steps": 391, "images": 50_000, "loss": 1.5, "error": 40.0 - epoch, "lr": 0.1,
-        "train_seconds": 10.0, "data_stall_seconds": 0.5, "eval_seconds": 1.0, "images_per_second": 5_000.0,
+        "epochs": tuple(make_epoch(k, timed=k > 1) for k in (1, 2, 3)), "best_epoch": 2, "eval_seconds": 1.0,
+        "setup_seconds": 3.0, "train_seconds": 30.0, "memory": make_memory(rss_mib=700.0), "threads": 2, "device": "AMD EPYC",
     }  # fmt: skip
-    return EpochMetrics(**(values | changes))
-
-
-def make_result(**changes: Any) -> RunResult:
-    none = Measurement(value=None, reason="no GPU")
-    values: dict[str, Any] = {
-        "parameters": 272_292, "evaluated_on": "test",
-        "epochs": tuple(make_epoch(k, timed=k > 1) for k in (1, 2, 3)),
-        "final_error": 8.3, "best_error": 8.1, "best_epoch": 2, "epoch_seconds": 10.0, "warmup_epochs": 1,
-        "eval_seconds": 1.0, "images_per_second": 5_000.0, "setup_seconds": 3.0, "train_seconds": 30.0,
-        "memory": Memory(torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none,
-                         rss_mib=Measurement(value=700.0)),
-        "workers": 1, "batch_size": 128, "batch_size_per_gpu": 128, "threads": 2, "device": "AMD EPYC",
-    }  # fmt: skip
-    return RunResult(**(values | changes))
+    return make_result(8.3, 10.0, **(values | changes))
 
 
 def make_record(seed: int = 0, **changes: Any) -> Record:
@@ -41,7 +29,7 @@ def make_record(seed: int = 0, **changes: Any) -> Record:
     values: dict[str, Any] = {
         "key": key, "name": store.run_name("cifar10-q75", "msra", 20, seed, key), "status": "done",
         "variant": "msra", "depth": 20, "seed": seed, "dataset": "cifar10-q75", "original": False,
-        "spec": {"variant": "msra", "seed": seed, "epochs": 3}, "result": make_result(),
+        "spec": {"variant": "msra", "seed": seed, "epochs": 3}, "result": make_stored_result(),
         "environment": {"commit": "abc"}, "started_at": NOW, "finished_at": NOW + timedelta(minutes=1),
     }  # fmt: skip
     return Record(**(values | changes))
@@ -108,7 +96,7 @@ def test_wait_share_leaves_untimed_epochs_out(tmp_path: Path) -> None:
         make_epoch(1, data_stall_seconds=9.0, timed=False),
         make_epoch(2, data_stall_seconds=2.0, train_seconds=8.0),
     )
-    folder = store.finish(tmp_path, make_record(result=make_result(epochs=epochs)))
+    folder = store.finish(tmp_path, make_record(result=make_stored_result(epochs=epochs)))
     record = store.load_records([folder]).records[0].record
     assert record.result is not None
     assert record.result.data_stall_percent == pytest.approx(25.0)
@@ -168,7 +156,7 @@ def test_values_that_are_no_numbers_come_back(tmp_path: Path) -> None:
     (epoch,) = store.load_epochs(tmp_path)
     assert math.isnan(epoch.loss)
     assert epoch.error == math.inf
-    folder = store.finish(tmp_path, make_record(result=make_result(final_error=math.nan)))
+    folder = store.finish(tmp_path, make_record(result=make_stored_result(final_error=math.nan)))
     (stored,) = store.load_records([folder]).records
     assert stored.record.result is not None
     assert math.isnan(stored.record.result.final_error)

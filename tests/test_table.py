@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from records import make_memory, make_result
 
 from harness.results.explain import why
 from harness.results.metrics import Figure
@@ -18,7 +19,7 @@ from harness.results.report.notes import make_notes
 from harness.results.report.table import Format, render
 from harness.results.rows import Row, summarise
 from harness.results.store import Interrupted, Stored
-from harness.results.values import Failure, Measurement, Memory, Record, RunResult
+from harness.results.values import Failure, Measurement, Record, RunResult
 from harness.until_ci import Known
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -35,21 +36,12 @@ def make_spec(depth: int = 20, seed: int = 0, *, lr: float = 0.1, **changes: Any
     return spec | changes
 
 
-def make_result(error: float = 8.4, **changes: Any) -> RunResult:
-    memory = Memory(
-        torch_allocated_mib=Measurement(value=417.0),
-        torch_reserved_mib=Measurement(value=512.0),
-        nvml_process_mib=Measurement(value=1890.0),
-        rss_mib=Measurement(value=2500.0),
+def make_measured(error: float = 8.4, **changes: Any) -> RunResult:
+    memory = make_memory(
+        torch_allocated_mib=417.0, torch_reserved_mib=512.0, nvml_process_mib=1890.0, rss_mib=2500.0
     )
-    values: dict[str, Any] = {
-        "parameters": 272_292, "evaluated_on": "test", "final_error": error, "best_error": error - 0.2,
-        "best_epoch": 170, "epoch_seconds": 4.5, "warmup_epochs": 1, "eval_seconds": 0.5,
-        "images_per_second": 11_111.0, "data_stall_percent": 1.25, "setup_seconds": 9.0, "train_seconds": 810.0,
-        "memory": memory, "workers": 1, "batch_size": 128, "batch_size_per_gpu": 128, "threads": 8,
-        "device": "NVIDIA H200",
-    }  # fmt: skip
-    return RunResult(**(values | changes))
+    values = {"images_per_second": 11_111.0, "data_stall_percent": 1.25, "memory": memory}
+    return make_result(error, 4.5, **(values | changes))
 
 
 def make_run(
@@ -62,7 +54,7 @@ def make_run(
     record = Record(
         key=hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16], name=f"{dataset}_msra-{depth}_s{seed}", variant="msra", depth=depth, seed=seed,
         status="failed" if failure else "done", dataset=dataset, original=original,
-        spec=whole, result=None if failure else make_result(error, **(result or {})),
+        spec=whole, result=None if failure else make_measured(error, **(result or {})),
         failure=failure, environment={"versions": {"torch": torch}, "check": {"status": "passed"}},
         started_at=NOW - timedelta(days=1),
         finished_at=NOW + timedelta(seconds=finished),
@@ -202,7 +194,7 @@ def test_medians_peaks_and_missing_readings() -> None:
     none = Measurement(value=None, reason="NVML: not permitted")
     runs = []
     for seed, seconds in enumerate((4.0, 9.0, 5.0)):
-        memory = make_result().memory.model_copy(
+        memory = make_measured().memory.model_copy(
             update={"torch_allocated_mib": Measurement(value=400.0 + seed), "nvml_process_mib": none}
         )
         runs.append(make_run(seed, result={"epoch_seconds": seconds, "memory": memory}))
@@ -217,13 +209,7 @@ def test_medians_peaks_and_missing_readings() -> None:
 
 
 def test_memory_on_the_cpu_goes_by_its_own_name() -> None:
-    no_gpu = Measurement(value=None, reason="no CUDA device")
-    memory = Memory(
-        torch_allocated_mib=no_gpu,
-        torch_reserved_mib=no_gpu,
-        nvml_process_mib=no_gpu,
-        rss_mib=Measurement(value=812.4),
-    )
+    memory = make_memory(rss_mib=812.4)
     page = text(summarise([make_run(result={"memory": memory, "device": "AMD EPYC"}, device="cpu")]))
     assert re.search(r"RSS\n.*\n.* 812\n", page)
     assert "not measured" not in page, "nobody misses a GPU where none was asked for"
@@ -488,7 +474,7 @@ def test_what_a_measured_figure_holds_is_said() -> None:
     assert f"kJ: {shared} (of one run; for the others see harness why)" in make_notes(rows)
     assert f"seed 0: 900 ({shared}), seed 1: 900 ({counted})\n" in why(rows[0])
     rss = Measurement(value=812.4, reason="of the whole process: its peak cannot be reset here")
-    memory = make_result().memory.model_copy(update={"rss_mib": rss})
+    memory = make_measured().memory.model_copy(update={"rss_mib": rss})
     on_cpu, on_gpu = ([make_run(result={"memory": memory}, device=device)] for device in ("cpu", "cuda"))
     assert f"RSS: {rss.reason}" in make_notes(summarise(on_cpu))
     assert f"RSS: {rss.reason}" not in make_notes(summarise(on_gpu)), "where the table has no such column"

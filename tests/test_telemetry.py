@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from records import NOW, make_record
+from records import NOW, make_epoch, make_memory, make_record
 
 from harness.cluster.job import Allocation, Telemetry
 from harness.cluster.launch import launch_here
@@ -20,7 +20,7 @@ from harness.results.explain import why
 from harness.results.report.page import make_page
 from harness.results.rows import summarise
 from harness.results.store import Stored
-from harness.results.values import EpochMetrics, GpuUse, Measurement, Memory, NodeUse, RankUse
+from harness.results.values import EpochMetrics, GpuUse, Measurement, NodeUse, RankUse
 from harness.training import host
 from harness.training.host import NodeTelemetry
 from harness.training.telemetry import EpochTelemetry, summarise_rank
@@ -144,18 +144,14 @@ def test_the_local_launcher_samples_in_a_thread_and_survives_a_broken_one(tmp_pa
 
 
 def metrics(epoch: int, **changes: Any) -> EpochMetrics:
-    return EpochMetrics(epoch=epoch, steps=1, images=1, loss=1.0, error=9.0, lr=0.1, train_seconds=2.0, data_stall_seconds=0.5,
-                        eval_seconds=0.1, images_per_second=1.0, **changes)  # fmt: skip
+    return make_epoch(epoch, train_seconds=2.0, **changes)
 
 
 def test_one_rank_has_no_skew_and_its_own_figures() -> None:
-    none = Measurement(value=None, reason="no GPU was used")
-    memory = Memory(
-        torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none, rss_mib=Measurement(value=7.0)
-    )
     reading = EpochTelemetry(torch.device("cpu")).stop(2.0)
     assert (reading.skew, reading.slowest_rank) == (None, None)
-    (rank,) = gather(summarise_rank(0, memory, [metrics(1, timed=False), metrics(2)]))
+    epochs = [metrics(1, timed=False), metrics(2)]
+    (rank,) = gather(summarise_rank(0, make_memory(rss_mib=7.0), epochs))
     assert (rank.train_seconds, rank.data_stall_seconds, rank.rss_mib, rank.nvml_process_mib) == (
         2.0,
         0.5,
@@ -182,14 +178,12 @@ def test_why_and_the_page_show_nodes_and_ranks(tmp_path: Path) -> None:
                 torch_reserved_mib=None, nvml_process_mib=1500.0 + rank, rss_mib=900.0)
         for rank in (0, 1)
     )  # fmt: skip
-    record = make_record(0, 8.4, workers=2)
-    assert record.result is not None
-    result = record.result.model_copy(update={"nodes": nodes, "ranks": ranks})
+    record = make_record(0, 8.4, workers=2, result={"nodes": nodes, "ranks": ranks})
     folder = tmp_path / record.name
     folder.mkdir()
     lines = [metrics(1, timed=False, skew=3.0, slowest_rank=0), metrics(2, skew=1.25, slowest_rank=1)]
     (folder / "epochs.jsonl").write_text("".join(f"{line.model_dump_json()}\n" for line in lines))
-    rows = summarise([Stored(record.model_copy(update={"result": result}), folder)])
+    rows = summarise([Stored(record, folder)])
     text = why(rows[0])
     assert "at most 1.250 (rank 1 in epoch 2)" in text, "warm-up is left out"
     assert "rank 1, host node<1>, train_seconds 5," in text
@@ -201,5 +195,5 @@ def test_why_and_the_page_show_nodes_and_ranks(tmp_path: Path) -> None:
     page = make_page(rows, bundle="", made_at=NOW)
     assert "<td>node&lt;1&gt;</td><td>33</td><td>9,000</td><td>0</td><td>87</td><td>431</td><td>612</td>" in page
     assert "<td>1,501</td>" in page
-    old = make_page(summarise([Stored(record, folder)]), bundle="", made_at=NOW)
+    old = make_page(summarise([Stored(make_record(0, 8.4, workers=2), folder)]), bundle="", made_at=NOW)
     assert "Nodes, sampled" not in old, "nothing of records made before"

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from records import make_epoch
 from rich.console import Console
 from test_estimate import make_specs
-from test_store import make_epoch
 
 from harness.cluster.job import Entered, Failed, Started
 from harness.models.variants import Recipe

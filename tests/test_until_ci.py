@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from command import harness
+from records import make_result
 from scipy import stats
 
-from harness import cli, plan
+from harness import plan
 from harness.results.published import Published
 from harness.results.statistics import estimate_mean, judge
 from harness.results.store import load_records
@@ -133,39 +133,19 @@ def test_mistakes(half: float | None, max_seeds: int | None, words: str) -> None
         make_goal(half, max_seeds, 7 if "7" in words else 3)
 
 
-def run(line: str, capsys: Any) -> tuple[int, str]:
-    before = sys.argv
-    sys.argv = ["harness", "run", *shlex.split(line)]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        sys.argv = before
-    return int(stop.value.code or 0), capsys.readouterr().out
-
-
 def test_the_command_adds_seeds_until_it_is_narrow_or_may_not(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training is replaced: depth 8 spreads by a hundredth of a point, depth 14 by nine points."""
-    import harness.training.train
-    from harness.results.values import Measurement, Memory, RunResult
+    from harness.results.values import RunResult
 
     def train(spec: RunSpec, worker: Any, report: Any, *, paths: Any) -> RunResult:
-        none = Measurement(value=None, reason="stub")
         error = 5 + 0.01 * spec.seed if spec.network.depth == 8 else 5 + spec.seed % 2 * 9.0
-        return RunResult(
-            parameters=1, evaluated_on="test", final_error=error, best_error=error, best_epoch=1, epoch_seconds=1.0,
-            warmup_epochs=0, eval_seconds=0.1, images_per_second=1.0, setup_seconds=0.1, train_seconds=1.0, workers=1,
-            memory=Memory(torch_allocated_mib=none, torch_reserved_mib=none, nvml_process_mib=none, rss_mib=none),
-            batch_size=128, batch_size_per_gpu=128, threads=1, device="stub",
-        )  # fmt: skip
+        return make_result(error, 1.0)
 
-    monkeypatch.setattr(harness.training.train, "train", train)
-    line = (
-        f"--dataset digits --depths 8,14 --epochs 3 --gpus 0 --launcher local --loader resident --out {tmp_path}"
-    )
-    code, out = run(f"{line} --until-ci 2 --max-seeds 6", capsys)
+    monkeypatch.setattr("harness.training.train.train", train)
+    line = f"run --dataset digits --depths 8,14 --epochs 3 --gpus 0 --launcher local --loader resident --out {tmp_path}"
+    code, out, _ = harness(f"{line} --until-ci 2 --max-seeds 6", capsys)
     assert code == 0
     assert (
         "he2015-8: ±2 points will take about 5 seeds at an error of 1 %, 5 seeds at an error of 5 %, 5 seeds at an error of 10 %"
@@ -180,17 +160,17 @@ def test_the_command_adds_seeds_until_it_is_narrow_or_may_not(
     assert "he2015-8: after" not in out
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     assert "report.html" in out
-    code, out = run(f"{line} --until-ci 2 --max-seeds 6", capsys)
+    code, out, _ = harness(f"{line} --until-ci 2 --max-seeds 6", capsys)
     assert (code, "all 11 runs were done already" in out) == (0, True)
-    code, out = run(f"{line} --until-ci 2 --dry-run", capsys)
+    code, out, _ = harness(f"{line} --until-ci 2 --dry-run", capsys)
     assert "to 10 of a row" in out
-    code, _ = run(f"{line} --until-ci 0.1", capsys)
+    code, _, _ = harness(f"{line} --until-ci 0.1", capsys)
     assert code == 2
 
 
 def test_the_error_that_the_report_compares_is_watched(tmp_path: Path) -> None:
     """Of the test set, where images were held out; of the runs in the latest row alone."""
-    from test_store import make_record, make_result
+    from test_store import make_record, make_stored_result
 
     from harness.record import Recorder
     from harness.results.store import finish
@@ -200,7 +180,9 @@ def test_the_error_that_the_report_compares_is_watched(tmp_path: Path) -> None:
     specs = make_specs((0, 1, 2), depths=(20,))
     recorder = Recorder(RunPaths(out=tmp_path, label="cifar10"), True, {}, print)
     for spec, torch in zip(specs, ("2.11.0", "2.15.0", "2.15.0"), strict=True):
-        result = make_result(evaluated_on="val", final_error=40.0, test_error=8.0 + spec.seed, test_images=IMAGES)
+        result = make_stored_result(
+            evaluated_on="val", final_error=40.0, test_error=8.0 + spec.seed, test_images=IMAGES
+        )
         record = make_record(spec.seed, key=spec.key, name=recorder.paths.name(spec),
                              spec=spec.to_json(), result=result, dataset="cifar10",
                              environment={"versions": {"torch": torch}})  # fmt: skip
