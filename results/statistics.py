@@ -246,30 +246,23 @@ def judge(
     Where the published epoch is not stated both must agree. `planned`: the seeds before `--until-ci` added others.
     """
     ways = {"last": [last], "best": [best], "unstated": [last, best]}[published.rule]
-    told = [(one.value, one.half(), one.p()) for one in (_subtract(published, way, planned) for way in ways)]
+    means = [ours for way in ways if (ours := estimate_mean(way, published.images, planned))]
+    told = [(one.value, one.half(), one.p()) for one in (_subtract(published, ours, len(last)) for ours in means)]
     near = all(abs(d) <= half <= MAX_HALF_WIDTH and abs(d) + half < MARGIN for d, half, _ in told)
     differences, halves, ps = zip(*told, strict=True)
     p = max(ps) if min(differences) > 0 or max(differences) <= 0 else 1.0
     return Against(published, differences[0], max(halves), p, "consistent" if near else "cannot tell")
 
 
-def _subtract(published: Published, errors: Sequence[float], planned: int | None) -> Estimate:
-    """Ours minus theirs, which is a mean of runs like ours, or has a spread of its own."""
-    images, number, rounding = published.images, published.number, published.rounded**2 / 12
-    ours = estimate_mean(errors, images, planned)
-    assert ours is not None  # as the number of images is known
-    if published.std is None or published.n == 1:
-        one_run = len(errors) * ours.error**2
-        error = math.sqrt(ours.error**2 + one_run / _runs(published) + rounding)
-        return Estimate(ours.value - number, error, ours.freedom)
-    variance, freedom = moderated(number, published.std, published.n, images)
-    return ours - Estimate(number, math.sqrt(variance / published.n + rounding), freedom)
-
-
-def _runs(published: Published) -> float:
-    """How many runs have a mean as exact as the published number: of a median of n, fewer than n."""
-    n = published.n
-    return MEDIAN_RUNS.get(n, 2 * n / math.pi) if published.statistic == "median" else n
+def _subtract(published: Published, ours: Estimate, n: int) -> Estimate:
+    """The mean of our n runs minus theirs, which is a mean of runs like ours, or has a spread of its own."""
+    number, rounding, runs = published.number, published.rounded**2 / 12, float(published.n)
+    if published.std is not None and runs > 1:
+        variance, freedom = moderated(number, published.std, published.n, published.images)
+        return ours - Estimate(number, math.sqrt(variance / runs + rounding), freedom)
+    if published.statistic == "median":
+        runs = MEDIAN_RUNS.get(published.n, 2 * runs / math.pi)
+    return Estimate(ours.value - number, math.sqrt(ours.error**2 * (1 + n / runs) + rounding), ours.freedom)
 
 
 def adjust(judged: Sequence[Against]) -> None:
@@ -283,10 +276,11 @@ def adjust(judged: Sequence[Against]) -> None:
 
 def seeds_to_tell(published: Published, errors: Sequence[float]) -> int | None:
     """The smallest number of runs like these whose interval is ±0.5 points; None where no number suffices."""
-    one_run, _ = moderated(mean(errors), std(errors), len(errors), published.images)
+    centre = mean(errors)
+    variance, _ = moderated(centre, std(errors), len(errors), published.images)
 
     def enough(n: int) -> bool:
-        variance = one_run * (1 / n + 1 / _runs(published)) + published.rounded**2 / 12
-        return t_quantile(0.95, PRIOR_FREEDOM + n - 1) * math.sqrt(variance) <= MAX_HALF_WIDTH
+        ours = Estimate(centre, math.sqrt(variance / n), PRIOR_FREEDOM + n - 1)
+        return _subtract(published, ours, n).half() <= MAX_HALF_WIDTH
 
     return smallest(enough, MIN_SEEDS)

@@ -164,6 +164,7 @@ def test_the_seeds_that_would_tell() -> None:
     for runs, enough in ((n, True), (n - 1, False)):
         half = stats.t.ppf(0.95, 8 + runs - 1) * math.sqrt(variance * (1 / runs + 1) + 0.01**2 / 12)
         assert (half <= MAX_HALF_WIDTH) == enough
+    assert seeds_to_tell(replace(PUBLISHED, std=3.0, n=3), errors) is None, "their own spread alone is wider"
 
 
 NOT_DUE: dict[str, dict[str, Any]] = {
