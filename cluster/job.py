@@ -90,7 +90,7 @@ class PreemptedError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failed:
-    """A run without a result. `died`: a process ended without an exception of its own, or by a GPU's: another may do."""
+    """A run without a result. `died`: a process ended without an exception of its own."""
 
     exception: str  # type name, "" for a death
     message: str
@@ -150,7 +150,10 @@ _DEATHS = {
     "WorkerHealthCheckFailedError", "ActorDiedError", "RayActorError", "NodeDiedError", "WorkerGroupStartupFailedError",
     "WorkerCrashedError", "WorkerDiedError",
 }  # fmt: skip
-_OF_PROGRAM = re.compile("out of memory|device-side assert")  # of what a GPU says
+# of what a GPU says
+_OF_PROGRAM = re.compile(
+    "out of memory|device-side assert|captur|no kernel image|invalid|not supported|insufficient"
+)
 _COLLECTIVES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _LOST_PEER = re.compile(r"[Cc]onnection (closed by peer|reset by peer|refused)|Broken pipe|gloo.*[Tt]imed out")
 
@@ -167,9 +170,8 @@ def make_failed(error: BaseException, *, attempts: int) -> Failed:
     cause = min(failures, key=_precedence)  # when one worker ends, the others raise in their collective
     died = _precedence(cause) in (1, 3)
     text = str(cause).strip() or type(cause).__name__
-    if died:  # a watchdog knows which rank it was, and where; torch, what its GPU said
-        known = [e for e in failures if "RankStalledError" in _names(e) or is_of_device(e)]
-        text = next(map(str, known), WORKER_DIED)
+    if died:  # a watchdog knows which rank it was, and where
+        text = next((str(error) for error in failures if "RankStalledError" in _names(error)), WORKER_DIED)
     elif "RayError" in _names(cause):
         text = text.splitlines()[-1]
     return Failed(
@@ -179,18 +181,18 @@ def make_failed(error: BaseException, *, attempts: int) -> Failed:
 
 
 def is_of_device(error: BaseException) -> bool:
-    """Whether it may be the GPU that is broken, and not the program: another process on another one may have none."""
+    """Whether it may be the GPU that is broken, and not the program: another one may do."""
     return "AcceleratorError" in _names(error) and not _OF_PROGRAM.search(str(error))
 
 
 def _precedence(error: BaseException) -> int:
     """Of what the ranks of a run raise, the lowest is the cause. 0: preempted, as all were, and the checkpoint is written.
-    1: a process or node ended without an exception of its own, or its GPU did. 2: any other exception. 3: a collective ended
-    because another rank is gone, which is noticed before Ray notices a lost node."""
+    1: a process or node ended without an exception of its own. 2: any other exception. 3: a collective ended because
+    another rank is gone, which is noticed before Ray notices a lost node."""
     names = _names(error)
     if isinstance(error, PreemptedError):
         return 0
-    if names & _DEATHS or is_of_device(error):
+    if names & _DEATHS:
         return 1
     return 3 if names & _COLLECTIVES or ("RuntimeError" in names and _LOST_PEER.search(str(error))) else 2
 

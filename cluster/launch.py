@@ -183,7 +183,8 @@ class _Driver:
         self.training = dict[tuple[int, int], int]()  # run and attempt -> workers
         self.drains = dict[str, float]()  # by node: since when (monotonic) it is taken away
         self.looked_at = float("-inf")
-        self.held = defaultdict[int, list[Any]](list)  # by run: what keeps GPUs on which it failed from all others
+        # by run: what keeps GPUs on which it failed from all others
+        self.held, self.holding = defaultdict[int, list[Any]](list), threading.Lock()
 
     def take(self, like: int | None = None) -> int | None:
         """The next run, or the next of that row; None where there is none, or the command has to end."""
@@ -220,9 +221,11 @@ class _Driver:
 
     def set_aside(self, index: int, node: str, gpu: str) -> None:
         """Keep a run's GPU that seems broken from later attempts, as long as others have room for a run."""
-        left = sum(has.gpus for has in inspect_cluster(self.job.avoid)) - sum(map(len, self.held.values()))
-        if left > self.job.workers and (holder := hold_gpu(node, gpu)) is not None:
-            self.held[index].append(holder)
+        with self.holding:
+            held = sum(map(len, self.held.values())) + 1  # each may cost the room of one run
+            room = self.job.runs_per_gpu == 1 and count_runs(inspect_cluster(self.job.avoid), self.job) > held
+            if room and (holder := hold_gpu(node, gpu)) is not None:
+                self.held[index].append(holder)
 
     def look(self) -> None:
         """Now and then: for nodes that are taken away, and for room for runs that have fewer workers than they could."""
@@ -300,8 +303,7 @@ class _Run:
         """None where there is to be another attempt, else what the run has come to."""
         if stalled := self._read(("stalled", self.index, self.attempt)):
             failed = replace(failed, exception="", died=True, message=stalled.message)
-        if broken := self._read(("broken", self.index, self.attempt)):
-            self.driver.set_aside(self.index, *broken)
+        broken = self._read(("broken", self.index, self.attempt))
         self.avoid = (*self.job.avoid, *(stalled.nodes if stalled else ()))
         preempted = failed.exception == PreemptedError.__name__
         drained = failed.died and any(since >= began for since in self.driver.drains.values())
@@ -309,10 +311,12 @@ class _Run:
             best = self.driver.best_progress[self.index]
             self.failures = 1 if best > self.progress else self.failures + 1
             self.progress = max(best, self.progress)
-            if not failed.died or self.failures > self.job.retries:
+            if not (failed.died or broken) or self.failures > self.job.retries:
                 if broken:  # on other GPUs, too
                     self.driver.held.pop(self.index, None)
                 return failed
+        if broken:
+            self.driver.set_aside(self.index, *broken)
         grows = preempted and self._read((LEAVE, self.index, self.attempt))
         cause = "room for more workers: " if grows else "a worker had to leave: " if preempted else ""
         self.reason = cause + failed.message
@@ -349,6 +353,8 @@ class _Run:
             self.waited_seconds = before + seconds
             if self.driver.training:
                 vain_since = time.monotonic()
+            elif lacking:  # a GPU that may be broken is better than none
+                self.driver.held.clear()
             if (lacking or before) and time.monotonic() - vain_since > job.placement_timeout_seconds:
                 return None
             if not lacking:

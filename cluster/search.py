@@ -147,6 +147,10 @@ class _Driver(tune.Callback):
             started = Started(attempt=attempt, reason=WORKER_DIED if attempt > 1 else "")
             self.trials.reported(self.running[trial.trial_id], started)
 
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        error = WorkerDiedError("its process returned without an outcome")
+        self.end(trial.trial_id, make_failed(error, attempts=1))
+
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         error = trial.get_pickled_error() or RuntimeError("Ray Tune gives no reason")
         self.end(trial.trial_id, make_failed(error, attempts=max(1, self.attempts[trial.trial_id])))

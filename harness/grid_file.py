@@ -74,10 +74,13 @@ def _read(table: Mapping[str, Any], given: Mapping[str, Any], what: str) -> dict
 
 def _find_line(text: str, given: Mapping[str, Any], message: str) -> int | None:
     """Where the first statement begins with which a file that ends there has this mistake; None: it has it when empty."""
-    lines, begin = text.splitlines(), 0
+    lines, begin = text.split("\n"), 0
     for end in range(len(lines) + 1):
         try:
-            _read_file(tomllib.loads("\n".join(lines[:end])), given)
+            values = tomllib.loads("\n".join(lines[:end]))
+            if isinstance(groups := values.get("runs"), list):
+                values["runs"] = groups[-1:]  # the others are those of a shorter file, which had no such mistake
+            _read_file(values, given)
         except tomllib.TOMLDecodeError:  # amid a statement
             continue
         except UserError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import datetime
@@ -106,7 +106,10 @@ def read_values(values: Mapping[str, Any], *groups: type) -> dict[str, Any]:
         check_word(name, known, "option")
     if "plugin" in known:
         load_named(values)
-    return {name: value for name, value in values.items() if value is not None}
+    given = {name: value for name, value in values.items() if value is not None}
+    # a range or a generator, once: it is read again, and stored
+    once = [n for n, v in given.items() if isinstance(v, Iterable) and not isinstance(v, str | Mapping | list)]
+    return given | {name: tuple(given[name]) for name in once}
 
 
 def fill(group: type[Group], values: Mapping[str, Any]) -> Group:

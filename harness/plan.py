@@ -51,7 +51,7 @@ def make_grid(given: Mapping[str, Any]) -> Grid:
         with mistakes(ValueError, "--preset: "):
             preset = find_preset(given["preset"])
             networks = preset.select(grid.variants if "variants" in given else (), grid.depths)
-        grid = replace(grid, networks=networks, dataset=given.get("dataset", preset.dataset))
+        grid = replace(grid, networks=networks, dataset=grid.dataset if "dataset" in given else preset.dataset)
     return _change_specs(grid, given) if grid.specs else grid
 
 

@@ -208,7 +208,7 @@ def check_first(specs: Sequence[RunSpec], session: Session, console: Console, *,
     results, runs = dict[str, Result](), list(specs)
     cache, until = session.paths.cache_dir or cache_dir(), time.monotonic() + SECONDS
     devices = [] if skip else find_devices(session)
-    if devices and session.allocation.workers > 1:
+    if not skip and session.allocation.workers > 1:
         devices.append(make_ranks(session, devices))
     while missing := [check for check in rests_on(runs) if check.name not in results and not skip]:
         for device in {device.key: device for device in devices}.values():  # one of each kind

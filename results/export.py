@@ -65,13 +65,16 @@ def mlflow(run: Stored, points: Sequence[Point]) -> bool:
     if client.search_runs([experiment], " and ".join(f"tags.{n} = '{v}'" for n, v in tags.items()), max_results=1):
         return False
     started, ended = (int(at.timestamp() * 1000) for at in (record.started_at, record.finished_at))
-    tags["folder"] = str(run.folder)
-    own = client.create_run(experiment, start_time=started, tags=tags, run_name=record.name).info.run_id
+    about = {"key": record.key, "folder": str(run.folder)}
+    own = client.create_run(experiment, start_time=started, tags=about, run_name=record.name).info.run_id
     try:
         tool.log_params({name: str(setting)[:500] for name, setting in flatten(record.spec)}, run_id=own)
         for figures, epoch, at in points:
             tool.log_metrics(figures, step=epoch, timestamp=int(at * 1000), run_id=own)
-    except BaseException:  # or the next export would take it for whole
+        client.set_tag(
+            own, "finished_at", tags["finished_at"]
+        )  # last: without it no later export takes it for whole
+    except BaseException:
         client.delete_run(own)
         raise
     client.set_terminated(own, {"done": "FINISHED", "failed": "FAILED", "pruned": "KILLED"}[record.status], ended)

@@ -99,10 +99,17 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "epochs 'ten': Input should be a valid integer": {"epochs": "ten"},
     "--loader 'dalli' is unknown; did you mean dali?": {"loader": "dalli"},
     "--seeds '0,x'": {"seeds": "0,x"},
+    "preset 5": {"preset": 5},
     "depths ['8a']": {"depths": ["8a"]},
     "did you mean lr?": {"settings": {"lrr": 1}},
     "'learning_rate' is unknown; did you mean lr?": {"settings": {"learning_rate": 1}},
 }
+
+
+def test_what_is_saved_of_a_range_is_a_list(tmp_path: Path) -> None:
+    some: dict[str, Any] = {"depths": range(8, 15, 6), "seeds": (seed for seed in (3, 5)), "dry_run": True}
+    harness.run(**SMALL | some, out=tmp_path, save=tmp_path / "grid.toml")
+    assert {"depths = [8, 14]", "seeds = [3, 5]"} <= set((tmp_path / "grid.toml").read_text().splitlines())
 
 
 @pytest.mark.parametrize("says", MISTAKES)

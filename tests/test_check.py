@@ -14,6 +14,7 @@ from rich.console import Console
 
 from harness.checklist import Result
 from harness.cluster.job import Allocation
+from harness.cluster.nodes import Node
 from harness.commands import check
 from harness.commands.check import CHECKS
 from harness.options import CheckOptions
@@ -105,11 +106,12 @@ def test_nodes_are_compared_over_out_and_measured_with_two_workers_on_each(
         asked.append((session.allocation.threads, widest))
         return {"reason": "no room"}
 
-    job = Allocation(device="cpu", workers=1, concurrent_runs=1, threads=4)
+    job = Allocation(device="cpu", workers=1, concurrent_runs=1, threads=16)
+    nodes = tuple(Node(cpus=cpus, gpus=0) for cpus in (0, 16, 4))
     ranks = SimpleNamespace(name="2 ranks", ranks=True, check=lambda *_: [])
     for name, stub in {
         "make_allocation": lambda *_: job, "measure_nodes": measure_nodes, "measure_between": measure_between,
-        "find_devices": lambda _: [], "make_ranks": lambda *_: ranks,
+        "find_devices": lambda _: [], "make_ranks": lambda *_: ranks, "inspect_cluster": lambda: nodes,
     }.items():  # fmt: skip
         monkeypatch.setattr(check, name, stub)
     results = list(check.measure_all(CheckOptions(out=str(tmp_path / "runs"), address="auto"), Console()))

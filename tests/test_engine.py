@@ -224,16 +224,27 @@ def test_a_lack_of_memory_is_no_reason_to_give_an_engine_up() -> None:
         choose(engines, [(torch.zeros(1),)], pytest.fail)
 
 
+class Small(nn.Module):
+    """Without a length, as ours are: a compiled one then has no truth value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(8, 10),
+        )  # fmt: skip
+
+    def forward(self, images: Tensor) -> Any:
+        return self.body(images)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++: a CPU's kernels cannot be compiled")
 def test_compiled_kernels_give_the_same_losses() -> None:
     """The sums of a batch norm are taken in another order, so equal to rounding alone."""
     plain, compiled = make_step(), make_step()
     for step in (plain, compiled):
         torch.manual_seed(0)
-        network = nn.Sequential(
-            nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-            nn.Linear(8, 10),
-        )  # fmt: skip
+        network = Small()
         step.network, step.parameters = network, list(network.parameters())
         step.optimizer = make_optimizer(step.spec.recipe, network)
     compiled.forward = compile_network(compiled.network)

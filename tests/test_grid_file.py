@@ -76,6 +76,7 @@ MISTAKES = {
     ("# a comment\n\nloader = 'dalli'", 3): "--loader 'dalli' is unknown; did you mean dali?",
     ("seeds = 1\nepochs = 'ten'", 2): "epochs 'ten'",
     ("epochs = 0", 1): "--epochs 0: at least 1",
+    ("# a separator\u2028of lines, for Unicode\nepochs = 0", 2): "--epochs 0: at least 1",
     ("seeds = 'x'", 1): "--seeds 'x'",
     ("seeds = true", 1): "seeds True",
     ("until = '99'", 1): "--until '99'",

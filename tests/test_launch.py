@@ -268,6 +268,7 @@ def test_a_run_waits_for_room_as_long_as_others_of_its_command_train(
         job=make_job(tmp_path, placement_timeout_seconds=0.5),
         mailbox=None,
         training={(1, 1): 1},
+        held={0: ["a GPU that is set aside"]},
         stop=threading.Event(),
     )
     answers = list[Any]()
@@ -275,9 +276,11 @@ def test_a_run_waits_for_room_as_long_as_others_of_its_command_train(
     thread.start()
     thread.join(1.5)
     assert not answers, "no failure while another run of the command has the room"
+    assert driver.held
     driver.training.clear()
     thread.join(5)
     assert answers == [None]
+    assert not driver.held, "a GPU that may be broken is better than none"
 
 
 def test_waits_of_several_attempts_do_not_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

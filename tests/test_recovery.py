@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,17 @@ from processes import run_ranks
 from ray import cloudpickle
 
 from harness.cluster.connect import connect, disconnect
-from harness.cluster.job import Allocation, Entered, Failed, Started, Telemetry, Waiting, Worker, make_failed
+from harness.cluster.job import (
+    Allocation,
+    Entered,
+    Failed,
+    Started,
+    Telemetry,
+    Waiting,
+    Worker,
+    is_of_device,
+    make_failed,
+)
 from harness.cluster.launch import _Driver, _Run, launch
 from harness.cluster.nodes import Cluster, Node, Unanswered, ask_every_node, choose_world_size, fit
 from harness.cluster.workers import Task
@@ -431,13 +442,18 @@ def test_an_error_of_a_gpu_is_tried_again_on_another_and_one_of_the_program_is_n
         "CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported"
     )
     failed = make_failed(WorkerGroupError(lost, error), attempts=1)
-    assert (failed.died, failed.message) == (True, "CUDA error: unspecified launch failure")
-    for own in ("CUDA error: out of memory", "CUDA error: device-side assert triggered"):
-        assert not make_failed(WorkerGroupError(AcceleratorError(own)), attempts=1).died
+    assert (failed.exception, failed.message) == ("AcceleratorError", "CUDA error: unspecified launch failure")
+    assert is_of_device(error)
+    for own in (
+        "out of memory",
+        "device-side assert triggered",
+        "operation not permitted when stream is capturing",
+    ):
+        assert not is_of_device(AcceleratorError(f"CUDA error: {own}"))
 
     held = list[Any]()
     monkeypatch.setattr("harness.cluster.launch.hold_gpu", lambda *gpu: held.append(gpu) or gpu)
-    monkeypatch.setattr("harness.cluster.launch.inspect_cluster", lambda *_: nodes((8, 4)))
+    monkeypatch.setattr("harness.cluster.launch.inspect_cluster", lambda *_: nodes((6, 6)))
     driver: Any = _Driver(
         Task(lambda *_: None, make_job(tmp_path, workers=2, retries=2), None, None), ["run", "other"]
     )
@@ -451,6 +467,9 @@ def test_an_error_of_a_gpu_is_tried_again_on_another_and_one_of_the_program_is_n
     assert held == [("node", "0"), ("node", "1")], "a run of two workers needs the others"
     assert run._judge(failed, time.monotonic()) is failed
     assert not driver.held, "on three GPUs: it is the run"
+    driver.job = replace(driver.job, runs_per_gpu=2)
+    driver.set_aside(1, "node", "2")
+    assert not driver.held, "another run uses the GPU, too"
 
 
 @pytest.mark.parametrize("others", [(), (ActorDiedError("node"),), (RuntimeError("Connection closed by peer"),)])

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 from records import make_epoch
+from rich.cells import cell_len
 from rich.console import Console
 from test_estimate import make_specs
 
 from harness.cluster.job import Entered, Failed, Started
 from harness.models.variants import Recipe
 from harness.progress import Progress, duration, print_columns
+from harness.results.report.text import Sheet, for_terminal
 
 
 def draw(width: int, *events: Any, failed: bool = False) -> list[str]:
@@ -79,3 +81,12 @@ def test_the_live_table_of_many_runs_compares_no_run_with_all_others(monkeypatch
     table.event(specs[0], make_epoch(1))
     table.render()
     assert not compared
+
+
+@pytest.mark.parametrize("width", [80, 20])
+def test_wide_letters_take_two_cells(width: int) -> None:
+    sheet = Sheet(["data set", "error"], [False, True], [["数据集数据集", "1.5"], ["a folder of images", "12.5"]])
+    lines = for_terminal(sheet, width).splitlines()
+    assert max(map(cell_len, lines)) <= width
+    ends = {cell_len(line) for line in lines if line.endswith((".5", "error", "─"))}
+    assert len(ends) == 1, "the figures stand below each other"

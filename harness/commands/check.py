@@ -23,6 +23,7 @@ from rich.text import Text
 from harness.checklist import CHECKS as MEASURED
 from harness.checklist import STYLES, Finding, Result, attempt
 from harness.cluster.connect import connect, disconnect
+from harness.cluster.nodes import inspect_cluster
 from harness.loaders.cache import cache_dir
 from harness.loaders.datasets import load_dataset
 from harness.options import CheckOptions, Grid, Resources
@@ -182,8 +183,9 @@ def measure_all(target: CheckOptions, console: Console) -> Iterator[Result]:
         session = Session(allocation, resources, RunPaths(out=out, remote=remote), stack)
         if target.address is not None:
             yield from judge(measure_nodes(load_dataset("digits"), session, console))
-            # without GPUs, two workers on a node
-            halves = replace(allocation, threads=max(1, allocation.threads // 2))
+            # without GPUs, two workers on the smallest node
+            least = min(allocation.threads, *(node.cpus for node in inspect_cluster() if node.cpus))
+            halves = replace(allocation, threads=max(1, least // 2))
             yield from judge(measure_between(replace(session, allocation=halves), widest=True))
         devices = find_devices(session)
         on_gpu = allocation.device == "cuda"

@@ -42,7 +42,7 @@ def run_command(given: Mapping[str, Any], file: Path | None, console: Console) -
     """`harness run`, with the options that are given on top of a grid file's. Returns the exit code and how it was carried
     out. Raises UserError."""
     command = read_command(given, file)
-    grid, options = plan.make_grid(command), fill(RunOptions, command)
+    options, grid = fill(RunOptions, command), plan.make_grid(command)
     if options.print_config or options.save is not None:
         check_options(grid, options)
     if options.print_config:

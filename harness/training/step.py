@@ -56,7 +56,8 @@ class Step:
             for norm in self.synchronised:
                 norm.all_reduce = self.all_reduce
         with make_autocast(images.device, self.spec.precision), self._counting_together():
-            logits = (self.forward or self.network)(images)
+            # a compiled network has no truth value
+            logits = (self.network if self.forward is None else self.forward)(images)
         smoothing = self.spec.recipe.label_smoothing
         loss_sum = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
         # ranks may hold shares of unequal size: summed here and divided by the global batch, of which DDP's mean

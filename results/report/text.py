@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
+
 from harness.results.metrics import decimals
 from harness.results.values import MEMORY_CATEGORIES
 
@@ -38,8 +40,8 @@ class Sheet:
 
     @property
     def widths(self) -> list[int]:
-        """Letters that each column takes."""
-        return [max(map(len, column)) for column in zip(self.headers, *self.cells, strict=True)]
+        """Cells of a terminal that each column takes: two for a wide letter."""
+        return [max(map(cell_len, column)) for column in zip(self.headers, *self.cells, strict=True)]
 
     @property
     def width(self) -> int:
