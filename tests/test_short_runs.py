@@ -101,7 +101,8 @@ RUN = (
 @pytest.mark.long
 @pytest.mark.ray
 def test_a_run_in_kept_workers_is_that_of_a_fresh_process(tmp_path: Path, capsys: Any) -> None:
-    """Weights and losses bit for bit; memory by as little as fresh processes differ among themselves, which is 4 %."""
+    """Weights and losses bit for bit; memory as far as fresh processes differ among themselves, which is up to 12 % (many of
+    them are compared by benchmarks/kept_workers.py)."""
     seen: list[Any] = []
     for seeds in ("2", "1..1"):
         code, _, err = harness(f"{RUN} {seeds} --out {tmp_path / seeds}", capsys)
@@ -114,4 +115,4 @@ def test_a_run_in_kept_workers_is_that_of_a_fresh_process(tmp_path: Path, capsys
         assert (a.loss, a.train_error, a.error) == (b.loss, b.train_error, b.error)
     assert kept_weights.keys() == fresh_weights.keys()
     assert all(torch.equal(kept_weights[name], fresh_weights[name]) for name in kept_weights)
-    assert kept.memory.rss_mib.value == pytest.approx(fresh.memory.rss_mib.value, rel=0.05)
+    assert kept.memory.rss_mib.value == pytest.approx(fresh.memory.rss_mib.value, rel=0.15)
