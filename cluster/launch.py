@@ -56,6 +56,7 @@ from harness.cluster.workers import (
 
 SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
 LOOK_SECONDS = 1.0  # between looks for nodes that come and go
+GIVE_BACK_SECONDS = 30.0  # without room, until GPUs that were set aside are given back; Ray frees others in less
 POLL_SECONDS = 0.2  # between two looks at what was reported, or for room
 
 
@@ -353,8 +354,8 @@ class _Run:
             self.waited_seconds = before + seconds
             if self.driver.training:
                 vain_since = time.monotonic()
-            elif lacking:  # a GPU that may be broken is better than none
-                self.driver.held.clear()
+            elif lacking and time.monotonic() - vain_since > GIVE_BACK_SECONDS:
+                self.driver.held.clear()  # a GPU that may be broken is better than none
             if (lacking or before) and time.monotonic() - vain_since > job.placement_timeout_seconds:
                 return None
             if not lacking:

@@ -264,6 +264,7 @@ def test_a_run_waits_for_room_as_long_as_others_of_its_command_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("harness.cluster.launch.find_lacking", lambda *_: "1 GPU wanted")
+    monkeypatch.setattr("harness.cluster.launch.GIVE_BACK_SECONDS", 0.1)
     driver: Any = SimpleNamespace(
         job=make_job(tmp_path, placement_timeout_seconds=0.5),
         mailbox=None,
