@@ -71,9 +71,8 @@ def mlflow(run: Stored, points: Sequence[Point]) -> bool:
         tool.log_params({name: str(setting)[:500] for name, setting in flatten(record.spec)}, run_id=own)
         for figures, epoch, at in points:
             tool.log_metrics(figures, step=epoch, timestamp=int(at * 1000), run_id=own)
-        client.set_tag(
-            own, "finished_at", tags["finished_at"]
-        )  # last: without it no later export takes it for whole
+        # last: without it no later export takes the run for whole
+        client.set_tag(own, "finished_at", tags["finished_at"])
     except BaseException:
         client.delete_run(own)
         raise
