@@ -19,7 +19,8 @@ from harness.cluster.nodes import Cluster, inspect_cluster
 CONNECT_SECONDS = 20.0
 LONGEST_TEMP_DIR = 36  # a socket may have a name of 107 bytes, of which Ray adds up to 71
 LOST = "harness: Ray or this command was killed; the same command goes on from the last checkpoints"
-_watchers: list[subprocess.Popen[bytes]] = []
+AUTH_MODE = "RAY_AUTH_MODE"
+_at_end = contextlib.ExitStack()  # what `disconnect` does after Ray's own
 
 OF_WORKERS = {
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # NVML's; CUDA's own is by speed
@@ -65,6 +66,7 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
     Raises ClusterError where no cluster answers within 30 seconds: 10 for TCP, 20 for Ray.
     """
     os.environ.update(_ENVIRONMENT | os.environ)
+    mode = os.environ.get(AUTH_MODE)
     if address is not None:
         _check_alive(address)
     import ray
@@ -108,6 +110,8 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
             raise ClusterError(f"{what}: {first}") from None
     with contextlib.suppress(OSError):  # Ray lets everybody on this machine read it
         (Path.home() / ".ray" / "auth_token").chmod(0o600)
+    if mode is None:
+        _at_end.callback(_forget_auth_mode)
     _watch()
     return inspect_cluster()
 
@@ -117,15 +121,25 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
-    while _watchers:
-        _watchers.pop().communicate(b"ended\n")
+    _at_end.close()
+
+
+def _forget_auth_mode() -> None:
+    """With a cluster of its own Ray sets token mode for the whole process; a cluster without tokens would lose its actors."""
+    import ray._raylet as private
+
+    raylet: Any = private
+    os.environ.pop(AUTH_MODE, None)
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _watch() -> None:
     """Say a last word if this process ends without `disconnect`: Ray ends it where its own processes on this node or
     the head are gone, and runs no code of ours."""
     command = ["sh", "-c", 'trap "" TERM; read -r ended || echo "$0" >&2', LOST]
-    _watchers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL))
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    _at_end.callback(watcher.communicate, b"ended\n")
 
 
 def _check_alive(address: str) -> None:

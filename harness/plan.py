@@ -233,7 +233,7 @@ def open_out(out: str, *, write: bool, also: str = "") -> tuple[Path, str]:
     """--out as a local folder and, for a URI, the URI, whose records are copied into the folder; files of runs, too, whose
     names begin with `also`. Raises UserError where that fails and, with `write`, unless results can be written there."""
     remote = is_uri(out)
-    folder = cache_folder(out, cache_dir().expanduser().absolute()) if remote else Path(out)
+    folder = cache_folder(out, cache_dir()) if remote else Path(out)
     if write:
         folder = check_out(folder)
     with mistakes(StorageError, "--out " * write):

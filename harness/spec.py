@@ -5,7 +5,6 @@ What a run measures (`EpochMetrics`, `RunResult`) is defined in `harness.results
 
 from __future__ import annotations
 
-import difflib
 import errno
 import hashlib
 import json
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from harness.models.variants import Network, Recipe, added
+from harness.words import suggest, unknown
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Engine = Literal["eager", "compile", "graph"]
-FEW = 20  # words that a message lists
-OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "batch": "batch_size", "model": "variant"}
 FULL = (errno.ENOSPC, errno.EDQUOT)  # numbers of errors: a disk has no room
 INSTALL = "training needs pip install 'resnet-harness[train]'"
 
@@ -46,19 +44,10 @@ def refuse(faults: Mapping[str, object], what: str = "") -> None:
             raise UserError(what + fault)
 
 
-def suggest(word: str, allowed: Collection[str]) -> str:
-    """ "; did you mean dali?", or "" where no allowed word is near."""
-    other = OTHER_NAMES.get(word, "")
-    near = [other] if other in allowed else difflib.get_close_matches(word, allowed, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def check_word(word: str, allowed: Collection[str], what: str) -> None:
-    """Raise UserError unless `word` is allowed, with the nearest word that is, and with all where they are few."""
+    """Raise UserError unless `word` is allowed."""
     if word not in allowed:
-        near = suggest(word, allowed)
-        every = "" if near and len(allowed) > FEW else f" (allowed: {', '.join(allowed)})"
-        raise UserError(f"{what} {word!r} is unknown{near}{every}")
+        raise UserError(unknown(what, word, allowed))
 
 
 class DivergedError(RuntimeError):

@@ -78,7 +78,7 @@ class Content(NamedTuple):
 
 def cache_dir() -> Path:
     """The folder of caches and downloads: $HARNESS_CACHE, else ~/.cache/resnet-harness."""
-    return Path(os.environ.get("HARNESS_CACHE") or Path.home() / ".cache" / "resnet-harness")
+    return Path(os.environ.get("HARNESS_CACHE") or "~/.cache/resnet-harness").expanduser().absolute()
 
 
 def cached(signature: Sequence[str], read: Callable[[], Content], folder: Path) -> Content:

@@ -6,7 +6,6 @@ imports torch, except to read CIFAR-10 in its own format.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -15,7 +14,7 @@ import socket
 import tomllib
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +27,7 @@ from harness.loaders.cache import Content, cache_dir, cached
 from harness.loaders.cache import Split as Split
 from harness.loaders.files import DataError as DataError
 from harness.loaders.files import Files, Progress, in_threads, index_files, refuse, show
+from harness.words import unknown
 
 MINIPLACES_TRAIN_IMAGES = 100_000
 ORIGINAL = {"09a5676e728262a768e427676db1b20e1ae9945c739c767c91d3143e7d255138"}  # digits
@@ -115,13 +115,7 @@ class _Listing(NamedTuple):
 def check_dataset_name(name: str) -> None:
     """Raise DataError unless `load_dataset` knows the name. The files are not looked at."""
     if name not in DATASETS and not (name.startswith("folder:") and name != "folder:"):
-        raise DataError(describe_unknown("data set", name, (*DATASETS, "folder:PATH")))
-
-
-def describe_unknown(kind: str, name: str, allowed: Collection[str]) -> str:
-    """What is wrong with a name that is none of the allowed, in one line."""
-    close = "".join(f"did you mean {near!r}? " for near in difflib.get_close_matches(name, allowed, n=1))
-    return f"unknown {kind} {name!r}: {close}allowed are {', '.join(allowed)}"
+        raise DataError(unknown("data set", name, (*DATASETS, "folder:PATH")))
 
 
 def load_dataset(

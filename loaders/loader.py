@@ -8,8 +8,9 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
-from harness.loaders.datasets import Split, describe_unknown
+from harness.loaders.datasets import Split
 from harness.loaders.sampling import Augment, LoaderConfig, SamplingPlan, draw_shares
+from harness.words import unknown
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,7 @@ def make_loaders(name: str, train_split: Split, eval_split: Split, config: Loade
 def check_crops(name: str, split: Split, augment: Augment) -> None:
     """Raise ValueError for an unknown loader, and where it cannot make such crops of these images."""
     if name not in LOADERS:
-        raise ValueError(describe_unknown("loader", name, LOADERS))
+        raise ValueError(unknown("loader", name, LOADERS))
     augment.crop_size(split)
     if name == "resident" and augment.by_image(split):
         raise ValueError(

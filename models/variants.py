@@ -7,7 +7,6 @@ Plug-ins add to `NETWORKS` and `VARIANTS`, as this file does.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import math
@@ -19,6 +18,8 @@ from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin
+
+from harness.words import unknown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -279,9 +280,7 @@ def find(kind: str, name: str, entries: Mapping[str, Entry]) -> Entry:
     """The entry of that name. Raises ValueError where there is none."""
     if name in entries:
         return entries[name]
-    close = difflib.get_close_matches(name, entries, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"allowed are {', '.join(entries)}"
-    raise ValueError(f"unknown {kind} {name!r}: {hint}")
+    raise ValueError(unknown(kind, name, entries))
 
 
 def load_rows(name: str) -> dict[str, dict[str, Any]]:

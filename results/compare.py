@@ -16,10 +16,11 @@ from datetime import timedelta
 from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
-from harness.results.metrics import METRICS, NONE, Figure, Metric, suggest
-from harness.results.rows import FIELDS, Row, flatten_spec
+from harness.results.metrics import METRICS, NONE, Figure, Metric
+from harness.results.rows import FIELDS, TIMED, Row, flatten_spec
 from harness.results.statistics import ALPHA, LEVEL, Estimate, Interval, Shift, estimate_mean, holm, t_quantile
 from harness.results.values import Record
+from harness.words import unknown
 
 IMAGES = tuple(FIELDS["images"])
 SESSION_SPREAD = 0.03  # of seconds, from one session to another: std, as a share
@@ -38,6 +39,7 @@ class Comparison:
     b: Figure
     test: Test | None = None  # of B - A: in points, of logarithms where the metric is relative
     how: str = ""  # which test, and what it assumes; or why there is none
+    disturbed: bool = False  # whether it is of disturbed epochs, on either side
 
     @property
     def difference(self) -> float | None:
@@ -49,8 +51,9 @@ class Comparison:
 
     @property
     def verdict(self) -> Literal["equivalent", "different", "cannot tell"]:
-        """Equivalent where the interval lies within the margin, different where it lies beyond it."""
-        if (interval := self.interval) is None or (margin := self.metric.margin) is None:
+        """Equivalent where the interval lies within the margin, different where it lies beyond it. Of disturbed epochs it says
+        nothing."""
+        if (interval := self.interval) is None or (margin := self.metric.margin) is None or self.disturbed:
             return "cannot tell"
         if -margin < interval.low and interval.high < margin:
             return "equivalent"
@@ -143,7 +146,7 @@ def compare_by(
     by_field, _, chosen = by.partition("=")
     known = sorted({name for row in rows for name in row.fields})
     if by_field not in known:
-        raise ValueError(f"no field {by_field!r} in these runs: {suggest(by_field, known)}")
+        raise ValueError(unknown("field", by_field, known))
     if by_field in IMAGES:
         raise ValueError(f"{by_field}: errors on different images are not comparable")
     sides: dict[str, list[Row]] = defaultdict(list)
@@ -151,8 +154,8 @@ def compare_by(
         if row.done or by_field in row.fields:
             sides[row.fields.get(by_field, NONE)].append(row)
     order = [word.strip() for word in chosen.split(",")] if chosen else sorted(sides, key=_natural)
-    if unknown := [value for value in order if value not in sides]:
-        raise ValueError(f"no run has {by_field} {unknown[0]!r}: {suggest(unknown[0], sorted(sides))}")
+    if wrong := [value for value in order if value not in sides]:
+        raise ValueError(f"no run has such a value: {unknown(by_field, wrong[0], sorted(sides))}")
     first, *others = dict.fromkeys(order)
     if not others:
         raise ValueError(f"all runs have {by_field} {first}: nothing to compare")
@@ -245,7 +248,8 @@ def judge(metric: Metric, a: Row, b: Row) -> Comparison:
             values, extra, note = _in_sessions(sides, values)
             how += note
         test = Shift(scale(known[1]) - scale(known[0]), tuple(values[0]), tuple(values[1]), extra)
-    return Comparison(metric, *figures, test, how)
+    disturbed = any(result.all_disturbed for row in (a, b) for result in row.results)
+    return Comparison(metric, *figures, test, how, disturbed and metric.name in TIMED)
 
 
 def compare_errors(sides: Sequence[Side], images: int | None) -> tuple[Test | None, str]:
@@ -333,7 +337,7 @@ def parse_fail_on(text: str) -> list[Condition]:
             raise ValueError(f"cannot read {part.strip()!r}: write conditions like error>+0.3,epoch_seconds>5%")
         name, sign, limit, percent = match.groups()
         if name not in (known := [metric.name for metric in METRICS.values() if metric.better]):
-            raise ValueError(f"unknown metric {name!r}: {suggest(name, known)}")
+            raise ValueError(unknown("metric", name, known))
         conditions.append(Condition(name, sign == ">", float(limit), bool(percent)))
     return conditions
 
@@ -367,6 +371,8 @@ def check_conditions(pairs: Sequence[Pair], conditions: Sequence[Condition]) -> 
                 gate.failed.append(f"{line} cannot be checked, {condition.metric} was not measured on both sides")
             elif on is None:
                 gate.unclear.append(f"{line} cannot tell: {figure if figure.test is None else 'A is 0'}")
+            elif figure.disturbed:
+                gate.unclear.append(f"{line} cannot tell: no epoch of some runs was undisturbed")
             elif (on[0].value > on[1] and p <= ALPHA + 1e-9) or on[0].interval().low > on[1] > 0:
                 gate.failed.append(f"{line} fails: {figure}")
             elif on[0].interval().high > on[1]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from harness.results.metrics import run_figures
 from harness.results.store import Stored, load_epochs
@@ -47,11 +49,14 @@ def tensorboard(run: Stored, points: Sequence[Point]) -> bool:
         return False
     from tensorboardX import SummaryWriter
 
-    with SummaryWriter(logdir=str(run.folder)) as writer:
-        writer.add_text("spec", f"```\n{json.dumps(run.record.spec, indent=1)}\n```", 0)
-        for figures, epoch, at in points:
-            for name, value in figures.items():
-                writer.add_scalar(name, value, epoch, walltime=at)
+    with TemporaryDirectory(prefix=".events-", dir=run.folder) as unfinished:
+        with SummaryWriter(logdir=unfinished) as writer:
+            writer.add_text("spec", f"```\n{json.dumps(run.record.spec, indent=1)}\n```", 0)
+            for figures, epoch, at in points:
+                for name, value in figures.items():
+                    writer.add_scalar(name, value, epoch, walltime=at)
+        for path in Path(unfinished).iterdir():
+            path.rename(run.folder / path.name)
     return True
 
 
@@ -89,17 +94,20 @@ def wandb(run: Stored, points: Sequence[Point]) -> bool:
         id=f"{record.key}-{int(record.finished_at.timestamp())}", name=record.name, resume="allow",
         group=f"{record.variant}-{record.depth}", config={name: str(setting) for name, setting in flatten(record.spec)}, reinit=True,
     )  # fmt: skip
-    failed, resumed = True, own.resumed
+    failed, known = True, own.resumed and own.summary.get("exported")
     try:
-        if not resumed:
+        if not known:
             *epochs, (whole, _, _) = points
             for figures, epoch, _ in epochs:
-                own.log({**figures, "epoch": epoch}, step=epoch)
-            own.summary.update(whole)
+                if (
+                    epoch >= own.starting_step
+                ):  # of an export that was interrupted; an earlier one would be refused
+                    own.log({**figures, "epoch": epoch}, step=epoch)
+            own.summary.update({**whole, "exported": True})
         failed = record.status != "done"
     finally:
         own.finish(exit_code=int(failed))
-    return not resumed
+    return not known
 
 
 TARGETS: dict[str, Target] = {"tensorboard": tensorboard, "mlflow": mlflow, "wandb": wandb}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -140,9 +139,3 @@ METRICS = {name: _make_metric(name, **entry) for name, entry in tomllib.loads(_T
 def run_figures(result: RunResult) -> dict[str, float | None]:
     """Every metric of one run, by the names of the record."""
     return {metric.record_name: metric.value(result) for metric in METRICS.values()}
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word."""
-    close = difflib.get_close_matches(word, known := list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"

@@ -22,7 +22,9 @@ from harness.results.published import find_published
 from harness.results.statistics import MIN_SEEDS, Against, adjust, judge, mean
 from harness.results.store import Interrupted, Stored, collector_paused
 from harness.results.values import Prediction, Record, RunResult, Timing, flatten, setting
+from harness.words import unknown
 
+TIMED = ("epoch_seconds", "images_per_second", "mfu")  # metrics of timed epochs
 FIELDS = tomllib.loads(Path(__file__).with_name("fields.toml").read_text(encoding="utf-8"))
 
 
@@ -167,8 +169,9 @@ def summarise(
     rows = [_make_row(dict(key), members, across) for key, members in groups.items()]
     known = {name for members in groups.values() if across for _, every in members for name in every}
     known.update(*(row.conditions for row in rows))
-    if unknown := [name for name in across if name not in known]:
-        raise ValueError(f"no field {unknown[0]!r} in these runs: they have {', '.join(sorted(known))}")
+    for name in across:
+        if name not in known:
+            raise ValueError(unknown("field", name, sorted(known)))
     predicted: dict[object, Prediction] = {}  # the latest; of runs that are not done on any device
     for prediction in predictions:
         key = tuple(flatten_spec(prediction.spec).items())

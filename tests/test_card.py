@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from command import harness
 
 from harness.loaders.datasets import load_dataset
@@ -28,7 +29,7 @@ def test_every_stored_run_has_a_card_with_its_figures() -> None:
     for record in done:
         card = make_card(record, about="A sentence.", classes=10)
         assert card.startswith(
-            f"---\nlibrary_name: resnet-harness\npipeline_tag: image-classification\ndatasets: [{record.dataset}]\n---\n"
+            f'---\nlibrary_name: resnet-harness\npipeline_tag: image-classification\ndatasets: ["{record.dataset}"]\n---\n'
         )
         rows = [line.split(" | ")[1] for line in card.splitlines() if line.startswith("| ") and "---" not in line][
             1:
@@ -39,6 +40,15 @@ def test_every_stored_run_has_a_card_with_its_figures() -> None:
         assert f"lr = {record.spec['recipe']['lr']}" in card
     with pytest.raises(ValueError, match="no result"):
         make_card(done[0].model_copy(update={"result": None}))
+
+
+def test_the_front_matter_is_yaml_whatever_the_data_set_is_called() -> None:
+    (record, _) = next(stored for stored in STORED if stored.record.result)
+    for name in ("[a]: {b} # c", "- 'x'", "été\n---\nevil: yes", "no"):
+        card = make_card(record.model_copy(update={"dataset": name, "depth": 0}))
+        front = yaml.safe_load(card.split("---\n")[1])
+        assert front["datasets"] == [name]
+        assert f"\n# {record.variant} on " in card
 
 
 def test_the_card_of_a_run_loads_its_weights_and_trains_it_again(

@@ -335,9 +335,9 @@ def test_a_lost_cluster_is_one_line_and_exit_code_1(
 
 MISTAKES = {
     "--depths 21": "depth 21 is not 6n+2: try 20 or 26",
-    "--variants he2051": "did you mean 'he2015'",
+    "--variants he2051": "did you mean he2015?",
     "--loader dalli": "did you mean dali",
-    "--dataset cifar": "did you mean 'cifar",
+    "--dataset cifar": "did you mean cifar",
     "--precision fp8": "allowed: fp32, tf32, bf16, fp16",
     "--precision fp16 --gpus 0": "needs a GPU",
     "--gpus 3": "--gpus 3: this machine has",

@@ -280,7 +280,7 @@ def test_compare_by_a_field_inside_one_folder() -> None:
         ("msra-20", {"workers": ("1", "8")}), ("msra-56", {"workers": ("1", "8")}),
     ]  # fmt: skip
     assert [p.a and p.a.name for p in pairs if p.b is None] == ["msra-32"] * 2
-    with pytest.raises(ValueError, match="no field 'worker' in these runs: did you mean 'workers'"):
+    with pytest.raises(ValueError, match="field 'worker' is unknown; did you mean workers"):
         compare_by(rows, "worker")
     with pytest.raises(ValueError, match="all runs have loader dali"):
         compare_by(rows, "loader")
@@ -297,7 +297,7 @@ def test_the_first_value_is_the_baseline() -> None:
     rows = summarise([make_run(precision=p) for p in ("bf16", "fp16", "fp32")])
     (pair,) = compare_by(rows, "precision=fp32,bf16")
     assert pair.differs == {"precision": ("fp32", "bf16")}
-    with pytest.raises(ValueError, match="no run has precision 'fp8': known are bf16, fp16, fp32"):
+    with pytest.raises(ValueError, match=r"precision 'fp8' is unknown \(allowed: bf16, fp16, fp32\)"):
         compare_by(rows, "precision=fp8")
     with pytest.raises(ValueError, match="all runs have precision fp32"):
         compare_by(rows, "precision=fp32")
@@ -356,7 +356,7 @@ def test_conditions_are_read() -> None:
         ("error>=1", "cannot read"),
         ("error>1e9999", "cannot read"),
         ("error>nan", "cannot read"),
-        ("eror>1", "unknown metric 'eror': did you mean 'error'"),
+        ("eror>1", "metric 'eror' is unknown; did you mean error"),
         ("__import__('os')>1", "cannot read"),
     ],
 )
@@ -438,6 +438,19 @@ def test_a_disturbed_side_is_named() -> None:
     assert f"\nmsra-20: {said}\n" in render_comparison(pairs, width=150)
     assert json.loads(render_comparison(pairs, "json"))["pairs"][0]["notes"] == [said]
     assert not check_conditions(pairs, parse_fail_on("error>+2")).failed
+
+
+def test_disturbed_seconds_decide_nothing() -> None:
+    timing = {"epochs": 0, "fastest": None, "slowest": None}
+    busy = {"timing": timing, "interference": ("it swapped",)}
+    errors, slow = [8.0, 8.1, 8.2], [9.0, 9.1, 9.2]
+    for b, word in ((make_rows(errors, slow, result=busy), "cannot tell"), (make_rows(errors, slow), "different")):
+        pairs = compare(make_rows(errors, [4.5, 4.6, 4.7]), b)
+        (seconds,) = [figure for figure in pairs[0].figures if figure.metric.name == "epoch_seconds"]
+        assert seconds.difference == pytest.approx(100 * (9.1 / 4.6 - 1))
+        assert seconds.verdict == word
+        gate = check_conditions(pairs, parse_fail_on("epoch_seconds>5%"))
+        assert (len(gate.failed), len(gate.unclear)) == ((0, 1) if word == "cannot tell" else (1, 0))
 
 
 def test_why_names_records_epochs_and_formula(tmp_path: Path) -> None:

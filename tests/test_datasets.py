@@ -80,10 +80,10 @@ def test_known_names(name: str) -> None:
 
 def test_unknown_name_is_answered_with_a_guess() -> None:
     with pytest.raises(
-        DataError, match=r"unknown data set 'cifar11': did you mean 'cifar10'\? allowed are cifar10, "
+        DataError, match=r"data set 'cifar11' is unknown; did you mean cifar10\? \(allowed: cifar10, "
     ):
         check_dataset_name("cifar11")
-    with pytest.raises(DataError, match="unknown data set 'folder:'"):
+    with pytest.raises(DataError, match="data set 'folder:' is unknown"):
         load_dataset("folder:")
 
 

@@ -359,7 +359,7 @@ MISTAKES = [
     ("--weights {tmp}/extra.pt --depth 14", "{head}missing: stages.0.1.conv1.weight (16, 16, 3, 3)"),
     ("--depth 14", "holds weights of he2015-8, not of he2015-14"),
     ("--variant preact", "holds weights of he2015-8, not of preact-8"),
-    ("--variant he2051", "did you mean 'he2015'?"),
+    ("--variant he2051", "did you mean he2015?"),
     ("--depth 9", "depth 9 is not 6n+2"),
     ("--scales 3,32", "--scales 3 is too small for he2015: at least 4 pixels"),
     (
@@ -389,7 +389,7 @@ MISTAKES = [
     ("--predictions {tmp}/none/p.csv", "no such folder"),
     ("--predictions {tmp}", "cannot be written"),
     ("--dataset folder:{tmp}/none", "no such folder"),
-    ("--dataset folders", "unknown data set 'folders'"),
+    ("--dataset folders", "data set 'folders' is unknown"),
 ]
 
 

@@ -6,6 +6,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -67,6 +68,25 @@ def test_tensorboard_holds_every_epoch(runs: Path, capsys: Any) -> None:
     assert len(load_records([runs]).records) == 3  # an event file is no harm to a run's folder
 
 
+def test_an_event_file_is_whole_or_is_not_there(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorboardX
+
+    add_scalar, calls = tensorboardX.SummaryWriter.add_scalar, list[str]()
+
+    def add(self: Any, name: str, *args: Any, **kwargs: Any) -> None:
+        calls.append(name)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        add_scalar(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(tensorboardX.SummaryWriter, "add_scalar", add)
+    with pytest.raises(KeyboardInterrupt):
+        export_runs(load_records([runs]).records, "tensorboard")
+    assert not list(runs.rglob("*events*"))
+    assert export_runs(load_records([runs]).records, "tensorboard") == 3
+    assert len(list(runs.glob("*/events.out.tfevents.*"))) == 3
+
+
 @pytest.mark.filterwarnings("ignore")  # MLflow's own, about SQLAlchemy
 def test_mlflow_holds_every_epoch(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
@@ -95,6 +115,46 @@ def test_wandb_writes_a_run_each(runs: Path, tmp_path: Path, monkeypatch: pytest
         monkeypatch.setenv(name, value)
     assert export(load_records([runs]).records, TARGETS["wandb"]) == 3
     assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 3
+
+
+class Wandb:
+    """Runs on a server. A resumed one has its summary, and goes on after its last step: an earlier one is dropped there,
+    and an error here."""
+
+    def __init__(self) -> None:
+        self.runs = dict[str, Any]()
+        self.logged, self.stop_after = 0, 0
+
+    def init(self, id: str, resume: str, **about: Any) -> Any:
+        assert resume == "allow"
+        known = self.runs.setdefault(id, {"history": {}, "summary": {}, "finished": []})
+        history, first = known["history"], max(known["history"], default=-1) + 1
+
+        def log(figures: dict[str, float], step: int) -> None:
+            self.logged += 1
+            if self.logged == self.stop_after:
+                raise KeyboardInterrupt
+            assert step >= first
+            history[step] = figures
+
+        return SimpleNamespace(
+            resumed=bool(history or known["summary"]), starting_step=first, summary=known["summary"], log=log,
+            finish=lambda exit_code: known["finished"].append(exit_code),
+        )  # fmt: skip
+
+
+def test_an_interrupted_export_to_wandb_is_gone_on_with(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", server)  # type: ignore[arg-type]
+    server.stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        export(load_records([runs]).records, TARGETS["wandb"])
+    assert [list(run["history"]) for run in server.runs.values()] == [[1, 2]]
+    assert export(load_records([runs]).records, TARGETS["wandb"]) == 3
+    assert export(load_records([runs]).records, TARGETS["wandb"]) == 0
+    assert sorted(list(run["history"]) for run in server.runs.values()) == [[1, 2], [1, 2, 3], [1, 2, 3]]
+    assert sorted(run["finished"][-1] for run in server.runs.values()) == [0, 0, 1]
+    assert [run["summary"].get("final_error") for run in server.runs.values()].count(7.0) == 1
 
 
 def test_mistakes_are_one_line(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

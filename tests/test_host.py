@@ -96,6 +96,33 @@ def test_who_took_the_processors(fake: FakeHost, spent: dict[str, float], causes
     assert fake.window(**spent) == causes
 
 
+@pytest.mark.parametrize(
+    ("group", "files", "cores"),
+    [
+        ("0::/", {}, 16),
+        ("0::/", {"cpu.max": "max 100000"}, 16),
+        ("0::/", {"cpu.max": "400000 100000"}, 4),  # docker run --cpus 4
+        ("0::/", {"cpu.max": "250000 100000"}, 2),  # a third thread would wait for half of each period
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/", {"cpu.max": "6400000 100000"}, 16),
+        ("0::/kubepods/pod7", {"kubepods/cpu.max": "800000 100000", "kubepods/pod7/cpu.max": "max 100000"}, 8),
+        ("4:cpu,cpuacct:/a", {"cpu,cpuacct/a/cpu.cfs_quota_us": "300000", "cpu,cpuacct/a/cpu.cfs_period_us": "100000"}, 3),
+        ("4:cpu,cpuacct:/a", {"cpu,cpuacct/a/cpu.cfs_quota_us": "-1", "cpu,cpuacct/a/cpu.cfs_period_us": "100000"}, 16),
+    ],
+)  # fmt: skip
+def test_a_containers_quota_counts_as_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, files: dict[str, str], cores: int
+) -> None:
+    monkeypatch.setattr(host, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(host, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert host.count_cpus() == 16, "without /proc"
+    for name, text in {"proc/self/cgroup": group, **{f"cgroup/{n}": t for n, t in files.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert host.count_cpus() == cores
+
+
 def test_without_a_kernel_that_counts_waiting_the_others_time_decides(fake: FakeHost) -> None:
     fake.schedstat = False
     assert fake.window(ran=1.0, others=0.05) == set()

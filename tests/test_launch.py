@@ -210,6 +210,25 @@ _watch()
     assert ("the same command goes on" in done.stderr) == says, done.stderr
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, 0), ("token", 1)])
+def test_a_cluster_of_its_own_leaves_no_token_mode_behind(before: str | None, after: int) -> None:
+    """A notebook may join another cluster afterwards, one without tokens. Ray's own functions, but no cluster."""
+    code = """import os, ray
+from harness.cluster import connect
+from ray._private.authentication.authentication_token_setup import enable_token_auth_by_default
+from ray._raylet import AuthenticationTokenLoader, get_authentication_mode
+ray.init, ray.shutdown, connect.inspect_cluster = (lambda **_: enable_token_auth_by_default()), (lambda: None), (lambda: None)
+connect.connect(None, cpus=1, gpus=0)
+assert (get_authentication_mode(), os.environ["RAY_AUTH_MODE"]) == (1, "token")
+AuthenticationTokenLoader.instance().has_token()
+connect.disconnect()
+print(int(get_authentication_mode()), os.environ.get("RAY_AUTH_MODE"))"""
+    own = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    own |= {"RAY_AUTH_MODE": before} if before else {}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=own, timeout=60)
+    assert done.stdout.split() == [str(after), str(before)], done.stderr
+
+
 def test_private_names_of_ray_that_are_used_exist() -> None:
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     import ray.train

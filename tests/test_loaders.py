@@ -354,7 +354,7 @@ def test_normalisation(kind: Any) -> None:
 
 def test_unknown_loader(make: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"unknown loader 'dalli': did you mean 'dali'\? allowed are dali, resident"
+        ValueError, match=r"loader 'dalli' is unknown; did you mean dali\? \(allowed: dali, resident"
     ):
         make("dalli")
 

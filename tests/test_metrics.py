@@ -15,12 +15,13 @@ import harness
 from harness.results.compare import check_conditions, compare, parse_fail_on
 from harness.results.explain import predicted_figures, why
 from harness.results.export import TARGETS, export, summary
-from harness.results.metrics import METRICS, Figure, Metric, figures, suggest
+from harness.results.metrics import METRICS, Figure, Metric, figures
 from harness.results.report.columns import sort_rows
 from harness.results.report.page import make_page
 from harness.results.report.table import Format, render, render_comparison
 from harness.results.rows import Row, summarise
 from harness.results.store import Stored, finish, load_records, write_epochs
+from harness.words import FEW, unknown
 
 DECIBEL = {0: 31.25, 1: 33.25}
 
@@ -150,5 +151,14 @@ def test_numbers_are_written_as_declared() -> None:
 
 
 def test_unknown_words() -> None:
-    assert suggest("eror", ["error", "n"]) == "did you mean 'error'?"
-    assert suggest("xyz", ["error", "n"]) == "known are error, n"
+    assert (
+        unknown("column", "eror", ["error", "n"])
+        == "column 'eror' is unknown; did you mean error? (allowed: error, n)"
+    )
+    assert unknown("column", "xyz", ["error", "n"]) == "column 'xyz' is unknown (allowed: error, n)"
+    many = [f"field{number}" for number in range(FEW + 1)]
+    assert unknown("field", "feild7", many) == "field 'feild7' is unknown; did you mean field7?"
+    assert unknown("field", "xyz", many).endswith("field19, field20)")
+    assert unknown("field", "wd", ["lr", "weight_decay"]).startswith(
+        "field 'wd' is unknown; did you mean weight_decay?"
+    )

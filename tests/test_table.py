@@ -141,7 +141,7 @@ def test_across_averages_what_was_asked_for_and_says_so() -> None:
     page = text([row])
     assert "averaged over workers: 1, 8, as requested" in page
     assert "1/8 of 128" in page
-    with pytest.raises(ValueError, match="no field 'wrokers' in these runs: they have check, dataset, device"):
+    with pytest.raises(ValueError, match="field 'wrokers' is unknown; did you mean workers"):
         summarise(runs, across=["wrokers"])
 
 

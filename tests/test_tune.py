@@ -83,8 +83,8 @@ MISTAKES = {
     "--search depth=choice(8,14)": "leave --depth out",
     "--search batch_size=choice(32,33) --workers 2": "does not divide the global batch",
     "--search lr=uniform(0,1) --val 128": "holds out 128 training images, and here are 128",
-    "--search lr=uniform(0,1) --variant mrsa": "did you mean 'msra'",
-    "--search variant=choice(msra,mrsa)": "did you mean 'msra'",
+    "--search lr=uniform(0,1) --variant mrsa": "did you mean msra?",
+    "--search variant=choice(msra,mrsa)": "did you mean msra?",
     "--search variant=choice(msra,he2015) --variant msra": "leave --variant out",
     "--search variant=uniform(0,1)": "is no number; choice",
     "--search variant=choice(msra,convnet)": "the recipes of these variants have",
@@ -523,7 +523,7 @@ def test_an_estimate_of_a_sweep_probes_each_cost_once_and_counts_all_trials(tmp_
     code, out, _ = harness(f"{line} --concurrent 1 --out {tmp_path} --estimate", capsys)
     assert code == 0
     assert "in all 7 runs, 1 at a time" in out
-    assert out.count("probing") == 2
+    assert out.count(": probing\n") == 2  # a busy machine is noted, too
     assert not list(tmp_path.glob("tune/*"))
 
 

@@ -86,7 +86,7 @@ def evaluate_weights(options: EvalOptions) -> Errors:
     with mistakes((ValueError, StorageError)):
         file = Path(options.weights).expanduser()
         if is_uri(str(options.weights)):
-            file = pull_file(options.weights, cache_dir().expanduser().absolute())
+            file = pull_file(options.weights, cache_dir())
         return _evaluate(replace(options, weights=redact(str(options.weights))), file)
 
 

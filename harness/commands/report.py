@@ -34,7 +34,8 @@ from harness.results.rows import Row, incomparable, summarise
 from harness.results.store import Loaded, Problem, Stored, collector_paused
 from harness.results.sweeps import Sweeps, load_sweeps
 from harness.results.verify import verify
-from harness.spec import RunSpec, UserError, check_word, mistakes, refuse, suggest
+from harness.spec import RunSpec, UserError, check_word, mistakes, refuse
+from harness.words import suggest
 
 PAGE = "report.html"
 

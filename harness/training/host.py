@@ -13,7 +13,7 @@ import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
@@ -46,9 +46,24 @@ def read_table(path: Path) -> dict[str, list[int]]:
     return {}
 
 
+def control_groups() -> Iterator[Path]:
+    """The folders of this process's control groups, each before those that it is part of."""
+    with contextlib.suppress(OSError):
+        for line in (PROC / "self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            inner = Path(path.lstrip("/"))
+            yield from (CGROUPS / controllers / folder for folder in (inner, *inner.parents))
+
+
 def count_cpus() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """CPU cores that this process may use: those of its affinity, and of a container's quota the whole ones."""
+    cores = len(os.sched_getaffinity(0))
+    for folder in control_groups():
+        for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # of version 2, of version 1
+            with contextlib.suppress(OSError, ValueError):  # "max": none
+                quota, period = map(int, " ".join((folder / name).read_text() for name in files).split())
+                cores = min(cores, max(1, quota // period)) if quota > 0 else cores
+    return cores
 
 
 def family() -> list[int]:
@@ -72,15 +87,11 @@ def read_mib(path: str, name: str) -> float | None:
 
 def _throttled_seconds() -> float:
     """For how long this process's control group had used its quota up, since it exists. 0 where it has none."""
-    with contextlib.suppress(OSError):
-        groups = [line.split(":")[1:] for line in (PROC / "self/cgroup").read_text().splitlines()]
-        for controllers, path in groups:
-            for folder in (CGROUPS / controllers / path.lstrip("/"), CGROUPS / controllers):
-                table = read_table(folder / "cpu.stat")
-                if usec := table.get("throttled_usec"):
-                    return usec[0] / 1e6
-                if nsec := table.get("throttled_time"):
-                    return nsec[0] / 1e9
+    for table in (read_table(folder / "cpu.stat") for folder in control_groups()):
+        if usec := table.get("throttled_usec"):
+            return usec[0] / 1e6
+        if nsec := table.get("throttled_time"):
+            return nsec[0] / 1e9
     return 0.0
 
 

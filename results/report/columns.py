@@ -10,12 +10,13 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-from harness.results.metrics import METRICS, NONE, figures, rounded, suggest
+from harness.results.metrics import METRICS, NONE, figures, rounded
 from harness.results.published import Published, find_published
 from harness.results.rows import Row
 from harness.results.statistics import MAX_HALF_WIDTH, VERDICT_ALPHA, seeds_to_tell
 from harness.results.store import Interrupted, Stored
 from harness.results.values import setting
+from harness.words import unknown
 
 
 class Column(NamedTuple):
@@ -226,7 +227,7 @@ def find_columns(names: Sequence[str]) -> list[Column]:
 def check_names(names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
-            raise ValueError(f"no column {name!r}: {suggest(name, known)}")
+            raise ValueError(unknown("column", name, known))
 
 
 def sort_rows(rows: Sequence[Row], by: str) -> list[Row]:

@@ -10,7 +10,7 @@ from functools import partial
 
 from harness.results.metrics import METRICS, NONE, Metric, figures
 from harness.results.report.columns import cost_entry, end_of
-from harness.results.rows import Row, incomparable
+from harness.results.rows import TIMED, Row, incomparable
 from harness.results.statistics import goal_half, wilson
 from harness.results.values import UNMEASURED
 from harness.results.verify import contradictions
@@ -83,7 +83,7 @@ def disturbed_notes(row: Row) -> Noted:
     if disturbed := [result for result in row.results if result.all_disturbed]:
         causes = ", ".join(dict.fromkeys(cause for result in disturbed for cause in result.interference))
         some = f"in {len(disturbed)} of {len(row.done)} runs " * (len(disturbed) < len(row.done))
-        of = [n for n in ("epoch_seconds", "images_per_second", "mfu") if row.figures[n].value is not None]
+        of = [name for name in TIMED if row.figures[name].value is not None]
         of += ["published_epoch_seconds"] * bool(cost_entry(row))
         yield f"{some}no epoch was undisturbed ({causes}): the seconds are of disturbed ones", *of
 
