@@ -28,7 +28,7 @@ def make_result(spec: RunSpec, epochs: int) -> RunResult:
     )  # fmt: skip
     none = Measurement(value=None, reason="invented")
     return RunResult(
-        parameters=272_292, evaluated_on="test", epochs=curve, final_error=error, best_error=error - 0.2,
+        parameters=272_292, evaluated_on="test", evaluated_images=10_000, epochs=curve, final_error=error, best_error=error - 0.2,
         best_epoch=epochs, epoch_seconds=10 + random.random(), warmup_epochs=1, eval_seconds=0.8, images_per_second=5_000.0,
         data_stall_percent=1.0, setup_seconds=9.0, train_seconds=1_800.0, workers=spec.workers, threads=8, device="invented",
         batch_size=spec.recipe.batch_size, batch_size_per_gpu=spec.recipe.batch_size // spec.workers,

@@ -70,7 +70,7 @@ def _identify_code() -> dict[str, Any]:
 def name_other_code(record: Record) -> str | None:
     """The code that trained a run, where it is not this one: "commit 0123456"."""
     there = record.environment
-    if there.get("code") == _identify_code()["code"]:  # early records have none
+    if there.get("code") == _identify_code()["code"]:
         return None
     if (commit := there.get("commit")) is not None:
         return f"commit {str(commit)[:7]}{' with uncommitted changes' if there.get('dirty') else ''}"

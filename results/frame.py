@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from harness.results.identity import code_of
 from harness.results.metrics import run_figures
 from harness.results.store import Stored, load_epochs
 from harness.results.values import Measurement, flatten
@@ -68,5 +67,5 @@ def _figures(run: Stored) -> dict[str, Any]:
         figures = measured | run_figures(result) | _cells({"timing": timing, **dict(result.memory)})
     return figures | {
         "failure": failure and f"{failure.kind}: {failure.message}", "commit": record.environment.get("commit"),
-        "code": code_of(record), "started_at": record.started_at, "finished_at": record.finished_at, "folder": str(run.folder),
+        "code": record.environment.get("code"), "started_at": record.started_at, "finished_at": record.finished_at, "folder": str(run.folder),
     }  # fmt: skip

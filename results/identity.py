@@ -39,18 +39,10 @@ def surroundings(record: Record) -> tuple[tuple[str, str], ...]:
     """What splits rows without being part of the spec, by name; empty without a result."""
     named: dict[str, str] = {}
     for path, name in SPLIT.items() if record.result else ():
-        value = code_of(record) if name == "code" else setting(record, path)
+        value = setting(record, path)
         if value not in (None, ()):
             named.setdefault(name, "→".join(map(str, value)) if isinstance(value, tuple) else str(value))
     return tuple(named.items())
-
-
-def code_of(record: Record) -> str | None:
-    """The code that trained a run: the hash of the package, or of an early record the commit."""
-    code, commit, dirty = (record.environment.get(name) for name in ("code", "commit", "dirty"))
-    if isinstance(code, str):
-        return code
-    return None if commit is None else f"commit {str(commit)[:7]}{' with changes' if dirty else ''}"
 
 
 def conditions(record: Record) -> dict[str, str]:

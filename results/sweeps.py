@@ -72,7 +72,7 @@ class FieldImportance(Value):
     field: str
     value: float
     sign: str
-    p: float | None = None  # of so much by chance, over all fields; None in early sweeps
+    p: float  # of so much by chance, over all fields
 
 
 class Importance(Value):
@@ -82,13 +82,12 @@ class Importance(Value):
     epoch: int
     trials: int
     fields: list[FieldImportance]
-    null: float | None = None  # what the first of all fields stays below in 95 % where none has an effect
+    null: float  # what the first of all fields stays below in 95 % where none has an effect
 
     @property
     def heading(self) -> str:
         """For a list: what it shows, and how much of it chance explains."""
-        text = f"{self.how}, {self.trials} trials at epoch {self.epoch}"
-        return text if self.null is None else f"{text}; by chance up to {self.null:.2f}"
+        return f"{self.how}, {self.trials} trials at epoch {self.epoch}; by chance up to {self.null:.2f}"
 
 
 class Sweep(Value):

@@ -121,11 +121,6 @@ class RankUse(Value):
     rss_mib: float | None
 
 
-TEST_IMAGES = {
-    "cifar10": 10_000, "cifar2": 2_000, "cifar100": 10_000, "cifar100-coarse": 10_000, "digits": 360, "miniplaces": 10_000,
-}  # fmt: skip
-
-
 class Timing(Value):
     """The epochs behind a run's seconds."""
 
@@ -138,7 +133,7 @@ class Timing(Value):
 class RunResult(Value):
     parameters: int
     evaluated_on: Literal["test", "val"]
-    evaluated_images: int | None = None  # of which the errors are; None in early records: `Record.images`
+    evaluated_images: int  # of which the errors are
     test_images: int | None = None  # of which `test_error` is
     epochs: tuple[EpochMetrics, ...] = ()  # empty in what `load_records` returns: use `load_epochs(folder)`
     final_error: float
@@ -261,15 +256,10 @@ class Record(Value):
         return self
 
     def images(self, *, test: bool = False) -> int | None:
-        """How many images the errors are of, or `test_error`; of early records by their specification, if it says."""
+        """How many images the errors are of, or `test_error`."""
         if self.result is None:
             return None
-        if known := self.result.test_images if test else self.result.evaluated_images:
-            return known
-        if self.result.evaluated_on == "val" and not test:
-            return setting(self.spec, "recipe.val", int) or None
-        known = TEST_IMAGES.get(str(self.spec.get("dataset"))) if self.original else None
-        return self.spec.get("limit_test") or known
+        return self.result.test_images if test else self.result.evaluated_images
 
 
 class Prediction(Value):

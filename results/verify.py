@@ -140,12 +140,7 @@ def check_epochs(record: Record, epochs: Sequence[EpochMetrics]) -> Iterator[str
         steps = 1 if setting(record.spec, "recipe.unit", str) == "epoch" else max(epochs[0].steps, 1)
         if len(epochs) != (count := math.ceil(duration / steps)):
             yield f"{len(epochs)} epochs of the {count} that its recipe trains"
-    figures = summarise_epochs(epochs)
-    del figures["images_per_second"]  # of early records another median
-    for figure, value in figures.items():
+    for figure, value in summarise_epochs(epochs).items():
         own = getattr(result, figure)
         if own != value and (own is None or value is None or not math.isclose(own, value, rel_tol=1e-6)):
             yield f"{figure} is {own}, its epochs give {value}"
-    rates = [epoch.images_per_second for epoch in epochs]
-    if (rate := result.images_per_second) is not None and not min(rates) * 0.999 <= rate <= max(rates) * 1.001:
-        yield f"images_per_second is {rate:g}, its epochs have {min(rates):g} to {max(rates):g}"

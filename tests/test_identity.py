@@ -189,15 +189,6 @@ def test_the_code_decides_and_not_the_commit() -> None:
     (row,) = load(make_record(0), same)
     assert any("commit (0123456789, fedcba9876)" in note for note in make_notes([row]))
     assert len(load(make_record(0), make_record(1, environment=ENVIRONMENT | {"code": "ffff"}))) == 2
-    early = {name: value for name, value in ENVIRONMENT.items() if name != "code"}
-    records = [
-        make_record(seed, environment=early | change)
-        for seed, change in enumerate(({}, {}, {"commit": "fedcba9876"}, {"dirty": True}))
-    ]
-    rows = load(*records)
-    assert sorted(len(row.done) for row in rows) == [1, 1, 2]
-    words = {row.differs["code"] for row in rows}
-    assert words == {"commit 0123456", "commit fedcba9", "commit 01234…"}
 
 
 def test_uncommitted_changes_are_marked() -> None:

@@ -52,7 +52,7 @@ def make_spec(
 def make_curve(depth: int, seed: int, epochs: int = 12) -> tuple[EpochMetrics, ...]:
     return tuple(
         make_epoch(
-            k, loss=1 / k, error=round(ERRORS[depth] + 40 * math.exp(-k) + 0.1 * seed, 4), train_seconds=2.0,
+            k, loss=1 / k, error=round(ERRORS[depth] + 40 * math.exp(-k) + 0.1 * seed, 2), train_seconds=2.0,
             data_stall_seconds=0.1, eval_seconds=0.2, images_per_second=25_000.0, timed=k > 1,
         )
         for k in range(1, epochs + 1)

@@ -61,7 +61,7 @@ def make_sweep(**changes: Any) -> dict[str, Any]:
         "importance": {
             "how": "main effects", "epoch": 3, "trials": 6, "null": 0.4,
             "fields": [{"field": "lr", "value": 0.77, "sign": "less is better", "p": 0.005},
-                       {"field": "shortcut", "value": 0.2, "sign": "A is best", "p": None}],
+                       {"field": "shortcut", "value": 0.2, "sign": "A is best", "p": 0.25}],
         },
         "late_importance": None,
         **changes,
@@ -238,7 +238,8 @@ def make_nasty() -> dict[str, Any]:
         trial["run"] = trial["reason"] = NASTY
     dimensions = [{"field": NASTY, "function": "choice", "values": [NASTY, "x"]},
                   {"field": "a.b[0]'", "function": "uniform", "values": [0, 1]}]  # fmt: skip
-    weights = {"how": NASTY, "epoch": 1, "trials": 4, "fields": [{"field": NASTY, "value": 2.0, "sign": NASTY}]}
+    field = {"field": NASTY, "value": 2.0, "sign": NASTY, "p": 0.5}
+    weights = {"how": NASTY, "epoch": 1, "trials": 4, "fields": [field], "null": 0.5}
     names = dict.fromkeys(("name", "variant", "dataset", "metric", "scheduler", "search_algorithm"), NASTY)
     return make_sweep(trials=trials, dimensions=dimensions, importance=weights, **names)
 

@@ -81,7 +81,7 @@ def test_a_validation_split_that_does_not_fit_names_one_that_does(tmp_path: Path
     ("line", "complaint"),
     [
         ("run --preset cfmx", "did you mean cfmz?"),
-        ("report --preset x .", "allowed are cfmz, fattorib, mpmz, convnet, ladder"),
+        ("report --preset x .", "(allowed: cfmz, fattorib, mpmz, convnet, ladder)"),
         ("run --preset ladder --depths 8 --dataset digits", "depth 8 is not 9n+2"),
         ("run --preset cfmz --spec record.json", "--spec and --preset exclude each other"),
     ],

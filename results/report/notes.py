@@ -179,7 +179,5 @@ def _untimed(row: Row) -> str:
     """Why no epoch of some runs was timed."""
     reasons: dict[str, None] = {}
     for result in (result for result in row.results if result.epoch_seconds is None):
-        interference = f"interference: {', '.join(result.interference)}" if result.interference else "warm-up"
-        early = f"{result.runs_per_gpu} runs share the GPU" if result.runs_per_gpu > 1 else interference
-        reasons |= dict.fromkeys(result.timing.untimed if result.timing else [early])
+        reasons |= dict.fromkeys(result.timing.untimed if result.timing else ())
     return f"no epoch was timed, by reason of {', '.join(reasons)}"
