@@ -159,7 +159,8 @@ def compare_by(
     first, *others = dict.fromkeys(order)
     if not others:
         raise ValueError(f"all runs have {by_field} {first}: nothing to compare")
-    follows = tuple(FIELDS["follows"].get(by_field, ()))
+    part = by_field.partition(".")[0] + "."  # of a recipe's or network's field
+    follows = tuple(FIELDS["follows"].get(by_field, FIELDS["follows"].get(part, ())))
     bound = [name for name in known if name != by_field]
     names = [name for name in bound if name in ("network.depth", *IMAGES) or not name.startswith(follows)]
     finished = [[_key(row, names) for row in side if row.done] for side in sides.values()]
@@ -185,8 +186,6 @@ def _match(
     a: Sequence[Row], b: Sequence[Row], names: Sequence[str], metrics: Sequence[str], overlooked: Sequence[str]
 ) -> list[Pair]:
     """Every row of A with those of B that agree in these fields; a row without a result has no machine to agree in."""
-    several = dict.fromkeys([*(name for name, metric in METRICS.items() if metric.margin), *metrics])
-    chosen = [METRICS[name] for name in several]
     shared = [name for name in names if all(name in row.fields for row in (*a, *b))]
     partners: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in b:
@@ -196,7 +195,7 @@ def _match(
         alike = partners.get(_key(row, shared), [])
         others = [o for o in alike if not (row.done and o.done) or _key(row, names) == _key(o, names)]
         matched |= set(map(id, others))
-        pairs += [_pair(row, other, chosen, tuple(overlooked)) for other in others if row.done or other.done]
+        pairs += [_pair(row, other, metrics, tuple(overlooked)) for other in others if row.done or other.done]
         pairs += [Pair(row, None)] if row.done and not others else []
     return pairs + [Pair(None, row) for row in b if row.done and id(row) not in matched]
 
@@ -212,7 +211,7 @@ def _differences(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[
     return {name: values for name, values in both.items() if values[0] != values[1]}
 
 
-def _pair(a: Row, b: Row, metrics: Sequence[Metric], overlooked: tuple[str, ...]) -> Pair:
+def _pair(a: Row, b: Row, metrics: Sequence[str], overlooked: tuple[str, ...]) -> Pair:
     differs = _differences(a.fields, b.fields)
     if not (a.done and b.done):
         return Pair(a, b, {n: values for n, values in differs.items() if n in a.fields and n in b.fields})
@@ -220,7 +219,10 @@ def _pair(a: Row, b: Row, metrics: Sequence[Metric], overlooked: tuple[str, ...]
     noted = {n: values for n, values in _differences(ours, theirs).items() if n in ours and n in theirs}
     chosen = {*flatten_spec(a.spec), *flatten_spec(b.spec), *FIELDS["expected"]}
     unlike = {n: v for n, v in (differs | noted).items() if n not in chosen and not n.startswith(overlooked)}
-    return Pair(a, b, differs, tuple(judge(metric, a, b) for metric in metrics), unlike)
+    # of the test set beside that of images held out, where it is measured
+    usual = [n for n, m in METRICS.items() if m.margin and (n != "test_error" or a.figures[n].n + b.figures[n].n)]
+    names = dict.fromkeys([*usual, *metrics])
+    return Pair(a, b, differs, tuple(judge(METRICS[name], a, b) for name in names), unlike)
 
 
 # --- one metric of two rows ---
@@ -234,12 +236,14 @@ def judge(metric: Metric, a: Row, b: Row) -> Comparison:
     test: Test | None = None
     if len(known) < 2:
         how = "not measured on both sides"
+    elif (
+        min(map(len, sides)) < 3
+    ):  # of seconds no interval of 90 % exists, of errors one that rests on the images alone
+        how = "fewer than 3 runs on a side"
     elif metric.kind == "error":
         test, how = compare_errors(sides, sides[0][0][0].images(test=metric.name.startswith("test")))
     elif metric.relative and any(value <= 0 for side in sides for _, value in side):
         how = "some are 0: no ratio"
-    elif min(map(len, sides)) < 3:  # no interval of 90 % exists
-        how = "fewer than 3 runs on a side"
     else:
         scale = math.log if metric.relative else float
         values = [[scale(value) for _, value in side] for side in sides]
@@ -259,9 +263,7 @@ def compare_errors(sides: Sequence[Side], images: int | None) -> tuple[Test | No
         return paired, "paired by seed, Student"
     planned = [sum(record.added_until is None for record, _ in side) or None for side in sides]
     a, b = (estimate_mean([e for _, e in side], images, n) for side, n in zip(sides, planned, strict=True))
-    if a is None or b is None:
-        return None, "one run, and the number of test images is unknown"
-    return b - a, "Welch, moderated spread" if images else "Welch"
+    return b - a if a and b else None, "Welch, moderated spread" if images else "Welch"
 
 
 def _paired(sides: Sequence[Side]) -> Estimate | None:

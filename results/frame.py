@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -40,8 +41,10 @@ def read_table(file: str | Path | IO[str]) -> pandas.DataFrame:
 
     from harness.results.report.files import file_fields
 
-    dtypes: Any = {name: DTYPES[field.kind] for name, field in file_fields().items() if field.kind in DTYPES}
-    return pandas.read_csv(file, dtype=dtypes, converters={"seeds": json.loads})
+    known = {name: DTYPES[field.kind] for name, field in file_fields().items() if field.kind in DTYPES}
+    dtypes: Any = defaultdict(lambda: str, known | {"schema_version": "Int64"})  # what is noted of runs is text
+    frame = pandas.read_csv(file, dtype=dtypes, keep_default_na=False, na_values=[""])
+    return frame.assign(seeds=frame["seeds"].map(json.loads)) if "seeds" in frame else frame
 
 
 def _identity(run: Stored) -> dict[str, Any]:

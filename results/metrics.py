@@ -58,6 +58,7 @@ class Metric:
     missing: str | None = None  # the reason, where the record holds a bare null
     predict: Callable[[Any], float | Measurement] | None = None  # of a Prediction; None: no probe predicts it
     better: Literal["lower", "higher", ""] = "lower"  # "": not compared
+    ratio: bool = False  # of a percentage: compared by its ratio all the same
     margin: float | None = None  # `compare` calls two sides equivalent within it: points of a %, else percent
     device: Literal["cpu", "cuda"] | None = None  # the only one on which it is measured or shown
     in_table: bool = True  # False: only in CSV, JSON, the page's list of runs, exports and `why`
@@ -70,7 +71,7 @@ class Metric:
     @property
     def relative(self) -> bool:
         """Whether two values are compared by their ratio; percentages are compared by their difference in points."""
-        return self.unit != "%"
+        return self.unit != "%" or self.ratio
 
     def measure(self, of: RunResult | Prediction) -> Measurement:
         """The figure of one run, or what a probe predicted of it."""

@@ -59,8 +59,9 @@ class Row:
 
     @property
     def name(self) -> str:
-        """msra-20, say; a network of one depth has no number."""
-        return f"{self.variant}-{self.depth}" if self.depth else self.variant
+        """msra-20, say, or msra-20/56; a network of one depth has no number."""
+        depth = self.text("network.depth", str(self.depth))
+        return self.text("variant", self.variant) + f"-{depth}" * bool(self.depth)
 
     @property
     def averaged_over(self) -> dict[str, tuple[str, ...]]:
@@ -158,13 +159,15 @@ def summarise(
     runs = [(stored, stored.record.spec, surroundings(stored.record)) for stored in records]
     runs += [(run, run.spec or {"run": run.name}, ()) for run in interrupted]
     groups: dict[Fields, list[_Member]] = defaultdict(list)
-    first: dict[Fields, Fields] = {}  # of a spec: the group of its first run, which those without a result join
+    # of a spec and a code, and of a spec: the first group, which runs without a result join
+    first: dict[tuple[Fields, object], Fields] = {}
     for run, spec, around in sorted(runs, key=lambda run: not run[2]):
-        own = flatten_spec(spec)
+        own, code = flatten_spec(spec), run.record.environment.get("code") if isinstance(run, Stored) else None
         every = own | dict(around)
         bare, whole = (tuple((n, v) for n, v in f.items() if n not in across) for f in (own, every))
-        key = whole if around else first.get(bare, bare)
-        first.setdefault(bare, key)
+        key = whole if around else first.get((bare, code)) or first.get((bare, None), bare)
+        for of in (code, None):
+            first.setdefault((bare, of), key)
         groups[key].append((run, every))
     rows = [_make_row(dict(key), members, across) for key, members in groups.items()]
     known = {name for members in groups.values() if across for _, every in members for name in every}
@@ -243,7 +246,7 @@ def incomparable(row: Row) -> list[tuple[str, str]]:
     """Why a row is never set beside published errors, and the column that says so."""
     limit, widths = setting(row.spec, "limit_test", int), row.text("widths", "")
     known: list[tuple[object, str, str]] = [
-        (row.done and not row.original, f"{row.dataset} is not a published data set's own images", "dataset"),
+        ((row.done or row.failed or row.pruned) and not row.original, f"{row.dataset} is not a published data set's own images", "dataset"),
         (setting(row.spec, "limit_train", int), "trained on a part of the training set", "limit_train"),
         (limit is not None, f"of {limit or 0:,} of the test images", "error"),
         (row.text("loader") == "synthetic", "synthetic images", "loader"),

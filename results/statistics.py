@@ -150,10 +150,13 @@ def prior_std(error: float, images: int) -> float:
 def moderated(centre: float, own: float | None, n: int, images: int) -> tuple[float, int]:
     """Variance of one run, and its degrees of freedom: the own spread of n runs, and `prior_std` with the weight of 8.
 
-    G. K. Smyth, Linear models and empirical Bayes methods, Stat. Appl. Genet. Mol. Biol. 3, 2004. One run suffices.
+    G. K. Smyth, Linear models and empirical Bayes methods, Stat. Appl. Genet. Mol. Biol. 3, 2004. Where the own spread is
+    the larger one it counts alone: networks that have not converged scatter by much more than the test images explain.
     """
-    freedom = PRIOR_FREEDOM + n - 1
-    return (PRIOR_FREEDOM * prior_std(centre, images) ** 2 + (n - 1) * (own or 0.0) ** 2) / freedom, freedom
+    prior, freedom = prior_std(centre, images), PRIOR_FREEDOM + n - 1
+    if own is not None and own > prior:
+        return own**2, n - 1
+    return (PRIOR_FREEDOM * prior**2 + (n - 1) * (own or 0.0) ** 2) / freedom, freedom
 
 
 def estimate_mean(errors: Sequence[float], images: int | None, planned: int | None = None) -> Estimate | None:
@@ -236,6 +239,7 @@ class Against:
     word: Literal["better", "worse", "consistent", "cannot tell"] | None = None
     adjusted: float | None = None  # Holm's p, over the rows that are judged together
     reason: str = ""  # why no verdict is due
+    errors: Sequence[float] = ()  # ours that were judged, in percent
 
 
 def judge(
@@ -251,7 +255,8 @@ def judge(
     near = all(abs(d) <= half <= MAX_HALF_WIDTH and abs(d) + half < MARGIN for d, half, _ in told)
     differences, halves, ps = zip(*told, strict=True)
     p = max(ps) if min(differences) > 0 or max(differences) <= 0 else 1.0
-    return Against(published, differences[0], max(halves), p, "consistent" if near else "cannot tell")
+    word: Literal["consistent", "cannot tell"] = "consistent" if near else "cannot tell"
+    return Against(published, differences[0], max(halves), p, word, errors=ways[0])
 
 
 def _subtract(published: Published, ours: Estimate, n: int) -> Estimate:
@@ -277,10 +282,10 @@ def adjust(judged: Sequence[Against]) -> None:
 def seeds_to_tell(published: Published, errors: Sequence[float]) -> int | None:
     """The smallest number of runs like these whose interval is ±0.5 points; None where no number suffices."""
     centre = mean(errors)
-    variance, _ = moderated(centre, std(errors), len(errors), published.images)
+    variance, freedom = moderated(centre, std(errors), len(errors), published.images)
 
     def enough(n: int) -> bool:
-        ours = Estimate(centre, math.sqrt(variance / n), PRIOR_FREEDOM + n - 1)
+        ours = Estimate(centre, math.sqrt(variance / n), freedom - len(errors) + n)
         return _subtract(published, ours, n).half() <= MAX_HALF_WIDTH
 
     return smallest(enough, MIN_SEEDS)

@@ -547,6 +547,47 @@ def test_a_figure_has_its_own_n_and_says_of_how_many() -> None:
     assert plain["images_per_second"] == 11_111.0, "of the run that was timed"
 
 
+def test_a_run_that_failed_is_of_the_row_of_its_code() -> None:
+    """The same spec by another version of the code: its failures are neither lost nor the first one's."""
+
+    def run(seed: int, code: str, **changes: Any) -> Stored:
+        stored = make_run(seed, **changes)
+        about = {**stored.record.environment, "code": code}
+        return stored._replace(record=stored.record.model_copy(update={"environment": about}))
+
+    diverged = Failure(kind="NaN", message="loss is not finite")
+    runs = [run(seed, "a") for seed in range(5)]
+    runs += [run(seed, "b", failure=diverged if seed in (1, 3) else None) for seed in range(5)]
+    rows = {row.fields["code"]: row for row in summarise(runs)}
+    assert [stored.record.seed for stored in rows["b"].failed] == [1, 3]
+    assert not rows["a"].failed
+    (alone,) = summarise([*runs[:5], run(5, "c", failure=diverged)])
+    assert [stored.record.seed for stored in alone.failed] == [5], "of a code that no row has"
+
+
+def test_what_is_averaged_over_depths_is_called_so_and_has_no_published_cost() -> None:
+    (row,) = rows = summarise([make_run(0), make_run(1, depth=56)], across=("network.depth",))
+    assert row.name == "msra-20/56"
+    assert "521 MiB" in text(summarise([make_run(0)]))
+    assert "521 MiB" not in text(rows)
+    held_out = summarise([make_run(0, overrides=["val=25000"])])
+    assert "521 MiB" not in text(held_out), "fewer images an epoch"
+
+
+def test_a_note_on_some_rows_does_not_stand_above_all() -> None:
+    def run(seed: int, depth: int, status: str) -> Stored:
+        stored = make_run(seed, depth=depth)
+        about = {**stored.record.environment, "check": {"status": status}}
+        return stored._replace(record=stored.record.model_copy(update={"environment": about}))
+
+    rows = summarise([run(0, 20, "passed"), run(0, 32, "passed"), run(1, 32, "skipped"), run(0, 56, "failed")])
+    caption, _, page = text(rows, width=300).partition("\n")
+    assert "NVIDIA H200" in caption
+    assert "NVIDIA H200¹" not in caption
+    assert "device never checked: `harness check` in 1 of 2 runs" in page
+    assert "device failed its check\n" in page
+
+
 def untimed_by(*reasons: str) -> dict[str, Any]:
     """The timing of a run without a timed epoch."""
     return {"timing": {"epochs": 0, "fastest": None, "slowest": None, "untimed": dict.fromkeys(reasons, 2)}}

@@ -29,7 +29,7 @@ from harness.results.published import find_published
 from harness.results.remote import StorageError, is_uri, push_run, redact, split_uri
 from harness.results.report.columns import sort_rows
 from harness.results.report.table import render, render_comparison
-from harness.results.report.text import fill_template
+from harness.results.report.text import clean, fill_template
 from harness.results.rows import Row, incomparable, summarise
 from harness.results.store import Loaded, Problem, Stored, collector_paused
 from harness.results.sweeps import Sweeps, load_sweeps
@@ -63,7 +63,7 @@ def load_runs(paths: Sequence[Path], *, named: bool = True) -> Loaded:
 
 def _name_problems(problems: Sequence[Problem]) -> None:
     for problem in problems:
-        print(f"harness: passed over: {problem}", file=sys.stderr)
+        print(f"harness: passed over: {clean(str(problem))}", file=sys.stderr)
 
 
 @contextmanager
@@ -260,7 +260,7 @@ def print_findings(words: Sequence[str]) -> int:
     contradictions = verify(loaded.records, lambda spec: RunSpec.from_json(dict(spec)).key, elsewhere)
     findings = [*loaded.problems, *contradictions]
     for finding in findings:
-        print(finding)
+        print(clean(str(finding)))
     old = sum(not (run.folder / store.HASHES).exists() for run in loaded.records)
     unhashed = f"; {old} of them have no hash stored: only their figures are checked" if old else ""
     print(f"{len(loaded.records)} runs verified, {len(findings)} findings{unhashed}")

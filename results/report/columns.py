@@ -62,6 +62,8 @@ def _overrides(row: Row) -> list[str]:
 
 
 def _entry(row: Row, variant: str = "") -> Published | None:
+    if row.averaged_over.keys() & {"dataset", "variant", "network.depth"}:
+        return None
     return find_published(row.fields.get("dataset", ""), variant or row.variant, row.depth)
 
 
@@ -70,7 +72,7 @@ def cost_entry(row: Row) -> Published | None:
 
     How the images were compressed does not matter to a cost, nor does the number of epochs.
     """
-    other = any(not text.startswith(("epochs=", "val=")) for text in _overrides(row))
+    other = any(not text.startswith("epochs=") for text in _overrides(row))
     part = setting(row.spec, "limit_train", int) is not None or "limit_train" in row.averaged_over
     return None if other or part else _entry(row)
 
@@ -82,7 +84,7 @@ def _ratio(row: Row) -> float | None:
 
 def _seeds_to_tell(row: Row) -> int | None:
     against = row.against
-    return seeds_to_tell(against.published, row.values("error")) if against and against.half is not None else None
+    return seeds_to_tell(against.published, against.errors) if against and against.half is not None else None
 
 
 def end_of(run: Stored | Interrupted) -> str:

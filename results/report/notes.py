@@ -47,14 +47,15 @@ def make_notes(rows: Sequence[Row]) -> Mapping[str, Mapping[str, set[int]]]:
     for (dataset, on, images), errors in samples.items():  # at the smallest and the largest error of a data set
         ends = [(e, wilson(e, images)) for e in sorted({min(errors.values()), max(errors.values())})]
         leave = ", of ".join(f"{error:.2f} % at {i.low:.2f} to {i.high:.2f}" for error, i in ends)
-        kind = "test" if on == "test" else "held-out"
-        notes[
-            f"{images:,} {kind} images of {dataset} alone leave an error of {leave}, on others of their kind (95 %, "
-            "Wilson); no interval here includes that, as all rows share the images"
-        ] = {"error": set(errors)}
+        kind, why = "test", "no interval here includes that, as all rows share the images"
+        if on == "val":
+            kind, why = "held-out", "each seed holds out others, so that the spread over seeds includes that"
+        said = f"{images:,} {kind} images of {dataset} alone leave an error of {leave}, on others of their kind (95 %, Wilson)"
+        notes[f"{said}; {why}"] = {"error": set(errors)}
     return notes
 
 
+HELD_OUT = "of held-out training images, not of the test set"
 NOTED_APART = {"uncommitted changes", "check", "concurrent runs", "runs per GPU"}
 
 
@@ -63,7 +64,7 @@ def _condition_notes(row: Row) -> Noted:
     for text, column in incomparable(row):
         yield f"{text}: not compared with published errors", column
     if row.evaluated_on == "val":
-        yield "of held-out training images, not of the test set", "error"
+        yield HELD_OUT, "error", "accuracy", "best_error", "top5_error"
     if row.batch_norm_images != row.batch_size:
         yield f"batch norm over {row.batch_norm_images} images a worker", "workers"
     known = {name: [*v, *[NONE] * (sum(v.values()) < len(row.done))] for name, v in row.conditions.items()}
@@ -74,8 +75,9 @@ def _condition_notes(row: Row) -> Noted:
         yield f"{dirty} of {len(row.done)} runs had uncommitted changes: the commit is not all of their code", "n"
     checks = row.conditions.get("check", {})
     if row.done and row.fields.get("device") == "cuda" and checks.get("passed", 0) < len(row.done):
-        failed = "failed" in checks
-        yield "device failed its check" if failed else "device never checked: `harness check`", "device"
+        word = "device failed its check" if "failed" in checks else "device never checked: `harness check`"
+        some = checks.get("failed") or len(row.done) - checks.get("passed", 0)
+        yield word + f" in {some} of {len(row.done)} runs" * (some < len(row.done)), "device"
 
 
 def disturbed_notes(row: Row) -> Noted:
@@ -86,6 +88,15 @@ def disturbed_notes(row: Row) -> Noted:
         of = [name for name in TIMED if row.figures[name].value is not None]
         of += ["published_epoch_seconds"] * bool(cost_entry(row))
         yield f"{some}no epoch was undisturbed ({causes}): the seconds are of disturbed ones", *of
+
+
+def comparison_notes(row: Row) -> Iterator[str]:
+    """What a reader must know of a row's figures where it is compared with another."""
+    if row.evaluated_on == "val":
+        yield f"error % is {HELD_OUT}"
+    yield from (text for text, *columns in _timing_notes(row) if "epoch_seconds" in columns)
+    for stored in row.done:
+        yield from (f"seed {stored.record.seed}: {p}; see harness verify" for p in contradictions(stored.record))
 
 
 def _timing_notes(row: Row) -> Noted:

@@ -12,7 +12,7 @@ from harness.results.compare import Comparison, Pair, signed
 from harness.results.metrics import METRICS, NONE
 from harness.results.report.columns import DESCRIPTORS, SPARE, Column, find_columns, make_columns
 from harness.results.report.files import to_csv, to_json
-from harness.results.report.notes import disturbed_notes, make_notes
+from harness.results.report.notes import comparison_notes, make_notes
 from harness.results.report.text import Sheet, add_mark, clean, for_latex, for_markdown, for_terminal
 from harness.results.rows import Row, incomparable
 
@@ -52,11 +52,12 @@ def lay_out(
             cells = {shown[0].name: set.union(*cells.values())}
         notes.append(f"{add_mark('', number := len(notes) + 1)} {clean(note)}")
         for name, marked in cells.items():
-            if name in above or (name in once and len(marked) == len(rows)):
+            if name in once and len(marked) == len(rows):
                 once[name] = add_mark(once[name], number)
-            else:
-                for i in marked:
-                    words[name][i] = add_mark(words[name][i], number)
+                continue
+            name = shown[0].name if name in above else name  # of some rows: what stands above is of all
+            for i in marked:
+                words[name][i] = add_mark(words[name][i], number)
     heads, right = [once[column.name] for column in shown], [column.right for column in shown]
     body = list(zip(*(words[column.name] for column in shown), strict=True))
     means = [f"{column.header}: {column.means}" for column in shown if column.means]
@@ -180,7 +181,7 @@ def _lines(pair: Pair, named: set[str]) -> Iterator[list[str]]:
 def _notes(pair: Pair) -> list[str]:
     """What a reader must know about its figures."""
     sides = [(side, row) for side, row in (("A", pair.a), ("B", pair.b)) if row and pair.figures]
-    return [f"{side}: {text}" for side, row in sides for text, *_ in disturbed_notes(row)]
+    return [f"{side}: {text}" for side, row in sides for text in dict.fromkeys(comparison_notes(row))]
 
 
 def _plain_pair(pair: Pair) -> dict[str, Any]:
