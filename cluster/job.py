@@ -154,6 +154,7 @@ _DEATHS = {
 _OF_PROGRAM = re.compile(
     "out of memory|device-side assert|captur|no kernel image|invalid|not supported|insufficient"
 )
+_OF_DALI = re.compile("CUDA (?:runtime|driver) API error.*", re.DOTALL)
 _COLLECTIVES = {"DistBackendError", "DistNetworkError", "DistStoreError"}
 _LOST_PEER = re.compile(r"[Cc]onnection (closed by peer|reset by peer|refused)|Broken pipe|gloo.*[Tt]imed out")
 
@@ -181,8 +182,11 @@ def make_failed(error: BaseException, *, attempts: int) -> Failed:
 
 
 def is_of_device(error: BaseException) -> bool:
-    """Whether it may be the GPU that is broken, and not the program: another one may do."""
-    return "AcceleratorError" in _names(error) and not _OF_PROGRAM.search(str(error))
+    """Whether it may be the GPU that is broken, and not the program: another one may do. Torch says it in its first line, whose
+    last one may speak of assertions; DALI after its own words."""
+    text = str(error)
+    said = [text.partition("\n")[0]] if "AcceleratorError" in _names(error) else _OF_DALI.findall(text)
+    return bool(said) and not _OF_PROGRAM.search(said[0])
 
 
 def _precedence(error: BaseException) -> int:

@@ -28,11 +28,6 @@ class Check:
     ranks: bool = False  # needs several, and only their runs rest on it
     gpu: bool = False  # skipped on a CPU
 
-    @property
-    def instead(self) -> str:
-        """ ": loader resident in its place" """
-        return f": {self.of[0]} {self.otherwise} in its place" if self.of else ""
-
     def concerns(self, spec: RunSpec) -> bool:
         """Whether a run rests on it."""
         own = self.of is None or getattr(spec, self.of[0]) == self.of[1]

@@ -27,6 +27,8 @@ from harness.checklist import BY_NAME, CHECKS, REFUSE, WARN, Check, Result
 from harness.cluster.job import Failed
 from harness.cluster.nodes import Unanswered, ask_every_node
 from harness.loaders.cache import cache_dir
+from harness.loaders.datasets import Dataset
+from harness.loaders.sampling import make_augment
 from harness.progress import say
 from harness.record import DALI_WHEELS, installed_version
 from harness.resources import Session
@@ -98,8 +100,10 @@ def find_devices(session: Session) -> list[Device]:
     if session.resources.address is None:
         models = {"cpu": "cpu"}
         if on_gpu:
-            gpus = open_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))[: allocation.gpus]
-            models = {f"cuda:{index}": gpu.read("model") or "" for index, gpu in enumerate(gpus)}
+            models = dict.fromkeys((f"cuda:{index}" for index in range(allocation.gpus)), "")
+            with suppress(Exception):  # a GPU that was lost, say: its check says what is wrong
+                gpus = open_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))
+                models |= zip(models, (gpu.read("model") or "" for gpu in gpus), strict=False)
         return [Device(n, identify(model), partial(measure, n, threads)) for n, model in models.items()]
     device, gpus_needed, threads = ("cuda:0", 1, threads) if on_gpu else ("cpu", 0, 1)
 
@@ -122,7 +126,8 @@ def make_ranks(session: Session, devices: Sequence[Device]) -> Device:
     def measure_ranks(names: Sequence[str], seconds: float) -> list[Result]:
         from harness.training.checks import run_rank_checks
 
-        outcome = session.launch_once(partial(run_rank_checks, seconds=seconds), tuple(names), seconds)
+        run = partial(run_rank_checks, seconds=seconds)
+        outcome = session.launch_once(run, tuple(names), seconds, stall_seconds=seconds)
         if isinstance(outcome, Failed):
             state = "left out" if outcome.message.startswith("no room") else "failed"
             return [Result(name, state, outcome.message) for name in names]
@@ -180,6 +185,14 @@ class Checked:
     results: Mapping[str, Result] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)  # of their records
     warnings: tuple[str, ...] = ()
+    dataset: Dataset | None = None
+
+    def otherwise(self, check: Check, spec: RunSpec) -> str:
+        """What a run does where a check fails. Images that are cut one by one are not for loader resident."""
+        train = self.dataset and self.dataset.train
+        if check.otherwise == "resident" and train and make_augment(spec.recipe, flip=True).by_image(train):
+            return "dataloader" if spec.loader == "dali" else REFUSE
+        return check.otherwise
 
     def adapt(self, spec: RunSpec) -> RunSpec:
         """The run with a loader and an engine that work. Raises RefusedError where nothing right is left."""
@@ -187,10 +200,10 @@ class Checked:
             result = self.results.get(check.name)
             if result is None or result.state != "failed" or check.otherwise == WARN:
                 continue
-            if check.of is None or check.otherwise == REFUSE:
+            if check.of is None or (other := self.otherwise(check, spec)) == REFUSE:
                 why = f"check {check.name} failed on this device: {result.detail}"
                 raise RefusedError(f"{spec.title} is not trained: {why} (--no-check trains it regardless)")
-            instead: dict[str, Any] = {check.of[0]: check.otherwise}
+            instead: dict[str, Any] = {check.of[0]: other}
             return self.adapt(replace(spec, **instead))
         return spec
 
@@ -200,7 +213,14 @@ def rests_on(runs: Sequence[RunSpec]) -> list[Check]:
     return [check for check in CHECKS if any(map(check.concerns, runs))]
 
 
-def check_first(specs: Sequence[RunSpec], session: Session, console: Console, *, skip: bool = False) -> Checked:
+def check_first(
+    specs: Sequence[RunSpec],
+    session: Session,
+    console: Console,
+    dataset: Dataset | None = None,
+    *,
+    skip: bool = False,
+) -> Checked:
     """Check what these runs rest on where it is not known yet, for at most SECONDS; nothing for runs on the CPU. Says what
     fails, and what runs do about it. Raises RefusedError where nothing right is left."""
     if session.allocation.device == "cpu" or not specs:
@@ -214,24 +234,35 @@ def check_first(specs: Sequence[RunSpec], session: Session, console: Console, *,
         for device in {device.key: device for device in devices}.values():  # one of each kind
             names = [check.name for check in missing if check.ranks == device.ranks]
             known = device.known(cache)
-            if new := [name for name in names if name not in known]:
+            # what failed may have failed for want of memory that another process held
+            if new := [name for name in names if name not in known or known[name].state == "failed"]:
                 say(console, f"new here: {device.name} ({device.combination['device']}) with this driver, torch, DALI and "
                     f"code; checking it for at most {SECONDS:.0f} s (--no-check skips)", style="dim")  # fmt: skip
-                known |= {r.name: r for r in device.check(new, max(0.0, until - time.monotonic()), cache)}
+                for r in device.check(new, max(0.0, until - time.monotonic()), cache):
+                    if r.state != "left out" or r.name not in known:
+                        known[r.name] = r
             # of several devices, one that failed counts
             results |= {n: known[n] for n in names if n not in results or known[n].state == "failed"}
         for check in missing:
             results.setdefault(check.name, Result(check.name, "left out", "no such device was there"))
-        runs = [Checked(results).adapt(run) for run in runs]
+        runs = [Checked(results, dataset=dataset).adapt(run) for run in runs]
     states = [results[check.name].state for check in rests_on(runs) if check.name in results]
     failed, left_out = ([r for r in results.values() if r.state == state] for state in ("failed", "left out"))
     kept = {
         "status": "failed" if "failed" in states else "skipped" if skip or "left out" in states else "passed",
         "at": datetime.now(UTC).isoformat(timespec="seconds"), "version": hash_code(), "failed": [r.name for r in failed],
     }  # fmt: skip
-    warnings = [f"check {r.name} failed ({r.detail}){BY_NAME[r.name].instead}" for r in failed]
+    warnings = []
+    for r in failed:
+        check = BY_NAME[r.name]
+        other = (
+            f": {check.of[0]} {Checked(dataset=dataset).otherwise(check, specs[0])} in its place"
+            if check.of
+            else ""
+        )
+        warnings.append(f"check {r.name} failed ({r.detail}){other}")
     if left_out:
         warnings.append(f"checks left out: {', '.join(r.name for r in left_out)} ({left_out[0].detail})")
     for warning in warnings:
         say(console, warning)
-    return Checked(results, {"check": kept}, tuple(warnings))
+    return Checked(results, {"check": kept}, tuple(warnings), dataset)

@@ -185,6 +185,7 @@ class CutLoader(DaliLoader):
             images = fn.decoders.image_slice(
                 fn.io.file.read(paths, dont_use_mmap=True), start, shape, axis_names="HW",
                 device="mixed" if self._on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False,
+                jpeg_fancy_upsampling=True,  # as libjpeg and PIL do, on a GPU too
             )  # fmt: skip
         else:
             images = fn.external_source(

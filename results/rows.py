@@ -246,7 +246,11 @@ def incomparable(row: Row) -> list[tuple[str, str]]:
     """Why a row is never set beside published errors, and the column that says so."""
     limit, widths = setting(row.spec, "limit_test", int), row.text("widths", "")
     known: list[tuple[object, str, str]] = [
-        ((row.done or row.failed or row.pruned) and not row.original, f"{row.dataset} is not a published data set's own images", "dataset"),
+        (
+            (row.done or row.failed or row.pruned) and not row.original,
+            f"{row.dataset} is not a published data set's own images",
+            "dataset",
+        ),
         (setting(row.spec, "limit_train", int), "trained on a part of the training set", "limit_train"),
         (limit is not None, f"of {limit or 0:,} of the test images", "error"),
         (row.text("loader") == "synthetic", "synthetic images", "loader"),

@@ -8,6 +8,8 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +23,11 @@ from tape import Arena, Tape, install_collectives
 import harness.training.train as training
 from harness.checklist import BY_NAME, CHECKS, SHOW
 from harness.cluster.job import Worker
+from harness.loaders.sampling import SamplingPlan
 from harness.results.values import EpochMetrics
 from harness.training import checks, setup, step
-from harness.training.checks import Bench, run_check
+from harness.training.checks import Bench, check_precision, check_ranks, run_check
+from harness.training.rates import instant
 
 ALONE = Worker(threads=1)
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -295,6 +299,41 @@ def test_two_ranks_pass_and_see_each_of_their_faults(tmp_path: Path) -> None:
     assert len(both[0]) == 4 + 5 + 1
     wrong = next(detail for fault, _, _, detail in both[0] if fault == "ranks_drift")
     assert "the ranks end with different weights" in wrong
+
+
+@pytest.mark.parametrize("ranks", [2, 11, 12, 16, 64])
+def test_each_of_many_ranks_has_images_of_every_batch(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a batch is filled up, and they train on others than one rank does."""
+    seen = []
+
+    def look(worker: Worker, **changes: Any) -> tuple[list[Any], dict[str, Any]]:
+        changes.pop("engine", None)
+        with ExitStack() as stack:
+            prepared, _ = checks.start(ALONE, stack, **changes)
+            images, batch = len(prepared.data.train), prepared.spec.recipe.batch_size
+        plans = [SamplingPlan(images, batch, rank=rank, world_size=ranks) for rank in range(ranks)]
+        assert sum(len(plan.draw(0).index) for plan in plans) == images
+        seen.append({len(plan.draw(0).batch_sizes) for plan in plans})
+        return [SimpleNamespace(loss=1.0, steps=5)], {}
+
+    monkeypatch.setattr(checks, "train", look)
+    assert check_ranks(Bench(replace(ALONE, world_size=ranks)), "eager")[0] == 0
+    assert seen == [{5}, {5}]
+
+
+def test_a_gpu_without_tf32_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(RuntimeError, match="has no TF32"):
+        check_precision(Bench(replace(ALONE, device="cuda:0")), "tf32")
+
+
+def test_an_instant_is_one_of_the_devices_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event is recorded on the current device's stream, unless it is told another."""
+    recorded = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: SimpleNamespace(record=lambda *on: recorded.append(on)))
+    instant(torch.device("cuda", 1))
+    assert recorded == [("stream of cuda:1",)]
 
 
 def test_every_check_has_a_fault() -> None:

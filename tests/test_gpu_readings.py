@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,15 @@ import pytest
 import torch
 
 import harness.training.memory
+from harness.cluster.job import Allocation
+from harness.options import Resources
+from harness.resources import Session
 from harness.results.values import Measurement
+from harness.selfcheck import find_devices
+from harness.spec import RunPaths
 from harness.training.host import NodeTelemetry
 from harness.training.memory import MemoryMeter
-from harness.training.nvml import count_gpus, driver_version, open_device
+from harness.training.nvml import count_gpus, driver_version, open_device, open_visible
 from harness.training.telemetry import INTERFERENCE, EpochTelemetry, describe_machine
 
 if TYPE_CHECKING:
@@ -79,6 +85,22 @@ def test_gpus_are_counted_and_the_session_is_closed(
     assert count_gpus() == 0
     called = (tmp_path / "log").read_text().split()
     assert called.count("nvmlInitWithFlags") == called.count("nvmlShutdown") == 2
+
+
+def test_gpus_by_any_name_that_cuda_takes(nvml: NvmlStub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A UUID may be cut short; of MIG instances one GPU has several. A GPU that is lost is no traceback before a run."""
+    nvml.set(GPUS=2, UUIDS="GPU-8932f937-d72c,GPU-77aa", USED="100,200", MIG=2)
+    assert [gpu.read("used_mib") for gpu in open_visible("GPU-77,GPU-8932f937")] == [200, 100]
+    with pytest.raises(Exception, match="Not Found"):
+        open_visible("GPU-99")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-0,MIG-1,MIG-2")
+    assert count_gpus() == 3
+    allocation = Allocation(device="cuda", workers=2, gpus=2, concurrent_runs=1, threads=1)
+    session = Session(allocation, Resources(), RunPaths(out=Path()), ExitStack())
+    for visible, lost in (("0,7", ""), ("GPU-99", ""), ("0,1", "1")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        nvml.set(GPUS=2, LOST=lost)
+        assert [device.name for device in find_devices(session)] == ["cuda:0", "cuda:1"], visible
 
 
 def test_counting_does_not_end_the_session_of_a_reader(nvml: NvmlStub, cuda: Cuda) -> None:
@@ -234,12 +256,16 @@ print(json.dumps([count_gpus(), [gpu.read("used_mib") for gpu in gpus], gpus[0].
 OTHERS, CONTEXT, CACHED = 1000, 450, 900  # MiB
 
 
-def read_context(nvml: NvmlStub, cuda: Cuda, monkeypatch: pytest.MonkeyPatch, *, before: int) -> float:
-    """MiB that a run's report calls CUDA context, where this process held `before` MiB when the run began."""
+def read_context(
+    nvml: NvmlStub, cuda: Cuda, monkeypatch: pytest.MonkeyPatch, *, before: int, neighbour: int = 0
+) -> float:
+    """MiB that a run's report calls CUDA context, where this process held `before` MiB when the run began. A neighbour may
+    take some at the same moment."""
 
     def show(own: int) -> None:
         mine = f",0:self:{own}" if own else ""
-        nvml.set(USED=OTHERS + own, PROCESSES=f"0:77:{OTHERS}{mine}")
+        others = OTHERS + neighbour * (own > before)
+        nvml.set(USED=others + own, PROCESSES=f"0:77:{others}{mine}")
 
     def zeros(*size: int, **_: Any) -> None:  # the first tensor makes the context
         cuda.reserved = max(cuda.reserved, 2)
@@ -268,6 +294,12 @@ def read_context(nvml: NvmlStub, cuda: Cuda, monkeypatch: pytest.MonkeyPatch, *,
 
 def test_the_context_of_a_first_run(nvml: NvmlStub, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_context(nvml, cuda, monkeypatch, before=0) == CONTEXT
+
+
+def test_a_neighbour_that_starts_meanwhile_is_no_part_of_the_context(
+    nvml: NvmlStub, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert read_context(nvml, cuda, monkeypatch, before=0, neighbour=450) == CONTEXT
 
 
 def test_the_context_that_was_there_before_the_run(

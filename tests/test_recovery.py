@@ -444,6 +444,15 @@ def test_an_error_of_a_gpu_is_tried_again_on_another_and_one_of_the_program_is_n
     failed = make_failed(WorkerGroupError(lost, error), attempts=1)
     assert (failed.exception, failed.message) == ("AcceleratorError", "CUDA error: unspecified launch failure")
     assert is_of_device(error)
+    # as torch 2.11 ends all of them
+    hint = "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
+    assert is_of_device(AcceleratorError(f"CUDA error: uncorrectable ECC error encountered\n{hint}"))
+    said = (
+        "Error in GPU operator `nvidia.dali.fn.resize`\nCUDA runtime API error cudaErrorIllegalAddress (700):\n{}"
+    )
+    assert is_of_device(RuntimeError(said.format("an illegal memory access was encountered")))
+    assert not is_of_device(RuntimeError(said.format("out of memory")))
+    assert not is_of_device(RuntimeError("shapes differ"))
     for own in (
         "out of memory",
         "device-side assert triggered",

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from command import harness
 from rich.console import Console
@@ -22,6 +23,7 @@ from harness import plan, selfcheck
 from harness.checklist import BY_NAME, CHECKS, Result
 from harness.cluster.job import Allocation
 from harness.commands import run, tune
+from harness.loaders.files import Files
 from harness.resources import Resources, Session
 from harness.selfcheck import Checked, Device, RefusedError, check_first, measure
 from harness.spec import RunPaths, RunSpec
@@ -124,6 +126,29 @@ def test_a_loader_or_an_engine_that_fails_is_replaced(machine: Machine) -> None:
         assert checked.environment["check"]["status"] == "passed", "what is left is right"
         assert checked.environment["check"]["failed"] == ["loader dali", "engine graph"]
         assert machine.checked.count("loader resident") == 1, f"what takes its place is checked; known: {again}"
+
+
+def test_what_failed_is_checked_again_and_counts_until_it_passes(machine: Machine) -> None:
+    machine.fails = {"eager"}
+    with pytest.raises(RefusedError, match="check eager failed"):
+        first(make_specs())
+    machine.fails, machine.seconds = set(), 200.0
+    with pytest.raises(RefusedError, match="check eager failed"):  # no time: what is known counts
+        first(make_specs())
+    machine.seconds = 5.0
+    assert first(make_specs())[0].warnings == ()
+
+
+def test_images_in_files_fall_back_to_a_loader_that_can_cut_them(machine: Machine) -> None:
+    images = SimpleNamespace(train=SimpleNamespace(images=Files(b"", *np.zeros((3, 1))), sizes=[(40, 30)]))  # type: ignore[arg-type]
+    specs = make_specs(settings={"resize": 256, "crop": 224})
+    machine.fails = {"loader dali"}
+    checked, lines = first(specs, dataset=images)
+    assert [spec.loader for spec in map(checked.adapt, specs)] == ["dataloader"]
+    assert "check loader dali failed (loader dali figures): loader dataloader in its place" in lines
+    machine.fails, machine.combination = {"loader dali", "loader dataloader"}, T4 | {"driver": "580"}
+    with pytest.raises(RefusedError, match="check loader dataloader failed"):
+        first(specs, dataset=images)
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ class Runs:
 
     def check_devices(self, todo: Sequence[RunSpec]) -> list[RunSpec]:
         """Give all runs a loader and an engine that work on their devices. Returns those to do. Raises RefusedError."""
-        checked = check_first(todo, self.session, self.console, skip=self.options.no_check)
+        checked = check_first(todo, self.session, self.console, self.dataset, skip=self.options.no_check)
         self.recorder.environment |= checked.environment
         self.recorder.warnings = checked.warnings
         adapted = {spec: checked.adapt(spec) for spec in todo}

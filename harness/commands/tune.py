@@ -167,7 +167,7 @@ def _preview(trials: Trials, *, estimate: bool) -> int:
 def _begin(trials: Trials, folder: Path | None, *, skip: bool) -> None:
     """Check the devices, make the sweep's folder or lock the one that is resumed, open it. Raises RefusedError."""
     search, session, console, paths = trials.search, trials.session, trials.console, trials.session.paths
-    checked = check_first(trials.specs, session, console, skip=skip)
+    checked = check_first(trials.specs, session, console, trials.dataset, skip=skip)
     before, after = trials.specs, [checked.adapt(spec) for spec in trials.specs]
     if len({spec.loader for spec in before}) > 1 and [a.loader for a in after] != [s.loader for s in before]:
         raise UserError("--search loader: one of them failed its check on this device; leave it out")

@@ -88,11 +88,11 @@ def main(device: str, threads: str, *names: str) -> None:
 # --- a small run ---
 
 
-def make_dataset(size: int = SIZE) -> Dataset:
+def make_dataset(size: int = SIZE, count: int = IMAGES) -> Dataset:
     """Images whose brightness tells their class, so that a network learns them."""
     random = np.random.default_rng(0)
-    labels = random.integers(0, CLASSES, IMAGES)
-    images = random.integers(0, 128, (IMAGES, size, size, 3)) + labels[:, None, None, None] * 12
+    labels = random.integers(0, CLASSES, count)
+    images = random.integers(0, 128, (count, size, size, 3)) + labels[:, None, None, None] * 12
     split = Split(images.astype(np.uint8), labels.astype(np.int64))
     return Dataset("check", "check", False, "", tuple(map(str, range(CLASSES))), split, split, flip=True)
 
@@ -109,11 +109,13 @@ def make_spec(worker: Worker, **changes: Any) -> RunSpec:
     return replace(spec, plugins=tuple(plugin.source.identity for plugin in used_by(names_of(spec))))
 
 
-def start(worker: Worker, stack: ExitStack, *, size: int = SIZE, **changes: Any) -> tuple[Prepared, Trainer]:
+def start(
+    worker: Worker, stack: ExitStack, *, size: int = SIZE, images: int = IMAGES, **changes: Any
+) -> tuple[Prepared, Trainer]:
     """A run before its first step, until the stack closes. Raises RuntimeError where its engine does not work."""
     given_up, spec = list[str](), make_spec(worker, **changes)
     stack.enter_context(deterministic_algorithms(spec))
-    prepared = assemble(spec, make_dataset(size), worker, given_up.append)
+    prepared = assemble(spec, make_dataset(size, images), worker, given_up.append)
     stack.enter_context(closing(prepared))
     if dist.is_initialized():  # no draws of a rank's own, and no statistics of its share
         prepared.network.eval()
@@ -203,9 +205,11 @@ def check_engine(bench: Bench, engine: Engine) -> Figure:
 
 def check_precision(bench: Bench, precision: Precision) -> Figure:
     """Its losses are near those of fp32, and it is not fp32."""
+    if precision == "tf32" and torch.cuda.get_device_capability(bench.worker.device)[0] < 8:
+        raise RuntimeError("this GPU has no TF32 and computes in fp32")
     metrics, weights = train(bench.worker, precision=precision)
     worst, words = compare(metrics, bench.eager, "fp32's")
-    if precision != "tf32":  # which old GPUs do not have
+    if precision != "tf32":  # of which some kernels are fp32's
         dtype = torch.bfloat16 if precision == "bf16" else torch.float16
         if worst == 0:
             raise RuntimeError("it computes in fp32")
@@ -314,7 +318,10 @@ def check_sum(bench: Bench) -> Figure:
 
 def check_ranks(bench: Bench, engine: Engine, **changes: Any) -> Figure:
     """All ranks together train as one does alone, batch norm's statistics held still."""
-    worker = bench.worker
+    worker, ranks = bench.worker, bench.worker.world_size
+    if ranks > IMAGES % BATCH:  # one that has no image of the last batch would be given another
+        recipe = changes.get("recipe") or make_spec(worker).recipe
+        changes |= {"recipe": replace(recipe, batch_size=2 * ranks), "images": 9 * ranks}
     one, _ = train(replace(worker, rank=0, world_size=1), **changes)
     together, weights = train(worker, engine=engine, **changes)
     sums = gather([float(value.double().sum()) for value in weights.values()])

@@ -68,7 +68,7 @@ class MemoryMeter:
         reserved, own = self._torch("memory_reserved"), self._gpu.process_mib().value
         self._listed = own is not None  # else what earlier runs left looks like another process's
         used, context = self._gpu.read("used_mib"), ("CUDA context", index)
-        if not existed and before is not None and used is not None:
+        if own is None and not existed and before is not None and used is not None:
             own = used - before
         elif own is None and context in _kept_mib:
             own = reserved + _kept_mib[context]

@@ -74,10 +74,19 @@ def load_nvml() -> Any:
 
 
 def open_gpu(name: str) -> Gpu:
-    """The GPU that CUDA_VISIBLE_DEVICES calls so: by index, or by UUID, a MIG instance's too. Raises what NVML raises."""
+    """The GPU that CUDA_VISIBLE_DEVICES calls so: by index, or by UUID, which may be cut short, or be a MIG instance's. Raises
+    what NVML raises."""
     nvml = load_nvml()
     by_index, by_uuid = nvml.nvmlDeviceGetHandleByIndex, nvml.nvmlDeviceGetHandleByUUID
-    return Gpu(nvml, by_index(int(name)) if name.isdecimal() else by_uuid(name), name)
+    if name.isdecimal():
+        return Gpu(nvml, by_index(int(name)), name)
+    try:
+        return Gpu(nvml, by_uuid(name), name)
+    except Exception:
+        for gpu in map(by_index, range(nvml.nvmlDeviceGetCount()) if name.startswith("GPU-") else ()):
+            if str(nvml.nvmlDeviceGetUUID(gpu)).startswith(name):
+                return Gpu(nvml, gpu, name)
+        raise
 
 
 def open_device(device: torch.device) -> Gpu:
@@ -123,7 +132,12 @@ def count_gpus() -> int:
             count = int(nvml.nvmlDeviceGetCount())
         finally:
             nvml.nvmlShutdown()
-    return count if visible is None else min(count, len(visible.split(",")))
+    if visible is None:
+        return count
+    named = visible.split(",")  # of MIG instances a GPU has several
+    return (
+        len(named) if count and all(name.strip().startswith("MIG-") for name in named) else min(count, len(named))
+    )
 
 
 def driver_version() -> str:

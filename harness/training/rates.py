@@ -79,7 +79,7 @@ def instant(device: torch.device) -> Any:
     if device.type == "cpu":
         return time.clock_gettime(time.CLOCK_MONOTONIC_RAW)
     event = torch.cuda.Event(enable_timing=True)
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
 
 

@@ -189,6 +189,6 @@ def _reading_notes(row: Row) -> Noted:
 def _untimed(row: Row) -> str:
     """Why no epoch of some runs was timed."""
     reasons: dict[str, None] = {}
-    for result in (result for result in row.results if result.epoch_seconds is None):
+    for result in (result for result in row.results if result.epoch_seconds is None or result.all_disturbed):
         reasons |= dict.fromkeys(result.timing.untimed if result.timing else ())
     return f"no epoch was timed, by reason of {', '.join(reasons)}"
