@@ -92,17 +92,17 @@ def _make_parameter(name: str, option: Option) -> Parameter:
 
 # --- words beside the options ---
 
-GridFile = Annotated[Path | None, typer.Argument(help="A grid file (TOML); options of the command line win.")]
+GridFile = Annotated[Path | None, typer.Argument(help="A grid file (TOML); command-line options override it.")]
 Results = Annotated[list[str] | None, typer.Argument(help="Folders of results or of single runs, s3:// or gs://.")]
 Sides = Annotated[list[str], typer.Argument(help="Two folders of results, A and B; or one, with --by.")]
-Row = Annotated[str, typer.Argument(help="A row of `harness report PATH`: msra-20, or its number.")]
+Row = Annotated[str, typer.Argument(help="A row of `harness report PATH`, by name (msra-20) or number.")]
 Run = Annotated[str, typer.Argument(help="A run's folder, or its name or key in PATH.")]
 Folder = Annotated[str, typer.Argument(help="Folder of results.", envvar="HARNESS_OUT")]
 Target = Annotated[
-    str, typer.Option(help="tensorboard (event files in the runs' folders), mlflow or wandb (by their variables).")
+    str, typer.Option(help="tensorboard (event files in the runs' folders), mlflow or wandb (by their env vars).")
 ]
-Plugin = Annotated[list[Path] | None, typer.Option(help="With those of this file. Repeatable.", metavar="<str>")]
-Plugins = Annotated[list[Path] | None, typer.Argument(help="Files of plug-ins to check instead.")]
+Plugin = Annotated[list[Path] | None, typer.Option(help="Add those of this file. Repeatable.", metavar="<str>")]
+Plugins = Annotated[list[Path] | None, typer.Argument(help="Plug-in files to check instead of this machine.")]
 
 
 # --- training ---
@@ -110,7 +110,7 @@ Plugins = Annotated[list[Path] | None, typer.Argument(help="Files of plug-ins to
 
 @command("run", groups.Grid, groups.RunOptions)
 def run(commands: Any, console: Any, given: Given, file: GridFile = None) -> Any:
-    """Train what is missing of a grid of runs, and print the table."""
+    """Train the missing runs of a grid, and print the table."""
     return commands.run_command(given, file, console)[0]
 
 
@@ -152,7 +152,7 @@ def why(commands: Any, console: Any, row: Row, path: Folder = "runs") -> Any:
 def export(commands: Any, console: Any, paths: Results = None, to: Target = "tensorboard") -> None:
     """Export stored runs to TensorBoard, MLflow or W&B."""
     exported = commands.export_results(paths or [default_out()], to)
-    print(f"{exported} run{'s' * (exported != 1)} exported to {to}; those it had already were left alone")
+    print(f"{exported} run{'s' * (exported != 1)} exported to {to}; runs that it already had were skipped")
 
 
 @command("report")
@@ -176,7 +176,7 @@ def evaluate(commands: Any, console: Any, options: groups.EvalOptions) -> None:
 
 @command("check", groups.CheckOptions)
 def check(commands: Any, console: Any, options: groups.CheckOptions, plugins: Plugins = None) -> Any:
-    """Say what this machine lacks, and measure whether it trains rightly; or whether plug-ins do."""
+    """Report what this machine lacks, and test whether it, or a plug-in, trains correctly."""
     return commands.check_plugins(plugins, console) if plugins else commands.print_findings(options, console)
 
 
@@ -226,7 +226,7 @@ def _explain(error: Any) -> str:
     if parameter and hasattr(error.__cause__, "errors"):  # typer's own message does not have the value
         (fault,) = error.__cause__.errors()
         allowed = "a whole number" if fault["type"].startswith("int") else "a number"
-        return f"{parameter.opts[0]} {fault['input']!r}: {allowed} is allowed"
+        return f"{parameter.opts[0]} {fault['input']!r}: expected {allowed}"
     if help := getattr(parameter, "help", None):
         return f"{message.removesuffix('.')}: {help}"
     told = error.ctx is None or "ossible options" in message

@@ -41,7 +41,7 @@ def parse_until(text: str, now: datetime | None = None) -> datetime:
             parts = (float(part or 0) for part in duration.groups())
             if seconds := sum(part * unit for part, unit in zip(parts, _UNITS.values(), strict=True)):
                 return datetime.fromtimestamp(now.timestamp() + seconds)
-    raise UserError("a duration, as in 9m, 2h30m or 90s, or a time of day, as in 18:00, is allowed")
+    raise UserError("expected a duration, as in 9m, 2h30m or 90s, or a time of day, as in 18:00")
 
 
 def format_moment(moment: datetime) -> str:

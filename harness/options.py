@@ -69,7 +69,7 @@ class Option:
         if self.words and value is not None:
             check_word(value, self.words() if callable(self.words) else self.words, self.names[0])
         if self.least is not None and value is not None and value < self.least:
-            raise UserError(f"{self.names[0]} {value}: at least {self.least} is allowed")
+            raise UserError(f"{self.names[0]} {value}: at least {self.least} is required")
 
 
 def opt(help: str, *names: str, **more: Any) -> Option:
@@ -139,7 +139,7 @@ def parse_words(text: str) -> tuple[str, ...]:
     """ "a,b" -> ("a", "b"), each once. Raises UserError."""
     words = [word.strip() for word in text.split(",")]
     if not all(words):
-        raise UserError("a list with commas and no empty places is allowed, as in a,b")
+        raise UserError("expected a comma-separated list without empty items, as in a,b")
     return tuple(dict.fromkeys(words))
 
 
@@ -150,7 +150,7 @@ def parse_numbers(text: str, allowed: Callable[[int], bool] | None = None) -> tu
         ends = re.fullmatch(r"(\d{1,9})(?:\s*\.\.\s*(\d{1,9}))?", word)
         low, high = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, -1)
         if not low <= high < low + MOST_NUMBERS:
-            known = f"a whole number nor a range, as in 20..56, of at most {MOST_NUMBERS} with the lowest first"
+            known = f"a whole number nor an ascending range of at most {MOST_NUMBERS} numbers, as in 20..56"
             raise UserError(f"{word!r} is neither {known}")
         chosen = [n for n in range(low, high + 1) if low == high or allowed is None or allowed(n)]
         if not chosen:
@@ -180,7 +180,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     if not text.strip().isdecimal():
         return parse_numbers(text.rstrip(","))
     if not 1 <= int(text) <= MOST_NUMBERS:
-        raise UserError(f"a count from 1 to {MOST_NUMBERS} is allowed, or a list of seeds as in 0,7")
+        raise UserError(f"expected a count from 1 to {MOST_NUMBERS}, or a list of seeds as in 0,7")
     return tuple(range(int(text)))
 
 
@@ -207,29 +207,29 @@ def _loaders() -> Collection[str]:
 # --- options that several commands have ---
 
 # fmt: off
-Preset = Annotated[str | None, opt("The runs of a source's table: cfmz, fattorib, mpmz, convnet or ladder.")]
-Variant = opt("Its network and recipe are used: see `harness variants`.", "--variant", "--variants")
+Preset = Annotated[str | None, opt("A published table: cfmz, fattorib, mpmz, convnet or ladder.")]
+Variant = opt("A network with its recipe: see `harness variants`.", "--variant", "--variants")
 Depth = Annotated[int | None, opt("Default: the variant's own.", "--depth", "--depths")]
 Dataset = Annotated[str, opt("cifar10, cifar2, cifar100, cifar100-coarse, digits, miniplaces or folder:PATH.")]
-DataDir = Annotated[Path | None, opt("Where the images are. Default: HARNESS_DATA_DIR, or downloaded once.")]
+DataDir = Annotated[Path | None, opt("Folder of the images. Default: HARNESS_DATA_DIR, or a download, once.")]
 Gpus = Annotated[int | None, opt("GPUs to use, 0 for the CPU. Default: all.", least=0)]
 Workers = Annotated[int | None, opt(
-    "DDP processes per run; gpus/workers runs train at a time. Default: all GPUs (tune: 1).", least=1)]
+    "DDP processes per run; gpus/workers runs train at the same time. Default: one per GPU (tune, CPU: 1).", least=1)]
 RunsPerGpu = Annotated[int, opt(
-    "Runs that share a GPU, for errors only: their seconds and energy do not count.", least=1)]
+    "Runs per GPU, where only errors matter: their seconds and energy are not reported.", least=1)]
 Address = Annotated[str | None, opt("A running Ray cluster: HOST:PORT or auto.", variable="HARNESS_ADDRESS")]
 Verbose = Annotated[bool, opt("Show Ray's own messages.")]
-ExcludeOutliers = Annotated[bool, opt("Leave out a cluster's nodes that are measured to be slow.")]
+ExcludeOutliers = Annotated[bool, opt("Do not use a cluster's nodes that were measured to be slow.")]
 Plugin = Annotated[tuple[str, ...], opt(
     "A file with networks, data sets, ... of your own: docs/extending.md. Repeatable.",
     parse=lambda paths: tuple(str(Path(path).expanduser().absolute()) for path in paths), repeatable=True)]
 Until = Annotated[datetime | None, opt(
-    "Stop as Ctrl-C does: after 9m or 2h30m, or at 18:00. The run can be continued.", parse=parse_until)]
-NoCheck = Annotated[bool, opt("Train on a GPU that is new without checking it first.")]
+    "Stop after 9m or 2h30m, or at 18:00, as Ctrl-C would; what was stopped can be continued.", parse=parse_until)]
+NoCheck = Annotated[bool, opt("Do not check a new GPU before training on it.")]
 Settings = Annotated[Mapping[str, Any], opt(
-    "FIELD=VALUE of recipe or network, as in lr=0.05. Repeatable.", "--set", parse=_parse_settings, repeatable=True)]
-DryRun = Annotated[bool, opt("Print the plan and what is done already.")]
-Estimate = Annotated[bool, opt("Probe 30 steps of what is missing; print hours, memory and energy.")]
+    "Change a field of the recipe or network: FIELD=VALUE, as in lr=0.05. Repeatable.", "--set", parse=_parse_settings, repeatable=True)]
+DryRun = Annotated[bool, opt("Print the plan and what is already done; train nothing.")]
+Estimate = Annotated[bool, opt("Probe 30 steps of what is missing; predict hours, memory and energy.")]
 Across = Annotated[tuple[str, ...], opt(
     "Fields to average over, as in workers,threads.", parse=parse_words)]
 
@@ -250,16 +250,16 @@ class Training(Options):
     dataset: Dataset = "cifar10"
     data_dir: DataDir = None
     loader: Annotated[str, opt("dali, resident, dataloader or synthetic.", words=_loaders)] = "dali"
-    epochs: Annotated[int | None, opt("Instead of the recipe's; its schedule is stretched.", least=1)] = None
-    batch_size: Annotated[int | None, opt("Global, over all workers. Default: the recipe's.", least=1)] = None
+    epochs: Annotated[int | None, opt("Epochs, instead of the recipe's; its schedule is stretched or shrunk.", least=1)] = None
+    batch_size: Annotated[int | None, opt("Global batch size, over all workers. Default: the recipe's.", least=1)] = None
     batch_norm: Annotated[str | None, opt(
-        "Statistics of a batch: local (of each worker's images) or sync (of all workers').",
+        "Batch statistics: local (over each worker's images) or sync (over all workers' images).",
         words=("local", "sync"))] = None
     precision: Annotated[str, opt("fp32, tf32, bf16 or fp16.", words=PRECISIONS)] = "fp32"
     engine: Annotated[str | None, opt(
         "eager, compile or graph. Default: graph on GPUs, eager on the CPU.", words=ENGINES)] = None
     deterministic: Annotated[bool, opt(
-        "Deterministic algorithms on GPUs too: slower, and rows of their own.")] = False
+        "Use deterministic algorithms on GPUs too: slower, with rows of their own.")] = False
     val: Annotated[int | None, opt("Training images to hold out and evaluate on.", least=0)] = None
     limit_train: Annotated[int | None, opt("Train on this many images only; marked in tables.", least=1)] = None
     plugin: Plugin = ()
@@ -293,7 +293,7 @@ class Resources(Options):
     workers: Workers = None
     runs_per_gpu: RunsPerGpu = 1
     placement: Annotated[Placement, opt(
-        "A run's workers: pack (on one node if possible), strict-pack (always), spread.", words=PLACEMENTS)] = "pack"
+        "Where a run's workers are placed: pack (on one node if possible), strict-pack (only on one node), spread.", words=PLACEMENTS)] = "pack"
     address: Address = None
     launcher: Annotated[str, opt(
         "ray; local: in this process; auto: local for one run with one worker.",
@@ -313,26 +313,26 @@ class RunOptions(Resources):
     until: Until = None
     until_ci: Annotated[float | None, opt(
         "Add seeds until the 95 % interval of the error is ± this many points.")] = None
-    max_seeds: Annotated[int | None, opt("For --until-ci: of one row. Default: 10.")] = None
+    max_seeds: Annotated[int | None, opt("For --until-ci: the most seeds per row. Default: 10.")] = None
     elastic: Annotated[int | None, opt(
-        "Begin and go on with this many workers or more, while a cluster has no room for all; marked.")] = None
+        "Train with fewer workers, at least this many, while a cluster has no room for all; marked in tables.")] = None
     checkpoint_every: Annotated[int, opt("Epochs between checkpoints.", least=1)] = 1
     stall_seconds: Annotated[int, opt(
-        "A run without a step for so long ends, names the rank that hangs, and is tried again.", least=10)] = 300
+        "A run that makes no step for this long is ended and retried, and the rank that hangs is named.", least=10)] = 300
     format: Annotated[str, opt(
         "table; jsonl: a JSON object per event, for programs; jsonl-convnet: per epoch, with the keys of the convnet's log.",
         words=("table", "jsonl", "jsonl-convnet"))] = "table"
     no_check: NoCheck = False
     dry_run: DryRun = False
     estimate: Estimate = False
-    profile: Annotated[bool, opt("Time the parts of a step of what is missing: data, forward, ...")] = False
+    profile: Annotated[bool, opt("Time the parts of a training step of what is missing: data, forward, ...")] = False
     tensorboard: Annotated[bool, opt("Write each run's event file beside its record.")] = False
     scan: Annotated[bool, opt(
-        "Decode every image file first; where one is corrupt, it is named and nothing is trained.")] = False
+        "Decode every image file first; if any is corrupt, name it and train nothing.")] = False
     force: Annotated[bool, opt("Train finished runs again; the old results are kept.")] = False
     fail_fast: Annotated[bool, opt("Stop at the first run that fails.")] = False
     save: Annotated[Path | None, opt("Write these options as a grid file, which `harness run FILE` takes.")] = None
-    print_config: Annotated[bool, opt("Print all options that hold, as a grid file, and end.")] = False
+    print_config: Annotated[bool, opt("Print all options in effect as a grid file, and exit.")] = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -340,24 +340,24 @@ class Search(Training):
     """A hyperparameter search, as sweep.json keeps it."""
 
     search: Annotated[tuple[str, ...], opt(
-        "FIELD=loguniform(a,b), uniform, randint, choice or grid; of recipe or network, or variant, loader. Repeatable.",
+        "FIELD=loguniform(a,b), or uniform, randint, choice, grid; a field of recipe or network, or variant or loader. Repeatable.",
         parse=tuple, repeatable=True)] = ()
     settings: Settings = field(default_factory=dict)
     variant: Annotated[str, Variant] = "he2015"
     depth: Depth = None
-    samples: Annotated[int | None, opt("Trials, or trials of each grid point. Default: 16, with a grid 1.", least=1)] = None
+    samples: Annotated[int | None, opt("Number of trials, or of trials per grid point. Default: 16; with a grid 1.", least=1)] = None
     search_algorithm: Annotated[str, opt(
         "random, tpe or gp (a Gaussian process).", words=("random", "tpe", "gp"))] = "random"
     scheduler: Annotated[str, opt(
-        "Stops poor trials early: asha, hyperband, median or none.", words=SCHEDULERS)] = "asha"
-    metric: Annotated[str, opt("To minimise: error, top5_error, loss or epoch_seconds.")] = "error"
-    seed: Annotated[int, opt("Of the proposals, and of every trial.", least=0)] = 0
+        "How poor trials are stopped early: asha, hyperband, median or none.", words=SCHEDULERS)] = "asha"
+    metric: Annotated[str, opt("Metric to minimise: error, top5_error, loss or epoch_seconds.")] = "error"
+    seed: Annotated[int, opt("Seed of the search and of every trial.", least=0)] = 0
     val: Annotated[int | None, opt(
-        "Training images held out to judge by; 0 judges by the test set. Default: 5000 or a tenth.", least=0)] = None
+        "Training images held out to judge trials on; 0: judge on the test set. Default: 5000, at most a tenth.", least=0)] = None
     gpus: Gpus = None
     workers: Workers = None  # None: 1
     runs_per_gpu: RunsPerGpu = 1
-    concurrent: Annotated[int | None, opt("Trials at a time. Default: all that fit.", least=1)] = None
+    concurrent: Annotated[int | None, opt("Trials that train at the same time. Default: as many as fit.", least=1)] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -382,7 +382,7 @@ class ReportOptions(Options):
 
     format: Annotated[str, opt(
         "table, markdown, csv, json, latex or html.", words=("table", "markdown", "csv", "json", "latex", "html"))] = "table"
-    sort: Annotated[str | None, opt("A column, as in error; -error: largest first.")] = None
+    sort: Annotated[str | None, opt("Column to sort by, as in error; -error: largest first.")] = None
     columns: Annotated[tuple[str, ...], opt(
         "Columns to show, as in variant,depth,error.", parse=parse_words)] = ()
     preset: Preset = None  # the rows and columns of that source's table, in their order
@@ -396,10 +396,10 @@ class CompareOptions(Options):
     """What is compared, and when that fails."""
 
     by: Annotated[str | None, opt(
-        "Compare runs that differ in this field, as in loader, or precision=fp32,bf16: first is A.")] = None
+        "Compare runs that differ in this field, as in loader or precision=fp32,bf16; the first value is A.")] = None
     fail_on: Annotated[str | None, opt(
-        "Exit with 1 where this holds, as in 'error>+0.3,epoch_seconds>5%'.")] = None
-    strict: Annotated[bool, opt("Exit with 1, too, where the runs cannot tell.")] = False
+        "Exit with code 1 if this holds, as in 'error>+0.3,epoch_seconds>5%'.")] = None
+    strict: Annotated[bool, opt("Also exit with code 1 if the runs cannot tell.")] = False
     across: Across = ()
     format: Annotated[str, opt("table, markdown or json.", words=("table", "markdown", "json"))] = "table"
 
@@ -415,18 +415,18 @@ class EvalOptions(Options):
     dataset: Dataset = "cifar10"
     data_dir: DataDir = None
     scales: Annotated[tuple[int, ...], opt(  # none: images as in training's evaluation, one centre crop
-        "Average over sizes in pixels, as in 96,112,128, and mirrored images.", parse=parse_scales)] = ()
+        "Average over these image sizes in pixels, as in 96,112,128, and over mirror images.", parse=parse_scales)] = ()
     average: Annotated[str, opt(
-        "With --scales: of logits, or of probabilities.", words=("logits", "probabilities"))] = "logits"
-    mirror: Annotated[bool, opt("With --scales: mirrored images too, the default.", "--mirror/--no-mirror")] = True
+        "With --scales: average logits or probabilities.", words=("logits", "probabilities"))] = "logits"
+    mirror: Annotated[bool, opt("With --scales: use mirror images too (default).", "--mirror/--no-mirror")] = True
     pool_window: Annotated[int | None, opt(
-        "Pool over whole windows of this side alone, as neon's 7 does. miniplaces and mpmz.", least=1)] = None
+        "Pool over whole windows of this side only, as neon does with 7. For miniplaces and mpmz.", least=1)] = None
     save_probabilities: Annotated[Path | None, opt(
         "With --scales: write the classes' probabilities at each scale (.npz).")] = None
     mean: Annotated[str | None, opt("R,G,B of images in 0..1. Default: the recipe's.")] = None
     std: Annotated[str | None, opt("R,G,B of images in 0..1. Default: the recipe's.")] = None
     predictions: Annotated[Path | None, opt("Write each image's most likely classes (CSV).")] = None
-    batch_size: Annotated[int | None, opt("Default: training's 1000, less for large scales.", least=1)] = None
+    batch_size: Annotated[int | None, opt("Images per batch. Default: 1000, as in training's evaluation; fewer for large scales.", least=1)] = None
     limit: Annotated[int | None, opt(
         "Evaluate this many images only, the same number of each class.", least=1)] = None
     plugin: Plugin = ()

@@ -41,7 +41,7 @@ def make_grid(given: Mapping[str, Any]) -> Grid:
         return replace(grids[0], groups=grids, specs=specs, precision=precision)
     for option in ("preset", "variants", "depths"):
         if "specs" in given and option in given:
-            raise UserError(f"--spec and --{option} exclude each other: the file names the network")
+            raise UserError(f"--spec and --{option} cannot be combined: the file names the network")
     if isinstance(words := given.get("depths"), str | int):
         variants = fill(Grid, {"variants": given.get("variants")}).variants
         with mistakes(UserError, f"--depths {words!r}: "):
@@ -93,9 +93,9 @@ def choose_engine(engine: str | None, device: str, optimizer: str = "sgd") -> En
     """The chosen engine, or else the fastest one that computes the same as eager, kernel by kernel."""
     captured = device == "cuda" and optimizer in CAPTURABLE
     refuse({
-        "--engine graph needs a GPU; on the CPU eager and compile are allowed": engine == "graph" and device == "cpu",
-        f"--engine {engine}: steps of optimizer {optimizer} are not captured, for its plug-in does not say "
-        "capturable=True; eager is allowed": device == "cuda" and engine in ("graph", "compile") and not captured,
+        "--engine graph needs a GPU; the CPU supports eager and compile": engine == "graph" and device == "cpu",
+        f"--engine {engine}: optimizer {optimizer} cannot be captured as a CUDA graph, because its plug-in "
+        "does not say capturable=True; use eager": device == "cuda" and engine in ("graph", "compile") and not captured,
     })  # fmt: skip
     return engine or ("graph" if captured else "eager")  # type: ignore[return-value]
 
@@ -129,10 +129,10 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
         refuse({
             f"--limit-train {images}: {grid.dataset} has {train_images} training images": images > train_images,
             f"--workers {workers} does not divide the global batch of {batch} (allowed: {divisors})": batch % workers,
-            "--engine compile cannot synchronise batch norm; with --batch-norm sync eager and graph are allowed":
+            "--engine compile does not support --batch-norm sync: use eager or graph":
                 spec.recipe.batch_norm == "sync" and spec.engine == "compile",
-            f"{spec.name} holds out {val:,} training images, and here are {images:,}: give a number "
-            f"that leaves some to train on, as --val {max(1, images // 10)}": val >= images,
+            f"{spec.name} would hold out {val:,} training images, but there are only {images:,}: hold out fewer, "
+            f"as with --val {max(1, images // 10)}": val >= images,
         })  # fmt: skip
     return list(dict.fromkeys(specs))
 
@@ -203,7 +203,7 @@ def check_epochs(specs: Iterable[RunSpec], train_images: int) -> None:
     for spec in specs:
         if spec.recipe.unit == "step" and (epochs := count_epochs(spec, train_images)) > MOST_EPOCHS:
             raise UserError(
-                f"the {spec.recipe.duration:,} steps of {spec.name}'s recipe are {epochs:,} epochs of {spec.dataset}"
+                f"the {spec.recipe.duration:,} steps of {spec.name}'s recipe amount to {epochs:,} epochs of {spec.dataset}"
                 f"{' with --limit-train' * bool(spec.limit_train)}: choose with --epochs, as in --epochs 15"
             )
 
@@ -217,7 +217,7 @@ def fallback_world_sizes(elastic: int | None, specs: Sequence[RunSpec]) -> tuple
     sizes = [n for n in range(workers - 1, 0, -1) if not any(batch % n for batch in batches)]
     allowed = tuple(n for n in sizes if n >= elastic)
     refuse({
-        f"--elastic {elastic}: from 1 to the {workers} of --workers is allowed": not 1 <= elastic <= workers,
+        f"--elastic {elastic}: expected a number from 1 to {workers}, the number of --workers": not 1 <= elastic <= workers,
         f"--elastic {elastic}: no width from {elastic} to {workers - 1} divides the global batch of "
         f"{' and '.join(map(str, batches))} (allowed: {', '.join(map(str, sizes))})": not allowed and elastic < workers,
     })  # fmt: skip

@@ -81,9 +81,9 @@ def fill_from_specs(resources: Resources, grid: Grid, have_gpus: int) -> Resourc
     widths = sorted({workers} if workers else {spec.workers for spec in grid.specs})
     gpus, devices = resources.gpus, {spec.device for spec in grid.specs}
     if len(widths) > 1:
-        raise UserError(f"--spec: these runs have {' and '.join(map(str, widths))} workers; --workers decides")
+        raise UserError(f"--spec: these runs have {' and '.join(map(str, widths))} workers; choose with --workers")
     if gpus is None and len(devices) > 1:
-        raise UserError("--spec: some of these runs are for GPUs and some for the CPU; --gpus decides for all")
+        raise UserError("--spec: some of these runs are for GPUs and some for the CPU; choose with --gpus")
     if gpus is None:
         gpus = 0 if devices == {"cpu"} else max(widths[0], have_gpus - have_gpus % widths[0])
     return replace(resources, gpus=gpus, workers=widths[0])
@@ -101,7 +101,7 @@ def allocate(
         f"--gpus {gpus}: {where} has {have}{'' if have_gpus else '; --gpus 0 trains on the CPU'}": gpus > have_gpus,
         f"--workers {workers}: {where} has {have_cpus} CPU cores, and each worker needs one":
             not on_gpu and workers > have_cpus,
-        f"--precision {precision} needs a GPU; on the CPU fp32 and bf16 are allowed":
+        f"--precision {precision} needs a GPU; the CPU supports fp32 and bf16":
             not on_gpu and precision in GPU_PRECISIONS,
         f"--runs-per-gpu {share} needs a GPU; leave it out on the CPU": not on_gpu and share > 1,
         f"--workers {workers} does not divide --gpus {gpus} (allowed: {divisors})": gpus % workers > 0,

@@ -103,20 +103,20 @@ def check_settings(settings: Iterable[str], specs: Iterable[RunSpec]) -> None:
     known = {name for spec in specs for part in (spec.recipe, spec.network) for name in own_values(part)}
     for name in settings:
         if name not in FIELDS and name not in known:
-            raise UserError(f"--set {name}: no run of this command has this field, which is of a plug-in's own")
+            raise UserError(f"--set {name}: no run of this command uses the plug-in that this field belongs to")
 
 
 def _dimension(name: str, text: str) -> Dimension:
     call = re.fullmatch(r"\s*(\w+)\s*\((.*)\)", text)
     if not call:
-        raise UserError("FIELD=FUNCTION(a,b) is allowed, as in --search 'lr=loguniform(0.01,1)'")
+        raise UserError("expected FIELD=FUNCTION(a,b), as in --search 'lr=loguniform(0.01,1)'")
     kind: Any = call[1]
     check_word(kind, FUNCTIONS, "function")
     hint, listed = (own_hints() | _HINTS)[name], kind in ("choice", "grid")
     refuse({
-        f"{name} is a list and cannot be searched; --set of `harness run` sets it": get_origin(hint) is tuple,
-        f"{name} is no number; choice(...) and grid(...) are allowed": not listed and hint not in (float, int),
-        f"{name} is a whole number; randint, choice and grid are allowed":
+        f"{name} is a list and cannot be searched; --set sets it for all trials": get_origin(hint) is tuple,
+        f"{name} is not a number: use choice(...) or grid(...)": not listed and hint not in (float, int),
+        f"{name} is a whole number: use randint, choice or grid":
             hint is int and kind in ("uniform", "loguniform"),
     })  # fmt: skip
     values = tuple(dict.fromkeys(_value(name, word) for word in call[2].split(",")))
@@ -156,6 +156,6 @@ def _value(name: str, word: str) -> Any:
         if not all(isfinite(n) and (n >= 0 or name not in FIELDS) for n in (value if several else (value,))):
             raise ValueError
     except ValueError:
-        kind = f"{'' if 'float' in str(hint) else 'whole '}number{' from 0 up' * (name in FIELDS)}"
+        kind = f"{'non-negative ' * (name in FIELDS)}{'' if 'float' in str(hint) else 'whole '}number"
         raise UserError(f"{name} is a {kind}, not {word!r}") from None
     return value

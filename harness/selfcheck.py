@@ -236,8 +236,8 @@ def check_first(
             known = device.known(cache)
             # what failed may have failed for want of memory that another process held
             if new := [name for name in names if name not in known or known[name].state == "failed"]:
-                say(console, f"new here: {device.name} ({device.combination['device']}) with this driver, torch, DALI and "
-                    f"code; checking it for at most {SECONDS:.0f} s (--no-check skips)", style="dim")  # fmt: skip
+                say(console, f"first use of {device.name} ({device.combination['device']}) with this driver, torch, DALI and "
+                    f"code: checking it for at most {SECONDS:.0f} s (--no-check skips)", style="dim")  # fmt: skip
                 for r in device.check(new, max(0.0, until - time.monotonic()), cache):
                     if r.state != "left out" or r.name not in known:
                         known[r.name] = r

@@ -66,7 +66,7 @@ class Goal:
         if needed is not None and needed <= self.max_seeds:
             return None
         takes = f"about {needed} seeds" if needed else "more than 1,000 seeds"
-        return f"±{self.half:g} points takes {takes} at an error of {error:.2g} % of {images:,} images, {self.max_seeds} are allowed"
+        return f"±{self.half:g} points needs {takes} at an error of {error:.2g} % on {images:,} images; --max-seeds allows {self.max_seeds}"
 
     def open(self, known: Known) -> bool:
         """Whether a row gets a further seed."""
@@ -81,7 +81,7 @@ def make_goal(half: float | None, max_seeds: int | None, seeds: int) -> Goal | N
     """From the options; `seeds` are those that a row begins with. Raises UserError."""
     least = max(FIRST, seeds)
     refuse({
-        f"--max-seeds {max_seeds} is for --until-ci, which says until when seeds are added":
+        f"--max-seeds {max_seeds} has no effect without --until-ci":
             half is None and max_seeds is not None,
         f"--until-ci {half or 0:g}: points of error above 0 are allowed, as in 0.25": half is not None and not 0 < half < math.inf,
         f"--max-seeds {max_seeds}: at least {least} is allowed": max_seeds is not None and max_seeds < least,

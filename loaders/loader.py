@@ -71,7 +71,7 @@ def check_crops(name: str, split: Split, augment: Augment) -> None:
     augment.crop_size(split)
     if name == "resident" and augment.by_image(split):
         raise ValueError(
-            "loader resident crops images of one size in memory, and resizes none: dali and dataloader are allowed"
+            "loader resident crops images of one size in memory, and cannot resize: use dali or dataloader"
         )
 
 

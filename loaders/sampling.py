@@ -59,7 +59,7 @@ class Augment:
         size, by_image = split.size, self.by_image(split)
         for name in ("pad", "scale_range") if by_image else ():
             if value := getattr(self, name):
-                raise ValueError(f"{name}={value} is for images in memory that are not resized: set it to nothing")
+                raise ValueError(f"{name}={value} is for images in memory that are not resized: set it to 0/none")
         for name, most in {"area_range": 1.0, "aspect_range": math.inf}.items() if by_image else ():
             if (value := getattr(self, name)) and not (len(value) == 2 and 0 < value[0] <= value[1] <= most):
                 what = f"two rising numbers above 0{' and up to 1' * (most == 1)} are allowed"
@@ -204,7 +204,7 @@ class SamplingPlan:
     def __post_init__(self) -> None:
         if min(self.images, self.batch_size) < self.world_size:
             what = f"{self.images} images in batches of {self.batch_size}"
-            raise ValueError(f"{what} are less than one for each of {self.world_size} workers")
+            raise ValueError(f"{what} are fewer than one for each of {self.world_size} workers")
 
     @property
     def span(self) -> tuple[int, ...]:

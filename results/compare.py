@@ -247,7 +247,7 @@ def judge(metric: Metric, a: Row, b: Row) -> Comparison:
     else:
         scale = math.log if metric.relative else float
         values = [[scale(value) for _, value in side] for side in sides]
-        extra, how = 0.0, "Mann and Whitney"
+        extra, how = 0.0, "Mann-Whitney"
         if metric.relative and metric.kind in ("time", "energy"):
             values, extra, note = _in_sessions(sides, values)
             how += note
@@ -260,10 +260,10 @@ def compare_errors(sides: Sequence[Side], images: int | None) -> tuple[Test | No
     """The difference of two means of errors in percent, and how it was tested: by moderated spreads or, where they go
     together, by seeds."""
     if paired := _paired(sides):
-        return paired, "paired by seed, Student"
+        return paired, "paired t-test, by seed"
     planned = [sum(record.added_until is None for record, _ in side) or None for side in sides]
     a, b = (estimate_mean([e for _, e in side], images, n) for side, n in zip(sides, planned, strict=True))
-    return b - a if a and b else None, "Welch, moderated spread" if images else "Welch"
+    return b - a if a and b else None, "Welch, moderated variance" if images else "Welch"
 
 
 def _paired(sides: Sequence[Side]) -> Estimate | None:

@@ -254,7 +254,7 @@ def incomparable(row: Row) -> list[tuple[str, str]]:
         (setting(row.spec, "limit_train", int), "trained on a part of the training set", "limit_train"),
         (limit is not None, f"of {limit or 0:,} of the test images", "error"),
         (row.text("loader") == "synthetic", "synthetic images", "loader"),
-        (widths, f"DDP width {widths}: the cluster had no room for {row.workers} workers", "error"),
+        (widths, f"world size {widths}: the cluster had no room for {row.workers} workers", "error"),
         *((v, f"averaged over {n}: {', '.join(v)}, as requested", "n") for n, v in row.averaged_over.items()),
     ]
     return [(text, column) for applies, text, column in known if applies]

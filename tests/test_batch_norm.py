@@ -181,5 +181,5 @@ def test_the_plan_knows_it() -> None:
     synchronised = make(batch_norm="sync")
     assert (synchronised.recipe.batch_norm, synchronised.overrides) == ("sync", ("batch_norm=sync",))
     assert synchronised.key not in (make().key,)
-    with pytest.raises(UserError, match="with --batch-norm sync eager and graph are allowed"):
+    with pytest.raises(UserError, match="does not support --batch-norm sync: use eager or graph"):
         make(batch_norm="sync", engine="compile")

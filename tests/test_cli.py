@@ -228,7 +228,7 @@ def test_a_message_holds_no_control_characters(capsys: Any) -> None:
 def test_dry_run_starts_and_writes_nothing(tmp_path: Path, capsys: Any) -> None:
     code, out, _ = harness(f"run {QUICK} --variants he2015,msra --dry-run --out {tmp_path}/runs", capsys)
     assert code == 0
-    assert "2 runs on digits, 0 of them done already" in out
+    assert "2 runs on digits, 0 already done" in out
     assert "msra" in out
     assert not (tmp_path / "runs").exists()
 
@@ -350,7 +350,7 @@ MISTAKES = {
     "--address 127.0.0.1:1": "no Ray cluster answers at '127.0.0.1:1'",
     "--address nonsense": "is not HOST:PORT or auto",
     "--dephts 20": "--depths",
-    "--epochs many": "--epochs 'many': a whole number is allowed",
+    "--epochs many": "--epochs 'many': expected a whole number",
 }
 
 
@@ -386,7 +386,7 @@ def test_a_broken_record_is_named_and_the_rest_reported(tmp_path: Path, capsys: 
     code, out, err = harness(f"report {tmp_path}", capsys)
     assert code == 0
     assert "he2015" in out
-    assert "passed over" in err
+    assert "skipped" in err
     assert "\x1b" not in err
     assert str(broken).replace("\x1b", "�") in err
 

@@ -63,7 +63,7 @@ def test_the_same_within_the_margins() -> None:
     (pair,) = compare(make_rows(one, [4.5] * 10), make_rows(two, [4.5] * 10, loader="dataloader"))
     error, time = pair.figures
     assert pair.differs == {"loader": ("dali", "dataloader")}
-    assert error.how == "Welch, moderated spread"
+    assert error.how == "Welch, moderated variance"
     assert error.difference == pytest.approx(0.008)
     assert error.interval is not None
     assert -0.2 < error.interval.low < 0 < error.interval.high < 0.2
@@ -82,7 +82,7 @@ def test_seeds_that_go_together_are_paired() -> None:
     near = [value + d for value, d in zip(a, (0.1, 0.12, 0.08, 0.1, 0.11), strict=True)]
     paired, how = compare_errors([measured(a), measured(near)], 10_000)
     test = stats.ttest_rel(near, a).confidence_interval(0.9)
-    assert how == "paired by seed, Student"
+    assert how == "paired t-test, by seed"
     assert paired is not None
     assert paired.interval() == pytest.approx((test.low, test.high))
     for other in (range(1, 6), (0, 1, 2, 3, 3)):
@@ -465,7 +465,7 @@ def test_held_out_errors_are_named_and_the_test_set_is_compared_too() -> None:
     assert pair.figures[1].verdict == "different"
     page = render_comparison(pairs, width=200)
     assert "A: error % is of held-out training images, not of the test set" in page
-    assert "B: of runs of one epoch: the seconds hold the warm-up" in page
+    assert "B: from runs of one epoch: the seconds include the warm-up" in page
 
 
 def test_a_recipes_field_is_compared_though_the_overrides_name_it() -> None:
@@ -521,7 +521,7 @@ def test_why_names_records_epochs_and_formula(tmp_path: Path) -> None:
     text = why(row)
     for words in (
         ": errors are of the test set\n",
-        "error % 8.40 ± 0.14 = top-1 after the last epoch, mean ± std (n − 1) over the seeds\n  seed 0: 8.30, seed 1: 8.50",
+        "error % 8.40 ± 0.14 = top-1 error after the last epoch, mean ± std (n − 1) over the seeds\n  seed 0: 8.30, seed 1: 8.50",
         f"seed 0: {runs[0].folder}",
         "best epoch 170", "published 8.29 %", "no verdict: fewer than 3 seeds",
         "3 epochs timed, 4.5 to 4.6 s; left out: 1 warm-up, 1 interference: it swapped, 1 for no known reason\n",

@@ -79,7 +79,7 @@ def test_the_sums_of_a_grid(capsys: Any) -> None:
     assert "in all 6 runs, 2 at a time: 2 h 31 min, 9.02 GPU-hours, 90.0 kJ" in text
     assert "3   3.02  1,234  2,000  900  30.0" in text
     assert "1,234" in text
-    assert "NVML cannot be had: no GPU was used" in text
+    assert "NVML not available: no GPU was used" in text
 
     failed = Failed(exception="OutOfMemoryError", message="CUDA out of memory", traceback="", died=False)
     print_estimate([(shallow, one), (deep, failed)], todo, 2, console)
@@ -186,7 +186,7 @@ def test_predicted_stands_beside_actual(tmp_path: Path, capsys: Any) -> None:
     code, out, err = harness_(f"{line} --estimate", capsys)
     assert (code, err) == (0, "")
     assert "in all 2 runs, 1 at a time" in out
-    assert "alloc, resvd, NVML, kJ cannot be had: no GPU was used" in out
+    assert "alloc, resvd, NVML, kJ not available: no GPU was used" in out
     (prediction,) = load_predictions([tmp_path / "runs"])
     assert prediction.steps == 1  # an epoch has no more
     assert load_records([tmp_path / "runs"]) == ([], [], [])
@@ -231,6 +231,6 @@ def test_a_probe_that_fails_is_a_line(tmp_path: Path, capsys: Any, monkeypatch: 
 def test_estimate_excludes(other: str, tmp_path: Path, capsys: Any) -> None:
     code, _, err = harness_(f"run {QUICK} --estimate {other} --out {tmp_path}/runs", capsys)
     assert code == 2
-    assert f"--estimate and {other} exclude each other" in err
+    assert f"--estimate and {other} cannot be combined" in err
     assert err.count("\n") == 1
     assert not (tmp_path / "runs").exists()

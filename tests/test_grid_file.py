@@ -82,7 +82,7 @@ MISTAKES = {
     ("until = '99'", 1): "--until '99'",
     ("variants = 'msra'\ndepths = [\n  20,\n  21,\n]", 2): "depth 21 is not 6n+2",
     ("epochs = 1\n[settings]\nlr = 0.1\nlrr = 1", 4): "did you mean lr?",
-    ("[set]\nlr = 'high'", 2): "lr is a number from 0 up, not 'high'",
+    ("[set]\nlr = 'high'", 2): "lr is a non-negative number, not 'high'",
     ("settings = 3", 1): "settings 3",
     ("[[runs]]\n[[runs]]\nseeds = 2\nworkers = 2", 4): "workers holds for all runs",
     ("[[runs]]\ndataset = 'digits'", 2): "dataset holds for all runs",

@@ -364,9 +364,9 @@ def test_what_does_not_fit(make: Any) -> None:
         make("resident", augment=Augment(PAD, "zero", 19, flip=True))
     with pytest.raises(ValueError, match="padding of 10 by reflection: 10x12 images are too small"):
         make("resident", augment=Augment(10, "reflect", None, flip=True))
-    with pytest.raises(ValueError, match="in batches of 2 are less than one for each of 3 workers"):
+    with pytest.raises(ValueError, match="in batches of 2 are fewer than one for each of 3 workers"):
         make("resident", batch_size=2, world_size=3)
-    with pytest.raises(ValueError, match="41 images in batches of 100 are less than one for each of 50 workers"):
+    with pytest.raises(ValueError, match="41 images in batches of 100 are fewer than one for each of 50 workers"):
         make("resident", batch_size=100, eval_batch_size=100, world_size=50)
     with pytest.raises(ValueError, match="a channel has the same value in all training images"):
         make_normalize("channel-mean-std", Split(np.zeros((4, 2, 2, 3), np.uint8), np.zeros(4, np.int64)))

@@ -156,7 +156,9 @@ def test_steps_of_a_plugins_optimizer_are_captured_only_if_it_says_so(tmp_path: 
     settings = {"optimizer": "sign"}
     assert expand("cuda", settings=settings).engine == "eager"
     for engine in ("graph", "compile"):
-        with pytest.raises(UserError, match=f"--engine {engine}: steps of optimizer sign are not captured"):
+        with pytest.raises(
+            UserError, match=f"--engine {engine}: optimizer sign cannot be captured as a CUDA graph"
+        ):
             expand("cuda", settings=settings, engine=engine)
     load_file(write(tmp_path, OPTIMIZER.replace("@plugin.optimizer", "@plugin.optimizer(capturable=True)")))
     assert expand("cuda", settings=settings).engine == "graph"
@@ -376,7 +378,7 @@ BAD = {
         OPTIMIZER + PARTS.replace("return max(floor, ", "return -max(floor, "), "--set schedule=root", "makes the lr of step 0 -0.1"),
     "an augmentation in place": (
         OPTIMIZER + PARTS.replace("return images +", "return images.add_("). replace("1, 1, 1)\n", "1, 1, 1))\n"),
-        "--set augmentations=shade", "changes the images that it is given"),
+        "--set augmentations=shade", "changes its input in place"),
     "an augmentation with draws of its own": (
         OPTIMIZER + PARTS.replace("draws.uniform(-1, 1, 1, 1, 1)", "torch.rand(())"), "--set augmentations=shade", "gives other images each time"),
     "an augmentation of the batch": (

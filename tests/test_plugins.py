@@ -232,7 +232,7 @@ MISFITS = {
     "no parameters": ("return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())", "has no parameters to train"),
     "non-determinism": (
         "import os; net = nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes)); "
-        "net[1].bias.data.fill_(os.urandom(1)[0]); return net", "is another each time"),
+        "net[1].bias.data.fill_(os.urandom(1)[0]); return net", "differs each time"),
     "no gradient": (
         "net = nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes)); "
         "net.register_parameter('spare', nn.Parameter(torch.ones(3))); return net", "no gradient reaches: spare"),

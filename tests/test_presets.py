@@ -72,7 +72,7 @@ def test_a_validation_split_that_does_not_fit_names_one_that_does(tmp_path: Path
     line = f"run --preset fattorib --epochs 9 --dataset digits --gpus 0 --dry-run --out {tmp_path}"
     code, _, err = harness(line, capsys)
     assert code == 2
-    assert "fattorib-20 holds out 2,500 training images, and here are 1,437" in err
+    assert "fattorib-20 would hold out 2,500 training images, but there are only 1,437" in err
     (val,) = re.findall(r"--val \d+", err)
     assert harness(f"{line} {val}", capsys)[0] == 0
 
@@ -83,7 +83,7 @@ def test_a_validation_split_that_does_not_fit_names_one_that_does(tmp_path: Path
         ("run --preset cfmx", "did you mean cfmz?"),
         ("report --preset x .", "(allowed: cfmz, fattorib, mpmz, convnet, ladder)"),
         ("run --preset ladder --depths 8 --dataset digits", "depth 8 is not 9n+2"),
-        ("run --preset cfmz --spec record.json", "--spec and --preset exclude each other"),
+        ("run --preset cfmz --spec record.json", "--spec and --preset cannot be combined"),
     ],
 )
 def test_mistakes_are_one_line(line: str, complaint: str, capsys: Any) -> None:

@@ -47,4 +47,4 @@ def test_the_table_and_its_mistakes(tmp_path: Path, capsys: Any) -> None:
     assert header.split() == ["run", "width", "data", "forward", "backward", "optimizer", "sum", "eager"]
     assert "he2015-8" in out
     code, _, err = harness(f"{line} --estimate", capsys)
-    assert (code, "--estimate and --profile exclude each other" in err) == (2, True)
+    assert (code, "--estimate and --profile cannot be combined" in err) == (2, True)

@@ -140,7 +140,7 @@ def test_an_elastic_run_goes_on_with_fewer_workers_and_grows_again(
     assert re.search(r"room for more workers: stopped before epoch \d+; trying again \(3\)", text)
     assert answer["waited_seconds"] < NOTICED_SECONDS, "from the kill until it went on narrower"
     assert answer["recovery_seconds"] < RECOVERED_SECONDS, "from then until an epoch"
-    assert "DDP width 2→1→2: the cluster had no room for 2 workers" in text
+    assert "world size 2→1→2: the cluster had no room for 2 workers" in text
     (stored,) = load_records([out]).records
     result = stored.record.result
     assert (result.workers, result.widths, result.attempts) == (2, (2, 1, 2), 3)

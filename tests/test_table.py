@@ -187,7 +187,7 @@ def test_across_a_field_that_has_one_value_changes_nothing() -> None:
         runs = [make_run(seed, **change) for seed in range(3)]
         assert text(summarise(runs, across=[field])) == text(summarise(runs)), field
     narrow = summarise([make_run(0, workers=2, result={"widths": (2, 1)})], across=["widths"])
-    assert "DDP width 2→1" in text(narrow)
+    assert "world size 2→1" in text(narrow)
 
 
 def test_medians_peaks_and_missing_readings() -> None:
@@ -443,7 +443,7 @@ def test_a_spec_that_was_edited_by_hand_breaks_nothing() -> None:
 def test_runs_that_shared_the_machine_are_marked() -> None:
     run = make_run(0)
     record = run.record.model_copy(update={"environment": {"concurrent_runs": 4}})
-    assert "timed with 4 runs going on at a time" in text(summarise([Stored(record, run.folder)]))
+    assert "timed with 4 runs training at the same time" in text(summarise([Stored(record, run.folder)]))
     assert "timed with" not in text(summarise([run]))
 
 
@@ -500,9 +500,9 @@ def test_a_run_whose_width_changed_is_averaged_with_no_other() -> None:
     assert (elastic.epoch_seconds, len(elastic.done)) == (9.0, 1)
     page = text([plain, elastic])
     assert "widths=2→1" in page
-    assert "DDP width 2→1: the cluster had no room for 2 workers" in page
+    assert "world size 2→1: the cluster had no room for 2 workers" in page
     (alone,) = summarise([changed])
-    assert "DDP width 2→1" in text([alone]), "said of a row that stands alone, too"
+    assert "world size 2→1" in text([alone]), "said of a row that stands alone, too"
     (together,) = summarise([*steady, changed], across=["widths"])
     assert len(together.done) == 3
 
@@ -539,9 +539,7 @@ def test_a_figure_has_its_own_n_and_says_of_how_many() -> None:
     untimed = {"epoch_seconds": None, "images_per_second": None} | untimed_by("interference: the machine swapped")
     rows = summarise([make_run(0), *(make_run(s, result=untimed) for s in range(1, 5))])
     page = " ".join(text(rows, width=300).split())
-    assert (
-        "not measured in 4 of 5 runs: no epoch was timed, by reason of interference: the machine swapped" in page
-    )
+    assert "not measured in 4 of 5 runs: no epoch was timed, because of interference: the machine swapped" in page
     (plain,) = json.loads(render(rows, "json"))["rows"]
     assert (plain["n"], plain["epoch_seconds_n"], plain["images_per_second_n"], plain["error_n"]) == (5, 1, 1, 5)
     assert plain["images_per_second"] == 11_111.0, "of the run that was timed"
@@ -599,7 +597,7 @@ def untimed_by(*reasons: str) -> dict[str, Any]:
 def test_the_reason_of_a_missing_figure_is_the_true_one(reasons: tuple[str, ...]) -> None:
     run = make_run(0, result={"epoch_seconds": None, **untimed_by(*reasons)})
     page = " ".join(text(summarise([run]), width=300).split())
-    assert f"no epoch was timed, by reason of {', '.join(reasons)} " in f"{page} "
+    assert f"no epoch was timed, because of {', '.join(reasons)} " in f"{page} "
 
 
 def test_seconds_carry_their_epochs_and_their_spread() -> None:
@@ -627,15 +625,19 @@ def test_seconds_carry_their_epochs_and_their_spread() -> None:
 
 
 def test_a_run_of_one_epoch_holds_its_warm_up() -> None:
-    words = "of runs of one epoch: the seconds hold the warm-up"
+    words = "from runs of one epoch: the seconds include the warm-up"
     assert words in text(summarise([make_run(0, result={"warmup_epochs": 0})]))
     assert words not in text(summarise([make_run(0)]))
 
 
 def test_what_the_number_of_images_leaves_open_is_said() -> None:
     page = " ".join(text(summarise([make_run(0, 8.0)])).split())
-    assert "10,000 test images of cifar10 alone leave an error of 8.00 % at 7.48 to 8.55" in page
+    assert (
+        "10,000 test images of cifar10, the true error's 95 % interval (Wilson) is 7.48 to 8.55 % at 8.00 %"
+        in page
+    )
     rows = summarise([make_run(0, 16 / 3.6, result={"evaluated_images": 360})])
-    assert "360 test images of cifar10 alone leave an error of 4.44 % at 2.75 to 7.10" in " ".join(
-        text(rows).split()
+    assert (
+        "360 test images of cifar10, the true error's 95 % interval (Wilson) is 2.75 to 7.10 % at 4.44 %"
+        in " ".join(text(rows).split())
     )

@@ -54,17 +54,17 @@ def test_a_search_space_is_read_with_the_types_of_its_fields() -> None:
 MISTAKES = {
     "--search lrr=uniform(0,1)": "did you mean lr?",
     "--search lr=logunifrm(0.1,1)": "did you mean loguniform?",
-    "--search lr=0.1": "FIELD=FUNCTION(a,b) is allowed",
-    "--search lr=uniform": "FIELD=FUNCTION(a,b) is allowed",
+    "--search lr=0.1": "expected FIELD=FUNCTION(a,b)",
+    "--search lr=uniform": "expected FIELD=FUNCTION(a,b)",
     "--search lr=uniform(1)": "takes two numbers",
     "--search lr=uniform(1,0.1)": "the lower one first",
     "--search lr=loguniform(0,1)": "above 0",
-    "--search lr=uniform(0,x)": "is a number from 0 up, not 'x'",
-    "--search lr=uniform(0,inf)": "is a number from 0 up, not 'inf'",
-    "--search batch_size=uniform(32,64)": "is a whole number; randint",
-    "--search batch_size=choice(32,6.4)": "whole number from 0 up, not '6.4'",
+    "--search lr=uniform(0,x)": "is a non-negative number, not 'x'",
+    "--search lr=uniform(0,inf)": "is a non-negative number, not 'inf'",
+    "--search batch_size=uniform(32,64)": "is a whole number: use randint",
+    "--search batch_size=choice(32,6.4)": "non-negative whole number, not '6.4'",
     "--search shortcut=choice(A,projektion)": "did you mean projection?",
-    "--search shortcut=uniform(0,1)": "is no number; choice",
+    "--search shortcut=uniform(0,1)": "is not a number: use choice",
     "--search nesterov=choice(yes,no)": "allowed: true, false",
     "--search milestones=choice(1,2)": "cannot be searched",
     "--search duration=uniform(1,9)": "an option of its own, --epochs",
@@ -82,16 +82,16 @@ MISTAKES = {
     "--search depth=choice(8,21)": "depth 21 is not 6n+2",
     "--search depth=choice(8,14)": "leave --depth out",
     "--search batch_size=choice(32,33) --workers 2": "does not divide the global batch",
-    "--search lr=uniform(0,1) --val 128": "holds out 128 training images, and here are 128",
+    "--search lr=uniform(0,1) --val 128": "would hold out 128 training images, but there are only 128",
     "--search lr=uniform(0,1) --variant mrsa": "did you mean msra?",
     "--search variant=choice(msra,mrsa)": "did you mean msra?",
     "--search variant=choice(msra,he2015) --variant msra": "leave --variant out",
-    "--search variant=uniform(0,1)": "is no number; choice",
+    "--search variant=uniform(0,1)": "is not a number: use choice",
     "--search variant=choice(msra,convnet)": "the recipes of these variants have",
     "--search loader=choice(resident,dali)": "leave --loader out",
     "--search lr=uniform(0,1) --set lr=0.1": "leave --set lr=... out",
     "--search lr=uniform(0,1) --set variant=msra": "an option of its own, --variants",
-    "--search lr=uniform(0,1) --dry-run --estimate": "exclude each other",
+    "--search lr=uniform(0,1) --dry-run --estimate": "cannot be combined",
     "--search lr=uniform(0,1) --resume nothing": "there is no sweep",
     "": "--search is missing",
 }  # fmt: skip
@@ -404,7 +404,7 @@ def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
     code, out, err = harness(f"{SWEEP} --out {tmp_path}/full", capsys)
     (filled,) = [p.parent.name for p in tmp_path.glob("full/tune/*/sweep.json")]
     assert (code, err.count("\n"), "No space left on device" in err) == (1, 1, True)
-    assert f"tune --resume {filled} goes on" in out, "the trial has not failed: it lacked room"
+    assert f"continue with harness tune --resume {filled}" in out, "the trial has not failed: it lacked room"
     monkeypatch.setattr("harness.cluster.search.search", search_here(None))
     for name, out_dir in ((sweep, folder), (filled, tmp_path / "full")):
         code, out, _ = harness(f"tune --resume {name} --out {out_dir}", capsys)
@@ -440,7 +440,7 @@ def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
     (command,) = [line.strip() for line in out.splitlines() if line.strip().startswith("harness run")]
     code, plan, _ = harness(f"{command.removeprefix('harness ')} --dry-run", capsys)
     assert code == 0
-    assert "5 runs on digits, 0 of them done already" in plan
+    assert "5 runs on digits, 0 already done" in plan
     best = min(trials_of(tmp_path / "whole", newest=True)["trials"], key=lambda t: t["value"])
     (path,) = (tmp_path / "whole").glob(f"tune/{trials_of(tmp_path / 'whole', newest=True)['name']}/winner.json")
     winner = RunSpec.from_json(json.loads(path.read_bytes()))
@@ -464,7 +464,7 @@ def test_a_pruning_that_a_kill_cut_off_is_done_when_the_sweep_goes_on(
             harness(f"{SWEEP.replace('--samples 4', '--samples 1')} --out {tmp_path}", capsys)
     (folder,) = tmp_path.glob("tune/*")
     code, out, _ = harness(f"tune --resume {folder.name} --out {tmp_path}", capsys)
-    assert (code, "no trial came to its end" in out) == (1, True)
+    assert (code, "no trial finished" in out) == (1, True)
     (trial,) = trials_of(tmp_path)["trials"]
     (stored,) = load_records([tmp_path]).records
     assert stored.record.pruned is not None

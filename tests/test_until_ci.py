@@ -77,7 +77,9 @@ def test_how_many_seeds_it_takes_is_known_beforehand() -> None:
     assert [Goal(half, 99).seeds(8.3, IMAGES) for half in (0.1, 0.15, 0.2, 0.25)] == [37, 18, 11, 7]
     assert Goal(0.1).seeds(8.3, IMAGES) == Goal(0.1).seeds(7.9, IMAGES), "the row's own mean decides nothing"
     refusal = Goal(0.1).refusal(8.3, IMAGES)
-    assert refusal == "±0.1 points takes about 37 seeds at an error of 8.3 % of 10,000 images, 10 are allowed"
+    assert (
+        refusal == "±0.1 points needs about 37 seeds at an error of 8.3 % on 10,000 images; --max-seeds allows 10"
+    )
     assert Goal(0.1, 40).refusal(8.3, IMAGES) is None
     assert "more than 1,000 seeds" in (Goal(0.001).refusal(8.3, IMAGES) or "")
     assert proposed(make_specs((0,)), {20: [8.3], 32: [0.9]}, half=0.1) == [(32, n) for n in (1, 2, 3, 4)]
@@ -118,7 +120,7 @@ def test_verdicts_of_such_rows_are_no_more_often_false() -> None:
 
 
 MISTAKES: list[tuple[float | None, int | None, str]] = [
-    (None, 5, "is for --until-ci"),
+    (None, 5, "has no effect without --until-ci"),
     (0.0, None, "above 0"),
     (math.inf, None, "above 0"),
     (math.nan, None, "above 0"),
@@ -163,7 +165,7 @@ def test_the_command_adds_seeds_until_it_is_narrow_or_may_not(
     code, out, _ = harness(f"{line} --until-ci 2 --max-seeds 6", capsys)
     assert (code, "all 11 runs were done already" in out) == (0, True)
     code, out, _ = harness(f"{line} --until-ci 2 --dry-run", capsys)
-    assert "to 10 of a row" in out
+    assert "up to 10 per row" in out
     code, _, _ = harness(f"{line} --until-ci 0.1", capsys)
     assert code == 2
 

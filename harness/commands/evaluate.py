@@ -63,7 +63,7 @@ def _colour(text: str, option: str, least: str) -> NDArray[np.float32]:
         colour = np.array(text.split(",")).astype(np.float32)
         if len(colour) == 3 and np.all((colour > 0) | (colour == 0) & (least == "from 0")) and np.all(colour <= 1):
             return colour
-    raise UserError(f"{option} {text!r}: three numbers {least} to 1 are allowed, as in 0.485,0.456,0.406")
+    raise UserError(f"{option} {text!r}: expected three numbers {least} to 1, as in 0.485,0.456,0.406")
 
 
 def evaluate_weights(options: EvalOptions) -> Errors:

@@ -396,7 +396,7 @@ def print_profile(outcomes: Outcomes, console: Console) -> None:
 
     print_outcomes(outcomes, columns, lines, console, " · milliseconds of a step")
     about = (
-        f"the middle half of {STEPS} steps of the slowest rank, by eager kernels; data: from the last step's end until its "
-        f"batch is there; all-reduce after backward, where DDP would hide it. {columns[-1]}: a step as runs take it"
+        f"means over the middle half of {STEPS} steps of the slowest rank, with eager kernels; data: from the end of the last "
+        f"step until the batch is there; all-reduce: after backward, which DDP would overlap. {columns[-1]}: a step as in runs"
     )
     say(console, about, style="dim")

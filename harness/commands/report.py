@@ -52,7 +52,7 @@ def load_runs(paths: Sequence[Path], *, named: bool = True) -> Loaded:
     Raises UserError for a path that is not a folder.
     """
     for path in (path for path in paths if not path.is_dir()):
-        a_file = f"{str(path)!r} is a file; a folder of results or of a run is allowed"
+        a_file = f"{str(path)!r} is a file; expected a folder of results or of a run"
         missing = f"no folder of results at {str(path)!r}; `harness run` makes one (--out, default runs)"
         raise UserError(a_file if path.exists() else missing)
     loaded = store.load_records(paths)
@@ -63,7 +63,7 @@ def load_runs(paths: Sequence[Path], *, named: bool = True) -> Loaded:
 
 def _name_problems(problems: Sequence[Problem]) -> None:
     for problem in problems:
-        print(f"harness: passed over: {clean(str(problem))}", file=sys.stderr)
+        print(f"harness: skipped: {clean(str(problem))}", file=sys.stderr)
 
 
 @contextmanager
@@ -275,7 +275,7 @@ def print_comparison(paths: Sequence[Path], console: Console, options: CompareOp
     """
     by, across = options.by, options.across
     if options.strict and options.fail_on is None:
-        raise UserError("--strict is for --fail-on, whose conditions it makes stricter")
+        raise UserError("--strict has no effect without --fail-on")
     if by is None and len(paths) != 2:
         given = f"{len(paths)} folder{'s' * (len(paths) != 1)} given"
         raise UserError(f"compare takes two folders, or --by FIELD: {given}")
@@ -291,7 +291,7 @@ def print_comparison(paths: Sequence[Path], console: Console, options: CompareOp
     with mistakes(ValueError, "" if by is None else "--by: "):
         pairs = compare(a, b, metrics, across) if by is None else compare_by(a, by, metrics, across)
     if not any(pair.figures for pair in pairs) and not conditions:
-        alike = "differ in nothing but --by" if by else "of A and B agree in all but the folder"
+        alike = "differ only in the field of --by" if by else "of A and B agree in everything but the folder"
         near = f", the nearest differ in {', '.join(names)}" if (names := nearest(pairs)) else ""
         raise UserError(f"nothing to compare: no rows {alike}{near}; --across FIELD overlooks a difference")
     colour = console.is_terminal and not console.no_color
@@ -308,7 +308,7 @@ def print_repro(run: str, path: str, console: Console) -> None:
     folder = Path(run)
     if folder.is_dir() and ((folder / store.RECORD).exists() or folder.name.endswith(store.PARTIAL)):
         matches = load_runs([folder]).records
-        known = "no record to repeat; the command that started an interrupted run continues it"
+        known = "there is no record to reproduce; an interrupted run is continued by the command that started it"
         refuse({known: not matches}, f"{run}: ")
     else:
         records = load_runs(find_results([path])).records

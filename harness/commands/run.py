@@ -115,7 +115,7 @@ def check_options(grid: Grid, options: RunOptions) -> Goal | None:
     }  # fmt: skip
     probe, *others = [name for name, given in ways.items() if given] or [""]
     if others and probe in ("--estimate", "--profile"):
-        raise UserError(f"{probe} and {others[0]} exclude each other: {probe} probes and prints a table")
+        raise UserError(f"{probe} and {others[0]} cannot be combined: {probe} only probes and prints a table")
     seeds = max(len(group.seeds) for group in grid.groups or (grid,))
     return until_ci.make_goal(options.until_ci, options.max_seeds, seeds)
 
@@ -154,8 +154,8 @@ class Runs:
         if local := [spec for spec in todo if spec.workers > 1 and spec.recipe.batch_norm == "local"]:
             shares = "/".join(map(str, sorted({spec.recipe.batch_size // spec.workers for spec in local})))
             yield (
-                f"batch norm over {shares} images a worker is another network than the published one: "
-                f"{local[0].workers} runs side by side with --workers 1 train that one and finish sooner; "
+                f"batch norm over {shares} images per worker makes this a different network from the published one: "
+                f"{local[0].workers} runs side by side with --workers 1 train the published one and finish sooner; "
                 "--batch-norm sync trains it with several workers"
             )
         if self.goal is not None:
@@ -178,7 +178,7 @@ class Runs:
                 self.recorder.remote.push(push_run, self.recorder.paths.out / ESTIMATES)
         if self.goal is not None and not options.profile:
             known = f"until its error is known to ±{self.goal.half:g} points"
-            say(self.console, f"and further seeds, to {self.goal.max_seeds} of a row, {known}")
+            say(self.console, f"plus further seeds, up to {self.goal.max_seeds} per row, {known}")
         return EXIT_FAILED if failed else EXIT_DONE
 
     def print_plan(self) -> None:
@@ -201,7 +201,7 @@ class Runs:
         columns = {name: [str(line[name]) for line in lines] for name in lines[0]}
         same = {name: columns.pop(name)[0] for name in SHARED if len(set(columns[name])) == 1}
         done = sum(spec.key in finished for spec in specs)
-        title = f"{len(specs)} run{'s' * (len(specs) != 1)} on {dataset.label}, {done} of them done already"
+        title = f"{len(specs)} run{'s' * (len(specs) != 1)} on {dataset.label}, {done} already done"
         shared = ", ".join(f"{name} {value}" for name, value in same.items() if value)
         left, spare = ("variant", *SHARED[2:], "key", "state"), ("key", *reversed(SHARED))
         print_columns(columns, self.console, title=f"{title}\n{shared}", left=left, spare=spare)

@@ -340,7 +340,7 @@ class Trials:
         own = self.make_spec(corners(self.sweep.dimensions, listed=True)[0]).to_json() | {"seed": None}
         known = [p for p in load_predictions([self.session.paths.out]) if p.spec | {"seed": None} == own]
         if not known:
-            return f"{none}: more time or fewer images, --limit-train, would have fitted; --estimate says how many"
+            return f"{none}: allow more time or use fewer images (--limit-train); --estimate says how many"
         setup, epoch = known[-1].setup_seconds, known[-1].epoch_seconds + known[-1].eval_seconds
         fit, needs = max(0, int(images * (seconds - setup) / epoch)), duration(setup + epoch)
         needs = f"it takes {needs} from the start, by --estimate"

@@ -51,7 +51,7 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
     """
     search, options, folder = fill(Search, given), fill(TuneOptions, given), None
     if options.dry_run and options.estimate:
-        raise UserError("--estimate and --dry-run exclude each other: --estimate probes and prints a table")
+        raise UserError("--estimate and --dry-run cannot be combined: --estimate only probes and prints a table")
     look = options.dry_run or options.estimate
     out, remote = plan.open_out(options.out, write=not look)
     if options.resume is not None:
@@ -84,7 +84,7 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
             with stopping_on_sigterm(), trials.table.live():
                 run_search(partial(train_trial, paths=session.paths), trials, job)
         except (KeyboardInterrupt, OSError) as stop:  # TimeUp says more; a disk is full
-            say(console, f"{str(stop) or 'stopped'}; harness tune --resume {trials.sweep.name} goes on")
+            say(console, f"{str(stop) or 'stopped'}; continue with harness tune --resume {trials.sweep.name}")
             if isinstance(stop, TimeUp) and not any(trial.epochs for trial in trials.study.trials):
                 say(console, trials.what_fits(stop.seconds))
             raise
@@ -129,7 +129,7 @@ def _check(search: Search) -> None:
     own = [name for name in options if name in names and getattr(search, name) != options[name].default]
     refuse({
         "--search is missing: name a field to search, as in --search 'lr=loguniform(0.01,1)'": not dimensions,
-        f"--search-algorithm {search.search_algorithm} makes its own choice of points: choice(...) instead of grid(...)":
+        f"--search-algorithm {search.search_algorithm} chooses its own points: use choice(...) instead of grid(...)":
             search.search_algorithm != "random" and gridded,
         **{f"{name} is searched: leave --set {name}=... out": True for name in search.settings if name in names},
         **{f"{name} is searched: leave {options[name].names[0]} out": True for name in own},
@@ -151,7 +151,7 @@ def _preview(trials: Trials, *, estimate: bool) -> int:
         # a run costs the same whatever the numbers between two bounds are
         cells = list(map(trials.make_spec, corners(sweep.dimensions, listed=True)))
         failed = probe("estimate", [cells[i % len(cells)] for i in range(sweep.total)], session, console)
-        say(console, "of trials in full: those that the scheduler stops early cost less", style="dim")
+        say(console, "for complete trials; those that the scheduler stops early cost less", style="dim")
         return EXIT_FAILED if failed else EXIT_DONE
     known = sweep.total if sweep.search_algorithm == "random" else session.allocation.concurrent_runs
     with tempfile.TemporaryDirectory() as folder:
@@ -189,7 +189,7 @@ def _begin(trials: Trials, folder: Path | None, *, skip: bool) -> None:
         changed = " and ".join(set(known.get("plugins", ())) - set(plugins))
         refuse({
             f"{resumed}: its images of {search.dataset} differ from those here": known["fingerprint"] != fingerprint,
-            f"{resumed}: it was begun with plug-in {changed}, changed since": changed,
+            f"{resumed}: plug-in {changed} has changed since the sweep began": changed,
         })  # fmt: skip
     busy = f"--resume {folder.name}: another harness command is running it"
     session.stack.callback(lock_file(folder / ".lock", busy).release)

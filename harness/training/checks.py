@@ -145,7 +145,7 @@ def compare(metrics: list[EpochMetrics], reference: list[EpochMetrics], whose: s
     losses = np.array([[row.loss for row in rows] for rows in (metrics, reference)])
     worst = float(np.abs(losses[0] / losses[1] - 1).max())
     how = f"to {worst:.1e}" if worst else "bit for bit"
-    return worst, f"losses of {sum(row.steps for row in metrics)} steps are {whose} {how}"
+    return worst, f"losses of {sum(row.steps for row in metrics)} steps equal {whose} {how}"
 
 
 # --- checks ---
@@ -154,7 +154,7 @@ def compare(metrics: list[EpochMetrics], reference: list[EpochMetrics], whose: s
 def check_eager(bench: Bench) -> Figure:
     """The losses fall: last / first."""
     first, last = bench.eager[0].loss, bench.eager[-1].loss
-    return last / first, f"loss {first:.3f} to {last:.3f} in {EPOCHS * 5} steps, a share of {last / first:.2f}"
+    return last / first, f"loss {first:.3f} to {last:.3f} in {EPOCHS * 5} steps, ratio {last / first:.2f}"
 
 
 def check_loader(bench: Bench, name: str) -> Figure:

@@ -39,7 +39,7 @@ from harness.training.setup import assemble
 
 IMAGES, BATCH = 8, 16
 MOMENTS = 50  # of a schedule
-RANDOM = "let torch's generator alone draw"
+RANDOM = "draw random numbers only from torch's generator"
 
 
 def check_fit(specs: Iterable[RunSpec], dataset: Dataset, paths: RunPaths) -> None:
@@ -83,7 +83,7 @@ def fit_network(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
     named = {name: p for name, p in network.named_parameters() if p.requires_grad}
     need(bool(named), "has no parameters to train")
     same = equal(network.state_dict().values(), other.state_dict().values())
-    need(same, f"is another each time that it is made of one seed: {RANDOM}")
+    need(same, f"differs each time that it is built from the same seed: {RANDOM}")
     wanted = (IMAGES, dataset.num_classes)
 
     def forward() -> Any:
@@ -158,7 +158,7 @@ def fit_augmentation(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
         return augment(spec.recipe, images[rank::ranks], (rank, ranks), (0, 0, 0), IMAGES)
 
     whole = change(0, 1)
-    need(torch.equal(images, before), "changes the images that it is given: it must return others")
+    need(torch.equal(images, before), "changes its input in place: it must return new images")
     same = torch.equal(whole, change(0, 1)) and bool(torch.isfinite(whole).all())
     need(same, "gives other images each time, or infinite ones: all that is random must come from draws")
     shared = all(torch.allclose(change(rank, 2), whole[rank::2], atol=1e-5) for rank in (0, 1))

@@ -46,11 +46,11 @@ def make_notes(rows: Sequence[Row]) -> Mapping[str, Mapping[str, set[int]]]:
             notes[said]["n" if rows[i].done else "error"].add(i)
     for (dataset, on, images), errors in samples.items():  # at the smallest and the largest error of a data set
         ends = [(e, wilson(e, images)) for e in sorted({min(errors.values()), max(errors.values())})]
-        leave = ", of ".join(f"{error:.2f} % at {i.low:.2f} to {i.high:.2f}" for error, i in ends)
+        leave = ", ".join(f"{i.low:.2f} to {i.high:.2f} % at {error:.2f} %" for error, i in ends)
         kind, why = "test", "no interval here includes that, as all rows share the images"
         if on == "val":
             kind, why = "held-out", "each seed holds out others, so that the spread over seeds includes that"
-        said = f"{images:,} {kind} images of {dataset} alone leave an error of {leave}, on others of their kind (95 %, Wilson)"
+        said = f"with {images:,} {kind} images of {dataset}, the true error's 95 % interval (Wilson) is {leave}"
         notes[f"{said}; {why}"] = {"error": set(errors)}
     return notes
 
@@ -72,7 +72,7 @@ def _condition_notes(row: Row) -> Noted:
         told = (f"{name} ({', '.join(value[:40] for value in known[name])})" for name in mixed)
         yield f"its runs differ in {', '.join(told)}", "n"
     if dirty := row.conditions.get("uncommitted changes", {}).get("True"):
-        yield f"{dirty} of {len(row.done)} runs had uncommitted changes: the commit is not all of their code", "n"
+        yield f"{dirty} of {len(row.done)} runs had uncommitted changes: the commit alone is not their code", "n"
     checks = row.conditions.get("check", {})
     if row.done and row.fields.get("device") == "cuda" and checks.get("passed", 0) < len(row.done):
         word = "device failed its check" if "failed" in checks else "device never checked: `harness check`"
@@ -103,25 +103,25 @@ def _timing_notes(row: Row) -> Noted:
     yield from disturbed_notes(row)
     concurrent = row.conditions.get("concurrent runs", {}).keys()
     if concurrent - {"1"}:
-        yield f"timed with {' or '.join(sorted(concurrent))} runs going on at a time", "epoch_seconds"
+        yield f"timed with {' or '.join(sorted(concurrent))} runs training at the same time", "epoch_seconds"
     for stored, result in zip(row.done, row.results, strict=True):
         if result.mfu is not None:
             peak = figures((result.peak_flops or 0) / 1e12)
             yield f"over {peak} TFLOP/s a worker: {result.device}, {result.peak_source}", "mfu"
         elif result.peak_flops and result.images_per_second:
-            busy = "no MFU: faster than the peak of the device as it was measured, busy: `harness check` measures again"
+            busy = "no MFU: faster than the measured peak, perhaps of a busy device: `harness check` measures it again"
             yield busy, "mfu"
         if result.runs_per_gpu > 1:
             yield f"{result.runs_per_gpu} runs shared each GPU", "epoch_seconds"
         if result.warmup_epochs == 0 and result.epoch_seconds is not None:
-            yield "of runs of one epoch: the seconds hold the warm-up", "epoch_seconds"
+            yield "from runs of one epoch: the seconds include the warm-up", "epoch_seconds"
         for warning in result.warnings:
             own = f"{row.name} seed {stored.record.seed}: {_shorten(warning)}", "n"
             yield (warning, "engine") if warning.startswith("engine ") else own
         for cause in () if result.all_disturbed else result.interference:
             yield f"{cause} in some epochs: they are left out", "epoch_seconds"
     if "widths" in row.fields:
-        yield f"epochs with other than {row.workers} workers are left out", "epoch_seconds"
+        yield f"epochs with fewer than {row.workers} workers are left out", "epoch_seconds"
 
 
 def _run_notes(row: Row) -> Noted:
@@ -136,7 +136,7 @@ def _run_notes(row: Row) -> Noted:
         yield f"seeds after the first {row.planned} were added towards ±{until:g} points{known}", "n"
     for stored in row.pruned:
         beside = f"{row.name} seed {stored.record.seed} was {end_of(stored)} epochs by a search"
-        yield beside if row.done else "pruned by a search before its end: averaged with nothing", where
+        yield beside if row.done else "pruned by a search before its end: not averaged with other runs", where
     for run in row.interrupted:
         name = f"{row.name} seed {run.spec['seed']}" if "seed" in run.spec else run.name
         yield f"{name} is not done: {end_of(run)}", where
@@ -191,4 +191,4 @@ def _untimed(row: Row) -> str:
     reasons: dict[str, None] = {}
     for result in (result for result in row.results if result.epoch_seconds is None or result.all_disturbed):
         reasons |= dict.fromkeys(result.timing.untimed if result.timing else ())
-    return f"no epoch was timed, by reason of {', '.join(reasons)}"
+    return f"no epoch was timed, because of {', '.join(reasons)}"

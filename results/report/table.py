@@ -127,9 +127,9 @@ def style_of(name: str, row: Row) -> str:
 # --- comparisons ---
 
 DEFINITIONS = (
-    "A, B: of n runs, as in harness report: of errors mean ± std, of seconds the median, of memory the largest",
-    "B − A: the difference of these two: of percentages in points, of all else in percent of A",
-    "interval: 90 %, the one that the verdict rests on",
+    "A, B: over n runs, as in harness report: mean ± std of errors, median of seconds, maximum of memory",
+    "B − A: their difference: in points for percentages, in percent of A for everything else",
+    "interval: the 90 % interval on which the verdict rests",
     "verdict: equivalent where the interval lies within the margin, different where it lies beyond it",
 )
 HEADERS = ["what", "metric", "n", "A", "B", "B − A", "interval", "margin", "verdict"]
