@@ -11,14 +11,14 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from harness.cluster.job import LOOPBACK
 from harness.cluster.nodes import Cluster, inspect_cluster
 
 CONNECT_SECONDS = 20.0
 LONGEST_TEMP_DIR = 36  # a socket may have a name of 107 bytes, of which Ray adds up to 71
-LOST = "harness: Ray or this command was killed; the same command goes on from the last checkpoints"
+LOST = "harness: Ray or this command was killed; the same command (tune: with --resume) goes on from the last checkpoints"
 AUTH_MODE = "RAY_AUTH_MODE"
 _at_end = contextlib.ExitStack()  # what `disconnect` does after Ray's own
 
@@ -44,16 +44,20 @@ class _RayProcess(subprocess.Popen[bytes]):
     """A process of Ray's in this machine. It and its children are spared a SIGTERM to the command's process group or to all
     processes of a job (by `timeout`, a scheduler), so that the runs can stop first."""
 
+    made: ClassVar[list[Any]] = []
+
     def __init__(self, *args: Any, **options: Any) -> None:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             super().__init__(*args, process_group=0, **options)
+            self.made.append(self)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def terminate(self) -> None:
         """By Ray, at the end."""
-        os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 class ClusterError(RuntimeError):
@@ -108,6 +112,12 @@ def connect(address: str | None, *, cpus: int, gpus: int, verbose: bool = False)
             first = (str(error) or type(error).__name__).strip().splitlines()[0]
             what = "Ray does not start here" if address is None else f"no Ray cluster answers at {address!r}"
             raise ClusterError(f"{what}: {first}") from None
+        except BaseException:  # Ctrl-C: Ray would leave what it has started
+            for process in _RayProcess.made:
+                process.terminate()
+            if mode is None:
+                _forget_auth_mode()
+            raise
     with contextlib.suppress(OSError):  # Ray lets everybody on this machine read it
         (Path.home() / ".ray" / "auth_token").chmod(0o600)
     if mode is None:
@@ -121,6 +131,7 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
+    _RayProcess.made.clear()
     _at_end.close()
 
 

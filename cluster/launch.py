@@ -39,6 +39,7 @@ from harness.cluster.nodes import (
     choose_world_size,
     count_runs,
     find_draining,
+    find_free,
     find_lacking,
     hold_gpu,
     inspect_cluster,
@@ -238,7 +239,8 @@ class _Driver:
                 self.drains.setdefault(node, now)
             for (index, attempt), workers in list(self.training.items()):
                 wider = choose_world_size(inspect_cluster(job.avoid), job) if workers < job.workers else workers
-                if wider > workers and not find_lacking(job, wider - workers, job.avoid):
+                more = replace(job, workers=max(1, wider - workers))
+                if wider > workers and count_runs(find_free(job.avoid), more):
                     self.mailbox.note.remote((LEAVE, index, attempt), math.inf)  # at the epoch's end
                     self.training[index, attempt] = job.workers  # it is told once
 

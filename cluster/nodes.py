@@ -66,6 +66,16 @@ def find_lacking(job: Allocation, workers: int, avoid: Collection[str] = ()) -> 
     )
 
 
+def find_free(avoid: Collection[str] = ()) -> Cluster:
+    """What is free now on each node of `inspect_cluster`."""
+    import ray._private.state as private
+
+    others, free = {*avoid, *find_draining()}, private.state.available_resources_per_node().items()
+    return tuple(
+        Node(cpus=int(r.get("CPU", 0)), gpus=int(r.get("GPU", 0))) for node, r in free if node not in others
+    )
+
+
 def hold_gpu(node: str, gpu: str) -> Any:
     """Keep a GPU from whatever is placed later: an actor that has it, as long as it is held. None where another got it."""
     import ray
@@ -129,6 +139,13 @@ def working_nodes() -> dict[str, str]:
 
     working = [node for node in ray.nodes() if node["Alive"] and {"CPU", "GPU"} & set(node["Resources"])]
     return {f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": node["NodeID"] for node in working}
+
+
+def only_this_one() -> bool:
+    """Whether no other node works than the one that this process is on."""
+    import ray
+
+    return set(working_nodes().values()) <= {ray.get_runtime_context().get_node_id()}
 
 
 def ask_every_node(

@@ -31,6 +31,7 @@ from ray.train._internal.utils import get_address_and_port
 from ray.tune.search import Searcher
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from harness.cluster.connect import ClusterError
 from harness.cluster.job import (
     COLLECTIVE_SECONDS,
     LOOPBACK,
@@ -44,8 +45,10 @@ from harness.cluster.job import (
     WorkerDiedError,
     make_failed,
 )
+from harness.cluster.nodes import find_lacking, inspect_cluster
 from harness.cluster.workers import gather, make_file_url, other_nodes
 
+SHOW_WAIT_SECONDS = 10.0  # without a trial that trains, until it is said what is waited for
 PEER_SECONDS = 10.0  # for the other ranks to end once one has
 LEAVE_SECONDS = 10.0  # for the ranks to destroy their process group together
 
@@ -62,6 +65,9 @@ class Trials(Protocol):
     def ended(self, name: str, outcome: Any) -> None:
         """A trial is over: its outcome, `Failed`, or None where it was pruned."""
 
+    def waiting(self, seconds: float, reason: str) -> None:
+        """No trial trains, for want of room."""
+
 
 def search(train: Train, trials: Trials, job: Allocation) -> None:
     """Run everything that `trials` proposes, `job.concurrent_runs` at a time.
@@ -72,7 +78,7 @@ def search(train: Train, trials: Trials, job: Allocation) -> None:
     """
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    driver = _Driver(trials)
+    driver = _Driver(trials, job)
     elsewhere = [other_nodes(job.avoid)] * job.workers if job.avoid else None
     placement = tune.PlacementGroupFactory(
         [job.resources] * job.workers, strategy="PACK", bundle_label_selector=elsewhere
@@ -102,11 +108,12 @@ def search(train: Train, trials: Trials, job: Allocation) -> None:
 class _Driver(tune.Callback):
     """What Tune calls in the driver, handed on to `trials` by their own names."""
 
-    def __init__(self, trials: Trials) -> None:
+    def __init__(self, trials: Trials, job: Allocation) -> None:
         self.trials = trials
         self.running: dict[str, str] = {}  # Tune's id -> the trial's name
         self.attempts = Counter[str]()
         self.raised: list[Exception] = []
+        self.job, self.trained_at, self.show_at = job, time.monotonic(), 0.0
 
     def __reduce__(self) -> Any:
         return str, ()  # Tune writes its state, which nobody reads
@@ -138,7 +145,27 @@ class _Driver(tune.Callback):
         """Of no effect after an outcome."""
         name = self.running.pop(trial_id, None)
         if name is not None:
-            self.trials.ended(name, outcome)
+            try:
+                self.trials.ended(name, outcome)
+            except Exception as error:  # Tune would raise its traceback as text
+                self.raised.append(error)
+                raise
+
+    def on_step_begin(self, iteration: int, trials: Any, **info: Any) -> None:
+        """While nothing trains: say what is waited for, and not for ever."""
+        now, job = time.monotonic(), self.job
+        if any(trial.status == "RUNNING" for trial in trials) or not self.running:
+            self.trained_at, self.show_at = now, now + SHOW_WAIT_SECONDS
+        elif now >= self.show_at:
+            self.show_at, seconds = now + SHOW_WAIT_SECONDS, now - self.trained_at
+            lost = None if inspect_cluster() else "Ray was lost: none of its nodes answers"
+            lacking = "" if lost else find_lacking(job, job.workers, job.avoid)
+            if not lost and seconds > job.placement_timeout_seconds:
+                lost = f"no room in the cluster within {seconds / 60:.0f} minutes ({lacking})"
+            if lost:
+                self.raised.append(ClusterError(lost))
+                raise self.raised[0]
+            self.trials.waiting(seconds, lacking or "processes are starting")
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         if trial.trial_id in self.running:

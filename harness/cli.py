@@ -14,7 +14,7 @@ import typer
 
 from harness import options as groups
 from harness.cluster.connect import ClusterError
-from harness.deadline import stopping_on_sigterm
+from harness.deadline import TimeUp, stopping_on_sigterm
 from harness.options import Option, default_out, fill, load_named, options_of
 from harness.spec import FULL, INSTALL, UserError
 
@@ -206,8 +206,10 @@ def main() -> None:
         message = f"{error.filename or 'a file'}: {error.strerror}; it can go on once there is room"
     except usage_error as error:
         message = _explain(error)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as stop:
         code = 130
+        if isinstance(stop, TimeUp):
+            print(f"harness: {stop}", file=sys.stderr)
     if message:
         from harness.results.remote import redact
 

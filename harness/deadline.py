@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import sys
 import threading
 import time
 import types
@@ -14,6 +15,8 @@ from datetime import datetime, timedelta
 
 from harness.spec import UserError
 
+TIME_UP = "stopped at {} as --until said"
+AGAIN_SECONDS = 0.05
 SIGTERM_SECONDS = 20.0  # Slurm and Kubernetes kill 30 s after it
 _UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 _DURATION = re.compile("".join(rf"(?:(\d+(?:\.\d+)?){unit})?" for unit in _UNITS))
@@ -21,11 +24,7 @@ _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
 
 
 class TimeUp(KeyboardInterrupt):
-    """The moment of `--until`; the message says so. It came after `seconds`."""
-
-    def __init__(self, message: str = "", seconds: float = 0.0) -> None:
-        super().__init__(message)
-        self.seconds = seconds
+    """The moment of `--until`; the message says so."""
 
 
 def parse_until(text: str, now: datetime | None = None) -> datetime:
@@ -52,20 +51,38 @@ def format_moment(moment: datetime) -> str:
 @contextlib.contextmanager
 def stopping_at(moment: datetime | None) -> Iterator[None]:
     """Raise TimeUp in the body at the moment, if there is one. For the main thread: it uses the process's alarm, which
-    interrupts calls that wait; an alarm set before continues afterwards."""
+    interrupts calls that wait; an alarm set before continues afterwards.
+
+    Where Python drops the exception, as in a callback of fork, the alarm rings again; where a library makes a plain
+    KeyboardInterrupt of it, as Ray does, it is TimeUp again at the end of the body.
+    """
     if moment is None:
         yield
         return
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError("--until needs the main thread of its process, whose signals it uses")
+
+    up, rang, report = TimeUp(TIME_UP.format(format_moment(moment))), threading.Event(), sys.unraisablehook
 
     def ring(number: int, frame: types.FrameType | None) -> None:
-        raise TimeUp(f"stopped at {format_moment(moment)} as --until said", seconds)
+        rang.set()
+        raise up
+
+    def dropped(error: "sys.UnraisableHookArgs") -> None:
+        if error.exc_value is up:
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+        else:
+            report(error)
 
     seconds = max(moment.timestamp() - time.time(), 1e-3)
-    handler = signal.signal(signal.SIGALRM, ring)
+    handler, sys.unraisablehook = signal.signal(signal.SIGALRM, ring), dropped
     before = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except KeyboardInterrupt as stop:
+        raise (up if rang.is_set() else stop) from None
     finally:
+        sys.unraisablehook = report
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
         signal.setitimer(signal.ITIMER_REAL, *before)
@@ -75,6 +92,9 @@ def stopping_at(moment: datetime | None) -> Iterator[None]:
 def stopping_on_sigterm(seconds: float = 0.0) -> Iterator[Callable[[], bool]]:
     """Treat a scheduler's SIGTERM as Ctrl-C: so many seconds after it, or when another comes. Yields whether one came."""
     asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # it gets no signals
+        yield asked.is_set
+        return
     again = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
     again.daemon = True
 

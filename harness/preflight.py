@@ -171,6 +171,11 @@ def measure_nodes(dataset: Dataset, session: Session, console: Console) -> dict[
     """What each node gives of the cluster that was joined, and its clock. Prints a table of what differs from this process and
     from what a run needs, and raises UserError."""
     paths = session.paths
+    say(
+        console,
+        f"asking {len(nodes.working_nodes())} nodes; one that has to decode images takes minutes",
+        style="dim",
+    )
     uri, sentinel = paths.remote or paths.out.as_uri(), f".preflight-{uuid.uuid4().hex[:12]}"
     leave_sentinel(uri, sentinel)
     try:
@@ -222,7 +227,7 @@ def check_nodes(
 ) -> dict[str, Any]:
     """Before runs on several nodes: say what is wrong, and have the session leave out slow nodes where they are to be excluded.
     Returns what was measured. Raises UserError."""
-    if len(nodes.working_nodes()) < 2:
+    if nodes.only_this_one():
         return {}
 
     def tell(measured: dict[str, Any]) -> dict[str, Any]:

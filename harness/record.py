@@ -78,11 +78,13 @@ def name_other_code(record: Record) -> str | None:
     return f"version {versions.get('resnet-harness')}" if isinstance(versions, dict) else "an unknown version"
 
 
-def check_room(failed: Failed) -> None:
-    """Raise OSError where a run failed because a disk is full: it can go on once there is room."""
+def check_storage(failed: Failed) -> None:
+    """Raise OSError where a run failed because a disk is full, StorageError where the store was away: it can go on later."""
     for number in FULL:
         if os.strerror(number) in failed.message:
             raise OSError(number, os.strerror(number))
+    if failed.exception == StorageError.__name__:
+        raise StorageError(failed.message)
 
 
 def classify(failed: Failed) -> Failure:
@@ -154,6 +156,8 @@ class Recorder:
         folder, earlier = self.paths.partial(spec), []
         attempts, now = folder / ATTEMPTS, datetime.now(UTC)
         self.nodes[spec.key] = []
+        if spec.key in self.started and event.attempt == 1:  # the same, with fewer workers
+            return []
         try:
             if spec.key not in self.started:
                 self.started[spec.key] = now
@@ -176,45 +180,50 @@ class Recorder:
         return earlier
 
     def end(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, **environment: Any) -> bool:
-        """Store what a run came to. Returns whether it is a result and is stored at the URI too, if there is one."""
-        folder, attempts, now = self.paths.partial(spec), list[dict[str, Any]](), datetime.now(UTC)
-        noted = folder / ATTEMPTS
+        """`keep`, but an error is a warning, and False."""
         try:
-            for line in noted.read_text(encoding="utf-8").splitlines() if noted.exists() else ():
-                with contextlib.suppress(ValueError):  # cut off by a kill
-                    attempts.append(json.loads(line))
-            if isinstance(outcome, RunResult):
-                nodes = tuple(sorted(self.nodes.get(spec.key, ()), key=lambda node: node.host))
-                warnings = (*self.warnings, *outcome.warnings)
-                known = {"nodes": nodes, "attempts": max(1, len(attempts)), "warnings": warnings}
-                outcome = outcome.model_copy(update=known)
-            record = Record(
-                key=spec.key, name=self.paths.name(spec), status=STATUSES[type(outcome)],
-                variant=spec.variant, depth=spec.network.depth, seed=spec.seed, spec=spec.to_json(),
-                dataset=self.paths.label, original=self.original,
-                result=outcome if isinstance(outcome, RunResult) else None,
-                failure=classify(outcome) if isinstance(outcome, Failed) else None,
-                pruned=outcome if isinstance(outcome, Pruned) else None,
-                environment={**describe_code(), **self.environment, **environment, "attempts": attempts},
-                added_until=self.added.get(spec.key),
-                started_at=self.started.get(spec.key, now), finished_at=now,
-            )  # fmt: skip
-            if isinstance(outcome, RunResult):
-                self.remote.copy(pull_run, folder)  # what rank 0 wrote on its node
-                folder.mkdir(parents=True, exist_ok=True)
-                about = ""
-                # here: it would be a sixth of the start-up of commands that only plan
-                from harness.results.report.page import CARD, make_card
-
-                with contextlib.suppress(ValueError):  # a variant that is not known here
-                    variant = find_variant(spec.variant)(spec.network.depth)
-                    about = f"{variant.summary} ({variant.source})."
-                store.write_atomic(folder / CARD, make_card(record, about=about, classes=self.classes))
-                folder = store.finish(self.paths.out, record)
-                self.known.pop(folder, None)  # of an earlier run, by --force
-                return self.remote.push(push_finished, folder, patient=True)
-            self.remote.push(push_run, store.finish(self.paths.out, record))
-            return False
+            return self.keep(spec, outcome, **environment)
         except (OSError, StorageError) as error:
             self.warn(f"{spec.title} is not stored: {error}; the same command goes on from its last checkpoint")
             return False
+
+    def keep(self, spec: RunSpec, outcome: RunResult | Failed | Pruned, **environment: Any) -> bool:
+        """Store what a run came to. Returns whether it is a result and is stored at the URI too, if there is one. Raises
+        OSError and StorageError."""
+        folder, attempts, now = self.paths.partial(spec), list[dict[str, Any]](), datetime.now(UTC)
+        noted = folder / ATTEMPTS
+        for line in noted.read_text(encoding="utf-8").splitlines() if noted.exists() else ():
+            with contextlib.suppress(ValueError):  # cut off by a kill
+                attempts.append(json.loads(line))
+        if isinstance(outcome, RunResult):
+            nodes = tuple(sorted(self.nodes.get(spec.key, ()), key=lambda node: node.host))
+            warnings = (*self.warnings, *outcome.warnings)
+            known = {"nodes": nodes, "attempts": max(1, len(attempts)), "warnings": warnings}
+            outcome = outcome.model_copy(update=known)
+        record = Record(
+            key=spec.key, name=self.paths.name(spec), status=STATUSES[type(outcome)],
+            variant=spec.variant, depth=spec.network.depth, seed=spec.seed, spec=spec.to_json(),
+            dataset=self.paths.label, original=self.original,
+            result=outcome if isinstance(outcome, RunResult) else None,
+            failure=classify(outcome) if isinstance(outcome, Failed) else None,
+            pruned=outcome if isinstance(outcome, Pruned) else None,
+            environment={**describe_code(), **self.environment, **environment, "attempts": attempts},
+            added_until=self.added.get(spec.key),
+            started_at=self.started.get(spec.key, now), finished_at=now,
+        )  # fmt: skip
+        if isinstance(outcome, RunResult):
+            self.remote.copy(pull_run, folder)  # what rank 0 wrote on its node
+            folder.mkdir(parents=True, exist_ok=True)
+            about = ""
+            # here: it would be a sixth of the start-up of commands that only plan
+            from harness.results.report.page import CARD, make_card
+
+            with contextlib.suppress(ValueError):  # a variant that is not known here
+                variant = find_variant(spec.variant)(spec.network.depth)
+                about = f"{variant.summary} ({variant.source})."
+            store.write_atomic(folder / CARD, make_card(record, about=about, classes=self.classes))
+            folder = store.finish(self.paths.out, record)
+            self.known.pop(folder, None)  # of an earlier run, by --force
+            return self.remote.push(push_finished, folder, patient=True)
+        self.remote.push(push_run, store.finish(self.paths.out, record))
+        return False

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from harness.loaders.files import Files
 
 CACHE_FORMAT = 1  # part of every signature: raise it when arrays come out differently from the same files
+LOCK_SECONDS = 10.0  # until it is said who is waited for
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -93,7 +94,13 @@ def cached(signature: Sequence[str], read: Callable[[], Content], folder: Path) 
         return hit
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
+        lock = FileLock(path.with_suffix(".lock"))
+        try:
+            held = lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            warnings.warn(f"{folder}: waiting for another process that decodes these images", stacklevel=2)
+            held = lock.acquire()
+        with held:
             return _load(path) or _save(path, read())  # another process may have been faster
     except OSError as error:  # no room, no permission
         warnings.warn(f"{folder}: the cache cannot be written ({error}): decoding anew", stacklevel=2)

@@ -300,7 +300,8 @@ def pull_results(uri: str, folder: Path, *, also: str = "") -> None:
 
         remote.copy_new({name: info for name, info in stored.items() if is_wanted(name)}, cache, cached)
         for run in whole:
-            shutil.rmtree(folder / f"{run}{PARTIAL}", ignore_errors=True)
+            if f"{run}{PARTIAL}" not in runs:  # else it is being trained again
+                shutil.rmtree(folder / f"{run}{PARTIAL}", ignore_errors=True)
         for local in sorted(path.parent for path in folder.glob(f"[!.]*/{RECORD}")):
             if local.name in whole or local.name.endswith(PARTIAL):
                 continue

@@ -12,7 +12,7 @@ import pytest
 from command import harness
 
 from harness import progress as live
-from harness.deadline import TimeUp, format_moment, parse_until, stopping_at
+from harness.deadline import TimeUp, format_moment, parse_until, stopping_at, stopping_on_sigterm
 from harness.results.store import load_epochs, load_records
 from harness.results.values import EpochMetrics, RunResult
 from harness.spec import UserError
@@ -68,6 +68,43 @@ def test_it_wakes_what_waits_and_rings_no_more() -> None:
         time.sleep(0.15)
     with pytest.raises(TimeUp), stopping_at(NOW - timedelta(days=900)):  # has come already
         time.sleep(30)
+
+
+def test_python_may_drop_it_once_and_ray_make_another_of_it() -> None:
+    class Dropping:
+        def __del__(self) -> None:  # what Python calls where nothing can be raised, as it does in a fork
+            time.sleep(0.3)
+
+    with pytest.raises(TimeUp), stopping_at(datetime.now() + timedelta(seconds=0.1)):
+        Dropping()
+        time.sleep(20)
+    with pytest.raises(TimeUp), stopping_at(datetime.now() + timedelta(seconds=0.1)):
+        try:
+            time.sleep(20)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # as Ray's get and wait do
+    with pytest.raises(KeyboardInterrupt) as stop, stopping_at(datetime.now() + timedelta(seconds=60)):
+        raise KeyboardInterrupt
+    assert not isinstance(stop.value, TimeUp), "somebody's Ctrl-C"
+
+
+def test_outside_the_main_thread_there_are_no_signals() -> None:
+    import threading
+
+    def work() -> None:
+        with stopping_on_sigterm() as asked:
+            said.append(asked())
+        try:
+            with stopping_at(datetime.now() + timedelta(seconds=60)):
+                said.append("went on")
+        except UserError as error:
+            said.append(str(error))
+
+    said: list[object] = []
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert said == [False, "--until needs the main thread of its process, whose signals it uses"]
 
 
 def test_an_alarm_set_before_goes_on() -> None:

@@ -86,7 +86,7 @@ MISTAKES = {
     ("settings = 3", 1): "settings 3",
     ("[[runs]]\n[[runs]]\nseeds = 2\nworkers = 2", 4): "workers holds for all runs",
     ("[[runs]]\ndataset = 'digits'", 2): "dataset holds for all runs",
-    ("[[runs]]\nvariants = 'msra'\n[[runs]]\nvariants = 'mrsa'", 4): "did you mean 'msra'?",
+    ("[[runs]]\nvariants = 'msra'\n[[runs]]\nvariants = 'mrsa'", 4): "did you mean msra?",
     ("depths = [21]\n[[runs]]\nvariants = 'msra'", 1): "depth 21 is not 6n+2",
     ("runs = 3", 1): "groups are allowed",
     ("depth = 8\ndepths = [8]", 2): "depths is given twice",

@@ -104,6 +104,7 @@ def check(
     monkeypatch.setattr(nodes, "ask_every_node", answers)
     monkeypatch.setattr(rates, "measure_rates", lambda *_: {"GEMM GFLOP/s": 100.0})
     monkeypatch.setattr(nodes, "working_nodes", lambda: every)
+    monkeypatch.setattr(nodes, "only_this_one", lambda: False)
     monkeypatch.setattr(preflight, "driver_clock", clock_of_this_machine)
     sizes = {identity: Node(cpus=2, gpus=0) for identity in every.values()}
     left = lambda avoid=(): tuple(node for name, node in sizes.items() if name not in avoid)  # noqa: E731
@@ -113,7 +114,8 @@ def check(
         stored = check_nodes(load_dataset("digits"), session or make_session(out), console, **options)
     finally:
         assert not list(out.iterdir())
-        text = console.file.getvalue()  # type: ignore[attr-defined]
+        first, text = console.file.getvalue().split("\n", 1)  # type: ignore[attr-defined]
+        assert first == "asking 3 nodes; one that has to decode images takes minutes"
     return text, stored["preflight"]
 
 
@@ -253,7 +255,8 @@ def test_a_table_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     console = Console(file=io.StringIO(), width=120)
     monkeypatch.setattr(nodes, "ask_every_node", answers)
-    monkeypatch.setattr(nodes, "working_nodes", lambda: ["a", "b"])
+    monkeypatch.setattr(nodes, "working_nodes", lambda: {"a": "1", "b": "2"})
+    monkeypatch.setattr(nodes, "only_this_one", lambda: False)
     monkeypatch.setattr(preflight, "driver_clock", clock_of_this_machine)
     with pytest.raises(UserError, match="2 of 3 nodes are not ready"):
         check_nodes(load_dataset("digits"), make_session(tmp_path), console)

@@ -173,6 +173,16 @@ def test_tables_need_records_alone_and_what_did_not_arrive_is_sent(tmp_path: Pat
     assert names(there / "c") == {"record.json", "weights.safetensors"}
 
 
+def test_a_run_that_is_trained_again_keeps_its_checkpoints_here(tmp_path: Path) -> None:
+    """By --force: the result of before is at the URI, and so is what has been trained since."""
+    there, here = tmp_path / "bucket", tmp_path / "stage"
+    write(there / "a", record_json="a")
+    write(there / "a.partial", spec_json="{}")
+    write(here / "a.partial", spec_json="{}", checkpoints__epoch2_pt="2")
+    storage.pull_results(there.as_uri(), here)
+    assert names(here) == {"a/record.json", "a.partial/spec.json", "a.partial/checkpoints/epoch2.pt"}
+
+
 def test_a_store_that_is_away_for_a_while_costs_no_run(tmp_path: Path) -> None:
     blocked = tmp_path / "bucket"
     blocked.write_text("not a folder")

@@ -219,6 +219,18 @@ def test_a_checkpoint_that_is_wrong_inside_is_named_and_the_older_one_taken(
     assert [row.attempt for row in resumed.epochs] == [1, 2, 2]
 
 
+def test_a_damaged_checkpoint_costs_no_later_one(tmp_path: Path) -> None:
+    """What is written after it has an older name, and is what counts."""
+    with pytest.raises(KeyboardInterrupt):
+        run(spec(), tmp_path, stop_after=2)
+    folder_ = folder(spec(), tmp_path) / "checkpoints"
+    (folder_ / "epoch-000009.pt").write_bytes(b"of another number of workers")
+    (folder_ / "epoch-000009_step-000004.pt").write_bytes(b"")
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(KeyboardInterrupt):
+        run(spec(), tmp_path, stop_after=3)
+    assert sorted(path.name for path in folder_.iterdir()) == ["epoch-000002.pt", "epoch-000003.pt"]
+
+
 def test_a_disk_that_takes_no_checkpoint_is_named(whole: RunResult, tmp_path: Path) -> None:
     """torch says "unexpected pos 64 vs 0" of it."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -22,7 +22,9 @@ from harness.commands.study import Journal, Study
 from harness.models.variants import find_variant
 from harness.options import SCHEDULERS
 from harness.progress import describe_trial
+from harness.record import Recorder, lock_file
 from harness.results.explain import why
+from harness.results.remote import StorageError
 from harness.results.report.table import render
 from harness.results.rows import summarise
 from harness.results.store import SWEEPS, finish, load_epochs, load_records, start
@@ -117,7 +119,7 @@ def test_settings_change_recipe_and_network_and_say_so() -> None:
     )
     same, none = space.apply(find_variant("msra")(20), parse_settings(["lr=0.1"]))
     assert (same, none) == (find_variant("msra")(20), ())
-    for text, message in {"lrr=1": "did you mean lr", "depth=20": "--depths", "lr": "is a number"}.items():
+    for text, message in {"lrr=1": "did you mean lr", "depth=20": "--depths", "lr": "is a non-negative number"}.items():
         with pytest.raises(UserError, match=message):
             parse_settings([text])
 
@@ -403,8 +405,9 @@ def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
     monkeypatch.setattr("harness.cluster.search.search", search_here(("2", 2), full))
     code, out, err = harness(f"{SWEEP} --out {tmp_path}/full", capsys)
     (filled,) = [p.parent.name for p in tmp_path.glob("full/tune/*/sweep.json")]
-    assert (code, err.count("\n"), "No space left on device" in err) == (1, 1, True)
-    assert f"continue with harness tune --resume {filled}" in out, "the trial has not failed: it lacked room"
+    assert (code, err) == (1, "")
+    line = f"No space left on device; continue with harness tune --resume {filled} --out {tmp_path}/full"
+    assert line in out.replace("\n", " "), "the trial has not failed: it lacked room"
     monkeypatch.setattr("harness.cluster.search.search", search_here(None))
     for name, out_dir in ((sweep, folder), (filled, tmp_path / "full")):
         code, out, _ = harness(f"tune --resume {name} --out {out_dir}", capsys)
@@ -449,6 +452,52 @@ def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
     assert (winner.loader, winner.engine, winner.device) == ("resident", "eager", "cpu")
 
 
+def test_what_cannot_be_stored_stops_a_sweep_and_what_another_command_trains_is_left_out(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk when a trial ends, a store that is away, and a trial in another command's hands: none has failed."""
+    monkeypatch.setattr("harness.resources.join_cluster", lambda *_, **__: None)
+    end = Recorder.keep
+
+    def fail(error: Exception) -> Any:
+        def keep(*given: Any, **known: Any) -> bool:
+            if not left:
+                raise error
+            left.pop()
+            return end(*given, **known)
+
+        left = [1]
+        return keep
+
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "record.json")
+    for name, error, words in (("disk", full, "No space left"), ("store", StorageError("s3: away"), "s3: away")):
+        out = tmp_path / name
+        monkeypatch.setattr("harness.cluster.search.search", search_here(None))
+        monkeypatch.setattr(Recorder, "keep", fail(error))
+        code, said, err = harness(f"{SWEEP} --scheduler none --out {out}", capsys)
+        assert (code, err, words in said) == (1, "", True)
+        (sweep,) = (path.parent.name for path in out.glob("tune/*/sweep.json"))
+        assert f"harness tune --resume {sweep} --out {out}" in said.replace("\n", " ")
+        monkeypatch.setattr(Recorder, "keep", end)
+        code, said, _ = harness(f"tune --resume {sweep} --out {out}", capsys)
+        assert (code, [t["state"] for t in trials_of(out)["trials"]]) == (0, ["finished"] * 4), name
+
+    out = tmp_path / "locked"
+    monkeypatch.setattr("harness.cluster.search.search", search_here(("2", 1)))
+    with pytest.raises(StopHereError):
+        harness(f"{SWEEP} --scheduler none --out {out}", capsys)
+    (sweep,) = (path.parent.name for path in out.glob("tune/*/sweep.json"))
+    (held,) = out.glob("*.partial")
+    monkeypatch.setattr("harness.cluster.search.search", search_here(None))
+    with lock_file(out / ".locks" / f"{held.stem}.lock", "is being trained"):
+        code, said, _ = harness(f"tune --resume {sweep} --out {out}", capsys)
+    assert (code, "trial 2 is left out" in said) == (1, True)
+    assert [t["state"] for t in trials_of(out)["trials"]] == ["finished", "running", "finished", "finished"]
+    code, said, err = harness(f"tune --resume {sweep} --out {out} --gpus 1", capsys)
+    assert (code, "it was begun on the CPU" in err or "CUDA" in err or "GPU" in err) == (2, True)
+    assert harness(f"tune --resume {sweep} --out {out}", capsys)[0] == 0
+
+
 def test_a_pruning_that_a_kill_cut_off_is_done_when_the_sweep_goes_on(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -459,7 +508,7 @@ def test_a_pruning_that_a_kill_cut_off_is_done_when_the_sweep_goes_on(
     monkeypatch.setattr("harness.cluster.search.search", search_here(None))
     monkeypatch.setattr(study, "make_pruner", lambda *_: ThresholdPruner(upper=-1, n_warmup_steps=2))
     with monkeypatch.context() as patch:
-        patch.setattr("harness.record.Recorder.end", die)
+        patch.setattr("harness.record.Recorder.keep", die)
         with pytest.raises(StopHereError):
             harness(f"{SWEEP.replace('--samples 4', '--samples 1')} --out {tmp_path}", capsys)
     (folder,) = tmp_path.glob("tune/*")

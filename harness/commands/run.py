@@ -294,6 +294,8 @@ class Runs:
                     display.event(spec, outcome)
                     if failures and options.fail_fast:
                         break
+                if leaving() and options.until_ci:  # which would go on with further seeds
+                    raise KeyboardInterrupt
         except TimeUp:  # perhaps just after the last run was stored: then nothing is left to stop
             if options.until_ci or self.find_missing(specs):
                 raise

@@ -34,8 +34,8 @@ from harness.cluster.job import Allocation, Failed, Started
 from harness.loaders.datasets import Dataset
 from harness.models.variants import default_depth, find_variant
 from harness.options import Grid, Search, fill
-from harness.progress import TrialTable, describe_trial, duration
-from harness.record import Recorder, check_room, classify, lock_run
+from harness.progress import TrialTable, clock, describe_trial, duration
+from harness.record import Recorder, check_storage, classify, lock_run
 from harness.resources import Session
 from harness.results.remote import join_uri, push_run
 from harness.results.store import SWEEPS, load_epochs, load_predictions, write_atomic
@@ -373,8 +373,8 @@ class Trials:
                 return None
             try:
                 lock = lock_run(spec, paths)
-            except UserError as error:
-                self._end(trial, "failed", reason=str(error))
+            except UserError as error:  # by another command
+                self.table.say(f"trial {trial.number} is left out: {error}; --resume takes it")
                 continue
             name, result = str(trial.number), self.recorder.find_finished([spec]).get(spec.key)
             if result is not None:  # by whatever command
@@ -405,15 +405,15 @@ class Trials:
         return prune and event.epoch >= trial.epochs  # an earlier command decided that, and was killed
 
     def ended(self, name: str, outcome: RunResult | Failed | None) -> None:
-        """Store what came of a trial; None: it was pruned. Raises OSError, and the trial can go on, where a disk is full."""
+        """Store what came of a trial; None: it was pruned. Raises OSError and StorageError: the trial can go on."""
         if isinstance(outcome, Failed):
-            check_room(outcome)
+            check_storage(outcome)
         (trial, spec, lock, rows), sweep = self.running.pop(name), self.sweep
         stored = outcome or Pruned(
             by=sweep.scheduler, sweep=sweep.name, epoch=rows[-1].epoch, of=sweep.epochs, error=rows[-1].error,
             evaluated_on=sweep.selected_on,
         )  # fmt: skip
-        self.recorder.end(spec, stored, trial=trial.number)
+        self.recorder.keep(spec, stored, trial=trial.number)
         if isinstance(stored, Pruned):
             self._end(trial, "pruned", reason=f"by {stored.by} after epoch {stored.epoch}")
         elif isinstance(stored, Failed):
@@ -422,6 +422,10 @@ class Trials:
         else:
             self._end(trial, "finished", measure(stored.epochs, sweep.metric, stored))
         lock.release()
+
+    def waiting(self, seconds: float, reason: str) -> None:
+        """No trial trains, for want of room."""
+        self.table.say(f"waiting for room since {clock(seconds)}: {reason}")
 
     def _report(self, trial: Trial, rows: Sequence[EpochMetrics]) -> bool:
         """The last of a trial's epochs; True prunes it."""

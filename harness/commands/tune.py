@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import tempfile
+import time
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
@@ -19,18 +20,19 @@ from typing import Any
 from rich.console import Console
 
 from harness import plan
+from harness.cluster.connect import ClusterError
 from harness.cluster.job import Report, Worker
 from harness.commands.report import print_text, say_page
-from harness.commands.run import EXIT_DONE, EXIT_FAILED
+from harness.commands.run import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from harness.commands.study import JOURNAL, Study, Trials, corners, make_trial_grid
-from harness.deadline import TimeUp, stopping_at, stopping_on_sigterm
+from harness.deadline import TIME_UP, format_moment, stopping_at, stopping_on_sigterm
 from harness.options import Resources, Search, TuneOptions, fill, options_of, read_values
 from harness.plugins import load_plugins, sources
 from harness.preflight import check_nodes
 from harness.progress import describe_trial, load_data, say
 from harness.record import describe_code, lease, lock_file
 from harness.resources import Session, make_allocation
-from harness.results.remote import join_uri, redact
+from harness.results.remote import StorageError, join_uri, redact
 from harness.results.report.text import Sheet, fill_template, for_terminal
 from harness.results.store import RECORD, SWEEP, SWEEPS, load_epochs, sweeps_dir, write_atomic
 from harness.results.sweeps import METRICS, Sweep, Trial, best_first, format_value, weigh_both
@@ -49,7 +51,8 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
     `given`: options by name; a resumed search keeps its own, and to contradict them is an error.
     Raises UserError, before anything is started, for whatever cannot work.
     """
-    search, options, folder = fill(Search, given), fill(TuneOptions, given), None
+    search, options, folder, began = fill(Search, given), fill(TuneOptions, given), None, time.time()
+    had_gpus: bool | None = None
     if options.dry_run and options.estimate:
         raise UserError("--estimate and --dry-run cannot be combined: --estimate only probes and prints a table")
     look = options.dry_run or options.estimate
@@ -59,13 +62,15 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
         refuse({f"--resume {options.resume!r}: there is no sweep in {redact(remote) or out}": not known})
         check_word(options.resume, known, "--resume")
         folder = sweeps_dir(out) / options.resume
-        search = _load_search(folder, search, given)
+        search, had_gpus = _load_search(folder, search, given)
     search = replace(search, data_dir=plan.find_data_dir(search.data_dir, search.dataset))
     _check(search)
     resources = fill(Resources, asdict(search) | asdict(options) | {"workers": search.workers or 1})
     paths = RunPaths(out=out, data_dir=search.data_dir, remote=remote, plugins=sources())
     with ExitStack() as stack, stopping_at(options.until):
         allocation = make_allocation(make_trial_grid(search, {}), resources, stack)
+        other = had_gpus not in (None, allocation.device == "cuda")
+        refuse({f"--resume {options.resume}: it was begun on {'GPUs' if had_gpus else 'the CPU'}": other})
         session = Session(allocation, resources, paths, stack)
         trials = Trials(search, load_data(search.dataset, paths, console), session, console)
         if look:
@@ -83,15 +88,22 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
         try:
             with stopping_on_sigterm(), trials.table.live():
                 run_search(partial(train_trial, paths=session.paths), trials, job)
-        except (KeyboardInterrupt, OSError) as stop:  # TimeUp says more; a disk is full
-            say(console, f"{str(stop) or 'stopped'}; continue with harness tune --resume {trials.sweep.name}")
-            if isinstance(stop, TimeUp) and not any(trial.epochs for trial in trials.study.trials):
-                say(console, trials.what_fits(stop.seconds))
-            raise
+        except (KeyboardInterrupt, OSError, StorageError, ClusterError) as stop:  # a disk is full, the store is away
+            # Ray makes a plain KeyboardInterrupt of TimeUp
+            up = options.until is not None and datetime.now() >= options.until
+            why = TIME_UP.format(format_moment(options.until)) if up and options.until else getattr(stop, "strerror", None) or str(stop) or "stopped"
+            again = shlex.join(["harness", "tune", "--resume", trials.sweep.name, "--out", redact(options.out)])
+            say(console, f"{why}; continue with {again}")
+            if up and not any(trial.epochs for trial in trials.study.trials):
+                say(console, trials.what_fits(time.time() - began))
+            if isinstance(stop, KeyboardInterrupt) and not up:
+                raise
+            return EXIT_STOPPED if up else EXIT_FAILED
     _print_sweep(trials, trials.store(**weigh_both(trials.study.trials, trials.sweep.dimensions)))
     trials.push()  # the winner too
     say_page(out, console)
-    return EXIT_DONE if any(trial.state == "finished" for trial in trials.study.trials) else EXIT_FAILED
+    states = {trial.state for trial in trials.study.trials}
+    return EXIT_DONE if "finished" in states and "running" not in states else EXIT_FAILED
 
 
 def train_trial(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths) -> RunResult:
@@ -208,16 +220,19 @@ def _make_folder(out: Path, sweep: Sweep) -> Path:
     return folder
 
 
-def _load_search(folder: Path, search: Search, given: Collection[str]) -> Search:
-    """The options a sweep was begun with; the command line may repeat them, not contradict them."""
+def _load_search(folder: Path, search: Search, given: Collection[str]) -> tuple[Search, bool]:
+    """The options a sweep was begun with; the command line may repeat them, not contradict them. Whether it had GPUs: how many
+    there are now is another matter."""
     with mistakes((OSError, ValueError, KeyError, TypeError), f"--resume {folder.name}: {SWEEP} is broken: "):
         before = fill(Search, read_values(json.loads((folder / SWEEP).read_bytes())["options"], Search))
     for name, old in asdict(before).items():
-        if name in given and getattr(search, name) != old and name != "data_dir":
+        if name in given and getattr(search, name) != old and name not in ("data_dir", "gpus"):
             begun = f"sweep {folder.name} was begun with {old}, and continues with that"
             raise UserError(f"{options_of(Search)[name].names[0]}: {begun}: leave it out")
     load_plugins(before.plugin)
-    return replace(before, data_dir=search.data_dir) if "data_dir" in given else before
+    gpus = search.gpus if "gpus" in given else None if before.gpus else 0
+    data_dir = search.data_dir if "data_dir" in given else before.data_dir
+    return replace(before, data_dir=data_dir, gpus=gpus), bool(before.gpus)
 
 
 # --- after ---

@@ -45,8 +45,8 @@ def _state(run: Prepared) -> dict[str, Any]:
 
 
 def save(run: Prepared, folder: Path, history: Sequence[EpochMetrics], part: EpochPart | None = None) -> None:
-    """Write a checkpoint after some epochs and a part of the next, then drop older ones. It holds the epochs too, so that
-    they and the weights are always of the same moment."""
+    """Write a checkpoint after some epochs and a part of the next, then drop older ones, and newer ones: those were damaged, or
+    of another number of workers. It holds the epochs too, so that they and the weights are always of the same moment."""
     (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     for path in _stored(folder):
         if path.is_dir():  # nothing can be written in its place, and it is not ours to delete
@@ -56,17 +56,17 @@ def save(run: Prepared, folder: Path, history: Sequence[EpochMetrics], part: Epo
     if part:
         state["part"] = part.model_dump()
         within = f"_step-{part.steps:06d}"  # in the order of names it comes after the epoch's end
-    with writing(folder / CHECKPOINTS / f"epoch-{len(history):06d}{within}.pt") as unfinished:
+    newest = folder / CHECKPOINTS / f"epoch-{len(history):06d}{within}.pt"
+    with writing(newest) as unfinished:
         try:
             with unfinished.open("wb") as file:
                 torch.save(state, file)
         except RuntimeError as error:  # a full disk: torch's words are of its file's positions
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-    newest, *older = _stored(folder)
-    whole = [path for path in (newest, *older) if "_step-" not in path.name][:KEPT]
-    for old in older:
-        if old not in whole:
-            old.unlink(missing_ok=True)
+    whole = [path for path in _stored(folder) if "_step-" not in path.name and path.name <= newest.name]
+    for other in _stored(folder):
+        if other not in (newest, *whole[:KEPT]):
+            other.unlink(missing_ok=True)
 
 
 def resume(run: Prepared, folder: Path) -> tuple[list[EpochMetrics], EpochPart | None]:
