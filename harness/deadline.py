@@ -68,7 +68,7 @@ def stopping_at(moment: datetime | None) -> Iterator[None]:
         rang.set()
         raise up
 
-    def dropped(error: "sys.UnraisableHookArgs") -> None:
+    def dropped(error: sys.UnraisableHookArgs) -> None:
         if error.exc_value is up:
             signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
         else:

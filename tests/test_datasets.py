@@ -8,11 +8,13 @@ import re
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from harness.loaders.datasets import (
@@ -213,6 +215,20 @@ def test_unwritable_cache_is_warned_of(tmp_path: Path, animals: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.warns(UserWarning, match="the cache cannot be written"):
         assert len(load_folder(animals, tmp_path / "file").train) == 6
+
+
+def test_it_is_said_who_is_waited_for(animals: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_folder(animals, cache)
+    (stored,) = cache.rglob("*.npz")
+    stored.unlink()
+    lock = FileLock(stored.with_suffix(".lock"), thread_local=False)
+    lock.acquire()
+    monkeypatch.setattr("harness.loaders.cache.LOCK_SECONDS", 0.1)
+    release = threading.Timer(1, lock.release)
+    release.start()
+    with pytest.warns(UserWarning, match="waiting for another process that decodes these images"):
+        assert len(load_folder(animals, cache).train) == 6
+    release.join()
 
 
 def test_processes_starting_at_once_decode_once(animals: Path, cache: Path) -> None:

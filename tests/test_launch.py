@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -27,7 +28,7 @@ from harness.cluster.job import (
     WorkerDiedError,
 )
 from harness.cluster.launch import _Driver, _Run, launch, launch_here
-from harness.cluster.nodes import Node, hold_gpu
+from harness.cluster.nodes import Node, count_runs, find_free, hold_gpu
 from harness.cluster.workers import Mailbox, Task
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -175,6 +176,39 @@ def test_workers_of_any_cluster_number_gpus_as_nvml_does_and_are_not_niced(
     monkeypatch.delenv("CUDA_DEVICE_ORDER")
     connect(None, cpus=1, gpus=0)
     assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
+def test_ctrl_c_while_ray_starts_ends_what_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+    import ray._private.services as services
+
+    begun = list[Any]()
+
+    def start(**_: Any) -> None:
+        begun.append(services.ConsolePopen(["sleep", "60"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray, "init", start)
+    with pytest.raises(KeyboardInterrupt):
+        connect(None, cpus=1, gpus=0)
+    assert begun[0].wait(10) == -signal.SIGKILL
+    assert services.ConsolePopen is not type(begun[0]), "for this start alone"
+
+
+def test_what_is_free_is_known_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two CPUs on two nodes are no room for a worker of two."""
+    free = {
+        "a": {"CPU": 1.0, "memory": 9e9},
+        "b": {"CPU": 1.0, "GPU": 1.0},
+        "leaves": {"CPU": 8.0},
+        "bad": {"CPU": 8.0},
+    }
+    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: free)
+    monkeypatch.setattr("harness.cluster.nodes.find_draining", lambda: {"leaves": 0.0})
+    found = find_free(["bad"])
+    assert found == (Node(cpus=1, gpus=0), Node(cpus=1, gpus=1))
+    assert count_runs(found, Allocation(device="cpu", workers=1, concurrent_runs=1, threads=2)) == 0
+    assert count_runs(found, Allocation(device="cpu", workers=2, concurrent_runs=1, threads=1)) == 1
 
 
 def test_a_long_folder_for_temporary_files_and_a_ray_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

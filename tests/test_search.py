@@ -7,14 +7,16 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray import cloudpickle
 
-from harness.cluster.connect import connect, disconnect
+import harness.cluster.search as cluster_search
+from harness.cluster.connect import ClusterError, connect, disconnect
 from harness.cluster.job import Allocation, Failed, Started, Worker
-from harness.cluster.search import leave, run_rank, search
+from harness.cluster.search import _Driver, leave, run_rank, search
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -243,6 +245,40 @@ def test_a_group_that_cannot_be_destroyed_is_given_up_at_a_deadline(monkeypatch:
     assert time.monotonic() - began < 5
     monkeypatch.setattr("ray.train.torch.config._shutdown_torch", lambda **_: None)
     assert leave(5)
+
+
+def test_while_nothing_trains_it_is_said_why_and_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, lacking, nodes, said = [0.0], ["1 GPU is free, 2 are wanted"], [["a node"]], list[Any]()
+    monkeypatch.setattr(cluster_search, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(cluster_search, "find_lacking", lambda *_: lacking[0])
+    monkeypatch.setattr(cluster_search, "inspect_cluster", lambda: nodes[0])
+    trials: Any = SimpleNamespace(waiting=lambda seconds, reason: said.append((seconds, reason)))
+    driver = _Driver(trials, replace(make_job(tmp_path, 1), placement_timeout_seconds=60))
+    one = SimpleNamespace(status="PENDING")
+
+    def step(at: float) -> None:
+        now[0] = at
+        driver.on_step_begin(0, [one])
+
+    step(500)  # no trial yet: nothing waits
+    driver.running["1"] = "1"
+    for second in range(501, 531):
+        step(second)
+    assert said == [(seconds, lacking[0]) for seconds in (10, 20, 30)]
+    one.status = "RUNNING"
+    step(531)
+    one.status, lacking[0] = "PENDING", ""
+    step(541)
+    assert said[-1] == (10, "processes are starting")
+    lacking[0] = "no GPU is free"
+    with pytest.raises(ClusterError, match=r"^no room in the cluster within 1 minutes \(no GPU is free\)$"):
+        step(593)
+    nodes[0] = []
+    with pytest.raises(ClusterError, match="none of its nodes answers"):
+        step(610)
+    assert len(driver.raised) == 2, "Tune raises its own error instead"
 
 
 def test_a_trial_that_tune_forgets_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,11 @@ def test_settings_change_recipe_and_network_and_say_so() -> None:
     )
     same, none = space.apply(find_variant("msra")(20), parse_settings(["lr=0.1"]))
     assert (same, none) == (find_variant("msra")(20), ())
-    for text, message in {"lrr=1": "did you mean lr", "depth=20": "--depths", "lr": "is a non-negative number"}.items():
+    for text, message in {
+        "lrr=1": "did you mean lr",
+        "depth=20": "--depths",
+        "lr": "is a non-negative number",
+    }.items():
         with pytest.raises(UserError, match=message):
             parse_settings([text])
 

@@ -88,10 +88,19 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
         try:
             with stopping_on_sigterm(), trials.table.live():
                 run_search(partial(train_trial, paths=session.paths), trials, job)
-        except (KeyboardInterrupt, OSError, StorageError, ClusterError) as stop:  # a disk is full, the store is away
+        except (
+            KeyboardInterrupt,
+            OSError,
+            StorageError,
+            ClusterError,
+        ) as stop:  # a disk is full, the store is away
             # Ray makes a plain KeyboardInterrupt of TimeUp
             up = options.until is not None and datetime.now() >= options.until
-            why = TIME_UP.format(format_moment(options.until)) if up and options.until else getattr(stop, "strerror", None) or str(stop) or "stopped"
+            why = (
+                TIME_UP.format(format_moment(options.until))
+                if up and options.until
+                else getattr(stop, "strerror", None) or str(stop) or "stopped"
+            )
             again = shlex.join(["harness", "tune", "--resume", trials.sweep.name, "--out", redact(options.out)])
             say(console, f"{why}; continue with {again}")
             if up and not any(trial.epochs for trial in trials.study.trials):
