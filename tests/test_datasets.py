@@ -8,13 +8,11 @@ import re
 import subprocess
 import sys
 import tarfile
-import threading
 from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
-from filelock import FileLock
 from PIL import Image
 
 from harness.loaders.datasets import (
@@ -221,14 +219,15 @@ def test_it_is_said_who_is_waited_for(animals: Path, cache: Path, monkeypatch: p
     load_folder(animals, cache)
     (stored,) = cache.rglob("*.npz")
     stored.unlink()
-    lock = FileLock(stored.with_suffix(".lock"), thread_local=False)
-    lock.acquire()
+    code = "import sys, time, filelock; (lock := filelock.FileLock(sys.argv[1])).acquire(); print(flush=True); time.sleep(1)"
+    command = [sys.executable, "-c", code, str(stored.with_suffix(".lock"))]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert other.stdout
+    other.stdout.readline()
     monkeypatch.setattr("harness.loaders.cache.LOCK_SECONDS", 0.1)
-    release = threading.Timer(1, lock.release)
-    release.start()
     with pytest.warns(UserWarning, match="waiting for another process that decodes these images"):
         assert len(load_folder(animals, cache).train) == 6
-    release.join()
+    other.communicate(timeout=60)
 
 
 def test_processes_starting_at_once_decode_once(animals: Path, cache: Path) -> None:

@@ -75,14 +75,19 @@ def test_python_may_drop_it_once_and_ray_make_another_of_it() -> None:
         def __del__(self) -> None:  # what Python calls where nothing can be raised, as it does in a fork
             time.sleep(0.3)
 
-    with pytest.raises(TimeUp), stopping_at(datetime.now() + timedelta(seconds=0.1)):
+    def drop() -> None:
         Dropping()
         time.sleep(20)
-    with pytest.raises(TimeUp), stopping_at(datetime.now() + timedelta(seconds=0.1)):
+
+    def replace() -> None:
         try:
             time.sleep(20)
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None  # as Ray's get and wait do
+
+    for body in (drop, replace):
+        with pytest.raises(TimeUp), stopping_at(datetime.now() + timedelta(seconds=0.1)):
+            body()
     with pytest.raises(KeyboardInterrupt) as stop, stopping_at(datetime.now() + timedelta(seconds=60)):
         raise KeyboardInterrupt
     assert not isinstance(stop.value, TimeUp), "somebody's Ctrl-C"

@@ -203,7 +203,8 @@ def test_what_is_free_is_known_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
         "leaves": {"CPU": 8.0},
         "bad": {"CPU": 8.0},
     }
-    monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: free)
+    state = SimpleNamespace(available_resources_per_node=lambda: free)
+    monkeypatch.setattr("ray._private.state.state", state)
     monkeypatch.setattr("harness.cluster.nodes.find_draining", lambda: {"leaves": 0.0})
     found = find_free(["bad"])
     assert found == (Node(cpus=1, gpus=0), Node(cpus=1, gpus=1))
@@ -241,7 +242,7 @@ ray.shutdown = lambda: None
 _watch()
 {ends}"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert ("the same command goes on" in done.stderr) == says, done.stderr
+    assert ("goes on from the last checkpoints" in done.stderr) == says, done.stderr
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, 0), ("token", 1)])

@@ -276,9 +276,10 @@ def test_while_nothing_trains_it_is_said_why_and_not_for_ever(
     with pytest.raises(ClusterError, match=r"^no room in the cluster within 1 minutes \(no GPU is free\)$"):
         step(593)
     nodes[0] = []
+    driver.raised.clear()
     with pytest.raises(ClusterError, match="none of its nodes answers"):
         step(610)
-    assert len(driver.raised) == 2, "Tune raises its own error instead"
+    assert driver.raised, "Tune raises its own error instead"
 
 
 def test_a_trial_that_tune_forgets_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
