@@ -453,6 +453,7 @@ def test_an_interrupted_sweep_goes_on_and_its_trials_are_runs(
     winner = RunSpec.from_json(json.loads(path.read_bytes()))
     assert (winner.recipe.lr, winner.network.shortcut) == (best["fields"]["lr"], best["fields"]["shortcut"])
     assert (winner.recipe.val, winner.recipe.duration, winner.limit_train) == (0, 64_000, None)
+    assert "--epochs 3" in command, "64,000 steps are 5,000 epochs of these images"
     assert (winner.loader, winner.engine, winner.device) == ("resident", "eager", "cpu")
 
 

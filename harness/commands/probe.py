@@ -326,12 +326,13 @@ def print_widths(cell: RunSpec, widths: Sequence[rates.Width], size: int, consol
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """Milliseconds of a step: means over the middle half of STEPS steps by their length, of the slowest rank."""
+    """Milliseconds of a step: means over the middle half of some steps by their length, of the slowest rank."""
 
     parts: dict[str, float]  # by PARTS; no all-reduce with one rank
     eager_ms: float  # a step of which these are the parts
     engine_ms: float  # a step as the run takes it
     engine: str
+    steps: int
 
 
 class StepClock:
@@ -379,13 +380,14 @@ def break_down(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths
     middle = took.sum(0).argsort()[quarter : took.shape[1] - quarter]
     means = dict(zip(parts, took[:, middle].mean(1).tolist(), strict=True))
     engine_ms = 1000 * metrics.train_seconds / metrics.steps
-    ranks = gather(Breakdown(means, sum(means.values()), engine_ms, trainer.engine.name))
+    ranks = gather(Breakdown(means, sum(means.values()), engine_ms, trainer.engine.name, took.shape[1]))
     slowest = max(ranks, key=lambda rank: rank.eager_ms)
     return replace(slowest, engine_ms=max(rank.engine_ms for rank in ranks))
 
 
 def print_profile(outcomes: Outcomes, console: Console) -> None:
     """Print two lines for each cell, milliseconds and shares, and what they are."""
+    steps = {o.steps for _, o in outcomes if isinstance(o, Breakdown)} or {STEPS}
     engines = "/".join(dict.fromkeys(o.engine for _, o in outcomes if isinstance(o, Breakdown)))
     columns = (*PARTS, "sum", engines or outcomes[0][0].engine)
 
@@ -396,7 +398,7 @@ def print_profile(outcomes: Outcomes, console: Console) -> None:
 
     print_outcomes(outcomes, columns, lines, console, " · milliseconds of a step")
     about = (
-        f"means over the middle half of {STEPS} steps of the slowest rank, with eager kernels; data: from the end of the last "
+        f"means over the middle half of {'/'.join(map(str, sorted(steps)))} steps of the slowest rank, with eager kernels; data: from the end of the last "
         f"step until the batch is there; all-reduce: after backward, which DDP would overlap. {columns[-1]}: a step as in runs"
     )
     say(console, about, style="dim")

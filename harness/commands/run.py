@@ -85,6 +85,8 @@ def run_grid(grid: Grid, options: RunOptions, console: Console) -> int:
             environment, warn = {"launcher": resources.launcher}, partial(say, console)
             recorder = Recorder(paths, dataset.original, environment, warn, classes=dataset.num_classes)
             session = Session(allocation, resources, paths, stack)
+            if options.gpus is None and allocation.device == "cpu" and not grid.specs:
+                say(console, "no GPU found: training on the CPU (harness check has the reason)")
             runs = Runs(options, console, session, dataset, recorder, goal, specs)
             todo = runs.find_missing(specs)
             if any(spec.plugins for spec in todo):
@@ -155,8 +157,9 @@ class Runs:
             shares = "/".join(map(str, sorted({spec.recipe.batch_size // spec.workers for spec in local})))
             yield (
                 f"batch norm over {shares} images per worker makes this a different network from the published one: "
-                f"{local[0].workers} runs side by side with --workers 1 train the published one and finish sooner; "
-                "--batch-norm sync trains it with several workers"
+                + f"{local[0].workers} runs side by side with --workers 1 train that one and finish sooner; "
+                * (len(todo) > 1)
+                + "--batch-norm sync trains it with several workers"
             )
         if self.goal is not None:
             yield from until_ci.forecast(self.goal, until_ci.known_errors(self.recorder, self.specs), self.dataset)

@@ -276,5 +276,9 @@ def write_winner(trials: Trials, trial: Trial) -> list[str]:
     write_atomic(path, json.dumps(spec.to_json(), indent=1) + "\n")
     data = [word for file in trials.search.plugin for word in ("--plugin", file)]
     data += [] if paths.data_dir is None else ["--data-dir", str(paths.data_dir)]
+    try:
+        plan.check_epochs([spec], len(trials.dataset.train))
+    except UserError:  # its recipe is made for a larger set
+        data += ["--epochs", str(trials.sweep.epochs)]
     out = redact(paths.remote) or str(paths.out)
     return ["harness", "run", "--spec", str(path), "--seeds", str(SEEDS), *data, "--out", out]
