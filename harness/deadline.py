@@ -15,7 +15,6 @@ from datetime import datetime, timedelta
 
 from harness.spec import UserError
 
-TIME_UP = "stopped at {} as --until said"
 AGAIN_SECONDS = 0.05
 SIGTERM_SECONDS = 20.0  # Slurm and Kubernetes kill 30 s after it
 _UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
@@ -62,7 +61,11 @@ def stopping_at(moment: datetime | None) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         raise UserError("--until needs the main thread of its process, whose signals it uses")
 
-    up, rang, report = TimeUp(TIME_UP.format(format_moment(moment))), threading.Event(), sys.unraisablehook
+    up, rang, report = (
+        TimeUp(f"stopped at {format_moment(moment)} as --until said"),
+        threading.Event(),
+        sys.unraisablehook,
+    )
 
     def ring(number: int, frame: types.FrameType | None) -> None:
         rang.set()

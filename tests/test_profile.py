@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -46,5 +47,8 @@ def test_the_table_and_its_mistakes(tmp_path: Path, capsys: Any) -> None:
     header = next(row for row in out.splitlines() if row.startswith("run"))
     assert header.split() == ["run", "width", "data", "forward", "backward", "optimizer", "sum", "eager"]
     assert "he2015-8" in out
+    steps = re.search(r"means over the middle half of (\d+) steps", " ".join(out.split()))
+    assert steps, out
+    assert int(steps[1]) < 30, "an epoch has fewer"
     code, _, err = harness(f"{line} --estimate", capsys)
     assert (code, "--estimate and --profile cannot be combined" in err) == (2, True)

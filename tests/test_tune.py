@@ -643,7 +643,7 @@ def test_a_sweep_through_ray_ends_by_itself_and_leaves_nothing(
     best = min(t["value"] for t in found if t["state"] == "finished")
     assert best < max(last)
     assert free[0] == free[1] > 0
-    assert "train the winner in full:\n  harness run" in out
+    assert "as its recipe is made for a larger data set:\n  harness run" in out
     assert not list((tmp_path / "tune").glob("*/.ray*"))
 
 

@@ -25,7 +25,7 @@ from harness.cluster.job import Report, Worker
 from harness.commands.report import print_text, say_page
 from harness.commands.run import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from harness.commands.study import JOURNAL, Study, Trials, corners, make_trial_grid
-from harness.deadline import TIME_UP, format_moment, stopping_at, stopping_on_sigterm
+from harness.deadline import TimeUp, stopping_at, stopping_on_sigterm
 from harness.options import Resources, Search, TuneOptions, fill, options_of, read_values
 from harness.plugins import load_plugins, sources
 from harness.preflight import check_nodes
@@ -67,47 +67,40 @@ def tune(given: Mapping[str, Any], console: Console) -> int:
     _check(search)
     resources = fill(Resources, asdict(search) | asdict(options) | {"workers": search.workers or 1})
     paths = RunPaths(out=out, data_dir=search.data_dir, remote=remote, plugins=sources())
-    with ExitStack() as stack, stopping_at(options.until):
-        allocation = make_allocation(make_trial_grid(search, {}), resources, stack)
-        other = had_gpus not in (None, allocation.device == "cuda")
-        refuse({f"--resume {options.resume}: it was begun on {'GPUs' if had_gpus else 'the CPU'}": other})
-        session = Session(allocation, resources, paths, stack)
-        trials = Trials(search, load_data(search.dataset, paths, console), session, console)
-        if look:
-            return _preview(trials, estimate=options.estimate)
-        try:
-            _begin(trials, folder, skip=options.no_check)
-        except RefusedError as error:
-            say(console, str(error))
-            return EXIT_FAILED
+    with ExitStack() as stack:
+        with stopping_at(options.until):
+            allocation = make_allocation(make_trial_grid(search, {}), resources, stack)
+            other = had_gpus not in (None, allocation.device == "cuda")
+            refuse({f"--resume {options.resume}: it was begun on {'GPUs' if had_gpus else 'the CPU'}": other})
+            session = Session(allocation, resources, paths, stack)
+            trials = Trials(search, load_data(search.dataset, paths, console), session, console)
+            if look:
+                return _preview(trials, estimate=options.estimate)
+            try:
+                _begin(trials, folder, skip=options.no_check)
+            except RefusedError as error:
+                say(console, str(error))
+                return EXIT_FAILED
         say(console, f"sweep {trials.sweep.name}: {trials.describe()}", style="dim")
-        session.join()
-        from harness.cluster.search import search as run_search
-
-        job = replace(session.allocation, storage=trials.folder / f".ray-{os.getpid()}")
         try:
-            with stopping_on_sigterm(), trials.table.live():
-                run_search(partial(train_trial, paths=session.paths), trials, job)
-        except (
-            KeyboardInterrupt,
-            OSError,
-            StorageError,
-            ClusterError,
-        ) as stop:  # a disk is full, the store is away
-            # Ray makes a plain KeyboardInterrupt of TimeUp
-            up = options.until is not None and datetime.now() >= options.until
-            why = (
-                TIME_UP.format(format_moment(options.until))
-                if up and options.until
-                else getattr(stop, "strerror", None) or str(stop) or "stopped"
-            )
+            with stopping_at(options.until), stopping_on_sigterm():
+                session.join()
+                from harness.cluster.search import search as run_search
+
+                job = replace(session.allocation, storage=trials.folder / f".ray-{os.getpid()}")
+                with trials.table.live():
+                    run_search(partial(train_trial, paths=session.paths), trials, job)
+        except (KeyboardInterrupt, OSError, StorageError, ClusterError) as stop:
             again = shlex.join(["harness", "tune", "--resume", trials.sweep.name, "--out", redact(options.out)])
+            why = getattr(stop, "strerror", None) or str(stop) or "stopped"
             say(console, f"{why}; continue with {again}")
-            if up and not any(trial.epochs for trial in trials.study.trials):
-                say(console, trials.what_fits(time.time() - began))
-            if isinstance(stop, KeyboardInterrupt) and not up:
+            if not isinstance(stop, KeyboardInterrupt):  # a disk is full, the store is away
+                return EXIT_FAILED
+            if not isinstance(stop, TimeUp):
                 raise
-            return EXIT_STOPPED if up else EXIT_FAILED
+            if not any(trial.epochs for trial in trials.study.trials):
+                say(console, trials.what_fits(time.time() - began))
+            return EXIT_STOPPED
     _print_sweep(trials, trials.store(**weigh_both(trials.study.trials, trials.sweep.dimensions)))
     trials.push()  # the winner too
     say_page(out, console)
