@@ -407,7 +407,7 @@ def test_corrupt_files_are_counted_and_refused(
     assert line.endswith("; a grey image stands for it")
 
 
-def test_what_dali_cannot_decode_pil_does(photos: Path, make: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_what_dali_cannot_decode_pil_does(photos: Path, make: Any, tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", photos, tmp_path / "gif"], check=True)
     path = tmp_path / "gif" / "train" / "c0" / "000.jpg"
     with Image.open(path) as image:
@@ -416,13 +416,40 @@ def test_what_dali_cannot_decode_pil_does(photos: Path, make: Any, tmp_path: Pat
     some = load_dataset(f"folder:{tmp_path / 'gif'}", cache=tmp_path)
     expected, _ = joined(make("dataloader", train=some.train)[0], 0)
     check_near(joined(make("dali", train=some.train)[0], 0)[0], expected)
-    monkeypatch.setattr(dali, "NOT_OF_DALI", (b".none",))  # found out only while it decodes
+    some.train.images.by_pil[:] = False  # type: ignore[union-attr]  # found out only while it decodes
     train, _ = make("dali", train=some.train)
     check_near(joined(train, 0)[0], expected)
     left = Path(train._stand_ins.name)
     assert any(left.iterdir())
     train.close()
     assert not left.exists()
+
+
+def test_what_ends_dali_goes_to_pil(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a batch of 32 files or more a header that DALI's parsers cannot read ends the process: SIGSEGV."""
+    root = write_photos(tmp_path / "set", train=64, test=2)
+    folder, turned = root / "train" / "c0", Image.Exif()
+    turned[files.TURNED] = 6
+    image = Image.open(folder / "000.jpg").resize((50, 40))
+    grey = Image.fromarray(np.linspace(0, 2**16 - 1, 2000).astype(np.uint16).reshape(40, 50))
+    one = Image.new("1", (50, 40))  # a TIFF of that has no BitsPerSample
+    for name, made, options in (
+        ("x0.jpg", image, {"format": "GIF"}), ("x1.jpg", image, {"format": "TGA"}), ("x2.png", grey, {}),
+        ("x3.webp", image, {"lossless": True, "exif": turned}), ("x4.tif", image, {"exif": turned}),
+        ("x5.tif", one, {}), ("x6.png", image, {}), ("x7.jpg", image, {}), ("y.tif", image, {}), ("z.webp", image, {}),
+    ):  # fmt: skip
+        made.save(folder / name, **options)
+    (folder / "x6.png").write_bytes((folder / "x6.png").read_bytes()[:45])
+    content = (folder / "x7.jpg").read_bytes()
+    (folder / "x7.jpg").write_bytes(content[: content.index(files.SCAN)])
+    train = load_dataset(f"folder:{root}", cache=tmp_path).train
+    assert isinstance(train.images, Files)
+    assert train.images.by_pil.tolist() == [b"/x" in path for path in train.images.paths]  # else no further
+    monkeypatch.setattr(files, "MOST_CORRUPT", 0.5)
+    (ours, _), (theirs, _) = (
+        joined(make(kind, RESIZED, train=train, batch_size=74)[0], 0) for kind in ("dali", "dataloader")
+    )
+    check_near(ours, theirs)
 
 
 def test_scan_names_corrupt_files_and_nothing_is_trained(
