@@ -57,7 +57,7 @@ class Files:
         path = self.path(index)
         try:
             with Image.open(os.fsdecode(path)) as image:
-                pixels = np.asarray(image.convert("RGB"))
+                pixels = to_rgb(image)
         except Exception as error:  # a broken file can make a decoder raise nearly anything
             raise DataError(_unreadable(path, error)) from error
         if pixels.shape[:2] != tuple(self.sizes[index]):
@@ -74,6 +74,17 @@ class Files:
     def check(self, index: int) -> str:
         """What is wrong with an image's file, if anything is."""
         return self.read_or_grey(index)[1]
+
+
+def to_rgb(image: Any) -> NDArray[np.uint8]:
+    """PIL's image as (height, width, 3); PIL itself makes white of more than 8 bits. Raises DataError."""
+    from PIL import Image
+
+    if image.mode in ("I", "F"):
+        raise DataError(f"pixels of 32 bits (PIL's mode {image.mode}): 8 or 16 bits are allowed")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return np.asarray(image.convert("RGB"))
 
 
 def show(path: bytes) -> str:

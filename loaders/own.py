@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from harness.loaders.cache import Content, Split
 from harness.loaders.datasets import DataError, Dataset, Request, load_class_folders
+from harness.loaders.files import to_rgb
 
 COLUMNS = {"image": ("image", "img"), "label": ("label", "labels", "fine_label")}
 """Names of Hugging Face's columns."""
@@ -86,7 +87,7 @@ def _list_pairs(part: Any, what: str) -> Iterable[tuple[Any, Any]]:
 
 def _read_image(image: Any, what: str) -> NDArray[Any]:
     """(H, W, 3) or (H, W), of PIL's image, an array, or a tensor (C, H, W); numbers from 0 to 1 are made bytes."""
-    array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+    array = to_rgb(image) if hasattr(image, "convert") else np.asarray(image)
     if hasattr(image, "permute") and array.ndim == 3:
         array = array.transpose(1, 2, 0)
         array = array[..., 0] if array.shape[2] == 1 else array

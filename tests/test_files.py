@@ -26,6 +26,7 @@ from harness.loaders import dali, datasets, files
 from harness.loaders.datasets import DataError, Dataset, Split, hold_out, limit, load_dataset
 from harness.loaders.files import Files
 from harness.loaders.loader import Loader, make_loaders
+from harness.loaders.own import read_split
 from harness.loaders.sampling import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -423,6 +424,26 @@ def test_what_dali_cannot_decode_pil_does(photos: Path, make: Any, tmp_path: Pat
     assert any(left.iterdir())
     train.close()
     assert not left.exists()
+
+
+@pytest.mark.parametrize("kind", ["dali", "dataloader"])
+def test_sixteen_bits_become_eight(kind: str, make: Any, tmp_path: Path) -> None:
+    grey = np.linspace(0, 2**16 - 1, 1600).astype(np.uint16).reshape(40, 40)
+    for split in ("train", "test"):
+        for name, image in (("0.png", grey), ("1.tif", grey), ("2.png", np.zeros((40, 41), np.uint8))):
+            (tmp_path / "set" / split / "a").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(tmp_path / "set" / split / "a" / name)
+    train = load_dataset(f"folder:{tmp_path / 'set'}", cache=tmp_path).train
+    middle = (grey[8:32, 8:32] >> 8) / 255
+    plain = Normalize(np.zeros(3, np.float32), np.ones(3, np.float32))
+    _, test = make(kind, Augment(0, "zero", 24, flip=False, resize=40), train=train, test=train, normalize=plain)
+    exact = [image for image in joined(test, 0)[0] if np.allclose(image, middle, atol=1e-6)]
+    assert len(exact) == 2
+    made = Image.fromarray(grey.astype(np.float32))
+    with pytest.raises(DataError, match=r"^pixels of 32 bits \(PIL's mode F\): 8 or 16 bits are allowed$"):
+        files.to_rgb(made)
+    own = read_split([(Image.fromarray(grey), 0)], "train").pixels
+    assert np.array_equal(own[0, ..., 1], grey >> 8)
 
 
 def test_what_ends_dali_goes_to_pil(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
