@@ -78,10 +78,10 @@ def _list_pairs(part: Any, what: str) -> Iterable[tuple[Any, Any]]:
         if image is None or label is None:
             raise DataError(f"{what}: no columns image and label among {', '.join(columns)}")
         return ((row[image], row[label]) for row in part)
+    if isinstance(part, Iterable):  # first: torch's IterableDataset has a __getitem__ that raises
+        return part
     if hasattr(part, "__getitem__") and hasattr(part, "__len__"):
         return (part[index] for index in range(len(part)))
-    if isinstance(part, Iterable):
-        return part
     raise DataError(f"{what}: arrays, a data set or pairs of image and label are expected, not {repr(part)[:80]}")
 
 
