@@ -171,6 +171,7 @@ def make_failed(error: BaseException, *, attempts: int) -> Failed:
     cause = min(failures, key=_precedence)  # when one worker ends, the others raise in their collective
     died = _precedence(cause) in (1, 3)
     text = str(cause).strip() or type(cause).__name__
+    text = text.partition("\nencountered:\n")[2].strip() or text  # DALI says before it only where
     if died:  # a watchdog knows which rank it was, and where
         text = next((str(error) for error in failures if "RankStalledError" in _names(error)), WORKER_DIED)
     elif "RayError" in _names(cause):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from harness.loaders.files import Files
 
-CACHE_FORMAT = 1  # part of every signature: raise it when arrays come out differently from the same files
+CACHE_FORMAT = 2  # part of every signature: raise it when arrays come out differently from the same files
 LOCK_SECONDS = 10.0  # until it is said who is waited for
 
 

@@ -35,7 +35,6 @@ types: Any = import_module("nvidia.dali.types")
 
 GPU_MACROBATCH_MIB = 16  # of float32 output: few enough calls that their cost on the host is hidden
 CPU_MACROBATCH_MIB = 1.5  # what stays in the caches: 128 images of CIFAR's size; larger ones were slower
-NOT_OF_DALI = (b".gif",)  # decoded by PIL
 PREFETCH = 2  # macrobatches made ahead
 
 
@@ -169,7 +168,7 @@ class CutLoader(DaliLoader):
         self._by_pil: set[int] = set()
         if isinstance(images := self._split.images, Files):
             self._corrupt = Corrupt(images, self._config.warn)
-            self._by_pil |= {n for n, path in enumerate(images.paths) if path.lower().endswith(NOT_OF_DALI)}
+            self._by_pil |= set(np.flatnonzero(images.by_pil).tolist())
         else:
             self._pixels = images
 

@@ -22,6 +22,9 @@ CHUNK = 200  # files between two reports of progress; no more tasks are queued t
 MOST_CORRUPT = 1e-4  # of a set's files, that may turn out to be corrupt while a run trains
 NAMED = 3  # corrupt files that an error names
 GREY = 127  # of the image that stands for a corrupt file
+FOR_DALI = ("JPEG", "MPO", "PNG", "BMP", "PPM", "WEBP", "TIFF")  # formats
+SCAN = b"\xff\xda"  # begins a JPEG's pixels
+TURNED = 0x112  # EXIF's orientation
 
 
 class DataError(ValueError):
@@ -36,12 +39,13 @@ class Files:
     paths: NDArray[np.bytes_]  # (N,), within the root, as the file system has them
     sizes: NDArray[np.int32]  # (N, 2), height and width
     digests: NDArray[np.uint8]  # (N, 32), SHA-256 of each file
+    by_pil: NDArray[np.bool_]  # (N,), whether DALI must not have it
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, chosen: Any) -> Files:
-        return Files(self.root, self.paths[chosen], self.sizes[chosen], self.digests[chosen])
+        return Files(self.root, *(array[chosen] for array in (self.paths, self.sizes, self.digests, self.by_pil)))
 
     def path(self, index: int) -> bytes:
         return os.path.join(self.root, self.paths[index])  # noqa: PTH118 (Path takes no bytes)
@@ -53,7 +57,7 @@ class Files:
         path = self.path(index)
         try:
             with Image.open(os.fsdecode(path)) as image:
-                pixels = np.asarray(image.convert("RGB"))
+                pixels = to_rgb(image)
         except Exception as error:  # a broken file can make a decoder raise nearly anything
             raise DataError(_unreadable(path, error)) from error
         if pixels.shape[:2] != tuple(self.sizes[index]):
@@ -70,6 +74,17 @@ class Files:
     def check(self, index: int) -> str:
         """What is wrong with an image's file, if anything is."""
         return self.read_or_grey(index)[1]
+
+
+def to_rgb(image: Any) -> NDArray[np.uint8]:
+    """PIL's image as (height, width, 3); PIL itself makes white of more than 8 bits. Raises DataError."""
+    from PIL import Image
+
+    if image.mode in ("I", "F"):
+        raise DataError(f"pixels of 32 bits (PIL's mode {image.mode}): 8 or 16 bits are allowed")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return np.asarray(image.convert("RGB"))
 
 
 def show(path: bytes) -> str:
@@ -97,12 +112,25 @@ def in_threads(work: Callable[[int], str], count: int, what: str, progress: Prog
     return results
 
 
+def _is_for_pil(image: Any, content: bytes) -> bool:
+    """DALI 2.4 ends the process where its parsers cannot read a header in a batch of 32 files or more."""
+    extended = image.format == "WEBP" and content[12:16] == b"VP8X"
+    turned = image.format == "TIFF" and image.getexif().get(TURNED, 1) != 1  # PIL turns those
+    cut = image.format in FOR_DALI[:2] and SCAN not in content
+    try:
+        image.verify()  # else a PNG cut after its header
+    except Exception:  # is counted as corrupt once it is read
+        return True
+    return image.format not in FOR_DALI or image.mode[0] in "1IF" or extended or turned or cut
+
+
 def index_files(root: Path, paths: NDArray[np.bytes_], progress: Progress | None) -> Files:
-    """Read every file once: its hash, and the image's size from its header. Raises DataError."""
+    """Read every file once: its hash, and from its header the image's size and whose it is. Raises DataError."""
     from PIL import Image
 
     count = len(paths)
-    files = Files(os.fsencode(root), paths, np.zeros((count, 2), np.int32), np.zeros((count, 32), np.uint8))
+    sizes, digests = np.zeros((count, 2), np.int32), np.zeros((count, 32), np.uint8)
+    files = Files(os.fsencode(root), paths, sizes, digests, np.zeros(count, bool))
 
     def look(index: int) -> str:
         path = files.path(index)
@@ -111,6 +139,7 @@ def index_files(root: Path, paths: NDArray[np.bytes_], progress: Progress | None
             files.digests[index] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
             with Image.open(io.BytesIO(content)) as image:
                 files.sizes[index] = image.size[::-1]
+                files.by_pil[index] = _is_for_pil(image, content)
         except Exception as error:  # of a header, too
             return _unreadable(path, error)
         return ""

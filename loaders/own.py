@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from harness.loaders.cache import Content, Split
 from harness.loaders.datasets import DataError, Dataset, Request, load_class_folders
+from harness.loaders.files import to_rgb
 
 COLUMNS = {"image": ("image", "img"), "label": ("label", "labels", "fine_label")}
 """Names of Hugging Face's columns."""
@@ -77,16 +78,16 @@ def _list_pairs(part: Any, what: str) -> Iterable[tuple[Any, Any]]:
         if image is None or label is None:
             raise DataError(f"{what}: no columns image and label among {', '.join(columns)}")
         return ((row[image], row[label]) for row in part)
+    if isinstance(part, Iterable):  # first: torch's IterableDataset has a __getitem__ that raises
+        return part
     if hasattr(part, "__getitem__") and hasattr(part, "__len__"):
         return (part[index] for index in range(len(part)))
-    if isinstance(part, Iterable):
-        return part
     raise DataError(f"{what}: arrays, a data set or pairs of image and label are expected, not {repr(part)[:80]}")
 
 
 def _read_image(image: Any, what: str) -> NDArray[Any]:
     """(H, W, 3) or (H, W), of PIL's image, an array, or a tensor (C, H, W); numbers from 0 to 1 are made bytes."""
-    array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+    array = to_rgb(image) if hasattr(image, "convert") else np.asarray(image)
     if hasattr(image, "permute") and array.ndim == 3:
         array = array.transpose(1, 2, 0)
         array = array[..., 0] if array.shape[2] == 1 else array

@@ -133,11 +133,11 @@ def make_normalize(kind: NormalizeKind, train: Split) -> Normalize:
 
 def check_normalize(kind: NormalizeKind, train: Split, augment: Augment | None = None) -> None:
     """Raise ValueError where such a mean of these images cannot be taken, or cannot be subtracted from their crops."""
-    constant = f"normalize={' and '.join(CONSTANT)} are allowed"
     if isinstance(train.images, Files) and kind not in CONSTANT:
-        raise ValueError(f"normalize={kind} measures images in memory; these stay in their files: {constant}")
-    if kind == "pixel-mean" and augment and augment.by_image(train):
-        raise ValueError(f"normalize=pixel-mean needs images that are not resized; here {constant}")
+        allowed = f"normalize={' and '.join(CONSTANT)} are allowed"
+        raise ValueError(f"normalize={kind} measures images in memory; these stay in their files: {allowed}")
+    if kind == "pixel-mean" and augment and (augment.by_image(train) or augment.scale_range):
+        raise ValueError(f"normalize={kind} needs images that are not resized: all others are allowed")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)

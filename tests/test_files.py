@@ -26,6 +26,7 @@ from harness.loaders import dali, datasets, files
 from harness.loaders.datasets import DataError, Dataset, Split, hold_out, limit, load_dataset
 from harness.loaders.files import Files
 from harness.loaders.loader import Loader, make_loaders
+from harness.loaders.own import read_split
 from harness.loaders.sampling import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -407,7 +408,7 @@ def test_corrupt_files_are_counted_and_refused(
     assert line.endswith("; a grey image stands for it")
 
 
-def test_what_dali_cannot_decode_pil_does(photos: Path, make: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_what_dali_cannot_decode_pil_does(photos: Path, make: Any, tmp_path: Path) -> None:
     subprocess.run(["cp", "-r", photos, tmp_path / "gif"], check=True)
     path = tmp_path / "gif" / "train" / "c0" / "000.jpg"
     with Image.open(path) as image:
@@ -416,13 +417,60 @@ def test_what_dali_cannot_decode_pil_does(photos: Path, make: Any, tmp_path: Pat
     some = load_dataset(f"folder:{tmp_path / 'gif'}", cache=tmp_path)
     expected, _ = joined(make("dataloader", train=some.train)[0], 0)
     check_near(joined(make("dali", train=some.train)[0], 0)[0], expected)
-    monkeypatch.setattr(dali, "NOT_OF_DALI", (b".none",))  # found out only while it decodes
+    some.train.images.by_pil[:] = False  # type: ignore[union-attr]  # found out only while it decodes
     train, _ = make("dali", train=some.train)
     check_near(joined(train, 0)[0], expected)
     left = Path(train._stand_ins.name)
     assert any(left.iterdir())
     train.close()
     assert not left.exists()
+
+
+@pytest.mark.parametrize("kind", ["dali", "dataloader"])
+def test_sixteen_bits_become_eight(kind: str, make: Any, tmp_path: Path) -> None:
+    grey = np.linspace(0, 2**16 - 1, 1600).astype(np.uint16).reshape(40, 40)
+    for split in ("train", "test"):
+        for name, image in (("0.png", grey), ("1.tif", grey), ("2.png", np.zeros((40, 41), np.uint8))):
+            (tmp_path / "set" / split / "a").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(tmp_path / "set" / split / "a" / name)
+    train = load_dataset(f"folder:{tmp_path / 'set'}", cache=tmp_path).train
+    middle = (grey[8:32, 8:32] >> 8) / 255
+    plain = Normalize(np.zeros(3, np.float32), np.ones(3, np.float32))
+    _, test = make(kind, Augment(0, "zero", 24, flip=False, resize=40), train=train, test=train, normalize=plain)
+    exact = [image for image in joined(test, 0)[0] if np.allclose(image, middle, atol=1e-6)]
+    assert len(exact) == 2
+    made = Image.fromarray(grey.astype(np.float32))
+    with pytest.raises(DataError, match=r"^pixels of 32 bits \(PIL's mode F\): 8 or 16 bits are allowed$"):
+        files.to_rgb(made)
+    own = read_split([(Image.fromarray(grey), 0)], "train").pixels
+    assert np.array_equal(own[0, ..., 1], grey >> 8)
+
+
+def test_what_ends_dali_goes_to_pil(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a batch of 32 files or more a header that DALI's parsers cannot read ends the process: SIGSEGV."""
+    root = write_photos(tmp_path / "set", train=64, test=2)
+    folder, turned = root / "train" / "c0", Image.Exif()
+    turned[files.TURNED] = 6
+    image = Image.open(folder / "000.jpg").resize((50, 40))
+    grey = Image.fromarray(np.linspace(0, 2**16 - 1, 2000).astype(np.uint16).reshape(40, 50))
+    one = Image.new("1", (50, 40))  # a TIFF of that has no BitsPerSample
+    for name, made, options in (
+        ("x0.jpg", image, {"format": "GIF"}), ("x1.jpg", image, {"format": "TGA"}), ("x2.png", grey, {}),
+        ("x3.webp", image, {"lossless": True, "exif": turned}), ("x4.tif", image, {"exif": turned}),
+        ("x5.tif", one, {}), ("x6.png", image, {}), ("x7.jpg", image, {}), ("y.tif", image, {}), ("z.webp", image, {}),
+    ):  # fmt: skip
+        made.save(folder / name, **options)
+    (folder / "x6.png").write_bytes((folder / "x6.png").read_bytes()[:45])
+    content = (folder / "x7.jpg").read_bytes()
+    (folder / "x7.jpg").write_bytes(content[: content.index(files.SCAN)])
+    train = load_dataset(f"folder:{root}", cache=tmp_path).train
+    assert isinstance(train.images, Files)
+    assert train.images.by_pil.tolist() == [b"/x" in path for path in train.images.paths]  # else no further
+    monkeypatch.setattr(files, "MOST_CORRUPT", 0.5)
+    (ours, _), (theirs, _) = (
+        joined(make(kind, RESIZED, train=train, batch_size=74)[0], 0) for kind in ("dali", "dataloader")
+    )
+    check_near(ours, theirs)
 
 
 def test_scan_names_corrupt_files_and_nothing_is_trained(

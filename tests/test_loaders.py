@@ -18,7 +18,15 @@ from harness.loaders import dali
 from harness.loaders.datasets import Split
 from harness.loaders.loader import LOADERS, Loader, make_loaders
 from harness.loaders.resident import crop, crop_by_index
-from harness.loaders.sampling import Augment, LoaderConfig, Normalize, SamplingPlan, make_normalize
+from harness.loaders.sampling import (
+    PLAIN,
+    Augment,
+    LoaderConfig,
+    Normalize,
+    SamplingPlan,
+    check_normalize,
+    make_normalize,
+)
 from harness.training.evaluation import evaluate
 
 REAL = [name for name in LOADERS if name != "synthetic"]
@@ -165,6 +173,14 @@ def test_images_of_an_evaluation_do_not_depend_on_its_precision(loader: str, mak
         evaluate(network, test, images=70, precision=precision, forward=forward)
     batches = len(seen) // 2
     assert all(map(torch.equal, seen[:batches], seen[batches:]))
+
+
+@pytest.mark.parametrize("change", [{"scale_range": (32, 48)}, {"resize": 36}])
+def test_the_mean_image_is_not_subtracted_from_resized_images(change: dict[str, Any]) -> None:
+    resized = replace(PLAIN, **change)
+    check_normalize("channel-mean", TRAIN, resized)
+    with pytest.raises(ValueError, match=r"^normalize=pixel-mean needs images that are not resized: all others"):
+        check_normalize("pixel-mean", TRAIN, resized)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -288,6 +288,10 @@ def test_every_form_of_a_data_set_is_the_same_images() -> None:
         __len__ = lambda _: 9  # noqa: E731
         __getitem__ = lambda _, index: pairs()[index]  # noqa: E731
 
+    class Streamed(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        __len__ = lambda _: 9  # noqa: E731
+        __iter__ = lambda _: iter(pairs())  # noqa: E731
+
     forms = [
         (images, labels),
         (torch.from_numpy(images), torch.from_numpy(labels)),
@@ -296,6 +300,7 @@ def test_every_form_of_a_data_set_is_the_same_images() -> None:
         tensors,
         Hub(rows),
         Vision(),
+        Streamed(),
     ]
     for form in forms:
         split = read_split(form, "train")

@@ -17,6 +17,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import two_nodes
 from processes import run_ranks
@@ -37,6 +38,7 @@ from harness.cluster.job import (
 from harness.cluster.launch import _Driver, _Run, launch
 from harness.cluster.nodes import Cluster, Node, Unanswered, ask_every_node, choose_world_size, fit
 from harness.cluster.workers import Task
+from harness.loaders import dali
 from harness.record import classify
 from harness.results.store import load_epochs, load_records
 from harness.results.values import EpochMetrics
@@ -428,6 +430,17 @@ def test_the_cause_is_told_from_its_consequences() -> None:
     assert killed.died
     plain = make_failed(WorkerGroupError(RuntimeError("shape mismatch")), attempts=1)
     assert not plain.died
+
+
+def test_a_failure_of_dali_says_what_it_was() -> None:
+    pipeline = dali.dali.Pipeline(batch_size=1, num_threads=1, device_id=None)
+    with pipeline:
+        images = dali.fn.external_source(lambda _: [np.zeros((5, 5, 3), np.uint8)], layout="HWC")
+        pipeline.set_outputs(dali.fn.crop(images, crop=(9, 9)))
+    pipeline.build()
+    with pytest.raises(RuntimeError) as failure:
+        pipeline.run()
+    assert make_failed(failure.value, attempts=1).message.startswith("Slice can't be placed out of bounds")
 
 
 class AcceleratorError(RuntimeError):
