@@ -311,7 +311,9 @@ def _enter_network(
     if not isinstance(default, int):
         raise UserError(f"network {note.name!r} needs a default depth: depth=20, say")
     depths = (default,) if parameter is None else ()
-    NETWORKS[note.name] = variants.Architecture(make=note.made, smallest_image=smallest_image, depths=depths)
+    read: dict[str, Any] = {} if "network" in parameters_of(note.made) else {"reads": {}}
+    made = variants.Architecture(make=note.made, smallest_image=smallest_image, depths=depths, **read)
+    NETWORKS[note.name] = made
     summary = (inspect.getdoc(note.made) or note.name).splitlines()[0]
     own = {"base": "he2015", "architecture": note.name, "depth": default, "summary": summary}
     return own | dict(row or {})

@@ -119,6 +119,8 @@ def test_a_setting_is_of_the_runs_that_have_it(tmp_path: Path) -> None:
         UserError, match="--set width: no run of this command uses the plug-in that this field belongs to"
     ):
         make_specs(("he2015",), settings={"width": 8})
+    with pytest.raises(UserError, match="architecture few has no such field"):
+        make_specs(("few",), settings={"activation": "mish"})
     with pytest.raises(UserError, match="width is a whole number, not 'x'"):
         parse_settings(["width=x"])
     with pytest.raises(UserError, match="did you mean width"):
