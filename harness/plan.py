@@ -134,7 +134,24 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
             f"{spec.name} would hold out {val:,} training images, but there are only {images:,}: hold out fewer, "
             f"as with --val {max(1, images // 10)}": val >= images,
         })  # fmt: skip
+        _check_last_batch(spec, images - val)
     return list(dict.fromkeys(specs))
+
+
+def _check_last_batch(spec: RunSpec, images: int) -> None:
+    """Raise UserError where a worker would train on one image alone: batch norm of a row of logits takes two at least."""
+    batch, alone = spec.recipe.batch_size, spec.workers == 1 or spec.recipe.batch_norm == "local"
+    least = 2 * spec.workers if spec.network.head_batch_norm and alone else 0
+
+    def fits(size: int) -> bool:
+        return not size % spec.workers and all(n == 0 or n >= least for n in (size, images % size))
+
+    if not fits(batch):
+        others = [n for step in range(1, batch) for n in (batch - step, batch + step) if fits(n)][:3]
+        raise UserError(
+            f"{spec.name} normalises logits over a worker's images, at least two: the last of {images:,} images in batches "
+            f"of {batch} are {images % batch} for --workers {spec.workers} (allowed: {', '.join(map(str, others)) or 'none'})"
+        )
 
 
 def _make_specs(grid: Grid) -> list[RunSpec]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,33 @@ def test_a_width_that_does_not_divide_the_batch() -> None:
     three = replace(CPU, workers=3)
     with pytest.raises(UserError, match="does not divide the global batch of 128"):
         expand(Grid(variants=("msra",)), three, fingerprint="f", train_images=50_000)
+
+
+@pytest.mark.parametrize(
+    ("workers", "given", "says"),
+    [
+        (
+            1,
+            {"limit_train": 129},
+            "the last of 129 images in batches of 128 are 1 for --workers 1 (allowed: 127, ",
+        ),
+        (2, {"limit_train": 35, "batch_size": 32}, "are 3 for --workers 2 (allowed: 30, 28, 36)"),
+        (1, {"limit_train": 229, "val": 100}, "the last of 129 images"),
+        (2, {"limit_train": 36, "batch_size": 32}, ""),
+        (2, {"limit_train": 35, "batch_size": 32, "batch_norm": "sync"}, ""),
+        (1, {"limit_train": 129, "variants": ("he2015",)}, ""),
+    ],
+)
+def test_a_last_batch_of_one_image_is_no_batch_for_logits_that_are_normalised(
+    workers: int, given: dict[str, Any], says: str
+) -> None:
+    grid = Grid(**{"variants": ("msra",), "depths": (8,), **given})
+    wide = replace(CPU, workers=workers)
+    if not says:
+        assert expand(grid, wide, fingerprint="f", train_images=50_000)
+        return
+    with pytest.raises(UserError, match=re.escape(says)):
+        expand(grid, wide, fingerprint="f", train_images=50_000)
 
 
 def test_epochs_stretch_the_whole_schedule() -> None:
