@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from harness.options import Grid, Resources, parse_depths, parse_seeds, parse_va
 from harness.plan import (
     check_epochs,
     check_grid,
+    check_images,
     check_out,
     choose_engine,
     expand,
@@ -25,6 +27,7 @@ from harness.plan import (
 )
 from harness.resources import allocate, check_resources, choose_launcher
 from harness.spec import RunSpec, UserError
+from harness.training.checks import make_dataset
 
 CPU = allocate(Resources(gpus=0, workers=1), have_gpus=0, have_cpus=2, precision="fp32")
 
@@ -321,3 +324,40 @@ def test_one_run_with_one_worker_on_this_machine_needs_no_ray() -> None:
     assert launcher(1) == "local"
     assert [launcher(2), launcher(1, workers=2), launcher(1, "auto")] == ["ray"] * 3
     assert [launcher(2, launcher="local"), launcher(1, launcher="ray")] == ["local", "ray"]
+
+
+# --- values that no run can have ---
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"settings": {"nesterov": True, "momentum": 0.0}}, "nesterov=true: a momentum above 0"),
+        ({"settings": {"label_smoothing": 1.5}}, "label_smoothing=1.5: 0 to 1"),
+        ({"settings": {"batch_norm_eps": 0.0}}, "batch_norm_eps=0: above 0"),
+        (
+            {"variants": ("xresnext-16x2d",), "depths": (), "val": 0, "settings": {"cardinality": 0}},
+            "cardinality=0: at least 1",
+        ),
+        ({"settings": {"scale_range": (128,)}}, "scale_range=128: two rising"),
+        ({"settings": {"scale_range": (64, 40)}}, "scale_range=64,40: two rising"),
+        ({"settings": {"scale_range": (40, 50, 60)}}, "scale_range=40,50,60: two rising"),
+        ({"settings": {"optimizer": "adamw", "beta1": 1.0}}, "beta1=1: 0 to below 1"),
+        ({"settings": {"crop": 3}}, "images of 3 pixels are too small for this network: at least 4"),
+        (
+            {"settings": {"schedule": "cosine", "warmup": 64e3, "first_step": 1}, "epochs": 4},
+            "warmup=4 with first_step",
+        ),
+        ({"classes": ("one",)}, "1 classes are too few: at least 2"),
+        ({"limit_test": 41}, "--limit-test 41: there are 40 test images"),
+        ({"settings": {"batch_size": 0}}, "batch_size=0: at least 1 is required"),
+        ({"settings": {"label_smoothing": 1.0, "momentum": 0.0, "warmup": 64e3}, "limit_test": 40}, ""),
+    ],
+)
+def test_what_no_run_can_have_is_said_before_any(given: dict[str, Any], says: str) -> None:
+    given = dict(given)
+    data = make_dataset(count=40)
+    data = replace(data, classes=given.pop("classes", data.classes))
+    grid = Grid(**{"dataset": "digits", "depths": (8,), "loader": "resident"} | given)
+    with pytest.raises(UserError, match=re.escape(says)) if says else nullcontext():
+        check_images(expand(grid, CPU, fingerprint="f", train_images=len(data.train)), data)
