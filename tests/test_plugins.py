@@ -303,6 +303,28 @@ def test_a_copy_is_loaded_where_the_file_is_not(tmp_path: Path) -> None:
         load_sources(["nets:0000000000000000"], paths)
 
 
+BUILDS_ON = """
+import torch
+from harness import plugin
+@plugin.optimizer
+def rms2(groups, lr):
+    return torch.optim.RMSprop(groups, lr=lr)
+plugin.variant("alpha", base="few", optimizer="rms2")
+"""
+
+
+def test_a_plugin_that_builds_on_another_is_loaded_after_it(tmp_path: Path) -> None:
+    for path in (write(tmp_path, NET), write(tmp_path, BUILDS_ON, "alpha.py")):
+        load_file(path)
+    sent = sources()
+    for spec in (make_specs(("alpha",))[0], make_specs(("he2015",), settings={"optimizer": "rms2"})[0]):
+        for name in ("nets", "alpha"):
+            plugins.unload(name)
+        load_sources(spec.plugins, RunPaths(out=tmp_path, cache_dir=tmp_path / "cache", plugins=sent))
+        assert list(plugins.LOADED) == ["nets", "alpha"]
+        assert find_variant("alpha")().recipe.optimizer == "rms2"  # type: ignore[call-arg]
+
+
 def test_a_run_keeps_its_plugin_and_can_be_repeated_and_evaluated(tmp_path: Path, capsys: Any) -> None:
     path, out = write(tmp_path, NET), tmp_path / "runs"
     code, printed, err = command(f"run --plugin {path} {TINY} --variants few --set width=6 --out {out}", capsys)
