@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from harness.loaders.cache import cache_dir
 from harness.loaders.datasets import DataError, Dataset, check_dataset_name
 from harness.loaders.loader import check_crops
 from harness.loaders.sampling import check_normalize, make_augment
-from harness.models.variants import NETWORKS, Recipe, default_depth, find_preset, find_variant
+from harness.models.variants import NETWORKS, Recipe, Variant, default_depth, find_preset, find_variant
 from harness.options import Grid, fill, parse_depths
 from harness.plugins import identify, own_values
 from harness.results.remote import StorageError, cache_folder, check_uri, is_uri, pull_results
@@ -175,8 +175,31 @@ def _vary(specs: Iterable[RunSpec], grid: Grid, given: Collection[str]) -> list[
         recipe, changed = override(spec.recipe, grid)
         names = {text.partition("=")[0] for text in settings + changed}
         kept = tuple(text for text in spec.overrides if text.partition("=")[0] not in names)
-        varied.append(replace(spec, recipe=recipe, overrides=kept + settings + changed, **fixed))
+        made = replace(spec, recipe=recipe, overrides=kept + settings + changed, **fixed)
+        varied.append(_restate(made) if kept != before.overrides or (kept and settings + changed) else made)
     return [replace(spec, seed=seed) for seed in grid.seeds for spec in varied] if "seeds" in given else varied
+
+
+def _restate(spec: RunSpec) -> RunSpec:
+    """A changed run as the command would give it that names all changes at once: in its order, without what is the
+    variant's own again."""
+
+    def values(of: RunSpec | Variant) -> dict[str, Any]:
+        parts = [asdict(part) | own_values(part) for part in (of.recipe, of.network)]
+        return parts[0] | parts[1] | {"epochs": (of.recipe.duration, of.recipe.unit)}
+
+    try:
+        own = find_variant(spec.variant)(spec.network.depth)
+    except ValueError:  # of a plug-in that is not here, or of a depth that it cannot have
+        return spec
+    now, before = values(spec), values(own)
+    rank = {name: place for place, name in enumerate((*now, "batch_size", "batch_norm", "val"))}
+    texts = {text.partition("=")[0]: text for text in spec.overrides}
+    left = sorted(
+        (name for name in texts if now.get(name) != before.get(name)), key=lambda name: rank.get(name, -1)
+    )
+    recipe = own.recipe if own.recipe == spec.recipe else spec.recipe  # 90 epochs, not 90.0
+    return replace(spec, recipe=recipe, overrides=tuple(texts[name] for name in left))
 
 
 def _place(spec: RunSpec, allocation: Allocation, fingerprint: str) -> RunSpec:

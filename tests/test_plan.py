@@ -287,6 +287,19 @@ def test_options_change_a_given_spec(tmp_path: Path) -> None:
     assert (other.dataset, other.recipe) == ("digits", spec.recipe)
 
 
+def test_a_changed_spec_is_the_run_of_the_command_that_names_all_changes(tmp_path: Path) -> None:
+    path = write_spec(tmp_path / "spec.json", specs(epochs=10, val=100)[0])
+    (direct,) = specs(epochs=10, val=100, batch_size=64, settings={"lr": 0.05, "shortcut": "identity-conv"})
+    (changed,) = respec(path, settings={"shortcut": "identity-conv", "lr": 0.05}, batch_size=64)
+    assert (changed, changed.key) == (direct, direct.key)
+    both = write_spec(tmp_path / "both.json", specs(epochs=10, settings={"lr": 0.05})[0])
+    (back,) = respec(both, settings={"lr": 0.1})
+    assert back.key == specs(epochs=10)[0].key
+    msra = expand(Grid(variants=("msra",), epochs=10), CPU, fingerprint="f" * 64, train_images=50_000)[0]
+    (whole,) = respec(write_spec(tmp_path / "msra.json", msra), epochs=180)
+    assert whole.key == expand(Grid(variants=("msra",)), CPU, fingerprint="f" * 64, train_images=50_000)[0].key
+
+
 def test_a_spec_that_cannot_be_trained_is_one_line(tmp_path: Path) -> None:
     (spec,) = specs()
     path = tmp_path / "spec.json"
