@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from harness.loaders.cache import cache_dir
 from harness.loaders.datasets import DataError, Dataset, check_dataset_name
 from harness.loaders.loader import check_crops
 from harness.loaders.sampling import check_normalize, make_augment
-from harness.models.variants import Recipe, default_depth, find_preset, find_variant
+from harness.models.variants import NETWORKS, Recipe, Variant, default_depth, find_preset, find_variant
 from harness.options import Grid, fill, parse_depths
-from harness.plugins import identify
+from harness.plugins import identify, own_values
 from harness.results.remote import StorageError, cache_folder, check_uri, is_uri, pull_results
+from harness.results.sweeps import format_value
 from harness.search_space import apply, check_settings
 from harness.spec import Engine, RunSpec, UserError, mistakes, refuse
 from harness.training.recipe import CAPTURABLE, total_epochs
@@ -127,6 +128,7 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
         images, batch, val = spec.limit_train or train_images, spec.recipe.batch_size, spec.recipe.val
         divisors = ", ".join(str(n) for n in range(1, 65) if batch % n == 0)
         refuse({
+            f"batch_size={batch}: at least 1 is required": batch < 1,
             f"--limit-train {images}: {grid.dataset} has {train_images} training images": images > train_images,
             f"--workers {workers} does not divide the global batch of {batch} (allowed: {divisors})": batch % workers,
             "--engine compile does not support --batch-norm sync: use eager or graph":
@@ -134,7 +136,24 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
             f"{spec.name} would hold out {val:,} training images, but there are only {images:,}: hold out fewer, "
             f"as with --val {max(1, images // 10)}": val >= images,
         })  # fmt: skip
+        _check_last_batch(spec, images - val)
     return list(dict.fromkeys(specs))
+
+
+def _check_last_batch(spec: RunSpec, images: int) -> None:
+    """Raise UserError where a worker would train on one image alone: batch norm of a row of logits takes two at least."""
+    batch, alone = spec.recipe.batch_size, spec.workers == 1 or spec.recipe.batch_norm == "local"
+    least = 2 * spec.workers if spec.network.head_batch_norm and alone else 0
+
+    def fits(size: int) -> bool:
+        return not size % spec.workers and all(n == 0 or n >= least for n in (size, images % size))
+
+    if not fits(batch):
+        others = [n for step in range(1, batch) for n in (batch - step, batch + step) if fits(n)][:3]
+        raise UserError(
+            f"{spec.name} normalises logits over a worker's images, at least two: the last of {images:,} images in batches "
+            f"of {batch} are {images % batch} for --workers {spec.workers} (allowed: {', '.join(map(str, others)) or 'none'})"
+        )
 
 
 def _make_specs(grid: Grid) -> list[RunSpec]:
@@ -156,8 +175,31 @@ def _vary(specs: Iterable[RunSpec], grid: Grid, given: Collection[str]) -> list[
         recipe, changed = override(spec.recipe, grid)
         names = {text.partition("=")[0] for text in settings + changed}
         kept = tuple(text for text in spec.overrides if text.partition("=")[0] not in names)
-        varied.append(replace(spec, recipe=recipe, overrides=kept + settings + changed, **fixed))
+        made = replace(spec, recipe=recipe, overrides=kept + settings + changed, **fixed)
+        varied.append(_restate(made) if kept != before.overrides or (kept and settings + changed) else made)
     return [replace(spec, seed=seed) for seed in grid.seeds for spec in varied] if "seeds" in given else varied
+
+
+def _restate(spec: RunSpec) -> RunSpec:
+    """A changed run as the command would give it that names all changes at once: in its order, without what is the
+    variant's own again."""
+
+    def values(of: RunSpec | Variant) -> dict[str, Any]:
+        parts = [asdict(part) | own_values(part) for part in (of.recipe, of.network)]
+        return parts[0] | parts[1] | {"epochs": (of.recipe.duration, of.recipe.unit)}
+
+    try:
+        own = find_variant(spec.variant)(spec.network.depth)
+    except ValueError:  # of a plug-in that is not here, or of a depth that it cannot have
+        return spec
+    now, before = values(spec), values(own)
+    rank = {name: place for place, name in enumerate((*now, "batch_size", "batch_norm", "val"))}
+    texts = {text.partition("=")[0]: text for text in spec.overrides}
+    left = sorted(
+        (name for name in texts if now.get(name) != before.get(name)), key=lambda name: rank.get(name, -1)
+    )
+    recipe = own.recipe if own.recipe == spec.recipe else spec.recipe  # 90 epochs, not 90.0
+    return replace(spec, recipe=recipe, overrides=tuple(texts[name] for name in left))
 
 
 def _place(spec: RunSpec, allocation: Allocation, fingerprint: str) -> RunSpec:
@@ -183,13 +225,39 @@ def _change_specs(grid: Grid, given: Collection[str]) -> Grid:
 
 
 def check_images(specs: Iterable[RunSpec], dataset: Dataset) -> None:
-    """Raise UserError where a run's loader cannot make its recipe's crops of these images."""
+    """Raise UserError where a run's loader cannot make its recipe's crops of these images, or its network take them."""
     for spec in specs:
         augment = make_augment(spec.recipe, flip=dataset.flip)
-        with mistakes(ValueError, f"{spec.name} on {dataset.label}: "):
+        smallest = NETWORKS[spec.network.architecture].smallest_image
+        with mistakes((UserError, ValueError), f"{spec.name} on {dataset.label}: "):
+            _check_recipe(spec)
             for split in (dataset.train, dataset.test):
                 check_crops(spec.loader, split, augment)
             check_normalize(spec.recipe.normalize, dataset.train, augment)
+            size, count = min(augment.crop_size(dataset.train)), len(dataset.test)
+            refuse({
+                f"{dataset.num_classes} classes are too few: at least 2": dataset.num_classes < 2,
+                f"images of {size} pixels are too small for this network: at least {smallest}": size < smallest,
+                f"--limit-test {spec.limit_test}: there are {count} test images": (spec.limit_test or 0) > count,
+            })  # fmt: skip
+
+
+def _check_recipe(spec: RunSpec) -> None:
+    """Raise UserError for values that torch would refuse, or that no schedule or loader can count with."""
+    recipe, network = spec.recipe, spec.network
+    scales, own = recipe.scale_range, own_values(recipe) if recipe.optimizer == "adamw" else {}
+    refuse({
+        "nesterov=true: a momentum above 0 is required": recipe.nesterov and not recipe.momentum,
+        f"label_smoothing={recipe.label_smoothing:g}: 0 to 1 is allowed": recipe.label_smoothing > 1,
+        f"batch_norm_eps={network.batch_norm_eps:g}: above 0 is required": network.batch_norm_eps <= 0,
+        f"cardinality={network.cardinality}: at least 1 is required": network.cardinality < 1,
+        f"scale_range={format_value(scales)}: two rising sides in pixels are allowed":
+            scales and not (len(scales) == 2 and 0 < scales[0] <= scales[1]),
+        f"warmup={recipe.warmup:g} with first_step: less than all {recipe.duration:g} {recipe.unit}s is allowed":
+            recipe.first_step and recipe.warmup >= recipe.duration and recipe.schedule != "multistep",
+        **{f"{name}={value:g}: 0 to below 1 is allowed": not 0 <= value < 1 for name, value in own.items()
+           if name.startswith("beta")},
+    })  # fmt: skip
 
 
 def count_epochs(spec: RunSpec, train_images: int) -> int:

@@ -311,7 +311,9 @@ def _enter_network(
     if not isinstance(default, int):
         raise UserError(f"network {note.name!r} needs a default depth: depth=20, say")
     depths = (default,) if parameter is None else ()
-    NETWORKS[note.name] = variants.Architecture(make=note.made, smallest_image=smallest_image, depths=depths)
+    read: dict[str, Any] = {} if "network" in parameters_of(note.made) else {"reads": {}}
+    made = variants.Architecture(make=note.made, smallest_image=smallest_image, depths=depths, **read)
+    NETWORKS[note.name] = made
     summary = (inspect.getdoc(note.made) or note.name).splitlines()[0]
     own = {"base": "he2015", "architecture": note.name, "depth": default, "summary": summary}
     return own | dict(row or {})
@@ -381,23 +383,26 @@ def sources() -> tuple[Source, ...]:
 
 
 def load_sources(identities: Sequence[str], paths: RunPaths) -> None:
-    """In any process: load these plug-ins, from their own files where they are the same here, or else from a copy in the
-    cache. Raises RuntimeError for one that was not sent."""
-    known = {source.identity: source for source in paths.plugins}
+    """In any process: load these plug-ins, and those sent before them, on which they may build; from their own files where
+    they are the same here, or else from a copy in the cache. Raises RuntimeError for one that was not sent."""
+    sent, last = [source.identity for source in paths.plugins], 0
     for identity in identities:
-        name = identity.partition(":")[0]
-        if name in LOADED and LOADED[name].source.identity == identity:
-            continue
-        if (source := known.get(identity)) is None:
+        here = LOADED.get(identity.partition(":")[0])
+        if identity in sent:
+            last = max(last, sent.index(identity) + 1)
+        elif here is None or here.source.identity != identity:
             raise RuntimeError(f"plug-in {identity} was not sent here: --plugin names its file")
-        if name in LOADED:
-            unload(name)
+    for source in paths.plugins[:last]:
+        if source.name in LOADED and LOADED[source.name].source.identity == source.identity:
+            continue
+        if source.name in LOADED:
+            unload(source.name)
         try:
             same = all(Path(source.folder, file).read_text("utf-8") == text for file, text in source.files)
         except (OSError, UnicodeDecodeError):
             same = False
         if not same:
-            copy = (paths.cache_dir or cache_dir()) / "plugins" / identity.replace(":", "-")
+            copy = (paths.cache_dir or cache_dir()) / "plugins" / source.identity.replace(":", "-")
             write_source(source, copy)
             source = replace(source, folder=str(copy))
         _load(source)

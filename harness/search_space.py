@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
-from harness.models.variants import Network, Recipe, Variant, check_depth, write_extra
+from harness.models.variants import Network, Recipe, Variant, check_depth, check_reads, write_extra
 from harness.plugins import NAMED, TABLES, makers, names_in, own_hints, own_values
 from harness.results.sweeps import Dimension, Function, format_value
 from harness.spec import RunSpec, UserError, check_word, mistakes, refuse
@@ -95,6 +95,9 @@ def apply(of: Planned, settings: Mapping[str, Any]) -> tuple[Planned, tuple[str,
     if "architecture" in changed:
         with mistakes(ValueError, f"--set architecture={changed['architecture']}: "):
             check_depth(parts["network"])
+    for name, value in changed.items():
+        with mistakes(ValueError, f"--set {name}={format_value(value)}: "):
+            check_reads(parts["network"], name)
     return replace(of, **parts), tuple(f"{name}={format_value(value)}" for name, value in changed.items())
 
 

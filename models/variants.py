@@ -155,6 +155,8 @@ class Architecture:
     smallest_image: int = 1  # side in pixels; of ours the product of all strides
     depths: tuple[int, ...] = ()  # all that there are; (): any
     three_stages: bool = False  # of equally many blocks, with one layer before and one after: 6n+2, or 9n+2
+    reads: Mapping[str, tuple[str, ...]] | None = None
+    """Fields of `Network`, beside the depth, on which the module depends, and their words, (): any; None: all of them."""
 
 
 def _make(name: str, network: Network, num_classes: int) -> nn.Module:
@@ -163,13 +165,39 @@ def _make(name: str, network: Network, num_classes: int) -> nn.Module:
     return made
 
 
+_NORMS: dict[str, tuple[str, ...]] = {"head_batch_norm": (), "batch_norm_eps": ()}
+_CIFAR = {"block": ("basic", "preact", "late-stride"), "shortcut": ("A", "identity-conv"), **_NORMS}
+_FOUR_STAGES = {"block": ("basic", "bottleneck"), "shortcut": ("projection", "identity-conv"), **_NORMS}
+_GROUPS = ("cardinality", "group_width")  # of bottlenecks alone
+_XRESNET = {"block": ("basic", "bottleneck"), "shortcut": ("projection", "bare-projection")} | dict.fromkeys(
+    ("batch_norm_eps", "activation", "squeeze_ratio", "stem_width", "init", "padding", *_GROUPS), ()
+)
 NETWORKS: dict[str, Architecture] = {
-    "cifar": Architecture(make=partial(_make, "CifarResNet"), smallest_image=4, three_stages=True),
-    "imagenet": Architecture(make=partial(_make, "ImageNetResNet"), smallest_image=16, depths=(18, 34, 50, 74)),
-    "resnet": Architecture(make=partial(_make, "ResNet"), smallest_image=32, depths=(18, 34, 50, 101, 152)),
-    "convnet": Architecture(make=partial(_make, "ConvNet"), smallest_image=4, depths=(8,)),
-    "xresnet": Architecture(make=partial(_make, "XResNet"), smallest_image=4, three_stages=True),
+    "cifar": Architecture(make=partial(_make, "CifarResNet"), smallest_image=4, three_stages=True, reads=_CIFAR),
+    "imagenet": Architecture(
+        make=partial(_make, "ImageNetResNet"), smallest_image=16, depths=(18, 34, 50, 74), reads=_FOUR_STAGES
+    ),
+    "resnet": Architecture(
+        make=partial(_make, "ResNet"), smallest_image=32, depths=(18, 34, 50, 101, 152), reads=_FOUR_STAGES
+    ),
+    "convnet": Architecture(
+        make=partial(_make, "ConvNet"), smallest_image=4, depths=(8,), reads={"batch_norm_eps": ()}
+    ),
+    "xresnet": Architecture(make=partial(_make, "XResNet"), smallest_image=4, three_stages=True, reads=_XRESNET),
 }
+
+
+def check_reads(network: Network, name: str) -> None:
+    """Raise ValueError where the network would be the same whatever this field of it says."""
+    what, reads = f"architecture {network.architecture}", NETWORKS[network.architecture].reads
+    if reads is None or name not in OF_NETWORK or name == "architecture":
+        return
+    if name in reads and name in _GROUPS and network.block != "bottleneck":
+        raise ValueError(f"{what} has this field with block=bottleneck only, not {network.block}")
+    if name not in reads:
+        raise ValueError(f"{what} has no such field (allowed: {', '.join(reads) or 'none'})")
+    if reads[name] and getattr(network, name) not in reads[name]:
+        raise ValueError(f"{what} has no such {name} (allowed: {', '.join(reads[name])})")
 
 
 def check_depth(network: Network) -> None:

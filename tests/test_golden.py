@@ -202,7 +202,7 @@ PLANS = [
     "--variants msra --depths 8,14 --seeds 2 --epochs 10 --gpus 0 --loader resident --out runs --workers 2",
     "--variants he2015,msra,xresnext-16x2d --val 100 --epochs 9 --gpus 0",
     "--variants msra,fattorib --depths 20,56 --seeds 0,7 --loader synthetic --gpus 0 --val 100",
-    "--variants msra --depths 20 --seeds 7, --set lr=0.05 --set shortcut=projection --set batch-size=64 --gpus 0",
+    "--variants msra --depths 20 --seeds 7, --set lr=0.05 --set shortcut=identity-conv --set batch-size=64 --gpus 0",
     "--depths 20 --limit-train 500 --limit-test 100 --batch-size 50 --epochs 3 --precision bf16 --engine compile --gpus 0",
     "--depths 20 --seeds 2 --epochs 9 --until-ci 0.5 --gpus 0",
 ]
@@ -311,12 +311,12 @@ def test_variants(capsys: Any) -> None:
 
 SEARCHES = {
     "random": "--search 'lr=loguniform(0.001,1)' --search 'momentum=uniform(0.5,0.99)' "
-    "--search 'shortcut=choice(A,projection)' --samples 9 --concurrent 2",
-    "grid": "--search 'lr=grid(0.01,0.1,1)' --search 'shortcut=grid(A,projection)' --search 'nesterov=choice(true,false)' "
+    "--search 'shortcut=choice(A,identity-conv)' --samples 9 --concurrent 2",
+    "grid": "--search 'lr=grid(0.01,0.1,1)' --search 'shortcut=grid(A,identity-conv)' --search 'nesterov=choice(true,false)' "
     "--samples 2 --scheduler median --concurrent 1 --seed 3",
     "depths": "--search 'depth=choice(8,14,20)' --search 'batch_size=randint(16,64)' --samples 4 --scheduler none "
     "--metric loss --val 0",
-    "tpe": "--search 'lr=loguniform(0.001,1)' --search 'shortcut=choice(A,projection)' --samples 12 "
+    "tpe": "--search 'lr=loguniform(0.001,1)' --search 'shortcut=choice(A,identity-conv)' --samples 12 "
     "--search-algorithm tpe --scheduler hyperband --concurrent 1",
 }
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import fields, replace
 from itertools import islice
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from torch import nn
 
 from harness.models.build import build, count_flops, count_parameters
 from harness.models.networks import AverageShortcut, IdentityConv, OptionA, PreactBlock, SqueezeExcite
-from harness.models.variants import NETWORKS, VARIANTS, Network, find_variant
+from harness.models.variants import NETWORKS, VARIANTS, Network, check_reads, find_variant
 
 PARAMETERS = {  # trainable, for ten classes
     "he2015": {20: 269_722, 32: 464_154, 44: 658_586, 56: 853_018, 110: 1_727_962, 1202: 19_421_274},
@@ -155,6 +158,40 @@ def test_an_image_smaller_than_the_strides_is_refused():
             build(network, 3, smallest - 1)
     with pytest.raises(ValueError, match="at least 2"):
         build(find_variant("he2015")(20).network, num_classes=1)
+
+
+XRESNEXT = find_variant("xresnext-16x2d")(11).network
+BASES = [find_variant(name)(depth).network for name, depth in (
+    ("he2015", 8), ("miniplaces", 18), ("convnet", 8), ("xresnet", 8))]  # fmt: skip
+OTHERS = {"batch_norm_eps": 0.1, "head_batch_norm": True, "squeeze_ratio": 4, "cardinality": 8, "group_width": 4,
+          "stem_width": 8, "padding": "end", "init": "truncated-he", "activation": "mish"}  # fmt: skip
+WORDS = {name: get_args(get_type_hints(Network)[name]) for name in ("block", "shortcut")}
+CHANGES = {(name, word) for name, words in WORDS.items() for word in words} | set(OTHERS.items())
+
+
+def marks(network):
+    """What a network is: its layers, its weights, and what it computes."""
+    torch.manual_seed(0)
+    module = build(network, 10)
+    return str(module), [p.sum().item() for p in module.parameters()], module(torch.randn(2, 3, 32, 32)).tolist()
+
+
+@pytest.mark.parametrize("network", [*BASES, XRESNEXT], ids=lambda n: f"{n.architecture}-{n.depth}")
+def test_every_field_changes_the_network_or_is_refused(network):
+    assert {name for name, _ in CHANGES} == {f.name for f in fields(Network)} - {"depth", "architecture", "extra"}
+    same = [marks(network)]
+    if "shortcut" in (NETWORKS[network.architecture].reads or {}):
+        same.append(marks(replace(network, shortcut="identity-conv")))  # what any other word made of cifar's
+    for name, value in sorted({(n, v) for n, v in CHANGES if v != getattr(network, n)}, key=str):
+        changed = replace(network, **{name: value})
+        try:
+            check_reads(changed, name)
+        except ValueError:
+            with suppress(ValueError):  # of a depth that bottlenecks cannot have
+                assert marks(changed) in same, (name, value)
+        else:
+            with suppress(ValueError, RuntimeError):  # a stem of another width beside plain shortcuts
+                assert marks(changed) != same[0], (name, value)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from harness.options import Grid, Resources, parse_depths, parse_seeds, parse_va
 from harness.plan import (
     check_epochs,
     check_grid,
+    check_images,
     check_out,
     choose_engine,
     expand,
@@ -24,6 +27,7 @@ from harness.plan import (
 )
 from harness.resources import allocate, check_resources, choose_launcher
 from harness.spec import RunSpec, UserError
+from harness.training.checks import make_dataset
 
 CPU = allocate(Resources(gpus=0, workers=1), have_gpus=0, have_cpus=2, precision="fp32")
 
@@ -131,6 +135,33 @@ def test_a_width_that_does_not_divide_the_batch() -> None:
     three = replace(CPU, workers=3)
     with pytest.raises(UserError, match="does not divide the global batch of 128"):
         expand(Grid(variants=("msra",)), three, fingerprint="f", train_images=50_000)
+
+
+@pytest.mark.parametrize(
+    ("workers", "given", "says"),
+    [
+        (
+            1,
+            {"limit_train": 129},
+            "the last of 129 images in batches of 128 are 1 for --workers 1 (allowed: 127, ",
+        ),
+        (2, {"limit_train": 35, "batch_size": 32}, "are 3 for --workers 2 (allowed: 30, 28, 36)"),
+        (1, {"limit_train": 229, "val": 100}, "the last of 129 images"),
+        (2, {"limit_train": 36, "batch_size": 32}, ""),
+        (2, {"limit_train": 35, "batch_size": 32, "batch_norm": "sync"}, ""),
+        (1, {"limit_train": 129, "variants": ("he2015",)}, ""),
+    ],
+)
+def test_a_last_batch_of_one_image_is_no_batch_for_logits_that_are_normalised(
+    workers: int, given: dict[str, Any], says: str
+) -> None:
+    grid = Grid(**{"variants": ("msra",), "depths": (8,), **given})
+    wide = replace(CPU, workers=workers)
+    if not says:
+        assert expand(grid, wide, fingerprint="f", train_images=50_000)
+        return
+    with pytest.raises(UserError, match=re.escape(says)):
+        expand(grid, wide, fingerprint="f", train_images=50_000)
 
 
 def test_epochs_stretch_the_whole_schedule() -> None:
@@ -256,6 +287,19 @@ def test_options_change_a_given_spec(tmp_path: Path) -> None:
     assert (other.dataset, other.recipe) == ("digits", spec.recipe)
 
 
+def test_a_changed_spec_is_the_run_of_the_command_that_names_all_changes(tmp_path: Path) -> None:
+    path = write_spec(tmp_path / "spec.json", specs(epochs=10, val=100)[0])
+    (direct,) = specs(epochs=10, val=100, batch_size=64, settings={"lr": 0.05, "shortcut": "identity-conv"})
+    (changed,) = respec(path, settings={"shortcut": "identity-conv", "lr": 0.05}, batch_size=64)
+    assert (changed, changed.key) == (direct, direct.key)
+    both = write_spec(tmp_path / "both.json", specs(epochs=10, settings={"lr": 0.05})[0])
+    (back,) = respec(both, settings={"lr": 0.1})
+    assert back.key == specs(epochs=10)[0].key
+    msra = expand(Grid(variants=("msra",), epochs=10), CPU, fingerprint="f" * 64, train_images=50_000)[0]
+    (whole,) = respec(write_spec(tmp_path / "msra.json", msra), epochs=180)
+    assert whole.key == expand(Grid(variants=("msra",)), CPU, fingerprint="f" * 64, train_images=50_000)[0].key
+
+
 def test_a_spec_that_cannot_be_trained_is_one_line(tmp_path: Path) -> None:
     (spec,) = specs()
     path = tmp_path / "spec.json"
@@ -293,3 +337,40 @@ def test_one_run_with_one_worker_on_this_machine_needs_no_ray() -> None:
     assert launcher(1) == "local"
     assert [launcher(2), launcher(1, workers=2), launcher(1, "auto")] == ["ray"] * 3
     assert [launcher(2, launcher="local"), launcher(1, launcher="ray")] == ["local", "ray"]
+
+
+# --- values that no run can have ---
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"settings": {"nesterov": True, "momentum": 0.0}}, "nesterov=true: a momentum above 0"),
+        ({"settings": {"label_smoothing": 1.5}}, "label_smoothing=1.5: 0 to 1"),
+        ({"settings": {"batch_norm_eps": 0.0}}, "batch_norm_eps=0: above 0"),
+        (
+            {"variants": ("xresnext-16x2d",), "depths": (), "val": 0, "settings": {"cardinality": 0}},
+            "cardinality=0: at least 1",
+        ),
+        ({"settings": {"scale_range": (128,)}}, "scale_range=128: two rising"),
+        ({"settings": {"scale_range": (64, 40)}}, "scale_range=64,40: two rising"),
+        ({"settings": {"scale_range": (40, 50, 60)}}, "scale_range=40,50,60: two rising"),
+        ({"settings": {"optimizer": "adamw", "beta1": 1.0}}, "beta1=1: 0 to below 1"),
+        ({"settings": {"crop": 3}}, "images of 3 pixels are too small for this network: at least 4"),
+        (
+            {"settings": {"schedule": "cosine", "warmup": 64e3, "first_step": 1}, "epochs": 4},
+            "warmup=4 with first_step",
+        ),
+        ({"classes": ("one",)}, "1 classes are too few: at least 2"),
+        ({"limit_test": 41}, "--limit-test 41: there are 40 test images"),
+        ({"settings": {"batch_size": 0}}, "batch_size=0: at least 1 is required"),
+        ({"settings": {"label_smoothing": 1.0, "momentum": 0.0, "warmup": 64e3}, "limit_test": 40}, ""),
+    ],
+)
+def test_what_no_run_can_have_is_said_before_any(given: dict[str, Any], says: str) -> None:
+    given = dict(given)
+    data = make_dataset(count=40)
+    data = replace(data, classes=given.pop("classes", data.classes))
+    grid = Grid(**{"dataset": "digits", "depths": (8,), "loader": "resident"} | given)
+    with pytest.raises(UserError, match=re.escape(says)) if says else nullcontext():
+        check_images(expand(grid, CPU, fingerprint="f", train_images=len(data.train)), data)

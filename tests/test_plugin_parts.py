@@ -440,6 +440,13 @@ def test_check_says_that_all_fits(tmp_path: Path, capsys: Any) -> None:
         assert any(what in line for line in lines), what
 
 
+@pytest.mark.long
+def test_check_takes_a_plugin_that_builds_on_another(tmp_path: Path, capsys: Any) -> None:
+    wide = 'from harness import plugin\nplugin.variant("a-wide", base="few", width=16)\n'
+    code, out, _ = command(f"check {write(tmp_path, NET)} {write(tmp_path, wide, 'a_wide.py')}", capsys)
+    assert code == 0, out
+
+
 BESIDE = "from pathlib import Path; Path(__file__).with_name('beside.txt').read_text(); layers = ["
 MIXED = "mixed = nn.Identity(); mixed.forward = lambda x: x - x.mean(0, keepdim=True); layers = [mixed, "
 GLOBAL = 'import builtins; builtins.steps = getattr(builtins, "steps", 0) + 1; group["count"] = builtins.steps'

@@ -119,6 +119,8 @@ def test_a_setting_is_of_the_runs_that_have_it(tmp_path: Path) -> None:
         UserError, match="--set width: no run of this command uses the plug-in that this field belongs to"
     ):
         make_specs(("he2015",), settings={"width": 8})
+    with pytest.raises(UserError, match="architecture few has no such field"):
+        make_specs(("few",), settings={"activation": "mish"})
     with pytest.raises(UserError, match="width is a whole number, not 'x'"):
         parse_settings(["width=x"])
     with pytest.raises(UserError, match="did you mean width"):
@@ -299,6 +301,28 @@ def test_a_copy_is_loaded_where_the_file_is_not(tmp_path: Path) -> None:
         assert isinstance(build(spec.network, 10), torch.nn.Module)
     with pytest.raises(RuntimeError, match="was not sent here"):
         load_sources(["nets:0000000000000000"], paths)
+
+
+BUILDS_ON = """
+import torch
+from harness import plugin
+@plugin.optimizer
+def rms2(groups, lr):
+    return torch.optim.RMSprop(groups, lr=lr)
+plugin.variant("alpha", base="few", optimizer="rms2")
+"""
+
+
+def test_a_plugin_that_builds_on_another_is_loaded_after_it(tmp_path: Path) -> None:
+    for path in (write(tmp_path, NET), write(tmp_path, BUILDS_ON, "alpha.py")):
+        load_file(path)
+    sent = sources()
+    for spec in (make_specs(("alpha",))[0], make_specs(("he2015",), settings={"optimizer": "rms2"})[0]):
+        for name in ("nets", "alpha"):
+            plugins.unload(name)
+        load_sources(spec.plugins, RunPaths(out=tmp_path, cache_dir=tmp_path / "cache", plugins=sent))
+        assert list(plugins.LOADED) == ["nets", "alpha"]
+        assert find_variant("alpha")().recipe.optimizer == "rms2"  # type: ignore[call-arg]
 
 
 def test_a_run_keeps_its_plugin_and_can_be_repeated_and_evaluated(tmp_path: Path, capsys: Any) -> None:

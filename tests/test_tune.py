@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,10 @@ TINY = "--dataset digits --depth 8 --limit-train 128 --gpus 0 --loader resident"
 def test_a_search_space_is_read_with_the_types_of_its_fields() -> None:
     dimensions = parse_search(
         ["lr=loguniform(0.01, 1)", "momentum = uniform(0,0.99)", "batch-size=randint(32,64)", "nesterov=choice(true,false)",
-         "shortcut=grid(A,projection)", "crop=choice(none,28)", "warmup=randint(0,5)"]
+         "shortcut=grid(A,identity-conv)", "crop=choice(none,28)", "warmup=randint(0,5)"]
     )  # fmt: skip
     assert [d.values for d in dimensions] == [
-        (0.01, 1.0), (0.0, 0.99), (32, 64), (True, False), ("A", "projection"), (None, 28), (0.0, 5.0),
+        (0.01, 1.0), (0.0, 0.99), (32, 64), (True, False), ("A", "identity-conv"), (None, 28), (0.0, 5.0),
     ]  # fmt: skip
     assert str(dimensions[0]) == "lr=loguniform(0.01,1)"
     assert parse_search([str(d) for d in dimensions]) == dimensions
@@ -111,10 +112,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(words: str, tmp_path: Path, capsy
 
 
 def test_settings_change_recipe_and_network_and_say_so() -> None:
-    settings = parse_settings(["shortcut=projection", "lr=0.05", "momentum=0.9"])
+    settings = parse_settings(["shortcut=identity-conv", "lr=0.05", "momentum=0.9"])
     variant, changed = space.apply(find_variant("he2015")(20), settings)
-    assert (variant.recipe.lr, variant.network.shortcut) == (0.05, "projection")
-    assert changed == ("lr=0.05", "shortcut=projection"), (
+    assert (variant.recipe.lr, variant.network.shortcut) == (0.05, "identity-conv")
+    assert changed == ("lr=0.05", "shortcut=identity-conv"), (
         "in the order of the fields; what is the variant's own is none"
     )
     same, none = space.apply(find_variant("msra")(20), parse_settings(["lr=0.1"]))
@@ -128,10 +129,28 @@ def test_settings_change_recipe_and_network_and_say_so() -> None:
             parse_settings([text])
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        (
+            "he2015",
+            "activation=mish",
+            "--set activation=mish: architecture cifar has no such field (allowed: block, ",
+        ),
+        ("he2015", "shortcut=projection", "has no such shortcut (allowed: A, identity-conv)"),
+        ("mxresnet", "cardinality=8", "has this field with block=bottleneck only, not basic"),
+        ("mxresnet", "block=preact", "has no such block (allowed: basic, bottleneck)"),
+    ],
+)
+def test_a_setting_that_the_architecture_does_not_read_is_refused(name: str, text: str, says: str) -> None:
+    with pytest.raises(UserError, match=re.escape(says)):
+        space.apply(find_variant(name)(20), parse_settings([text]))
+
+
 # --- proposals and rules ---
 
 LR = Dimension(field="lr", function="loguniform", values=(0.001, 1.0))
-WAYS = Dimension(field="shortcut", function="choice", values=("A", "projection"))
+WAYS = Dimension(field="shortcut", function="choice", values=("A", "identity-conv"))
 PAD = Dimension(field="pad", function="randint", values=(1, 3))
 
 
@@ -369,7 +388,7 @@ def search_here(crash_at: tuple[str, int] | None, crash: Exception | None = None
 
 
 SWEEP = (
-    f"tune {TINY} --epochs 3 --search 'lr=loguniform(0.003,0.3)' --search 'shortcut=choice(A,projection)' --samples 4"
+    f"tune {TINY} --epochs 3 --search 'lr=loguniform(0.003,0.3)' --search 'shortcut=choice(A,identity-conv)' --samples 4"
     " --concurrent 1"
 )
 

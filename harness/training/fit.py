@@ -30,7 +30,7 @@ from harness.models.build import build
 from harness.models.variants import NETWORKS, find_variant
 from harness.options import Grid
 from harness.plan import find_data_dir, override
-from harness.plugins import Loaded, blaming, load_sources, names_of, used_by
+from harness.plugins import Loaded, blaming, load_sources, names_of, sources, used_by
 from harness.progress import load_data
 from harness.spec import RunPaths, RunSpec, Source
 from harness.training import checks
@@ -273,8 +273,9 @@ def _make_run(worker: Worker, kind: str, name: str) -> tuple[RunSpec, int]:
 def _try_ranks(source: Source, cases: dict[tuple[str, str], dict[str, Any]]) -> list[Result]:
     """Do two ranks in new processes, which have but a copy of the source, train as one does? Raises what ends one of them."""
     with tempfile.TemporaryDirectory(prefix="harness-check-") as folder:
-        copy = replace(source, folder=str(Path(folder, "nowhere")))
-        paths = RunPaths(out=Path(folder), cache_dir=Path(folder), plugins=(copy,))
+        nowhere, known = str(Path(folder, "nowhere")), sources()  # it may build on those before it
+        copies = tuple(each if each.module and each != source else replace(each, folder=nowhere) for each in known)
+        paths = RunPaths(out=Path(folder), cache_dir=Path(folder), plugins=copies)
         answers: Any = get_context("spawn").SimpleQueue()
         spawn(_compare_ranks, (source.folder, paths, cases, answers), nprocs=2)
         results: list[Result] = answers.get()
