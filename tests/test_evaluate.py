@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,27 @@ def test_what_training_measured(folder: Path, tmp_path: Path, capsys: Any, val: 
     answer = ask(folder, stored.folder / "weights.safetensors")
     assert answer.error == (result.test_error if val else result.final_error)
     assert answer.images == answer.of == TEST
+
+
+def test_the_runs_own_recipe(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """Also where its variant is named, and where the weights are away from their record."""
+    code, _, err = harness(
+        f"run --dataset folder:{folder} --depths 8 --variants he2015 --seeds 5, --epochs 1 --batch-size 14 --gpus 0 "
+        f"--set normalize=imagenet --loader resident --launcher local --out {tmp_path / 'runs'}",
+        capsys,
+    )
+    assert (code, err) == (0, "")
+    (stored,) = load_records([tmp_path / "runs"]).records
+    beside, alone = stored.folder / "weights.safetensors", tmp_path / "alone.safetensors"
+    alone.write_bytes(beside.read_bytes())
+    assert stored.record.result is not None
+    figures = set[float]()
+    for weights, variant in product((beside, alone), (None, "he2015")):
+        path = tmp_path / "scores.npz"
+        answer = ask(folder, weights, variant=variant, scales=(16,), mirror=False, save_probabilities=path)
+        figures.add(float(np.load(path)["scale_16"].sum()))
+        assert ask(folder, weights, variant=variant).error == stored.record.result.final_error == answer.error
+    assert len(figures) == 1
 
 
 def test_the_mean_is_of_the_images_that_the_run_had(folder: Path, tmp_path: Path) -> None:
