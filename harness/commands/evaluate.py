@@ -111,7 +111,7 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
         most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2))
     batch_size = min(options.batch_size or most, len(test))
     train = dataset.train  # the mean is of what was trained on, or would be, if there are enough
-    if trained is not None:
+    if trained is not None and trained.fingerprint == dataset.fingerprint:
         train = split_data(replace(trained, limit_test=None), dataset).train
     elif 0 < recipe.val < len(train):
         train, _ = hold_out(train, recipe.val, 0, stratified=recipe.val_stratified)
