@@ -150,7 +150,10 @@ def test_the_runs_own_recipe(folder: Path, tmp_path: Path, capsys: Any) -> None:
 def test_another_data_set_is_not_cut_as_the_runs_own(folder: Path, tmp_path: Path) -> None:
     spec = make_record(0, 9.0, variants=("he2015",), depths=(8,), limit_train=TRAIN - 7).spec
     given = {"variant": "he2015", "depth": "8", "spec": json.dumps(spec)}
-    trained, unknown = store(make(), tmp_path / "a.safetensors", **given), store(make(), tmp_path / "b.safetensors")
+    trained, unknown = (
+        store(make(), tmp_path / "a.safetensors", **given),
+        store(make(), tmp_path / "b.safetensors"),
+    )
     scores = []
     for weights in (trained, unknown):
         ask(folder, weights, scales=(16,), mirror=False, save_probabilities=tmp_path / "scores.npz")

@@ -437,7 +437,9 @@ def test_check_says_that_all_fits(tmp_path: Path, capsys: Any) -> None:
 
 def test_check_of_a_data_set_reads_the_folder_that_is_given(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "seed").write_text("3")
-    text = ARRAYS.format(test="labels[64:]").replace("default_rng(0)", "default_rng(int((root / 'seed').read_text()))")
+    text = ARRAYS.format(test="labels[64:]").replace(
+        "default_rng(0)", "default_rng(int((root / 'seed').read_text()))"
+    )
     code, out, _ = command(f"check {write(tmp_path, text, 'parts.py')} --data-dir {tmp_path}", capsys)
     assert (code, "passed   dataset mine" in out) == (0, True), out
 

@@ -38,6 +38,7 @@ from harness.spec import RunSpec, UserError, check_word, mistakes, refuse
 from harness.words import suggest
 
 PAGE = "report.html"
+NO_RUNS = "no runs in {}: `harness run` makes some"
 
 
 def find_results(words: Sequence[str], *, also: str = "") -> list[Path]:
@@ -46,16 +47,17 @@ def find_results(words: Sequence[str], *, also: str = "") -> list[Path]:
     return [open_out(word, write=False, also=also)[0] for word in words]
 
 
-def load_runs(paths: Sequence[Path], *, named: bool = True) -> Loaded:
+def load_runs(paths: Sequence[Path], *, named: bool = True, some: bool = False, copies: bool = False) -> Loaded:
     """Read all runs under `paths`; names each folder that cannot be read on standard error, unless it is not to.
 
-    Raises UserError for a path that is not a folder.
+    Raises UserError for a path that is not a folder, and where there should be some runs and is none.
     """
     for path in (path for path in paths if not path.is_dir()):
         a_file = f"{str(path)!r} is a file; expected a folder of results or of a run"
         missing = f"no folder of results at {str(path)!r}; `harness run` makes one (--out, default runs)"
         raise UserError(a_file if path.exists() else missing)
-    loaded = store.load_records(paths)
+    loaded = store.load_records(paths, copies=copies)
+    refuse({NO_RUNS.format(", ".join(repr(str(path)) for path in paths)): some and not any(loaded)})
     if named:
         _name_problems(loaded.problems)
     return loaded
@@ -140,7 +142,7 @@ def print_report(
     table = choose_rows(make_rows(loaded, options.across), options.preset)
     rows, columns = table.rows, options.columns or (() if format in ("csv", "json") else table.columns)
     if not (rows or searches.sweeps or options.preset or mine):
-        raise UserError(f"no runs in {', '.join(repr(str(path)) for path in paths)}: `harness run` makes some")
+        raise UserError(NO_RUNS.format(", ".join(repr(str(path)) for path in paths)))
     with mistakes(ValueError):
         rows = sort_rows(rows, options.sort) if options.sort is not None else rows
         if format == "html":
@@ -203,7 +205,7 @@ def export_results(words: Sequence[str], to: str) -> int:
     """Export the runs at folders and URIs, to which the event files go that are made. Raises UserError."""
     own = to == "tensorboard"
     folders = find_results(words, also="events." * own)
-    exported = export_runs(load_runs(folders).records, to)
+    exported = export_runs(load_runs(folders, some=True).records, to)
     try:
         for uri, folder in zip(words, folders, strict=True):
             for run in {path.parent for path in folder.glob("*/events.*")} if own and is_uri(uri) else ():
@@ -255,7 +257,7 @@ def print_findings(words: Sequence[str]) -> int:
 
     The weights of runs at a URI stay there and are not checked.
     """
-    loaded = load_runs(find_results(words), named=False)
+    loaded = load_runs(find_results(words), named=False, some=True, copies=True)
     elsewhere = [store.WEIGHTS] if any(map(is_uri, words)) else []
     contradictions = verify(loaded.records, lambda spec: RunSpec.from_json(dict(spec)).key, elsewhere)
     findings = [*loaded.problems, *contradictions]

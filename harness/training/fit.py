@@ -227,7 +227,9 @@ def check_plugin(loaded: Loaded, console: Console, data_dir: Path | None) -> Ite
         spec, side = _make_run(bench.worker, kind, name)
         changes: dict[str, Any] = {n: getattr(spec, n) for n in ("network", "recipe", "loader")} | {"size": side}
         what, blame = f"{kind} {name}", blaming(kind, name)
-        trials: list[tuple[str, Any, float]] = [(what, partial(_fit, kind, name, spec, side, console, data_dir), 0.0)]
+        trials: list[tuple[str, Any, float]] = [
+            (what, partial(_fit, kind, name, spec, side, console, data_dir), 0.0)
+        ]
         if kind != "dataset":
             short = replace(spec.recipe, **SHORT, lr=min(spec.recipe.lr, RANK_LR))
             cases[kind, name] = changes | {"recipe": short}
@@ -248,9 +250,7 @@ def check_plugin(loaded: Loaded, console: Console, data_dir: Path | None) -> Ite
         )
 
 
-def _fit(
-    kind: str, name: str, spec: RunSpec, side: int, console: Console, data_dir: Path | None
-) -> checks.Figure:
+def _fit(kind: str, name: str, spec: RunSpec, side: int, console: Console, data_dir: Path | None) -> checks.Figure:
     of = ("network", spec.network.architecture) if kind == "variant" else (kind, name)
     paths = RunPaths(out=Path(), data_dir=find_data_dir(data_dir, spec.dataset))
     dataset = load_data(spec.dataset, paths, console) if spec.dataset in DATASETS else checks.make_dataset(side)

@@ -36,7 +36,9 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     content = _read(path)
-    while isinstance(content, Mapping) and (inner := [content[n] for n in NESTINGS if isinstance(content.get(n), Mapping)]):
+    while isinstance(content, Mapping) and (
+        inner := [content[n] for n in NESTINGS if isinstance(content.get(n), Mapping)]
+    ):
         content = inner[0]  # whatever tensors stand beside it, such as best_acc1
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise WeightsError(f"{path}: holds no tensors, neither by themselves nor under {', '.join(NESTINGS)}")
