@@ -97,7 +97,7 @@ class Table(NamedTuple):
 
 
 def choose_rows(rows: list[Row], name: str | None) -> Table:
-    """All rows; or a preset's: those of its variants on its data set, in its order; other depths follow its own.
+    """All rows; or a preset's: those of its variants, in its order; other depths follow its own.
 
     Raises UserError for an unknown preset.
     """
@@ -107,14 +107,20 @@ def choose_rows(rows: list[Row], name: str | None) -> Table:
         preset = find_preset(name)
     places = {network: place for place, network in enumerate(preset.select())}
     names = [variant for variant, _ in places]
-    mine = [row for row in rows if row.variant in names and row.fields.get("dataset") == preset.dataset]
+    mine = [row for row in rows if row.variant in names]
     mine.sort(key=lambda r: (places.get((r.variant, r.depth), len(places)), names.index(r.variant)))
-    ran, least = {(row.variant, row.depth) for row in mine}, preset.least_accuracy
+    own = [row for row in mine if row.fields.get("dataset") == preset.dataset]
+    ran, least = {(row.variant, row.depth) for row in own or mine}, preset.least_accuracy
     missing = {network: find_published(preset.dataset, *network) for network in places if network not in ran}
     judged = []
     for row in (row for row in mine if row.done and least is not None):
         error, why_not = row.figures[row.test_metric].value, [text for text, _ in incomparable(row)]
         why_not += ["not all runs have an error of the test set"] if error is None else []
+        why_not += (
+            [f"its images are not those of {preset.dataset}"]
+            if row.fields.get("dataset") != preset.dataset
+            else []
+        )
         published = None if why_not else find_published(preset.dataset, row.variant, row.depth)
         runs = [[getattr(epoch, row.test_metric) for epoch in read_epochs(run)[0]] for run in row.done]
         curve = [100 - fmean(errors) for errors in zip(*runs, strict=False) if None not in errors]
