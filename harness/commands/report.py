@@ -38,6 +38,7 @@ from harness.spec import RunSpec, UserError, check_word, mistakes, refuse
 from harness.words import suggest
 
 PAGE = "report.html"
+ENDINGS = {".csv": "csv", ".json": "json", ".md": "markdown", ".tex": "latex", ".html": "html"}
 NO_RUNS = "no runs in {}: `harness run` makes some"
 
 
@@ -140,8 +141,9 @@ def print_report(
     Raises UserError for an unknown format, column or field, a path that does not exist, and a file that cannot be
     written; without `mine`, where there is no run.
     """
-    format: Any = options.format
     output, curves = options.output, options.curves
+    by_ending = ENDINGS.get(output.suffix, "table") if output else "table"
+    format: Any = by_ending if options.format == "table" else options.format
     loaded = mine or load_runs(paths, named=False)
     searches = load_sweeps(paths) if format == "html" or curves is not None else Sweeps([], [])
     _name_problems([*loaded.problems, *searches.problems])
