@@ -39,7 +39,7 @@ def run(file: str | Path | None = None, /, **options: Any) -> pandas.DataFrame:
 
     given = read_values(options, groups.Grid, groups.RunOptions)
     _, how = run_command(given, None if file is None else Path(file), Console())
-    return load(how.out)
+    return _load_made(how.out)
 
 
 def tune(**options: Any) -> pandas.DataFrame:
@@ -51,7 +51,7 @@ def tune(**options: Any) -> pandas.DataFrame:
 
     given = read_values(options, groups.Search, groups.TuneOptions)
     run_search(given, Console())
-    return load(fill(groups.TuneOptions, given).out)
+    return _load_made(fill(groups.TuneOptions, given).out)
 
 
 def report(*paths: str | Path, **options: Any) -> pandas.DataFrame:
@@ -66,6 +66,11 @@ def report(*paths: str | Path, **options: Any) -> pandas.DataFrame:
     text = io.StringIO()
     print_report(folders, Console(file=text), replace(how, format="csv", output=None, curves=None))
     return read_table(io.StringIO(text.getvalue()))
+
+
+def _load_made(out: str) -> pandas.DataFrame:
+    """All runs of the folder; none, where a plan was printed and there is no folder."""
+    return make_frame(load_runs([folder for folder in find_results([out]) if folder.exists()]).records)
 
 
 def _sign(function: Any, *kinds: type) -> None:

@@ -177,7 +177,9 @@ def evaluate(commands: Any, console: Any, options: groups.EvalOptions) -> None:
 @command("check", groups.CheckOptions)
 def check(commands: Any, console: Any, options: groups.CheckOptions, plugins: Plugins = None) -> Any:
     """Report what this machine lacks, and test whether it, or a plug-in, trains correctly."""
-    return commands.check_plugins(plugins, console) if plugins else commands.print_findings(options, console)
+    if plugins:
+        return commands.check_plugins(plugins, console, options.data_dir)
+    return commands.print_findings(options, console)
 
 
 def main() -> None:

@@ -387,7 +387,7 @@ class ReportOptions(Options):
         "Columns to show, as in variant,depth,error.", parse=parse_words)] = ()
     preset: Preset = None  # the rows and columns of that source's table, in their order
     across: Across = ()
-    output: Annotated[Path | None, opt("Write to this file; -: print. Default of html: report.html.")] = None
+    output: Annotated[Path | None, opt("Write to this file, a .csv as csv; -: print. Default of html: report.html.")] = None
     curves: Annotated[Path | None, opt("Draw the charts into this folder, as SVG and PNG.")] = None
 
 

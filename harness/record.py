@@ -220,7 +220,8 @@ class Recorder:
 
             with contextlib.suppress(ValueError):  # a variant that is not known here
                 variant = find_variant(spec.variant)(spec.network.depth)
-                about = f"{variant.summary} ({variant.source})."
+                # the summary is of the recipe as it is declared
+                about = f"{variant.source}." if spec.overrides else f"{variant.summary} ({variant.source})."
             store.write_atomic(folder / CARD, make_card(record, about=about, classes=self.classes))
             folder = store.finish(self.paths.out, record)
             self.known.pop(folder, None)  # of an earlier run, by --force

@@ -92,11 +92,12 @@ class Row:
     def timing(self) -> Timing | None:
         """The timed epochs of all runs together; None where a record does not say, or none was timed."""
         timed = [result.timing for result in self.results if result.epoch_seconds is not None]
-        fastest = [timing.fastest for timing in timed if timing and timing.fastest is not None]
-        slowest = [timing.slowest for timing in timed if timing and timing.slowest is not None]
-        if not timed or min(len(fastest), len(slowest)) < len(timed):
+        known = [timing for timing in timed if timing]
+        fastest = [timing.fastest for timing in known if timing.fastest is not None]
+        slowest = [timing.slowest for timing in known if timing.slowest is not None]
+        if len(known) < len(timed) or not (fastest and slowest):
             return None
-        return Timing(epochs=sum(t.epochs for t in timed if t), fastest=min(fastest), slowest=max(slowest))
+        return Timing(epochs=sum(timing.epochs for timing in known), fastest=min(fastest), slowest=max(slowest))
 
     @property
     def best_minus_last(self) -> float | None:

@@ -202,12 +202,12 @@ def collector_paused() -> Iterator[None]:
 
 
 @collector_paused()
-def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] = {}) -> Loaded:
+def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] = {}, *, copies: bool = False) -> Loaded:
     """Read every run under some paths, each a folder of runs or one run's folder; not again those that are `known`.
 
     Never raises for a folder's contents: one that is no run, or whose record is broken, half-written, wrongly edited or
     of another schema version, becomes a Problem. A copy of a run that was read before (same key, same instant) is
-    skipped, and so is a folder of other results. Records come without their epochs: `load_epochs(folder)`.
+    skipped but for `copies`, and so is a folder of other results. Records come without their epochs: `load_epochs(folder)`.
     """
     loaded = Loaded([], [], [])
     seen: set[tuple[str, datetime]] = set()
@@ -217,7 +217,7 @@ def load_records(paths: Iterable[Path], known: Mapping[Path, Stored] = {}) -> Lo
             stored = known.get(folder) or Stored(
                 Record.model_validate_json((folder / RECORD).read_bytes()), folder
             )
-            if (identity := (stored.record.key, stored.record.finished_at)) not in seen:
+            if (identity := (stored.record.key, stored.record.finished_at)) not in seen or copies:
                 seen.add(identity)
                 loaded.records.append(stored)
         except FileNotFoundError:

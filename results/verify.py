@@ -111,10 +111,13 @@ def _files(folder: Path, elsewhere: Collection[str]) -> Iterator[str]:
         yield f"{HASHES} cannot be read: {error}"
         return
     for name, stored in hashes.items():
-        if not (folder / name).is_file():
-            yield from () if name in elsewhere else (f"{name} is missing",)
-        elif store.hash_file(folder / name) != stored:
-            yield f"{name} is not as it was stored (SHA-256)"
+        try:
+            if not (folder / name).is_file():
+                yield from () if name in elsewhere else (f"{name} is missing",)
+            elif store.hash_file(folder / name) != stored:
+                yield f"{name} is not as it was stored (SHA-256)"
+        except OSError as error:
+            yield f"{name} cannot be read: {error.strerror}"
 
 
 def check_epochs(record: Record, epochs: Sequence[EpochMetrics]) -> Iterator[str]:

@@ -97,7 +97,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(line: str, runs: Path, capsys: An
 
 
 def test_report_sorts_chooses_columns_and_writes_a_file(runs: Path, capsys: Any) -> None:
-    line = f"report {runs}/a {runs}/b --sort -error --columns depth,loader,error_percent_mean --format csv"
+    line = f"report {runs}/a {runs}/b --sort -error --columns depth,loader,error"
     line += f" --output {runs}/deep/table.csv"
     code, out, _ = harness(line, capsys)
     assert (code, out) == (0, "")

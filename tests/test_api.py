@@ -112,6 +112,12 @@ def test_what_is_saved_of_a_range_is_a_list(tmp_path: Path) -> None:
     assert {"depths = [8, 14]", "seeds = [3, 5]"} <= set((tmp_path / "grid.toml").read_text().splitlines())
 
 
+@pytest.mark.parametrize("look", ["dry_run", "print_config"])
+def test_a_plan_makes_no_folder_and_has_no_lines(tmp_path: Path, look: str) -> None:
+    assert harness.run(**SMALL, **{look: True}, out=tmp_path / "runs").empty
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("says", MISTAKES)
 def test_a_mistake_is_a_user_error_in_one_line(says: str, tmp_path: Path) -> None:
     with pytest.raises(harness.UserError) as error:

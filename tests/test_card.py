@@ -58,6 +58,8 @@ def test_the_card_of_a_run_loads_its_weights_and_trains_it_again(
     assert harness(f"run {line} --limit-train 256 --out {tmp_path}", capsys)[0] == 0
     ((record, folder),) = [(stored.record, stored.folder) for stored in load_records([tmp_path]).records]
     card = (folder / CARD).read_text()
+    assert "180 epochs" not in card
+    assert "Changed here: epochs=2" in card
     assert ("MFU over" in card) == (
         record.result.mfu is not None
     )  # none beside a peak that was measured on a busy CPU

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from command import harness
 from numpy.typing import NDArray
 from PIL import Image
+from records import make_record
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -121,6 +124,41 @@ def test_what_training_measured(folder: Path, tmp_path: Path, capsys: Any, val: 
     answer = ask(folder, stored.folder / "weights.safetensors")
     assert answer.error == (result.test_error if val else result.final_error)
     assert answer.images == answer.of == TEST
+
+
+def test_the_runs_own_recipe(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """Also where its variant is named, and where the weights are away from their record."""
+    code, _, err = harness(
+        f"run --dataset folder:{folder} --depths 8 --variants he2015 --seeds 5, --epochs 1 --batch-size 14 --gpus 0 "
+        f"--set normalize=imagenet --loader resident --launcher local --out {tmp_path / 'runs'}",
+        capsys,
+    )
+    assert (code, err) == (0, "")
+    (stored,) = load_records([tmp_path / "runs"]).records
+    beside, alone = stored.folder / "weights.safetensors", tmp_path / "alone.safetensors"
+    alone.write_bytes(beside.read_bytes())
+    assert stored.record.result is not None
+    scores = set[bytes]()
+    for weights, variant in product((beside, alone), (None, "he2015")):
+        path = tmp_path / "scores.npz"
+        answer = ask(folder, weights, variant=variant, scales=(16,), mirror=False, save_probabilities=path)
+        scores.add(np.load(path)["scale_16"].tobytes())
+        assert ask(folder, weights, variant=variant).error == stored.record.result.final_error == answer.error
+    assert len(scores) == 1
+
+
+def test_another_data_set_is_not_cut_as_the_runs_own(folder: Path, tmp_path: Path) -> None:
+    spec = make_record(0, 9.0, variants=("he2015",), depths=(8,), limit_train=TRAIN - 7).spec
+    given = {"variant": "he2015", "depth": "8", "spec": json.dumps(spec)}
+    trained, unknown = (
+        store(make(), tmp_path / "a.safetensors", **given),
+        store(make(), tmp_path / "b.safetensors"),
+    )
+    scores = []
+    for weights in (trained, unknown):
+        ask(folder, weights, scales=(16,), mirror=False, save_probabilities=tmp_path / "scores.npz")
+        scores.append(np.load(tmp_path / "scores.npz")["scale_16"])
+    assert np.array_equal(*scores)
 
 
 def test_the_mean_is_of_the_images_that_the_run_had(folder: Path, tmp_path: Path) -> None:

@@ -83,3 +83,13 @@ def test_a_command_prints_what_it_stores(tmp_path: Path, capsys: Any) -> None:
     assert stored.record.result is not None
     assert done["final_error"] == stored.record.result.final_error == epochs[-1]["error"]
     assert {line["key"] for line in (start, *epochs, done)} == {stored.record.key}
+
+
+def test_what_a_preset_demands_holds_in_every_format(tmp_path: Path, capsys: Any) -> None:
+    """Of other images it is not judged, which counts as not met."""
+    line = "run --preset convnet --dataset digits --epochs 1 --limit-train 64 --limit-test 32 --batch-size 32 --val 0 "
+    line += f"--loader resident --gpus 0 --launcher local --out {tmp_path} --format"
+    code, out, _ = harness(f"{line} jsonl-convnet", capsys)
+    assert (code, len(read(out))) == (1, 1)
+    assert (tmp_path / "report.html").is_file()
+    assert harness(f"{line} table", capsys)[0] == 1

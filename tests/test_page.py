@@ -30,7 +30,7 @@ from harness.results.report.charts import (
 from harness.results.report.page import make_page
 from harness.results.report.table import Format, render
 from harness.results.rows import Row, summarise
-from harness.results.store import Problem, finish, load_records, start, write_epochs
+from harness.results.store import Problem, Stored, finish, load_records, start, write_epochs
 from harness.results.values import EpochMetrics, Failure, Measurement, Record
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -331,6 +331,19 @@ def test_charts_are_drawn_without_a_browser(rows: list[Row], tmp_path: Path) -> 
     assert (tmp_path / "charts/cifar10-zoom.png").read_bytes().startswith(b"\x89PNG")
     (panel,) = make_panels(rows)
     assert sum(len(curve["mean"]) for curve in panel.datasets["curves"]) == 4 * 12 + 5 + 7
+
+
+def test_axes_have_no_powers_of_ten(tmp_path: Path) -> None:
+    runs = [
+        Stored(make_record(0, e, depths=(d,), seconds=s), tmp_path)
+        for d, e, s in ((20, 90.0, 40.0), (32, 25.0, 80.0))
+    ]
+    (path, *_) = (
+        p for p in write_charts(make_panels(summarise(runs)), tmp_path / "charts") if "seconds.svg" in p.name
+    )
+    words = re.findall(r">([^<>]+)</text>", path.read_text())
+    assert "80" in words
+    assert not [word for word in words if re.search(r"\de[+\d]", word)]
 
 
 def test_the_bundle_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -447,6 +447,15 @@ def test_check_takes_a_plugin_that_builds_on_another(tmp_path: Path, capsys: Any
     assert code == 0, out
 
 
+def test_check_of_a_data_set_reads_the_folder_that_is_given(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "seed").write_text("3")
+    text = ARRAYS.format(test="labels[64:]").replace(
+        "default_rng(0)", "default_rng(int((root / 'seed').read_text()))"
+    )
+    code, out, _ = command(f"check {write(tmp_path, text, 'parts.py')} --data-dir {tmp_path}", capsys)
+    assert (code, "passed   dataset mine" in out) == (0, True), out
+
+
 BESIDE = "from pathlib import Path; Path(__file__).with_name('beside.txt').read_text(); layers = ["
 MIXED = "mixed = nn.Identity(); mixed.forward = lambda x: x - x.mean(0, keepdim=True); layers = [mixed, "
 GLOBAL = 'import builtins; builtins.steps = getattr(builtins, "steps", 0) + 1; group["count"] = builtins.steps'

@@ -164,6 +164,20 @@ def test_a_preset_judges_the_whole_test_set_alone(
     assert any(text.startswith("accuracy % by epoch") for text in table.below) == ("val" not in spec)
 
 
+def test_the_networks_of_a_preset_on_other_images(store: Store, capsys: Any) -> None:
+    """They have their rows and are not missing; nothing is judged of them."""
+    store(
+        make_record(0, 4.0, dataset="digits"),
+        make_record(0, 4.0, variants=("convnet",), depths=(8,), dataset="digits"),
+    )
+    code, out, _ = harness("report --preset cfmz", capsys)
+    assert (code, "not run yet: msra-20," in out, "not run yet: msra-32," in out) == (0, False, True)
+    assert (
+        "convnet-8 on cifar10 is not judged: its images are not those of cifar2"
+        in harness("report --preset convnet", capsys)[1]
+    )
+
+
 def test_a_run_without_its_epochs_leaves_the_verdict(store: Store, capsys: Any) -> None:
     runs = store(*(make_record(s, 4.0, variants=("convnet",), depths=(8,), dataset="cifar2") for s in (0, 1)))
     next(runs.glob("*_s1_*/epochs.jsonl")).unlink()

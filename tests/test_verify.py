@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from command import harness
@@ -186,6 +187,26 @@ def test_a_run_copied_as_another_seed_is_found(runs: Path, capsys: Any) -> None:
     assert f"{copy}: its losses and errors are those of {folder}, epoch for epoch" in out
     change_epochs(copy, lambda epochs: [epoch.update(loss=epoch["loss"] + 0.001) for epoch in epochs])
     assert f"its seconds are those of {folder}, epoch for epoch" in check(runs, capsys)[1]
+
+
+def test_copies_are_verified_too(runs: Path, tmp_path: Path, capsys: Any) -> None:
+    copy = shutil.copytree(runs, tmp_path / "copy")
+    change_record(sorted(copy.iterdir())[0], edit("result", "final_error", to=0.0))
+    code, out, _ = harness(f"verify {runs} {copy}", capsys)
+    assert (code, "final_error is 0.0" in out, "6 runs verified" in out) == (1, True, True), out
+
+
+@pytest.mark.parametrize("command", ["verify", "export"])
+def test_where_no_run_is_nothing_is_right(command: str, tmp_path: Path, capsys: Any) -> None:
+    code, out, err = harness(f"{command} {tmp_path}", capsys)
+    assert (code, out, err) == (2, "", f"harness: error: no runs in {str(tmp_path)!r}: `harness run` makes some\n")
+
+
+def test_an_unreadable_file_is_a_finding(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "harness.results.store.hash_file", Mock(side_effect=PermissionError(13, "Permission denied"))
+    )
+    assert f"{WEIGHTS} cannot be read: Permission denied" in find(runs)
 
 
 def test_the_weights_of_runs_at_a_uri_stay_there(

@@ -55,6 +55,7 @@ NESTS: dict[str, Callable[[Tensors], Any]] = {
     "parallel": lambda t: {f"module.{name}": tensor for name, tensor in t.items()},
     "parallel and compiled": lambda t: {f"module._orig_mod.{name}": tensor for name, tensor in t.items()},
     "state_dict": lambda t: {"epoch": 3, "best_prec1": 91.7, "state_dict": t},
+    "beside a tensor": lambda t: {"best_acc1": torch.tensor(69.8), "state_dict": t},
     "model": lambda t: {"model": t, "optimizer": {"lr": 0.1}},
     "net in model": lambda t: {"model": {"net": {f"module.{name}": tensor for name, tensor in t.items()}}},
     "a run's checkpoint": lambda t: {"key": "k", "network": t, "optimizer": {"state": {}}, "history": []},

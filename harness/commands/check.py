@@ -211,13 +211,13 @@ def print_findings(target: CheckOptions, console: Console) -> int:
     return code if code or target.quick else show(measure_all(target, console), console)
 
 
-def check_plugins(paths: Sequence[Path], console: Console) -> int:
+def check_plugins(paths: Sequence[Path], console: Console, data_dir: Path | None) -> int:
     """Print a line for each check of what these files register. Returns 0, or 2 where one failed. Raises UserError."""
     from harness.training.fit import check_plugin
 
     load_plugins()
     loaded = [load_file(path) for path in paths]
-    return 2 * show((result for each in loaded for result in check_plugin(each, console)), console)
+    return 2 * show((result for each in loaded for result in check_plugin(each, console, data_dir)), console)
 
 
 def show(

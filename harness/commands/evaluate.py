@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import closing, suppress
@@ -110,7 +111,7 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
         most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2))
     batch_size = min(options.batch_size or most, len(test))
     train = dataset.train  # the mean is of what was trained on, or would be, if there are enough
-    if trained is not None:
+    if trained is not None and trained.fingerprint == dataset.fingerprint:
         train = split_data(replace(trained, limit_test=None), dataset).train
     elif 0 < recipe.val < len(train):
         train, _ = hold_out(train, recipe.val, 0, stratified=recipe.val_stratified)
@@ -159,7 +160,7 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
 
 
 def _choose_variant(options: EvalOptions, about: Mapping[str, str], file: Path) -> tuple[Variant, RunSpec | None]:
-    """The variant that was named, or that the weights name; the run that trained them, by the record beside them."""
+    """The variant that was named, or that the weights name; the run that trained them."""
     if (word := options.variant or about.get("variant")) is None:
         raise UserError(f"{options.weights} does not name its variant: --variant does")
     sources = sorted(file.parent.glob("plugins/*/*.py"))
@@ -176,10 +177,12 @@ def _choose_variant(options: EvalOptions, about: Mapping[str, str], file: Path) 
         held = find_variant(about["variant"])(int(about["depth"]))
     if held.network != variant.network:  # its tensors might fit all the same
         raise UserError(f"{options.weights} holds weights of {_name(held)}, not of {_name(variant)}")
-    beside = load_records([file.parent]).records if "key" in about else []
-    trained = next((RunSpec.from_json(s.record.spec) for s in beside if s.record.key == about["key"]), None)
-    if options.variant is None and trained is not None:  # with --set
-        variant = replace(variant, network=trained.network, recipe=trained.recipe)
+    specs = [json.loads(about["spec"])] if "spec" in about else []
+    if "key" in about and not specs:  # of an earlier version
+        specs = [s.record.spec for s in load_records([file.parent]).records if s.record.key == about["key"]]
+    trained = next(map(RunSpec.from_json, specs), None)
+    if trained is not None and trained.variant == variant.name and trained.network.depth == variant.network.depth:
+        variant = replace(variant, network=trained.network, recipe=trained.recipe)  # with --set
     return variant, trained
 
 

@@ -38,6 +38,8 @@ from harness.spec import RunSpec, UserError, check_word, mistakes, refuse
 from harness.words import suggest
 
 PAGE = "report.html"
+ENDINGS = {".csv": "csv", ".json": "json", ".md": "markdown", ".tex": "latex", ".html": "html"}
+NO_RUNS = "no runs in {}: `harness run` makes some"
 
 
 def find_results(words: Sequence[str], *, also: str = "") -> list[Path]:
@@ -46,16 +48,17 @@ def find_results(words: Sequence[str], *, also: str = "") -> list[Path]:
     return [open_out(word, write=False, also=also)[0] for word in words]
 
 
-def load_runs(paths: Sequence[Path], *, named: bool = True) -> Loaded:
+def load_runs(paths: Sequence[Path], *, named: bool = True, some: bool = False, copies: bool = False) -> Loaded:
     """Read all runs under `paths`; names each folder that cannot be read on standard error, unless it is not to.
 
-    Raises UserError for a path that is not a folder.
+    Raises UserError for a path that is not a folder, and where there should be some runs and is none.
     """
     for path in (path for path in paths if not path.is_dir()):
         a_file = f"{str(path)!r} is a file; expected a folder of results or of a run"
         missing = f"no folder of results at {str(path)!r}; `harness run` makes one (--out, default runs)"
         raise UserError(a_file if path.exists() else missing)
-    loaded = store.load_records(paths)
+    loaded = store.load_records(paths, copies=copies)
+    refuse({NO_RUNS.format(", ".join(repr(str(path)) for path in paths)): some and not any(loaded)})
     if named:
         _name_problems(loaded.problems)
     return loaded
@@ -95,7 +98,7 @@ class Table(NamedTuple):
 
 
 def choose_rows(rows: list[Row], name: str | None) -> Table:
-    """All rows; or a preset's: those of its variants on its data set, in its order; other depths follow its own.
+    """All rows; or a preset's: those of its variants, in its order; other depths follow its own.
 
     Raises UserError for an unknown preset.
     """
@@ -105,14 +108,20 @@ def choose_rows(rows: list[Row], name: str | None) -> Table:
         preset = find_preset(name)
     places = {network: place for place, network in enumerate(preset.select())}
     names = [variant for variant, _ in places]
-    mine = [row for row in rows if row.variant in names and row.fields.get("dataset") == preset.dataset]
+    mine = [row for row in rows if row.variant in names]
     mine.sort(key=lambda r: (places.get((r.variant, r.depth), len(places)), names.index(r.variant)))
-    ran, least = {(row.variant, row.depth) for row in mine}, preset.least_accuracy
+    own = [row for row in mine if row.fields.get("dataset") == preset.dataset]
+    ran, least = {(row.variant, row.depth) for row in own or mine}, preset.least_accuracy
     missing = {network: find_published(preset.dataset, *network) for network in places if network not in ran}
     judged = []
     for row in (row for row in mine if row.done and least is not None):
         error, why_not = row.figures[row.test_metric].value, [text for text, _ in incomparable(row)]
         why_not += ["not all runs have an error of the test set"] if error is None else []
+        why_not += (
+            [f"its images are not those of {preset.dataset}"]
+            if row.fields.get("dataset") != preset.dataset
+            else []
+        )
         published = None if why_not else find_published(preset.dataset, row.variant, row.depth)
         runs = [[getattr(epoch, row.test_metric) for epoch in read_epochs(run)[0]] for run in row.done]
         curve = [100 - fmean(errors) for errors in zip(*runs, strict=False) if None not in errors]
@@ -132,15 +141,16 @@ def print_report(
     Raises UserError for an unknown format, column or field, a path that does not exist, and a file that cannot be
     written; without `mine`, where there is no run.
     """
-    format: Any = options.format
     output, curves = options.output, options.curves
+    by_ending = ENDINGS.get(output.suffix, "table") if output else "table"
+    format: Any = by_ending if options.format == "table" else options.format
     loaded = mine or load_runs(paths, named=False)
     searches = load_sweeps(paths) if format == "html" or curves is not None else Sweeps([], [])
     _name_problems([*loaded.problems, *searches.problems])
     table = choose_rows(make_rows(loaded, options.across), options.preset)
     rows, columns = table.rows, options.columns or (() if format in ("csv", "json") else table.columns)
     if not (rows or searches.sweeps or options.preset or mine):
-        raise UserError(f"no runs in {', '.join(repr(str(path)) for path in paths)}: `harness run` makes some")
+        raise UserError(NO_RUNS.format(", ".join(repr(str(path)) for path in paths)))
     with mistakes(ValueError):
         rows = sort_rows(rows, options.sort) if options.sort is not None else rows
         if format == "html":
@@ -203,7 +213,7 @@ def export_results(words: Sequence[str], to: str) -> int:
     """Export the runs at folders and URIs, to which the event files go that are made. Raises UserError."""
     own = to == "tensorboard"
     folders = find_results(words, also="events." * own)
-    exported = export_runs(load_runs(folders).records, to)
+    exported = export_runs(load_runs(folders, some=True).records, to)
     try:
         for uri, folder in zip(words, folders, strict=True):
             for run in {path.parent for path in folder.glob("*/events.*")} if own and is_uri(uri) else ():
@@ -255,7 +265,7 @@ def print_findings(words: Sequence[str]) -> int:
 
     The weights of runs at a URI stay there and are not checked.
     """
-    loaded = load_runs(find_results(words), named=False)
+    loaded = load_runs(find_results(words), named=False, some=True, copies=True)
     elsewhere = [store.WEIGHTS] if any(map(is_uri, words)) else []
     contradictions = verify(loaded.records, lambda spec: RunSpec.from_json(dict(spec)).key, elsewhere)
     findings = [*loaded.problems, *contradictions]

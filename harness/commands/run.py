@@ -17,7 +17,7 @@ from rich.console import Console
 from harness import plan, until_ci
 from harness.cluster.connect import ClusterError
 from harness.cluster.job import Report, Started, Telemetry, Worker
-from harness.commands.report import export_runs, print_report, print_text, say_page
+from harness.commands.report import choose_rows, export_runs, make_rows, print_report, print_text, say_page
 from harness.deadline import SIGTERM_SECONDS, TimeUp, format_moment, stopping_at, stopping_on_sigterm
 from harness.grid_file import format_config, read_command, save_grid
 from harness.loaders.datasets import Dataset
@@ -316,8 +316,6 @@ class Runs:
         """
         options, recorder, console = self.options, self.recorder, self.console
         paths, out = recorder.paths, recorder.paths.out
-        if options.format in LINES and not options.tensorboard:
-            return True
         names = dict.fromkeys(map(paths.name, self.specs))
         folders = (folder for name in names for folder in (out / name, partial_dir(out, name)) if folder.is_dir())
         loaded = load_records([out], recorder.known)
@@ -327,8 +325,9 @@ class Runs:
             for stored in mine.records:
                 recorder.remote.push(push_run, stored.folder)
         if options.format in LINES:
-            return True
-        met = print_report([out], console, ReportOptions(preset=options.preset), mine).met
+            met = choose_rows(make_rows(mine), options.preset).met
+        else:
+            met = print_report([out], console, ReportOptions(preset=options.preset), mine).met
         if self.goal is not None:
             for line in until_ci.shortfalls(self.goal, until_ci.known_errors(recorder, self.specs)):
                 say(console, line)

@@ -217,7 +217,7 @@ RANK_LR = 2e-3  # by batch norm on few images a rounding error grows with each s
 RANK_SECONDS = 120.0
 
 
-def check_plugin(loaded: Loaded, console: Console) -> Iterator[Result]:
+def check_plugin(loaded: Loaded, console: Console, data_dir: Path | None) -> Iterator[Result]:
     """Does each thing fit, is a resumed run exact; do two ranks, which have but a copy of the source, train as one does?"""
     torch.set_num_threads(os.cpu_count() or 1)
     bench, cases = checks.Bench(Worker(threads=torch.get_num_threads())), dict[tuple[str, str], dict[str, Any]]()
@@ -227,7 +227,9 @@ def check_plugin(loaded: Loaded, console: Console) -> Iterator[Result]:
         spec, side = _make_run(bench.worker, kind, name)
         changes: dict[str, Any] = {n: getattr(spec, n) for n in ("network", "recipe", "loader")} | {"size": side}
         what, blame = f"{kind} {name}", blaming(kind, name)
-        trials: list[tuple[str, Any, float]] = [(what, partial(_fit, kind, name, spec, side, console), 0.0)]
+        trials: list[tuple[str, Any, float]] = [
+            (what, partial(_fit, kind, name, spec, side, console, data_dir), 0.0)
+        ]
         if kind != "dataset":
             short = replace(spec.recipe, **SHORT, lr=min(spec.recipe.lr, RANK_LR))
             cases[kind, name] = changes | {"recipe": short}
@@ -248,9 +250,9 @@ def check_plugin(loaded: Loaded, console: Console) -> Iterator[Result]:
         )
 
 
-def _fit(kind: str, name: str, spec: RunSpec, side: int, console: Console) -> checks.Figure:
+def _fit(kind: str, name: str, spec: RunSpec, side: int, console: Console, data_dir: Path | None) -> checks.Figure:
     of = ("network", spec.network.architecture) if kind == "variant" else (kind, name)
-    paths = RunPaths(out=Path(), data_dir=find_data_dir(None, spec.dataset))
+    paths = RunPaths(out=Path(), data_dir=find_data_dir(data_dir, spec.dataset))
     dataset = load_data(spec.dataset, paths, console) if spec.dataset in DATASETS else checks.make_dataset(side)
     return 0.0, try_out(*of, spec, dataset, paths)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
@@ -213,6 +214,7 @@ def save_weights(run: Prepared, folder: Path) -> None:
     copied = {"memory_format": torch.contiguous_format, "copy": True}  # tied ones may not share memory
     weights = {name: tensor.to("cpu", **copied) for name, tensor in run.network.state_dict().items()}
     about = {"key": run.spec.key, "variant": run.spec.variant, "depth": str(run.spec.network.depth)}
+    about["spec"] = json.dumps(run.spec.to_json())
     save_file(weights, folder / "weights.safetensors", metadata=about)
 
 

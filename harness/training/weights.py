@@ -36,9 +36,11 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     content = _read(path)
-    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
-        content = next((content[name] for name in NESTINGS if isinstance(content.get(name), Mapping)), None)
-    if not isinstance(content, Mapping):
+    while isinstance(content, Mapping) and (
+        inner := [content[n] for n in NESTINGS if isinstance(content.get(n), Mapping)]
+    ):
+        content = inner[0]  # whatever tensors stand beside it, such as best_acc1
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise WeightsError(f"{path}: holds no tensors, neither by themselves nor under {', '.join(NESTINGS)}")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     while wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in tensors)), None):

@@ -57,7 +57,8 @@ def file_fields() -> dict[str, Field]:
 def plain_values(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows as CSV and JSON have them, with all that is noted of any: every value of it, in the order of the runs.
 
-    Null: what a row averages over. `columns` chooses and orders what there is. Raises ValueError for an unknown one.
+    Null: what a row averages over. `columns` chooses and orders what there is; a metric's name in the table is that of
+    its value. Raises ValueError for an unknown one.
     """
     named = {name.lower().replace(" ", "_"): name for row in rows for name in sorted(row.conditions)}
     known = file_fields()
@@ -73,8 +74,10 @@ def plain_values(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[dict[
         notes = {n: "; ".join(row.conditions.get(name, ())) or None for n, name in noted.items()}
         every.append(finite(typed) | notes)
     if columns and every:
-        check_names(columns, list(every[0]))
-        every = [{name: values[name] for name in columns} for values in every]
+        of = {field.path: name for name, field in known.items()}
+        chosen = [of.get(f"figures.{name}.value", name) for name in columns]
+        check_names(chosen, list(every[0]))
+        every = [{name: values[name] for name in chosen} for values in every]
     return every
 
 
