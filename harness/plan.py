@@ -151,8 +151,9 @@ def _check_last_batch(spec: RunSpec, images: int) -> None:
     if not fits(batch):
         others = [n for step in range(1, batch) for n in (batch - step, batch + step) if fits(n)][:3]
         raise UserError(
-            f"{spec.name} normalises logits over a worker's images, at least two: the last of {images:,} images in batches "
-            f"of {batch} are {images % batch} for --workers {spec.workers} (allowed: {', '.join(map(str, others)) or 'none'})"
+            f"{spec.name} normalises logits over each worker's images: a batch needs at least {least}, and the last of "
+            f"{images:,} images in batches of {batch} has {images % batch or batch} "
+            f"(possible as --batch-size: {', '.join(map(str, others)) or 'none'})"
         )
 
 
