@@ -145,7 +145,7 @@ def test_a_width_that_does_not_divide_the_batch() -> None:
             {"limit_train": 129},
             "the last of 129 images in batches of 128 has 1 (possible as --batch-size: 127, ",
         ),
-        (2, {"limit_train": 35, "batch_size": 32}, "are 3 for --workers 2 (allowed: 30, 28, 36)"),
+        (2, {"limit_train": 35, "batch_size": 32}, "has 3 (possible as --batch-size: 30, 28, 36)"),
         (1, {"limit_train": 229, "val": 100}, "the last of 129 images"),
         (2, {"limit_train": 36, "batch_size": 32}, ""),
         (2, {"limit_train": 35, "batch_size": 32, "batch_norm": "sync"}, ""),
