@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from inspect import Parameter, Signature, signature
@@ -189,6 +190,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # ASCII, say: a sign that it lacks is shown as "?"
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    warnings.formatwarning = lambda message, *_, **__: f"harness: warning: {message}\n"  # no line of our code
     message, code = "", 2
     try:
         with stopping_on_sigterm():

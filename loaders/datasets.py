@@ -140,9 +140,13 @@ def load_dataset(
         where = "names its own path" if folder else "is part of scikit-learn"
         raise DataError(f"data set {name} {where}: it takes no data folder, got {data_dir}")
     request = Request(name, data_dir, cache or cache_dir(), progress)
-    if folder:
-        return load_class_folders(request._replace(root=Path(name.removeprefix("folder:")).expanduser()))
-    return DATASETS[name](request)
+    try:
+        if folder:
+            return load_class_folders(request._replace(root=Path(name.removeprefix("folder:")).expanduser()))
+        return DATASETS[name](request)
+    except OSError as error:  # no permission
+        path = show(os.fsencode(error.filename or name))
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def limit(split: Split, count: int) -> Split:

@@ -30,6 +30,17 @@ def only_record(out: Path) -> Any:
     return stored
 
 
+def test_a_warning_is_one_line(tmp_path: Path) -> None:
+    (cache := tmp_path / "cache").touch()
+    line = f"run --dataset digits --depths 8 --epochs 1 --gpus 0 --dry-run --out {tmp_path}/runs"
+    err = subprocess.run(
+        [sys.executable, "-m", "harness.cli", *line.split()], env={**os.environ, "HARNESS_CACHE": str(cache)},
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stderr  # fmt: skip
+    assert err.startswith(f"harness: warning: {cache}: the cache cannot be written (")
+    assert err.count("\n") == 1
+
+
 def test_run_report_rerun_force(tmp_path: Path, capsys: Any) -> None:
     line = f"run {QUICK} --launcher local --seeds 2 --out {tmp_path}/runs"
     code, out, err = harness(line, capsys)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import pickle
 import re
 import subprocess
@@ -258,6 +260,15 @@ def test_missing_folder(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(DataError) as error:
         load_folder(tmp_path / "nowhere", cache)
     one_line(error, tmp_path / "nowhere", "no such folder")
+
+
+def test_a_folder_that_may_not_be_listed(animals: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def listdir(path: str | bytes) -> list[str]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr(os, "listdir", listdir)  # root may list all
+    with pytest.raises(DataError, match=rf"^{animals}/train: cannot be read: Permission denied$"):
+        load_dataset(f"folder:{animals}", cache=cache)
 
 
 def test_no_class_folders(tmp_path: Path, animals: Path, cache: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import socket
 import time
@@ -414,6 +415,15 @@ def test_a_rank_alone_in_its_process_group_calls_no_collective(
         monkeypatch.undo()
         dist.destroy_process_group()
     assert result.epochs
+
+
+def test_others_may_read_weights_as_other_files(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_weights(SimpleNamespace(network=nn.Linear(3, 3), spec=spec()), tmp_path)  # type: ignore[arg-type]
+    finally:
+        os.umask(before)
+    assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_tied_weights_are_stored(tmp_path: Path) -> None:
