@@ -339,6 +339,16 @@ def test_one_run_with_one_worker_on_this_machine_needs_no_ray() -> None:
     assert [launcher(2, launcher="local"), launcher(1, launcher="ray")] == ["local", "ray"]
 
 
+def test_a_folder_of_images_is_absolute_however_it_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    typed = ("x", "x/", "./y/../x", "~/x", str(tmp_path / "x"))
+    assert {make_grid({"dataset": f"folder:{path}"}).dataset for path in typed} == {f"folder:{tmp_path / 'x'}"}
+    assert [make_grid({"dataset": name}).dataset for name in ("digits", "folder:")] == ["digits", "folder:"]
+
+
 # --- values that no run can have ---
 
 
