@@ -62,6 +62,7 @@ class Option:
             value = TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
             raise UserError(f"{name} {value!r}: {error.errors()[0]['msg']}") from None
+        value = value.expanduser() if isinstance(value, Path) else value
         return self.parse(value) if self.parse and self.repeatable else value
 
     def check(self, value: Any) -> None:
