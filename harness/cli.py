@@ -229,6 +229,12 @@ def _explain(error: Any) -> str:
         known = ", ".join(each.name for each in app.registered_commands if each.name)
         hint = f" Did you mean {OTHER_WORDS[word]!r}?" if word in OTHER_WORDS else f" Known are {known}."
         return message if "Did you mean" in message else message + hint
+    option = message.partition("No such option: ")[2].partition(" ")[0].partition("=")[0]
+    if option and any("--set" in each.opts for each in error.ctx.command.params):
+        from harness.search_space import FIELDS
+
+        if (field := option.lstrip("-").replace("-", "_")) in FIELDS:
+            return f"No such option: {option}; did you mean --set {field}=...?"
     if parameter and hasattr(error.__cause__, "errors"):  # typer's own message does not have the value
         (fault,) = error.__cause__.errors()
         allowed = "a whole number" if fault["type"].startswith("int") else "a number"

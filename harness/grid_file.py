@@ -62,7 +62,7 @@ def _read(table: Mapping[str, Any], given: Mapping[str, Any], what: str) -> dict
     """Options of a table by name, with what is given on the command line in their place."""
     read = dict[str, Any]()
     for key, value in table.items():
-        check_word(word := key.replace("-", "_"), NAMES, what)
+        check_word(word := key.replace("-", "_"), [*NAMES, *["runs"] * (what == "option")], what)
         name = NAMES[word]
         if what != "option" and name in WHOLE:
             raise UserError(f"{key} holds for all runs: it stands above the first [[runs]]")

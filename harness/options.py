@@ -62,6 +62,7 @@ class Option:
             value = TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
             raise UserError(f"{name} {value!r}: {error.errors()[0]['msg']}") from None
+        value = value.expanduser() if isinstance(value, Path) else value
         return self.parse(value) if self.parse and self.repeatable else value
 
     def check(self, value: Any) -> None:
@@ -198,6 +199,12 @@ def _parse_settings(texts: list[str]) -> dict[str, Any]:
     return parse_settings(texts)
 
 
+def parse_dataset(name: str) -> str:
+    """ "folder:x/" -> "folder:/here/x": the name is in the key, and is to be found from any folder."""
+    path = name.removeprefix("folder:")
+    return name if path in ("", name) else f"folder:{os.path.abspath(os.path.expanduser(path))}"  # noqa: PTH100, PTH111
+
+
 def _loaders() -> Collection[str]:
     from harness.loaders.loader import LOADERS
 
@@ -210,7 +217,7 @@ def _loaders() -> Collection[str]:
 Preset = Annotated[str | None, opt("A published table: cfmz, fattorib, mpmz, convnet or ladder.")]
 Variant = opt("A network with its recipe: see `harness variants`.", "--variant", "--variants")
 Depth = Annotated[int | None, opt("Default: the variant's own.", "--depth", "--depths")]
-Dataset = Annotated[str, opt("cifar10, cifar2, cifar100, cifar100-coarse, digits, miniplaces or folder:PATH.")]
+Dataset = Annotated[str, opt("cifar10, cifar2, cifar100, cifar100-coarse, digits, miniplaces or folder:PATH.", parse=parse_dataset)]
 DataDir = Annotated[Path | None, opt("Folder of the images. Default: HARNESS_DATA_DIR, or a download, once.")]
 Gpus = Annotated[int | None, opt("GPUs to use, 0 for the CPU. Default: all.", least=0)]
 Workers = Annotated[int | None, opt(

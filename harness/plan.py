@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ def make_grid(given: Mapping[str, Any]) -> Grid:
         shared = {name: value for name, value in given.items() if name != "runs"}
         grids = tuple(make_grid(merge(shared, group)) for group in groups)
         specs = tuple(spec for grid in grids for spec in grid.specs)
+        _check_one_dataset("", (grid.dataset for grid in grids))
         precision = max((grid.precision for grid in grids), key=_on_gpu)
         return replace(grids[0], groups=grids, specs=specs, precision=precision)
     for option in ("preset", "variants", "depths"):
@@ -66,6 +68,9 @@ def check_grid(grid: Grid) -> None:
     """Every check that needs neither data nor devices."""
     for group in grid.groups:
         check_grid(group)
+    for name in ("seeds", "variants"):
+        if not getattr(grid, name):
+            raise UserError(f"--{name} is empty: at least one is required")
     for name in ("batch_size", "batch_norm"):
         if getattr(grid, name) is not None and name in grid.settings:
             raise UserError(f"{name} is given twice: leave --{name.replace('_', '-')} or --set {name}=... out")
@@ -217,12 +222,22 @@ def _place(spec: RunSpec, allocation: Allocation, fingerprint: str) -> RunSpec:
 
 def _change_specs(grid: Grid, given: Collection[str]) -> Grid:
     """The stored runs of a grid, changed by those of its other fields that are given."""
-    datasets = list(dict.fromkeys([grid.dataset] if "dataset" in given else [spec.dataset for spec in grid.specs]))
-    if len(datasets) > 1:
-        raise UserError(f"--spec: runs on {' and on '.join(datasets)}; a command trains on one data set")
+    dataset = _check_one_dataset(
+        "--spec: ", [grid.dataset] if "dataset" in given else [s.dataset for s in grid.specs]
+    )
     specs = tuple(_vary(grid.specs, grid, given))
     precision = max((spec.precision for spec in specs), key=_on_gpu)
-    return replace(grid, dataset=datasets[0], precision=precision, specs=specs)
+    return replace(grid, dataset=dataset, precision=precision, specs=specs)
+
+
+def _check_one_dataset(what: str, names: Iterable[str]) -> str:
+    """The data set that all of these are. Raises UserError where they differ."""
+    names = tuple(dict.fromkeys(names))
+    if len(names) > 1:
+        raise UserError(
+            f"{what}runs on {' and on '.join(names)}; a command trains on one data set: name it by --dataset"
+        )
+    return names[0]
 
 
 def check_images(specs: Iterable[RunSpec], dataset: Dataset) -> None:
@@ -302,7 +317,12 @@ def open_out(out: str, *, write: bool, also: str = "") -> tuple[Path, str]:
     """--out as a local folder and, for a URI, the URI, whose records are copied into the folder; files of runs, too, whose
     names begin with `also`. Raises UserError where that fails and, with `write`, unless results can be written there."""
     remote = is_uri(out)
-    folder = cache_folder(out, cache_dir()) if remote else Path(out)
+    folder = cache_folder(out, cache_dir()) if remote else Path(out).expanduser()
+    refuse({
+        f"{out!r} is no URI: two slashes are needed, as in s3://bucket/runs":
+            not remote and re.match("[A-Za-z][A-Za-z0-9+.-]+:/", out),
+        f"{out!r} is a file; expected a folder of results or of a run": not write and folder.is_file(),
+    })  # fmt: skip
     if write:
         folder = check_out(folder)
     with mistakes(StorageError, "--out " * write):

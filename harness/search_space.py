@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
-from harness.models.variants import Network, Recipe, Variant, check_depth, check_reads, write_extra
+from harness.models.variants import Network, Recipe, Variant, check_depth, check_reads, read_extra, write_extra
 from harness.plugins import NAMED, TABLES, makers, names_in, own_hints, own_values
 from harness.results.sweeps import Dimension, Function, format_value
 from harness.spec import RunSpec, UserError, check_word, mistakes, refuse
@@ -88,9 +88,10 @@ def apply(of: Planned, settings: Mapping[str, Any]) -> tuple[Planned, tuple[str,
         own = getattr(of, part)
         new = {n: settings[n] for n in FIELDS if n in settings and settings[n] != getattr(own, n, settings[n])}
         made = replace(own, **new)
-        before = own_values(made)
-        more = {n: settings[n] for n in before if n in settings and settings[n] != before[n]}
-        parts[part] = replace(made, extra=write_extra(before | more, makers(names_in(made))))
+        before, asked = read_extra(made.extra), {n: settings[n] for n in own_values(made) if n in settings}
+        parts[part] = replace(made, extra=write_extra(before | asked, makers(names_in(made))))
+        after = read_extra(parts[part].extra)  # a default may be that of one of two makers alone
+        more = {n: value for n, value in asked.items() if before.get(n) != after.get(n)}
         changed |= new | more
     if "architecture" in changed:
         with mistakes(ValueError, f"--set architecture={changed['architecture']}: "):

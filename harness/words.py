@@ -6,13 +6,20 @@ import difflib
 from collections.abc import Collection
 
 FEW = 20  # words that a message lists
-OTHER_NAMES = {"learning_rate": "lr", "wd": "weight_decay", "batch": "batch_size", "model": "variant"}
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "batch": "batch_size",
+    "model": "variant",
+    "epochs": "recipe.duration",
+}
 
 
 def suggest(word: str, allowed: Collection[str]) -> str:
     """ "; did you mean dali?", or "" where no allowed word is near."""
     other = OTHER_NAMES.get(word, "")
-    near = [other] if other in allowed else difflib.get_close_matches(word, allowed, n=1)
+    of_part = [each for each in allowed if each.endswith(f".{word}")]  # recipe.lr, for lr
+    near = of_part or [other] if of_part or other in allowed else difflib.get_close_matches(word, allowed, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -115,6 +115,8 @@ class _Listing(NamedTuple):
 def check_dataset_name(name: str) -> None:
     """Raise DataError unless `load_dataset` knows the name. The files are not looked at."""
     if name not in DATASETS and not (name.startswith("folder:") and name != "folder:"):
+        if Path(name).is_dir():
+            raise DataError(f"data set {name!r} is unknown; did you mean folder:{name}?")
         raise DataError(unknown("data set", name, (*DATASETS, "folder:PATH")))
 
 

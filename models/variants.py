@@ -254,9 +254,9 @@ def read_extra(extra: Iterable[str]) -> dict[str, Any]:
 
 
 def write_extra(values: Mapping[str, Any], makes: Iterable[Callable[..., Any]]) -> tuple[str, ...]:
-    """{"width": 32} -> ("width=32",): those that one of the makers has, and that are not at its default."""
-    own = {name: default for make in makes for name, (_, default) in own_fields(make).items()}
-    kept = {name: value for name, value in sorted(values.items()) if name in own and value != own[name]}
+    """{"width": 32} -> ("width=32",): those that one of the makers has, and that are not at the default of all."""
+    own = [(name, default) for make in makes for name, (_, default) in own_fields(make).items()]
+    kept = {name: value for name, value in sorted(values.items()) if any(name == n and value != d for n, d in own)}
     return tuple(f"{name}={json.dumps(value)}" for name, value in kept.items())
 
 

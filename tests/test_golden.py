@@ -438,6 +438,8 @@ run --checkpoint-every 0
 run --out file/runs --gpus 0
 run --data-dir nowhere --dataset cifar10
 run --dataset cifar
+run --dataset empty --gpus 0
+run --lr 0.1
 run --dataset folder:nowhere --gpus 0
 tune
 tune --search lr
@@ -465,6 +467,7 @@ report runs --across nothing
 report runs --output file/table.txt
 compare runs
 compare runs missing
+compare runs --by lr
 compare runs --by nothing
 compare runs --by seed
 compare runs --by loader --format csv

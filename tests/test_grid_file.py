@@ -88,6 +88,7 @@ MISTAKES = {
     ("[[runs]]\ndataset = 'digits'", 2): "dataset holds for all runs",
     ("[[runs]]\nvariants = 'msra'\n[[runs]]\nvariants = 'mrsa'", 4): "did you mean msra?",
     ("depths = [21]\n[[runs]]\nvariants = 'msra'", 1): "depth 21 is not 6n+2",
+    ("[[run]]\nvariants = 'msra'", 1): "option 'run' is unknown; did you mean runs?",
     ("runs = 3", 1): "groups are allowed",
     ("depth = 8\ndepths = [8]", 2): "depths is given twice",
     ("batch_size = 32\n[settings]\nbatch_size = 64", 3): "batch_size is given twice",

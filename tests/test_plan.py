@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 from harness.models.variants import VARIANTS, find_variant
-from harness.options import Grid, Resources, parse_depths, parse_seeds, parse_variants, parse_words
+from harness.options import (
+    Grid,
+    ReportOptions,
+    Resources,
+    fill,
+    parse_depths,
+    parse_seeds,
+    parse_variants,
+    parse_words,
+)
 from harness.plan import (
     check_epochs,
     check_grid,
@@ -22,6 +31,7 @@ from harness.plan import (
     expand,
     fallback_world_sizes,
     make_grid,
+    open_out,
     override,
     pending,
 )
@@ -71,6 +81,11 @@ def test_lists() -> None:
         (lambda: check_grid(Grid(variants=("msra",), dataset="cifar")), "did you mean cifar"),
         (lambda: check_grid(Grid(variants=("msra",), precision="fp64")), "allowed: fp32, tf32, bf16, fp16"),
         (lambda: check_grid(Grid(variants=("msra",), epochs=0)), "--epochs 0: at least 1"),
+        (lambda: check_grid(Grid(seeds=())), "--seeds is empty: at least one"),
+        (lambda: check_grid(make_grid({"variants": []})), "--variants is empty: at least one"),
+        (lambda: open_out("s3:/bucket/x", write=False), "'s3:/bucket/x' is no URI: two slashes are needed"),
+        (lambda: open_out("gs+x:/b", write=True), "is no URI"),
+        (lambda: open_out(__file__, write=False), "is a file; expected a folder"),
         (lambda: specs(limit_train=50_001), "has 50000 training images"),
         (lambda: specs(val=50_000), "hold out fewer, as with --val 5000"),
     ],
@@ -211,6 +226,12 @@ def test_out_that_cannot_be_written(tmp_path: Path) -> None:
     assert check_out(tmp_path / "runs").is_dir()
 
 
+def test_home_is_found_in_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [open_out("~/r", write=write)[0] for write in (False, True)] == [tmp_path / "r"] * 2
+    assert fill(ReportOptions, {"output": Path("~/x.csv")}).output == tmp_path / "x.csv"
+
+
 def wide(workers: int, **changes: Any) -> list[Any]:
     width = allocate(Resources(gpus=0, workers=workers), have_gpus=0, have_cpus=64, precision="fp32")
     return expand(Grid(variants=("he2015",), depths=(20,), **changes), width, fingerprint="f" * 64,
@@ -325,8 +346,10 @@ def test_a_spec_that_cannot_be_trained_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says):
             respec(path, **given)
     one, two = write_spec(tmp_path / "1", spec), write_spec(tmp_path / "2", replace(spec, dataset="digits"))
-    with pytest.raises(UserError, match="on cifar10 and on digits; a command trains on one data set"):
-        make_grid({"specs": [one, two]})
+    for given in ({"specs": [one, two]}, {"runs": [{"specs": [two]}, {"seeds": "2"}]}):
+        with pytest.raises(UserError, match=r"on .* and on .*; a command trains on one data set"):
+            make_grid(given)
+    assert make_grid({"dataset": "digits", "runs": [{"specs": [two]}, {"seeds": "2"}]}).dataset == "digits"
 
 
 def test_one_run_with_one_worker_on_this_machine_needs_no_ray() -> None:
@@ -337,6 +360,16 @@ def test_one_run_with_one_worker_on_this_machine_needs_no_ray() -> None:
     assert launcher(1) == "local"
     assert [launcher(2), launcher(1, workers=2), launcher(1, "auto")] == ["ray"] * 3
     assert [launcher(2, launcher="local"), launcher(1, launcher="ray")] == ["local", "ray"]
+
+
+def test_a_folder_of_images_is_absolute_however_it_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    typed = ("x", "x/", "./y/../x", "~/x", str(tmp_path / "x"))
+    assert {make_grid({"dataset": f"folder:{path}"}).dataset for path in typed} == {f"folder:{tmp_path / 'x'}"}
+    assert [make_grid({"dataset": name}).dataset for name in ("digits", "folder:")] == ["digits", "folder:"]
 
 
 # --- values that no run can have ---

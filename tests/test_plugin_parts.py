@@ -151,6 +151,38 @@ def test_what_belongs_to_another_optimizer_is_dropped(tmp_path: Path) -> None:
     assert expand(variants=("signed",), settings={"optimizer": "sgd"}).recipe.extra == ()
 
 
+TWO = """
+from harness import plugin
+@plugin.augmentation
+def erase(images, draws, p: float = 0.5):
+    return images
+@plugin.augmentation
+def noise(images, draws, p: float = 0.25):
+    return images
+"""
+
+
+def test_a_field_of_two_augmentations_is_set_for_both(tmp_path: Path) -> None:
+    load_file(write(tmp_path, TWO))
+    own = {"augmentations": ("erase", "noise")}
+    assert expand(settings=own).recipe.extra == ()
+    for p in (0.25, 0.5, 0.75):
+        spec = expand(settings=own | {"p": p})
+        assert (spec.recipe.extra, spec.overrides) == ((f"p={p}",), ("augmentations=erase,noise", f"p={p}"))
+    one = expand(settings={"augmentations": ("noise",), "p": 0.25})
+    assert (one.recipe.extra, one.overrides) == ((), ("augmentations=noise",))
+
+
+def test_an_optimizer_is_tried_at_the_recipes_lr_though_its_first_is_0(tmp_path: Path) -> None:
+    load_file(write(tmp_path, OPTIMIZER + """
+@plugin.schedule
+def triangle(moment):
+    return 1 - abs(2 * moment.share - 1)
+"""))  # fmt: skip
+    spec = expand(settings={"optimizer": "sign", "schedule": "triangle"}, epochs=2)
+    assert "parameters" in try_out("optimizer", "sign", spec, checks.make_dataset(), RunPaths(out=tmp_path))
+
+
 def test_steps_of_a_plugins_optimizer_are_captured_only_if_it_says_so(tmp_path: Path) -> None:
     load_file(write(tmp_path, OPTIMIZER))
     settings = {"optimizer": "sign"}

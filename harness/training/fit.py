@@ -107,10 +107,10 @@ def fit_network(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
 
 def fit_optimizer(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
     """It has every parameter, and changes it; the same each time."""
-    ends = []
+    ends, constant = [], replace(spec.recipe, warmup=0, first_step=0, schedule="multistep", milestones=())
     for _ in range(2):
         network, _ = _make(spec, dataset)
-        optimizer: Any = make_optimizer(replace(spec.recipe, warmup=0), network)
+        optimizer: Any = make_optimizer(constant, network)
         is_one = isinstance(optimizer, torch.optim.Optimizer)
         need(is_one, f"gives {type(optimizer).__name__}, and a torch.optim.Optimizer is expected")
         parameters = [p for p in network.parameters() if p.requires_grad]
