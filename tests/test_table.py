@@ -238,6 +238,7 @@ def test_failed_and_pending_runs_say_why() -> None:
         "msra-56 seed 4 is not done: epoch 57 of 180", "strange is not done: epoch 3",
     ):  # fmt: skip
         assert line in page
+    assert [row["device"] for row in json.loads(render(rows, "json"))["rows"]] == [None, "NVIDIA H200", None, None]
     for format in get_args(Format):
         assert render(rows, format)
 
