@@ -89,7 +89,9 @@ def for_terminal(sheet: Sheet, width: int, *, colour: bool = False) -> str:
     natural = sheet.widths
     sizes = list(natural)
     # where they do not fit, the widest columns of words are folded, between words and then within, to no less than 12
-    words = [max(map(cell_len, " ".join(c).split())) for c in zip(sheet.headers, *sheet.cells, strict=True)]
+    words = [
+        max(map(cell_len, " ".join(c).split()), default=0) for c in zip(sheet.headers, *sheet.cells, strict=True)
+    ]
     folded = sorted((j for j, right in enumerate(sheet.right) if not right), key=lambda j: -natural[j])
     for least, j in product((words, [0] * len(words)), folded):
         excess = sum(sizes) + 2 * (len(sizes) - 1) - width
