@@ -81,7 +81,10 @@ class Pair(NamedTuple):
 
     @property
     def name(self) -> str:
-        return " → ".join(dict.fromkeys(row.name for row in (self.a, self.b) if row))
+        """ "msra-20 → msra-32 digits" """
+        rows = [row for row in (self.a, self.b) if row]
+        parts = ([row.name for row in rows], [row.dataset for row in rows])
+        return " ".join(" → ".join(dict.fromkeys(part)) for part in parts)
 
     def problems(self) -> Iterator[str]:
         """What forbids to say that B is no worse, whatever the figures."""

@@ -263,9 +263,15 @@ def _folders(paths: Iterable[Path], problems: list[Problem]) -> list[Path]:
             problems.append(Problem(path, "not a folder" if path.exists() else "no such folder"))
             continue
         found = [str(path)]
-        if not path.name.endswith(PARTIAL) and not (path / RECORD).exists():
-            runs = (e for e in os.scandir(path) if not e.name.startswith(".") and e.name != SWEEPS and e.is_dir())
-            found = sorted(entry.path for entry in runs)
+        try:
+            if not path.name.endswith(PARTIAL) and not (path / RECORD).exists():
+                runs = (
+                    e for e in os.scandir(path) if not e.name.startswith(".") and e.name != SWEEPS and e.is_dir()
+                )
+                found = sorted(entry.path for entry in runs)
+        except OSError as error:
+            problems.append(Problem(path, f"cannot be read: {error.strerror}"))
+            continue
         for folder in found:
             # resolve() costs a system call per path component
             folders.setdefault(os.path.abspath(folder), Path(folder))  # noqa: PTH100

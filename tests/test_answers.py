@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from command import harness
 from records import ENVIRONMENT, make_record
+from rich.console import Console
 
 from harness import cli, plan
 from harness.commands import run
-from harness.commands.report import make_command, make_repro
+from harness.commands.report import make_command, make_repro, print_why
 from harness.models.variants import VARIANTS
 from harness.options import ENGINES, RunOptions
 from harness.resources import allocate, fill_from_specs
@@ -201,3 +202,13 @@ def test_repro_is_not_led_astray_by_a_name(runs: Path) -> None:
     lines = make_repro(Stored(evil, Path("a; rm -rf /"))).splitlines()
     assert not [line for line in lines if line.startswith("rm")]
     assert "'a; rm -rf /record.json'" in "\n".join(lines)
+
+
+def test_a_terminal_folds_prose_at_words(runs: Path) -> None:
+    narrow = Console(file=(file := io.StringIO()), width=60, force_terminal=True)
+    print_why("1", runs / "a", narrow)
+    wide = Console(file=(whole := io.StringIO()), width=60)
+    print_why("1", runs / "a", wide)
+    assert max(len(line) for line in file.getvalue().splitlines() if " " in line.strip()) <= 60
+    assert str(runs / "a") in file.getvalue()
+    assert file.getvalue().split() == whole.getvalue().split()

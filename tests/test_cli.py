@@ -173,7 +173,8 @@ def test_a_terminal_without_a_sign_shows_a_question_mark(encoding: str, tmp_path
         ("list", 2, "Did you mean 'variants'?"), ("benchmark", 2, "'run'?"), ("help", 2, "'--help'?"),
         ("reprot", 2, "'report'"), ("--version", 0, "resnet-harness 0"), ("-h", 0, "Usage: harness"),
         ("why -h", 0, "Usage: harness why"), ("", 2, "Usage: harness"),
-        ("eval --weights /etc/hostname", 2, "does not name its variant"),
+        ("eval --weights /etc/hostname", 2, "not a checkpoint that torch can read"),
+        ("eval --weights nosuch.pt", 2, "nosuch.pt: no such file"),
         ("tune --dataset digits", 2, "--search 'lr=loguniform(0.01,1)'"),
     ],
 )  # fmt: skip

@@ -231,13 +231,13 @@ def test_the_union_of_rows_is_compared() -> None:
         ("msra-20", "msra-20"), ("msra-56", "msra-56"), (None, "msra-32")
     ]  # fmt: skip
     gate = check_conditions(pairs, parse_fail_on("error>+5"))
-    assert gate.failed == ["msra-56: 2 failed in B (OOM, OOM), 0 in A"]
+    assert gate.failed == ["msra-56 cifar10: 2 failed in B (OOM, OOM), 0 in A"]
     text = render_comparison(pairs)
     assert "no result in B" in text
     assert "no result in A" in text
-    assert "msra-56: 2 failed in B (OOM, OOM), 0 in A" in text
+    assert "msra-56 cifar10: 2 failed in B (OOM, OOM), 0 in A" in text
     gone = check_conditions(compare(one, summarise([make_run(0)])), parse_fail_on("error>+5"))
-    assert gone.failed == ["msra-56: has no counterpart in B"]
+    assert gone.failed == ["msra-56 cifar10: has no counterpart in B"]
     assert check_conditions([], parse_fail_on("error>5")).failed == ["no two rows could be compared"]
 
 
@@ -250,20 +250,20 @@ def test_diverged_seeds_fail_and_those_that_failed_before_do_not() -> None:
     def failed(a: list[Row], b: list[Row]) -> list[str]:
         return check_conditions(compare(a, b), parse_fail_on("error>+1")).failed
 
-    assert failed(side(), side(1, 2, 3)) == ["msra-20: 3 failed in B (NaN, NaN, NaN), 0 in A"]
+    assert failed(side(), side(1, 2, 3)) == ["msra-20 cifar10: 3 failed in B (NaN, NaN, NaN), 0 in A"]
     assert failed(side(1), side(3)) == []
     infinite = summarise([make_run(0, math.inf), *(make_run(s) for s in (1, 2))])
-    assert failed(side(), infinite) == ["msra-20: 1 failed in B (NaN), 0 in A"]
+    assert failed(side(), infinite) == ["msra-20 cifar10: 1 failed in B (NaN), 0 in A"]
 
 
 def test_unlike_machines_and_versions_fail_unless_overlooked() -> None:
     one, two = make_rows(*BASE), make_rows(*BASE, torch="2.11.0")
     pairs = compare(one, two)
     gate = check_conditions(pairs, parse_fail_on("error>+1"))
-    assert gate.failed == ["msra-20: unlike torch: 2.15.0+cu130 → 2.11.0 (--across 'torch' overlooks it)"]
+    assert gate.failed == ["msra-20 cifar10: unlike torch: 2.15.0+cu130 → 2.11.0 (--across 'torch' overlooks it)"]
     drivers = [make_rows(*BASE, result={"machine": {"driver": d, "host": d}}) for d in ("580.1", "590.2")]
     gate = check_conditions(compare(*drivers), parse_fail_on("error>+1"))
-    assert gate.failed == ["msra-20: unlike driver: 580.1 → 590.2 (--across 'driver' overlooks it)"]
+    assert gate.failed == ["msra-20 cifar10: unlike driver: 580.1 → 590.2 (--across 'driver' overlooks it)"]
     assert "unlike driver" in render_comparison(compare(*drivers))
     chosen = make_rows(*BASE, loader="resident")
     assert check_conditions(compare(one, chosen), parse_fail_on("error>+1")).failed == []
@@ -275,8 +275,8 @@ def test_compare_by_a_field_inside_one_folder() -> None:
     rows = summarise([make_run(depth=d, workers=w) for d in (20, 56) for w in (1, 2, 8)] + [make_run(depth=32)])
     pairs = compare_by(rows, "workers")
     assert [(p.name, p.differs) for p in pairs if p.figures] == [
-        ("msra-20", {"workers": ("1", "2")}), ("msra-56", {"workers": ("1", "2")}),
-        ("msra-20", {"workers": ("1", "8")}), ("msra-56", {"workers": ("1", "8")}),
+        ("msra-20 cifar10", {"workers": ("1", "2")}), ("msra-56 cifar10", {"workers": ("1", "2")}),
+        ("msra-20 cifar10", {"workers": ("1", "8")}), ("msra-56 cifar10", {"workers": ("1", "8")}),
     ]  # fmt: skip
     assert [p.a and p.a.name for p in pairs if p.b is None] == ["msra-32"] * 2
     with pytest.raises(ValueError, match="field 'worker' is unknown; did you mean workers"):
@@ -372,23 +372,32 @@ def gate(condition: str, a: list[Row], b: list[Row]) -> tuple[list[str], list[st
 
 def test_conditions_test_the_interval() -> None:
     a, b = make_rows([8.0, 8.2, 8.1, 8.0], [4.0] * 4), make_rows([8.7, 8.5, 8.6, 8.5], [4.4] * 4)
-    assert gate("error>+0.3", a, b) == (["msra-20: error>+0.3 fails: +0.50 (+0.22 … +0.78) points"], [])
+    assert gate("error>+0.3", a, b) == (["msra-20 cifar10: error>+0.3 fails: +0.50 (+0.22 … +0.78) points"], [])
     assert gate("error>+0.9", a, b) == ([], [])
-    assert gate("error>+0.6", a, b) == ([], ["msra-20: error>+0.6 cannot tell: +0.50 (+0.22 … +0.78) points"])
-    assert gate("error>3%", a, b)[0] == ["msra-20: error>+3% fails: +0.50 (+0.22 … +0.78) points"]  # 0.24 points
-    assert gate("error<-0.3", b, a)[0] == ["msra-20: error<-0.3 fails: −0.50 (−0.78 … −0.22) points"]
+    assert gate("error>+0.6", a, b) == (
+        [],
+        ["msra-20 cifar10: error>+0.6 cannot tell: +0.50 (+0.22 … +0.78) points"],
+    )
+    assert gate("error>3%", a, b)[0] == [
+        "msra-20 cifar10: error>+3% fails: +0.50 (+0.22 … +0.78) points"
+    ]  # 0.24 points
+    assert gate("error<-0.3", b, a)[0] == ["msra-20 cifar10: error<-0.3 fails: −0.50 (−0.78 … −0.22) points"]
     assert gate("error<-0.3", a, b) == ([], [])
-    assert gate("epoch_seconds>5%", a, b)[0] == ["msra-20: epoch_seconds>+5% fails: +10.00 (+2.69 … +17.83) %"]
-    assert gate("epoch_seconds>0.2", a, b)[0][0].startswith("msra-20: epoch_seconds>+0.2 fails")
+    assert gate("epoch_seconds>5%", a, b)[0] == [
+        "msra-20 cifar10: epoch_seconds>+5% fails: +10.00 (+2.69 … +17.83) %"
+    ]
+    assert gate("epoch_seconds>0.2", a, b)[0][0].startswith("msra-20 cifar10: epoch_seconds>+0.2 fails")
     assert gate("epoch_seconds>20%", a, b) == ([], [])
     assert gate("epoch_seconds<-200%", a, b) == ([], [])
-    assert gate("error>5%", make_rows([0.0] * 4, [4.0] * 4), b)[1] == ["msra-20: error>+5% cannot tell: A is 0"]
+    assert gate("error>5%", make_rows([0.0] * 4, [4.0] * 4), b)[1] == [
+        "msra-20 cifar10: error>+5% cannot tell: A is 0"
+    ]
     assert gate("top5_error>1", a, b)[0] == [
-        "msra-20: top5_error>+1 cannot be checked, top5_error was not measured on both sides"
+        "msra-20 cifar10: top5_error>+1 cannot be checked, top5_error was not measured on both sides"
     ]
     few = make_rows([8.0], [4.0])
     assert gate("epoch_seconds>5%", few, few)[1] == [
-        "msra-20: epoch_seconds>+5% cannot tell: fewer than 3 runs on a side"
+        "msra-20 cifar10: epoch_seconds>+5% cannot tell: fewer than 3 runs on a side"
     ]
 
 
@@ -434,7 +443,7 @@ def test_a_disturbed_side_is_named() -> None:
     disturbed = make_rows([8.0], [9.0], result={"timing": timing, "interference": ("it swapped",)})
     pairs = compare(disturbed, make_rows([8.0], [4.5]))
     said = "A: no epoch was undisturbed (it swapped): the seconds are of disturbed ones"
-    assert f"\nmsra-20: {said}\n" in render_comparison(pairs, width=150)
+    assert f"\nmsra-20 cifar10: {said}\n" in render_comparison(pairs, width=150)
     assert json.loads(render_comparison(pairs, "json"))["pairs"][0]["notes"] == [said]
     assert not check_conditions(pairs, parse_fail_on("error>+2")).failed
 

@@ -156,7 +156,8 @@ def test_another_data_set_is_not_cut_as_the_runs_own(folder: Path, tmp_path: Pat
     )
     scores = []
     for weights in (trained, unknown):
-        ask(folder, weights, scales=(16,), mirror=False, save_probabilities=tmp_path / "scores.npz")
+        answer = ask(folder, weights, scales=(16,), mirror=False, save_probabilities=tmp_path / "scores.npz")
+        assert ("trained on other images: cifar10\n" in answer.text) == (weights == trained)
         scores.append(np.load(tmp_path / "scores.npz")["scale_16"])
     assert np.array_equal(*scores)
 

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from records import make_epoch, make_memory, make_result
@@ -260,6 +262,13 @@ def test_every_broken_folder_is_named_and_the_rest_is_read(tmp_path: Path) -> No
     for problem, words in zip(loaded.problems, expected, strict=True):
         assert words in problem.reason
         assert "\n" not in str(problem)
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "Permission denied")))
+    assert list(map(str, store.load_records([tmp_path]).problems)) == [
+        f"{tmp_path}: cannot be read: Permission denied"
+    ]
 
 
 def test_a_folder_of_results_inside_another_is_no_broken_run(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from harness.results.metrics import Figure
 from harness.results.published import find_published
 from harness.results.report.notes import make_notes
 from harness.results.report.table import Format, render
+from harness.results.report.text import Sheet, for_terminal
 from harness.results.rows import Row, summarise
 from harness.results.store import Interrupted, Stored
 from harness.results.values import Failure, Measurement, Record, RunResult
@@ -238,6 +239,7 @@ def test_failed_and_pending_runs_say_why() -> None:
         "msra-56 seed 4 is not done: epoch 57 of 180", "strange is not done: epoch 3",
     ):  # fmt: skip
         assert line in page
+    assert [row["device"] for row in json.loads(render(rows, "json"))["rows"]] == [None, "NVIDIA H200", None, None]
     for format in get_args(Format):
         assert render(rows, format)
 
@@ -438,6 +440,15 @@ def test_a_spec_that_was_edited_by_hand_breaks_nothing() -> None:
         for rows in (summarise([make_run(1, failure=oom, **change)]), summarise([], [partial])):
             for format in get_args(Format):
                 assert render(rows, format)
+
+
+def test_a_narrow_table_is_folded_between_words() -> None:
+    cells = [["weight_decay=0.001, lr=0.05", "limit_test=500, n=1", "9.00"]]
+    sheet = Sheet(["changed", "differs", "error"], [False, False, True], cells)
+    page = for_terminal(sheet, 46)
+    assert {"weight_decay=0.001,", "limit_test=500,"} <= set(page.split())
+    assert max(map(len, page.splitlines())) <= 46
+    assert max(map(len, for_terminal(sheet, 34).splitlines())) <= 34, "and within them where that is not enough"
 
 
 def test_runs_that_shared_the_machine_are_marked() -> None:

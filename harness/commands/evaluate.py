@@ -93,11 +93,12 @@ def evaluate_weights(options: EvalOptions) -> Errors:
 
 def _evaluate(options: EvalOptions, weights: Path) -> Errors:
     """`weights` is the file. Raises ValueError or UserError."""
-    about, scales, given = load_metadata(weights), options.scales, parse_normalize(options.mean, options.std)
+    scales, given = options.scales, parse_normalize(options.mean, options.std)
+    tensors, about = load_weights(weights), load_metadata(weights)
     variant, trained = _choose_variant(options, about, weights)
     data_dir = find_data_dir(options.data_dir, options.dataset)
     with blaming("dataset", options.dataset):
-        tensors, dataset = load_weights(weights), load_dataset(options.dataset, data_dir)
+        dataset = load_dataset(options.dataset, data_dir)
     network, unused = _load_network(options, variant, tensors, dataset)
     index, test = np.arange(len(dataset.test)), dataset.test  # which images of the whole test set
     if options.limit is not None:
@@ -111,7 +112,8 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
         most = max(1, min(EVAL_BATCH_SIZE, MULTI_SCALE_PIXELS // max(scales) ** 2))
     batch_size = min(options.batch_size or most, len(test))
     train = dataset.train  # the mean is of what was trained on, or would be, if there are enough
-    if trained is not None and trained.fingerprint == dataset.fingerprint:
+    other = trained is not None and trained.fingerprint != dataset.fingerprint
+    if trained is not None and not other:
         train = split_data(replace(trained, limit_test=None), dataset).train
     elif 0 < recipe.val < len(train):
         train, _ = hold_out(train, recipe.val, 0, stratified=recipe.val_stratified)
@@ -151,7 +153,7 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
     top5_error = 100 * misses / len(test) if dataset.num_classes > 5 else None
     network_of = (variant.name, variant.network.depth, dataset.name)
     text = fill_template(
-        "eval.txt.j2", name=_name(variant), dataset=dataset, options=options, flip=flip, images=len(test),
+        "eval.txt.j2", name=_name(variant), dataset=dataset, trained=trained if other else None, options=options, flip=flip, images=len(test),
         error=evaluation.error, top5_error=top5_error, unused=unused,
         layers=dict.fromkeys(name.rpartition(".")[0] for name in unused),
         published=[entry for entry in load_published() if (entry.variant, entry.depth, entry.dataset) == network_of],

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
+from textwrap import TextWrapper
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -245,6 +246,15 @@ def print_text(text: str, console: Console, output: Path | None = None) -> None:
         output.write_text(text, encoding="utf-8")
 
 
+def print_prose(text: str, console: Console) -> None:
+    """Print text, folded at words where a terminal is too narrow for its lines; a long path stays whole."""
+    kept: Any = {"break_long_words": False, "break_on_hyphens": False}
+    fold, lines = TextWrapper(console.width, subsequent_indent="    ", **kept), text.splitlines()
+    if console.is_terminal:
+        lines = [part for line in lines for part in fold.wrap(line) or [""]]
+    print_text("\n".join(lines), console)
+
+
 def print_why(row: str, path: Path, console: Console) -> None:
     """Print the records, epochs and formulas behind every row of that name (msra-20), or the row of that number."""
     if not (rows := make_rows(load_runs([path]))):
@@ -257,7 +267,7 @@ def print_why(row: str, path: Path, console: Console) -> None:
     if len({match.dataset for match in matches}) > 1:
         numbers = ", ".join(f"{rows.index(match) + 1} on {match.dataset}" for match in matches)
         raise UserError(f"row {row!r} is on several data sets: give one by its number, {numbers}")
-    print_text("\n".join(map(why, matches)), console)
+    print_prose("\n".join(map(why, matches)), console)
 
 
 def print_findings(words: Sequence[str]) -> int:
@@ -372,4 +382,4 @@ def print_variants(console: Console) -> None:
         with blaming("network", architecture), torch.device("meta"):
             network = build(variant.network, classes, side)
             variants.append((variant, count_parameters(network), count_flops(network, side) / 2e6))
-    print_text(fill_template("variants.txt.j2", variants=variants), console)
+    print_prose(fill_template("variants.txt.j2", variants=variants), console)

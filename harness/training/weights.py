@@ -49,7 +49,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_metadata(path: Path) -> dict[str, str]:
-    """What a run wrote beside its weights: key, variant and depth. Empty for files of other origin."""
+    """What a run wrote beside its weights: key, variant, depth and spec. Empty for files of other origin."""
     if path.suffix != ".safetensors":
         return {}
     try:

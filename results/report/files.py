@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness.results.metrics import METRICS
+from harness.results.metrics import METRICS, NONE
 from harness.results.report.columns import check_names, find, make_columns
 from harness.results.report.notes import make_notes
 from harness.results.rows import Row
@@ -72,7 +72,7 @@ def plain_values(rows: Sequence[Row], columns: Sequence[str] = ()) -> list[dict[
         averaged = {name.rpartition(".")[2] for name in row.averaged_over}
         typed |= {n: None for n, f in known.items() if averaged & {n, f.path.rpartition(".")[2], *f.made_of}}
         notes = {n: "; ".join(row.conditions.get(name, ())) or None for n, name in noted.items()}
-        every.append(finite(typed) | notes)
+        every.append({n: None if value == NONE else value for n, value in finite(typed).items()} | notes)
     if columns and every:
         of = {field.path: name for name, field in known.items()}
         chosen = [of.get(f"figures.{name}.value", name) for name in columns]

@@ -161,9 +161,8 @@ def render_comparison(
 
 
 def _lines(pair: Pair, named: set[str]) -> Iterator[list[str]]:
-    row = pair.a or pair.b
     own = ", ".join(f"{n} {a} → {b}" for n, (a, b) in pair.differs.items() if n not in named)
-    what = clean(f"{pair.name} {row.dataset if row else NONE} {own}".strip())
+    what = clean(f"{pair.name} {own}".strip())
     for number, figure in enumerate(pair.figures):
         metric, interval, margin = figure.metric, figure.interval, figure.metric.margin
         unit = " %" if metric.relative else ""

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,10 +88,14 @@ def for_terminal(sheet: Sheet, width: int, *, colour: bool = False) -> str:
 
     natural = sheet.widths
     sizes = list(natural)
-    # where they do not fit, the widest columns of words are folded, to no less than 12
-    for j in sorted((j for j, right in enumerate(sheet.right) if not right), key=lambda j: -natural[j]):
+    # where they do not fit, the widest columns of words are folded, between words and then within, to no less than 12
+    words = [
+        max(map(cell_len, " ".join(c).split()), default=0) for c in zip(sheet.headers, *sheet.cells, strict=True)
+    ]
+    folded = sorted((j for j, right in enumerate(sheet.right) if not right), key=lambda j: -natural[j])
+    for least, j in product((words, [0] * len(words)), folded):
         excess = sum(sizes) + 2 * (len(sizes) - 1) - width
-        sizes[j] = min(sizes[j], max(12, sizes[j] - max(0, excess)))
+        sizes[j] = min(sizes[j], max(12, least[j], sizes[j] - max(0, excess)))
     cells = [map(paint, *line) for line in zip(sheet.cells, sheet.styles, strict=True)] if colour else sheet.cells
     table = tabulate(
         [sheet.headers, ["─" * size for size in sizes], *cells], tablefmt="plain", disable_numparse=True,
