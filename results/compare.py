@@ -18,7 +18,17 @@ from typing import Literal, NamedTuple
 
 from harness.results.metrics import METRICS, NONE, Figure, Metric
 from harness.results.rows import FIELDS, TIMED, Row, flatten_spec
-from harness.results.statistics import ALPHA, LEVEL, Estimate, Interval, Shift, estimate_mean, holm, t_quantile
+from harness.results.statistics import (
+    ALPHA,
+    LEVEL,
+    Estimate,
+    Interval,
+    Shift,
+    estimate_mean,
+    holm,
+    scatter,
+    t_quantile,
+)
 from harness.results.values import Record
 from harness.words import unknown
 
@@ -193,13 +203,16 @@ def _match(
     partners: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in b:
         partners[_key(row, shared)].append(row)
-    pairs, matched = [], set()
+    both, matched = list[tuple[Row, Row | None]](), set[int]()
     for row in a:
         alike = partners.get(_key(row, shared), [])
         others = [o for o in alike if not (row.done and o.done) or _key(row, names) == _key(o, names)]
         matched |= set(map(id, others))
-        pairs += [_pair(row, other, metrics, tuple(overlooked)) for other in others if row.done or other.done]
-        pairs += [Pair(row, None)] if row.done and not others else []
+        both += [(row, other) for other in others if row.done or other.done]
+        both += [(row, None)] if row.done and not others else []
+    spread = _find_scatter([row for each in both for row in each if row and row.done])
+    of = sum(two is not None for _, two in both)
+    pairs = [_pair(x, y, metrics, tuple(overlooked), spread, of) if y else Pair(x, None) for x, y in both]
     return pairs + [Pair(None, row) for row in b if row.done and id(row) not in matched]
 
 
@@ -214,7 +227,20 @@ def _differences(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[
     return {name: values for name, values in both.items() if values[0] != values[1]}
 
 
-def _pair(a: Row, b: Row, metrics: Sequence[str], overlooked: tuple[str, ...]) -> Pair:
+def _find_scatter(rows: Sequence[Row]) -> dict[str, float]:
+    """How many times the noise of the test images runs scatter, by the name of an error."""
+    found = {}
+    for name, metric in METRICS.items():
+        sides = [row.measured(name) for row in rows] if metric.kind == "error" else []
+        if sides := [side for side in sides if side and side[0][0].images(test=name.startswith("test"))]:
+            images = sides[0][0][0].images(test=name.startswith("test"))
+            found[name] = scatter([[error for _, error in side] for side in sides], images or 1)
+    return found
+
+
+def _pair(
+    a: Row, b: Row, metrics: Sequence[str], overlooked: tuple[str, ...], spread: Mapping[str, float], of: int
+) -> Pair:
     differs = _differences(a.fields, b.fields)
     if not (a.done and b.done):
         return Pair(a, b, {n: values for n, values in differs.items() if n in a.fields and n in b.fields})
@@ -225,14 +251,16 @@ def _pair(a: Row, b: Row, metrics: Sequence[str], overlooked: tuple[str, ...]) -
     # of the test set beside that of images held out, where it is measured
     usual = [n for n, m in METRICS.items() if m.margin and (n != "test_error" or a.figures[n].n + b.figures[n].n)]
     names = dict.fromkeys([*usual, *metrics])
-    return Pair(a, b, differs, tuple(judge(METRICS[name], a, b) for name in names), unlike)
+    return Pair(
+        a, b, differs, tuple(judge(METRICS[name], a, b, spread.get(name, 1.0), of) for name in names), unlike
+    )
 
 
 # --- one metric of two rows ---
 
 
-def judge(metric: Metric, a: Row, b: Row) -> Comparison:
-    """One metric of two rows."""
+def judge(metric: Metric, a: Row, b: Row, spread: float = 1.0, of: int = 1) -> Comparison:
+    """One metric of two rows, which are one of so many pairs, whose runs `scatter` so much."""
     sides = [row.measured(metric.name) for row in (a, b)]
     figures = a.figures[metric.name], b.figures[metric.name]
     known = [figure.value for figure in figures if figure.value is not None and math.isfinite(figure.value)]
@@ -244,7 +272,7 @@ def judge(metric: Metric, a: Row, b: Row) -> Comparison:
     ):  # of seconds no interval of 90 % exists, of errors one that rests on the images alone
         how = "fewer than 3 runs on a side"
     elif metric.kind == "error":
-        test, how = compare_errors(sides, sides[0][0][0].images(test=metric.name.startswith("test")))
+        test, how = compare_errors(sides, sides[0][0][0].images(test=metric.name.startswith("test")), spread, of)
     elif metric.relative and any(value <= 0 for side in sides for _, value in side):
         how = "some are 0: no ratio"
     else:
@@ -259,18 +287,21 @@ def judge(metric: Metric, a: Row, b: Row) -> Comparison:
     return Comparison(metric, *figures, test, how, disturbed and metric.name in TIMED)
 
 
-def compare_errors(sides: Sequence[Side], images: int | None) -> tuple[Test | None, str]:
+def compare_errors(
+    sides: Sequence[Side], images: int | None, spread: float = 1.0, of: int = 1
+) -> tuple[Test | None, str]:
     """The difference of two means of errors in percent, and how it was tested: by moderated spreads or, where they go
     together, by seeds."""
-    if paired := _paired(sides):
+    if paired := _paired(sides, of):
         return paired, "paired t-test, by seed"
     planned = [sum(record.added_until is None for record, _ in side) or None for side in sides]
-    a, b = (estimate_mean([e for _, e in side], images, n) for side, n in zip(sides, planned, strict=True))
+    a, b = (estimate_mean([e for _, e in side], images, n, spread) for side, n in zip(sides, planned, strict=True))
     return b - a if a and b else None, "Welch, moderated variance" if images else "Welch"
 
 
-def _paired(sides: Sequence[Side]) -> Estimate | None:
-    """Of the differences by seed; None unless all seeds are common and, at 2.5 %, good on one side is good on the other."""
+def _paired(sides: Sequence[Side], of: int) -> Estimate | None:
+    """Of the differences by seed; None unless all seeds are common and good on one side is good on the other: at 2.5 % over all
+    pairs of rows, as chance gives a pair that goes together too small a spread."""
     one, two = ({record.seed: error for record, error in side} for side in sides)
     n = len(one)
     if n < 4 or one.keys() != two.keys() or n < max(map(len, sides)):
@@ -279,7 +310,7 @@ def _paired(sides: Sequence[Side]) -> Estimate | None:
     if min(max(a) - min(a), max(b) - min(b)) == 0:
         return None
     r = min(statistics.correlation(a, b), 1 - 1e-12)
-    if r * math.sqrt((n - 2) / (1 - r * r)) < t_quantile(0.975, n - 2):
+    if r * math.sqrt((n - 2) / (1 - r * r)) < t_quantile(1 - 0.025 / of, n - 2):
         return None
     return estimate_mean([y - x for x, y in zip(a, b, strict=True)], None)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from typing import Literal, NamedTuple
@@ -147,19 +147,33 @@ def prior_std(error: float, images: int) -> float:
     return PRIOR_FACTOR * 100 * math.sqrt(max(error, 0.5) / 100 / (2 * images))
 
 
-def moderated(centre: float, own: float | None, n: int, images: int) -> tuple[float, int]:
-    """Variance of one run, and its degrees of freedom: the own spread of n runs, and `prior_std` with the weight of 8.
+def scatter(rows: Iterable[Sequence[float]], images: int) -> float:
+    """How many times `prior_std` runs spread, at least once: by the median row of those with three runs or more."""
+    ratios = [
+        (own / prior_std(mean(errors), images)) ** 2 / (1 - 2 / (9 * (len(errors) - 1))) ** 3  # by the median of chi²
+        for errors in rows if len(errors) > 2 and (own := std(errors)) is not None
+    ]  # fmt: skip
+    return math.sqrt(max(1.0, statistics.median(ratios))) if ratios else 1.0
+
+
+def moderated(centre: float, own: float | None, n: int, images: int, others: float = 1.0) -> tuple[float, int]:
+    """Variance of one run, and its degrees of freedom: the own spread of n runs, and `prior_std`, times the `scatter` of other
+    rows, with the weight of 8.
 
     G. K. Smyth, Linear models and empirical Bayes methods, Stat. Appl. Genet. Mol. Biol. 3, 2004. Where the own spread is
     the larger one it counts alone: networks that have not converged scatter by much more than the test images explain.
     """
-    prior, freedom = prior_std(centre, images), PRIOR_FREEDOM + n - 1
+    prior, freedom = others * prior_std(centre, images), PRIOR_FREEDOM + n - 1
     if own is not None and own > prior:
         return own**2, n - 1
+    if others > 1:  # those whose spread is small by chance would be the ones that are found to differ
+        own = prior
     return (PRIOR_FREEDOM * prior**2 + (n - 1) * (own or 0.0) ** 2) / freedom, freedom
 
 
-def estimate_mean(errors: Sequence[float], images: int | None, planned: int | None = None) -> Estimate | None:
+def estimate_mean(
+    errors: Sequence[float], images: int | None, planned: int | None = None, others: float = 1.0
+) -> Estimate | None:
     """The mean of all errors, in percent, with the moderated spread; without `images` by their own: None for one run.
 
     `planned`: only the spread of the first so many counts. Where `--until-ci` added the others, their spread decided how
@@ -169,7 +183,7 @@ def estimate_mean(errors: Sequence[float], images: int | None, planned: int | No
     first = errors[:planned]
     own = std(first)
     if images is not None:
-        variance, freedom = moderated(mean(first), own, len(first), images)
+        variance, freedom = moderated(mean(first), own, len(first), images, others)
     elif own is not None:
         variance, freedom = own**2, len(first) - 1
     else:
