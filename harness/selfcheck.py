@@ -254,13 +254,10 @@ def check_first(
     }  # fmt: skip
     warnings = []
     for r in failed:
-        check = BY_NAME[r.name]
-        other = (
-            f": {check.of[0]} {Checked(dataset=dataset).otherwise(check, specs[0])} in its place"
-            if check.of
-            else ""
-        )
-        warnings.append(f"check {r.name} failed ({r.detail}){other}")
+        check, said = BY_NAME[r.name], f"check {r.name} failed ({r.detail})"
+        if check.of:
+            said += f": {check.of[0]} {Checked(dataset=dataset).otherwise(check, specs[0])} in its place"
+        warnings.append(said)
     if left_out:
         warnings.append(f"checks left out: {', '.join(r.name for r in left_out)} ({left_out[0].detail})")
     for warning in warnings:

@@ -232,10 +232,14 @@ def _find_scatter(rows: Sequence[Row]) -> dict[str, float]:
     found = {}
     for name, metric in METRICS.items():
         sides = [row.measured(name) for row in rows] if metric.kind == "error" else []
-        if sides := [side for side in sides if side and side[0][0].images(test=name.startswith("test"))]:
-            images = sides[0][0][0].images(test=name.startswith("test"))
-            found[name] = scatter([[error for _, error in side] for side in sides], images or 1)
+        if images := next(filter(None, (_images(side, name) for side in sides if side)), None):
+            found[name] = scatter([[error for _, error in side] for side in sides], images)
     return found
+
+
+def _images(side: Side, name: str) -> int | None:
+    """How many images an error is of."""
+    return side[0][0].images(test=name.startswith("test"))
 
 
 def _pair(
@@ -272,7 +276,7 @@ def judge(metric: Metric, a: Row, b: Row, spread: float = 1.0, of: int = 1) -> C
     ):  # of seconds no interval of 90 % exists, of errors one that rests on the images alone
         how = "fewer than 3 runs on a side"
     elif metric.kind == "error":
-        test, how = compare_errors(sides, sides[0][0][0].images(test=metric.name.startswith("test")), spread, of)
+        test, how = compare_errors(sides, _images(sides[0], metric.name), spread, of)
     elif metric.relative and any(value <= 0 for side in sides for _, value in side):
         how = "some are 0: no ratio"
     else:

@@ -118,11 +118,7 @@ def choose_rows(rows: list[Row], name: str | None) -> Table:
     for row in (row for row in mine if row.done and least is not None):
         error, why_not = row.figures[row.test_metric].value, [text for text, _ in incomparable(row)]
         why_not += ["not all runs have an error of the test set"] if error is None else []
-        why_not += (
-            [f"its images are not those of {preset.dataset}"]
-            if row.fields.get("dataset") != preset.dataset
-            else []
-        )
+        why_not += [] if any(row is each for each in own) else [f"its images are not those of {preset.dataset}"]
         published = None if why_not else find_published(preset.dataset, row.variant, row.depth)
         runs = [[getattr(epoch, row.test_metric) for epoch in read_epochs(run)[0]] for run in row.done]
         curve = [100 - fmean(errors) for errors in zip(*runs, strict=False) if None not in errors]
