@@ -30,7 +30,6 @@ from harness.plugins import blaming
 from harness.results.published import load_published
 from harness.results.remote import StorageError, is_uri, pull_file, redact
 from harness.results.report.text import fill_template
-from harness.results.store import load_records
 from harness.spec import RunSpec, UserError, mistakes, refuse
 from harness.training.evaluation import MultiScale, evaluate
 from harness.training.setup import EVAL_BATCH_SIZE, eval_batch_size, split_data
@@ -179,10 +178,7 @@ def _choose_variant(options: EvalOptions, about: Mapping[str, str], file: Path) 
         held = find_variant(about["variant"])(int(about["depth"]))
     if held.network != variant.network:  # its tensors might fit all the same
         raise UserError(f"{options.weights} holds weights of {_name(held)}, not of {_name(variant)}")
-    specs = [json.loads(about["spec"])] if "spec" in about else []
-    if "key" in about and not specs:  # of an earlier version
-        specs = [s.record.spec for s in load_records([file.parent]).records if s.record.key == about["key"]]
-    trained = next(map(RunSpec.from_json, specs), None)
+    trained = RunSpec.from_json(json.loads(about["spec"])) if "spec" in about else None
     if trained is not None and trained.variant == variant.name and trained.network.depth == variant.network.depth:
         variant = replace(variant, network=trained.network, recipe=trained.recipe)  # with --set
     return variant, trained
