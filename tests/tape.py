@@ -47,7 +47,10 @@ SYNCHRONISATIONS = (
     "torch.seed", "torch.initial_seed", "torch.get_rng_state", "torch.set_rng_state", "torch.random.get_rng_state",
     "torch.random.set_rng_state",
 )  # fmt: skip
-HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")  # by torch's version
+HEALTH_CHECKS = (
+    "_accelerator_graph_capture_health_check",
+    "_cuda_graph_capture_health_check",
+)  # by torch's version
 
 
 COLLECTIVES = ("allreduce_", "broadcast_", "_allgather_base_", "allgather_", "reduce_scatter_", "barrier")
