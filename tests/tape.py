@@ -43,8 +43,14 @@ REASONS = {name: reason for reason, names in FORBIDDEN.items() for name in names
 SYNCHRONISATIONS = (
     "torch.cuda.synchronize", "torch.cuda.Stream.synchronize", "torch.cuda.Event.synchronize", "torch.cpu.synchronize",
     "torch.cuda.empty_cache", "torch.cuda.memory_stats", "torch.manual_seed", "torch.cuda.manual_seed",
-    "torch.cuda.manual_seed_all",
+    "torch.cuda.manual_seed_all", "torch.cuda.Stream.query", "torch.cuda.Event.query", "torch.cuda.Event.elapsed_time",
+    "torch.seed", "torch.initial_seed", "torch.get_rng_state", "torch.set_rng_state", "torch.random.get_rng_state",
+    "torch.random.set_rng_state",
 )  # fmt: skip
+HEALTH_CHECKS = (
+    "_accelerator_graph_capture_health_check",
+    "_cuda_graph_capture_health_check",
+)  # by torch's version
 
 
 COLLECTIVES = ("allreduce_", "broadcast_", "_allgather_base_", "allgather_", "reduce_scatter_", "barrier")
@@ -64,6 +70,12 @@ class _Refuse(TorchFunctionMode):
         if (kwargs or {}).get("pin_memory"):
             raise CaptureError(f"{name} in a capture: an allocation of pinned memory")
         return func(*args, **(kwargs or {}))
+
+
+def _refuse_uncapturable(optimizer: torch.optim.Optimizer) -> None:
+    """What those of torch.optim that know the word ask of a GPU, and never of a CPU."""
+    if not all(group["capturable"] for group in optimizer.param_groups):
+        raise CaptureError(f"a step of {type(optimizer).__name__} in a capture: its capturable is False")
 
 
 @dataclass
@@ -175,6 +187,8 @@ class Tape(TorchDispatchMode):
             for name in SYNCHRONISATIONS:
                 error = CaptureError(f"{name} in a capture")
                 stack.enter_context(mock.patch(name, side_effect=error))
+            for name in (check for check in HEALTH_CHECKS if hasattr(torch.optim.Optimizer, check)):
+                stack.enter_context(mock.patch.object(torch.optim.Optimizer, name, _refuse_uncapturable))
             stack.enter_context(_Refuse())
             stack.enter_context(self)
             yield
@@ -206,13 +220,19 @@ class Tape(TorchDispatchMode):
 
 
 def install_collectives() -> None:
-    """In this process, for good: as with NCCL, an all-reduce in a capture is recorded and not done."""
-    all_reduce = dist.all_reduce
+    """In this process, for good: as with NCCL, an all-reduce in a capture is recorded and not done, and takes a connection that
+    an earlier one of its size and type has made."""
+    all_reduce, connected = dist.all_reduce, set[Any]()
 
     def recorded(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        tape = Tape.capturing
+        tape, kind = Tape.capturing, (tensor.numel(), tensor.dtype)
         if tape is None:
+            connected.add(kind)
             return all_reduce(tensor, *args, **kwargs)
+        if kind not in connected:
+            raise CaptureError(f"an all-reduce of {kind} in a capture: NCCL would connect in it")
+        if not tensor.is_contiguous():
+            raise CaptureError("an all-reduce of strided memory")
         tape.calls.append((all_reduce, (tape._reference("all_reduce")(tensor), *args), kwargs, None))
         return None
 

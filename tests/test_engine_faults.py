@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,33 +68,63 @@ def log_meter(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
 
 
 class FakeCuda:
-    """torch.cuda with a current stream, and a capture whose end fails, as that of one that was invalidated does."""
+    """torch.cuda with its allocators of device and pinned memory, and captures of which the first fails at its end, as one that
+    was invalidated does. `unwinds`: torch itself then stops the recording to the pool; 2.11 and 2.12 do not
+    (`capture_end` in aten/src/ATen/cuda/CUDAGraph.cpp).
+    """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, unwinds: bool) -> None:
         self.stream: Any = "the caller's"
-        self.in_pool = False
-        self.resets = 0
+        self.recording: dict[str, set[Any]] = {"device": set(), "host": set()}  # pools, by allocator
+        self.users: Counter[Any] = Counter()  # captures that hold a pool
+        self.fails, self.unwinds = True, unwinds
+        pools = itertools.count()
+
+        def record(pool: Any) -> None:
+            """Of each allocator, `begin_allocate_to_pool`."""
+            for allocator in self.recording.values():
+                if pool in allocator:
+                    raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+                allocator.add(pool)
 
         @contextlib.contextmanager
         def capturing(graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
-            """torch.cuda.graph in short: it restores nothing where the capture cannot be ended."""
-            self.stream, self.in_pool = stream, True
+            """torch.cuda.graph in short."""
+            self.stream = stream
+            record(pool)
+            self.users[pool] += 1
             yield
-            raise RuntimeError("operation failed due to a previous error during capture")
+            failed, self.fails = self.fails, False
+            if not failed or unwinds:
+                self.stream = "the caller's"
+                for allocator in self.recording.values():
+                    allocator.remove(pool)
+                graph.held.append(pool)
+            if failed:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        def make_graph() -> Any:
+            def reset() -> None:
+                while graph.held:
+                    release(0, graph.held.pop())
+
+            graph = SimpleNamespace(reset=reset, replay=None, held=[])
+            return graph
 
         def end(device: int, pool: Any) -> None:
-            if not self.in_pool:
-                raise RuntimeError("not in a pool")
-            self.in_pool = False
+            if pool not in self.recording["device"]:
+                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+            self.recording["device"].remove(pool)
 
-        def reset() -> None:
-            self.resets += 1
+        def release(device: int, pool: Any) -> None:
+            self.users[pool] -= 1
+            assert self.users[pool] >= 0, "uc >= 0 INTERNAL ASSERT FAILED"
 
         for name, function in {
             "graph": capturing,
-            "CUDAGraph": lambda: SimpleNamespace(reset=reset, replay=None),
+            "CUDAGraph": make_graph,
             "Stream": lambda _: "the capture's",
-            "graph_pool_handle": lambda: (0, 1),
+            "graph_pool_handle": lambda: (0, next(pools)),
             "current_stream": lambda _: self.stream,
             "set_stream": lambda stream: setattr(self, "stream", stream),
             "synchronize": lambda _: None,
@@ -101,11 +133,25 @@ class FakeCuda:
         }.items():
             monkeypatch.setattr(torch.cuda, name, function)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
 
 
-def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
+@pytest.mark.parametrize("unwinds", [False, True], ids=["torch 2.11", "torch 2.14"])
+def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, *, unwinds: bool
+) -> None:
+    """Graphs that are captured later are not concerned: those of the next engine, and of evaluation."""
+    cuda = FakeCuda(monkeypatch, unwinds=unwinds)
     make_graph = make_graphs(torch.device("cuda", 0))
     with pytest.raises(RuntimeError, match="previous error during capture"), make_graph().capture():
         assert cuda.stream == "the capture's"
-    assert (cuda.stream, cuda.in_pool, cuda.resets) == ("the caller's", False, 1)
+    assert (cuda.stream, cuda.recording["device"]) == ("the caller's", set())
+    assert not any(cuda.users.values()), "memory of which nobody gives back what it took stays taken"
+    graphs = [make_graph() for _ in range(2)]
+    for graph in graphs:
+        with graph.capture():
+            pass
+    assert sorted(cuda.users.values()) == [0, 2] or list(cuda.users.values()) == [2], "they share one pool"
+    for graph in graphs:
+        graph.reset()
+    assert not any(cuda.users.values())

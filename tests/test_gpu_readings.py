@@ -185,6 +185,12 @@ def test_what_interferes_with_an_epoch(
     assert epochs.stop(1.0).interference == (() if cause is None else (cause,))
 
 
+def test_a_clock_that_cannot_be_read_has_not_fallen(nvml: NvmlStub, cuda: Cuda) -> None:
+    nvml.set(FAIL=f"nvmlDeviceGetClockInfo={pynvml.NVML_ERROR_UNKNOWN}@1")
+    epochs = EpochTelemetry(GPU)
+    assert [epochs.stop(1.0).interference for _ in range(2)] == [(), ()]
+
+
 # --- what goes wrong ---
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from records import NO_GPU, make_memory
+from test_train import run, small
 from torch import nn
 
 from harness.results.values import Measurement, Memory
@@ -130,6 +136,31 @@ def test_a_second_run_in_a_process_has_the_figures_of_the_first(
     assert second.by_category_mib == pytest.approx(expected)
     for figure in ("torch_allocated_mib", "torch_reserved_mib", "warmup_allocated_mib", "warmup_reserved_mib"):
         assert getattr(second, figure) == getattr(first, figure), figure
+
+
+def test_where_ranks_first_meet_is_where_nccl_takes_its_buffers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Outside of its category they would count as kernels."""
+    inside, met = list[str](), list[list[str]]()
+    category = MemoryMeter.category
+
+    @contextmanager
+    def entered(self: MemoryMeter, name: str) -> Iterator[None]:
+        inside.append(name)
+        with category(self, name):
+            yield
+        inside.pop()
+
+    def gather(value: Any) -> list[Any]:
+        met.append([*inside])
+        return [value]
+
+    monkeypatch.setattr(MemoryMeter, "category", entered)
+    for module in ("setup", "train", "checkpoint", "watchdog", "engine", "telemetry"):
+        monkeypatch.setattr(f"harness.training.{module}.gather", gather)
+    run(small(recipe={"duration": 1}), tmp_path)
+    assert met[0] == ["NCCL"]
 
 
 def test_growth_is_the_largest_of_the_ranks_too() -> None:

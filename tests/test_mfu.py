@@ -14,11 +14,13 @@ from command import harness
 from records import make_record
 from torch import nn
 
+from harness.cluster.job import Worker
 from harness.models.build import build, count_flops
 from harness.models.variants import find_variant
 from harness.results.store import load_records
 from harness.training import rates
 from harness.training.rates import find_peak, load_data_sheets, measure_peak
+from harness.training.train import count_work
 
 CPU = torch.device("cpu")
 
@@ -47,6 +49,12 @@ def test_mfu_is_three_forward_passes_over_the_peak_of_all_workers() -> None:
     assert result.model_copy(update={"peak_flops": 5e11}).mfu is None, (
         "above 100: that peak was measured on a busy device"
     )
+
+
+def test_no_peak_is_measured_on_a_gpu_that_runs_share() -> None:
+    """It would be kept for runs to come that have the GPU to themselves, and make their MFU too large."""
+    nothing: Any = None
+    assert count_work(nothing, Worker(device="cuda:0", runs_per_gpu=2), nothing) == {}
 
 
 def test_data_sheets_are_dense_and_ordered() -> None:

@@ -16,6 +16,17 @@ X = torch.arange(6.0)
 LABELS = torch.tensor([0, 1, 1])
 GENERATOR = torch.Generator()
 
+
+def make_adamw(*, capturable: bool) -> torch.optim.Optimizer:
+    """One whose state and gradient are there already."""
+    parameter = torch.nn.Parameter(X.clone())
+    parameter.grad = torch.ones_like(X)
+    optimizer = torch.optim.AdamW([parameter], lr=torch.ones(()), fused=True, capturable=capturable)
+    optimizer.state[parameter] = {name: torch.zeros_like(X) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[parameter]["step"] = torch.zeros(())
+    return optimizer
+
+
 FORBIDDEN: dict[str, Callable[[], Any]] = {
     "item": lambda: X.sum().item(),
     "float": lambda: float(X.sum()),
@@ -42,6 +53,9 @@ FORBIDDEN: dict[str, Callable[[], Any]] = {
     "seed": lambda: torch.manual_seed(1),
     "synchronize": lambda: torch.cuda.synchronize(),
     "resize": lambda: X.clone().resize_(12),
+    "state of the generator": lambda: torch.get_rng_state(),
+    "fork of the generator": lambda: torch.random.fork_rng(devices=[]).__enter__(),
+    "adamw": lambda: make_adamw(capturable=False).step(),
 }
 ALLOWED: dict[str, Callable[[], Any]] = {
     "masked_fill": lambda: X.masked_fill(X > 1, 0.0),
@@ -72,6 +86,14 @@ def test_what_a_capture_allows(work: Callable[[], Any]) -> None:
     tape, result = capture(work)
     tape.replay()
     assert torch.equal(result, work())
+
+
+def test_an_optimizer_that_can_be_captured_is_replayed() -> None:
+    optimizer = make_adamw(capturable=True)
+    (parameter,) = optimizer.param_groups[0]["params"]
+    tape, _ = capture(optimizer.step)
+    tape.replay()
+    assert float(optimizer.state[parameter]["step"]) == 1 + 1, "CPU kernels of it are done while they are recorded"
 
 
 def test_nothing_is_computed_by_a_capture_and_a_replay_computes_it() -> None:

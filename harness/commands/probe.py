@@ -33,7 +33,7 @@ from harness.resources import Session
 from harness.results.metrics import NONE, figures
 from harness.results.report.text import fill_template
 from harness.results.store import keep_prediction, load_predictions
-from harness.results.values import EpochMetrics, Measurement, Prediction
+from harness.results.values import EpochMetrics, Measurement, Prediction, measured
 from harness.spec import RunPaths, RunSpec
 from harness.training import rates
 from harness.training.engine import Engine
@@ -43,7 +43,7 @@ from harness.training.recipe import total_steps
 from harness.training.setup import Trainer, make_step, prepare, training
 from harness.training.step import deterministic_algorithms, make_autocast, synchronize
 from harness.training.telemetry import EpochTelemetry, device_name
-from harness.training.train import run_steps
+from harness.training.train import run_steps, why_no_energy
 from harness.training.watchdog import Watchdog
 
 WARMUP_STEPS = 10  # not timed
@@ -128,11 +128,6 @@ def print_outcomes(
         say(console, line)
 
 
-def train_steps(trainer: Trainer, epoch: int, steps: int) -> EpochMetrics:
-    """Train up to `steps` steps of an epoch."""
-    return run_steps(trainer, epoch=epoch, steps=min(steps, trainer.run.train_loader.steps))
-
-
 # --- --estimate ---
 
 
@@ -157,7 +152,7 @@ def time_steps(trainer: Trainer, epoch: int) -> tuple[EpochMetrics, float]:
                 requested_at = time.perf_counter()
 
     paced: Any = SimpleNamespace(epoch=batches, steps=loader.steps)
-    metrics = train_steps(replace(trainer, run=replace(trainer.run, train_loader=paced)), epoch, steps)
+    metrics = run_steps(replace(trainer, run=replace(trainer.run, train_loader=paced)), epoch=epoch, steps=steps)
     # where all steps come from the queue, they are the epoch
     pace = (time.perf_counter() - requested_at) / max(1, metrics.steps - queue)
     return metrics, metrics.train_seconds + (loader.steps - metrics.steps) * pace
@@ -187,7 +182,7 @@ def predict(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths) -
         deterministic_algorithms(spec), closing(prepared), closing(EpochTelemetry(device)) as telemetry,
         training(prepared) as trainer,
     ):  # fmt: skip
-        train_steps(trainer, 0, WARMUP_STEPS)
+        run_steps(trainer, epoch=0, steps=WARMUP_STEPS)
         setup_seconds = worker.launch_seconds + time.perf_counter() - entered_at
         time_eval(trainer, prepared.eval_loader)
         prepared.meter.reset()
@@ -198,14 +193,10 @@ def predict(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths) -
         eval_seconds = time_eval(trainer, prepared.eval_loader) * eval_batches
         memory = largest(gather(trainer.measure_memory()))
 
-    joules, reason = reading.energy_joules, "NVML does not count this GPU's energy"
-    if device.type == "cpu":
-        reason = "no GPU was used"
-    elif joules is not None and metrics.train_seconds < ENERGY_SECONDS:
+    joules, reason = reading.energy_joules, why_no_energy(worker)
+    if joules is not None and metrics.train_seconds < ENERGY_SECONDS:
         joules, reason = None, f"{metrics.steps} steps are too short for NVML's energy counter"
-    energy = Measurement(value=None, reason=reason)
-    if joules is not None:
-        energy = Measurement(value=joules * loader.steps / metrics.steps)
+    energy = measured(joules and joules * loader.steps / metrics.steps, reason)
     values = spec.to_json()
     del values["seed"]
     return Prediction(
@@ -239,11 +230,11 @@ def print_estimate(
 
     def line(spec: RunSpec, one: Prediction) -> list[list[str]]:
         memory = {name: getattr(one.memory, field) for name, field in MEMORY.items()}
-        for name, measured in {**memory, "kJ": one.energy_joules}.items():
-            if measured.value is None:
-                missing[str(measured.reason)][name] = None
+        for name, figure in {**memory, "kJ": one.energy_joules}.items():
+            if figure.value is None:
+                missing[str(figure.reason)][name] = None
         seconds = [figures(one.epoch_seconds), duration(one.eval_seconds), duration(one.run_seconds)]
-        held = (measured.value for measured in memory.values())
+        held = (figure.value for figure in memory.values())
         rest = map(figures, (hours[spec] if on_gpu else None, *held, kilojoules[spec]))
         return [[*seconds, str(runs[spec]), *rest]]
 
@@ -368,13 +359,13 @@ def break_down(spec: RunSpec, worker: Worker, report: Report, *, paths: RunPaths
         plain = Engine("eager", step)
         with closing(Watchdog(device)) as watchdog:
             by_parts = Trainer(prepared, step, plain, plain, watchdog)
-            train_steps(by_parts, 0, WARMUP_STEPS)
+            run_steps(by_parts, epoch=0, steps=WARMUP_STEPS)
             step.mark = clock.mark
-            train_steps(by_parts, 1, STEPS)
+            run_steps(by_parts, epoch=1, steps=STEPS)
             parts = clock.read()
         with training(prepared) as trainer:
-            train_steps(trainer, 2, WARMUP_STEPS)
-            metrics = train_steps(trainer, 3, STEPS)
+            run_steps(trainer, epoch=2, steps=WARMUP_STEPS)
+            metrics = run_steps(trainer, epoch=3, steps=STEPS)
     took = np.array(list(parts.values()))  # (parts, steps)
     quarter = took.shape[1] // 4  # the same steps of all parts, or they would not add up
     middle = took.sum(0).argsort()[quarter : took.shape[1] - quarter]

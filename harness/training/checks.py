@@ -39,7 +39,7 @@ from harness.spec import Engine, Precision, RunSpec
 from harness.training.checkpoint import resume, save
 from harness.training.rates import find_peak, instant, seconds_between
 from harness.training.setup import Prepared, Trainer, assemble, training
-from harness.training.step import deterministic_algorithms, sum_gradients, synchronize
+from harness.training.step import DTYPES, deterministic_algorithms, sum_gradients, synchronize
 from harness.training.train import run_steps
 
 SIZE, IMAGES, BATCH, EPOCHS, CLASSES = 8, 75, 16, 6, 10  # five steps an epoch, the last one short
@@ -209,8 +209,7 @@ def check_precision(bench: Bench, precision: Precision) -> Figure:
         raise RuntimeError("this GPU has no TF32 and computes in fp32")
     metrics, weights = train(bench.worker, precision=precision)
     worst, words = compare(metrics, bench.eager, "fp32's")
-    if precision != "tf32":  # of which some kernels are fp32's
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    if dtype := DTYPES.get(precision):  # of TF32 some kernels are fp32's
         if worst == 0:
             raise RuntimeError("it computes in fp32")
         if all(torch.equal(w, w.to(dtype).to(w.dtype)) for w in weights.values() if w.ndim == 4):

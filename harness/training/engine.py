@@ -35,10 +35,11 @@ MakeGraph = Callable[[], "CudaGraph"]
 
 
 class CudaGraph:
-    """Records work on a device and does it again, on the same tensors. The graphs of a run share pool and stream."""
+    """Records work on a device and does it again, on the same tensors. The graphs of a run share the last of `pools`, and the
+    stream."""
 
-    def __init__(self, device: torch.device, pool: Any, stream: torch.cuda.Stream) -> None:
-        self._device, self._pool, self._stream = device, pool, stream
+    def __init__(self, device: torch.device, pools: list[Any], stream: torch.cuda.Stream) -> None:
+        self._device, self._pools, self._stream = device, pools, stream
         self._graph = torch.cuda.CUDAGraph()
         self.reserved_bytes = 0  # by which the pool grew
         self.replay = self._graph.replay
@@ -59,16 +60,19 @@ class CudaGraph:
         caller = torch.cuda.current_stream(self._device)
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(self._device)
+        before, index, pool = torch.cuda.memory_reserved(self._device), self._device.index or 0, self._pools[-1]
         try:
             # thread_local: NCCL's threads may call CUDA meanwhile
-            with torch.cuda.graph(self._graph, self._pool, self._stream, "thread_local"):
+            with torch.cuda.graph(self._graph, pool, self._stream, "thread_local"):
                 yield
         except BaseException:
-            # a capture that cannot be ended leaves the allocator in the graphs' pool; before torch 2.14, its stream too
+            # before torch 2.14, a capture that cannot be ended leaves its stream, and the allocators of the device and of
+            # pinned memory record into the pool: the second cannot be ended from here, and refuses that pool from now on
             torch.cuda.set_stream(caller)
+            self._pools.append(torch.cuda.graph_pool_handle())
             with suppress(RuntimeError):  # it has ended already
-                torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+                torch._C._cuda_endAllocateToPool(index, pool)
+                torch._C._cuda_releasePool(index, pool)
             self._graph.reset()
             raise
         self.reserved_bytes = torch.cuda.memory_reserved(self._device) - before
@@ -179,7 +183,7 @@ def make_graphs(device: torch.device) -> MakeGraph:
     """What captures on this device. Raises RuntimeError where nothing does."""
     if device.type != "cuda":
         raise RuntimeError(f"a {device.type} cannot capture graphs, a GPU can")
-    return partial(CudaGraph, device, torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+    return partial(CudaGraph, device, [torch.cuda.graph_pool_handle()], torch.cuda.Stream(device))
 
 
 def compile_network(network: nn.Module) -> Callable[[Tensor], Tensor]:

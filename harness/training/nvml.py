@@ -135,9 +135,8 @@ def count_gpus() -> int:
     if visible is None:
         return count
     named = visible.split(",")  # of MIG instances a GPU has several
-    return (
-        len(named) if count and all(name.strip().startswith("MIG-") for name in named) else min(count, len(named))
-    )
+    of_mig = all(name.strip().startswith("MIG-") for name in named)
+    return len(named) if count and of_mig else min(count, len(named))
 
 
 def driver_version() -> str:

@@ -29,10 +29,9 @@ from harness.loaders.sampling import Augment, LoaderConfig, make_normalize
 from harness.results.store import write_atomic
 from harness.spec import Precision
 from harness.training.host import count_cpus
-from harness.training.step import set_precision
+from harness.training.step import DTYPES, set_precision
 from harness.training.telemetry import device_name
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # others compute in float32
 SIDE = {"cuda": 8192, "cpu": 2048}  # of matrices that are multiplied
 SECONDS = 0.5  # of products
 PEAKS = "peaks.json"

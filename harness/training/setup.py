@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from harness.cluster.job import Worker
+from harness.cluster.workers import gather
 from harness.loaders.datasets import Dataset, Split, hold_out, limit, load_dataset
 from harness.loaders.loader import Loader, make_evaluation_loader, make_loaders
 from harness.loaders.sampling import Augment, LoaderConfig, SamplingPlan, make_augment, make_normalize
@@ -115,11 +116,13 @@ def assemble(
     spec: RunSpec, dataset: Dataset, worker: Worker, warn: Callable[[str], None] = warnings.warn,
     meter: MemoryMeter | None = None,
 ) -> Prepared:  # fmt: skip
-    """Set the device up and make loaders, network and optimizer."""
+    """Set the device up and make loaders, network and optimizer. A collective."""
     device, data = torch.device(worker.device), split_data(spec, dataset)
     meter = meter or MemoryMeter(device)  # before anything touches the device
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    with meter.category("NCCL"):  # which takes its buffers where the ranks first meet
+        gather(None)
     torch.set_num_threads(worker.threads)
     set_precision(spec.precision)
     torch.backends.cudnn.benchmark = not spec.deterministic

@@ -21,6 +21,7 @@ from harness.spec import Precision, RunSpec
 from harness.training.batch_norm import AllReduce, SyncBatchNorm
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # others compute in float32
 
 
 @dataclass(slots=True)
@@ -164,10 +165,9 @@ def set_precision(precision: Precision) -> None:
 def make_autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """bf16 and fp16 by autocast: weights, momentum and batch norm's statistics stay in fp32. Casts are not kept: a
     captured graph would go on with those of its first step."""
-    if precision in ("fp32", "tf32"):
+    if precision not in DTYPES:
         return nullcontext()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, dtype=dtype, cache_enabled=False)
+    return torch.autocast(device.type, dtype=DTYPES[precision], cache_enabled=False)
 
 
 @contextmanager

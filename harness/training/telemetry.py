@@ -85,7 +85,7 @@ class EpochTelemetry:
 
     def _interference(self) -> set[str]:
         """Of this rank's GPU."""
-        clock = self._gpu.read("sm_clock_mhz") or 0.0
+        clock = self._gpu.read("sm_clock_mhz") or self._highest_clock  # unread, it has not fallen
         self._highest_clock = max(self._highest_clock, clock)
         processes = self._gpu.read("processes") or {}  # those of another PID namespace say nothing
         shared, slow = os.getpid() in processes and len(processes) > 1, clock < CLOCK_SHARE * self._highest_clock

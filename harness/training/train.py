@@ -156,8 +156,9 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
 
 
 def count_work(run: Prepared, worker: Worker, paths: RunPaths) -> dict[str, Any]:
-    """The fields of a result that MFU is of: the network's FLOPs and the device's peak. Known to rank 0 alone."""
-    if worker.rank:
+    """The fields of a result that MFU is of: the network's FLOPs and the device's peak, which is kept for other runs: where runs
+    share a GPU none is measured. Known to rank 0 alone."""
+    if worker.rank or worker.runs_per_gpu > 1:
         return {}
     try:
         forward = count_flops(run.network, run.loader_config.augment.crop_size(run.data.train)[0])
@@ -220,22 +221,21 @@ def save_weights(run: Prepared, folder: Path) -> None:
 
 
 def run_steps(trainer: Trainer, *, epoch: int, steps: int, part: EpochPart | None = None) -> EpochMetrics:
-    """Train the first `steps` steps of an epoch, but for a part that was done before, timed from the request for the first
-    batch to the last written weight. No step waits for its own end. Raises StoppedError where the ranks stop."""
+    """Train the first `steps` steps of an epoch, if it has as many, but for a part that was done before, timed from the request
+    for the first batch to the last written weight. No step waits for its own end. Raises StoppedError where the ranks stop."""
     run, loader, recipe = trainer.run, trainer.run.train_loader, trainer.run.spec.recipe
+    steps = min(steps, loader.steps)
     rank, world_size = run.loader_config.rank, run.loader_config.world_size
     mixed = recipe.mixup and recipe.mixup_partner == "batch"
     # of mixup alone: the loader's plan has its own, and so has each augmentation
     random = np.random.default_rng([run.spec.seed, epoch, rank])
-    totals = trainer.step.totals.zero_()
-    first, seen, lr, stall_seconds, train_seconds, stopped = 0, 0.0, float("nan"), 0.0, 0.0, False
-    if part is not None:
-        *before_it, seen = part.sums[rank]
-        totals.copy_(totals.new_tensor(before_it))
-        first, stall_seconds, train_seconds = part.steps, part.data_stall_seconds, part.train_seconds
-        for count in run.batch_sizes(run.data.train, recipe.batch_size)[:first] if mixed else ():
-            draw_mix(count, recipe.mixup, random)
-    done = first
+    part = part or EpochPart(steps=0, sums=[[0.0] * 3] * world_size, train_seconds=0.0, data_stall_seconds=0.0)
+    first, stall_seconds, train_seconds = part.steps, part.data_stall_seconds, part.train_seconds
+    *before_it, seen = part.sums[rank]
+    totals = trainer.step.totals.copy_(trainer.step.totals.new_tensor(before_it))
+    for count in run.batch_sizes(run.data.train, recipe.batch_size)[:first] if mixed else ():
+        draw_mix(count, recipe.mixup, random)
+    lr, stopped, done = float("nan"), False, first
     trainer.watchdog.finish()
     trainer.watchdog.moved()
     started_at = requested_at = time.perf_counter()
@@ -309,14 +309,18 @@ def mark_outliers(history: Sequence[EpochMetrics]) -> list[EpochMetrics]:
     return [row.model_copy(update=outlier) if row.timed and row.train_seconds > limit else row for row in history]
 
 
+def why_no_energy(worker: Worker) -> str:
+    """Of a run with such workers."""
+    if worker.runs_per_gpu > 1:
+        return f"{worker.runs_per_gpu} runs share the GPU"
+    return "no GPU was used" if worker.device == "cpu" else "NVML does not count this GPU's energy"
+
+
 def total_energy(history: Sequence[EpochMetrics], worker: Worker) -> Measurement:
     """Joules of all epochs, with what they hold beside this run and what they lack; or why there is no such figure."""
-    if worker.runs_per_gpu > 1:
-        return Measurement(value=None, reason=f"{worker.runs_per_gpu} runs share the GPU")
     joules = [row.energy_joules for row in history if row.energy_joules is not None]
-    if len(joules) < len(history):
-        reason = "no GPU was used" if worker.device == "cpu" else "NVML does not count this GPU's energy"
-        return Measurement(value=None, reason=reason)
+    if len(joules) < len(history) or worker.runs_per_gpu > 1:
+        return Measurement(value=None, reason=why_no_energy(worker))
     shared = sum(INTERFERENCE[0] in row.interference for row in history)
     remarks = {
         "with the energy of other processes in {} epochs": shared,
