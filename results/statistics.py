@@ -147,11 +147,13 @@ def prior_std(error: float, images: int) -> float:
     return PRIOR_FACTOR * 100 * math.sqrt(max(error, 0.5) / 100 / (2 * images))
 
 
-def scatter(rows: Iterable[Sequence[float]], images: int) -> float:
-    """How many times `prior_std` runs spread, at least once: by the median row of those with three runs or more."""
+def scatter(rows: Iterable[tuple[Sequence[float], int]]) -> float:
+    """How many times `prior_std` runs spread, at least once: by the median row, errors and images, of those with three runs or
+    more that did not diverge."""
     ratios = [
-        (own / prior_std(mean(errors), images)) ** 2 / (1 - 2 / (9 * (len(errors) - 1))) ** 3  # by the median of chi²
-        for errors in rows if len(errors) > 2 and (own := std(errors)) is not None
+        ((std(errors) or 0.0) / prior_std(mean(errors), images)) ** 2
+        / (1 - 2 / (9 * (len(errors) - 1))) ** 3  # by the median of chi²
+        for errors, images in rows if len(errors) > 2 and all(map(math.isfinite, errors))
     ]  # fmt: skip
     return math.sqrt(max(1.0, statistics.median(ratios))) if ratios else 1.0
 
