@@ -21,7 +21,7 @@ from harness.results.published import Published
 MAX_SEEDS = 1_000
 LEVEL, ALPHA = 0.90, 0.05
 """Of every interval that is shown and decides, and of each of its ends. `--until-ci` alone has 95 %, and says so."""
-GOAL_LEVEL = 0.96  # of `--until-ci`: as one stops by it, it holds the true mean in 95 %
+GOAL_LEVEL, OWN_GOAL_LEVEL = 0.965, 0.98  # of `--until-ci`: as one stops by them, they hold the true mean in 95 %
 PRIOR_FREEDOM, PRIOR_FACTOR = 8, 1.3
 NORMAL_QUANTILE = 1.959964  # 97.5 %
 MEDIAN_RUNS = {1: 1.0, 2: 2.0, 3: 2.23, 4: 3.36, 5: 3.49, 6: 4.65, 7: 4.75, 8: 5.94, 9: 6.0, 10: 7.25}
@@ -194,9 +194,12 @@ def estimate_mean(
 
 
 def goal_half(errors: Sequence[float], images: int | None) -> float:
-    """Half the interval of the mean by which `--until-ci` stops, in points."""
+    """Half the interval of the mean by which `--until-ci` stops, in points: of a higher level where the own spread counts alone,
+    as one stops when that is small by chance."""
     estimate = estimate_mean(errors, images) if errors else None
-    return math.inf if estimate is None else estimate.half(GOAL_LEVEL)
+    if estimate is None:
+        return math.inf
+    return estimate.half(OWN_GOAL_LEVEL if estimate.freedom < len(errors) else GOAL_LEVEL)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
