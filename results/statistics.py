@@ -168,8 +168,6 @@ def moderated(centre: float, own: float | None, n: int, images: int, others: flo
     prior, freedom = others * prior_std(centre, images), PRIOR_FREEDOM + n - 1
     if own is not None and own > prior:
         return own**2, n - 1
-    if others > 1:  # those whose spread is small by chance would be the ones that are found to differ
-        own = prior
     return (PRIOR_FREEDOM * prior**2 + (n - 1) * (own or 0.0) ** 2) / freedom, freedom
 
 
