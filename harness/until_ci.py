@@ -1,7 +1,7 @@
 """`run --until-ci`: seeds are added to a row until its error is known well enough, or cannot become so.
 
-The interval is `estimate_mean`'s at 96 %, looked at from the fifth seed on. As one stops by it, it holds the true mean in 95 %
-(simulated: tests/test_until_ci.py). A goal that the noise of the test images alone puts out of reach is refused: a limit of
+The interval is `goal_half`'s, looked at from the fifth seed on. As one stops by it, it holds the true mean in 95 %, however runs
+scatter (simulated: tests/test_until_ci.py). A goal that the noise of the test images alone puts out of reach is refused: a limit of
 seeds would select the rows whose spread is small by chance.
 """
 

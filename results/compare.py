@@ -10,7 +10,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate, pairwise
@@ -38,6 +38,7 @@ SESSION_GAP = timedelta(hours=1)
 Test = Estimate | Shift
 Side = Sequence[tuple[Record, float]]
 """Runs, each with its figure."""
+Matched = tuple[Row | None, Row | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ def compare(
         always = name in ("variant", "network.depth", *IMAGES)
         if max(len(in_a), len(in_b)) > 1 and (always or in_a & in_b):
             names.append(name)
-    return _match(a, b, names, metrics, across)
+    return _compare_all(_match(a, b, names), metrics, across)
 
 
 def compare_by(
@@ -180,7 +181,8 @@ def compare_by(
     if any(len(set(keys)) < len(keys) for keys in finished):  # rows of one side differ in what follows
         names, follows = bound, ()
     overlooked = (by_field, *follows, *across)
-    return [p for value in others for p in _match(sides[first], sides[value], names, metrics, overlooked)]
+    matched = [both for value in others for both in _match(sides[first], sides[value], names)]
+    return _compare_all(matched, metrics, overlooked)
 
 
 def _key(row: Row, names: Iterable[str]) -> tuple[str, ...]:
@@ -195,25 +197,27 @@ def _natural(value: str) -> tuple[float, str]:
         return math.inf, value
 
 
-def _match(
-    a: Sequence[Row], b: Sequence[Row], names: Sequence[str], metrics: Sequence[str], overlooked: Sequence[str]
-) -> list[Pair]:
+def _match(a: Sequence[Row], b: Sequence[Row], names: Sequence[str]) -> list[Matched]:
     """Every row of A with those of B that agree in these fields; a row without a result has no machine to agree in."""
     shared = [name for name in names if all(name in row.fields for row in (*a, *b))]
     partners: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in b:
         partners[_key(row, shared)].append(row)
-    both, matched = list[tuple[Row, Row | None]](), set[int]()
+    both, matched = list[Matched](), set[int]()
     for row in a:
         alike = partners.get(_key(row, shared), [])
         others = [o for o in alike if not (row.done and o.done) or _key(row, names) == _key(o, names)]
         matched |= set(map(id, others))
         both += [(row, other) for other in others if row.done or other.done]
         both += [(row, None)] if row.done and not others else []
-    spread = _find_scatter([row for each in both for row in each if row and row.done])
-    of = sum(two is not None for _, two in both)
-    pairs = [_pair(x, y, metrics, tuple(overlooked), spread, of) if y else Pair(x, None) for x, y in both]
-    return pairs + [Pair(None, row) for row in b if row.done and id(row) not in matched]
+    return both + [(None, row) for row in b if row.done and id(row) not in matched]
+
+
+def _compare_all(matched: Sequence[Matched], metrics: Sequence[str], overlooked: Sequence[str]) -> list[Pair]:
+    """By the scatter of all rows, each once: beside several others, A's chance spread would count with every one of them."""
+    spread = _find_scatter({id(row): row for both in matched for row in both if row and row.done}.values())
+    of = sum(None not in both for both in matched)
+    return [_pair(x, y, metrics, tuple(overlooked), spread, of) if x and y else Pair(x, y) for x, y in matched]
 
 
 def nearest(pairs: Sequence[Pair]) -> list[str]:
@@ -227,14 +231,14 @@ def _differences(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[
     return {name: values for name, values in both.items() if values[0] != values[1]}
 
 
-def _find_scatter(rows: Sequence[Row]) -> dict[str, float]:
+def _find_scatter(rows: Collection[Row]) -> dict[str, float]:
     """How many times the noise of the test images runs scatter, by the name of an error."""
-    found = {}
-    for name, metric in METRICS.items():
-        sides = [row.measured(name) for row in rows] if metric.kind == "error" else []
-        if images := next(filter(None, (_images(side, name) for side in sides if side)), None):
-            found[name] = scatter([[error for _, error in side] for side in sides], images)
-    return found
+    names = [name for name, metric in METRICS.items() if metric.kind == "error"]
+    sides = {name: [side for row in rows if (side := row.measured(name))] for name in names}
+    return {
+        name: scatter([([e for _, e in side], n) for side in sides[name] if (n := _images(side, name))])
+        for name in names
+    }
 
 
 def _images(side: Side, name: str) -> int | None:
@@ -314,7 +318,7 @@ def _paired(sides: Sequence[Side], of: int) -> Estimate | None:
     if min(max(a) - min(a), max(b) - min(b)) == 0:
         return None
     r = min(statistics.correlation(a, b), 1 - 1e-12)
-    if r * math.sqrt((n - 2) / (1 - r * r)) < t_quantile(1 - 0.025 / of, n - 2):
+    if r <= 0 or r * math.sqrt((n - 2) / (1 - r * r)) < t_quantile(1 - 0.025 / of, n - 2):
         return None
     return estimate_mean([y - x for x, y in zip(a, b, strict=True)], None)
 
@@ -392,8 +396,8 @@ class Gate(NamedTuple):
 def check_conditions(pairs: Sequence[Pair], conditions: Sequence[Condition]) -> Gate:
     """Test every pair, each condition at 5 % over all pairs (Holm).
 
-    A condition is met where the difference is beyond its limit and the interval beyond 0 (or the limit, if that is
-    nearer), and by the interval alone where that is beyond a limit that is worse than 0.
+    A condition is met where the difference is beyond its limit and, by Holm's p, beyond 0 (or the limit, if that is less): the
+    interval's, where there is one pair.
     """
     gate = Gate([], [])
     if not conditions:
@@ -413,8 +417,9 @@ def check_conditions(pairs: Sequence[Pair], conditions: Sequence[Condition]) -> 
                 gate.unclear.append(f"{line} cannot tell: {figure if figure.test is None else 'A is 0'}")
             elif figure.disturbed:
                 gate.unclear.append(f"{line} cannot tell: no epoch of some runs was undisturbed")
-            elif (on[0].value > on[1] and p <= ALPHA + 1e-9) or on[0].interval().low > on[1] > 0:
+            elif on[0].value > on[1] and p <= ALPHA + 1e-9:
                 gate.failed.append(f"{line} fails: {figure}")
             elif on[0].interval().high > on[1]:
-                gate.unclear.append(f"{line} cannot tell: {figure}")
+                over = f", p {p:.2g} over {len(ps)} rows" if on[0].value > on[1] and len(ps) > 1 else ""
+                gate.unclear.append(f"{line} cannot tell: {figure}{over}")
     return gate

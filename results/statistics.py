@@ -21,7 +21,7 @@ from harness.results.published import Published
 MAX_SEEDS = 1_000
 LEVEL, ALPHA = 0.90, 0.05
 """Of every interval that is shown and decides, and of each of its ends. `--until-ci` alone has 95 %, and says so."""
-GOAL_LEVEL = 0.96  # of `--until-ci`: as one stops by it, it holds the true mean in 95 %
+GOAL_LEVEL, OWN_GOAL_LEVEL = 0.965, 0.98  # of `--until-ci`: as one stops by them, they hold the true mean in 95 %
 PRIOR_FREEDOM, PRIOR_FACTOR = 8, 1.3
 NORMAL_QUANTILE = 1.959964  # 97.5 %
 MEDIAN_RUNS = {1: 1.0, 2: 2.0, 3: 2.23, 4: 3.36, 5: 3.49, 6: 4.65, 7: 4.75, 8: 5.94, 9: 6.0, 10: 7.25}
@@ -147,11 +147,13 @@ def prior_std(error: float, images: int) -> float:
     return PRIOR_FACTOR * 100 * math.sqrt(max(error, 0.5) / 100 / (2 * images))
 
 
-def scatter(rows: Iterable[Sequence[float]], images: int) -> float:
-    """How many times `prior_std` runs spread, at least once: by the median row of those with three runs or more."""
+def scatter(rows: Iterable[tuple[Sequence[float], int]]) -> float:
+    """How many times `prior_std` runs spread, at least once: by the median row, errors and images, of those with three runs or
+    more that did not diverge."""
     ratios = [
-        (own / prior_std(mean(errors), images)) ** 2 / (1 - 2 / (9 * (len(errors) - 1))) ** 3  # by the median of chi²
-        for errors in rows if len(errors) > 2 and (own := std(errors)) is not None
+        ((std(errors) or 0.0) / prior_std(mean(errors), images)) ** 2
+        / (1 - 2 / (9 * (len(errors) - 1))) ** 3  # by the median of chi²
+        for errors, images in rows if len(errors) > 2 and all(map(math.isfinite, errors))
     ]  # fmt: skip
     return math.sqrt(max(1.0, statistics.median(ratios))) if ratios else 1.0
 
@@ -166,8 +168,6 @@ def moderated(centre: float, own: float | None, n: int, images: int, others: flo
     prior, freedom = others * prior_std(centre, images), PRIOR_FREEDOM + n - 1
     if own is not None and own > prior:
         return own**2, n - 1
-    if others > 1:  # those whose spread is small by chance would be the ones that are found to differ
-        own = prior
     return (PRIOR_FREEDOM * prior**2 + (n - 1) * (own or 0.0) ** 2) / freedom, freedom
 
 
@@ -192,9 +192,12 @@ def estimate_mean(
 
 
 def goal_half(errors: Sequence[float], images: int | None) -> float:
-    """Half the interval of the mean by which `--until-ci` stops, in points."""
+    """Half the interval of the mean by which `--until-ci` stops, in points: of a higher level where the own spread counts alone,
+    as one stops when that is small by chance."""
     estimate = estimate_mean(errors, images) if errors else None
-    return math.inf if estimate is None else estimate.half(GOAL_LEVEL)
+    if estimate is None:
+        return math.inf
+    return estimate.half(OWN_GOAL_LEVEL if estimate.freedom < len(errors) else GOAL_LEVEL)
 
 
 def holm(ps: Sequence[float]) -> list[float]:

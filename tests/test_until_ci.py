@@ -47,8 +47,11 @@ def test_the_interval_is_of_the_moderated_spread_and_wider_by_the_stopping() -> 
     values = (8.1, 8.25, 8.3, 8.05, 8.2)
     estimate = estimate_mean(values, IMAGES)
     assert estimate is not None
-    assert Known(values, IMAGES).half == pytest.approx(stats.t.ppf(0.98, 12) * estimate.error)
+    assert Known(values, IMAGES).half == pytest.approx(stats.t.ppf(0.9825, 12) * estimate.error)
     assert Known().half == math.inf
+    wide = estimate_mean((7.0, 8.5, 9.0, 8.0, 7.5), IMAGES)
+    assert wide is not None
+    assert Known((7.0, 8.5, 9.0, 8.0, 7.5), IMAGES).half == pytest.approx(stats.t.ppf(0.99, 4) * wide.error)
 
 
 def test_only_wide_rows_get_a_seed() -> None:
@@ -74,34 +77,62 @@ def test_the_smallest_unused_seeds_are_taken_and_idle_gpus_used() -> None:
 
 
 def test_how_many_seeds_it_takes_is_known_beforehand() -> None:
-    assert [Goal(half, 99).seeds(8.3, IMAGES) for half in (0.1, 0.15, 0.2, 0.25)] == [37, 18, 11, 7]
+    assert [Goal(half, 99).seeds(8.3, IMAGES) for half in (0.1, 0.15, 0.2, 0.25)] == [39, 19, 11, 8]
     assert Goal(0.1).seeds(8.3, IMAGES) == Goal(0.1).seeds(7.9, IMAGES), "the row's own mean decides nothing"
     refusal = Goal(0.1).refusal(8.3, IMAGES)
     assert (
-        refusal == "±0.1 points needs about 37 seeds at an error of 8.3 % on 10,000 images; --max-seeds allows 10"
+        refusal == "±0.1 points needs about 39 seeds at an error of 8.3 % on 10,000 images; --max-seeds allows 10"
     )
     assert Goal(0.1, 40).refusal(8.3, IMAGES) is None
     assert "more than 1,000 seeds" in (Goal(0.001).refusal(8.3, IMAGES) or "")
     assert proposed(make_specs((0,)), {20: [8.3], 32: [0.9]}, half=0.1) == [(32, n) for n in (1, 2, 3, 4)]
 
 
+def stop(goal: Goal, errors: list[float], images: int = IMAGES, step: int = 1) -> Known:
+    """What is known of a row when it gets no further seed."""
+    n = FIRST
+    while goal.open(known := Known(tuple(errors[:n]), images)):
+        n = min(n + step, goal.max_seeds)
+    return known
+
+
 @pytest.mark.parametrize(
-    ("half", "limit", "spread"), [(0.1, 37, 0.2), (0.2, 11, 0.2), (0.2, 11, 0.3), (0.25, 10, 0.3)]
-)
-def test_coverage_by_simulation(half: float, limit: int, spread: float) -> None:
-    """Of the true mean, in all rows and in those that are said to be known well enough; 8 % of 10,000 images."""
-    goal, rows = Goal(half, limit), 2_000
-    values = np.round(8 + spread * np.random.default_rng(0).standard_normal((rows, limit)), 2).tolist()
+    ("half", "limit", "spread", "error", "images", "step"),
+    [
+        (0.1, 40, 0.2, 8, IMAGES, 1), (0.2, 11, 0.2, 8, IMAGES, 1), (0.2, 14, 0.3, 8, IMAGES, 1), (0.25, 10, 0.3, 8, IMAGES, 1),
+        (0.5, 10, 0.6, 8, IMAGES, 1), (0.3, 40, 0.5, 8, IMAGES, 1), (0.3, 20, 0.5, 8, IMAGES, 1), (0.8, 40, 1.5, 8, IMAGES, 1),
+        (0.3, 40, 0.5, 8, IMAGES, 4), (1.0, 40, 1.5, 8, 1_000, 1), (2.5, 10, 1.5, 8, 200, 1), (0.11, 40, 0.2, 1, IMAGES, 1),
+    ],
+)  # fmt: skip
+def test_coverage_by_simulation(
+    half: float, limit: int, spread: float, error: float, images: int, step: int
+) -> None:
+    """Of the true mean, in all rows and in those that are said to be known well enough, most of the rows; also where runs scatter by
+    twice what the test images explain, which is the worst: 0.26 points at 8 % of 10,000."""
+    goal, rows, places = Goal(half, limit), 2_000, 1 if images < 1_000 else 2
+    values = np.round(error + spread * np.random.default_rng(0).standard_normal((rows, limit)), places).tolist()
     held = reached = both = 0
     for row in values:
-        n = FIRST
-        while goal.open(known := Known(tuple(row[:n]), IMAGES)):
-            n += 1
-        hit, narrow = abs(sum(row[:n]) / n - 8) <= known.half, known.half <= half
+        known = stop(goal, row, images, step)
+        hit, narrow = abs(sum(known.errors) / len(known.errors) - error) <= known.half, known.half <= half
         held, reached, both = held + hit, reached + narrow, both + (hit and narrow)
-    assert held >= 0.94 * rows
-    assert both >= 0.90 * reached
+    assert held >= 0.945 * rows
+    assert both >= 0.92 * reached
     assert reached > 0.5 * rows
+
+
+@pytest.mark.parametrize("spread", [0.6, 1.5])
+def test_few_rows_are_said_to_be_known_that_scatter_too_much(spread: float) -> None:
+    """Those whose spread is small by chance; however it stops, the mean of ten such runs is no better known than it is."""
+    goal, rows = Goal(0.25, 10), 2_000
+    held = wrong = reached = 0
+    for row in np.round(8 + spread * np.random.default_rng(0).standard_normal((rows, 10)), 2).tolist():
+        known = stop(goal, row)
+        hit, narrow = abs(sum(known.errors) / len(known.errors) - 8) <= known.half, known.half <= goal.half
+        held, reached, wrong = held + hit, reached + narrow, wrong + (narrow and not hit)
+    assert held >= 0.945 * rows
+    assert wrong <= 0.02 * rows
+    assert reached <= 0.05 * rows
 
 
 def test_verdicts_of_such_rows_are_no_more_often_false() -> None:
@@ -112,10 +143,8 @@ def test_verdicts_of_such_rows_are_no_more_often_false() -> None:
         published = Published(
             dataset="cifar10", variant="x", depth=20, error=values.pop(), rule="last", recipe="same", source=""
         )
-        n = FIRST
-        while goal.open(Known(tuple(values[:n]), IMAGES)):
-            n += 1
-        false += (judge(published, values[:n], planned=FIRST).p or 0) < 0.05
+        errors = stop(goal, values).errors
+        false += (judge(published, errors, planned=FIRST).p or 0) < 0.05
     assert false <= 0.03 * 600  # 1 % at this spread
 
 
