@@ -12,9 +12,8 @@ import importlib
 import inspect
 import sys
 import traceback
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
@@ -170,18 +169,15 @@ def load_plugins(paths: Iterable[str | Path] = ()) -> None:
     for entry in entry_points(group=GROUP):
         if entry.name not in LOADED:
             _load_installed(entry)
-    waiting, failed = deque(map(Path, paths)), 0
+    waiting = [Path(path) for path in paths]
     while waiting:
-        try:
-            load_file(waiting[0])
-        except PluginError:
-            failed += 1
-            if failed == len(waiting):
-                raise
-            waiting.rotate(-1)
+        for path in waiting:
+            with suppress(PluginError):
+                load_file(path)
+                break
         else:
-            waiting.popleft()
-            failed = 0
+            load_file(waiting[0])  # which raises
+        waiting.remove(path)
 
 
 def load_file(path: Path) -> Loaded:

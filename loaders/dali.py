@@ -169,7 +169,7 @@ class CutLoader(DaliLoader):
 
     def _prepare(self) -> None:
         self._threads = ThreadPoolExecutor(self._config.threads)
-        self._read: dict[int, Iterator[list[tuple[int, bytes, str]]]] = {}  # by run, of those that are not fed yet
+        self._read: dict[int, Iterator[list[tuple[bytes, str]]]] = {}  # by run, of those that are not fed yet
         self._by_pil: set[int] = set()
         if isinstance(images := self._split.images, Files):
             self._corrupt = Corrupt(images, self._config.warn)
@@ -201,32 +201,30 @@ class CutLoader(DaliLoader):
         super().close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _take(self, epoch: int, first: int, attempt: int = 0) -> tuple[Tensor, Tensor]:
+    def _take(self, epoch: int, first: int) -> tuple[Tensor, Tensor]:
         try:
             return super()._take(epoch, first)
         except RuntimeError:
             images = self._split.images
-            if attempt == 2 or not isinstance(images, Files):
+            made = self._plan.draw(epoch).part(first, first + self.call_steps)
+            by_dali = set(made.index.tolist()) - self._by_pil
+            if not by_dali or not isinstance(images, Files):
                 raise
-            made = self._plan.draw(epoch).part(first, first + self.call_steps).index.tolist()
-            # at the second attempt all of them: PIL can what DALI cannot
-            self._by_pil.update(index for index in made if attempt or images.check(index))
+            bad = {index for index in by_dali if images.check(index)}
+            self._by_pil |= bad or by_dali  # PIL can what DALI cannot
             self._read.clear()
             self._start((epoch, first))
-        return self._take(epoch, first, attempt + 1)
+        return self._take(epoch, first)
 
     def _feed_files(self, run: int) -> list[NDArray[np.uint8]]:
         """Threads read those of the next run meanwhile."""
         for each in (run, run + 1):
             if each not in self._read:
                 parts = np.array_split(self._sample(each).index, 4 * self._config.threads)
-                self._read[each] = self._threads.map(self._read_files, parts)
+                self._read[each] = self._threads.map(lambda part: [*map(self._read_file, part.tolist())], parts)
         read = [file for part in self._read.pop(run) for file in part]
-        self._corrupt.add([index for index, _, wrong in read if wrong])
-        return [np.frombuffer(content, np.uint8) for _, content, _ in read]
-
-    def _read_files(self, part: NDArray[np.int64]) -> list[tuple[int, bytes, str]]:
-        return [(index, *self._read_file(index)) for index in part.tolist()]
+        self._corrupt.add(self._sample(run).index[[wrong != "" for _, wrong in read]].tolist())
+        return [np.frombuffer(content, np.uint8) for content, _ in read]
 
     def _read_file(self, index: int) -> tuple[bytes, str]:
         """What DALI decodes, and what is wrong with the file, if anything is."""
@@ -251,12 +249,11 @@ class CutLoader(DaliLoader):
 def reads_header(content: bytes, size: NDArray[np.int32]) -> bool:
     """Whether DALI can be given a file of this size. In a batch of 32 or more DALI 2.4 ends the process where it cannot read
     a header: so its parsers, which are nvImageCodec's, are asked before."""
-    try:
+    with suppress(RuntimeError):
         stream = nvimgcodec.CodeStream(content)
-        found = stream.height, stream.width
-    except RuntimeError:
-        return False
-    return stream.codec_name in FOR_DALI and stream.dtype == np.uint8 and found == tuple(size)
+        fits = (stream.height, stream.width) == tuple(size)
+        return fits and stream.codec_name in FOR_DALI and stream.dtype == np.uint8
+    return False
 
 
 def make_maps(offset: NDArray[np.int64], flip: NDArray[np.bool_], width: int) -> NDArray[np.float32]:
