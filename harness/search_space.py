@@ -111,9 +111,8 @@ def check_settings(settings: Iterable[str], specs: Iterable[RunSpec]) -> None:
         known = known.union(*map(variants.parameters_of, makers(names_in(spec.recipe))))
     for name in settings:
         if name not in known:
-            plugin = "uses the plug-in that this field belongs to"
-            has = "has an optimizer or schedule that reads it" if name in FIELDS else plugin
-            raise UserError(f"--set {name}: no run of this command {has}")
+            of = "no run of this command uses the optimizer, schedule or plug-in that this field belongs to"
+            raise UserError(f"--set {name}: {of}")
 
 
 def _dimension(name: str, text: str) -> Dimension:

@@ -230,7 +230,7 @@ class CutLoader(DaliLoader):
         """What DALI decodes, and what is wrong with the file, if anything is."""
         images = self._split.images
         assert isinstance(images, Files)
-        with suppress(DataError):
+        with suppress(OSError, DataError):
             content = images.content(index)
             if index not in self._by_pil and reads_header(content, images.sizes[index]):
                 return content, ""

@@ -47,24 +47,19 @@ class Files:
         return os.path.join(self.root, self.paths[index])  # noqa: PTH118 (Path takes no bytes)
 
     def content(self, index: int) -> bytes:
-        """Of one file. Raises DataError where it is not what it was."""
-        path = self.path(index)
-        try:
-            with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (a Path is slow)
-                content = file.read()
-        except OSError as error:
-            raise DataError(_unreadable(path, error)) from error
+        """Of one file. Raises OSError, and DataError where it is not what it was."""
+        with open(self.path(index), "rb", buffering=0) as file:  # noqa: PTH123 (a Path is slow)
+            content = file.read()
         if hashlib.sha256(content).digest() != self.digests[index].tobytes():
-            raise DataError(f"{show(path)}: has changed since it was hashed")
+            raise DataError("it has changed since it was hashed")
         return content
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """One image in RGB, (height, width, 3), not turned by EXIF's orientation. Raises DataError."""
         from PIL import Image
 
-        content = self.content(index)
         try:
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(self.content(index))) as image:
                 return to_rgb(image)
         except Exception as error:  # a broken file can make a decoder raise nearly anything
             raise DataError(_unreadable(self.path(index), error)) from error

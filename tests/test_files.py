@@ -457,7 +457,9 @@ def test_a_file_that_changes_while_a_run_trains_is_a_corrupt_one(
     with Image.open(path) as image:
         image.transpose(Image.Transpose.ROTATE_180).save(path)
     joined(train, 0)
-    assert said == [f"{path}: has changed since it was hashed; a grey image stands for it"]
+    assert said == [
+        f"{path}: not a readable image: it has changed since it was hashed; a grey image stands for it"
+    ]
 
 
 def test_what_ends_dali_goes_to_pil(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

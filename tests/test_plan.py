@@ -399,7 +399,7 @@ def test_a_folder_of_images_is_absolute_however_it_is_typed(
         ({"settings": {"batch_size": 0}}, "batch_size=0: at least 1 is required"),
         (
             {"settings": {"optimizer": "adamw", "momentum": 0.5}},
-            "--set momentum: no run of this command has an optimizer or schedule that reads it",
+            "--set momentum: no run of this command uses the optimizer, schedule or plug-in that this field belongs to",
         ),
         ({"settings": {"schedule": "cosine", "gamma": 0.5}}, "--set gamma: no run"),
         ({"settings": {"schedule": "cosine", "momentum": 0.5}}, ""),

@@ -117,7 +117,8 @@ def test_a_setting_is_of_the_runs_that_have_it(tmp_path: Path) -> None:
     (default,) = make_specs(("few",), settings=parse_settings(["width=4"]))
     assert default == make_specs(("few",))[0], "a field at its default is not named"
     with pytest.raises(
-        UserError, match="--set width: no run of this command uses the plug-in that this field belongs to"
+        UserError,
+        match="--set width: no run of this command uses the optimizer, schedule or plug-in that this field belongs to",
     ):
         make_specs(("he2015",), settings={"width": 8})
     with pytest.raises(UserError, match="architecture few has no such field"):
