@@ -399,10 +399,8 @@ def load_sources(identities: Sequence[str], paths: RunPaths) -> None:
     """In any process: load these plug-ins and those that they may build on, from their own files where they are the same
     here, or else from a copy in the cache. Raises RuntimeError for one that was not sent."""
     needed = needed_by(identities, paths.plugins)
-    here = {source.identity for source in (*needed, *sources())}
-    for identity in identities:
-        if identity not in here:
-            raise RuntimeError(f"plug-in {identity} was not sent here: --plugin names its file")
+    if missing := set(identities) - {source.identity for source in (*needed, *sources())}:
+        raise RuntimeError(f"plug-in {min(missing)} was not sent here: --plugin names its file")
     for source in needed:
         if source.name in LOADED and LOADED[source.name].source.identity == source.identity:
             continue

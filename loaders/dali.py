@@ -228,8 +228,7 @@ class CutLoader(DaliLoader):
 
     def _read_file(self, index: int) -> tuple[bytes, str]:
         """What DALI decodes, and what is wrong with the file, if anything is."""
-        images = self._split.images
-        assert isinstance(images, Files)
+        images = self._corrupt.files
         with suppress(OSError, DataError):
             content = images.content(index)
             if index not in self._by_pil and reads_header(content, images.sizes[index]):
