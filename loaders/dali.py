@@ -248,7 +248,7 @@ class CutLoader(DaliLoader):
 def reads_header(content: bytes, size: NDArray[np.int32]) -> bool:
     """Whether DALI can be given a file of this size. In a batch of 32 or more DALI 2.4 ends the process where it cannot read
     a header: so its parsers, which are nvImageCodec's, are asked before."""
-    with suppress(RuntimeError):
+    with suppress(RuntimeError, TypeError):  # of a header, of an unknown type
         stream = nvimgcodec.CodeStream(content)
         fits = (stream.height, stream.width) == tuple(size)
         return fits and stream.codec_name in FOR_DALI and stream.dtype == np.uint8

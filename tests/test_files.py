@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -490,6 +491,15 @@ def test_what_ends_dali_goes_to_pil(make: Any, tmp_path: Path, monkeypatch: pyte
     assert [each == b"P6" for each in given] == [b"/x" in path for path in train.images.paths]  # type: ignore[union-attr]
     theirs, _ = make("dataloader", RESIZED, train=train, batch_size=75)
     check_near(joined(ours, 0)[0], joined(theirs, 0)[0])
+
+
+def test_a_header_of_an_unknown_type_is_not_for_dali() -> None:
+    """nvImageCodec's Python module knows no type of 33 bits, and raises TypeError."""
+    written, size = io.BytesIO(), np.array([48, 40], np.int32)
+    Image.new("RGB", (40, 48)).save(written, "JPEG")
+    content = written.getvalue()
+    assert dali.reads_header(content, size)
+    assert not dali.reads_header(content.replace(b"\xff\xc0\x00\x11\x08", b"\xff\xc0\x00\x11\x21"), size)
 
 
 def test_a_file_cut_to_its_header_while_a_run_trains_does_not_end_the_process(tmp_path: Path) -> None:
