@@ -13,7 +13,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
@@ -164,12 +164,20 @@ def own_hints() -> dict[str, Any]:
 
 
 def load_plugins(paths: Iterable[str | Path] = ()) -> None:
-    """Load installed plug-ins and these files, each once; again where a file has changed. Raises UserError."""
+    """Load installed plug-ins and these files, each once, again where a file has changed; those that build on others after
+    them. Raises UserError."""
     for entry in entry_points(group=GROUP):
         if entry.name not in LOADED:
             _load_installed(entry)
-    for path in paths:
-        load_file(Path(path))
+    waiting = [Path(path) for path in paths]
+    while waiting:
+        for path in waiting:
+            with suppress(PluginError):
+                load_file(path)
+                break
+        else:
+            load_file(waiting[0])  # which raises
+        waiting.remove(path)
 
 
 def load_file(path: Path) -> Loaded:
@@ -382,17 +390,18 @@ def sources() -> tuple[Source, ...]:
     return tuple(loaded.source for loaded in LOADED.values())
 
 
+def needed_by(identities: Sequence[str], sent: Sequence[Source]) -> Sequence[Source]:
+    """These plug-ins and those loaded before them, on which they may build."""
+    return sent[: max((n for n, source in enumerate(sent, 1) if source.identity in identities), default=0)]
+
+
 def load_sources(identities: Sequence[str], paths: RunPaths) -> None:
-    """In any process: load these plug-ins, and those sent before them, on which they may build; from their own files where
-    they are the same here, or else from a copy in the cache. Raises RuntimeError for one that was not sent."""
-    sent, last = [source.identity for source in paths.plugins], 0
-    for identity in identities:
-        here = LOADED.get(identity.partition(":")[0])
-        if identity in sent:
-            last = max(last, sent.index(identity) + 1)
-        elif here is None or here.source.identity != identity:
-            raise RuntimeError(f"plug-in {identity} was not sent here: --plugin names its file")
-    for source in paths.plugins[:last]:
+    """In any process: load these plug-ins and those that they may build on, from their own files where they are the same
+    here, or else from a copy in the cache. Raises RuntimeError for one that was not sent."""
+    needed = needed_by(identities, paths.plugins)
+    if missing := set(identities) - {source.identity for source in (*needed, *sources())}:
+        raise RuntimeError(f"plug-in {min(missing)} was not sent here: --plugin names its file")
+    for source in needed:
         if source.name in LOADED and LOADED[source.name].source.identity == source.identity:
             continue
         if source.name in LOADED:
@@ -406,6 +415,11 @@ def load_sources(identities: Sequence[str], paths: RunPaths) -> None:
             write_source(source, copy)
             source = replace(source, folder=str(copy))
         _load(source)
+
+
+def kept_files(folder: Path) -> list[Path]:
+    """The plug-ins' files in a run's folder, of those that are no packages."""
+    return [path for path in sorted(folder.glob("plugins/*/*.py")) if path.stem == path.parent.name]
 
 
 def write_source(source: Source, folder: Path) -> None:

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from harness.cluster.job import Failed, Started
 from harness.models.variants import find_variant
-from harness.plugins import write_source
+from harness.plugins import needed_by, write_source
 from harness.results import remote, store
 from harness.results.identity import hash_code
 from harness.results.remote import Remote, StorageError, pull_run, push_finished, push_run, redact
@@ -166,9 +166,8 @@ class Recorder:
                 except StorageError as error:  # the run says so too, and others may go on
                     self.warn(f"{spec.title}: {error}")
                 store.start(self.paths.out, self.paths.name(spec), spec.to_json())
-                for source in self.paths.plugins:
-                    if source.identity in spec.plugins:
-                        write_source(source, folder / "plugins" / source.name)
+                for source in needed_by(spec.plugins, self.paths.plugins):
+                    write_source(source, folder / "plugins" / source.name)
                 earlier = store.load_epochs(folder)
             reason = event.reason or "the command was given again" * attempts.exists()
             line: dict[str, Any] = {"started_at": now.isoformat(), "reason": reason}

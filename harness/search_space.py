@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 
+from harness.models import variants
 from harness.models.variants import Network, Recipe, Variant, check_depth, check_reads, read_extra, write_extra
 from harness.plugins import NAMED, TABLES, makers, names_in, own_hints, own_values
 from harness.results.sweeps import Dimension, Function, format_value
@@ -103,11 +104,15 @@ def apply(of: Planned, settings: Mapping[str, Any]) -> tuple[Planned, tuple[str,
 
 
 def check_settings(settings: Iterable[str], specs: Iterable[RunSpec]) -> None:
-    """Raise UserError for a setting that none of the runs has: a field of a plug-in that they do not use."""
-    known = {name for spec in specs for part in (spec.recipe, spec.network) for name in own_values(part)}
+    """Raise UserError for a setting that none of the runs reads: of another optimizer or schedule, or of a plug-in."""
+    known = set(FIELDS) - {"momentum", "nesterov", "milestones", "gamma"}
+    for spec in specs:
+        known |= own_values(spec.network).keys() | own_values(spec.recipe).keys()
+        known = known.union(*map(variants.parameters_of, makers(names_in(spec.recipe))))
     for name in settings:
-        if name not in FIELDS and name not in known:
-            raise UserError(f"--set {name}: no run of this command uses the plug-in that this field belongs to")
+        if name not in known:
+            of = "no run of this command uses the optimizer, schedule or plug-in that this field belongs to"
+            raise UserError(f"--set {name}: {of}")
 
 
 def _dimension(name: str, text: str) -> Dimension:

@@ -11,28 +11,32 @@ all of them for every image: 2,730 images at once took 110 ms of the CPU on an H
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib import import_module
 from itertools import count, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from harness.loaders.datasets import Split
-from harness.loaders.files import Corrupt, Files
+from harness.loaders.files import Corrupt, DataError, Files
 from harness.loaders.resident import upload, zoom
 from harness.loaders.sampling import EpochSample, LoaderConfig, SamplingPlan, draw_cuts, make_padded
 
 dali: Any = import_module("nvidia.dali")  # its types would fail mypy --strict
 fn: Any = import_module("nvidia.dali.fn")
 types: Any = import_module("nvidia.dali.types")
+os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # its parsers print what they cannot read
+nvimgcodec: Any = import_module("nvidia.nvimgcodec")
 
+FOR_DALI = ("jpeg", "png", "webp", "bmp")  # of which it makes PIL's pixels; not of every TIFF
 GPU_MACROBATCH_MIB = 16  # of float32 output: few enough calls that their cost on the host is hidden
 CPU_MACROBATCH_MIB = 1.5  # what stays in the caches: 128 images of CIFAR's size; larger ones were slower
 PREFETCH = 2  # macrobatches made ahead
@@ -157,32 +161,31 @@ class DaliLoader:
 
 
 class CutLoader(DaliLoader):
-    """Images that are each cut by their own size, from files, which DALI reads and decodes, or from memory.
+    """Images that are each cut by their own size, from files, which DALI decodes, or from memory.
 
     A file that DALI cannot decode is decoded by PIL; a corrupt one is counted, and a grey image stands for it. Both are
     given to DALI as files of pixels, and the pipeline that failed is built anew.
     """
 
     def _prepare(self) -> None:
-        self._stand_ins = tempfile.TemporaryDirectory(prefix="harness-images-")
+        self._threads = ThreadPoolExecutor(self._config.threads)
+        self._read: dict[int, Iterator[list[tuple[bytes, str]]]] = {}  # by run, of those that are not fed yet
         self._by_pil: set[int] = set()
         if isinstance(images := self._split.images, Files):
             self._corrupt = Corrupt(images, self._config.warn)
-            self._by_pil |= set(np.flatnonzero(images.by_pil).tolist())
+            Image.init()  # not thread-safe on first use
         else:
             self._pixels = images
 
     def _define(self) -> None:
-        """Fed with the paths of files or with images; what it is fed is copied here too."""
+        """Fed with files or with images; what it is fed is copied here too."""
         device, normalize = "gpu" if self._on_gpu else "cpu", self._config.normalize
         start, shape, resized, maps = fn.external_source(
             source=self._feed_cuts, num_outputs=4, dtype=[types.INT32] * 2 + [types.FLOAT] * 2, ndim=[1, 1, 1, 2]
         )
         if isinstance(self._split.images, Files):
-            paths = fn.external_source(source=self._feed_paths, dtype=types.UINT8, ndim=1)
-            # read, not mapped: a file cut short meanwhile is an error, not a signal
             images = fn.decoders.image_slice(
-                fn.io.file.read(paths, dont_use_mmap=True), start, shape, axis_names="HW",
+                fn.external_source(source=self._feed_files, dtype=types.UINT8, ndim=1), start, shape, axis_names="HW",
                 device="mixed" if self._on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False,
                 jpeg_fancy_upsampling=True,  # as libjpeg and PIL do, on a GPU too
             )  # fmt: skip
@@ -196,37 +199,42 @@ class CutLoader(DaliLoader):
 
     def close(self) -> None:
         super().close()
-        self._stand_ins.cleanup()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _take(self, epoch: int, first: int, attempt: int = 0) -> tuple[Tensor, Tensor]:
+    def _take(self, epoch: int, first: int) -> tuple[Tensor, Tensor]:
         try:
             return super()._take(epoch, first)
         except RuntimeError:
             images = self._split.images
-            if attempt == 2 or not isinstance(images, Files):
+            made = self._plan.draw(epoch).part(first, first + self.call_steps)
+            by_dali = set(made.index.tolist()) - self._by_pil
+            if not by_dali or not isinstance(images, Files):
                 raise
-            made = self._plan.draw(epoch).part(first, first + self.call_steps).index.tolist()
-            bad = [index for index in made if attempt or images.check(index)]
-            self._by_pil |= set(bad)  # at the second attempt all of them: PIL can what DALI cannot
-            if not attempt:
-                self._corrupt.add(bad)
+            bad = {index for index in by_dali if images.check(index)}
+            self._by_pil |= bad or by_dali  # PIL can what DALI cannot
+            self._read.clear()
             self._start((epoch, first))
-        return self._take(epoch, first, attempt + 1)
+        return self._take(epoch, first)
 
-    def _feed_paths(self, run: int) -> list[NDArray[np.uint8]]:
-        return [np.frombuffer(self._path(index), np.uint8) for index in self._sample(run).index.tolist()]
+    def _feed_files(self, run: int) -> list[NDArray[np.uint8]]:
+        """Threads read those of the next run meanwhile."""
+        for each in (run, run + 1):
+            if each not in self._read:
+                parts = np.array_split(self._sample(each).index, 4 * self._config.threads)
+                self._read[each] = self._threads.map(lambda part: [*map(self._read_file, part.tolist())], parts)
+        read = [file for part in self._read.pop(run) for file in part]
+        self._corrupt.add(self._sample(run).index[[wrong != "" for _, wrong in read]].tolist())
+        return [np.frombuffer(content, np.uint8) for content, _ in read]
 
-    def _path(self, index: int) -> bytes:
-        images = self._split.images
-        assert isinstance(images, Files)
-        if index not in self._by_pil:
-            return images.path(index)
-        path = Path(self._stand_ins.name) / f"{index}.ppm"
-        if not path.exists():
-            pixels, bad = images.read_or_grey(index)
-            self._corrupt.add([index] * bool(bad))
-            path.write_bytes(b"P6 %d %d 255\n" % pixels.shape[1::-1] + pixels.tobytes())
-        return os.fsencode(path)
+    def _read_file(self, index: int) -> tuple[bytes, str]:
+        """What DALI decodes, and what is wrong with the file, if anything is."""
+        images = self._corrupt.files
+        with suppress(OSError, DataError):
+            content = images.content(index)
+            if index not in self._by_pil and reads_header(content, images.sizes[index]):
+                return content, ""
+        pixels, wrong = images.read_or_grey(index)
+        return b"P6 %d %d 255\n" % pixels.shape[1::-1] + pixels.tobytes(), wrong
 
     def _feed_cuts(self, run: int) -> tuple[NDArray[Any], ...]:
         """Box (where, its size), size after resizing, map of the crop."""
@@ -235,6 +243,16 @@ class CutLoader(DaliLoader):
         cuts = draw_cuts(self._plan, epoch, sample.index, self._split.sizes[sample.index])
         box, size = cuts.box.astype(np.int32), cuts.size.astype(np.float32, "C")  # strides are not for DALI
         return box[:, :2].copy(), box[:, 2:].copy(), size, make_maps(cuts.offset, sample.flip, self._size[1])
+
+
+def reads_header(content: bytes, size: NDArray[np.int32]) -> bool:
+    """Whether DALI can be given a file of this size. In a batch of 32 or more DALI 2.4 ends the process where it cannot read
+    a header: so its parsers, which are nvImageCodec's, are asked before."""
+    with suppress(RuntimeError, TypeError):  # of a header, of an unknown type
+        stream = nvimgcodec.CodeStream(content)
+        fits = (stream.height, stream.width) == tuple(size)
+        return fits and stream.codec_name in FOR_DALI and stream.dtype == np.uint8
+    return False
 
 
 def make_maps(offset: NDArray[np.int64], flip: NDArray[np.bool_], width: int) -> NDArray[np.float32]:

@@ -22,9 +22,6 @@ CHUNK = 200  # files between two reports of progress; no more tasks are queued t
 MOST_CORRUPT = 1e-4  # of a set's files, that may turn out to be corrupt while a run trains
 NAMED = 3  # corrupt files that an error names
 GREY = 127  # of the image that stands for a corrupt file
-FOR_DALI = ("JPEG", "MPO", "PNG", "BMP", "PPM", "WEBP", "TIFF")  # formats
-SCAN = b"\xff\xda"  # begins a JPEG's pixels
-TURNED = 0x112  # EXIF's orientation
 
 
 class DataError(ValueError):
@@ -39,30 +36,33 @@ class Files:
     paths: NDArray[np.bytes_]  # (N,), within the root, as the file system has them
     sizes: NDArray[np.int32]  # (N, 2), height and width
     digests: NDArray[np.uint8]  # (N, 32), SHA-256 of each file
-    by_pil: NDArray[np.bool_]  # (N,), whether DALI must not have it
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, chosen: Any) -> Files:
-        return Files(self.root, *(array[chosen] for array in (self.paths, self.sizes, self.digests, self.by_pil)))
+        return Files(self.root, *(array[chosen] for array in (self.paths, self.sizes, self.digests)))
 
     def path(self, index: int) -> bytes:
         return os.path.join(self.root, self.paths[index])  # noqa: PTH118 (Path takes no bytes)
+
+    def content(self, index: int) -> bytes:
+        """Of one file. Raises OSError, and DataError where it is not what it was."""
+        with open(self.path(index), "rb", buffering=0) as file:  # noqa: PTH123 (a Path is slow)
+            content = file.read()
+        if hashlib.sha256(content).digest() != self.digests[index].tobytes():
+            raise DataError("it has changed since it was hashed")
+        return content
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """One image in RGB, (height, width, 3), not turned by EXIF's orientation. Raises DataError."""
         from PIL import Image
 
-        path = self.path(index)
         try:
-            with Image.open(os.fsdecode(path)) as image:
-                pixels = to_rgb(image)
+            with Image.open(io.BytesIO(self.content(index))) as image:
+                return to_rgb(image)
         except Exception as error:  # a broken file can make a decoder raise nearly anything
-            raise DataError(_unreadable(path, error)) from error
-        if pixels.shape[:2] != tuple(self.sizes[index]):
-            raise DataError(f"{show(path)}: is another image than when the run began")
-        return pixels
+            raise DataError(_unreadable(self.path(index), error)) from error
 
     def read_or_grey(self, index: int) -> tuple[NDArray[np.uint8], str]:
         """One image; where its file is corrupt a grey one stands for it, and what is wrong comes with it."""
@@ -112,25 +112,13 @@ def in_threads(work: Callable[[int], str], count: int, what: str, progress: Prog
     return results
 
 
-def _is_for_pil(image: Any, content: bytes) -> bool:
-    """DALI 2.4 ends the process where its parsers cannot read a header in a batch of 32 files or more."""
-    extended = image.format == "WEBP" and content[12:16] == b"VP8X"
-    turned = image.format == "TIFF" and image.getexif().get(TURNED, 1) != 1  # PIL turns those
-    cut = image.format in FOR_DALI[:2] and SCAN not in content
-    try:
-        image.verify()  # else a PNG cut after its header
-    except Exception:  # is counted as corrupt once it is read
-        return True
-    return image.format not in FOR_DALI or image.mode[0] in "1IF" or extended or turned or cut
-
-
 def index_files(root: Path, paths: NDArray[np.bytes_], progress: Progress | None) -> Files:
-    """Read every file once: its hash, and from its header the image's size and whose it is. Raises DataError."""
+    """Read every file once: its hash, and from its header the image's size. Raises DataError."""
     from PIL import Image
 
     count = len(paths)
     sizes, digests = np.zeros((count, 2), np.int32), np.zeros((count, 32), np.uint8)
-    files = Files(os.fsencode(root), paths, sizes, digests, np.zeros(count, bool))
+    files = Files(os.fsencode(root), paths, sizes, digests)
 
     def look(index: int) -> str:
         path = files.path(index)
@@ -139,7 +127,6 @@ def index_files(root: Path, paths: NDArray[np.bytes_], progress: Progress | None
             files.digests[index] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
             with Image.open(io.BytesIO(content)) as image:
                 files.sizes[index] = image.size[::-1]
-                files.by_pil[index] = _is_for_pil(image, content)
         except Exception as error:  # of a header, too
             return _unreadable(path, error)
         return ""

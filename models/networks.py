@@ -185,7 +185,7 @@ class XBlock(nn.Module):
     """Pre-activation block: two 3x3 convolutions, or a bottleneck whose 3x3 convolution is grouped.
 
     The first block of a stage takes its shortcut from the activated input: 2x2 average, 1x1 convolution, batch
-    norm. A basic block of stride 1 keeps its width and has the plain shortcut even there, unless the shortcuts are bare.
+    norm. A basic block that keeps its width has the plain shortcut even there, unless the shortcuts are bare.
     """
 
     def __init__(self, network: Network, in_width: int, width: int, stride: int, *, first: bool) -> None:
@@ -206,7 +206,7 @@ class XBlock(nn.Module):
         if network.squeeze_ratio:
             self.residual.append(SqueezeExcite(width, width // network.squeeze_ratio))
         bare = network.shortcut == "bare-projection"
-        projects = first and (bare or network.block == "bottleneck" or stride == 2)
+        projects = first and (bare or network.block == "bottleneck" or in_width != width)
         self.shortcut = AverageShortcut(in_width, width, stride, bare=bare) if projects else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -397,6 +397,12 @@ def test_a_folder_of_images_is_absolute_however_it_is_typed(
         ({"classes": ("one",)}, "1 classes are too few: at least 2"),
         ({"limit_test": 41}, "--limit-test 41: there are 40 test images"),
         ({"settings": {"batch_size": 0}}, "batch_size=0: at least 1 is required"),
+        (
+            {"settings": {"optimizer": "adamw", "momentum": 0.5}},
+            "--set momentum: no run of this command uses the optimizer, schedule or plug-in that this field belongs to",
+        ),
+        ({"settings": {"schedule": "cosine", "gamma": 0.5}}, "--set gamma: no run"),
+        ({"settings": {"schedule": "cosine", "momentum": 0.5}}, ""),
         ({"settings": {"label_smoothing": 1.0, "momentum": 0.0, "warmup": 64e3}, "limit_test": 40}, ""),
     ],
 )

@@ -23,6 +23,7 @@ from command import harness as command
 import harness
 from harness import plan, plugins
 from harness.cluster.job import Allocation, Worker
+from harness.commands.report import make_command
 from harness.models.build import build
 from harness.models.variants import NETWORKS, VARIANTS, find_variant
 from harness.options import parse_depths
@@ -116,7 +117,8 @@ def test_a_setting_is_of_the_runs_that_have_it(tmp_path: Path) -> None:
     (default,) = make_specs(("few",), settings=parse_settings(["width=4"]))
     assert default == make_specs(("few",))[0], "a field at its default is not named"
     with pytest.raises(
-        UserError, match="--set width: no run of this command uses the plug-in that this field belongs to"
+        UserError,
+        match="--set width: no run of this command uses the optimizer, schedule or plug-in that this field belongs to",
     ):
         make_specs(("he2015",), settings={"width": 8})
     with pytest.raises(UserError, match="architecture few has no such field"):
@@ -355,6 +357,25 @@ def test_a_run_keeps_its_plugin_and_can_be_repeated_and_evaluated(tmp_path: Path
     assert repeated.record.result
     assert stored.record.result
     assert repeated.record.result.final_error == stored.record.result.final_error
+
+
+def test_a_run_keeps_what_its_plugin_builds_on(tmp_path: Path, capsys: Any) -> None:
+    paths, out = [write(tmp_path, NET), write(tmp_path, BUILDS_ON, "alpha.py")], tmp_path / "runs"
+    words = " ".join(f"--plugin {path}" for path in paths)
+    for number, changed in enumerate(("--variants he2015 --depths 8 --set optimizer=rms2", "--variants alpha")):
+        code, _, err = command(f"run {words} {TINY} {changed} --out {out}{number}", capsys)
+        assert code == 0, err
+    for name, path in zip(("nets", "alpha"), paths, strict=True):
+        plugins.unload(name)
+        path.unlink()
+    for number in range(2):
+        (stored,) = load_records([Path(f"{out}{number}")]).records
+        line = " ".join(make_command(stored)[1:]).replace("--out repro", f"--out {tmp_path / 'again'}")
+        code, _, err = command(line, capsys)
+        assert code == 0, err
+        for name in ("nets", "alpha"):
+            plugins.unload(name)
+    assert len(load_records([tmp_path / "again"]).records) == 2
 
 
 def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -140,7 +140,7 @@ def test_what_failed_is_checked_again_and_counts_until_it_passes(machine: Machin
 
 
 def test_images_in_files_fall_back_to_a_loader_that_can_cut_them(machine: Machine) -> None:
-    images = SimpleNamespace(train=SimpleNamespace(images=Files(b"", *np.zeros((4, 1))), sizes=[(40, 30)]))  # type: ignore[arg-type]
+    images = SimpleNamespace(train=SimpleNamespace(images=Files(b"", *np.zeros((3, 1))), sizes=[(40, 30)]))  # type: ignore[arg-type]
     specs = make_specs(settings={"resize": 256, "crop": 224})
     machine.fails = {"loader dali"}
     checked, lines = first(specs, dataset=images)

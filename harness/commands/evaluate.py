@@ -26,7 +26,7 @@ from harness.models.networks import ImageNetResNet
 from harness.models.variants import NETWORKS, VARIANTS, Variant, default_depth, find_variant
 from harness.options import EvalOptions
 from harness.plan import find_data_dir
-from harness.plugins import blaming
+from harness.plugins import blaming, kept_files
 from harness.results.published import load_published
 from harness.results.remote import StorageError, is_uri, pull_file, redact
 from harness.results.report.text import fill_template
@@ -164,9 +164,8 @@ def _choose_variant(options: EvalOptions, about: Mapping[str, str], file: Path) 
     """The variant that was named, or that the weights name; the run that trained them."""
     if (word := options.variant or about.get("variant")) is None:
         raise UserError(f"{options.weights} does not name its variant: --variant does")
-    sources = sorted(file.parent.glob("plugins/*/*.py"))
-    if word not in VARIANTS and sources:
-        files = " ".join(f"--plugin {path}" for path in sources if path.stem == path.parent.name)
+    if word not in VARIANTS and (kept := kept_files(file.parent)):
+        files = " ".join(f"--plugin {path}" for path in kept)
         raise UserError(f"{options.weights} is of variant {word!r}, which is of a plug-in: {files}")
     function, named = find_variant(word), "0" if options.variant else about.get("depth", "0")
     variant = function(options.depth or int(named) or default_depth(function))

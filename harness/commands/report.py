@@ -19,7 +19,7 @@ from harness.loaders.cache import cache_dir
 from harness.models.variants import NETWORKS, VARIANTS, default_depth, find_preset
 from harness.options import CompareOptions, ReportOptions
 from harness.plan import open_out
-from harness.plugins import blaming
+from harness.plugins import blaming, kept_files
 from harness.progress import say
 from harness.results import store
 from harness.results.compare import check_conditions, compare, compare_by, nearest, parse_fail_on
@@ -352,11 +352,8 @@ def make_command(stored: Stored) -> list[str]:
     """The command that trains this run alone, from its record: the same network, recipe, engine, device and seed."""
     environment = stored.record.environment
     command = ["harness", "run", "--spec", str(stored.folder / store.RECORD), "--out", "repro"]
-    # a plug-in's source is kept, unless it is an installed package's
-    for identity in stored.record.spec.get("plugins", ()):
-        name = str(identity).partition(":")[0]
-        if (kept := stored.folder / "plugins" / name / f"{name}.py").is_file():
-            command += ["--plugin", str(kept)]
+    for kept in kept_files(stored.folder):
+        command += ["--plugin", str(kept)]
     original = iter(map(str, environment.get("command") or ()))
     for name, given, folder in (word.partition("=") for word in original):
         if name == "--data-dir":

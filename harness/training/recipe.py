@@ -144,10 +144,8 @@ def make_optimizer(recipe: Recipe, network: nn.Module, *, lr_on_device: bool = F
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the lr of all groups."""
-    import torch
-
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
+        if hasattr(group["lr"], "fill_"):  # a tensor
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
