@@ -156,7 +156,9 @@ class _Driver(tune.Callback):
 
     def receive(self, trial_id: str, result: dict[str, Any]) -> bool:
         """As the stopper: take a report or an outcome; True prunes."""
-        if (own := self.running.get(trial_id)) is None:  # Tune repeats the last result when the function has returned
+        if (
+            own := self.running.get(trial_id)
+        ) is None:  # Tune repeats the last result when the function has returned
             return False
         own.reports += 1
         try:
