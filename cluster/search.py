@@ -13,14 +13,12 @@ import functools
 import gc
 import logging
 import os
-import pickle
 import shutil
 import sys
 import threading
 import time
 import traceback
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import ray
@@ -233,23 +231,18 @@ class Pruned(SystemExit):
 
 def _run_trial(config: dict[str, Any], train: Train, job: Allocation) -> None:
     """What Tune calls in its actor, once for each trial that the actor serves: rank 0, which starts the others."""
-    note = Path(job.storage) / f"{tune.get_context().get_trial_id()}.failed"
-    note.parent.mkdir(parents=True, exist_ok=True)  # on a node of its own
-    if note.exists():
-        tune.report({"outcome": (pickle.loads(note.read_bytes()),)})
-        return
     launch_seconds = max(0.0, time.time() - config["proposed_at"])
     worker = job.worker(world_size=job.workers, launch_seconds=launch_seconds, notice=leave_by)
     spec = config["spec"]
-    with contextlib.closing(_Peers(train, spec, worker, job, note)) as peers:
+    with contextlib.closing(_Peers(train, spec, worker, job)) as peers:
         outcome, left = run_rank(train, spec, worker, lambda event: tune.report({"event": (event,)}), peers.url)
         outcome = peers.wait(outcome)
-    if not left:  # this process is of no use to another trial; the next attempt reports for it
-        note.write_bytes(pickle.dumps(outcome))
+    if not isinstance(outcome, Pruned):
+        tune.report({"outcome": (outcome,)})
+    if not left:  # this process is of no use to another trial
         os._exit(13)
     if isinstance(outcome, Pruned):
         raise outcome
-    tune.report({"outcome": (outcome,)})
 
 
 def run_rank(train: Train, spec: Any, worker: Worker, report: Report, url: str) -> tuple[Any, bool]:
@@ -312,10 +305,10 @@ def leave(seconds: float = LEAVE_SECONDS) -> bool:
 
 
 class _Peers:
-    """Ranks 1 and up, as rank 0 sees them. `note`: what the next attempt reports where rank 0 had to be ended."""
+    """Ranks 1 and up, as rank 0 sees them."""
 
-    def __init__(self, train: Train, spec: Any, worker: Worker, job: Allocation, note: Path) -> None:
-        self.note, self.over, self.url = note, threading.Event(), ""
+    def __init__(self, train: Train, spec: Any, worker: Worker, job: Allocation) -> None:
+        self.over, self.url = threading.Event(), ""
         self.actors: list[Any] = []
         self.ends: list[Any] = []
         self.failures: list[Failed] = []
@@ -339,7 +332,8 @@ class _Peers:
         self.thread.start()
 
     def watch(self) -> None:
-        """A lost peer can leave rank 0 in a collective for minutes: then this process ends, and Tune tries again."""
+        """A lost peer can leave rank 0 in a collective for minutes: then this process ends, and Tune tries again where another
+        attempt may do."""
         pending = self.ends
         while pending:
             (end, *_), pending = ray.wait(pending)
@@ -351,7 +345,7 @@ class _Peers:
                 self.failures.append(result)
             if self.failures and not self.over.wait(PEER_SECONDS):
                 if not any(failed.died or failed.preempted for failed in self.failures):
-                    self.note.write_bytes(pickle.dumps(self.failures[0]))
+                    tune.report({"outcome": (self.failures[0],)})
                 os._exit(13)
 
     def wait(self, result: Any) -> Any:
