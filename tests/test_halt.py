@@ -269,7 +269,7 @@ def test_sigterm_stops_a_command_at_a_step(tmp_path: Path) -> None:
     assert found["stopped"] == found["whole"]
 
 
-RANKS = "--dataset digits --limit-train 640 --limit-test 64 --batch-size 8 --gpus 0 --loader resident --workers 2 --epochs 2"
+RANKS = "--dataset digits --limit-train 640 --batch-size 8 --gpus 0 --loader resident --workers 2 --epochs 2"
 
 
 @pytest.mark.long
