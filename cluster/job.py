@@ -98,6 +98,16 @@ class Failed:
     died: bool
     attempts: int = 1
 
+    @property
+    def preempted(self) -> bool:
+        """Whether its workers have stopped as they were asked to: it can go on."""
+        return self.exception == PreemptedError.__name__
+
+    @property
+    def reason(self) -> str:
+        """Why there is another attempt."""
+        return "a worker had to leave: " * self.preempted + self.message
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Started:
@@ -173,7 +183,8 @@ def make_failed(error: BaseException, *, attempts: int) -> Failed:
     text = str(cause).strip() or type(cause).__name__
     text = text.partition("\nencountered:\n")[2].strip() or text  # DALI says before it only where
     if died:  # a watchdog knows which rank it was, and where
-        text = next((str(error) for error in failures if "RankStalledError" in _names(error)), WORKER_DIED)
+        known = {"RankStalledError", "WorkerDiedError"}
+        text = next((str(error) for error in failures if known & _names(error)), WORKER_DIED)
     elif "RayError" in _names(cause):
         text = text.splitlines()[-1]
     return Failed(

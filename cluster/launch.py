@@ -36,9 +36,9 @@ from harness.cluster.job import (
     make_failed,
 )  # fmt: skip
 from harness.cluster.nodes import (
+    Patience,
     choose_world_size,
     count_runs,
-    find_draining,
     find_free,
     find_lacking,
     hold_gpu,
@@ -77,8 +77,8 @@ def launch(
 
     Raises ClusterError where Ray itself is lost.
 
-    Workers of a node that Ray drains stop as `Worker.notice` says, and go on elsewhere: that is no death, nor is one while
-    nodes are drained. Once `leaving()` holds, all runs stop so, and then KeyboardInterrupt is raised.
+    Workers of a node that Ray drains stop as `Worker.notice` says, and go on elsewhere: that is no death, nor is one when
+    nodes are drained or lost. Once `leaving()` holds, all runs stop so, and then KeyboardInterrupt is raised.
 
     A run that ends within SHORT_RUN_SECONDS, and with as many workers as were asked for, leaves them with their imports and
     their process group to the next spec with an equal `row(spec)`. Another row, and whatever follows a failure, has new ones.
@@ -183,7 +183,6 @@ class _Driver:
         self.stop = threading.Event()
         self.best_progress = [0.0] * len(specs)  # of each run, as it was reported
         self.training = dict[tuple[int, int], int]()  # run and attempt -> workers
-        self.drains = dict[str, float]()  # by node: since when (monotonic) it is taken away
         self.looked_at = float("-inf")
         # by run: what keeps GPUs on which it failed from all others
         self.held, self.holding = defaultdict[int, list[Any]](list), threading.Lock()
@@ -230,13 +229,11 @@ class _Driver:
                 self.held[index].append(holder)
 
     def look(self) -> None:
-        """Now and then: for nodes that are taken away, and for room for runs that have fewer workers than they could."""
+        """Now and then: for room for runs that have fewer workers than they could."""
         if (now := time.monotonic()) < self.looked_at + LOOK_SECONDS:
             return
         self.looked_at, job = now, self.job
         with contextlib.suppress(Exception):  # Ray's head may be away for a while
-            for node in find_draining():
-                self.drains.setdefault(node, now)
             for (index, attempt), workers in list(self.training.items()):
                 wider = choose_world_size(inspect_cluster(job.avoid), job) if workers < job.workers else workers
                 more = replace(job, workers=max(1, wider - workers))
@@ -253,8 +250,7 @@ class _Run:
         self.index, self.attempt = index, attempt
         self.reason = WORKER_DIED * (attempt > 1)  # of the attempt
         self.waited_seconds = 0.0
-        self.failures = 0  # deaths in a row without progress
-        self.progress = 0.0  # before the last death
+        self.patience = Patience(self.job.retries)
         self.announced: tuple[int, int] | None = None  # attempt, world size
         self.avoid = driver.job.avoid  # and nodes on which the last attempt hung, if there is room without them
 
@@ -289,40 +285,34 @@ class _Run:
                 return None
             if ended_in != self.index:
                 self.index, self.attempt, self.announced = ended_in, 1, None
-                self.failures, self.progress, self.waited_seconds = 0, 0.0, 0.0
+                self.patience, self.waited_seconds = Patience(job.retries), 0.0
             if failed.exception == "WorkerGroupStartupTimeoutError":
                 # others were quicker to take the room, or it is scattered over nodes
                 self.waited_seconds += time.monotonic() - began
                 self.put(Waiting(seconds=self.waited_seconds, reason=f"no place for {self._describe(world_size)}"))
                 continue
             self.waited_seconds = 0.0
-            if (final := self._judge(replace(failed, attempts=self.attempt), began)) is not None:
+            if (final := self._judge(replace(failed, attempts=self.attempt))) is not None:
                 return final
         minutes = job.placement_timeout_seconds / 60
         message = f"no room in the cluster for {self._describe(job.workers)} within {minutes:.0f} minutes"
         return Failed(exception="", message=message, traceback="", died=True, attempts=self.attempt)
 
-    def _judge(self, failed: Failed, began: float) -> Failed | None:
+    def _judge(self, failed: Failed) -> Failed | None:
         """None where there is to be another attempt, else what the run has come to."""
         if stalled := self._read(("stalled", self.index, self.attempt)):
             failed = replace(failed, exception="", died=True, message=stalled.message)
         broken = self._read(("broken", self.index, self.attempt))
         self.avoid = (*self.job.avoid, *(stalled.nodes if stalled else ()))
-        preempted = failed.exception == PreemptedError.__name__
-        drained = failed.died and any(since >= began for since in self.driver.drains.values())
-        if not (preempted or drained):
-            best = self.driver.best_progress[self.index]
-            self.failures = 1 if best > self.progress else self.failures + 1
-            self.progress = max(best, self.progress)
-            if not (failed.died or broken) or self.failures > self.job.retries:
-                if broken:  # on other GPUs, too
-                    self.driver.held.pop(self.index, None)
-                return failed
+        ends = not failed.preempted and self.patience.ends(self.driver.best_progress[self.index])
+        if ends or not (failed.preempted or failed.died or broken):
+            if broken:  # on other GPUs, too
+                self.driver.held.pop(self.index, None)
+            return failed
         if broken:
             self.driver.set_aside(self.index, *broken)
-        grows = preempted and self._read((LEAVE, self.index, self.attempt))
-        cause = "room for more workers: " if grows else "a worker had to leave: " if preempted else ""
-        self.reason = cause + failed.message
+        grows = failed.preempted and self._read((LEAVE, self.index, self.attempt))
+        self.reason = f"room for more workers: {failed.message}" if grows else failed.reason
         self.attempt += 1
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -41,6 +42,32 @@ def find_draining() -> dict[str, float]:
 
     draining: dict[str, int] = private.state.get_draining_nodes()
     return {node: at / 1000 if at else time.time() + DRAIN_SECONDS for node, at in draining.items()}
+
+
+def find_leaving() -> set[str]:
+    """Nodes that are to be taken away or are lost, as far as the cluster answers."""
+    import ray
+
+    with suppress(Exception):
+        return {*find_draining(), *(node["NodeID"] for node in ray.nodes() if not node["Alive"])}
+    return set()
+
+
+class Patience:
+    """Whether another attempt at a run is worth it: `retries` deaths in a row that brought no progress are allowed. They count
+    from the last time on that a node was taken away or lost."""
+
+    def __init__(self, retries: int) -> None:
+        self.retries, self.gone = retries, find_leaving()
+        self.deaths, self.progress = 0, 0.0
+
+    def ends(self, progress: float) -> bool:
+        """After one more death, and so much progress in all: whether it was one too many."""
+        before, self.gone = self.gone, find_leaving()
+        if progress > self.progress:
+            self.deaths, self.progress = 0, progress
+        self.deaths = 0 if self.gone - before else self.deaths + 1
+        return self.deaths > self.retries
 
 
 def inspect_cluster(avoid: Collection[str] = ()) -> Cluster:

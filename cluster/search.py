@@ -13,15 +13,12 @@ import functools
 import gc
 import logging
 import os
-import pickle
 import shutil
 import sys
 import threading
 import time
 import traceback
-from collections import Counter
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import ray
@@ -29,15 +26,16 @@ from ray import tune
 from ray._common.network_utils import build_address
 from ray.train._internal.utils import get_address_and_port
 from ray.tune.search import Searcher
+from ray.tune.trainable.function_trainable import wrap_function
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from harness.cluster.connect import ClusterError
 from harness.cluster.job import (
     COLLECTIVE_SECONDS,
     LOOPBACK,
-    WORKER_DIED,
     Allocation,
     Failed,
+    PreemptedError,
     Report,
     Started,
     Train,
@@ -45,8 +43,8 @@ from harness.cluster.job import (
     WorkerDiedError,
     make_failed,
 )
-from harness.cluster.nodes import find_lacking, inspect_cluster
-from harness.cluster.workers import gather, make_file_url, other_nodes
+from harness.cluster.nodes import Patience, find_lacking, inspect_cluster
+from harness.cluster.workers import gather, leave_by, make_file_url, note_sigterm, other_nodes
 
 SHOW_WAIT_SECONDS = 10.0  # without a trial that trains, until it is said what is waited for
 PEER_SECONDS = 10.0  # for the other ranks to end once one has
@@ -72,10 +70,17 @@ class Trials(Protocol):
 def search(train: Train, trials: Trials, job: Allocation) -> None:
     """Run everything that `trials` proposes, `job.concurrent_runs` at a time.
 
-    A process that dies is retried; an exception is not, since it would be raised again. In a trial that is pruned,
-    `report`, which every rank must call equally often, raises SystemExit in all of them. Call `connect` before, in the
-    main thread. `job.storage`, a folder, is for Tune's own files.
+    A process that dies is retried as by `launch`, and one of a node that Ray drains, or that gets a SIGTERM, leaves as there;
+    an exception is not, since it would be raised again. In a trial that is pruned, `report`, which every rank must call
+    equally often, raises SystemExit in all of them. Call `connect` before, in the main thread. `job.storage`, a folder,
+    is for Tune's own files.
     """
+
+    class Rank0(wrap_function(lambda config: _run_trial(config, train, job))):  # type: ignore[misc]
+        def setup(self, config: Any) -> None:  # in its process's main thread
+            note_sigterm()
+            super().setup(config)
+
     for name in ("ray.tune", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     driver = _Driver(trials, job)
@@ -85,7 +90,7 @@ def search(train: Train, trials: Trials, job: Allocation) -> None:
     )
     try:
         tune.run(
-            tune.with_resources(lambda config: _run_trial(config, train, job), placement),
+            Rank0, resources_per_trial=placement,
             num_samples=-1,  # `trials` says when there are no more
             max_concurrent_trials=job.concurrent_runs,  # a slot is free once Tune's actor is, which serves the next trial
             name="search", search_alg=_Proposals(driver), stop=driver.receive, callbacks=[driver], reuse_actors=True,
@@ -105,13 +110,34 @@ def search(train: Train, trials: Trials, job: Allocation) -> None:
 # --- in the driver ---
 
 
+@dataclass
+class _Running:
+    """A trial, and the attempts at it."""
+
+    name: str
+    patience: Patience
+    trial: Any = None  # Tune's
+    attempt: int = 0
+    failed: Failed | None = None  # the last attempt
+    reports: int = 0  # of this attempt, which begins with those of the epochs before it
+    over: bool = False
+
+    def __reduce__(self) -> Any:
+        return str, ()  # Tune writes what its trials have
+
+    def fail(self, error: BaseException) -> None:
+        """In place of the trial's own way to count its failures: Tune tries again while there are no more than allowed."""
+        failed = self.failed = make_failed(error, attempts=self.attempt)
+        again = failed.preempted or (failed.died and not self.patience.ends(self.reports))
+        self.trial.run_metadata.num_failures, self.trial.max_failures = 1, int(again and not self.over)
+
+
 class _Driver(tune.Callback):
     """What Tune calls in the driver, handed on to `trials` by their own names."""
 
     def __init__(self, trials: Trials, job: Allocation) -> None:
         self.trials = trials
-        self.running: dict[str, str] = {}  # Tune's id -> the trial's name
-        self.attempts = Counter[str]()
+        self.running: dict[str, _Running] = {}  # by Tune's id
         self.raised: list[Exception] = []
         self.job, self.trained_at, self.show_at = job, time.monotonic(), 0.0
 
@@ -123,17 +149,20 @@ class _Driver(tune.Callback):
         proposal = self.trials.propose()
         if proposal is None:
             return Searcher.FINISHED
-        self.running[trial_id] = proposal[0]
+        self.running[trial_id] = _Running(proposal[0], Patience(self.job.retries))
         return {"spec": proposal[1], "proposed_at": time.time()}
 
     def receive(self, trial_id: str, result: dict[str, Any]) -> bool:
         """As the stopper: take a report or an outcome; True prunes."""
-        if trial_id not in self.running:  # Tune repeats the last result when the function has returned
+        if (
+            own := self.running.get(trial_id)
+        ) is None:  # Tune repeats the last result when the function has returned
             return False
+        own.reports += 1
         try:
             if "outcome" in result:
                 self.end(trial_id, result["outcome"][0])
-            elif self.trials.reported(self.running[trial_id], result["event"][0]):
+            elif self.trials.reported(own.name, result["event"][0]):
                 self.end(trial_id, None)
                 return True
         except Exception as error:  # Tune would raise its traceback as text
@@ -143,10 +172,10 @@ class _Driver(tune.Callback):
 
     def end(self, trial_id: str, outcome: Any) -> None:
         """Of no effect after an outcome."""
-        name = self.running.pop(trial_id, None)
-        if name is not None:
+        if (own := self.running.pop(trial_id, None)) is not None:
+            own.over = True
             try:
-                self.trials.ended(name, outcome)
+                self.trials.ended(own.name, outcome)
             except Exception as error:  # Tune would raise its traceback as text
                 self.raised.append(error)
                 raise
@@ -168,19 +197,20 @@ class _Driver(tune.Callback):
             self.trials.waiting(seconds, lacking or "processes are starting")
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        if trial.trial_id in self.running:
-            self.attempts[trial.trial_id] += 1
-            attempt = self.attempts[trial.trial_id]
-            started = Started(attempt=attempt, reason=WORKER_DIED if attempt > 1 else "")
-            self.trials.reported(self.running[trial.trial_id], started)
+        if (own := self.running.get(trial.trial_id)) is not None:
+            own.trial, own.attempt, own.reports = trial, own.attempt + 1, 0
+            trial.handle_error = own.fail
+            reason = own.failed.reason if own.failed else ""
+            self.trials.reported(own.name, Started(attempt=own.attempt, reason=reason))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         error = WorkerDiedError("its process returned without an outcome")
         self.end(trial.trial_id, make_failed(error, attempts=1))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        error = trial.get_pickled_error() or RuntimeError("Ray Tune gives no reason")
-        self.end(trial.trial_id, make_failed(error, attempts=max(1, self.attempts[trial.trial_id])))
+        if (own := self.running.get(trial.trial_id)) is not None:
+            error = trial.get_pickled_error() or RuntimeError("Ray Tune gives no reason")
+            self.end(trial.trial_id, own.failed or make_failed(error, attempts=1))
 
 
 class _Proposals(Searcher):
@@ -201,23 +231,18 @@ class Pruned(SystemExit):
 
 def _run_trial(config: dict[str, Any], train: Train, job: Allocation) -> None:
     """What Tune calls in its actor, once for each trial that the actor serves: rank 0, which starts the others."""
-    note = Path(job.storage) / f"{tune.get_context().get_trial_id()}.failed"
-    note.parent.mkdir(parents=True, exist_ok=True)  # on a node of its own
-    if note.exists():
-        tune.report({"outcome": (pickle.loads(note.read_bytes()),)})
-        return
     launch_seconds = max(0.0, time.time() - config["proposed_at"])
-    worker = job.worker(world_size=job.workers, launch_seconds=launch_seconds)
+    worker = job.worker(world_size=job.workers, launch_seconds=launch_seconds, notice=leave_by)
     spec = config["spec"]
-    with contextlib.closing(_Peers(train, spec, worker, job, note)) as peers:
+    with contextlib.closing(_Peers(train, spec, worker, job)) as peers:
         outcome, left = run_rank(train, spec, worker, lambda event: tune.report({"event": (event,)}), peers.url)
         outcome = peers.wait(outcome)
-    if not left:  # this process is of no use to another trial; the next attempt reports for it
-        note.write_bytes(pickle.dumps(outcome))
+    if not isinstance(outcome, Pruned):
+        tune.report({"outcome": (outcome,)})
+    if not left:  # this process is of no use to another trial
         os._exit(13)
     if isinstance(outcome, Pruned):
         raise outcome
-    tune.report({"outcome": (outcome,)})
 
 
 def run_rank(train: Train, spec: Any, worker: Worker, report: Report, url: str) -> tuple[Any, bool]:
@@ -280,10 +305,10 @@ def leave(seconds: float = LEAVE_SECONDS) -> bool:
 
 
 class _Peers:
-    """Ranks 1 and up, as rank 0 sees them. `note`: what the next attempt reports where rank 0 had to be ended."""
+    """Ranks 1 and up, as rank 0 sees them."""
 
-    def __init__(self, train: Train, spec: Any, worker: Worker, job: Allocation, note: Path) -> None:
-        self.note, self.over, self.url = note, threading.Event(), ""
+    def __init__(self, train: Train, spec: Any, worker: Worker, job: Allocation) -> None:
+        self.over, self.url = threading.Event(), ""
         self.actors: list[Any] = []
         self.ends: list[Any] = []
         self.failures: list[Failed] = []
@@ -292,6 +317,7 @@ class _Peers:
 
             class Peer:
                 def run(self, rank: int, url: str) -> Any:
+                    note_sigterm()
                     return run_rank(train, spec, replace(worker, rank=rank), lambda _: None, url)[0]
 
             group = ray.util.get_current_placement_group()
@@ -306,7 +332,8 @@ class _Peers:
         self.thread.start()
 
     def watch(self) -> None:
-        """A lost peer can leave rank 0 in a collective for minutes: then this process ends, and Tune tries again."""
+        """A lost peer can leave rank 0 in a collective for minutes: then this process ends, and Tune tries again where another
+        attempt may do."""
         pending = self.ends
         while pending:
             (end, *_), pending = ray.wait(pending)
@@ -317,12 +344,13 @@ class _Peers:
             if isinstance(result, Failed):
                 self.failures.append(result)
             if self.failures and not self.over.wait(PEER_SECONDS):
-                if not any(failed.died for failed in self.failures):
-                    self.note.write_bytes(pickle.dumps(self.failures[0]))
+                if not any(failed.died or failed.preempted for failed in self.failures):
+                    tune.report({"outcome": (self.failures[0],)})
                 os._exit(13)
 
     def wait(self, result: Any) -> Any:
-        """The trial's outcome, after rank 0 has returned its own. Raises where a rank died, so that Tune tries again.
+        """The trial's outcome, after rank 0 has returned its own. Raises where a rank died or had to leave, so that Tune tries
+        again.
 
         One rank's exception makes the others fail in their collective: it is the cause.
         """
@@ -332,6 +360,8 @@ class _Peers:
         cause = min(own + self.failures, key=lambda failed: failed.died, default=result)
         if isinstance(cause, Failed) and cause.died:
             raise WorkerDiedError(cause.message)
+        if isinstance(cause, Failed) and cause.preempted:
+            raise PreemptedError(cause.message)
         return cause
 
     def close(self) -> None:

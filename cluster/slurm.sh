@@ -33,10 +33,16 @@ port=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one network do not meet
 # where Ray did not start: the command itself says here that it ran, and how it ended
 export HARNESS_EXIT_CODE_FILE="${TMPDIR:-/tmp}/harness-exit-code-$SLURM_JOB_ID"
 rm -f "$HARNESS_EXIT_CODE_FILE"*
+# --force trains again what was finished before the job first began, not what it has finished before it was requeued
+began=".harness-began-$SLURM_JOB_ID"
+[[ ${SLURM_RESTART_COUNT:-0} != 0 && -s $began ]] || date +%s >"$began"
+HARNESS_FORCE_SINCE="$(<"$began")"
+export HARNESS_FORCE_SINCE
 requeue() { # the command first, so that its runs stop at a step with a checkpoint: Slurm would end their nodes with it
     kill -TERM "$(<"$HARNESS_EXIT_CODE_FILE.pid")" || true
     for _ in {1..60}; do [[ -s $HARNESS_EXIT_CODE_FILE ]] && break || sleep 0.5; done
     echo "time limit: requeued, goes on from the last checkpoints"
+    began= # it stays
     scontrol requeue "$SLURM_JOB_ID"
 }
 trap requeue USR1
@@ -62,5 +68,5 @@ if [[ ! -s $HARNESS_EXIT_CODE_FILE ]]; then
     exit $((ended ? ended : 1))
 fi
 code=$(<"$HARNESS_EXIT_CODE_FILE")
-rm -f "$HARNESS_EXIT_CODE_FILE"*
+rm -f "$HARNESS_EXIT_CODE_FILE"* "$began"
 exit "$code"

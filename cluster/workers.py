@@ -44,6 +44,15 @@ def note_sigterm() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
+def leave_by(told: float | None = None) -> float | None:
+    """By when this worker has to be gone: at once after a SIGTERM, else when its node is taken away, or as it was told."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    by = AT_ONCE if terminated.is_set() else None, find_draining().get(node), told
+    return min(filter(None, by), default=None)
+
+
 class Mailbox:
     """What the workers of all runs report waits here for the driver; and notes of either for the other."""
 
@@ -183,9 +192,7 @@ class Task:
 
         def notice() -> float | None:
             keys = (LEAVE, (LEAVE, index, attempt)) if rank == 0 else ()
-            told = ray.get(mailbox.read.remote(*keys), timeout=10) if keys else None
-            by = AT_ONCE if terminated.is_set() else None, find_draining().get(node), told
-            return min(filter(None, by), default=None)
+            return leave_by(ray.get(mailbox.read.remote(*keys), timeout=10) if keys else None)
 
         def alarm(stalled: Stalled) -> None:
             with contextlib.suppress(Exception):  # where the driver is out of reach, another rank may reach it

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -137,17 +138,21 @@ class Recorder:
     added: dict[str, float] = field(default_factory=dict)  # by --until-ci: `Record.added_until`, by key
     classes: int | None = None  # of the data set
     remote: Remote = field(init=False)
+    since: float = field(init=False)  # what was finished before is trained again by --force
 
     def __post_init__(self) -> None:
         lost = "not sent: {error}; it is kept in {path}, and the same command sends it"
         self.remote = Remote(self.paths.remote, self.warn, lost)
+        self.since = float(os.environ.get("HARNESS_FORCE_SINCE") or time.time())  # by cluster/slurm.sh
 
-    def find_finished(self, specs: Iterable[RunSpec]) -> dict[str, RunResult]:
-        """Read which of these runs are stored as finished; all results known by now, by key."""
+    def find_finished(self, specs: Iterable[RunSpec], *, force: bool = False) -> dict[str, RunResult]:
+        """Read which of these runs are stored as finished, by `force` since this command began or the job that it is of; all
+        results known by now, by key."""
         keys = {self.paths.out / self.paths.name(spec): spec.key for spec in specs}
         folders = [folder for folder in keys if folder not in self.known and folder.is_dir()]
         for stored in store.load_records(folders).records:
-            if stored.record.key == keys[stored.folder] and stored.record.result is not None:
+            new = not force or stored.record.finished_at.timestamp() >= self.since
+            if new and stored.record.key == keys[stored.folder] and stored.record.result is not None:
                 self.known[stored.folder] = stored
         return {record.key: record.result for record, _ in self.known.values() if record.result is not None}
 

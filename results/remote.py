@@ -118,7 +118,8 @@ class _Folder:
             target.files.move(str(unfinished), str(path))
         before, after = self.files.get_file_info([name])[0], target.files.get_file_info([str(path)])[0]
         if before.size != after.size:
-            raise OSError(f"{name} has {after.size} bytes, not {before.size}: it changed while it was copied")
+            sizes = f"{after.size} bytes, not {before.size}"
+            raise FileNotFoundError(f"{name} has {sizes}: it changed while it was copied")
         for folder, info, other in ((self, before, after), (target, after, before)):
             if folder.is_cache and other.mtime_ns is not None:
                 os.utime(Path(folder.files.base_path, info.path), ns=(other.mtime_ns, other.mtime_ns))
@@ -275,12 +276,13 @@ def pull_file(uri: str, cache: Path) -> Path:
     return folder / name
 
 
-def pull_results(uri: str, folder: Path, *, also: str = "") -> None:
+def pull_results(uri: str, folder: Path, *, also: str = "", tries: int = 5) -> None:
     """Copy into `folder` what tables are made of: records and epochs of every run at the URI, predictions, sweeps; files
     of runs whose names begin with `also`.
 
     A finished run that was not stored when its command ended is pushed now; the cache's partial run of one that has
-    been finished since, by whatever machine, is removed. Raises StorageError.
+    been finished since, by whatever machine, is removed. Where files change meanwhile, as at a run's end, it begins again.
+    Raises StorageError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _open(uri) as remote:
@@ -298,7 +300,13 @@ def pull_results(uri: str, folder: Path, *, also: str = "") -> None:
                 return file in SMALL or bool(also and file.startswith(also))
             return name.partition("/")[0] in (ESTIMATES, SWEEPS) and folder not in ahead
 
-        remote.copy_new({name: info for name, info in stored.items() if is_wanted(name)}, cache, cached)
+        try:
+            remote.copy_new({name: info for name, info in stored.items() if is_wanted(name)}, cache, cached)
+        except FileNotFoundError:
+            if tries == 1:
+                raise
+            pull_results(uri, folder, also=also, tries=tries - 1)
+            return
         for run in whole:
             if f"{run}{PARTIAL}" not in runs:  # else it is being trained again
                 shutil.rmtree(folder / f"{run}{PARTIAL}", ignore_errors=True)

@@ -4,6 +4,8 @@
     drained     Ray drains a node in mid-run, then another while the run recovers
     stopped     a worker's process is stopped (SIGSTOP), and does not answer
     frozen      a raylet's process is stopped, and its node is lost
+    sweep       Ray drains a node in mid-trial, then kills one without notice
+    quiet       the same sweep, and nothing happens
 
 The nodes are those of two_nodes.py. Prints one JSON object: by name the command's exit code and lines, the seconds from
 the fault until the run was tried again and until its next epoch, and which nodes its workers were on then.
@@ -26,6 +28,9 @@ from two_nodes import ENVIRONMENT, EPOCHS, IMAGES, MARK, MEMORY, ROOT, add_node,
 
 WORDS = f"""run --dataset digits --depths 8 --limit-train {IMAGES} --epochs {EPOCHS} --gpus 0 --loader resident --workers 2
             --placement spread --stall-seconds 10"""
+SWEEP = f"""tune --dataset digits --variant he2015 --depth 8 --search lr=choice(0.02,0.1) --samples 2 --concurrent 1
+            --scheduler none --limit-train {IMAGES} --epochs {EPOCHS} --gpus 0 --loader resident --workers 2"""
+WORKERS = b"RayTrainWorker", b"ray::Rank0", b"ray::Peer"
 DRAIN_SECONDS = 60
 ALIVE = 0  # Ray's GcsNodeInfo.GcsNodeState
 Act = Callable[[], None]
@@ -38,7 +43,8 @@ def workers_of(node: Any) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parent = int(path.read_text().rpartition(")")[2].split()[1])
-            if parent == raylet and b"RayTrainWorker" in path.with_name("cmdline").read_bytes():
+            title = path.with_name("cmdline").read_bytes()
+            if parent == raylet and any(name in title for name in WORKERS):
                 found.append(int(path.parent.name))
     return found
 
@@ -60,7 +66,7 @@ def train(
 ) -> dict[str, Any]:
     """Train, with a fault at the first line that contains its words, one after the other."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "harness.cli", *WORDS.split(), *words.split(), "--address", cluster.address, "--out", str(out)],
+        [sys.executable, "-m", "harness.cli", *words.split(), "--address", cluster.address, "--out", str(out)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -111,6 +117,10 @@ def main(out: Path, *names: str) -> None:
         add()
         drain(cluster, nodes.pop(idle))
 
+    def kill_one() -> None:
+        add()
+        cluster.remove_node(nodes.pop(choose()), allow_graceful=False)
+
     def stop_worker() -> None:
         os.kill(workers_of(nodes[choose()])[0], signal.SIGSTOP)
 
@@ -129,12 +139,15 @@ def main(out: Path, *names: str) -> None:
         "drained": [("epoch 3/", drain_one), ("trying again (2)", drain_another)],
         "stopped": [("epoch 3/", stop_worker)],
         "frozen": [("epoch 3/", paused_workers()(stop_raylet))],
+        "sweep": [("epoch 3/", drain_one), ("trial 2/2: epoch 3/", kill_one)],
+        "quiet": [],
     }
     answers = {}
     for name in names or faults:
         while len(nodes) < {"grows": 1, "drained": 2}.get(name, 3):
             add()
-        answers[name] = train(cluster, nodes, out / name, faults[name], "--elastic 1" * (name == "grows"))
+        words = SWEEP if name in ("sweep", "quiet") else f"{WORDS} {'--elastic 1' * (name == 'grows')}"
+        answers[name] = train(cluster, nodes, out / name, faults[name], words)
         answers[name]["hit"] = list(hit)
         hit.clear()
     print(json.dumps(answers))

@@ -41,7 +41,7 @@ def test_a_warning_is_one_line(tmp_path: Path) -> None:
     assert err.count("\n") == 1
 
 
-def test_run_report_rerun_force(tmp_path: Path, capsys: Any) -> None:
+def test_run_report_rerun_force(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     line = f"run {QUICK} --launcher local --seeds 2 --out {tmp_path}/runs"
     code, out, err = harness(line, capsys)
     assert (code, err) == (0, "")
@@ -81,6 +81,14 @@ def test_run_report_rerun_force(tmp_path: Path, capsys: Any) -> None:
     code, out, _ = harness(line.replace("--seeds 2", "--seeds 1") + " --force", capsys)
     assert (code, "epoch 1/2" in out) == (0, True)
     assert len(list((tmp_path / "runs" / ".superseded").iterdir())) == 1
+
+    # as cluster/slurm.sh does: of a requeued job, what it has trained itself by --force is done
+    monkeypatch.setenv("HARNESS_FORCE_SINCE", f"{time.time() - 3600:.0f}")
+    code, out, _ = harness(line + " --force", capsys)
+    assert (code, "epoch 1/2" in out, "all 2 runs were done already" in out) == (0, False, True)
+    monkeypatch.setenv("HARNESS_FORCE_SINCE", f"{time.time() + 1:.0f}")
+    code, out, _ = harness(line.replace("--seeds 2", "--seeds 1") + " --force", capsys)
+    assert (code, "epoch 1/2" in out) == (0, True)
 
 
 def test_each_record_is_read_once_a_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,6 +236,7 @@ STUBS = {
     'if [ -n "$NO_RAY" ]; then echo "ray did not start"; exit 0; fi\n'
     'while [ "$1" != -- ]; do shift; done\nshift\n"$@"',
     "harness": 'trap "echo stopped >> $HOME/calls; exit 130" TERM\necho "harness $*" >> "$HOME/calls"\n'
+    'echo "$HARNESS_FORCE_SINCE" >> "$HOME/since"\n'
     'sleep "${SECONDS_OF_RUN:-0}" >/dev/null 2>&1 & wait $!\nexit "${ENDS_WITH:-0}"',
     "python": 'exec python3 "$@"',
 }
@@ -243,7 +244,7 @@ STUBS = {
 
 def start_slurm_script(folder: Path, **environment: str) -> subprocess.Popen[str]:
     """The script itself, where Slurm, Ray and the harness only write down how they are called."""
-    (folder / "bin").mkdir()
+    (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin" / "activate").write_text("")
     (folder / "ray-runs").write_text("left by this job before it was requeued")
     for name, body in STUBS.items():
@@ -256,7 +257,7 @@ def start_slurm_script(folder: Path, **environment: str) -> subprocess.Popen[str
             "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "71", "SLURM_GPUS_ON_NODE": "8",
             "TMPDIR": str(folder), **environment,
         },
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -293,6 +294,16 @@ def test_a_slurm_job_is_requeued_before_its_time_limit(tmp_path: Path) -> None:
     assert calls[-2:] == ["stopped", "requeued 71"], "its checkpoints are written before Slurm ends the nodes"
     assert script.returncode == 130, "here it goes on to its end; Slurm would have ended it"
     assert not list(tmp_path.glob("harness-exit-code*"))
+
+    # with --force, what it has trained since it began is not trained once more
+    time.sleep(1.1)
+    for restarts in ("1", "0"):
+        script = start_slurm_script(tmp_path, SLURM_RESTART_COUNT=restarts)
+        script.communicate(timeout=60)
+        assert script.returncode == 0
+    first, requeued, another = map(int, (tmp_path / "since").read_text().split())
+    assert first == requeued < another
+    assert not list(tmp_path.glob(".harness-began*"))
 
 
 def test_dockerfile_installs_our_wheel() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import time
 import warnings
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -265,3 +267,45 @@ def test_sigterm_stops_a_command_at_a_step(tmp_path: Path) -> None:
     }
     assert len(found["whole"]) == 2
     assert found["stopped"] == found["whole"]
+
+
+RANKS = "--dataset digits --limit-train 640 --batch-size 8 --gpus 0 --loader resident --workers 2 --epochs 2"
+
+
+@pytest.mark.long
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("words", "title"),
+    [
+        (f"run --depths 8 {RANKS} --launcher ray", b"RayTrainWorker"),
+        (f"tune --depth 8 {RANKS} --samples 1 --search lr=choice(0.1)", b"ray::Peer"),
+        (f"tune --depth 8 {RANKS} --samples 1 --search lr=choice(0.1)", b"ray::Rank0"),
+    ],
+)
+def test_sigterm_to_one_worker_alone_ends_all_ranks_at_a_step(
+    words: str, title: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def workers() -> Iterator[int]:
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):
+                ours = str(tmp_path).encode() in path.with_name("environ").read_bytes()
+                if ours and title in path.read_bytes():
+                    yield int(path.parent.name)
+
+    monkeypatch.setenv("MARK", str(tmp_path))
+    command = Command(f"{words} --out {tmp_path}/stopped")
+    for line in command.stdout:
+        if "epoch 1/2" in line:
+            os.kill(next(workers()), signal.SIGTERM)
+            break
+    code, rest = command.wait(200)
+    assert code == 0, rest
+    assert re.search(r"a worker had to leave: stopped before step \d+ of epoch 2; trying again \(2\)", rest), rest
+    code, rest = Command(f"{words} --out {tmp_path}/whole").wait(200)
+    assert code == 0, rest
+    (stopped,), (whole,) = (
+        [[(row.loss, row.error) for row in load_epochs(path.parent)] for path in out.glob("*/record.json")]
+        for out in (tmp_path / "stopped", tmp_path / "whole")
+    )
+    assert stopped == whole
+    assert len(whole) == 2

@@ -28,7 +28,7 @@ from harness.cluster.job import (
     WorkerDiedError,
 )
 from harness.cluster.launch import _Driver, _Run, launch, launch_here
-from harness.cluster.nodes import Node, count_runs, find_free, hold_gpu
+from harness.cluster.nodes import Node, Patience, count_runs, find_free, hold_gpu
 from harness.cluster.workers import Mailbox, Task
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -274,15 +274,25 @@ def test_private_names_of_ray_that_are_used_exist() -> None:
 
 
 def test_a_death_counts_against_the_limit_unless_the_run_had_come_further(tmp_path: Path) -> None:
-    driver: Any = SimpleNamespace(job=make_job(tmp_path, retries=2), mailbox=None, best_progress=[0.0], drains={})
+    driver: Any = SimpleNamespace(job=make_job(tmp_path, retries=2), mailbox=None, best_progress=[0.0])
     run, counted = _Run(driver, 0), []
     died = Failed(exception="", message="killed", traceback="", died=True)
     for progress in (0, 0, 3, 3, 3, 4, 4):  # the furthest epoch reported before each death
         driver.best_progress[0] = progress
-        final = run._judge(died, time.monotonic())
-        counted.append(run.failures)
-        assert (final is None) == (run.failures <= 2)
+        final = run._judge(died)
+        counted.append(run.patience.deaths)
+        assert (final is None) == (run.patience.deaths <= 2)
     assert counted == [1, 2, 1, 2, 3, 1, 2]
+
+
+def test_a_death_beside_a_node_that_leaves_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = {"lost before"}
+    monkeypatch.setattr("harness.cluster.nodes.find_leaving", lambda: set(gone))
+    patience, ended = Patience(retries=1), []
+    for node in ("lost before", "drained", "drained", "lost", "lost", "lost"):
+        gone.add(node)
+        ended.append(patience.ends(0.0))
+    assert ended == [False, False, False, False, False, True]
 
 
 def test_shares_of_a_gpu_add_up_to_no_more_than_one_in_rays_four_decimals(tmp_path: Path) -> None:
@@ -342,7 +352,7 @@ def test_waits_of_several_attempts_do_not_add_up(tmp_path: Path, monkeypatch: py
     remote = SimpleNamespace(remote=lambda *_: None)
     mailbox = SimpleNamespace(note=remote, read=remote, close=remote, put=remote)
     driver: Any = SimpleNamespace(
-        job=make_job(tmp_path, retries=5), mailbox=mailbox, training={}, drains={}, best_progress=[0.0],
+        job=make_job(tmp_path, retries=5), mailbox=mailbox, training={}, best_progress=[0.0],
         stop=threading.Event(),
     )  # fmt: skip
     run, waits = _Run(driver, 0), list[float]()

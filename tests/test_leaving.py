@@ -66,6 +66,26 @@ def test_a_drained_node_is_left_at_a_step(
     assert {row.images for row in epochs} == {row.images for row in undisturbed}
 
 
+def test_a_sweep_leaves_drained_and_lost_nodes_and_its_trials_are_the_same(
+    left: tuple[Path, dict[str, Any]],
+) -> None:
+    text = "\n".join(left[1]["sweep"]["lines"])
+    assert text.count("trial 1: a worker had to leave: stopped before") == 1, text
+    assert "trial 2: a worker process died (killed, or its node was lost); trying again (2)" in text
+    swept, quiet = (
+        json.loads(next((left[0] / name).glob("tune/*/trials.json")).read_text())["trials"]
+        for name in ("sweep", "quiet")
+    )
+    for one, other in zip(swept, quiet, strict=True):
+        for what in ("number", "fields", "state", "epochs", "key", "curve", "value"):
+            assert one[what] == other[what], what
+        disturbed, undisturbed = (
+            contents(load_epochs(left[0] / name / one["run"])) for name in ("sweep", "quiet")
+        )
+        assert disturbed == undisturbed
+        assert disturbed[-1][0] == one["epochs"]
+
+
 def test_a_rank_that_hangs_is_named_and_its_node_left(
     left: tuple[Path, dict[str, Any]], undisturbed: list[EpochMetrics]
 ) -> None:

@@ -482,12 +482,12 @@ def test_an_error_of_a_gpu_is_tried_again_on_another_and_one_of_the_program_is_n
     run = _Run(driver, 0)
     broken = iter("0123")
     monkeypatch.setattr(run, "_read", lambda key: ("node", next(broken)) if key[0] == "broken" else None)
-    assert run._judge(failed, time.monotonic()) is None
-    assert run._judge(failed, time.monotonic()) is None
+    assert run._judge(failed) is None
+    assert run._judge(failed) is None
     assert held == [("node", "0"), ("node", "1")]
     driver.set_aside(1, "node", "2")
     assert held == [("node", "0"), ("node", "1")], "a run of two workers needs the others"
-    assert run._judge(failed, time.monotonic()) is failed
+    assert run._judge(failed) is failed
     assert not driver.held, "on three GPUs: it is the run"
     driver.job = replace(driver.job, runs_per_gpu=2)
     driver.set_aside(1, "node", "2")

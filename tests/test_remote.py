@@ -173,6 +173,40 @@ def test_tables_need_records_alone_and_what_did_not_arrive_is_sent(tmp_path: Pat
     assert names(there / "c") == {"record.json", "weights.safetensors"}
 
 
+def test_a_run_that_ends_while_tables_are_made_is_whole_or_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each moment of the pull, its command sends it and removes its partial folder."""
+    copy, moments = storage._Folder.copy, 0
+    while True:
+        there, uri, here = (base := tmp_path / f"{moments}") / "bucket", (base / "bucket").as_uri(), base / "stage"
+        write(there / "a.partial", spec_json="{}", epochs_jsonl="1")
+        write(there / "b", record_json="b", epochs_jsonl="")
+        ended = write(base / "a", record_json="a", epochs_jsonl="12", weights_safetensors="w")
+        left = [moments]
+
+        def copy_and_end(*args: Any, uri: str = uri, ended: Path = ended, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] == -1:
+                storage.push_finished(uri, ended)
+            copy(*args)
+
+        monkeypatch.setattr(storage._Folder, "copy", copy_and_end)
+        storage.pull_results(uri, here)
+        monkeypatch.setattr(storage._Folder, "copy", copy)
+        seen = {name for name in names(here) if not name.startswith("a.partial/")} - {
+            "b/record.json",
+            "b/epochs.jsonl",
+        }
+        assert seen in (set(), {"a/record.json", "a/epochs.jsonl"})
+        storage.pull_results(uri, here)
+        assert left[0] >= 0 or not (here / "a.partial").exists()
+        if left[0] >= 0:
+            break
+        moments += 1
+    assert moments == 4
+
+
 def test_a_run_that_is_trained_again_keeps_its_checkpoints_here(tmp_path: Path) -> None:
     """By --force: the result of before is at the URI, and so is what has been trained since."""
     there, here = tmp_path / "bucket", tmp_path / "stage"

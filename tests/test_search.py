@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from ray import cloudpickle
 
 import harness.cluster.search as cluster_search
 from harness.cluster.connect import ClusterError, connect, disconnect
-from harness.cluster.job import Allocation, Failed, Started, Worker
+from harness.cluster.job import Allocation, Failed, PreemptedError, Started, Worker
 from harness.cluster.search import _Driver, leave, run_rank, search
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -70,6 +71,8 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
+    from harness.cluster.workers import gather
+
     held = note_teardown(Path(spec["teardown"]), worker.rank) if "teardown" in spec else None
     if "returns_after" in spec:
         return_late(spec["returns_after"])
@@ -80,6 +83,15 @@ def toy(spec: dict[str, Any], worker: Worker, report: Any) -> dict[str, Any]:
             dist.all_reduce(total)
         if spec.get("raises") == epoch and last:
             raise TooBigError("does not fit")
+        if spec.get("leaves", 0) > len(marks := list(Path(spec.get("marks", "/nowhere")).glob("*"))):
+            gather(None)
+            if last:
+                Path(spec["marks"], f"{len(marks)}").touch()
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert worker.notice is not None
+            while not any(gather(worker.notice() is not None)):
+                time.sleep(0.1)
+            raise PreemptedError("stopped before step 5 of epoch 2")
         if spec.get("dies") == epoch and last and not Path(spec["marker"]).exists():
             Path(spec["marker"]).touch()
             time.sleep(0.3)
@@ -143,9 +155,12 @@ def test_trials_end_stop_raise_and_die_and_every_cpu_is_free_afterwards(tmp_path
                 {"name": "raises", "raises": 2},
                 {"name": "dies", "dies": 3, "marker": str(tmp_path / "died")},
                 *({"name": f"pruned {n}", "lingers": 3} for n in range(2, 5)),
+                {"name": "leaves", "leaves": 3, "marks": str(tmp_path / "one")},
                 {"name": "last"},
             ]
         )
+        for name in ("one", "pair"):
+            (tmp_path / name).mkdir()
         search(toy, study, make_job(tmp_path / "tune", 1))
         wait_until_free(2)
 
@@ -157,6 +172,7 @@ def test_trials_end_stop_raise_and_die_and_every_cpu_is_free_afterwards(tmp_path
                 {"name": "raises", "raises": 2, "teardown": str(tmp_path / "raises")},
                 {"name": "ends", "teardown": str(tmp_path / "ends")},
                 {"name": "dies", "dies": 2, "marker": str(tmp_path / "peer died")},
+                {"name": "leaves", "leaves": 1, "marks": str(tmp_path / "pair")},
             ]
         )
         search(toy, pair, make_job(tmp_path / "tune", 2))
@@ -174,11 +190,16 @@ def test_trials_end_stop_raise_and_die_and_every_cpu_is_free_afterwards(tmp_path
     attempts = [e.attempt for n, e in study.events if n == "dies" and isinstance(e, Started)]
     assert attempts == [1, 2]
     assert study.outcomes["dies"]["total"] == 1.0
+    left = [e for n, e in study.events if n == "leaves" and isinstance(e, Started)]
+    reasons = [""] + ["a worker had to leave: stopped before step 5 of epoch 2"] * 3
+    assert [(e.attempt, e.reason) for e in left] == list(enumerate(reasons, 1)), "it is no failure"
+    assert study.outcomes["leaves"]["total"] == 1.0
 
     assert pair.outcomes["pruned"] is None
     assert isinstance(pair.outcomes["raises"], Failed)
     assert pair.outcomes["raises"].exception == "TooBigError", "the cause, not rank 0's broken collective"
     assert pair.outcomes["dies"]["total"] == 24.0, "a peer's death is tried again"
+    assert pair.outcomes["leaves"]["total"] == 24.0, "so is a peer that has to leave"
     for name in ("pruned", "raises", "ends"):
         for rank in ("0", "1"):
             lines = (tmp_path / name / rank).read_text().splitlines()

@@ -143,7 +143,7 @@ class Runs:
 
     def find_missing(self, specs: Sequence[RunSpec]) -> list[RunSpec]:
         """Those that are not stored yet; all, by --force."""
-        return plan.pending(specs, () if self.options.force else self.recorder.find_finished(specs))
+        return plan.pending(specs, self.recorder.find_finished(specs, force=self.options.force))
 
     # --- before training ---
 
