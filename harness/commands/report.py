@@ -139,8 +139,7 @@ def print_report(
     written; without `mine`, where there is no run.
     """
     output, curves = options.output, options.curves
-    by_ending = ENDINGS.get(output.suffix, "table") if output else "table"
-    format: Any = by_ending if options.format == "table" else options.format
+    format: Any = options.format or (ENDINGS.get(output.suffix, "table") if output else "table")
     loaded = mine or load_runs(paths, named=False)
     searches = load_sweeps(paths) if format == "html" or curves is not None else Sweeps([], [])
     _name_problems([*loaded.problems, *searches.problems])
@@ -325,7 +324,7 @@ def print_comparison(paths: Sequence[Path], console: Console, options: CompareOp
 def print_repro(run: str, path: str, console: Console) -> None:
     """Print the command, commit and versions that trained a run: a folder, or a name or key under `path`."""
     path, run = split_uri(run) if is_uri(run) else (path, run)
-    folder = Path(run)
+    folder = Path(run).expanduser()
     if folder.is_dir() and ((folder / store.RECORD).exists() or folder.name.endswith(store.PARTIAL)):
         matches = load_runs([folder]).records
         known = "there is no record to reproduce; an interrupted run is continued by the command that started it"
