@@ -17,7 +17,7 @@ STARTED = datetime(2026, 1, 1, tzinfo=UTC)
 def make_result(spec: RunSpec, epochs: int) -> RunResult:
     """What a run might have measured; the same spec gives the same figures."""
     random = Random(spec.key)
-    error = 10 - spec.network.depth / 40 + random.random()
+    error = round(10 - spec.network.depth / 40 + random.random(), 2)  # a whole number of 10,000 images
     curve = tuple(
         EpochMetrics(
             epoch=k, steps=391, images=50_000, loss=2 / k + random.random() / 10, error=error + 60 / k, lr=0.1,
@@ -28,7 +28,7 @@ def make_result(spec: RunSpec, epochs: int) -> RunResult:
     )  # fmt: skip
     none = Measurement(value=None, reason="invented")
     return RunResult(
-        parameters=272_292, evaluated_on="test", evaluated_images=10_000, epochs=curve, final_error=error, best_error=error - 0.2,
+        parameters=272_292, evaluated_on="test", evaluated_images=10_000, epochs=curve, final_error=error, best_error=round(error - 0.2, 2),
         best_epoch=epochs, epoch_seconds=10 + random.random(), warmup_epochs=1, eval_seconds=0.8, images_per_second=5_000.0,
         data_stall_percent=1.0, setup_seconds=9.0, train_seconds=1_800.0, workers=spec.workers, threads=8, device="invented",
         batch_size=spec.recipe.batch_size, batch_size_per_gpu=spec.recipe.batch_size // spec.workers,

@@ -12,7 +12,7 @@ from harness.spec import UserError as UserError
 def load(*paths: str | Path, epochs: bool = False) -> DataFrame: ...
 def report(
     *paths: str | Path,
-    format: str = ...,
+    format: str | None = ...,
     sort: str | None = ...,
     columns: Sequence[str] | str = ...,
     preset: str | None = ...,

@@ -131,7 +131,7 @@ def load_specs(paths: Iterable[str | Path]) -> tuple[RunSpec, ...]:
     for path in paths:
         none = f"--spec {path} holds no run's specification: "
         with mistakes(OSError, f"--spec {path}: "), mistakes(ValueError, none):  # ValueError: of JSON too
-            values = json.loads(Path(path).read_bytes())
+            values = json.loads(Path(path).expanduser().read_bytes())
             values = values["spec"] if isinstance(values, dict) and "spec" in values else values
             specs.append(RunSpec.from_json(values))
     return tuple(specs)

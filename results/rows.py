@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -140,7 +140,7 @@ class Row:
 
 
 Fields = tuple[tuple[str, str], ...]
-_Member = tuple[Stored | Interrupted, dict[str, str]]
+_Member = tuple[Stored | Interrupted, Fields]
 """A run and all its fields."""
 
 
@@ -162,16 +162,23 @@ def summarise(
     groups: dict[Fields, list[_Member]] = defaultdict(list)
     # of a spec and a code, and of a spec: the first group, which runs without a result join
     first: dict[tuple[Fields, object], Fields] = {}
+    places: dict[
+        tuple[object, ...], tuple[Fields, Fields]
+    ] = {}  # seeds of a row differ in nothing that is asked here
     for run, spec, around in sorted(runs, key=lambda run: not run[2]):
-        own, code = flatten_spec(spec), run.record.environment.get("code") if isinstance(run, Stored) else None
-        every = own | dict(around)
-        bare, whole = (tuple((n, v) for n, v in f.items() if n not in across) for f in (own, every))
-        key = whole if around else first.get((bare, code)) or first.get((bare, None), bare)
-        for of in (code, None):
-            first.setdefault((bare, of), key)
+        code = run.record.environment.get("code") if isinstance(run, Stored) else None
+        if (alike := (repr({**spec, "seed": None}), around, code)) not in places:
+            own = flatten_spec(spec)
+            every = tuple((own | dict(around)).items())
+            bare, whole = (tuple((n, v) for n, v in f if n not in across) for f in (own.items(), every))
+            key = whole if around else first.get((bare, code)) or first.get((bare, None), bare)
+            for of in (code, None):
+                first.setdefault((bare, of), key)
+            places[alike] = key, every
+        key, every = places[alike]
         groups[key].append((run, every))
     rows = [_make_row(dict(key), members, across) for key, members in groups.items()]
-    known = {name for members in groups.values() if across for _, every in members for name in every}
+    known = {name for members in groups.values() if across for _, every in members for name, _ in every}
     known.update(*(row.conditions for row in rows))
     for name in across:
         if name not in known:
@@ -181,8 +188,9 @@ def summarise(
         key = tuple(flatten_spec(prediction.spec).items())
         predicted |= {key: prediction, (key, prediction.device, str(prediction.threads)): prediction}
     for row in rows:
-        key = tuple((n, v) for n, v in row.fields.items() if n not in SPLIT.values() or n in row.spec)
-        row.predicted = predicted.get((key, row.device, row.fields.get("threads")) if row.done else key)
+        if predicted:
+            key = tuple((n, v) for n, v in row.fields.items() if n not in SPLIT.values() or n in row.spec)
+            row.predicted = predicted.get((key, row.device, row.fields.get("threads")) if row.done else key)
         row.against = _judge(row)
     adjust([row.against for row in rows if row.against])
     rows.sort(key=lambda row: (row.dataset, row.variant, row.depth, row.workers, tuple(row.fields.items())))
@@ -210,7 +218,7 @@ def _make_row(fields: dict[str, str], members: Sequence[_Member], across: Sequen
     stored = [(run, every) for run, every in members if isinstance(run, Stored)]
     stored.sort(key=lambda member: member[0].record.finished_at)
     # of each seed its last run: one that was run again is not another sample, but two devices are
-    last = {(run.record.result is None, run.record.seed, tuple(every.items())): run for run, every in stored}
+    last = {(run.record.result is None, run.record.seed, every): run for run, every in stored}
     finished = [last[key] for key in sorted(last) if last[key].record.result]
     done = sorted(finished, key=lambda run: run.record.added_until is not None)
     specs = [run.record.spec for run in done]  # with the seed
@@ -218,7 +226,7 @@ def _make_row(fields: dict[str, str], members: Sequence[_Member], across: Sequen
     failed, pruned = (tuple(run for run in lacking if getattr(run.record, how)) for how in ("failure", "pruned"))
     waiting = [run for run, _ in members if isinstance(run, Interrupted) and run.spec not in specs]
     interrupted = tuple({repr(run.spec): run for run in waiting}.values())  # each once
-    values = {n: tuple(dict.fromkeys(every[n] for _, every in members if n in every)) for n in across}
+    values = {n: tuple(dict.fromkeys(v for _, every in members for m, v in every if m == n)) for n in across}
     results = [run.record.result for run in done if run.record.result]
     known = [run.record for run in (*done, *failed, *pruned)]
     about = known[0] if known else interrupted[0]
@@ -307,27 +315,35 @@ def _name_differences(rows: Sequence[Row]) -> None:
     rows: two loaders are not comparable where one of them ran with another version of torch.
     """
 
-    def scope(name: str, row: Row) -> tuple[object, ...]:
-        if name.startswith(("recipe.", "network.")):
-            return (name, row.dataset, row.variant, row.depth, row.fields.get("overrides"))
-        return (name, row.dataset) if name == "fingerprint" else (name,)
-
     texts = cache(lambda name: shorten({row.fields.get(name, NONE) for row in rows}))
 
     def extend(row: Row, names: Iterable[str]) -> None:
         row.differs |= {name: texts(name)[row.fields.get(name, NONE)] for name in names}
 
-    values: dict[tuple[object, ...], set[str]] = defaultdict(set)
-    for row in rows:
-        for name, value in row.fields.items():
-            values[scope(name, row)].add(value)
+    def varying(key: Callable[[Row], object]) -> dict[object, set[str]]:
+        """By group of rows: the fields of which they have several values."""
+        pairs: dict[object, set[tuple[str, str]]] = defaultdict(set)
+        for row in rows:
+            pairs[key(row)].update(row.fields.items())
+        return {
+            group: {n for n, count in Counter(n for n, _ in all).items() if count > 1}
+            for group, all in pairs.items()
+        }
+
+    keys: list[Callable[[Row], object]] = [
+        lambda _: None, lambda row: row.dataset,
+        lambda row: (row.dataset, row.variant, row.depth, row.fields.get("overrides")),
+    ]  # fmt: skip
+    found = [(key, varying(key)) for key in keys]
+    place = cache(lambda name: 2 if name.startswith(("recipe.", "network.")) else name == "fingerprint")
     alike: dict[tuple[object, ...], list[Row]] = defaultdict(list)
     named, shown = FIELDS["named"], FIELDS["shown"]
     for row in rows:
-        extend(row, [n for n in row.fields if n in named or (n not in shown and len(values[scope(n, row)]) > 1)])
+        telling = [groups[key(row)] for key, groups in found]
+        extend(row, [n for n in row.fields if n in named or (n not in shown and n in telling[place(n)])])
         alike[row.dataset, row.device, *row.differs.items(), *map(row.fields.get, shown)].append(row)
     for members in alike.values():  # a field that only some of them have: widths of an elastic run
-        names = sorted({name for row in members for name in row.fields})
-        telling = [name for name in names if len({row.fields.get(name) for row in members}) > 1]
+        names = sorted({name for row in members[1:] for name in (*row.fields, *members[0].fields)})
+        apart = [name for name in names if len({row.fields.get(name) for row in members}) > 1]
         for row in members:
-            extend(row, telling)
+            extend(row, apart)

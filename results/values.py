@@ -7,7 +7,7 @@ with the reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from statistics import median
 from typing import Any, Literal, Self
@@ -302,13 +302,12 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """The leaves of nested dictionaries: {"recipe": {"lr": 0.1}} gives ("recipe.lr", 0.1)."""
+    leaves: list[tuple[str, Any]] = []
     for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+        leaves += flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return leaves
 
 
 def setting(of: object, path: str, *kinds: type) -> Any:

@@ -22,6 +22,7 @@ from harness.cluster.connect import ClusterError
 from harness.results.store import load_epochs, load_records
 
 ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "results" / "records" / "sample_digits_cpu_2026-11-22" / "runs"
 QUICK = "--dataset digits --depths 8 --limit-train 128 --epochs 2 --gpus 0 --loader resident"
 
 
@@ -418,3 +419,22 @@ def test_help_is_quick() -> None:
         subprocess.run([sys.executable, "-m", "harness.cli", "--help"], cwd=ROOT, check=True, capture_output=True)
         best = min(best, sum(os.times()[2:4]) - sum(before[2:4]))  # of a core, whatever else the machine does
     assert best < 1.0  # 0.2 s; benchmarks/report.py measures it
+
+
+def test_a_format_that_is_given_wins_over_the_ending_of_the_file(tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "x.csv"
+    for words, first in (("", "schema_version,"), ("--format table ", "digits · "), ("--format json ", "{")):
+        assert harness(f"report {SAMPLE} {words}--output {file}", capsys)[0] == 0
+        assert file.read_text().startswith(first)
+
+
+def test_a_path_in_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """A shell leaves a quoted ~ as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "kept").symlink_to(SAMPLE)
+    run = next(SAMPLE.glob("*_s0_*")).name
+    assert "--spec" in harness(f"repro '~/kept/{run}'", capsys)[1]
+    plan = "run --dataset digits --gpus 0 --dry-run --out '~/new'"
+    code, out, _ = harness(f"{plan} --spec '~/kept/{run}/record.json'", capsys)
+    assert code == 0
+    assert "msra" in out

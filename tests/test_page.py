@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_table
 from chromium import Browser, find_chromium
 from records import NOW, make_epoch, make_memory, make_record
 
@@ -452,3 +453,15 @@ def test_a_nasty_name_does_nothing_in_a_browser(bundle: str, tmp_path: Path) -> 
         browser.open(path, width=390, height=844)  # a long name leaves room for the columns that scroll beside it
         assert browser.ask("document.querySelector('.sortable tbody th').offsetWidth") < 200
         assert browser.complaints == []
+
+
+def test_no_two_sections_of_charts_have_one_title() -> None:
+    """Of images held out and of the test set, and of two data sets of one name."""
+    changes: list[dict[str, Any]] = [
+        {}, {"result": {"evaluated_on": "val", "test_error": 8.0, "test_images": 10_000}}, {"fingerprint": "0" * 64},
+    ]  # fmt: skip
+    rows = summarise([test_table.make_run(0, **change) for change in changes])
+    titles = [panel.title for panel in make_panels(rows)]
+    assert titles == ["cifar10 000000000000…", "cifar10 ffffffffffff…", "cifar10 ffffffffffff…, images held out"]
+    assert all(f"<h2>{title}</h2>" in page(rows) for title in titles)
+    assert [panel.title for panel in make_panels(rows[:1])] == titles[:1]

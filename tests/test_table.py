@@ -18,7 +18,7 @@ from harness.results.published import find_published
 from harness.results.report.notes import make_notes
 from harness.results.report.table import Format, render
 from harness.results.report.text import Sheet, for_terminal
-from harness.results.rows import Row, summarise
+from harness.results.rows import Row, flatten_spec, summarise
 from harness.results.store import Interrupted, Stored
 from harness.results.values import Failure, Measurement, Record, RunResult
 from harness.until_ci import Known
@@ -655,3 +655,25 @@ def test_what_the_number_of_images_leaves_open_is_said() -> None:
         "360 test images of cifar10, the true error's 95 % interval (Wilson) is 2.75 to 7.10 % at 4.44 %"
         in " ".join(text(rows).split())
     )
+
+
+def test_many_runs_that_contradict_themselves_are_one_note() -> None:
+    rows = summarise(
+        [make_run(seed, depth=depth, result={"best_error": 9.0}) for depth in (20, 56) for seed in range(3)]
+    )
+    (said,) = (note for note in make_notes(rows) if "verify" in note)
+    assert said == (
+        "6 runs contradict themselves: see harness verify; msra-20 seed 0: best_error is 9, above final_error 8.4"
+    )
+    assert make_notes(rows)[said] == {"n": {0, 1}}
+
+
+def test_the_seeds_of_a_row_are_told_apart_by_one_look_at_their_specs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report of 10,000 runs takes seconds."""
+    flattened = list[object]()
+    monkeypatch.setattr(
+        "harness.results.rows.flatten_spec", lambda spec: flattened.append(spec) or flatten_spec(spec)
+    )
+    rows = summarise([make_run(seed, depth=depth) for seed in range(50) for depth in (20, 56)])
+    assert [len(row.done) for row in rows] == [50, 50]
+    assert len(flattened) == 2

@@ -11,11 +11,15 @@ from records import make_epoch
 from rich.cells import cell_len
 from rich.console import Console
 from test_estimate import make_specs
+from test_table import make_run
 
 from harness.cluster.job import Entered, Failed, Started
 from harness.models.variants import Recipe
 from harness.progress import Progress, duration, print_columns
-from harness.results.report.text import Sheet, for_terminal
+from harness.results.compare import compare
+from harness.results.report.table import render, render_comparison
+from harness.results.report.text import Sheet, fold, for_terminal
+from harness.results.rows import summarise
 
 
 def draw(width: int, *events: Any, failed: bool = False) -> list[str]:
@@ -90,3 +94,52 @@ def test_wide_letters_take_two_cells(width: int) -> None:
     assert max(map(cell_len, lines)) <= width
     ends = {cell_len(line) for line in lines if line.endswith((".5", "error", "─"))}
     assert len(ends) == 1, "the figures stand below each other"
+
+
+@pytest.mark.parametrize("width", [40, 80, 140])
+def test_no_line_of_a_table_runs_past_the_edge(width: int) -> None:
+    """Not of rows that differ in so much that no column can be left out, nor of a comparison; and no figure is lost."""
+    differences: list[dict[str, Any]] = [
+        {"overrides": ["lr=0.05", "weight_decay=0.0005", "label_smoothing=0.1"]}, {"loader": "dataloader"}, {"precision": "bf16"},
+        {"engine": "compile"}, {"workers": 8}, {"limit_train": 5000}, {"dataset": "a-data-set-with-a-long-name"}, {},
+        {"result": {"device": "NVIDIA A100-SXM4-80GB"}}, {"torch": "2.16.0.dev20260101+cu130"}, {"deterministic": True},
+    ]  # fmt: skip
+    rows = summarise([make_run(seed, 8.25, **change) for change in differences for seed in range(2)])
+    page = render(rows, width=width, fit=True)
+    assert max(map(cell_len, page.splitlines())) <= width
+    assert page.count("8.25 ± 0.00") == len(rows), "figures are whole"
+    words = "".join(page.split())
+    assert all(
+        word in words for word in ("dataloader", "compile", "a-data-set-with-a-long-name", "weight_decay=0.0005")
+    )
+    across = ("loader", "engine", "precision")
+    changes: list[dict[str, Any]] = [{}, {"loader": "resident", "engine": "compile", "precision": "bf16"}]
+    runs = ([make_run(seed, 8.25 - bool(change) / 4, **change) for seed in range(3)] for change in changes)
+    pairs = compare(*(summarise(side, (), across) for side in runs), (), across)
+    page = render_comparison(pairs, width=width, fit=True)
+    assert max(map(cell_len, page.splitlines())) <= width
+    assert "−0.25" in page
+
+
+def test_a_table_that_cannot_be_folded_is_a_paragraph_a_row() -> None:
+    cells = [
+        ["msra-20", "a_long_word_without_a_space", "8.31 ± 0.12", "–"],
+        ["msra-32", "–", "7.50 ± 0.11", "1,890"],
+    ]
+    sheet = Sheet(["row", "changed", "error %", "MiB"], [False, False, True, True], cells)
+    assert for_terminal(sheet, 30).splitlines() == [
+        "row msra-20 · changed", "  a_long_word_without_a_space", "  · error % 8.31 ± 0.12",
+        "row msra-32 · error %", "  7.50 ± 0.11 · MiB 1,890",
+    ]  # fmt: skip
+    assert for_terminal(sheet, 42).splitlines()[0] == "row      changed            error %    MiB"
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("", [""]), ("as it is", ["as it is"]), ("between the words of it", ["between", "  the", "  words of", "  it"]),
+        ("abcdefghijklm no", ["abcdefghij", "klm no"]), ("数据集数据集", ["数据集数据", "集"]),
+    ],
+)  # fmt: skip
+def test_text_is_folded_between_words(text: str, lines: list[str]) -> None:
+    assert fold(text, 10, "  ") == lines

@@ -139,8 +139,7 @@ def print_report(
     written; without `mine`, where there is no run.
     """
     output, curves = options.output, options.curves
-    by_ending = ENDINGS.get(output.suffix, "table") if output else "table"
-    format: Any = by_ending if options.format == "table" else options.format
+    format: Any = options.format or (ENDINGS.get(output.suffix, "table") if output else "table")
     loaded = mine or load_runs(paths, named=False)
     searches = load_sweeps(paths) if format == "html" or curves is not None else Sweeps([], [])
     _name_problems([*loaded.problems, *searches.problems])
@@ -310,8 +309,12 @@ def print_comparison(paths: Sequence[Path], console: Console, options: CompareOp
         alike = "differ only in the field of --by" if by else "of A and B agree in everything but the folder"
         near = f", the nearest differ in {', '.join(names)}" if (names := nearest(pairs)) else ""
         raise UserError(f"nothing to compare: no rows {alike}{near}; --across FIELD overlooks a difference")
-    colour = console.is_terminal and not console.no_color
-    print_text(render_comparison(pairs, options.format, width=console.width, colour=colour), console)
+    look: Any = {
+        "width": console.width,
+        "fit": console.is_terminal,
+        "colour": console.is_terminal and not console.no_color,
+    }
+    print_text(render_comparison(pairs, options.format, **look), console)
     gate = check_conditions(pairs, conditions)
     for line in [*gate.failed, *gate.unclear]:
         print(f"harness: --fail-on: {line}", file=sys.stderr)
@@ -321,7 +324,7 @@ def print_comparison(paths: Sequence[Path], console: Console, options: CompareOp
 def print_repro(run: str, path: str, console: Console) -> None:
     """Print the command, commit and versions that trained a run: a folder, or a name or key under `path`."""
     path, run = split_uri(run) if is_uri(run) else (path, run)
-    folder = Path(run)
+    folder = Path(run).expanduser()
     if folder.is_dir() and ((folder / store.RECORD).exists() or folder.name.endswith(store.PARTIAL)):
         matches = load_runs([folder]).records
         known = "there is no record to reproduce; an interrupted run is continued by the command that started it"

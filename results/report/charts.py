@@ -91,14 +91,20 @@ def make_panels(rows: Sequence[Row], labels: Sequence[str] = (), colours: Mappin
 
     `labels` are `make_labels(rows)`, where they have been made; `colours` those of runs that have one already.
     """
-    groups: dict[tuple[str, str], dict[str, Row]] = defaultdict(dict)
+    groups: dict[str, dict[str, Row]] = defaultdict(dict)
     for row, label in zip(rows, labels or make_labels(rows), strict=True):
-        groups[row.dataset, row.evaluated_on][label] = row
+        groups[name_images(row)][label] = row
     best = sorted(rows, key=_final_error)
     runs = accumulate(sum(map(len, (row.done, row.failed, row.pruned, row.interrupted))) for row in best)
     chosen = {id(row) for row, so_far in zip(best, runs, strict=True) if so_far <= MAX_RUNS or row is best[0]}
     panels = [_make_panel(members, chosen, colours) for members in groups.values()]
     return [panel for panel in panels if panel.charts]
+
+
+def name_images(row: Row) -> str:
+    """What its errors are of, so that no two panels have one title."""
+    prints = row.differs.get("fingerprint")  # another data set of the same name
+    return clean(row.dataset + f" {prints}" * bool(prints) + ", images held out" * (row.evaluated_on == "val"))
 
 
 def make_labels(rows: Sequence[Row]) -> list[str]:
@@ -134,7 +140,7 @@ def _final_error(row: Row) -> float:
 
 def _make_panel(rows: Mapping[str, Row], chosen: set[int], colours: Mapping[str, str]) -> Panel:
     first, styles = next(iter(rows.values())), make_styles(list(rows))
-    panel = Panel(clean(first.dataset), clean(first.dataset))
+    panel = Panel(name_images(first), clean(first.dataset))
     for label, row in rows.items():
         for colour in (colours.get(stored.folder.name) for stored in (*row.done, *row.pruned)):
             styles[label] = styles[label]._replace(colour=colour or styles[label].colour)

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 
 from harness.results.explain import predicted_figures
 from harness.results.metrics import METRICS, NONE, figures, rounded
-from harness.results.report.charts import category_colours, is_finite, make_labels
+from harness.results.report.charts import category_colours, is_finite, make_labels, name_images
 from harness.results.report.columns import Column
 from harness.results.report.sweeps import clamp, draw_all, show
 from harness.results.report.table import lay_out
@@ -80,13 +80,13 @@ def make_page(
         css=css, script=script,
         packed={"data": _pack(text), "vega": _pack(bundle if any(p.charts for p in (*panels, *searches)) else "")},
         NONE=NONE, category_colours=category_colours, clean=clean, best_first=best_first, clamp=clamp, Counter=Counter, is_finite=is_finite,
-        link_marks=_link_marks, NOT_RECORDED=NOT_RECORDED, mib=mib, number=_number, rounded=rounded, show=show,
+        link_marks=_link_marks, name_images=name_images, NOT_RECORDED=NOT_RECORDED, mib=mib, number=_number, rounded=rounded, show=show,
     )  # fmt: skip
 
 
 def _pack(text: str) -> str:
     """For the page's script: a tenth of the size, and nothing in it that could end a script."""
-    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
 
 
 def _link_marks(text: str) -> Markup:

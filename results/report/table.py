@@ -29,8 +29,10 @@ def lay_out(
     Beside wanted columns stand those that tell rows apart. Raises ValueError for a wanted column that does not exist.
     """
     chosen = find_columns(wanted)
-    words = {column.name: [clean(column.text(row)) for row in rows] for column in make_columns()}
-    shown, shared = _choose_columns(rows, words)
+    every = make_columns()
+    columns = [column for column in every if not column.hidden or column in chosen]
+    words = {column.name: [clean(column.text(row)) for row in rows] for column in columns}
+    shown, shared = _choose_columns(rows, columns, words)
     if wanted:
         telling = [c for c in shown if c in DESCRIPTORS and c not in chosen and len(set(words[c.name])) > 1]
         first = list(takewhile(DESCRIPTORS.__contains__, chosen))
@@ -42,7 +44,7 @@ def lay_out(
     once |= {name: next(text for text in words[name] if text != NONE) for name in above}
     if "limit_train" in above:
         once["limit_train"] = f"training images: {once['limit_train']}"
-    absent = (words.keys() if wanted else set(without)) - once.keys()
+    absent = ({column.name for column in every} if wanted else set(without)) - once.keys()
     forbidding = tuple(text for row in rows for text, _ in incomparable(row))
     notes: list[str] = []
     for note, cells in make_notes(rows).items():
@@ -56,7 +58,7 @@ def lay_out(
                 once[name] = add_mark(once[name], number)
                 continue
             name = shown[0].name if name in above else name  # of some rows: what stands above is of all
-            for i in marked:
+            for i in marked if name in words else ():  # a hidden column has no cells
                 words[name][i] = add_mark(words[name][i], number)
     heads, right = [once[column.name] for column in shown], [column.right for column in shown]
     body = list(zip(*(words[column.name] for column in shown), strict=True))
@@ -65,11 +67,13 @@ def lay_out(
     return shown, Sheet(heads, right, body, " · ".join(once[name] for name in above), notes, means, styles)
 
 
-def _choose_columns(rows: Sequence[Row], words: dict[str, list[str]]) -> tuple[list[Column], list[Column]]:
+def _choose_columns(
+    rows: Sequence[Row], columns: Sequence[Column], words: dict[str, list[str]]
+) -> tuple[list[Column], list[Column]]:
     """The columns that stand in the table, and those that all rows agree in, which are said above it."""
     shown, shared = list[Column](), list[Column]()
     on_gpu = any(row.done and row.fields.get("device") == "cuda" for row in rows)
-    for column in make_columns():
+    for column in columns:
         different = set(words[column.name])
         of_cpu = column.name in METRICS and METRICS[column.name].device == "cpu"
         nothing = {NONE, "all"} if column.name == "limit_train" else {NONE}
@@ -112,7 +116,7 @@ def render(
         return for_markdown(sheet) if format == "markdown" else for_latex(sheet, [*left_out])
     if left_out:
         sheet = replace(sheet, notes=[*sheet.notes, f"too narrow for {', '.join(left_out.values())}"])
-    return for_terminal(sheet, width if fit else max(width, sheet.width), colour=colour)
+    return for_terminal(sheet, width, fit=fit, colour=colour)
 
 
 def style_of(name: str, row: Row) -> str:
@@ -137,7 +141,7 @@ COLOURS = {"equivalent": "green", "different": "red"}
 
 
 def render_comparison(
-    pairs: Sequence[Pair], format: str = "table", *, width: int = 100, colour: bool = False
+    pairs: Sequence[Pair], format: str = "table", *, width: int = 100, fit: bool = False, colour: bool = False
 ) -> str:
     """Every pair and metric in a line; then what else forbids a conclusion, and what the tests were."""
     figures = [figure for pair in pairs for figure in pair.figures]
@@ -157,7 +161,7 @@ def render_comparison(
     notes = [clean(f"{pair.name}: {problem}") for pair in pairs for problem in (*pair.problems(), *_notes(pair))]
     styles = [["bold", *[""] * 7, COLOURS.get(line[-1], "")] for line in cells]
     sheet = Sheet(HEADERS, right, cells, clean(caption), notes, definitions, styles)
-    return for_markdown(sheet) if format == "markdown" else for_terminal(sheet, width, colour=colour)
+    return for_markdown(sheet) if format == "markdown" else for_terminal(sheet, width, fit=fit, colour=colour)
 
 
 def _lines(pair: Pair, named: set[str]) -> Iterator[list[str]]:

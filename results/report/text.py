@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.cells import cell_len
+from rich.cells import cell_len, chop_cells
 
-from harness.results.metrics import decimals
+from harness.results.metrics import NONE, decimals
 from harness.results.values import MEMORY_CATEGORIES
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ HERE = Path(__file__).parent
 ANSI = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 DIGITS, SUPERSCRIPTS = "0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹"
 SUPERSCRIPT, ORDINARY = str.maketrans(DIGITS, SUPERSCRIPTS), str.maketrans(SUPERSCRIPTS, DIGITS)
+GLUE = "\N{NO-BREAK SPACE}"  # figures are not folded
 MARKS = re.compile(f"([{SUPERSCRIPTS},]*[{SUPERSCRIPTS}])")
 
 
@@ -76,47 +76,94 @@ def add_mark(text: str, number: int) -> str:
     return text + "," * text.endswith(tuple(SUPERSCRIPTS)) + str(number).translate(SUPERSCRIPT)
 
 
-def for_terminal(sheet: Sheet, width: int, *, colour: bool = False) -> str:
-    """Plain columns, with what stands above and below them. rich takes seconds for thousands of rows."""
-    from tabulate import tabulate
+def fold(text: str, width: int, indent: str = "") -> list[str]:
+    """The text in lines of at most so many cells, broken between words and within one that is too long for a line."""
+    if 2 * len(text) <= width or cell_len(text) <= width:  # no sign takes more than two cells
+        return [text]
+    lines, used = list[str](), width
+    for word in filter(None, text.split(" ")):
+        if (used := used + 1 + cell_len(word)) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines += chop_cells((indent if lines else "") + word, width)
+            used = cell_len(lines[-1])
+    return lines
+
+
+def longest_word(texts: Iterable[str]) -> int:
+    """In cells."""
+    return max(map(cell_len, " ".join(texts).split()), default=0)
+
+
+def align(cells: Sequence[str], sizes: Sequence[int], right: Sequence[bool]) -> list[str]:
+    """The cells of a line, each as wide as its column."""
+    spaces = [" " * (size - cell_len(cell)) for cell, size in zip(cells, sizes, strict=True)]
+    return [gap + cell if r else cell + gap for cell, gap, r in zip(cells, spaces, right, strict=True)]
+
+
+def fit_columns(sheet: Sheet, width: int) -> list[int] | None:
+    """How wide each column is. Where they do not fit, headers of figures are folded between words, then the widest columns of
+    words, between words and then within, to no less than 12. None where that does not suffice."""
+    sizes, columns = sheet.widths, list(zip(sheet.headers, *sheet.cells, strict=True))
+    words = [j for j in sorted(range(len(sizes)), key=lambda j: -sizes[j]) if not sheet.right[j]]
+    least = [
+        (j, max(longest_word(columns[j][:1]), *map(cell_len, columns[j][1:])))
+        for j in range(len(sizes))
+        if sheet.right[j]
+    ]
+    least += [(j, max(12, longest_word(columns[j]))) for j in words] + [(j, 12) for j in words]
+    for j, narrowest in least:
+        excess = sum(sizes) + 2 * (len(sizes) - 1) - width
+        sizes[j] = min(sizes[j], max(narrowest, sizes[j] - max(0, excess)))
+    return sizes if sum(sizes) + 2 * (len(sizes) - 1) <= width else None
+
+
+def for_terminal(sheet: Sheet, width: int, *, fit: bool = True, colour: bool = False) -> str:
+    """Plain columns, with what stands above and below them. To `fit` the width they are folded, and a row is a paragraph
+    where that does not suffice. rich takes seconds for thousands of rows."""
+    width = width if fit else max(width, sheet.width)
 
     def paint(text: str, style: str) -> str:
         return f"\x1b[{ANSI[style]}m{text}\x1b[0m" if colour and style and text else text
 
     def wrap(texts: Iterable[str], style: str = "", indent: str = "") -> list[str]:
-        return [paint(line, style) for t in texts for line in textwrap.wrap(t, width, subsequent_indent=indent)]
+        return [paint(line, style) for text in texts if text for line in fold(text, width, indent)]
 
-    natural = sheet.widths
-    sizes = list(natural)
-    # where they do not fit, the widest columns of words are folded, between words and then within, to no less than 12
-    words = [
-        max(map(cell_len, " ".join(c).split()), default=0) for c in zip(sheet.headers, *sheet.cells, strict=True)
-    ]
-    folded = sorted((j for j, right in enumerate(sheet.right) if not right), key=lambda j: -natural[j])
-    for least, j in product((words, [0] * len(words)), folded):
-        excess = sum(sizes) + 2 * (len(sizes) - 1) - width
-        sizes[j] = min(sizes[j], max(12, least[j], sizes[j] - max(0, excess)))
-    cells = [map(paint, *line) for line in zip(sheet.cells, sheet.styles, strict=True)] if colour else sheet.cells
-    table = tabulate(
-        [sheet.headers, ["─" * size for size in sizes], *cells], tablefmt="plain", disable_numparse=True,
-        colalign=["right" if right else "left" for right in sheet.right],
-        maxcolwidths=[size if size < whole else None for size, whole in zip(sizes, natural, strict=True)],
-    )  # fmt: skip
-    lines = [*wrap([sheet.caption], "bold"), *[""] * bool(sheet.caption), table]
+    lines, sizes = [*wrap([sheet.caption], "bold"), *[""] * bool(sheet.caption)], fit_columns(sheet, width)
+    if sizes is None:
+        for cells in sheet.cells:
+            named = zip(sheet.headers, cells, sheet.right, strict=True)
+            words = [
+                f"{head} {cell.replace(' ', GLUE) if right else cell}"
+                for head, cell, right in named
+                if cell not in ("", NONE)
+            ]
+            lines += (line.replace(GLUE, " ") for line in wrap([" · ".join(words)], indent="  "))
+    else:
+        plain = [""] * len(sizes)
+        rules = ["─" * size for size in sizes]
+        every = zip_longest([sheet.headers, rules, *sheet.cells], [plain, plain, *sheet.styles], fillvalue=plain)
+        for cells, styles in every:
+            columns = [fold(cell, size) for cell, size in zip(cells, sizes, strict=True)]
+            for parts in zip_longest(*columns, fillvalue=""):
+                aligned = align(parts, sizes, sheet.right)
+                lines.append("  ".join(map(paint, aligned, styles)).rstrip())
     if sheet.notes or sheet.means:
         lines += ["", *wrap(sheet.notes, indent="  "), *wrap([" · ".join(sheet.means)], "dim")]
     return "\n".join(lines) + "\n"
 
 
 def for_markdown(sheet: Sheet) -> str:
-    from tabulate import tabulate
-
     headers, *cells = [list(map(escape_markdown, line)) for line in (sheet.headers, *sheet.cells)]
-    sides = ["right" if right else "left" for right in sheet.right] if cells else None
-    table = tabulate(cells, headers, tablefmt="github", colalign=sides, disable_numparse=True)
+    sizes = [
+        max(cell_len(head) + 2, *map(cell_len, column)) for head, *column in zip(headers, *cells, strict=True)
+    ]
+    rule = ["-" * (size + 1) + ("-", ":")[right] for size, right in zip(sizes, sheet.right, strict=True)]
+    table = [f"| {' | '.join(align(line, sizes, sheet.right))} |" for line in (headers, *cells)]
+    table.insert(1, f"|{'|'.join(rule)}|")
     notes = "  \n".join(map(escape_markdown, sheet.notes))
     means = "\n".join(f"- {escape_markdown(line)}" for line in sheet.means)
-    return "\n\n".join(filter(None, (escape_markdown(sheet.caption), table, notes, means))) + "\n"
+    return "\n\n".join(filter(None, (escape_markdown(sheet.caption), "\n".join(table), notes, means))) + "\n"
 
 
 def escape_markdown(text: str) -> str:
