@@ -27,6 +27,7 @@ from harness.results.statistics import (
     estimate_mean,
     holm,
     scatter,
+    squared_spread,
     t_quantile,
 )
 from harness.results.values import Record
@@ -236,7 +237,9 @@ def _find_scatter(rows: Collection[Row]) -> dict[str, float]:
     names = [name for name, metric in METRICS.items() if metric.kind == "error"]
     sides = {name: [side for row in rows if (side := row.measured(name))] for name in names}
     return {
-        name: scatter([([e for _, e in side], n) for side in sides[name] if (n := _images(side, name))])
+        name: scatter(
+            squared_spread([e for _, e in side], n) for side in sides[name] if (n := _images(side, name))
+        )
         for name in names
     }
 

@@ -13,7 +13,7 @@ import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from typing import Literal, NamedTuple
 
 from harness.results.published import Published
@@ -147,15 +147,18 @@ def prior_std(error: float, images: int) -> float:
     return PRIOR_FACTOR * 100 * math.sqrt(max(error, 0.5) / 100 / (2 * images))
 
 
-def scatter(rows: Iterable[tuple[Sequence[float], int]]) -> float:
-    """How many times `prior_std` runs spread, at least once: by the median row, errors and images, of those with three runs or
-    more that did not diverge."""
-    ratios = [
-        ((std(errors) or 0.0) / prior_std(mean(errors), images)) ** 2
-        / (1 - 2 / (9 * (len(errors) - 1))) ** 3  # by the median of chi²
-        for errors, images in rows if len(errors) > 2 and all(map(math.isfinite, errors))
-    ]  # fmt: skip
-    return math.sqrt(max(1.0, statistics.median(ratios))) if ratios else 1.0
+def squared_spread(errors: Sequence[float], images: int) -> float | None:
+    """How many times `prior_std` these runs spread, squared; None for fewer than three, or where one diverged."""
+    if len(errors) < 3 or not all(map(math.isfinite, errors)):
+        return None
+    median = (1 - 2 / (9 * (len(errors) - 1))) ** 3  # of chi² over its degrees of freedom
+    return ((std(errors) or 0.0) / prior_std(mean(errors), images)) ** 2 / median
+
+
+def scatter(spreads: Iterable[float | None]) -> float:
+    """How many times `prior_std` runs spread, at least once: by the median row of those whose `squared_spread` is known."""
+    known = [one for one in spreads if one is not None]
+    return math.sqrt(max(1.0, statistics.median(known))) if known else 1.0
 
 
 def moderated(centre: float, own: float | None, n: int, images: int, others: float = 1.0) -> tuple[float, int]:
@@ -257,23 +260,30 @@ class Against:
     adjusted: float | None = None  # Holm's p, over the rows that are judged together
     reason: str = ""  # why no verdict is due
     errors: Sequence[float] = ()  # ours that were judged, in percent
+    others: float = 1.0  # the scatter of the rows beside it
+    again: Callable[[float], Against] | None = None  # judges by another one
 
 
 def judge(
-    published: Published, last: Sequence[float], best: Sequence[float] = (), planned: int | None = None
+    published: Published,
+    last: Sequence[float],
+    best: Sequence[float] = (),
+    planned: int | None = None,
+    others: float = 1.0,
 ) -> Against:
     """The verdict on our errors, in percent: of the last epochs and of each run's best one, one value a run.
 
     Where the published epoch is not stated both must agree. `planned`: the seeds before `--until-ci` added others.
     """
     ways = {"last": [last], "best": [best], "unstated": [last, best]}[published.rule]
-    means = [ours for way in ways if (ours := estimate_mean(way, published.images, planned))]
+    means = [ours for way in ways if (ours := estimate_mean(way, published.images, planned, others))]
     told = [(one.value, one.half(), one.p()) for one in (_subtract(published, ours, len(last)) for ours in means)]
     near = all(abs(d) <= half <= MAX_HALF_WIDTH and abs(d) + half < MARGIN for d, half, _ in told)
     differences, halves, ps = zip(*told, strict=True)
     p = max(ps) if min(differences) > 0 or max(differences) <= 0 else 1.0
     word: Literal["consistent", "cannot tell"] = "consistent" if near else "cannot tell"
-    return Against(published, differences[0], max(halves), p, word, errors=ways[0])
+    again = partial(judge, published, last, best, planned)
+    return Against(published, differences[0], max(halves), p, word, errors=ways[0], others=others, again=again)
 
 
 def _subtract(published: Published, ours: Estimate, n: int) -> Estimate:
@@ -288,18 +298,24 @@ def _subtract(published: Published, ours: Estimate, n: int) -> Estimate:
 
 
 def adjust(judged: Sequence[Against]) -> None:
-    """The verdicts of rows that stand together: better or worse where Holm's p is below VERDICT_ALPHA."""
+    """The verdicts of rows that stand together: each by the scatter of the others, better or worse where Holm's p is below
+    VERDICT_ALPHA."""
     tested = [each for each in judged if each.p is not None]
+    spreads = [squared_spread(each.errors, each.published.images) for each in tested]
+    for i, each in enumerate(tested):
+        if each.again and (others := scatter(spreads[:i] + spreads[i + 1 :])) > 1:
+            wider = each.again(others)
+            each.half, each.p, each.word, each.others = wider.half, wider.p, wider.word, others
     for each, p in zip(tested, holm([each.p or 0.0 for each in tested]), strict=True):
         each.adjusted = p
         if p < VERDICT_ALPHA:
             each.word = "better" if each.difference < 0 else "worse"
 
 
-def seeds_to_tell(published: Published, errors: Sequence[float]) -> int | None:
+def seeds_to_tell(published: Published, errors: Sequence[float], others: float = 1.0) -> int | None:
     """The smallest number of runs like these whose interval is ±0.5 points; None where no number suffices."""
     centre = mean(errors)
-    variance, freedom = moderated(centre, std(errors), len(errors), published.images)
+    variance, freedom = moderated(centre, std(errors), len(errors), published.images, others)
 
     def enough(n: int) -> bool:
         ours = Estimate(centre, math.sqrt(variance / n), freedom - len(errors) + n)

@@ -31,7 +31,7 @@ from harness.results.explain import why
 from harness.results.metrics import METRICS, Figure
 from harness.results.report.table import render_comparison
 from harness.results.rows import Row, summarise
-from harness.results.statistics import mean, prior_std, scatter
+from harness.results.statistics import mean, prior_std, scatter, squared_spread
 from harness.results.store import Stored, finish, load_records, write_epochs
 from harness.results.values import Failure, Measurement, Record
 
@@ -43,6 +43,11 @@ def make_rows(errors: list[float], seconds: list[float], **changes: Any) -> list
         for seed, (error, time) in enumerate(zip(errors, seconds, strict=True))
     ]
     return summarise(runs)
+
+
+def scatter_of(rows: Iterable[tuple[list[float], int]]) -> float:
+    """Of errors and their images."""
+    return scatter(itertools.starmap(squared_spread, rows))
 
 
 BASE = [8.30, 8.35, 8.40, 8.45, 8.50], [4.50, 4.51, 4.52, 4.53, 4.54]
@@ -113,7 +118,7 @@ def test_of_several_values_each_pair_is_one_of_all() -> None:
     assert first("loader=dali,dataloader").how == "paired t-test, by seed"
     among = first("loader")
     assert "Welch" in among.how
-    expected = scatter([(errors, 10_000) for errors in sides.values()])
+    expected = scatter_of([(errors, 10_000) for errors in sides.values()])
     alone = compare_errors([measured(a), measured(near)], 10_000, expected, 3)[0]
     assert alone is not None
     assert among.interval == pytest.approx(alone.interval())
@@ -122,12 +127,12 @@ def test_of_several_values_each_pair_is_one_of_all() -> None:
 def test_the_scatter_is_of_each_rows_own_images() -> None:
     """360 images of digits, 10,000 of CIFAR-10; a run that diverged tells nothing."""
     digits, cifar = (list(prior_std(8.0, n) * np.arange(-1.5, 2) + 8.0) for n in (360, 10_000))
-    expected = scatter([(cifar, 10_000)])
+    expected = scatter_of([(cifar, 10_000)])
     assert expected > 1
-    assert scatter([(digits, 360), (cifar, 10_000)]) == pytest.approx(expected)
+    assert scatter_of([(digits, 360), (cifar, 10_000)]) == pytest.approx(expected)
     wild = [8.0, 9.0, 10.0, 8.0]
     known = [(wild, 10_000), (wild, 10_000), (cifar, 10_000)]
-    assert scatter([*known, ([math.inf, *wild], 10_000)]) == scatter(known)
+    assert scatter_of([*known, ([math.inf, *wild], 10_000)]) == scatter_of(known)
 
 
 def test_times_are_compared_as_ratios_and_bear_outliers() -> None:
@@ -462,7 +467,7 @@ def test_the_gate_by_simulation(std: float, truth: float, rows: int, least: floa
     sides = np.round(8 + std * draw.standard_normal((repeats, rows, 2, 5)) + [[0], [truth]], 2).tolist()
     failed = 0
     for comparison in sides:
-        spread = scatter([(errors, 10_000) for both in comparison for errors in both])
+        spread = scatter_of([(errors, 10_000) for both in comparison for errors in both])
         pairs = [Pair(None, None, {}, (compared(*map(measured, both), spread, rows),)) for both in comparison]
         failed += bool(check_conditions(pairs, condition).failed)
     assert least <= failed / repeats <= most

@@ -84,7 +84,9 @@ def _ratio(row: Row) -> float | None:
 
 def _seeds_to_tell(row: Row) -> int | None:
     against = row.against
-    return seeds_to_tell(against.published, against.errors) if against and against.half is not None else None
+    if against is None or against.half is None:
+        return None
+    return seeds_to_tell(against.published, against.errors, against.others)
 
 
 def end_of(run: Stored | Interrupted) -> str:
