@@ -391,8 +391,7 @@ class ReportOptions(Options):
         "table, markdown, csv, json, latex or html. Default: what the ending of --output says, or table.",
         words=("table", "markdown", "csv", "json", "latex", "html"))] = None
     sort: Annotated[str | None, opt("Column to sort by, as in error; -error: largest first.")] = None
-    columns: Annotated[tuple[str, ...], opt(
-        "Columns to show, as in variant,depth,error.", parse=parse_words)] = ()
+    columns: Annotated[tuple[str, ...], opt("Columns to show, as in variant,depth,error.", parse=parse_words)] = ()
     preset: Preset = None  # the rows and columns of that source's table, in their order
     across: Across = ()
     output: Annotated[Path | None, opt("Write to this file; -: print. Default of html: report.html.")] = None
