@@ -16,6 +16,7 @@ Answer = TypeVar("Answer")
 DRAIN_SECONDS = 120.0  # until a node without a deadline is gone: Ray Train's own assumption
 HOLD_SECONDS = 60.0  # until a GPU that is to be set aside is free
 ANSWER_SECONDS = 600.0  # a node may have to decode a data set for the first time
+MOST_LOST = 10  # nodes in a row without progress, until deaths beside them count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,18 +56,19 @@ def find_leaving() -> set[str]:
 
 class Patience:
     """Whether another attempt at a run is worth it: `retries` deaths in a row that brought no progress are allowed. They count
-    from the last time on that a node was taken away or lost."""
+    from the last time on that a node was taken away or lost; after MOST_LOST of them it may be the run that ends them."""
 
     def __init__(self, retries: int) -> None:
         self.retries, self.gone = retries, find_leaving()
-        self.deaths, self.progress = 0, 0.0
+        self.deaths, self.lost, self.progress = 0, 0, 0.0
 
     def ends(self, progress: float) -> bool:
         """After one more death, and so much progress in all: whether it was one too many."""
         before, self.gone = self.gone, find_leaving()
         if progress > self.progress:
-            self.deaths, self.progress = 0, progress
-        self.deaths = 0 if self.gone - before else self.deaths + 1
+            self.deaths, self.lost, self.progress = 0, 0, progress
+        excused = bool(self.gone - before) and self.lost < MOST_LOST
+        self.deaths, self.lost = 0 if excused else self.deaths + 1, self.lost + excused
         return self.deaths > self.retries
 
 

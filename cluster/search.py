@@ -154,10 +154,8 @@ class _Driver(tune.Callback):
 
     def receive(self, trial_id: str, result: dict[str, Any]) -> bool:
         """As the stopper: take a report or an outcome; True prunes."""
-        if (
-            own := self.running.get(trial_id)
-        ) is None:  # Tune repeats the last result when the function has returned
-            return False
+        if (own := self.running.get(trial_id)) is None:
+            return False  # Tune repeats the last result when the function has returned
         own.reports += 1
         try:
             if "outcome" in result:

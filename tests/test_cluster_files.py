@@ -284,8 +284,8 @@ def test_a_slurm_job_is_requeued_before_its_time_limit(tmp_path: Path) -> None:
     assert re.search(r"^#SBATCH --signal=B:USR1@\d+$", (CLUSTER / "slurm.sh").read_text(), re.MULTILINE)
     script = start_slurm_script(tmp_path, SECONDS_OF_RUN="50")
     for _ in range(100):
-        if (tmp_path / "calls").exists() and "harness run" in (tmp_path / "calls").read_text():
-            break
+        if (tmp_path / "calls").exists() and "\nharness run" in (tmp_path / "calls").read_text():
+            break  # not yet by the words of srun, which name it too
         time.sleep(0.1)
     script.send_signal(signal.SIGUSR1)
     out, _ = script.communicate(timeout=40)

@@ -28,7 +28,7 @@ from harness.cluster.job import (
     WorkerDiedError,
 )
 from harness.cluster.launch import _Driver, _Run, launch, launch_here
-from harness.cluster.nodes import Node, Patience, count_runs, find_free, hold_gpu
+from harness.cluster.nodes import MOST_LOST, Node, Patience, count_runs, find_free, hold_gpu
 from harness.cluster.workers import Mailbox, Task
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -293,6 +293,18 @@ def test_a_death_beside_a_node_that_leaves_does_not_count(monkeypatch: pytest.Mo
         gone.add(node)
         ended.append(patience.ends(0.0))
     assert ended == [False, False, False, False, False, True]
+
+
+def test_a_run_that_ends_every_node_it_is_given_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone: set[str] = set()
+    monkeypatch.setattr("harness.cluster.nodes.find_leaving", lambda: set(gone))
+    patience, ended = Patience(retries=1), []
+    for number in range(MOST_LOST + 2):
+        gone.add(f"lost {number}")
+        ended.append(patience.ends(0.0))
+    assert ended == [False] * (MOST_LOST + 1) + [True]
+    gone.add("another")
+    assert not patience.ends(1.0), "it went on meanwhile"
 
 
 def test_shares_of_a_gpu_add_up_to_no_more_than_one_in_rays_four_decimals(tmp_path: Path) -> None:

@@ -225,6 +225,8 @@ def test_private_names_of_ray_that_are_used_exist() -> None:
     import inspect
 
     from ray.train.torch import config
+    from ray.tune.execution.tune_controller import TuneController
+    from ray.tune.experiment import Trial
     from ray.tune.search import Searcher
 
     assert {"world_rank", "world_size", "init_method", "timeout_s"} <= set(
@@ -232,6 +234,13 @@ def test_private_names_of_ray_that_are_used_exist() -> None:
     )
     assert "destroy_process_group" in inspect.signature(config._shutdown_torch).parameters
     assert isinstance(Searcher.FINISHED, str)
+    trial = Trial("unknown", stub=True, max_failures=1)
+    trial.run_metadata.num_failures = 1
+    assert trial.should_recover()
+    trial.max_failures = 0
+    assert not trial.should_recover()
+    assert list(inspect.signature(trial.handle_error).parameters) == ["exc"]
+    assert "trial.handle_error(exception)" in inspect.getsource(TuneController)
 
 
 def test_a_failed_rank_frees_what_its_frames_hold_before_it_leaves(tmp_path: Path) -> None:
