@@ -162,9 +162,8 @@ def summarise(
     groups: dict[Fields, list[_Member]] = defaultdict(list)
     # of a spec and a code, and of a spec: the first group, which runs without a result join
     first: dict[tuple[Fields, object], Fields] = {}
-    places: dict[
-        tuple[object, ...], tuple[Fields, Fields]
-    ] = {}  # seeds of a row differ in nothing that is asked here
+    # of runs that differ in their seed alone: the group and all fields
+    places: dict[tuple[object, ...], tuple[Fields, Fields]] = {}
     for run, spec, around in sorted(runs, key=lambda run: not run[2]):
         code = run.record.environment.get("code") if isinstance(run, Stored) else None
         if (alike := (repr({**spec, "seed": None}), around, code)) not in places:
@@ -325,10 +324,8 @@ def _name_differences(rows: Sequence[Row]) -> None:
         pairs: dict[object, set[tuple[str, str]]] = defaultdict(set)
         for row in rows:
             pairs[key(row)].update(row.fields.items())
-        return {
-            group: {n for n, count in Counter(n for n, _ in all).items() if count > 1}
-            for group, all in pairs.items()
-        }
+        counted = {group: Counter(name for name, _ in both) for group, both in pairs.items()}
+        return {group: {name for name, count in names.items() if count > 1} for group, names in counted.items()}
 
     keys: list[Callable[[Row], object]] = [
         lambda _: None, lambda row: row.dataset,

@@ -18,7 +18,7 @@ from harness.models.variants import Recipe
 from harness.progress import Progress, duration, print_columns
 from harness.results.compare import compare
 from harness.results.report.table import render, render_comparison
-from harness.results.report.text import Sheet, fold, for_terminal
+from harness.results.report.text import Sheet, fold, for_markdown, for_terminal
 from harness.results.rows import summarise
 
 
@@ -143,3 +143,9 @@ def test_a_table_that_cannot_be_folded_is_a_paragraph_a_row() -> None:
 )  # fmt: skip
 def test_text_is_folded_between_words(text: str, lines: list[str]) -> None:
     assert fold(text, 10, "  ") == lines
+
+
+def test_a_table_without_rows() -> None:
+    empty = Sheet(["variant", "error %"], [False, True], [], "nothing yet", [], [], [])
+    assert for_terminal(empty, 40).splitlines()[2:] == ["variant  error %", "───────  ───────"]
+    assert "| variant   |   error % |" in for_markdown(empty)

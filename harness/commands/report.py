@@ -309,12 +309,8 @@ def print_comparison(paths: Sequence[Path], console: Console, options: CompareOp
         alike = "differ only in the field of --by" if by else "of A and B agree in everything but the folder"
         near = f", the nearest differ in {', '.join(names)}" if (names := nearest(pairs)) else ""
         raise UserError(f"nothing to compare: no rows {alike}{near}; --across FIELD overlooks a difference")
-    look: Any = {
-        "width": console.width,
-        "fit": console.is_terminal,
-        "colour": console.is_terminal and not console.no_color,
-    }
-    print_text(render_comparison(pairs, options.format, **look), console)
+    fit, colour = console.is_terminal, console.is_terminal and not console.no_color
+    print_text(render_comparison(pairs, options.format, width=console.width, fit=fit, colour=colour), console)
     gate = check_conditions(pairs, conditions)
     for line in [*gate.failed, *gate.unclear]:
         print(f"harness: --fail-on: {line}", file=sys.stderr)

@@ -106,11 +106,7 @@ def fit_columns(sheet: Sheet, width: int) -> list[int] | None:
     words, between words and then within, to no less than 12. None where that does not suffice."""
     sizes, columns = sheet.widths, list(zip(sheet.headers, *sheet.cells, strict=True))
     words = [j for j in sorted(range(len(sizes)), key=lambda j: -sizes[j]) if not sheet.right[j]]
-    least = [
-        (j, max(longest_word(columns[j][:1]), *map(cell_len, columns[j][1:])))
-        for j in range(len(sizes))
-        if sheet.right[j]
-    ]
+    least = [(j, max([longest_word(c[:1]), *map(cell_len, c[1:])])) for j, c in enumerate(columns) if sheet.right[j]]
     least += [(j, max(12, longest_word(columns[j]))) for j in words] + [(j, 12) for j in words]
     for j, narrowest in least:
         excess = sum(sizes) + 2 * (len(sizes) - 1) - width
@@ -133,11 +129,8 @@ def for_terminal(sheet: Sheet, width: int, *, fit: bool = True, colour: bool = F
     if sizes is None:
         for cells in sheet.cells:
             named = zip(sheet.headers, cells, sheet.right, strict=True)
-            words = [
-                f"{head} {cell.replace(' ', GLUE) if right else cell}"
-                for head, cell, right in named
-                if cell not in ("", NONE)
-            ]
+            known = [(head, cell.replace(" ", GLUE) if right else cell) for head, cell, right in named if cell]
+            words = [f"{head} {cell}" for head, cell in known if cell != NONE]
             lines += (line.replace(GLUE, " ") for line in wrap([" · ".join(words)], indent="  "))
     else:
         plain = [""] * len(sizes)
@@ -155,9 +148,7 @@ def for_terminal(sheet: Sheet, width: int, *, fit: bool = True, colour: bool = F
 
 def for_markdown(sheet: Sheet) -> str:
     headers, *cells = [list(map(escape_markdown, line)) for line in (sheet.headers, *sheet.cells)]
-    sizes = [
-        max(cell_len(head) + 2, *map(cell_len, column)) for head, *column in zip(headers, *cells, strict=True)
-    ]
+    sizes = [max([cell_len(head) + 2, *map(cell_len, c)]) for head, *c in zip(headers, *cells, strict=True)]
     rule = ["-" * (size + 1) + ("-", ":")[right] for size, right in zip(sizes, sheet.right, strict=True)]
     table = [f"| {' | '.join(align(line, sizes, sheet.right))} |" for line in (headers, *cells)]
     table.insert(1, f"|{'|'.join(rule)}|")
