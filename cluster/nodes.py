@@ -64,10 +64,11 @@ class Patience:
 
     def ends(self, progress: float) -> bool:
         """After one more death, and so much progress in all: whether it was one too many."""
-        before, self.gone = self.gone, find_leaving()
+        gone = find_leaving() - self.gone
+        self.gone |= gone  # an answer that fails takes none away
         if progress > self.progress:
             self.deaths, self.lost, self.progress = 0, 0, progress
-        excused = bool(self.gone - before) and self.lost < MOST_LOST
+        excused = bool(gone) and self.lost < MOST_LOST
         self.deaths, self.lost = 0 if excused else self.deaths + 1, self.lost + excused
         return self.deaths > self.retries
 

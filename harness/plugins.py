@@ -13,7 +13,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
@@ -171,12 +171,15 @@ def load_plugins(paths: Iterable[str | Path] = ()) -> None:
             _load_installed(entry)
     waiting = [Path(path) for path in paths]
     while waiting:
+        faults = list[str]()
         for path in waiting:
-            with suppress(PluginError):
+            try:
                 load_file(path)
                 break
+            except PluginError as error:
+                faults.append(str(error))
         else:
-            load_file(waiting[0])  # which raises
+            raise PluginError("; ".join(faults))
         waiting.remove(path)
 
 

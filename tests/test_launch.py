@@ -295,6 +295,15 @@ def test_a_death_beside_a_node_that_leaves_does_not_count(monkeypatch: pytest.Mo
     assert ended == [False, False, False, False, False, True]
 
 
+def test_a_node_that_was_lost_long_ago_excuses_nothing_when_the_cluster_answers_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = iter([{"old"}, set(), {"old"}, set(), {"old"}])
+    monkeypatch.setattr("harness.cluster.nodes.find_leaving", lambda: next(answers))
+    patience = Patience(retries=1)
+    assert [patience.ends(0.0) for _ in range(4)] == [False, True, True, True]
+
+
 def test_a_run_that_ends_every_node_it_is_given_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     gone: set[str] = set()
     monkeypatch.setattr("harness.cluster.nodes.find_leaving", lambda: set(gone))

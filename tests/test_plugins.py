@@ -327,6 +327,16 @@ def test_a_plugin_that_builds_on_another_is_loaded_after_it(tmp_path: Path) -> N
         assert find_variant("alpha")().recipe.optimizer == "rms2"  # type: ignore[call-arg]
 
 
+def test_of_files_that_cannot_be_loaded_every_fault_is_named(tmp_path: Path) -> None:
+    """One may only miss what the other would have brought."""
+    builds, broken = (
+        write(tmp_path, BUILDS_ON, "alpha.py"),
+        write(tmp_path, f"{NET}\nraise ValueError('real reason')\n"),
+    )
+    with pytest.raises(PluginError, match=r"alpha\.py:\d+: .*; .*nets\.py:\d+: ValueError: real reason"):
+        plugins.load_plugins([builds, broken])
+
+
 def test_a_run_keeps_its_plugin_and_can_be_repeated_and_evaluated(tmp_path: Path, capsys: Any) -> None:
     path, out = write(tmp_path, NET), tmp_path / "runs"
     code, printed, err = command(f"run --plugin {path} {TINY} --variants few --set width=6 --out {out}", capsys)

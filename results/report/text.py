@@ -106,7 +106,9 @@ def fit_columns(sheet: Sheet, width: int) -> list[int] | None:
     words, between words and then within, to no less than 12. None where that does not suffice."""
     sizes, columns = sheet.widths, list(zip(sheet.headers, *sheet.cells, strict=True))
     words = [j for j in sorted(range(len(sizes)), key=lambda j: -sizes[j]) if not sheet.right[j]]
-    least = [(j, max([longest_word(c[:1]), *map(cell_len, c[1:])])) for j, c in enumerate(columns) if sheet.right[j]]
+    least = [
+        (j, max([longest_word(c[:1]), *map(cell_len, c[1:])])) for j, c in enumerate(columns) if sheet.right[j]
+    ]
     least += [(j, max(12, longest_word(columns[j]))) for j in words] + [(j, 12) for j in words]
     for j, narrowest in least:
         excess = sum(sizes) + 2 * (len(sizes) - 1) - width
