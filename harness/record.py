@@ -146,15 +146,16 @@ class Recorder:
         self.since = float(os.environ.get("HARNESS_FORCE_SINCE") or time.time())  # by cluster/slurm.sh
 
     def find_finished(self, specs: Iterable[RunSpec], *, force: bool = False) -> dict[str, RunResult]:
-        """Read which of these runs are stored as finished, by `force` since this command began or the job that it is of; all
-        results known by now, by key."""
+        """Read which of these runs are stored as finished; all results known by now, by key, with `force` only those since
+        this command began, or the job that it is of."""
         keys = {self.paths.out / self.paths.name(spec): spec.key for spec in specs}
         folders = [folder for folder in keys if folder not in self.known and folder.is_dir()]
         for stored in store.load_records(folders).records:
-            new = not force or stored.record.finished_at.timestamp() >= self.since
-            if new and stored.record.key == keys[stored.folder] and stored.record.result is not None:
+            if stored.record.key == keys[stored.folder] and stored.record.result is not None:
                 self.known[stored.folder] = stored
-        return {record.key: record.result for record, _ in self.known.values() if record.result is not None}
+        since = self.since if force else 0.0
+        known = [record for record, _ in self.known.values() if record.finished_at.timestamp() >= since]
+        return {record.key: record.result for record in known if record.result is not None}
 
     def begin(self, spec: RunSpec, event: Started) -> list[EpochMetrics]:
         """Note that an attempt began; the epochs that are left of an earlier command."""

@@ -91,6 +91,10 @@ def test_run_report_rerun_force(tmp_path: Path, capsys: Any, monkeypatch: pytest
     code, out, _ = harness(line.replace("--seeds 2", "--seeds 1") + " --force", capsys)
     assert (code, "epoch 1/2" in out) == (0, True)
 
+    monkeypatch.delenv("HARNESS_FORCE_SINCE")
+    code, out, _ = harness(line + " --force --until-ci 60", capsys)  # which reads what is known beforehand
+    assert (code, all(f"seed {n}: epoch 2/2" in out for n in range(5))) == (0, True)
+
 
 def test_each_record_is_read_once_a_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     records = ROOT / "results" / "records" / "sample_digits_cpu_2026-11-22" / "runs"
