@@ -92,6 +92,7 @@ def test_run_report_rerun_force(tmp_path: Path, capsys: Any, monkeypatch: pytest
     assert (code, "epoch 1/2" in out) == (0, True)
 
     monkeypatch.delenv("HARNESS_FORCE_SINCE")
+    assert harness(line.replace("--seeds 2", "--seeds 5"), capsys)[0] == 0
     code, out, _ = harness(line + " --force --until-ci 60", capsys)  # which reads what is known beforehand
     assert (code, all(f"seed {n}: epoch 2/2" in out for n in range(5))) == (0, True)
 

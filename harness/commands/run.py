@@ -149,7 +149,9 @@ class Runs:
 
     def remarks(self, todo: Sequence[RunSpec]) -> Iterator[str]:
         """What is to be known before training. Raises UserError for a goal of --until-ci that is out of reach."""
-        others = Counter(filter(None, (name_other_code(run.record) for run in self.recorder.known.values())))
+        again = {spec.key for spec in todo}
+        kept = (record for record, _ in self.recorder.known.values() if record.key not in again)
+        others = Counter(filter(None, map(name_other_code, kept)))
         for code, runs in others.items():  # the table will have them as they are
             yield f"{runs} run{'s' * (runs != 1)} done already, by {code}; --force trains again"
         # several workers with statistics of their own train another network than the published one
@@ -238,7 +240,7 @@ class Runs:
             first = {row for row, runs in known.items() if len(runs.errors) < until_ci.FIRST}
             recorder.added |= {spec.key: goal.half for spec in more if replace(spec, seed=0) not in first}
             self.specs = [*self.specs, *more]
-            if todo := plan.pending(more, recorder.find_finished(more)):
+            if todo := self.find_missing(more):
                 failures += self.train_batch(todo)
         return EXIT_FAILED if failures else EXIT_DONE
 
