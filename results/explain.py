@@ -10,7 +10,7 @@ from typing import NamedTuple
 from harness.results.metrics import METRICS, decimals, figures
 from harness.results.report.text import fill_template, in_words
 from harness.results.rows import Row
-from harness.results.statistics import MIN_SEEDS, estimate_mean, seeds_to_tell
+from harness.results.statistics import MIN_SEEDS, estimate_mean
 from harness.results.store import Stored, load_epochs, time_epochs
 from harness.results.values import EpochMetrics, Measurement
 from harness.results.verify import check_epochs
@@ -22,8 +22,7 @@ def why(row: Row) -> str:
     mean = estimate_mean(errors, row.done[0].record.images(), row.planned) if len(errors) >= MIN_SEEDS else None
     return fill_template(
         "why.txt.j2", row=row, metrics=METRICS, mean=mean if mean and math.isfinite(mean.value) else None, read=read_epochs,
-        predicted_figures=predicted_figures, time_epochs=time_epochs, median=median, seeds_to_tell=seeds_to_tell, word=_word,
-        categories=in_words,
+        predicted_figures=predicted_figures, time_epochs=time_epochs, median=median, word=_word, categories=in_words,
     )  # fmt: skip
 
 

@@ -263,6 +263,11 @@ class Against:
     others: float = 1.0  # the scatter of the rows beside it
     again: Callable[[float], Against] | None = None  # judges by another one
 
+    @property
+    def seeds_to_tell(self) -> int | None:
+        """None too where no verdict is due."""
+        return None if self.half is None else seeds_to_tell(self.published, self.errors, self.others)
+
 
 def judge(
     published: Published,
@@ -313,7 +318,7 @@ def adjust(judged: Sequence[Against]) -> None:
 
 
 def seeds_to_tell(published: Published, errors: Sequence[float], others: float = 1.0) -> int | None:
-    """The smallest number of runs like these whose interval is ±0.5 points; None where no number suffices."""
+    """The smallest number of runs whose interval is ±0.5 points if they scatter as these do; None where no number suffices."""
     centre = mean(errors)
     variance, freedom = moderated(centre, std(errors), len(errors), published.images, others)
 

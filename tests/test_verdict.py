@@ -14,7 +14,9 @@ from records import make_record
 from scipy import stats
 from test_table import make_run, text
 
+from harness.results.explain import why
 from harness.results.published import Published, find_published
+from harness.results.report.columns import find
 from harness.results.rows import summarise
 from harness.results.statistics import MAX_HALF_WIDTH, adjust, judge, mean, moderated, seeds_to_tell, std
 from harness.results.store import Stored
@@ -181,6 +183,36 @@ def test_the_seeds_that_would_tell() -> None:
         half = stats.t.ppf(0.95, 8 + runs - 1) * math.sqrt(variance * (1 / runs + 1) + 0.01**2 / 12)
         assert (half <= MAX_HALF_WIDTH) == enough
     assert seeds_to_tell(replace(PUBLISHED, std=3.0, n=3), errors) is None, "their own spread alone is wider"
+
+
+def test_why_and_files_count_the_same_seeds() -> None:
+    """By the scatter of the other rows, as the interval beside it."""
+    wild = [make_run(s, 8 + s, depth=d) for d in (32, 56, 110) for s in range(3)]
+    rows = summarise([*wild, *(make_run(s, 8.3 + s / 10) for s in range(3))])
+    (row,) = [row for row in rows if row.depth == 20]
+    assert row.against is not None
+    assert row.against.others > 1
+    assert seeds_to_tell(row.against.published, row.against.errors) is not None
+    assert find(row, "against.seeds_to_tell") is None
+    assert "no number of seeds would narrow it to ±0.5 points if they scatter as these do" in why(row)
+
+
+@pytest.mark.parametrize(
+    ("std", "n", "least", "most"),
+    [(0.2, 3, 0.85, 0.9), (0.2, 10, 0.87, 0.95), (0.3, 3, 0.54, 0.62), (0.3, 5, 0.44, 0.53), (0.6, 3, 0.13, 0.2), (1.0, 3, 0, 0.12)],
+)  # fmt: skip
+def test_how_often_so_many_seeds_are_enough(std: float, n: int, least: float, most: float) -> None:
+    """The forecast holds if further runs scatter as the first did: where they scatter by more than the images explain, only rows
+    that lie together by chance are told a number."""
+    draw, told, enough = np.random.default_rng(0), 0, 0
+    for _ in range(4_000):
+        first = draw.normal(8.0, std, n).round(2).tolist()
+        seeds = seeds_to_tell(PUBLISHED, first)
+        if seeds is None or seeds <= n:
+            continue
+        each = judge(PUBLISHED, first + draw.normal(8.0, std, seeds - n).round(2).tolist())
+        told, enough = told + 1, enough + ((each.half or math.inf) <= MAX_HALF_WIDTH)
+    assert least * told <= enough <= most * told
 
 
 NOT_DUE: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from harness.results.metrics import METRICS, NONE, figures, rounded
 from harness.results.published import Published, find_published
 from harness.results.rows import Row
-from harness.results.statistics import MAX_HALF_WIDTH, VERDICT_ALPHA, seeds_to_tell
+from harness.results.statistics import MAX_HALF_WIDTH, VERDICT_ALPHA
 from harness.results.store import Interrupted, Stored
 from harness.results.values import setting
 from harness.words import unknown
@@ -82,13 +82,6 @@ def _ratio(row: Row) -> float | None:
     return seconds / row.epoch_seconds if seconds and row.epoch_seconds and not unlike else None
 
 
-def _seeds_to_tell(row: Row) -> int | None:
-    against = row.against
-    if against is None or against.half is None:
-        return None
-    return seeds_to_tell(against.published, against.errors, against.others)
-
-
 def end_of(run: Stored | Interrupted) -> str:
     """Of a run that is not done: "OOM", "pruned at 3 of 30", "epoch 3 of 30"."""
     if isinstance(run, Interrupted):
@@ -105,7 +98,6 @@ DERIVED: dict[str, Callable[[Row], Any]] = {
     "n": lambda row: len(row.done),
     "seeds": lambda row: [stored.record.seed for stored in row.done],
     "no_verdict": lambda row: (row.against and row.against.reason) or None,
-    "seeds_to_tell": _seeds_to_tell,
     "predictions": lambda row: row.predicted and {n: m.measure(row.predicted).value for n, m in METRICS.items() if m.predict},
     "entry": _entry, "paper": lambda row: _entry(row, "he2015"), "cost": cost_entry, "ratio": _ratio,
     "failures": lambda row: "; ".join(f"seed {run.record.seed}: {end_of(run)}" for run in row.failed),
