@@ -135,7 +135,8 @@ def forecast(goal: Goal, known: Rows, dataset: Dataset) -> Iterator[str]:
             raise UserError(f"--until-ci {goal.half:g}: {row.name}: {refusal}")
         errors = TYPICAL if error is None else (error,)
         seeds = [f"{goal.seeds(e, images) or 'over 1,000'} seeds at an error of {e:.2g} %" for e in errors]
-        yield f"{row.name}: ±{goal.half:g} points will take about {', '.join(seeds)} ({images:,} test images)"
+        of = f"{images:,} test images; more where runs scatter by more than these explain"
+        yield f"{row.name}: ±{goal.half:g} points will take about {', '.join(seeds)} ({of})"
 
 
 def shortfalls(goal: Goal, known: Rows) -> Iterator[str]:

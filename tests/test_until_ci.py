@@ -14,9 +14,11 @@ from records import make_result
 from scipy import stats
 
 from harness import plan
+from harness.results.compare import compare_errors
 from harness.results.published import Published
-from harness.results.statistics import estimate_mean, judge
+from harness.results.statistics import Estimate, estimate_mean, judge, scatter, squared_spread
 from harness.results.store import load_records
+from harness.results.values import Record
 from harness.spec import RunSpec, UserError
 from harness.until_ci import FIRST, Goal, Known, make_goal, more_seeds
 
@@ -135,6 +137,49 @@ def test_few_rows_are_said_to_be_known_that_scatter_too_much(spread: float) -> N
     assert reached <= 0.05 * rows
 
 
+@pytest.mark.parametrize(("half", "times", "least", "most"), [
+    (0.2, 1.0, 0.9, 1.0), (0.3, 1.0, 0.86, 0.95), (0.2, 1.3, 0.58, 0.7), (0.2, 2.0, 0.06, 0.16), (0.12, 2.0, 0.0, 0.06),
+])  # fmt: skip
+def test_how_often_the_forecast_of_seeds_suffices(half: float, times: float, least: float, most: float) -> None:
+    """Where runs scatter so many times what the test images let expect."""
+    forecast = Goal(half, 99).seeds(8.0, IMAGES)
+    assert forecast is not None
+    goal, spread = Goal(half, forecast), times * 100 * math.sqrt(0.08 / (2 * IMAGES))
+    rows = np.round(8 + spread * np.random.default_rng(0).standard_normal((1_000, forecast)), 2).tolist()
+    assert least <= sum(stop(goal, row).half <= half for row in rows) / 1_000 <= most
+
+
+@pytest.mark.parametrize(("spread", "together", "half", "limit", "fixed"), [
+    (1.0, 0.0, 0.8, 10, 0), (1.0, 0.0, 0.4, 40, 10), (1.0, 0.5, 0.6, 20, 0), (1.0, 0.9, 0.25, 10, 0), (1.0, 0.9, 1.0, 10, 0),
+    (0.6, 0.9, 0.5, 10, 0), (0.6, 0.0, 1.0, 10, 0), (0.6, 0.0, 0.5, 40, 0), (0.3, 0.0, 0.25, 10, 0), (0.2, 0.9, 0.2, 11, 0),
+])  # fmt: skip
+def test_comparisons_of_such_rows_hold_the_difference(
+    spread: float, together: float, half: float, limit: int, fixed: int
+) -> None:
+    """In 90 % and 95 %, whether or not seeds go together on both sides, and beside a row whose seeds were chosen. By the spread of
+    all seeds, those that were added for it too, 90 % were 87."""
+    draw, goal, repeats = np.random.default_rng(0), Goal(half, limit), 1_000
+    common = math.sqrt(together) * draw.standard_normal((repeats, 1, limit))
+    own = math.sqrt(1 - together) * draw.standard_normal((repeats, 2, limit))
+    held = [0, 0]
+    for a, b in np.round(8 + spread * (common + own), 2).tolist():
+        both = stop(goal, a).errors, tuple(b[:fixed]) or stop(goal, b).errors
+        sides = [
+            [
+                (Record.model_construct(seed=s, added_until=half if s >= planned else None), e)
+                for s, e in enumerate(errors)
+            ]
+            for errors, planned in zip(both, (FIRST, fixed or FIRST), strict=True)
+        ]
+        test, _ = compare_errors(sides, IMAGES, scatter(squared_spread(errors, IMAGES) for errors in both))
+        assert isinstance(test, Estimate)
+        for k, level in enumerate((0.9, 0.95)):
+            low, high = test.interval(level)
+            held[k] += low <= 0 <= high
+    assert held[0] >= 0.885 * repeats
+    assert held[1] >= 0.94 * repeats
+
+
 def test_verdicts_of_such_rows_are_no_more_often_false() -> None:
     """With the spread of the first five: the share of rows called better or worse than one run like theirs, by its p."""
     draw, goal, false = np.random.default_rng(0), Goal(0.2, 11), 0
@@ -182,6 +227,7 @@ def test_the_command_adds_seeds_until_it_is_narrow_or_may_not(
         "he2015-8: ±2 points will take about 5 seeds at an error of 1 %, 5 seeds at an error of 5 %, 5 seeds at an error of 10 %"
         in out
     )
+    assert "more where runs scatter by more than these explain" in " ".join(out.split())
     seeds: dict[int, list[int]] = {8: [], 14: []}
     for stored in load_records([tmp_path]).records:
         seeds[stored.record.depth].append(stored.record.seed)
