@@ -23,7 +23,6 @@ LEVEL, ALPHA = 0.90, 0.05
 """Of every interval that is shown and decides, and of each of its ends. `--until-ci` alone has 95 %, and says so."""
 GOAL_LEVEL, OWN_GOAL_LEVEL = 0.965, 0.98  # of `--until-ci`: as one stops by them, they hold the true mean in 95 %
 PRIOR_FREEDOM, PRIOR_FACTOR = 8, 1.3
-NORMAL_QUANTILE = 1.959964  # 97.5 %
 MEDIAN_RUNS = {1: 1.0, 2: 2.0, 3: 2.23, 4: 3.36, 5: 3.49, 6: 4.65, 7: 4.75, 8: 5.94, 9: 6.0, 10: 7.25}
 """Runs whose mean is as exact as the median of so many normal runs: the inverse of the median's variance."""
 
@@ -211,12 +210,12 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def wilson(percent: float, images: int) -> Interval:
-    """The interval of 95 % for the error on other images of the same kind, in percent.
+def wilson(percent: float, images: int, of: int = 1) -> Interval:
+    """The interval of 95 % for the error of the same networks on all images of the kind, in percent: for so many rows at once.
 
     E. B. Wilson, Probable inference, the law of succession, and statistical inference, J. Am. Stat. Assoc. 22, 1927.
     """
-    share, z = percent / 100, NORMAL_QUANTILE
+    share, z = percent / 100, -statistics.NormalDist().inv_cdf(0.025 / of)
     scale = 1 + z**2 / images
     centre = (share + z**2 / (2 * images)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / images + z**2 / (4 * images**2))

@@ -515,6 +515,30 @@ def test_the_intervals_hold_where_runs_scatter_by_more_than_the_images_explain()
         assert held >= 880, (ratio, n)
 
 
+@pytest.mark.parametrize(
+    ("images", "alike", "least", "most"),
+    [(10_000, 1.0, 0.89, 1), (10_000, 0.9, 0.8, 0.87), (10_000, 0.5, 0.54, 0.62), (360, 1.0, 0.89, 1), (360, 0.9, 0.8, 0.87), (360, 0.5, 0.54, 0.62)],
+)  # fmt: skip
+def test_the_interval_is_of_the_difference_on_these_images(
+    images: int, alike: float, least: float, most: float
+) -> None:
+    """And of that on all images of their kind as far as A and B fail on the same ones. Half of the variance of an error is of the images,
+    half of the seed (K. Jordan, arXiv:2304.01910)."""
+    draw, half, here, everywhere = np.random.default_rng(0), 100 * math.sqrt(0.08 * 0.92 / (2 * images)), 0, 0
+    for _ in range(1_500):
+        of_images = half * (
+            math.sqrt(alike) * draw.standard_normal() + math.sqrt(1 - alike) * draw.standard_normal(2)
+        )
+        a, b = (8 + of_images[:, None] + half * draw.standard_normal((2, 10))).tolist()
+        test, _ = compare_errors([measured(a, range(10)), measured(b, range(10))], images)
+        assert test
+        low, high = test.interval()
+        here += low <= of_images[1] - of_images[0] <= high
+        everywhere += low <= 0 <= high
+    assert here >= 0.89 * 1_500
+    assert least * 1_500 <= everywhere <= most * 1_500
+
+
 def test_held_out_errors_are_named_and_the_test_set_is_compared_too() -> None:
     def rows(error: float) -> list[Row]:
         val = {"evaluated_on": "val", "evaluated_images": 2500, "test_images": 10_000, "warmup_epochs": 0}

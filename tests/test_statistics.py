@@ -149,3 +149,39 @@ def test_wilsons_interval() -> None:
         interval = wilson(100 * wrong / images, images)
         theirs = stats.binomtest(wrong, images).proportion_ci(0.95, "wilson")
         assert (interval.low, interval.high) == pytest.approx((100 * theirs.low, 100 * theirs.high), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "rows", "seeds", "together", "least"),
+    [
+        (360, 0.05, 1, 1, 0.0, 0.93), (360, 0.1, 17, 1, 0.0, 0.92), (360, 0.1, 17, 1, 0.5, 0.92), (360, 0.5, 17, 1, 0.9, 0.94),
+        (360, 0.1, 5, 3, 0.5, 0.97), (360, 0.1, 1, 10, 0.9, 0.95), (2_000, 0.05, 5, 1, 0.5, 0.93), (2_000, 0.5, 2, 1, 0.0, 0.93),
+        (10_000, 0.05, 5, 1, 0.9, 0.93),
+    ],
+)  # fmt: skip
+def test_wilsons_interval_holds_the_errors_of_all_rows(
+    images: int, error: float, rows: int, seeds: int, together: float, least: float
+) -> None:
+    """On all images of their kind, at once: at the smallest and the largest error of several rows it must, as these are the
+    smallest and the largest by chance. Rows and seeds fail on the same images as far as they go `together`."""
+    draw, repeats, held = np.random.default_rng(0), 1_000 if images < 10_000 else 200, 0
+    for _ in range(repeats):
+        hard, own = draw.standard_normal(images), draw.standard_normal((rows, seeds, images))
+        wrong = math.sqrt(together) * hard + math.sqrt(1 - together) * own < stats.norm.ppf(error)
+        shares = 100 * wrong.mean(axis=(1, 2))
+        ends = [wilson(share, images, rows) for share in (shares.min(), shares.max())]
+        held += all(low <= 100 * error <= high for low, high in ends)
+    assert held >= least * repeats
+
+
+def test_wilsons_interval_is_not_of_other_seeds_or_of_other_images_alone() -> None:
+    """What its caption must not promise: the mean of three seeds that scatter by a point, and the error on 10,000 other images."""
+    draw, seeds, images = np.random.default_rng(0), 0, 0
+    for _ in range(1_000):
+        errors = draw.normal(0.08, 0.01, 3)
+        low, high = wilson(100 * (draw.binomial(10_000, errors) / 10_000).mean(), 10_000)
+        seeds += low <= 8 <= high
+        low, high = wilson(100 * draw.binomial(10_000, 0.08) / 10_000, 10_000)
+        images += low <= 100 * draw.binomial(10_000, 0.08) / 10_000 <= high
+    assert 600 <= seeds <= 720
+    assert 800 <= images <= 860

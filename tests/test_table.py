@@ -647,14 +647,17 @@ def test_a_run_of_one_epoch_holds_its_warm_up() -> None:
 def test_what_the_number_of_images_leaves_open_is_said() -> None:
     page = " ".join(text(summarise([make_run(0, 8.0)])).split())
     assert (
-        "10,000 test images of cifar10, the true error's 95 % interval (Wilson) is 7.48 to 8.55 % at 8.00 %"
+        "10,000 test images of cifar10, these networks' error on all such images is 7.48 to 8.55 % at 8.00 % (Wilson, 95 %); no"
         in page
     )
     rows = summarise([make_run(0, 16 / 3.6, result={"evaluated_images": 360})])
     assert (
-        "360 test images of cifar10, the true error's 95 % interval (Wilson) is 2.75 to 7.10 % at 4.44 %"
+        "360 test images of cifar10, these networks' error on all such images is 2.75 to 7.10 % at 4.44 % (Wilson, 95 %); no"
         in " ".join(text(rows).split())
     )
+    rows = summarise([make_run(0, 8.0), make_run(0, 9.0, depth=56), make_run(0, 8.5, depth=110)])
+    said = "is 7.37 to 8.67 % at 8.00 %, 8.34 to 9.71 % at 9.00 % (Wilson, 95 % for all 3 rows at once)"
+    assert said in " ".join(text(rows).split())
 
 
 def test_many_runs_that_contradict_themselves_are_one_note() -> None:

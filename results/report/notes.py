@@ -55,12 +55,13 @@ def make_notes(rows: Sequence[Row]) -> Mapping[str, Mapping[str, set[int]]]:
         for problem, i in wrong.items():
             notes[f"{problem}; see harness verify"]["n"].add(i)
     for (dataset, on, images), errors in samples.items():  # at the smallest and the largest error of a data set
-        ends = [(e, wilson(e, images)) for e in sorted({min(errors.values()), max(errors.values())})]
+        ends = [(e, wilson(e, images, len(errors))) for e in sorted({min(errors.values()), max(errors.values())})]
         leave = ", ".join(f"{i.low:.2f} to {i.high:.2f} % at {error:.2f} %" for error, i in ends)
-        kind, why = "test", "no interval here includes that, as all rows share the images"
+        kind, why = "test", "no other interval includes that: they are of these images"
         if on == "val":
             kind, why = "held-out", "each seed holds out others, so that the spread over seeds includes that"
-        said = f"with {images:,} {kind} images of {dataset}, the true error's 95 % interval (Wilson) is {leave}"
+        level = "95 %" + f" for all {len(errors)} rows at once" * (len(errors) > 1)
+        said = f"with {images:,} {kind} images of {dataset}, these networks' error on all such images is {leave} (Wilson, {level})"
         notes[f"{said}; {why}"] = {"error": set(errors)}
     return notes
 

@@ -133,7 +133,7 @@ def style_of(name: str, row: Row) -> str:
 DEFINITIONS = (
     "A, B: over n runs, as in harness report: mean ± std of errors, median of seconds, maximum of memory",
     "B − A: their difference: in points for percentages, in percent of A for everything else",
-    "interval: the 90 % interval on which the verdict rests",
+    "interval: the 90 % interval on which the verdict rests; of errors: on these test images",
     "verdict: equivalent where the interval lies within the margin, different where it lies beyond it",
 )
 HEADERS = ["what", "metric", "n", "A", "B", "B − A", "interval", "margin", "verdict"]
