@@ -34,7 +34,7 @@ from harness.results.values import Record
 from harness.words import unknown
 
 IMAGES = tuple(FIELDS["images"])
-SESSION_SPREAD = 0.03  # of seconds, from one session to another: std, as a share
+SESSION_SPREAD = 0.03  # of seconds, from one session to another, assumed: std, as a share
 SESSION_GAP = timedelta(hours=1)
 Test = Estimate | Shift
 Side = Sequence[tuple[Record, float]]
@@ -345,7 +345,7 @@ def _in_sessions(sides: Sequence[Side], values: list[list[float]]) -> tuple[list
         return [list(map(statistics.median, side.values())) for side in sessions], 0.0, note
     extra = t_quantile(0.5 + LEVEL / 2, math.inf) * math.log1p(SESSION_SPREAD) * math.hypot(a**-0.5, b**-0.5)
     each = "one session each" if a == b == 1 else f"{a} and {b} sessions"
-    return values, extra, f"; {each}, taken as ±{100 * math.expm1(extra):.0f} %"
+    return values, extra, f"; {each}, assumed to differ by ±{100 * math.expm1(extra):.0f} %"
 
 
 # --- compare --fail-on ---
