@@ -258,7 +258,7 @@ class Against:
     word: Literal["better", "worse", "consistent", "cannot tell"] | None = None
     adjusted: float | None = None  # Holm's p, over the rows that are judged together
     reason: str = ""  # why no verdict is due
-    errors: Sequence[float] = ()  # ours that were judged, in percent
+    errors: Sequence[float] = ()  # ours whose spread was judged, in percent
     others: float = 1.0  # the scatter of the rows beside it
     again: Callable[[float], Against] | None = None  # judges by another one
 
@@ -287,7 +287,8 @@ def judge(
     p = max(ps) if min(differences) > 0 or max(differences) <= 0 else 1.0
     word: Literal["consistent", "cannot tell"] = "consistent" if near else "cannot tell"
     again = partial(judge, published, last, best, planned)
-    return Against(published, differences[0], max(halves), p, word, errors=ways[0], others=others, again=again)
+    first = ways[0][:planned]
+    return Against(published, differences[0], max(halves), p, word, errors=first, others=others, again=again)
 
 
 def _subtract(published: Published, ours: Estimate, n: int) -> Estimate:

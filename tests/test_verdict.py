@@ -197,6 +197,15 @@ def test_why_and_files_count_the_same_seeds() -> None:
     assert "no number of seeds would narrow it to ±0.5 points if they scatter as these do" in why(row)
 
 
+def test_seeds_that_were_added_for_their_spread_do_not_count_in_it() -> None:
+    """It was said that five seeds would narrow an interval that ten had left wide."""
+    errors = [7.9, 8.6, 8.2, 8.0, 8.6, *[8.25] * 5]
+    each = judge(PUBLISHED, errors, planned=5)
+    assert each.half is not None
+    assert each.half > MAX_HALF_WIDTH
+    assert each.seeds_to_tell is None
+
+
 @pytest.mark.parametrize(
     ("std", "n", "least", "most"),
     [(0.2, 3, 0.85, 0.9), (0.2, 10, 0.87, 0.95), (0.3, 3, 0.54, 0.62), (0.3, 5, 0.44, 0.53), (0.6, 3, 0.13, 0.2), (1.0, 3, 0, 0.12)],
