@@ -229,9 +229,7 @@ def check_plugin(loaded: Loaded, console: Console, data_dir: Path | None) -> Ite
         spec, side = _make_run(bench.worker, kind, name)
         changes: dict[str, Any] = {n: getattr(spec, n) for n in ("network", "recipe", "loader")} | {"size": side}
         what, blame = f"{kind} {name}", blaming(kind, name)
-        trials: list[tuple[str, Any, float]] = [
-            (what, partial(_fit, kind, name, spec, side, console, data_dir), 0.0)
-        ]
+        trials = [(what, partial(_fit, kind, name, spec, side, console, data_dir), 0.0)]
         if kind != "dataset":
             short = replace(spec.recipe, **SHORT, lr=min(spec.recipe.lr, RANK_LR))
             cases[kind, name] = changes | {"recipe": short}

@@ -142,8 +142,7 @@ def make_optimizer(recipe: Recipe, network: nn.Module, *, lr_on_device: bool = F
     read = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     read += [group["lr"] for group in optimizer.param_groups]
     if lr_on_device and any(getattr(value, "device", None) != parameters[0].device for value in read):
-        frozen = "a CUDA graph would go on with its first value"
-        raise ValueError(f"keeps its lr or state on the host, {frozen}: optimizer {recipe.optimizer}")
+        raise ValueError(f"keeps its lr or state on the host, which a graph freezes: optimizer {recipe.optimizer}")
     return optimizer
 
 
