@@ -245,9 +245,8 @@ def check_plugin(loaded: Loaded, console: Console, data_dir: Path | None) -> Ite
     try:
         yield from _try_ranks(loaded.source, cases) if cases else ()
     except Exception as error:  # with the rank's traceback
-        yield Result(
-            f"{loaded.source.name}, in new processes", "failed", str(error).strip().splitlines()[-1][:200]
-        )
+        reason = str(error).strip().splitlines()[-1][:200]
+        yield Result(f"{loaded.source.name}, in new processes", "failed", reason)
 
 
 def _fit(kind: str, name: str, spec: RunSpec, side: int, console: Console, data_dir: Path | None) -> checks.Figure:
