@@ -113,17 +113,19 @@ class FakeCuda:
             allocator.add(pool)
         self.users[pool] += 1
         graph.pool, graph.records, graph.holds = pool, self.release == "2.15", self.release == "2.15"
-        if not (failed and self.beginning):
+        fault = RuntimeError("operation failed due to a previous error during capture")
+        try:
+            if failed and self.beginning:
+                raise fault
             self.capturing = graph
-            try:
-                yield
-            finally:
-                self.capturing = None
-        if not failed or (self.release != "2.11" and not self.beginning):
-            self.stream, graph.records, graph.holds = "the caller's", False, True
-            self.end(pool, "device", "host")
+            yield
+        finally:  # what the function raises does not keep a capture from its end
+            self.capturing = None
+            if not failed or (self.release != "2.11" and not self.beginning):
+                self.stream, graph.records, graph.holds = "the caller's", False, True
+                self.end(pool, "device", "host")
         if failed:
-            raise RuntimeError("operation failed due to a previous error during capture")
+            raise fault
 
     def end(self, pool: Any, *allocators: str) -> None:
         for name in allocators:
@@ -196,6 +198,21 @@ def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(
     for graph in graphs:
         graph.reset()
     assert not any(cuda.users.values())
+
+
+@pytest.mark.parametrize("release", ["2.11", "2.14", "2.15"])
+def test_a_function_that_raises_in_a_capture_gives_its_pool_back_once(
+    monkeypatch: pytest.MonkeyPatch, release: str
+) -> None:
+    """The capture has ended as others do, and `reset` is enough."""
+    cuda = FakeCuda(monkeypatch, release, beginning=False)
+    cuda.fails = False
+    graph = make_graphs(torch.device("cuda", 0))()
+    with pytest.raises(ValueError, match="no such layer"), graph.capture():
+        raise ValueError("no such layer")
+    graph.reset()
+    assert (cuda.stream, cuda.recording["device"]) == ("the caller's", set())
+    assert list(cuda.users.values()) == [0]
 
 
 @pytest.mark.parametrize(("release", "beginning"), FAULTS)
