@@ -181,8 +181,8 @@ TENSOR = "torch.zeros((), device=p.device)"
     [
         ("lr", TENSOR, "state['steps'] += 1", ""),
         ("lr", "0", "pass", ""),
-        ("float(lr)", TENSOR, "state['steps'] += 1", "keeps its lr or state on the host"),
-        ("lr", "torch.zeros(())", "state['steps'] += 1", "keeps its lr or state on the host"),
+        ("float(lr)", TENSOR, "state['steps'] += 1", "keeps lr or state on the host"),
+        ("lr", "torch.zeros(())", "state['steps'] += 1", "keeps lr or state on the host"),
         ("lr", "0", "state['steps'] += 1", "makes state in a step"),
         ("lr", TENSOR, "state['steps'] = state['steps'] + 1", "makes state in a step"),
         ("lr", "0", "group['steps'] += 1", "makes state in a step"),
@@ -207,6 +207,19 @@ def test_a_plugin_that_would_freeze_a_number_in_a_graph_is_refused(
         return
     with pytest.raises(PluginError, match=refused):
         try_out(*trial)
+
+
+def test_what_is_no_optimizer_is_named_so(tmp_path: Path) -> None:
+    load_file(write(tmp_path, FREEZING.replace("return Own(groups, lr)", "return None")))
+    expected = "gives NoneType, and a torch.optim.Optimizer is expected"
+    with pytest.raises(PluginError, match=expected):
+        try_out(
+            "optimizer",
+            "own",
+            expand(settings={"optimizer": "own"}),
+            load_dataset("digits"),
+            RunPaths(out=tmp_path),
+        )
 
 
 def test_an_lr_that_is_no_tensor_would_go_on_for_ever() -> None:

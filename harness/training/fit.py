@@ -199,8 +199,7 @@ def fit_dataset(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
     """The same images when it is loaded again."""
     again = load_dataset(spec.dataset, paths.data_dir, paths.cache_dir).fingerprint
     need(again == dataset.fingerprint, "has other images each time that it is loaded")
-    train, test = dataset.train, dataset.test
-    return f"{len(train):,} + {len(test):,} images of {dataset.num_classes} classes, twice the same"
+    return f"{len(dataset.train):,} + {len(dataset.test):,} images, {dataset.num_classes} classes, twice the same"
 
 
 FITS: dict[str, Callable[[RunSpec, Dataset, RunPaths], str]] = {
