@@ -6,7 +6,8 @@ import contextlib
 import gc
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 import pytest
 import torch
 from tape import Tape
+from test_engine import Small, batch, make_step
 from test_train import run, small
 
 import harness.training.setup
 from harness.loaders.resident import ResidentLoader
-from harness.training.engine import make_graphs
+from harness.training.batch_norm import synchronise_batch_norms
+from harness.training.engine import Engine, make_graphs
+from harness.training.setup import without_communication
 
 
 def test_all_is_captured_before_the_loaders_begin_and_nothing_is_collected_meanwhile(
@@ -238,3 +242,39 @@ def test_a_step_outlives_an_evaluation_that_cannot_be_captured(
         prepare(fails=True)
     validation.reset()
     step.replay()
+
+
+class Watched:
+    """A graph that does nothing but count what is compiled in its capture."""
+
+    def __init__(self) -> None:
+        self.compiled = self.reserved_bytes = 0
+
+    def warm_up(self, work: Callable[[], Any]) -> None:
+        work()
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        yield
+        self.compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+@pytest.mark.parametrize("synchronised", [False, True])
+def test_nothing_is_compiled_in_a_capture(*, synchronised: bool) -> None:
+    """Of several ranks the warm-up has no communication. With batch norms over all ranks it would be another network, which is
+    why the plan refuses them for this engine (test_batch_norm.py)."""
+    torch.compiler.reset()
+    step, network = make_step(), Small()
+    if synchronised:
+        synchronise_batch_norms(network)
+    compiled = torch.compile(network, dynamic=False, fullgraph=True, backend="eager")
+    step = replace(step, network=network, forward=compiled, all_reduce=lambda tensor: tensor.mul_(1))
+    watched = Watched()
+    engine = Engine("compile", step, lambda: watched, without_communication(step))  # type: ignore[arg-type,return-value]
+    assert engine.fails([(*batch(16), 16)]) is None
+    assert watched.compiled == int(synchronised)
