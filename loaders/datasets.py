@@ -146,9 +146,9 @@ def load_dataset(
         if folder:
             return load_class_folders(request._replace(root=Path(name.removeprefix("folder:")).expanduser()))
         return DATASETS[name](request)
-    except OSError as error:  # no permission
-        path = show(os.fsencode(error.filename or name))
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except OSError as error:  # no permission; a plug-in's download
+        what = show(os.fsencode(error.filename or name))
+        raise DataError(f"{what}: cannot be read: {error.strerror or error}") from error
 
 
 def limit(split: Split, count: int) -> Split:
@@ -297,13 +297,10 @@ def _list_class_folders(root: Path, split: str) -> tuple[list[str], _Listing]:
 
 
 def _list(paths: Sequence[bytes], root: Path, labels: Sequence[int] = ()) -> _Listing:
-    """Raises DataError for a file that is not there, or a link to none."""
+    """Raises OSError for a file that is not there, or a link to none."""
     stats, start = np.empty((len(paths), 2), np.int64), os.fsencode(root)
     for index, path in enumerate(paths):
-        try:
-            stat = os.stat(os.path.join(start, path))  # noqa: PTH116, PTH118 (a Path takes no bytes, and is slow)
-        except OSError as error:
-            raise DataError(f"{root / show(path)}: cannot be read: {error.strerror}") from error
+        stat = os.stat(os.path.join(start, path))  # noqa: PTH116, PTH118 (a Path takes no bytes, and is slow)
         stats[index] = stat.st_size, stat.st_mtime_ns
     return _Listing(np.array(paths), np.array(labels, np.int64), stats)
 

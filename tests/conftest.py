@@ -66,10 +66,10 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _undisturbed() -> None:
-    """What else the machine does marks no epoch: tests/test_host.py sets the share that does."""
+    """What else the machine does marks no epoch: tests/test_host.py sets the shares that do."""
     from harness.training import host
 
-    host.WAIT_SHARE = 2.0
+    host.WAIT_SHARE = host.STEAL_SHARE = 2.0
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -271,6 +271,15 @@ def test_a_folder_that_may_not_be_listed(animals: Path, cache: Path, monkeypatch
         load_dataset(f"folder:{animals}", cache=cache)
 
 
+def test_a_data_set_whose_own_function_cannot_download_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(request: object) -> Dataset:
+        raise URLError("no route to the server")  # which has a reason and no strerror
+
+    monkeypatch.setitem(DATASETS, "mine", load)
+    with pytest.raises(DataError, match=r"^mine: cannot be read: <urlopen error no route to the server>$"):
+        load_dataset("mine")
+
+
 def test_no_class_folders(tmp_path: Path, animals: Path, cache: Path) -> None:
     (tmp_path / "flat" / "train").mkdir(parents=True)
     write_image(tmp_path / "flat" / "train" / "1.png")

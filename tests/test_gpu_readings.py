@@ -114,7 +114,7 @@ def test_a_mig_instance_is_read_by_itself(
     nvml: NvmlStub, cuda: Cuda, monkeypatch: pytest.MonkeyPatch, cuda_gives: str
 ) -> None:
     instance = "MIG-00000000-0000-0000-0000-000000000001"
-    nvml.set(MIG="2", PROCESSES="0/0:7:999,0/1:self:100")
+    nvml.set(MIG="2", PROCESSES="0/0:7:999,0/1:self:100,0/1:self:100")  # listed twice, it counts once
     cuda.uuids = [instance.removeprefix("MIG-") if cuda_gives == "the instance" else cuda.uuids[0]]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", instance)
     gpu = open_device(GPU)
@@ -133,6 +133,7 @@ def test_a_mig_instance_is_read_by_itself(
     ("processes", "value", "reason"),
     [
         ("0:self:3072,0:77:100", 3072.0, None),
+        ("0:self:3072,0:self:3072", 3072.0, None),  # listed twice, it is counted once
         ("0:77:100", None, "PID namespace"),
         ("", None, "PID namespace"),
         ("0:self:?", None, "does not give the memory of processes"),
@@ -173,6 +174,7 @@ def test_a_counter_that_does_not_count_gives_no_energy(nvml: NvmlStub, cuda: Cud
         ({"CLOCK": "1500"}, INTERFERENCE[2]),
         ({"REASONS": "0x04"}, None),  # a power cap
         ({"PROCESSES": "0:77:100,0:78:100"}, None),  # a foreign PID namespace
+        ({"PROCESSES": "0:self:100,0:self:100"}, None),
     ],
 )
 def test_what_interferes_with_an_epoch(

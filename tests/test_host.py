@@ -41,6 +41,7 @@ class FakeHost:
         monkeypatch.setattr(host, "family", lambda: [7])
         monkeypatch.setattr(host, "count_cpus", lambda: 2)
         monkeypatch.setattr(host, "WAIT_SHARE", 0.10)  # conftest.py lets nothing disturb the other tests
+        monkeypatch.setattr(host, "STEAL_SHARE", 0.02)
         clock = SimpleNamespace(time=lambda: self.now, monotonic=lambda: self.now, process_time=lambda: self.ran)
         monkeypatch.setattr(host, "time", clock)
         self.schedstat = True

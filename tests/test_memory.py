@@ -13,6 +13,7 @@ from records import NO_GPU, make_memory
 from test_train import run, small
 from torch import nn
 
+import harness.training.train
 from harness.results.values import Measurement, Memory
 from harness.training.memory import MemoryMeter, largest
 from harness.training.nvml import Gpu
@@ -161,6 +162,18 @@ def test_where_ranks_first_meet_is_where_nccl_takes_its_buffers(
         monkeypatch.setattr(f"harness.training.{module}.gather", gather)
     run(small(recipe={"duration": 1}), tmp_path)
     assert met[0] == ["NCCL"]
+
+
+def test_copies_by_which_weights_are_saved_are_no_part_of_the_peak(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A GPU makes one of each tensor whose strides change, and safetensors one of all of them on the host."""
+    log = list[str]()
+    read, saved = MemoryMeter.read, harness.training.train.save_weights
+    monkeypatch.setattr(MemoryMeter, "read", lambda *given: log.append("read") or read(*given))
+    monkeypatch.setattr(harness.training.train, "save_weights", lambda *given: log.append("save") or saved(*given))
+    run(small(recipe={"duration": 1}), tmp_path)
+    assert log == ["read", "save"]
 
 
 def test_growth_is_the_largest_of_the_ranks_too() -> None:

@@ -59,6 +59,8 @@ class CudaGraph:
         """Record what is done inside."""
         caller = torch.cuda.current_stream(self._device)
         torch.cuda.synchronize(self._device)
+        # else it would use cuBLAS's workspace of the stream, which torch 2.12 frees with the first graph that is reset
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
         before, index, pool = torch.cuda.memory_reserved(self._device), self._device.index or 0, self._pools[-1]
         try:
@@ -70,11 +72,13 @@ class CudaGraph:
             # pinned memory record into the pool: the second cannot be ended from here, and refuses that pool from now on
             torch.cuda.set_stream(caller)
             self._pools.append(torch.cuda.graph_pool_handle())
+            self._graph.reset()  # first: in torch 2.15 it ends the recording itself, and raises where it has ended
             with suppress(RuntimeError):  # it has ended already
                 torch._C._cuda_endAllocateToPool(index, pool)
                 torch._C._cuda_releasePool(index, pool)
-            self._graph.reset()
             raise
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()  # else work outside of the graphs would use theirs
         self.reserved_bytes = torch.cuda.memory_reserved(self._device) - before
 
 

@@ -117,24 +117,26 @@ def fit_optimizer(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
         missed = len(set(parameters) - {p for group in optimizer.param_groups for p in group["params"]})
         need(not missed, f"lacks {missed} of the {len(parameters)} parameters: it is given them as groups")
         before = [p.detach().clone() for p in parameters]
-        made, captured = _state_of(optimizer), spec.recipe.optimizer in CAPTURABLE
+        made, captured = _held_by(optimizer), spec.recipe.optimizer in CAPTURABLE
         for _ in range(2):
             for p in parameters:
                 p.grad = torch.ones_like(p)
             optimizer.step()
-        stays = [*map(id, made)] == [*map(id, _state_of(optimizer))]
-        need(
-            stays or not captured,
-            "makes state in a step: with capturable=True, it makes all at once and then changes it in place",
-        )
+        stays = [*map(id, made)] == [*map(id, _held_by(optimizer))]
+        how = "with capturable=True, all of it, counts too, is tensors made at once and then changed in place"
+        need(stays or not captured, f"makes state in a step: {how}")
         need(not any(map(torch.equal, parameters, before)), "leaves parameters as they are in two steps")
         ends.append(parameters)
     need(equal(*ends), "ends two equal steps with other parameters each time")
+    if captured:
+        with torch.device("meta"):  # not the weights', as on a GPU the host is not
+            make_optimizer(constant, network, lr_on_device=True)
     return f"all {len(parameters)} parameters, and the same each time"
 
 
-def _state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+def _held_by(optimizer: torch.optim.Optimizer) -> list[Any]:
+    holders = vars(optimizer), *optimizer.param_groups, *optimizer.state.values()
+    return [value for holder in holders for value in holder.values()]
 
 
 def fit_schedule(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
@@ -197,8 +199,7 @@ def fit_dataset(spec: RunSpec, dataset: Dataset, paths: RunPaths) -> str:
     """The same images when it is loaded again."""
     again = load_dataset(spec.dataset, paths.data_dir, paths.cache_dir).fingerprint
     need(again == dataset.fingerprint, "has other images each time that it is loaded")
-    train, test = dataset.train, dataset.test
-    return f"{len(train):,} + {len(test):,} images of {dataset.num_classes} classes, twice the same"
+    return f"{len(dataset.train):,} + {len(dataset.test):,} images, {dataset.num_classes} classes, twice the same"
 
 
 FITS: dict[str, Callable[[RunSpec, Dataset, RunPaths], str]] = {
@@ -227,9 +228,7 @@ def check_plugin(loaded: Loaded, console: Console, data_dir: Path | None) -> Ite
         spec, side = _make_run(bench.worker, kind, name)
         changes: dict[str, Any] = {n: getattr(spec, n) for n in ("network", "recipe", "loader")} | {"size": side}
         what, blame = f"{kind} {name}", blaming(kind, name)
-        trials: list[tuple[str, Any, float]] = [
-            (what, partial(_fit, kind, name, spec, side, console, data_dir), 0.0)
-        ]
+        trials = [(what, partial(_fit, kind, name, spec, side, console, data_dir), 0.0)]
         if kind != "dataset":
             short = replace(spec.recipe, **SHORT, lr=min(spec.recipe.lr, RANK_LR))
             cases[kind, name] = changes | {"recipe": short}
@@ -245,9 +244,8 @@ def check_plugin(loaded: Loaded, console: Console, data_dir: Path | None) -> Ite
     try:
         yield from _try_ranks(loaded.source, cases) if cases else ()
     except Exception as error:  # with the rank's traceback
-        yield Result(
-            f"{loaded.source.name}, in new processes", "failed", str(error).strip().splitlines()[-1][:200]
-        )
+        reason = str(error).strip().splitlines()[-1][:200]
+        yield Result(f"{loaded.source.name}, in new processes", "failed", reason)
 
 
 def _fit(kind: str, name: str, spec: RunSpec, side: int, console: Console, data_dir: Path | None) -> checks.Figure:

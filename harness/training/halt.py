@@ -36,9 +36,7 @@ class Halt:
         self._epoch_began, self._epoch_seconds = 0.0, 0.0
         self._thread = None
         if self._notice is not None:
-            self._store: Store = HashStore()
-            if len(self._ranks) > 1:
-                self._store = store_of_run("halt")
+            self._store: Store = store_of_run("halt") if len(self._ranks) > 1 else HashStore()
             self._thread = Repeat(self._poll, POLL_SECONDS)
 
     def may_begin(self) -> bool:

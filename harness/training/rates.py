@@ -214,10 +214,8 @@ def measure_all_reduce(worker: Worker) -> dict[str, dict[str, float]]:
 
 def _reduce(size: int, repeats: int, device: torch.device, group: Any) -> float:
     """Seconds of an all-reduce of so many bytes, one after another as nccl-tests has them, after some that are not timed."""
-    content = torch.zeros(size // 4, device=device)
-    for times in (min(repeats, 5), repeats):
-        seconds = _time(device, lambda: dist.all_reduce(content, group=group), times)
-    return seconds
+    reduce = partial(dist.all_reduce, torch.zeros(size // 4, device=device), group=group)
+    return [_time(device, reduce, times) for times in (min(repeats, 5), repeats)][-1]
 
 
 # --- NCCL's network ---

@@ -139,6 +139,11 @@ def make_optimizer(recipe: Recipe, network: nn.Module, *, lr_on_device: bool = F
         "lr": torch.tensor(lr, device=parameters[0].device) if lr_on_device else lr,
     }
     optimizer: torch.optim.Optimizer = call(OPTIMIZERS[recipe.optimizer], given, recipe.extra)
+    if lr_on_device:
+        read = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+        read += [group["lr"] for group in optimizer.param_groups]
+        if any(getattr(value, "device", None) != parameters[0].device for value in read):
+            raise ValueError(f"keeps lr or state on the host, which no graph reads: optimizer {recipe.optimizer}")
     return optimizer
 
 

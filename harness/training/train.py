@@ -129,11 +129,11 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
             if epoch + 1 < epochs and trainer.halt.leaves():
                 leave(run, folder, remote, history, None)
 
+        memory = trainer.measure_memory()  # of training alone: weights are saved by way of copies
         if worker.rank == 0:
             save_weights(run, folder)
             remote.copy(push_all, folder)
         history = mark_outliers(history)
-        memory = trainer.measure_memory()
         if run.test_loader and on_test is None:  # resumed after the last epoch
             on_test = run_eval(trainer, run.test_loader, len(run.data.test))
         tested: dict[str, Any] = {f"test_{name}": getattr(on_test, name, None) for name in ("error", "top5_error")}
