@@ -313,7 +313,7 @@ def print_comparison(paths: Sequence[Path], console: Console, options: CompareOp
     print_text(render_comparison(pairs, options.format, width=console.width, fit=fit, colour=colour), console)
     gate = check_conditions(pairs, conditions)
     for line in [*gate.failed, *gate.unclear]:
-        print(f"harness: --fail-on: {line}", file=sys.stderr)
+        print(clean(f"harness: --fail-on: {line}"), file=sys.stderr)
     return 1 if gate.failed or (options.strict and gate.unclear) else 0
 
 
