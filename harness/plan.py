@@ -271,6 +271,7 @@ def _check_recipe(spec: RunSpec) -> None:
             scales and not (len(scales) == 2 and 0 < scales[0] <= scales[1]),
         f"warmup={recipe.warmup:g} with first_step: less than all {recipe.duration:g} {recipe.unit}s is allowed":
             recipe.first_step and recipe.warmup >= recipe.duration and recipe.schedule != "multistep",
+        f"eps={own.get('eps', 0):g}: at least 0 is required": own.get("eps", 0) < 0,
         **{f"{name}={value:g}: 0 to below 1 is allowed": not 0 <= value < 1 for name, value in own.items()
            if name.startswith("beta")},
     })  # fmt: skip
