@@ -155,7 +155,7 @@ def _value(name: str, word: str) -> Any:
         known, words = {"true": True, "false": False}, [word.lower()]
     elif hint is str:
         return word
-    if known:
+    if known or name in NAMED:  # of a kind there may be none
         for one in words:
             check_word(one, known, name)
         values = tuple(known[one] for one in words)

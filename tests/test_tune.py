@@ -123,6 +123,7 @@ def test_settings_change_recipe_and_network_and_say_so() -> None:
     for text, message in {
         "lrr=1": "did you mean lr",
         "depth=20": "--depths",
+        "augmentations=cutout": r"augmentations 'cutout' is unknown \(allowed: none\)",
         "lr": "is a non-negative number",
     }.items():
         with pytest.raises(UserError, match=message):
