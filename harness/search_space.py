@@ -94,12 +94,11 @@ def apply(of: Planned, settings: Mapping[str, Any]) -> tuple[Planned, tuple[str,
         after = read_extra(parts[part].extra)  # a default may be that of one of two makers alone
         more = {n: value for n, value in asked.items() if before.get(n) != after.get(n)}
         changed |= new | more
-    if "architecture" in changed:
-        with mistakes(ValueError, f"--set architecture={changed['architecture']}: "):
-            check_depth(parts["network"])
     for name, value in changed.items():
         with mistakes(ValueError, f"--set {name}={format_value(value)}: "):
             check_reads(parts["network"], name)
+            if name in ("architecture", "block"):
+                check_depth(parts["network"])
     return replace(of, **parts), tuple(f"{name}={format_value(value)}" for name, value in changed.items())
 
 

@@ -148,6 +148,12 @@ def test_a_setting_that_the_architecture_does_not_read_is_refused(name: str, tex
         space.apply(find_variant(name)(20), parse_settings([text]))
 
 
+def test_a_block_that_cannot_have_the_depth_is_refused() -> None:
+    with pytest.raises(UserError, match=re.escape("--set block=basic: depth 29 is not 6n+2")):
+        space.apply(find_variant("xresnet-bottleneck")(29), parse_settings(["block=basic"]))
+    assert space.apply(find_variant("xresnet-bottleneck")(20), parse_settings(["block=basic"]))[1] == ("block=basic",)
+
+
 # --- proposals and rules ---
 
 LR = Dimension(field="lr", function="loguniform", values=(0.001, 1.0))
