@@ -556,6 +556,25 @@ def test_a_pruning_that_a_kill_cut_off_is_done_when_the_sweep_goes_on(
     )
 
 
+def test_values_that_cannot_be_had_together_are_a_failed_trial_and_the_sweep_goes_on(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.resources.join_cluster", lambda *_, **__: None)
+    monkeypatch.setattr("harness.cluster.search.search", search_here(None))
+    line = f"tune {TINY.replace('128', '64')} --epochs 1 --samples 4 --val 8 --batch-size 56 --concurrent 1"
+    line += f" --search 'nesterov=choice(false,true)' --search 'momentum=choice(0,0.9)' --out {tmp_path}"
+    says = "he2015-8 on digits: nesterov=true: a momentum above 0 is required"
+    code, plan, err = harness(f"{line} --dry-run", capsys)
+    assert (code, err, plan.count("trial ")) == (0, "", 4)
+    assert f"nesterov=true momentum=0   cannot be trained: {says}" in plan
+    code, out, err = harness(line, capsys)
+    assert (code, err, says in out) == (0, "", True)
+    trials = trials_of(tmp_path)["trials"]
+    (failed,) = [trial for trial in trials if trial["state"] != "finished"]
+    assert (len(trials), failed["state"], failed["reason"], failed["run"]) == (4, "failed", says, "")
+    assert (len(load_records([tmp_path]).records), load_sweeps([tmp_path]).problems) == (3, [])
+
+
 def test_variant_loader_and_batch_size_are_searched_with_settings_kept_by_the_sweep(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,7 +159,7 @@ class Study:
         left = [fields for fields in map(dict, itertools.product(*values)) if fields not in tried]
         return left[int(np.random.default_rng([self.seed, number]).integers(len(left)))]
 
-    def add(self, fields: Mapping[str, Any], run: str, key: str) -> Trial:
+    def add(self, fields: Mapping[str, Any], run: str = "", key: str = "") -> Trial:
         """A new trial, running."""
         self._study.add_trial(create_trial(
             state=TrialState.RUNNING, params=dict(fields), distributions=self.distributions,
@@ -367,7 +367,11 @@ class Trials:
                 trial = self.interrupted.pop(0)
                 spec = self.make_spec(trial.fields)
             elif len(study.trials) < self.sweep.total and (point := study.propose()) is not None:
-                spec = self.make_spec(point)
+                try:
+                    spec = self.make_spec(point)
+                except UserError as error:  # values that cannot be had together
+                    self._end(study.add(point), "failed", reason=str(error))
+                    continue
                 trial = study.add(point, paths.name(spec), spec.key)
             else:
                 return None

@@ -171,10 +171,14 @@ def _preview(trials: Trials, *, estimate: bool) -> int:
     with tempfile.TemporaryDirectory() as folder:
         study = Study(Path(folder, JOURNAL), sweep, seed=trials.search.seed)
         while len(study.trials) < known and (point := study.propose()) is not None:
-            spec = trials.make_spec(point)
-            trial = study.add(point, session.paths.name(spec), spec.key)
-            done = (session.paths.out / trial.run / RECORD).exists()
-            say(console, f"trial {trial.number}: {describe_trial(trial)}{'   done already' * done}")
+            trial = study.add(point)
+            try:
+                run = session.paths.name(trials.make_spec(point))
+                state = "   done already" * (session.paths.out / run / RECORD).exists()
+            except UserError as error:
+                study.end(trial, "failed")
+                state = f"   cannot be trained: {error}"
+            say(console, f"trial {trial.number}: {describe_trial(trial)}{state}")
     return EXIT_DONE
 
 
