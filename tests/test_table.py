@@ -670,7 +670,9 @@ def test_many_runs_that_contradict_themselves_are_one_note() -> None:
 
 def test_rows_of_one_name_whose_runs_contradict_themselves_alike_are_all_marked() -> None:
     def noted(seeds: int) -> dict[str, set[int]]:
-        runs = [make_run(s, result={"best_error": 9.0}, loader=of) for of in ("dali", "resident") for s in range(seeds)]
+        runs = [
+            make_run(s, result={"best_error": 9.0}, loader=of) for of in ("dali", "resident") for s in range(seeds)
+        ]
         return {note: cells["n"] for note, cells in make_notes(summarise(runs)).items() if "verify" in note}
 
     alike = "msra-20 seed 0: best_error is 9, above final_error 8.4"

@@ -38,9 +38,8 @@ def make_notes(rows: Sequence[Row]) -> Mapping[str, Mapping[str, set[int]]]:
             if failure:
                 why = _shorten(f"{failure.kind}: {failure.message}".removesuffix(": "))
                 failures[why].append((i, f"{row.name} seed {seed}"))
-        for run in row.done:
-            if problems := list(contradictions(run.record)):
-                wrong.append((i, f"{row.name} seed {run.record.seed}: {'; '.join(problems)}"))
+        found = ((run.record.seed, "; ".join(contradictions(run.record))) for run in row.done)
+        wrong += [(i, f"{row.name} seed {seed}: {problems}") for seed, problems in found if problems]
         if row.error is not None and 0 <= row.error <= 100 and (images := row.done[0].record.images()):
             samples[row.dataset, row.evaluated_on, images][i] = row.error
     for why, runs in failures.items():
