@@ -126,7 +126,7 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
     """Every run of a grid, each once; seeds outermost, so that a table over all depths and variants is there early."""
     specs, workers = list[RunSpec](), allocation.workers
     for each in grid.groups or (grid,):
-        own = [_place(spec, allocation, fingerprint) for spec in each.specs or _make_specs(each)]
+        own = [_place(spec, allocation, fingerprint) for spec in each.specs or make_specs(each)]
         check_settings(each.settings, own)
         specs += own
     for spec in specs:
@@ -162,7 +162,7 @@ def _check_last_batch(spec: RunSpec, images: int) -> None:
         )
 
 
-def _make_specs(grid: Grid) -> list[RunSpec]:
+def make_specs(grid: Grid) -> list[RunSpec]:
     """The runs of variants, depths and seeds, not placed yet."""
     variants = [(name, find_variant(name)(depth)) for name, depth in grid_networks(grid)]
     named: dict[str, Any] = {"dataset": grid.dataset, "loader": grid.loader, "fingerprint": ANY_IMAGES}

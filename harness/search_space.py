@@ -102,16 +102,16 @@ def apply(of: Planned, settings: Mapping[str, Any]) -> tuple[Planned, tuple[str,
     return replace(of, **parts), tuple(f"{name}={format_value(value)}" for name, value in changed.items())
 
 
-def check_settings(settings: Iterable[str], specs: Iterable[RunSpec]) -> None:
+def check_settings(settings: Iterable[str], specs: Iterable[RunSpec], option: str = "--set") -> None:
     """Raise UserError for a setting that none of the runs reads: of another optimizer or schedule, or of a plug-in."""
-    known = set(FIELDS) - {"momentum", "nesterov", "milestones", "gamma"}
+    known = {*FIELDS, *SEARCHED} - {"momentum", "nesterov", "milestones", "gamma"}
     for spec in specs:
         known |= own_values(spec.network).keys() | own_values(spec.recipe).keys()
         known = known.union(*map(variants.parameters_of, makers(names_in(spec.recipe))))
     for name in settings:
         if name not in known:
             of = "no run of this command uses the optimizer, schedule or plug-in that this field belongs to"
-            raise UserError(f"--set {name}: {of}")
+            raise UserError(f"{option} {name}: {of}")
 
 
 def _dimension(name: str, text: str) -> Dimension:

@@ -94,6 +94,8 @@ MISTAKES = {
     "--search loader=choice(resident,dali)": "leave --loader out",
     "--search lr=uniform(0,1) --set lr=0.1": "leave --set lr=... out",
     "--search lr=uniform(0,1) --set variant=msra": "an option of its own, --variants",
+    "--search momentum=uniform(0,1) --set optimizer=adamw": "--search momentum: no run of this command uses the optimizer",
+    "--search optimizer=choice(sgd,adamw) --set gamma=0.5 --set schedule=cosine": "--set gamma: no run of this command",
     "--search lr=uniform(0,1) --dry-run --estimate": "cannot be combined",
     "--search lr=uniform(0,1) --resume nothing": "there is no sweep",
     "": "--search is missing",
@@ -151,7 +153,8 @@ def test_a_setting_that_the_architecture_does_not_read_is_refused(name: str, tex
 def test_a_block_that_cannot_have_the_depth_is_refused() -> None:
     with pytest.raises(UserError, match=re.escape("--set block=basic: depth 29 is not 6n+2")):
         space.apply(find_variant("xresnet-bottleneck")(29), parse_settings(["block=basic"]))
-    assert space.apply(find_variant("xresnet-bottleneck")(20), parse_settings(["block=basic"]))[1] == ("block=basic",)
+    _, changed = space.apply(find_variant("xresnet-bottleneck")(20), parse_settings(["block=basic"]))
+    assert changed == ("block=basic",)
 
 
 # --- proposals and rules ---
@@ -554,6 +557,15 @@ def test_a_pruning_that_a_kill_cut_off_is_done_when_the_sweep_goes_on(
         2,
         2,
     )
+
+
+def test_a_field_that_some_trials_read_is_searched_and_set(tmp_path: Path, capsys: Any) -> None:
+    line = f"tune {TINY} --epochs 1 --samples 4 --val 8 --search 'optimizer=choice(sgd,adamw)' --dry-run --out {tmp_path}"
+    for momentum in ("--search 'momentum=uniform(0.5,0.9)'", "--set momentum=0.5"):
+        code, out, err = harness(f"{line} {momentum}", capsys)
+        assert (code, err, "cannot be trained" in out) == (0, "", False)
+        assert "optimizer=adamw" in out
+        assert "optimizer=sgd" in out
 
 
 def test_values_that_cannot_be_had_together_are_a_failed_trial_and_the_sweep_goes_on(

@@ -41,7 +41,7 @@ from harness.results.remote import join_uri, push_run
 from harness.results.store import SWEEPS, load_epochs, load_predictions, write_atomic
 from harness.results.sweeps import TRIALS, Dimension, State, Sweep, Trial
 from harness.results.values import EpochMetrics, Pruned, RunResult
-from harness.search_space import SEARCHED, count_points, finite_values, grid_points, parse_search
+from harness.search_space import SEARCHED, check_settings, count_points, finite_values, grid_points, parse_search
 from harness.selfcheck import Checked
 from harness.spec import RunSpec, UserError
 
@@ -290,6 +290,8 @@ class Trials:
         self.search = replace(search, val=val, gpus=allocation.gpus, workers=allocation.workers)
         self.dataset, self.session, self.console = dataset, session, console
         self.specs = list(map(self.make_spec, corners(dimensions)))  # a fault is a fault of one of them
+        check_settings(listed, self.specs, "--search")
+        check_settings(search.settings, self.specs)
         plan.check_epochs(self.specs, train_images)
         if any(spec.plugins for spec in self.specs):
             from harness.training.fit import check_fit
@@ -309,6 +311,7 @@ class Trials:
     def make_spec(self, point: Mapping[str, Any], **changes: Any) -> RunSpec:
         """The run of one point. Raises UserError where it cannot be one."""
         grid, data = make_trial_grid(replace(self.search, **changes), point), self.dataset
+        grid = replace(grid, specs=tuple(plan.make_specs(grid)), settings={})  # which not every trial reads
         job, images = self.session.allocation, len(data.train)
         (spec,) = plan.expand(grid, job, fingerprint=data.fingerprint, train_images=images)
         plan.check_images([spec], data)
