@@ -53,6 +53,14 @@ def grid_points(dimensions: Sequence[Dimension]) -> list[dict[str, Any]]:
     return [dict(zip((d.field for d in grids), values, strict=True)) for values in combinations]
 
 
+def corners(dimensions: Sequence[Dimension], *, listed: bool = False) -> list[dict[str, Any]]:
+    """A few points of the space that between them have every listed value and, unless only these are asked for, every
+    bound: an error in one of them is reported before anything starts."""
+    lists = {d.field: finite_values(d) or d.values[: 1 if listed else 2] for d in dimensions}
+    points = range(max(map(len, lists.values())))
+    return [{name: values[min(i, len(values) - 1)] for name, values in lists.items()} for i in points]
+
+
 def parse_search(texts: Iterable[str]) -> tuple[Dimension, ...]:
     """ "lr=loguniform(0.01,1)" and others -> dimensions. Raises UserError for anything else."""
     return tuple(_parse_fields("--search", texts, _dimension).values())

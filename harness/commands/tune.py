@@ -24,7 +24,7 @@ from harness.cluster.connect import ClusterError
 from harness.cluster.job import Report, Worker
 from harness.commands.report import print_text, say_page
 from harness.commands.run import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
-from harness.commands.study import JOURNAL, Study, Trials, corners, make_trial_grid
+from harness.commands.study import JOURNAL, Study, Trials, make_trial_grid
 from harness.deadline import TimeUp, stopping_at, stopping_on_sigterm
 from harness.options import Resources, Search, TuneOptions, fill, options_of, read_values
 from harness.plugins import load_plugins, sources
@@ -37,7 +37,7 @@ from harness.results.report.text import Sheet, fill_template, for_terminal
 from harness.results.store import RECORD, SWEEP, SWEEPS, load_epochs, sweeps_dir, write_atomic
 from harness.results.sweeps import METRICS, Sweep, Trial, best_first, format_value, weigh_both
 from harness.results.values import RunResult
-from harness.search_space import parse_search
+from harness.search_space import corners, parse_search
 from harness.selfcheck import RefusedError, check_first
 from harness.spec import RunPaths, RunSpec, UserError, check_word, mistakes, refuse
 
