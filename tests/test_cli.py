@@ -404,6 +404,21 @@ def test_mistakes_with_folders(tmp_path: Path, capsys: Any) -> None:
     assert (code, err.count("\n")) == (2, 1)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "report {}", "report {} --output there.csv", "report runs --output {}", "verify {}", "why msra-8 {}", "repro {}", "repro x {}",
+        "run --dataset digits --gpus 0 --dry-run --out {}", "run --dataset digits --gpus 0 --dry-run --data-dir {}",
+        "run --spec {}", "run --plugin {}", "run {}", "variants --plugin {}", "check {}", "eval --weights {}",
+    ],
+)  # fmt: skip
+def test_the_home_of_an_unknown_user_is_one_line_and_exit_code_2(line: str, capsys: Any) -> None:
+    code, out, err = harness(line.format("'~no-such-user/x'"), capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("harness: error: ")
+    assert "~no-such-user/x: Could not determine home directory" in err
+
+
 def test_a_broken_record_is_named_and_the_rest_reported(tmp_path: Path, capsys: Any) -> None:
     assert harness(f"run {QUICK} --launcher local --out {tmp_path}", capsys)[0] == 0
     broken = tmp_path / "digits_he2015-8_s9_\x1b[31m"
