@@ -91,6 +91,10 @@ def test_run_report_rerun_force(tmp_path: Path, capsys: Any, monkeypatch: pytest
     code, out, _ = harness(line.replace("--seeds 2", "--seeds 1") + " --force", capsys)
     assert (code, "epoch 1/2" in out) == (0, True)
 
+    monkeypatch.setenv("HARNESS_FORCE_SINCE", "noon")
+    code, _, err = harness(f"run {QUICK} --dry-run --out {tmp_path}", capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "HARNESS_FORCE_SINCE, in seconds since 1970: could not convert string to float: 'noon'" in err
     monkeypatch.delenv("HARNESS_FORCE_SINCE")
     assert harness(line.replace("--seeds 2", "--seeds 5"), capsys)[0] == 0
     code, out, _ = harness(line + " --force --until-ci 60", capsys)  # which reads what is known beforehand
