@@ -120,6 +120,9 @@ def test_report_sorts_chooses_columns_and_writes_a_file(runs: Path, capsys: Any)
         ["20", "dali"],
         ["32", "dali"],
     ]
+    line = f"report {runs}/a --columns depth,error --output {runs}/TABLE.CSV"
+    assert harness(line, capsys)[0] == 0
+    assert (runs / "TABLE.CSV").read_text().startswith("depth,error_percent_mean")
     code, out, _ = harness(f"report {runs}/a --columns error,depth --sort depth --format markdown", capsys)
     lines = [line.split("|") for line in out.splitlines() if line.startswith("|")]
     assert [cell.strip() for cell in lines[0][1:3]] == ["error %²", "depth"]

@@ -137,7 +137,7 @@ def print_report(
     written; without `mine`, where there is no run.
     """
     output, curves = options.output, options.curves
-    format: Any = options.format or (ENDINGS.get(output.suffix, "table") if output else "table")
+    format: Any = options.format or (ENDINGS.get(output.suffix.lower(), "table") if output else "table")
     loaded = mine or load_runs(paths, named=False)
     searches = load_sweeps(paths) if format == "html" or curves is not None else Sweeps([], [])
     _name_problems([*loaded.problems, *searches.problems])
