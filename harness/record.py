@@ -29,6 +29,8 @@ from harness.results.values import EpochMetrics, Failure, NodeUse, Pruned, Recor
 from harness.spec import FULL, RunPaths, RunSpec, UserError, mistakes
 
 ATTEMPTS = "attempts.jsonl"
+CODE = ("harness", "models", "loaders", "cluster", "results", ":!results/records", "benchmarks/*.py")
+"""What of a commit is code that runs. A plug-in has a hash of its own."""
 DALI_WHEELS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")
 PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py", *DALI_WHEELS)
 STATUSES: dict[type, Literal["done", "failed", "pruned"]] = {RunResult: "done", Failed: "failed", Pruned: "pruned"}
@@ -43,7 +45,7 @@ def installed_version(package: str) -> str | None:
 
 
 def describe_code() -> dict[str, Any]:
-    """Commit, whether the tree differs from it, a hash of the code itself, versions, and the command line."""
+    """Commit, whether the packages differ from it, a hash of the code itself, versions, and the command line."""
     return {**_identify_code(), "command": ["harness", *map(redact, sys.argv[1:])]}
 
 
@@ -59,7 +61,7 @@ def _identify_code() -> dict[str, Any]:
                 return done.stdout.strip()
         return None
 
-    status = git("status", "--porcelain")
+    status = git("status", "--porcelain", "--", *CODE)
     return {
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
