@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,6 +107,7 @@ def test_ray_runs_leaves_fails_and_retries(tmp_path: Path, capfd: pytest.Capture
     assert (failed.exception, failed.message, failed.died) == ("TooBigError", "does not fit", False)
     assert failed.attempts == 4, "two deaths of one retry: it had come further; and an exception would come again"
     assert "second line" in failed.traceback
+    assert re.search(r'File ".*test_launch.py", line \d+, in toy', failed.traceback), "which Ray does not send"
     of_good = [e for name, e in events if name == "good"]
     assert of_good == [Started(attempt=1), Entered(), {"epoch": 0, "rank": 0}, {"epoch": 1, "rank": 0}]
     again = [e for name, e in events if name == "bad" and isinstance(e, Started)]
