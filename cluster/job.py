@@ -46,7 +46,8 @@ class Allocation:
         """One of a run's workers; on its process's first GPU, if on any and on no other."""
         return Worker(
             device=device or ("cuda:0" if self.device == "cuda" else "cpu"), threads=self.threads,
-            runs_per_gpu=self.runs_per_gpu, stall_seconds=self.stall_seconds, **place,
+            runs_per_gpu=self.runs_per_gpu, concurrent_runs=self.concurrent_runs,
+            stall_seconds=self.stall_seconds, **place,
         )  # fmt: skip
 
     @property
@@ -67,6 +68,7 @@ class Worker:
     attempt: int = 1
     launch_seconds: float = 0.0  # from the request until the function was entered; by two clocks on two nodes
     runs_per_gpu: int = 1  # above 1, other runs train on this GPU at the same time
+    concurrent_runs: int = 1  # of the command
     stall_seconds: float = STALL_SECONDS
     node: str = ""  # as the launcher names it
     notice: Callable[[], float | None] | None = None

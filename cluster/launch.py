@@ -58,7 +58,8 @@ from harness.cluster.workers import (
 SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
 LOOK_SECONDS = 1.0  # between looks for nodes that come and go
 GIVE_BACK_SECONDS = 30.0  # without room, until GPUs that were set aside are given back; Ray frees others in less
-POLL_SECONDS = 0.2  # between two looks at what was reported, or for room
+POLL_SECONDS = 0.2  # between two looks at what was reported, or for room, or whether the command ends
+JOIN_SECONDS = 30.0  # at such an end, for what calls Ray, whose head may be away
 
 
 def launch(
@@ -113,7 +114,7 @@ def launch(
                     continue
                 driver.best_progress[index] = max(driver.best_progress[index], progress_of(event))
                 progress(specs[index], event)
-        for thread in driver.threads:  # one that calls Ray later ends the process
+        for thread in driver.threads:
             thread.join()
     except ray.exceptions.RayError as error:  # of the mailbox
         if leaving():  # Ray got the signal, too
@@ -121,7 +122,7 @@ def launch(
         why = str(error).splitlines()[0]
         raise ClusterError(f"Ray was lost: {why} The same command goes on from the last checkpoints") from error
     finally:
-        driver.stop.set()
+        driver.end()
         ray.kill(mailbox)
 
 
@@ -180,7 +181,7 @@ class _Driver:
         self.rows = rows
         self.waiting, self.lock = list(range(len(specs))), threading.Lock()
         self.threads: list[threading.Thread] = []
-        self.stop = threading.Event()
+        self.stop, self.over = threading.Event(), threading.Event()  # no further attempts; nor is any waited for
         self.best_progress = [0.0] * len(specs)  # of each run, as it was reported
         self.training = dict[tuple[int, int], int]()  # run and attempt -> workers
         self.looked_at = float("-inf")
@@ -200,6 +201,14 @@ class _Driver:
         """See to a run, from its first attempt on or a later one, and to others after it."""
         self.threads.append(threading.Thread(target=self._serve, args=place, daemon=True))
         self.threads[-1].start()
+
+    def end(self) -> None:
+        """End the threads: if one calls Ray later, Ray ends this process, with 1."""
+        self.stop.set()
+        self.over.set()
+        until = time.monotonic() + JOIN_SECONDS
+        for thread in self.threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _serve(self, index: int | None, attempt: int = 1) -> None:
         while index is not None:
@@ -363,9 +372,11 @@ class _Run:
         from fsspec.implementations.memory import MemoryFileSystem
         from pyarrow.fs import FSSpecHandler, PyFileSystem
         from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2._internal.constants import get_env_vars_to_propagate
         from ray.train.v2._internal.execution.callback import WorkerCallback
+        from ray.train.v2._internal.execution.controller import TrainController
 
-        job, task, started_at = self.job, self.driver.task, time.time()
+        job, task, over, started_at = self.job, self.driver.task, self.driver.over, time.time()
         index, spec, attempt = self.index, self.driver.specs[self.index], self.attempt
 
         class OnStart(WorkerCallback):
@@ -377,6 +388,18 @@ class _Run:
                 # it needs the dashboard and complains once a second without; `run` does its work
                 kept = super()._create_default_callbacks()
                 return [OnStart(), *(c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback")]
+
+            def _initialize_and_run_controller(self, **what: Any) -> Any:
+                # theirs waits within Ray for as long as the run takes, also when the command ends
+                env = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
+                make: Any = ray.remote(num_cpus=0, scheduling_strategy=this_node(), runtime_env={"env_vars": env})
+                controller = make(TrainController).remote(**what)
+                ended = controller.run.remote()
+                while not ray.wait([ended], timeout=POLL_SECONDS)[0]:
+                    if over.is_set():
+                        raise PreemptedError("the command ends")
+                ray.get(ended)
+                return ray.get(controller.get_result.remote())
 
         alone = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]] == [LOOPBACK]
         make_config = _loopback_config if alone else TorchConfig

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -222,6 +223,7 @@ class Task:
         except Exception as error:
             for gpu in ray.get_runtime_context().get_accelerator_ids()["GPU"] if is_of_device(error) else ():
                 mailbox.note.remote(("broken", index, attempt), (node, gpu))
+            error.add_note("".join(traceback.format_exception(error)))  # Ray leaves the traceback here
             raise
         if sampler is not None:
             with contextlib.suppress(Exception):  # a missing figure does not cost the run

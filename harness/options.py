@@ -236,7 +236,7 @@ NoCheck = Annotated[bool, opt("Do not check a new GPU before training on it.")]
 Settings = Annotated[Mapping[str, Any], opt(
     "Change a field of the recipe or network: FIELD=VALUE, as in lr=0.05. Repeatable.", "--set", parse=_parse_settings, repeatable=True)]
 DryRun = Annotated[bool, opt("Print the plan and what is already done; train nothing.")]
-Estimate = Annotated[bool, opt("Probe 30 steps of what is missing; predict hours, memory and energy.")]
+Estimate = Annotated[bool, opt("Probe 30 steps, an epoch at most, of what is missing; predict hours, memory and energy.")]
 Across = Annotated[tuple[str, ...], opt(
     "Fields to average over, as in workers,threads.", parse=parse_words)]
 

@@ -65,8 +65,9 @@ class Goal:
         needed = self.seeds(error, images) if images else FIRST
         if needed is not None and needed <= self.max_seeds:
             return None
+        at = "at" if error else "even at"
         takes = f"about {needed} seeds" if needed else "more than 1,000 seeds"
-        return f"±{self.half:g} points needs {takes} at an error of {error:.2g} % on {images:,} images; --max-seeds allows {self.max_seeds}"
+        return f"±{self.half:g} points needs {takes} {at} an error of {error:.2g} % on {images:,} images; --max-seeds allows {self.max_seeds}"
 
     def open(self, known: Known) -> bool:
         """Whether a row gets a further seed."""
@@ -139,10 +140,13 @@ def forecast(goal: Goal, known: Rows, dataset: Dataset) -> Iterator[str]:
         yield f"{row.name}: ±{goal.half:g} points will take about {', '.join(seeds)} ({of})"
 
 
-def shortfalls(goal: Goal, known: Rows) -> Iterator[str]:
-    """A line for each row whose error is not known as well as it should be."""
+def describe(goal: Goal, known: Rows) -> Iterator[str]:
+    """A line for each row: how well its error is known, and why no better where that is not enough."""
     for row, runs in known.items():
+        n, points = len(runs.errors), f"±{runs.half:.2f} points"
         if not runs.failed and runs.half > goal.half:
             why = goal.refusal(mean(runs.errors), runs.images) if runs.errors else None
-            after = f"{row.name}: after {len(runs.errors)} seeds its error is known to ±{runs.half:.2f} points"
+            after = f"{row.name}: after {n} seeds its error is known to {points}"
             yield f"{after}, not to ±{goal.half:g}" + (f": {why}" if why else "")
+        elif not runs.failed:
+            yield f"{row.name}: its error is known to {points} after {n} seeds (--until-ci {goal.half:g})"

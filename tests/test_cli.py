@@ -291,6 +291,23 @@ def test_a_run_that_fails_is_a_row_and_the_others_go_on(
     assert "OOM" not in out
 
 
+def test_a_stop_names_checkpoints_where_there_are_any(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(spec: Any, worker: Any, report: Any, *, paths: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harness.training.train.train", stopped)
+    line = f"run {QUICK} --launcher local --out {tmp_path}/runs"
+    code, out, _ = harness(line, capsys)
+    assert (code, out.splitlines()[-1]) == (130, "stopped; the same command goes on")
+    (partial,) = (tmp_path / "runs").glob("*.partial")
+    (partial / "checkpoints").mkdir()
+    (partial / "checkpoints" / "epoch-000001.pt").touch()
+    code, out, _ = harness(line, capsys)
+    assert out.splitlines()[-1] == "stopped; the same command goes on from the last checkpoints"
+
+
 def test_killed_and_run_again_it_resumes(tmp_path: Path, capsys: Any) -> None:
     line = f"run {QUICK} --launcher local --epochs 4".replace("--epochs 2 ", "")
     killed = Command(f"{line} --out {tmp_path}/killed")

@@ -91,7 +91,9 @@ def test_the_sums_of_a_grid(capsys: Any) -> None:
 
     on_cpu = [(replace(spec, device="cpu"), outcome) for spec, outcome in ((shallow, one), (deep, two))]
     print_estimate(on_cpu, [replace(spec, device="cpu") for spec in todo], 2, console)
-    assert "GPU-hours" not in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "GPU-h" not in text
+    assert "MiB is per worker" in text
 
 
 def test_runs_that_share_a_gpu_take_turns_on_it(capsys: Any) -> None:

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import shutil
+import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
+from harness.record import _identify_code
 from harness.results.explain import why
 from harness.results.identity import RULES, find_rule, hash_code
 from harness.results.report.files import file_fields
@@ -195,6 +197,31 @@ def test_uncommitted_changes_are_marked() -> None:
     for dirty in (1, 2):
         rows = load(*(make_record(s, environment=ENVIRONMENT | {"dirty": s < dirty}) for s in range(2)))
         assert f"{dirty} of 2 runs had uncommitted changes" in render(rows, "table", width=300)
+
+
+def test_only_code_that_runs_can_be_uncommitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results inside a checkout, documents and tests are none of it; a new module is."""
+    monkeypatch.setattr("harness.record.__file__", str(tmp_path / "harness" / "record.py"))
+    for name in ("harness/record.py", "loaders/own.py", "docs/x.md"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("x\n")
+    mine = ["-c", "user.name=x", "-c", "user.email=x"]
+    for words in (["init", "-q"], ["add", "."], [*mine, "commit", "-qm", "x"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+
+    def dirty() -> bool | None:
+        return _identify_code.__wrapped__()["dirty"]
+
+    for name in ("newout/run/record.json", "tests/test_x.py", "docs/x.md", "results/records/x/record.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("new")
+        assert dirty() is False, name
+    for name in ("loaders/own.py", "loaders/new.py"):
+        before = (tmp_path / name).read_text() if (tmp_path / name).exists() else None
+        (tmp_path / name).write_text("new")
+        assert dirty() is True, name
+        (tmp_path / name).unlink() if before is None else (tmp_path / name).write_text(before)
+        assert dirty() is False
 
 
 @pytest.mark.parametrize(

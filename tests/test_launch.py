@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -105,6 +107,7 @@ def test_ray_runs_leaves_fails_and_retries(tmp_path: Path, capfd: pytest.Capture
     assert (failed.exception, failed.message, failed.died) == ("TooBigError", "does not fit", False)
     assert failed.attempts == 4, "two deaths of one retry: it had come further; and an exception would come again"
     assert "second line" in failed.traceback
+    assert re.search(r'File ".*test_launch.py", line \d+, in toy', failed.traceback), "which Ray does not send"
     of_good = [e for name, e in events if name == "good"]
     assert of_good == [Started(attempt=1), Entered(), {"epoch": 0, "rank": 0}, {"epoch": 1, "rank": 0}]
     again = [e for name, e in events if name == "bad" and isinstance(e, Started)]
@@ -112,6 +115,25 @@ def test_ray_runs_leaves_fails_and_retries(tmp_path: Path, capfd: pytest.Capture
     assert ["died" in e.reason for e in again] == [False, True, False, True]
     assert again[2].reason == "a worker had to leave: stopped before epoch 2", "which is no death"
     assert not (tmp_path / "ray").exists()
+
+
+@pytest.mark.ray
+def test_no_thread_is_left_that_could_call_ray_after_its_end(tmp_path: Path) -> None:
+    """Ray would end the process with 1, by a line of its C++: while workers start, and while they train."""
+
+    def stop_at(kind: type, event: Any) -> None:
+        if isinstance(event, kind):
+            raise KeyboardInterrupt
+
+    connect(None, cpus=1, gpus=0)
+    try:
+        for kind in (Started, Entered):
+            specs = [{"name": "long", "epochs": 10**9}]
+            with pytest.raises(KeyboardInterrupt):
+                list(launch(toy, specs, make_job(tmp_path), progress=lambda _, e: stop_at(kind, e)))  # noqa: B023
+            assert not [thread for thread in threading.enumerate() if "_serve" in thread.name], kind
+    finally:
+        disconnect()
 
 
 @pytest.mark.ray
@@ -268,8 +290,13 @@ def test_private_names_of_ray_that_are_used_exist() -> None:
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     import ray.train
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+    from ray.train.v2._internal.execution.controller import TrainController
 
     assert hasattr(TorchTrainer, "_create_default_callbacks")
+    assert "controller.get_result" in inspect.getsource(TorchTrainer._initialize_and_run_controller)
+    assert hasattr(TrainController, "get_result"), "as Ray's own"
+    assert "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC" in ENV_VARS_TO_PROPAGATE
     assert issubclass(ray.train.TrainingFailedError, Exception)
 
 

@@ -14,7 +14,7 @@ from command import harness
 from records import make_record
 from torch import nn
 
-from harness.cluster.job import Worker
+from harness.cluster.job import Allocation, Worker
 from harness.models.build import build, count_flops
 from harness.models.variants import find_variant
 from harness.results.store import load_records
@@ -51,10 +51,12 @@ def test_mfu_is_three_forward_passes_over_the_peak_of_all_workers() -> None:
     )
 
 
-def test_no_peak_is_measured_on_a_gpu_that_runs_share() -> None:
-    """It would be kept for runs to come that have the GPU to themselves, and make their MFU too large."""
+def test_no_peak_is_measured_on_a_gpu_or_processors_that_runs_share() -> None:
+    """It would be kept for runs to come that have the device to themselves, and make their MFU too large."""
     nothing: Any = None
     assert count_work(nothing, Worker(device="cuda:0", runs_per_gpu=2), nothing) == {}
+    trial = Allocation(device="cpu", workers=1, concurrent_runs=2, threads=1).worker()
+    assert count_work(nothing, trial, nothing) == {}
 
 
 def test_data_sheets_are_dense_and_ordered() -> None:

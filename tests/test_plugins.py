@@ -47,6 +47,14 @@ def few(num_classes: int, width: int = 4, activation_first: bool = False):
     layers = [torch.nn.Conv2d(3, width, 3, padding=1), torch.nn.BatchNorm2d(width), torch.nn.ReLU(), torch.nn.Dropout(0.1)]
     return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(width, num_classes))
 """
+BOOM = """
+from parts import check
+
+class Boom(torch.nn.Module):
+    def forward(self, x):
+        check()
+        return x
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -396,6 +404,24 @@ def test_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     assert list(runs["variant"]) == ["few"]
     with pytest.raises(UserError, match="no such file"):
         harness.run(plugin="none.py", variants="few", **options)
+
+
+def test_a_run_that_fails_names_the_line_of_its_plugin(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The innermost of its own, also in what it imports; where the traceback is stands in `why`."""
+    parts = "from pathlib import Path\n\ndef check():\n    if [*Path('runs').glob('*.partial')]:\n        raise OSError('boom')\n"
+    (tmp_path / "parts.py").write_text(parts)
+    text = NET.replace("torch.nn.Dropout(0.1)", "Boom()").replace("import torch\n", "import torch\n" + BOOM)
+    write(tmp_path, text)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(f"run --plugin nets.py --variants few {TINY} --no-check --out runs", capsys)
+    assert (code, "few seed 0: FAILED: boom (parts.py:5)" in out) == (1, True), out + err
+    _, out, _ = command("why few runs", capsys)
+    assert "failed: exception, OSError: boom (parts.py:5)" in out
+    (record,) = (tmp_path / "runs").glob("*.partial/record.json")
+    assert f"{record.parent.relative_to(tmp_path)} (record.json has the traceback, under failure)" in out
+    assert "parts.py" in json.loads(record.read_text())["failure"]["traceback"]
 
 
 @pytest.mark.ray

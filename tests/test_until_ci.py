@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ def test_how_many_seeds_it_takes_is_known_beforehand() -> None:
     assert (
         refusal == "±0.1 points needs about 39 seeds at an error of 8.3 % on 10,000 images; --max-seeds allows 10"
     )
+    assert "about 12 seeds even at an error of 0 % on 360" in (Goal(0.25).refusal(0.0, 360) or ""), "a bound"
     assert Goal(0.1, 40).refusal(8.3, IMAGES) is None
     assert "more than 1,000 seeds" in (Goal(0.001).refusal(8.3, IMAGES) or "")
     assert proposed(make_specs((0,)), {20: [8.3], 32: [0.9]}, half=0.1) == [(32, n) for n in (1, 2, 3, 4)]
@@ -235,6 +237,7 @@ def test_the_command_adds_seeds_until_it_is_narrow_or_may_not(
     assert seeds == {8: [0, 1, 2, 3, 4], 14: [0, 1, 2, 3, 4, 5]}
     assert "he2015-14: after 6 seeds its error is known to ±" in out
     assert "he2015-8: after" not in out
+    assert re.search(r"he2015-8: its error is known to ±[01]\.\d\d points after 5 seeds \(--until-ci 2\)", out)
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     assert "report.html" in out
     code, out, _ = harness(f"{line} --until-ci 2 --max-seeds 6", capsys)

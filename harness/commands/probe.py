@@ -76,7 +76,7 @@ def probe(
     estimate then says how far each cell scales.
     """
     if not todo:
-        say(console, f"nothing to {what}: all runs are done already; --force counts them again")
+        say(console, f"nothing to {what}: all runs are done already; --force probes them all the same")
         return False
     allocation, paths, cells = session.allocation, session.paths, count_cells(todo)
     if allocation.workers == 1 and session.resources.address is None:

@@ -25,9 +25,9 @@ from harness.options import Grid, ReportOptions, RunOptions, fill
 from harness.plugins import sources
 from harness.preflight import check_nodes
 from harness.progress import LINES, JsonLines, Progress, load_data, print_columns, say, width_of
-from harness.record import Recorder, lease, lock_run, name_other_code
+from harness.record import Recorder, lease, locate, lock_run, name_other_code
 from harness.resources import Session, check_resources, choose_launcher, make_allocation
-from harness.results.remote import StorageError, pull_results, push_file, push_run, redact
+from harness.results.remote import CHECKPOINTS, StorageError, pull_results, push_file, push_run, redact
 from harness.results.store import ESTIMATES, load_records, partial_dir
 from harness.results.values import EpochMetrics, RunResult
 from harness.selfcheck import RefusedError, check_first
@@ -294,7 +294,7 @@ class Runs:
                 )
                 stack.enter_context(display.live())
                 stack.enter_context(closing(outcomes))
-                for spec, outcome in outcomes:
+                for spec, outcome in ((spec, locate(spec, outcome, paths.plugins)) for spec, outcome in outcomes):
                     failures += not recorder.end(spec, outcome, concurrent_runs=concurrent_runs)
                     display.event(spec, outcome)
                     if failures and options.fail_fast:
@@ -305,7 +305,8 @@ class Runs:
             if options.until_ci or self.find_missing(specs):
                 raise
         except KeyboardInterrupt:
-            say(self.console, "stopped; the same command goes on from the last checkpoints")
+            saved = paths.remote or any(any((paths.partial(spec) / CHECKPOINTS).glob("*")) for spec in specs)
+            say(self.console, "stopped; the same command goes on" + " from the last checkpoints" * bool(saved))
             raise
         return failures
 
@@ -331,7 +332,7 @@ class Runs:
         else:
             met = print_report([out], console, ReportOptions(preset=options.preset), mine).met
         if self.goal is not None:
-            for line in until_ci.shortfalls(self.goal, until_ci.known_errors(recorder, self.specs)):
+            for line in until_ci.describe(self.goal, until_ci.known_errors(recorder, self.specs)):
                 say(console, line)
         note = partial(say, console, style="dim")
         if not recorder.started:

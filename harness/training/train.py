@@ -157,8 +157,8 @@ def train(spec: RunSpec, worker: Worker, report: Callable[[EpochMetrics], None],
 
 def count_work(run: Prepared, worker: Worker, paths: RunPaths) -> dict[str, Any]:
     """The fields of a result that MFU is of: the network's FLOPs and the device's peak, which is kept for other runs: where runs
-    share a GPU none is measured. Known to rank 0 alone."""
-    if worker.rank or worker.runs_per_gpu > 1:
+    share a GPU, or concurrent ones the processors, none is measured. Known to rank 0 alone."""
+    if worker.rank or worker.runs_per_gpu > 1 or (worker.device == "cpu" and worker.concurrent_runs > 1):
         return {}
     try:
         forward = count_flops(run.network, run.loader_config.augment.crop_size(run.data.train)[0])
