@@ -61,11 +61,8 @@ def stopping_at(moment: datetime | None) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         raise UserError("--until needs the main thread of its process, whose signals it uses")
 
-    up, rang, report = (
-        TimeUp(f"stopped at {format_moment(moment)} as --until said"),
-        threading.Event(),
-        sys.unraisablehook,
-    )
+    up, rang = TimeUp(f"stopped at {format_moment(moment)} as --until said"), threading.Event()
+    report = sys.unraisablehook
 
     def ring(number: int, frame: types.FrameType | None) -> None:
         rang.set()

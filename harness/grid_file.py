@@ -16,7 +16,7 @@ from typing import Any, get_origin
 from harness.options import Grid, RunOptions, fill, load_named, options_of
 from harness.plan import check_grid, find_data_dir, make_grid, merge
 from harness.results.store import write_atomic
-from harness.spec import UserError, check_word, mistakes
+from harness.spec import UserError, at_home, check_word, mistakes
 
 KNOWN = options_of(Grid, RunOptions)
 NAMES = {name: name for name in KNOWN} | {
@@ -35,7 +35,7 @@ def read_command(given: Mapping[str, Any], path: Path | None = None) -> dict[str
     if path is None:
         return given
     with mistakes((OSError, ValueError), f"grid file {path}: "):  # ValueError: not UTF-8, or not TOML
-        text = path.expanduser().read_text(encoding="utf-8")
+        text = at_home(path).read_text(encoding="utf-8")
         values = tomllib.loads(text)
     try:
         return _read_file(values, given)
@@ -94,7 +94,7 @@ def save_grid(command: Mapping[str, Any], path: Path) -> None:
     """Write a command's options, without those that only look. Raises UserError."""
     kept = {name: command[name] for name in (*KNOWN, "runs") if name in command and name not in NOT_SAVED}
     with mistakes(OSError, f"--save {path}: "):
-        write_atomic(path.expanduser(), _format(kept))
+        write_atomic(path, _format(kept))
 
 
 def format_config(command: Mapping[str, Any]) -> str:

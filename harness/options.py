@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 from harness.cluster.job import PLACEMENTS, Placement
 from harness.deadline import parse_until
 from harness.models.variants import VARIANTS, default_depth, find_variant
-from harness.spec import Engine, Precision, RunSpec, UserError, check_word, load_specs, mistakes
+from harness.spec import Engine, Precision, RunSpec, UserError, at_home, check_word, load_specs, mistakes
 
 Group = TypeVar("Group")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -62,7 +62,7 @@ class Option:
             value = TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
             raise UserError(f"{name} {value!r}: {error.errors()[0]['msg']}") from None
-        value = value.expanduser() if isinstance(value, Path) else value
+        value = at_home(value) if isinstance(value, Path) else value
         return self.parse(value) if self.parse and self.repeatable else value
 
     def check(self, value: Any) -> None:
@@ -229,7 +229,7 @@ Verbose = Annotated[bool, opt("Show Ray's own messages.")]
 ExcludeOutliers = Annotated[bool, opt("Do not use a cluster's nodes that were measured to be slow.")]
 Plugin = Annotated[tuple[str, ...], opt(
     "A file with networks, data sets, ... of your own: docs/extending.md. Repeatable.",
-    parse=lambda paths: tuple(str(Path(path).expanduser().absolute()) for path in paths), repeatable=True)]
+    parse=lambda paths: tuple(str(at_home(path).absolute()) for path in paths), repeatable=True)]
 Until = Annotated[datetime | None, opt(
     "Stop after 9m or 2h30m, or at 18:00, as Ctrl-C would; what was stopped can be continued.", parse=parse_until)]
 NoCheck = Annotated[bool, opt("Do not check a new GPU before training on it.")]

@@ -20,7 +20,7 @@ from harness.plugins import identify, own_values
 from harness.results.remote import StorageError, cache_folder, check_uri, is_uri, pull_results
 from harness.results.sweeps import format_value
 from harness.search_space import apply, check_settings
-from harness.spec import Engine, RunSpec, UserError, mistakes, refuse
+from harness.spec import Engine, RunSpec, UserError, at_home, mistakes, refuse
 from harness.training.recipe import CAPTURABLE, total_epochs
 
 GPU_PRECISIONS = ("tf32", "fp16")
@@ -84,7 +84,7 @@ def find_data_dir(chosen: Path | None, dataset: str) -> Path | None:
     """The folder of a data set's images, absolute: the chosen one, or HARNESS_DATA_DIR where the data set takes one."""
     variable = None if dataset == "digits" or ":" in dataset else os.environ.get("HARNESS_DATA_DIR")
     folder = chosen or variable
-    return None if folder is None else Path(folder).expanduser().absolute()
+    return None if folder is None else at_home(folder).absolute()
 
 
 def grid_networks(grid: Grid) -> list[tuple[str, int]]:
@@ -126,7 +126,7 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
     """Every run of a grid, each once; seeds outermost, so that a table over all depths and variants is there early."""
     specs, workers = list[RunSpec](), allocation.workers
     for each in grid.groups or (grid,):
-        own = [_place(spec, allocation, fingerprint) for spec in each.specs or _make_specs(each)]
+        own = [_place(spec, allocation, fingerprint) for spec in each.specs or make_specs(each)]
         check_settings(each.settings, own)
         specs += own
     for spec in specs:
@@ -162,7 +162,7 @@ def _check_last_batch(spec: RunSpec, images: int) -> None:
         )
 
 
-def _make_specs(grid: Grid) -> list[RunSpec]:
+def make_specs(grid: Grid) -> list[RunSpec]:
     """The runs of variants, depths and seeds, not placed yet."""
     variants = [(name, find_variant(name)(depth)) for name, depth in grid_networks(grid)]
     named: dict[str, Any] = {"dataset": grid.dataset, "loader": grid.loader, "fingerprint": ANY_IMAGES}
@@ -271,6 +271,7 @@ def _check_recipe(spec: RunSpec) -> None:
             scales and not (len(scales) == 2 and 0 < scales[0] <= scales[1]),
         f"warmup={recipe.warmup:g} with first_step: less than all {recipe.duration:g} {recipe.unit}s is allowed":
             recipe.first_step and recipe.warmup >= recipe.duration and recipe.schedule != "multistep",
+        f"eps={own.get('eps', 0):g}: at least 0 is required": own.get("eps", 0) < 0,
         **{f"{name}={value:g}: 0 to below 1 is allowed": not 0 <= value < 1 for name, value in own.items()
            if name.startswith("beta")},
     })  # fmt: skip
@@ -317,7 +318,7 @@ def open_out(out: str, *, write: bool, also: str = "") -> tuple[Path, str]:
     """--out as a local folder and, for a URI, the URI, whose records are copied into the folder; files of runs, too, whose
     names begin with `also`. Raises UserError where that fails and, with `write`, unless results can be written there."""
     remote = is_uri(out)
-    folder = cache_folder(out, cache_dir()) if remote else Path(out).expanduser()
+    folder = cache_folder(out, cache_dir()) if remote else at_home(out)
     refuse({
         f"{out!r} is no URI: two slashes are needed, as in s3://bucket/runs":
             not remote and re.match("[A-Za-z][A-Za-z0-9+.-]+:/", out),
@@ -335,7 +336,7 @@ def open_out(out: str, *, write: bool, also: str = "") -> tuple[Path, str]:
 
 def check_out(out: Path) -> Path:
     """Make the folder for results; raise UserError unless it can be written to."""
-    out = out.expanduser().absolute()
+    out = out.absolute()
     with mistakes(OSError, f"--out {out} cannot be written to: "):
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".write-{os.getpid()}"

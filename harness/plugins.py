@@ -32,7 +32,7 @@ from harness.models import variants
 from harness.models.variants import NETWORKS, ROWS, VARIANTS, Network, Recipe, call, own_fields, parameters_of
 from harness.plugin import NOTES, Note
 from harness.results.store import write_atomic
-from harness.spec import RunPaths, RunSpec, Source, UserError, check_word
+from harness.spec import RunPaths, RunSpec, Source, UserError, at_home, check_word
 from harness.training.recipe import AUGMENTATIONS, CAPTURABLE, OPTIMIZERS, SCHEDULES
 
 GROUP = "resnet_harness.plugins"
@@ -185,7 +185,7 @@ def load_plugins(paths: Iterable[str | Path] = ()) -> None:
 
 def load_file(path: Path) -> Loaded:
     """Import a file as a plug-in of its name. Raises PluginError."""
-    file = path.expanduser().absolute()
+    file = at_home(path).absolute()
     if file.suffix != ".py" or not file.is_file():
         raise PluginError(f"--plugin {path}: {'a Python file is needed' if file.exists() else 'no such file'}")
     source = Source(name=file.stem, folder=str(file.parent), main=file.name, files=((file.name, ""),))

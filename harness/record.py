@@ -143,7 +143,8 @@ class Recorder:
     def __post_init__(self) -> None:
         lost = "not sent: {error}; it is kept in {path}, and the same command sends it"
         self.remote = Remote(self.paths.remote, self.warn, lost)
-        self.since = float(os.environ.get("HARNESS_FORCE_SINCE") or time.time())  # by cluster/slurm.sh
+        with mistakes(ValueError, "HARNESS_FORCE_SINCE, in seconds since 1970: "):
+            self.since = float(os.environ.get("HARNESS_FORCE_SINCE") or time.time())  # by cluster/slurm.sh
 
     def find_finished(self, specs: Iterable[RunSpec], *, force: bool = False) -> dict[str, RunResult]:
         """Read which of these runs are stored as finished; all results known by now, by key, with `force` only those since

@@ -53,6 +53,14 @@ def grid_points(dimensions: Sequence[Dimension]) -> list[dict[str, Any]]:
     return [dict(zip((d.field for d in grids), values, strict=True)) for values in combinations]
 
 
+def corners(dimensions: Sequence[Dimension], *, listed: bool = False) -> list[dict[str, Any]]:
+    """A few points of the space that between them have every listed value and, unless only these are asked for, every
+    bound: an error in one of them is reported before anything starts."""
+    lists = {d.field: finite_values(d) or d.values[: 1 if listed else 2] for d in dimensions}
+    points = range(max(map(len, lists.values())))
+    return [{name: values[min(i, len(values) - 1)] for name, values in lists.items()} for i in points]
+
+
 def parse_search(texts: Iterable[str]) -> tuple[Dimension, ...]:
     """ "lr=loguniform(0.01,1)" and others -> dimensions. Raises UserError for anything else."""
     return tuple(_parse_fields("--search", texts, _dimension).values())
@@ -94,25 +102,24 @@ def apply(of: Planned, settings: Mapping[str, Any]) -> tuple[Planned, tuple[str,
         after = read_extra(parts[part].extra)  # a default may be that of one of two makers alone
         more = {n: value for n, value in asked.items() if before.get(n) != after.get(n)}
         changed |= new | more
-    if "architecture" in changed:
-        with mistakes(ValueError, f"--set architecture={changed['architecture']}: "):
-            check_depth(parts["network"])
     for name, value in changed.items():
         with mistakes(ValueError, f"--set {name}={format_value(value)}: "):
             check_reads(parts["network"], name)
+            if name in ("architecture", "block"):
+                check_depth(parts["network"])
     return replace(of, **parts), tuple(f"{name}={format_value(value)}" for name, value in changed.items())
 
 
-def check_settings(settings: Iterable[str], specs: Iterable[RunSpec]) -> None:
+def check_settings(settings: Iterable[str], specs: Iterable[RunSpec], option: str = "--set") -> None:
     """Raise UserError for a setting that none of the runs reads: of another optimizer or schedule, or of a plug-in."""
-    known = set(FIELDS) - {"momentum", "nesterov", "milestones", "gamma"}
+    known = {*FIELDS, *SEARCHED} - {"momentum", "nesterov", "milestones", "gamma"}
     for spec in specs:
         known |= own_values(spec.network).keys() | own_values(spec.recipe).keys()
         known = known.union(*map(variants.parameters_of, makers(names_in(spec.recipe))))
     for name in settings:
         if name not in known:
             of = "no run of this command uses the optimizer, schedule or plug-in that this field belongs to"
-            raise UserError(f"--set {name}: {of}")
+            raise UserError(f"{option} {name}: {of}")
 
 
 def _dimension(name: str, text: str) -> Dimension:
@@ -155,7 +162,7 @@ def _value(name: str, word: str) -> Any:
         known, words = {"true": True, "false": False}, [word.lower()]
     elif hint is str:
         return word
-    if known:
+    if known or name in NAMED:  # of a kind there may be none
         for one in words:
             check_word(one, known, name)
         values = tuple(known[one] for one in words)

@@ -37,6 +37,12 @@ def mistakes(kind: type[Exception] | tuple[type[Exception], ...], what: str = ""
         raise UserError(f"{what}{getattr(error, 'strerror', None) or error}") from None
 
 
+def at_home(path: str | Path) -> Path:
+    """With the home folder in place of "~". Raises UserError where there is none, as of an unknown user."""
+    with mistakes(RuntimeError, f"{path}: "):
+        return Path(path).expanduser()
+
+
 def refuse(faults: Mapping[str, object], what: str = "") -> None:
     """Raise UserError for the first of these faults that is there."""
     for fault, there in faults.items():
@@ -131,7 +137,7 @@ def load_specs(paths: Iterable[str | Path]) -> tuple[RunSpec, ...]:
     for path in paths:
         none = f"--spec {path} holds no run's specification: "
         with mistakes(OSError, f"--spec {path}: "), mistakes(ValueError, none):  # ValueError: of JSON too
-            values = json.loads(Path(path).expanduser().read_bytes())
+            values = json.loads(at_home(path).read_bytes())
             values = values["spec"] if isinstance(values, dict) and "spec" in values else values
             specs.append(RunSpec.from_json(values))
     return tuple(specs)

@@ -26,5 +26,5 @@ def suggest(word: str, allowed: Collection[str]) -> str:
 def unknown(what: str, word: str, allowed: Collection[str]) -> str:
     """ "loader 'dalli' is unknown; did you mean dali? (allowed: ...)": the nearest word, and all where they are few."""
     near = suggest(word, allowed)
-    every = "" if near and len(allowed) > FEW else f" (allowed: {', '.join(allowed)})"
+    every = "" if near and len(allowed) > FEW else f" (allowed: {', '.join(allowed) or 'none'})"
     return f"{what} {word!r} is unknown{near}{every}"

@@ -216,7 +216,8 @@ def _match(a: Sequence[Row], b: Sequence[Row], names: Sequence[str]) -> list[Mat
 
 def _compare_all(matched: Sequence[Matched], metrics: Sequence[str], overlooked: Sequence[str]) -> list[Pair]:
     """By the scatter of all rows, each once: beside several others, A's chance spread would count with every one of them."""
-    spread = _find_scatter({id(row): row for both in matched for row in both if row and row.done}.values())
+    rows = {id(row): row for both in matched for row in both if row and row.done}.values()
+    spread = {name: _find_scatter(rows, name) for name, metric in METRICS.items() if metric.kind == "error"}
     of = sum(None not in both for both in matched)
     return [_pair(x, y, metrics, tuple(overlooked), spread, of) if x and y else Pair(x, y) for x, y in matched]
 
@@ -232,16 +233,10 @@ def _differences(a: Mapping[str, str], b: Mapping[str, str]) -> dict[str, tuple[
     return {name: values for name, values in both.items() if values[0] != values[1]}
 
 
-def _find_scatter(rows: Collection[Row]) -> dict[str, float]:
-    """How many times the noise of the test images runs scatter, by the name of an error."""
-    names = [name for name, metric in METRICS.items() if metric.kind == "error"]
-    sides = {name: [side for row in rows if (side := row.measured(name))] for name in names}
-    return {
-        name: scatter(
-            squared_spread([e for _, e in side], n) for side in sides[name] if (n := _images(side, name))
-        )
-        for name in names
-    }
+def _find_scatter(rows: Collection[Row], name: str) -> float:
+    """How many times the noise of the test images runs scatter in this error."""
+    sides = [side for row in rows if (side := row.measured(name))]
+    return scatter(squared_spread([e for _, e in side], n) for side in sides if (n := _images(side, name)))
 
 
 def _images(side: Side, name: str) -> int | None:
@@ -262,9 +257,8 @@ def _pair(
     # of the test set beside that of images held out, where it is measured
     usual = [n for n, m in METRICS.items() if m.margin and (n != "test_error" or a.figures[n].n + b.figures[n].n)]
     names = dict.fromkeys([*usual, *metrics])
-    return Pair(
-        a, b, differs, tuple(judge(METRICS[name], a, b, spread.get(name, 1.0), of) for name in names), unlike
-    )
+    figures = tuple(judge(METRICS[name], a, b, spread.get(name, 1.0), of) for name in names)
+    return Pair(a, b, differs, figures, unlike)
 
 
 # --- one metric of two rows ---

@@ -64,6 +64,16 @@ def test_fail_on_decides_the_exit_code(runs: Path, capsys: Any) -> None:
         assert ("fails" in err) == (expected == 1)
 
 
+def test_a_name_neither_breaks_a_line_of_fail_on_nor_controls_the_terminal(tmp_path: Path, capsys: Any) -> None:
+    for side, error in (("a", 8.0), ("b", 18.0)):
+        for seed in range(3):
+            record = make_record(seed, error + seed / 10).model_copy(update={"dataset": "pets\x1b[2J\n\u202eb"})
+            finish(tmp_path / side, record)
+    code, _, err = harness(f"compare {tmp_path}/a {tmp_path}/b --fail-on 'error>1'", capsys)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "msra-20 pets�[2J��b: error>+1 fails" in err
+
+
 MISTAKES = {
     "compare A": "compare takes two folders, or --by FIELD: 1 folder given",
     "compare A B A": "3 folders given",
@@ -110,6 +120,9 @@ def test_report_sorts_chooses_columns_and_writes_a_file(runs: Path, capsys: Any)
         ["20", "dali"],
         ["32", "dali"],
     ]
+    line = f"report {runs}/a --columns depth,error --output {runs}/TABLE.CSV"
+    assert harness(line, capsys)[0] == 0
+    assert (runs / "TABLE.CSV").read_text().startswith("depth,error_percent_mean")
     code, out, _ = harness(f"report {runs}/a --columns error,depth --sort depth --format markdown", capsys)
     lines = [line.split("|") for line in out.splitlines() if line.startswith("|")]
     assert [cell.strip() for cell in lines[0][1:3]] == ["error %²", "depth"]

@@ -91,6 +91,10 @@ def test_run_report_rerun_force(tmp_path: Path, capsys: Any, monkeypatch: pytest
     code, out, _ = harness(line.replace("--seeds 2", "--seeds 1") + " --force", capsys)
     assert (code, "epoch 1/2" in out) == (0, True)
 
+    monkeypatch.setenv("HARNESS_FORCE_SINCE", "noon")
+    code, _, err = harness(f"run {QUICK} --dry-run --out {tmp_path}", capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "HARNESS_FORCE_SINCE, in seconds since 1970: could not convert string to float: 'noon'" in err
     monkeypatch.delenv("HARNESS_FORCE_SINCE")
     assert harness(line.replace("--seeds 2", "--seeds 5"), capsys)[0] == 0
     code, out, _ = harness(line + " --force --until-ci 60", capsys)  # which reads what is known beforehand
@@ -402,6 +406,21 @@ def test_mistakes_with_folders(tmp_path: Path, capsys: Any) -> None:
     assert (code, "no folder of results" in err) == (2, True)
     code, _, err = harness("report --format xml", capsys)
     assert (code, err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "report {}", "report {} --output there.csv", "report runs --output {}", "verify {}", "why msra-8 {}", "repro {}", "repro x {}",
+        "run --dataset digits --gpus 0 --dry-run --out {}", "run --dataset digits --gpus 0 --dry-run --data-dir {}",
+        "run --spec {}", "run --plugin {}", "run {}", "variants --plugin {}", "check {}", "eval --weights {}",
+    ],
+)  # fmt: skip
+def test_the_home_of_an_unknown_user_is_one_line_and_exit_code_2(line: str, capsys: Any) -> None:
+    code, out, err = harness(line.format("'~no-such-user/x'"), capsys)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("harness: error: ")
+    assert "~no-such-user/x: Could not determine home directory" in err
 
 
 def test_a_broken_record_is_named_and_the_rest_reported(tmp_path: Path, capsys: Any) -> None:

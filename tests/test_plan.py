@@ -389,6 +389,7 @@ def test_a_folder_of_images_is_absolute_however_it_is_typed(
         ({"settings": {"scale_range": (64, 40)}}, "scale_range=64,40: two rising"),
         ({"settings": {"scale_range": (40, 50, 60)}}, "scale_range=40,50,60: two rising"),
         ({"settings": {"optimizer": "adamw", "beta1": 1.0}}, "beta1=1: 0 to below 1"),
+        ({"settings": {"optimizer": "adamw", "eps": -1e-8}}, "eps=-1e-08: at least 0 is required"),
         ({"settings": {"crop": 3}}, "images of 3 pixels are too small for this network: at least 4"),
         (
             {"settings": {"schedule": "cosine", "warmup": 64e3, "first_step": 1}, "epochs": 4},

@@ -671,6 +671,18 @@ def test_many_runs_that_contradict_themselves_are_one_note() -> None:
     assert make_notes(rows)[said] == {"n": {0, 1}}
 
 
+def test_rows_of_one_name_whose_runs_contradict_themselves_alike_are_all_marked() -> None:
+    def noted(seeds: int) -> dict[str, set[int]]:
+        runs = [
+            make_run(s, result={"best_error": 9.0}, loader=of) for of in ("dali", "resident") for s in range(seeds)
+        ]
+        return {note: cells["n"] for note, cells in make_notes(summarise(runs)).items() if "verify" in note}
+
+    alike = "msra-20 seed 0: best_error is 9, above final_error 8.4"
+    assert noted(1) == {f"{alike}; see harness verify": {0, 1}}
+    assert noted(3) == {f"6 runs contradict themselves: see harness verify; {alike}": {0, 1}}
+
+
 def test_the_seeds_of_a_row_are_told_apart_by_one_look_at_their_specs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A report of 10,000 runs takes seconds."""
     flattened = list[object]()

@@ -94,6 +94,8 @@ MISTAKES = {
     "--search loader=choice(resident,dali)": "leave --loader out",
     "--search lr=uniform(0,1) --set lr=0.1": "leave --set lr=... out",
     "--search lr=uniform(0,1) --set variant=msra": "an option of its own, --variants",
+    "--search momentum=uniform(0,1) --set optimizer=adamw": "--search momentum: no run of this command uses the optimizer",
+    "--search optimizer=choice(sgd,adamw) --set gamma=0.5 --set schedule=cosine": "--set gamma: no run of this command",
     "--search lr=uniform(0,1) --dry-run --estimate": "cannot be combined",
     "--search lr=uniform(0,1) --resume nothing": "there is no sweep",
     "": "--search is missing",
@@ -123,6 +125,7 @@ def test_settings_change_recipe_and_network_and_say_so() -> None:
     for text, message in {
         "lrr=1": "did you mean lr",
         "depth=20": "--depths",
+        "augmentations=cutout": r"augmentations 'cutout' is unknown \(allowed: none\)",
         "lr": "is a non-negative number",
     }.items():
         with pytest.raises(UserError, match=message):
@@ -145,6 +148,13 @@ def test_settings_change_recipe_and_network_and_say_so() -> None:
 def test_a_setting_that_the_architecture_does_not_read_is_refused(name: str, text: str, says: str) -> None:
     with pytest.raises(UserError, match=re.escape(says)):
         space.apply(find_variant(name)(20), parse_settings([text]))
+
+
+def test_a_block_that_cannot_have_the_depth_is_refused() -> None:
+    with pytest.raises(UserError, match=re.escape("--set block=basic: depth 29 is not 6n+2")):
+        space.apply(find_variant("xresnet-bottleneck")(29), parse_settings(["block=basic"]))
+    _, changed = space.apply(find_variant("xresnet-bottleneck")(20), parse_settings(["block=basic"]))
+    assert changed == ("block=basic",)
 
 
 # --- proposals and rules ---
@@ -547,6 +557,34 @@ def test_a_pruning_that_a_kill_cut_off_is_done_when_the_sweep_goes_on(
         2,
         2,
     )
+
+
+def test_a_field_that_some_trials_read_is_searched_and_set(tmp_path: Path, capsys: Any) -> None:
+    line = f"tune {TINY} --epochs 1 --samples 4 --val 8 --search 'optimizer=choice(sgd,adamw)' --dry-run --out {tmp_path}"
+    for momentum in ("--search 'momentum=uniform(0.5,0.9)'", "--set momentum=0.5"):
+        code, out, err = harness(f"{line} {momentum}", capsys)
+        assert (code, err, "cannot be trained" in out) == (0, "", False)
+        assert "optimizer=adamw" in out
+        assert "optimizer=sgd" in out
+
+
+def test_values_that_cannot_be_had_together_are_a_failed_trial_and_the_sweep_goes_on(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.resources.join_cluster", lambda *_, **__: None)
+    monkeypatch.setattr("harness.cluster.search.search", search_here(None))
+    line = f"tune {TINY.replace('128', '64')} --epochs 1 --samples 4 --val 8 --batch-size 56 --concurrent 1"
+    line += f" --search 'nesterov=choice(false,true)' --search 'momentum=choice(0,0.9)' --out {tmp_path}"
+    says = "he2015-8 on digits: nesterov=true: a momentum above 0 is required"
+    code, plan, err = harness(f"{line} --dry-run", capsys)
+    assert (code, err, plan.count("trial ")) == (0, "", 4)
+    assert f"nesterov=true momentum=0   cannot be trained: {says}" in plan
+    code, out, err = harness(line, capsys)
+    assert (code, err, says in out) == (0, "", True)
+    trials = trials_of(tmp_path)["trials"]
+    (failed,) = [trial for trial in trials if trial["state"] != "finished"]
+    assert (len(trials), failed["state"], failed["reason"], failed["run"]) == (4, "failed", says, "")
+    assert (len(load_records([tmp_path]).records), load_sweeps([tmp_path]).problems) == (3, [])
 
 
 def test_variant_loader_and_batch_size_are_searched_with_settings_kept_by_the_sweep(

@@ -35,7 +35,7 @@ from harness.resources import Session, make_allocation
 from harness.results.remote import check_uri, is_uri, redact
 from harness.results.store import write_atomic
 from harness.selfcheck import find_devices, make_ranks
-from harness.spec import INSTALL, RunPaths, UserError
+from harness.spec import INSTALL, RunPaths, UserError, at_home
 from harness.training.nvml import count_gpus, cuda_driver_version, driver_version
 
 LEAST_SHARED_MEMORY_GIB = 1.0  # for Ray's object store and NCCL; Docker's default is 64 MiB
@@ -142,11 +142,10 @@ def check_data(target: CheckOptions) -> str:
             return f"cifar10 in {cache_dir()}"
         advice = "the first run downloads 163 MiB; without a network name --data-dir, or take --dataset digits"
         raise Finding("absent", f"no cifar10 in {cache_dir()}", advice)
-    root = target.data_dir.expanduser()
     for names, kind in DATA_FOLDERS.items():
-        if all((root / name).exists() for name in names):
-            return f"{kind} in {root}"
-    raise Finding("missing", f"nothing known in {root}")
+        if all((target.data_dir / name).exists() for name in names):
+            return f"{kind} in {target.data_dir}"
+    raise Finding("missing", f"nothing known in {target.data_dir}")
 
 
 CHECKS: dict[str, tuple[Callable[[CheckOptions], str], str]] = {
@@ -237,5 +236,5 @@ def show(
 
 def _nearest(path: Path) -> Path:
     """The folder itself, or the one in which it would be made."""
-    path = path.expanduser().absolute()
+    path = at_home(path).absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())

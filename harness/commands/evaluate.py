@@ -30,7 +30,7 @@ from harness.plugins import blaming, kept_files
 from harness.results.published import load_published
 from harness.results.remote import StorageError, is_uri, pull_file, redact
 from harness.results.report.text import fill_template
-from harness.spec import RunSpec, UserError, mistakes, refuse
+from harness.spec import RunSpec, UserError, at_home, mistakes, refuse
 from harness.training.evaluation import MultiScale, evaluate
 from harness.training.setup import EVAL_BATCH_SIZE, eval_batch_size, split_data
 from harness.training.step import set_precision
@@ -80,11 +80,11 @@ def evaluate_weights(options: EvalOptions) -> Errors:
     refuse({
         **{f"{option} is for --scales, which says at which sizes images are evaluated": given and not options.scales
            for option, given in for_scales.items()},
-        **{f"{option} {path}: no such folder": path and not path.expanduser().absolute().parent.is_dir()
+        **{f"{option} {path}: no such folder": path and not path.absolute().parent.is_dir()
            for option, path in files.items()},
     })  # fmt: skip
     with mistakes((ValueError, StorageError)):
-        file = Path(options.weights).expanduser()
+        file = at_home(options.weights)
         if is_uri(str(options.weights)):
             file = pull_file(options.weights, cache_dir())
         return _evaluate(replace(options, weights=redact(str(options.weights))), file)
@@ -137,15 +137,13 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
     turn = np.argsort(order)
     images, labels = order[turn], dataset.test.labels[order[turn]]
     likeliest = torch.cat(ranked).cpu().numpy()[turn]  # (n, 5), as images and labels in the test set's order
-    if options.predictions is not None:
+    if (path := options.predictions) is not None:
         classes, top = np.array(dataset.classes), [f"top{rank}" for rank in range(1, likeliest.shape[1] + 1)]
         rows = zip(images, classes[labels], *classes[likeliest.T], strict=True)
-        path = options.predictions.expanduser()
         with write_mistakes(f"--predictions {path}"), path.open("w", newline="", encoding="utf-8") as table:
             csv.writer(table, lineterminator="\n").writerows([("image", "label", *top), *rows])
-    if options.save_probabilities is not None:
+    if (path := options.save_probabilities) is not None:
         arrays: Any = {f"scale_{scale}": torch.cat(parts)[turn].numpy() for scale, parts in scores.items()}
-        path = options.save_probabilities.expanduser()
         with write_mistakes(f"--save-probabilities {path}"), path.open("wb") as file:
             np.savez(file, image=images, label=labels, **arrays)
     misses = len(test) - int((likeliest == labels[:, None]).sum())

@@ -35,7 +35,7 @@ from harness.results.rows import Row, incomparable, summarise
 from harness.results.store import Loaded, Problem, Stored, collector_paused
 from harness.results.sweeps import Sweeps, load_sweeps
 from harness.results.verify import verify
-from harness.spec import RunSpec, UserError, check_word, mistakes, refuse
+from harness.spec import RunSpec, UserError, at_home, check_word, mistakes, refuse
 from harness.words import suggest
 
 PAGE = "report.html"
@@ -52,12 +52,10 @@ def find_results(words: Sequence[str], *, also: str = "") -> list[Path]:
 def load_runs(paths: Sequence[Path], *, named: bool = True, some: bool = False, copies: bool = False) -> Loaded:
     """Read all runs under `paths`; names each folder that cannot be read on standard error, unless it is not to.
 
-    Raises UserError for a path that is not a folder, and where there should be some runs and is none.
+    Raises UserError for a folder that does not exist, and where there should be some runs and is none.
     """
     for path in (path for path in paths if not path.is_dir()):
-        a_file = f"{str(path)!r} is a file; expected a folder of results or of a run"
-        missing = f"no folder of results at {str(path)!r}; `harness run` makes one (--out, default runs)"
-        raise UserError(a_file if path.exists() else missing)
+        raise UserError(f"no folder of results at {str(path)!r}; `harness run` makes one (--out, default runs)")
     loaded = store.load_records(paths, copies=copies)
     refuse({NO_RUNS.format(", ".join(repr(str(path)) for path in paths)): some and not any(loaded)})
     if named:
@@ -139,7 +137,7 @@ def print_report(
     written; without `mine`, where there is no run.
     """
     output, curves = options.output, options.curves
-    format: Any = options.format or (ENDINGS.get(output.suffix, "table") if output else "table")
+    format: Any = options.format or (ENDINGS.get(output.suffix.lower(), "table") if output else "table")
     loaded = mine or load_runs(paths, named=False)
     searches = load_sweeps(paths) if format == "html" or curves is not None else Sweeps([], [])
     _name_problems([*loaded.problems, *searches.problems])
@@ -313,14 +311,14 @@ def print_comparison(paths: Sequence[Path], console: Console, options: CompareOp
     print_text(render_comparison(pairs, options.format, width=console.width, fit=fit, colour=colour), console)
     gate = check_conditions(pairs, conditions)
     for line in [*gate.failed, *gate.unclear]:
-        print(f"harness: --fail-on: {line}", file=sys.stderr)
+        print(clean(f"harness: --fail-on: {line}"), file=sys.stderr)
     return 1 if gate.failed or (options.strict and gate.unclear) else 0
 
 
 def print_repro(run: str, path: str, console: Console) -> None:
     """Print the command, commit and versions that trained a run: a folder, or a name or key under `path`."""
     path, run = split_uri(run) if is_uri(run) else (path, run)
-    folder = Path(run).expanduser()
+    folder = at_home(run)
     if folder.is_dir() and ((folder / store.RECORD).exists() or folder.name.endswith(store.PARTIAL)):
         matches = load_runs([folder]).records
         known = "there is no record to reproduce; an interrupted run is continued by the command that started it"

@@ -30,6 +30,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import Console
 
 from harness import plan
+from harness import search_space as space
 from harness.cluster.job import Allocation, Failed, Started
 from harness.loaders.datasets import Dataset
 from harness.models.variants import default_depth, find_variant
@@ -41,7 +42,6 @@ from harness.results.remote import join_uri, push_run
 from harness.results.store import SWEEPS, load_epochs, load_predictions, write_atomic
 from harness.results.sweeps import TRIALS, Dimension, State, Sweep, Trial
 from harness.results.values import EpochMetrics, Pruned, RunResult
-from harness.search_space import SEARCHED, count_points, finite_values, grid_points, parse_search
 from harness.selfcheck import Checked
 from harness.spec import RunSpec, UserError
 
@@ -107,9 +107,9 @@ class Journal(BaseJournalBackend):
 
 def count_trials(dimensions: Sequence[Dimension], samples: int | None) -> int:
     """How many trials a sweep has: `samples` of each grid point; fewer where the space has fewer points."""
-    grid = len(grid_points(dimensions))
+    grid = len(space.grid_points(dimensions))
     samples = samples or (1 if grid > 1 else 16)
-    points = count_points(dimensions)
+    points = space.count_points(dimensions)
     return grid * samples if points is None else min(points, grid * samples)
 
 
@@ -145,7 +145,7 @@ class Study:
         """The next point: a function of the seed and of what is known of earlier trials. None: every point was tried."""
         number, tried = len(self.trials), [trial.fields for trial in self.trials]
         dimensions = self.sweep.dimensions
-        points, grid = count_points(dimensions), grid_points(dimensions)
+        points, grid = space.count_points(dimensions), space.grid_points(dimensions)
         if points is not None and number >= points:
             return None
         for attempt in range(ATTEMPTS):
@@ -155,11 +155,11 @@ class Study:
         if points is None:
             return None
         # few points are left: one of them
-        values = [[(d.field, value) for value in finite_values(d) or ()] for d in dimensions]
+        values = [[(d.field, value) for value in space.finite_values(d) or ()] for d in dimensions]
         left = [fields for fields in map(dict, itertools.product(*values)) if fields not in tried]
         return left[int(np.random.default_rng([self.seed, number]).integers(len(left)))]
 
-    def add(self, fields: Mapping[str, Any], run: str, key: str) -> Trial:
+    def add(self, fields: Mapping[str, Any], run: str = "", key: str = "") -> Trial:
         """A new trial, running."""
         self._study.add_trial(create_trial(
             state=TrialState.RUNNING, params=dict(fields), distributions=self.distributions,
@@ -242,8 +242,8 @@ def _convert(d: Dimension, value: Any) -> Any:
 
 def make_trial_grid(search: Search, point: Mapping[str, Any]) -> Grid:
     """The one run of a point of the search space."""
-    own = {name: point.get(name, getattr(search, name)) for name in SEARCHED}
-    fields = {name: value for name, value in point.items() if name not in SEARCHED}
+    own = {name: point.get(name, getattr(search, name)) for name in space.SEARCHED}
+    fields = {name: value for name, value in point.items() if name not in space.SEARCHED}
     return fill(Grid, asdict(search) | {
         "variants": (own["variant"],), "depths": () if own["depth"] is None else (own["depth"],),
         "loader": own["loader"], "seeds": (search.seed,), "settings": {**search.settings, **fields},
@@ -259,23 +259,15 @@ def allocate_trials(allocation: Allocation, concurrent: int) -> Allocation:
     return replace(allocation, concurrent_runs=concurrent, threads=cpus // (concurrent * allocation.workers))
 
 
-def corners(dimensions: Sequence[Dimension], *, listed: bool = False) -> list[dict[str, Any]]:
-    """A few points of the space that between them have every listed value and, unless only these are asked for, every
-    bound: an error in one of them is reported before anything starts."""
-    lists = {d.field: finite_values(d) or d.values[: 1 if listed else 2] for d in dimensions}
-    points = range(max(map(len, lists.values())))
-    return [{name: values[min(i, len(values) - 1)] for name, values in lists.items()} for i in points]
-
-
 class Trials:
     """A search before its first trial; after `begin`, its trials as `harness.cluster.search` sees them: proposes runs, judges
     epochs, stores outcomes."""
 
     def __init__(self, search: Search, dataset: Dataset, session: Session, console: Console) -> None:
         """Fix what was left to the devices and the data: a sweep that is resumed keeps it. Raises UserError."""
-        dimensions, classes, train_images = parse_search(search.search), dataset.num_classes, len(dataset.train)
-        if search.metric == "top5_error" and classes <= 10:
-            raise UserError(f"--metric top5_error: {search.dataset} has {classes} classes, too few for a top-5")
+        dimensions, train_images = space.parse_search(search.search), len(dataset.train)
+        if search.metric == "top5_error" and (n := dataset.num_classes) <= 10:
+            raise UserError(f"--metric top5_error: {search.dataset} has {n} classes, too few for a top-5")
         listed, allocation = {d.field: d.values for d in dimensions}, session.allocation
         names = listed.get("variant", (search.variant,))
         variants = list(map(find_variant, names))
@@ -289,7 +281,9 @@ class Trials:
         session.paths = replace(session.paths, label=dataset.label)
         self.search = replace(search, val=val, gpus=allocation.gpus, workers=allocation.workers)
         self.dataset, self.session, self.console = dataset, session, console
-        self.specs = list(map(self.make_spec, corners(dimensions)))  # a fault is a fault of one of them
+        self.specs = list(map(self.make_spec, space.corners(dimensions)))  # a fault is a fault of one of them
+        space.check_settings(listed, self.specs, "--search")
+        space.check_settings(search.settings, self.specs)
         plan.check_epochs(self.specs, train_images)
         if any(spec.plugins for spec in self.specs):
             from harness.training.fit import check_fit
@@ -309,6 +303,7 @@ class Trials:
     def make_spec(self, point: Mapping[str, Any], **changes: Any) -> RunSpec:
         """The run of one point. Raises UserError where it cannot be one."""
         grid, data = make_trial_grid(replace(self.search, **changes), point), self.dataset
+        grid = replace(grid, specs=tuple(plan.make_specs(grid)), settings={})  # which not every trial reads
         job, images = self.session.allocation, len(data.train)
         (spec,) = plan.expand(grid, job, fingerprint=data.fingerprint, train_images=images)
         plan.check_images([spec], data)
@@ -337,7 +332,7 @@ class Trials:
         """What to do where no epoch was done within so many seconds."""
         images = self.search.limit_train or len(self.dataset.train)
         none = f"not one epoch of {images:,} images was done"
-        own = self.make_spec(corners(self.sweep.dimensions, listed=True)[0]).to_json() | {"seed": None}
+        own = self.make_spec(space.corners(self.sweep.dimensions, listed=True)[0]).to_json() | {"seed": None}
         known = [p for p in load_predictions([self.session.paths.out]) if p.spec | {"seed": None} == own]
         if not known:
             return f"{none}: allow more time or use fewer images (--limit-train); --estimate says how many"
@@ -367,7 +362,11 @@ class Trials:
                 trial = self.interrupted.pop(0)
                 spec = self.make_spec(trial.fields)
             elif len(study.trials) < self.sweep.total and (point := study.propose()) is not None:
-                spec = self.make_spec(point)
+                try:
+                    spec = self.make_spec(point)
+                except UserError as error:  # values that cannot be had together
+                    self._end(study.add(point), "failed", reason=str(error))
+                    continue
                 trial = study.add(point, paths.name(spec), spec.key)
             else:
                 return None

@@ -24,7 +24,7 @@ from harness.cluster.connect import ClusterError
 from harness.cluster.job import Report, Worker
 from harness.commands.report import print_text, say_page
 from harness.commands.run import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
-from harness.commands.study import JOURNAL, Study, Trials, corners, make_trial_grid
+from harness.commands.study import JOURNAL, Study, Trials, make_trial_grid
 from harness.deadline import TimeUp, stopping_at, stopping_on_sigterm
 from harness.options import Resources, Search, TuneOptions, fill, options_of, read_values
 from harness.plugins import load_plugins, sources
@@ -37,7 +37,7 @@ from harness.results.report.text import Sheet, fill_template, for_terminal
 from harness.results.store import RECORD, SWEEP, SWEEPS, load_epochs, sweeps_dir, write_atomic
 from harness.results.sweeps import METRICS, Sweep, Trial, best_first, format_value, weigh_both
 from harness.results.values import RunResult
-from harness.search_space import parse_search
+from harness.search_space import corners, parse_search
 from harness.selfcheck import RefusedError, check_first
 from harness.spec import RunPaths, RunSpec, UserError, check_word, mistakes, refuse
 
@@ -171,10 +171,14 @@ def _preview(trials: Trials, *, estimate: bool) -> int:
     with tempfile.TemporaryDirectory() as folder:
         study = Study(Path(folder, JOURNAL), sweep, seed=trials.search.seed)
         while len(study.trials) < known and (point := study.propose()) is not None:
-            spec = trials.make_spec(point)
-            trial = study.add(point, session.paths.name(spec), spec.key)
-            done = (session.paths.out / trial.run / RECORD).exists()
-            say(console, f"trial {trial.number}: {describe_trial(trial)}{'   done already' * done}")
+            trial = study.add(point)
+            try:
+                run = session.paths.name(trials.make_spec(point))
+                state = "   done already" * (session.paths.out / run / RECORD).exists()
+            except UserError as error:
+                study.end(trial, "failed")
+                state = f"   cannot be trained: {error}"
+            say(console, f"trial {trial.number}: {describe_trial(trial)}{state}")
     return EXIT_DONE
 
 

@@ -27,7 +27,7 @@ def make_notes(rows: Sequence[Row]) -> Mapping[str, Mapping[str, set[int]]]:
     """Everything a reader must know about single cells: a text -> a column's name -> the rows it is of."""
     notes: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     failures: dict[str, list[tuple[int, str]]] = defaultdict(list)  # why -> rows and names
-    wrong: dict[str, int] = {}  # runs that contradict themselves, and how -> their rows
+    wrong: list[tuple[int, str]] = []  # rows of runs that contradict themselves, and how
     samples: dict[tuple[str, str, int], dict[int, float]] = defaultdict(dict)
     for i, row in enumerate(rows):
         for source in (_condition_notes, _timing_notes, _run_notes, _published_notes, _reading_notes):
@@ -38,9 +38,8 @@ def make_notes(rows: Sequence[Row]) -> Mapping[str, Mapping[str, set[int]]]:
             if failure:
                 why = _shorten(f"{failure.kind}: {failure.message}".removesuffix(": "))
                 failures[why].append((i, f"{row.name} seed {seed}"))
-        for run in row.done:
-            if problems := list(contradictions(run.record)):
-                wrong[f"{row.name} seed {run.record.seed}: {'; '.join(problems)}"] = i
+        found = ((run.record.seed, "; ".join(contradictions(run.record))) for run in row.done)
+        wrong += [(i, f"{row.name} seed {seed}: {problems}") for seed, problems in found if problems]
         if row.error is not None and 0 <= row.error <= 100 and (images := row.done[0].record.images()):
             samples[row.dataset, row.evaluated_on, images][i] = row.error
     for why, runs in failures.items():
@@ -48,12 +47,9 @@ def make_notes(rows: Sequence[Row]) -> Mapping[str, Mapping[str, set[int]]]:
         said = f"{names} failed, {why}" if len(runs) == 1 else f"{len(runs)} runs failed, {why}: {names}"
         for i, _ in runs:
             notes[said]["n" if rows[i].done else "error"].add(i)
-    if len(wrong) > MOST_NAMED:
-        said = f"{len(wrong)} runs contradict themselves: see harness verify; {next(iter(wrong))}"
-        notes[said]["n"].update(wrong.values())
-    else:
-        for problem, i in wrong.items():
-            notes[f"{problem}; see harness verify"]["n"].add(i)
+    for i, problem in wrong:
+        several = f"{len(wrong)} runs contradict themselves: see harness verify; {wrong[0][1]}"
+        notes[several if len(wrong) > MOST_NAMED else f"{problem}; see harness verify"]["n"].add(i)
     for (dataset, on, images), errors in samples.items():  # at the smallest and the largest error of a data set
         ends = [(e, wilson(e, images, len(errors))) for e in sorted({min(errors.values()), max(errors.values())})]
         leave = ", ".join(f"{i.low:.2f} to {i.high:.2f} % at {error:.2f} %" for error, i in ends)
