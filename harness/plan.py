@@ -99,7 +99,7 @@ def choose_engine(engine: str | None, device: str, optimizer: str = "sgd") -> En
     """The chosen engine, or else the fastest one that computes the same as eager, kernel by kernel."""
     captured = device == "cuda" and optimizer in CAPTURABLE
     refuse({
-        "--engine graph needs a GPU; the CPU supports eager and compile": engine == "graph" and device == "cpu",
+        "engine graph needs a GPU; the CPU supports --engine eager and compile": engine == "graph" and device == "cpu",
         f"--engine {engine}: optimizer {optimizer} cannot be captured as a CUDA graph, because its plug-in "
         "does not say capturable=True; use eager": device == "cuda" and engine in ("graph", "compile") and not captured,
     })  # fmt: skip

@@ -140,7 +140,7 @@ def test_widths_that_cannot_be(changes: dict[str, Any], says: str) -> None:
 def test_the_engine_is_the_fastest_that_is_safe() -> None:
     assert [choose_engine(None, device) for device in ("cuda", "cpu")] == ["graph", "eager"]
     assert choose_engine("compile", "cpu") == "compile"
-    with pytest.raises(UserError, match="--engine graph needs a GPU; the CPU supports eager and compile"):
+    with pytest.raises(UserError, match="engine graph needs a GPU; the CPU supports --engine eager and compile"):
         choose_engine("graph", "cpu")
     with pytest.raises(UserError, match="--engine 'grahp' is unknown; did you mean graph"):
         check_grid(Grid(variants=("msra",), engine="grahp"))
