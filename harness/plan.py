@@ -248,7 +248,7 @@ def check_images(specs: Iterable[RunSpec], dataset: Dataset) -> None:
         with mistakes((UserError, ValueError), f"{spec.name} on {dataset.label}: "):
             _check_recipe(spec)
             for split in (dataset.train, dataset.test):
-                check_crops(spec.loader, split, augment)
+                check_crops(spec.loader, split, augment, spec.recipe.normalize)
             check_normalize(spec.recipe.normalize, dataset.train, augment)
             size, count = min(augment.crop_size(dataset.train)), len(dataset.test)
             refuse({

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from command import harness
+from PIL import Image
 
 from harness import resources
 from harness.cluster.job import Allocation
@@ -81,6 +82,25 @@ def test_an_engine_that_needs_a_gpu_and_was_not_typed(capsys: Any) -> None:
 
 def test_a_plugin_that_is_not_there_is_no_option_that_was_not_typed(capsys: Any) -> None:
     assert refusal("check nofile.py", capsys) == "plug-in nofile.py: no such file"
-    assert refusal(f"{HERE} --plugin nofile.py", capsys) == "plug-in nofile.py: no such file"
+    assert refusal(f"{HERE} --plugin nofile.py", capsys) == f"plug-in {Path.cwd()}/nofile.py: no such file"
     Path("text.txt").write_text("")
     assert refusal("check text.txt", capsys) == "plug-in text.txt: a Python file is needed"
+
+
+# --- images of different sizes ---
+
+
+def test_all_that_a_recipe_lacks_for_images_of_different_sizes_is_said_at_once(capsys: Any) -> None:
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            Path("photos", split, name).mkdir(parents=True)
+            for n in range(4):
+                Image.new("RGB", (50 + n, 40 + n)).save(Path("photos", split, name, f"{n}.png"))
+    line = "run --dataset folder:photos --gpus 0 --dry-run --epochs 1 --batch-size 4"
+    of = "he2015-20 on photos: images of 50x40 to 53x43 pixels, which are cut one by one, need "
+    assert refusal(line, capsys) == of + "pad=0, crop=32, resize=36, normalize=imagenet"
+    assert refusal(f"{line} --set pad=0 --set crop=32", capsys) == of + "resize=36, normalize=imagenet"
+    words = refusal(line, capsys).partition("need ")[2].split(", ")
+    code, out, err = harness(" ".join([line, *(f"--set {word}" for word in words)]), capsys)
+    assert (code, err) == (0, ""), err
+    assert "he2015" in out
