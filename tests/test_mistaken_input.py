@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 from command import harness
 from PIL import Image
 
-from harness import resources
+from harness import plugins, resources
 from harness.cluster.job import Allocation
 from harness.options import Grid
 from harness.plan import expand
 
+
 ONE = Allocation(device="cpu", workers=1, concurrent_runs=1, threads=2)
+SAMPLE = Path(__file__).parents[1] / "results/records/sample_digits_cpu_2026-11-22/runs"
 HERE = "run --dataset digits --gpus 0 --dry-run"
 
 
@@ -104,3 +107,41 @@ def test_all_that_a_recipe_lacks_for_images_of_different_sizes_is_said_at_once(c
     code, out, err = harness(" ".join([line, *(f"--set {word}" for word in words)]), capsys)
     assert (code, err) == (0, ""), err
     assert "he2015" in out
+
+
+# --- tables and folders of results ---
+
+
+def test_an_unknown_ending_of_a_table_is_refused(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(SAMPLE, "runs")
+    known = "(allowed: .csv, .json, .md, .tex, .html, .txt)"
+    for name, says in {"x.pdf": "'.pdf' is unknown", "t.CVS": "'.cvs' is unknown; did you mean .csv?"}.items():
+        of = f"--output {name} without --format: ending {says} {known}"
+        assert refusal(f"report runs --output {name}", capsys) == of
+        assert not Path(name).exists()
+    for line in ("--output t.txt", "--output t", "--output -", "--output t.MD", "--output x.pdf --format csv"):
+        assert harness(f"report runs {line}", capsys)[0] == 0, line
+    assert Path("x.pdf").read_text().startswith("schema_version,variant,")
+
+
+def test_runs_that_cannot_be_read_are_not_no_runs(capsys: Any) -> None:
+    Path("runs/digits_msra-8_s0_00000000").mkdir(parents=True)
+    Path("runs/digits_msra-8_s0_00000000/record.json").write_text("{")
+    code, _, err = harness("report runs", capsys)
+    skipped, error = err.splitlines()
+    assert (code, skipped.startswith("harness: skipped: ")) == (2, True)
+    assert error == "harness: error: no run in 'runs' can be read"
+
+
+# --- plug-ins that fail their checks ---
+
+
+def test_a_check_that_fails_is_code_1_and_a_file_that_is_no_plugin_code_2(capsys: Any) -> None:
+    Path("bad.py").write_text(
+        "from harness import plugin\n\n\n@plugin.optimizer\ndef still(groups, lr):\n    raise ValueError('never')\n"
+    )
+    code, out, err = harness("check bad.py", capsys)
+    plugins.unload("bad")
+    assert (code, out.splitlines()[-1], err) == (1, "1 of the checks failed", "")
+    Path("empty.py").write_text("")
+    assert "it registers nothing" in refusal("check empty.py", capsys)
