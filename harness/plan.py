@@ -42,9 +42,8 @@ def make_grid(given: Mapping[str, Any]) -> Grid:
         _check_one_dataset("", (grid.dataset for grid in grids))
         precision = max((grid.precision for grid in grids), key=_on_gpu)
         return replace(grids[0], groups=grids, specs=specs, precision=precision)
-    for option in ("preset", "variants", "depths"):
-        if "specs" in given and option in given:
-            raise UserError(f"--spec and --{option} cannot be combined: the file names the network")
+    both = "--spec and --{} cannot be combined: the file names the network"
+    refuse({both.format(name): {"specs", name} <= given.keys() for name in ("preset", "variants", "depths")})
     if isinstance(words := given.get("depths"), str | int):
         variants = fill(Grid, {"variants": given.get("variants")}).variants
         with mistakes(UserError, f"--depths {words!r}: "):
@@ -68,9 +67,7 @@ def check_grid(grid: Grid) -> None:
     """Every check that needs neither data nor devices."""
     for group in grid.groups:
         check_grid(group)
-    for name in ("seeds", "variants"):
-        if not getattr(grid, name):
-            raise UserError(f"--{name} is empty: at least one is required")
+    refuse({f"--{n} is empty: at least one is required": not getattr(grid, n) for n in ("seeds", "variants")})
     for name in ("batch_size", "batch_norm"):
         if getattr(grid, name) is not None and name in grid.settings:
             raise UserError(f"{name} is given twice: leave --{name.replace('_', '-')} or --set {name}=... out")

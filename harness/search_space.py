@@ -127,7 +127,7 @@ def _dimension(name: str, text: str) -> Dimension:
     if not call:
         raise UserError("expected FIELD=FUNCTION(a,b), as in --search 'lr=loguniform(0.01,1)'")
     kind: Any = call[1]
-    check_word(kind, FUNCTIONS, "function")
+    refuse({f"function {kind!r} is unknown (allowed: {', '.join(FUNCTIONS)})": kind not in FUNCTIONS})
     hint, listed = (own_hints() | _HINTS)[name], kind in ("choice", "grid")
     refuse({
         f"{name} is a list and cannot be searched; --set sets it for all trials": get_origin(hint) is tuple,

@@ -17,7 +17,6 @@ from harness.cluster.job import Allocation
 from harness.options import Grid
 from harness.plan import expand
 
-
 ONE = Allocation(device="cpu", workers=1, concurrent_runs=1, threads=2)
 SAMPLE = Path(__file__).parents[1] / "results/records/sample_digits_cpu_2026-11-22/runs"
 HERE = "run --dataset digits --gpus 0 --dry-run"
@@ -145,3 +144,59 @@ def test_a_check_that_fails_is_code_1_and_a_file_that_is_no_plugin_code_2(capsys
     assert (code, out.splitlines()[-1], err) == (1, "1 of the checks failed", "")
     Path("empty.py").write_text("")
     assert "it registers nothing" in refusal("check empty.py", capsys)
+
+
+# --- grid files ---
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[[runs]]\nbogus = 3", "g.toml:2: [[runs]]: option 'bogus' is unknown"),
+        ("[[runs]]\ngpu = 3", "g.toml:2: [[runs]]: option 'gpu' is unknown"),
+        ("[[runs]]\ngpus = 3", "g.toml:2: gpus holds for all runs: it stands above the first [[runs]]"),
+        ("[[runs]]\nseed = 3", "g.toml:2: [[runs]]: option 'seed' is unknown; did you mean seeds?"),
+        ("bogus = 3", "g.toml:1: option 'bogus' is unknown; did you mean gpus?"),
+        ('epochs = "two"', "g.toml:1: epochs 'two': expected a whole number"),
+        ('until-ci = "x"', "g.toml:1: until_ci 'x': expected a number"),
+        ('force = "maybe"', "g.toml:1: force 'maybe': expected true or false"),
+        ("out = 3", "g.toml:1: out 3: expected text"),
+        ("variants = [3]", "g.toml:1: variants [3]: expected text"),
+    ],
+)
+def test_a_grid_file_suggests_what_may_stand_there(text: str, says: str, capsys: Any) -> None:
+    Path("g.toml").write_text(text)
+    said = refusal("run g.toml --dry-run", capsys)
+    assert said.partition(" (allowed: ")[0] == says
+    assert " gpus" not in said.partition(" (allowed: ")[2]
+
+
+def test_a_record_is_no_grid_file(capsys: Any) -> None:
+    write_spec()
+    says = (
+        "grid file spec.json is to be TOML (--spec is for a run's record): Invalid statement (at line 1, column 1)"
+    )
+    assert refusal("run spec.json", capsys) == says
+
+
+# --- variants, depths, functions ---
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("run --variants resent", "variant 'resent' is unknown; did you mean xresnet? (see `harness variants`)"),
+        ("run --variants msra,imagenet --depths 18", "msra: depth 18 is not 6n+2: try 14 or 20"),
+        ("run --variants convnet --depths 14", "convnet: depth 14 is not allowed (allowed: 8)"),
+        ("run --variants msra,imagenet --depths 20", "imagenet: depth 20 is not allowed (allowed: 18, 34, 50, 101, 152)"),
+        ("run --depths 9..13", "--depths '9..13': no number from 9 to 13 is allowed: he2015: depth 13 is not 6n+2: try 8 or 14"),
+        ("run --variants resent --depths 8..14",
+         "--depths '8..14': no number from 8 to 14 is allowed: variant 'resent' is unknown; did you mean xresnet? "
+         "(see `harness variants`)"),
+        ("tune --search 'lr=normal(0,1)'",
+         "--search 'lr=normal(0,1)': function 'normal' is unknown (allowed: loguniform, uniform, randint, choice, grid)"),
+        ("run --until-ci 0.3 --max-seeds 3", "--max-seeds 3: at least 5 is required"),
+    ],
+)  # fmt: skip
+def test_words_that_are_not_allowed(line: str, says: str, capsys: Any) -> None:
+    assert refusal(f"{line} --dataset digits --gpus 0 --dry-run", capsys) == says
