@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 from harness.cluster.job import PLACEMENTS, Placement
 from harness.deadline import parse_until
 from harness.models.variants import VARIANTS, default_depth, find_variant
-from harness.spec import Engine, Precision, RunSpec, UserError, at_home, check_word, load_specs, mistakes
+from harness.spec import Engine, Precision, RunSpec, UserError, at_home, check_word, load_specs, mistakes, refuse
 
 Group = TypeVar("Group")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -184,16 +184,15 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """ "3" -> (0, 1, 2), a count; "0,7" -> (0, 7), the seeds themselves; "7," -> (7,); "3..5" -> (3, 4, 5)."""
     if not text.strip().isdecimal():
         return parse_numbers(text.rstrip(","))
-    if not 1 <= int(text) <= MOST_NUMBERS:
-        raise UserError(f"expected a count from 1 to {MOST_NUMBERS}, or a list of seeds as in 0,7")
+    known = f"expected a count from 1 to {MOST_NUMBERS}, or a list of seeds as in 0,7"
+    refuse({known: not 1 <= int(text) <= MOST_NUMBERS})
     return tuple(range(int(text)))
 
 
 def parse_scales(text: str) -> tuple[int, ...]:
     """ "96,112,128" -> (96, 112, 128), in pixels."""
     scales = parse_numbers(text)
-    if max(scales) > MOST_PIXELS:
-        raise UserError(f"at most {MOST_PIXELS} pixels are allowed")
+    refuse({f"at most {MOST_PIXELS} pixels are allowed": max(scales) > MOST_PIXELS})
     return scales
 
 
@@ -423,7 +422,7 @@ class EvalOptions(Options):
     variant: Annotated[str | None, opt(
         "Needed for weights that do not name theirs: see `harness variants`.", "--variant", "--variants")] = None
     depth: Depth = None
-    dataset: Dataset = "cifar10"
+    dataset: Annotated[str | None, opt("Default: what the weights were trained on, or cifar10.", parse=parse_dataset)] = None
     data_dir: DataDir = None
     scales: Annotated[tuple[int, ...], opt(  # none: images as in training's evaluation, one centre crop
         "Average over these image sizes in pixels, as in 96,112,128, and over mirror images.", parse=parse_scales)] = ()

@@ -68,9 +68,8 @@ def check_grid(grid: Grid) -> None:
     for group in grid.groups:
         check_grid(group)
     refuse({f"--{n} is empty: at least one is required": not getattr(grid, n) for n in ("seeds", "variants")})
-    for name in ("batch_size", "batch_norm"):
-        if getattr(grid, name) is not None and name in grid.settings:
-            raise UserError(f"{name} is given twice: leave --{name.replace('_', '-')} or --set {name}=... out")
+    twice = [n for n in ("batch_size", "batch_norm") if getattr(grid, n) is not None and n in grid.settings]
+    refuse({f"{n} is given twice: leave --{n.replace('_', '-')} or --set {n}=... out": True for n in twice})
     with mistakes((DataError, ValueError)):
         check_dataset_name(grid.dataset)
         for name, depth in () if grid.specs else grid_networks(grid):
@@ -131,6 +130,8 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
         divisors = ", ".join(str(n) for n in range(1, 65) if batch % n == 0)
         refuse({
             f"batch_size={batch}: at least 1 is required": batch < 1,
+            f"batch_size={batch}: {grid.dataset} has {train_images} training images":
+                batch > train_images and f"batch_size={batch}" in spec.overrides,
             f"--limit-train {images}: {grid.dataset} has {train_images} training images": images > train_images,
             f"--workers {workers} does not divide the global batch of {batch} (allowed: {divisors})": batch % workers,
             "--engine compile does not support --batch-norm sync: use eager or graph":
@@ -260,6 +261,7 @@ def _check_recipe(spec: RunSpec) -> None:
     recipe, network = spec.recipe, spec.network
     scales, own = recipe.scale_range, own_values(recipe) if recipe.optimizer == "adamw" else {}
     refuse({
+        f"momentum={recipe.momentum:g}: 0 to 1 is allowed": recipe.optimizer == "sgd" and recipe.momentum > 1,
         "nesterov=true: a momentum above 0 is required": recipe.nesterov and not recipe.momentum,
         f"label_smoothing={recipe.label_smoothing:g}: 0 to 1 is allowed": recipe.label_smoothing > 1,
         f"batch_norm_eps={network.batch_norm_eps:g}: above 0 is required": network.batch_norm_eps <= 0,

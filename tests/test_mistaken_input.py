@@ -7,10 +7,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
+import torch
 from command import harness
 from PIL import Image
+from safetensors.torch import load_file
 
 from harness import plugins, resources
 from harness.cluster.job import Allocation
@@ -193,10 +196,66 @@ def test_a_record_is_no_grid_file(capsys: Any) -> None:
         ("run --variants resent --depths 8..14",
          "--depths '8..14': no number from 8 to 14 is allowed: variant 'resent' is unknown; did you mean xresnet? "
          "(see `harness variants`)"),
-        ("tune --search 'lr=normal(0,1)'",
-         "--search 'lr=normal(0,1)': function 'normal' is unknown (allowed: loguniform, uniform, randint, choice, grid)"),
         ("run --until-ci 0.3 --max-seeds 3", "--max-seeds 3: at least 5 is required"),
     ],
 )  # fmt: skip
 def test_words_that_are_not_allowed(line: str, says: str, capsys: Any) -> None:
     assert refusal(f"{line} --dataset digits --gpus 0 --dry-run", capsys) == says
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("run --set milestones=1,x",
+         "--set 'milestones=1,x': milestones is a list of non-negative numbers, separated by commas, not '1,x'"),
+        ("run --set lr", "--set 'lr': expected FIELD=VALUE, as in lr=0.05"),
+        ("run --set lr=", "--set 'lr=': lr is a non-negative number, not ''"),
+        ("run --set momentum=2", "momentum=2: 0 to 1 is allowed"),
+        ("tune --search 'momentum=choice(0.9,1.5)'", "momentum=1.5: 0 to 1 is allowed"),
+        ("run --set momentum=0.8 --set optimizer=adamw",
+         "--set momentum: a field of optimizer sgd; the optimizer here is adamw"),
+        ("tune --search 'momentum=uniform(0,1)' --set optimizer=adamw",
+         "--search momentum: a field of optimizer sgd; the optimizer here is adamw"),
+        ("tune --search 'lr=uniform(0.1,1)' --set gamma=0.5 --set schedule=cosine",
+         "--set gamma: a field of schedule multistep; the schedule here is cosine"),
+        ("run --set beta1=0.5", "--set beta1: a field of optimizer adamw; the optimizer here is sgd"),
+    ],
+)  # fmt: skip
+def test_settings_that_are_not_allowed(line: str, says: str, capsys: Any) -> None:
+    said = refusal(f"{line} --dataset digits --gpus 0 --loader resident --epochs 2 --dry-run", capsys)
+    assert said.removeprefix("he2015-20 on digits: ") == says
+
+
+def test_a_batch_above_the_training_set(capsys: Any) -> None:
+    """A recipe's own batch may be: a small set, or a part of one, is then one batch."""
+    line = f"{HERE} --epochs 2 --loader resident"
+    says = "batch_size=100000: digits has 1437 training images"
+    for words in ("--batch-size 100000", "--set batch_size=100000"):
+        assert refusal(f"{line} {words}", capsys) == says
+    for words in ("--batch-size 1437", "--limit-train 64", "--limit-train 64 --batch-size 256"):
+        assert harness(f"{line} {words}", capsys)[0] == 0, words
+
+
+# --- weights ---
+
+
+def test_weights_are_evaluated_on_what_they_were_trained_on(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = "run --dataset digits --gpus 0 --loader resident --depths 8 --epochs 1 --limit-train 64 --limit-test 32"
+    assert harness(line, capsys)[0] == 0
+    (weights,) = Path("runs").glob("*/weights.safetensors")
+    code, out, err = harness(f"eval --weights {weights}", capsys)
+    assert (code, err, out) == (0, "", harness(f"eval --weights {weights} --dataset digits", capsys)[1])
+    assert out.startswith("he2015-8 on digits, test set, 360 images")
+    torch.save(load_file(weights), "foreign.pt")
+    monkeypatch.setenv("HARNESS_CACHE", str(Path.cwd()))
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", unreachable)
+    says = "cifar10 cannot be downloaded (<urlopen error no network>): --data-dir names a folder that has it; "
+    says += "--dataset digits needs no network"
+    assert refusal("eval --weights foreign.pt --variant he2015 --depth 8", capsys) == says

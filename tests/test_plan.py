@@ -400,9 +400,9 @@ def test_a_folder_of_images_is_absolute_however_it_is_typed(
         ({"settings": {"batch_size": 0}}, "batch_size=0: at least 1 is required"),
         (
             {"settings": {"optimizer": "adamw", "momentum": 0.5}},
-            "--set momentum: no run of this command uses the optimizer, schedule or plug-in that this field belongs to",
+            "--set momentum: a field of optimizer sgd; the optimizer here is adamw",
         ),
-        ({"settings": {"schedule": "cosine", "gamma": 0.5}}, "--set gamma: no run"),
+        ({"settings": {"schedule": "cosine", "gamma": 0.5}}, "--set gamma: a field of schedule multistep; the schedule here is cosine"),
         ({"settings": {"schedule": "cosine", "momentum": 0.5}}, ""),
         ({"settings": {"label_smoothing": 1.0, "momentum": 0.0, "warmup": 64e3}, "limit_test": 40}, ""),
     ],
