@@ -16,7 +16,7 @@ import typer
 from harness import options as groups
 from harness.cluster.connect import ClusterError
 from harness.deadline import TimeUp, stopping_on_sigterm
-from harness.options import Option, default_out, fill, load_named, options_of
+from harness.options import KINDS, Option, default_out, fill, load_named, options_of
 from harness.spec import FULL, INSTALL, UserError
 
 app = typer.Typer(
@@ -238,8 +238,7 @@ def _explain(error: Any) -> str:
             return f"No such option: {option}; did you mean --set {field}=...?"
     if parameter and hasattr(error.__cause__, "errors"):  # typer's own message does not have the value
         (fault,) = error.__cause__.errors()
-        allowed = "a whole number" if fault["type"].startswith("int") else "a number"
-        return f"{parameter.opts[0]} {fault['input']!r}: expected {allowed}"
+        return f"{parameter.opts[0]} {fault['input']!r}: expected {KINDS[fault['type'].partition('_')[0]]}"
     if help := getattr(parameter, "help", None):
         return f"{message.removesuffix('.')}: {help}"
     told = error.ctx is None or "ossible options" in message

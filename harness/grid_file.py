@@ -34,7 +34,8 @@ def read_command(given: Mapping[str, Any], path: Path | None = None) -> dict[str
     given = {name: _plain(name, value) for name, value in given.items()}
     if path is None:
         return given
-    with mistakes((OSError, ValueError), f"grid file {path}: "):  # ValueError: not UTF-8, or not TOML
+    no_toml = " is to be TOML (--spec is for a run's record)" * (path.suffix == ".json")
+    with mistakes((OSError, ValueError), f"grid file {path}{no_toml}: "):  # ValueError: not UTF-8, or not TOML
         text = at_home(path).read_text(encoding="utf-8")
         values = tomllib.loads(text)
     try:
@@ -50,22 +51,23 @@ def _read_file(values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, An
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise UserError("runs: groups are allowed, as in [[runs]]")
     load_named(values)
-    command = merge(_read(values, given, "option"), given)
+    command = merge(_read(values, given), given)
     fill(RunOptions, command)
-    groups = [_read(table, given, "option of a group") for table in tables]
+    groups = [_read(table, given, "[[runs]]: ") for table in tables]
     for group in groups or [{}]:
         check_grid(make_grid(merge(command, group)))
     return {**command, "runs": groups} if groups else command
 
 
-def _read(table: Mapping[str, Any], given: Mapping[str, Any], what: str) -> dict[str, Any]:
+def _read(table: Mapping[str, Any], given: Mapping[str, Any], group: str = "") -> dict[str, Any]:
     """Options of a table by name, with what is given on the command line in their place."""
     read = dict[str, Any]()
+    allowed = [word for word, name in NAMES.items() if name not in WHOLE] if group else [*NAMES, "runs"]
     for key, value in table.items():
-        check_word(word := key.replace("-", "_"), [*NAMES, *["runs"] * (what == "option")], what)
-        name = NAMES[word]
-        if what != "option" and name in WHOLE:
+        name = NAMES.get(word := key.replace("-", "_"), "")
+        if group and name in WHOLE:
             raise UserError(f"{key} holds for all runs: it stands above the first [[runs]]")
+        check_word(word, allowed, f"{group}option")
         if name in read:
             raise UserError(f"{key} is given twice")
         read[name] = _plain(name, value)

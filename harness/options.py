@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import datetime
 from functools import cache
@@ -18,11 +17,12 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 from harness.cluster.job import PLACEMENTS, Placement
 from harness.deadline import parse_until
 from harness.models.variants import VARIANTS, default_depth, find_variant
-from harness.spec import Engine, Precision, RunSpec, UserError, at_home, check_word, load_specs, mistakes
+from harness.spec import Engine, Precision, RunSpec, UserError, at_home, check_word, load_specs, mistakes, refuse
 
 Group = TypeVar("Group")
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 ENGINES: tuple[str, ...] = get_args(Engine)
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
 SCHEDULERS = ("asha", "hyperband", "median", "none")
 
 
@@ -61,7 +61,9 @@ class Option:
         try:
             value = TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
-            raise UserError(f"{name} {value!r}: {error.errors()[0]['msg']}") from None
+            fault = error.errors()[0]
+            kind = KINDS.get(fault["type"].partition("_")[0], fault["msg"].removeprefix("Input should be "))
+            raise UserError(f"{name} {value!r}: expected {kind}") from None
         value = at_home(value) if isinstance(value, Path) else value
         return self.parse(value) if self.parse and self.repeatable else value
 
@@ -144,8 +146,8 @@ def parse_words(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(words))
 
 
-def parse_numbers(text: str, allowed: Callable[[int], bool] | None = None) -> tuple[int, ...]:
-    """ "7,3..5" -> (7, 3, 4, 5), each once; of a range those that are allowed. Raises UserError."""
+def parse_numbers(text: str, fault: Callable[[int], str] = lambda _: "") -> tuple[int, ...]:
+    """ "7,3..5" -> (7, 3, 4, 5), each once; of a range those that have no fault. Raises UserError."""
     numbers = list[int]()
     for word in parse_words(text):
         ends = re.fullmatch(r"(\d{1,9})(?:\s*\.\.\s*(\d{1,9}))?", word)
@@ -153,9 +155,9 @@ def parse_numbers(text: str, allowed: Callable[[int], bool] | None = None) -> tu
         if not low <= high < low + MOST_NUMBERS:
             known = f"a whole number nor an ascending range of at most {MOST_NUMBERS} numbers, as in 20..56"
             raise UserError(f"{word!r} is neither {known}")
-        chosen = [n for n in range(low, high + 1) if low == high or allowed is None or allowed(n)]
+        chosen = [n for n in range(low, high + 1) if low == high or not fault(n)]
         if not chosen:
-            raise UserError(f"no number from {low} to {high} is allowed here")
+            raise UserError(f"no number from {low} to {high} is allowed: {fault(high)}")
         numbers += chosen
     return tuple(dict.fromkeys(numbers))
 
@@ -168,28 +170,29 @@ def parse_variants(text: str) -> tuple[str, ...]:
 def parse_depths(text: str, variants: Sequence[str] = ()) -> tuple[int, ...]:
     """ "20,32" -> (20, 32); "20..32" -> those from 20 to 32 that all the variants allow, of which each has its own."""
 
-    def legal(depth: int) -> bool:
-        with suppress(ValueError):
-            return all(function(depth) for function in map(find_variant, variants) if default_depth(function))
-        return False
+    def fault(depth: int) -> str:
+        try:
+            all(function(depth) for function in map(find_variant, variants) if default_depth(function))
+        except ValueError as error:
+            return str(error)
+        return ""
 
-    return parse_numbers(text, legal)
+    return parse_numbers(text, fault)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
     """ "3" -> (0, 1, 2), a count; "0,7" -> (0, 7), the seeds themselves; "7," -> (7,); "3..5" -> (3, 4, 5)."""
     if not text.strip().isdecimal():
         return parse_numbers(text.rstrip(","))
-    if not 1 <= int(text) <= MOST_NUMBERS:
-        raise UserError(f"expected a count from 1 to {MOST_NUMBERS}, or a list of seeds as in 0,7")
+    known = f"expected a count from 1 to {MOST_NUMBERS}, or a list of seeds as in 0,7"
+    refuse({known: not 1 <= int(text) <= MOST_NUMBERS})
     return tuple(range(int(text)))
 
 
 def parse_scales(text: str) -> tuple[int, ...]:
     """ "96,112,128" -> (96, 112, 128), in pixels."""
     scales = parse_numbers(text)
-    if max(scales) > MOST_PIXELS:
-        raise UserError(f"at most {MOST_PIXELS} pixels are allowed")
+    refuse({f"at most {MOST_PIXELS} pixels are allowed": max(scales) > MOST_PIXELS})
     return scales
 
 
@@ -419,7 +422,7 @@ class EvalOptions(Options):
     variant: Annotated[str | None, opt(
         "Needed for weights that do not name theirs: see `harness variants`.", "--variant", "--variants")] = None
     depth: Depth = None
-    dataset: Dataset = "cifar10"
+    dataset: Annotated[str | None, opt("Default: what the weights were trained on, or cifar10.", parse=parse_dataset)] = None
     data_dir: DataDir = None
     scales: Annotated[tuple[int, ...], opt(  # none: images as in training's evaluation, one centre crop
         "Average over these image sizes in pixels, as in 96,112,128, and over mirror images.", parse=parse_scales)] = ()

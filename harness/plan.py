@@ -42,9 +42,8 @@ def make_grid(given: Mapping[str, Any]) -> Grid:
         _check_one_dataset("", (grid.dataset for grid in grids))
         precision = max((grid.precision for grid in grids), key=_on_gpu)
         return replace(grids[0], groups=grids, specs=specs, precision=precision)
-    for option in ("preset", "variants", "depths"):
-        if "specs" in given and option in given:
-            raise UserError(f"--spec and --{option} cannot be combined: the file names the network")
+    both = "--spec and --{} cannot be combined: the file names the network"
+    refuse({both.format(name): {"specs", name} <= given.keys() for name in ("preset", "variants", "depths")})
     if isinstance(words := given.get("depths"), str | int):
         variants = fill(Grid, {"variants": given.get("variants")}).variants
         with mistakes(UserError, f"--depths {words!r}: "):
@@ -68,12 +67,9 @@ def check_grid(grid: Grid) -> None:
     """Every check that needs neither data nor devices."""
     for group in grid.groups:
         check_grid(group)
-    for name in ("seeds", "variants"):
-        if not getattr(grid, name):
-            raise UserError(f"--{name} is empty: at least one is required")
-    for name in ("batch_size", "batch_norm"):
-        if getattr(grid, name) is not None and name in grid.settings:
-            raise UserError(f"{name} is given twice: leave --{name.replace('_', '-')} or --set {name}=... out")
+    refuse({f"--{n} is empty: at least one is required": not getattr(grid, n) for n in ("seeds", "variants")})
+    twice = [n for n in ("batch_size", "batch_norm") if getattr(grid, n) is not None and n in grid.settings]
+    refuse({f"{n} is given twice: leave --{n.replace('_', '-')} or --set {n}=... out": True for n in twice})
     with mistakes((DataError, ValueError)):
         check_dataset_name(grid.dataset)
         for name, depth in () if grid.specs else grid_networks(grid):
@@ -99,7 +95,7 @@ def choose_engine(engine: str | None, device: str, optimizer: str = "sgd") -> En
     """The chosen engine, or else the fastest one that computes the same as eager, kernel by kernel."""
     captured = device == "cuda" and optimizer in CAPTURABLE
     refuse({
-        "--engine graph needs a GPU; the CPU supports eager and compile": engine == "graph" and device == "cpu",
+        "engine graph needs a GPU; the CPU supports --engine eager and compile": engine == "graph" and device == "cpu",
         f"--engine {engine}: optimizer {optimizer} cannot be captured as a CUDA graph, because its plug-in "
         "does not say capturable=True; use eager": device == "cuda" and engine in ("graph", "compile") and not captured,
     })  # fmt: skip
@@ -134,6 +130,8 @@ def expand(grid: Grid, allocation: Allocation, *, fingerprint: str, train_images
         divisors = ", ".join(str(n) for n in range(1, 65) if batch % n == 0)
         refuse({
             f"batch_size={batch}: at least 1 is required": batch < 1,
+            f"batch_size={batch}: {grid.dataset} has {train_images} training images":
+                batch > train_images and f"batch_size={batch}" in spec.overrides,
             f"--limit-train {images}: {grid.dataset} has {train_images} training images": images > train_images,
             f"--workers {workers} does not divide the global batch of {batch} (allowed: {divisors})": batch % workers,
             "--engine compile does not support --batch-norm sync: use eager or graph":
@@ -248,7 +246,7 @@ def check_images(specs: Iterable[RunSpec], dataset: Dataset) -> None:
         with mistakes((UserError, ValueError), f"{spec.name} on {dataset.label}: "):
             _check_recipe(spec)
             for split in (dataset.train, dataset.test):
-                check_crops(spec.loader, split, augment)
+                check_crops(spec.loader, split, augment, spec.recipe.normalize)
             check_normalize(spec.recipe.normalize, dataset.train, augment)
             size, count = min(augment.crop_size(dataset.train)), len(dataset.test)
             refuse({
@@ -263,6 +261,7 @@ def _check_recipe(spec: RunSpec) -> None:
     recipe, network = spec.recipe, spec.network
     scales, own = recipe.scale_range, own_values(recipe) if recipe.optimizer == "adamw" else {}
     refuse({
+        f"momentum={recipe.momentum:g}: 0 to 1 is allowed": recipe.optimizer == "sgd" and recipe.momentum > 1,
         "nesterov=true: a momentum above 0 is required": recipe.nesterov and not recipe.momentum,
         f"label_smoothing={recipe.label_smoothing:g}: 0 to 1 is allowed": recipe.label_smoothing > 1,
         f"batch_norm_eps={network.batch_norm_eps:g}: above 0 is required": network.batch_norm_eps <= 0,

@@ -187,7 +187,7 @@ def load_file(path: Path) -> Loaded:
     """Import a file as a plug-in of its name. Raises PluginError."""
     file = at_home(path).absolute()
     if file.suffix != ".py" or not file.is_file():
-        raise PluginError(f"--plugin {path}: {'a Python file is needed' if file.exists() else 'no such file'}")
+        raise PluginError(f"plug-in {path}: {'a Python file is needed' if file.exists() else 'no such file'}")
     source = Source(name=file.stem, folder=str(file.parent), main=file.name, files=((file.name, ""),))
     try:
         files = collect(file)

@@ -25,15 +25,14 @@ def check_resources(resources: Resources) -> None:
         raise UserError(f"torch is not installed: {INSTALL}")
     share, workers, local = resources.runs_per_gpu, resources.workers, resources.launcher == "local"
     several = workers not in (None, 1)
-    faults = {
+    refuse({
         f"--runs-per-gpu {share}: runs that share a GPU have one worker, not {workers}": share > 1 and several,
         "--address is for --launcher ray: the local launcher uses this process only": local and resources.address,
         f"--launcher local runs one worker, not {workers}; --launcher ray runs more": local and several,
         f"--launcher local runs one process; --runs-per-gpu {share} needs ray": local and share > 1,
         "--exclude-outliers is for a cluster, whose nodes are measured: it needs --address": resources.exclude_outliers
         and not resources.address,
-    }
-    refuse(faults)
+    })  # fmt: skip
 
 
 def make_allocation(grid: Grid, resources: Resources, stack: ExitStack, least: int | None = None) -> Allocation:
@@ -46,10 +45,18 @@ def make_allocation(grid: Grid, resources: Resources, stack: ExitStack, least: i
         where = f"the cluster at {resources.address}"
     else:
         gpus, cpus, where = count_gpus(), count_cpus(), "this machine"
-    resources = fill_from_specs(resources, grid, gpus)
+    asked, resources = resources.gpus, fill_from_specs(resources, grid, gpus)
     grows = least is not None and resources.address is not None
     if grows:  # what is asked for may come later
         gpus, cpus = max(gpus, resources.gpus or 0), max(cpus, resources.workers or 1)
+    if asked is None and (resources.gpus or 0) > gpus:  # what a record has, and nobody typed
+        on_cpu = "--gpus 0" + " --workers 1" * (resources.workers != 1)
+        on_cpu += " --engine eager" * any(spec.engine == "graph" for spec in grid.specs)
+        on_cpu += " --precision fp32" * (grid.precision in GPU_PRECISIONS)
+        raise UserError(
+            f"--spec: these runs need GPUs ({resources.workers} each); {where} has {gpus or 'no'} GPU{'s' * (gpus > 1)}: "
+            + (f"--workers {gpus} trains them on those" if gpus else f"{on_cpu} trains them on the CPU")
+        )
     allocation = allocate(resources, have_gpus=gpus, have_cpus=cpus, precision=grid.precision, where=where)
     if resources.address is None:
         return allocation
@@ -95,18 +102,16 @@ def allocate(
     """Divide what `where` has among concurrent runs. Raises UserError where there is less than was asked for."""
     gpus, share = have_gpus if resources.gpus is None else resources.gpus, resources.runs_per_gpu
     on_gpu, workers = gpus > 0, resources.workers or (gpus if gpus and share == 1 else 1)
-    have = f"{have_gpus} GPU{'s' * (have_gpus != 1)}" if have_gpus else "no GPU"
     divisors = ", ".join(str(n) for n in range(1, gpus + 1) if gpus % n == 0)
-    faults = {
-        f"--gpus {gpus}: {where} has {have}{'' if have_gpus else '; --gpus 0 trains on the CPU'}": gpus > have_gpus,
+    refuse({
+        f"--gpus {gpus}: {where} has {have_gpus or 'no'} GPU{'s' * (have_gpus > 1)}{'' if have_gpus else '; --gpus 0 trains on the CPU'}": gpus > have_gpus,
         f"--workers {workers}: {where} has {have_cpus} CPU cores, and each worker needs one":
             not on_gpu and workers > have_cpus,
         f"--precision {precision} needs a GPU; the CPU supports fp32 and bf16":
             not on_gpu and precision in GPU_PRECISIONS,
         f"--runs-per-gpu {share} needs a GPU; leave it out on the CPU": not on_gpu and share > 1,
         f"--workers {workers} does not divide --gpus {gpus} (allowed: {divisors})": gpus % workers > 0,
-    }  # fmt: skip
-    refuse(faults)
+    })  # fmt: skip
     return Allocation(
         device="cuda" if on_gpu else "cpu", gpus=gpus, workers=workers, placement=resources.placement,
         runs_per_gpu=share, concurrent_runs=gpus // workers * share if on_gpu and resources.launcher != "local" else 1,

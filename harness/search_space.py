@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 from harness.models import variants
 from harness.models.variants import Network, Recipe, Variant, check_depth, check_reads, read_extra, write_extra
-from harness.plugins import NAMED, TABLES, makers, names_in, own_hints, own_values
+from harness.plugins import NAMED, TABLES, makers, names_in, names_of, own_hints, own_values
 from harness.results.sweeps import Dimension, Function, format_value
 from harness.spec import RunSpec, UserError, check_word, mistakes, refuse
 
@@ -29,6 +29,7 @@ FIELDS = tuple(name for name in _HINTS if name not in (*_OPTIONS, "extra"))
 """What can be set or searched, in the order of the recipe's fields and then the network's; beside fields of plug-ins."""
 SEARCHED = {"variant": "--variants", "loader": "--loader", "depth": "--depths"}
 """What can be searched and, as it has an option of its own, not be set."""
+READ_BY_SOME = ("momentum", "nesterov", "milestones", "gamma")  # other fields: by all
 _HINTS |= {"variant": str, "loader": str}
 
 
@@ -74,14 +75,13 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
 def _parse_fields(option: str, texts: Iterable[str], parse: Callable[[str, str], Any]) -> dict[str, Any]:
     found, elsewhere = dict[str, Any](), _OPTIONS if option == "--search" else _OPTIONS | SEARCHED
     for text in texts:
-        word, _, value = text.partition("=")
+        word, sign, value = text.partition("=")
         name = word.strip().replace("-", "_")
         with mistakes(UserError, f"{option} {text!r}: "):
-            if name in elsewhere:
-                raise UserError(f"{name} has an option of its own, {elsewhere[name]}")
+            refuse({f"{name} has an option of its own, {elsewhere.get(name)}": name in elsewhere})
             check_word(name, tuple(dict.fromkeys([*FIELDS, *own_hints(), *SEARCHED])), "field")
-            if name in found:
-                raise UserError(f"{name} is named twice")
+            bare = option == "--set" and not sign
+            refuse({f"{name} is named twice": name in found, "expected FIELD=VALUE, as in lr=0.05": bare})
             found[name] = parse(name, value)
     return found
 
@@ -112,14 +112,14 @@ def apply(of: Planned, settings: Mapping[str, Any]) -> tuple[Planned, tuple[str,
 
 def check_settings(settings: Iterable[str], specs: Iterable[RunSpec], option: str = "--set") -> None:
     """Raise UserError for a setting that none of the runs reads: of another optimizer or schedule, or of a plug-in."""
-    known = {*FIELDS, *SEARCHED} - {"momentum", "nesterov", "milestones", "gamma"}
-    for spec in specs:
-        known |= own_values(spec.network).keys() | own_values(spec.recipe).keys()
-        known = known.union(*map(variants.parameters_of, makers(names_in(spec.recipe))))
+    used = {pair for spec in specs for pair in names_of(spec)}
+    every = [(kind, each) for kind in NAMED.values() for each in TABLES[kind]]
     for name in settings:
-        if name not in known:
-            of = "no run of this command uses the optimizer, schedule or plug-in that this field belongs to"
-            raise UserError(f"{option} {name}: {of}")
+        of = [pair for pair in every if name in variants.parameters_of(*makers([pair]))]
+        if of and not used.intersection(of) and (name not in FIELDS or name in READ_BY_SOME):
+            kind, owners = of[0][0], " and ".join(each for _, each in of)
+            here = " and ".join(each for k, each in sorted(used) if k == kind) or "none"
+            raise UserError(f"{option} {name}: a field of {kind} {owners}; the {kind} here is {here}")
 
 
 def _dimension(name: str, text: str) -> Dimension:
@@ -173,5 +173,6 @@ def _value(name: str, word: str) -> Any:
             raise ValueError
     except ValueError:
         kind = f"{'non-negative ' * (name in FIELDS)}{'' if 'float' in str(hint) else 'whole '}number"
+        kind = f"list of {kind}s, separated by commas" if several else kind
         raise UserError(f"{name} is a {kind}, not {word!r}") from None
     return value

@@ -85,7 +85,7 @@ def make_goal(half: float | None, max_seeds: int | None, seeds: int) -> Goal | N
         f"--max-seeds {max_seeds} has no effect without --until-ci":
             half is None and max_seeds is not None,
         f"--until-ci {half or 0:g}: points of error above 0 are allowed, as in 0.25": half is not None and not 0 < half < math.inf,
-        f"--max-seeds {max_seeds}: at least {least} is allowed": max_seeds is not None and max_seeds < least,
+        f"--max-seeds {max_seeds}: at least {least} is required": max_seeds is not None and max_seeds < least,
     })  # fmt: skip
     return None if half is None else Goal(half, max_seeds or max(MAX_SEEDS, seeds))
 

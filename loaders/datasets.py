@@ -242,8 +242,8 @@ def _download_cifar(name: str, root: Path) -> None:
     except (OSError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{name} cannot be downloaded ({reason}): name a folder that has it with --data-dir, "
-            "or train on the embedded images with --dataset digits"
+            f"{name} cannot be downloaded ({reason}): --data-dir names a folder that has it; "
+            "--dataset digits needs no network"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)

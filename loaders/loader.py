@@ -64,11 +64,11 @@ def make_loaders(name: str, train_split: Split, eval_split: Split, config: Loade
     return loader, make_evaluation_loader(name, eval_split, config)
 
 
-def check_crops(name: str, split: Split, augment: Augment) -> None:
+def check_crops(name: str, split: Split, augment: Augment, normalize: str = "imagenet") -> None:
     """Raise ValueError for an unknown loader, and where it cannot make such crops of these images."""
     if name not in LOADERS:
         raise ValueError(unknown("loader", name, LOADERS))
-    augment.crop_size(split)
+    augment.crop_size(split, normalize)
     if name == "resident" and augment.by_image(split):
         raise ValueError(
             "loader resident crops images of one size in memory, and cannot resize: use dali or dataloader"

@@ -54,23 +54,23 @@ class Augment:
         """Whether each image is cut by its own size: `draw_cuts`."""
         return bool(self.resize or self.area_range) or isinstance(split.images, Files)
 
-    def crop_size(self, split: Split) -> tuple[int, int]:
-        """Height and width of the output. Raises ValueError where padding or crop do not fit the images."""
-        size, by_image = split.size, self.by_image(split)
-        for name in ("pad", "scale_range") if by_image else ():
-            if value := getattr(self, name):
-                raise ValueError(f"{name}={value} is for images in memory that are not resized: set it to 0/none")
+    def crop_size(self, split: Split, normalize: str = "imagenet") -> tuple[int, int]:
+        """Height and width of the output. Raises ValueError where the images need another recipe, `normalize` with it."""
+        size, by_image, crop = split.size, self.by_image(split), self.crop or -(-self.resize * 7 // 8) or 32
+        lacking = {
+            "pad=0": by_image and self.pad, "scale_range=none": by_image and self.scale_range,
+            f"crop={crop}": not self.crop and (self.resize or self.area_range or size is None),
+            f"resize={crop * 8 // 7}": size is None and not self.resize,
+            "normalize=imagenet": isinstance(split.images, Files) and normalize not in CONSTANT,
+        }  # fmt: skip
+        if needed := ", ".join(setting for setting, lacks in lacking.items() if lacks):
+            sizes = [f"{width}x{height}" for height, width in (split.sizes.min(axis=0), split.sizes.max(axis=0))]
+            images = f"images of {' to '.join(dict.fromkeys(sizes))} pixels"
+            raise ValueError(f"{images}, which are cut one by one, need {needed}")
         for name, most in {"area_range": 1.0, "aspect_range": math.inf}.items() if by_image else ():
             if (value := getattr(self, name)) and not (len(value) == 2 and 0 < value[0] <= value[1] <= most):
                 what = f"two rising numbers above 0{' and up to 1' * (most == 1)} are allowed"
                 raise ValueError(f"{name}={value}: {what}")
-        no_crop = self.crop is None and (self.resize or self.area_range)
-        if no_crop or (size is None and not (self.resize and self.crop)):
-            low, high = split.sizes.min(axis=0), split.sizes.max(axis=0)
-            sizes = f"from {low[1]}x{low[0]} to {high[1]}x{high[0]} pixels"
-            raise ValueError(
-                f"images {sizes} need a crop of one size, as crop=224 and resize=256 of variant imagenet"
-            )
         height, width = size or (self.resize, self.resize)
         if self.pad_mode == "reflect" and self.pad >= min(height, width):
             raise ValueError(f"padding of {self.pad} by reflection: {width}x{height} images are too small for it")

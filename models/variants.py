@@ -200,19 +200,19 @@ def check_reads(network: Network, name: str) -> None:
         raise ValueError(f"{what} has no such {name} (allowed: {', '.join(reads[name])})")
 
 
-def check_depth(network: Network) -> None:
+def check_depth(network: Network, of: str = "") -> None:
     """Raise ValueError where the architecture cannot have this depth, or is none of `NETWORKS`."""
     architecture = find("network", network.architecture, NETWORKS)
     depth, listed = network.depth, architecture.depths
     if listed == (0,) and depth:
-        raise ValueError(f"depth {depth}: {network.architecture} has only one depth, and no number for it")
+        raise ValueError(f"{of}depth {depth}: {network.architecture} has only one depth, and no number for it")
     if listed and depth not in listed:
-        raise ValueError(f"depth {depth} is none of {', '.join(map(str, listed))}")
+        raise ValueError(f"{of}depth {depth} is not allowed (allowed: {', '.join(map(str, listed))})")
     layers = 9 if network.block == "bottleneck" else 6  # that one more block in each of three stages adds
     n = (depth - 2) / layers
     if architecture.three_stages and (n < 1 or n != int(n)):
         below = max(1, int(n)) * layers + 2
-        raise ValueError(f"depth {depth} is not {layers}n+2: try {below} or {below + layers}")
+        raise ValueError(f"{of}depth {depth} is not {layers}n+2: try {below} or {below + layers}")
 
 
 @cache
@@ -285,7 +285,7 @@ def make_variant(name: str, rows: dict[str, dict[str, Any]]) -> VariantFunction:
                     changes |= {key: tuple(x) if isinstance(x, list) else x for key, x in part.items()}
         given = {key: value for key, value in changes.items() if key not in ABOUT}
         network = Network(depth=depth, **{key: given.pop(key) for key in OF_NETWORK & given.keys()})
-        check_depth(network)
+        check_depth(network, f"{name}: ")
         recipe = Recipe(**{key: given.pop(key) for key in OF_RECIPE & given.keys()})
         if given:  # fields of a plug-in's own
             make = NETWORKS[network.architecture].make
@@ -308,7 +308,7 @@ def find(kind: str, name: str, entries: Mapping[str, Entry]) -> Entry:
     """The entry of that name. Raises ValueError where there is none."""
     if name in entries:
         return entries[name]
-    raise ValueError(unknown(kind, name, entries))
+    raise ValueError(unknown(kind, name, entries) + " (see `harness variants`)" * (kind == "variant"))
 
 
 def load_rows(name: str) -> dict[str, dict[str, Any]]:

@@ -96,7 +96,7 @@ def test_variables_give_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 MISTAKES: dict[str, dict[str, Any]] = {
     "option 'depth' is unknown; did you mean depths?": {"depth": 8},
-    "epochs 'ten': Input should be a valid integer": {"epochs": "ten"},
+    "epochs 'ten': expected a whole number": {"epochs": "ten"},
     "--loader 'dalli' is unknown; did you mean dali?": {"loader": "dalli"},
     "--seeds '0,x'": {"seeds": "0,x"},
     "preset 5": {"preset": 5},

@@ -140,7 +140,7 @@ def test_widths_that_cannot_be(changes: dict[str, Any], says: str) -> None:
 def test_the_engine_is_the_fastest_that_is_safe() -> None:
     assert [choose_engine(None, device) for device in ("cuda", "cpu")] == ["graph", "eager"]
     assert choose_engine("compile", "cpu") == "compile"
-    with pytest.raises(UserError, match="--engine graph needs a GPU; the CPU supports eager and compile"):
+    with pytest.raises(UserError, match="engine graph needs a GPU; the CPU supports --engine eager and compile"):
         choose_engine("graph", "cpu")
     with pytest.raises(UserError, match="--engine 'grahp' is unknown; did you mean graph"):
         check_grid(Grid(variants=("msra",), engine="grahp"))
@@ -400,9 +400,9 @@ def test_a_folder_of_images_is_absolute_however_it_is_typed(
         ({"settings": {"batch_size": 0}}, "batch_size=0: at least 1 is required"),
         (
             {"settings": {"optimizer": "adamw", "momentum": 0.5}},
-            "--set momentum: no run of this command uses the optimizer, schedule or plug-in that this field belongs to",
+            "--set momentum: a field of optimizer sgd; the optimizer here is adamw",
         ),
-        ({"settings": {"schedule": "cosine", "gamma": 0.5}}, "--set gamma: no run"),
+        ({"settings": {"schedule": "cosine", "gamma": 0.5}}, "--set gamma: a field of schedule multistep; the schedule here is cosine"),
         ({"settings": {"schedule": "cosine", "momentum": 0.5}}, ""),
         ({"settings": {"label_smoothing": 1.0, "momentum": 0.0, "warmup": 64e3}, "limit_test": 40}, ""),
     ],

@@ -126,7 +126,7 @@ def test_a_setting_is_of_the_runs_that_have_it(tmp_path: Path) -> None:
     assert default == make_specs(("few",))[0], "a field at its default is not named"
     with pytest.raises(
         UserError,
-        match="--set width: no run of this command uses the optimizer, schedule or plug-in that this field belongs to",
+        match="--set width: a field of network few; the network here is cifar",
     ):
         make_specs(("he2015",), settings={"width": 8})
     with pytest.raises(UserError, match="architecture few has no such field"):

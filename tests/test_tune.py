@@ -94,8 +94,8 @@ MISTAKES = {
     "--search loader=choice(resident,dali)": "leave --loader out",
     "--search lr=uniform(0,1) --set lr=0.1": "leave --set lr=... out",
     "--search lr=uniform(0,1) --set variant=msra": "an option of its own, --variants",
-    "--search momentum=uniform(0,1) --set optimizer=adamw": "--search momentum: no run of this command uses the optimizer",
-    "--search optimizer=choice(sgd,adamw) --set gamma=0.5 --set schedule=cosine": "--set gamma: no run of this command",
+    "--search momentum=uniform(0,1) --set optimizer=adamw": "--search momentum: a field of optimizer sgd; the optimizer here is adamw",
+    "--search optimizer=choice(sgd,adamw) --set gamma=0.5 --set schedule=cosine": "--set gamma: a field of schedule multistep; the schedule here is cosine",
     "--search lr=uniform(0,1) --dry-run --estimate": "cannot be combined",
     "--search lr=uniform(0,1) --resume nothing": "there is no sweep",
     "": "--search is missing",
@@ -126,7 +126,8 @@ def test_settings_change_recipe_and_network_and_say_so() -> None:
         "lrr=1": "did you mean lr",
         "depth=20": "--depths",
         "augmentations=cutout": r"augmentations 'cutout' is unknown \(allowed: none\)",
-        "lr": "is a non-negative number",
+        "lr": "expected FIELD=VALUE, as in lr=0.05",
+        "lr=": "is a non-negative number",
     }.items():
         with pytest.raises(UserError, match=message):
             parse_settings([text])

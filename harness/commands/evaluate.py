@@ -95,9 +95,9 @@ def _evaluate(options: EvalOptions, weights: Path) -> Errors:
     scales, given = options.scales, parse_normalize(options.mean, options.std)
     tensors, about = load_weights(weights), load_metadata(weights)
     variant, trained = _choose_variant(options, about, weights)
-    data_dir = find_data_dir(options.data_dir, options.dataset)
-    with blaming("dataset", options.dataset):
-        dataset = load_dataset(options.dataset, data_dir)
+    name = options.dataset or (trained.dataset if trained else "cifar10")
+    with blaming("dataset", name):
+        dataset = load_dataset(name, find_data_dir(options.data_dir, name))
     network, unused = _load_network(options, variant, tensors, dataset)
     index, test = np.arange(len(dataset.test)), dataset.test  # which images of the whole test set
     if options.limit is not None:

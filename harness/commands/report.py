@@ -39,8 +39,8 @@ from harness.spec import RunSpec, UserError, at_home, check_word, mistakes, refu
 from harness.words import suggest
 
 PAGE = "report.html"
-ENDINGS = {".csv": "csv", ".json": "json", ".md": "markdown", ".tex": "latex", ".html": "html"}
-NO_RUNS = "no runs in {}: `harness run` makes some"
+ENDINGS = {".csv": "csv", ".json": "json", ".md": "markdown", ".tex": "latex", ".html": "html", ".txt": "table"}
+NO_RUNS, NONE_READ = "no runs in {}: `harness run` makes some", "no run in {} can be read"
 
 
 def find_results(words: Sequence[str], *, also: str = "") -> list[Path]:
@@ -137,14 +137,17 @@ def print_report(
     written; without `mine`, where there is no run.
     """
     output, curves = options.output, options.curves
-    format: Any = options.format or (ENDINGS.get(output.suffix.lower(), "table") if output else "table")
+    if (ending := output.suffix.lower() if output else "") and not options.format:
+        check_word(ending, ENDINGS, f"--output {output} without --format: ending")
+    format: Any = options.format or ENDINGS.get(ending, "table")
     loaded = mine or load_runs(paths, named=False)
     searches = load_sweeps(paths) if format == "html" or curves is not None else Sweeps([], [])
     _name_problems([*loaded.problems, *searches.problems])
     table = choose_rows(make_rows(loaded, options.across), options.preset)
     rows, columns = table.rows, options.columns or (() if format in ("csv", "json") else table.columns)
     if not (rows or searches.sweeps or options.preset or mine):
-        raise UserError(NO_RUNS.format(", ".join(repr(str(path)) for path in paths)))
+        none = NONE_READ if loaded.problems else NO_RUNS
+        raise UserError(none.format(", ".join(repr(str(path)) for path in paths)))
     with mistakes(ValueError):
         rows = sort_rows(rows, options.sort) if options.sort is not None else rows
         if format == "html":
