@@ -524,6 +524,23 @@ def test_on_a_phone_and_in_the_dark(rows: list[Row], bundle: str, tmp_path: Path
 
 
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed")
+def test_an_odd_number_of_charts_leaves_no_gap(bundle: str, tmp_path: Path) -> None:
+    for depth in (20, 56):
+        run = make_run(depth, 0)
+        assert run.result is not None
+        result = run.result.model_copy(update={"epochs": make_curve(depth, 0, 3)})  # too few for the zoomed chart
+        finish(tmp_path / "runs", run.model_copy(update={"result": result}))
+    path = tmp_path / "report.html"
+    path.write_text(page(summarise(load_records([tmp_path / "runs"]).records), bundle))
+    with Browser() as browser:
+        browser.open(path)
+        first, *others = browser.ask("[...document.querySelectorAll('figure')].map((f) => f.offsetWidth)")
+        assert len(others) == 2
+        assert first > 2 * others[0] == 2 * others[1]
+        assert browser.complaints == []
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed")
 def test_a_nasty_name_does_nothing_in_a_browser(bundle: str, tmp_path: Path) -> None:
     nasty = (
         '"><script>document.title="broken out"</script><img src=x onerror="document.title=\'broken out\'"> · \\'

@@ -215,6 +215,9 @@ def test_slices_are_on_the_scale_that_was_drawn_from() -> None:
     assert by_field["slice-shortcut"]["scale"]["domain"] == ["A", "B"]
     values, x = panel.datasets["trials"], by_field["slice-lr"]["field"]
     assert {(v[x], v["value"]) for v in values} == {(0.01 * 10 ** (k * 0.4), y) for k, y in enumerate(VALUES)}
+    alone = make_sweep_panel(Sweep.model_validate(make_sweep(trials=make_sweep()["trials"][:1])))
+    for searched, of_one in ((panel, False), (alone, True)):  # else the axis of one trial has one tick
+        assert [c.spec["encoding"]["y"]["scale"]["zero"] for c in searched.charts[1:]] == [of_one] * 3
     nothing = make_sweep(trials=make_sweep()["trials"][-1:])
     assert make_sweep_panel(Sweep.model_validate(nothing)).charts == []
 
