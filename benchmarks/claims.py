@@ -55,9 +55,9 @@ def report(path: str, *words: str) -> str:
 
 
 def rows(path: str, *words: str) -> str:
-    """The table alone of what `harness report` prints."""
-    lines = report(path, *words).splitlines()
-    return "\n\n" + "\n".join(line for line in lines if line.startswith("|")) + "\n\n"
+    """The table of what `harness report` prints, and the notes that it refers to."""
+    table = re.search(r"^\|.+?(?=\n\n- |\Z)", report(path, *words), re.DOTALL | re.MULTILINE)
+    return f"\n\n{table[0].strip() if table else ''}\n\n"
 
 
 def compare(path: str, *words: str) -> str:

@@ -8,6 +8,7 @@ from statistics import median
 from typing import NamedTuple
 
 from harness.results.metrics import METRICS, decimals, figures
+from harness.results.report.columns import end_of
 from harness.results.report.text import fill_template, in_words
 from harness.results.rows import Row
 from harness.results.statistics import MIN_SEEDS, estimate_mean
@@ -22,7 +23,7 @@ def why(row: Row) -> str:
     mean = estimate_mean(errors, row.done[0].record.images(), row.planned) if len(errors) >= MIN_SEEDS else None
     return fill_template(
         "why.txt.j2", row=row, metrics=METRICS, mean=mean if mean and math.isfinite(mean.value) else None, read=read_epochs,
-        predicted_figures=predicted_figures, time_epochs=time_epochs, median=median, word=_word, categories=in_words,
+        predicted_figures=predicted_figures, time_epochs=time_epochs, median=median, word=_word, categories=in_words, end_of=end_of,
     )  # fmt: skip
 
 

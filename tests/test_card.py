@@ -42,6 +42,15 @@ def test_every_stored_run_has_a_card_with_its_figures() -> None:
         make_card(done[0].model_copy(update={"result": None}))
 
 
+def test_a_card_says_that_no_epoch_was_undisturbed() -> None:
+    done = [stored.record for stored in STORED if stored.record.result]
+    disturbed = [record for record in done if record.result and record.result.all_disturbed]
+    assert 0 < len(disturbed) < len(done)
+    for record in done:
+        said = "No epoch was undisturbed (other processes used the CPU" in make_card(record)
+        assert said == (record in disturbed)
+
+
 def test_the_front_matter_is_yaml_whatever_the_data_set_is_called() -> None:
     (record, _) = next(stored for stored in STORED if stored.record.result)
     for name in ("[a]: {b} # c", "- 'x'", "été\n---\nevil: yes", "no"):

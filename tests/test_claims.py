@@ -50,6 +50,14 @@ def test_a_figure_that_differs_is_noticed(claims: ModuleType, monkeypatch: pytes
     assert claims.write(text) == text.replace("0.11", "0.12")
 
 
+def test_a_table_has_the_notes_that_its_marks_refer_to(claims: ModuleType) -> None:
+    table, _, notes = claims.rows("h200_2026-11-27/runs").strip().partition("\n\n")
+    assert table.startswith("| variant ")
+    marks = set(re.findall("[¹²³⁴-⁹]", table))
+    assert [line[0] for line in notes.splitlines()] == sorted(marks, key="¹²³⁴⁵⁶⁷⁸⁹".index)
+    assert "- n: " not in notes
+
+
 def test_the_interval_of_a_ratio_covers_the_truth() -> None:
     rounds = importlib.import_module("rounds")
     generator = np.random.default_rng(1)

@@ -23,9 +23,12 @@ from harness.results.report.charts import (
     MAX_LEGEND,
     MAX_RUNS,
     PALETTE,
+    SHAPES,
+    Panel,
     load_bundle,
     make_labels,
     make_panels,
+    make_styles,
     write_charts,
 )
 from harness.results.report.page import make_page
@@ -319,6 +322,94 @@ def test_labels_differ(rows: list[Row]) -> None:
     assert len(set(labels)) == 8
 
 
+@pytest.mark.parametrize(
+    ("networks", "conditions"), [(1, 40), (2, 4), (10, 4), (14, 2), (40, 1), (2, 20)]
+)  # more look alike: 10 colours, 4 shapes
+def test_rows_look_different(networks: int, conditions: int) -> None:
+    labels = [f"msra-{n}" + f" · {c}" * (conditions > 1) for n in range(networks) for c in range(conditions)]
+    styles = make_styles(labels)
+    assert list(styles) == labels
+    assert len({(style.colour, style.shape) for style in styles.values()}) == len(labels)
+    assert len({(style.colour, tuple(style.dash)) for style in styles.values()}) == len(labels)
+    # and beside rows that have a colour, also where several have one
+    own = {f"trial {k}": colour for k, colour in enumerate([PALETTE[0], PALETTE[1]] * len(SHAPES))}
+    styles = make_styles([*labels[:20], *own], own)
+    assert len({(style.colour, style.shape) for style in styles.values()}) == len(styles)
+    assert {label: styles[label].colour for label in own} == own
+
+
+def find_all(spec: Any, name: str) -> list[Any]:
+    """Every value of that name anywhere in a spec."""
+    if isinstance(spec, list):
+        return [found for part in spec for found in find_all(part, name)]
+    own = [spec[name]] if isinstance(spec, dict) and name in spec else []
+    return own + [v for part in (spec.values() if isinstance(spec, dict) else ()) for v in find_all(part, name)]
+
+
+def test_dashes_are_of_rows_alone(tmp_path: Path) -> None:
+    """Neither of runs that did not finish, which end in a mark, nor of training images, which are thin."""
+    for loader in ("dali", "resident"):
+        run = make_run(20, 0, loader)
+        assert run.result is not None
+        epochs = tuple(e.model_copy(update={"train_error": e.error, "eval_loss": 1.0}) for e in run.result.epochs)
+        finish(tmp_path, run.model_copy(update={"result": run.result.model_copy(update={"epochs": epochs})}))
+    run = make_run(20, 1)
+    write_epochs(start(tmp_path, run.name, run.spec), make_curve(20, 1, 5))
+    loaded = load_records([tmp_path])
+    (panel,) = make_panels(summarise(loaded.records, loaded.interrupted))
+    charts = {chart.name: chart for chart in panel.charts}
+    for name in ("curves", "learning-error", "learning-loss"):
+        dashes = [value for value in find_all(charts[name].spec, "strokeDash") if value != [6, 4]]  # the published
+        assert dashes
+        assert all(value["field"] == "row" for value in dashes)
+    assert charts["learning-loss"].spec["encoding"]["strokeWidth"]["field"] == "of"
+    assert "; thin, with a mark at its end: a run that did not finish;" in charts["curves"].caption
+    of = "on test images after each epoch; thin: on training images, during it"
+    assert charts["learning-loss"].caption == f"Mean loss of the seeds {of}"
+
+
+def draw(panels: list[Panel], folder: Path, name: str) -> str:
+    return next(path.read_text() for path in write_charts(panels, folder) if path.name.endswith(f"{name}.svg"))
+
+
+def test_a_run_that_ended_after_one_epoch_is_a_point(tmp_path: Path) -> None:
+    for depth in (20, 56):
+        run = make_run(depth, 0, failure=Failure(kind="OOM", message="x"))
+        write_epochs(start(tmp_path / "runs", run.name, run.spec), make_curve(depth, 0, 1))
+        finish(tmp_path / "runs", run)
+    svg = draw(make_panels(summarise(load_records([tmp_path / "runs"]).records)), tmp_path / "charts", "curves")
+    marks = re.findall(r'<path transform="translate\(0,[^>]* fill="(#[0-9a-f]{6})"', svg)  # at the left end
+    assert marks == [PALETTE[0], PALETTE[1]]
+
+
+def test_a_point_of_disturbed_epochs_is_hollow_and_every_point_has_its_name(tmp_path: Path) -> None:
+    for loader in ("dali", "dataloader"):
+        run = make_run(20, 0, loader)
+        assert run.result is not None
+        why = {"timed": False, "untimed": "interference"} if loader == "dataloader" else {}
+        epochs = tuple(epoch.model_copy(update=why) for epoch in run.result.epochs)
+        result = run.result.model_copy(update={"epochs": epochs})
+        finish(tmp_path / "runs", run.model_copy(update={"result": result}))
+    panels = make_panels(summarise(load_records([tmp_path / "runs"]).records))
+    points = {point["row"]: point for point in panels[0].datasets["seconds"]}
+    assert [point.get("disturbed", False) for point in points.values()] == [False, True]
+    assert "disturbed" not in str(panels[0].datasets["memory"])
+    captions = {chart.name: chart.caption for chart in panels[0].charts}
+    assert captions["seconds"].endswith("; hollow: of a run without an undisturbed epoch")
+    assert "hollow" not in captions["memory"]
+    svg = draw(panels, tmp_path / "charts", "seconds")
+    for words in (">dali<", ">dataloader<"):
+        assert words in svg
+    marks = [mark for mark in re.findall(r'<path transform="translate[^>]*>', svg) if "M4.183" in mark]
+    assert [' fill="#' in mark for mark in marks] == [True, False]
+
+
+def test_one_point_has_an_axis_to_be_read_by(tmp_path: Path) -> None:
+    finish(tmp_path / "runs", make_run(20, 0))
+    svg = draw(make_panels(summarise(load_records([tmp_path / "runs"]).records)), tmp_path / "charts", "seconds")
+    assert re.findall(r">(\d+)</text>", svg) == ["0", "2", "4", "6", "8"]
+
+
 def test_charts_are_drawn_without_a_browser(rows: list[Row], tmp_path: Path) -> None:
     written = write_charts(make_panels(rows), tmp_path / "charts")
     names = ("curves", "zoom", "seconds", "memory")
@@ -429,6 +520,23 @@ def test_on_a_phone_and_in_the_dark(rows: list[Row], bundle: str, tmp_path: Path
         browser.open(path, width=390, height=844, dark=True)
         assert browser.ask(light) != before
         assert browser.ask(axis) != ink
+        assert browser.complaints == []
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed")
+def test_an_odd_number_of_charts_leaves_no_gap(bundle: str, tmp_path: Path) -> None:
+    for depth in (20, 56):
+        run = make_run(depth, 0)
+        assert run.result is not None
+        result = run.result.model_copy(update={"epochs": make_curve(depth, 0, 3)})  # too few for the zoomed chart
+        finish(tmp_path / "runs", run.model_copy(update={"result": result}))
+    path = tmp_path / "report.html"
+    path.write_text(page(summarise(load_records([tmp_path / "runs"]).records), bundle))
+    with Browser() as browser:
+        browser.open(path)
+        first, *others = browser.ask("[...document.querySelectorAll('figure')].map((f) => f.offsetWidth)")
+        assert len(others) == 2
+        assert first > 2 * others[0] == 2 * others[1]
         assert browser.complaints == []
 
 

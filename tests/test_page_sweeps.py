@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from chromium import Browser, find_chromium
-from records import NOW, make_record
+from records import NOW, make_epoch, make_record
 from rich.console import Console
 from test_page import NASTY, Tags
 
@@ -20,8 +20,9 @@ from harness.results.report.charts import load_bundle, write_charts
 from harness.results.report.page import make_page
 from harness.results.report.sweeps import RANGE, draw_all, make_sweep_panel
 from harness.results.rows import summarise
-from harness.results.store import SWEEPS, Loaded, finish, load_records
+from harness.results.store import SWEEPS, Loaded, finish, load_records, start, write_epochs
 from harness.results.sweeps import Dimension, Sweep, Sweeps, Trial, format_value, load_sweeps
+from harness.results.values import Pruned
 
 VALUES = [9.0, 12.0, 41.0, 10.5, 60.0, 11.0]
 
@@ -155,6 +156,30 @@ def test_a_trial_has_one_colour_in_every_chart(tmp_path: Path) -> None:
         assert text.count(f'class="swatch" style="background:{searched.colours[name]}"') == 2, "row and trial"
 
 
+def test_a_pruned_trial_does_not_look_like_a_finished_one(tmp_path: Path) -> None:
+    sweep = make_sweep()
+    for k, error in enumerate((8.3, 8.9, 60.0, 8.9, 61.0)):
+        settings, epochs = (f"lr={(k + 1) / 10}",), (make_epoch(1, error=error),)
+        run = make_record(0, error, settings=settings, result={"epochs": epochs})
+        sweep["trials"][k] |= {"run": run.name, "last": error}
+        if error > 50:
+            pruned = Pruned(sweep="s", by="asha", epoch=3, of=9, error=error, evaluated_on="test")
+            run = run.model_copy(update={"status": "pruned", "result": None, "pruned": pruned})
+            write_epochs(start(tmp_path, run.name, run.spec), epochs)
+        finish(tmp_path, run)
+    loaded, found = load_records([tmp_path]), Sweep.model_validate(sweep)
+    assert not loaded.problems
+    rows = summarise(loaded.records)
+    panels, _ = draw_all(rows, [found])
+    styles = {label: style for panel in panels for label, style in panel.rows.items()}
+    assert len(styles) == len({(style.colour, style.shape) for style in styles.values()}) == 5
+    text = make_page(rows, bundle="", made_at=NOW, sweeps=[found])
+    swatches = re.findall(r'class="swatch" style="background:(#[0-9a-f]{6})" data-shape="([a-z-]+)"', text)
+    assert sorted(swatches) == sorted((style.colour, style.shape) for style in styles.values())
+    coloured = re.findall(r'data-v="(\d+)"><i class="swatch"', text)
+    assert sorted(coloured) == [str(t.number) for t in found.trials if t.state == "finished"]
+
+
 def test_the_parallel_plot_has_every_value_at_its_place() -> None:
     sweep = Sweep.model_validate(make_sweep())
     panel = make_sweep_panel(sweep)
@@ -190,6 +215,9 @@ def test_slices_are_on_the_scale_that_was_drawn_from() -> None:
     assert by_field["slice-shortcut"]["scale"]["domain"] == ["A", "B"]
     values, x = panel.datasets["trials"], by_field["slice-lr"]["field"]
     assert {(v[x], v["value"]) for v in values} == {(0.01 * 10 ** (k * 0.4), y) for k, y in enumerate(VALUES)}
+    alone = make_sweep_panel(Sweep.model_validate(make_sweep(trials=make_sweep()["trials"][:1])))
+    for searched, of_one in ((panel, False), (alone, True)):  # else the axis of one trial has one tick
+        assert [c.spec["encoding"]["y"]["scale"]["zero"] for c in searched.charts[1:]] == [of_one] * 3
     nothing = make_sweep(trials=make_sweep()["trials"][-1:])
     assert make_sweep_panel(Sweep.model_validate(nothing)).charts == []
 

@@ -227,19 +227,22 @@ def test_failed_and_pending_runs_say_why() -> None:
             Interrupted("cifar10_msra-56_s4_x", Path("x"), 57, 180, spec),
             Interrupted("cifar10_msra-32_s0_x", Path("y"), 0, 180, make_spec(32, 0)),
             Interrupted("strange", Path("z"), 3, None, {}),
+            Interrupted("whole", Path("w"), 180, 180, {}),
         ],
     )
     assert [(row.name, len(row.done), len(row.failed), len(row.interrupted)) for row in rows] == [
-        ("msra-32", 0, 0, 1), ("msra-56", 1, 1, 1), ("msra-110", 0, 1, 0), ("strange", 0, 0, 1),
+        ("msra-32", 0, 0, 1), ("msra-56", 1, 1, 1), ("msra-110", 0, 1, 0), ("strange", 0, 0, 1), ("whole", 0, 0, 1),
     ]  # fmt: skip
     page = text(rows)
     for line in (
         "no epoch yet", "1 of 3", "0 of 1", "OOM", "epoch 3",
         "2 runs failed, OOM: CUDA out of memory. Tried to allocate 20.00 MiB: msra-56 seed 1, msra-110 seed 0",
         "msra-56 seed 4 is not done: epoch 57 of 180", "strange is not done: epoch 3",
+        "whole is not done: epoch 180 of 180, no result",
     ):  # fmt: skip
         assert line in page
-    assert [row["device"] for row in json.loads(render(rows, "json"))["rows"]] == [None, "NVIDIA H200", None, None]
+    devices = [row["device"] for row in json.loads(render(rows, "json"))["rows"]]
+    assert devices == [None, "NVIDIA H200", None, None, None]
     for format in get_args(Format):
         assert render(rows, format)
 

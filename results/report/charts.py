@@ -39,9 +39,10 @@ PALETTE = (
     "#3b7dd8", "#e8743b", "#2a9d6f", "#c2447d", "#8a63d2", "#d1a01f", "#20a4b8", "#d84c4c", "#7a9a34", "#8d7b68",
 )  # fmt: skip
 """Distinct on white and on black, the first four also for the colour-blind."""
+UNLIKE_TRIALS = tuple(PALETTE[k] for k in (2, 5, 6, 8, 9))  # beside a search's own colours, `sweeps.RANGE`
 DASHES = ([1, 0], [7, 3], [2, 2], [10, 3, 2, 3])
 SHAPES = ("circle", "square", "triangle-up", "diamond")
-"""Colours stand for networks; dashes and shapes for the conditions that one network was trained under."""
+"""Colours stand for networks; dashes and shapes, as many, for the conditions that one network was trained under."""
 DESCRIBING = [column for column in DESCRIPTORS if not column.stays and column.name != "dataset"]
 """Columns that distinguish rows of one network."""
 MEMORIES = ("nvml_process_mib", "torch_reserved_mib", "rss_mib")  # the best one to compare first
@@ -120,18 +121,20 @@ def make_labels(rows: Sequence[Row]) -> list[str]:
     return labels
 
 
-def make_styles(labels: Sequence[str]) -> dict[str, Style]:
-    """Colours by network, dashes and shapes by the rest of the label; colours alone where one of them is enough."""
-    parts = [label.partition(" · ")[::2] for label in labels]
-    networks, conditions = ({n: k for k, n in enumerate(dict.fromkeys(p))} for p in zip(*parts, strict=True))
-    styles = {}
-    for label, (network, condition) in zip(labels, parts, strict=True):
-        k, j = networks[network], conditions[condition]
-        if len(networks) == 1:
-            k, j = j, 0
-        j += k // len(PALETTE)
-        styles[label] = Style(PALETTE[k % len(PALETTE)], DASHES[j % len(DASHES)], SHAPES[j % len(SHAPES)])
-    return styles
+def make_styles(labels: Sequence[str], own: Mapping[str, str] = {}) -> dict[str, Style]:
+    """Colours by network, dashes and shapes by the rest of the label; all in turn where one network or too many are there.
+
+    `own`: colours that rows have already. Where two are close to each other, dashes and shapes differ.
+    """
+    others, palette = [label for label in labels if label not in own], UNLIKE_TRIALS if own else PALETTE
+    parts = [label.partition(" · ")[::2] for label in others]
+    networks, conditions = ({n: k for k, n in enumerate(dict.fromkeys(p[i] for p in parts))} for i in (0, 1))
+    places = [(networks[network], conditions[condition]) for network, condition in parts]
+    if not 1 < len(networks) <= len(palette) or len(conditions) > len(SHAPES):
+        places = [(k, k // len(palette)) for k in range(len(others))]
+    looks = {label: (palette[k % len(palette)], j) for label, (k, j) in zip(others, places, strict=True)}
+    looks |= {label: (own[label], j) for j, label in enumerate(sorted(own, key=own.__getitem__))}
+    return {label: Style(c, DASHES[j % 4], SHAPES[j % 4]) for label in labels for c, j in [looks[label]]}
 
 
 def _final_error(row: Row) -> float:
@@ -139,11 +142,9 @@ def _final_error(row: Row) -> float:
 
 
 def _make_panel(rows: Mapping[str, Row], chosen: set[int], colours: Mapping[str, str]) -> Panel:
-    first, styles = next(iter(rows.values())), make_styles(list(rows))
+    own = {label: c for label, row in rows.items() for run in row.done if (c := colours.get(run.folder.name))}
+    first, styles = next(iter(rows.values())), make_styles(list(rows), own)
     panel = Panel(name_images(first), clean(first.dataset))
-    for label, row in rows.items():
-        for colour in (colours.get(stored.folder.name) for stored in (*row.done, *row.pruned)):
-            styles[label] = styles[label]._replace(colour=colour or styles[label].colour)
     error = "test error, %" if first.evaluated_on == "test" else "error of held-out images, %"
 
     shown = {label: row for label, row in rows.items() if id(row) in chosen}
@@ -159,7 +160,7 @@ def _make_panel(rows: Mapping[str, Row], chosen: set[int], colours: Mapping[str,
     for name, figure in (("seconds", "epoch_seconds"), ("memory", held)):
         points = _points(rows, figure)
         drawn = {point["row"]: styles[point["row"]] for point in points}
-        panel.add(name, points, _frontier_charts(name, figure, error, drawn))
+        panel.add(name, points, _frontier_charts(points, figure, error, drawn))
 
     having = {label: parts for label, row in rows.items() if (parts := known(row.by_category_mib))}
     best = sorted(having, key=lambda label: _final_error(rows[label]))[:MAX_BARS]
@@ -228,7 +229,7 @@ def _combine(runs: Sequence[Sequence[EpochMetrics]], needed: str, figures: Figur
 def _curve_charts(curves: Values, error: str, styles: Mapping[str, Style]) -> Iterator[Chart]:
     said = {
         ": mean of the seeds, band from the smallest to the largest": any(c["low"] != c["high"] for c in curves),
-        "; dotted: a run that did not finish": any("unfinished" in c for c in curves),
+        "; thin, with a mark at its end: a run that did not finish": any("unfinished" in c for c in curves),
         "; level: the published error": any("published" in c for c in curves),
     }
     caption = "".join(["Error after each epoch", *(words for words, true in said.items() if true)])
@@ -242,48 +243,56 @@ def _curve_charts(curves: Values, error: str, styles: Mapping[str, Style]) -> It
 
 
 def _learning_charts(curves: Values, styles: Mapping[str, Style]) -> Iterator[Chart]:
-    last = max(2, *(curve["epoch"][-1] for curve in curves))
+    last = max(curve["epoch"][-1] for curve in curves)
     kinds = list(dict.fromkeys(curve["of"] for curve in curves))
-    for figure, title in (("error", "error, %"), ("loss", "loss")):
-        caption = f"{figure.capitalize()} after each epoch, mean of the seeds; of training images during the epoch"
-        spec = make_spec("learning", styles, figure=figure, title=title, last=last, kinds=kinds)
-        yield Chart(f"learning-{figure}", caption, spec)
+    for figure, title, of in (("error", "error, %", kinds), ("loss", "loss", kinds[:2])) if last > 1 else ():
+        on = " and ".join(of[1:]).replace("held out", "held-out")
+        caption = f"Mean {figure} of the seeds on {on} images after each epoch"
+        spec = make_spec("learning", styles, figure=figure, title=title, last=last, kinds=of)
+        yield Chart(f"learning-{figure}", f"{caption}; thin: on training images, during it", spec)
 
 
 # --- error against cost, memory by category ---
 
 
 def _points(rows: Mapping[str, Row], figure: str) -> Values:
-    """`best`: no other row is better in both. Of these, the cheapest row of a network has its name beside it, where it
-    covers no other, in a chart as small as a phone's."""
-    every = ((row.figures[figure].value, _final_error(row), label) for label, row in rows.items())
+    """`best`: no other row is better in both. These, and others where rows are few, have their names beside them, where
+    that covers nothing, in a chart as small as a phone's."""
+    costs = ((row.figures[figure].value, _final_error(row), label) for label, row in rows.items())
     lowest, points = math.inf, Values()
-    for cost, error, label in sorted((c, e, label) for c, e, label in every if c is not None and c + e < math.inf):
+    for cost, error, label in sorted((c, e, label) for c, e, label in costs if c is not None and c + e < math.inf):
         std = rows[label].figures["error"].std or 0.0
+        disturbed = figure == "epoch_seconds" and any(result.all_disturbed for result in rows[label].results)
         points.append({
             "row": label, "cost": float(f"{cost:.6g}"), "error": round(error, 2), "low": round(error - std, 2),
-            "high": round(error + std, 2), "best": error < lowest,
+            "high": round(error + std, 2), "best": error < lowest, **({"disturbed": True} if disturbed else {}),
         })  # fmt: skip
         lowest = min(lowest, error)
     width = max((p["cost"] for p in points), default=0.0) or 1.0
     height = max((p["high"] for p in points), default=0.0) - min((p["low"] for p in points), default=0.0) or 1.0
+    few, one_network = len(points) <= MAX_BARS, len({p["row"].partition(" · ")[0] for p in points}) == 1
+    spots = [(p["cost"] / width, p["cost"] / width, p["error"] / height) for p in points if few]
     taken: dict[str, tuple[float, float, float]] = {}  # by names: from left to right, and their height
-    for point in (point for point in points if point["best"]):
-        name, x, y = point["row"].partition(" · ")[0], point["cost"] / width, point["error"] / height
-        long = LETTER * len(name)
-        left = x - long * (x > long)
-        right = left + long
-        if name not in taken and all(right < a or b < left or abs(y - c) > LINE for a, b, c in taken.values()):
+    for point in sorted((p for p in points if few or p["best"]), key=lambda p: not p["best"]):
+        network, _, condition = point["row"].partition(" · ")
+        name = (condition or network if one_network else point["row"]) if few else network
+        x, y, long = point["cost"] / width, point["error"] / height, LETTER * len(name)
+        left, right = (x - long, x) if x > long else (x, x + long)
+        others = (*taken.values(), *(() if point["best"] else spots))
+        clear = right <= 1 and all(right <= a or b <= left or abs(y - c) > LINE for a, b, c in others)
+        if clear and name not in taken:
             taken[name] = left, right, y
             point |= {"name": name, "right": x <= long}
     return points
 
 
-def _frontier_charts(name: str, figure: str, error: str, styles: Mapping[str, Style]) -> Iterator[Chart]:
+def _frontier_charts(points: Values, figure: str, error: str, styles: Mapping[str, Style]) -> Iterator[Chart]:
     means = METRICS[figure].means.removeprefix("MiB, ").partition(":")[0]
-    cost = "seconds per epoch" if name == "seconds" else f"{means}, MiB"
-    spec = make_spec("frontier", styles, data=name, cost=cost, error=error)
-    yield Chart(name, f"Error against {cost}; the line joins rows that no other row beats in both", spec)
+    name, cost = ("seconds", "seconds per epoch") if figure == "epoch_seconds" else ("memory", f"{means}, MiB")
+    caption = f"Error against {cost}; the line joins rows that no other row beats in both"
+    caption += "; hollow: of a run without an undisturbed epoch" * any("disturbed" in point for point in points)
+    one = len({point[end] for point in points for end in ("low", "high")}) == 1  # which gives an axis one tick
+    yield Chart(name, caption, make_spec("frontier", styles, data=name, cost=cost, error=error, zero=one))
 
 
 def _category_charts(categories: Mapping[str, Mapping[str, float]], *, on_gpu: bool) -> Iterator[Chart]:

@@ -83,9 +83,10 @@ def _ratio(row: Row) -> float | None:
 
 
 def end_of(run: Stored | Interrupted) -> str:
-    """Of a run that is not done: "OOM", "pruned at 3 of 30", "epoch 3 of 30"."""
+    """Of a run that is not done: "OOM", "pruned at 3 of 30", "epoch 3 of 30", "epoch 30 of 30, no result"."""
     if isinstance(run, Interrupted):
-        return f"epoch {run.epochs}{f' of {run.of}' * bool(run.of)}" if run.epochs else "no epoch yet"
+        of = f" of {run.of}" * bool(run.of) + ", no result" * (run.epochs == run.of)
+        return f"epoch {run.epochs}{of}" if run.epochs else "no epoch yet"
     pruned, failure = run.record.pruned, run.record.failure
     return f"pruned at {pruned.epoch} of {pruned.of}" if pruned else failure.kind if failure else NONE
 

@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 from harness.results.explain import predicted_figures
 from harness.results.metrics import METRICS, NONE, figures, rounded
 from harness.results.report.charts import category_colours, is_finite, make_labels, name_images
-from harness.results.report.columns import Column
+from harness.results.report.columns import Column, end_of
 from harness.results.report.sweeps import clamp, draw_all, show
 from harness.results.report.table import lay_out
 from harness.results.report.text import HERE, MARKS, NOT_RECORDED, ORDINARY, clean, fill_template, mib
@@ -72,14 +72,14 @@ def make_page(
         "page.html",
         made_at=made_at, rows=rows, sheet=sheet, labels=labels, panels=panels, joined=joined, problems=problems,
         columns=[NETWORK, *shown[2:]] if joined else shown, sweeps=list(zip(sweeps, searches, strict=True)),
-        swatches={(panel.title, label): style.colour for panel in panels for label, style in panel.rows.items()},
+        swatches={(panel.title, label): style for panel in panels for label, style in panel.rows.items()},
         row_of={run.folder.name: i for i, row in enumerate(rows) for run in row.done if run.folder.name in trials},
         probed=[(labels[i], pairs) for i, row in enumerate(rows) if (pairs := predicted_figures(row))],
         each=lambda name: [(row, run) for row in rows for run in getattr(row, name)],
         environments=[(_environment(runs[0].record), list(dict.fromkeys(map(_command, runs))), len(runs)) for runs in groups.values()],
         css=css, script=script,
         packed={"data": _pack(text), "vega": _pack(bundle if any(p.charts for p in (*panels, *searches)) else "")},
-        NONE=NONE, category_colours=category_colours, clean=clean, best_first=best_first, clamp=clamp, Counter=Counter, is_finite=is_finite,
+        NONE=NONE, category_colours=category_colours, clean=clean, best_first=best_first, clamp=clamp, Counter=Counter, end_of=end_of, is_finite=is_finite,
         link_marks=_link_marks, name_images=name_images, NOT_RECORDED=NOT_RECORDED, mib=mib, number=_number, rounded=rounded, show=show,
     )  # fmt: skip
 

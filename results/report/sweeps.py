@@ -55,7 +55,8 @@ def make_sweep_panel(sweep: Sweep) -> Panel:
         kind, scale = "numbers" if d.continuous else "words", "log" if d.log else "linear"
         x = make_spec(kind, field=f"x{j}", title=axis.title, scale=scale, ends=axis.ends)
         caption = f"{metric} against {axis.title}{' on a log scale' * d.log}{note}"
-        panel.charts.append(Chart(f"slice-{axis.title}", caption, make_spec("slice", x=x, metric=metric)))
+        spec = make_spec("slice", x=x, metric=metric, zero=len(set(lasts)) == 1)
+        panel.charts.append(Chart(f"slice-{axis.title}", caption, spec))
     return panel
 
 
