@@ -627,7 +627,7 @@ def test_why_names_records_epochs_and_formula(tmp_path: Path) -> None:
         "error % 8.40 ± 0.14 = top-1 error after the last epoch, mean ± std (n − 1) over the seeds\n  seed 0: 8.30, seed 1: 8.50",
         f"seed 0: {runs[0].folder}",
         "best epoch 170", "published 8.29 %", "no verdict: fewer than 3 seeds",
-        "3 epochs timed, 4.5 to 4.6 s; left out: 1 warm-up, 1 interference: it swapped, 1 for no known reason\n",
+        "3 epochs timed, 4.5 to 4.6 s; left out: 1 (warm-up), 1 (interference: it swapped), 1 (no known reason)\n",
         "NVML MiB 1,890", "network.depth = 20",
     ):  # fmt: skip
         assert words in text

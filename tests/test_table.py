@@ -18,7 +18,7 @@ from harness.results.published import find_published
 from harness.results.report.notes import make_notes
 from harness.results.report.table import Format, render
 from harness.results.report.text import Sheet, for_terminal
-from harness.results.rows import Row, flatten_spec, summarise
+from harness.results.rows import TIMED, Row, flatten_spec, summarise
 from harness.results.store import Interrupted, Stored
 from harness.results.values import Failure, Measurement, Record, RunResult
 from harness.until_ci import Known
@@ -498,12 +498,33 @@ def test_seconds_of_disturbed_epochs_say_so() -> None:
     notes = make_notes(summarise(disturbed))
     (said,) = (text for text in notes if "it swapped" in text)
     assert said == "no epoch was undisturbed (it swapped): the seconds are of disturbed ones"
-    assert notes[said].keys() == {"epoch_seconds", "images_per_second", "mfu", "published_epoch_seconds"}
+    assert notes[said].keys() == {*TIMED, "published_epoch_seconds"}
+    (plain,) = json.loads(render(summarise(disturbed), "json"))["rows"]
+    assert (plain["epoch_seconds"], plain["timed_epochs"]) == (4.5, 0)
+    assert "4.50¹" in text(summarise([*disturbed, make_run(depth=32)])), "without a count"
+
+
+def test_disturbed_seconds_count_where_no_run_of_the_row_has_others() -> None:
+    """Neither in the row's figures and spread nor in those that comparisons take."""
+    timing = {"epochs": 0, "fastest": None, "slowest": None, "untimed": {"interference: it swapped": 179}}
+    peak = {"forward_flops": 41_000_000, "peak_flops": 1e15, "interference": ("it swapped",)}
+    slow = {"timing": timing, **peak, "epoch_seconds": 12.2, "images_per_second": 4_100.0, "data_stall_percent": 50.0}
+    disturbed = [make_run(seed, result=slow) for seed in (0, 1)]
     clean = make_run(2, result={**peak, "timing": {"epochs": 27, "fastest": 4.25, "slowest": 4.75}})
     (row,) = summarise([*disturbed, clean])
-    assert "(27, 4.25–4.75)" in text([row]), "of the run that was not disturbed"
-    mixed = set(make_notes([row]))
-    assert mixed >= {f"in 2 of 3 runs {said}", "it swapped in some epochs: they are left out"}
+    assert row.values("epoch_seconds") == [4.5]
+    assert [row.figures[n].value for n in ("images_per_second", "data_stall_percent")] == [11_111.0, 1.25]
+    assert row.figures["mfu"].value == pytest.approx(100 * 3 * 41e6 * 11_111 / 1e15)
+    assert "4.50 (27, 4.25–4.75)" in text([row])
+    notes = make_notes([row])
+    (said,) = (text for text in notes if "it swapped" in text and "left out" not in text)
+    assert said == (
+        "s/epoch, img/s, MFU %, data wait % not measured in 2 of 3 runs: no epoch was timed (it swapped)"
+    )
+    assert "it swapped in some epochs: they are left out" in notes
+    assert "seed 0: null (no epoch was timed), seed 1: null (no epoch was timed), seed 2: 4.50\n" in why(row)
+    assert "s/epoch" in (page := text([row]))
+    assert "12.2" not in page
 
 
 def test_a_run_whose_width_changed_is_averaged_with_no_other() -> None:
@@ -553,7 +574,7 @@ def test_a_figure_has_its_own_n_and_says_of_how_many() -> None:
     untimed = {"epoch_seconds": None, "images_per_second": None} | untimed_by("interference: the machine swapped")
     rows = summarise([make_run(0), *(make_run(s, result=untimed) for s in range(1, 5))])
     page = " ".join(text(rows, width=300).split())
-    assert "not measured in 4 of 5 runs: no epoch was timed, because of interference: the machine swapped" in page
+    assert "not measured in 4 of 5 runs: no epoch was timed (the machine swapped)" in page
     (plain,) = json.loads(render(rows, "json"))["rows"]
     assert (plain["n"], plain["epoch_seconds_n"], plain["images_per_second_n"], plain["error_n"]) == (5, 1, 1, 5)
     assert plain["images_per_second"] == 11_111.0, "of the run that was timed"
@@ -606,12 +627,18 @@ def untimed_by(*reasons: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "reasons", [("3 runs share the GPU",), ("interference: the GPU was throttled",), ("warm-up", "partial epoch")]
-)
-def test_the_reason_of_a_missing_figure_is_the_true_one(reasons: tuple[str, ...]) -> None:
+    ("reasons", "said"),
+    [(("3 runs share the GPU",), "3 runs share the GPU"),
+     (("interference: the GPU was throttled",), "the GPU was throttled"),
+     (("warm-up", "partial epoch"), "warm-up, partial epoch"),
+     (("warm-up", "warm-up; interference: it swapped", "interference: it swapped, it slept"), "warm-up, it swapped, it slept"),
+     ((), ""), (("",), "")],
+)  # fmt: skip
+def test_the_reason_of_a_missing_figure_is_the_true_one(reasons: tuple[str, ...], said: str) -> None:
+    """Each cause once."""
     run = make_run(0, result={"epoch_seconds": None, **untimed_by(*reasons)})
-    page = " ".join(text(summarise([run]), width=300).split())
-    assert f"no epoch was timed, because of {', '.join(reasons)} " in f"{page} "
+    notes = [note for note in make_notes(summarise([run])) if "not measured" in note]
+    assert notes == [f"s/epoch not measured: no epoch was timed{f' ({said})' * bool(said)}"]
 
 
 def test_seconds_carry_their_epochs_and_their_spread() -> None:

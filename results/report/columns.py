@@ -134,8 +134,8 @@ def _error(row: Row) -> str:
 def _seconds(row: Row) -> str:
     """ "1.74 (27, 1.60–1.96)": the row's figure, how many epochs were timed, the fastest and the slowest."""
     timing = row.timing
-    words = [f"{timing.epochs:,}"] if timing else []
-    ends = [timing.fastest or 0.0, timing.slowest or 0.0] if timing else row.values("epoch_seconds")
+    words = [f"{timing.epochs:,}"] if timing and timing.epochs else []
+    ends = [timing.fastest or 0.0, timing.slowest or 0.0] if timing and words else row.values("epoch_seconds")
     if ends and (low := figures(min(ends))) != (high := figures(max(ends))):
         words.append(f"{low}–{high}")
     text = METRICS["epoch_seconds"].summary(row.figures["epoch_seconds"])

@@ -116,12 +116,9 @@ def _timing_notes(row: Row) -> Noted:
     if concurrent - {"1"}:
         yield f"timed with {' or '.join(sorted(concurrent))} runs training at the same time", "epoch_seconds"
     for stored, result in zip(row.done, row.results, strict=True):
-        if result.mfu is not None:
+        if result.mfu.value is not None:
             peak = figures((result.peak_flops or 0) / 1e12)
             yield f"over {peak} TFLOP/s a worker: {result.device}, {result.peak_source}", "mfu"
-        elif result.peak_flops and result.images_per_second:
-            busy = "no MFU: faster than the measured peak, perhaps of a busy device: `harness check` measures it again"
-            yield busy, "mfu"
         if result.runs_per_gpu > 1:
             yield f"{result.runs_per_gpu} runs shared each GPU", "epoch_seconds"
         if result.warmup_epochs == 0 and result.epoch_seconds is not None:
@@ -187,16 +184,16 @@ def _reading_notes(row: Row) -> Noted:
             yield f"{metric.title}{some}: {_shorten(figure.remarks[0])}{more}", name
         if not expected or figure.reason in (None, UNMEASURED.reason) or not row.done:
             continue
-        reason = _untimed(row) if metric.kind == "time" else figure.reason or ""
+        reason = figure.reason + (_left_out(row) if figure.reason == METRICS["epoch_seconds"].missing else "")
         some = f" in {len(row.done) - figure.n} of {len(row.done)} runs" if figure.n else ""
         missing[f"not measured{some}: {_shorten(reason)}"].append(metric)
     for reason, metrics in missing.items():
         yield f"{', '.join(metric.title for metric in metrics)} {reason}", *(metric.name for metric in metrics)
 
 
-def _untimed(row: Row) -> str:
-    """Why no epoch of some runs was timed."""
-    reasons: dict[str, None] = {}
-    for result in (result for result in row.results if result.epoch_seconds is None or result.all_disturbed):
-        reasons |= dict.fromkeys(result.timing.untimed if result.timing else ())
-    return f"no epoch was timed, because of {', '.join(reasons)}"
+def _left_out(row: Row) -> str:
+    """Why no epoch of some runs was timed, in brackets, each cause once."""
+    lacking = (r.timing for r in row.results if r.timing and (r.epoch_seconds is None or r.all_disturbed))
+    parts = (part for timing in lacking for why in timing.untimed for part in why.split("; "))
+    causes = (cause for part in parts for cause in part.removeprefix("interference: ").split(", ") if cause)
+    return f" ({known})" if (known := ", ".join(dict.fromkeys(causes))) else ""
