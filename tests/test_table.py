@@ -16,6 +16,7 @@ from harness.results.explain import why
 from harness.results.metrics import Figure
 from harness.results.published import find_published
 from harness.results.report.notes import make_notes
+from harness.results.report.page import make_page
 from harness.results.report.table import Format, render
 from harness.results.report.text import Sheet, for_terminal
 from harness.results.rows import TIMED, Row, flatten_spec, summarise
@@ -325,13 +326,13 @@ PART = {"limit_train": 5000}
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (PART, "20 all 8.40 ± 0.00"), (PART, "20 5,000¹ 8.40 ± 0.00"), ({"overrides": ["lr=0.05"]}, "20 lr=0.05 8.40 ± 0.00"),
+        (PART, "20 all 8.40 ± 0.00"), (PART, "20 5,000² 8.40 ± 0.00"), ({"overrides": ["lr=0.05"]}, "20 lr=0.05 8.40 ± 0.00"),
         ({"torch": "2.11.0"}, "20 torch=2.11.0 8.40 ± 0.00"), ({"variant": "he2015"}, "20 he2015 8.40 ± 0.00"),
     ],
 )  # fmt: skip
 def test_chosen_columns_do_not_hide_what_tells_rows_apart(change: dict[str, Any], words: str) -> None:
     rows = summarise([make_run(seed, **more) for more in ({}, change) for seed in range(2)])
-    page = " ".join(text(rows, columns=("depth", "error")).replace("²", "").split())
+    page = " ".join(text(rows, columns=("depth", "error")).replace("¹", "").split())
     assert words in page
     assert ("trained on a part of the training set: not compared" in page) == (change == PART)
     assert render(rows, "csv", columns=("depth",)).startswith("depth\n"), "a program gets what it asked for"
@@ -416,14 +417,14 @@ def test_the_whole_page() -> None:
     page = text(summarise(runs))
     assert page.split("\n\n")[:2] == [
         "cifar10 · 180 epochs · dali · eager · 1×128 · NVIDIA H200",
-        "variant  depth  precision  params  n     error %⁵  best %  best − last    published¹  verdict      s/epoch  published s³   img/s  data wait %  alloc  resvd   NVML  published MiB³\n"
+        "variant  depth  precision  params  n     error %¹  best %  best − last    published²  verdict      s/epoch  published s³   img/s  data wait %  alloc  resvd   NVML  published MiB³\n"
         "───────  ─────  ─────────  ──────  ─  ───────────  ──────  ───────────  ────────────  ───────────  ───────  ────────────  ──────  ───────────  ─────  ─────  ─────  ──────────────\n"
-        "msra        20  bf16        0.27M  3  8.40 ± 0.00    8.20        −0.20  8.29 (+0.11)  not judged²     4.50  11 s (2.44×)  11,111          1.2    417    512  1,890         521 MiB\n"
-        "msra        20  fp32        0.27M  2  8.40 ± 0.14    8.20        −0.20  8.29 (+0.11)  not judged⁴     4.50  11 s (2.44×)  11,111          1.2    417    512  1,890         521 MiB\n"
-        "msra        56  fp32        0.27M  2  6.40 ± 0.14    6.20        −0.20  6.31 (+0.09)  not judged⁴     4.50  30 s (6.67×)  11,111          1.2    417    512  1,890         860 MiB",
+        "msra        20  bf16        0.27M  3  8.40 ± 0.00    8.20        −0.20  8.29 (+0.11)  not judged⁴     4.50  11 s (2.44×)  11,111          1.2    417    512  1,890         521 MiB\n"
+        "msra        20  fp32        0.27M  2  8.40 ± 0.14    8.20        −0.20  8.29 (+0.11)  not judged⁵     4.50  11 s (2.44×)  11,111          1.2    417    512  1,890         521 MiB\n"
+        "msra        56  fp32        0.27M  2  6.40 ± 0.14    6.20        −0.20  6.31 (+0.09)  not judged⁵     4.50  30 s (6.67×)  11,111          1.2    417    512  1,890         860 MiB",
     ]
     assert render(summarise(runs), "markdown").splitlines()[4] == (
-        "| msra      |      20 | bf16        |    0.27M |   3 | 8.40 ± 0.00 |     8.20 |         −0.20 | 8.29 (+0.11) | not judged² |      4.50 |   11 s (2.44×) |  11,111 |           1.2 |     417 |     512 |  1,890 |          521 MiB |"
+        "| msra      |      20 | bf16        |    0.27M |   3 | 8.40 ± 0.00 |     8.20 |         −0.20 | 8.29 (+0.11) | not judged⁴ |      4.50 |   11 s (2.44×) |  11,111 |           1.2 |     417 |     512 |  1,890 |          521 MiB |"
     )
 
 
@@ -501,14 +502,20 @@ def test_seconds_of_disturbed_epochs_say_so() -> None:
     assert notes[said].keys() == {*TIMED, "published_epoch_seconds"}
     (plain,) = json.loads(render(summarise(disturbed), "json"))["rows"]
     assert (plain["epoch_seconds"], plain["timed_epochs"]) == (4.5, 0)
-    assert "4.50¹" in text(summarise([*disturbed, make_run(depth=32)])), "without a count"
+    assert re.search(r" 4\.50[²³⁴⁵⁶] ", text(summarise([*disturbed, make_run(depth=32)]))), "without a count"
 
 
 def test_disturbed_seconds_count_where_no_run_of_the_row_has_others() -> None:
     """Neither in the row's figures and spread nor in those that comparisons take."""
     timing = {"epochs": 0, "fastest": None, "slowest": None, "untimed": {"interference: it swapped": 179}}
     peak = {"forward_flops": 41_000_000, "peak_flops": 1e15, "interference": ("it swapped",)}
-    slow = {"timing": timing, **peak, "epoch_seconds": 12.2, "images_per_second": 4_100.0, "data_stall_percent": 50.0}
+    slow = {
+        "timing": timing,
+        **peak,
+        "epoch_seconds": 12.2,
+        "images_per_second": 4_100.0,
+        "data_stall_percent": 50.0,
+    }
     disturbed = [make_run(seed, result=slow) for seed in (0, 1)]
     clean = make_run(2, result={**peak, "timing": {"epochs": 27, "fastest": 4.25, "slowest": 4.75}})
     (row,) = summarise([*disturbed, clean])
@@ -525,6 +532,28 @@ def test_disturbed_seconds_count_where_no_run_of_the_row_has_others() -> None:
     assert "seed 0: null (no epoch was timed), seed 1: null (no epoch was timed), seed 2: 4.50\n" in why(row)
     assert "s/epoch" in (page := text([row]))
     assert "12.2" not in page
+
+
+def test_notes_are_numbered_as_a_reader_meets_them_and_those_without_a_mark_are_not() -> None:
+    untimed = {"epoch_seconds": None, "images_per_second": None} | untimed_by("3 runs share the GPU")
+    plain = [
+        make_run(0, 8.4, result=untimed),
+        make_run(1, 8.6, result=untimed | {"best_error": 9.0}),
+        make_run(depth=32),
+    ]
+    for some, columns in ((plain, ()), (plain[:2], ()), (plain, ("error", "n", "epoch_seconds"))):
+        page, _, below = text(summarise(some), width=300, columns=columns).partition("\n\n¹ ")
+        marks = re.findall("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", page)
+        met = list(dict.fromkeys(marks))
+        numbers = ["¹", *re.findall("^([⁰¹²³⁴⁵⁶⁷⁸⁹]+) ", below, re.MULTILINE)]
+        assert met == numbers == list("¹²³⁴⁵⁶"[: len(numbers)]), page
+        assert len(numbers) >= 2
+    missing = "s/epoch, img/s, MFU % not measured: no epoch was timed (3 runs share the GPU)"
+    rows = summarise(plain[:2])
+    assert f"\n{missing}\n" in text(rows, width=300), "no column shows them: no number"
+    assert "s/epoch" not in text(rows, width=300).partition("\n\n¹ ")[0]
+    html = make_page(rows, bundle="", made_at=NOW)
+    assert f'<li class="bare">{missing}</li></ol>' in html
 
 
 def test_a_run_whose_width_changed_is_averaged_with_no_other() -> None:

@@ -46,19 +46,29 @@ def lay_out(
         once["limit_train"] = f"training images: {once['limit_train']}"
     absent = ({column.name for column in every} if wanted else set(without)) - once.keys()
     forbidding = tuple(text for row in rows for text, _ in incomparable(row))
-    notes: list[str] = []
+    order = [*above, *(column.name for column in shown)]
+    placed: list[tuple[list[tuple[int, int]], str]] = []  # row, or -1 for header and caption; place in `order`
     for note, cells in make_notes(rows).items():
         if cells.keys() <= absent:
             if not note.startswith(forbidding):
                 continue
             cells = {shown[0].name: set.union(*cells.values())}
-        notes.append(f"{add_mark('', number := len(notes) + 1)} {clean(note)}")
-        for name, marked in cells.items():
-            if name in once and len(marked) == len(rows):
+        marks = set[tuple[int, int]]()
+        for place, name in enumerate(order):
+            if len(marked := cells.get(name, ())) == len(rows):
+                marks.add((-1, place))
+            else:  # of some rows: what stands above is of all
+                marks |= {(i, max(place, len(above))) for i in marked}
+        placed.append((sorted(marks), note))
+    placed.sort(key=lambda note: note[0][:1] or [(len(rows), 0)])  # as a reader meets them
+    notes = list[str]()
+    for number, (places, note) in enumerate(placed, 1):
+        notes.append(f"{add_mark('', number)} {clean(note)}" if places else clean(note))
+        for i, place in places:
+            name = order[place]
+            if i < 0:
                 once[name] = add_mark(once[name], number)
-                continue
-            name = shown[0].name if name in above else name  # of some rows: what stands above is of all
-            for i in marked if name in words else ():  # a hidden column has no cells
+            else:
                 words[name][i] = add_mark(words[name][i], number)
     heads, right = [once[column.name] for column in shown], [column.right for column in shown]
     body = list(zip(*(words[column.name] for column in shown), strict=True))
