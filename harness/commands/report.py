@@ -278,7 +278,9 @@ def print_findings(words: Sequence[str]) -> int:
         print(clean(str(finding)))
     old = sum(not (run.folder / store.HASHES).exists() for run in loaded.records)
     unhashed = f"; {old} of them have no hash stored: only their figures are checked" if old else ""
-    print(f"{len(loaded.records)} runs verified, {len(findings)} findings{unhashed}")
+    counts = {"run": len(loaded.records), "finding": len(findings)}
+    runs, found = (f"{n:,} {word}{'s' * (n != 1)}" for word, n in counts.items())
+    print(f"{runs} verified, {found}{unhashed}")
     return 1 if findings else 0
 
 
