@@ -120,8 +120,8 @@ class Pair(NamedTuple):
 
 def signed(value: float) -> str:
     """Two digits with their sign, 0.00 without."""
-    text = f"{value:+.2f}"
-    return text.replace("-", "−") if float(text) else "0.00"
+    text = f"{value:+,.2f}".replace("-", "−")
+    return "0.00" if text[1:] == "0.00" else text
 
 
 # --- which rows are compared ---

@@ -179,10 +179,8 @@ class RunResult(Value):
     def mfu(self) -> Measurement:
         """Model FLOPs utilisation in percent (arXiv:2204.02311, appendix B). Training is three forward passes: backward
         takes a product for the inputs and one for the weights."""
-        if self.images_per_second is None:
-            return Measurement(value=None, reason="no epoch was timed")
-        if self.forward_flops is None or self.peak_flops is None:
-            return UNMEASURED
+        if self.images_per_second is None or self.forward_flops is None or self.peak_flops is None:
+            return UNMEASURED if self.images_per_second else Measurement(value=None, reason="no epoch was timed")
         share = 100 * 3 * self.forward_flops * self.images_per_second / (self.workers * self.peak_flops)
         busy = "faster than the measured peak, perhaps of a busy device: `harness check` measures it again"
         return measured(share if share <= 100 else None, busy)

@@ -26,6 +26,7 @@ from harness.results.compare import (
     judge,
     nearest,
     parse_fail_on,
+    signed,
 )
 from harness.results.explain import why
 from harness.results.metrics import METRICS, Figure
@@ -580,6 +581,15 @@ def test_a_recipes_field_is_compared_though_the_overrides_name_it() -> None:
     (pair,) = compare_by(rows, "recipe.lr")
     assert pair.figures
     assert not list(pair.problems())
+
+
+def test_differences_have_their_thousands_apart() -> None:
+    assert [signed(value) for value in (1136.14, -1136.14, 0.004, -0.001)] == [
+        "+1,136.14",
+        "−1,136.14",
+        "0.00",
+        "0.00",
+    ]
 
 
 def test_disturbed_seconds_decide_nothing() -> None:

@@ -428,6 +428,24 @@ def test_the_whole_page() -> None:
     )
 
 
+def test_the_length_of_a_run_is_said_once() -> None:
+    """In the column of its epochs, or above the table; the column of what was changed has the rest."""
+    short = dict(make_run().record.spec["recipe"]) | {"duration": 15}
+    rows = summarise(
+        [make_run(recipe=short, overrides=words) for words in (["epochs=15"], ["lr=0.05", "epochs=15"])]
+    )
+    page = text(rows)
+    assert page.count("15 epochs") == 1
+    assert "epochs=15" not in page
+    assert "lr=0.05" in page
+    assert [row["overrides"] for row in json.loads(render(rows, "json"))["rows"]] == [
+        "epochs=15",
+        "lr=0.05 epochs=15",
+    ]
+    (both,) = summarise([stored for row in rows for stored in row.done], across=["overrides"])
+    assert "averaged over overrides: epochs=15, lr=0.05,epochs=15" in text([both])
+
+
 def test_a_spec_that_was_edited_by_hand_breaks_nothing() -> None:
     bad: list[dict[str, Any]] = [
         {"recipe": "none"}, {"recipe": {"duration": "long", "batch_size": "big"}}, {"workers": "two"},

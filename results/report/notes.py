@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from harness.results.metrics import METRICS, NONE, Metric, figures
-from harness.results.report.columns import cost_entry, end_of
+from harness.results.report.columns import cost_entry, end_of, printed_entry
 from harness.results.rows import TIMED, Row, incomparable
 from harness.results.statistics import goal_half, wilson
 from harness.results.values import UNMEASURED
@@ -91,16 +91,6 @@ def _condition_notes(row: Row) -> Noted:
         yield word + f" in {some} of {len(row.done)} runs" * (some < len(row.done)), "device"
 
 
-def disturbed_notes(row: Row) -> Noted:
-    """Whether its seconds are of disturbed epochs."""
-    if disturbed := [result for result in row.results if result.all_disturbed]:
-        causes = ", ".join(dict.fromkeys(cause for result in disturbed for cause in result.interference))
-        some = f"in {len(disturbed)} of {len(row.done)} runs " * (len(disturbed) < len(row.done))
-        of = [name for name in TIMED if row.figures[name].value is not None]
-        of += ["published_epoch_seconds"] * bool(cost_entry(row))
-        yield f"{some}no epoch was undisturbed ({causes}): the seconds are of disturbed ones", *of
-
-
 def comparison_notes(row: Row) -> Iterator[str]:
     """What a reader must know of a row's figures where it is compared with another."""
     if row.evaluated_on == "val":
@@ -111,7 +101,11 @@ def comparison_notes(row: Row) -> Iterator[str]:
 
 
 def _timing_notes(row: Row) -> Noted:
-    yield from disturbed_notes(row)
+    if disturbed := [result for result in row.results if result.all_disturbed]:
+        causes = ", ".join(dict.fromkeys(cause for result in disturbed for cause in result.interference))
+        of = [name for name in TIMED if row.figures[name].value is not None]
+        of += ["published_epoch_seconds"] * bool(cost_entry(row))
+        yield f"no epoch was undisturbed ({causes}): the seconds are of disturbed ones", *of
     concurrent = row.conditions.get("concurrent runs", {}).keys()
     if concurrent - {"1"}:
         yield f"timed with {' or '.join(sorted(concurrent))} runs training at the same time", "epoch_seconds"
@@ -166,6 +160,9 @@ def _published_notes(row: Row) -> Noted:
         yield "; ".join(filter(None, parts)), "published"
         if row.against.reason:
             yield f"no verdict: {row.against.reason}", "verdict"
+    for variant, column in ((row.variant, "published_error"), ("he2015", "paper_error")):
+        if (printed := printed_entry(row, variant)) and printed.dataset != row.fields.get("dataset"):
+            yield f"the error on {printed.dataset}: not compared with that on {row.dataset}", column
     if (cost := cost_entry(row)) and (cost.epoch_seconds or cost.memory_mib):
         evaluated = "; the seconds include evaluation, ours do not" * cost.evaluation_timed
         text = f"on {cost.hardware}, {cost.year}{evaluated}: {cost.source}"

@@ -29,8 +29,8 @@ def lay_out(
     Beside wanted columns stand those that tell rows apart. Raises ValueError for a wanted column that does not exist.
     """
     chosen = find_columns(wanted)
-    every = make_columns()
-    columns = [column for column in every if not column.hidden or column in chosen]
+    known = make_columns()
+    columns = [column for column in known if not column.hidden or column in chosen]
     words = {column.name: [clean(column.text(row)) for row in rows] for column in columns}
     shown, shared = _choose_columns(rows, columns, words)
     if wanted:
@@ -40,14 +40,14 @@ def lay_out(
         shared = [column for column in shared if column not in chosen]
     shown = [column for column in shown if column.name not in without]
     above = [column.name for column in shared]
-    once = {column.name: column.header for column in shown}  # and what stands above
-    once |= {name: next(text for text in words[name] if text != NONE) for name in above}
-    if "limit_train" in above:
-        once["limit_train"] = f"training images: {once['limit_train']}"
-    absent = ({column.name for column in every} if wanted else set(without)) - once.keys()
+    lines = {column.name: [column.header, *words[column.name]] for column in (*shared, *shown)}
+    for name in above:
+        once = next(text for text in words[name] if text != NONE)
+        lines[name][0] = f"training images: {once}" if name == "limit_train" else once
+    order = list(lines)
+    absent = ({column.name for column in known} if wanted else set(without)) - lines.keys()
     forbidding = tuple(text for row in rows for text, _ in incomparable(row))
-    order = [*above, *(column.name for column in shown)]
-    placed: list[tuple[list[tuple[int, int]], str]] = []  # row, or -1 for header and caption; place in `order`
+    placed: list[tuple[list[tuple[int, int]], str]] = []  # line, 0 for header and caption, and place in `order`
     for note, cells in make_notes(rows).items():
         if cells.keys() <= absent:
             if not note.startswith(forbidding):
@@ -56,25 +56,22 @@ def lay_out(
         marks = set[tuple[int, int]]()
         for place, name in enumerate(order):
             if len(marked := cells.get(name, ())) == len(rows):
-                marks.add((-1, place))
+                marks.add((0, place))
             else:  # of some rows: what stands above is of all
-                marks |= {(i, max(place, len(above))) for i in marked}
+                marks |= {(i + 1, max(place, len(above))) for i in marked}
         placed.append((sorted(marks), note))
-    placed.sort(key=lambda note: note[0][:1] or [(len(rows), 0)])  # as a reader meets them
+    placed.sort(key=lambda note: note[0][:1] or [(len(rows) + 1, 0)])  # as a reader meets them
     notes = list[str]()
     for number, (places, note) in enumerate(placed, 1):
         notes.append(f"{add_mark('', number)} {clean(note)}" if places else clean(note))
         for i, place in places:
-            name = order[place]
-            if i < 0:
-                once[name] = add_mark(once[name], number)
-            else:
-                words[name][i] = add_mark(words[name][i], number)
-    heads, right = [once[column.name] for column in shown], [column.right for column in shown]
-    body = list(zip(*(words[column.name] for column in shown), strict=True))
+            line = lines[order[place]]
+            line[i] = add_mark(line[i], number)
+    heads, right = [lines[column.name][0] for column in shown], [column.right for column in shown]
+    body = list(zip(*(lines[column.name][1:] for column in shown), strict=True))
     means = [f"{column.header}: {column.means}" for column in shown if column.means]
     styles = [[style_of(column.name, row) for column in shown] for row in rows]
-    return shown, Sheet(heads, right, body, " · ".join(once[name] for name in above), notes, means, styles)
+    return shown, Sheet(heads, right, body, " · ".join(lines[name][0] for name in above), notes, means, styles)
 
 
 def _choose_columns(
