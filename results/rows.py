@@ -80,21 +80,15 @@ class Row:
         return "test_error" if self.evaluated_on == "val" else "error"
 
     @property
-    def epoch_seconds(self) -> float | None:
-        """Training only, without warm-up."""
-        return self.figures["epoch_seconds"].value
-
-    @property
     def timing(self) -> Timing | None:
         """The timed epochs of all runs together, 0 where the seconds are of disturbed ones; None where a record does not say."""
         timed = [result.timing for result in self.results if result.epoch_seconds is not None]
         known = [timing for timing in timed if timing]
-        fastest = [timing.fastest for timing in known if timing.fastest is not None]
-        slowest = [timing.slowest for timing in known if timing.slowest is not None]
         if len(known) < len(timed) or not timed:
             return None
-        low, high = min(fastest, default=None), max(slowest, default=None)
-        return Timing(epochs=sum(timing.epochs for timing in known), fastest=low, slowest=high)
+        fastest = min((timing.fastest for timing in known if timing.fastest is not None), default=None)
+        slowest = max((timing.slowest for timing in known if timing.slowest is not None), default=None)
+        return Timing(epochs=sum(timing.epochs for timing in known), fastest=fastest, slowest=slowest)
 
     @property
     def best_minus_last(self) -> float | None:

@@ -592,6 +592,24 @@ def test_differences_have_their_thousands_apart() -> None:
     ]
 
 
+def test_rows_that_are_named_alike_are_told_apart() -> None:
+    """By the fewest fields, in the table, its notes and the lines of --fail-on; by none where names suffice."""
+    runs = [make_run(s, 8.0 + s / 10, loader=x) for x in ("dali", "resident") for s in range(3)]
+    pairs = compare(summarise(runs), summarise(runs))
+    assert [pair.name for pair in pairs] == [f"msra-20 cifar10 loader {loader}" for loader in ("dali", "resident")]
+    assert "msra-20 cifar10 loader dali  " in render_comparison(pairs)
+    widths = [make_run(s, 8.0 + s / 10, loader="dali", workers=2) for s in range(3)]
+    pairs = compare_by(summarise([*runs, *widths]), "workers")
+    assert [pair.name for pair in pairs if pair.b] == ["msra-20 cifar10 loader dali"]
+    (by,) = compare_by(summarise(runs), "loader")
+    assert by.name == "msra-20 cifar10"
+    depths = [make_run(s, depth=d, loader=x) for x, d in (("dali", 20), ("resident", 32)) for s in range(3)]
+    assert [p.name for p in compare(summarise(depths), summarise(depths))] == [
+        "msra-20 cifar10",
+        "msra-32 cifar10",
+    ]
+
+
 def test_disturbed_seconds_decide_nothing() -> None:
     timing = {"epochs": 0, "fastest": None, "slowest": None}
     busy = {"timing": timing, "interference": ("it swapped",)}
@@ -601,6 +619,10 @@ def test_disturbed_seconds_decide_nothing() -> None:
         (seconds,) = [figure for figure in pairs[0].figures if figure.metric.name == "epoch_seconds"]
         assert seconds.difference == pytest.approx(100 * (9.1 / 4.6 - 1))
         assert seconds.verdict == word
+        busily = word == "cannot tell"
+        assert ("cannot tell: disturbed epochs\n" in render_comparison(pairs, width=200)) == busily
+        figures = json.loads(render_comparison(pairs, "json"))["pairs"][0]["figures"]
+        assert [figure["disturbed"] for figure in figures] == [False, busily]
         gate = check_conditions(pairs, parse_fail_on("epoch_seconds>5%"))
         assert (len(gate.failed), len(gate.unclear)) == ((0, 1) if word == "cannot tell" else (1, 0))
 

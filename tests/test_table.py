@@ -201,7 +201,7 @@ def test_medians_peaks_and_missing_readings() -> None:
         )
         runs.append(make_run(seed, result={"epoch_seconds": seconds, "memory": memory}))
     (row,) = summarise(runs)
-    assert row.epoch_seconds == 5.0
+    assert row.figures["epoch_seconds"].value == 5.0
     assert row.figures["torch_allocated_mib"].value == 402.0
     assert (row.figures["nvml_process_mib"].value, row.figures["nvml_process_mib"].reason) == (None, none.reason)
     page = text([row])
@@ -578,8 +578,8 @@ def test_a_run_whose_width_changed_is_averaged_with_no_other() -> None:
     steady = [make_run(seed, workers=2, result={"workers": 2}) for seed in (0, 1)]
     changed = make_run(2, workers=2, result={"workers": 2, "widths": (2, 1), "epoch_seconds": 9.0})
     plain, elastic = summarise([*steady, changed])
-    assert (plain.epoch_seconds, len(plain.done)) == (4.5, 2)
-    assert (elastic.epoch_seconds, len(elastic.done)) == (9.0, 1)
+    assert (plain.figures["epoch_seconds"].value, len(plain.done)) == (4.5, 2)
+    assert (elastic.figures["epoch_seconds"].value, len(elastic.done)) == (9.0, 1)
     page = text([plain, elastic])
     assert "widths=2→1" in page
     assert "world size 2→1: the cluster had no room for 2 workers" in page

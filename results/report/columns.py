@@ -81,8 +81,8 @@ def cost_entry(row: Row) -> Published | None:
 
 
 def _ratio(row: Row) -> float | None:
-    seconds, unlike = find(row, "cost.epoch_seconds"), find(row, "cost.evaluation_timed")
-    return seconds / row.epoch_seconds if seconds and row.epoch_seconds and not unlike else None
+    ours, theirs = row.figures["epoch_seconds"].value, find(row, "cost.epoch_seconds")
+    return theirs / ours if theirs and ours and not find(row, "cost.evaluation_timed") else None
 
 
 def end_of(run: Stored | Interrupted) -> str:
@@ -115,11 +115,6 @@ DERIVED: dict[str, Callable[[Row], Any]] = {
 
 def _images(row: Row) -> str:
     return "/".join(f"{int(n):,}" if n.isdecimal() else "all" for n in row.text("limit_train").split("/"))
-
-
-def _changed(row: Row) -> str:
-    """But for the number of epochs, which `duration` says."""
-    return rounded(", ".join(t for t in _overrides(row) if not t.removeprefix("epochs=").isdecimal())) or NONE
 
 
 def _width(row: Row) -> str:
@@ -180,7 +175,10 @@ TEXT: dict[str, Callable[[Row], str]] = {
     "depth": lambda row: row.text("network.depth", str(row.depth)) if row.depth else NONE,
     "network": lambda row: f"{row.variant} {row.depth:06}",  # of the page, which sorts by it
     "limit_train": _images,
-    "overrides": _changed,
+    # `duration` says the number of epochs
+    "overrides": lambda row: (
+        rounded(", ".join(t for t in _overrides(row) if not t.removeprefix("epochs=").isdecimal())) or NONE
+    ),
     "workers": _width,
     "differs": lambda row: ", ".join(f"{name}={text}" for name, text in row.differs.items()) or NONE,
     "n": _runs,

@@ -141,7 +141,7 @@ DEFINITIONS = (
     "A, B: over n runs, as in harness report: mean ± std of errors, median of seconds, maximum of memory",
     "B − A: their difference: in points for percentages, in percent of A for everything else",
     "interval: the 90 % interval on which the verdict rests; of errors: on these test images",
-    "verdict: equivalent where the interval lies within the margin, different where it lies beyond it",
+    "verdict: equivalent where the interval lies within the margin, different where it lies beyond it; none on disturbed epochs",
 )
 HEADERS = ["what", "metric", "n", "A", "B", "B − A", "interval", "margin", "verdict"]
 COLOURS = {"equivalent": "green", "different": "red"}
@@ -163,7 +163,7 @@ def render_comparison(
     both = [pair for pair in pairs if pair.a and pair.b]
     shared = set.intersection(*({(n, *v) for n, v in pair.differs.items()} for pair in both)) if both else set()
     caption = "B against A: " + (", ".join(f"{n} {a} → {b}" for n, a, b in sorted(shared)) or "same settings")
-    cells = [line for pair in pairs for line in _lines(pair, {name for name, *_ in shared})]
+    cells = [line for pair in pairs for line in _lines(pair, {*pair.apart, *(name for name, *_ in shared)})]
     right = [name not in ("what", "metric", "verdict") for name in HEADERS]
     notes = [clean(f"{pair.name}: {problem}") for pair in pairs for problem in (*pair.problems(), *_notes(pair))]
     styles = [["bold", *[""] * 7, COLOURS.get(line[-1], "")] for line in cells]
@@ -181,7 +181,7 @@ def _lines(pair: Pair, named: set[str]) -> Iterator[list[str]]:
             what if number == 0 else "", metric.heading, f"{figure.a.n}, {figure.b.n}", metric.summary(figure.a),
             metric.summary(figure.b), NONE if figure.difference is None else f"{signed(figure.difference)}{unit}",
             NONE if interval is None else f"{signed(interval.low)} … {signed(interval.high)}",
-            *([NONE, NONE] if margin is None else [f"±{margin:g}{unit}", figure.verdict]),
+            *([NONE, NONE] if margin is None else [f"±{margin:g}{unit}", figure.verdict + ": disturbed epochs" * figure.disturbed]),
         ]  # fmt: skip
     if not pair.figures:
         counts = ", ".join(str(len(side.done)) if side else NONE for side in (pair.a, pair.b))
@@ -196,7 +196,7 @@ def _notes(pair: Pair) -> list[str]:
 
 def _plain_pair(pair: Pair) -> dict[str, Any]:
     return {
-        "a": pair.a and pair.a.name, "b": pair.b and pair.b.name, "differs": pair.differs,
+        "name": pair.name, "a": pair.a and pair.a.name, "b": pair.b and pair.b.name, "differs": pair.differs,
         "problems": list(pair.problems()), "notes": _notes(pair), "figures": list(map(_plain_figure, pair.figures)),
     }  # fmt: skip
 
@@ -206,5 +206,5 @@ def _plain_figure(figure: Comparison) -> dict[str, Any]:
     sides = {side: {"n": f.n, "value": f.value, "std": f.std} for side, f in (("a", figure.a), ("b", figure.b))}
     return {
         "metric": metric.name, "unit": "percent" if metric.relative else "points", **sides, "difference": figure.difference,
-        "interval": figure.interval, "margin": metric.margin, "verdict": figure.verdict, "test": figure.how,
+        "interval": figure.interval, "margin": metric.margin, "verdict": figure.verdict, "disturbed": figure.disturbed, "test": figure.how,
     }  # fmt: skip
