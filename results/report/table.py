@@ -45,7 +45,7 @@ def lay_out(
         once = next(text for text in words[name] if text != NONE)
         lines[name][0] = f"training images: {once}" if name == "limit_train" else once
     order = list(lines)
-    absent = ({column.name for column in known} if wanted else set(without)) - lines.keys()
+    absent = {c.name for c in known if wanted or c.hidden or c.name in without} - lines.keys()
     forbidding = tuple(text for row in rows for text, _ in incomparable(row))
     placed: list[tuple[list[tuple[int, int]], str]] = []  # line, 0 for header and caption, and place in `order`
     for note, cells in make_notes(rows).items():
