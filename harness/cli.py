@@ -134,7 +134,7 @@ def report(commands: Any, console: Any, options: groups.ReportOptions, paths: Re
 
 @command("report", groups.CompareOptions)
 def compare(commands: Any, console: Any, options: groups.CompareOptions, paths: Sides) -> Any:
-    """Compare two sets of runs: better, worse or the same?"""
+    """Compare two sets of runs: equivalent or different?"""
     return commands.print_comparison(commands.find_results(paths), console, options)
 
 

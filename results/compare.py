@@ -90,12 +90,14 @@ class Pair(NamedTuple):
     differs: Mapping[str, tuple[str, str]] = {}  # field -> its value in A and in B
     figures: tuple[Comparison, ...] = ()
     unlike: Mapping[str, tuple[str, str]] = {}  # machines and versions, unchosen
+    apart: Sequence[str] = ()  # fields that tell it from others of its networks and images
 
     @property
     def name(self) -> str:
-        """ "msra-20 → msra-32 digits" """
+        """ "msra-20 → msra-32 digits", "msra-20 digits loader dali" """
         rows = [row for row in (self.a, self.b) if row]
-        parts = ([row.name for row in rows], [row.dataset for row in rows])
+        apart = ([f"{name} {row.text(name)}" for row in rows] for name in self.apart)
+        parts = ([row.name for row in rows], [row.dataset for row in rows], *apart)
         return " ".join(" → ".join(dict.fromkeys(part)) for part in parts)
 
     def problems(self) -> Iterator[str]:
@@ -120,8 +122,8 @@ class Pair(NamedTuple):
 
 def signed(value: float) -> str:
     """Two digits with their sign, 0.00 without."""
-    text = f"{value:+.2f}"
-    return text.replace("-", "−") if float(text) else "0.00"
+    text = f"{value:+,.2f}".replace("-", "−")
+    return "0.00" if text[1:] == "0.00" else text
 
 
 # --- which rows are compared ---
@@ -219,7 +221,12 @@ def _compare_all(matched: Sequence[Matched], metrics: Sequence[str], overlooked:
     rows = {id(row): row for both in matched for row in both if row and row.done}.values()
     spread = {name: _find_scatter(rows, name) for name, metric in METRICS.items() if metric.kind == "error"}
     of = sum(None not in both for both in matched)
-    return [_pair(x, y, metrics, tuple(overlooked), spread, of) if x and y else Pair(x, y) for x, y in matched]
+    pairs = [_pair(x, y, metrics, tuple(overlooked), spread, of) if x and y else Pair(x, y) for x, y in matched]
+    rows, apart = [x or y for x, y in matched], ["variant", "network.depth", "label"]
+    for name in dict.fromkeys(n for row in rows if row for n in (*FIELDS["shown"], *row.fields)):
+        before, after = ({_key(row, names) for row in rows if row} for names in (apart, [*apart, name]))
+        apart += [name] * (len(after) > len(before))
+    return [pair._replace(apart=apart[3:]) for pair in pairs]
 
 
 def nearest(pairs: Sequence[Pair]) -> list[str]:

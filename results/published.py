@@ -80,7 +80,7 @@ def _load_pins() -> dict[str, Any]:
 
 
 @cache
-def find_published(dataset: str, variant: str, depth: int) -> Published | None:
-    """The published number that may stand beside runs of this variant on this data set: the first of its recipe."""
-    wanted = (dataset, variant, depth, "same")
-    return next((e for e in load_published() if (e.dataset, e.variant, e.depth, e.recipe) == wanted), None)
+def find_published(dataset: str | None, variant: str, depth: int) -> Published | None:
+    """The published number that may stand beside runs of this variant on this data set, or on any: the first of its recipe."""
+    of = (e for e in load_published() if (e.variant, e.depth, e.recipe) == (variant, depth, "same"))
+    return next((e for e in of if dataset in (None, e.dataset)), None)

@@ -24,7 +24,7 @@ from harness.results.store import Interrupted, Stored, collector_paused
 from harness.results.values import Prediction, Record, RunResult, Timing, flatten, setting
 from harness.words import unknown
 
-TIMED = ("epoch_seconds", "images_per_second", "mfu")  # metrics of timed epochs
+TIMED = ("epoch_seconds", "images_per_second", "mfu", "data_stall_percent")  # metrics of timed epochs
 FIELDS = tomllib.loads(Path(__file__).with_name("fields.toml").read_text(encoding="utf-8"))
 
 
@@ -51,6 +51,7 @@ class Row:
     pruned: tuple[Stored, ...]  # by a search, before their end
     interrupted: tuple[Interrupted, ...]
     repeated: int  # earlier runs of seeds that are counted once
+    results: Sequence[RunResult]  # of the runs that are done: `_undisturbed`
 
     figures: Mapping[str, Figure]  # by the names of `METRICS`
     by_category_mib: Mapping[str, float]  # of the run that used most memory
@@ -69,11 +70,6 @@ class Row:
         return {name: values for name, values in self.across.items() if len(values) > 1}
 
     @property
-    def results(self) -> list[RunResult]:
-        """Of the runs that are done."""
-        return [stored.record.result for stored in self.done if stored.record.result is not None]
-
-    @property
     def error(self) -> float | None:
         """Of the last epoch, in percent."""
         return self.figures["error"].value
@@ -84,20 +80,15 @@ class Row:
         return "test_error" if self.evaluated_on == "val" else "error"
 
     @property
-    def epoch_seconds(self) -> float | None:
-        """Training only, without warm-up."""
-        return self.figures["epoch_seconds"].value
-
-    @property
     def timing(self) -> Timing | None:
-        """The timed epochs of all runs together; None where a record does not say, or none was timed."""
+        """The timed epochs of all runs together, 0 where the seconds are of disturbed ones; None where a record does not say."""
         timed = [result.timing for result in self.results if result.epoch_seconds is not None]
         known = [timing for timing in timed if timing]
-        fastest = [timing.fastest for timing in known if timing.fastest is not None]
-        slowest = [timing.slowest for timing in known if timing.slowest is not None]
-        if len(known) < len(timed) or not (fastest and slowest):
+        if len(known) < len(timed) or not timed:
             return None
-        return Timing(epochs=sum(timing.epochs for timing in known), fastest=min(fastest), slowest=max(slowest))
+        fastest = min((timing.fastest for timing in known if timing.fastest is not None), default=None)
+        slowest = max((timing.slowest for timing in known if timing.slowest is not None), default=None)
+        return Timing(epochs=sum(timing.epochs for timing in known), fastest=fastest, slowest=slowest)
 
     @property
     def best_minus_last(self) -> float | None:
@@ -131,8 +122,8 @@ class Row:
 
     def measured(self, name: str) -> list[tuple[Record, float]]:
         """Each run that measured a metric, and its figure; the planned runs first."""
-        known = [(run.record, METRICS[name].value(run.record.result)) for run in self.done if run.record.result]
-        return [(record, value) for record, value in known if value is not None]
+        known = zip(self.done, map(METRICS[name].value, self.results), strict=True)
+        return [(run.record, value) for run, value in known if value is not None]
 
     def values(self, name: str) -> list[float]:
         """A metric of each run that measured it; the planned ones first."""
@@ -226,7 +217,7 @@ def _make_row(fields: dict[str, str], members: Sequence[_Member], across: Sequen
     waiting = [run for run, _ in members if isinstance(run, Interrupted) and run.spec not in specs]
     interrupted = tuple({repr(run.spec): run for run in waiting}.values())  # each once
     values = {n: tuple(dict.fromkeys(v for _, every in members for m, v in every if m == n)) for n in across}
-    results = [run.record.result for run in done if run.record.result]
+    results = _undisturbed([run.record.result for run in done if run.record.result])
     known = [run.record for run in (*done, *failed, *pruned)]
     about = known[0] if known else interrupted[0]
     noted: dict[str, Counter[str]] = defaultdict(Counter)
@@ -241,10 +232,18 @@ def _make_row(fields: dict[str, str], members: Sequence[_Member], across: Sequen
         device=device, workers=setting(spec, "workers", int) or 1,
         batch_size=setting(spec, "recipe.batch_size", int) or (results[0].batch_size if results else 0),
         spec=spec, fields=fields, across=values, conditions=noted, done=tuple(done), failed=failed, pruned=pruned,
-        interrupted=interrupted, repeated=sum(run.record.result is not None for run, _ in stored) - len(done),
+        interrupted=interrupted, repeated=sum(run.record.result is not None for run, _ in stored) - len(done), results=results,
         figures={name: metric.summarise(results) for name, metric in METRICS.items()},
         by_category_mib=max((r.memory.by_category_mib for r in results), key=lambda c: sum(c.values()), default={}),
     )  # fmt: skip
+
+
+def _undisturbed(results: Sequence[RunResult]) -> Sequence[RunResult]:
+    """Runs of a row; where some have undisturbed epochs, the others are as if no epoch was timed."""
+    if all(result.all_disturbed or result.epoch_seconds is None for result in results):
+        return results
+    nothing = dict.fromkeys(("epoch_seconds", "images_per_second", "data_stall_percent"))
+    return [result.model_copy(update=nothing) if result.all_disturbed else result for result in results]
 
 
 # --- beside published errors ---

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from harness.results.values import EpochMetrics, Prediction, Record, Timing, setting
+from harness.results.values import EpochMetrics, Prediction, Record, Timing, setting, timed_epochs
 
 RECORD, EPOCHS, SPEC, WEIGHTS = "record.json", "epochs.jsonl", "spec.json", "weights.safetensors"
 SWEEP = "sweep.json"  # of a search: its settings
@@ -149,7 +149,7 @@ def finish(out: Path, record: Record) -> Path:
     folder, final, result = partial_dir(out, record.name), out / record.name, record.result
     folder.mkdir(parents=True, exist_ok=True)
     if result and result.epochs:
-        timed = [epoch for epoch in result.epochs if epoch.timed]
+        timed = timed_epochs(result.epochs)
         seconds, waiting = (sum(getattr(e, n) for e in timed) for n in ("train_seconds", "data_stall_seconds"))
         known = {
             "timing": time_epochs(result.epochs),

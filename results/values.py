@@ -147,7 +147,7 @@ class RunResult(Value):
     warmup_epochs: int  # untimed epochs at the start
     eval_seconds: float | None
     images_per_second: float | None
-    data_stall_percent: float | None = None  # of the timed epochs' train_seconds; filled in by `store.finish`
+    data_stall_percent: float | None = None  # of the train_seconds of `timed_epochs`; filled in by `store.finish`
     setup_seconds: float  # from entering the train function to the first training step: data, network, engine
     launch_seconds: float | None = None  # from submitting the run to entering the train function
     train_seconds: float  # sum over epochs
@@ -176,13 +176,14 @@ class RunResult(Value):
         return 100 - self.final_error
 
     @property
-    def mfu(self) -> float | None:
+    def mfu(self) -> Measurement:
         """Model FLOPs utilisation in percent (arXiv:2204.02311, appendix B). Training is three forward passes: backward
-        takes a product for the inputs and one for the weights. None above 100: the peak was measured on a busy device."""
+        takes a product for the inputs and one for the weights."""
         if self.images_per_second is None or self.forward_flops is None or self.peak_flops is None:
-            return None
+            return UNMEASURED if self.images_per_second else Measurement(value=None, reason="no epoch was timed")
         share = 100 * 3 * self.forward_flops * self.images_per_second / (self.workers * self.peak_flops)
-        return share if share <= 100 else None
+        busy = "faster than the measured peak, perhaps of a busy device: `harness check` measures it again"
+        return measured(share if share <= 100 else None, busy)
 
     @property
     def all_disturbed(self) -> bool:
@@ -194,10 +195,14 @@ class RunResult(Value):
         return None if self.test_error is None else 100 - self.test_error
 
 
+def timed_epochs(epochs: Sequence[EpochMetrics]) -> list[EpochMetrics]:
+    """Those that seconds are of. Where every epoch was disturbed, they are shown, with a note: `all_disturbed`."""
+    return [e for e in epochs if e.timed] or [e for e in epochs if e.untimed.startswith("interference")]
+
+
 def summarise_epochs(epochs: Sequence[EpochMetrics]) -> dict[str, Any]:
     """The figures of a RunResult that follow from its epochs alone."""
-    # where every epoch was disturbed, their seconds are shown, with a note: `all_disturbed`
-    timed = [e for e in epochs if e.timed] or [e for e in epochs if e.untimed.startswith("interference")]
+    timed = timed_epochs(epochs)
     seconds = median([epoch.train_seconds for epoch in timed]) if timed else None
     best = min(epochs, key=lambda epoch: epoch.error)
     return {

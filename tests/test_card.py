@@ -70,7 +70,7 @@ def test_the_card_of_a_run_loads_its_weights_and_trains_it_again(
     assert "180 epochs" not in card
     assert "Changed here: epochs=2" in card
     assert ("MFU over" in card) == (
-        record.result.mfu is not None
+        record.result.mfu.value is not None
     )  # none beside a peak that was measured on a busy CPU
     monkeypatch.chdir(folder)
     commands = [row.strip() for row in card.splitlines() if row.startswith("    harness ")]

@@ -26,6 +26,7 @@ from harness.results.compare import (
     judge,
     nearest,
     parse_fail_on,
+    signed,
 )
 from harness.results.explain import why
 from harness.results.metrics import METRICS, Figure
@@ -582,6 +583,33 @@ def test_a_recipes_field_is_compared_though_the_overrides_name_it() -> None:
     assert not list(pair.problems())
 
 
+def test_differences_have_their_thousands_apart() -> None:
+    assert [signed(value) for value in (1136.14, -1136.14, 0.004, -0.001)] == [
+        "+1,136.14",
+        "−1,136.14",
+        "0.00",
+        "0.00",
+    ]
+
+
+def test_rows_that_are_named_alike_are_told_apart() -> None:
+    """By the fewest fields, in the table, its notes and the lines of --fail-on; by none where names suffice."""
+    runs = [make_run(s, 8.0 + s / 10, loader=x) for x in ("dali", "resident") for s in range(3)]
+    pairs = compare(summarise(runs), summarise(runs))
+    assert [pair.name for pair in pairs] == [f"msra-20 cifar10 loader {loader}" for loader in ("dali", "resident")]
+    assert "msra-20 cifar10 loader dali  " in render_comparison(pairs)
+    widths = [make_run(s, 8.0 + s / 10, loader="dali", workers=2) for s in range(3)]
+    pairs = compare_by(summarise([*runs, *widths]), "workers")
+    assert [pair.name for pair in pairs if pair.b] == ["msra-20 cifar10 loader dali"]
+    (by,) = compare_by(summarise(runs), "loader")
+    assert by.name == "msra-20 cifar10"
+    depths = [make_run(s, depth=d, loader=x) for x, d in (("dali", 20), ("resident", 32)) for s in range(3)]
+    assert [p.name for p in compare(summarise(depths), summarise(depths))] == [
+        "msra-20 cifar10",
+        "msra-32 cifar10",
+    ]
+
+
 def test_disturbed_seconds_decide_nothing() -> None:
     timing = {"epochs": 0, "fastest": None, "slowest": None}
     busy = {"timing": timing, "interference": ("it swapped",)}
@@ -591,6 +619,10 @@ def test_disturbed_seconds_decide_nothing() -> None:
         (seconds,) = [figure for figure in pairs[0].figures if figure.metric.name == "epoch_seconds"]
         assert seconds.difference == pytest.approx(100 * (9.1 / 4.6 - 1))
         assert seconds.verdict == word
+        busily = word == "cannot tell"
+        assert ("cannot tell: disturbed epochs\n" in render_comparison(pairs, width=200)) == busily
+        figures = json.loads(render_comparison(pairs, "json"))["pairs"][0]["figures"]
+        assert [figure["disturbed"] for figure in figures] == [False, busily]
         gate = check_conditions(pairs, parse_fail_on("epoch_seconds>5%"))
         assert (len(gate.failed), len(gate.unclear)) == ((0, 1) if word == "cannot tell" else (1, 0))
 
@@ -627,7 +659,7 @@ def test_why_names_records_epochs_and_formula(tmp_path: Path) -> None:
         "error % 8.40 ± 0.14 = top-1 error after the last epoch, mean ± std (n − 1) over the seeds\n  seed 0: 8.30, seed 1: 8.50",
         f"seed 0: {runs[0].folder}",
         "best epoch 170", "published 8.29 %", "no verdict: fewer than 3 seeds",
-        "3 epochs timed, 4.5 to 4.6 s; left out: 1 warm-up, 1 interference: it swapped, 1 for no known reason\n",
+        "3 epochs timed, 4.5 to 4.6 s; left out: 1 (warm-up), 1 (interference: it swapped), 1 (no known reason)\n",
         "NVML MiB 1,890", "network.depth = 20",
     ):  # fmt: skip
         assert words in text

@@ -17,6 +17,7 @@ from torch import nn
 from harness.cluster.job import Allocation, Worker
 from harness.models.build import build, count_flops
 from harness.models.variants import find_variant
+from harness.results.metrics import METRICS
 from harness.results.store import load_records
 from harness.training import rates
 from harness.training.rates import find_peak, load_data_sheets, measure_peak
@@ -43,10 +44,11 @@ def test_flops_of_any_module_are_counted_and_its_state_is_left_alone() -> None:
 def test_mfu_is_three_forward_passes_over_the_peak_of_all_workers() -> None:
     work = {"forward_flops": 80_000_000, "peak_flops": 1e12, "peak_source": "data sheet"}
     result = make_record(0, 8.0).result.model_copy(update=work | {"images_per_second": 5_000.0, "workers": 2})
-    assert result.mfu == pytest.approx(100 * 3 * 8e7 * 5_000 / 2e12)
-    assert result.model_copy(update={"peak_flops": None}).mfu is None
-    assert result.model_copy(update={"images_per_second": None}).mfu is None
-    assert result.model_copy(update={"peak_flops": 5e11}).mfu is None, (
+    assert result.mfu.value == pytest.approx(100 * 3 * 8e7 * 5_000 / 2e12)
+    assert result.model_copy(update={"peak_flops": None}).mfu.value is None
+    untimed = result.model_copy(update={"images_per_second": None})
+    assert METRICS["mfu"].measure(untimed).model_dump() == {"value": None, "reason": "no epoch was timed"}
+    assert result.model_copy(update={"peak_flops": 5e11}).mfu.value is None, (
         "above 100: that peak was measured on a busy device"
     )
 
@@ -118,15 +120,15 @@ def test_a_run_knows_its_work_and_every_table_has_mfu(runs: Path, capsys: Any) -
     result, network = stored.record.result, find_variant("msra")(8).network
     assert result.forward_flops == count_flops(build(network, 10), 32)
     assert result.peak_source.startswith("measured")
-    assert 0 < result.mfu < 150
+    assert 0 < result.mfu.value < 150
     _, table, _ = harness(f"report {runs}", capsys)
     assert "MFU %" in table
     assert f"TFLOP/s a worker: {result.device}, measured, products" in " ".join(table.split())
     _, text, _ = harness(f"report {runs} --format csv", capsys)
     (row,) = csv.DictReader(io.StringIO(text))
-    assert float(row["mfu"]) == pytest.approx(result.mfu)
+    assert float(row["mfu"]) == pytest.approx(result.mfu.value)
     _, text, _ = harness(f"report {runs} --format json", capsys)
-    assert json.loads(text)["rows"][0]["mfu"] == pytest.approx(result.mfu)
+    assert json.loads(text)["rows"][0]["mfu"] == pytest.approx(result.mfu.value)
     assert "MFU %" in (runs / "report.html").read_text()
 
 
@@ -144,5 +146,5 @@ def test_a_network_that_cannot_be_counted_costs_the_figure_not_the_run(
         code, *_ = harness(f"{line} --out {tmp_path}", capsys)
     assert code == 0
     (stored,) = load_records([tmp_path]).records
-    assert stored.record.result.mfu is None
+    assert stored.record.result.mfu.value is None
     assert any("no formula" in warning for warning in stored.record.result.warnings)

@@ -172,6 +172,13 @@ def test_the_networks_of_a_preset_on_other_images(store: Store, capsys: Any) -> 
     )
     code, out, _ = harness("report --preset cfmz", capsys)
     assert (code, "not run yet: msra-20," in out, "not run yet: msra-32," in out) == (0, False, True)
+    (row,) = (words for line in out.splitlines() if (words := line.split())[:1] == ["20"])
+    assert "8.29" in row, "as printed by the source, whatever the images"
+    assert "TITAN" not in out
+    assert "521" not in row, "costs are of as many images of that size"
+    said = "the error on cifar10: not compared with that on cifar10"  # of a label that is invented
+    assert said in out
+    assert said not in harness("report", capsys)[1], "a table without that column"
     assert (
         "convnet-8 on cifar10 is not judged: its images are not those of cifar2"
         in harness("report --preset convnet", capsys)[1]

@@ -102,6 +102,13 @@ def test_wait_share_leaves_untimed_epochs_out(tmp_path: Path) -> None:
     record = store.load_records([folder]).records[0].record
     assert record.result is not None
     assert record.result.data_stall_percent == pytest.approx(25.0)
+    disturbed = make_epoch(
+        2, data_stall_seconds=2.0, train_seconds=4.0, timed=False, untimed="interference: it swapped"
+    )
+    folder = store.finish(tmp_path, make_record(result=make_stored_result(epochs=(epochs[0], disturbed))))
+    again = store.load_records([folder]).records[0].record.result
+    assert again is not None
+    assert again.data_stall_percent == pytest.approx(50.0), "of the same epochs as the seconds"
 
 
 def test_running_again_keeps_what_was_stored(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from harness.results.explain import why
 from harness.results.metrics import Figure
 from harness.results.published import find_published
 from harness.results.report.notes import make_notes
+from harness.results.report.page import make_page
 from harness.results.report.table import Format, render
 from harness.results.report.text import Sheet, for_terminal
-from harness.results.rows import Row, flatten_spec, summarise
+from harness.results.rows import TIMED, Row, flatten_spec, summarise
 from harness.results.store import Interrupted, Stored
 from harness.results.values import Failure, Measurement, Record, RunResult
 from harness.until_ci import Known
@@ -200,7 +201,7 @@ def test_medians_peaks_and_missing_readings() -> None:
         )
         runs.append(make_run(seed, result={"epoch_seconds": seconds, "memory": memory}))
     (row,) = summarise(runs)
-    assert row.epoch_seconds == 5.0
+    assert row.figures["epoch_seconds"].value == 5.0
     assert row.figures["torch_allocated_mib"].value == 402.0
     assert (row.figures["nvml_process_mib"].value, row.figures["nvml_process_mib"].reason) == (None, none.reason)
     page = text([row])
@@ -328,13 +329,13 @@ PART = {"limit_train": 5000}
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (PART, "20 all 8.40 ± 0.00"), (PART, "20 5,000¹ 8.40 ± 0.00"), ({"overrides": ["lr=0.05"]}, "20 lr=0.05 8.40 ± 0.00"),
+        (PART, "20 all 8.40 ± 0.00"), (PART, "20 5,000² 8.40 ± 0.00"), ({"overrides": ["lr=0.05"]}, "20 lr=0.05 8.40 ± 0.00"),
         ({"torch": "2.11.0"}, "20 torch=2.11.0 8.40 ± 0.00"), ({"variant": "he2015"}, "20 he2015 8.40 ± 0.00"),
     ],
 )  # fmt: skip
 def test_chosen_columns_do_not_hide_what_tells_rows_apart(change: dict[str, Any], words: str) -> None:
     rows = summarise([make_run(seed, **more) for more in ({}, change) for seed in range(2)])
-    page = " ".join(text(rows, columns=("depth", "error")).replace("²", "").split())
+    page = " ".join(text(rows, columns=("depth", "error")).replace("¹", "").split())
     assert words in page
     assert ("trained on a part of the training set: not compared" in page) == (change == PART)
     assert render(rows, "csv", columns=("depth",)).startswith("depth\n"), "a program gets what it asked for"
@@ -419,15 +420,33 @@ def test_the_whole_page() -> None:
     page = text(summarise(runs))
     assert page.split("\n\n")[:2] == [
         "cifar10 · 180 epochs · dali · eager · 1×128 · NVIDIA H200",
-        "variant  depth  precision  params  n     error %⁵  best %  best − last    published¹  verdict      s/epoch  published s³   img/s  data wait %  alloc  resvd   NVML  published MiB³\n"
+        "variant  depth  precision  params  n     error %¹  best %  best − last    published²  verdict      s/epoch  published s³   img/s  data wait %  alloc  resvd   NVML  published MiB³\n"
         "───────  ─────  ─────────  ──────  ─  ───────────  ──────  ───────────  ────────────  ───────────  ───────  ────────────  ──────  ───────────  ─────  ─────  ─────  ──────────────\n"
-        "msra        20  bf16        0.27M  3  8.40 ± 0.00    8.20        −0.20  8.29 (+0.11)  not judged²     4.50  11 s (2.44×)  11,111          1.2    417    512  1,890         521 MiB\n"
-        "msra        20  fp32        0.27M  2  8.40 ± 0.14    8.20        −0.20  8.29 (+0.11)  not judged⁴     4.50  11 s (2.44×)  11,111          1.2    417    512  1,890         521 MiB\n"
-        "msra        56  fp32        0.27M  2  6.40 ± 0.14    6.20        −0.20  6.31 (+0.09)  not judged⁴     4.50  30 s (6.67×)  11,111          1.2    417    512  1,890         860 MiB",
+        "msra        20  bf16        0.27M  3  8.40 ± 0.00    8.20        −0.20  8.29 (+0.11)  not judged⁴     4.50  11 s (2.44×)  11,111          1.2    417    512  1,890         521 MiB\n"
+        "msra        20  fp32        0.27M  2  8.40 ± 0.14    8.20        −0.20  8.29 (+0.11)  not judged⁵     4.50  11 s (2.44×)  11,111          1.2    417    512  1,890         521 MiB\n"
+        "msra        56  fp32        0.27M  2  6.40 ± 0.14    6.20        −0.20  6.31 (+0.09)  not judged⁵     4.50  30 s (6.67×)  11,111          1.2    417    512  1,890         860 MiB",
     ]
     assert render(summarise(runs), "markdown").splitlines()[4] == (
-        "| msra      |      20 | bf16        |    0.27M |   3 | 8.40 ± 0.00 |     8.20 |         −0.20 | 8.29 (+0.11) | not judged² |      4.50 |   11 s (2.44×) |  11,111 |           1.2 |     417 |     512 |  1,890 |          521 MiB |"
+        "| msra      |      20 | bf16        |    0.27M |   3 | 8.40 ± 0.00 |     8.20 |         −0.20 | 8.29 (+0.11) | not judged⁴ |      4.50 |   11 s (2.44×) |  11,111 |           1.2 |     417 |     512 |  1,890 |          521 MiB |"
     )
+
+
+def test_the_length_of_a_run_is_said_once() -> None:
+    """In the column of its epochs, or above the table; the column of what was changed has the rest."""
+    short = dict(make_run().record.spec["recipe"]) | {"duration": 15}
+    rows = summarise(
+        [make_run(recipe=short, overrides=words) for words in (["epochs=15"], ["lr=0.05", "epochs=15"])]
+    )
+    page = text(rows)
+    assert page.count("15 epochs") == 1
+    assert "epochs=15" not in page
+    assert "lr=0.05" in page
+    assert [row["overrides"] for row in json.loads(render(rows, "json"))["rows"]] == [
+        "epochs=15",
+        "lr=0.05 epochs=15",
+    ]
+    (both,) = summarise([stored for row in rows for stored in row.done], across=["overrides"])
+    assert "averaged over overrides: epochs=15, lr=0.05,epochs=15" in text([both])
 
 
 def test_a_spec_that_was_edited_by_hand_breaks_nothing() -> None:
@@ -501,20 +520,69 @@ def test_seconds_of_disturbed_epochs_say_so() -> None:
     notes = make_notes(summarise(disturbed))
     (said,) = (text for text in notes if "it swapped" in text)
     assert said == "no epoch was undisturbed (it swapped): the seconds are of disturbed ones"
-    assert notes[said].keys() == {"epoch_seconds", "images_per_second", "mfu", "published_epoch_seconds"}
+    assert notes[said].keys() == {*TIMED, "published_epoch_seconds"}
+    (plain,) = json.loads(render(summarise(disturbed), "json"))["rows"]
+    assert (plain["epoch_seconds"], plain["timed_epochs"]) == (4.5, 0)
+    assert re.search(r" 4\.50[²³⁴⁵⁶] ", text(summarise([*disturbed, make_run(depth=32)]))), "without a count"
+
+
+def test_disturbed_seconds_count_where_no_run_of_the_row_has_others() -> None:
+    """Neither in the row's figures and spread nor in those that comparisons take."""
+    timing = {"epochs": 0, "fastest": None, "slowest": None, "untimed": {"interference: it swapped": 179}}
+    peak = {"forward_flops": 41_000_000, "peak_flops": 1e15, "interference": ("it swapped",)}
+    slow = {
+        "timing": timing,
+        **peak,
+        "epoch_seconds": 12.2,
+        "images_per_second": 4_100.0,
+        "data_stall_percent": 50.0,
+    }
+    disturbed = [make_run(seed, result=slow) for seed in (0, 1)]
     clean = make_run(2, result={**peak, "timing": {"epochs": 27, "fastest": 4.25, "slowest": 4.75}})
     (row,) = summarise([*disturbed, clean])
-    assert "(27, 4.25–4.75)" in text([row]), "of the run that was not disturbed"
-    mixed = set(make_notes([row]))
-    assert mixed >= {f"in 2 of 3 runs {said}", "it swapped in some epochs: they are left out"}
+    assert row.values("epoch_seconds") == [4.5]
+    assert [row.figures[n].value for n in ("images_per_second", "data_stall_percent")] == [11_111.0, 1.25]
+    assert row.figures["mfu"].value == pytest.approx(100 * 3 * 41e6 * 11_111 / 1e15)
+    assert "4.50 (27, 4.25–4.75)" in text([row])
+    notes = make_notes([row])
+    (said,) = (text for text in notes if "it swapped" in text and "left out" not in text)
+    assert said == (
+        "s/epoch, img/s, MFU %, data wait % not measured in 2 of 3 runs: no epoch was timed (it swapped)"
+    )
+    assert "it swapped in some epochs: they are left out" in notes
+    assert "seed 0: null (no epoch was timed), seed 1: null (no epoch was timed), seed 2: 4.50\n" in why(row)
+    assert "s/epoch" in (page := text([row]))
+    assert "12.2" not in page
+
+
+def test_notes_are_numbered_as_a_reader_meets_them_and_those_without_a_mark_are_not() -> None:
+    untimed = {"epoch_seconds": None, "images_per_second": None} | untimed_by("3 runs share the GPU")
+    plain = [
+        make_run(0, 8.4, result=untimed),
+        make_run(1, 8.6, result=untimed | {"best_error": 9.0}),
+        make_run(depth=32),
+    ]
+    for some, columns in ((plain, ()), (plain[:2], ()), (plain, ("error", "n", "epoch_seconds"))):
+        page, _, below = text(summarise(some), width=300, columns=columns).partition("\n\n¹ ")
+        marks = re.findall("[⁰¹²³⁴⁵⁶⁷⁸⁹]+", page)
+        met = list(dict.fromkeys(marks))
+        numbers = ["¹", *re.findall("^([⁰¹²³⁴⁵⁶⁷⁸⁹]+) ", below, re.MULTILINE)]
+        assert met == numbers == list("¹²³⁴⁵⁶"[: len(numbers)]), page
+        assert len(numbers) >= 2
+    missing = "s/epoch, img/s, MFU % not measured: no epoch was timed (3 runs share the GPU)"
+    rows = summarise(plain[:2])
+    assert f"\n{missing}\n" in text(rows, width=300), "no column shows them: no number"
+    assert "s/epoch" not in text(rows, width=300).partition("\n\n¹ ")[0]
+    html = make_page(rows, bundle="", made_at=NOW)
+    assert f'<li class="bare">{missing}</li></ol>' in html
 
 
 def test_a_run_whose_width_changed_is_averaged_with_no_other() -> None:
     steady = [make_run(seed, workers=2, result={"workers": 2}) for seed in (0, 1)]
     changed = make_run(2, workers=2, result={"workers": 2, "widths": (2, 1), "epoch_seconds": 9.0})
     plain, elastic = summarise([*steady, changed])
-    assert (plain.epoch_seconds, len(plain.done)) == (4.5, 2)
-    assert (elastic.epoch_seconds, len(elastic.done)) == (9.0, 1)
+    assert (plain.figures["epoch_seconds"].value, len(plain.done)) == (4.5, 2)
+    assert (elastic.figures["epoch_seconds"].value, len(elastic.done)) == (9.0, 1)
     page = text([plain, elastic])
     assert "widths=2→1" in page
     assert "world size 2→1: the cluster had no room for 2 workers" in page
@@ -556,7 +624,7 @@ def test_a_figure_has_its_own_n_and_says_of_how_many() -> None:
     untimed = {"epoch_seconds": None, "images_per_second": None} | untimed_by("interference: the machine swapped")
     rows = summarise([make_run(0), *(make_run(s, result=untimed) for s in range(1, 5))])
     page = " ".join(text(rows, width=300).split())
-    assert "not measured in 4 of 5 runs: no epoch was timed, because of interference: the machine swapped" in page
+    assert "not measured in 4 of 5 runs: no epoch was timed (the machine swapped)" in page
     (plain,) = json.loads(render(rows, "json"))["rows"]
     assert (plain["n"], plain["epoch_seconds_n"], plain["images_per_second_n"], plain["error_n"]) == (5, 1, 1, 5)
     assert plain["images_per_second"] == 11_111.0, "of the run that was timed"
@@ -609,12 +677,18 @@ def untimed_by(*reasons: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "reasons", [("3 runs share the GPU",), ("interference: the GPU was throttled",), ("warm-up", "partial epoch")]
-)
-def test_the_reason_of_a_missing_figure_is_the_true_one(reasons: tuple[str, ...]) -> None:
+    ("reasons", "said"),
+    [(("3 runs share the GPU",), "3 runs share the GPU"),
+     (("interference: the GPU was throttled",), "the GPU was throttled"),
+     (("warm-up", "partial epoch"), "warm-up, partial epoch"),
+     (("warm-up", "warm-up; interference: it swapped", "interference: it swapped, it slept"), "warm-up, it swapped, it slept"),
+     ((), ""), (("",), "")],
+)  # fmt: skip
+def test_the_reason_of_a_missing_figure_is_the_true_one(reasons: tuple[str, ...], said: str) -> None:
+    """Each cause once."""
     run = make_run(0, result={"epoch_seconds": None, **untimed_by(*reasons)})
-    page = " ".join(text(summarise([run]), width=300).split())
-    assert f"no epoch was timed, because of {', '.join(reasons)} " in f"{page} "
+    notes = [note for note in make_notes(summarise([run])) if "not measured" in note]
+    assert notes == [f"s/epoch not measured: no epoch was timed{f' ({said})' * bool(said)}"]
 
 
 def test_seconds_carry_their_epochs_and_their_spread() -> None:

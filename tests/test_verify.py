@@ -142,6 +142,8 @@ def find(runs: Path) -> str:
 
 def test_untouched_runs(runs: Path, capsys: Any) -> None:
     assert check(runs, capsys) == (0, "3 runs verified, 0 findings\n")
+    one = min(runs.iterdir())
+    assert check(one, capsys) == (0, "1 run verified, 0 findings\n")
     for path in runs.glob(f"*/{HASHES}"):
         path.unlink()
     code, out = check(runs, capsys)

@@ -279,7 +279,8 @@ def print_findings(words: Sequence[str]) -> int:
         print(clean(str(finding)))
     old = sum(not (run.folder / store.HASHES).exists() for run in loaded.records)
     unhashed = f"; {old} of them have no hash stored: only their figures are checked" if old else ""
-    print(f"{len(loaded.records)} runs verified, {len(findings)} findings{unhashed}")
+    n, found = len(loaded.records), len(findings)
+    print(f"{n:,} run{'s' * (n != 1)} verified, {found:,} finding{'s' * (found != 1)}{unhashed}")
     return 1 if findings else 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
+from harness.results.compare import signed
 from harness.results.metrics import METRICS, NONE, figures, rounded
 from harness.results.published import Published, find_published
 from harness.results.rows import Row
@@ -61,10 +62,11 @@ def _overrides(row: Row) -> list[str]:
     return [row.text("overrides")] if "overrides" in row.averaged_over else own
 
 
-def _entry(row: Row, variant: str = "") -> Published | None:
+def printed_entry(row: Row, variant: str = "") -> Published | None:
+    """The published entry of the row's network or of the variant's at its depth, whatever the images."""
     if row.averaged_over.keys() & {"dataset", "variant", "network.depth"}:
         return None
-    return find_published(row.fields.get("dataset", ""), variant or row.variant, row.depth)
+    return find_published(None, variant or row.variant, row.depth)
 
 
 def cost_entry(row: Row) -> Published | None:
@@ -74,12 +76,13 @@ def cost_entry(row: Row) -> Published | None:
     """
     other = any(not text.startswith("epochs=") for text in _overrides(row))
     part = setting(row.spec, "limit_train", int) is not None or "limit_train" in row.averaged_over
-    return None if other or part else _entry(row)
+    entry = printed_entry(row)
+    return None if other or part or (entry and entry.dataset != row.fields.get("dataset")) else entry
 
 
 def _ratio(row: Row) -> float | None:
-    seconds, unlike = find(row, "cost.epoch_seconds"), find(row, "cost.evaluation_timed")
-    return seconds / row.epoch_seconds if seconds and row.epoch_seconds and not unlike else None
+    ours, theirs = row.figures["epoch_seconds"].value, find(row, "cost.epoch_seconds")
+    return theirs / ours if theirs and ours and not find(row, "cost.evaluation_timed") else None
 
 
 def end_of(run: Stored | Interrupted) -> str:
@@ -100,7 +103,7 @@ DERIVED: dict[str, Callable[[Row], Any]] = {
     "seeds": lambda row: [stored.record.seed for stored in row.done],
     "no_verdict": lambda row: (row.against and row.against.reason) or None,
     "predictions": lambda row: row.predicted and {n: m.measure(row.predicted).value for n, m in METRICS.items() if m.predict},
-    "entry": _entry, "paper": lambda row: _entry(row, "he2015"), "cost": cost_entry, "ratio": _ratio,
+    "entry": printed_entry, "paper": lambda row: printed_entry(row, "he2015"), "cost": cost_entry, "ratio": _ratio,
     "failures": lambda row: "; ".join(f"seed {run.record.seed}: {end_of(run)}" for run in row.failed),
     "prunings": lambda row: "; ".join(f"seed {run.record.seed}: {end_of(run)}" for run in row.pruned),
     "interruptions": lambda row: "; ".join(f"{run.name}: {end_of(run)}" for run in row.interrupted),
@@ -121,10 +124,6 @@ def _width(row: Row) -> str:
     return f"{row.workers}×{row.batch_size // max(1, row.workers)}"
 
 
-def _signed(value: float | None) -> str:
-    return NONE if value is None else f"{value:+.2f}".replace("-", "−")
-
-
 def _error(row: Row) -> str:
     """The error, or the reason why there is none."""
     if row.error is not None:
@@ -135,8 +134,8 @@ def _error(row: Row) -> str:
 def _seconds(row: Row) -> str:
     """ "1.74 (27, 1.60–1.96)": the row's figure, how many epochs were timed, the fastest and the slowest."""
     timing = row.timing
-    words = [f"{timing.epochs:,}"] if timing else []
-    ends = [timing.fastest or 0.0, timing.slowest or 0.0] if timing else row.values("epoch_seconds")
+    words = [f"{timing.epochs:,}"] if timing and timing.epochs else []
+    ends = [timing.fastest or 0.0, timing.slowest or 0.0] if timing and words else row.values("epoch_seconds")
     if ends and (low := figures(min(ends))) != (high := figures(max(ends))):
         words.append(f"{low}–{high}")
     text = METRICS["epoch_seconds"].summary(row.figures["epoch_seconds"])
@@ -152,7 +151,7 @@ def _published(row: Row) -> str:
     if row.against is None:
         return NONE
     half = "" if row.against.half is None else f" ± {row.against.half:.2f}"
-    return f"{row.against.published.number:.2f} ({_signed(row.against.difference)}{half})"
+    return f"{row.against.published.number:.2f} ({signed(row.against.difference)}{half})"
 
 
 def _verdict(row: Row) -> str:
@@ -177,16 +176,19 @@ TEXT: dict[str, Callable[[Row], str]] = {
     "depth": lambda row: row.text("network.depth", str(row.depth)) if row.depth else NONE,
     "network": lambda row: f"{row.variant} {row.depth:06}",  # of the page, which sorts by it
     "limit_train": _images,
-    "overrides": lambda row: rounded(", ".join(_overrides(row))) or NONE,
+    # `duration` says the number of epochs
+    "overrides": lambda row: (
+        rounded(", ".join(t for t in _overrides(row) if not t.removeprefix("epochs=").isdecimal())) or NONE
+    ),
     "workers": _width,
     "differs": lambda row: ", ".join(f"{name}={text}" for name, text in row.differs.items()) or NONE,
     "n": _runs,
     "error": _error,
-    "best_minus_last": lambda row: _signed(row.best_minus_last),
+    "best_minus_last": lambda row: NONE if row.best_minus_last is None else signed(row.best_minus_last),
     "published": _published,
     "verdict": _verdict,
-    "published_error": lambda row: _quote(_entry(row)),
-    "paper_error": lambda row: _quote(_entry(row, "he2015")),
+    "published_error": lambda row: _quote(printed_entry(row)),
+    "paper_error": lambda row: _quote(printed_entry(row, "he2015")),
     "epoch_seconds": _seconds,
     "published_epoch_seconds": _published_seconds,
     "predicted_epoch_seconds": lambda row: figures(find(row, "predicted.epoch_seconds")),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from harness.results.metrics import METRICS, NONE, Metric, figures
-from harness.results.report.columns import cost_entry, end_of
+from harness.results.report.columns import cost_entry, end_of, printed_entry
 from harness.results.rows import TIMED, Row, incomparable
 from harness.results.statistics import goal_half, wilson
 from harness.results.values import UNMEASURED
@@ -87,16 +87,6 @@ def _condition_notes(row: Row) -> Noted:
         yield word + f" in {some} of {len(row.done)} runs" * (some < len(row.done)), "device"
 
 
-def disturbed_notes(row: Row) -> Noted:
-    """Whether its seconds are of disturbed epochs."""
-    if disturbed := [result for result in row.results if result.all_disturbed]:
-        causes = ", ".join(dict.fromkeys(cause for result in disturbed for cause in result.interference))
-        some = f"in {len(disturbed)} of {len(row.done)} runs " * (len(disturbed) < len(row.done))
-        of = [name for name in TIMED if row.figures[name].value is not None]
-        of += ["published_epoch_seconds"] * bool(cost_entry(row))
-        yield f"{some}no epoch was undisturbed ({causes}): the seconds are of disturbed ones", *of
-
-
 def comparison_notes(row: Row) -> Iterator[str]:
     """What a reader must know of a row's figures where it is compared with another."""
     if row.evaluated_on == "val":
@@ -107,17 +97,18 @@ def comparison_notes(row: Row) -> Iterator[str]:
 
 
 def _timing_notes(row: Row) -> Noted:
-    yield from disturbed_notes(row)
+    if disturbed := [result for result in row.results if result.all_disturbed]:
+        causes = ", ".join(dict.fromkeys(cause for result in disturbed for cause in result.interference))
+        of = [name for name in TIMED if row.figures[name].value is not None]
+        of += ["published_epoch_seconds"] * bool(cost_entry(row))
+        yield f"no epoch was undisturbed ({causes}): the seconds are of disturbed ones", *of
     concurrent = row.conditions.get("concurrent runs", {}).keys()
     if concurrent - {"1"}:
         yield f"timed with {' or '.join(sorted(concurrent))} runs training at the same time", "epoch_seconds"
     for stored, result in zip(row.done, row.results, strict=True):
-        if result.mfu is not None:
+        if result.mfu.value is not None:
             peak = figures((result.peak_flops or 0) / 1e12)
             yield f"over {peak} TFLOP/s a worker: {result.device}, {result.peak_source}", "mfu"
-        elif result.peak_flops and result.images_per_second:
-            busy = "no MFU: faster than the measured peak, perhaps of a busy device: `harness check` measures it again"
-            yield busy, "mfu"
         if result.runs_per_gpu > 1:
             yield f"{result.runs_per_gpu} runs shared each GPU", "epoch_seconds"
         if result.warmup_epochs == 0 and result.epoch_seconds is not None:
@@ -165,6 +156,9 @@ def _published_notes(row: Row) -> Noted:
         yield "; ".join(filter(None, parts)), "published"
         if row.against.reason:
             yield f"no verdict: {row.against.reason}", "verdict"
+    for variant, column in ((row.variant, "published_error"), ("he2015", "paper_error")):
+        if (printed := printed_entry(row, variant)) and printed.dataset != row.fields.get("dataset"):
+            yield f"the error on {printed.dataset}: not compared with that on {row.dataset}", column
     if (cost := cost_entry(row)) and (cost.epoch_seconds or cost.memory_mib):
         evaluated = "; the seconds include evaluation, ours do not" * cost.evaluation_timed
         text = f"on {cost.hardware}, {cost.year}{evaluated}: {cost.source}"
@@ -183,16 +177,16 @@ def _reading_notes(row: Row) -> Noted:
             yield f"{metric.title}{some}: {_shorten(figure.remarks[0])}{more}", name
         if not expected or figure.reason in (None, UNMEASURED.reason) or not row.done:
             continue
-        reason = _untimed(row) if metric.kind == "time" else figure.reason or ""
+        reason = figure.reason + (_left_out(row) if figure.reason == METRICS["epoch_seconds"].missing else "")
         some = f" in {len(row.done) - figure.n} of {len(row.done)} runs" if figure.n else ""
         missing[f"not measured{some}: {_shorten(reason)}"].append(metric)
     for reason, metrics in missing.items():
         yield f"{', '.join(metric.title for metric in metrics)} {reason}", *(metric.name for metric in metrics)
 
 
-def _untimed(row: Row) -> str:
-    """Why no epoch of some runs was timed."""
-    reasons: dict[str, None] = {}
-    for result in (result for result in row.results if result.epoch_seconds is None or result.all_disturbed):
-        reasons |= dict.fromkeys(result.timing.untimed if result.timing else ())
-    return f"no epoch was timed, because of {', '.join(reasons)}"
+def _left_out(row: Row) -> str:
+    """Why no epoch of some runs was timed, in brackets, each cause once."""
+    lacking = (r.timing for r in row.results if r.timing and (r.epoch_seconds is None or r.all_disturbed))
+    parts = (part for timing in lacking for why in timing.untimed for part in why.split("; "))
+    causes = (cause for part in parts for cause in part.removeprefix("interference: ").split(", ") if cause)
+    return f" ({known})" if (known := ", ".join(dict.fromkeys(causes))) else ""

@@ -26,7 +26,7 @@ from harness.results.report.text import HERE, MARKS, NOT_RECORDED, ORDINARY, cle
 from harness.results.rows import Row
 from harness.results.store import Problem, Stored
 from harness.results.sweeps import Sweep, best_first
-from harness.results.values import Measurement, Record, setting
+from harness.results.values import Measurement, Record, RunResult, setting
 
 NETWORK = Column("network", "network", right=False)
 RUN_METRICS = [metric for metric in METRICS.values() if metric.kind != "size"]
@@ -59,7 +59,7 @@ def make_page(
             {"title": p.title, "rows": p.rows, "datasets": p.datasets, "charts": {c.name: c.spec for c in p.charts}}
             for p in (*panels, *searches)
         ],
-        "columns": RUN_COLUMNS, "runs": [[[*_cells(run), number[run.folder]] for run in row.done] for row in rows],
+        "columns": RUN_COLUMNS, "runs": [[[*_cells(*run), number[run[0].folder]] for run in zip(row.done, row.results, strict=True)] for row in rows],
         "facets": FACETS,
         "rows": [
             [clean(row.variant), row.depth, clean(row.dataset), clean(row.text("loader")), label]
@@ -104,10 +104,9 @@ def _number(value: float | Measurement | None, digits: int = 0) -> str:
     return NONE if value is None else f"{value:,.{digits}f}"
 
 
-def _cells(stored: Stored) -> list[str]:
+def _cells(stored: Stored, result: RunResult) -> list[str]:
     """A run's, in the order of `RUN_COLUMNS`, but the last."""
-    record, result = stored.record, stored.record.result
-    assert result is not None  # a row's finished runs
+    record = stored.record
     whys = [setting(attempt, "reason") for attempt in setting(record.environment, "attempts", list) or ()]
     reasons = "; ".join(dict.fromkeys(clean(str(why)) for why in whys if why))
     return [

@@ -29,8 +29,8 @@ def lay_out(
     Beside wanted columns stand those that tell rows apart. Raises ValueError for a wanted column that does not exist.
     """
     chosen = find_columns(wanted)
-    every = make_columns()
-    columns = [column for column in every if not column.hidden or column in chosen]
+    known = make_columns()
+    columns = [column for column in known if not column.hidden or column in chosen]
     words = {column.name: [clean(column.text(row)) for row in rows] for column in columns}
     shown, shared = _choose_columns(rows, columns, words)
     if wanted:
@@ -40,31 +40,38 @@ def lay_out(
         shared = [column for column in shared if column not in chosen]
     shown = [column for column in shown if column.name not in without]
     above = [column.name for column in shared]
-    once = {column.name: column.header for column in shown}  # and what stands above
-    once |= {name: next(text for text in words[name] if text != NONE) for name in above}
-    if "limit_train" in above:
-        once["limit_train"] = f"training images: {once['limit_train']}"
-    absent = ({column.name for column in every} if wanted else set(without)) - once.keys()
+    lines = {column.name: [column.header, *words[column.name]] for column in (*shared, *shown)}
+    for name in above:
+        once = next(text for text in words[name] if text != NONE)
+        lines[name][0] = f"training images: {once}" if name == "limit_train" else once
+    order = list(lines)
+    absent = {c.name for c in known if wanted or c.hidden or c.name in without} - lines.keys()
     forbidding = tuple(text for row in rows for text, _ in incomparable(row))
-    notes: list[str] = []
+    placed: list[tuple[list[tuple[int, int]], str]] = []  # line, 0 for header and caption, and place in `order`
     for note, cells in make_notes(rows).items():
         if cells.keys() <= absent:
             if not note.startswith(forbidding):
                 continue
             cells = {shown[0].name: set.union(*cells.values())}
-        notes.append(f"{add_mark('', number := len(notes) + 1)} {clean(note)}")
-        for name, marked in cells.items():
-            if name in once and len(marked) == len(rows):
-                once[name] = add_mark(once[name], number)
-                continue
-            name = shown[0].name if name in above else name  # of some rows: what stands above is of all
-            for i in marked if name in words else ():  # a hidden column has no cells
-                words[name][i] = add_mark(words[name][i], number)
-    heads, right = [once[column.name] for column in shown], [column.right for column in shown]
-    body = list(zip(*(words[column.name] for column in shown), strict=True))
+        marks = set[tuple[int, int]]()
+        for place, name in enumerate(order):
+            if len(marked := cells.get(name, ())) == len(rows):
+                marks.add((0, place))
+            else:  # of some rows: what stands above is of all
+                marks |= {(i + 1, max(place, len(above))) for i in marked}
+        placed.append((sorted(marks), note))
+    placed.sort(key=lambda note: note[0][:1] or [(len(rows) + 1, 0)])  # as a reader meets them
+    notes = list[str]()
+    for number, (places, note) in enumerate(placed, 1):
+        notes.append(f"{add_mark('', number)} {clean(note)}" if places else clean(note))
+        for i, place in places:
+            line = lines[order[place]]
+            line[i] = add_mark(line[i], number)
+    heads, right = [lines[column.name][0] for column in shown], [column.right for column in shown]
+    body = list(zip(*(lines[column.name][1:] for column in shown), strict=True))
     means = [f"{column.header}: {column.means}" for column in shown if column.means]
     styles = [[style_of(column.name, row) for column in shown] for row in rows]
-    return shown, Sheet(heads, right, body, " · ".join(once[name] for name in above), notes, means, styles)
+    return shown, Sheet(heads, right, body, " · ".join(lines[name][0] for name in above), notes, means, styles)
 
 
 def _choose_columns(
@@ -134,7 +141,7 @@ DEFINITIONS = (
     "A, B: over n runs, as in harness report: mean ± std of errors, median of seconds, maximum of memory",
     "B − A: their difference: in points for percentages, in percent of A for everything else",
     "interval: the 90 % interval on which the verdict rests; of errors: on these test images",
-    "verdict: equivalent where the interval lies within the margin, different where it lies beyond it",
+    "verdict: equivalent where the interval lies within the margin, different where it lies beyond it; none on disturbed epochs",
 )
 HEADERS = ["what", "metric", "n", "A", "B", "B − A", "interval", "margin", "verdict"]
 COLOURS = {"equivalent": "green", "different": "red"}
@@ -156,7 +163,7 @@ def render_comparison(
     both = [pair for pair in pairs if pair.a and pair.b]
     shared = set.intersection(*({(n, *v) for n, v in pair.differs.items()} for pair in both)) if both else set()
     caption = "B against A: " + (", ".join(f"{n} {a} → {b}" for n, a, b in sorted(shared)) or "same settings")
-    cells = [line for pair in pairs for line in _lines(pair, {name for name, *_ in shared})]
+    cells = [line for pair in pairs for line in _lines(pair, {*pair.apart, *(name for name, *_ in shared)})]
     right = [name not in ("what", "metric", "verdict") for name in HEADERS]
     notes = [clean(f"{pair.name}: {problem}") for pair in pairs for problem in (*pair.problems(), *_notes(pair))]
     styles = [["bold", *[""] * 7, COLOURS.get(line[-1], "")] for line in cells]
@@ -174,7 +181,7 @@ def _lines(pair: Pair, named: set[str]) -> Iterator[list[str]]:
             what if number == 0 else "", metric.heading, f"{figure.a.n}, {figure.b.n}", metric.summary(figure.a),
             metric.summary(figure.b), NONE if figure.difference is None else f"{signed(figure.difference)}{unit}",
             NONE if interval is None else f"{signed(interval.low)} … {signed(interval.high)}",
-            *([NONE, NONE] if margin is None else [f"±{margin:g}{unit}", figure.verdict]),
+            *([NONE, NONE] if margin is None else [f"±{margin:g}{unit}", figure.verdict + ": disturbed epochs" * figure.disturbed]),
         ]  # fmt: skip
     if not pair.figures:
         counts = ", ".join(str(len(side.done)) if side else NONE for side in (pair.a, pair.b))
@@ -189,7 +196,7 @@ def _notes(pair: Pair) -> list[str]:
 
 def _plain_pair(pair: Pair) -> dict[str, Any]:
     return {
-        "a": pair.a and pair.a.name, "b": pair.b and pair.b.name, "differs": pair.differs,
+        "name": pair.name, "a": pair.a and pair.a.name, "b": pair.b and pair.b.name, "differs": pair.differs,
         "problems": list(pair.problems()), "notes": _notes(pair), "figures": list(map(_plain_figure, pair.figures)),
     }  # fmt: skip
 
@@ -199,5 +206,5 @@ def _plain_figure(figure: Comparison) -> dict[str, Any]:
     sides = {side: {"n": f.n, "value": f.value, "std": f.std} for side, f in (("a", figure.a), ("b", figure.b))}
     return {
         "metric": metric.name, "unit": "percent" if metric.relative else "points", **sides, "difference": figure.difference,
-        "interval": figure.interval, "margin": metric.margin, "verdict": figure.verdict, "test": figure.how,
+        "interval": figure.interval, "margin": metric.margin, "verdict": figure.verdict, "disturbed": figure.disturbed, "test": figure.how,
     }  # fmt: skip
