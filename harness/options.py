@@ -141,8 +141,7 @@ MOST_PIXELS = 9999
 def parse_words(text: str) -> tuple[str, ...]:
     """ "a,b" -> ("a", "b"), each once. Raises UserError."""
     words = [word.strip() for word in text.split(",")]
-    if not all(words):
-        raise UserError("expected a comma-separated list without empty items, as in a,b")
+    refuse({"expected a comma-separated list without empty items, as in a,b": not all(words)})
     return tuple(dict.fromkeys(words))
 
 
@@ -152,12 +151,10 @@ def parse_numbers(text: str, fault: Callable[[int], str] = lambda _: "") -> tupl
     for word in parse_words(text):
         ends = re.fullmatch(r"(\d{1,9})(?:\s*\.\.\s*(\d{1,9}))?", word)
         low, high = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, -1)
-        if not low <= high < low + MOST_NUMBERS:
-            known = f"a whole number nor an ascending range of at most {MOST_NUMBERS} numbers, as in 20..56"
-            raise UserError(f"{word!r} is neither {known}")
+        known = f"a whole number nor an ascending range of at most {MOST_NUMBERS} numbers, as in 20..56"
+        refuse({f"{word!r} is neither {known}": not low <= high < low + MOST_NUMBERS})
         chosen = [n for n in range(low, high + 1) if low == high or not fault(n)]
-        if not chosen:
-            raise UserError(f"no number from {low} to {high} is allowed: {fault(high)}")
+        refuse({f"no number from {low} to {high} is allowed: {fault(high)}": not chosen})
         numbers += chosen
     return tuple(dict.fromkeys(numbers))
 

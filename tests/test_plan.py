@@ -402,7 +402,10 @@ def test_a_folder_of_images_is_absolute_however_it_is_typed(
             {"settings": {"optimizer": "adamw", "momentum": 0.5}},
             "--set momentum: a field of optimizer sgd; the optimizer here is adamw",
         ),
-        ({"settings": {"schedule": "cosine", "gamma": 0.5}}, "--set gamma: a field of schedule multistep; the schedule here is cosine"),
+        (
+            {"settings": {"schedule": "cosine", "gamma": 0.5}},
+            "--set gamma: a field of schedule multistep; the schedule here is cosine",
+        ),
         ({"settings": {"schedule": "cosine", "momentum": 0.5}}, ""),
         ({"settings": {"label_smoothing": 1.0, "momentum": 0.0, "warmup": 64e3}, "limit_test": 40}, ""),
     ],
