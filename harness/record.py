@@ -39,10 +39,9 @@ STATUSES: dict[type, Literal["done", "failed", "pruned"]] = {RunResult: "done", 
 
 def installed_version(package: str) -> str | None:
     """The version of a package, None where it is not installed."""
-    try:
+    with contextlib.suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return None
+    return None
 
 
 def describe_code() -> dict[str, Any]:
