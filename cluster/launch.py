@@ -59,7 +59,6 @@ SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
 LOOK_SECONDS = 1.0  # between looks for nodes that come and go
 GIVE_BACK_SECONDS = 30.0  # without room, until GPUs that were set aside are given back; Ray frees others in less
 POLL_SECONDS = 0.2  # between two looks at what was reported, or for room, or whether the command ends
-JOIN_SECONDS = 30.0  # at such an end, for what calls Ray, whose head may be away
 
 
 def launch(
@@ -124,9 +123,8 @@ def launch(
     finally:
         driver.stop.set()
         driver.over.set()
-        until = time.monotonic() + JOIN_SECONDS
         for thread in driver.threads:  # if one calls Ray later, Ray ends this process, with 1
-            thread.join(max(0.0, until - time.monotonic()))
+            thread.join()
         ray.kill(mailbox)
 
 
