@@ -59,7 +59,6 @@ SHOW_WAIT_AFTER_SECONDS, SHOW_WAIT_EVERY_SECONDS = 3.0, 10.0
 LOOK_SECONDS = 1.0  # between looks for nodes that come and go
 GIVE_BACK_SECONDS = 30.0  # without room, until GPUs that were set aside are given back; Ray frees others in less
 POLL_SECONDS = 0.2  # between two looks at what was reported, or for room, or whether the command ends
-JOIN_SECONDS = 30.0  # at such an end, for what calls Ray, whose head may be away
 
 
 def launch(
@@ -122,7 +121,10 @@ def launch(
         why = str(error).splitlines()[0]
         raise ClusterError(f"Ray was lost: {why} The same command goes on from the last checkpoints") from error
     finally:
-        driver.end()
+        driver.stop.set()
+        driver.over.set()
+        for thread in driver.threads:  # if one calls Ray later, Ray ends this process, with 1
+            thread.join()
         ray.kill(mailbox)
 
 
@@ -201,14 +203,6 @@ class _Driver:
         """See to a run, from its first attempt on or a later one, and to others after it."""
         self.threads.append(threading.Thread(target=self._serve, args=place, daemon=True))
         self.threads[-1].start()
-
-    def end(self) -> None:
-        """End the threads: if one calls Ray later, Ray ends this process, with 1."""
-        self.stop.set()
-        self.over.set()
-        until = time.monotonic() + JOIN_SECONDS
-        for thread in self.threads:
-            thread.join(max(0.0, until - time.monotonic()))
 
     def _serve(self, index: int | None, attempt: int = 1) -> None:
         while index is not None:
@@ -384,18 +378,16 @@ class _Run:
                 note_sigterm()
 
         class QuietTrainer(TorchTrainer):
-            def _create_default_callbacks(self) -> list[Any]:
-                # it needs the dashboard and complains once a second without; `run` does its work
-                kept = super()._create_default_callbacks()
-                return [OnStart(), *(c for c in kept if type(c).__name__ != "PlacementGroupCleanerCallback")]
-
-            def _initialize_and_run_controller(self, **what: Any) -> Any:
-                # theirs waits within Ray for as long as the run takes, also when the command ends
-                env = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
-                make: Any = ray.remote(num_cpus=0, scheduling_strategy=this_node(), runtime_env={"env_vars": env})
-                controller = make(TrainController).remote(**what)
+            def _initialize_and_run_controller(self, callbacks: Any, **what: Any) -> Any:
+                # one needs the dashboard and complains once a second without; `run` does its work
+                kept = [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+                env = {"env_vars": get_env_vars_to_propagate()}
+                make: Any = ray.remote(num_cpus=0, scheduling_strategy=this_node(), runtime_env=env)(
+                    TrainController
+                )
+                controller = make.remote(callbacks=[OnStart(), *kept], **what)
                 ended = controller.run.remote()
-                while not ray.wait([ended], timeout=POLL_SECONDS)[0]:
+                while not ray.wait([ended], timeout=POLL_SECONDS)[0]:  # Ray's own waits also when the command ends
                     if over.is_set():
                         raise PreemptedError("the command ends")
                 ray.get(ended)

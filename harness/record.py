@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -21,17 +20,16 @@ from filelock import FileLock, Timeout
 
 from harness.cluster.job import Failed, Started
 from harness.models.variants import find_variant
-from harness.plugins import needed_by, place, write_source
+from harness.plugins import needed_by, write_source
 from harness.results import remote, store
 from harness.results.identity import hash_code
 from harness.results.remote import Remote, StorageError, pull_run, push_finished, push_run, redact
 from harness.results.store import Stored
 from harness.results.values import EpochMetrics, Failure, NodeUse, Pruned, Record, RunResult
-from harness.spec import FULL, RunPaths, RunSpec, Source, UserError, mistakes
+from harness.spec import FULL, RunPaths, RunSpec, UserError, mistakes
 
 ATTEMPTS = "attempts.jsonl"
-CODE = ("harness", "models", "loaders", "cluster", "results", ":!results/records", "benchmarks/*.py")
-"""What of a commit is code that runs. A plug-in has a hash of its own."""
+CODE = ("harness", "models", "loaders", "cluster", "results", ":!results/records", "benchmarks/*.py")  # that runs
 DALI_WHEELS = ("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-dali-cuda110")
 PACKAGES = ("resnet-harness", "torch", "torchvision", "ray", "numpy", "nvidia-ml-py", *DALI_WHEELS)
 STATUSES: dict[type, Literal["done", "failed", "pruned"]] = {RunResult: "done", Failed: "failed", Pruned: "pruned"}
@@ -39,10 +37,9 @@ STATUSES: dict[type, Literal["done", "failed", "pruned"]] = {RunResult: "done", 
 
 def installed_version(package: str) -> str | None:
     """The version of a package, None where it is not installed."""
-    try:
+    with contextlib.suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return None
+    return None
 
 
 def describe_code() -> dict[str, Any]:
@@ -124,16 +121,6 @@ def lease(stack: contextlib.ExitStack, uri: str, names: Collection[str], say: Ca
     UserError where one trains them."""
     with mistakes(StorageError, "--out "):
         stack.enter_context(remote.lease(uri, names, say))
-
-
-def locate(spec: RunSpec, outcome: Any, plugins: Sequence[Source]) -> Any:
-    """A failure names the innermost line of the run's plug-ins that it came through: "boom (my.py:12)"."""
-    files = {
-        str(Path(source.folder, file)) for source in needed_by(spec.plugins, plugins) for file, _ in source.files
-    }
-    through = re.findall(r'File "(.+)", line (\d+)', outcome.traceback if isinstance(outcome, Failed) else "")
-    lines = [place(file, int(line)) for file, line in through if file in files]
-    return replace(outcome, message=f"{outcome.message} ({lines[-1]})") if lines else outcome
 
 
 @dataclass(slots=True)

@@ -65,9 +65,8 @@ class Goal:
         needed = self.seeds(error, images) if images else FIRST
         if needed is not None and needed <= self.max_seeds:
             return None
-        at = "at" if error else "even at"
         takes = f"about {needed} seeds" if needed else "more than 1,000 seeds"
-        return f"±{self.half:g} points needs {takes} {at} an error of {error:.2g} % on {images:,} images; --max-seeds allows {self.max_seeds}"
+        return f"±{self.half:g} points needs {takes} {'at' if error else 'even at'} an error of {error:.2g} % on {images:,} images; --max-seeds allows {self.max_seeds}"
 
     def open(self, known: Known) -> bool:
         """Whether a row gets a further seed."""

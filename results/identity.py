@@ -35,13 +35,6 @@ def find_rule(path: str) -> Rule | None:
     return next((rule for rule in RULES if fnmatchcase(path, rule.path)), None)
 
 
-@cache
-def _noted_figures() -> list[str]:
-    """The fields of a result that are noted: a few of forty."""
-    rules = {name: find_rule(f"result.{name}") for name in RunResult.model_fields}
-    return [name for name, rule in rules.items() if rule and rule.treatment == "note"]
-
-
 def surroundings(record: Record) -> tuple[tuple[str, str], ...]:
     """What splits rows without being part of the spec, by name; empty without a result."""
     named: dict[str, str] = {}
@@ -57,7 +50,7 @@ def conditions(record: Record) -> dict[str, str]:
     leaves = [*flatten(record.environment, "environment.")]
     if (result := record.result) is not None:
         leaves += flatten(result.machine, "result.machine.")
-        leaves += [(f"result.{name}", getattr(result, name)) for name in _noted_figures()]
+        leaves += [(f"result.{name}", getattr(result, name)) for name in RunResult.model_fields]
     named: dict[str, str] = {}
     for path, value in leaves:
         if value is not None and (rule := find_rule(path)) and rule.treatment == "note":

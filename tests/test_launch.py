@@ -293,8 +293,8 @@ def test_private_names_of_ray_that_are_used_exist() -> None:
     from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
     from ray.train.v2._internal.execution.controller import TrainController
 
-    assert hasattr(TorchTrainer, "_create_default_callbacks")
     assert "controller.get_result" in inspect.getsource(TorchTrainer._initialize_and_run_controller)
+    assert "callbacks=self._create_default_callbacks()" in inspect.getsource(TorchTrainer.fit)
     assert hasattr(TrainController, "get_result"), "as Ray's own"
     assert "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC" in ENV_VARS_TO_PROPAGATE
     assert issubclass(ray.train.TrainingFailedError, Exception)

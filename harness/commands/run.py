@@ -25,7 +25,7 @@ from harness.options import Grid, ReportOptions, RunOptions, fill
 from harness.plugins import sources
 from harness.preflight import check_nodes
 from harness.progress import LINES, JsonLines, Progress, load_data, print_columns, say, width_of
-from harness.record import Recorder, lease, locate, lock_run, name_other_code
+from harness.record import Recorder, lease, lock_run, name_other_code
 from harness.resources import Session, check_resources, choose_launcher, make_allocation
 from harness.results.remote import CHECKPOINTS, StorageError, pull_results, push_file, push_run, redact
 from harness.results.store import ESTIMATES, load_records, partial_dir
@@ -294,7 +294,7 @@ class Runs:
                 )
                 stack.enter_context(display.live())
                 stack.enter_context(closing(outcomes))
-                for spec, outcome in ((spec, locate(spec, outcome, paths.plugins)) for spec, outcome in outcomes):
+                for spec, outcome in outcomes:
                     failures += not recorder.end(spec, outcome, concurrent_runs=concurrent_runs)
                     display.event(spec, outcome)
                     if failures and options.fail_fast:

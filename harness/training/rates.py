@@ -288,11 +288,8 @@ def all_reduce_seconds(measured: Measured, workers: int, size: int) -> float:
 
 def predict_widths(steps: int, size: int, step_seconds: Mapping[int, float], measured: Measured) -> list[Width]:
     """By `step_seconds`, of one worker that has its share of the batch among so many workers."""
-    widths = []
-    for workers, seconds in sorted(step_seconds.items()):
-        reduce = all_reduce_seconds(measured, workers, size)
-        widths.append(Width(workers, seconds, reduce, steps * (seconds + reduce), steps * max(seconds, reduce)))
-    return widths
+    each = ((n, step, all_reduce_seconds(measured, n, size)) for n, step in sorted(step_seconds.items()))
+    return [Width(n, step, wait, steps * (step + wait), steps * max(step, wait)) for n, step, wait in each]
 
 
 def efficiencies(widths: Sequence[Width], bound: str) -> list[float]:
