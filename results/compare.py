@@ -218,8 +218,8 @@ def _match(a: Sequence[Row], b: Sequence[Row], names: Sequence[str]) -> list[Mat
 
 def _compare_all(matched: Sequence[Matched], metrics: Sequence[str], overlooked: Sequence[str]) -> list[Pair]:
     """By the scatter of all rows, each once: beside several others, A's chance spread would count with every one of them."""
-    rows = {id(row): row for both in matched for row in both if row and row.done}.values()
-    spread = {name: _find_scatter(rows, name) for name, metric in METRICS.items() if metric.kind == "error"}
+    done = {id(row): row for both in matched for row in both if row and row.done}.values()
+    spread = {name: _find_scatter(done, name) for name, metric in METRICS.items() if metric.kind == "error"}
     of = sum(None not in both for both in matched)
     pairs = [_pair(x, y, metrics, tuple(overlooked), spread, of) if x and y else Pair(x, y) for x, y in matched]
     rows, apart = [x or y for x, y in matched], ["variant", "network.depth", "label"]

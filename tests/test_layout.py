@@ -83,7 +83,7 @@ def test_training_imports_no_command_and_commands_not_the_command_line() -> None
 
 # --- sizes ---
 
-MOST_LINES = 18_723
+MOST_LINES = 18_770
 MOST_FILE_LINES = 450
 MOST_FUNCTION_LINES = 80
 MOST_PARAMETERS = 8
